@@ -1,0 +1,49 @@
+"""Words for messages: near misses, counts, sizes, short lists."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The names most like `word`, best first; a difference of case alone comes before all others.
+
+    >>> closest("dense_0", ["Conv_0", "Dense_0", "Dense_1"], limit=1)
+    ['Dense_0']
+    """
+    known = list(dict.fromkeys(known))
+    same = [name for name in known if name.casefold() == word.casefold() and name != word]
+    near = difflib.get_close_matches(word, known, n=limit + len(same), cutoff=0.6)
+    return list(dict.fromkeys([*same, *near]))[:limit]
+
+
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "leaf", "leaves"), plural(148, "leaf", "leaves")
+    ('1 leaf', '148 leaves')
+    """
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+def listing(names: Sequence[str], limit: int = 8) -> str:
+    """Names joined by commas; beyond `limit` the rest is counted.
+
+    >>> listing(["a", "b", "c"], limit=2)
+    'a, b, and 1 more'
+    """
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit:,} more"
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in powers of 1000 as disks and Hugging Face count them.
+
+    >>> size(999), size(1_500), size(2_000_000_000)
+    ('999 B', '1.5 kB', '2.0 GB')
+    """
+    amount = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"

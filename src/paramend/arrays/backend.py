@@ -1,0 +1,54 @@
+"""What an array library must offer so that every edit works on its arrays."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from paramend.specs import Spec
+
+
+class Backend(Protocol):
+    """The verbs over the arrays of one library. Each file of this folder that bears a library's name is one.
+
+    No verb changes its argument but `assign`. Results keep what the library attaches to the first argument: device,
+    sharding, weak type, memory format, `requires_grad`.
+    """
+
+    def spec(self, x: Any) -> Spec:
+        """Shape and dtype."""
+
+    def refusal(self, x: Any) -> str:
+        """Why arithmetic on this array makes no sense ("a PRNG key is no number"), or ""."""
+
+    def zeros(self, x: Any) -> Any:
+        """+0.0 in every element."""
+
+    def full(self, x: Any, value: Any) -> Any:
+        """The scalar in every element."""
+
+    def like(self, value: Any, x: Any) -> Any:
+        """The values of an array of any library, of the spec of `x`, as an array like `x`."""
+
+    def add(self, x: Any, value: Any) -> Any:
+        """x + value, in the dtype of x."""
+
+    def multiply(self, x: Any, value: Any) -> Any:
+        """x * value, in the dtype of x."""
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """The array in another dtype."""
+
+    def get(self, x: Any, index: Any) -> Any:
+        """x[index], a copy."""
+
+    def put(self, x: Any, index: Any, verb: str, value: Any) -> Any:
+        """A new array in which the slice is "set" to the value, or has it added ("add") or multiplied ("multiply")."""
+
+    def numpy(self, x: Any) -> "np.ndarray[Any, Any]":
+        """The values on the host, bit for bit, with ml_dtypes for what numpy lacks."""
+
+    def mutable(self, x: Any) -> bool:
+        """Whether the values can change in place."""
+
+    def assign(self, x: Any, value: Any) -> None:
+        """Writes the value into x itself."""

@@ -1,0 +1,157 @@
+"""Verbs over JAX arrays, eager and traced. Opened only once the user has imported jax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramend.specs import Spec, numpy_dtype
+
+TYPES = (jax.Array, jax.core.Tracer, jax.ShapeDtypeStruct)
+
+
+def spec(x: Any) -> Spec:
+    """Shape and dtype."""
+    return Spec(tuple(x.shape), x.dtype.name if isinstance(x.dtype, np.dtype) else str(x.dtype))
+
+
+def refusal(x: Any) -> str:
+    """Why arithmetic makes no sense, or ""."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return "it is abstract (a ShapeDtypeStruct) and holds no values"
+    return f"a PRNG key ({x.dtype}) is no number" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else ""
+
+
+def _placed(result: Any, x: Any) -> Any:
+    """The result with the sharding of `x`. Inside a transformation the compiler keeps it."""
+    if isinstance(x, jax.core.Tracer) or isinstance(result, jax.core.Tracer) or result.sharding == x.sharding:
+        return result
+    return jax.device_put(result, x.sharding)
+
+
+def zeros(x: Any) -> Any:
+    """+0.0 in every element."""
+    return _placed(jnp.zeros_like(x), x)
+
+
+def full(x: Any, value: Any) -> Any:
+    """The scalar in every element."""
+    return _placed(jnp.full_like(x, value), x)
+
+
+def like(value: Any, x: Any) -> Any:
+    """The values as an array with the sharding and weak type of `x`."""
+    if not isinstance(value, jax.Array | jax.core.Tracer):
+        # Placed at once, so that a large host array never lands whole on one device.
+        placed = None if isinstance(x, jax.core.Tracer) or not x.committed else x.sharding
+        value = jax.device_put(np.asarray(value), placed) if placed is not None else jnp.asarray(value)
+    if getattr(x, "weak_type", False) and not value.weak_type:
+        value = jnp.zeros_like(x).at[...].set(value)
+    if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer) or not x.committed:
+        return value
+    return _placed(value, x)
+
+
+def _operand(value: Any, x: Any) -> Any:
+    """A second operand that cannot promote x: Python scalars are weak already, arrays take the dtype of x."""
+    if isinstance(value, bool | int | float | complex):
+        return bool(value) if x.dtype == bool else value
+    value = jnp.asarray(value)
+    return value if value.dtype == x.dtype or value.weak_type else value.astype(x.dtype)
+
+
+def add(x: Any, value: Any) -> Any:
+    """x + value, in the dtype of x."""
+    return _placed(x + _operand(value, x), x)
+
+
+def multiply(x: Any, value: Any) -> Any:
+    """x * value, in the dtype of x."""
+    return _placed(x * _operand(value, x), x)
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """The array in another dtype."""
+    return _placed(x.astype(numpy_dtype(dtype)), x)
+
+
+def _explicit(x: Any) -> Any:
+    """The sharding that is part of the type of x (Explicit mesh axes), or None: indexing must then name its result's."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return sharding if sharding is not None and any(axis is not None for axis in sharding.spec) else None
+
+
+def _with_sharding(value: Any, x: Any, sharding: Any) -> Any:
+    """A value resharded as `x` is said to be, traced or not."""
+    if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer):
+        return jax.sharding.reshard(value, sharding)
+    return jax.device_put(value, jax.sharding.NamedSharding(x.sharding.mesh, sharding.spec))
+
+
+def get(x: Any, index: Any) -> Any:
+    """x[index]; of an array with Explicit sharding the slice is replicated."""
+    sharding = _explicit(x)
+    if sharding is not None:
+        x = _with_sharding(x, x, sharding.update(spec=jax.sharding.PartitionSpec()))
+    return x[index]
+
+
+def put(x: Any, index: Any, verb: str, value: Any) -> Any:
+    """A new array with the slice changed."""
+    sharding = _explicit(x)
+    if sharding is None:
+        return _placed(getattr(x.at[index], verb)(_operand(value, x)), x)
+    # A scatter is ambiguous on Explicit axes; a choice between arrays of one sharding is not.
+    inside = np.zeros(x.shape, bool)
+    inside[index] = True
+    spread = _operand(value, x)
+    if jnp.ndim(spread):
+        spread = _with_sharding(jnp.zeros(x.shape, x.dtype).at[index].set(spread), x, sharding)
+    changed = spread if verb == "set" else getattr(jnp, verb)(x, spread)
+    return _placed(jnp.where(_with_sharding(jnp.asarray(inside), x, sharding), changed, x).astype(x.dtype), x)
+
+
+def numpy(x: Any) -> np.ndarray[Any, Any]:
+    """The values on the host."""
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+
+def mutable(x: Any) -> bool:
+    """False: JAX arrays never change."""
+    return False
+
+
+def assign(x: Any, value: Any) -> None:
+    """Refuses: JAX arrays never change."""
+    raise TypeError("JAX arrays never change")
+
+
+def is_key(x: Any) -> bool:
+    """Whether x is a PRNG key, typed or the old pair of uint32."""
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key)) or (x.dtype == jnp.uint32 and x.shape == (2,))
+
+
+def key(seed: int) -> Any:
+    """A PRNG key."""
+    return jax.random.key(seed)
+
+
+def fold(key: Any, number: int) -> Any:
+    """The key of one path, from the user's key and the number that stands for the path."""
+    return jax.random.fold_in(key, number & 0xFFFFFFFF)
+
+
+def normal(key: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Standard normal values."""
+    return jax.random.normal(key, shape, numpy_dtype(dtype))
+
+
+def initialize(name: str, row: tuple[float, str, str], key: Any, spec: Spec, out_first: bool) -> Any:
+    """Fresh values by JAX's own initializers, in the layout of the leaf."""
+    scale, fan, distribution = row
+    axes = (1, 0) if out_first else (-2, -1)
+    mode = {"in": "fan_in", "average": "fan_avg"}[fan]
+    kind = "truncated_normal" if distribution == "truncated" else distribution
+    make = jax.nn.initializers.variance_scaling(scale, mode, kind, in_axis=axes[0], out_axis=axes[1])
+    return make(key, spec.shape, numpy_dtype(spec.dtype))

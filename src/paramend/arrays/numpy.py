@@ -1,0 +1,84 @@
+"""Verbs over numpy arrays and numpy scalars."""
+
+from typing import Any
+
+import numpy as np
+
+from paramend.specs import Spec, numpy_dtype
+
+Array = np.ndarray[Any, Any]
+
+
+def _same(result: Any, x: Any) -> Any:
+    """A numpy scalar stays one."""
+    return x.dtype.type(result) if isinstance(x, np.generic) else result
+
+
+def spec(x: Any) -> Spec:
+    """Shape and dtype."""
+    return Spec(tuple(x.shape), x.dtype.name)
+
+
+def refusal(x: Any) -> str:
+    """Why arithmetic makes no sense, or ""."""
+    return "" if x.dtype.kind in "biufcV" and x.dtype.names is None else f"{x.dtype} is no number"
+
+
+def zeros(x: Any) -> Any:
+    """+0.0 in every element."""
+    return _same(np.zeros_like(x), x)
+
+
+def full(x: Any, value: Any) -> Any:
+    """The scalar in every element."""
+    return _same(np.full_like(x, np.asarray(value).astype(x.dtype)), x)
+
+
+def like(value: Any, x: Any) -> Any:
+    """The values as an array like `x`."""
+    out = np.empty_like(x)
+    out[...] = np.asarray(value)
+    return _same(out, x)
+
+
+def add(x: Any, value: Any) -> Any:
+    """x + value, in the dtype of x."""
+    return _same((x + np.asarray(value).astype(x.dtype)).astype(x.dtype, copy=False), x)
+
+
+def multiply(x: Any, value: Any) -> Any:
+    """x * value, in the dtype of x."""
+    return _same((x * np.asarray(value).astype(x.dtype)).astype(x.dtype, copy=False), x)
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """The array in another dtype."""
+    return x.astype(numpy_dtype(dtype))
+
+
+def get(x: Any, index: Any) -> Any:
+    """x[index], a copy."""
+    return np.array(x[index])
+
+
+def put(x: Any, index: Any, verb: str, value: Any) -> Any:
+    """A new array with the slice changed."""
+    out = np.array(x)
+    value = numpy(value).astype(x.dtype)
+    out[index] = value if verb == "set" else getattr(np, verb)(out[index], value)
+    return _same(out, x)
+
+
+def numpy(x: Any) -> Array:
+    """The array itself."""
+    return np.asarray(x)
+
+
+def mutable(x: Any) -> bool:
+    """Whether the values can change in place: not those of scalars and read-only arrays."""
+    return isinstance(x, np.ndarray) and bool(x.flags.writeable)
+
+
+def assign(x: Any, value: Any) -> None:
+    """Writes the value into x itself."""
+    x[...] = value

@@ -1,0 +1,61 @@
+"""Which library an array is of. Libraries that the user has not imported are not imported here either."""
+
+import importlib
+from typing import Any, cast
+
+import numpy as np
+
+from paramend._optional import imported
+from paramend.arrays import numpy as numpy_backend
+from paramend.arrays.backend import Backend
+
+_known: dict[type, Backend | None] = {np.ndarray: numpy_backend}
+_LIBRARIES = ("jax", "torch")
+
+
+def backend_of(kind: type) -> Backend | None:
+    """The verbs for arrays of this type, or None: then a leaf of this type is no array.
+
+    >>> backend_of(np.ndarray).__name__
+    'paramend.arrays.numpy'
+    >>> backend_of(float) is None
+    True
+    """
+    try:
+        return _known[kind]
+    except KeyError:
+        return _find(kind)
+
+
+def _find(kind: type) -> Backend | None:
+    if issubclass(kind, np.ndarray | np.generic):
+        found: Backend | None = numpy_backend
+    else:
+        found = None
+        for library in _LIBRARIES:
+            if imported(library):
+                module: Any = importlib.import_module(f"paramend.arrays.{library}")
+                if issubclass(kind, module.TYPES):
+                    found = cast(Backend, module)
+    # A type that is no array stays out of the table: its library may register itself later.
+    if found is not None:
+        _known[kind] = found
+    return found
+
+
+def backend(x: Any) -> Backend:
+    """The verbs for this array.
+
+    Raises:
+        TypeError: it is no array.
+    """
+    found = backend_of(type(x))
+    if found is None:
+        raise TypeError(f"{type(x).__name__} is no array of numpy, JAX or torch")
+    return found
+
+
+def to_numpy(x: Any) -> "np.ndarray[Any, Any]":
+    """The values of an array of any library on the host; anything else as numpy reads it."""
+    found = backend_of(type(x))
+    return np.asarray(x) if found is None else found.numpy(x)

@@ -1,0 +1,155 @@
+"""Verbs over torch tensors. Opened only once the user has imported torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from paramend.specs import Spec, numpy_dtype
+
+TYPES = (torch.Tensor,)
+# torch and numpy share no memory for these: they travel as integers of the same width.
+_CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}
+
+
+def spec(x: Any) -> Spec:
+    """Shape and dtype."""
+    return Spec(tuple(x.shape), str(x.dtype).removeprefix("torch."))
+
+
+def refusal(x: Any) -> str:
+    """Why arithmetic makes no sense, or ""."""
+    if x.is_quantized:
+        return f"it is quantized ({x.dtype})"
+    return "it is on the meta device and holds no values" if x.is_meta else ""
+
+
+def _new(x: Any, compute: Callable[[], Any]) -> Any:
+    """A new tensor as x was: a leaf of the autograd graph stays a leaf, a Parameter a Parameter."""
+    if x.grad_fn is not None:
+        return compute()
+    with torch.no_grad():
+        result = compute()
+    if isinstance(x, torch.nn.Parameter):
+        result = torch.nn.Parameter(result, requires_grad=x.requires_grad)
+        vars(result).update(vars(x))
+        return result
+    return result.requires_grad_() if x.requires_grad and not result.requires_grad else result
+
+
+def zeros(x: Any) -> Any:
+    """+0.0 in every element."""
+    return _new(x, lambda: torch.zeros_like(x))
+
+
+def full(x: Any, value: Any) -> Any:
+    """The scalar in every element."""
+    return _new(x, lambda: torch.zeros_like(x).copy_(_tensor(value, x)))
+
+
+def like(value: Any, x: Any) -> Any:
+    """The values as a tensor with the device, memory format and `requires_grad` of `x`."""
+    return _new(x, lambda: torch.empty_like(x).copy_(_tensor(value, x)))
+
+
+def _tensor(value: Any, x: Any) -> Any:
+    """A tensor of the dtype of x, on its device. Scalars are rounded to that dtype first, as numpy and JAX do."""
+    if isinstance(value, torch.Tensor):
+        return value.to(x.device, x.dtype)
+    if isinstance(value, bool | int | float | complex):
+        return torch.tensor(value, dtype=x.dtype, device=x.device)
+    return _from_numpy(np.asarray(value)).to(x.device, x.dtype)
+
+
+def _from_numpy(array: Any) -> Any:
+    array = np.array(array, order="C")
+    if array.dtype.kind == "V" or array.dtype.name in ("bfloat16",) or array.dtype.name.startswith("float8"):
+        name = array.dtype.name
+        tensor, carrier = _CARRIERS[array.dtype.itemsize]
+        return torch.from_numpy(array.view(carrier)).view(getattr(torch, name))
+    return torch.from_numpy(array)
+
+
+def _wide(verb: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The verb also for fp8, in which torch computes nothing: float32 holds operands and result."""
+
+    def run(x: Any, value: Any) -> Any:
+        if x.dtype.itemsize == 1 and x.dtype.is_floating_point:
+            return verb(x.float(), value.float()).to(x.dtype)
+        return verb(x, value)
+
+    return run
+
+
+_VERBS = {"add": _wide(torch.add), "multiply": _wide(torch.mul)}
+
+
+def add(x: Any, value: Any) -> Any:
+    """x + value, in the dtype of x."""
+    return _new(x, lambda: _VERBS["add"](x, _tensor(value, x)))
+
+
+def multiply(x: Any, value: Any) -> Any:
+    """x * value, in the dtype of x."""
+    return _new(x, lambda: _VERBS["multiply"](x, _tensor(value, x)))
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """The tensor in another dtype."""
+    return _new(x, lambda: x.to(getattr(torch, dtype)))
+
+
+def get(x: Any, index: Any) -> Any:
+    """x[index], a copy outside the autograd graph unless x is in it."""
+    index = _torch_index(index)
+    return x[index].clone() if x.grad_fn is not None else x.detach()[index].clone()
+
+
+def put(x: Any, index: Any, verb: str, value: Any) -> Any:
+    """A new tensor with the slice changed."""
+    index = _torch_index(index)
+
+    def compute() -> Any:
+        out = x.clone()
+        new = _tensor(value, x)
+        out[index] = new if verb == "set" else _VERBS[verb](out[index], new)
+        return out
+
+    return _new(x, compute)
+
+
+def _torch_index(index: Any) -> Any:
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(torch.as_tensor(part) if isinstance(part, np.ndarray) else part for part in parts)
+
+
+def numpy(x: Any) -> np.ndarray[Any, Any]:
+    """The values on the host."""
+    x = x.detach().cpu().contiguous()
+    name = str(x.dtype).removeprefix("torch.")
+    if name == "bfloat16" or name.startswith("float8"):
+        tensor, _ = _CARRIERS[x.dtype.itemsize]
+        bits: np.ndarray[Any, Any] = x.view(tensor).numpy().view(numpy_dtype(name))
+        return bits
+    array: np.ndarray[Any, Any] = x.numpy()
+    return array
+
+
+def mutable(x: Any) -> bool:
+    """True: tensors change in place."""
+    return True
+
+
+def assign(x: Any, value: Any) -> None:
+    """Writes the value into the tensor, which stays the object it is."""
+    with torch.no_grad():
+        x.copy_(value)
+
+
+def storage(x: Any) -> object:
+    """What tells whether two tensors are one: a module's tied weights are two tensors over one storage in its state dict."""
+    pointer = 0 if x.is_meta else x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
+    if not pointer or not x.numel():
+        return id(x)
+    return (pointer, x.device, x.dtype, x.storage_offset(), tuple(x.shape), x.stride())

@@ -1,0 +1,40 @@
+"""How containers are opened and closed: one `Kind` for each way of holding leaves."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Children = Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One way of holding children.
+
+    Attributes:
+        open: container → (keys, children, static). Keys and static are hashable and, with the types of the children, tell
+            this structure from others. The key `ELIDED` marks a box whose only child takes the box's own path.
+        close: (container, children) → a new container of the same type and static part, holding the children.
+        rekey: (container, {key: child}) → a new container of the same type with these keys, for delete and rename; None
+            where the keys are fixed, as the fields of a dataclass are.
+        replace: for objects with identity (torch and NNX modules), (container, {id of a leaf or its box: new leaf}) → a
+            new container in which shared parts stay shared. Then `close` is called for nothing under it.
+        assign: for boxes, (container, value): puts the value into the box, in place.
+        compiled: whether JAX's own walk opens and closes this kind without loss.
+    """
+
+    name: str
+    open: Callable[[Any], tuple[tuple[Hashable, ...], Children, Hashable]]
+    close: Callable[[Any, Children], Any]
+    rekey: Callable[[Any, dict[Any, Any]], Any] | None = None
+    replace: Callable[[Any, Mapping[int, Any]], Any] | None = None
+    assign: Callable[[Any, Any], None] | None = None
+    compiled: bool = False
+
+
+class _Elided:
+    def __repr__(self) -> str:
+        return "ELIDED"
+
+
+ELIDED = _Elided()

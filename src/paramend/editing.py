@@ -1,0 +1,430 @@
+"""`at`: the edit verbs over any tree, in the manner of `x.at[i]` in jax.numpy."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from paramend import _text
+from paramend.arrays.registry import backend
+from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported, WrongCount
+from paramend.initializers import NOWHERE, Place
+from paramend.ops import OPS, Call, sliced_shape
+from paramend.selectors import resolve, sel, slice_of, write_index
+from paramend.structure import delete, move
+from paramend.trees.registry import Tree
+
+T = TypeVar("T")
+
+
+class Selection(Generic[T]):
+    """Chosen leaves of a tree, and the verbs that change them. Made by `pm.at`.
+
+    Each verb returns a new tree with the same containers; leaves that were not chosen are the same objects. The verbs
+    whose names end in `_` change torch modules and tensors, NNX modules and numpy arrays in place, and return nothing.
+    """
+
+    def __init__(self, tree: T, selector: Any, count: int | None = None) -> None:
+        self._selector, self._index = slice_of(selector)
+        self._tree = Tree(tree)
+        self._numbers = resolve(self._selector, self._tree)
+        if count is not None and len(self._numbers) != count:
+            raise WrongCount(
+                f"{self._selector!r} matches {_text.plural(len(self._numbers), 'leaf', 'leaves')}, and count={count} "
+                f"was demanded: {_text.listing(self.paths)}",
+                found=len(self._numbers),
+                wanted=count,
+                hint=f"count={len(self._numbers)}",
+            )
+
+    # -- looking
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the chosen leaves, in the order of the tree; each is a selector for its leaf.
+
+        >>> at({"a": {"kernel": np.ones(2), "bias": np.ones(2)}}, "**").paths
+        ['a/kernel', 'a/bias']
+        """
+        return [self._tree.index.path(number) for number in self._numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(list(self.get().items()))
+
+    def __repr__(self) -> str:
+        index = "" if self._index is None else f"[{write_index(self._index)}]"
+        return f"<pm.at(..., {self._selector!r}){index}: {_text.plural(len(self), 'leaf', 'leaves')}: {_text.listing(self.paths)}>"
+
+    def __getitem__(self, index: Any) -> "Selection[T]":
+        """The same slice of each chosen leaf, such as one layer of a scanned stack.
+
+        >>> at({"wo": np.ones((3, 2))}, "wo")[-1].zero()["wo"]
+        array([[1., 1.],
+               [1., 1.],
+               [0., 0.]])
+        """
+        if self._index is not None:
+            raise BadArgument(
+                f"the leaves are sliced already, [{write_index(self._index)}]", hint="[i, j] slices two axes at once"
+            )
+        new: Selection[T] = object.__new__(type(self))
+        new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
+        for number in self._numbers:
+            self._explain(number, sliced_shape, self._tree.spec(number).shape, index)
+        return new
+
+    def get(self) -> dict[str, Any]:
+        """The chosen leaves, or slices of them, by path.
+
+        >>> at({"a": np.zeros(2), "b": np.ones(2)}, "b").get()
+        {'b': array([1., 1.])}
+        """
+        found = {path: self._read(number) for path, number in zip(self.paths, self._numbers, strict=True)}
+        if len(found) != len(self._numbers):
+            raise Unsupported(
+                f"two leaves have one path: {_text.listing(sorted(set(self.paths)))}", hint="rename one of the keys"
+            )
+        return found
+
+    def one(self) -> Any:
+        """The only chosen leaf, or the slice of it.
+
+        Raises:
+            WrongCount: there are several.
+
+        >>> at({"a": np.zeros(2), "b": np.ones(2)}, "b").one()
+        array([1., 1.])
+        """
+        if len(self) != 1:
+            raise WrongCount(
+                f"{self._selector!r} matches {len(self)} leaves, and one() demands one: {_text.listing(self.paths)}",
+                found=len(self),
+                wanted=1,
+                hint=f'pm.at(tree, "{self.paths[0]}").one()',
+            )
+        return self._read(self._numbers[0])
+
+    def mask(self) -> Any:
+        """A tree of bools with the same containers, true at the chosen leaves: for optax.masked, eqx.partition ...
+
+        Of a torch module, a dict from state dict names to bools.
+
+        >>> at({"a": {"kernel": np.ones(2), "bias": np.ones(2)}}, "**/bias").mask()
+        {'a': {'kernel': False, 'bias': True}}
+        """
+        self._whole("a mask")
+        flags = [False] * len(self._tree.values)
+        for number in self._numbers:
+            for twin in self._tree.twins(number):
+                flags[twin] = True
+        return self._tree.mapped(flags)
+
+    # -- changing values
+
+    def zero(self) -> T:
+        """The tree with +0.0 in every chosen element, also where NaN, inf or negative numbers were.
+
+        >>> at({"w": np.array([-1.0, np.nan]), "b": np.ones(1)}, "w").zero()
+        {'w': array([0., 0.]), 'b': array([1.])}
+        """
+        return self._edit("zero")
+
+    def zero_(self) -> None:
+        """`zero`, in place."""
+        self._edit_("zero")
+
+    def fill(self, value: Any) -> T:
+        """The tree with a scalar in every chosen element.
+
+        Raises:
+            SpecMismatch: the value is no scalar, or the dtype cannot hold it.
+
+        >>> at({"w": np.zeros(2)}, "w").fill(0.5)
+        {'w': array([0.5, 0.5])}
+        """
+        return self._edit("fill", value=value)
+
+    def fill_(self, value: Any) -> None:
+        """`fill`, in place."""
+        self._edit_("fill", value=value)
+
+    def set(self, value: Any) -> T:
+        """The tree with the chosen leaves replaced by an array of the same shape and dtype.
+
+        Args:
+            value: an array of any library, for all chosen leaves; or a mapping from path to array, as `get` returns it,
+                with exactly the chosen paths.
+
+        Raises:
+            SpecMismatch: shape or dtype differ.
+
+        >>> at({"w": np.zeros(2)}, "w").set(np.array([1.0, 2.0]))
+        {'w': array([1., 2.])}
+        """
+        return self._edit("set", value=value)
+
+    def set_(self, value: Any) -> None:
+        """`set`, in place."""
+        self._edit_("set", value=value)
+
+    def add(self, value: Any) -> T:
+        """The tree with a scalar or a broadcastable array added to the chosen leaves, in their dtype.
+
+        >>> at({"w": np.zeros(2)}, "w").add(1.5)
+        {'w': array([1.5, 1.5])}
+        """
+        return self._edit("add", value=value)
+
+    def add_(self, value: Any) -> None:
+        """`add`, in place."""
+        self._edit_("add", value=value)
+
+    def multiply(self, value: Any) -> T:
+        """The tree with the chosen leaves multiplied by a scalar or a broadcastable array, in their dtype.
+
+        `multiply(0)` is not `zero()`: it leaves -0.0 and NaN behind.
+
+        >>> at({"w": np.ones(2)}, "w").multiply(0.5)
+        {'w': array([0.5, 0.5])}
+        """
+        return self._edit("multiply", value=value)
+
+    def multiply_(self, value: Any) -> None:
+        """`multiply`, in place."""
+        self._edit_("multiply", value=value)
+
+    def apply(self, fn: Any, *, keep_spec: bool = True) -> T:
+        """The tree with each chosen leaf replaced by `fn(leaf)`.
+
+        Args:
+            fn: array → array.
+            keep_spec: whether a result of another shape or dtype is an error.
+
+        >>> at({"w": np.array([1.0, -2.0])}, "w").apply(np.abs)
+        {'w': array([1., 2.])}
+        """
+        return self._edit("apply", fn=fn, keep_spec=keep_spec)
+
+    def apply_(self, fn: Any) -> None:
+        """`apply`, in place; the spec must stay."""
+        self._edit_("apply", fn=fn)
+
+    def cast(self, dtype: Any) -> T:
+        """The tree with the chosen leaves in another dtype, given by name or as numpy, JAX or torch has it.
+
+        >>> at({"w": np.ones(2)}, "w").cast("float16")["w"].dtype
+        dtype('float16')
+        """
+        return self._edit("cast", dtype=dtype)
+
+    def noise(self, std: float, *, seed: Any = 0) -> T:
+        """The tree with normal noise added to the chosen leaves.
+
+        Args:
+            std: the standard deviation.
+            seed: an int, the same numbers in every library and on disk; or a JAX PRNG key, for use inside `jit`. The
+                noise of a leaf depends on the seed and its path only.
+
+        >>> a = at({"w": np.zeros(2), "v": np.zeros(2)}, "**").noise(0.1, seed=3)
+        >>> b = at({"v": np.zeros(2), "w": np.zeros(2)}, "w").noise(0.1, seed=3)
+        >>> bool((a["w"] == b["w"]).all()), bool((a["w"] == a["v"]).any())
+        (True, False)
+        """
+        return self._edit("noise", std=std, seed=seed)
+
+    def noise_(self, std: float, *, seed: Any = 0) -> None:
+        """`noise`, in place."""
+        self._edit_("noise", std=std, seed=seed)
+
+    def reinit(self, init: Any, *, seed: Any = 0) -> T:
+        """The tree with the chosen leaves drawn anew.
+
+        Args:
+            init: "lecun_normal", "he_uniform", "xavier_normal" ...: fans are read from the shape, (..., in, out) in JAX and
+                numpy trees, (out, in, ...) in torch ones; or, for JAX leaves, a function (key, shape, dtype).
+            seed: an int or a JAX PRNG key. The values depend on the seed and the path only.
+
+        >>> kernel = at({"w": np.zeros((100, 50))}, "w").reinit("lecun_normal", seed=1)["w"]
+        >>> round(float(kernel.std()), 2)
+        0.1
+        """
+        return self._edit("reinit", init=init, seed=seed)
+
+    def reinit_(self, init: Any, *, seed: Any = 0) -> None:
+        """`reinit`, in place."""
+        self._edit_("reinit", init=init, seed=seed)
+
+    # -- changing the structure
+
+    def delete(self) -> T:
+        """The tree without the chosen leaves; dicts and lists that became empty go too, list positions close up.
+
+        Raises:
+            Unsupported: a container whose entries are fixed (a dataclass, a module) holds a chosen leaf.
+
+        >>> at({"a": {"w": np.ones(1)}, "b": np.ones(1)}, "a/**").delete()
+        {'b': array([1.])}
+        """
+        self._whole("delete")
+        numbers = {twin for number in self._numbers for twin in self._tree.twins(number)}
+        return delete(self._tree, numbers)  # type: ignore[no-any-return]
+
+    def rename(self, to: str) -> T:
+        """The tree with the chosen leaves under other paths; what the selector's wildcards matched goes where the
+        same wildcards stand in `to`.
+
+        Args:
+            to: the new path: `*`, `**`, `{a,b}` are filled in order, `<n>` by name, also as `<n+1>` or `<2*n>`.
+
+        Raises:
+            RenameClash: two leaves would have one path.
+
+        >>> at({"h_0": {"w": 1 * np.ones(1)}, "h_1": {"w": 2 * np.ones(1)}}, "h_<n>/**").rename("layers_<n+1>/**")
+        {'layers_1': {'w': array([1.])}, 'layers_2': {'w': array([2.])}}
+        """
+        self._whole("rename")
+        return move(self._tree, self._selector, self._numbers, to)  # type: ignore[no-any-return]
+
+    # -- how
+
+    def _read(self, number: int) -> Any:
+        leaf = self._tree.read(number)
+        return leaf if self._index is None else backend(leaf).get(leaf, self._index)
+
+    def _whole(self, what: str) -> None:
+        if self._index is not None:
+            raise BadArgument(f"{what} is of whole leaves, not of slices [{write_index(self._index)}]")
+
+    def _calls(self, name: str, args: dict[str, Any]) -> list[Call]:
+        """One call for each chosen leaf, checked against it."""
+        tree, op = self._tree, OPS[name]
+        if name == "set" and isinstance(args["value"], Mapping):
+            calls = [Call(op, {"value": value}, self._index) for value in _by_path(args["value"], self.paths)]
+        else:
+            calls = [Call(op, args, self._index)] * len(self._numbers)
+        for number, call in zip(self._numbers, calls, strict=True):
+            leaf = tree.values[number]
+            library = backend(leaf)
+            why = library.refusal(leaf) if op.arithmetic else ""
+            if why:
+                raise Unsupported(f"{tree.index.path(number)} cannot take {call}: {why}", hint=_LEAVE_OUT)
+            if op.checks or self._index is not None:
+                self._explain(number, call.spec, library.spec(leaf))
+        return calls
+
+    def _run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+        values = self._tree.values
+        for number, call in zip(self._numbers, calls, strict=True):
+            yield number, call.run(values[number], self._place(number) if call.op.placed else NOWHERE)
+
+    def _place(self, number: int) -> Place:
+        """Of a leaf with several paths the first counts, whichever was selected."""
+        index = self._tree.index
+        first = self._tree.ties.get(number, number)
+        return Place(index.pieces(first), out_first=index.separator == ".")
+
+    def _explain(self, number: int, check: Callable[..., Any], *args: Any) -> None:
+        """Runs a check; its error names the leaf."""
+        try:
+            check(*args)
+        except (SpecMismatch, NoMatch) as error:
+            error.args = (f"{self._tree.index.path(number)}: {error}",)
+            raise
+
+    def _edit(self, name: str, **args: Any) -> T:
+        return self._tree.with_leaves(dict(self._run(self._calls(name, args))))  # type: ignore[no-any-return]
+
+    def _edit_(self, name: str, **args: Any) -> None:
+        for number in self._numbers:
+            self._tree.in_place(number)
+        new = self._run(self._calls(name, args))
+        if name == "apply":  # the user's function may raise half way
+            new = iter(list(new))
+        for number, value in new:
+            self._tree.assign(number, value)
+
+
+_LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
+
+
+def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
+    extra = [path for path in values if path not in set(paths)]
+    missing = [path for path in paths if path not in values]
+    if extra or missing:
+        raise WrongCount(
+            "set was given arrays by path"
+            + (f"; not selected: {_text.listing(extra)}" if extra else "")
+            + (f"; no array for: {_text.listing(missing)}" if missing else ""),
+            found=len(values),
+            wanted=len(paths),
+        )
+    return [values[path] for path in paths]
+
+
+def at(tree: T, selector: Any, *, count: int | None = None) -> Selection[T]:
+    """The chosen leaves of a tree, ready to be read or edited.
+
+    Args:
+        tree: any tree of arrays: nested dicts and lists, Flax params, NNX and Equinox modules, optax states, torch
+            modules and state dicts.
+        selector: text such as `"**/Dense_[-1]/kernel"`, or anything that `pm.sel` takes.
+        count: the number of leaves that must match.
+
+    Raises:
+        NoMatch: nothing matches; the message holds the nearest paths.
+        WrongCount: more or fewer than `count` match.
+
+    >>> params = {"params": {"Dense_0": {"kernel": np.ones((2, 2)), "bias": np.ones(2)}}}
+    >>> at(params, "**/kernel").zero()["params"]["Dense_0"]["kernel"]
+    array([[0., 0.],
+           [0., 0.]])
+    """
+    return Selection(tree, selector, count)
+
+
+def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
+    """A tree of strings with the same containers, for optax.partition: for each leaf the first group that matches it.
+
+    Args:
+        tree: any tree.
+        groups: label → selector. Each selector must match something, though an earlier one may have taken it all.
+
+    Raises:
+        NoMatch: a selector matches nothing, or a leaf belongs to no group.
+
+    >>> labels({"a": np.ones(1), "b": np.ones(1)}, {"frozen": "a", "train": "**"})
+    {'a': 'frozen', 'b': 'train'}
+    """
+    leaves = Tree(tree)
+    found: dict[int, str] = {}
+    for label, selector in groups.items():
+        for number in resolve(selector, leaves):
+            for twin in leaves.twins(number):
+                found.setdefault(twin, label)
+    left = [leaves.index.path(number) for number in leaves.index.numbers if number not in found]
+    if left:
+        raise NoMatch(
+            f"{_text.plural(len(left), 'leaf belongs', 'leaves belong')} to no group: {_text.listing(left)}",
+            hint='{..., "rest": "**"} as the last group takes what is left',
+            near=left[:3],
+        )
+    # Leaves that are no arrays (functions of Equinox modules) need some label, or the structures would differ.
+    last = next(reversed(groups))
+    return leaves.mapped([found.get(number, last) for number in range(len(leaves.values))])
+
+
+def param_count(tree: Any, selector: Any = "**") -> int:
+    """The number of scalars in the chosen leaves; a leaf with several paths counts once.
+
+    >>> param_count({"kernel": np.ones((3, 4)), "bias": np.ones(4)}), param_count({"w": np.ones(2)}, "w")
+    (16, 2)
+    """
+    leaves = Tree(tree)
+    chosen, index = slice_of(sel(selector))
+    if not leaves.index.numbers and selector == "**":
+        return 0
+    specs = [leaves.spec(number) for number in resolve(chosen, leaves)]
+    if index is None:
+        return sum(spec.size for spec in specs)
+    return sum(type(spec)(sliced_shape(spec.shape, index), spec.dtype).size for spec in specs)

@@ -1,0 +1,128 @@
+"""The exceptions of Paramend, one tree, by what the caller would do next.
+
+    ParamendError
+    ├── SelectorError      (ValueError)     fix the selector's text; `span` points at the character
+    ├── NoMatch            (LookupError)    fix what is selected; `near` lists close paths
+    │   └── OutOfRange     (IndexError)     a position that is not there
+    ├── WrongCount         (LookupError)    something matched, but not as many leaves as demanded
+    ├── SpecMismatch       (ValueError)     a shape or dtype differs where it must agree
+    ├── Unsupported        (TypeError)      this leaf or container cannot take this edit
+    ├── BadArgument        (ValueError)     an argument outside its choices
+    ├── RenameClash        (ValueError)     two leaves for one path, or a path that cannot be
+    ├── GraftRefused       (ValueError)     source and target do not fit; `report` holds every case
+    ├── BadCheckpoint      (ValueError)     a file that is damaged, hostile or of no known format
+    ├── CannotWrite        (OSError)        the output exists, the folder is read-only, the disk is full
+    └── MissingExtra       (ImportError)    install the optional dependency named
+
+Every message says what was written, what was there and, after an empty line, `hint:` with what to type.
+Each class has a stable `code` for programs to test.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class ParamendError(Exception):
+    """Base of all errors that Paramend raises on purpose.
+
+    Attributes:
+        code: a stable identifier of the kind of error.
+        hint: code or a command that works instead, or an empty string.
+    """
+
+    code = "paramend"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message}\n\nhint: {hint}" if hint else message)
+        self.hint = hint
+
+
+class SelectorError(ParamendError, ValueError):
+    """A selector's text breaks the grammar; `text[span[0]:span[1]]` is the place."""
+
+    code = "selector"
+
+    def __init__(self, message: str, *, text: str, span: tuple[int, int], hint: str = "") -> None:
+        caret = " " * span[0] + "~" * max(span[1] - span[0] - 1, 0) + "^"
+        super().__init__(f"{message}\n\n    {text}\n    {caret}", hint=hint)
+        self.text = text
+        self.span = span
+
+
+class NoMatch(ParamendError, LookupError):
+    """A selector matched no leaf. `near` holds selectors or paths that do match."""
+
+    code = "no-match"
+
+    def __init__(self, message: str, *, hint: str = "", near: Sequence[str] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.near = tuple(near)
+
+
+class OutOfRange(NoMatch, IndexError):
+    """A position in a selector or in a slice does not exist."""
+
+    code = "out-of-range"
+
+
+class WrongCount(ParamendError, LookupError):
+    """The selector matched `found` leaves where `wanted` were demanded."""
+
+    code = "wrong-count"
+
+    def __init__(self, message: str, *, found: int, wanted: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.found = found
+        self.wanted = wanted
+
+
+class SpecMismatch(ParamendError, ValueError):
+    """A shape or a dtype differs where it must agree."""
+
+    code = "spec-mismatch"
+
+
+class Unsupported(ParamendError, TypeError):
+    """A leaf or a container that cannot take this edit."""
+
+    code = "unsupported"
+
+
+class BadArgument(ParamendError, ValueError):
+    """An argument outside its choices."""
+
+    code = "bad-argument"
+
+
+class RenameClash(ParamendError, ValueError):
+    """A rename gives two leaves one path, or a path that the containers cannot hold."""
+
+    code = "rename-clash"
+
+
+class GraftRefused(ParamendError, ValueError):
+    """Source and target do not fit; nothing was changed. `report` holds every case."""
+
+    code = "graft-refused"
+
+    def __init__(self, message: str, *, report: Any, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
+
+
+class BadCheckpoint(ParamendError, ValueError):
+    """A file that is damaged, hostile or of no known format."""
+
+    code = "bad-checkpoint"
+
+
+class CannotWrite(ParamendError, OSError):
+    """Nothing was written: the output exists, the folder is read-only or the disk is full."""
+
+    code = "cannot-write"
+
+
+class MissingExtra(ParamendError, ImportError):
+    """An optional dependency is not installed."""
+
+    code = "missing-extra"

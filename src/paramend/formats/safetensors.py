@@ -1,0 +1,536 @@
+"""The safetensors format: a header that names every tensor and says where its bytes are, then the bytes.
+
+The reader is stricter than the reference where that one is lax: a name stands once. What the reference refuses
+is refused here too, but for unknown dtypes: their bytes are listed and copied, never read or edited.
+"""
+
+import json
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from paramend import _text
+from paramend.errors import BadCheckpoint, Unsupported
+from paramend.leaves import Index
+from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
+
+Array = np.ndarray[Any, Any]
+
+MAX_HEADER = 100_000_000
+# Names are trees of pieces; a name of a million pieces would be a tree too deep to walk.
+MAX_PIECES = 200
+_U64 = 2**64
+_METADATA = "__metadata__"
+
+# What other files begin with, and what to say of them.
+_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for", "git lfs pull"),
+    (b"PK\x03\x04", "a zip file, as torch.save and numpy.savez write them, not safetensors", ""),
+    (b"\x89HDF", "an HDF5 file, not safetensors", ""),
+    (b"GGUF", "a GGUF file, not safetensors", ""),
+    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
+    (b"\x80", "a Python pickle, as old versions of torch.save write it, not safetensors", ""),
+    (b"<", "a web page (HTML or XML), not safetensors", "download the file itself"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        name: as it stands in the header.
+        spec: shape and dtype; of a dtype that is unknown, such as code "I2", the dtype is "raw<I2>".
+        start: where its bytes begin, counted from the end of the header.
+        stop: where they end.
+    """
+
+    name: str
+    spec: Spec
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """The number of its bytes in the file."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header that keeps every rule of the format.
+
+    Attributes:
+        raw: the JSON text with its padding, as it stands in the file.
+        entries: the tensors in the order of their bytes, which need not be the order of their names in `raw`.
+        metadata: the strings under `__metadata__`; None if there are none.
+    """
+
+    raw: bytes
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The length of the header with the eight bytes that say how long it is; the data begins there."""
+        return 8 + len(self.raw)
+
+    @property
+    def data_nbytes(self) -> int:
+        """The number of bytes of all tensors."""
+        return self.entries[-1].stop if self.entries else 0
+
+    def to_bytes(self) -> bytes:
+        """What the file begins with."""
+        return len(self.raw).to_bytes(8, "little") + self.raw
+
+    def with_specs(self, changes: Mapping[int, Spec]) -> "Header":
+        """The header after the tensors at these places of `entries` have taken other shapes or dtypes.
+
+        Metadata, unknown fields and both orders stay. Without a true change the header stays byte for byte.
+
+        >>> before = write_header({"w": Spec((2,), "float32"), "b": Spec((1,), "float32")}, {"format": "pt"})
+        >>> after = before.with_specs({0: Spec((2,), "bfloat16")})
+        >>> [(entry.name, str(entry.spec), entry.start) for entry in after.entries], after.metadata
+        ([('w', 'bfloat16[2]', 0), ('b', 'float32[1]', 4)], {'format': 'pt'})
+        """
+        if all(self.entries[i].spec == spec for i, spec in changes.items()):
+            return self
+        table = json.loads(self.raw)
+        entries: list[Entry] = []
+        at = 0
+        for i, entry in enumerate(self.entries):
+            spec = changes.get(i, entry.spec)
+            nbytes = entry.nbytes if spec == entry.spec else spec.nbytes
+            entries.append(Entry(entry.name, spec, at, at + nbytes))
+            if spec != entry.spec:
+                table[entry.name] |= {"dtype": _code(spec), "shape": list(spec.shape)}
+            table[entry.name]["data_offsets"] = [at, at + nbytes]
+            at += nbytes
+        return Header(_encode(table), tuple(entries), self.metadata)
+
+
+def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> Header:
+    """The header of a new file that holds these tensors one after the other.
+
+    Raises:
+        Unsupported: the format has no such dtype.
+
+    >>> write_header({"w": Spec((2, 2), "bfloat16")}).raw
+    b'{"w":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}       '
+    """
+    table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
+    entries: list[Entry] = []
+    at = 0
+    for name, spec in specs.items():
+        stop = at + spec.nbytes
+        table[name] = {"dtype": _code(spec), "shape": list(spec.shape), "data_offsets": [at, stop]}
+        entries.append(Entry(name, spec, at, stop))
+        at = stop
+    return Header(_encode(table), tuple(entries), metadata)
+
+
+def _code(spec: Spec) -> str:
+    code = SAFETENSORS_CODES.get(spec.dtype)
+    if code is None:
+        raise Unsupported(f"a safetensors file cannot hold {spec.dtype}", hint=", ".join(SAFETENSORS_CODES))
+    return code
+
+
+def _encode(table: dict[str, Any]) -> bytes:
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return text + b" " * (-len(text) % 8)  # so that the data begins aligned
+
+
+# ---- reading a header --------------------------------------------------------------------------------------
+
+
+class _Flaw(ValueError):
+    """A rule that the JSON text breaks, found while it is parsed."""
+
+
+def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
+    """The header, every rule checked.
+
+    Args:
+        raw: the JSON text.
+        data_nbytes: how many bytes follow it.
+        file: what messages call the file.
+
+    Raises:
+        BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
+
+    >>> parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12, file="x.st")
+    Traceback (most recent call last):
+    paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to none
+    """
+    table = _parse_json(raw, file)
+    metadata = _metadata(table.pop(_METADATA, None), file)
+    entries = [_entry(name, row, file) for name, row in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    _check_cover(entries, data_nbytes, file)
+    return Header(raw, tuple(entries), metadata)
+
+
+def _bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
+    return BadCheckpoint(f"{file}: {place}: {reason}", hint=hint)
+
+
+def _shown(text: str) -> str:
+    """A name from a file in a message: no control characters, no hundred megabytes."""
+    return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"
+
+
+def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise _Flaw(f"{_shown(twice)} stands twice")
+        return found
+
+    def constant(text: str) -> NoReturn:
+        raise _Flaw(f"{text} is no JSON number")
+
+    def finite(text: str) -> float:
+        number = float(text)
+        if number in (float("inf"), float("-inf")):
+            raise _Flaw(f"the number {_shown(text)} is too large")
+        return number
+
+    try:
+        table = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_float=finite
+        )
+    except UnicodeDecodeError as error:
+        raise _bad(file, f"header, byte {error.start}", "the text is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise _bad(file, f"header, character {error.pos}", f"the text is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise _bad(file, "header", "brackets are nested too deeply") from None
+    except _Flaw as flaw:
+        raise _bad(file, "header", str(flaw)) from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise _bad(file, "header", str(error)) from None
+    if type(table) is not dict:
+        raise _bad(file, "header", f"a JSON object is expected, not {_json_type(table)}")
+    return table
+
+
+def _json_type(value: Any) -> str:
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a bool",
+        int: "an integer",
+        float: "a number with a point",
+        type(None): "null",
+    }
+    return names[type(value)]
+
+
+def _metadata(value: Any, file: str) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if type(value) is not dict:
+        raise _bad(file, f"header, {_METADATA}", f"an object of strings is expected, not {_json_type(value)}")
+    for key, text in value.items():
+        place = f"header, {_METADATA}, {_shown(key)}"
+        if type(text) is not str:
+            raise _bad(file, place, f"a string is expected, not {_json_type(text)}")
+        _check_text(key, place, file)
+        _check_text(text, place, file)
+    return value
+
+
+def _check_text(text: str, place: str, file: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _bad(file, place, "half a surrogate pair is no text") from None
+
+
+def _entry(name: str, row: Any, file: str) -> Entry:
+    place = f"tensor {_shown(name)}"
+    _check_text(name, place, file)
+    if name.count("/") + name.count(".") >= MAX_PIECES:
+        raise _bad(file, place, f"the name has more than {MAX_PIECES} pieces")
+    if type(row) is not dict:
+        raise _bad(file, place, f"an object is expected, not {_json_type(row)}")
+    missing = [field for field in ("dtype", "shape", "data_offsets") if field not in row]
+    if missing:
+        raise _bad(file, place, f"{missing[0]} is missing")
+    code, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if type(code) is not str:
+        raise _bad(file, f"{place}, dtype", f"a string is expected, not {_json_type(code)}")
+    _check_text(code, f"{place}, dtype", file)
+    if type(shape) is not list:
+        raise _bad(file, f"{place}, shape", f"an array is expected, not {_json_type(shape)}")
+    if type(offsets) is not list or len(offsets) != 2:
+        raise _bad(file, f"{place}, data_offsets", "an array of two integers is expected")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < _U64:
+                shown = f"{number:,}" if type(number) is int and abs(number) < 10**30 else _json_type(number)
+                raise _bad(
+                    file, f"{place}, {what}", f"a whole number from 0 to 2**64 - 1 is expected, not {shown}"
+                )
+    start, stop = offsets
+    if stop < start:
+        raise _bad(file, f"{place}, data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
+    dtype = FROM_SAFETENSORS.get(code)
+    elements = 1
+    for length in shape:
+        elements *= length
+        if elements >= _U64:
+            raise _bad(file, f"{place}, shape", "the number of elements overflows 64 bits")
+    if dtype is None:
+        return Entry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
+    bits = elements * BITS[dtype]
+    if bits >= _U64:
+        raise _bad(file, f"{place}, shape", "the number of bits overflows 64 bits")
+    if bits % 8:
+        raise _bad(file, f"{place}, shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
+    if stop - start != bits // 8:
+        said = f"{code} of shape {_text.listing([*map(str, shape)], 10) or '()'}"
+        raise _bad(
+            file,
+            f"{place}, data_offsets",
+            f"{said} takes {_text.plural(bits // 8, 'byte')}, and {start:,} to {stop:,} are {stop - start:,}",
+        )
+    return Entry(name, Spec(tuple(shape), dtype), start, stop)
+
+
+def _check_cover(entries: Iterable[Entry], data_nbytes: int, file: str) -> None:
+    """Every byte of the data belongs to exactly one tensor."""
+    entries = list(entries)
+    needed = max((entry.stop for entry in entries), default=0)
+    if needed > data_nbytes:
+        reason = f"the file is cut short: its tensors take {needed:,} bytes, and {data_nbytes:,} are there"
+        raise _bad(file, "data", reason, hint="copy or download it again")
+    at, before = 0, "the header"
+    for entry in entries:
+        place = f"tensor {_shown(entry.name)}, data_offsets"
+        if entry.start > at:
+            raise _bad(file, place, f"the bytes {at:,} to {entry.start:,} before it belong to no tensor")
+        if entry.start < at:
+            raise _bad(file, place, f"it begins at {entry.start:,}, within {before}, which ends at {at:,}")
+        at, before = entry.stop, f"tensor {_shown(entry.name)}"
+    if at != data_nbytes:
+        extra = _text.plural(data_nbytes - at, "byte")
+        raise _bad(file, "data", f"{extra} after the last tensor belong to none")
+
+
+# ---- the file as leaves ------------------------------------------------------------------------------------
+
+
+class SafetensorsFile:
+    """One safetensors file as `Leaves`. Opening reads the header; arrays are read when asked for.
+
+    A leaf's number is its place in the order of the bytes. Use it as a context manager, or `close()` it; arrays
+    that were read stay valid.
+
+    Attributes:
+        path: as the user gave it.
+        header: names, specs, offsets and metadata.
+        index: the names; its separator is "/" where the file's own names hold "/" and no ".".
+        ties: nothing: in a file each tensor has one name.
+        stat: what the system said of the file when it was opened.
+
+    Raises:
+        BadCheckpoint: there is no such file, or it is damaged, or of another format.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> header = write_header({"fc.weight": Spec((2, 1), "float32")})
+    >>> _ = path.write_bytes(header.to_bytes() + np.array([1, 2], "float32").tobytes())
+    >>> with SafetensorsFile(path) as file:
+    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())
+    fc.weight float32[2,1] [[1.0], [2.0]]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.ties: Mapping[int, int] = {}
+        self._descriptor = _open(self.path)
+        try:
+            self.stat = os.fstat(self._descriptor)
+            self.header = _read_header(self._descriptor, self.stat, str(self.path))
+        except BaseException:
+            self.close()
+            raise
+        names = [entry.name for entry in self.header.entries]
+        slashes = any("/" in name for name in names) and not any("." in name for name in names)
+        self.index = Index.of_names(names, "/" if slashes else ".")
+
+    def __repr__(self) -> str:
+        return f"<{self.path}: {_text.plural(len(self.header.entries), 'leaf', 'leaves')}>"
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the file back to the system."""
+        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def fileno(self) -> int:
+        """The descriptor that the system knows the open file by."""
+        return self._descriptor
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf."""
+        return self.header.entries[number].spec
+
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf in the file, also of a dtype of unknown width."""
+        return self.header.entries[number].nbytes
+
+    def refusal(self, number: int) -> str:
+        """Why a leaf cannot be read as an array, or ""."""
+        dtype = self.spec(number).dtype
+        if dtype.startswith("raw<"):
+            return f"its dtype, {dtype[4:-1]!r}, is unknown: its bytes can only be copied"
+        if BITS[dtype] % 8:
+            return f"its values, {dtype}, are packed {BITS[dtype]} bits each: its bytes can only be copied"
+        return ""
+
+    def read(self, number: int) -> Array:
+        """The array, read-only and memory-mapped: pages are read when touched.
+
+        Raises:
+            Unsupported: the dtype is unknown or packed.
+        """
+        spec, entry = self.spec(number), self.header.entries[number]
+        self._check_readable(number)
+        if not entry.nbytes:
+            return self._shaped(np.empty(0, numpy_dtype(spec.dtype)), number)
+        array = np.frombuffer(self._map, np.uint8, entry.nbytes, self.header.nbytes + entry.start)
+        array = array.view(numpy_dtype(spec.dtype))
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return self._shaped(array, number)
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
+
+        Raises:
+            Unsupported: the dtype is unknown or packed.
+            BadCheckpoint: the file has become shorter since it was opened.
+        """
+        self._check_readable(number)
+        dtype = numpy_dtype(self.spec(number).dtype)
+        buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
+        offset = self.header.nbytes + self.header.entries[number].start + start * dtype.itemsize
+        view, at = buffer.data, 0
+        while at < len(buffer):
+            count = os.preadv(self._descriptor, [view[at:]], offset + at)
+            if not count:
+                raise shrunk(self)
+            at += count
+        return buffer.view(dtype)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        if self._descriptor < 0:
+            raise ValueError(f"{self.path} is closed")
+        return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+
+    def _check_readable(self, number: int) -> None:
+        why = self.refusal(number)
+        if why:
+            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
+
+    def _shaped(self, array: Array, number: int) -> Array:
+        shape = self.spec(number).shape
+        try:
+            return array.reshape(shape)
+        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+            raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
+
+
+def shrunk(file: SafetensorsFile) -> BadCheckpoint:
+    """The error for a file that lost bytes while it was being read."""
+    return BadCheckpoint(f"{file.path}: data: the file became shorter while it was being read")
+
+
+def _open(path: Path) -> int:
+    # O_NONBLOCK: without it, opening a named pipe waits for ever.
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path}: there is no such file", hint=_near_file(path)) from None
+    except PermissionError:
+        raise BadCheckpoint(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(
+            f"{path}: it cannot be opened: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if not stat.S_ISDIR(mode):
+        raise BadCheckpoint(f"{path}: it is no regular file (a pipe, a device or a socket)")
+    inside = sorted(path.glob("*.safetensors"))
+    raise BadCheckpoint(
+        f"{path}: it is a directory, and one safetensors file is expected",
+        hint=f"{inside[0]}" + (f" or one of {len(inside) - 1} more" if inside[1:] else "") if inside else "",
+    )
+
+
+def _near_file(path: Path) -> str:
+    try:
+        near = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
+    except OSError:
+        return ""
+    return f"{path.parent / near[0]}" if near else ""
+
+
+def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
+    size = status.st_size
+    head = os.pread(descriptor, 64, 0)
+    if size < 8:
+        raise _bad(
+            file,
+            "byte 0",
+            "the file is empty" if not size else f"a file of {_text.plural(size, 'byte')} has no header",
+        )
+    length = int.from_bytes(head[:8], "little")
+    if length > MAX_HEADER or length > size - 8:
+        for magic, what, hint in _FOREIGN:
+            if head.startswith(magic):
+                raise _bad(file, "byte 0", f"it is {what}", hint)
+        if length > MAX_HEADER:
+            raise _bad(file, "byte 0", f"not a safetensors file: its header would be {length:,} bytes long")
+        raise _bad(
+            file,
+            "byte 0",
+            f"the header is said to be {length:,} bytes long, and {size - 8:,} bytes follow",
+            hint="copy or download it again, if it is a safetensors file",
+        )
+    raw = bytearray()
+    while len(raw) < length:
+        piece = os.pread(descriptor, length - len(raw), 8 + len(raw))
+        if not piece:
+            raise _bad(file, "header", "the file became shorter while it was being read")
+        raw += piece
+    return parse_header(bytes(raw), size - 8 - length, file=file)

@@ -1,0 +1,1 @@
+"""Freezing: leaves that training leaves where they are, in optax and in torch."""

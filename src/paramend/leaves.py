@@ -1,0 +1,121 @@
+"""`Leaves`: named arrays that can be described without being read, the one noun that selectors and engines speak."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol
+
+from paramend.paths import Label, Part, labels, text_of, write_path
+from paramend.patterns import Names
+from paramend.specs import Spec
+
+
+class Index:
+    """The names of a tree's array leaves. One index serves every tree of the same structure.
+
+    Attributes:
+        names: the tree of names, label → subtree or → leaf number.
+        numbers: the leaf numbers in the order in which leaves are listed.
+        separator: what stands between keys when a path is printed: "/" for JAX trees, "." for torch ones.
+        spans: for each container `(type, start, stop)`: its leaves are `numbers[start:stop]`.
+        found: what selectors matched before, by selector.
+    """
+
+    def __init__(self, separator: str = "/") -> None:
+        self.names: Names = {}
+        self.numbers: list[int] = []
+        self.separator = separator
+        self.spans: list[tuple[type, int, int]] = []
+        self.found: dict[Hashable, tuple[int, ...]] = {}
+
+    @classmethod
+    def of_names(cls, names: Iterable[str], separator: str = ".") -> "Index":
+        """The index of a flat table of names, as a checkpoint file holds."""
+        index = cls(separator)
+        for number, name in enumerate(names):
+            index.numbers.append(number)
+            index.add(index.names, name, number)
+        return index
+
+    def add(self, names: Names, key: object, child: Any) -> None:
+        """Enters a leaf number or a subtree under a key of a subtree of names."""
+        if type(key) is str and key not in names and "/" not in key and "." not in key:  # nearly all keys
+            names[key] = child
+            return
+        path = labels(key)
+        for label in path[:-1]:
+            inner = names.get(label)
+            if type(inner) is not dict:
+                inner = names[label] = {}
+            names = inner
+        last = path[-1]
+        while last in names:  # two keys that read the same, as list position 0 and key "0" may
+            last = last._replace(serial=last.serial + 1) if isinstance(last, Part) else Part(last, "", True, 1)
+        names[last] = child
+
+    @cached_property
+    def paths(self) -> dict[int, tuple[Label, ...]]:
+        """Leaf number → labels from the root, in the order of `numbers`."""
+        out: dict[int, tuple[Label, ...]] = {}
+
+        def visit(names: Names, path: tuple[Label, ...]) -> None:
+            for label, child in names.items():
+                if type(child) is int:
+                    out[child] = (*path, label)
+                else:
+                    visit(child, (*path, label))
+
+        visit(self.names, ())
+        return {number: out[number] for number in self.numbers}
+
+    @cached_property
+    def _rank(self) -> dict[int, int] | None:
+        """The place of each leaf number in `numbers`; None if these ascend."""
+        ascending = all(a < b for a, b in pairwise(self.numbers))
+        return None if ascending else {number: place for place, number in enumerate(self.numbers)}
+
+    def ordered(self, numbers: Iterable[int]) -> list[int]:
+        """Leaf numbers in the order in which leaves are listed."""
+        return sorted(numbers) if self._rank is None else sorted(numbers, key=self._rank.__getitem__)
+
+    def path(self, number: int) -> str:
+        """The path of a leaf as text; it is a selector for that leaf."""
+        return write_path(self.paths[number], self.separator)
+
+    def pieces(self, number: int) -> tuple[str, ...]:
+        """The path of a leaf piece by piece: the same for `fc.weight` in a state dict and fc → weight in a module."""
+        return tuple(map(text_of, self.paths[number]))
+
+
+class Leaves(Protocol):
+    """Anything whose leaves have names and specs: a pytree, a module, a checkpoint.
+
+    A leaf is known by its number. Numbers may have gaps: leaves that are no arrays are not selectable.
+    """
+
+    @property
+    def index(self) -> Index:
+        """The names."""
+
+    @property
+    def ties(self) -> Mapping[int, int]:
+        """Leaf number → the first number of the same leaf, for leaves with several paths."""
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf, without reading it."""
+
+    def read(self, number: int) -> Any:
+        """The array."""
+
+
+def unique(leaves: Leaves, numbers: Sequence[int]) -> tuple[int, ...]:
+    """The numbers without second paths to the same leaf.
+
+    The first path among those given stands for the leaf.
+    """
+    if not leaves.ties:
+        return tuple(numbers)
+    first: dict[int, int] = {}
+    for number in numbers:
+        first.setdefault(leaves.ties.get(number, number), number)
+    return tuple(first.values())

@@ -1,0 +1,59 @@
+"""The lessons there are: one row for each, read without opening any framework."""
+
+import importlib
+from dataclasses import dataclass
+
+from paramend._optional import need
+from paramend._text import closest, listing
+from paramend.errors import BadArgument
+from paramend.lessons.lesson import Lesson
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a lesson is, and what must be installed for it.
+
+    Attributes:
+        needs: the packages that the lesson imports.
+        extra: the extra of Paramend that installs them.
+    """
+
+    name: str
+    title: str
+    module: str
+    needs: tuple[str, ...]
+    extra: str
+
+
+ROWS = (
+    Row("kernel_replace", "Replace one kernel, keep its bias", "kernel", ("jax", "flax"), "jax"),
+    Row("zero_last_layer", "Zero the last kernel, let the bias speak", "last_layer", ("jax", "flax"), "jax"),
+    Row("freeze_first_dense", "Freeze the first layer for one step", "frozen_layer", ("jax", "flax"), "jax"),
+    Row("partial_init", "Start a bigger model from a smaller one", "warm_start", ("jax", "flax"), "jax"),
+    Row("init_zero", "Zero one torch layer in place", "torch_layer", ("torch",), "torch"),
+)
+
+
+def find(name: str) -> Lesson:
+    """The lesson of that name; `kernel-replace` is read as `kernel_replace`.
+
+    Raises:
+        BadArgument: there is no such lesson; the hint has the nearest name.
+        MissingExtra: the framework it uses is not installed.
+
+    Example:
+        >>> find("kernel_replace").title
+        'Replace one kernel, keep its bias'
+    """
+    rows = {row.name: row for row in ROWS}
+    row = rows.get(name.replace("-", "_"))
+    if row is None:
+        near = closest(name.replace("-", "_"), rows, limit=1)
+        known = listing(list(rows))
+        raise BadArgument(
+            f"no lesson is called '{name}'", hint=f"did you mean {near[0]}?" if near else f"lessons: {known}"
+        )
+    for package in row.needs:
+        need(package, extra=row.extra, to=f"run the lesson {row.name}")
+    lesson: Lesson = importlib.import_module(f"paramend.lessons.{row.module}").LESSON
+    return lesson

@@ -1,0 +1,379 @@
+"""The lesson on freezing the first layer for one step."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramend.editing import at
+from paramend.lessons.lesson import Case, Lesson, Mistake
+from paramend.lessons.observation import Observation
+from paramend.lessons.witness import Picture, Witness, candidates, layer_names, observe, same
+
+TEXT = """
+The problem. A network `nn.Dense(8)`, relu, `nn.Dense(1)` is initialised with
+`PRNGKey(seed)` on `x`; its loss is the mean square of `prediction[:, 0] - y`. Take one
+step of gradient descent with rate `lr` in which `Dense_0`, kernel and bias, does not
+move: its gradients are made zero, chosen by path. Return [loss, norm_after,
+norm_before], of shape (3,): the loss before the step, and the Frobenius norm of the
+kernel of `Dense_0` after the step and before it. The norms are equal.
+
+The idea. Gradients are a tree with the same paths as the parameters. What selects a
+layer selects its gradients.
+
+The pitfall. Zero the gradient, not the parameter, and both leaves of the layer, not the
+kernel alone. Work out the norm before from the old parameters. A layer gets its number
+when it is made: nn.Dense(1)(nn.relu(nn.Dense(8)(x))) makes the last one first. And mind y:
+a prediction of shape (N, 1) minus a y of shape (N,) is a table of (N, N).
+
+The Paramend way.
+
+    grads = pm.at(grads, "params/Dense_0/**").zero()
+
+This holds for plain gradient descent. AdamW would still decay the layer, and momentum
+would carry it on: then use `pm.freeze(tx, "**/Dense_0/**")`, which keeps the layer
+bitwise unmoved under any optimizer.
+
+How it is graded. Each input is also tried with an infinite lr: infinity times zero is
+nan. So a gradient that was made zero shows as nan after the step and as the old norm
+before it, and an update that was made zero does not.
+"""
+
+
+class Regressor(nn.Module):
+    """Eight hidden units and one output."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+        x = nn.relu(nn.Dense(8)(x))
+        return nn.Dense(1)(x)
+
+
+class Reversed(nn.Module):
+    """The same layers in one expression, which makes the outer one first, so that it is `Dense_0`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+        return nn.Dense(1)(nn.relu(nn.Dense(8)(x)))
+
+
+def freeze_first_dense(seed: float, x: Any, y: Any, lr: float) -> jax.Array:
+    """The loss, and the norm of the frozen kernel after and before one step of the other layer."""
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    model = Regressor()
+    params = model.init(jax.random.PRNGKey(int(seed)), x)
+
+    def mean_square(params: Any) -> jax.Array:
+        return jnp.mean((model.apply(params, x)[:, 0] - y) ** 2)
+
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    grads = at(grads, "params/Dense_0/**").zero()
+    stepped = jax.tree.map(lambda p, g: p - lr * g, params, grads)
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _norm(params: Any) -> jax.Array:
+    return jnp.linalg.norm(at(params, "params/Dense_0/kernel").one())
+
+
+def _start(
+    seed: float, x: Any, y: Any, model: nn.Module = Regressor()
+) -> tuple[Any, Callable[[Any], jax.Array]]:
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    params = model.init(jax.random.PRNGKey(int(seed)), x)
+    return params, lambda params: jnp.mean((model.apply(params, x)[:, 0] - y) ** 2)
+
+
+def _sgd(params: Any, grads: Any, lr: float) -> Any:
+    return jax.tree.map(lambda p, g: p - lr * g, params, grads)
+
+
+def _with_grads(edit: Callable[[Any], Any], seed: float, x: Any, y: Any, lr: float) -> Any:
+    """The lesson's step, but with another edit of the gradients."""
+    params, mean_square = _start(seed, x, y)
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    stepped = _sgd(params, edit(grads), lr)
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _second(*args: Any) -> Any:
+    return _with_grads(lambda grads: at(grads, "params/Dense_1/**").zero(), *args)
+
+
+def _zero_where(grads: Any, chosen: Callable[[tuple[str, ...]], bool]) -> Any:
+    def leaf(path: Any, grad: jax.Array) -> jax.Array:
+        return jnp.zeros_like(grad) if chosen(tuple(key.key for key in path)) else grad
+
+    return jax.tree_util.tree_map_with_path(leaf, grads)
+
+
+def _wrong_case_read(*args: Any) -> Any:
+    def edit(grads: Any) -> Any:
+        inner = grads["params"]
+        return {"params": {**inner, "Dense_0": jax.tree.map(jnp.zeros_like, inner["dense_0"])}}
+
+    return _with_grads(edit, *args)
+
+
+def _wrong_case_selected(*args: Any) -> Any:
+    return _with_grads(lambda grads: at(grads, "params/dense_0/**").zero(), *args)
+
+
+def _wrong_case_added(*args: Any) -> Any:
+    def edit(grads: Any) -> Any:
+        inner = grads["params"]
+        return {"params": {**inner, "dense_0": jax.tree.map(jnp.zeros_like, inner["Dense_0"])}}
+
+    return _with_grads(edit, *args)
+
+
+def _wrong_case_compared(*args: Any) -> Any:
+    return _with_grads(lambda grads: _zero_where(grads, lambda path: "dense_0" in path), *args)
+
+
+def _inner_read(*args: Any) -> Any:
+    def edit(grads: Any) -> Any:
+        return {**grads, "Dense_0": jax.tree.map(jnp.zeros_like, grads["Dense_0"])}
+
+    return _with_grads(edit, *args)
+
+
+def _inner_selected(*args: Any) -> Any:
+    return _with_grads(lambda grads: at(grads, "Dense_0/**").zero(), *args)
+
+
+def _inner_added(*args: Any) -> Any:
+    def edit(grads: Any) -> Any:
+        return {**grads, "Dense_0": jax.tree.map(jnp.zeros_like, grads["params"]["Dense_0"])}
+
+    return _with_grads(edit, *args)
+
+
+def _inner_compared(*args: Any) -> Any:
+    return _with_grads(lambda grads: _zero_where(grads, lambda path: path[0] == "Dense_0"), *args)
+
+
+def _kernel_only(*args: Any) -> Any:
+    return _with_grads(lambda grads: at(grads, "params/Dense_0/kernel").zero(), *args)
+
+
+def _bias_dropped(*args: Any) -> Any:
+    def edit(grads: Any) -> Any:
+        inner = grads["params"]
+        return {"params": {**inner, "Dense_0": {"kernel": jnp.zeros_like(inner["Dense_0"]["kernel"])}}}
+
+    return _with_grads(edit, *args)
+
+
+def _every_kernel(*args: Any) -> Any:
+    return _with_grads(lambda grads: at(grads, "**/kernel").zero(), *args)
+
+
+def _everything(*args: Any) -> Any:
+    return _with_grads(lambda grads: jax.tree.map(jnp.zeros_like, grads), *args)
+
+
+def _scalar_layer(*args: Any) -> Any:
+    return _with_grads(lambda grads: {"params": {**grads["params"], "Dense_0": 0.0}}, *args)
+
+
+def _scalar_array(*args: Any) -> Any:
+    return _with_grads(lambda grads: {"params": {**grads["params"], "Dense_0": jnp.zeros(())}}, *args)
+
+
+def _zeroed_before(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y)
+    zeroed = at(params, "params/Dense_0/**").zero()
+    loss, grads = jax.value_and_grad(mean_square)(zeroed)
+    stepped = _sgd(zeroed, grads, lr)
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _zeroed_first(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y)
+    params = at(params, "params/Dense_0/**").zero()
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    return jnp.stack([loss, _norm(_sgd(params, grads, lr)), _norm(params)])
+
+
+def _zeroed_between(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y)
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    stepped = _sgd(at(params, "params/Dense_0/**").zero(), grads, lr)
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _zeroed_after(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y)
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    stepped = at(_sgd(params, grads, lr), "params/Dense_0/**").zero()
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _norms_after(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y)
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    params = _sgd(params, at(grads, "params/Dense_0/**").zero(), lr)
+    return jnp.stack([loss, _norm(params), _norm(params)])
+
+
+def _updates_zeroed(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y)
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    updates = at(jax.tree.map(lambda g: -lr * g, grads), "params/Dense_0/**").zero()
+    stepped = jax.tree.map(jnp.add, params, updates)
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _table_of_errors(seed: float, x: Any, y: Any, lr: float) -> Any:
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    model = Regressor()
+    params = model.init(jax.random.PRNGKey(int(seed)), x)
+    loss, grads = jax.value_and_grad(lambda params: jnp.mean((model.apply(params, x) - y) ** 2))(params)
+    stepped = _sgd(params, at(grads, "params/Dense_0/**").zero(), lr)
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _numbered_inside_out(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y, Reversed())
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    stepped = _sgd(params, at(grads, "params/Dense_0/**").zero(), lr)
+    return jnp.stack([loss, _norm(stepped), _norm(params)])
+
+
+def _mutated(seed: float, x: Any, y: Any, lr: float) -> Any:
+    params, mean_square = _start(seed, x, y)
+    loss, grads = jax.value_and_grad(mean_square)(params)
+    grads, before = at(grads, "params/Dense_0/**").zero(), _norm(params)
+    for name, layer in params["params"].items():
+        for leaf in layer:
+            layer[leaf] -= lr * grads["params"][name][leaf]
+    return jnp.stack([loss, _norm(params), before])
+
+
+def step_facts(witness: Witness, seen: Observation) -> dict[str, str]:
+    """Which leaves moved in the step, if the tree was seen whose kernel has the norm that was returned."""
+    if not witness.handed or np.shape(seen.result) != (3,):
+        return {}
+    before = witness.handed[-1].picture
+    names = layer_names(before)
+    kernel = next((path for path, name in names.items() if name == "layer 0 kernel"), None)
+    after = float(np.asarray(seen.result)[1])
+
+    def fits(leaves: Picture) -> bool:
+        if kernel is None or leaves.keys() != before.keys() or isinstance(leaves[kernel], jax.core.Tracer):
+            return False
+        norm = float(np.linalg.norm(np.asarray(leaves[kernel], np.float32)))
+        return math.isclose(norm, after, rel_tol=1e-4) or (math.isnan(norm) and math.isnan(after))
+
+    stepped = next(candidates(witness, fits), None)
+    if stepped is None:
+        return {}
+    return {
+        f"{names[path]} in the step": "stayed" if kept else "moved"
+        for path, leaf in before.items()
+        if (kept := same(leaf, stepped[path])) is not None
+    }
+
+
+def cases(rng: np.random.Generator) -> list[Case]:
+    """An ordinary step, and the same step with an infinite rate."""
+    count, width = int(rng.integers(4, 8)), int(rng.integers(2, 6))
+    x = rng.normal(size=(count, width)).astype(np.float32)
+    y = rng.normal(size=count).astype(np.float32)
+    seed, lr = float(rng.integers(1000)), float(rng.uniform(0.02, 0.2))
+    infinite = "lr is infinite: where a gradient was made zero, infinity times zero gives nan"
+    return [Case((seed, x, y, lr)), Case((seed, x, y, math.inf), note=infinite)]
+
+
+LESSON = Lesson(
+    name="freeze_first_dense",
+    title="Freeze the first layer for one step",
+    text=TEXT,
+    reference=freeze_first_dense,
+    cases=cases,
+    observe=partial(observe, facts=step_facts),
+    unseen="Whether the bias of Dense_0 stayed and Dense_1 moved is not in the three numbers. It is "
+    "checked on the tree after the step, where `solve` holds that tree in a variable or passes it to a "
+    "function, outside of `jit`.",
+    mistakes=(
+        Mistake(
+            "off by one in the layer name",
+            "Layers are numbered from zero: the first is Dense_0. With the gradients of Dense_1 made "
+            "zero, Dense_0 moves.",
+            (_second,),
+        ),
+        Mistake(
+            "the layers made inside out",
+            "A layer gets its number when it is made. In nn.Dense(1)(nn.relu(nn.Dense(8)(x))) Python makes the outer "
+            "layer first, so that Dense_0 is the last layer. Give each layer a line of its own.",
+            (_numbered_inside_out,),
+        ),
+        Mistake(
+            "`dense_0` for `Dense_0`",
+            "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
+            "comparing paths with it is never true, and then nothing is frozen.",
+            (_wrong_case_read, _wrong_case_selected, _wrong_case_added, _wrong_case_compared),
+        ),
+        Mistake(
+            "the outer `params` level lost",
+            'Gradients have the paths of the parameters: grads["params"]["Dense_0"]. Reading without the '
+            "outer level fails; comparing paths without it is never true, and then nothing is frozen.",
+            (_inner_read, _inner_selected, _inner_added, _inner_compared),
+        ),
+        Mistake(
+            "the bias dropped or left to move",
+            "The layer is its kernel and its bias. Zero both gradients, and keep both in the tree.",
+            (_kernel_only, _bias_dropped),
+        ),
+        Mistake(
+            "every kernel replaced instead of one",
+            "More than Dense_0 was frozen: the gradient of Dense_1 was made zero too, and then the step "
+            "teaches nothing.",
+            (_every_kernel, _everything),
+        ),
+        Mistake(
+            "a scalar where an array belongs",
+            "One number in place of a layer's gradients: the two trees no longer have the same structure. "
+            "Zero each leaf.",
+            (_scalar_layer, _scalar_array),
+        ),
+        Mistake(
+            "the parameter zeroed instead of its gradient",
+            "Zeroing the layer's parameters erases the layer. Zeroing their gradients keeps them where "
+            "they are.",
+            (_zeroed_before, _zeroed_first, _zeroed_between, _zeroed_after),
+        ),
+        Mistake(
+            "the norm taken after the step",
+            "Both norms come from the parameters after the step, so they would be equal even if the layer "
+            "had moved. Take norm_before from the old parameters.",
+            (_norms_after,),
+        ),
+        Mistake(
+            "updates zeroed where gradients were asked",
+            "With an infinite lr the layer still stood, so no zero gradient went through the step: the "
+            "updates were made zero, the layer was left out of the step, or norm_after was taken before "
+            "it. For plain gradient descent the numbers agree; with an optimizer that looks at the size "
+            "of all gradients (a global clip) they do not.",
+            (_updates_zeroed,),
+        ),
+        Mistake(
+            "the prediction not squeezed",
+            "A prediction of shape (N, 1) minus a y of shape (N,) broadcasts to (N, N), and the loss is "
+            "the mean of that.",
+            (_table_of_errors,),
+        ),
+        Mistake(
+            "the original dict mutated",
+            "The numbers are right, but the dict that `init` returned was stepped in place: the old "
+            "parameters are gone. `jax.tree.map` makes a new tree.",
+            (_mutated,),
+        ),
+    ),
+)

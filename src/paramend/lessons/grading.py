@@ -1,0 +1,241 @@
+"""Grading: a solution beside the reference on random inputs, and beside every known mistake."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend._text import plural
+from paramend.errors import BadArgument
+from paramend.lessons.catalogue import find
+from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
+from paramend.lessons.observation import Observation, differences, sketch
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One input on which the solution did not do what the reference does.
+
+    Attributes:
+        number: which input, from 1.
+        inputs: the arguments by name, in words.
+        note: what is unusual about this input, or an empty string.
+        got, want: what the solution and the reference gave or did, line by line.
+    """
+
+    number: int
+    inputs: dict[str, str]
+    note: str
+    got: tuple[str, ...]
+    want: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """A known mistake that the solution behaves like.
+
+    Attributes:
+        on: the inputs on which it does, from 1.
+        everywhere: it does on all inputs, not only on some of those that failed.
+    """
+
+    mistake: Mistake
+    on: tuple[int, ...]
+    everywhere: bool
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on a solution.
+
+    Attributes:
+        passed: it did what the reference does on every input.
+        trials: how many times inputs were drawn; a trial may hold several inputs.
+        inputs: how many inputs were tried in all.
+        failures: the inputs on which it did not.
+        likeness: the known mistakes it behaves like, the likeliest first.
+        unseen: what cannot be seen from outside in this lesson, or an empty string.
+    """
+
+    lesson: str
+    passed: bool
+    trials: int
+    inputs: int
+    failures: tuple[Failure, ...] = ()
+    likeness: tuple[Likeness, ...] = ()
+    unseen: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as plain data, ready for JSON."""
+        return {
+            "lesson": self.lesson,
+            "passed": self.passed,
+            "trials": self.trials,
+            "inputs": self.inputs,
+            "failures": [asdict(failure) for failure in self.failures],
+            "likeness": [
+                {
+                    "name": like.mistake.name,
+                    "why": like.mistake.why,
+                    "on": list(like.on),
+                    "everywhere": like.everywhere,
+                }
+                for like in self.likeness
+            ],
+            "unseen": self.unseen,
+        }
+
+    def __str__(self) -> str:
+        inputs = plural(self.inputs, "input")
+        if self.passed:
+            return f"{self.lesson}: passed on {inputs}" + (f"\n\n{self.unseen}" if self.unseen else "")
+        blocks = [f"{self.lesson}: not yet, wrong on {len(self.failures)} of {inputs}"]
+        one_of_each = {failure.note: failure for failure in reversed(self.failures)}  # the first of its kind
+        shown = sorted(one_of_each.values(), key=lambda failure: failure.number)
+        blocks += [_block(failure) for failure in shown]
+        if len(self.failures) > len(shown):
+            blocks.append(f"and {plural(len(self.failures) - len(shown), 'more input')} of these kinds")
+        if not self.likeness:
+            blocks.append("It behaves like none of the known mistakes.")
+        for like in self.likeness:
+            where = (
+                ""
+                if like.everywhere
+                else f" on {'input' if len(like.on) == 1 else 'inputs'} {_numbers(like.on)}"
+            )
+            blocks.append(
+                f"It behaves{where} like a known mistake: {like.mistake.name}.\n  {like.mistake.why}"
+            )
+        return "\n\n".join(blocks)
+
+
+def grade(lesson: Lesson | str, solve: Solve, *, trials: int = 5, seed: int = 0) -> Grade:
+    """The verdict on a solution: right on random inputs, or which known mistake it behaves like.
+
+    Args:
+        lesson: a lesson, or its name.
+        solve: takes what the lesson's reference takes, by position.
+        trials: how many times inputs are drawn.
+        seed: the same seed draws the same inputs.
+
+    Example:
+        >>> def solve(seed, x, features, replacement_value):
+        ...     return [[replacement_value * sum(row)] * int(features) for row in x]
+        >>> print(grade("kernel_replace", solve, trials=1).likeness[0].mistake.name)
+        the bias dropped or zeroed as well
+    """
+    if isinstance(lesson, str):
+        lesson = find(lesson)
+    if trials < 1:
+        raise BadArgument(f"trials is {trials}; at least one is needed")
+    cases = draw(lesson, trials=trials, seed=seed)
+    want = [lesson.observe(lesson.reference, case) for case in cases]
+    got = [lesson.observe(solve, case) for case in cases]
+    apart = [differences(g, w) for g, w in zip(got, want, strict=True)]
+    failures = tuple(
+        Failure(number, summary(lesson, case), case.note, *(tuple(side) for side in zip(*pairs, strict=True)))
+        for number, (case, pairs) in enumerate(zip(cases, apart, strict=True), start=1)
+        if pairs
+    )
+    likeness = _likeness(lesson, cases, got, want, [f.number - 1 for f in failures]) if failures else ()
+    return Grade(lesson.name, not failures, trials, len(cases), failures, likeness, lesson.unseen)
+
+
+def draw(lesson: Lesson, *, trials: int, seed: int) -> list[Case]:
+    """The inputs that a seed draws for a lesson.
+
+    >>> len(draw(find("partial_init"), trials=2, seed=0))
+    2
+    """
+    salt = zlib.crc32(lesson.name.encode())
+    return [
+        case for trial in range(trials) for case in lesson.cases(np.random.default_rng([seed, trial, salt]))
+    ]
+
+
+def summary(lesson: Lesson, case: Case) -> dict[str, str]:
+    """The arguments of a case by name, each in one line.
+
+    >>> lesson = find("partial_init")
+    >>> list(summary(lesson, draw(lesson, trials=1, seed=0)[0]))
+    ['seed', 'x', 'num_full_layers', 'num_extra_layers', 'features']
+    """
+    return {
+        name: str(value) if isinstance(value, float) else sketch(value)
+        for name, value in zip(lesson.parameters, case.args, strict=True)
+    }
+
+
+def _likeness(
+    lesson: Lesson,
+    cases: Sequence[Case],
+    got: Sequence[Observation],
+    want: Sequence[Observation],
+    failed: Sequence[int],
+) -> tuple[Likeness, ...]:
+    """The mistakes it behaves like on all inputs; if there is none, the few that explain most failures."""
+    everywhere: list[tuple[Mistake, bool]] = []
+    partly: list[tuple[Mistake, frozenset[int]]] = []
+    rest = [i for i in range(len(cases)) if i not in failed]
+    for mistake in lesson.mistakes:
+        exact: list[bool] = []
+        best: frozenset[int] = frozenset()
+        for form in mistake.forms:
+            seen = {i: lesson.observe(form, cases[i]) for i in failed}
+            alike = frozenset(i for i in failed if _alike(got[i], seen[i], want[i]))
+            best = max(best, alike, key=len)
+            if len(alike) < len(failed):  # ruled out, so the inputs that did not fail need no call
+                continue
+            seen |= {i: lesson.observe(form, cases[i]) for i in rest}
+            if all(_alike(got[i], seen[i], want[i]) for i in rest):
+                exact.append(not any(differences(got[i], observation) for i, observation in seen.items()))
+        if exact:
+            everywhere.append((mistake, any(exact)))
+        else:
+            partly.append((mistake, best))
+    if everywhere:
+        # Two mistakes may give one result by two ways; where the way was seen, it decides.
+        decided = any(exact for _, exact in everywhere)
+        numbers = tuple(range(1, len(cases) + 1))
+        return tuple(Likeness(m, numbers, everywhere=True) for m, exact in everywhere if exact or not decided)
+    left, found = set(failed), list[Likeness]()
+    while left and partly:
+        mistake, best = max(partly, key=lambda row: len(row[1] & left))
+        on = sorted(best & left)
+        if not on:
+            break
+        found.append(Likeness(mistake, tuple(i + 1 for i in on), everywhere=False))
+        left -= best
+        partly.remove((mistake, best))
+    return tuple(found)
+
+
+def _alike(got: Observation, mistaken: Observation, want: Observation) -> bool:
+    """Whether the solution did what the mistake does.
+
+    A wrong result speaks for itself. Only where the result is right do the other facts tell one mistake
+    from another.
+    """
+    wrong_result = bool(
+        differences(Observation(got.result, got.raised), Observation(want.result, want.raised))
+    )
+    if wrong_result:
+        got, mistaken = Observation(got.result, got.raised), Observation(mistaken.result, mistaken.raised)
+    return not differences(got, mistaken)
+
+
+def _block(failure: Failure) -> str:
+    note = f"  ({failure.note})" if failure.note else ""
+    lines = [
+        f"input {failure.number}{note}",
+        *(f"  {name} = {text}" for name, text in failure.inputs.items()),
+    ]
+    for got, want in zip(failure.got, failure.want, strict=True):
+        lines += [f"  got   {got}", f"  want  {want}"]
+    return "\n".join(lines)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,69 @@
+"""What a lesson is made of: text, a reference, random cases, and known mistakes as code that makes them."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend.lessons.observation import Observation
+
+Solve = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments, and what is unusual about the call.
+
+    Attributes:
+        args: what `solve` is called with, in order.
+        note: why this case is tried, or an empty string for an ordinary one.
+        half: the model's parameters are handed out in bfloat16.
+    """
+
+    args: tuple[Any, ...]
+    note: str = ""
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake that many make: its name, why it is one, and code that makes it.
+
+    Attributes:
+        forms: solutions that contain the mistake, one for each way in which it is usually written.
+    """
+
+    name: str
+    why: str
+    forms: tuple[Solve, ...]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One worked problem.
+
+    Attributes:
+        name: the name of the reference function, and of the lesson on the command line.
+        text: the problem, the idea, the pitfall and the Paramend way.
+        reference: solves it as it should be solved.
+        cases: makes the random cases of one trial.
+        observe: calls a solution on a case, and says what it gave and what it did.
+        mistakes: the known mistakes, each told from the reference by what `observe` sees.
+        unseen: what `observe` cannot see, said to the learner who passes.
+    """
+
+    name: str
+    title: str
+    text: str
+    reference: Solve
+    cases: Callable[[np.random.Generator], Sequence[Case]]
+    observe: Callable[[Solve, Case], Observation]
+    mistakes: tuple[Mistake, ...]
+    unseen: str = ""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of what `solve` is called with, in order."""
+        return tuple(inspect.signature(self.reference).parameters)

@@ -1,0 +1,189 @@
+"""What one call of a solution was seen to do, and how two such observations are told apart."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import numpy as np
+
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+
+# What an exception is about: a layer's name, or else a quoted name. The rest of its text depends on versions.
+_layer = re.compile(r"\b[A-Za-z]\w*_\d+\b")
+_quoted = re.compile(r"['\"](\w+)['\"]")
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An exception that left a solution.
+
+    Attributes:
+        says: the first line of its text.
+        place: file and line of the solution's own code where it happened, or an empty string.
+        about: the names in its first line, of layers or in quotes; if that has none, the line and the names in
+            the rest.
+    """
+
+    kind: str
+    says: str
+    place: str = ""
+    about: frozenset[str] = frozenset()
+
+    def alike(self, other: "Raised") -> bool:
+        """Whether both are of one type and about the same names."""
+        return self.kind == other.kind and self.about == other.about
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.says}" + (f"  ({self.place})" if self.place else "")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a call gave or raised, with facts about what it did, by name.
+
+    A fact that was not to be seen (a value inside `jit`, say) is left out, and is then not compared.
+    """
+
+    result: Any = None
+    raised: Raised | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def observed(call: Callable[[], Any], solve: Callable[..., Any]) -> Observation:
+    """The result of a call, or the exception that left it.
+
+    >>> print(observed(lambda: {}["kernel"], len).raised)
+    KeyError: 'kernel'
+    """
+    try:
+        return Observation(result=call())
+    except (Exception, SystemExit) as error:
+        text = str(error).strip()
+        first, _, rest = text.partition("\n")
+        about = _names(first) or _names(rest) | {first}
+        return Observation(
+            raised=Raised(
+                type(error).__name__, first.partition(" (https://")[0], place_in(error, file_of(solve)), about
+            )
+        )
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(map(_as_flax, _layer.findall(text))) or frozenset(_quoted.findall(text))
+
+
+def _as_flax(name: str) -> str:
+    """The name, or `Dense_<n>` for layer n of a solution that calls its layers otherwise."""
+    base, _, number = name.rpartition("_")
+    return f"Dense_{number}" if base and number.isdigit() and base.casefold() != "dense" else name
+
+
+def file_of(solve: Callable[..., Any]) -> str:
+    """The file that holds a function's code, also through `jax.jit` and `functools.wraps`; "" if it has none.
+
+    >>> file_of(file_of).endswith("observation.py"), file_of(len)
+    (True, '')
+    """
+    for _ in range(32):
+        code = getattr(solve, "__code__", None)
+        inner = getattr(solve, "__wrapped__", None) or getattr(solve, "func", None)
+        if isinstance(code, CodeType) and inner is None:
+            return code.co_filename
+        if inner is None:
+            break
+        solve = inner
+    call = type(solve).__call__ if callable(solve) else None
+    code = getattr(call, "__code__", None)
+    return code.co_filename if isinstance(code, CodeType) else ""
+
+
+def place_in(error: BaseException, file: str) -> str:
+    """The last line of `file` that an exception passed through, as "answer.py, line 3", or an empty string.
+
+    >>> place_in(ValueError("not raised"), "answer.py")
+    ''
+    """
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == file:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{Path(file).name}, line {line}" if line else ""
+
+
+def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
+    """What differs, as pairs of sentences (got, want); an empty list when both did the same.
+
+    >>> differences(Observation(result=[1, 2]), Observation(result=[1.0, 3.0]))
+    [('integers (2,): [1 2]', 'floats (2,): [1. 3.]')]
+    >>> differences(Observation(facts={"bias": "all 0"}), Observation(facts={"bias": "kept"}))
+    [('bias: all 0', 'bias: kept')]
+    """
+    if got.raised or want.raised:
+        same = got.raised and want.raised and got.raised.alike(want.raised)
+        return [] if same else [(outcome(got), outcome(want))]
+    pairs = [] if _agree(got.result, want.result) else [(outcome(got), outcome(want))]
+    seen = [name for name in want.facts if name in got.facts]
+    return pairs + [
+        (f"{name}: {got.facts[name]}", f"{name}: {want.facts[name]}")
+        for name in seen
+        if got.facts[name] != want.facts[name]
+    ]
+
+
+def outcome(observation: Observation) -> str:
+    """The result in words, or the exception.
+
+    >>> outcome(Observation(result=np.zeros((2, 2))))
+    'floats (2, 2): [[0. 0.] [0. 0.]]'
+    """
+    if observation.raised:
+        return str(observation.raised)
+    return sketch(observation.result)
+
+
+def sketch(value: Any) -> str:
+    """A value in one line: the kind of number, the shape, and the numbers, or their ends.
+
+    >>> sketch(np.arange(3)), sketch("text"), sketch(None)
+    ('integers (3,): [0 1 2]', "'text'", 'None')
+    """
+    array = _numbers(value)
+    if array is None:
+        text = " ".join(repr(value).split())
+        return text if len(text) <= 160 else text[:157] + "..."
+    kind = {"i": "integers", "u": "integers", "f": "floats"}.get(array.dtype.kind, str(array.dtype))
+    numbers = np.array2string(array, precision=4, threshold=12, edgeitems=2, max_line_width=10_000)
+    return f"{kind} {array.shape}: {' '.join(numbers.split())}".replace("[ ", "[")
+
+
+def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
+    if value is None or isinstance(value, str | bytes | Mapping):
+        return None
+    try:
+        array = np.asarray(value)
+    except Exception:  # whatever a stranger's `__array__` raises, it is no array of numbers
+        return None
+    # bfloat16 and its kin are floats to a learner, though not to numpy (kind "V")
+    if array.dtype.name.startswith(("bfloat", "float8")):
+        array = array.astype(np.float32)
+    return array if array.dtype.kind in "iufcb" else None
+
+
+def _agree(got: Any, want: Any) -> bool:
+    if want is None or got is None:
+        return want is got
+    wanted, given = _numbers(want), _numbers(got)
+    if wanted is None or given is None:
+        return bool(wanted is given is None and type(got) is type(want) and repr(got) == repr(want))
+    if given.shape != wanted.shape or given.dtype.kind not in "iuf":
+        return False
+    if wanted.dtype.kind != "f":
+        return bool(np.array_equal(given, wanted))
+    # whole numbers where the reference gives floats: a dtype was lost on the way
+    return given.dtype.kind == "f" and bool(
+        np.allclose(given, wanted, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True)
+    )

@@ -1,0 +1,316 @@
+"""The lesson on zeroing a torch layer in place."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
+from paramend.lessons.observation import Observation, observed
+from paramend.modules import init_zero_
+
+TEXT = """
+The problem. Given one torch layer, make its weight and its bias zero, in place. Called
+on each layer of an `nn.Sequential` in turn it must go through: layers without a weight
+(`nn.ReLU`) and layers with `bias=None` are left as they are.
+
+The idea. A torch module holds its parameters, and others hold them too: the optimizer,
+a tied layer, a captured graph. So the numbers are to change, and the `Parameter`
+objects are to stay: same dtype, same device, same `requires_grad`.
+
+The pitfall. `torch.zeros(shape)` is float32 whatever the layer was. A new
+`nn.Parameter` is one the optimizer has never seen. Times zero is not zero: nan stays
+nan, and -1 becomes -0.0. Buffers such as `running_var` are no weights.
+
+The Paramend way.
+
+    pm.init_zero_(layer)
+"""
+
+
+def init_zero(layer: nn.Module) -> Any:
+    """The layer, after its weight and bias became zero in place."""
+    return init_zero_(layer)
+
+
+def _parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name in ("weight", "bias"):
+        parameter = getattr(layer, name, None)
+        if parameter is not None:
+            yield name, parameter
+
+
+@torch.no_grad()
+def _weight_only(layer: Any) -> None:
+    if hasattr(layer, "weight"):
+        layer.weight.zero_()
+
+
+@torch.no_grad()
+def _bias_gone(layer: Any) -> None:
+    if hasattr(layer, "weight"):
+        layer.weight.zero_()
+        layer.bias = None
+
+
+@torch.no_grad()
+def _unguarded(layer: Any) -> None:
+    layer.weight.zero_()
+    layer.bias.zero_()
+
+
+@torch.no_grad()
+def _unguarded_fill(layer: Any) -> None:
+    layer.weight.fill_(0)
+    layer.bias.fill_(0)
+
+
+def _unguarded_data(layer: Any) -> None:
+    layer.weight.data.zero_()
+    layer.bias.data.zero_()
+
+
+@torch.no_grad()
+def _unguarded_copy(layer: Any) -> None:
+    layer.weight.copy_(torch.zeros_like(layer.weight))
+    layer.bias.copy_(torch.zeros_like(layer.bias))
+
+
+@torch.no_grad()
+def _unguarded_weight(layer: Any) -> None:
+    layer.weight.zero_()
+    if layer.bias is not None:
+        layer.bias.zero_()
+
+
+@torch.no_grad()
+def _unguarded_bias(layer: Any) -> None:
+    if hasattr(layer, "weight"):
+        layer.weight.zero_()
+        layer.bias.zero_()
+
+
+@torch.no_grad()
+def _unguarded_bias_data(layer: Any) -> None:
+    if hasattr(layer, "weight"):
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+
+
+def _scalar(layer: Any) -> None:
+    for name, _ in _parameters(layer):
+        setattr(layer, name, 0.0)
+
+
+def _scalar_data(layer: Any) -> None:
+    for _, parameter in _parameters(layer):
+        parameter.data = torch.tensor(0.0)
+
+
+def _scalar_number(layer: Any) -> None:
+    for _, parameter in _parameters(layer):
+        parameter.data = 0.0  # type: ignore[assignment]
+
+
+def _scalar_parameter(layer: Any) -> None:
+    for name, _ in _parameters(layer):
+        setattr(layer, name, nn.Parameter(torch.tensor(0.0)))
+
+
+def _dtype_lost(layer: Any) -> None:
+    for _, parameter in _parameters(layer):
+        parameter.data = torch.zeros(parameter.shape)
+
+
+def _dtype_lost_anew(layer: Any) -> None:
+    for name, parameter in _parameters(layer):
+        setattr(layer, name, nn.Parameter(torch.zeros(parameter.shape)))
+
+
+def _replaced(layer: Any) -> None:
+    for name, parameter in _parameters(layer):
+        setattr(layer, name, nn.Parameter(torch.zeros_like(parameter)))
+
+
+def _replaced_alike(layer: Any) -> None:
+    for name, parameter in _parameters(layer):
+        new = nn.Parameter(torch.zeros_like(parameter), requires_grad=parameter.requires_grad)
+        setattr(layer, name, new)
+
+
+@torch.no_grad()
+def _every_tensor(layer: Any) -> None:
+    for tensor in layer.state_dict().values():
+        tensor.zero_()
+
+
+def _a_copy(layer: Any) -> Any:
+    layer = copy.deepcopy(layer)
+    for _, parameter in _parameters(layer):
+        parameter.data.zero_()
+    return layer
+
+
+@torch.no_grad()
+def _times_zero(layer: Any) -> None:
+    for _, parameter in _parameters(layer):
+        parameter.mul_(0)
+
+
+def _under_autograd(layer: Any) -> None:
+    for _, parameter in _parameters(layer):
+        parameter.zero_()
+
+
+def _frozen(layer: Any) -> None:
+    for _, parameter in _parameters(layer):
+        parameter.requires_grad_(False)
+        parameter.zero_()
+
+
+def observe(solve: Solve, case: Case) -> Observation:
+    """What became of the layer's parameters and buffers; of a Sequential, after a call for each layer."""
+    (layer,) = copy.deepcopy(case.args)
+    names = [name for name, _ in layer.named_parameters(remove_duplicate=False)]
+    before = dict(layer.named_parameters(remove_duplicate=False))
+    told = {name: (p.shape, p.dtype, p.device, p.requires_grad) for name, p in before.items()}
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+    def call() -> None:
+        for one in layer if isinstance(layer, nn.Sequential) else [layer]:
+            solve(one)
+
+    seen = observed(call, solve)
+    if seen.raised:
+        return seen
+    facts: dict[str, str] = {}
+    after = dict(layer.named_parameters(remove_duplicate=False))
+    for name in names:
+        new = after.get(name)
+        if new is None:
+            facts[name] = "gone"
+            continue
+        facts[name] = _content(new)
+        facts[f"{name}, the Parameter object"] = "the same" if new is before[name] else "another"
+        now = (new.shape, new.dtype, new.device, new.requires_grad)
+        for what, value in zip(("shape", "dtype", "device", "requires_grad"), now, strict=True):
+            facts[f"{name}, {what}"] = str(tuple(value) if isinstance(value, torch.Size) else value)
+    added = [name for name in after if name not in told]
+    facts["parameters that were not there"] = ", ".join(added) or "none"
+    for name, buffer in layer.named_buffers():
+        kept = name in buffers and torch.equal(buffer, buffers[name])
+        facts[f"{name} (a buffer)"] = "left as it was" if kept else "changed"
+    return Observation(facts=facts)
+
+
+def _content(parameter: nn.Parameter) -> str:
+    values = parameter.detach().float()
+    if values.isnan().any():
+        return "nan is left"
+    if values.any():
+        return "not zero"
+    return "-0.0 somewhere" if values.signbit().any() else "zero"
+
+
+def cases(rng: np.random.Generator) -> list[Case]:
+    """Layers of several kinds and dtypes, one with nan, one frozen, and a Sequential with gaps."""
+    a, b = (int(n) for n in rng.integers(2, 6, size=2))
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # making layers draws from torch's generator, which is the learner's
+        layers: list[tuple[str, nn.Module]] = [
+            ("a Linear layer", nn.Linear(a, b)),
+            ("a bfloat16 layer", nn.Conv1d(a, b, 2).to(torch.bfloat16)),
+            ("bias=None, and a nan in the weight", nn.Linear(a, b, bias=False)),
+            ("a frozen float64 layer with buffers", nn.BatchNorm1d(a).double().requires_grad_(False)),
+            (
+                "layer by layer",
+                nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, a, bias=False), nn.LayerNorm(a)),
+            ),
+        ]
+    for _, layer in layers:
+        for parameter in layer.parameters():
+            parameter.data.copy_(torch.from_numpy(rng.normal(size=tuple(parameter.shape))))
+            parameter.data.view(-1)[0] = -1.0
+    next(layers[2][1].parameters()).data.view(-1)[0] = torch.nan
+    return [Case((layer,), note=note) for note, layer in layers]
+
+
+LESSON = Lesson(
+    name="init_zero",
+    title="Zero one torch layer in place",
+    text=TEXT,
+    reference=init_zero,
+    cases=cases,
+    observe=observe,
+    mistakes=(
+        Mistake(
+            "the bias dropped or left as it was",
+            "A layer is its weight and its bias: both become zero, and both stay there.",
+            (_weight_only, _bias_gone),
+        ),
+        Mistake(
+            "a layer without weight or bias is not expected",
+            "nn.ReLU has no weight, and bias=None is a bias that is no tensor. Ask before you touch: "
+            "getattr(layer, 'bias', None) is not None.",
+            (
+                _unguarded,
+                _unguarded_fill,
+                _unguarded_data,
+                _unguarded_copy,
+                _unguarded_weight,
+                _unguarded_bias,
+                _unguarded_bias_data,
+            ),
+        ),
+        Mistake(
+            "a scalar where an array belongs",
+            "The weight became one number. Write zeros into the tensor that is there: its shape is the "
+            "layer's.",
+            (_scalar, _scalar_data, _scalar_number, _scalar_parameter),
+        ),
+        Mistake(
+            "dtype lost by zeros(shape)",
+            "torch.zeros(shape) is float32 on the CPU, whatever the layer was. `parameter.zero_()` keeps "
+            "dtype and device.",
+            (_dtype_lost, _dtype_lost_anew),
+        ),
+        Mistake(
+            "the parameter replaced instead of its numbers",
+            "A new nn.Parameter is not the one that the optimizer and tied layers hold, and it is not "
+            "frozen if the old one was. Write into the old one.",
+            (_replaced, _replaced_alike),
+        ),
+        Mistake(
+            "every tensor zeroed, buffers too",
+            "The state dict also holds buffers: a BatchNorm with running_var zero divides by almost nothing.",
+            (_every_tensor,),
+        ),
+        Mistake(
+            "a copy zeroed instead of the layer",
+            "The layer that was given is as it was: the zeros are in another object. In place means in "
+            "this one.",
+            (_a_copy,),
+        ),
+        Mistake(
+            "multiplied by zero",
+            "Times zero keeps nan and inf as nan, and makes -0.0 of what was negative. `zero_()` writes "
+            "zeros.",
+            (_times_zero,),
+        ),
+        Mistake(
+            "the edit recorded by autograd",
+            "A parameter that requires a gradient takes no edit in place outside of torch.no_grad().",
+            (_under_autograd,),
+        ),
+        Mistake(
+            "requires_grad changed",
+            "The layer was switched off to get at its numbers, and stayed so: it will not train. Use "
+            "torch.no_grad().",
+            (_frozen,),
+        ),
+    ),
+)

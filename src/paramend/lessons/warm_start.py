@@ -1,0 +1,286 @@
+"""The lesson on starting a bigger model from a smaller one."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramend.editing import param_count
+from paramend.grafting import graft
+from paramend.lessons.lesson import Case, Lesson, Mistake
+from paramend.lessons.observation import Observation
+from paramend.lessons.witness import Handed, Picture, Witness, candidates, layer_names, observe, same
+
+TEXT = """
+The problem. A small network has `num_full_layers` layers `nn.Dense(features)`, a bigger
+one has `num_extra_layers` more. Split `PRNGKey(seed)` in two, initialise the small one
+with the first key and the bigger one with the second, both on `x`. Then the first
+`num_full_layers` layers of the bigger one, kernels and biases, come from the small one;
+the rest stay as they were initialised. Return [number of parameters of the bigger
+model, number of its layers], of shape (2,). All counts arrive as floats.
+
+The idea. A warm start is a graft: the leaves of one tree take the place of the leaves
+at the same paths of another.
+
+The pitfall. Initialise both with one key and their first layers are equal from the
+start: then the copy does nothing, and a wrong copy is never noticed. Copy by layer,
+below "params": a merge one level higher throws the extra layers away.
+
+The Paramend way. The report says what was copied and what stayed fresh, and a layer
+that has no place is an error.
+
+    params, report = pm.graft(big, small, only="params/Dense_[:3]/**")
+
+How it is graded. The two numbers do not show the copy. So the grader looks at the tree
+that `solve` builds and counts.
+"""
+
+
+class Tower(nn.Module):
+    """Dense layers of one width, with relu between them."""
+
+    num_layers: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+        for _ in range(self.num_layers - 1):
+            x = nn.relu(nn.Dense(self.features)(x))
+        return nn.Dense(self.features)(x)
+
+
+def partial_init(
+    seed: float, x: Any, num_full_layers: float, num_extra_layers: float, features: float
+) -> jax.Array:
+    """The number of parameters and of layers of a model whose first layers come from a smaller one."""
+    x = jnp.asarray(x)
+    full, layers = int(num_full_layers), int(num_full_layers) + int(num_extra_layers)
+    small_key, big_key = jax.random.split(jax.random.PRNGKey(int(seed)))
+    small = Tower(full, int(features)).init(small_key, x)
+    big = Tower(layers, int(features)).init(big_key, x)
+    params, _ = graft(big, small, only=f"params/Dense_[:{full}]/**")
+    return jnp.array([param_count(params), layers])
+
+
+def _start(seed: float, x: Any, full: float, extra: float, features: float) -> tuple[Any, Any, int, int]:
+    x = jnp.asarray(x)
+    one, two = jax.random.split(jax.random.PRNGKey(int(seed)))
+    small, big = Tower(int(full), int(features)), Tower(int(full + extra), int(features))
+    return small.init(one, x), big.init(two, x), int(full), int(extra)
+
+
+def _answer(params: Any, full: int, extra: int) -> jax.Array:
+    return jnp.array([sum(leaf.size for leaf in jax.tree.leaves(params)), full + extra])
+
+
+def _copied(small: Any, big: Any, sources: dict[int, int]) -> Any:
+    """The bigger tree with layer `i` taken from layer `sources[i]` of the small one."""
+    layers = {f"Dense_{i}": small["params"][f"Dense_{source}"] for i, source in sources.items()}
+    return {"params": {**big["params"], **layers}}
+
+
+def _one_less(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer(_copied(small, big, {i: i for i in range(full - 1)}), full, extra)
+
+
+def _from_one(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer(_copied(small, big, {i: i for i in range(1, full)}), full, extra)
+
+
+def _one_more(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer(_copied(small, big, {i: i for i in range(full + 1)}), full, extra)
+
+
+def _shifted(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer(_copied(small, big, {i + 1: i for i in range(full)}), full, extra)
+
+
+def _kernels_only(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    layers = {**big["params"]}
+    for name in small["params"]:
+        layers[name] = {**layers[name], "kernel": small["params"][name]["kernel"]}
+    return _answer({"params": layers}, full, extra)
+
+
+def _bias_dropped(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    layers = {name: {"kernel": layer["kernel"]} for name, layer in small["params"].items()}
+    return _answer({"params": {**big["params"], **layers}}, full, extra)
+
+
+def _inner_read(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    params = {**big, **{f"Dense_{i}": small[f"Dense_{i}"] for i in range(full)}}
+    return _answer(params, full, extra)
+
+
+def _inner_selected(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    params, _ = graft(big, small, only=f"Dense_[:{full}]/**")
+    return _answer(params, full, extra)
+
+
+def _inner_added(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer({**big, **small["params"]}, full, extra)
+
+
+def _merged_above(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer({**big, **small}, full, extra)
+
+
+def _wrong_case_read(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    layers = {f"dense_{i}": small["params"][f"dense_{i}"] for i in range(full)}
+    return _answer({"params": {**big["params"], **layers}}, full, extra)
+
+
+def _wrong_case_added(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    layers = {f"dense_{i}": small["params"][f"Dense_{i}"] for i in range(full)}
+    return _answer({"params": {**big["params"], **layers}}, full, extra)
+
+
+def _tail_of_last(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer(_copied(small, big, {i: min(i, full - 1) for i in range(full + extra)}), full, extra)
+
+
+def _tail_in_turn(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    # Layer 0 reads x and fits nowhere else, so the turn goes on with layer 1.
+    turn = {i: i if i < full else 1 + (i - full) % (full - 1) for i in range(full + extra)}
+    return _answer(_copied(small, big, turn), full, extra)
+
+
+def _tail_aligned(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    return _answer(_copied(small, big, {i + extra: i for i in range(full)}), full, extra)
+
+
+def _one_key(seed: float, x: Any, full: float, extra: float, features: float) -> Any:
+    x, key = jnp.asarray(x), jax.random.PRNGKey(int(seed))
+    small = Tower(int(full), int(features)).init(key, x)
+    big = Tower(int(full + extra), int(features)).init(key, x)
+    return _answer(_copied(small, big, {i: i for i in range(int(full))}), int(full), int(extra))
+
+
+def _not_copied(*args: Any) -> Any:
+    _, big, full, extra = _start(*args)
+    return _answer(big, full, extra)
+
+
+def _mutated(*args: Any) -> Any:
+    small, big, full, extra = _start(*args)
+    for i in range(full):
+        big["params"][f"Dense_{i}"] = small["params"][f"Dense_{i}"]
+    return _answer(big, full, extra)
+
+
+def copy_facts(witness: Witness, seen: Observation) -> dict[str, str]:
+    """Where each leaf of the counted tree comes from, and whether the two inits had keys of their own."""
+    if not witness.handed:
+        return {}
+    small = min(witness.handed, key=lambda handed: len(handed.picture))
+    big = max(witness.handed, key=lambda handed: len(handed.picture))
+    facts = {"models initialised": "a small one and a bigger one" if small is not big else "one"}
+    if small is big:
+        return facts
+    facts["keys of the two inits"] = "one and the same" if _key(small) == _key(big) else "two"
+    count = np.ravel(np.asarray(seen.result))[:1]
+
+    def fits(leaves: Picture) -> bool:
+        return bool(sum(int(np.size(leaf)) for leaf in leaves.values()) == count)
+
+    merged = next(candidates(witness, fits), big.picture)
+    names, small_names = layer_names(merged), layer_names(small.picture)
+    for path, leaf in merged.items():
+        ours = any(same(leaf, fresh) for fresh in big.picture.values())
+        theirs = [small_names[source] for source, old in small.picture.items() if same(leaf, old)]
+        if theirs:
+            facts[names[path]] = f"the small model's {theirs[0]}" + (" and its own" if ours else "")
+        else:
+            facts[names[path]] = "fresh" if ours else "from neither model"
+    return facts
+
+
+def _key(handed: Handed) -> bytes:
+    rng = handed.rng.get("params") if isinstance(handed.rng, dict) else handed.rng
+    return np.asarray(jax.random.key_data(rng)).tobytes()
+
+
+def cases(rng: np.random.Generator) -> list[Case]:
+    """Inputs whose width is not that of the layers, so that the first layer fits nowhere else."""
+    features, width = (int(n) for n in rng.choice(np.arange(2, 7), size=2, replace=False))
+    x = rng.normal(size=(int(rng.integers(1, 5)), width)).astype(np.float32)
+    full, extra = rng.integers(2, 5), rng.integers(1, 4)
+    return [Case((float(rng.integers(1000)), x, float(full), float(extra), float(features)))]
+
+
+LESSON = Lesson(
+    name="partial_init",
+    title="Start a bigger model from a smaller one",
+    text=TEXT,
+    reference=partial_init,
+    cases=cases,
+    observe=partial(observe, facts=copy_facts),
+    unseen="The copy is not in the two numbers. It is checked on the tree that `solve` holds in a "
+    "variable or passes to a function; nothing of it is seen if the models are initialised inside `jit`.",
+    mistakes=(
+        Mistake(
+            "off by one in the layer name",
+            "Layers are numbered from zero: the first N are Dense_0 to Dense_<N-1>, range(N).",
+            (_one_less, _from_one, _one_more, _shifted),
+        ),
+        Mistake(
+            "the bias dropped or left behind",
+            "A layer is its kernel and its bias. Copy both.",
+            (_kernels_only, _bias_dropped),
+        ),
+        Mistake(
+            "the outer `params` level lost",
+            'The layers are below a key for the collection: params["params"]["Dense_0"]. Merged one level '
+            "too high, the trees lose the extra layers or hold the copies twice.",
+            (_inner_read, _inner_selected, _inner_added, _merged_above),
+        ),
+        Mistake(
+            "`dense_0` for `Dense_0`",
+            "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
+            "writing to it adds a layer that nobody reads.",
+            (_wrong_case_read, _wrong_case_added),
+        ),
+        Mistake(
+            "the whole tail copied",
+            "The copy reached into the last layers. The extra layers have no original in the small model: "
+            "they stay fresh.",
+            (_tail_of_last, _tail_in_turn, _tail_aligned),
+        ),
+        Mistake(
+            "both inits from one key",
+            "With one key the two models start with the same first layers, so that the copy changes "
+            "nothing and proves nothing. Split the key.",
+            (_one_key,),
+        ),
+        Mistake(
+            "nothing copied",
+            "The tree that was counted is the bigger model as it was initialised. An edit returns a new "
+            "tree: keep it.",
+            (_not_copied,),
+        ),
+        Mistake(
+            "the original dict mutated",
+            "The tree is right, but the dict that `init` returned was edited in place, and whoever else "
+            "holds it now has other parameters. Make a new dict.",
+            (_mutated,),
+        ),
+    ),
+)

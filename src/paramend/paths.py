@@ -1,0 +1,116 @@
+"""Names of leaves: how keys split into pieces, and how they are written so that they can be read back.
+
+A leaf's real path is a sequence of keys (dict keys, list positions, attribute names). Selectors see it piece by
+piece, as it reads: the Haiku key `mlp/~/linear_0` is three pieces, the state dict name `fc.weight` is two. `/`
+and `.` are the same separator.
+
+A **label** is one step in a tree of names. A key that is a single piece has its text as label; a piece of a longer
+key is a `Part`, which remembers the separator before it and whether the key ends there.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+SEPARATORS = "/."
+SPECIAL = frozenset("*{}[]<>,\"\\/.")
+
+_split = re.compile(r"([/.])").split
+_plain = re.compile(r"[^*{}\[\]<>,\"\\/.]+").fullmatch
+
+
+class Part(NamedTuple):
+    """One piece of a key: its text, the separator before it ("" opens the key), whether it closes the key.
+
+    `serial` keeps apart two keys that read the same, such as list position 0 and key "0".
+    """
+
+    text: str
+    before: str
+    closes: bool
+    serial: int = 0
+
+
+Label = str | Part
+
+
+def labels(key: object) -> tuple[Label, ...]:
+    """The labels of one key, in order.
+
+    A key whose separators stand at an end or side by side cannot be read piece by piece: it stays whole.
+
+    >>> labels("kernel"), labels(3)
+    (('kernel',), ('3',))
+    >>> [part.text for part in labels("mlp/~/linear_0")]
+    ['mlp', '~', 'linear_0']
+    >>> labels("a//b")
+    ('a//b',)
+    """
+    text = key if isinstance(key, str) else str(key)
+    if "/" not in text and "." not in text:
+        return (text,)
+    pieces = _split(text)
+    names, seps = pieces[::2], ["", *pieces[1::2]]
+    if not all(names):
+        return (text,)
+    last = len(names) - 1
+    return tuple(Part(name, sep, i == last) for i, (name, sep) in enumerate(zip(names, seps, strict=True)))
+
+
+def text_of(label: Label) -> str:
+    """The text that a selector compares with a label."""
+    return label if isinstance(label, str) else label.text
+
+
+def write_piece(text: str) -> str:
+    """A piece as a selector that matches exactly this piece.
+
+    >>> write_piece("kernel"), write_piece("a*b"), write_piece("a//b")
+    ('kernel', 'a\\\\*b', '"a//b"')
+    """
+    if _plain(text):
+        return text
+    if not text or "/" in text or "." in text:
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return "".join("\\" + char if char in SPECIAL else char for char in text)
+
+
+def write_path(path: Iterable[Label], separator: str = "/") -> str:
+    """A path as text: keys joined by `separator`, separators inside keys as they are.
+
+    The text is a selector for the leaf.
+
+    >>> write_path([*labels("mlp/~/linear_0"), *labels("w")])
+    'mlp/~/linear_0/w'
+    >>> write_path([*labels("layers"), *labels(0), *labels("weight")], ".")
+    'layers.0.weight'
+    """
+    out: list[str] = []
+    for label in path:
+        if out:
+            out.append(separator if isinstance(label, str) or not label.before else label.before)
+        out.append(write_piece(text_of(label)))
+    return "".join(out)
+
+
+def number_of(text: str) -> int | None:
+    """The number that a key is, if it is one written in at most 18 plain digits.
+
+    >>> number_of("10"), number_of("-1"), number_of("x1")
+    (10, None, None)
+    """
+    return int(text) if text.isdigit() and text.isascii() and len(text) <= 18 else None
+
+
+def natural(text: str) -> tuple[tuple[bool, int, str], ...]:
+    """A sort key in which numbers inside names count as numbers.
+
+    >>> sorted(["Dense_10", "Dense_9"], key=natural)
+    ['Dense_9', 'Dense_10']
+    """
+    return tuple(
+        (True, int(piece), "") if piece.isdigit() and piece.isascii() else (False, 0, piece)
+        for piece in re.split(r"(\d+)", text)
+        if piece
+    )

@@ -1,0 +1,144 @@
+"""Specs: what is known of an array without reading it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from paramend import _text
+from paramend.errors import BadArgument
+
+# One row a dtype: its name, its bits, its safetensors code (None: the format has none).
+_ROWS: tuple[tuple[str, int, str | None], ...] = (
+    ("bool", 8, "BOOL"),
+    ("int4", 4, None),
+    ("uint4", 4, None),
+    ("int8", 8, "I8"),
+    ("uint8", 8, "U8"),
+    ("int16", 16, "I16"),
+    ("uint16", 16, "U16"),
+    ("int32", 32, "I32"),
+    ("uint32", 32, "U32"),
+    ("int64", 64, "I64"),
+    ("uint64", 64, "U64"),
+    ("float4_e2m1fn", 4, "F4"),
+    ("float6_e2m3fn", 6, "F6_E2M3"),
+    ("float6_e3m2fn", 6, "F6_E3M2"),
+    ("float8_e4m3fn", 8, "F8_E4M3"),
+    ("float8_e4m3fnuz", 8, "F8_E4M3FNUZ"),
+    ("float8_e5m2", 8, "F8_E5M2"),
+    ("float8_e5m2fnuz", 8, "F8_E5M2FNUZ"),
+    ("float8_e8m0fnu", 8, "F8_E8M0"),
+    ("float8_e3m4", 8, None),
+    ("float8_e4m3", 8, None),
+    ("float8_e4m3b11fnuz", 8, None),
+    ("float16", 16, "F16"),
+    ("bfloat16", 16, "BF16"),
+    ("float32", 32, "F32"),
+    ("float64", 64, "F64"),
+    ("complex64", 64, "C64"),
+    ("complex128", 128, None),
+)
+BITS = {name: bits for name, bits, _ in _ROWS}
+SAFETENSORS_CODES = {name: code for name, _, code in _ROWS if code}
+FROM_SAFETENSORS = {code: name for name, code in SAFETENSORS_CODES.items()}
+ALIASES = {"half": "float16", "float": "float32", "double": "float64", "bf16": "bfloat16", "fp16": "float16"}
+ALIASES |= {"fp32": "float32", "f32": "float32", "f16": "float16", "int": "int32", "long": "int64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape and dtype of a leaf.
+
+    Attributes:
+        shape: the length of each axis.
+        dtype: the name that numpy and ml_dtypes give it, such as "float32" or "bfloat16"; of a JAX PRNG key,
+            such as "key<fry>".
+
+    >>> Spec((4, 8), "bfloat16").nbytes
+    64
+    >>> print(Spec((4, 8), "bfloat16"))
+    bfloat16[4,8]
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of scalars."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory or on disk; 0 for a dtype of unknown width."""
+        return (self.size * BITS.get(self.dtype, 0) + 7) // 8
+
+    @property
+    def kind(self) -> str:
+        """One of "bool", "int", "float", "complex", "other"."""
+        return kind_of(self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+def kind_of(dtype: str) -> str:
+    """The kind of a dtype's name: "bool", "int", "float", "complex" or "other" (PRNG keys, strings).
+
+    >>> kind_of("float8_e5m2"), kind_of("uint8"), kind_of("key<fry>")
+    ('float', 'int', 'other')
+    """
+    if dtype not in BITS:
+        return "other"
+    if dtype.startswith(("int", "uint")):
+        return "int"
+    if dtype.startswith(("float", "bfloat")):
+        return "float"
+    return "complex" if dtype.startswith("complex") else "bool"
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype given as text or as an object of numpy, JAX or torch.
+
+    Raises:
+        BadArgument: no dtype of that name is known.
+
+    >>> dtype_name("bf16"), dtype_name(np.float32), dtype_name(np.dtype("int8"))
+    ('bfloat16', 'float32', 'int8')
+    """
+    if isinstance(dtype, str):
+        name = ALIASES.get(dtype, dtype)
+    elif str(dtype).startswith("torch."):
+        name = str(dtype).removeprefix("torch.")
+    else:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            name = str(dtype)
+    if name in BITS or name.startswith("key<"):
+        return name
+    near = _text.closest(name, BITS)
+    raise BadArgument(
+        f"{dtype!r} is no dtype that Paramend knows",
+        hint=f'"{near[0]}"' if near else 'one such as "float32", "bfloat16", "int8"',
+    )
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of that name, with ml_dtypes for what numpy lacks.
+
+    >>> numpy_dtype("bfloat16").itemsize
+    2
+    """
+    try:
+        return np.dtype(name)
+    except TypeError:
+        return np.dtype(getattr(ml_dtypes, name))

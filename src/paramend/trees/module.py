@@ -1,0 +1,31 @@
+"""The kind of torch modules: their leaves are what the state dict holds, parameters and persistent buffers."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from paramend.containers import Kind
+
+
+def _open(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
+    transient = module._non_persistent_buffers_set
+    found = {name: value for name, value in module._parameters.items() if value is not None}
+    found |= {k: v for k, v in module._buffers.items() if v is not None and k not in transient}
+    found |= {name: child for name, child in module._modules.items() if child is not None}
+    return tuple(found), tuple(found.values()), None
+
+
+def _replace(module: Any, changes: Mapping[int, Any]) -> Any:
+    # Tensors found in the memo are taken as they are: the unchanged ones stay the same objects, ties stay ties.
+    kept = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, {**kept, **changes})
+
+
+MODULE = Kind("torch module", _open, close=lambda module, children: module, replace=_replace)
+
+
+def kind_of(kind: type) -> Kind | None:
+    """The kind of a torch module, or None."""
+    return MODULE if issubclass(kind, torch.nn.Module) else None

@@ -1,0 +1,51 @@
+"""Kinds of Flax NNX: modules, which are objects with identity, and Variables, which are boxes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from paramend.containers import ELIDED, Kind
+
+
+def _open_module(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
+    """The attributes that may hold leaves, in the order in which the module defines them."""
+    holds = vars(module).get("_pytree__nodes", {})
+    names = [name for name in vars(module) if not name.startswith("_pytree__") and holds.get(name, True)]
+    keys = (int(name) if name.isdigit() else name for name in names) if isinstance(module, nnx.List) else names
+    return tuple(keys), tuple(vars(module)[name] for name in names), None
+
+
+def _replace(module: Any, changes: Mapping[int, Any]) -> Any:
+    graph, state = nnx.split(module)
+    fresh = [
+        (path, leaf.replace(changes.get(id(leaf), leaf.get_raw_value())))
+        if isinstance(leaf, nnx.Variable)
+        else (path, changes.get(id(leaf), leaf))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(fresh))
+
+
+def _close_variable(variable: Any, children: Any) -> Any:
+    return variable.replace(children[0])
+
+
+def _assign(variable: Any, value: Any) -> None:
+    variable.set_raw_value(value)
+
+
+VARIABLE = Kind(
+    "NNX Variable",
+    open=lambda variable: ((ELIDED,), (variable.get_raw_value(),), None),
+    close=_close_variable,
+    assign=_assign,
+)
+MODULE = Kind("NNX module", _open_module, close=lambda module, children: module, replace=_replace)
+
+
+def kind_of(kind: type) -> Kind | None:
+    """The kind of a Variable or a module, or None."""
+    if issubclass(kind, nnx.Variable):
+        return VARIABLE
+    return MODULE if issubclass(kind, nnx.Pytree) else None

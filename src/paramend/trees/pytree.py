@@ -1,0 +1,56 @@
+"""Kinds of containers registered with JAX: FrozenDict, struct dataclasses, optax states, Equinox modules, boxes."""
+
+import sys
+from typing import Any
+
+import jax
+
+from paramend.containers import ELIDED, Kind
+
+
+def _one_level(node: Any) -> tuple[list[Any], Any]:
+    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+
+
+def _open(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
+    pairs, structure = _one_level(node)
+    return tuple(_key(path[-1]) for path, _ in pairs), tuple(child for _, child in pairs), structure
+
+
+def _open_box(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
+    pairs, structure = _one_level(node)
+    keys = tuple(ELIDED if _key(path[-1]) == "value" else _key(path[-1]) for path, _ in pairs)
+    return keys, tuple(child for _, child in pairs), structure
+
+
+def _key(entry: Any) -> Any:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    return str(entry)
+
+
+def _close(node: Any, children: Any) -> Any:
+    return jax.tree_util.tree_flatten(node, is_leaf=lambda x: x is not node)[1].unflatten(children)
+
+
+def _rekey(node: Any, children: dict[Any, Any]) -> Any:
+    return type(node)(children)
+
+
+REGISTERED = Kind("pytree", _open, _close, compiled=True)
+REGISTERED_MAPPING = Kind("mapping", _open, _close, _rekey, compiled=True)
+BOX = Kind("box", _open_box, _close, compiled=True)
+
+flatten = jax.tree_util.tree_flatten
+
+
+def kind_of(kind: type, node: Any) -> Kind | None:
+    """The kind of a registered container, or None if JAX takes it for a leaf."""
+    if jax.tree_util.all_leaves([node]):
+        return None
+    if any(base.__module__ == "flax.core.meta" and base.__name__ == "AxisMetadata" for base in kind.__mro__):
+        return BOX
+    if kind.__name__ in ("FrozenDict", "State") and kind.__module__.startswith("flax.") and "flax" in sys.modules:
+        return REGISTERED_MAPPING
+    return REGISTERED
