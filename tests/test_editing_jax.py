@@ -187,7 +187,15 @@ def test_set_does_not_commit_what_was_free():
     assert pm.at(placed, "w").set(np.zeros(2, np.float32))["w"].devices() == {jax.devices()[3]}
 
 
-FLOATS = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float4_e2m1fn"]
+FLOATS = [
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3b11fnuz",
+    "float4_e2m1fn",
+]
 NUMBERS = [*FLOATS, "int8", "int32", "uint8", "int4", "complex64"]
 
 
@@ -226,18 +234,33 @@ def test_weak_types_stay():
 
 
 REFUSED = {
-    "float into int": (jnp.ones(2, jnp.int32), lambda s: s.multiply(0.5), SpecMismatch, "int32 cannot hold 0.5"),
+    "float into int": (
+        jnp.ones(2, jnp.int32),
+        lambda s: s.multiply(0.5),
+        SpecMismatch,
+        "int32 cannot hold 0.5",
+    ),
     "overflow": (jnp.ones(2, jnp.int8), lambda s: s.fill(300), SpecMismatch, "int8 cannot hold 300"),
     "overflow to inf": (jnp.ones(2, jnp.float16), lambda s: s.fill(1e6), SpecMismatch, "float16 cannot hold"),
     "NaN into int": (jnp.ones(2, jnp.int32), lambda s: s.fill(float("nan")), SpecMismatch, "cannot hold nan"),
     "complex into real": (jnp.ones(2), lambda s: s.fill(1j), SpecMismatch, "float32 cannot hold 1j"),
     "sum of bools": (jnp.ones(2, bool), lambda s: s.add(True), SpecMismatch, "no sums"),
-    "noise on ints": (jnp.ones(2, jnp.int32), lambda s: s.noise(1.0), SpecMismatch, "random values are floats"),
+    "noise on ints": (
+        jnp.ones(2, jnp.int32),
+        lambda s: s.noise(1.0),
+        SpecMismatch,
+        "random values are floats",
+    ),
     "array for fill": (jnp.ones(2), lambda s: s.fill(jnp.ones(2)), SpecMismatch, "fill takes a scalar"),
     "scalar for set": (jnp.ones(2), lambda s: s.set(1.0), SpecMismatch, ".fill(1.0)"),
     "wrong shape": (jnp.ones((2, 3)), lambda s: s.set(jnp.ones((3, 2))), SpecMismatch, ".set(array.T)"),
     "wrong dtype": (jnp.ones(2), lambda s: s.set(np.ones(2)), SpecMismatch, 'astype("float32")'),
-    "operand too large": (jnp.ones(2), lambda s: s.add(np.ones((3, 2), np.float32)), SpecMismatch, "broadcast"),
+    "operand too large": (
+        jnp.ones(2),
+        lambda s: s.add(np.ones((3, 2), np.float32)),
+        SpecMismatch,
+        "broadcast",
+    ),
     "fans of a vector": (jnp.ones(2), lambda s: s.reinit("he_normal"), SpecMismatch, "at least 2 axes"),
     "apply changes shape": (jnp.ones(2), lambda s: s.apply(lambda x: x[:1]), SpecMismatch, "keep_spec=False"),
     "no such slice": (jnp.ones((2, 3)), lambda s: s[2].zero(), OutOfRange, "does not fit"),
@@ -245,7 +268,12 @@ REFUSED = {
     "slice of a mask": (jnp.ones(2), lambda s: s[0].mask(), ValueError, "whole leaves"),
     "key": (jax.random.key(0), lambda s: s.zero(), Unsupported, "PRNG key"),
     "key times two": (jax.random.key(0), lambda s: s.multiply(2), Unsupported, "PRNG key"),
-    "abstract": (jax.ShapeDtypeStruct((2,), jnp.float32), lambda s: s.zero(), Unsupported, "ShapeDtypeStruct"),
+    "abstract": (
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+        lambda s: s.zero(),
+        Unsupported,
+        "ShapeDtypeStruct",
+    ),
     "x64": (jnp.ones(2), lambda s: s.cast("float64"), Unsupported, "jax_enable_x64"),
 }
 

@@ -24,10 +24,10 @@ from paramend.errors import BadArgument, MissingExtra
 from paramend.lessons.catalogue import ROWS, find
 from paramend.lessons.grading import draw, grade
 from paramend.lessons.lesson import Case, Lesson
-from paramend.lessons.observation import differences
+from paramend.lessons.observation import differences, sketch
 from paramend.lessons.solutions import load
 
-small = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+small = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 counts = st.integers(1, 4)
 seeds = st.integers(0, 2**31 - 1)
 
@@ -46,9 +46,7 @@ def test_kernel_replace_gives_value_times_sum_plus_bias(seed, n, width, features
     y = lessons.kernel_replace(float(seed), x, float(features), value)
     assert y.shape == (n, features)
     # the bias of a fresh Dense is zero
-    np.testing.assert_allclose(
-        y, np.repeat(value * x.sum(1, keepdims=True), features, 1), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(y, np.repeat(value * x.sum(1, keepdims=True), features, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [list, np.asarray, jnp.asarray])
@@ -90,9 +88,7 @@ def test_freeze_first_dense_against_a_forward_pass_by_hand(seed, n, width, lr):
 @small
 @given(seeds, counts, counts, counts, counts)
 def test_partial_init_counts_the_bigger_model(seed, width, full, extra, features):
-    out = lessons.partial_init(
-        float(seed), normal(seed, 2, width), float(full), float(extra), float(features)
-    )
+    out = lessons.partial_init(float(seed), normal(seed, 2, width), float(full), float(extra), float(features))
     count = (width + 1) * features + (full + extra - 1) * (features + 1) * features
     assert out.tolist() == [count, full + extra]
 
@@ -102,9 +98,7 @@ def test_partial_init_without_extra_layers():
 
 
 def test_init_zero_layer_by_layer():
-    net = nn.Sequential(
-        nn.Linear(3, 4).bfloat16(), nn.ReLU(), nn.Linear(4, 2, bias=False), nn.Conv1d(1, 2, 3)
-    )
+    net = nn.Sequential(nn.Linear(3, 4).bfloat16(), nn.ReLU(), nn.Linear(4, 2, bias=False), nn.Conv1d(1, 2, 3))
     net[3].weight.requires_grad_(False)
     before = dict(net.named_parameters())
     for layer in net:
@@ -145,9 +139,7 @@ def remembering(lesson: Lesson) -> Lesson:
 
 
 TAUGHT = {name: remembering(find(name)) for name in NAMES}
-FORMS = [
-    (name, mistake, form) for name in NAMES for mistake in TAUGHT[name].mistakes for form in mistake.forms
-]
+FORMS = [(name, mistake, form) for name in NAMES for mistake in TAUGHT[name].mistakes for form in mistake.forms]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,16 +159,14 @@ def test_every_mistake_fails_and_is_named(name, mistake, form):
     shared = {"_wrong_case_compared", "_inner_compared"}
     assert names == [mistake.name] or form.__name__ in shared, names
     json.dumps(verdict.to_dict())
-    assert mistake.why in str(verdict)
+    assert mistake.why in " ".join(str(verdict).split())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_grading_is_deterministic_by_seed(name):
     lesson = TAUGHT[name]
     wrong = lesson.mistakes[0].forms[0]
-    assert (
-        grade(lesson, wrong, trials=1, seed=1).to_dict() == grade(lesson, wrong, trials=1, seed=1).to_dict()
-    )
+    assert grade(lesson, wrong, trials=1, seed=1).to_dict() == grade(lesson, wrong, trials=1, seed=1).to_dict()
     one, other = draw(lesson, trials=1, seed=1), draw(lesson, trials=1, seed=2)
     again = draw(lesson, trials=1, seed=1)
     assert [*map(fingerprint, one)] == [*map(fingerprint, again)] != [*map(fingerprint, other)]
@@ -342,9 +332,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "number"), [(n, i) for n, codes in RIGHT.items() for i in range(len(codes))]
-)
+@pytest.mark.parametrize(("name", "number"), [(n, i) for n, codes in RIGHT.items() for i in range(len(codes))])
 def test_right_answers_of_other_kinds_pass(name, number, tmp_path):
     file = tmp_path / "answer.py"
     file.write_text(textwrap.dedent(RIGHT[name][number]))
@@ -547,7 +535,13 @@ def test_a_lesson_is_shown_with_a_run(name):
     assert result.exit_code == 0, result.output
     assert "The problem." in result.stdout and f"def {name}(" in result.stdout and "result: " in result.stdout
     shown = json.loads(run(name, "--json", "--seed", 1).stdout)
-    assert shown["run"]["inputs"] and "Traceback" not in shown["run"]["result"]
+    assert set(shown["run"]["inputs"]) == set(find(name).parameters) and shown["run"]["facts"]
+
+
+def test_the_shown_result_is_that_of_the_reference():
+    shown = json.loads(run("kernel_replace", "--json").stdout)
+    case = draw(find("kernel_replace"), trials=1, seed=0)[0]
+    assert shown["run"]["result"] == sketch(lessons.kernel_replace(*case.args))
 
 
 def test_grading_a_file(tmp_path):
@@ -581,8 +575,6 @@ def test_a_missing_framework_names_the_extra(monkeypatch):
 
 
 def test_importing_the_lessons_imports_no_framework():
-    code = "import sys, paramend.lessons as l; print([m for m in ('jax', 'torch') if m in sys.modules], l.__all__)"
+    code = "import sys, paramend.lessons as l; print({'jax', 'torch'} & {*sys.modules}, *l.__all__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.startswith(
-        "[] ['freeze_first_dense', 'init_zero', 'kernel_replace', 'partial_init', 'zero_last_layer']"
-    )
+    assert out.split() == ["set()", *sorted(NAMES)]

@@ -1,6 +1,6 @@
 """Surgery for model parameters: pick leaves by path, change exactly those, know that nothing else moved."""
 
-from importlib.metadata import version
+from typing import Any
 
 from paramend.editing import Selection as Selection
 from paramend.editing import at as at
@@ -10,4 +10,22 @@ from paramend.selectors import Selector as Selector
 from paramend.selectors import sel as sel
 from paramend.specs import Spec as Spec
 
-__version__ = version("paramend")
+__all__ = [
+    "Selection",
+    "Selector",
+    "Spec",
+    "__version__",
+    "at",
+    "labels",
+    "param_count",
+    "sel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The version, read only when asked for: the standard library's reader takes half as long to import as numpy."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("paramend")
+    raise AttributeError(f"module 'paramend' has no attribute {name!r}")

@@ -21,7 +21,8 @@ def need(module: str, *, extra: str, to: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingExtra(
-            f"{package} is needed to {to}, and it cannot be imported: {error}", hint=f"pip install 'paramend[{extra}]'"
+            f"{package} is needed to {to}, and it cannot be imported: {error}",
+            hint=f"pip install 'paramend[{extra}]'",
         ) from error
 
 

@@ -1,5 +1,6 @@
 """`at`: the edit verbs over any tree, in the manner of `x.at[i]` in jax.numpy."""
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -9,7 +10,6 @@ from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported, Wro
 from paramend.initializers import NOWHERE, Place
 from paramend.ops import OPS, Call, sliced_shape
 from paramend.selectors import resolve, sel, slice_of, write_index
-from paramend.structure import delete, move
 from paramend.trees.registry import Tree
 
 T = TypeVar("T")
@@ -54,7 +54,8 @@ class Selection(Generic[T]):
 
     def __repr__(self) -> str:
         index = "" if self._index is None else f"[{write_index(self._index)}]"
-        return f"<pm.at(..., {self._selector!r}){index}: {_text.plural(len(self), 'leaf', 'leaves')}: {_text.listing(self.paths)}>"
+        count = _text.plural(len(self), "leaf", "leaves")
+        return f"<pm.at(..., {self._selector!r}){index}: {count}: {_text.listing(self.paths)}>"
 
     def __getitem__(self, index: Any) -> "Selection[T]":
         """The same slice of each chosen leaf, such as one layer of a scanned stack.
@@ -66,7 +67,8 @@ class Selection(Generic[T]):
         """
         if self._index is not None:
             raise BadArgument(
-                f"the leaves are sliced already, [{write_index(self._index)}]", hint="[i, j] slices two axes at once"
+                f"the leaves are sliced already, [{write_index(self._index)}]",
+                hint="[i, j] slices two axes at once",
             )
         new: Selection[T] = object.__new__(type(self))
         new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
@@ -83,7 +85,8 @@ class Selection(Generic[T]):
         found = {path: self._read(number) for path, number in zip(self.paths, self._numbers, strict=True)}
         if len(found) != len(self._numbers):
             raise Unsupported(
-                f"two leaves have one path: {_text.listing(sorted(set(self.paths)))}", hint="rename one of the keys"
+                f"two leaves have one path: {_text.listing(sorted(set(self.paths)))}",
+                hint="rename one of the keys",
             )
         return found
 
@@ -241,8 +244,8 @@ class Selection(Generic[T]):
         """The tree with the chosen leaves drawn anew.
 
         Args:
-            init: "lecun_normal", "he_uniform", "xavier_normal" ...: fans are read from the shape, (..., in, out) in JAX and
-                numpy trees, (out, in, ...) in torch ones; or, for JAX leaves, a function (key, shape, dtype).
+            init: "lecun_normal", "he_uniform", "xavier_normal" ...: fans are read from the shape, (..., in, out) in JAX
+                and numpy trees, (out, in, ...) in torch ones; or, for JAX leaves, a function (key, shape, dtype).
             seed: an int or a JAX PRNG key. The values depend on the seed and the path only.
 
         >>> kernel = at({"w": np.zeros((100, 50))}, "w").reinit("lecun_normal", seed=1)["w"]
@@ -268,7 +271,7 @@ class Selection(Generic[T]):
         """
         self._whole("delete")
         numbers = {twin for number in self._numbers for twin in self._tree.twins(number)}
-        return delete(self._tree, numbers)  # type: ignore[no-any-return]
+        return _structure().delete(self._tree, numbers)  # type: ignore[no-any-return]
 
     def rename(self, to: str) -> T:
         """The tree with the chosen leaves under other paths; what the selector's wildcards matched goes where the
@@ -284,7 +287,7 @@ class Selection(Generic[T]):
         {'layers_1': {'w': array([1.])}, 'layers_2': {'w': array([2.])}}
         """
         self._whole("rename")
-        return move(self._tree, self._selector, self._numbers, to)  # type: ignore[no-any-return]
+        return _structure().move(self._tree, self._selector, self._numbers, to)  # type: ignore[no-any-return]
 
     # -- how
 
@@ -346,6 +349,11 @@ class Selection(Generic[T]):
 
 
 _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
+
+
+def _structure() -> Any:
+    """Edits of structure, opened when first asked for: most programs never ask, and all pay for imports."""
+    return importlib.import_module("paramend.structure")
 
 
 def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
@@ -410,7 +418,7 @@ def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
             near=left[:3],
         )
     # Leaves that are no arrays (functions of Equinox modules) need some label, or the structures would differ.
-    last = next(reversed(groups))
+    last = list(groups)[-1]
     return leaves.mapped([found.get(number, last) for number in range(len(leaves.values))])
 
 

@@ -1,6 +1,7 @@
 """Random values that depend on a seed and a path only, never on the order in which leaves are visited."""
 
-import hashlib
+from __future__ import annotations  # numpy.random is slow to import, and annotations would open it
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Place:
     @property
     def number(self) -> int:
         """256 bits that stand for the path."""
+        import hashlib  # opens OpenSSL, which most programs do not need
+
         return int.from_bytes(hashlib.sha256("/".join(self.pieces).encode()).digest(), "little")
 
 
@@ -75,12 +78,13 @@ def check_initializer(name: str, spec: Spec) -> None:
     if name not in INITIALIZERS:
         near = _text.closest(name, INITIALIZERS)
         raise BadArgument(
-            f"{name!r} is no initializer: {', '.join(INITIALIZERS)}", hint=f'"{near[0] if near else "lecun_normal"}"'
+            f"{name!r} is no initializer: {', '.join(INITIALIZERS)}",
+            hint=f'"{near[0] if near else "lecun_normal"}"',
         )
     if spec.ndim < 2:
         raise SpecMismatch(
             f"{name} needs at least 2 axes to tell inputs from outputs, and this leaf is {spec}",
-            hint='select kernels only: pm.sel(...).where(ndim=2); for biases use .zero() or .fill(value)',
+            hint="select kernels only: pm.sel(...).where(ndim=2); for biases use .zero() or .fill(value)",
         )
 
 

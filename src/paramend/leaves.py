@@ -107,6 +107,16 @@ class Leaves(Protocol):
     def read(self, number: int) -> Any:
         """The array."""
 
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a container of the kind that such trees are made of, as (key, child); None for a leaf."""
+
+
+def entries(node: Any) -> list[tuple[Any, Any]] | None:
+    """The entries of a dict, list or tuple as (key, child); None for anything else: `children` where trees are files."""
+    if isinstance(node, Mapping):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, list | tuple) else None
+
 
 def unique(leaves: Leaves, numbers: Sequence[int]) -> tuple[int, ...]:
     """The numbers without second paths to the same leaf.

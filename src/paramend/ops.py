@@ -85,7 +85,8 @@ class Call:
         if self.index is None:
             return self.op.run(library, x, self.args, place)
         if self.op.slot is not None:
-            return library.put(x, self.index, *self.op.slot(self.args))
+            verb, value = self.op.slot(self.args)
+            return library.put(x, self.index, verb, _native(library, value))
         part = self.op.run(library, library.get(x, self.index), self.args, place)
         return library.put(x, self.index, "set", part)
 
@@ -107,7 +108,10 @@ def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
     ((4, 8), (3,))
     """
     parts = index if isinstance(index, tuple) else (index,)
-    if any(part is not None and not isinstance(part, int | slice | type(...) | list | np.ndarray | np.integer) for part in parts):
+    if any(
+        part is not None and not isinstance(part, int | slice | type(...) | list | np.ndarray | np.integer)
+        for part in parts
+    ):
         try:
             index = tuple(np.asarray(p) if backend_of(type(p)) is not None else p for p in parts)
         except Exception as error:
@@ -118,9 +122,10 @@ def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
     # A view of one scalar: numpy checks the index and no memory is taken.
     blank = np.broadcast_to(np.empty(()), shape)
     try:
-        return blank[index].shape
+        inner: tuple[int, ...] = blank[index].shape
     except IndexError as error:
         raise OutOfRange(f"the slice does not fit a leaf of shape {shape}: {error}") from None
+    return inner
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------
@@ -153,7 +158,11 @@ def _fits(value: Any, spec: Spec, what: str) -> None:
         except (TypeError, ValueError) as error:
             raise SpecMismatch(f"{what} takes a number, and {value!r} is none") from error
     exact = number if spec.kind in ("bool", "int") else np.isfinite(number.astype(np.complex128))
-    held = stored.astype(number.dtype) if spec.kind in ("bool", "int") else np.isfinite(stored.astype(np.complex128))
+    held = (
+        stored.astype(number.dtype)
+        if spec.kind in ("bool", "int")
+        else np.isfinite(stored.astype(np.complex128))
+    )
     lost_imaginary = spec.kind != "complex" and np.iscomplexobj(number) and number.imag != 0
     if lost_imaginary or (exact != held and not (spec.kind == "float" and not exact)):
         raise SpecMismatch(
@@ -178,7 +187,8 @@ def _check_set(spec: Spec, args: Args) -> Spec:
     library = backend_of(type(value))
     if library is None and _is_scalar(value):
         raise SpecMismatch(
-            f"set takes an array of spec {spec}, and {value!r} is a scalar", hint=f"pm.at(tree, selector).fill({value!r})"
+            f"set takes an array of spec {spec}, and {value!r} is a scalar",
+            hint=f"pm.at(tree, selector).fill({value!r})",
         )
     given = library.spec(value) if library is not None else _spec_of_list(value)
     if given == spec:
@@ -221,13 +231,17 @@ def _check_arithmetic(spec: Spec, args: Args) -> Spec:
     if shape != spec.shape:
         raise SpecMismatch(f"an operand of shape {given.shape} does not broadcast to the leaf, {spec}")
     if _RANK.get(given.kind, 9) > _RANK.get(spec.kind, -1):
-        raise SpecMismatch(f"an operand of dtype {given.dtype} would change the leaf, {spec}", hint=".cast(...) it first")
+        raise SpecMismatch(
+            f"an operand of dtype {given.dtype} would change the leaf, {spec}", hint=".cast(...) it first"
+        )
     return spec
 
 
 def _check_float(spec: Spec, args: Args) -> Spec:
     if spec.kind != "float":
-        raise SpecMismatch(f"random values are floats, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")')
+        raise SpecMismatch(
+            f"random values are floats, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")'
+        )
     return spec
 
 
@@ -249,22 +263,33 @@ def _check_cast(spec: Spec, args: Args) -> Spec:
     if spec.kind == "other" or after.kind == "other":
         raise SpecMismatch(f"{spec} cannot be cast to {dtype}")
     if spec.kind == "complex" and after.kind != "complex":
-        raise SpecMismatch(f"a cast from {spec.dtype} to {dtype} drops the imaginary part", hint=".apply(fn, keep_spec=False)")
+        raise SpecMismatch(
+            f"a cast from {spec.dtype} to {dtype} drops the imaginary part",
+            hint=".apply(fn, keep_spec=False)",
+        )
     return after
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------
 
 
+def _native(library: Backend, value: Any) -> Any:
+    """A value that this library can read: arrays of another one pass through numpy, bit for bit."""
+    found = backend_of(type(value))
+    return value if found is None or found is library else found.numpy(value)
+
+
 def _run_set(library: Backend, x: Any, args: Args, place: Place) -> Any:
-    return library.like(args["value"], x)
+    return library.like(_native(library, args["value"]), x)
 
 
 def _run_apply(library: Backend, x: Any, args: Args, place: Place) -> Any:
     result = args["fn"](x)
     found = backend_of(type(result))
     if found is None:
-        raise SpecMismatch(f"apply: the function gave {type(result).__name__}, not an array, for {'/'.join(place.pieces)}")
+        raise SpecMismatch(
+            f"apply: the function gave {type(result).__name__}, not an array, for {'/'.join(place.pieces)}"
+        )
     before, after = library.spec(x), found.spec(result)
     if args.get("keep_spec", True) and before != after:
         raise SpecMismatch(
@@ -282,7 +307,8 @@ def _run_cast(library: Backend, x: Any, args: Args, place: Place) -> Any:
         raise Unsupported(f"{type(x).__name__} has no dtype {dtype}") from error
     if library.spec(result).dtype != dtype:
         raise Unsupported(
-            f"JAX made {library.spec(result).dtype} of {dtype}", hint='jax.config.update("jax_enable_x64", True)'
+            f"JAX made {library.spec(result).dtype} of {dtype}",
+            hint='jax.config.update("jax_enable_x64", True)',
         )
     return result
 
@@ -306,7 +332,9 @@ def _run_reinit(library: Backend, x: Any, args: Args, place: Place) -> Any:
     if callable(init):
         keys: Any = library
         if not hasattr(keys, "fold"):
-            raise Unsupported("an initializer function (key, shape, dtype) needs a JAX leaf", hint='.reinit("lecun_normal")')
+            raise Unsupported(
+                "an initializer function (key, shape, dtype) needs a JAX leaf", hint='.reinit("lecun_normal")'
+            )
         key = seed if _is_key(seed) else keys.key(int(seed))
         return _run_set(library, x, {"value": init(keys.fold(key, place.number), spec.shape, x.dtype)}, place)
     if _is_key(seed):
@@ -340,7 +368,7 @@ OPS: dict[str, Op] = {
             "every element becomes the scalar",
             ("value",),
             _check_fill,
-            lambda library, x, args, place: library.full(x, args["value"]),
+            lambda library, x, args, place: library.full(x, _native(library, args["value"])),
             slot=lambda args: ("set", args["value"]),
             reads=False,
         ),
@@ -360,7 +388,7 @@ OPS: dict[str, Op] = {
             "the operand is added, in the dtype of the leaf",
             ("value",),
             _check_arithmetic,
-            lambda library, x, args, place: library.add(x, args["value"]),
+            lambda library, x, args, place: library.add(x, _native(library, args["value"])),
             slot=lambda args: ("add", args["value"]),
         ),
         Op(
@@ -368,7 +396,7 @@ OPS: dict[str, Op] = {
             "every element is multiplied, in the dtype of the leaf",
             ("value",),
             _check_arithmetic,
-            lambda library, x, args, place: library.multiply(x, args["value"]),
+            lambda library, x, args, place: library.multiply(x, _native(library, args["value"])),
             slot=lambda args: ("multiply", args["value"]),
         ),
         Op(

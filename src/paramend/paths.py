@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 SEPARATORS = "/."
-SPECIAL = frozenset("*{}[]<>,\"\\/.")
+SPECIAL = frozenset('*{}[]<>,"\\/.')
 
 _split = re.compile(r"([/.])").split
 _plain = re.compile(r"[^*{}\[\]<>,\"\\/.]+").fullmatch

@@ -183,7 +183,7 @@ class _Reader:
                 start + 1,
                 hint='an empty key is written ""; a separator stands only between keys',
             )
-        if any(isinstance(a, Literal) and ("/" in a.text or "." in a.text) for a in atoms):
+        if any("/" in text or "." in text for atom in atoms for text in _literals(atom)):
             if len(atoms) == 1 and isinstance(atoms[0], Literal):
                 return Quoted(atoms[0].text)
             raise self.fail("an escaped separator cannot stand beside wildcards", start, self.at)
@@ -215,7 +215,9 @@ class _Reader:
             return self.number()
         if char in "}]>":
             opening = {"}": "{", "]": "[", ">": "<"}[char]
-            raise self.fail(f"'{char}' closes nothing: no '{opening}' before it", start, hint=f"\\{char} is the character")
+            raise self.fail(
+                f"'{char}' closes nothing: no '{opening}' before it", start, hint=f"\\{char} is the character"
+            )
         if char in ',"':
             raise self.fail(f"'{char}' has no meaning here", start, hint=f"\\{char} is the character itself")
         return self.simple()
@@ -246,7 +248,7 @@ class _Reader:
             char = self.peek()
             if char in ("", "/", "."):
                 raise self.fail("expected '}' to close the choice opened here", start, self.at or 1)
-            if char in "{[<]>\"":
+            if char in '{[<]>"':
                 raise self.fail(f"'{char}' cannot stand inside {{...}}", self.at, hint="write two selectors in a list")
             if char in ",}":
                 options.append(tuple(option))
@@ -272,7 +274,10 @@ class _Reader:
             found = _POSITION.fullmatch(text)
             if not found or not text.strip():
                 raise self.fail(
-                    "an index is an int or a slice", at, at + max(len(text), 1), hint="[-1], [:2], [0,3] or [4:8:2]"
+                    "an index is an int or a slice",
+                    at,
+                    at + max(len(text), 1),
+                    hint="[-1], [:2], [0,3] or [4:8:2]",
                 )
             first, colon, second, _, third = found.groups()
             if not colon:
@@ -292,11 +297,21 @@ class _Reader:
         if not found:
             close = self.text.find(">", start)
             raise self.fail(
-                "a captured number is written <n>", start, close + 1 if close > 0 else len(self.text), hint="layers/<n>/**"
+                "a captured number is written <n>",
+                start,
+                close + 1 if close > 0 else len(self.text),
+                hint="layers/<n>/**",
             )
         self.at = found.end()
         factor, name, shift = found.groups()
         return Number(name, int(factor or 1), int(shift or 0))
+
+
+def _literals(atom: Atom) -> Iterator[str]:
+    if isinstance(atom, Literal):
+        yield atom.text
+    elif isinstance(atom, Either):
+        yield from (part.text for option in atom.options for part in option if isinstance(part, Literal))
 
 
 def _write_position(item: int | tuple[int | None, int | None, int | None]) -> str:
@@ -358,6 +373,7 @@ class _Step:
     """What one label must satisfy."""
 
     accepts: Callable[[str], bool]
+    text: str | None = None  # the only text that is accepted, if there is only one
     repeats: bool = False  # `**`: stays for any number of labels
     exact: Label | None = None  # quoted keys: this label, not one that reads the same
     positions: Positions | None = None
@@ -390,7 +406,8 @@ def _steps(segments: tuple[Segment, ...]) -> tuple[_Step, ...]:
                         steps.append(_Step(_test(head), positions=atom, head=head, tail=tail, segment=number))
                         break
                 else:
-                    steps.append(_Step(_test(atoms)))
+                    only = atoms[0].text if len(atoms) == 1 and isinstance(atoms[0], Literal) else None
+                    steps.append(_Step(_test(atoms), only))
     return tuple(steps)
 
 
@@ -402,6 +419,8 @@ class _Machine:
         self.done = 1 << len(steps)
         self.indexed = sum(1 << i for i, step in enumerate(steps) if step.positions is not None)
         self.moves: dict[int, dict[Label, int]] = {}
+        # States in which one plain text is wanted and nothing else: it is looked up, not searched for.
+        self.wanted = {1 << i: (s.text, self.closure(1 << (i + 1))) for i, s in enumerate(steps) if s.text is not None}
 
     def closure(self, state: int) -> int:
         for i, step in enumerate(self.steps):
@@ -430,7 +449,7 @@ class _Missing:
 
 
 class _Walk:
-    """One search: the leaves found, the subtrees that the whole pattern names, and the positions that were not there."""
+    """One search: the leaves found, the subtrees that the whole pattern names, the positions that were not there."""
 
     def __init__(self, machine: _Machine) -> None:
         self.machine = machine
@@ -448,6 +467,11 @@ class _Walk:
         machine, hits = self.machine, self.hits
         if state & machine.done:
             self.subtrees.append(names)
+        wanted = machine.wanted.get(state)
+        if wanted is not None:
+            for child in _named(names, wanted[0]):
+                self.arrive(child, wanted[1])
+            return
         moves = machine.moves.get(state)
         if moves is None:
             moves = machine.moves[state] = {}
@@ -485,6 +509,17 @@ class _Walk:
             if trial.hits or trial.first_missing():
                 return missing
         return None
+
+
+def _named(names: Names, text: str) -> list[Any]:
+    """The children whose labels read so: a key, a part of one, or a further key that reads the same."""
+    found = [names[text]] if text in names else []
+    for before, closes in (("", True), ("", False), ("/", True), ("/", False), (".", True), (".", False)):
+        serial = int(before == "" and closes)  # the first such key is no part, but text
+        while (label := Part(text, before, closes, serial)) in names:
+            found.append(names[label])
+            serial += 1
+    return found
 
 
 def _families(names: Names, step: _Step) -> list[tuple[str, dict[int, list[Any]]]]:

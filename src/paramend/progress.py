@@ -1,7 +1,7 @@
 """Progress: what a long task tells whoever asked to hear of it. By default nobody did.
 
-A function that takes `progress=` calls it with an `Event` now and then. What the caller does with it, a bar, a
-log line, nothing, is the caller's matter; an exception raised there stops the task as any other would.
+A function that takes `progress=` calls it with an `Event` now and then. What the caller makes of it, a bar or
+a log line, is the caller's matter; an exception raised there stops the task as any other would.
 """
 
 import time

@@ -1,105 +1,67 @@
-"""Renames: a selector whose wildcards capture, and a target whose wildcards say where the captures go."""
+"""Renames: a selector whose wildcards capture, and a target whose wildcards say where the captures go.
 
-import re
-from collections.abc import Sequence
+A rename is applied to a whole tree of names at once, never leaf after leaf: so rotations and swaps come out right, and
+`[-1]` means the last of this tree.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
-from paramend.errors import BadArgument, RenameClash, SelectorError
-from paramend.paths import Label, Part, text_of
-from paramend.patterns import AnyPieces, Either, Literal, Number, Pattern, Piece, Positions, Quoted, Segment, Star, parse
-from paramend.patterns import _compiled, _source
+from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
+from paramend.leaves import Index
+from paramend.paths import Label, Part, labels, number_of, text_of, write_path
+from paramend.patterns import (
+    AnyPieces,
+    Atom,
+    Either,
+    Literal,
+    Names,
+    Number,
+    Pattern,
+    Piece,
+    Positions,
+    Quoted,
+    Segment,
+    Star,
+    _compiled,
+    _source,
+    parse,
+)
 
-# What a wildcard took: labels for `**`, text for `*`, an option's place for {a,b}, an int for <n> and for [...].
-Captured = tuple[Label, ...] | str | int
 
+class Step(NamedTuple):
+    """One piece of a new path.
 
-@dataclass(frozen=True, slots=True)
-class Captures:
-    """What the wildcards of a selector took of one path."""
-
-    anys: tuple[tuple[Label, ...], ...] = ()
-    stars: tuple[str, ...] = ()
-    choices: tuple[int, ...] = ()
-    numbers: tuple[tuple[str, int], ...] = ()
-
-
-def capture(pattern: Pattern, path: Sequence[Label]) -> Captures | None:
-    """What the wildcards took, leftmost longest; None if the path does not match.
-
-    An index such as `[-1]` takes any number here: whether it is the right one, `Pattern.find` has said.
+    Attributes:
+        text: the piece, or a whole key where the target quotes it.
+        before: the separator that joins it to the key before; None if it opens a key.
+        origin: the place in the old path that it takes over, or None.
     """
-    return _capture(pattern.segments, tuple(path))
+
+    text: str
+    before: str | None = None
+    origin: int | None = None
 
 
-def _capture(segments: tuple[Segment, ...], path: tuple[Label, ...]) -> Captures | None:
-    if not segments:
-        return Captures() if not path else None
-    first, rest = segments[0], segments[1:]
-    if isinstance(first, AnyPieces):
-        for taken in range(len(path), -1, -1):
-            found = _capture(rest, path[taken:])
-            if found is not None:
-                return Captures((path[:taken], *found.anys), found.stars, found.choices, found.numbers)
-        return None
-    if isinstance(first, Quoted):
-        size = len(Pattern((first,))._machine.steps)
-        if len(path) < size or not Pattern((first,)).find(_chain(path[:size])):
-            return None
-        return _capture(rest, path[size:])
-    if not path:
-        return None
-    taken = 2 if _indexes_children(first) and len(path) > 1 and text_of(path[1]).isdigit() else 1
-    here = _capture_piece(first if taken == 1 else Piece(first.atoms[:-1]), text_of(path[0]))
-    if here is None:
-        return None
-    found = _capture(rest, path[taken:])
-    if found is None:
-        return None
-    return Captures(
-        found.anys, here.stars + found.stars, here.choices + found.choices, here.numbers + found.numbers
-    )
+class Pick(NamedTuple):
+    """A piece that only the tree for which a path is meant can tell: `Dense_[-1]`.
+
+    Attributes:
+        piece: the piece with its index.
+        which: which of the positions it takes, counted in the order written; None if there must be just one.
+    """
+
+    piece: Piece
+    which: int | None
 
 
-def _chain(path: Sequence[Label]) -> dict[Label, object]:
-    names: object = 0
-    for label in reversed(path):
-        names = {label: names}
-    return names  # type: ignore[return-value]
-
-
-def _indexes_children(piece: Piece) -> bool:
-    return len(piece.atoms) > 1 and isinstance(piece.atoms[-1], Positions)
-
-
-@lru_cache(maxsize=1024)
-def _expression(piece: Piece) -> re.Pattern[str]:
-    return _compiled(_source(piece.atoms))
-
-
-def _capture_piece(piece: Piece, text: str) -> Captures | None:
-    found = _expression(piece).fullmatch(text)
-    if found is None:
-        return None
-    stars: list[str] = []
-    choices: list[int] = []
-    numbers: list[tuple[str, int]] = []
-    wild = [atom for atom in piece.atoms if not isinstance(atom, Literal)]
-    for atom, taken in zip(wild, found.groups(), strict=True):
-        match atom:
-            case Star():
-                stars.append(taken)
-            case Either(options):
-                pieces = [Piece(option) for option in options]
-                choices.append(next(i for i, p in enumerate(pieces) if _expression(p).fullmatch(taken)))
-            case Number(name):
-                numbers.append((name, int(taken)))
-    return Captures((), tuple(stars), tuple(choices), tuple(numbers))
+NewPath = tuple[Step | Pick, ...]
 
 
 @dataclass(frozen=True)
 class Rename:
-    """A rename: leaves that match `source` go to `target`.
+    """A rename: leaves that match `source` go to `target`. Made by `rename`, which checks that the two agree.
 
     >>> print(rename("h_<n>/**", "layers/<n+1>/**"))
     h_<n>/** -> layers/<n+1>/**
@@ -111,25 +73,344 @@ class Rename:
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"
 
-    def of(self, path: Sequence[Label]) -> tuple[Label | Pattern, ...] | None:
-        """The new path, or None if this one does not match.
+    def over(self, index: Index) -> dict[int, NewPath]:
+        """The new paths of the leaves of a tree that match, by leaf number.
 
-        Segments of the target with an index such as `[-1]` come back as patterns, to be resolved in the tree that the
-        path is for.
+        Raises:
+            OutOfRange: a position in the source does not exist.
+            RenameClash: a number would become negative, or a leaf would have no name left.
+
+        >>> index = Index.of_names(["h.0.w", "h.1.w", "head"])
+        >>> moved = rename("h.<n>.w", "layers.<2*n>.w").over(index)
+        >>> {number: pieces(path) for number, path in moved.items()}
+        {0: ('layers', '0', 'w'), 1: ('layers', '2', 'w')}
         """
-        found = capture(self.source, path)
-        return None if found is None else self._fill(found)
+        reader = _Reader(self.source.segments, index.names)
+        found: dict[int, NewPath] = {}
+        for number in index.ordered(self.source.find(index.names)):
+            path = index.paths[number]
+            taken = reader.split(path)
+            if taken is not None:
+                found[number] = _Writer(self, path, taken, reader).write()
+        return found
 
-    def _fill(self, found: Captures) -> tuple[Label | Pattern, ...]:
-        anys, stars, choices = iter(found.anys), iter(found.stars), iter(found.choices)
-        numbers = dict(found.numbers)
-        out: list[Label | Pattern] = []
-        for segment in self.target.segments:
+    def inverse(self) -> "Rename":
+        """The rename that leads back.
+
+        It does so wherever the wildcards of the target can take a new path in one way only.
+
+        Raises:
+            BadArgument: two old paths may have one new path.
+
+        >>> print(rename("h/<n>/{q,k}", "layers/<2*n+1>/{query,key}").inverse())
+        layers/<2*n+1>/{query,key} -> h/<n>/{q,k}
+        """
+        have, want = _wildcards(self.source), _wildcards(self.target)
+        reason = ""
+        if sorted(have.names) != sorted(want.names):
+            lost = sorted(set(have.names) - set(want.names))
+            reason = f"<{lost[0]}> is lost" if lost else "a number stands in the target twice"
+        elif any(atom.factor == 0 for atom in want.numbers):
+            reason = "all numbers become one"
+        elif any(len(set(either.options)) < len(either.options) for either in want.choices):
+            reason = "two choices become one"
+        elif len(want.positions) < len(have.positions) and any(map(_takes_several, have.positions)):
+            reason = "several positions become one"
+        if reason:
+            raise BadArgument(f"{self} cannot be inverted: {reason}")
+        return Rename(self.target, self.source)
+
+
+def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
+    """A checked rename.
+
+    Args:
+        source: a selector.
+        target: the new path, with the wildcards of the source: `*`, `**` and `{a,b}` in the same order, `<n>` by
+            name, also as `<n+1>` or `<2*n>`.
+        indexed: whether the target may hold an index such as `[-1]`, a position in another tree. Where the source has
+            an index too, their positions pair up in the order written: `layers[-2:]` with `layers[0,1]`.
+
+    Raises:
+        SelectorError: one of the texts breaks the grammar.
+        BadArgument: the wildcards of the two sides do not agree.
+    """
+    rule = Rename(parse(source), parse(target))
+    have, want = _wildcards(rule.source), _wildcards(rule.target)
+    for name, here, there in (("**", have.anys, want.anys), ("*", have.stars, want.stars)):
+        if here != there:
+            raise BadArgument(
+                f"{target!r} has {there} × `{name}`, and {source!r} has {here}",
+                hint="each wildcard of the source stands once in the target, in the same order",
+            )
+    if list(map(_shape_of, have.choices)) != list(map(_shape_of, want.choices)):
+        raise BadArgument(
+            f"the choices {{...}} of {source!r} and {target!r} do not pair up", hint='"{q,k}/w" -> "{query,key}/w"'
+        )
+    unknown = [atom for atom in want.numbers if atom.name not in have.names]
+    twice = [atom for i, atom in enumerate(have.numbers) if atom.name in have.names[:i]]
+    if unknown or twice:
+        text, atom = (target, unknown[0]) if unknown else (source, twice[0])
+        at = text.find(str(atom)) if unknown else text.rfind(str(atom))
+        at = max(at, 0)
+        raise SelectorError(
+            "this number is captured nowhere in the source" if unknown else "this number is captured twice",
+            text=text,
+            span=(at, text.find(">", at) + 1),
+            hint='"h/<n>/**" -> "layers/<n>/**"',
+        )
+    for atom in have.numbers:
+        if (atom.factor, atom.shift) != (1, 0):
+            raise BadArgument(f"{source!r}: {atom} reckons, and a source only captures", hint=f"<{atom.name}>")
+    if want.positions and not indexed:
+        raise BadArgument(f"{target!r}: a new path cannot hold an index {want.positions[0]}", hint="<n> of the source")
+    return rule
+
+
+def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
+    """A new path piece by piece; picks are looked up in the tree of names for which the path is meant.
+
+    Raises:
+        OutOfRange: that tree has no such position.
+
+    >>> index = Index.of_names(["Dense_0.w", "Dense_9.w"])
+    >>> pieces((Pick(parse("Dense_[-1]").segments[0], None), Step("w")), index.names)
+    ('Dense_9', 'w')
+    """
+    out: list[str] = []
+    for step in path:
+        if isinstance(step, Step):
+            out += map(text_of, labels(step.text))
+        else:
+            out += _look_up(step, names or {}, out)
+    return tuple(out)
+
+
+def keys(path: Sequence[Step], *, flat: str = "") -> list[tuple[str, int | None]]:
+    """The keys of a new path, each with the place in the old path that it takes over.
+
+    Args:
+        path: the new path, without picks.
+        flat: the separator of a flat table of names, in which every path is a single key.
+
+    >>> keys([Step("net"), Step("~", "/", 1), Step("linear_0", "/", 2), Step("w", None, 3)])
+    [('net/~/linear_0', 2), ('w', 3)]
+    >>> keys([Step("layers"), Step("0"), Step("w")], flat=".")
+    [('layers.0.w', None)]
+    """
+    out: list[tuple[str, int | None]] = []
+    for text, before, origin in path:
+        joint = (before or flat) if out else ""
+        if joint:
+            out[-1] = (out[-1][0] + joint + text, origin)
+        else:
+            out.append((text, origin))
+    return out
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Tells for each path of one tree of names which labels each segment of a pattern takes, leftmost longest."""
+
+    def __init__(self, segments: tuple[Segment, ...], names: Names) -> None:
+        self.segments = segments
+        self.names = names
+        self._places: dict[tuple[int, Piece], dict[tuple[Label, ...], int]] = {}
+
+    def split(self, path: tuple[Label, ...]) -> tuple[tuple[int, int], ...] | None:
+        """For each segment the range of labels that it takes; None if the path does not match."""
+        parents = [self.names]
+        for label in path[:-1]:
+            parents.append(parents[-1][label])
+
+        def rest(segment: int, at: int) -> tuple[tuple[int, int], ...] | None:
+            if segment == len(self.segments):
+                return () if at == len(path) else None
+            for size in self._sizes(self.segments[segment], path, at, parents):
+                tail = rest(segment + 1, at + size)
+                if tail is not None:
+                    return ((at, at + size), *tail)
+            return None
+
+        return rest(0, 0)
+
+    def _sizes(self, segment: Segment, path: tuple[Label, ...], at: int, parents: list[Names]) -> Iterable[int]:
+        """How many labels a segment may take from here, most first."""
+        if isinstance(segment, AnyPieces):
+            return range(len(path) - at, -1, -1)
+        if at == len(path):
+            return ()
+        if isinstance(segment, Quoted):
+            wanted = labels(segment.text)
+            ends = path[at : at + len(wanted)]
+            same = [text_of(label) for label in ends] == [text_of(label) for label in wanted]
+            return (len(wanted),) if same and _opens(ends[0]) and _closes(ends[-1]) else ()
+        if any(isinstance(atom, Positions) for atom in segment.atoms):
+            places = self.places(parents[at], segment)
+            return [size for size in (2, 1) if path[at : at + size] in places]
+        return (1,) if _numbers(segment, text_of(path[at])) is not None else ()
+
+    def places(self, names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
+        """What a piece with an index takes under one parent: its labels → which of the positions."""
+        key = (id(names), piece)
+        if key not in self._places:
+            self._places[key] = _positions(names, piece)
+        return self._places[key]
+
+
+def _opens(label: Label) -> bool:
+    return isinstance(label, str) or not label.before
+
+
+def _closes(label: Label) -> bool:
+    return isinstance(label, str) or label.closes
+
+
+def _groups(atoms: tuple[Atom, ...], text: str) -> list[tuple[Atom, str]] | None:
+    """What each wildcard of a piece takes; None if the text does not match."""
+    found = _compiled(_source(atoms)).fullmatch(text)
+    wild = [atom for atom in atoms if not isinstance(atom, Literal)]
+    return None if found is None else list(zip(wild, found.groups(), strict=True))
+
+
+def _numbers(piece: Piece, text: str) -> dict[str, str] | None:
+    """The numbers that a piece captures, as written; None if the text does not match."""
+    found = _groups(piece.atoms, text)
+    numbers: dict[str, str] = {}
+    for atom, taken in found or ():
+        if isinstance(atom, Number):
+            if (atom.factor, atom.shift) != (1, 0):  # only in inverses
+                value, left = divmod(int(taken) - atom.shift, atom.factor)
+                if left or value < 0:
+                    return None
+                taken = str(value)
+            numbers[atom.name] = taken
+    return None if found is None else numbers
+
+
+def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
+    """The labels at the positions that a piece names under one parent, and which position each is.
+
+    As in a selector: `layers[...]` means the numbered children of `layers`; where there are none, the siblings
+    `layers<number>`.
+    """
+    at = next(i for i, atom in enumerate(piece.atoms) if isinstance(atom, Positions))
+    index = piece.atoms[at]
+    assert isinstance(index, Positions)
+    head, tail = piece.atoms[:at], piece.atoms[at + 1 :]
+    families: dict[str, dict[int, list[tuple[Label, ...]]]] = {}
+    if head and not tail:
+        for label, child in names.items():
+            if type(child) is not int and _groups(head, text_of(label)) is not None:
+                for inner in child:
+                    number = number_of(text_of(inner))
+                    if number is not None:
+                        families.setdefault(text_of(label), {}).setdefault(number, []).append((label, inner))
+    if not families:
+        for label in names:
+            found = _groups(piece.atoms, text_of(label))
+            if found is not None:
+                place = [i for i, atom in enumerate(piece.atoms) if not isinstance(atom, Literal)].index(at)
+                family = "\n".join(taken for i, (_, taken) in enumerate(found) if i != place)
+                families.setdefault(family, {}).setdefault(int(found[place][1]), []).append((label,))
+    out: dict[tuple[Label, ...], int] = {}
+    for members in families.values():
+        numbers = sorted(members)
+        for which, position in enumerate(_ordered(index, len(numbers))):
+            out.update(dict.fromkeys(members[numbers[position]], which))
+    return out
+
+
+def _ordered(index: Positions, count: int) -> list[int]:
+    """The positions that an index names among `count`, in the order written."""
+    out: dict[int, None] = {}
+    for item in index.items:
+        if isinstance(item, tuple):
+            out.update(dict.fromkeys(range(*slice(*item).indices(count))))
+        elif -count <= item < count:
+            out[item % count] = None
+    return list(out)
+
+
+def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
+    """The pieces that a pick stands for, below the pieces above it."""
+    parents = [names]
+    for text in above:
+        parents = [
+            child
+            for parent in parents
+            for label, child in parent.items()
+            if text_of(label) == text and type(child) is dict
+        ]
+    found = [(place, which) for parent in parents for place, which in _positions(parent, pick.piece).items()]
+    chosen = sorted({tuple(map(text_of, place)) for place, which in found if pick.which in (None, which)})
+    if len(chosen) == 1:
+        return list(chosen[0])
+    where = "/".join((*above, str(pick.piece)))
+    if not chosen:
+        there = len({which for _, which in found})
+        asked = "" if pick.which is None or not there else f" number {pick.which + 1}, only {there}"
+        raise OutOfRange(f"there is no {where}{asked}")
+    raise OutOfRange(f"{where} names {len(chosen)} keys, and the source has no index to pair them with")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Fills the target of a rename with what the source took of one path."""
+
+    def __init__(
+        self, rule: Rename, path: tuple[Label, ...], taken: Sequence[tuple[int, int]], reader: _Reader
+    ) -> None:
+        self.rule = rule
+        self.path = path
+        self.stars: list[str] = []
+        self.choices: list[tuple[int, list[str]]] = []
+        self.numbers: dict[str, str] = {}
+        self.whiches: list[int] = []
+        # The path falls into runs between the `**`: run, `**`, run, `**`, run.
+        self.runs: list[tuple[int, int]] = []
+        self.anys: list[tuple[int, int]] = []
+        names, walked, begin = reader.names, 0, 0
+        for segment, (start, stop) in zip(rule.source.segments, taken, strict=True):
+            while walked < start:
+                names, walked = names[path[walked]], walked + 1
+            if isinstance(segment, AnyPieces):
+                self.runs.append((begin, start))
+                self.anys.append((start, stop))
+                begin = stop
+            elif isinstance(segment, Piece):
+                self._capture(segment, start, stop, names, reader)
+        self.runs.append((begin, len(path)))
+
+    def _capture(self, piece: Piece, start: int, stop: int, names: Names, reader: _Reader) -> None:
+        if any(isinstance(atom, Positions) for atom in piece.atoms):
+            self.whiches.append(reader.places(names, piece)[self.path[start:stop]])
+        if stop - start == 2:  # the index took the label below
+            piece = Piece(piece.atoms[:-1])
+        text = text_of(self.path[start])
+        self.numbers |= _numbers(piece, text) or {}
+        for atom, taken in _groups(piece.atoms, text) or ():
+            if isinstance(atom, Star):
+                self.stars.append(taken)
+            elif isinstance(atom, Either):
+                options = ((i, _groups(option, taken)) for i, option in enumerate(atom.options))
+                which, found = next((i, found) for i, found in options if found is not None)
+                self.choices.append((which, [star for _, star in found]))
+
+    def write(self) -> NewPath:
+        """The new path."""
+        stars, choices, whiches = iter(self.stars), iter(self.choices), iter(self.whiches)
+        runs: list[list[str | Pick | Quoted]] = [[]]
+        for segment in self.rule.target.segments:
             match segment:
                 case AnyPieces():
-                    out += next(anys)
-                case Quoted(text):
-                    out.append(Pattern((segment,)) if "/" in text or "." in text else text)
+                    runs.append([])
+                case Quoted():
+                    runs[-1].append(segment)
                 case Piece(atoms):
                     filled: list[Literal | Positions] = []
                     for atom in atoms:
@@ -139,95 +420,114 @@ class Rename:
                             case Star():
                                 filled.append(Literal(next(stars)))
                             case Either(options):
-                                option = options[next(choices)]
-                                texts = (part.text if isinstance(part, Literal) else next(stars) for part in option)
-                                filled.append(Literal("".join(texts)))
-                            case Number(name, factor, shift):
-                                value = factor * numbers[name] + shift
-                                if value < 0:
-                                    raise RenameClash(f"{self}: {atom} is {value} where {name} is {numbers[name]}")
-                                filled.append(Literal(str(value)))
+                                which, inner = next(choices)
+                                filled += _fill(options[which], inner)
+                            case Number():
+                                filled.append(Literal(self._reckon(atom)))
                     if any(isinstance(atom, Positions) for atom in filled):
-                        out.append(Pattern((Piece(tuple(filled)),)))
+                        runs[-1].append(Pick(Piece(tuple(filled)), next(whiches, None)))
                     else:
-                        out.append("".join(atom.text for atom in filled if isinstance(atom, Literal)))
+                        runs[-1].append("".join(atom.text for atom in filled if isinstance(atom, Literal)))
+        out: list[Step | Pick] = []
+        for place, run in enumerate(runs):
+            out += self._align(run, *self.runs[place])
+            if place < len(self.anys):
+                start, stop = self.anys[place]
+                steps = [Step(text_of(self.path[i]), self._joint(i), i) for i in range(start, stop)]
+                begin, end = self.runs[place]
+                if not run and begin < end and steps and steps[0].before:
+                    # What stood before it in its key is gone; it is joined as the first of those was.
+                    steps[0] = steps[0]._replace(before=self._joint(begin))
+                out += steps
+        if not out:
+            raise RenameClash(f"{self.rule}: {write_path(self.path)} would have no name left")
         return tuple(out)
 
+    def _reckon(self, atom: Number) -> str:
+        text = self.numbers[atom.name]
+        value = atom.factor * int(text) + atom.shift
+        if value < 0:
+            raise RenameClash(f"{self.rule}: {atom} is {value} where {atom.name} is {text}")
+        if (atom.factor, atom.shift) == (1, 0):
+            return text
+        return str(value).zfill(len(text) if text.startswith("0") else 0)
 
-def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
-    """A checked rename.
+    def _joint(self, place: int) -> str | None:
+        """The separator that joins a label of the old path to the key before it."""
+        label = self.path[place]
+        return (label.before or None) if isinstance(label, Part) else None
 
-    Args:
-        source: a selector.
-        target: the new path, with the wildcards of the source.
-        indexed: whether the target may hold an index such as `[-1]`, resolved in another tree.
+    def _align(self, run: list[str | Pick | Quoted], start: int, stop: int) -> list[Step | Pick]:
+        """The new pieces of a run; each takes over the place of an old one, counted from the right.
 
-    Raises:
-        SelectorError: one of the texts breaks the grammar.
-        BadArgument: the wildcards of the two sides do not agree.
-    """
-    rule = Rename(parse(source), parse(target))
-    have, want = _wildcards(rule.source), _wildcards(rule.target)
-    for kind, name in (("anys", "**"), ("stars", "*")):
-        if have[kind] != want[kind]:
-            raise BadArgument(
-                f"{target!r} has {want[kind]} × `{name}`, and {source!r} has {have[kind]}",
-                hint="each wildcard of the source stands once in the target, in the same order",
-            )
-    if have["choices"] != want["choices"]:
-        raise BadArgument(
-            f"the choices {{...}} of {source!r} and {target!r} do not pair up", hint='"{q,k}/w" -> "{query,key}/w"'
-        )
-    unknown = set(want["numbers"]) - set(have["numbers"])
-    if unknown or len(set(have["numbers"])) != len(have["numbers"]):
-        at = target.find("<") if unknown else source.find("<")
-        text = target if unknown else source
-        raise SelectorError(
-            "this number is captured nowhere in the source" if unknown else "a number is captured twice",
-            text=text,
-            span=(max(at, 0), text.find(">", at) + 1),
-            hint='"h/<n>/**" -> "layers/<n>/**"',
-        )
-    for atom in (a for s in rule.source.segments if isinstance(s, Piece) for a in s.atoms):
-        if isinstance(atom, Number) and (atom.factor, atom.shift) != (1, 0):
-            raise BadArgument(f"{source!r}: {atom} reckons, and a source only captures", hint=f"<{atom.name}>")
-    if want["indices"] and not indexed:
-        raise BadArgument(f"{target!r}: a new path cannot hold an index {want['indices'][0]}", hint="<n> of the source")
-    return rule
-
-
-def _wildcards(pattern: Pattern) -> dict[str, list[object]]:
-    found: dict[str, list[object]] = {"anys": [], "stars": [], "choices": [], "numbers": [], "indices": []}
-
-    def visit(atom: object) -> None:
-        match atom:
-            case Star():
-                found["stars"].append(None)
-            case Either(options):
-                found["choices"].append(len(options))
-            case Number(name):
-                found["numbers"].append(name)
-            case Positions():
-                found["indices"].append(atom)
-
-    for segment in pattern.segments:
-        if isinstance(segment, AnyPieces):
-            found["anys"].append(None)
-        for atom in getattr(segment, "atoms", ()):
-            visit(atom)
-    return found
+        So Haiku's `mlp/~/linear_0` stays one key when a piece of it is renamed.
+        """
+        spare = len(run) - (stop - start)
+        joints = [self._joint(i) for i in range(start, stop)]
+        if not joints:
+            joints = [None] * spare
+        elif spare > 0:
+            # More pieces than before stay in the key that the first one belonged to, if that has several pieces.
+            first = self.path[start]
+            within = None
+            if isinstance(first, Part) and (first.before or not first.closes):
+                within = first.before or self._joint(start + 1)
+            joints = [joints[0], *[within] * spare, *joints[1:]]
+        elif spare < 0 and run:
+            joints = [joints[0], *joints[1 - spare :]]
+        out: list[Step | Pick] = []
+        after_quoted = False
+        for i, (new, joint) in enumerate(zip(run, joints, strict=bool(run))):
+            if isinstance(new, Pick):
+                out.append(new)
+            else:
+                quoted = isinstance(new, Quoted)
+                text = new.text if isinstance(new, Quoted) else new
+                out.append(
+                    Step(text, None if quoted or after_quoted else joint, stop - len(run) + i if i >= spare else None)
+                )
+                after_quoted = quoted
+        return out
 
 
-def joined(path: Sequence[Label], separator: str) -> tuple[str, ...]:
-    """The keys that labels make: parts stay in the key that they were parts of.
+def _fill(option: tuple[Literal | Star, ...], stars: Sequence[str]) -> list[Literal]:
+    taken = iter(stars)
+    return [atom if isinstance(atom, Literal) else Literal(next(taken)) for atom in option]
 
-    >>> joined(["net", Part("~", "/", False), Part("linear_0", "/", True), "w"], "/")
-    ('net/~/linear_0', 'w')
-    """
-    keys: list[str] = []
-    for label in path:
-        if isinstance(label, Part) and label.before and keys:
-            keys[-1] += label.before + label.text
-        else:
-            keys.append(text_of(label))
-    return tuple(keys)
+
+# ---- checking --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Wildcards:
+    """The wildcards of one side of a rename."""
+
+    anys: int
+    stars: int
+    choices: list[Either]
+    numbers: list[Number]
+    positions: list[Positions]
+
+    @property
+    def names(self) -> list[str]:
+        return [number.name for number in self.numbers]
+
+
+def _wildcards(pattern: Pattern) -> _Wildcards:
+    atoms = [atom for segment in pattern.segments if isinstance(segment, Piece) for atom in segment.atoms]
+    return _Wildcards(
+        anys=sum(isinstance(segment, AnyPieces) for segment in pattern.segments),
+        stars=sum(isinstance(atom, Star) for atom in atoms),
+        choices=[atom for atom in atoms if isinstance(atom, Either)],
+        numbers=[atom for atom in atoms if isinstance(atom, Number)],
+        positions=[atom for atom in atoms if isinstance(atom, Positions)],
+    )
+
+
+def _shape_of(either: Either) -> list[int]:
+    """The number of stars in each option: options pair up in order, and so do their stars."""
+    return [sum(isinstance(atom, Star) for atom in option) for option in either.options]
+
+
+def _takes_several(positions: Positions) -> bool:
+    return len(positions.items) > 1 or any(isinstance(item, tuple) for item in positions.items)

@@ -1,18 +1,21 @@
 """Selectors: which leaves. Text first, and values that print as what rebuilds them."""
 
+import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from paramend import _text
-from paramend.errors import BadArgument, NoMatch, OutOfRange
+from paramend.containers import ELIDED
+from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
 from paramend.leaves import Index, Leaves, unique
-from paramend.paths import text_of, write_piece
-from paramend.patterns import AnyPieces, Literal, Names, Pattern, Piece, parse
+from paramend.misses import nearest
+from paramend.paths import labels, text_of, write_path
+from paramend.patterns import AnyPieces, Number, Pattern, Piece, Positions, parse
 from paramend.specs import Spec, dtype_name
 
 
@@ -20,16 +23,16 @@ class Selector:
     """A choice of leaves, made by `pm.sel` and combined with `|`, `&`, `~`, `.where(...)` and a slice `[...]`."""
 
     def __or__(self, other: Any) -> "Selector":
-        return Union((self, sel(other)))
+        return Union((*_parts(self), *_parts(sel(other))))
 
     def __ror__(self, other: Any) -> "Selector":
-        return Union((sel(other), self))
+        return sel(other) | self
 
     def __and__(self, other: Any) -> "Selector":
         return Both(self, sel(other))
 
     def __rand__(self, other: Any) -> "Selector":
-        return Both(sel(other), self)
+        return sel(other) & self
 
     def __invert__(self) -> "Selector":
         return Rest(self)
@@ -62,7 +65,9 @@ class Selector:
             dtype = dtype_name(dtype)
         return Where(self, ndim, dtype, None if shape is None else tuple(shape), min_size, max_size)
 
-    def find(self, leaves: Leaves) -> set[int]:
+    __iter__ = None  # or a loop over a selector would slice it for ever
+
+    def _find(self, leaves: Leaves) -> set[int]:
         """The leaf numbers, possibly none; of a leaf with several paths, any of its numbers."""
         raise NotImplementedError
 
@@ -77,16 +82,16 @@ class Text(Selector):
     def __repr__(self) -> str:
         return f"pm.sel({_quote(self.text)})"
 
-    def find(self, leaves: Leaves) -> set[int]:
+    def _find(self, leaves: Leaves) -> set[int]:
         index = leaves.index
         found = index.found.get(self.text)
         if found is None:
             try:
                 found = tuple(index.ordered(self.pattern.find(index.names)))
             except OutOfRange as error:
-                raise OutOfRange(f"{_quote(self.text)}: {error}") from None
+                raise _out_of_range(self.text, error, index) from None
             if not found:
-                raise _nothing(self.text, self.pattern, leaves)
+                raise _nothing(self.text, self.pattern, index)
             index.found[self.text] = found
         return set(found)
 
@@ -98,18 +103,25 @@ class Regex(Selector):
     expression: re.Pattern[str]
 
     def __repr__(self) -> str:
-        flags = f", {self.expression.flags & ~re.UNICODE}" if self.expression.flags & ~re.UNICODE else ""
-        return f"pm.sel(re.compile({self.expression.pattern!r}{flags}))"
+        return f"pm.sel({self._written(self.expression.pattern)})"
 
-    def find(self, leaves: Leaves) -> set[int]:
+    def _written(self, pattern: str) -> str:
+        flags = re.RegexFlag(self.expression.flags & ~re.UNICODE)
+        return f"re.compile({pattern!r}{f', {flags!r}' if flags else ''})"
+
+    def _find(self, leaves: Leaves) -> set[int]:
         index = leaves.index
         found = {n for n in index.numbers if self.expression.fullmatch(index.path(n))}
         if not found:
             searched = [index.path(n) for n in index.numbers if self.expression.search(index.path(n))]
             raise NoMatch(
-                f"{self!r} matches none of {_count(leaves)}"
-                + (f"; it occurs within {_text.listing(searched, 3)}, but a match is of the whole path" if searched else ""),
-                hint=f're.compile(r".*{self.expression.pattern}.*")' if searched else _examples(leaves),
+                f"{self!r} matches none of {_count(leaves.index)}"
+                + (
+                    f"; it occurs within {_text.listing(searched, 3)}, but a match is of the whole path"
+                    if searched
+                    else ""
+                ),
+                hint=self._written(f".*{self.expression.pattern}.*") if searched else _examples(leaves.index),
                 near=searched[:3],
             )
         return found
@@ -124,7 +136,7 @@ class Held(Selector):
     def __repr__(self) -> str:
         return f"pm.sel({self.kind.__module__}.{self.kind.__qualname__})"
 
-    def find(self, leaves: Leaves) -> set[int]:
+    def _find(self, leaves: Leaves) -> set[int]:
         spans = leaves.index.spans
         numbers = leaves.index.numbers
         found = {n for kind, start, stop in spans if issubclass(kind, self.kind) for n in numbers[start:stop]}
@@ -132,7 +144,7 @@ class Held(Selector):
             kinds = sorted({kind.__name__ for kind, start, stop in spans if stop > start})
             raise NoMatch(
                 f"no leaf is held by an instance of {self.kind.__qualname__}; this tree has {_text.listing(kinds)}",
-                hint=_examples(leaves),
+                hint=_examples(leaves.index),
             )
         return found
 
@@ -146,7 +158,7 @@ class Predicate(Selector):
     def __repr__(self) -> str:
         return f"pm.sel({getattr(self.function, '__qualname__', repr(self.function))})"
 
-    def find(self, leaves: Leaves) -> set[int]:
+    def _find(self, leaves: Leaves) -> set[int]:
         return {n for n in leaves.index.numbers if self.function(leaves.index.path(n), leaves.spec(n))}
 
 
@@ -159,8 +171,10 @@ class Mask(Selector):
     def __repr__(self) -> str:
         return f"pm.sel({self.tree!r})"
 
-    def find(self, leaves: Leaves) -> set[int]:
-        flags = dict(_flags(self.tree, ()))
+    def _find(self, leaves: Leaves) -> set[int]:
+        if leaves.children(self.tree) is None and callable(self.tree):  # an object that can be called, and no tree
+            return Predicate(self.tree)._find(leaves)
+        flags = dict(self._flags(self.tree, (), leaves))
         found: set[int] = set()
         used: set[tuple[str, ...]] = set()
         for number in leaves.index.numbers:
@@ -169,15 +183,30 @@ class Mask(Selector):
             if place is None:
                 raise BadArgument(
                     f"the tree of bools says nothing of {leaves.index.path(number)}",
-                    hint="pm.at(tree, selector).mask() gives a tree of bools of the right structure",
+                    hint='pm.at(tree, "**").mask() has the right structure',
                 )
             used.add(place)
             if flags[place]:
                 found.add(number)
         extra = [path for path in flags if path not in used and flags[path]]
         if extra:
-            raise BadArgument(f"the tree of bools names {'/'.join(extra[0])}, which is no leaf of this tree")
+            raise BadArgument(f"the tree of bools names {write_path(extra[0])}, which is no leaf of this tree")
         return found
+
+    def _flags(
+        self, node: Any, path: tuple[str, ...], leaves: Leaves, above: tuple[int, ...] = ()
+    ) -> Iterator[tuple[tuple[str, ...], bool]]:
+        if isinstance(node, bool | np.bool_):
+            yield path, bool(node)
+            return
+        if id(node) in above:  # modules may refer to each other in a circle
+            return
+        children = leaves.children(node)
+        if children is None:
+            raise BadArgument(f"a tree of bools holds bools, and at {write_path(path) or 'its root'} this is {node!r}")
+        for key, child in children:
+            below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
+            yield from self._flags(child, below, leaves, (*above, id(node)))
 
 
 @dataclass(frozen=True)
@@ -189,7 +218,7 @@ class Union(Selector):
     def __repr__(self) -> str:
         return " | ".join(map(_bracketed, self.parts))
 
-    def find(self, leaves: Leaves) -> set[int]:
+    def _find(self, leaves: Leaves) -> set[int]:
         return set().union(*(_some(part, leaves) for part in self.parts))
 
 
@@ -203,7 +232,7 @@ class Both(Selector):
     def __repr__(self) -> str:
         return f"{_bracketed(self.left)} & {_bracketed(self.right)}"
 
-    def find(self, leaves: Leaves) -> set[int]:
+    def _find(self, leaves: Leaves) -> set[int]:
         return _whole(self.left, leaves) & _whole(self.right, leaves)
 
 
@@ -216,7 +245,7 @@ class Rest(Selector):
     def __repr__(self) -> str:
         return f"~{_bracketed(self.part)}"
 
-    def find(self, leaves: Leaves) -> set[int]:
+    def _find(self, leaves: Leaves) -> set[int]:
         return set(leaves.index.numbers) - _whole(self.part, leaves)
 
 
@@ -238,7 +267,7 @@ class Where(Selector):
             for name, value in given.items()
             if value is not None
         )
-        return f"{_bracketed(self.part)}.where({said})"
+        return f"{_tight(self.part)}.where({said})"
 
     def fits(self, spec: Spec) -> bool:
         """Whether a spec passes every condition."""
@@ -250,8 +279,8 @@ class Where(Selector):
             and (self.max_size is None or spec.size <= self.max_size)
         )
 
-    def find(self, leaves: Leaves) -> set[int]:
-        return {number for number in self.part.find(leaves) if self.fits(leaves.spec(number))}
+    def _find(self, leaves: Leaves) -> set[int]:
+        return {number for number in self.part._find(leaves) if self.fits(leaves.spec(number))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,10 +291,13 @@ class Sliced(Selector):
     index: Any
 
     def __repr__(self) -> str:
-        return f"{_bracketed(self.part)}[{write_index(self.index)}]"
+        return f"{_tight(self.part)}[{write_index(self.index)}]"
 
-    def find(self, leaves: Leaves) -> set[int]:
-        return self.part.find(leaves)
+    def _find(self, leaves: Leaves) -> set[int]:
+        raise BadArgument(
+            f"{self!r} is a slice of leaves, and whole leaves are asked for here",
+            hint="slice last, once all is selected: pm.at(tree, (a | b)[:4])",
+        )
 
 
 def sel(what: Any) -> Selector:
@@ -293,21 +325,33 @@ def sel(what: Any) -> Selector:
         return Regex(what)
     if isinstance(what, type):
         return Held(what)
-    if isinstance(what, list | tuple) and what and all(_is_selector(part) for part in what):
-        return Union(tuple(map(sel, what)))
-    if _is_mask(what):
-        return Mask(what)
-    if callable(what):
+    if _is_function(what):
         return Predicate(what)
-    raise BadArgument(
-        f"{what!r} is no selector",
-        hint='text such as "**/kernel", re.compile(...), a module class, f(path, spec), a tree of bools, or a list of these',
-    )
+    if isinstance(what, list | tuple) and any(map(_is_selector, what)):
+        return Union(tuple(map(sel, what)))
+    number = isinstance(what, int | float | complex | bytes) and not isinstance(what, bool)
+    if what is None or number or (isinstance(what, list | tuple) and not what):
+        raise BadArgument(
+            f"{what!r} is no selector",
+            hint='text such as "**/kernel", re.compile(...), a module class, f(path, spec), or a tree of bools',
+        )
+    return Mask(what)
 
 
 @lru_cache(maxsize=4096)
 def _text_selector(text: str) -> Text:
-    return Text(text, parse(text))
+    pattern = parse(text)
+    for segment in pattern.segments:
+        for atom in segment.atoms if isinstance(segment, Piece) else ():
+            if isinstance(atom, Number) and (atom.factor, atom.shift) != (1, 0):
+                start = text.find("<")
+                raise SelectorError(
+                    f"{atom} reckons, and a selector only captures",
+                    text=text,
+                    span=(start, text.find(">") + 1),
+                    hint=f"<{atom.name}> here, and {atom} in the target of a rename",
+                )
+    return Text(text, pattern)
 
 
 def resolve(selector: Any, leaves: Leaves) -> tuple[int, ...]:
@@ -346,175 +390,116 @@ def write_index(index: Any) -> str:
 # ---- the parts -------------------------------------------------------------------------------------------------
 
 
+def _is_function(what: Any) -> bool:
+    return inspect.isroutine(what) or isinstance(what, partial)
+
+
 def _is_selector(what: Any) -> bool:
-    return isinstance(what, str | Selector | re.Pattern | type) or (callable(what) and not _is_mask(what))
-
-
-def _is_mask(what: Any) -> bool:
-    if isinstance(what, bool | np.bool_):
-        return True
-    children = _children(what)
-    return children is not None and all(_is_mask(child) for _, child in children)
-
-
-def _children(node: Any) -> list[tuple[str, Any]] | None:
-    if isinstance(node, Mapping):
-        return [(str(key), child) for key, child in node.items()]
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return list(zip(node._fields, node, strict=True))
-    if isinstance(node, list | tuple):
-        return [(str(i), child) for i, child in enumerate(node)]
-    return None
-
-
-def _flags(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], bool]]:
-    children = _children(node)
-    if children is None:
-        yield path, bool(node)
-    for key, child in children or ():
-        yield from _flags(child, (*path, *map(text_of, parse_key(key))))
-
-
-def parse_key(key: str) -> Iterable[Any]:
-    """The labels of a key."""
-    from paramend.paths import labels
-
-    return labels(key)
+    return isinstance(what, str | Selector | re.Pattern | type) or _is_function(what)
 
 
 def _some(selector: Selector, leaves: Leaves) -> set[int]:
-    found = selector.find(leaves)
+    found = selector._find(leaves)
     if not found:
-        raise NoMatch(f"{selector!r} matches none of {_count(leaves)}", hint=_examples(leaves))
+        raise NoMatch(f"{selector!r} matches none of {_count(leaves.index)}", hint=_examples(leaves.index))
     return found
 
 
 def _whole(selector: Selector, leaves: Leaves) -> set[int]:
     """What a selector finds, with all paths of each leaf, so that set algebra is over leaves, not paths."""
-    found = selector.find(leaves)
+    found = selector._find(leaves)
     if leaves.ties:
         ones = {leaves.ties.get(number, number) for number in found}
         found = found | {number for number, one in leaves.ties.items() if one in ones}
     return found
 
 
+def _parts(selector: Selector) -> tuple[Selector, ...]:
+    return selector.parts if isinstance(selector, Union) else (selector,)
+
+
+def _tight(selector: Selector) -> str:
+    """As it stands before a dot or a bracket."""
+    return f"({selector!r})" if isinstance(selector, Rest) else _bracketed(selector)
+
+
 def _bracketed(selector: Selector) -> str:
     return f"({selector!r})" if isinstance(selector, Union | Both) else repr(selector)
 
 
-def _quote(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\") + "'" if '"' in text else '"' + text.replace("\\", "\\\\") + '"'
+def _count(index: Index) -> str:
+    return _text.plural(len(index.numbers), "leaf", "leaves")
 
 
-def _count(leaves: Leaves) -> str:
-    return _text.plural(len(leaves.index.numbers), "leaf", "leaves")
+# ---- what is said when nothing matches -------------------------------------------------------------------------
 
 
-def _examples(leaves: Leaves) -> str:
-    index = leaves.index
+def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
+    """The error for a selector that matches nothing, with up to three that do."""
+    if not index.numbers:
+        return NoMatch(f"{_quote(text)} matches nothing: the tree holds no arrays")
+    separator = _separator(text, index)
+    atoms = [atom for segment in pattern.segments if isinstance(segment, Piece) for atom in segment.atoms]
+    indexed = any(isinstance(atom, Positions) for atom in atoms)
+    if indexed or pattern.reach(index.names)[1]:
+        whole = Pattern((*pattern.segments, AnyPieces()))
+        try:
+            below = len(whole.find(index.names))
+        except OutOfRange as error:
+            return _out_of_range(text, error, index)
+        if below:
+            near = whole.write(separator)
+            return NoMatch(
+                f"{_quote(text)} names a subtree of {_text.plural(below, 'leaf', 'leaves')}, not a leaf",
+                hint=f"write {_quote(near)}",
+                near=[near],
+            )
+    found = nearest(pattern, index.names)
+    offers = [near.write(separator) for near, _ in found]
+    if found:
+        others = f", or {' or '.join(map(_quote, offers[1:]))}" if offers[1:] else ""
+        hint = f"did you mean {_quote(offers[0])} ({_text.plural(found[0][1], 'leaf', 'leaves')}){others}?"
+    else:
+        hint = _examples(index)
+    return NoMatch(f"{_quote(text)} matches none of {_count(index)}", hint=hint, near=offers)
+
+
+def _out_of_range(text: str, error: OutOfRange, index: Index) -> OutOfRange:
+    """The error for a position that is not there, with the nearest positions that are."""
+    offers: list[str] = []
+    near: OutOfRange | None = error
+    while near is not None:  # a selector may hold several positions
+        pattern = parse(near.near[0])
+        try:
+            offers = [pattern.write(_separator(text, index))] if pattern.find(index.names) else []
+            near = None
+        except OutOfRange as further:
+            near = further
+    message = error.args[0].partition("\n")[0]
+    hint = f"{error.hint}: {', '.join(map(_quote, offers))}" if offers else error.hint
+    return OutOfRange(f"{_quote(text)}: {message}", hint=hint, near=offers)
+
+
+def _examples(index: Index) -> str:
+    """What there is to select, for a hint."""
     if not index.numbers:
         return "the tree holds no arrays"
-    return f"this tree has {_text.listing([index.path(n) for n in index.numbers[:4]], 3)}"
+    shown = ", ".join(_quote(index.path(number)) for number in index.numbers[:3])
+    more = len(index.numbers) - 3
+    return f"this tree has {shown}{f', and {more:,} more' if more > 0 else ''}"
 
 
-# ---- near misses -----------------------------------------------------------------------------------------------
+def _quote(text: str) -> str:
+    """Text in quotes, as Python reads it; in double ones where that needs no escapes.
+
+    >>> print(_quote("**/kernel"), _quote('"a/b"/c'))
+    "**/kernel" '"a/b"/c'
+    """
+    written = repr(text)
+    return f'"{written[1:-1]}"' if '"' not in text else written
 
 
-def _nothing(text: str, pattern: Pattern, leaves: Leaves) -> NoMatch:
-    """The error for a pattern that matches nothing, with selectors near it that do match."""
-    index = leaves.index
-    below = _try(f"{text}/**", index)
-    if below:
-        return NoMatch(
-            f"{_quote(text)} names a subtree of {_text.plural(below, 'leaf', 'leaves')}, and a selector names leaves",
-            hint=f"write {_quote(text + '/**')}",
-            near=[f"{text}/**"],
-        )
-    near = [candidate for candidate in _candidates(text, pattern, index) if _try(candidate, index)]
-    near = list(dict.fromkeys(near))[:3]
-    hint = _examples(leaves)
-    if near:
-        hint = f"did you mean {_quote(near[0])} ({_text.plural(_try(near[0], index), 'leaf', 'leaves')})?"
-    return NoMatch(f"{_quote(text)} matches none of {_count(leaves)}", hint=hint, near=near)
-
-
-def _try(text: str, index: Index) -> int:
-    try:
-        return len(parse(text).find(index.names))
-    except (OutOfRange, ValueError):
-        return 0
-
-
-def _candidates(text: str, pattern: Pattern, index: Index) -> Iterable[str]:
-    """Selectors near the text, most likely first. Only those that match are offered."""
-    tops = [write_piece(text_of(label)) for label in index.names]
-    yield from (f"{top}/{text}" for top in tops[:8])
-    if isinstance(pattern.segments[0], Piece) and len(pattern.segments) > 1:
-        yield str(replace(pattern, segments=pattern.segments[1:]))
-    yield from _repairs(pattern, index)
-    yield f"**/{text}"
-    paths = [index.path(number) for number in index.numbers]
-    yield from _text.closest(text, paths)
-
-
-def _repairs(pattern: Pattern, index: Index) -> Iterable[str]:
-    """The pattern with each segment that leads nowhere replaced by a key that is there."""
-    segments = list(pattern.segments)
-    for at, segment in enumerate(segments):
-        if isinstance(segment, AnyPieces) or _leads(Pattern(tuple(segments[: at + 1])), index):
-            continue
-        known = _keys_after(Pattern(tuple(segments[:at])) if at else None, index)
-        word = "".join(atom.text if isinstance(atom, Literal) else "*" for atom in getattr(segment, "atoms", ()))
-        for near in _text.closest(word or str(segment), known):
-            repaired = list(segments)
-            if isinstance(segment, Piece) and any(not isinstance(atom, Literal) for atom in segment.atoms):
-                repaired[at] = _same_shape(segment, near)
-            else:
-                repaired[at] = parse(write_piece(near)).segments[0]
-            fixed = Pattern(tuple(repaired))
-            yield str(fixed)
-            yield f"{fixed}/**"
-            if _leads(Pattern(tuple(repaired[: at + 1])), index) and at + 1 < len(segments):
-                yield from _repairs(fixed, index)
-        return
-
-
-def _same_shape(segment: Piece, near: str) -> Piece:
-    """A segment such as `dense_[-1]` with its text taken from a key such as `Dense_3`."""
-    first = segment.atoms[0]
-    if isinstance(first, Literal) and near.casefold().startswith(first.text.casefold()):
-        return Piece((Literal(near[: len(first.text)]), *segment.atoms[1:]))
-    head = near.rstrip("0123456789")
-    return Piece((Literal(head), *segment.atoms[1:])) if head else segment
-
-
-def _leads(pattern: Pattern, index: Index) -> bool:
-    """Whether anything lies at or below what the pattern names."""
-    below = Pattern((*pattern.segments, AnyPieces()))
-    try:
-        return bool(below.find(index.names))
-    except OutOfRange:
-        return True
-
-
-def _keys_after(pattern: Pattern | None, index: Index) -> list[str]:
-    """The keys that may stand where a pattern ends."""
-    if pattern is None:
-        return [text_of(label) for label in index.names]
-    if any(isinstance(segment, AnyPieces) for segment in pattern.segments):
-        seen: dict[str, None] = {}
-
-        def visit(names: Names) -> None:
-            for label, child in names.items():
-                seen[text_of(label)] = None
-                if type(child) is not int:
-                    visit(child)
-
-        visit(index.names)
-        return list(seen)
-    depth = len(pattern.segments)
-    try:
-        below = Pattern((*pattern.segments, AnyPieces())).find(index.names)
-    except OutOfRange:
-        return []
-    return list(dict.fromkeys(index.pieces(n)[depth] for n in below if len(index.pieces(n)) > depth))
+def _separator(text: str, index: Index) -> str:
+    """The one that the user writes, or else that of the tree."""
+    used = [char for char in "/." if char in text]
+    return used[0] if len(used) == 1 else index.separator

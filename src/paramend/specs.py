@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from paramend import _text
@@ -139,6 +138,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     2
     """
     try:
-        return np.dtype(name)
+        found: np.dtype[Any] = np.dtype(name)
     except TypeError:
-        return np.dtype(getattr(ml_dtypes, name))
+        import ml_dtypes  # once imported, numpy knows its dtypes by name
+
+        found = np.dtype(getattr(ml_dtypes, name))
+    return found

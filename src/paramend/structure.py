@@ -1,206 +1,293 @@
-"""Changes of structure: leaves deleted from a tree, leaves moved to other paths."""
+"""Changes of structure: leaves deleted from a tree, leaves moved to other paths.
 
-from collections.abc import Sequence
-from typing import Any
+The containers are taken apart into drafts, entries go and come, and the drafts are closed again. A container in which
+nothing changed comes back as the same object; the tree that was given is never written to.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from paramend import _text
-from paramend.containers import ELIDED
+from paramend.arrays.registry import backend_of
+from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, RenameClash, Unsupported
-from paramend.paths import Label, Part, labels, text_of, write_path
-from paramend.patterns import Pattern, Quoted
-from paramend.renames import Rename, joined, rename
-from paramend.selectors import Selector, Text, Union
+from paramend.leaves import Index
+from paramend.paths import Part, number_of
+from paramend.renames import Rename, Step, keys, rename
+from paramend.selectors import Both, Selector, Text, Union, Where
 from paramend.trees.registry import Tree, find_kind
 
 
-class _Draft:
-    """A container taken apart: its children by key, so that entries can go and come."""
+def delete(tree: Tree, numbers: Collection[int]) -> Any:
+    """A tree without these leaves; dicts and lists that became empty go too, list positions close up.
 
-    def __init__(self, node: Any) -> None:
-        kind = find_kind(node)
-        assert kind is not None
-        self.node, self.kind = node, kind
-        keys, children, _ = kind.open(node)
-        self.positions = not keys and bool(children)
-        keys = keys or tuple(range(len(children)))
-        self.children: dict[Any, Any] = dict(zip(keys, children, strict=True))
-        self.changed = False
-
-
-def _open(node: Any, counter: list[int], drafts: list[tuple[_Draft, Any] | None]) -> Any:
-    """A tree as nested drafts; the place of each leaf is noted, in the order of leaf numbers."""
-    kind = find_kind(node)
-    if kind is None:
-        return node
-    draft = _Draft(node)
-    if kind.replace is not None:
-        raise Unsupported(
-            f"the parts of a {type(node).__name__} are fixed by its class: nothing can be deleted or renamed in it",
-            hint="edit its state: pm.at(module.state_dict(), ...) in torch, pm.at(nnx.state(module), ...) in NNX",
-        )
-    for key, child in draft.children.items():
-        if find_kind(child) is None:
-            drafts.append((draft, key))
-        else:
-            draft.children[key] = _open(child, counter, drafts)
-    return draft
-
-
-def _close(draft: Any, path: tuple[str, ...] = ()) -> Any:
-    if not isinstance(draft, _Draft):
-        return draft
-    children = {key: _close(child, (*path, str(key))) for key, child in draft.children.items()}
-    if not draft.changed:
-        return draft.kind.close(draft.node, list(children.values()))
-    if draft.kind.rekey is None:
-        raise Unsupported(
-            f"{'/'.join(path) or 'the tree'} is a {type(draft.node).__name__}, whose entries are fixed",
-            hint="only dicts and lists lose or gain entries",
-        )
-    if draft.positions:
-        children = {i: children[key] for i, key in enumerate(sorted(children))}
-    return draft.kind.rekey(draft.node, children)
-
-
-def _prune(draft: _Draft, key: Any, parents: dict[int, tuple[_Draft, Any]]) -> None:
-    """Removes an entry, and the containers that it leaves empty."""
-    while True:
-        while draft.kind.open(draft.node)[0] == (ELIDED,):  # a box goes with its content
-            draft, key = parents[id(draft)]
-        del draft.children[key]
-        draft.changed = True
-        if draft.children or id(draft) not in parents:
-            return
-        draft, key = parents[id(draft)]
-
-
-def _take_apart(tree: Tree) -> tuple[Any, list[Any], dict[int, tuple[_Draft, Any]]]:
-    places: list[Any] = []
-    root = _open(tree.root, [0], places)
-    if not isinstance(root, _Draft):
-        raise Unsupported("a single array has no entries to delete or rename")
-    parents: dict[int, tuple[_Draft, Any]] = {}
-
-    def note(draft: _Draft) -> None:
-        for key, child in draft.children.items():
-            if isinstance(child, _Draft):
-                parents[id(child)] = (draft, key)
-                note(child)
-
-    note(root)
-    return root, places, parents
-
-
-def delete(tree: Tree, numbers: set[int]) -> Any:
-    """A tree without these leaves."""
-    root, places, parents = _take_apart(tree)
+    Raises:
+        Unsupported: the container of a leaf has fixed entries.
+    """
+    draft = _take_apart(tree)
     for number in numbers:
-        _prune(*places[number], parents)
-    return _close(root)
+        draft.take(number)
+    for number in numbers:
+        draft.prune(number)
+    return draft.root.close(close_up=True)
 
 
 def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any:
     """A tree with these leaves under new paths. All move at once, so that paths may be swapped.
 
+    Args:
+        tree: the tree.
+        selector: what chose the leaves; its text says what the wildcards of `to` mean.
+        numbers: the chosen leaves.
+        to: the new path.
+
     Raises:
-        RenameClash: two leaves would have one path.
+        BadArgument: the selector is no text, or its wildcards are not those of `to`.
+        RenameClash: two leaves would have one path, or a list a hole.
+        Unsupported: a container on the way has fixed entries.
     """
-    rules = _rules(selector, to)
-    index = tree.index
-    flat = any(isinstance(label, Part) for path in index.paths.values() for label in path) and all(
-        len(joined(path, "")) == 1 for path in index.paths.values()
-    )
-    chosen = [twin for number in numbers for twin in tree.twins(number) if any(r.of(index.paths[twin]) for r in rules)]
-    keys: dict[int, tuple[str, ...]] = {}
-    for number in chosen:
-        new = next(path for rule in rules if (path := rule.of(index.paths[number])) is not None)
-        keys[number] = _keys(new, index.separator, flat=flat)
-    after = {number: keys.get(number) or joined(path, "") for number, path in index.paths.items()}
-    _check_clashes(tree, after)
-    root, places, parents = _take_apart(tree)
-    values = {number: _lift(*places[number], parents) for number in chosen}
-    for number in chosen:
-        _prune(*places[number], parents)
-    for number in chosen:
-        _insert(root, keys[number], values[number], write_path(index.paths[number], index.separator))
-    return _close(root)
+    chosen = {twin for number in numbers for twin in tree.twins(number)}
+    moved: dict[int, list[tuple[str, int | None]]] = {}
+    flat = _separator_if_flat(tree.index)
+    for rule in _rules(selector, to):
+        for number, steps in rule.over(tree.index).items():
+            if number in chosen and number not in moved:
+                moved[number] = keys([step for step in steps if isinstance(step, Step)], flat=flat)
+    draft = _take_apart(tree)
+    values = {number: draft.take(number) for number in moved}
+    for number, path in moved.items():
+        draft.put(number, path, values[number])
+    if draft.clashes:
+        raise RenameClash(
+            f"{_text.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{_text.listing(draft.clashes, 4)}",
+            hint="delete what stands there first, or rename to other paths",
+        )
+    for number in moved:
+        draft.prune(number)
+    return draft.root.close(close_up=False)
 
 
 def _rules(selector: Selector, to: str) -> list[Rename]:
-    parts = selector.parts if isinstance(selector, Union) else (selector,)
-    texts = [part.text for part in parts if isinstance(part, Text)]
-    if len(texts) != len(parts):
-        raise BadArgument(f"rename needs a selector in text, and this is {selector!r}", hint='pm.at(tree, "h_<n>/**")')
-    return [rename(text, to) for text in texts]
+    """One rename for each text in a selector. `&` and `.where` narrow what their left side names."""
+    match selector:
+        case Text():
+            return [rename(selector.text, to)]
+        case Union():
+            return [rule for part in selector.parts for rule in _rules(part, to)]
+        case Where():
+            return _rules(selector.part, to)
+        case Both():
+            return _rules(selector.left, to)
+    raise BadArgument(f"rename needs a selector in text, and this is {selector!r}", hint='pm.at(tree, "h_<n>/**")')
 
 
-def _keys(path: Sequence[Label | Pattern], separator: str, *, flat: bool) -> tuple[str, ...]:
-    """The keys of a new path: one for each new piece, or a single one in a flat state dict."""
-    flattened: list[Label] = []
-    for label in path:
-        if isinstance(label, Pattern):
-            segment = label.segments[0]
-            assert isinstance(segment, Quoted)
-            flattened += labels(segment.text)
-        elif not isinstance(label, Part) and flattened and flat:
-            flattened.append(Part(label, separator, False))
+def _separator_if_flat(index: Index) -> str:
+    """The separator of a flat table of names such as a state dict, or ""."""
+    paths = index.paths.values()
+    if any(not (isinstance(label, Part) and label.before) for path in paths for label in path[1:]):
+        return ""
+    inner = (label.before for path in paths for label in path[1:] if isinstance(label, Part))
+    return next(inner, "." if index.separator == "." else "")
+
+
+class _Container:
+    """A container taken apart: its entries by key, so that they can go and come.
+
+    Attributes:
+        entries: key → a container, or whatever else stands there.
+        rank: key → its place. A new key stands where the first leaf moved to it stood, or at the end.
+    """
+
+    def __init__(self, node: Any, kind: Kind, path: tuple[str, ...], *, empty: bool = False) -> None:
+        self.node, self.kind, self.path = node, kind, path
+        names, children, _ = kind.open(node)
+        self.positional = not names and isinstance(node, list | tuple)
+        names = names or tuple(range(len(children)))
+        self.by_text = {str(name): name for name in names}
+        self.numbered = self.positional or (bool(names) and all(type(name) is int for name in names))
+        self.before: dict[Any, Any] = {} if empty else dict(zip(names, children, strict=True))
+        self.entries: dict[Any, Any] = dict(self.before)
+        # Frameworks open some mappings in sorted order; what the user sees is the order of iteration.
+        listed = list(node) if isinstance(node, Mapping) and len(node) == len(names) else names
+        self.rank: dict[Any, float] = {} if empty else {name: place for place, name in enumerate(listed)}
+
+    @property
+    def fixed(self) -> bool:
+        """Whether entries can neither go nor come."""
+        return self.kind.rekey is None
+
+    def key(self, text: str) -> Any:
+        """The key that a text means here: a position in a list, an int among ints. A list takes no other text."""
+        if text in self.by_text:
+            return self.by_text[text]
+        number = number_of(text)
+        return number if self.numbered and number is not None else text
+
+    def close(self, *, close_up: bool) -> Any:
+        """The container with its entries. List positions close up, or else must have no holes."""
+        entries = {key: self._closed(child, close_up=close_up) for key, child in self.entries.items()}
+        if entries.keys() == self.before.keys():
+            if all(child is self.before[key] for key, child in entries.items()):
+                return self.node
+            return self.kind.close(self.node, [entries[key] for key in self.before])
+        name = "/".join(self.path) or "the tree"
+        if self.kind.rekey is None:
+            raise Unsupported(
+                f"{name} is a {type(self.node).__name__}, whose entries are fixed",
+                hint="only dicts and lists lose or gain entries",
+            )
+        order = sorted(entries) if self.positional else sorted(entries, key=self._rank)
+        if self.positional and not close_up and order != list(range(len(order))):
+            hole = next(i for i in range(len(order) + 1) if i not in entries)
+            raise RenameClash(
+                f"{name} is a list: it would have entries {_text.listing(list(map(str, order)))} and no entry {hole}",
+                hint="rename the other entries too, or convert the list to a dict first",
+            )
+        if self.positional:
+            return self.kind.rekey(self.node, {i: entries[key] for i, key in enumerate(order)})
+        return self.kind.rekey(self.node, {key: entries[key] for key in order})
+
+    def _rank(self, key: Any) -> float:
+        return self.rank.get(key, math.inf)
+
+    def _closed(self, child: Any, *, close_up: bool) -> Any:
+        return child.close(close_up=close_up) if isinstance(child, _Container) else child
+
+
+class _Place(NamedTuple):
+    """Where a leaf stands: the containers from the root to its own, the key in each, and what seals it in or None."""
+
+    chain: tuple[_Container, ...]
+    keys: tuple[Any, ...]
+    sealed: Any
+
+
+class _Draft:
+    """A tree taken apart.
+
+    Attributes:
+        root: its outermost container.
+        places: leaf number → where it stands.
+        clashes: sentences on leaves that found their new place taken.
+    """
+
+    def __init__(self, tree: Tree, kind: Kind) -> None:
+        self.index = tree.index
+        self.root = _Container(tree.root, kind, ())
+        self.clashes: list[str] = []
+        places: list[_Place] = []
+        self._open(self.root, (), (), places)
+        # An index lists the leaves in the order of this walk.
+        self.places = dict(zip(tree.index.numbers, places, strict=True))
+
+    def _open(
+        self, container: _Container, above: tuple[_Container, ...], path: tuple[Any, ...], places: list[_Place]
+    ) -> None:
+        chain = (*above, container)
+        for key, child in container.before.items():
+            here = (*path, key)
+            kind = find_kind(child)
+            if kind is None:
+                places += [_Place(chain, here, None)] * _is_array(child)
+            elif kind.replace is not None:
+                places += [_Place(chain, here, child)] * len(Tree(child).index.numbers)
+            elif (opened := kind.open(child))[0] == (ELIDED,) and _is_array(opened[1][0]):
+                places.append(_Place(chain, here, None))  # a box goes with its content
+            elif ELIDED in opened[0]:
+                places += [_Place(chain, here, child)] * len(Tree(child).index.numbers)
+            else:
+                inner = _Container(child, kind, tuple(map(str, here)))
+                self._open(inner, chain, here, places)
+                container.entries[key] = inner
+
+    def take(self, number: int) -> Any:
+        """Takes a leaf out of its container, with its box if it has one."""
+        chain, path, sealed = self.places[number]
+        if sealed is not None:
+            raise Unsupported(
+                f"{self.index.path(number)} is a part of a {type(sealed).__name__}, and the parts of a "
+                f"{type(sealed).__name__} are fixed by its class",
+                hint="edit its state: pm.at(module.state_dict(), ...) in torch, pm.at(nnx.state(module), ...) in NNX",
+            )
+        return chain[-1].entries.pop(path[-1])
+
+    def put(self, number: int, path: Sequence[tuple[str, int | None]], value: Any) -> None:
+        """Puts a leaf under new keys; containers that are not there yet are made like those that the keys come from."""
+        old = self.places[number]
+        origins = _origins(self.index.paths[number])
+        container = self.root
+        for depth, (text, _) in enumerate(path):
+            key = container.key(text)
+            if container.positional and type(key) is not int:
+                self.clashes.append(
+                    f"{self.index.path(number)} ({'/'.join(container.path)} is a list and has no {text!r})"
+                )
+                return
+            if container in old.chain and key not in container.rank:
+                container.rank[key] = container.rank.get(old.keys[old.chain.index(container)], math.inf)
+            if depth == len(path) - 1:
+                break
+            inner = container.entries.get(key)
+            if key not in container.entries:
+                following, source = path[depth + 1]
+                template = old.chain[origins[source]] if source is not None else None
+                inner = container.entries[key] = _like(template, following, (*container.path, text))
+            if not isinstance(inner, _Container):
+                self._clash(number, path, f"{'/'.join((*container.path, text))} is a leaf")
+                return
+            container = inner
+        if key in container.entries:
+            self._clash(number, path, "which is taken")
         else:
-            flattened.append(label)
-    if flat:
-        flattened = [flattened[0], *(p if isinstance(p, Part) and p.before else Part(text_of(p), separator, False) for p in flattened[1:])]
-    return joined(flattened, separator)
+            container.entries[key] = value
+
+    def _clash(self, number: int, path: Sequence[tuple[str, Any]], why: str) -> None:
+        self.clashes.append(f"{self.index.path(number)} would go to {'/'.join(text for text, _ in path)} ({why})")
+
+    def prune(self, number: int) -> None:
+        """Removes the containers that the departure of a leaf left empty."""
+        chain, path, _ = self.places[number]
+        for depth in range(len(chain) - 1, 0, -1):
+            container, parent = chain[depth], chain[depth - 1]
+            if container.entries or parent.fixed or parent.entries.get(path[depth - 1]) is not container:
+                return
+            del parent.entries[path[depth - 1]]
 
 
-def _check_clashes(tree: Tree, after: dict[int, tuple[str, ...]]) -> None:
-    taken: dict[tuple[str, ...], int] = {}
-    clashes = []
-    for number, keys in after.items():
-        if keys in taken:
-            clashes.append(f"{tree.index.path(taken[keys])} and {tree.index.path(number)} to {'/'.join(keys)}")
-        taken[keys] = number
-    if clashes:
-        raise RenameClash(
-            f"{_text.plural(len(clashes), 'path')} would hold two leaves: {_text.listing(clashes, 4)}",
-            hint="delete one of the two first, or rename to other paths",
+def _take_apart(tree: Tree) -> _Draft:
+    kind = find_kind(tree.root)
+    if kind is None:
+        raise Unsupported("a single array has no entries to delete or rename")
+    if kind.replace is not None or ELIDED in kind.open(tree.root)[0]:
+        name = type(tree.root).__name__
+        raise Unsupported(
+            f"the parts of a {name} are fixed by its class: nothing can be deleted or renamed in it",
+            hint="edit its state: pm.at(module.state_dict(), ...) in torch, pm.at(nnx.state(module), ...) in NNX",
         )
-    for keys in after.values():
-        for size in range(1, len(keys)):
-            if keys[:size] in taken:
-                raise RenameClash(f"{'/'.join(keys[:size])} would be a leaf and hold {'/'.join(keys)}")
+    return _Draft(tree, kind)
 
 
-def _lift(draft: _Draft, key: Any, parents: dict[int, tuple[_Draft, Any]]) -> Any:
-    """A leaf with its box, so that a boxed parameter stays boxed."""
-    value = draft.children[key]
-    while draft.kind.open(draft.node)[0] and ELIDED in draft.kind.open(draft.node)[0]:
-        value = draft.node
-        draft, key = parents[id(draft)]
-    return value
+def _is_array(value: Any) -> bool:
+    """Whether a leaf has a name. Leaves that are no arrays stay where they are."""
+    return backend_of(type(value)) is not None
 
 
-def _insert(root: _Draft, keys: tuple[str, ...], value: Any, old: str) -> None:
-    draft = root
-    for i, key in enumerate(keys[:-1]):
-        found = _own_key(draft, key)
-        child = draft.children.get(found)
-        if child is None:
-            child = _Draft(_blank(draft.node))
-            draft.children[found] = child
-            draft.changed = True
-        if not isinstance(child, _Draft):
-            raise RenameClash(f"{old} cannot go to {'/'.join(keys)}: {'/'.join(keys[: i + 1])} is a leaf")
-        draft = child
-    draft.children[_own_key(draft, keys[-1])] = value
-    draft.changed = True
+def _origins(path: Sequence[Any]) -> list[int]:
+    """For each piece of an old path the depth of the key that it belongs to."""
+    depths: list[int] = []
+    for label in path:
+        opens = not (isinstance(label, Part) and label.before)
+        depths.append((depths[-1] if depths else -1) + opens)
+    return depths
 
 
-def _own_key(draft: _Draft, text: str) -> Any:
-    """The key as this container has it: a position in a list, an int among int keys."""
-    if isinstance(draft.node, list | tuple) or any(isinstance(key, int) for key in draft.children):
-        return int(text) if text.isdigit() else text
-    return text
-
-
-def _blank(node: Any) -> Any:
-    """An empty container for a new level: a dict, or a plain dict where the parent is a list."""
-    return {}
+def _like(template: _Container | None, first: str, path: tuple[str, ...]) -> _Container:
+    """An empty container of the kind of another, if that kind can hold a key of this text; else a dict."""
+    if template is None or template.fixed or (template.positional and number_of(first) is None):
+        node: Any = {}
+        kind = find_kind(node)
+        assert kind is not None
+        return _Container(node, kind, path)
+    return _Container(template.node, template.kind, path, empty=True)

@@ -1,5 +1,6 @@
 """`paramend lesson`: list the lessons, show one, grade an answer."""
 
+import copy
 import inspect
 import json
 import sys
@@ -13,7 +14,7 @@ from paramend.errors import ParamendError
 from paramend.lessons.catalogue import ROWS, find
 from paramend.lessons.grading import draw, grade, summary
 from paramend.lessons.lesson import Lesson
-from paramend.lessons.observation import outcome
+from paramend.lessons.observation import sketch
 from paramend.lessons.solutions import load
 
 
@@ -26,9 +27,7 @@ from paramend.lessons.solutions import load
     metavar="FILE.py",
     help="Grade the function `solve` of this file.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random inputs."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 @click.pass_context
 def lesson(context: click.Context, name: str | None, file: Path | None, seed: int, as_json: bool) -> None:
@@ -61,9 +60,7 @@ def _print(data: Any, as_json: bool, text: Any) -> None:
 
 
 def _contents() -> list[dict[str, Any]]:
-    return [
-        {"name": row.name, "title": row.title, "needs": list(row.needs), "extra": row.extra} for row in ROWS
-    ]
+    return [{"name": row.name, "title": row.title, "needs": list(row.needs), "extra": row.extra} for row in ROWS]
 
 
 def _contents_text(rows: list[dict[str, Any]]) -> str:
@@ -83,32 +80,29 @@ def _shown(lesson: Lesson, seed: int) -> dict[str, Any]:
     """The lesson as data, with a run of the reference on the first random input."""
     case = draw(lesson, trials=1, seed=seed)[0]
     inputs = summary(lesson, case)
-    seen = lesson.observe(lesson.reference, case)
-    result = (
-        outcome(seen)
-        if seen.result is not None
-        else "; ".join(f"{name}: {fact}" for name, fact in seen.facts.items())
-    )
+    result = lesson.reference(*copy.deepcopy(case.args))  # as it is: without the biases that the grader makes up
+    facts = dict(lesson.observe(lesson.reference, case).facts)
     return {
         "name": lesson.name,
         "title": lesson.title,
         "text": lesson.text.strip(),
         "call": f"solve({', '.join(lesson.parameters)})",
         "reference": inspect.getsource(lesson.reference).rstrip(),
-        "run": {"inputs": inputs, "result": result},
+        "run": {"inputs": inputs, "result": sketch(result), "facts": facts},
         "mistakes": [{"name": mistake.name, "why": mistake.why} for mistake in lesson.mistakes],
     }
 
 
 def _shown_text(shown: dict[str, Any]) -> str:
     inputs = "\n".join(f"    {name} = {text}" for name, text in shown["run"]["inputs"].items())
+    facts = "\n".join(f"    {name}: {fact}" for name, fact in shown["run"]["facts"].items())
     source = "\n".join(f"    {line}".rstrip() for line in shown["reference"].splitlines())
     return "\n\n".join(
         [
             shown["title"],
             shown["text"],
             f"The reference.\n\n{source}",
-            f"A run.\n\n{inputs}\n    result: {shown['run']['result']}",
+            f"A run.\n\n{inputs}\n    result: {shown['run']['result']}\n\nWhat the grader sees of it.\n\n{facts}",
             f"Write {shown['call']} in a file, then:\n\n    paramend lesson {shown['name']} --grade FILE.py",
         ]
     )

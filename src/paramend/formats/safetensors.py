@@ -1,14 +1,14 @@
-"""The safetensors format: a header that names every tensor and says where its bytes are, then the bytes.
+"""The safetensors format: a header that names every tensor and says where its bytes lie, then the bytes.
 
-The reader is stricter than the reference where that one is lax: a name stands once. What the reference refuses
-is refused here too, but for unknown dtypes: their bytes are listed and copied, never read or edited.
+The reader is stricter than the reference where that one is lax: a name stands once. What the reference
+refuses is refused here too, but for unknown dtypes: their bytes are listed and copied, never read or edited.
 """
 
 import json
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -206,10 +206,22 @@ def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
             raise _Flaw(f"the number {_shown(text)} is too large")
         return number
 
+    def whole(text: str) -> int | float:
+        return -0.0 if text == "-0" else int(text)  # as the reference reads it
+
     try:
         table = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_float=finite
+            raw.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=constant,
+            parse_float=finite,
+            parse_int=whole if b"-0" in raw else None,  # a hook for each number is slow, so only where needed
         )
+        if b"\\u" in raw:
+            json.dumps(table, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        around = _shown(error.object[max(error.start - 20, 0) : error.end + 20])
+        raise _bad(file, "header", f"half a surrogate pair is no text, in {around}") from None
     except UnicodeDecodeError as error:
         raise _bad(file, f"header, byte {error.start}", "the text is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -247,84 +259,70 @@ def _metadata(value: Any, file: str) -> dict[str, str] | None:
         place = f"header, {_METADATA}, {_shown(key)}"
         if type(text) is not str:
             raise _bad(file, place, f"a string is expected, not {_json_type(text)}")
-        _check_text(key, place, file)
-        _check_text(text, place, file)
     return value
 
 
-def _check_text(text: str, place: str, file: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _bad(file, place, "half a surrogate pair is no text") from None
-
-
 def _entry(name: str, row: Any, file: str) -> Entry:
-    place = f"tensor {_shown(name)}"
-    _check_text(name, place, file)
+    def bad(what: str, reason: str) -> BadCheckpoint:
+        return _bad(file, f"tensor {_shown(name)}{what}", reason)
+
     if name.count("/") + name.count(".") >= MAX_PIECES:
-        raise _bad(file, place, f"the name has more than {MAX_PIECES} pieces")
+        raise bad("", f"the name has more than {MAX_PIECES} pieces")
     if type(row) is not dict:
-        raise _bad(file, place, f"an object is expected, not {_json_type(row)}")
+        raise bad("", f"an object is expected, not {_json_type(row)}")
     missing = [field for field in ("dtype", "shape", "data_offsets") if field not in row]
     if missing:
-        raise _bad(file, place, f"{missing[0]} is missing")
+        raise bad("", f"{missing[0]} is missing")
     code, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if type(code) is not str:
-        raise _bad(file, f"{place}, dtype", f"a string is expected, not {_json_type(code)}")
-    _check_text(code, f"{place}, dtype", file)
+        raise bad(", dtype", f"a string is expected, not {_json_type(code)}")
     if type(shape) is not list:
-        raise _bad(file, f"{place}, shape", f"an array is expected, not {_json_type(shape)}")
+        raise bad(", shape", f"an array is expected, not {_json_type(shape)}")
     if type(offsets) is not list or len(offsets) != 2:
-        raise _bad(file, f"{place}, data_offsets", "an array of two integers is expected")
-    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        raise bad(", data_offsets", "an array of two integers is expected")
+    for what, numbers in ((", shape", shape), (", data_offsets", offsets)):
         for number in numbers:
             if type(number) is not int or not 0 <= number < _U64:
-                shown = f"{number:,}" if type(number) is int and abs(number) < 10**30 else _json_type(number)
-                raise _bad(
-                    file, f"{place}, {what}", f"a whole number from 0 to 2**64 - 1 is expected, not {shown}"
-                )
+                found = f"{number:,}" if type(number) is int and abs(number) < 10**30 else _json_type(number)
+                raise bad(what, f"a whole number from 0 to 2**64 - 1 is expected, not {found}")
     start, stop = offsets
     if stop < start:
-        raise _bad(file, f"{place}, data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
-    dtype = FROM_SAFETENSORS.get(code)
+        raise bad(", data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
     elements = 1
     for length in shape:
         elements *= length
         if elements >= _U64:
-            raise _bad(file, f"{place}, shape", "the number of elements overflows 64 bits")
+            raise bad(", shape", "the number of elements overflows 64 bits")
+    dtype = FROM_SAFETENSORS.get(code)
     if dtype is None:
         return Entry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
     bits = elements * BITS[dtype]
     if bits >= _U64:
-        raise _bad(file, f"{place}, shape", "the number of bits overflows 64 bits")
+        raise bad(", shape", "the number of bits overflows 64 bits")
     if bits % 8:
-        raise _bad(file, f"{place}, shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
+        raise bad(", shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
     if stop - start != bits // 8:
-        said = f"{code} of shape {_text.listing([*map(str, shape)], 10) or '()'}"
-        raise _bad(
-            file,
-            f"{place}, data_offsets",
-            f"{said} takes {_text.plural(bits // 8, 'byte')}, and {start:,} to {stop:,} are {stop - start:,}",
-        )
+        said = f"{code} of shape ({_text.listing([*map(str, shape)], 10)})"
+        takes = _text.plural(bits // 8, "byte")
+        raise bad(", data_offsets", f"{said} takes {takes}, and {start:,} to {stop:,} are {stop - start:,}")
     return Entry(name, Spec(tuple(shape), dtype), start, stop)
 
 
-def _check_cover(entries: Iterable[Entry], data_nbytes: int, file: str) -> None:
+def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
     """Every byte of the data belongs to exactly one tensor."""
-    entries = list(entries)
     needed = max((entry.stop for entry in entries), default=0)
     if needed > data_nbytes:
         reason = f"the file is cut short: its tensors take {needed:,} bytes, and {data_nbytes:,} are there"
         raise _bad(file, "data", reason, hint="copy or download it again")
-    at, before = 0, "the header"
-    for entry in entries:
-        place = f"tensor {_shown(entry.name)}, data_offsets"
+    at = 0
+    for before, entry in zip([None, *entries], entries, strict=False):
         if entry.start > at:
-            raise _bad(file, place, f"the bytes {at:,} to {entry.start:,} before it belong to no tensor")
-        if entry.start < at:
-            raise _bad(file, place, f"it begins at {entry.start:,}, within {before}, which ends at {at:,}")
-        at, before = entry.stop, f"tensor {_shown(entry.name)}"
+            reason = f"the bytes {at:,} to {entry.start:,} before it belong to no tensor"
+            raise _bad(file, f"tensor {_shown(entry.name)}, data_offsets", reason)
+        if entry.start < at and before is not None:
+            reason = f"it begins at {entry.start:,}, within tensor {_shown(before.name)}, which ends at {at:,}"
+            raise _bad(file, f"tensor {_shown(entry.name)}, data_offsets", reason)
+        at = entry.stop
     if at != data_nbytes:
         extra = _text.plural(data_nbytes - at, "byte")
         raise _bad(file, "data", f"{extra} after the last tensor belong to none")
@@ -336,8 +334,8 @@ def _check_cover(entries: Iterable[Entry], data_nbytes: int, file: str) -> None:
 class SafetensorsFile:
     """One safetensors file as `Leaves`. Opening reads the header; arrays are read when asked for.
 
-    A leaf's number is its place in the order of the bytes. Use it as a context manager, or `close()` it; arrays
-    that were read stay valid.
+    A leaf's number is its place in the order of the bytes. Use it as a context manager, or `close()` it;
+    arrays that were read stay valid.
 
     Attributes:
         path: as the user gave it.
@@ -420,7 +418,7 @@ class SafetensorsFile:
         spec, entry = self.spec(number), self.header.entries[number]
         self._check_readable(number)
         if not entry.nbytes:
-            return self._shaped(np.empty(0, numpy_dtype(spec.dtype)), number)
+            return self._shaped(np.frombuffer(b"", numpy_dtype(spec.dtype)), number)
         array = np.frombuffer(self._map, np.uint8, entry.nbytes, self.header.nbytes + entry.start)
         array = array.view(numpy_dtype(spec.dtype))
         if not array.flags.aligned:
@@ -481,9 +479,7 @@ def _open(path: Path) -> int:
     except PermissionError:
         raise BadCheckpoint(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
     except (OSError, ValueError) as error:
-        raise BadCheckpoint(
-            f"{path}: it cannot be opened: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise BadCheckpoint(f"{path}: it cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
@@ -502,7 +498,7 @@ def _near_file(path: Path) -> str:
         near = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
     except OSError:
         return ""
-    return f"{path.parent / near[0]}" if near else ""
+    return f"did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from paramend.selectors import Selector, resolve
+from paramend.errors import NoMatch
+from paramend.selectors import Held, Selector, resolve
 from paramend.trees.registry import Tree
 
 # The extra arguments by which optax optimizers are handed the loss itself: functions of the parameters.
@@ -22,8 +23,8 @@ def freeze(tx: Any, selector: Selector, how: str) -> Any:
 class _Frozen:
     """Which leaves are frozen.
 
-    What `init` finds holds for every update of leaves with the same names and shapes: gradients need not have the
-    dtypes, nor the state of an NNX module the classes, that a selector asks about.
+    What `init` finds holds for every update of leaves with the same names and shapes: gradients need not
+    have the dtypes, nor the pure arrays of an NNX module the classes, that a selector asks about.
     """
 
     def __init__(self, selector: Selector) -> None:
@@ -49,7 +50,17 @@ class _Frozen:
 
     def _resolve(self, tree: Tree, structure: Any, places: dict[int, int]) -> list[bool]:
         flags = [False] * structure.num_leaves
-        for number in resolve(self._selector, tree):
+        try:
+            chosen = resolve(self._selector, tree)
+        except NoMatch as error:
+            if not isinstance(self._selector, Held):
+                raise
+            raise NoMatch(
+                f"{str(error).partition(chr(10))[0]}; an optimizer sees the parameters, and of Flax models these "
+                "keep no module classes",
+                hint=f'select by path, such as "{tree.index.path(tree.index.numbers[0])}"',
+            ) from None
+        for number in chosen:
             flags[places[id(tree.values[number])]] = True
         self._known[_key(tree)] = flags
         return flags
@@ -58,8 +69,8 @@ class _Frozen:
 def _named(params: Any) -> tuple[Tree, Any, dict[int, int]]:
     """The leaves with their names, the structure, and the place of each leaf in JAX's order.
 
-    Each leaf is stood in for by its spec. So numbers that Python holds are leaves here, as they are to JAX, and one array
-    at two places is two parameters, as it is to an optimizer, and as it would be under `jit`.
+    A spec stands in for each leaf. So numbers that Python holds are leaves here, as they are to JAX, and one
+    array at two places is two parameters, as it is to an optimizer, and as it would be under `jit`.
     """
     leaves, structure = jax.tree.flatten(params)
     specs = [_spec(leaf) for leaf in leaves]
@@ -68,7 +79,7 @@ def _named(params: Any) -> tuple[Tree, Any, dict[int, int]]:
 
 def _spec(leaf: Any) -> Any:
     if hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex):
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), getattr(leaf, "dtype", None) or jnp.result_type(leaf))
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), _dtype(leaf))
     return leaf
 
 
@@ -116,10 +127,9 @@ def _zero_gradients(tx: Any, frozen: _Frozen) -> Any:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         params = _fitted(params, updates)
         mask = frozen.find_again(updates, params)
-        zeroed = jax.tree.map(
-            lambda flag, u: jnp.zeros_like(u) if flag and not _is_void(u) else u, mask, updates
-        )
-        return tx.update(zeroed, state, params, **extra)
+        if "grad" in extra:  # line searches are told the gradient once more
+            extra["grad"] = _zeroed(mask, extra["grad"])
+        return tx.update(_zeroed(mask, updates), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(_checked_init(tx, frozen), update)
 
@@ -161,6 +171,10 @@ def _completed(loss: Callable[..., Any], mask: Any, params: Any) -> Callable[...
     return completed
 
 
+def _zeroed(mask: Any, gradients: Any) -> Any:
+    return jax.tree.map(lambda flag, g: jnp.zeros_like(g) if flag and not _is_void(g) else g, mask, gradients)
+
+
 def _still(mask: Any, updates: Any, params: Any) -> Any:
     """The updates, with nothing to add to the frozen leaves."""
     if params is None:
@@ -169,20 +183,22 @@ def _still(mask: Any, updates: Any, params: Any) -> Any:
 
 
 def _nothing(update: Any, param: Any) -> Any:
-    """What can be added to the parameter and leaves every bit of it: x + -0.0 is x, and -0.0 + 0.0 is not -0.0."""
-    like = update if jnp.issubdtype(jnp.result_type(param), jnp.inexact) else param
-    if _is_void(like):
-        return update
-    if jnp.issubdtype(jnp.result_type(like), jnp.complexfloating):
-        return jnp.full_like(like, complex(-0.0, -0.0))
-    return (
-        jnp.full_like(like, -0.0)
-        if jnp.issubdtype(jnp.result_type(like), jnp.inexact)
-        else jnp.zeros_like(like)
-    )
+    """What leaves a parameter as it is when added: x + -0.0 is x for every x, and -0.0 + 0.0 is 0.0.
+
+    Of the parameter's shape, because gradients may still have an axis of examples.
+    """
+    if jnp.issubdtype(_dtype(param), jnp.inexact):
+        minus_zero = complex(-0.0, -0.0) if jnp.issubdtype(_dtype(update), jnp.complexfloating) else -0.0
+        return jnp.full_like(param, minus_zero, dtype=_dtype(update))
+    # The gradient of an integer is a float0, which optax cannot add to anything: an integer zero it can.
+    return update if _is_void(param) else jnp.zeros_like(param)
 
 
 def _is_void(x: Any) -> bool:
-    """Whether it is of a dtype without numbers: float0, the gradient of an integer, or a PRNG key."""
-    dtype = jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype
-    return dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended)
+    """Whether it is of a dtype without arithmetic: float0, the gradient of an integer, or a PRNG key."""
+    dtype = _dtype(x)
+    return bool(dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended))
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)

@@ -17,25 +17,24 @@ HOW = ("exclude", "updates", "gradients")
 def freeze(tx: Any, selector: Any, *, how: str = "exclude") -> "optax.GradientTransformationExtraArgs":
     """A transformation that trains as `tx` does and leaves the selected parameters where they are.
 
-    The selector is resolved against the parameters when `init` is called, and the same leaves stay frozen in every
-    `update`. It may be wrapped in `jit`, `scan`, `chain`, `MultiSteps`, `TrainState`, `nnx.Optimizer`. What comes after it
-    in a chain is not under its control: make `freeze` the outermost.
+    The selector is resolved against the parameters when `init` is called, and the same leaves stay frozen in
+    every `update`. What comes after it in a chain is not under its control: make `freeze` the outermost.
 
-    | how | the leaf | moments | clipping inside `tx` |
+    | how | a frozen leaf | its moments | its gradient, when `tx` clips by the global norm |
     |---|---|---|---|
-    | `"exclude"` | never moves | none kept | its gradient does not count |
-    | `"updates"` | never moves | run on | its gradient counts |
-    | `"gradients"` | moves if `tx` decays weights or still carries momentum | fade | its gradient counts as zero |
+    | `"exclude"` | never moves | are not kept | does not count |
+    | `"updates"` | never moves | run on | counts |
+    | `"gradients"` | moves, if `tx` decays weights or carries momentum | fade | counts as zero |
 
     Args:
         tx: an optax transformation, such as `optax.adamw(1e-3)`.
-        selector: text such as `"**/Dense_0/**"`, or anything that `pm.sel` takes, except a slice. A module class needs
-            parameters that are modules (Equinox); a Flax parameter dict knows no classes.
-        how: what freezing means, from the table. "updates" keeps the moments warm for a later thaw, and its state is the
-            state of `tx`; "gradients" is what `jax.lax.stop_gradient` on the leaf would give.
+        selector: text such as `"**/Dense_0/**"`, or anything that `pm.sel` takes, except a slice. A module
+            class needs parameters that are modules (Equinox); a dict of parameters knows no classes.
+        how: what freezing means, from the table. "updates" keeps the moments warm for a later thaw; with it
+            and with "gradients" the optimizer state is that of `tx`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`; extra arguments of `update` reach `tx`. The updates of frozen leaves are
+        A transformation whose `update` hands extra arguments on to `tx`. The updates of frozen leaves are
         -0.0, because x + -0.0 is x for every x, where x + 0.0 turns -0.0 into 0.0.
 
     Raises:
@@ -70,20 +69,23 @@ def freeze(tx: Any, selector: Any, *, how: str = "exclude") -> "optax.GradientTr
         )
     need("optax", extra="jax", to="freeze")
     adapter: Any = importlib.import_module("paramend.freezing.optax")
-    return adapter.freeze(tx, whole, how)  # type: ignore[no-any-return]
+    return adapter.freeze(tx, whole, how)
 
 
 def freeze_(module: Any, selector: Any) -> list[str]:
     """The paths of the chosen leaves of a torch module, after they were frozen in place.
 
-    Parameters get `requires_grad=False`, and their `.grad` becomes None, so that an optimizer that has them already, with
-    whatever momentum and decay, passes over them (LBFGS keeps one history for all its parameters: make a new one).
-    When running statistics of a normalization layer are chosen, by `"bn1.**"` or `"**"`, that layer normalizes with
-    them and does not update them, in train mode too, until `unfreeze_`; when only its weight and bias are, the
-    statistics move on. Other buffers take no gradients, and nothing is done to them.
+    Parameters get `requires_grad=False`, and their `.grad` becomes None, so that an optimizer that holds them
+    already, with whatever momentum and decay, passes over them.
 
-    Classes, modes and state dicts stay as they are. Frozen twice is frozen once; tied parameters are frozen under all
-    their names.
+    When running statistics of a normalization layer are chosen, by `"bn1.**"` or `"**"`, that layer
+    normalizes with them and does not update them, in train mode too, until `unfreeze_`. When only its weight
+    and bias are chosen, the statistics move on. Other buffers take no gradients: nothing is done to them.
+
+    L-BFGS keeps one history of curvature for all its parameters, and in mid-run that would go on moving the
+    frozen ones: clear it, `optimizer.state.clear()`.
+
+    Classes, modes and state dicts stay as they are. Tied parameters are frozen under all their names.
 
     Args:
         module: a `torch.nn.Module`.
@@ -106,8 +108,8 @@ def freeze_(module: Any, selector: Any) -> list[str]:
 def unfreeze_(module: Any, selector: Any) -> list[str]:
     """The paths of the chosen leaves of a torch module, after they were made trainable in place.
 
-    Every chosen parameter gets `requires_grad=True`, whoever froze it. A normalization layer updates its running
-    statistics again, in train mode, as soon as one of them is chosen.
+    Every chosen parameter gets `requires_grad=True`, whoever froze it. A normalization layer updates its
+    running statistics again, in train mode, as soon as one of them is chosen.
 
     Args:
         module: a `torch.nn.Module`.
@@ -136,8 +138,8 @@ def _torch(module: Any, selector: Any, verb: str) -> Any:
     whole, index = slice_of(sel(selector))
     if index is not None:
         raise Unsupported(
-            f"{verb} takes whole leaves, because requires_grad is of the whole tensor, and {sel(selector)!r} names a "
-            f"slice [{write_index(index)}] of each",
+            f"{verb} takes whole leaves, as requires_grad is of the whole tensor, and {sel(selector)!r} "
+            f"names a slice [{write_index(index)}] of each",
             hint=f"pm.{verb}(module, {whole!r}) takes them whole",
         )
     return importlib.import_module("paramend.freezing.torch")

@@ -38,7 +38,7 @@ def _each(
     on_parameter: Callable[[torch.Tensor], None],
     on_owner: Callable[[nn.Module], None],
 ) -> list[str]:
-    """The chosen paths, after something was done to each parameter and to each owner of statistics among them."""
+    """The chosen paths, after each parameter and each owner of statistics among them was dealt with."""
     tree = Tree(module)
     chosen = resolve(selector, tree)
     numbers = {twin for number in chosen for twin in tree.twins(number)}
@@ -58,18 +58,31 @@ def _owners(module: nn.Module, ids: set[int]) -> Iterator[nn.Module]:
             yield layer
 
 
-# ---- statistics that stay ------------------------------------------------------------------------------------
+# ---- statistics that stay ---------------------------------------------------------------------------------
 #
-# A normalization layer updates its statistics whenever its own `training` is true, and `model.train()` sets that
-# for all layers. So it is false only while the layer runs. Hooks are part of the module, so copies and pickles of
-# it stay frozen; they are no part of the state dict.
+# A normalization layer updates its statistics while its `training` is true, and `model.train()` makes it true
+# in all layers. So it is made false for just as long as the layer runs. Hooks, and the handles that remove
+# them, belong to the module and not to its state dict: copies and pickles of it stay frozen.
+
+
+def _hold(layer: nn.Module) -> None:
+    if not hasattr(layer, "_holds_statistics"):
+        layer._holds_statistics = (
+            layer.register_forward_pre_hook(_enter),
+            layer.register_forward_hook(_leave, always_call=True),
+        )
+
+
+def _release(layer: nn.Module) -> None:
+    for handle in vars(layer).pop("_holds_statistics", ()):
+        handle.remove()
 
 
 def _enter(layer: nn.Module, args: Any) -> None:
-    layer._training_outside_forward = layer.training
+    layer._trains_outside = layer.training
     layer.training = False
 
 
 def _leave(layer: nn.Module, args: Any, output: Any) -> None:
-    layer.training = layer._training_outside_forward
-    del layer._training_outside_forward
+    # Called also when another hook failed before `_enter`.
+    layer.training = vars(layer).pop("_trains_outside", layer.training)

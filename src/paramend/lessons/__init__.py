@@ -67,9 +67,7 @@ def freeze_first_dense(seed: float, x: Any, y: Any, lr: float) -> "jax.Array":
     return _find("freeze_first_dense").reference(seed, x, y, lr)
 
 
-def partial_init(
-    seed: float, x: Any, num_full_layers: float, num_extra_layers: float, features: float
-) -> "jax.Array":
+def partial_init(seed: float, x: Any, num_full_layers: float, num_extra_layers: float, features: float) -> "jax.Array":
     """The numbers [parameters, layers] of a model whose first layers come from a smaller one.
 
     Args:

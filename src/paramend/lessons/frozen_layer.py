@@ -1,5 +1,7 @@
 """The lesson on freezing the first layer for one step."""
 
+# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
+
 import math
 from collections.abc import Callable
 from functools import partial
@@ -49,7 +51,7 @@ class Regressor(nn.Module):
     """Eight hidden units and one output."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.relu(nn.Dense(8)(x))
         return nn.Dense(1)(x)
 
@@ -58,7 +60,7 @@ class Reversed(nn.Module):
     """The same layers in one expression, which makes the outer one first, so that it is `Dense_0`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+    def __call__(self, x: jax.Array) -> jax.Array:
         return nn.Dense(1)(nn.relu(nn.Dense(8)(x)))
 
 
@@ -81,10 +83,8 @@ def _norm(params: Any) -> jax.Array:
     return jnp.linalg.norm(at(params, "params/Dense_0/kernel").one())
 
 
-def _start(
-    seed: float, x: Any, y: Any, model: nn.Module = Regressor()
-) -> tuple[Any, Callable[[Any], jax.Array]]:
-    x, y = jnp.asarray(x), jnp.asarray(y)
+def _start(seed: float, x: Any, y: Any, kind: type[nn.Module] = Regressor) -> tuple[Any, Callable[[Any], Any]]:
+    x, y, model = jnp.asarray(x), jnp.asarray(y), kind()
     params = model.init(jax.random.PRNGKey(int(seed)), x)
     return params, lambda params: jnp.mean((model.apply(params, x)[:, 0] - y) ** 2)
 
@@ -240,7 +240,7 @@ def _table_of_errors(seed: float, x: Any, y: Any, lr: float) -> Any:
 
 
 def _numbered_inside_out(seed: float, x: Any, y: Any, lr: float) -> Any:
-    params, mean_square = _start(seed, x, y, Reversed())
+    params, mean_square = _start(seed, x, y, Reversed)
     loss, grads = jax.value_and_grad(mean_square)(params)
     stepped = _sgd(params, at(grads, "params/Dense_0/**").zero(), lr)
     return jnp.stack([loss, _norm(stepped), _norm(params)])
@@ -310,8 +310,8 @@ LESSON = Lesson(
         ),
         Mistake(
             "the layers made inside out",
-            "A layer gets its number when it is made. In nn.Dense(1)(nn.relu(nn.Dense(8)(x))) Python makes the outer "
-            "layer first, so that Dense_0 is the last layer. Give each layer a line of its own.",
+            "A layer gets its number when it is made. In nn.Dense(1)(nn.relu(nn.Dense(8)(x))) Python makes "
+            "the outer layer first, so that Dense_0 is the last layer. Give each layer a line of its own.",
             (_numbered_inside_out,),
         ),
         Mistake(
@@ -345,8 +345,7 @@ LESSON = Lesson(
         ),
         Mistake(
             "the parameter zeroed instead of its gradient",
-            "Zeroing the layer's parameters erases the layer. Zeroing their gradients keeps them where "
-            "they are.",
+            "Zeroing the layer's parameters erases the layer. Zeroing their gradients keeps them where they are.",
             (_zeroed_before, _zeroed_first, _zeroed_between, _zeroed_after),
         ),
         Mistake(

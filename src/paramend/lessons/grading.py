@@ -1,5 +1,6 @@
 """Grading: a solution beside the reference on random inputs, and beside every known mistake."""
 
+import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -100,14 +101,9 @@ class Grade:
         if not self.likeness:
             blocks.append("It behaves like none of the known mistakes.")
         for like in self.likeness:
-            where = (
-                ""
-                if like.everywhere
-                else f" on {'input' if len(like.on) == 1 else 'inputs'} {_numbers(like.on)}"
-            )
-            blocks.append(
-                f"It behaves{where} like a known mistake: {like.mistake.name}.\n  {like.mistake.why}"
-            )
+            where = "" if like.everywhere else f" on {'input' if len(like.on) == 1 else 'inputs'} {_numbers(like.on)}"
+            why = textwrap.fill(like.mistake.why, 96, initial_indent="  ", subsequent_indent="  ")
+            blocks.append(f"It behaves{where} like a known mistake: {like.mistake.name}.\n{why}")
         return "\n\n".join(blocks)
 
 
@@ -150,9 +146,7 @@ def draw(lesson: Lesson, *, trials: int, seed: int) -> list[Case]:
     2
     """
     salt = zlib.crc32(lesson.name.encode())
-    return [
-        case for trial in range(trials) for case in lesson.cases(np.random.default_rng([seed, trial, salt]))
-    ]
+    return [case for trial in range(trials) for case in lesson.cases(np.random.default_rng([seed, trial, salt]))]
 
 
 def summary(lesson: Lesson, case: Case) -> dict[str, str]:
@@ -176,40 +170,51 @@ def _likeness(
     failed: Sequence[int],
 ) -> tuple[Likeness, ...]:
     """The mistakes it behaves like on all inputs; if there is none, the few that explain most failures."""
+    order = [*failed, *(i for i in range(len(cases)) if i not in failed)]
     everywhere: list[tuple[Mistake, bool]] = []
-    partly: list[tuple[Mistake, frozenset[int]]] = []
-    rest = [i for i in range(len(cases)) if i not in failed]
     for mistake in lesson.mistakes:
         exact: list[bool] = []
-        best: frozenset[int] = frozenset()
         for form in mistake.forms:
-            seen = {i: lesson.observe(form, cases[i]) for i in failed}
-            alike = frozenset(i for i in failed if _alike(got[i], seen[i], want[i]))
-            best = max(best, alike, key=len)
-            if len(alike) < len(failed):  # ruled out, so the inputs that did not fail need no call
-                continue
-            seen |= {i: lesson.observe(form, cases[i]) for i in rest}
-            if all(_alike(got[i], seen[i], want[i]) for i in rest):
+            seen: dict[int, Observation] = {}
+            for i in order:  # most forms are ruled out by one call, on the first input that failed
+                seen[i] = lesson.observe(form, cases[i])
+                if not _alike(got[i], seen[i], want[i]):
+                    break
+            else:
                 exact.append(not any(differences(got[i], observation) for i, observation in seen.items()))
         if exact:
             everywhere.append((mistake, any(exact)))
-        else:
-            partly.append((mistake, best))
     if everywhere:
         # Two mistakes may give one result by two ways; where the way was seen, it decides.
         decided = any(exact for _, exact in everywhere)
         numbers = tuple(range(1, len(cases) + 1))
         return tuple(Likeness(m, numbers, everywhere=True) for m, exact in everywhere if exact or not decided)
-    left, found = set(failed), list[Likeness]()
-    while left and partly:
-        mistake, best = max(partly, key=lambda row: len(row[1] & left))
-        on = sorted(best & left)
-        if not on:
+    return _cover(lesson, cases, got, want, failed)
+
+
+def _cover(
+    lesson: Lesson,
+    cases: Sequence[Case],
+    got: Sequence[Observation],
+    want: Sequence[Observation],
+    failed: Sequence[int],
+) -> tuple[Likeness, ...]:
+    """The fewest mistakes that each explain some of the inputs that failed, the one that explains most first."""
+    explains = [
+        (mistake, {i for i in failed if _alike(got[i], lesson.observe(form, cases[i]), want[i])})
+        for mistake in lesson.mistakes
+        for form in mistake.forms
+    ]
+    left, found = set(failed), dict[str, tuple[Mistake, set[int]]]()
+    while left:
+        mistake, inputs = max(explains, key=lambda row: len(row[1] & left))
+        if not inputs & left:
             break
-        found.append(Likeness(mistake, tuple(i + 1 for i in on), everywhere=False))
-        left -= best
-        partly.remove((mistake, best))
-    return tuple(found)
+        found.setdefault(mistake.name, (mistake, set()))[1].update(inputs & left)
+        left -= inputs
+    return tuple(
+        Likeness(mistake, tuple(i + 1 for i in sorted(inputs)), everywhere=False) for mistake, inputs in found.values()
+    )
 
 
 def _alike(got: Observation, mistaken: Observation, want: Observation) -> bool:
@@ -218,9 +223,7 @@ def _alike(got: Observation, mistaken: Observation, want: Observation) -> bool:
     A wrong result speaks for itself. Only where the result is right do the other facts tell one mistake
     from another.
     """
-    wrong_result = bool(
-        differences(Observation(got.result, got.raised), Observation(want.result, want.raised))
-    )
+    wrong_result = bool(differences(Observation(got.result, got.raised), Observation(want.result, want.raised)))
     if wrong_result:
         got, mistaken = Observation(got.result, got.raised), Observation(mistaken.result, mistaken.raised)
     return not differences(got, mistaken)

@@ -11,7 +11,7 @@ import numpy as np
 
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
 
-# What an exception is about: a layer's name, or else a quoted name. The rest of its text depends on versions.
+# What an exception is about: a layer's name, else a quoted name. The rest depends on versions.
 _layer = re.compile(r"\b[A-Za-z]\w*_\d+\b")
 _quoted = re.compile(r"['\"](\w+)['\"]")
 
@@ -61,14 +61,10 @@ def observed(call: Callable[[], Any], solve: Callable[..., Any]) -> Observation:
     try:
         return Observation(result=call())
     except (Exception, SystemExit) as error:
-        text = str(error).strip()
-        first, _, rest = text.partition("\n")
-        about = _names(first) or _names(rest) | {first}
-        return Observation(
-            raised=Raised(
-                type(error).__name__, first.partition(" (https://")[0], place_in(error, file_of(solve)), about
-            )
-        )
+        first, _, rest = str(error).strip().partition("\n")
+        about = _names(first) or frozenset({first, *_layer.findall(rest), *_quoted.findall(rest)})
+        says, place = first.partition(" (https://")[0], place_in(error, file_of(solve))
+        return Observation(raised=Raised(type(error).__name__, says, place, about))
 
 
 def _names(text: str) -> frozenset[str]:
@@ -124,7 +120,7 @@ def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
     """
     if got.raised or want.raised:
         same = got.raised and want.raised and got.raised.alike(want.raised)
-        return [] if same else [(outcome(got), outcome(want))]
+        return [] if same else [(_ending(got), _ending(want))]
     pairs = [] if _agree(got.result, want.result) else [(outcome(got), outcome(want))]
     seen = [name for name in want.facts if name in got.facts]
     return pairs + [
@@ -143,6 +139,10 @@ def outcome(observation: Observation) -> str:
     if observation.raised:
         return str(observation.raised)
     return sketch(observation.result)
+
+
+def _ending(observation: Observation) -> str:
+    return "no exception" if observation.raised is observation.result is None else outcome(observation)
 
 
 def sketch(value: Any) -> str:
@@ -184,6 +184,4 @@ def _agree(got: Any, want: Any) -> bool:
     if wanted.dtype.kind != "f":
         return bool(np.array_equal(given, wanted))
     # whole numbers where the reference gives floats: a dtype was lost on the way
-    return given.dtype.kind == "f" and bool(
-        np.allclose(given, wanted, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True)
-    )
+    return given.dtype.kind == "f" and bool(np.allclose(given, wanted, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True))

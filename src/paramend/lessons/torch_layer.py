@@ -1,5 +1,7 @@
 """The lesson on zeroing a torch layer in place."""
 
+# mypy: disallow-untyped-decorators=False
+
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -112,7 +114,7 @@ def _scalar_data(layer: Any) -> None:
 
 def _scalar_number(layer: Any) -> None:
     for _, parameter in _parameters(layer):
-        parameter.data = 0.0  # type: ignore[assignment]
+        parameter.data = 0.0
 
 
 def _scalar_parameter(layer: Any) -> None:
@@ -218,9 +220,7 @@ def _content(parameter: nn.Parameter) -> str:
 def cases(rng: np.random.Generator) -> list[Case]:
     """Layers of several kinds and dtypes, one with nan, one frozen, and a Sequential with gaps."""
     a, b = (int(n) for n in rng.integers(2, 6, size=2))
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # making layers draws from torch's generator, which is the learner's
+    with torch.random.fork_rng(devices=[]):  # making layers draws from torch's generator, which is the learner's
         layers: list[tuple[str, nn.Module]] = [
             ("a Linear layer", nn.Linear(a, b)),
             ("a bfloat16 layer", nn.Conv1d(a, b, 2).to(torch.bfloat16)),
@@ -268,8 +268,7 @@ LESSON = Lesson(
         ),
         Mistake(
             "a scalar where an array belongs",
-            "The weight became one number. Write zeros into the tensor that is there: its shape is the "
-            "layer's.",
+            "The weight became one number. Write zeros into the tensor that is there: its shape is the layer's.",
             (_scalar, _scalar_data, _scalar_number, _scalar_parameter),
         ),
         Mistake(
@@ -291,14 +290,12 @@ LESSON = Lesson(
         ),
         Mistake(
             "a copy zeroed instead of the layer",
-            "The layer that was given is as it was: the zeros are in another object. In place means in "
-            "this one.",
+            "The layer that was given is as it was: the zeros are in another object. In place means in this one.",
             (_a_copy,),
         ),
         Mistake(
             "multiplied by zero",
-            "Times zero keeps nan and inf as nan, and makes -0.0 of what was negative. `zero_()` writes "
-            "zeros.",
+            "Times zero keeps nan and inf as nan, and makes -0.0 of what was negative. `zero_()` writes zeros.",
             (_times_zero,),
         ),
         Mistake(
@@ -308,8 +305,7 @@ LESSON = Lesson(
         ),
         Mistake(
             "requires_grad changed",
-            "The layer was switched off to get at its numbers, and stayed so: it will not train. Use "
-            "torch.no_grad().",
+            "The layer was switched off to get at its numbers, and stayed so: it will not train. Use torch.no_grad().",
             (_frozen,),
         ),
     ),

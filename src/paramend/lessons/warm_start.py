@@ -1,5 +1,7 @@
 """The lesson on starting a bigger model from a smaller one."""
 
+# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
+
 from functools import partial
 from typing import Any
 
@@ -46,15 +48,13 @@ class Tower(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+    def __call__(self, x: jax.Array) -> jax.Array:
         for _ in range(self.num_layers - 1):
             x = nn.relu(nn.Dense(self.features)(x))
         return nn.Dense(self.features)(x)
 
 
-def partial_init(
-    seed: float, x: Any, num_full_layers: float, num_extra_layers: float, features: float
-) -> jax.Array:
+def partial_init(seed: float, x: Any, num_full_layers: float, num_extra_layers: float, features: float) -> jax.Array:
     """The number of parameters and of layers of a model whose first layers come from a smaller one."""
     x = jnp.asarray(x)
     full, layers = int(num_full_layers), int(num_full_layers) + int(num_extra_layers)
@@ -272,8 +272,7 @@ LESSON = Lesson(
         ),
         Mistake(
             "nothing copied",
-            "The tree that was counted is the bigger model as it was initialised. An edit returns a new "
-            "tree: keep it.",
+            "The tree that was counted is the bigger model as it was initialised. An edit returns a new tree: keep it.",
             (_not_copied,),
         ),
         Mistake(

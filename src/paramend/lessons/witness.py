@@ -130,9 +130,7 @@ def watching(file: str, *, half: bool = False) -> Iterator[Witness]:
         out, variables = init(self, rngs, *args, **kwargs)
         variables = _as_trained(variables, rngs, half=half)
         leaves = picture(variables)
-        if not any(
-            isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()
-        ):  # nothing to see inside `jit`
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):  # nothing to see inside `jit`
             witness.handed.append(Handed(rngs, variables, leaves))
         return out, variables
 
@@ -164,9 +162,7 @@ def _trees(values: Iterable[Any]) -> Iterator[Any]:
             value = value.params
         if isinstance(value, Mapping):
             yield value
-        elif (
-            isinstance(value, tuple | list) and len(value) <= 8
-        ):  # *args, or a result such as (merged, report)
+        elif isinstance(value, tuple | list) and len(value) <= 8:  # *args, or a result such as (merged, report)
             yield from (item for item in value if isinstance(item, Mapping))
 
 
@@ -229,9 +225,7 @@ def place_facts(witness: Witness) -> dict[str, str]:
 
 def _content(leaf: Any) -> str:
     values = np.asarray(leaf).astype(np.float32)
-    return (
-        f"all {values.flat[0] + 0:g}" if values.size and (values == values.flat[0]).all() else "other values"
-    )
+    return f"all {values.flat[0] + 0:g}" if values.size and (values == values.flat[0]).all() else "other values"
 
 
 def candidates(witness: Witness, fits: Callable[[Picture], bool]) -> Iterator[Picture]:

@@ -52,9 +52,7 @@ MAPPING = Kind(
     close=_close_mapping,
     rekey=_rekey_mapping,
 )
-LIST = Kind(
-    "list", lambda node: ((), tuple(node), None), lambda node, new: list(new), _rekey_sequence, compiled=True
-)
+LIST = Kind("list", lambda node: ((), tuple(node), None), lambda node, new: list(new), _rekey_sequence, compiled=True)
 TUPLE = Kind("tuple", lambda node: ((), node, None), lambda node, new: tuple(new), _rekey_sequence, compiled=True)
 NAMED_TUPLE = Kind(
     "named tuple",
@@ -69,7 +67,7 @@ DATACLASS = Kind(
 )
 EMPTY = Kind("None", lambda node: ((), (), None), lambda node, new: None, compiled=True)
 
-EXACT = {
+EXACT: dict[type, Kind] = {
     dict: DICT,
     OrderedDict: MAPPING,
     defaultdict: MAPPING,
@@ -88,4 +86,3 @@ def kind_of(kind: type) -> Kind | None:
     if dataclasses.is_dataclass(kind):
         return DATACLASS
     return None
-

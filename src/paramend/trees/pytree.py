@@ -8,7 +8,7 @@ import jax
 from paramend.containers import ELIDED, Kind
 
 
-def _one_level(node: Any) -> tuple[list[Any], Any]:
+def _one_level(node: Any) -> Any:
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
 
 

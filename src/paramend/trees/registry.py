@@ -1,61 +1,27 @@
-"""`Tree`: any tree in memory as `Leaves`, by the kinds of its containers.
+"""`Tree`: any tree in memory as `Leaves`.
 
 A tree is taken apart in one of two ways. The general one walks it in Python, container by container. Trees that JAX
-takes apart into the same leaves (plain dicts, lists, registered classes) go through JAX's compiled walk, which is several
-times as fast; what that walk forgets, the order of dict keys, is put back.
+takes apart into the same leaves (plain dicts, lists, registered classes) go through JAX's compiled walk, which is
+several times as fast; what that walk forgets, the order of dict keys, is put back.
 """
 
 import importlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice, repeat
+from functools import cache
+from operator import is_
 from typing import Any
 
 import numpy as np
 
 from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
-from paramend.containers import ELIDED, Kind
 from paramend.errors import Unsupported
 from paramend.leaves import Index
 from paramend.specs import Spec
-from paramend.trees import builtin
-
-# Adapters in the order of asking; each is opened once the user has imported its framework.
-_ADAPTERS = (("torch", "module"), ("flax", "nnx"))
-
-_kinds: dict[type, Kind] = dict(builtin.EXACT)
-_leaf_types: set[type] = {np.ndarray, int, float, bool, complex, str, bytes}
-
-
-def find_kind(node: Any) -> Kind | None:
-    """How to open a node, or None for a leaf."""
-    kind = type(node)
-    return None if kind in _leaf_types else _kinds.get(kind) or _ask_adapters(kind, node)
-
-
-def _ask_adapters(kind: type, node: Any) -> Kind | None:
-    """Types that a framework may still register later are asked for anew each time."""
-    if backend_of(kind) is not None:
-        _leaf_types.add(kind)
-        return None
-    if isinstance(node, type):
-        return None
-    found: Kind | None = None
-    for framework, adapter in _ADAPTERS:
-        if found is None and imported(framework):
-            found = importlib.import_module(f"paramend.trees.{adapter}").kind_of(kind)
-    if found is None and imported("jax") and not (issubclass(kind, tuple) and hasattr(kind, "_fields")):
-        found = importlib.import_module("paramend.trees.pytree").kind_of(kind, node)
-    found = found or builtin.kind_of(kind)
-    if found is not None:
-        _kinds[kind] = found
-    return found
-
-
-# ---- structures ------------------------------------------------------------------------------------------------
+from paramend.trees.kinds import find_kind, leaf_types
+from paramend.trees.walks import Copier, Namer, Walk, rebuild, restore_order
 
 
 @dataclass(slots=True)
@@ -71,7 +37,7 @@ class _Structure:
 
     index: Index
     compiled: bool = False
-    copier: "_Copier | None" = None
+    copier: "Copier | None" = None
     torch: bool = False
 
 
@@ -102,19 +68,18 @@ class Tree:
         self.values: list[Any] = []
         self.boxes: dict[int, Any] = {}
         self._treedef: Any = None
+        self._ties: Mapping[int, int] | None = None
         self._structure: _Structure = self._compiled() or self._walked()
 
     def _compiled(self) -> _Structure | None:
         """The structure by JAX's own walk, or None if that would take another view of the tree."""
-        known = _kinds.get(type(self.root))
-        if not imported("jax") or type(self.root) in _leaf_types or (known is not None and not known.compiled):
+        if not imported("jax") or type(self.root) in leaf_types or _holds_modules(self.root):
             return None
-        pytree = importlib.import_module("paramend.trees.pytree")
         try:
-            values, treedef = pytree.flatten(self.root)
+            values, treedef = _jax_flatten()(self.root)
             key = (_landmarks(self.root), treedef, tuple(map(type, values)))
             structure = _structures.get(key)
-        except (TypeError, ValueError, RecursionError):  # keys that do not sort, static fields that do not hash, circles
+        except (TypeError, ValueError):  # keys that do not sort, static fields that do not hash
             return None
         if structure is None:
             structure = _structures.remember(key, self._compile(values, treedef))
@@ -124,21 +89,24 @@ class Tree:
         return structure  # type: ignore[no-any-return]
 
     def _compile(self, values: list[Any], treedef: Any) -> _Structure:
-        namer = _Namer(Index("." if _holds_torch(values) else "/"), values)
-        if not namer.name(self.root, treedef.unflatten(range(len(values)))):
+        torch = _holds_torch(values)
+        namer = Namer(Index("." if torch else "/"))
+        namer.name(self.root, treedef.unflatten(range(len(values))))
+        same = len(namer.numbers) == len(values) and all(map(is_, namer.leaves, map(values.__getitem__, namer.numbers)))
+        if not (namer.compiled and same):
             return _Structure(namer.index)
-        copier = _Copier(namer.inner, namer.slots) if namer.simple else None
-        return _Structure(namer.index, compiled=True, copier=copier, torch=_holds_torch(values))
+        slots = dict(zip(namer.numbers, namer.slots, strict=True))
+        return _Structure(namer.index, True, Copier(namer.inner, slots) if namer.simple else None, torch)
 
     def _walked(self) -> _Structure:
-        walk = _Walk()
+        walk = Walk()
         walk.flatten(self.root, ())
         self.values, self.boxes = walk.values, walk.boxes
         key = (type(self.root), *walk.tokens)
         structure = _structures.get(key)
         if structure is None:
             torch = _holds_torch(self.values)
-            namer = _Namer(Index("." if torch else "/"), self.values)
+            namer = Namer(Index("." if torch else "/"))
             namer.name(self.root, None)
             structure = _structures.remember(key, _Structure(namer.index, torch=torch))
         return structure  # type: ignore[no-any-return]
@@ -148,9 +116,15 @@ class Tree:
         """The names; shared by all trees of this structure."""
         return self._structure.index
 
-    @cached_property
+    @property
     def ties(self) -> Mapping[int, int]:
         """Leaf number → the first number of the same leaf, for leaves with several paths."""
+        if self._ties is None:
+            shared = self.boxes or self._structure.torch or len(set(map(id, self.values))) < len(self.values)
+            self._ties = self._find_ties() if shared else {}
+        return self._ties
+
+    def _find_ties(self) -> dict[int, int]:
         numbers = self.index.numbers
         ids: list[Any] = list(map(id, self.values))
         for number, box in self.boxes.items():
@@ -160,8 +134,6 @@ class Tree:
             for number in numbers:
                 if isinstance(self.values[number], torch_backend.TYPES):
                     ids[number] = torch_backend.storage(self.values[number])
-        if len(numbers) == len(ids) == len(set(ids)):
-            return {}
         first: dict[Any, int] = {}
         for number in numbers:
             first.setdefault(ids[number], number)
@@ -208,10 +180,10 @@ class Tree:
             return self._structure.copier.copy(self.root, changes)
         if self._treedef is not None:
             root = self._treedef.unflatten(values)
-            _restore_order(self.root, root)
+            restore_order(self.root, root)
             return root
         owners = {id(self.boxes.get(number, self.values[number])): value for number, value in changes.items()}
-        return _rebuild(self.root, iter(values), owners)
+        return rebuild(self.root, iter(values), owners)
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a container as (key, child), None for a leaf; the key of a box's content is `ELIDED`."""
@@ -240,9 +212,27 @@ class Tree:
         if box is None:
             backend(self.values[number]).assign(self.values[number], value)
         else:
-            assign = _kinds[type(box)].assign
-            assert assign is not None
-            assign(box, value)
+            kind = find_kind(box)
+            assert kind is not None
+            assert kind.assign is not None
+            kind.assign(box, value)
+
+
+def _holds_modules(root: Any) -> bool:
+    """Whether the root is a module or a small container of modules: these may refer to each other in a circle, in which
+    JAX's walk would run until the interpreter's stack is spent for good."""
+    kind = find_kind(root)
+    if kind is None or not kind.compiled:
+        return True
+    if not imported("flax.nnx") or kind.name == "pytree":
+        return False
+    children = kind.open(root)[1]
+    return len(children) <= 16 and not all((k := find_kind(child)) is None or k.compiled for child in children)
+
+
+@cache
+def _jax_flatten() -> Any:
+    return importlib.import_module("paramend.trees.pytree").flatten
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:
@@ -257,179 +247,3 @@ def _landmarks(node: Any) -> tuple[Any, ...]:
 
 def _holds_torch(values: Sequence[Any]) -> bool:
     return any(getattr(backend_of(kind), "__name__", "").endswith(".torch") for kind in set(map(type, values)))
-
-
-# ---- walks -----------------------------------------------------------------------------------------------------
-
-
-class _Walk:
-    """The general walk: the leaves, their boxes, and the tokens that tell this structure from others."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self.boxes: dict[int, Any] = {}
-        self.tokens: list[Hashable] = []
-
-    def flatten(self, node: Any, above: tuple[int, ...]) -> None:
-        kind = find_kind(node)
-        if kind is None:
-            self.values.append(node)
-            return
-        if kind.replace is not None:
-            if id(node) in above:  # modules may refer to each other in a circle
-                return
-            above = (*above, id(node))
-        keys, children, static = kind.open(node)
-        types = tuple(map(type, children))
-        self.tokens.append((keys, static, types))
-        if kind.assign is not None:
-            self.boxes[len(self.values)] = node
-        if _leaf_types.issuperset(types):
-            self.values.extend(children)
-            return
-        for child in children:
-            self.flatten(child, above)
-
-
-class _Namer:
-    """Walks a tree and writes its names; leaf numbers are read off a numbered twin of the tree, or counted.
-
-    Attributes:
-        compiled: whether the leaves of the numbered twin are those of the tree.
-        simple: whether all containers are dicts and lists, so that a `_Copier` can copy the tree.
-        inner: for the copier, the dicts and lists of the tree, nested: (key, those in it).
-        slots: for the copier, leaf number → (which of those containers, key).
-    """
-
-    def __init__(self, index: Index, values: Sequence[Any]) -> None:
-        self.index = index
-        self.values = values
-        self.count = 0
-        self.compiled = True
-        self.simple = True
-        self.inner: tuple[Any, ...] = ()
-        self.slots: list[tuple[int, Any]] = [(0, None)] * len(values)
-        self.copied = 0
-
-    def name(self, root: Any, numbered: Any) -> bool:
-        """Writes the index; whether the leaves are those that the numbered twin has."""
-        entry, inner = self.enter(root, numbered, ())
-        self.inner, self.simple = inner or (), self.simple and inner is not None
-        if type(entry) is int:
-            self.index.add(self.index.names, "", entry)
-        else:
-            self.index.names = entry or {}
-        return self.compiled and self.count == len(self.values)
-
-    def leaf(self, node: Any, twin: Any, container: int, key: Any) -> int | None:
-        number: int = self.count if twin is None else twin
-        self.count += 1
-        self.compiled = self.compiled and self.values[number] is node
-        self.slots[number] = (container, key)
-        if backend_of(type(node)) is None:
-            return None
-        self.index.numbers.append(number)
-        return number
-
-    def enter(
-        self, node: Any, twin: Any, above: tuple[int, ...], parent: int = 0, key: Any = None
-    ) -> tuple[Any, tuple[Any, ...] | None]:
-        """What the node is called by (a leaf number, a dict of names, or None), and the containers in it."""
-        kind = find_kind(node)
-        if kind is None:
-            return self.leaf(node, twin, parent, key), None
-        if kind.replace is not None:
-            if id(node) in above:
-                return None, None
-            above = (*above, id(node))
-        if twin is not None and not kind.compiled:
-            self.compiled = False
-            return None, None
-        copied = kind is builtin.DICT or kind is builtin.LIST
-        self.simple = self.simple and (copied or kind is builtin.EMPTY)
-        container, self.copied = self.copied, self.copied + copied
-        keys, children, _ = kind.open(node)
-        twins: Any = repeat(None)
-        if twin is not None:
-            twins = [twin[key] for key in keys] if kind is builtin.DICT else kind.open(twin)[1]
-        names: Any = {}
-        inner: list[Any] = []
-        start = len(self.index.numbers)
-        for key, child, other in zip(keys or range(len(children)), children, twins, strict=False):
-            if type(child) in _leaf_types:
-                entry = self.leaf(child, other, container, key)
-            else:
-                entry, below = self.enter(child, other, above, container, key)
-                if below is not None:
-                    inner.append((key, below))
-            if key is ELIDED:
-                names = entry
-            elif type(entry) is int or entry:
-                self.index.add(names, key, entry)
-        self.index.spans.append((type(node), start, len(self.index.numbers)))
-        return names, tuple(inner) if copied else None
-
-
-def _rebuild(node: Any, values: Iterator[Any], owners: Mapping[int, Any]) -> Any:
-    """The general way to put a tree together again."""
-    kind = find_kind(node)
-    if kind is None:
-        return next(values)
-    if kind.replace is not None:
-        walk = _Walk()
-        walk.flatten(node, ())
-        for _ in walk.values:
-            next(values)
-        return kind.replace(node, owners)
-    children = kind.open(node)[1]
-    if _leaf_types.issuperset(map(type, children)):
-        return kind.close(node, list(islice(values, len(children))))
-    return kind.close(node, [_rebuild(child, values, owners) for child in children])
-
-
-@dataclass(frozen=True, slots=True)
-class _Copier:
-    """Copies trees of dicts and lists: each container by its own `copy`, which is fast and keeps the order of keys."""
-
-    inner: tuple[tuple[Any, Any], ...]
-    slots: Sequence[tuple[int, Any]]
-
-    def copy(self, root: Any, changes: Mapping[int, Any]) -> Any:
-        """A copy of the containers with some leaves replaced."""
-        made: list[Any] = []
-
-        def visit(old: Any, inner: tuple[tuple[Any, Any], ...]) -> Any:
-            new = old.copy()
-            made.append(new)
-            for key, below in inner:
-                if below:
-                    new[key] = visit(old[key], below)
-                else:
-                    new[key] = fresh = old[key].copy()
-                    made.append(fresh)
-            return new
-
-        top = visit(root, self.inner)
-        for number, value in changes.items():
-            container, key = self.slots[number]
-            made[container][key] = value
-        return top
-
-
-def _restore_order(old: Any, new: Any) -> None:
-    """Gives the fresh dicts of `new` the key order of `old`."""
-    kind = find_kind(old)
-    if kind is None:
-        return
-    if kind is builtin.DICT:
-        for key, child in old.items():
-            if type(child) not in _leaf_types:
-                _restore_order(child, new[key])
-        if tuple(old) != tuple(new):
-            items = [(key, new[key]) for key in old]
-            new.clear()
-            new.update(items)
-    else:
-        for child, fresh in zip(kind.open(old)[1], kind.open(new)[1], strict=True):
-            if type(child) not in _leaf_types:
-                _restore_order(child, fresh)

@@ -1,0 +1,38 @@
+"""Runs the scenarios, each in a fresh process, and prints their tables; `--write` puts them into README.md."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SIZES = (20, 10_000, 50_000)
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tables():
+    found = [run(HERE / "editing.py", size) for size in SIZES]
+    rows = [
+        "Zero one leaf of a tree, time as a ratio to the hand-written `tree_map_with_path` with `keystr`:",
+        "",
+        "| | " + " | ".join(f"{size:,} leaves" for size in SIZES) + " |",
+        "|---|" + "---|" * len(SIZES),
+    ]
+    rows += [f"| {way} | " + " | ".join(f"{ratios[way]:.2f}" for ratios in found) + " |" for way in found[0]]
+    imports = run(HERE / "importing.py")
+    rows += ["", f"`import paramend` takes {imports['paramend']:.2f} × the time of `import numpy` (`import jax`: {imports['jax']:.1f} ×)."]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    text = tables()
+    print(text)
+    if "--write" in sys.argv:
+        page = HERE.parent / "README.md"
+        block = f"<!-- bench -->\n{text}\n<!-- /bench -->"
+        page.write_text(re.sub(r"<!-- bench -->.*?<!-- /bench -->", lambda _: block, page.read_text(), flags=re.DOTALL))

@@ -1,0 +1,118 @@
+"""The terminal: data goes to stdout, talk, progress and errors go to stderr."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+import click
+
+from paramend.errors import ParamendError
+from paramend.progress import Event, Progress
+from paramend.tables import printable
+
+# Shorter tasks show no bar: it would only flicker.
+_PATIENCE = 0.3
+
+
+class Refusal(click.ClickException):
+    """An error that was foreseen, as the command line says it: exit status 2, no traceback."""
+
+    exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the message to stderr."""
+        label = click.style("error:", fg="red", bold=True) if _colour(sys.stderr) else "error:"
+        lines = "\n".join(map(printable, self.message.split("\n")))
+        click.echo(f"{label} {lines}", file=file, err=True)
+
+
+def refusal(error: Exception) -> Refusal:
+    """An exception of the library or of the system as an error of the command line."""
+    if isinstance(error, ParamendError) or not isinstance(error, OSError):
+        return Refusal(str(error))
+    name = "" if error.filename is None else f"{error.filename}: "
+    return Refusal(f"{name}{error.strerror or error}")
+
+
+def emit(data: Any) -> None:
+    """Prints data as JSON. Numbers that JSON lacks become the strings "NaN", "Infinity" and "-Infinity"."""
+    click.echo(json.dumps(_jsonable(data), indent=2, allow_nan=False))
+
+
+def show_lines(lines: Sequence[str], *, header: bool = False) -> None:
+    """Prints lines of data; the first may be a table's header."""
+    if header and lines and _colour(sys.stdout):
+        lines = [click.style(lines[0], bold=True), *lines[1:]]
+    click.echo("\n".join(lines))
+
+
+def say(text: str) -> None:
+    """Tells the user something that is no data."""
+    click.echo(printable(text), err=True)
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Progress | None]:
+    """A listener that draws a progress bar; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    drawn: Any = None
+    task: Any = None
+
+    def listen(event: Event) -> None:
+        nonlocal drawn, task
+        if drawn is None:
+            if event.seconds < _PATIENCE:
+                return
+            drawn = _rich_bar()
+            task = drawn.add_task(what, total=event.total)
+            drawn.start()
+        drawn.update(task, completed=event.done, total=event.total)
+
+    try:
+        yield listen
+    finally:
+        if drawn is not None:
+            drawn.stop()
+
+
+def _rich_bar() -> Any:
+    # Opened only when there is something to draw: most runs end before.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Bar(*columns, console=Console(stderr=True), transient=True)
+
+
+def _colour(stream: IO[str]) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _jsonable(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _jsonable(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_jsonable(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    return data
+
+
+def nobody_reads() -> None:
+    """Lets the program end quietly after the reader of stdout has gone, as in `paramend show f | head`."""
+    # What is still buffered has nowhere to go, and Python would complain of it at exit.
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,0 +1,109 @@
+"""`paramend show`: what a checkpoint holds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paramend import _text
+from paramend.cli import _ui
+from paramend.formats.safetensors import Array, SafetensorsFile
+from paramend.measures import Measures, measure
+from paramend.paths import natural
+from paramend.progress import Meter, Progress
+from paramend.selectors import resolve
+from paramend.tables import aligned
+
+_CHUNK = 1 << 18
+_MEASURES = ("min", "max", "mean", "std", "zeros", "nans", "infs")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("selector", required=False)
+@click.option("--stats", is_flag=True, help="Read the values, and add their min, max, mean, std, zeros, NaNs and infs.")
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+def show(path: Path, selector: str | None, stats: bool, as_json: bool) -> None:
+    """List the leaves of a checkpoint, or those that SELECTOR chooses.
+
+    Only the header is read, unless --stats is given. Mean and std are those of the finite values. Numbers that JSON
+    lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
+
+    Exit status: 0 done; 2 an unreadable or damaged file, or a selector that chooses nothing.
+    """
+    with SafetensorsFile(path) as file:
+        numbers = file.index.numbers if selector is None else resolve(selector, file)
+        # In the file `layers.10` stands before `layers.2`.
+        numbers = sorted(numbers, key=lambda number: natural(file.index.path(number)))
+        found: dict[int, Measures | None] = {}
+        if stats:
+            with _ui.bar(f"reading {path.name}") as progress:
+                found = _measured(file, numbers, progress)
+        if as_json:
+            _ui.emit(_data(file, numbers, found))
+        else:
+            _ui.show_lines(_table(file, numbers, found), header=True)
+
+
+def _measured(file: SafetensorsFile, numbers: list[int], progress: Progress | None) -> dict[int, Measures | None]:
+    """The measures of each leaf; None of those that cannot be read."""
+    meter = Meter(progress, sum(map(file.nbytes, numbers)))
+
+    def chunks(number: int) -> Iterator[Array]:
+        size = file.spec(number).size
+        for start in range(0, size, _CHUNK):
+            chunk = file.read_range(number, start, min(start + _CHUNK, size))
+            yield chunk
+            meter.advance(chunk.nbytes, file.index.path(number))
+
+    return {number: None if file.refusal(number) else measure(chunks(number)) for number in numbers}
+
+
+def _data(file: SafetensorsFile, numbers: list[int], found: dict[int, Measures | None]) -> dict[str, Any]:
+    leaves = []
+    for number in numbers:
+        spec = file.spec(number)
+        leaf: dict[str, Any] = {
+            "path": file.index.path(number),
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "nbytes": file.nbytes(number),
+        }
+        if number in found:
+            measures = found[number]
+            leaf["stats"] = None if measures is None else measures.to_dict()
+        leaves.append(leaf)
+    return {
+        "path": str(file.path),
+        "format": "safetensors",
+        "metadata": dict(file.header.metadata or {}),
+        "leaves": leaves,
+        "count": len(numbers),
+        "size": sum(file.spec(number).size for number in numbers),
+        "nbytes": sum(map(file.nbytes, numbers)),
+    }
+
+
+def _table(file: SafetensorsFile, numbers: list[int], found: dict[int, Measures | None]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size", *(_MEASURES if found else ()))]
+    for number in numbers:
+        spec = file.spec(number)
+        shape = f"[{','.join(map(str, spec.shape))}]"
+        row = (file.index.path(number), spec.dtype, shape, _text.size(file.nbytes(number)))
+        rows.append((*row, *_measure_cells(found[number])) if number in found else row)
+    count = _text.plural(len(numbers), "leaf", "leaves")
+    if len(numbers) < len(file.index.numbers):
+        count = f"{len(numbers):,} of {_text.plural(len(file.index.numbers), 'leaf', 'leaves')}"
+    scalars = _text.plural(sum(file.spec(number).size for number in numbers), "scalar")
+    total = f"{count}, {scalars}, {_text.size(sum(map(file.nbytes, numbers)))}"
+    lines = [*aligned(rows, right="lllr" + "r" * len(_MEASURES)), "", total]
+    if file.header.metadata:
+        lines += aligned([("metadata", *(f"{key}={value}" for key, value in file.header.metadata.items()))])
+    return lines
+
+
+def _measure_cells(measures: Measures | None) -> Iterator[str]:
+    for name in _MEASURES:
+        value = None if measures is None else getattr(measures, name)
+        yield "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

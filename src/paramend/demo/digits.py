@@ -1,0 +1,37 @@
+"""The data: 1,797 handwritten digits of 8 by 8 pixels that ship with scikit-learn, a quarter of them held out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pixels between 0 and 1, one row for each digit, and which digit it is.
+
+    Attributes:
+        train_pixels: what the network learns from.
+        train_labels: the digits they show.
+        pixels: those held out, which accuracies are measured on.
+        labels: the digits they show.
+    """
+
+    train_pixels: Array
+    train_labels: Array
+    pixels: Array
+    labels: Array
+
+
+def load(seed: int = 0) -> Digits:
+    """The digits, split by the seed; each digit has its share in both parts."""
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = (pixels / 16).astype(np.float32)
+    train_pixels, held_out, train_labels, held_out_labels = train_test_split(
+        pixels, labels, test_size=0.25, stratify=labels, random_state=seed
+    )
+    return Digits(train_pixels, train_labels, held_out, held_out_labels)

@@ -1,0 +1,76 @@
+"""The patient: a trained classifier, in memory and on disk. The steps operate on it, and none of them changes it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import safetensors.numpy
+
+from paramend.demo import digits, training
+from paramend.demo.network import Classifier
+from paramend.editing import at
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A trained classifier and what is needed to try an edit on it.
+
+    Attributes:
+        folder: where the steps leave their files.
+        digits: the data.
+        model: the network.
+        fresh: its parameters before training.
+        params: its parameters.
+        epochs: how long a step trains that trains on.
+        seed: of everything random.
+    """
+
+    folder: Path
+    digits: digits.Digits
+    model: Classifier
+    fresh: Any
+    params: Any
+    epochs: int
+    seed: int
+
+    @property
+    def file(self) -> Path:
+        """The parameters on disk."""
+        return self.folder / "digits.safetensors"
+
+    def logits(self, params: Any, model: Classifier | None = None) -> Array:
+        """What the network makes of the held-out digits with these parameters."""
+        return np.asarray((model or self.model).apply(params, self.digits.pixels))
+
+    def accuracy(self, params: Any, model: Classifier | None = None) -> float:
+        """The share of the held-out digits that the network reads right with these parameters."""
+        return self.score(self.logits(params, model))
+
+    def score(self, logits: Array) -> float:
+        """The share of the held-out digits whose own logit is the largest."""
+        return float((logits.argmax(axis=-1) == self.digits.labels).mean())
+
+    def trained_on(self, tx: Any) -> Any:
+        """The parameters after more training under this optimizer."""
+        return training.train(self.model, self.params, tx, self.digits, epochs=self.epochs, seed=self.seed + 1)
+
+
+def prepare(folder: Path, *, epochs: int, seed: int) -> Patient:
+    """A classifier, trained and saved."""
+    data, model = digits.load(seed), Classifier()
+    fresh = model.init(jax.random.key(seed), data.pixels)
+    params = training.train(model, fresh, optax.adam(2e-3), data, epochs=epochs, seed=seed)
+    patient = Patient(folder, data, model, fresh, params, epochs=max(1, epochs // 3), seed=seed)
+    save(params, patient.file)
+    return patient
+
+
+def save(params: Any, file: Path) -> None:
+    """Writes parameters as safetensors, each leaf under its path."""
+    arrays = {path: np.asarray(leaf) for path, leaf in at(params, "**")}
+    file.write_bytes(safetensors.numpy.save(arrays))

@@ -1,0 +1,137 @@
+"""The demo from start to end: the steps one after the other, and a report."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paramend.demo.folder import workplace
+from paramend.demo.patient import prepare
+from paramend.demo.step import Outcome, Step, command_in
+from paramend.demo.steps import STEPS
+
+EPOCHS = 30
+NEXT = (
+    "paramend lesson",
+    "paramend show paramend-demo/digits.safetensors '**/kernel' --stats",
+    "paramend scale paramend-demo/deeper.safetensors '**/Dense_[-1]/*' 0.5 -o paramend-demo/scaled.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step that was done.
+
+    Attributes:
+        number: counted from 1.
+        step: what was asked.
+        code: the line that a user would type for it.
+        outcome: what came of it.
+        seconds: how long it took.
+    """
+
+    number: int
+    step: Step
+    code: str
+    outcome: Outcome
+    seconds: float
+
+    @property
+    def held(self) -> bool:
+        """Whether all that the step claims was so."""
+        return all(self.outcome.claims.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as data that JSON can hold."""
+        outcome = self.outcome
+        return {
+            "number": self.number,
+            "name": self.step.name,
+            "title": self.step.title,
+            "code": self.code,
+            "changed": list(outcome.changed),
+            "leaves": outcome.leaves,
+            "accuracy": {"before": outcome.before, "after": outcome.after},
+            "claims": dict(outcome.claims),
+            "held": self.held,
+            "detail": list(outcome.detail),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the demo did.
+
+    Attributes:
+        folder: where its files are.
+        seed: of everything random.
+        rows: the steps.
+        files: what it left in the folder.
+        seconds: how long all of it took.
+    """
+
+    folder: Path
+    seed: int
+    rows: Sequence[Row]
+    files: Sequence[str]
+    seconds: float
+
+    @property
+    def held(self) -> bool:
+        """Whether all that was claimed was so."""
+        return all(row.held for row in self.rows)
+
+    @property
+    def next(self) -> list[str]:
+        """Commands to try on the files."""
+        return [command_in(command, self.folder) for command in NEXT]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data that JSON can hold."""
+        return {
+            "folder": str(self.folder),
+            "seed": self.seed,
+            "held": self.held,
+            "steps": [row.to_dict() for row in self.rows],
+            "files": list(self.files),
+            "next": self.next,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def tour(
+    folder: Path,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    epochs: int = EPOCHS,
+    steps: Sequence[Step] = STEPS,
+    progress: Callable[[Row], object] | None = None,
+) -> Report:
+    """A report of the steps, done on a classifier that is trained first. The files are left in the folder.
+
+    Args:
+        folder: where the files go, all of them at the end.
+        seed: of the split, the first parameters and the order of the minibatches.
+        force: whether the folder may hold files already.
+        epochs: how long to train.
+        steps: what to do.
+        progress: called with each row when it is done.
+
+    Raises:
+        CannotWrite: the folder holds files, or cannot be written to. Nothing was done.
+    """
+    began = time.monotonic()
+    rows: list[Row] = []
+    with workplace(folder, force=force) as place:
+        patient = prepare(place, epochs=epochs, seed=seed)
+        for number, step in enumerate(steps, start=1):
+            started = time.monotonic()
+            outcome = step.run(patient)
+            rows.append(Row(number, step, step.code_in(folder), outcome, time.monotonic() - started))
+            if progress is not None:
+                progress(rows[-1])
+        files = sorted(file.name for file in place.iterdir())
+    return Report(folder, seed, rows, files, time.monotonic() - began)

@@ -1,0 +1,460 @@
+"""The plan of a graft: which leaf goes where, from names and specs alone."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+from typing import Literal as OneOf
+
+from paramend import _text
+from paramend.arrays.registry import backend
+from paramend.errors import BadArgument, NoMatch, OutOfRange, ParamendError, RenameClash, Unsupported
+from paramend.graft_report import PARTS, GraftReport, GraftRow
+from paramend.leaves import Index, Leaves
+from paramend.paths import text_of
+from paramend.patterns import Names, parse
+from paramend.renames import pieces
+from paramend.renames import rename as parse_rename
+from paramend.selectors import resolve, sel
+from paramend.specs import Spec
+from paramend.trees.registry import Tree
+
+Renames = Mapping[str, str | None]
+Mismatch = OneOf["error", "keep", "overlap"]
+Unused = OneOf["error", "ok"]
+Missing = OneOf["fresh", "error"]
+Dtype = OneOf["target", "source", "error"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a graft allows, as `pm.graft` takes it."""
+
+    rename: Renames | None = None
+    only: Any = "**"
+    mismatch: str = "error"
+    unused: str = "error"
+    missing: str = "fresh"
+    dtype: str = "target"
+    in_place: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"mismatch": Mismatch, "unused": Unused, "missing": Missing, "dtype": Dtype}
+        for name, kind in choices.items():
+            given, known = getattr(self, name), get_args(kind)
+            if given not in known:
+                near = _text.closest(str(given), known, 1) or known
+                raise BadArgument(
+                    f"{name}={given!r} is none of {_text.listing([repr(choice) for choice in known])}",
+                    hint=f"{name}={_quoted(near[0])}",
+                )
+
+    def changed(self, **changes: Any) -> "Options":
+        """The options with some of them changed."""
+        return replace(self, **changes)
+
+    def call(self, **changes: Any) -> str:
+        """The call with these options and some changes, as code."""
+        after = self.changed(**changes)
+        said = []
+        if after.rename:
+            rules = (f"{_quoted(old)}: {'None' if new is None else _quoted(new)}" for old, new in after.rename.items())
+            said.append(f"rename={{{', '.join(rules)}}}")
+        if not (isinstance(after.only, str) and after.only == "**"):
+            said.append(f"only={_quoted(after.only) if isinstance(after.only, str) else repr(sel(after.only))}")
+        given = ((name, getattr(after, name)) for name in ("mismatch", "unused", "missing", "dtype"))
+        said += [f"{name}={_quoted(value)}" for name, value in given if value != getattr(_DEFAULTS, name)]
+        verb = "pm.graft_(module" if after.in_place else "pm.graft(target"
+        return f"{verb}, {', '.join(['source', *said])})"
+
+
+_DEFAULTS = Options()
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing that stands against a graft.
+
+    Attributes:
+        kind: which list it belongs to, a key of `KINDS`.
+        paths: the path in the target, or in the source, and one that belongs to it.
+        said: what there is to say of it.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    said: str = ""
+
+
+# One row a kind of case: the sentence over its list for one and for several, and the options that allow it, the
+# gentlest first.
+KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
+    "only": ("`only` selects nothing", "", ()),
+    "rule": ("a rule in `rename` does nothing", "{} rules in `rename` do nothing", ()),
+    "place": ("a rule has no place in your model for a leaf", "rules have no place in your model for {} leaves", ()),
+    "collision": ("a leaf of your model has several sources", "{} leaves of your model have several sources", ()),
+    "tied": (
+        "a leaf of your model, shared under several paths, would get different values",
+        "{} leaves of your model, each shared under several paths, would get different values",
+        (),
+    ),
+    "unfit": ("a leaf cannot take part", "{} leaves cannot take part", ()),
+    "mismatch": ("a shape differs", "{} shapes differ", ({"mismatch": "overlap"}, {"mismatch": "keep"})),
+    "dtype": ("a dtype differs", "{} dtypes differ", ({"dtype": "target"},)),
+    "unused": (
+        "a leaf of the source goes nowhere in your model",
+        "{} leaves of the source go nowhere in your model",
+        ({"unused": "ok"},),
+    ),
+    "missing": (
+        "a leaf of your model has nothing in the source",
+        "{} leaves of your model have nothing in the source",
+        ({"missing": "fresh"},),
+    ),
+    "nothing": ("no leaf of your model would take anything", "", ()),
+}
+
+
+@dataclass(slots=True)
+class Move:
+    """One value on its way: from a leaf of the source to a leaf of the target, both by number."""
+
+    row: GraftRow
+    number: int
+    origin: int
+    corner: tuple[slice, ...] | None = None
+
+    @property
+    def part(self) -> str:
+        """The part of the report that tells of it."""
+        return "copied" if self.corner is None else "mismatched"
+
+
+class Plan:
+    """Which leaf goes where, from names and specs alone.
+
+    Attributes:
+        cases: what stands against it.
+        moves: what is to be done.
+        rows: the rows of the report that stand for no move, by its four parts.
+        missed: the paths of the target for which the source was searched in vain.
+    """
+
+    def __init__(self, target: Tree, source: Leaves, options: Options) -> None:
+        self.target, self.source, self.options = target, source, options
+        self.cases: list[Case] = []
+        self.moves: list[Move] = []
+        self.rows: dict[str, list[GraftRow]] = {name: [] for name in PARTS}
+        self.missed: set[str] = set()
+        self._inside = self._chosen()
+        self._dropped: set[int] = set()
+        names = self._new_names()
+        self._arrivals, strays = self._meet(names)
+        used: set[int] = set()
+        for number in _units(target):
+            used |= self._decide(number)
+        self._leave_behind(used, strays, names)
+        if not self.moves and not any(case.kind in ("only", "rule", "place") for case in self.cases):
+            self._case("nothing", (), "a graft that takes nothing is a mistake, whatever the options allow")
+
+    # -- who goes where
+
+    def _chosen(self) -> set[int]:
+        """The leaves of the target that `only` selects."""
+        try:
+            return {_unit(self.target, number) for number in resolve(self.options.only, self.target)}
+        except NoMatch as error:
+            self._case("only", (), _in_one_line(error))
+            return set(_units(self.target))
+
+    def _new_names(self) -> dict[int, tuple[str, ...]]:
+        """The name in the target of every leaf of the source that is not left behind."""
+        index = self.source.index
+        found: dict[int, tuple[str, ...] | None] = {}
+        for old, new in (self.options.rename or {}).items():
+            rule = f"{_quoted(old)}: {'None' if new is None else _quoted(new)}"
+            checked = None if new is None else parse_rename(old, new, indexed=True)
+            try:
+                resolve(old, self.source)  # for its error, which knows what comes close
+                paths = None if checked is None else checked.over(index)
+            except (NoMatch, RenameClash) as error:
+                self._case("rule", (), f"{rule}: {_in_one_line(error)}")
+                continue
+            hits = parse(old).find(index.names) if paths is None else list(paths)
+            fresh = [number for number in hits if number not in found]
+            if not fresh:
+                self._case("rule", (), f"{rule}: the rules before it take all of its leaves")
+            for number in fresh:
+                try:
+                    found[number] = None if paths is None else pieces(paths[number], self.target.index.names)
+                except OutOfRange as error:
+                    found[number] = None
+                    self._case("place", (index.path(number),), _in_one_line(error))
+        self._dropped = {_unit(self.source, number) for number, name in found.items() if name is None}
+        names: dict[int, tuple[str, ...]] = {}
+        for number in index.numbers:
+            name = found.get(number, index.pieces(number))
+            if name is not None:
+                names[number] = name
+        return names
+
+    def _meet(self, names: Mapping[int, tuple[str, ...]]) -> tuple[dict[int, list[int]], list[int]]:
+        """The source leaves that arrive at each leaf of the target, and those that arrive nowhere."""
+        places: dict[tuple[str, ...], list[int]] = {}
+        for number in self.target.index.numbers:
+            places.setdefault(self.target.index.pieces(number), []).append(number)
+        guests: dict[tuple[str, ...], list[int]] = {}
+        for number, name in names.items():
+            guests.setdefault(name, []).append(number)
+        arrivals: dict[int, list[int]] = {}
+        strays: list[int] = []
+        for name, numbers in guests.items():
+            here = places.get(name, [])
+            if not here:
+                strays += numbers
+            elif len(here) > 1 and len(here) != len(numbers):
+                paths = _text.listing([self.target.index.path(number) for number in here])
+                self._case(
+                    "place", self._source_paths(numbers), f"{len(here)} leaves of your model read alike: {paths}"
+                )
+            elif len(here) == 1 and len({_unit(self.source, number) for number in numbers}) > 1:
+                self._case(
+                    "collision", (self.target.index.path(here[0]),), f"from {', '.join(self._source_paths(numbers))}"
+                )
+                arrivals.setdefault(_unit(self.target, here[0]), []).append(numbers[0])
+            else:
+                for place, number in zip(here, numbers, strict=False):
+                    arrivals.setdefault(_unit(self.target, place), []).append(number)
+        return arrivals, strays
+
+    def _source_paths(self, numbers: Iterable[int]) -> tuple[str, ...]:
+        return tuple(self.source.index.path(number) for number in numbers)
+
+    def _case(self, kind: str, paths: tuple[str, ...], said: str = "") -> None:
+        self.cases.append(Case(kind, paths, said))
+
+    # -- what becomes of each leaf
+
+    def _decide(self, number: int) -> set[int]:
+        """Decides on a leaf of the target; the source leaves that it uses."""
+        path, spec = self.target.index.path(number), self.target.spec(number)
+        arrived: dict[int, int] = {}
+        for guest in self._arrivals.get(number, ()):
+            arrived.setdefault(_unit(self.source, guest), guest)
+        if not arrived or number not in self._inside:
+            outside = number not in self._inside
+            self.rows["fresh"].append(
+                GraftRow(
+                    path,
+                    None,
+                    spec.shape,
+                    None,
+                    spec.dtype,
+                    None,
+                    "outside `only`" if outside else "nothing in the source",
+                )
+            )
+            if not outside:
+                self.missed.add(path)
+                if self.options.missing == "error":
+                    self._case("missing", (path,), str(spec))
+            return set()
+        first, *others = arrived
+        for other in others:
+            if not _equal(self.source, first, other):
+                both = f"{self.source.index.path(first)} and {self.source.index.path(other)}"
+                self._case("tied", (path,), f"from {both}, which differ")
+        part = self._pair(number, first, path, spec)
+        origin = self.source.index.path(first)
+        for other in others:
+            theirs = self.source.spec(other)
+            self.rows[part].append(
+                GraftRow(
+                    path,
+                    self.source.index.path(other),
+                    spec.shape,
+                    theirs.shape,
+                    spec.dtype,
+                    theirs.dtype,
+                    f"equals {origin}, and both are one here",
+                )
+            )
+        return set(arrived)
+
+    def _pair(self, number: int, origin: int, path: str, spec: Spec) -> str:
+        """Decides on a leaf of the target and the one that arrives at it; the part of the report that tells of them."""
+        theirs = self.source.spec(origin)
+        name = self.source.index.path(origin)
+        both = (path,) if name == path else (path, name)
+        did, corner = "copied", None
+        if spec.shape != theirs.shape:
+            corner = tuple(slice(0, min(sizes)) for sizes in zip(spec.shape, theirs.shape, strict=False))
+            ranks_agree = len(spec.shape) == len(theirs.shape)
+            if self.options.mismatch == "error" or (self.options.mismatch == "overlap" and not ranks_agree):
+                did = "differs"
+                self._case("mismatch", both, f"your model {spec}, the source {theirs}")
+            else:
+                did = "kept" if self.options.mismatch == "keep" else f"corner {_written(corner)} copied"
+        row = GraftRow(path, name, spec.shape, theirs.shape, spec.dtype, theirs.dtype, did)
+        if did in ("kept", "differs"):
+            self.rows["mismatched"].append(row)
+            return "mismatched"
+        row = replace(row, did=self._dtype(row, spec, theirs, number))
+        why = self._unfit(number, origin, spec, theirs)
+        if why:
+            self._case("unfit", both, why)
+        self.moves.append(Move(row, number, origin, corner))
+        return self.moves[-1].part
+
+    def _dtype(self, row: GraftRow, spec: Spec, theirs: Spec, number: int) -> str:
+        if spec.dtype == theirs.dtype:
+            return row.did
+        if self.options.dtype == "error":
+            self._case("dtype", (row.path, str(row.source)), f"your model {spec}, the source {theirs}")
+        if self.options.dtype == "source":
+            if self.options.in_place and number not in self.target.boxes:
+                self._case("unfit", (row.path,), f"it cannot become {theirs.dtype} in place")
+            return f"{row.did}, now {theirs.dtype}"
+        return f"{row.did}, cast from {theirs.dtype}"
+
+    def _unfit(self, number: int, origin: int, spec: Spec, theirs: Spec) -> str:
+        """Why a value cannot go from here to there at all, or ""."""
+        if "other" in (spec.kind, theirs.kind) and spec.dtype != theirs.dtype:
+            return f"{theirs.dtype} does not become {spec.dtype}"
+        if theirs.kind == "complex" != spec.kind and self.options.dtype == "target":
+            return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
+        for leaf, said in (
+            (self.target.values[number], "in your model "),
+            (self.source.read(origin), "in the source "),
+        ):
+            reason = "" if spec.dtype.startswith("key<") else backend(leaf).refusal(leaf)
+            if reason:
+                return said + reason
+        if self.options.in_place:
+            try:
+                self.target.in_place(number)
+            except Unsupported as error:
+                return str(error).partition("\n")[0]
+        return ""
+
+    def _leave_behind(self, used: set[int], strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> None:
+        homeless = {_unit(self.source, number) for number in strays}
+        minded = {_unit(self.source, number) for number in self._minded(strays, names)}
+        for number in _units(self.source):
+            if number in used:
+                continue
+            path, spec = self.source.index.path(number), self.source.spec(number)
+            if number in minded and number not in self._dropped:
+                did = "no such leaf in your model"
+                if self.options.unused == "error":
+                    self._case("unused", (path,), str(spec))
+            else:
+                did = (
+                    "left behind by `rename`"
+                    if number in self._dropped and number not in homeless
+                    else "outside `only`"
+                )
+            self.rows["unused"].append(GraftRow(path, path, spec.shape, spec.shape, spec.dtype, spec.dtype, did))
+
+    def _minded(self, strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> Sequence[int]:
+        """Those strays whose names `only` would select if your model had them: for the others no place is missed."""
+        if not strays or (isinstance(self.options.only, str) and self.options.only == "**"):
+            return strays
+        both = _WithGuests(self.target, {number: names[number] for number in strays}, self.source)
+        try:
+            chosen = set(resolve(self.options.only, both))
+        except ParamendError:  # such as a tree of bools, which says nothing of them
+            return strays
+        return [number for number in strays if both.guest(number) in chosen]
+
+    # -- telling
+
+    @property
+    def score(self) -> tuple[int, int]:
+        """How good the plan is: more leaves copied whole, then fewer cases."""
+        return sum(move.corner is None for move in self.moves), -len(self.cases)
+
+    def report(self) -> GraftReport:
+        """The report, in the order of the trees, of the moves as they stand."""
+        places = {self.target.index.path(number): i for i, number in enumerate(_units(self.target))}
+        moved = {name: [move.row for move in self.moves if move.part == name] for name in PARTS}
+        rows = {name: moved[name] + self.rows[name] for name in PARTS}
+        for name in ("copied", "fresh", "mismatched"):
+            rows[name].sort(key=lambda row: places[row.path])
+        return GraftReport(**rows)
+
+
+def _in_one_line(error: ParamendError) -> str:
+    """What an error says, with its hint, without line breaks."""
+    said = str(error).partition("\n\nhint:")[0]
+    return " ".join(f"{said}{'; ' * bool(error.hint)}{error.hint}".split())
+
+
+def _written(corner: Iterable[slice]) -> str:
+    return "[" + ", ".join(f":{part.stop}" for part in corner) + "]"
+
+
+def _unit(leaves: Leaves, number: int) -> int:
+    """The number that stands for a leaf with several paths."""
+    return leaves.ties.get(number, number)
+
+
+def _units(leaves: Leaves) -> list[int]:
+    return [number for number in leaves.index.numbers if _unit(leaves, number) == number]
+
+
+class _WithGuests:
+    """The leaves of a target and those of a source that found no place in it, under the names that they looked for."""
+
+    def __init__(self, target: Leaves, guests: Mapping[int, tuple[str, ...]], source: Leaves) -> None:
+        self.target, self.source = target, source
+        self.first = max(target.index.numbers, default=-1) + 1
+        self.ties = target.ties
+        self.index = Index(target.index.separator)
+        self.index.names = _copied(target.index.names)
+        self.index.numbers = [*target.index.numbers, *map(self.guest, guests)]
+        self.index.spans = list(target.index.spans)
+        for number, name in guests.items():
+            names = self.index.names
+            for piece in name[:-1]:
+                inner = next((child for label, child in names.items() if text_of(label) == piece), None)
+                if type(inner) is not dict:
+                    inner = {}
+                    self.index.add(names, piece, inner)
+                names = inner
+            self.index.add(names, name[-1], self.guest(number))
+
+    def guest(self, number: int) -> int:
+        """The number here of a leaf of the source."""
+        return self.first + number
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype."""
+        return self.target.spec(number) if number < self.first else self.source.spec(number - self.first)
+
+    def read(self, number: int) -> Any:
+        """The array."""
+        return self.target.read(number) if number < self.first else self.source.read(number - self.first)
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a container, as the target has them."""
+        return self.target.children(node)
+
+
+def _copied(names: Names) -> Names:
+    return {label: _copied(child) if type(child) is dict else child for label, child in names.items()}
+
+
+def _equal(leaves: Leaves, one: int, other: int) -> bool:
+    """Whether two leaves are the same, bit for bit."""
+    if leaves.spec(one) != leaves.spec(other):
+        return False
+    a, b = leaves.read(one), leaves.read(other)
+    try:
+        return bool(backend(a).numpy(a).tobytes() == backend(b).numpy(b).tobytes())
+    except TypeError:  # traced: not known yet
+        return False

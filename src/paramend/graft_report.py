@@ -1,0 +1,109 @@
+"""The report of a graft: which leaves were copied and which not."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from paramend import _text
+from paramend.reports import Line, Report, Section
+from paramend.specs import Spec
+
+PARTS = ("copied", "fresh", "mismatched", "unused")
+
+
+@dataclass(frozen=True, slots=True)
+class GraftRow:
+    """What became of one leaf.
+
+    Attributes:
+        path: the path in the target; of an unused leaf, the path in the source.
+        source: the path in the source, or None for a leaf that nothing came to.
+        shape: the shape of the leaf at `path`.
+        source_shape: the shape of the source leaf, or None.
+        dtype: the dtype that the leaf at `path` had.
+        source_dtype: the dtype of the source leaf, or None.
+        did: what was done, in words.
+        taken: how many scalars came from the source.
+        overflowed: how many finite values became inf, NaN or another number, because the dtype cannot hold them.
+        lost: how many values became zero, or lost their fraction, because the dtype is too coarse.
+    """
+
+    path: str
+    source: str | None
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...] | None
+    dtype: str
+    source_dtype: str | None
+    did: str
+    taken: int = 0
+    overflowed: int = 0
+    lost: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of scalars of the leaf at `path`."""
+        return Spec(self.shape, self.dtype).size
+
+
+@dataclass(repr=False)
+class GraftReport(Report):
+    """Which leaves of the target were copied and which not, and which leaves of the source went nowhere.
+
+    Every leaf of the target is in exactly one of `copied`, `fresh` and `mismatched`; every leaf of the source is the
+    `source` of a row in `copied` or `mismatched`, or else it is in `unused`. A leaf with several paths counts as one,
+    under the first of them.
+
+    Attributes:
+        copied: leaves whose values come from the source.
+        fresh: leaves that stayed as they were.
+        mismatched: leaves for which the source has another shape.
+        unused: leaves of the source that went nowhere.
+    """
+
+    copied: list[GraftRow] = field(default_factory=list)
+    fresh: list[GraftRow] = field(default_factory=list)
+    mismatched: list[GraftRow] = field(default_factory=list)
+    unused: list[GraftRow] = field(default_factory=list)
+
+    @property
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Leaves, parameters and parameters taken from the source, of each of the four."""
+        found: dict[str, dict[str, int]] = {}
+        for name in PARTS:
+            rows = {row.path: row for row in reversed(getattr(self, name))}.values()
+            sizes = {"leaves": len(rows), "parameters": sum(row.size for row in rows)}
+            found[name] = sizes | {"taken": sum(row.taken for row in rows)}
+        return found
+
+    def headline(self) -> str:
+        """One sentence that says it all."""
+        totals = self.totals
+        ours = [totals[name] for name in ("copied", "fresh", "mismatched")]
+        leaves, size = sum(one["leaves"] for one in ours), sum(one["parameters"] for one in ours)
+        taken = sum(one["taken"] for one in ours)
+        unused = totals["unused"]["leaves"]
+        return (
+            f"graft: {totals['copied']['leaves']:,} of {_text.plural(leaves, 'leaf', 'leaves')} copied, {taken:,} of "
+            f"{_text.plural(size, 'parameter')}; {_text.plural(unused, 'leaf', 'leaves')} of the source unused"
+        )
+
+    def sections(self) -> list[Section]:
+        """The four parts, with one line for each row."""
+        return [Section(name, [_line(row) for row in getattr(self, name)]) for name in PARTS]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers."""
+        rows = {name: [_plain(asdict(row)) for row in getattr(self, name)] for name in PARTS}
+        return {"totals": self.totals, **rows}
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+
+
+def _line(row: GraftRow) -> Line:
+    spec = Spec(row.shape, row.dtype)
+    source = None if row.source_shape is None else Spec(row.source_shape, row.source_dtype or "")
+    both = str(spec) if source in (None, spec) else f"{spec} ◄─ {source}"
+    said = [row.did, f"{row.overflowed:,} overflow" * bool(row.overflowed), f"{row.lost:,} lost" * bool(row.lost)]
+    paths = (row.path,) if row.source in (None, row.path) else (row.path, str(row.source))
+    return Line(paths, (both, "; ".join(filter(None, said))), spec.size)

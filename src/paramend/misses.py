@@ -1,0 +1,331 @@
+"""Near misses: selectors that do match, close to one that does not.
+
+The search takes a pattern apart where it first leads nowhere and tries the repairs that a person would: another
+case, another number, a typo, a key too many, a key too few, a separator where the tree has none. Cheap repairs come
+first, several may add up, and only what matches is offered.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import count, product
+
+from paramend import _text
+from paramend.errors import OutOfRange
+from paramend.paths import labels, text_of, write_path
+from paramend.patterns import (
+    AnyPieces,
+    Atom,
+    Either,
+    Literal,
+    Names,
+    Number,
+    Pattern,
+    Piece,
+    Positions,
+    Quoted,
+    Segment,
+    Star,
+    parse,
+)
+
+_SECONDS = 0.3  # what a search may take: on large trees a late hint is worse than a short one
+_WORST = 9  # repairs that cost more are no near misses
+_DIGITS = re.compile(r"[0-9]{1,18}")
+
+Segments = tuple[Segment, ...]
+
+
+def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Pattern, int]]:
+    """Patterns that match, near one that does not, each with the number of its leaves; best first.
+
+    >>> names = {"params": {"Dense_0": {"kernel": 0}, "Dense_1": {"kernel": 1}}}
+    >>> [(str(near), leaves) for near, leaves in nearest(parse("params/dense_2/kernel"), names)]
+    [('params/Dense_1/kernel', 1)]
+    """
+    return _Search(names).run(pattern.segments, limit)
+
+
+class _Search:
+    """One search in a tree of names, which remembers what segments lead to."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.known: dict[Segments, tuple[list[int], list[Names]]] = {(): ([], [names])}
+
+    def reach(self, segments: Segments) -> tuple[list[int], list[Names]]:
+        """The leaves and the subtrees that the segments name."""
+        if segments not in self.known:
+            self.known[segments] = Pattern(segments).reach(self.names)
+        return self.known[segments]
+
+    def run(self, segments: Segments, limit: int) -> list[tuple[Pattern, int]]:
+        """Patterns that match, by what their repairs cost; of those that match the same leaves, the cheapest."""
+        tickets, seen = count(), set[Segments]()
+        queue: list[tuple[int, int, int, Segments]] = [(0, next(tickets), 0, segments)]
+        found: dict[frozenset[int], Pattern] = {}
+        worst, deadline = _WORST, time.monotonic() + _SECONDS
+        while queue and len(found) < limit and (len(seen) < 3 or time.monotonic() < deadline):
+            cost, _, start, segments = heappop(queue)
+            if segments in seen or cost > worst:
+                continue
+            seen.add(segments)
+            dead = next((i for i in range(start, len(segments)) if not any(self.reach(segments[: i + 1]))), None)
+            if dead is not None:
+                for more, first, repaired in self.repairs(segments, dead):
+                    heappush(queue, (cost + more, next(tickets), first, _tidy(repaired)))
+            elif not self.reach(segments)[0]:
+                heappush(queue, (cost + 1, next(tickets), len(segments), (*segments, AnyPieces())))
+            elif self.is_selector(segments):
+                found.setdefault(frozenset(self.reach(segments)[0]), Pattern(segments))
+                worst = min(worst, cost)
+        return [(near, len(leaves)) for leaves, near in found.items()]
+
+    def is_selector(self, segments: Segments) -> bool:
+        """Whether the segments match, without a position out of range in some corner of the tree."""
+        try:
+            return bool(Pattern(segments).find(self.names))
+        except OutOfRange:
+            return False
+
+    def repairs(self, segments: Segments, dead: int) -> Iterator[tuple[int, int, Segments]]:
+        """(cost, the first segment to look at again, repaired segments) for the first that leads nowhere."""
+        before, here, after = segments[:dead], segments[dead], segments[dead + 1 :]
+        places = self.reach(before)[1]
+        known = list(dict.fromkeys(text_of(label) for place in places for label in place))
+        any_before = bool(before) and isinstance(before[-1], AnyPieces)
+        for cost, segment in _near_keys(here, known):
+            yield cost, dead, (*before, segment, *after)
+        for parts in _split(here, known):
+            yield 2, dead, (*before, *parts, *after)
+        if after:
+            for joined in _join(here, after[0], known):
+                yield 2, dead, (*before, joined, *after[1:])
+            yield 4 if any_before else 2, max(dead - 1, 0), (*before, *after)  # a key too many
+            yield 5, dead, (*before, Piece((Star(),)), *after)
+        for key in _bridges(places, (here, *after)):
+            yield 2, dead, (*before, key, here, *after)  # a key too few
+        if not any_before:
+            yield 3, dead, (*before, AnyPieces(), here, *after)
+        if before and not any_before:
+            yield 4, 0, (AnyPieces(), here, *after)
+            yield 6, dead, before
+
+
+def _tidy(segments: Segments) -> Segments:
+    """Without one `**` after the other."""
+    any_pieces = (AnyPieces(), AnyPieces())
+    return tuple(s for at, s in enumerate(segments) if segments[max(at - 1, 0) : at + 1] != any_pieces)
+
+
+def _bridges(places: Sequence[Names], rest: Segments, limit: int = 200) -> list[Segment]:
+    """The keys under which the rest of a pattern does lead somewhere; none if they are many."""
+    found: dict[str, Segment] = {}
+    pattern = Pattern(rest)
+    for place in places[:limit]:
+        for label, child in list(place.items())[:limit]:
+            text = text_of(label)
+            if type(child) is not int and text not in found and pattern.reach(child)[0]:
+                found[text] = _key(text)
+    return list(found.values()) if len(found) <= 3 else []
+
+
+def _key(text: str) -> Segment:
+    return Quoted(text) if "/" in text or "." in text else Piece((Literal(text),))
+
+
+# ---- keys that are near ----------------------------------------------------------------------------------------
+
+
+def _near_keys(segment: Segment, known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
+    """Keys that are there, in place of one that is not, with a cost."""
+    if isinstance(segment, Quoted):
+        pieces = labels(segment.text)
+        if len(pieces) == 1:
+            yield 1, Piece((Literal(segment.text),))
+        yield from ((cost + 1, _key(key)) for cost, key in _ranked(segment.text, known))
+        return
+    if not isinstance(segment, Piece):
+        return
+    yield from _other_case(segment.atoms, known)
+    yield from _other_positions(segment.atoms)
+    if not any(isinstance(atom, Star | Positions | Number) for atom in segment.atoms):
+        words = list(_words(segment.atoms))
+        if len(words) == 1:
+            yield from ((cost, _key(key)) for cost, key in _ranked(words[0], known))
+            return
+        best = [pair for word in words for pair in list(_ranked(word, known))[:1]]
+        if len(best) == len(words):
+            options = tuple((Literal(key),) for key in dict.fromkeys(key for _, key in best))
+            yield max(cost for cost, _ in best), Piece((Either(options),))
+    elif any(isinstance(atom, Star) for atom in segment.atoms):
+        yield from _near_ends(segment.atoms, known)
+    else:
+        yield from _near_numbered(segment.atoms, known)
+
+
+def _words(atoms: Sequence[Atom]) -> Iterator[str]:
+    """What literals and choices spell."""
+    options: list[list[str]] = []
+    for atom in atoms:
+        if isinstance(atom, Either):
+            options.append(["".join(a.text for a in option if isinstance(a, Literal)) for option in atom.options])
+        else:
+            options.append([atom.text if isinstance(atom, Literal) else ""])
+    yield from map("".join, product(*options))
+
+
+def _shape(text: str) -> str:
+    """A key with its numbers left out: all of `Dense_0`, `Dense_1` ... have one shape."""
+    return _DIGITS.sub("#", text)
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"[\s_\-~/.]", "", text).casefold()
+
+
+def _near_shapes(shape: str, shapes: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Shapes by likeness: the same, another case, other underscores, a typo."""
+    shapes = [found for found in shapes if abs(len(found) - len(shape)) <= max(3, len(shape) // 2)]
+    ranks: dict[str, int] = {}
+    for found in shapes:
+        if found == shape:
+            ranks[found] = 0
+        elif found.casefold() == shape.casefold():
+            ranks[found] = 1
+        elif _squeezed(found) == _squeezed(shape) != "":
+            ranks[found] = 2
+    for found in _text.closest(shape, [s for s in shapes[:2000] if s not in ranks]):
+        ranks[found] = 3
+    yield from sorted(((rank, found) for found, rank in ranks.items()), key=lambda pair: pair[0])
+
+
+def _ranked(word: str, known: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Keys like a word, each with a cost; of keys that differ in numbers alone, the one with the nearest."""
+    groups: dict[str, list[str]] = {}
+    for key in known:
+        groups.setdefault(_shape(key), []).append(key)
+    wanted = [int(digits) for digits in _DIGITS.findall(word)]
+    for cost, shape in _near_shapes(_shape(word), groups):
+        keys = groups[shape]
+        key = keys[0] if len(keys) == 1 else min(keys, key=lambda key: _distance(key, wanted))
+        if key != word:
+            yield cost + (2 if wanted and _distance(key, wanted) else 0), key
+
+
+def _distance(key: str, wanted: Sequence[int]) -> int:
+    have = [int(digits) for digits in _DIGITS.findall(key)]
+    return sum(abs(a - b) for a, b in zip(have, wanted, strict=False))
+
+
+def _other_case(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
+    """The segment with its literals in the case of the keys that it then matches."""
+    wild = {Star: ".*", Number: "[0-9]+", Positions: "[0-9]*"}
+    source = ""
+    for atom in atoms:
+        if isinstance(atom, Literal):
+            source += f"({re.escape(atom.text)})"
+        elif isinstance(atom, Either):
+            source += f"({'|'.join(re.escape(word) for word in _words((atom,)))})"
+        else:
+            source += wild[type(atom)]
+    matches = re.compile(source, re.IGNORECASE | re.DOTALL).fullmatch
+    found: dict[Segment, None] = {}
+    for key in known:
+        match = matches(key)
+        if match is not None:
+            texts = iter(match.groups())
+            named = (Literal(next(texts)) if isinstance(a, Literal | Either) else a for a in atoms)
+            found[Piece(_merged(named))] = None
+    yield from ((1, segment) for segment in list(found)[:3] if segment != Piece(atoms))
+
+
+def _other_positions(atoms: tuple[Atom, ...]) -> Iterator[tuple[int, Segment]]:
+    """The last one in place of positions that are not there, all in place of an empty slice."""
+    for at, atom in enumerate(atoms):
+        if isinstance(atom, Positions):
+            slices = any(isinstance(item, tuple) for item in atom.items)
+            there = Positions(((None, None, None),) if slices else (-1,))
+            yield 2, Piece((*atoms[:at], there, *atoms[at + 1 :]))
+
+
+def _merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
+    """Atoms with neighbouring literals joined and empty ones left out, as the parser gives them."""
+    out: list[Atom] = []
+    for atom in atoms:
+        if isinstance(atom, Literal):
+            last = out.pop() if out and isinstance(out[-1], Literal) else None
+            atom = Literal((last.text if isinstance(last, Literal) else "") + atom.text)
+            if not atom.text:
+                continue
+        out.append(atom)
+    return tuple(out)
+
+
+def _near_numbered(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
+    """`Dens_[-1]` for `Dense_0`, `Dense_1`; `layer[-1]` for `layers/0`, `layers/1` or `layer_0`, `layer_1`."""
+    slots: list[Atom] = []
+    word = ""
+    for atom in atoms:
+        text = next(_words((atom,)))
+        slots += [Literal(digits) for digits in _DIGITS.findall(text)]
+        word += _shape(text)
+        if isinstance(atom, Positions | Number):
+            slots.append(atom)
+            word += "#"
+    shapes = dict.fromkeys(map(_shape, known))
+    for cost, shape in _near_shapes(word, shapes):
+        texts = shape.split("#")
+        if len(texts) == len(slots) + 1:
+            pairs = (pair for i, slot in enumerate(slots) for pair in (Literal(texts[i]), slot))
+            yield cost, Piece(_merged((*pairs, Literal(texts[-1]))))
+    if isinstance(atoms[-1], Positions):  # the numbers may be children instead
+        for cost, key in _ranked("".join(_words(atoms[:-1])), known):
+            yield cost, Piece((Literal(key), atoms[-1]))
+        stripped = "".join(_words(atoms[:-1])).rstrip("_-")
+        if stripped in known:
+            yield 2, Piece((Literal(stripped), atoms[-1]))
+
+
+def _near_ends(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
+    """`Dens_*` for keys that begin nearly so, `*_prj` for keys that end nearly so."""
+    match atoms:
+        case (Literal(head), Star()):
+            ends = (key[: len(head) + more] for key in known for more in (-1, 0, 1))
+            yield from ((3, Piece((Literal(text), Star()))) for text in _text.closest(head, _some(ends)))
+        case (Star(), Literal(tail)):
+            ends = (key[-len(tail) - more :] for key in known for more in (-1, 0, 1) if len(tail) + more)
+            yield from ((3, Piece((Star(), Literal(text)))) for text in _text.closest(tail, _some(ends)))
+
+
+def _some(texts: Iterable[str], limit: int = 2000) -> list[str]:
+    distinct = dict.fromkeys(text for text in texts if text)
+    return list(distinct)[:limit]
+
+
+def _split(segment: Segment, known: Sequence[str]) -> Iterator[Segments]:
+    """`layers_0` where the tree has `layers/0`; a quoted key where the tree has several."""
+    if isinstance(segment, Quoted) and len(labels(segment.text)) > 1:
+        yield parse(write_path(labels(segment.text))).segments
+    if not isinstance(segment, Piece) or not isinstance(segment.atoms[0], Literal):
+        return
+    head = segment.atoms[0].text
+    for key in known:
+        if key and head.startswith(key) and head != key:
+            rest = Piece(_merged((Literal(head[len(key) :].lstrip("_-~")), *segment.atoms[1:])))
+            if rest.atoms:
+                yield Piece((Literal(key),)), rest
+
+
+def _join(first: Segment, second: Segment, known: Sequence[str]) -> Iterator[Segment]:
+    """`layers/0` where the tree has `layers_0`."""
+    match first, second:
+        case Piece((Literal(head),)), Piece((Literal(tail), *rest)):
+            for separator in ("_", "", "-", "."):
+                text = head + separator + tail
+                if any(key == text or (rest and key.startswith(text)) for key in known):
+                    yield Piece(_merged((Literal(text), *rest))) if separator != "." else Quoted(text)
+        case Piece((Literal(head),)), Piece((Number() | Star(), *_) as rest):
+            if any(key.startswith(f"{head}_") for key in known):
+                yield Piece((Literal(f"{head}_"), *rest))

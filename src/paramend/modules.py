@@ -1,0 +1,98 @@
+"""Torch layers, initialised in place."""
+
+import importlib
+from typing import Any, TypeVar
+
+from paramend._optional import imported
+from paramend.arrays.registry import backend
+from paramend.errors import Unsupported
+
+Layer = TypeVar("Layer")
+
+
+def init_zero_(layer: Layer) -> Layer:
+    """The same torch layer, after all its weights and biases became +0.0 in place.
+
+    Every parameter of the layer becomes zero, and of a container every parameter in it. Buffers, such as
+    running statistics, stay as they are. The parameters remain the same objects with the same dtype, device
+    and `requires_grad`, so optimizers and tied layers go on with them. In a layer without a weight, such as
+    `nn.ReLU()`, there is nothing to do.
+
+    Args:
+        layer: a `torch.nn.Module`.
+
+    Raises:
+        Unsupported: it is no torch module; its weight is computed from other parameters (weight norm,
+            pruning); or it holds no values yet (on the meta device, a lazy layer).
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+    >>> for layer in model:
+    ...     _ = init_zero_(layer)
+    >>> model(torch.ones(1, 2)).tolist()
+    [[0.0]]
+    """
+    if not _is_torch(layer):
+        raise _no_layer(layer)
+    module: Any = layer
+    for name, inner in module.named_modules():
+        _refuse_computed(name, inner)
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        why = _refusal(parameter)
+        if why:
+            raise Unsupported(
+                f"{name} cannot become zero: {why}",
+                hint='first layer.to_empty(device="cpu"), or run a batch through a lazy layer',
+            )
+    for parameter in parameters.values():
+        parameter.detach().zero_()  # the same storage, outside the graph; autograd still sees that it changed
+    return layer
+
+
+def _refusal(parameter: Any) -> str:
+    """Why a parameter cannot be written to, or ""."""
+    if hasattr(parameter, "materialize"):
+        return "it has no shape yet (a lazy layer)"
+    return backend(parameter).refusal(parameter)
+
+
+def _refuse_computed(name: str, module: Any) -> None:
+    """Raises for a weight that is computed from parameters: of their zeros it may make NaN, or no zero."""
+    where = f"{type(module).__name__}{f' {name!r}' if name else ''}"
+    of = f'dict(layer.named_modules())["{name}"]' if name else "layer"
+    for tensor in getattr(module, "parametrizations", ()):
+        raise Unsupported(
+            f"the {tensor} of {where} is parametrized: it is computed from other parameters",
+            hint=f'first torch.nn.utils.parametrize.remove_parametrizations({of}, "{tensor}")',
+        )
+    for hook in module._forward_pre_hooks.values():
+        way_out = _WAYS_OUT.get(type(hook).__module__.removeprefix("torch.nn.utils."))
+        if way_out:
+            tensor = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")
+            raise Unsupported(
+                f"the {tensor} of {where} is computed from other parameters by {type(hook).__name__}",
+                hint=f'first {way_out}({of}, "{tensor}")',
+            )
+
+
+_WAYS_OUT = {
+    "weight_norm": "torch.nn.utils.remove_weight_norm",
+    "spectral_norm": "torch.nn.utils.remove_spectral_norm",
+    "prune": "torch.nn.utils.prune.remove",
+}
+
+
+def _is_torch(layer: Any) -> bool:
+    if not imported("torch"):
+        return False
+    return importlib.import_module("paramend.trees.module").kind_of(type(layer)) is not None
+
+
+def _no_layer(layer: Any) -> Unsupported:
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("builtins.")
+    if imported("torch") and isinstance(layer, importlib.import_module("paramend.arrays.torch").TYPES):
+        hint = "torch.nn.init.zeros_(tensor)"
+    else:
+        hint = 'in JAX a new tree holds the zeros: params = pm.at(params, "**/Dense_0/**").zero()'
+    return Unsupported(f"init_zero_ takes a torch layer (an nn.Module), and this is a {kind}", hint=hint)

@@ -1,0 +1,227 @@
+"""The shared base of reports: rows are data first; printed, they are a table in which repeated layers are folded."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from paramend import _text
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a printed report.
+
+    Attributes:
+        paths: the path that the line is about, and paths that belong to it, such as its source.
+        cells: what is said of it.
+        size: the number of scalars.
+        members: the paths of all leaves that the line stands for.
+    """
+
+    paths: tuple[str, ...]
+    cells: tuple[str, ...] = ()
+    size: int = 0
+    members: tuple[str, ...] = ()
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves the line stands for."""
+        return len(self.members) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled part of a report."""
+
+    title: str
+    lines: list[Line] = field(default_factory=list)
+
+
+class Report:
+    """What was done, as data. `str(report)` is text for people, `to_dict()` is for JSON."""
+
+    def headline(self) -> str:
+        """One sentence that says it all."""
+        raise NotImplementedError
+
+    def sections(self) -> list[Section]:
+        """The parts, with one line for each row."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        sections = self.sections()
+        blocks = [self.headline()]
+        for section in sections:
+            if not section.lines:
+                continue
+            elsewhere = [line.paths[0] for other in sections if other is not section for line in other.lines]
+            leaves = _text.plural(len({line.paths[0] for line in section.lines}), "leaf", "leaves")
+            blocks.append(f"{section.title}: {leaves}\n{table(fold(section.lines, elsewhere=elsewhere))}")
+        return "\n\n".join(blocks)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.headline()}>"
+
+
+def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
+    """Lines as text in aligned columns.
+
+    >>> print(table([Line(("a/w", "b/w"), ("float32[2]",)), Line(("head",), ("int8[3]", "kept"))]))
+      a/w ◄─ b/w  float32[2]
+      head        int8[3]     kept
+    """
+    rows = [(" ◄─ ".join(line.paths), *line.cells) for line in lines]
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
+    return "\n".join(
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))).rstrip()
+        for row in rows
+    )
+
+
+def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = ()) -> list[Line]:
+    """The same in fewer lines: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do.
+
+    Args:
+        lines: one for each leaf.
+        limit: how many lines are few enough.
+        elsewhere: paths that other parts of the report tell of: no subtree that holds one of them becomes one line.
+
+    >>> layers = [Line((f"layers/{i}/{name}",), ("float32[4]",)) for i in range(12) for name in "wb"]
+    >>> print(table(fold(layers)))
+      layers/{0..11}/w  12 × float32[4]
+      layers/{0..11}/b  12 × float32[4]
+    >>> print(table(fold(layers, limit=1)))
+      layers/{0..11}/**  24 leaves
+    """
+    groups: dict[Any, list[_Numbered]] = {}
+    for line in lines:
+        numbered = _Numbered(line if line.members else replace(line, members=(line.paths[0],)))
+        groups.setdefault((numbered.texts, line.cells), []).append(numbered)
+    folded = [line for group in groups.values() for line in _fold_numbers(group)]
+    if len(folded) > limit:
+        folded = _fold_subtrees(folded, limit, list(elsewhere))
+    return [_counted(line) for line in folded]
+
+
+def _counted(line: Line) -> Line:
+    if line.leaves == 1:
+        return line
+    first = f"{line.leaves:,} × {line.cells[0]}" if line.cells and line.cells[0] else f"{line.leaves:,} leaves"
+    return replace(line, cells=(first, *line.cells[1:]))
+
+
+class _Numbered:
+    """A line with the numbers in its paths taken out."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        parts = [re.split(r"([0-9]+)", path) for path in line.paths]
+        self.texts = tuple(tuple(part[::2]) for part in parts)
+        self.numbers = tuple(number for part in parts for number in part[1::2])
+        self.own = len(parts[0]) // 2
+
+
+def _fold_numbers(group: list[_Numbered]) -> list[Line]:
+    """One line if the numbers of the path are all combinations of some, and those of its source follow them."""
+    lines = [numbered.line for numbered in group]
+    if len(group) == 1:
+        return lines
+    columns = list(zip(*(numbered.numbers for numbered in group), strict=True))
+    own = [list(map(int, column)) for column in columns[: group[0].own]]
+    values = [sorted(set(column)) for column in own]
+    if len(set(zip(*own, strict=True))) == len(group) == math.prod(map(len, values)):
+        follows = (_follows(list(map(int, column)), own) for column in columns[group[0].own :])
+        if not all(follows):
+            return lines
+        numbers = iter(_written(column) for column in columns)
+        paths = tuple("".join(_woven(texts, numbers)) for texts in group[0].texts)
+        members = tuple(member for line in lines for member in line.members)
+        return [replace(lines[0], paths=paths, size=sum(line.size for line in lines), members=members)]
+    splitting = next((i for i, value in enumerate(values) if len(value) > 1), None)
+    if splitting is None:
+        return lines
+    parts: dict[str, list[_Numbered]] = {}
+    for numbered in group:
+        parts.setdefault(numbered.numbers[splitting], []).append(numbered)
+    return [line for part in parts.values() for line in _fold_numbers(part)]
+
+
+def _follows(column: list[int], own: list[list[int]]) -> bool:
+    """Whether numbers are constant or those of a path, shifted."""
+    shifts = ({a - b for a, b in zip(column, other, strict=True)} for other in own)
+    return len(set(column)) == 1 or any(len(shift) == 1 for shift in shifts)
+
+
+def _written(column: Sequence[str]) -> str:
+    """Numbers as `{0..11}`, `{0,2,5}`, or as the only one is.
+
+    >>> _written(["3", "3"]), _written(["0", "1", "2"]), _written(["0", "7"])
+    ('3', '{0..2}', '{0,7}')
+    """
+    texts = sorted(set(column), key=int)
+    if len(texts) == 1:
+        return texts[0]
+    if len(texts) > 2 and int(texts[-1]) - int(texts[0]) == len(texts) - 1:
+        return f"{{{texts[0]}..{texts[-1]}}}"
+    return "{" + ",".join(texts) + "}"
+
+
+def _woven(texts: Sequence[str], numbers: Any) -> Iterable[str]:
+    yield texts[0]
+    for text in texts[1:]:
+        yield next(numbers)
+        yield text
+
+
+def _fold_subtrees(lines: list[Line], limit: int, elsewhere: list[str]) -> list[Line]:
+    """Whole subtrees as one line, the deepest first, until the lines are few enough."""
+    for depth in range(max(len(_keys(line.paths[0])) for line in lines) - 1, 0, -1):
+        if len(lines) <= limit:
+            break
+        kept_out = {_head(path, depth) for path in elsewhere}
+        groups: dict[str, list[Line]] = {}
+        for line in lines:
+            groups.setdefault(_head(line.paths[0], depth), []).append(line)
+        lines = []
+        for head, group in groups.items():
+            inside = {_head(member, depth) for line in group for member in line.members}
+            deep = all(len(_keys(line.paths[0])) > depth for line in group)
+            lines += [_subtree(head, depth, group)] if len(group) > 1 and deep and not inside & kept_out else group
+    return lines
+
+
+def _subtree(head: str, depth: int, group: list[Line]) -> Line:
+    def below(line: Line, path: str) -> str:
+        return _head(path, len(_keys(path)) - len(_keys(line.paths[0])) + depth)
+
+    sources = {tuple(below(line, path) for path in line.paths[1:]) for line in group}
+    others = next(iter(sources)) if len(sources) == 1 else ()
+    separator = group[0].paths[0][len(head)]
+    columns = zip(*(line.cells[1:] for line in group), strict=False)
+    cells = tuple(cell[0] if len(set(cell)) == 1 else "" for cell in columns)
+    return Line(
+        paths=(f"{head}{separator}**", *(f"{other}{separator}**" if other else "**" for other in others)),
+        cells=("", *cells),
+        size=sum(line.size for line in group),
+        members=tuple(member for line in group for member in line.members),
+    )
+
+
+_keys: Callable[[str], list[str]] = re.compile(r"(?<!\.)[/.](?!\.)").split
+
+
+def _head(path: str, depth: int) -> str:
+    """The first keys of a path.
+
+    >>> _head("layers/{0..11}/mlp/w", 2)
+    'layers/{0..11}'
+    """
+    if depth <= 0:
+        return ""
+    return path[: sum(len(key) + 1 for key in _keys(path)[:depth]) - 1]

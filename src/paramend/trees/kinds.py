@@ -1,0 +1,45 @@
+"""Which kind a container is. Frameworks that the user has not imported are not imported here either."""
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from paramend._optional import imported
+from paramend.arrays.registry import backend_of
+from paramend.containers import Kind
+from paramend.trees import builtin
+
+# Adapters in the order of asking; each is opened once the user has imported its framework.
+_ADAPTERS = (("torch", "module"), ("flax", "nnx"))
+
+_kinds: dict[type, Kind] = dict(builtin.EXACT)
+# Types known to be arrays, and types known to be leaves: tables for walks, which cannot call a function for every leaf.
+array_types: set[type] = {np.ndarray}
+leaf_types: set[type] = {np.ndarray, int, float, bool, complex, str, bytes}
+
+
+def find_kind(node: Any) -> Kind | None:
+    """How to open a node, or None for a leaf."""
+    kind = type(node)
+    return None if kind in leaf_types else _kinds.get(kind) or _ask_adapters(kind, node)
+
+
+def _ask_adapters(kind: type, node: Any) -> Kind | None:
+    """Types that a framework may still register later are asked for anew each time."""
+    if backend_of(kind) is not None:
+        leaf_types.add(kind)
+        array_types.add(kind)
+        return None
+    if isinstance(node, type):
+        return None
+    found: Kind | None = None
+    for framework, adapter in _ADAPTERS:
+        if found is None and imported(framework):
+            found = importlib.import_module(f"paramend.trees.{adapter}").kind_of(kind)
+    if found is None and imported("jax") and not (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+        found = importlib.import_module("paramend.trees.pytree").kind_of(kind, node)
+    found = found or builtin.kind_of(kind)
+    if found is not None:
+        _kinds[kind] = found
+    return found

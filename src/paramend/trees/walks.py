@@ -1,0 +1,208 @@
+"""Walks over trees: taking one apart, naming its leaves, putting it together again."""
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import Any
+
+from paramend.arrays.registry import backend_of
+from paramend.containers import ELIDED
+from paramend.leaves import Index
+from paramend.trees import builtin
+from paramend.trees.kinds import array_types, find_kind, leaf_types
+
+
+class Walk:
+    """The general walk: the leaves, their boxes, and the tokens that tell this structure from others."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.boxes: dict[int, Any] = {}
+        self.tokens: list[Hashable] = []
+
+    def flatten(self, node: Any, above: tuple[int, ...]) -> None:
+        kind = find_kind(node)
+        if kind is None:
+            self.values.append(node)
+            return
+        if kind.replace is not None:
+            if id(node) in above:  # modules may refer to each other in a circle
+                return
+            above = (*above, id(node))
+        keys, children, static = kind.open(node)
+        types = tuple(map(type, children))
+        self.tokens.append((keys, static, types))
+        if kind.assign is not None:
+            self.boxes[len(self.values)] = node
+        if leaf_types.issuperset(types):
+            self.values.extend(children)
+            return
+        for child in children:
+            self.flatten(child, above)
+
+
+class Namer:
+    """Walks a tree and writes its names; leaf numbers are read off a numbered twin of the tree, or counted.
+
+    Attributes:
+        compiled: whether the numbered twin has the leaves that this walk finds.
+        simple: whether all containers are dicts and lists, so that a `Copier` can copy the tree.
+        inner: for the copier, the dicts and lists of the tree, nested: (key, those in it).
+        numbers: the leaf numbers in the order of the walk, also those of leaves that are no arrays.
+        leaves: the leaves, likewise.
+        slots: for the copier, (which container, key) of each leaf, likewise.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.compiled = True
+        self.simple = True
+        self.inner: tuple[Any, ...] = ()
+        self.numbers: list[int] = []
+        self.leaves: list[Any] = []
+        self.slots: list[tuple[int, Any]] = []
+        self.copied = 0
+        self.plain: set[Any] = set()
+
+    def name(self, root: Any, numbered: Any) -> None:
+        """Writes the index."""
+        entry, inner = self.enter(root, numbered, ())
+        self.inner, self.simple = inner or (), self.simple and inner is not None
+        if type(entry) is int:
+            self.index.add(self.index.names, "", entry)
+        else:
+            self.index.names = entry or {}
+
+    def leaf(self, node: Any, twin: Any, container: int, key: Any) -> int | None:
+        number: int = len(self.numbers) if twin is None else twin
+        self.numbers.append(number)
+        self.leaves.append(node)
+        self.slots.append((container, key))
+        if backend_of(type(node)) is None:
+            return None
+        self.index.numbers.append(number)
+        return number
+
+    def arrays(self, node: dict[Any, Any], twin: Any, container: int) -> dict[Any, int] | None:
+        """The names of a dict that holds nothing but arrays under keys of one piece: most of the tree; else None."""
+        if not array_types.issuperset(map(type, node.values())):
+            return None
+        if not self.plain.issuperset(node):
+            self.plain.update(key for key in node if type(key) is str and "/" not in key and "." not in key)
+            if not self.plain.issuperset(node):
+                return None
+        count = len(self.numbers)
+        numbers = list(range(count, count + len(node)) if twin is None else map(twin.__getitem__, node))
+        self.numbers += numbers
+        self.leaves += node.values()
+        self.slots += zip(repeat(container), node, strict=False)
+        self.index.numbers += numbers
+        self.index.spans.append((dict, len(self.index.numbers) - len(numbers), len(self.index.numbers)))
+        return dict(zip(node, numbers, strict=True))
+
+    def enter(
+        self, node: Any, twin: Any, above: tuple[int, ...], parent: int = 0, key: Any = None
+    ) -> tuple[Any, tuple[Any, ...] | None]:
+        """What the node is called by (a leaf number, a dict of names, or None), and the containers in it."""
+        kind = find_kind(node)
+        if kind is None:
+            return self.leaf(node, twin, parent, key), None
+        if kind.replace is not None:
+            if id(node) in above:
+                return None, None
+            above = (*above, id(node))
+        if twin is not None and not kind.compiled:
+            self.compiled = False
+            return None, None
+        copied = kind is builtin.DICT or kind is builtin.LIST
+        self.simple = self.simple and (copied or kind is builtin.EMPTY)
+        container, self.copied = self.copied, self.copied + copied
+        if kind is builtin.DICT:
+            found = self.arrays(node, twin, container)
+            if found is not None:
+                return found, ()
+        keys, children, _ = kind.open(node)
+        twins: Any = repeat(None)
+        if twin is not None:
+            twins = [twin[key] for key in keys] if kind is builtin.DICT else kind.open(twin)[1]
+        names: Any = {}
+        inner: list[Any] = []
+        start = len(self.index.numbers)
+        for key, child, other in zip(keys or range(len(children)), children, twins, strict=False):
+            if type(child) in leaf_types:
+                entry = self.leaf(child, other, container, key)
+            else:
+                entry, below = self.enter(child, other, above, container, key)
+                if below is not None:
+                    inner.append((key, below))
+            if key is ELIDED:
+                names = entry
+            elif type(entry) is int or entry:
+                self.index.add(names, key, entry)
+        self.index.spans.append((type(node), start, len(self.index.numbers)))
+        return names, tuple(inner) if copied else None
+
+
+def rebuild(node: Any, values: Iterator[Any], owners: Mapping[int, Any]) -> Any:
+    """The general way to put a tree together again."""
+    kind = find_kind(node)
+    if kind is None:
+        return next(values)
+    if kind.replace is not None:
+        walk = Walk()
+        walk.flatten(node, ())
+        for _ in walk.values:
+            next(values)
+        return kind.replace(node, owners)
+    children = kind.open(node)[1]
+    if leaf_types.issuperset(map(type, children)):
+        return kind.close(node, list(islice(values, len(children))))
+    return kind.close(node, [rebuild(child, values, owners) for child in children])
+
+
+@dataclass(frozen=True, slots=True)
+class Copier:
+    """Copies trees of dicts and lists: each container by its own `copy`, which is fast and keeps the order of keys."""
+
+    inner: tuple[tuple[Any, Any], ...]
+    slots: Mapping[int, tuple[int, Any]]
+
+    def copy(self, root: Any, changes: Mapping[int, Any]) -> Any:
+        """A copy of the containers with some leaves replaced."""
+        made: list[Any] = []
+
+        def visit(old: Any, inner: tuple[tuple[Any, Any], ...]) -> Any:
+            new = old.copy()
+            made.append(new)
+            for key, below in inner:
+                if below:
+                    new[key] = visit(old[key], below)
+                else:
+                    new[key] = fresh = old[key].copy()
+                    made.append(fresh)
+            return new
+
+        top = visit(root, self.inner)
+        for number, value in changes.items():
+            container, key = self.slots[number]
+            made[container][key] = value
+        return top
+
+
+def restore_order(old: Any, new: Any) -> None:
+    """Gives the fresh dicts of `new` the key order of `old`."""
+    kind = find_kind(old)
+    if kind is None:
+        return
+    if kind is builtin.DICT:
+        for key, child in old.items():
+            if type(child) not in leaf_types:
+                restore_order(child, new[key])
+        if tuple(old) != tuple(new):
+            items = [(key, new[key]) for key in old]
+            new.clear()
+            new.update(items)
+    else:
+        for child, fresh in zip(kind.open(old)[1], kind.open(new)[1], strict=True):
+            if type(child) not in leaf_types:
+                restore_order(child, fresh)

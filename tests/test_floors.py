@@ -1,0 +1,92 @@
+"""Imports fall: a file imports only from lower floors, by absolute name, and never the package root."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FLOORS = [
+    # words
+    {"errors", "_text", "tables", "progress", "containers"},
+    {"paths", "specs", "_optional", "measures", "reports"},
+    # the language of selectors, the verbs over arrays, the kinds of containers
+    {"patterns", "arrays.*", "initializers", "trees.*"},
+    {"leaves", "arrays.registry", "misses"},
+    {"trees.kinds"},
+    {"trees.walks"},
+    {"selectors", "ops", "renames", "conversions", "formats.*", "trees.registry"},
+    {"structure", "plans", "alignment"},
+    # surgeries in memory and on disk
+    {"editing", "freezing.*", "modules", "rewriting"},
+    {"freezing.registry"},
+    {"graft_report"},
+    {"graft_plan"},
+    {"grafting"},
+    # the doors
+    {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},
+    {"lessons.lesson", "lessons.solutions", "demo.training"},
+    {"lessons.witness", "demo.patient"},
+    {"lessons.*", "demo.step"},
+    {"lessons.catalogue", "demo.steps"},
+    {"lessons.grading", "demo.tour"},
+    {"cli._ui"},
+    {"cli.*"},
+    {"cli.main"},
+]
+ROOT = Path(__file__).parents[1] / "src" / "paramend"
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+    for file in ROOT.rglob("*.py")
+    if file.name not in ("__init__.py", "__main__.py")
+}
+
+
+def floor(name: str) -> int:
+    for wanted in (name, name.rpartition(".")[0] + ".*"):
+        for number, files in enumerate(FLOORS):
+            if wanted in files:
+                return number
+    return pytest.fail(f"{name} has no floor: add it to FLOORS in {Path(__file__).name}")
+
+
+def imports(source: str):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            files = [name for name in names if name.removeprefix("paramend.") in FILES]
+            yield from files or [node.module]
+
+
+def upward(name: str, source: str) -> list[str]:
+    """The imports of a file that do not fall."""
+    wrong = []
+    for target in imports(source):
+        inside = target.removeprefix("paramend.")
+        if target == "paramend" or (inside in FILES and floor(inside) >= floor(name)):
+            wrong.append(target)
+    return wrong
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_fall(name):
+    assert not upward(name, FILES[name].read_text())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import paramend",
+        "from paramend.editing import at",
+        "def f():\n    from paramend.cli.main import main",
+    ],
+)
+def test_an_upward_import_is_seen(source):
+    assert upward("paths", source)
+
+
+def test_every_floor_names_a_file():
+    known = set(FILES) | {name.rpartition(".")[0] + ".*" for name in FILES}
+    assert set().union(*FLOORS) <= known

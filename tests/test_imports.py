@@ -1,0 +1,71 @@
+"""What `import paramend` loads, and what its root shows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paramend as pm
+
+HEAVY = {
+    "jax",
+    "flax",
+    "optax",
+    "orbax",
+    "torch",
+    "ray",
+    "equinox",
+    "sklearn",
+    "safetensors",
+    "rich",
+    "click",
+}
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after running the code."""
+    show = f"{code}\nimport sys; print(' '.join({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_paramend_imports_no_framework():
+    assert not loaded("import paramend") & HEAVY
+
+
+def test_the_test_above_can_fail():
+    assert loaded("import click, paramend") & HEAVY == {"click"}
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_editing_with_one_framework_imports_no_other(framework):
+    make = {"jax": "import jax.numpy as np", "torch": "import torch as np"}[framework]
+    got = loaded(f"{make}\nimport paramend as pm\npm.at({{'a': np.ones(2)}}, 'a').zero()")
+    assert framework in got
+    assert not got & {"jax", "flax", "torch"} - {framework}
+
+
+def test_editing_plain_numpy_imports_no_framework():
+    got = loaded(
+        "import numpy as np, paramend as pm\nassert pm.at({'a': np.ones(2)}, 'a').zero()['a'].sum() == 0"
+    )
+    assert not got & HEAVY
+
+
+def test_every_public_name_has_a_docstring_with_an_example_and_stands_in_the_reference():
+    text = REFERENCE.read_text()
+    for name in pm.__all__:
+        value = getattr(pm, name)
+        if name == "__version__":
+            continue
+        assert value.__doc__, name
+        assert f"pm.{name}" in text, f"{name} is missing in {REFERENCE.name}"
+        if callable(value) and not isinstance(value, type):
+            assert ">>>" in value.__doc__, f"{name} has no example"
+
+
+def test_the_public_names_are_sorted_and_there():
+    assert pm.__all__ == sorted(pm.__all__)
+    assert all(hasattr(pm, name) for name in pm.__all__)
