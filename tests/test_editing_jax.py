@@ -1,4 +1,4 @@
-"""`at` on JAX trees: inside transformations, compiled to what one would write by hand, on shardings, for every dtype."""
+"""`at` on JAX trees: inside transformations, compiled to what one writes by hand, on shardings, for every dtype."""
 
 import re
 
@@ -274,6 +274,12 @@ REFUSED = {
         Unsupported,
         "ShapeDtypeStruct",
     ),
+    "a dtype without zero": (
+        jnp.ones(2, "float8_e8m0fnu"),
+        lambda s: s.zero(),
+        SpecMismatch,
+        "float8_e8m0fnu has no zero",
+    ),
     "x64": (jnp.ones(2), lambda s: s.cast("float64"), Unsupported, "jax_enable_x64"),
 }
 
@@ -310,9 +316,7 @@ def test_random_edits_depend_on_seed_and_path_only(params):
     reordered = {"params": dict(reversed(params["params"].items()))}
     again = pm.at(reordered, "**/{kernel,bias}").noise(0.1, seed=7)
     for other in (alone, again):
-        np.testing.assert_array_equal(
-            whole["params"]["Dense_2"]["kernel"], other["params"]["Dense_2"]["kernel"]
-        )
+        np.testing.assert_array_equal(whole["params"]["Dense_2"]["kernel"], other["params"]["Dense_2"]["kernel"])
     changed = pm.at(params, LAST).noise(0.1, seed=8)
     assert np.any(changed["params"]["Dense_2"]["kernel"] != alone["params"]["Dense_2"]["kernel"])
 

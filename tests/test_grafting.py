@@ -92,12 +92,15 @@ def test_last_goes_to_last():
     assert tree["params"]["Dense_2"]["kernel"] is big["params"]["Dense_2"]["kernel"]
     error = refused(graft, big, small)
     assert "params/Dense_2/kernel  your model float32[4,4], the source float32[4,2]" in str(error)
+    assert 'rename={"params/Dense_[-1]/**": "params/Dense_[-1]/**"})  # copies 6 leaves' in error.hint
+    run_hint(error, big, small)
 
 
 def test_last_to_last_of_a_shallower_model_collides_and_says_so():
     error = refused(graft, init(3), init(5), rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})
     assert "2 leaves of your model have several sources" in str(error)
     assert "from params/Dense_2/bias, params/Dense_4/bias" in str(error)
+    assert "its place is taken" in {row.did for row in error.report.unused}
     rules = {"**/Dense_[-1]/**": "**/Dense_[-1]/**", "**/Dense_[2:]/**": None}
     tree, report = graft(init(3), source := init(5, seed=1), rename=rules)
     assert tree["params"]["Dense_2"]["kernel"] is source["params"]["Dense_4"]["kernel"]
@@ -382,6 +385,8 @@ def test_bad_options():
         graft({"w": a(1)}, {"w": a(1)}, rename={"w[": "w"})
     with pytest.raises(BadArgument, match="the source holds no arrays"):
         graft({"w": a(1)}, {})
+    with pytest.raises(BadArgument, match="whole leaves"):
+        graft({"w": a(1)}, {"w": a(1)}, only=pm.sel("w")[0])
 
 
 # ---- refusing --------------------------------------------------------------------------------------------------
@@ -397,6 +402,8 @@ def test_all_cases_at_once():
     )
     assert "hint" in text
     assert {row.path for row in error.report.mismatched} == {"a"}
+    assert error.report.refused
+    assert error.report.headline().startswith("graft refused, nothing was changed")
 
 
 def test_depth_either_way_is_never_silent():

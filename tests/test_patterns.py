@@ -280,6 +280,18 @@ def test_what_a_selector_matches(text, leaves):
     assert [leaf.value for leaf in reference.select(text, read)] == leaves
 
 
+def widened(node):
+    """The tree with many more keys at every level, at which no search may get lost."""
+    if not isinstance(node, dict):
+        return [widened(child) for child in node] if isinstance(node, list) else node
+    return {key: widened(child) for key, child in node.items()} | {f"more{char}": 1000 for char in "abcdefghijklmnopqr"}
+
+
+@pytest.mark.parametrize(("text", "leaves"), MATCHES, ids=[text for text, _ in MATCHES])
+def test_wide_trees_are_searched_no_other_way(text, leaves):
+    assert [number for number in parse(text).find(names_of(widened(TREE))) if number < 1000] == leaves
+
+
 OUT_OF_RANGE = [
     ("params/Dense_[3]/kernel", "Dense_<n> has 3 numbered entries", "params/Dense_[2]/kernel"),
     ("params/Dense_[-4]/kernel", "Dense_<n> has 3 numbered entries", "params/Dense_[-3]/kernel"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves import Index
+from paramend.patterns import parse
 from paramend.renames import Pick, keys, pieces, rename
 
 
@@ -197,6 +198,22 @@ def reference_piece(source, target, taken):
         case "x<n>y":
             return "y" + taken[1:-1]
     return target
+
+
+INDEXED = ["h_[-1].**", "**.h_[:2].**", "*[0].**", "**.[1:]", "{a,b}[:].**", "**.h_[::-1]", "x[0]y.**", "**.b[-1:].*"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(NAMES, st.sampled_from(INDEXED))
+def test_an_index_takes_what_the_selector_takes(names, source):
+    index = Index.of_names(names)
+    pattern = parse(source)
+    try:
+        found = pattern.find(index.names)
+    except OutOfRange:
+        return
+    target = ".".join("*" if segment == "*[0]" else segment for segment in source.split("."))
+    assert set(rename(source, target, indexed=True).over(index)) == set(found)
 
 
 def texts(pairs):

@@ -128,6 +128,15 @@ def test_an_array_of_any_library_is_set(model, tmp_path):
     assert read(tmp_path / "out")["layers.1.weight"].tolist() == value.tolist()
 
 
+def test_selectors_that_are_no_text(model, tmp_path):
+    mask = {name: name.endswith("bias") for name in read(model)}
+    for n, selector in enumerate(
+        [mask, lambda path, spec: path.endswith("bias"), pm.sel("**").where(dtype="bfloat16")]
+    ):
+        report = rewrite(model, tmp_path / f"out{n}", selector, "zero")
+        assert [row.path for row in report.plan.changed] == ["layers.0.bias"]
+
+
 def test_a_slice_of_a_leaf(model, tmp_path):
     report = rewrite(model, tmp_path / "out", pm.sel("embed.weight")[-1], "zero")
     assert bits(read(tmp_path / "out")) == bits(pm.at(read(model), "embed.weight")[-1].zero())

@@ -74,6 +74,13 @@ def test_delete_in_a_dataclass_stops_at_its_fields():
     assert set(pm.at(wide, "params/a/**").delete().params) == {"b"}
 
 
+def test_trees_with_the_same_keys_in_another_order():
+    for keys in (["x", "y", "z"], ["y", "x", "z"], ["z", "y", "x"]):
+        tree = {key: a(ord(key)) for key in keys}
+        assert shape(pm.at(tree, "x").delete()) == {key: float(ord(key)) for key in keys if key != "x"}
+        assert list(pm.at(tree, "x").rename("w")) == ["w" if key == "x" else key for key in keys]
+
+
 # ---- rename ----------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ def propose(source: Shapes, target: Shapes) -> Iterator[Rules]:
     {'module/**': '**'}
     """
     seen: list[Rules] = []
-    for rules in (*_outer_levels(source, target), *_by_families(source, target)):
+    for rules in (*_outer_levels(source, target), *_by_families(source, target), _last_to_last(source, target)):
         if rules and rules not in seen:
             seen.append(rules)
             yield rules
@@ -70,6 +70,26 @@ def _prefixes(paths: Shapes) -> list[Path]:
 
 def _under(prefix: Path) -> str:
     return "/".join((*map(write_piece, prefix), "**"))
+
+
+def _last_to_last(source: Shapes, target: Shapes) -> Rules:
+    """The last numbered layer to the last, where the trees have different depths: the head of a model."""
+    theirs = {family.texts: family.numbers for family in _families(target)}
+    rules: Rules = {}
+    for family in _families(source):
+        place = next((i for i, text in enumerate(family.texts) if "\0" in text), None)
+        numbers = theirs.get(family.texts)
+        if place is None or not numbers or max(numbers[0]) == max(family.numbers[0]):
+            continue
+        head, tail = family.texts[place].split("\0", 1)
+        above, below = family.texts[:place], family.texts[place + 1 :]
+        if not head and not tail and above:
+            above, head = above[:-1], above[-1]
+        if head and "\0" not in tail:
+            layer = f"{write_piece(head)}[-1]{tail and write_piece(tail)}"
+            text = "/".join((*map(write_piece, above), layer, *["**"] * bool(below)))
+            rules[text] = text
+    return rules
 
 
 # ---- families --------------------------------------------------------------------------------------------------

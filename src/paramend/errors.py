@@ -11,6 +11,7 @@
     ├── RenameClash        (ValueError)     two leaves for one path, or a path that cannot be
     ├── GraftRefused       (ValueError)     source and target do not fit; `report` holds every case
     ├── BadCheckpoint      (ValueError)     a file that is damaged, hostile or of no known format
+    ├── CannotRead         (OSError)        there is no such file, or no permission to read it
     ├── CannotWrite        (OSError)        the output exists, the folder is read-only, the disk is full
     └── MissingExtra       (ImportError)    install the optional dependency named
 
@@ -114,6 +115,12 @@ class BadCheckpoint(ParamendError, ValueError):
     """A file that is damaged, hostile or of no known format."""
 
     code = "bad-checkpoint"
+
+
+class CannotRead(ParamendError, OSError):
+    """There is no such file, or no permission to read it."""
+
+    code = "cannot-read"
 
 
 class CannotWrite(ParamendError, OSError):

@@ -15,7 +15,7 @@ from paramend.paths import text_of
 from paramend.patterns import Names, parse
 from paramend.renames import pieces
 from paramend.renames import rename as parse_rename
-from paramend.selectors import resolve, sel
+from paramend.selectors import resolve, sel, slice_of
 from paramend.specs import Spec
 from paramend.trees.registry import Tree
 
@@ -152,6 +152,7 @@ class Plan:
         self.missed: set[str] = set()
         self._inside = self._chosen()
         self._dropped: set[int] = set()
+        self._crowded: set[int] = set()
         names = self._new_names()
         self._arrivals, strays = self._meet(names)
         used: set[int] = set()
@@ -165,6 +166,8 @@ class Plan:
 
     def _chosen(self) -> set[int]:
         """The leaves of the target that `only` selects."""
+        if slice_of(self.options.only)[1] is not None:
+            raise BadArgument(f"only={self.options.only!r}: a graft is of whole leaves, not of slices")
         try:
             return {_unit(self.target, number) for number in resolve(self.options.only, self.target)}
         except NoMatch as error:
@@ -217,14 +220,13 @@ class Plan:
             if not here:
                 strays += numbers
             elif len(here) > 1 and len(here) != len(numbers):
-                paths = _text.listing([self.target.index.path(number) for number in here])
-                self._case(
-                    "place", self._source_paths(numbers), f"{len(here)} leaves of your model read alike: {paths}"
-                )
+                alike = _text.listing([self.target.index.path(number) for number in here])
+                self._case("place", self._source_paths(numbers), f"{len(here)} leaves there read alike: {alike}")
+                self._crowded |= {_unit(self.source, number) for number in numbers}
             elif len(here) == 1 and len({_unit(self.source, number) for number in numbers}) > 1:
-                self._case(
-                    "collision", (self.target.index.path(here[0]),), f"from {', '.join(self._source_paths(numbers))}"
-                )
+                origins = _text.listing(self._source_paths(numbers))
+                self._case("collision", (self.target.index.path(here[0]),), f"from {origins}")
+                self._crowded |= {_unit(self.source, number) for number in numbers}
                 arrivals.setdefault(_unit(self.target, here[0]), []).append(numbers[0])
             else:
                 for place, number in zip(here, numbers, strict=False):
@@ -247,17 +249,8 @@ class Plan:
             arrived.setdefault(_unit(self.source, guest), guest)
         if not arrived or number not in self._inside:
             outside = number not in self._inside
-            self.rows["fresh"].append(
-                GraftRow(
-                    path,
-                    None,
-                    spec.shape,
-                    None,
-                    spec.dtype,
-                    None,
-                    "outside `only`" if outside else "nothing in the source",
-                )
-            )
+            did = "outside `only`" if outside else "nothing in the source"
+            self.rows["fresh"].append(GraftRow(path, None, spec.shape, None, spec.dtype, None, did))
             if not outside:
                 self.missed.add(path)
                 if self.options.missing == "error":
@@ -342,22 +335,22 @@ class Plan:
         return ""
 
     def _leave_behind(self, used: set[int], strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> None:
-        homeless = {_unit(self.source, number) for number in strays}
+        """Decides on the leaves of the source that no leaf of the target uses."""
         minded = {_unit(self.source, number) for number in self._minded(strays, names)}
         for number in _units(self.source):
             if number in used:
                 continue
             path, spec = self.source.index.path(number), self.source.spec(number)
-            if number in minded and number not in self._dropped:
+            if number in self._dropped:
+                did = "left behind by `rename`"
+            elif number in self._crowded:
+                did = "its place is taken"
+            elif number not in minded:
+                did = "outside `only`"
+            else:
                 did = "no such leaf in your model"
                 if self.options.unused == "error":
                     self._case("unused", (path,), str(spec))
-            else:
-                did = (
-                    "left behind by `rename`"
-                    if number in self._dropped and number not in homeless
-                    else "outside `only`"
-                )
             self.rows["unused"].append(GraftRow(path, path, spec.shape, spec.shape, spec.dtype, spec.dtype, did))
 
     def _minded(self, strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> Sequence[int]:
@@ -385,7 +378,7 @@ class Plan:
         rows = {name: moved[name] + self.rows[name] for name in PARTS}
         for name in ("copied", "fresh", "mismatched"):
             rows[name].sort(key=lambda row: places[row.path])
-        return GraftReport(**rows)
+        return GraftReport(**rows, refused=bool(self.cases))
 
 
 def _in_one_line(error: ParamendError) -> str:

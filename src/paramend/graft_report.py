@@ -57,12 +57,15 @@ class GraftReport(Report):
         fresh: leaves that stayed as they were.
         mismatched: leaves for which the source has another shape.
         unused: leaves of the source that went nowhere.
+        refused: whether the graft was refused: then nothing was changed, and the rows say what would have become of
+            each leaf.
     """
 
     copied: list[GraftRow] = field(default_factory=list)
     fresh: list[GraftRow] = field(default_factory=list)
     mismatched: list[GraftRow] = field(default_factory=list)
     unused: list[GraftRow] = field(default_factory=list)
+    refused: bool = False
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
@@ -81,6 +84,8 @@ class GraftReport(Report):
         leaves, size = sum(one["leaves"] for one in ours), sum(one["parameters"] for one in ours)
         taken = sum(one["taken"] for one in ours)
         unused = totals["unused"]["leaves"]
+        if self.refused:
+            return f"graft refused, nothing was changed; {totals['copied']['leaves']:,} of {leaves:,} leaves have a fit"
         return (
             f"graft: {totals['copied']['leaves']:,} of {_text.plural(leaves, 'leaf', 'leaves')} copied, {taken:,} of "
             f"{_text.plural(size, 'parameter')}; {_text.plural(unused, 'leaf', 'leaves')} of the source unused"
@@ -93,7 +98,7 @@ class GraftReport(Report):
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""
         rows = {name: [_plain(asdict(row)) for row in getattr(self, name)] for name in PARTS}
-        return {"totals": self.totals, **rows}
+        return {"refused": self.refused, "totals": self.totals, **rows}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,12 @@ class Place:
     Attributes:
         pieces: the path piece by piece; a state dict's `fc.weight` and a module's fc → weight are the same.
         out_first: whether kernels are (out, in, ...) as in torch, or (..., in, out) as in JAX.
+        stream: the random numbers of a leaf that is edited in chunks, one after the other; None: it is edited whole.
     """
 
     pieces: tuple[str, ...]
     out_first: bool = False
+    stream: np.random.Generator | None = None
 
     @property
     def number(self) -> int:
@@ -59,6 +61,8 @@ _TRUNCATED_STD = 0.87962566103423978
 
 def generator(seed: int, place: Place) -> np.random.Generator:
     """The stream of random numbers of one path under one seed."""
+    if place.stream is not None:
+        return place.stream
     if seed < 0:
         raise BadArgument(f"seed={seed} is negative", hint="seed=0 or more, or a JAX PRNG key")
     words = [place.number >> (32 * i) & 0xFFFFFFFF for i in range(8)]

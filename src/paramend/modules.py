@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from paramend._optional import imported
 from paramend.arrays.registry import backend
 from paramend.errors import Unsupported
+from paramend.trees.kinds import is_torch_module
 
 Layer = TypeVar("Layer")
 
@@ -32,7 +33,7 @@ def init_zero_(layer: Layer) -> Layer:
     >>> model(torch.ones(1, 2)).tolist()
     [[0.0]]
     """
-    if not _is_torch(layer):
+    if not is_torch_module(layer):
         raise _no_layer(layer)
     module: Any = layer
     for name, inner in module.named_modules():
@@ -83,15 +84,9 @@ _WAYS_OUT = {
 }
 
 
-def _is_torch(layer: Any) -> bool:
-    if not imported("torch"):
-        return False
-    return importlib.import_module("paramend.trees.module").kind_of(type(layer)) is not None
-
-
 def _no_layer(layer: Any) -> Unsupported:
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("builtins.")
-    if imported("torch") and isinstance(layer, importlib.import_module("paramend.arrays.torch").TYPES):
+    if imported("torch") and isinstance(layer, importlib.import_module("torch").Tensor):
         hint = "torch.nn.init.zeros_(tensor)"
     else:
         hint = 'in JAX a new tree holds the zeros: params = pm.at(params, "**/Dense_0/**").zero()'

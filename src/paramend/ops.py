@@ -25,6 +25,7 @@ class Op:
         name: the verb.
         says: what it does, for the docs table and `--help`.
         parameters: the names of its arguments.
+        optional: those that it can do without.
         check: (spec, args) → the spec after it; raises where the edit makes no sense.
         run: (backend, array, args, place) → a new array.
         slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
@@ -46,6 +47,7 @@ class Op:
     chunks: bool = True
     arithmetic: bool = True
     placed: bool = False
+    optional: tuple[str, ...] = ()
 
     @property
     def checks(self) -> bool:
@@ -158,17 +160,19 @@ def _fits(value: Any, spec: Spec, what: str) -> None:
         except (TypeError, ValueError) as error:
             raise SpecMismatch(f"{what} takes a number, and {value!r} is none") from error
     exact = number if spec.kind in ("bool", "int") else np.isfinite(number.astype(np.complex128))
-    held = (
-        stored.astype(number.dtype)
-        if spec.kind in ("bool", "int")
-        else np.isfinite(stored.astype(np.complex128))
-    )
+    held = stored.astype(number.dtype) if spec.kind in ("bool", "int") else np.isfinite(stored.astype(np.complex128))
     lost_imaginary = spec.kind != "complex" and np.iscomplexobj(number) and number.imag != 0
     if lost_imaginary or (exact != held and not (spec.kind == "float" and not exact)):
         raise SpecMismatch(
             f"{what}: {spec.dtype} cannot hold {value!r}",
             hint='cast the leaf first: pm.at(tree, selector).cast("float32")',
         )
+
+
+def _check_zero(spec: Spec, args: Args) -> Spec:
+    if spec.dtype == "float8_e8m0fnu":  # a format of powers of two
+        raise SpecMismatch("float8_e8m0fnu has no zero")
+    return spec
 
 
 def _check_fill(spec: Spec, args: Args) -> Spec:
@@ -239,9 +243,7 @@ def _check_arithmetic(spec: Spec, args: Args) -> Spec:
 
 def _check_float(spec: Spec, args: Args) -> Spec:
     if spec.kind != "float":
-        raise SpecMismatch(
-            f"random values are floats, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")'
-        )
+        raise SpecMismatch(f"random values are floats, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")')
     return spec
 
 
@@ -358,7 +360,7 @@ OPS: dict[str, Op] = {
             "zero",
             "every element becomes +0.0",
             (),
-            _same,
+            _check_zero,
             lambda library, x, args, place: library.zeros(x),
             slot=lambda args: ("set", 0),
             reads=False,
@@ -405,6 +407,7 @@ OPS: dict[str, Op] = {
             ("fn", "keep_spec"),
             _same,
             _run_apply,
+            optional=("keep_spec",),
             chunks=False,
             arithmetic=False,
             placed=True,
@@ -423,8 +426,8 @@ OPS: dict[str, Op] = {
             ("std", "seed"),
             _check_noise,
             _run_noise,
-            chunks=False,
             placed=True,
+            optional=("seed",),
         ),
         Op(
             "reinit",
@@ -432,6 +435,7 @@ OPS: dict[str, Op] = {
             ("init", "seed"),
             _check_reinit,
             _run_reinit,
+            optional=("seed",),
             reads=False,
             chunks=False,
             placed=True,

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from paramend.errors import OutOfRange, SelectorError
 from paramend.paths import SPECIAL, Label, Part, labels, number_of, text_of
@@ -323,6 +323,8 @@ def _write_position(item: int | tuple[int | None, int | None, int | None]) -> st
 
 # ---- matching --------------------------------------------------------------------------------------------------
 
+_REMEMBERED = 100_000  # labels a state remembers, lest a pattern that lives long hold the names of every tree it met
+
 # At most 18 digits: longer runs are names, not positions, and int() of a hostile one would take for ever.
 _DIGITS = r"(?<![0-9])([0-9]{1,18})(?![0-9])"
 
@@ -419,6 +421,7 @@ class _Machine:
         self.done = 1 << len(steps)
         self.indexed = sum(1 << i for i, step in enumerate(steps) if step.positions is not None)
         self.moves: dict[int, dict[Label, int]] = {}
+        self.roles: dict[int, dict[Label, _Role]] = {}  # by the segment of an indexed step
         # States in which one plain text is wanted and nothing else: it is looked up, not searched for.
         self.wanted = {1 << i: (s.text, self.closure(1 << (i + 1))) for i, s in enumerate(steps) if s.text is not None}
 
@@ -468,12 +471,12 @@ class _Walk:
         if state & machine.done:
             self.subtrees.append(names)
         wanted = machine.wanted.get(state)
-        if wanted is not None:
+        if wanted is not None and len(names) > 16:
             for child in _named(names, wanted[0]):
                 self.arrive(child, wanted[1])
             return
         moves = machine.moves.get(state)
-        if moves is None:
+        if moves is None or len(moves) > _REMEMBERED:
             moves = machine.moves[state] = {}
         for label, child in names.items():
             after = moves.get(label)
@@ -490,7 +493,10 @@ class _Walk:
                     self.visit_positions(names, step, step.positions, machine.closure(1 << (i + 1)))
 
     def visit_positions(self, names: Names, step: _Step, positions: Positions, after: int) -> None:
-        for family, members in _families(names, step):
+        roles = self.machine.roles.get(step.segment)
+        if roles is None or len(roles) > _REMEMBERED:
+            roles = self.machine.roles[step.segment] = {}
+        for family, members in _families(names, step, roles):
             numbers = sorted(members)
             chosen, missing = positions.pick(len(numbers))
             for position in chosen:
@@ -522,30 +528,45 @@ def _named(names: Names, text: str) -> list[Any]:
     return found
 
 
-def _families(names: Names, step: _Step) -> list[tuple[str, dict[int, list[Any]]]]:
+class _Role(NamedTuple):
+    """What a label may be to an indexed step: `layers` with numbered children, a sibling `layers<n>`, or both."""
+
+    heads: bool
+    family: str = ""
+    number: int | None = None
+
+
+_NO_ROLE = _Role(False)
+
+
+def _role(label: Label, step: _Step) -> _Role:
+    text = text_of(label)
+    heads = bool(step.head) and not step.tail and step.accepts(text)
+    found = _sibling(step.head, step.tail)(text)
+    return _Role(heads, *found) if found is not None else _Role(heads) if heads else _NO_ROLE
+
+
+def _families(names: Names, step: _Step, roles: dict[Label, _Role]) -> list[tuple[str, dict[int, list[Any]]]]:
     """The numbered families that `head[...]tail` may mean under one parent: each a name and number → children.
 
     `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`.
     """
     children: dict[str, dict[int, list[Any]]] = {}
-    if step.head and not step.tail:
-        for label, child in names.items():
-            if type(child) is not int and step.accepts(text_of(label)):
-                for inner, grandchild in child.items():
-                    number = number_of(text_of(inner))
-                    if number is not None:
-                        family = children.setdefault(text_of(label), {})
-                        family.setdefault(number, []).append(grandchild)
-    if children:
-        return list(children.items())
     siblings: dict[str, dict[int, list[Any]]] = {}
-    sibling = _sibling(step.head, step.tail)
     for label, child in names.items():
-        found = sibling(text_of(label))
-        if found is not None:
-            name, number = found
-            siblings.setdefault(name, {}).setdefault(number, []).append(child)
-    return list(siblings.items())
+        role = roles.get(label)
+        if role is None:
+            role = roles[label] = _role(label, step)
+        if role is _NO_ROLE:
+            continue
+        if role.heads and type(child) is not int:
+            for inner, grandchild in child.items():
+                number = number_of(text_of(inner))
+                if number is not None:
+                    children.setdefault(text_of(label), {}).setdefault(number, []).append(grandchild)
+        if role.number is not None:
+            siblings.setdefault(role.family, {}).setdefault(role.number, []).append(child)
+    return list((children or siblings).items())
 
 
 @lru_cache(maxsize=4096)

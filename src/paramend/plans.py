@@ -14,10 +14,6 @@ from paramend.selectors import resolve, slice_of, write_index
 from paramend.specs import Spec
 from paramend.tables import aligned
 
-# Arguments that every op which has them can do without.
-_OPTIONAL = frozenset({"seed", "keep_spec"})
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One leaf of the result: `path, spec ◄─ source, calls`.
@@ -118,7 +114,7 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
         if name not in parameters:
             raise BadArgument(f"{op} has no argument {name!r}; it takes {takes}")
     for name in parameters:
-        if name not in args and name not in _OPTIONAL:
+        if name not in args and name not in OPS[op].optional:
             raise BadArgument(f"{op} needs {name}; it takes {takes}")
     value = args.get("value")
     if backend_of(type(value)) is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paramend import _text
+from paramend.tables import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,7 @@ def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
       head        int8[3]     kept
     """
     rows = [(" ◄─ ".join(line.paths), *line.cells) for line in lines]
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
-    return "\n".join(
-        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))).rstrip()
-        for row in rows
-    )
+    return "\n".join(indent + row for row in aligned(rows))
 
 
 def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = ()) -> list[Line]:

@@ -11,17 +11,17 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paramend import _text, initializers
+from paramend import _text
 from paramend.arrays import numpy as numpy_backend
 from paramend.errors import BadCheckpoint, CannotWrite, SpecMismatch, Unsupported
 from paramend.formats.safetensors import Header, SafetensorsFile, shrunk
-from paramend.initializers import Place
+from paramend.initializers import Place, generator
 from paramend.ops import Call
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
@@ -242,7 +242,7 @@ def _compute(file: SafetensorsFile, row: Row, target: int) -> Iterator[int]:
     place = Place(file.index.pieces(row.source), out_first=file.index.separator == ".")
     size, dtype = row.before.size, numpy_dtype(row.before.dtype)
     reads = row.calls[0].op.reads or row.calls[0].index is not None
-    steps = [_chunk_step(edit, row.before.shape, place) for edit in row.calls]
+    steps = [_chunk_step(edit, row.before, place) for edit in row.calls]
     with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
         if None in steps:
             x = file.read_range(row.source, 0, size) if reads else np.empty(size, dtype)
@@ -263,37 +263,24 @@ def _compute(file: SafetensorsFile, row: Row, target: int) -> Iterator[int]:
 _Step = Callable[[Array, int], Array]
 
 
-def _chunk_step(edit: Call, shape: tuple[int, ...], place: Place) -> _Step | None:
+def _chunk_step(edit: Call, spec: Spec, place: Place) -> _Step | None:
     """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
 
     Pieces must come in order.
     """
-    if edit.index is not None:
-        return None
-    if edit.op.name == "noise" and isinstance(edit.args.get("seed", 0), int | np.integer):
-        return _noise_step(edit, place)
-    if not edit.op.chunks:
+    if edit.index is not None or not edit.op.chunks:
         return None
     value: Any = edit.args.get("value")
     if np.ndim(value) == 0:
-        return lambda x, start: edit.run(x, place)
-    spread = np.broadcast_to(np.asarray(value), shape).flat
+        # One stream of numbers runs through the leaf, as when they are drawn at once.
+        random = "seed" in edit.op.parameters
+        here = replace(place, stream=generator(int(edit.args.get("seed", 0)), place)) if random else place
+        return lambda x, start: edit.run(x, here)
+    spread = np.broadcast_to(np.asarray(value), spec.shape).flat
 
     def step(x: Array, start: int) -> Array:
         part = {**edit.args, "value": spread[start : start + x.size]}
         return edit.op.run(numpy_backend, x, part, place)  # type: ignore[no-any-return]
-
-    return step
-
-
-def _noise_step(edit: Call, place: Place) -> _Step:
-    """Noise in pieces: one stream of numbers runs through the leaf, as when it is drawn at once."""
-    stream = initializers.generator(int(edit.args.get("seed", 0)), place)
-
-    def step(x: Array, start: int) -> Array:
-        values = initializers.normal(stream, x.shape, x.dtype.name)
-        scaled = values * values.dtype.type(edit.args["std"])
-        return numpy_backend.add(x, scaled.astype(x.dtype))  # type: ignore[no-any-return]
 
     return step
 

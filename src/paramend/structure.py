@@ -5,18 +5,19 @@ nothing changed comes back as the same object; the tree that was given is never 
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramend import _text
-from paramend.arrays.registry import backend_of
 from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves import Index
-from paramend.paths import Part, number_of
+from paramend.paths import Label, Part, labels, number_of
+from paramend.patterns import Names
 from paramend.renames import Rename, Step, keys, rename
 from paramend.selectors import Both, Selector, Text, Union, Where
-from paramend.trees.registry import Tree, find_kind
+from paramend.trees.kinds import find_kind
+from paramend.trees.registry import Tree
 
 
 def delete(tree: Tree, numbers: Collection[int]) -> Any:
@@ -177,30 +178,25 @@ class _Draft:
         self.index = tree.index
         self.root = _Container(tree.root, kind, ())
         self.clashes: list[str] = []
-        places: list[_Place] = []
-        self._open(self.root, (), (), places)
-        # An index lists the leaves in the order of this walk.
-        self.places = dict(zip(tree.index.numbers, places, strict=True))
+        self.places: dict[int, _Place] = {}
+        self._open(self.root, (), (), tree.index.names)
 
-    def _open(
-        self, container: _Container, above: tuple[_Container, ...], path: tuple[Any, ...], places: list[_Place]
-    ) -> None:
+    def _open(self, container: _Container, above: tuple[_Container, ...], path: tuple[Any, ...], names: Names) -> None:
         chain = (*above, container)
+        met: set[Label] = set()
         for key, child in container.before.items():
             here = (*path, key)
+            entry = _entry(names, key, met)
             kind = find_kind(child)
-            if kind is None:
-                places += [_Place(chain, here, None)] * _is_array(child)
+            if kind is None or ELIDED in kind.open(child)[0]:
+                # A box goes with its content. One that holds several leaves cannot be split.
+                sealed = child if type(entry) is dict else None
+                self.places |= dict.fromkeys(_numbers(entry), _Place(chain, here, sealed))
             elif kind.replace is not None:
-                places += [_Place(chain, here, child)] * len(Tree(child).index.numbers)
-            elif (opened := kind.open(child))[0] == (ELIDED,) and _is_array(opened[1][0]):
-                places.append(_Place(chain, here, None))  # a box goes with its content
-            elif ELIDED in opened[0]:
-                places += [_Place(chain, here, child)] * len(Tree(child).index.numbers)
+                self.places |= dict.fromkeys(_numbers(entry), _Place(chain, here, child))
             else:
-                inner = _Container(child, kind, tuple(map(str, here)))
-                self._open(inner, chain, here, places)
-                container.entries[key] = inner
+                container.entries[key] = inner = _Container(child, kind, tuple(map(str, here)))
+                self._open(inner, chain, here, entry or {})
 
     def take(self, number: int) -> Any:
         """Takes a leaf out of its container, with its box if it has one."""
@@ -269,9 +265,30 @@ def _take_apart(tree: Tree) -> _Draft:
     return _Draft(tree, kind)
 
 
-def _is_array(value: Any) -> bool:
-    """Whether a leaf has a name. Leaves that are no arrays stay where they are."""
-    return backend_of(type(value)) is not None
+def _entry(names: Names, key: Any, met: set[Label]) -> Any:
+    """What an index holds for a key: a leaf number, the names below it, or None where there are no arrays.
+
+    Args:
+        names: the names of the container.
+        key: one of its keys.
+        met: the last labels of the keys before; a further key that reads the same has a label with a serial.
+    """
+    *first, last = labels(key)
+    for label in first:
+        names = names.get(label, {})
+    while last in met:
+        last = last._replace(serial=last.serial + 1) if isinstance(last, Part) else Part(last, "", True, 1)
+    if last in names and not first:
+        met.add(last)
+    return names.get(last)
+
+
+def _numbers(entry: Any) -> Iterator[int]:
+    """The leaf numbers of an entry and below it."""
+    if type(entry) is int:
+        yield entry
+    for child in entry.values() if type(entry) is dict else ():
+        yield from _numbers(child)
 
 
 def _origins(path: Sequence[Any]) -> list[int]:

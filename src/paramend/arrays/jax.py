@@ -8,7 +8,10 @@ import numpy as np
 
 from paramend.specs import Spec, numpy_dtype
 
-TYPES = (jax.Array, jax.core.Tracer, jax.ShapeDtypeStruct)
+
+def owns(kind: type) -> bool:
+    """Whether arrays of this type are JAX's."""
+    return issubclass(kind, jax.Array | jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
 def spec(x: Any) -> Spec:
@@ -77,7 +80,7 @@ def cast(x: Any, dtype: str) -> Any:
 
 
 def _explicit(x: Any) -> Any:
-    """The sharding that is part of the type of x (Explicit mesh axes), or None: indexing must then name its result's."""
+    """The sharding that is part of the type of x (Explicit mesh axes), or None."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     return sharding if sharding is not None and any(axis is not None for axis in sharding.spec) else None
 

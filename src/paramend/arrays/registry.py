@@ -35,7 +35,7 @@ def _find(kind: type) -> Backend | None:
         for library in _LIBRARIES:
             if imported(library):
                 module: Any = importlib.import_module(f"paramend.arrays.{library}")
-                if issubclass(kind, module.TYPES):
+                if module.owns(kind):
                     found = cast(Backend, module)
     # A type that is no array stays out of the table: its library may register itself later.
     if found is not None:

@@ -8,9 +8,13 @@ import torch
 
 from paramend.specs import Spec, numpy_dtype
 
-TYPES = (torch.Tensor,)
 # torch and numpy share no memory for these: they travel as integers of the same width.
 _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}
+
+
+def owns(kind: type) -> bool:
+    """Whether arrays of this type are torch's. The parameters of lazy layers have no shape yet: they are none."""
+    return issubclass(kind, torch.Tensor) and not issubclass(kind, torch.nn.parameter.UninitializedTensorMixin)
 
 
 def spec(x: Any) -> Spec:
@@ -64,9 +68,9 @@ def _tensor(value: Any, x: Any) -> Any:
 
 def _from_numpy(array: Any) -> Any:
     array = np.array(array, order="C")
-    if array.dtype.kind == "V" or array.dtype.name in ("bfloat16",) or array.dtype.name.startswith("float8"):
+    if array.dtype.kind == "V" or array.dtype.name == "bfloat16" or array.dtype.name.startswith("float8"):
         name = array.dtype.name
-        tensor, carrier = _CARRIERS[array.dtype.itemsize]
+        _, carrier = _CARRIERS[array.dtype.itemsize]
         return torch.from_numpy(array.view(carrier)).view(getattr(torch, name))
     return torch.from_numpy(array)
 
@@ -148,7 +152,7 @@ def assign(x: Any, value: Any) -> None:
 
 
 def storage(x: Any) -> object:
-    """What tells whether two tensors are one: a module's tied weights are two tensors over one storage in its state dict."""
+    """What tells whether two tensors are one. In a state dict, tied weights are two tensors over one storage."""
     pointer = 0 if x.is_meta else x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
     if not pointer or not x.numel():
         return id(x)

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from paramend import _text
-from paramend.errors import BadCheckpoint, Unsupported
-from paramend.leaves import Index
+from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.leaves import Index, entries
 from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -445,6 +445,10 @@ class SafetensorsFile:
             at += count
         return buffer.view(dtype)
 
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
+        return entries(node)
+
     @cached_property
     def _map(self) -> mmap.mmap:
         if self._descriptor < 0:
@@ -475,11 +479,11 @@ def _open(path: Path) -> int:
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
-        raise BadCheckpoint(f"{path}: there is no such file", hint=_near_file(path)) from None
+        raise CannotRead(f"{path}: there is no such file", hint=_near_file(path)) from None
     except PermissionError:
-        raise BadCheckpoint(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
+        raise CannotRead(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
     except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: it cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+        raise CannotRead(f"{path}: it cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor

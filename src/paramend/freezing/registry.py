@@ -4,9 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from paramend import _text
-from paramend._optional import imported, need
+from paramend._optional import need
 from paramend.errors import BadArgument, Unsupported
 from paramend.selectors import sel, slice_of, write_index
+from paramend.trees.kinds import is_torch_module
 
 if TYPE_CHECKING:
     import optax
@@ -59,7 +60,7 @@ def freeze(tx: Any, selector: Any, *, how: str = "exclude") -> "optax.GradientTr
     if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
         raise Unsupported(
             f"freeze takes an optax transformation, which has `init` and `update`; this is {_described(tx)}",
-            hint=_torch_hint(selector) if _is_torch(tx) else 'pm.freeze(optax.adamw(1e-3), "**/Dense_0/**")',
+            hint=_torch_hint(selector) if is_torch_module(tx) else 'pm.freeze(optax.adamw(1e-3), "**/Dense_0/**")',
         )
     whole, index = slice_of(sel(selector))
     if index is not None:
@@ -130,7 +131,7 @@ def unfreeze_(module: Any, selector: Any) -> list[str]:
 
 def _torch(module: Any, selector: Any, verb: str) -> Any:
     """The adapter for a torch module, after the arguments were looked at."""
-    if not _is_torch(module):
+    if not is_torch_module(module):
         raise Unsupported(
             f"{verb} takes a torch module, which changes in place; this is {_described(module)}",
             hint=f"in JAX the optimizer is told: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
@@ -143,12 +144,6 @@ def _torch(module: Any, selector: Any, verb: str) -> Any:
             hint=f"pm.{verb}(module, {whole!r}) takes them whole",
         )
     return importlib.import_module("paramend.freezing.torch")
-
-
-def _is_torch(subject: Any) -> bool:
-    if not imported("torch"):
-        return False
-    return importlib.import_module("paramend.trees.module").kind_of(type(subject)) is not None
 
 
 def _described(subject: Any) -> str:

@@ -43,3 +43,9 @@ def _ask_adapters(kind: type, node: Any) -> Kind | None:
     if found is not None:
         _kinds[kind] = found
     return found
+
+
+def is_torch_module(node: Any) -> bool:
+    """Whether the node is a torch module."""
+    kind = find_kind(node)
+    return kind is not None and kind.name == "torch module"

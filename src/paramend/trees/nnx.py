@@ -24,7 +24,13 @@ def _replace(module: Any, changes: Mapping[int, Any]) -> Any:
         else (path, changes.get(id(leaf), leaf))
         for path, leaf in nnx.to_flat_state(state)
     ]
-    return nnx.merge(graph, nnx.from_flat_state(fresh))
+    new = nnx.merge(graph, nnx.from_flat_state(fresh))
+    for (_, old), (_, twin) in zip(nnx.iter_graph(module), nnx.iter_graph(new), strict=True):
+        if isinstance(old, nnx.Pytree):  # merge sorts attributes
+            held = {name: vars(twin)[name] for name in vars(old)}
+            vars(twin).clear()
+            vars(twin).update(held)
+    return new
 
 
 def _close_variable(variable: Any, children: Any) -> Any:

@@ -1,6 +1,5 @@
 """Kinds of containers registered with JAX: FrozenDict, struct dataclasses, optax states, Equinox modules, boxes."""
 
-import sys
 from typing import Any
 
 import jax
@@ -40,6 +39,13 @@ def _rekey(node: Any, children: dict[Any, Any]) -> Any:
 
 REGISTERED = Kind("pytree", _open, _close, compiled=True)
 REGISTERED_MAPPING = Kind("mapping", _open, _close, _rekey, compiled=True)
+FROZEN_DICT = Kind(
+    "mapping",
+    # `_dict`, because reading a FrozenDict wraps what it holds, and JAX's walk forgets the order of the keys.
+    open=lambda node: (tuple(node._dict), tuple(node._dict.values()), None),
+    close=lambda node, children: type(node)(dict(zip(node._dict, children, strict=True)), __unsafe_skip_copy__=True),
+    rekey=_rekey,
+)
 BOX = Kind("box", _open_box, _close, compiled=True)
 
 flatten = jax.tree_util.tree_flatten
@@ -51,6 +57,6 @@ def kind_of(kind: type, node: Any) -> Kind | None:
         return None
     if any(base.__module__ == "flax.core.meta" and base.__name__ == "AxisMetadata" for base in kind.__mro__):
         return BOX
-    if kind.__name__ in ("FrozenDict", "State") and kind.__module__.startswith("flax.") and "flax" in sys.modules:
-        return REGISTERED_MAPPING
+    if kind.__module__.startswith("flax."):
+        return {"FrozenDict": FROZEN_DICT, "State": REGISTERED_MAPPING}.get(kind.__name__, REGISTERED)
     return REGISTERED

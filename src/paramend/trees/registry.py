@@ -20,7 +20,7 @@ from paramend.arrays.registry import backend, backend_of
 from paramend.errors import Unsupported
 from paramend.leaves import Index
 from paramend.specs import Spec
-from paramend.trees.kinds import find_kind, leaf_types
+from paramend.trees.kinds import find_kind, is_torch_module, leaf_types
 from paramend.trees.walks import Copier, Namer, Walk, rebuild, restore_order
 
 
@@ -132,7 +132,7 @@ class Tree:
         if self._structure.torch:
             torch_backend = importlib.import_module("paramend.arrays.torch")
             for number in numbers:
-                if isinstance(self.values[number], torch_backend.TYPES):
+                if backend_of(type(self.values[number])) is torch_backend:
                     ids[number] = torch_backend.storage(self.values[number])
         first: dict[Any, int] = {}
         for number in numbers:
@@ -170,8 +170,7 @@ class Tree:
 
         A torch module cannot hold other things: of it, a dict by state dict names.
         """
-        kind = find_kind(self.root)
-        if kind is not None and kind.name == "torch module":
+        if is_torch_module(self.root):
             return {self.index.path(number): values[number] for number in self.index.numbers}
         return self._rebuilt(values, dict(enumerate(values)))
 
