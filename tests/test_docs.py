@@ -1,13 +1,9 @@
-"""Every fenced python block of the documents runs, page by page, and every console block of `paramend` too."""
+"""Every fenced python block of the documents runs, page by page. What docs/cli.md shows, tests/test_cli.py runs."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from paramend.cli.main import cli
 
 TOP = Path(__file__).parents[1]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
@@ -20,18 +16,7 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     names: dict[str, object] = {"__name__": page.stem}
     for language, block in FENCE.findall(page.read_text()):
         if language == "python":
-            exec(compile(block, f"{page.name}", "exec"), names)
-        elif language == "console":
-            run_console(block)
-
-
-def run_console(block: str) -> None:
-    """Runs the lines `$ paramend ...`; `# exit 1` at the end of a line is the exit status that it must have."""
-    for line in block.splitlines():
-        if line.startswith("$ paramend "):
-            command, _, status = line.removeprefix("$ paramend ").partition("# exit ")
-            result = CliRunner().invoke(cli, shlex.split(command))
-            assert result.exit_code == int(status or 0), f"{line}\n{result.output}"
+            exec(compile(block, page.name, "exec"), names)
 
 
 def test_every_page_is_reachable_from_the_readme():

@@ -310,6 +310,16 @@ def test_a_tree_of_a_kind_seen_before_is_checked_anew():
     assert pm.at({"a": jnp.ones(2), "f": None}, "**").paths == ["a"]
 
 
+def test_the_same_array_at_two_places_is_two_leaves(params):
+    """As inside jit, and as a moving average that starts from the parameters must be."""
+    state = {"params": params, "ema": params}
+    edited = pm.at(state, "params/**/kernel").zero()
+    assert edited["ema"]["params"]["Dense_0"]["kernel"] is params["params"]["Dense_0"]["kernel"]
+    assert pm.param_count(state) == 2 * pm.param_count(params)
+    jitted = jax.jit(lambda s: pm.at(s, "params/**/kernel").zero())(state)
+    jax.tree.map(np.testing.assert_array_equal, edited, jitted)
+
+
 def test_random_edits_depend_on_seed_and_path_only(params):
     whole = pm.at(params, "**/kernel").noise(0.1, seed=7)
     alone = pm.at(params, LAST).noise(0.1, seed=7)

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm
-from paramend.alignment import propose
-from paramend.conversions import damage
 from paramend.errors import BadArgument, GraftRefused, SelectorError
 from paramend.grafting import graft, graft_
+from paramend.grafts.alignment import propose
+from paramend.grafts.conversions import damage
 from paramend.reports import Line, fold, table
 
 

@@ -230,7 +230,9 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("selector", "tree", "expected"), OTHERS, ids=[repr(pm.sel(row[0]))[:60] for row in OTHERS])
+@pytest.mark.parametrize(
+    ("selector", "tree", "expected"), OTHERS, ids=[type(pm.sel(row[0])).__name__ for row in OTHERS]
+)
 def test_selectors_beside_text(selector, tree, expected):
     assert paths(tree, selector) == expected
 

@@ -9,7 +9,6 @@ from paramend.editing import param_count as param_count
 from paramend.freezing.registry import freeze as freeze
 from paramend.freezing.registry import freeze_ as freeze_
 from paramend.freezing.registry import unfreeze_ as unfreeze_
-from paramend.graft_report import GraftReport as GraftReport
 from paramend.grafting import graft as graft
 from paramend.grafting import graft_ as graft_
 from paramend.modules import init_zero_ as init_zero_
@@ -18,7 +17,6 @@ from paramend.selectors import sel as sel
 from paramend.specs import Spec as Spec
 
 __all__ = [
-    "GraftReport",
     "Selection",
     "Selector",
     "Spec",

@@ -12,8 +12,8 @@ class Kind:
     """One way of holding children.
 
     Attributes:
-        open: container → (keys, children, static). Keys and static are hashable and, with the types of the children, tell
-            this structure from others. The key `ELIDED` marks a box whose only child takes the box's own path.
+        open: container → (keys, children, static). Keys and static are hashable and, with the types of the children,
+            tell this structure from others. The key `ELIDED` marks a box whose only child takes the box's own path.
         close: (container, children) → a new container of the same type and static part, holding the children.
         rekey: (container, {key: child}) → a new container of the same type with these keys, for delete and rename; None
             where the keys are fixed, as the fields of a dataclass are.

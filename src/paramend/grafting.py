@@ -4,18 +4,14 @@ A graft is planned from names and specs; if nothing stands against it, every new
 change. So a refused graft changes nothing.
 """
 
-from dataclasses import replace
-from typing import Any, TypeVar
+import importlib
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from paramend import _text, alignment, conversions
-from paramend.arrays.registry import backend
-from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
-from paramend.graft_plan import KINDS, Dtype, Mismatch, Missing, Move, Options, Plan, Renames, Unused
-from paramend.graft_report import GraftReport
-from paramend.leaves import Leaves
-from paramend.patterns import parse
-from paramend.reports import Line, fold, table
 from paramend.trees.registry import Tree
+
+if TYPE_CHECKING:
+    from paramend.grafts.plan import Dtype, Mismatch, Missing, Renames, Unused
+    from paramend.grafts.report import GraftReport
 
 T = TypeVar("T")
 
@@ -24,13 +20,13 @@ def graft(
     target: T,
     source: Any,
     *,
-    rename: Renames | None = None,
+    rename: "Renames | None" = None,
     only: Any = "**",
-    mismatch: Mismatch = "error",
-    unused: Unused = "error",
-    missing: Missing = "fresh",
-    dtype: Dtype = "target",
-) -> tuple[T, GraftReport]:
+    mismatch: "Mismatch" = "error",
+    unused: "Unused" = "error",
+    missing: "Missing" = "fresh",
+    dtype: "Dtype" = "target",
+) -> "tuple[T, GraftReport]":
     """The target with the values of the source where their names agree, and the report of it.
 
     Names are compared piece by piece: `fc.weight` in a state dict is fc → weight in a module. Values arrive in the
@@ -75,23 +71,23 @@ def graft(
     fresh: 1 leaf
       Dense_1/kernel  float64[2,2]  nothing in the source
     """
-    options = Options(rename, only, mismatch, unused, missing, dtype)
+    work = _work()
     tree = Tree(target)
-    plan = _planned(tree, Tree(source), options)
-    return tree.with_leaves(_values(plan)), plan.report()
+    plan = work.planned(tree, Tree(source), work.Options(rename, only, mismatch, unused, missing, dtype))
+    return tree.with_leaves(work.values(plan)), plan.report()
 
 
 def graft_(
     module: Any,
     source: Any,
     *,
-    rename: Renames | None = None,
+    rename: "Renames | None" = None,
     only: Any = "**",
-    mismatch: Mismatch = "error",
-    unused: Unused = "error",
-    missing: Missing = "fresh",
-    dtype: Dtype = "target",
-) -> GraftReport:
+    mismatch: "Mismatch" = "error",
+    unused: "Unused" = "error",
+    missing: "Missing" = "fresh",
+    dtype: "Dtype" = "target",
+) -> "GraftReport":
     """The report of a graft in place: a torch or NNX module, or a tree of numpy arrays, takes values of the source.
 
     Parameters stay the objects that they are, so that optimizers go on working. All or nothing: on an error the module
@@ -115,145 +111,14 @@ def graft_(
     >>> weights["w"], [row.path for row in report.copied]
     (array([1., 1.]), ['w'])
     """
-    options = Options(rename, only, mismatch, unused, missing, dtype, in_place=True)
+    work = _work()
     tree = Tree(module)
-    plan = _planned(tree, Tree(source), options)
-    _assign(tree, _values(plan))
-    return plan.report()
+    options = work.Options(rename, only, mismatch, unused, missing, dtype, in_place=True)
+    plan = work.planned(tree, Tree(source), options)
+    work.assign(tree, work.values(plan))
+    return plan.report()  # type: ignore[no-any-return]
 
 
-def _assign(tree: Tree, values: dict[int, Any]) -> None:
-    """Puts all values into their leaves; if one of them fails, those before it are put back."""
-    old: dict[int, Any] = {}
-    try:
-        for number in list(values):
-            leaf = tree.values[number]
-            before = backend(leaf).like(leaf, leaf)
-            tree.assign(number, values.pop(number))
-            old[number] = before
-    except BaseException:
-        for number, value in old.items():
-            tree.assign(number, value)
-        raise
-
-
-def _values(plan: Plan) -> dict[int, Any]:
-    """The new leaves by number; what they cost is entered in the rows of the moves."""
-    return {move.number: _value(plan, move) for move in plan.moves}
-
-
-def _value(plan: Plan, move: Move) -> Any:
-    leaf, value = plan.target.read(move.number), plan.source.read(move.origin)
-    ours, theirs = backend(leaf), backend(value)
-    dtype = ours.spec(leaf).dtype
-    given = theirs.spec(value).dtype
-    if plan.options.dtype == "source" and dtype != given:
-        leaf = ours.cast(leaf, given)
-        dtype = ours.spec(leaf).dtype
-        if dtype != given:
-            raise Unsupported(f"{move.row.path} cannot become {given} here", hint=plan.options.call(dtype="target"))
-    if move.corner is not None:
-        value = theirs.get(value, move.corner)
-    move.row = replace(move.row, taken=theirs.spec(value).size)
-    if given != dtype:
-        overflowed, lost = conversions.damage(value, dtype)
-        move.row = replace(move.row, overflowed=overflowed, lost=lost)
-        value = conversions.converted(value, dtype)
-    if move.corner is not None:
-        return ours.put(leaf, move.corner, "set", conversions.on_host(value))
-    return ours.like(value if backend(value) is ours else backend(value).numpy(value), leaf)
-
-
-# ---- refusing --------------------------------------------------------------------------------------------------
-
-
-def _planned(target: Tree, source: Tree, options: Options) -> Plan:
-    """The plan of a graft.
-
-    Raises:
-        GraftRefused: something stands against it.
-    """
-    for tree, name in ((target, "your model"), (source, "the source")):
-        if not tree.index.numbers:
-            raise BadArgument(f"{name} holds no arrays", hint="pm.graft(target, source): the model first")
-    plan = Plan(target, source, options)
-    if not plan.cases:
-        return plan
-    report = plan.report()
-    blocks = ["the source does not fit your model, and nothing was changed"]
-    for kind, (one, many, _) in KINDS.items():
-        cases = [case for case in plan.cases if case.kind == kind]
-        if cases and (kind != "nothing" or len(cases) == len(plan.cases)):
-            lines = [Line(case.paths or (case.said,), (case.said,) if case.paths else ()) for case in cases]
-            title = one if len(cases) == 1 else many.format(f"{len(cases):,}")
-            blocks.append(f"{title}:\n{table(fold(lines))}")
-    waiting = [row for row in report.fresh if row.path in plan.missed]
-    if waiting and any(case.kind in ("unused", "nothing") for case in plan.cases) and options.missing == "fresh":
-        lines = [Line((row.path,), (f"{row.dtype}[{','.join(map(str, row.shape))}]",)) for row in waiting]
-        leaves = _text.plural(len(lines), "leaf", "leaves")
-        blocks.append(f"{leaves} of your model would stay fresh:\n{table(fold(lines))}")
-    raise GraftRefused("\n\n".join(blocks), report=report, hint="\n      ".join(_ways_out(plan)))
-
-
-def _ways_out(plan: Plan) -> list[str]:
-    """Calls that would work, as code: a rename that makes more names agree, and the options that allow the rest."""
-    better = _better_rename(plan)
-    tries = [trial for start in (better, plan) if start is not None and (trial := _allowing(start)) is not None]
-    hints = [f"{trial.options.call()}  # copies {_text.plural(len(trial.moves), 'leaf', 'leaves')}" for trial in tries]
-    if not hints and plan.options.in_place:
-        functional = _allowing(Plan(plan.target, plan.source, replace(plan.options, in_place=False)))
-        if functional is not None:
-            hints.append(f"{functional.options.call()} gives a new tree instead")
-    kinds = {case.kind for case in plan.cases}
-    return hints or [next((text for kind, text in _ADVICE.items() if kind in kinds), _ADVICE["nothing"])]
-
-
-# What to say where no option helps, the most telling first.
-_ADVICE = {
-    "only": "`only` selects leaves of your model: pm.at(target, selector).paths lists what a selector finds",
-    "rule": "leave the rule out or correct it: pm.at(source, pattern).paths lists what a pattern finds",
-    "place": "the right side of a rule counts in your model: pm.at(target, pattern).paths lists what is there",
-    "collision": 'rename={"name/in/source": None, ...} leaves one of them behind',
-    "tied": 'rename={"name/in/source": None, ...} leaves one of them behind',
-    "unfit": 'rename={"name/in/source": None, ...} leaves it behind',
-    "nothing": 'rename={"name/in/source/**": "name/in/your/model/**"} says what goes where',
-}
-
-
-def _allowing(plan: Plan) -> Plan | None:
-    """The plan with the options that allow what stands against it, or None if none do."""
-    changes: dict[str, str] = {}
-    for kind in {case.kind for case in plan.cases} - {"nothing"}:
-        ways = KINDS[kind][2]
-        if not ways:
-            return None
-        changes |= ways[0]
-    tries = [changes | way for way in KINDS["mismatch"][2]] if "mismatch" in changes else [changes]
-    plans = (Plan(plan.target, plan.source, plan.options.changed(**trial)) if trial else plan for trial in tries)
-    return next((trial for trial in plans if not trial.cases), None)
-
-
-def _better_rename(plan: Plan) -> Plan | None:
-    """The plan with the rename under which the most leaves agree, if that is more than now."""
-    kinds = {case.kind for case in plan.cases}
-    if not kinds & {"unused", "missing", "mismatch", "nothing"} or kinds & {"only", "rule", "place", "collision"}:
-        return None
-    source, target = plan.source.index, plan.target.index
-    best: Plan | None = None
-    for rules in alignment.propose(_shapes(plan.source), _shapes(plan.target)):
-        written = {parse(a).write(source.separator): parse(b).write(target.separator) for a, b in rules.items()}
-        try:
-            renames = {**(plan.options.rename or {}), **written}
-            trial = Plan(plan.target, plan.source, plan.options.changed(rename=renames))
-        except ParamendError:
-            continue
-        allowed = all(KINDS[case.kind][2] for case in trial.cases)
-        if allowed and trial.score > (best or plan).score:
-            best = trial
-            if not trial.cases and not trial.missed:
-                break
-    return best
-
-
-def _shapes(leaves: Leaves) -> dict[tuple[str, ...], tuple[int, ...]]:
-    return {leaves.index.pieces(number): leaves.spec(number).shape for number in leaves.index.numbers}
+def _work() -> Any:
+    """Opened when first asked for: most programs graft nothing, and all pay for imports."""
+    return importlib.import_module("paramend.grafts.engine")

@@ -5,8 +5,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
+from paramend.matching import Names
 from paramend.paths import Label, Part, labels, text_of, write_path
-from paramend.patterns import Names
 from paramend.specs import Spec
 
 
@@ -82,9 +82,26 @@ class Index:
         """The path of a leaf as text; it is a selector for that leaf."""
         return write_path(self.paths[number], self.separator)
 
+    def name(self, number: int) -> str:
+        """The path of a leaf as plain text, nothing escaped: the name of a tensor in a file.
+
+        >>> index = Index.of_names(["a*b.w"])
+        >>> index.name(0), index.path(0)
+        ('a*b.w', 'a\\\\*b.w')
+        """
+        return plain(self.paths[number], self.separator)
+
     def pieces(self, number: int) -> tuple[str, ...]:
         """The path of a leaf piece by piece: the same for `fc.weight` in a state dict and fc → weight in a module."""
         return tuple(map(text_of, self.paths[number]))
+
+
+def plain(path: Iterable[Label], separator: str) -> str:
+    """A path as plain text: keys joined by the separator, nothing escaped."""
+    out = ""
+    for at, label in enumerate(path):
+        out += (getattr(label, "before", "") or separator if at else "") + text_of(label)
+    return out
 
 
 class Leaves(Protocol):
@@ -112,7 +129,7 @@ class Leaves(Protocol):
 
 
 def entries(node: Any) -> list[tuple[Any, Any]] | None:
-    """The entries of a dict, list or tuple as (key, child); None for anything else: `children` where trees are files."""
+    """The entries of a dict, list or tuple as (key, child), None for anything else: what `children` is for files."""
     if isinstance(node, Mapping):
         return list(node.items())
     return list(enumerate(node)) if isinstance(node, list | tuple) else None

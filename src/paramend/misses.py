@@ -13,22 +13,10 @@ from itertools import count, product
 
 from paramend import _text
 from paramend.errors import OutOfRange
+from paramend.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
+from paramend.matching import Names
 from paramend.paths import labels, text_of, write_path
-from paramend.patterns import (
-    AnyPieces,
-    Atom,
-    Either,
-    Literal,
-    Names,
-    Number,
-    Pattern,
-    Piece,
-    Positions,
-    Quoted,
-    Segment,
-    Star,
-    parse,
-)
+from paramend.patterns import Pattern, parse
 
 _SECONDS = 0.3  # what a search may take: on large trees a late hint is worse than a short one
 _WORST = 9  # repairs that cost more are no near misses
@@ -99,13 +87,14 @@ class _Search:
             yield cost, dead, (*before, segment, *after)
         for parts in _split(here, known):
             yield 2, dead, (*before, *parts, *after)
+        for key in _bridges(places, (here, *after)):
+            yield 2, dead, (*before, key, here, *after)  # a key too few
         if after:
             for joined in _join(here, after[0], known):
                 yield 2, dead, (*before, joined, *after[1:])
-            yield 4 if any_before else 2, max(dead - 1, 0), (*before, *after)  # a key too many
+            wide = any_before or after == (AnyPieces(),)
+            yield 4 if wide else 2, max(dead - 1, 0), (*before, *after)  # a key too many
             yield 5, dead, (*before, Piece((Star(),)), *after)
-        for key in _bridges(places, (here, *after)):
-            yield 2, dead, (*before, key, here, *after)  # a key too few
         if not any_before:
             yield 3, dead, (*before, AnyPieces(), here, *after)
         if before and not any_before:

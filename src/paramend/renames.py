@@ -9,25 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
+from paramend.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.leaves import Index
+from paramend.matching import Names, expression
 from paramend.paths import Label, Part, labels, number_of, text_of, write_path
-from paramend.patterns import (
-    AnyPieces,
-    Atom,
-    Either,
-    Literal,
-    Names,
-    Number,
-    Pattern,
-    Piece,
-    Positions,
-    Quoted,
-    Segment,
-    Star,
-    _compiled,
-    _source,
-    parse,
-)
+from paramend.patterns import Pattern, parse
 
 
 class Step(NamedTuple):
@@ -270,7 +256,7 @@ def _closes(label: Label) -> bool:
 
 def _groups(atoms: tuple[Atom, ...], text: str) -> list[tuple[Atom, str]] | None:
     """What each wildcard of a piece takes; None if the text does not match."""
-    found = _compiled(_source(atoms)).fullmatch(text)
+    found = expression(atoms).fullmatch(text)
     wild = [atom for atom in atoms if not isinstance(atom, Literal)]
     return None if found is None else list(zip(wild, found.groups(), strict=True))
 

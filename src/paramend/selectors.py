@@ -12,10 +12,10 @@ import numpy as np
 from paramend import _text
 from paramend.containers import ELIDED
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
+from paramend.grammar import AnyPieces, Number, Piece, Positions
 from paramend.leaves import Index, Leaves, unique
-from paramend.misses import nearest
 from paramend.paths import labels, text_of, write_path
-from paramend.patterns import AnyPieces, Number, Pattern, Piece, Positions, parse
+from paramend.patterns import Pattern, parse
 from paramend.specs import Spec, dtype_name
 
 
@@ -454,6 +454,8 @@ def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
                 hint=f"write {_quote(near)}",
                 near=[near],
             )
+    from paramend.misses import nearest  # what only an error needs, no other program should pay for
+
     found = nearest(pattern, index.names)
     offers = [near.write(separator) for near, _ in found]
     if found:

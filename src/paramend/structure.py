@@ -12,8 +12,8 @@ from paramend import _text
 from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves import Index
+from paramend.matching import Names
 from paramend.paths import Label, Part, labels, number_of
-from paramend.patterns import Names
 from paramend.renames import Rename, Step, keys, rename
 from paramend.selectors import Both, Selector, Text, Union, Where
 from paramend.trees.kinds import find_kind

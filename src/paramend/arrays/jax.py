@@ -51,8 +51,10 @@ def like(value: Any, x: Any) -> Any:
         value = jax.device_put(np.asarray(value), placed) if placed is not None else jnp.asarray(value)
     if getattr(x, "weak_type", False) and not value.weak_type:
         value = jnp.zeros_like(x).at[...].set(value)
-    if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer) or not x.committed:
+    if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer):
         return value
+    if not x.committed and not value.committed:
+        return value  # neither is bound to a device, and the result need not be
     return _placed(value, x)
 
 

@@ -125,22 +125,24 @@ class Tree:
         return self._ties
 
     def _find_ties(self) -> dict[int, int]:
-        numbers = self.index.numbers
-        ids: list[Any] = list(map(id, self.values))
-        for number, box in self.boxes.items():
-            ids[number] = id(box)
-        if self._structure.torch:
-            torch_backend = importlib.import_module("paramend.arrays.torch")
-            for number in numbers:
-                if backend_of(type(self.values[number])) is torch_backend:
-                    ids[number] = torch_backend.storage(self.values[number])
-        first: dict[Any, int] = {}
-        for number in numbers:
-            first.setdefault(ids[number], number)
-        shared = {one for number in numbers if (one := first[ids[number]]) != number}
-        # numpy hands out the same scalar objects at will: they tie nothing
-        shared = {number for number in shared if not isinstance(self.values[number], np.generic)}
-        return {number: one for number in numbers if (one := first[ids[number]]) in shared} if shared else {}
+        """Boxes tie what they hold; so do arrays that can change, torch tensors by storage, numpy arrays by identity.
+
+        JAX arrays are values: one object at two places (a model and its moving average at the start) ties nothing, as
+        inside `jit`, where the two are told apart anyway.
+        """
+        first: dict[Hashable, int] = {}
+        ties: dict[int, int] = {}
+        torch: Any = importlib.import_module("paramend.arrays.torch") if self._structure.torch else None
+        for number in self.index.numbers:
+            value, box = self.values[number], self.boxes.get(number)
+            if box is None and isinstance(value, np.ndarray):
+                box = value
+            if box is not None:
+                ties[number] = first.setdefault(id(box), number)
+            elif torch is not None and backend_of(type(value)) is torch:
+                ties[number] = first.setdefault(torch.storage(value), number)
+        shared = {one for number, one in ties.items() if one != number}
+        return {number: one for number, one in ties.items() if one in shared}
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf."""
@@ -235,11 +237,14 @@ def _jax_flatten() -> Any:
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:
-    """The keys on the way to the last leaf: JAX's hash of a structure leaves keys out, and a table needs them apart."""
-    keys = []
+    """The keys on the way to the last leaf, and those beside them where they are few.
+
+    JAX's hash of a structure leaves keys out, and its equality their order; a table needs them apart.
+    """
+    keys: list[Any] = []
     while type(node) is dict and node:
         key = next(reversed(node))
-        keys.append(key)
+        keys.append(tuple(node) if len(node) <= 32 else key)
         node = node[key]
     return tuple(keys)
 

@@ -9,10 +9,11 @@ from typing import Literal as OneOf
 from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch, OutOfRange, ParamendError, RenameClash, Unsupported
-from paramend.graft_report import PARTS, GraftReport, GraftRow
+from paramend.grafts.report import PARTS, GraftReport, GraftRow
 from paramend.leaves import Index, Leaves
+from paramend.matching import Names
 from paramend.paths import text_of
-from paramend.patterns import Names, parse
+from paramend.patterns import parse
 from paramend.renames import pieces
 from paramend.renames import rename as parse_rename
 from paramend.selectors import resolve, sel, slice_of

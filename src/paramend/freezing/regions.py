@@ -1,0 +1,84 @@
+"""Regions: which elements of a leaf a slice names, as small masks that broadcast to the leaf."""
+
+from typing import Any
+
+import numpy as np
+
+from paramend.ops import sliced_shape
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Region = tuple[Mask, ...]
+"""Masks whose conjunction is the region. One vector an axis says all of most slices, where one mask of the leaf's
+shape would be a constant as large as a quarter of the leaf in every compiled step. `()` is the whole leaf."""
+
+WHOLE: Region = ()
+
+
+def region_of(index: Any, shape: tuple[int, ...]) -> Region:
+    """The elements that a slice of a leaf of this shape names.
+
+    Raises:
+        OutOfRange: the slice does not fit the shape.
+
+    >>> [mask.shape for mask in region_of((slice(0, 2), Ellipsis, -1), (3, 4, 5))]
+    [(3, 1, 1), (1, 1, 5)]
+    >>> region_of(slice(None), (3, 4))
+    ()
+    """
+    if index is None:
+        return WHOLE
+    sliced_shape(shape, index)
+    parts = tuple(_part(part) for part in (index if isinstance(index, tuple) else (index,)) if part is not None)
+    if not _by_axis(parts):
+        mask = np.zeros(shape, bool)
+        mask[parts] = True
+        return _reduced([mask])
+    masks = []
+    for axis, part in enumerate(_spread(parts, len(shape))):
+        vector = np.zeros(shape[axis], bool)
+        vector[part] = True
+        masks.append(vector.reshape([-1 if other == axis else 1 for other in range(len(shape))]))
+    return _reduced(masks)
+
+
+def both(one: Region, other: Region) -> Region:
+    """The elements in two regions of one leaf."""
+    return _reduced([*one, *other])
+
+
+def is_empty(region: Region) -> bool:
+    """Whether there is no element in it."""
+    return any(not mask.any() for mask in region) or (
+        len({mask.ndim - mask.shape.count(1) for mask in region} - {1}) > 0 and not np.logical_and.reduce(region).any()
+        if len(region) > 1
+        else False
+    )
+
+
+def _part(part: Any) -> Any:
+    return part if isinstance(part, int | slice | type(...)) else np.asarray(part)
+
+
+def _by_axis(parts: tuple[Any, ...]) -> bool:
+    """Whether each part is about an axis of its own. Two lists go in pairs, and bools count axes in their own way."""
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    return (
+        len(arrays) <= 1
+        and all(part.dtype != bool for part in arrays)
+        and not any(isinstance(part, bool) for part in parts)
+    )
+
+
+def _spread(parts: tuple[Any, ...], ndim: int) -> list[Any]:
+    """One part for each axis."""
+    places = [place for place, part in enumerate(parts) if part is Ellipsis] or [len(parts)]
+    before, after = parts[: places[0]], parts[places[0] + 1 :]
+    return [*before, *[slice(None)] * (ndim - len(before) - len(after)), *after]
+
+
+def _reduced(masks: list[Mask]) -> Region:
+    """Without masks that leave nothing out; those of one shape as one."""
+    merged: dict[tuple[int, ...], Mask] = {}
+    for mask in masks:
+        merged[mask.shape] = merged[mask.shape] & mask if mask.shape in merged else mask
+    return tuple(mask for mask in merged.values() if not mask.all())

@@ -1,0 +1,140 @@
+"""When a leaf is frozen: `since` and `until`, read into windows of training steps."""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paramend.errors import BadArgument
+from paramend.selectors import Selector, sel, slice_of
+
+Event = int | Callable[[Any], Any]
+"""A point of a training run: a step, or a function of the step that becomes true."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps at which a leaf is frozen.
+
+    Attributes:
+        since: when it is frozen; None: from the beginning.
+        until: when it is thawed; None: never.
+    """
+
+    since: Event | None = None
+    until: Event | None = None
+
+    @property
+    def always(self) -> bool:
+        """Whether it is frozen at every step."""
+        return self.since is None and self.until is None
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The events on which it depends."""
+        return tuple(event for event in (self.since, self.until) if event is not None)
+
+    def holds(self, passed: Callable[[Event], Any]) -> Any:
+        """Whether it is frozen, once it is known (as a bool, or as a traced one) which events have passed.
+
+        >>> [Window(since=2, until=4).holds(lambda event: step >= event) for step in range(6)]
+        [False, False, True, True, False, False]
+        >>> [Window(since=4, until=2).holds(lambda event: step >= event) for step in range(6)]
+        [True, True, False, False, True, True]
+        """
+        if self.since is None:
+            return True if self.until is None else passed(self.until) ^ True
+        if self.until is None:
+            return passed(self.since)
+        begun, open_still = passed(self.since), passed(self.until) ^ True
+        assert isinstance(self.since, int)
+        assert isinstance(self.until, int)
+        return begun & open_still if self.since < self.until else begun | open_still
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One entry of `until=` or `since=`: which leaves, which slice of them, and when."""
+
+    selector: Selector | None
+    index: Any
+    event: Event
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which leaves are frozen, as they were written, and when.
+
+    Attributes:
+        selector: the leaves; None: those that the clauses name.
+        index: the slice of them, or None.
+        until: when they are thawed.
+        since: when they are frozen.
+    """
+
+    selector: Selector | None
+    index: Any
+    until: tuple[Clause, ...] = ()
+    since: tuple[Clause, ...] = ()
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything depends on the step."""
+        return bool(self.until or self.since)
+
+
+def read_schedule(selector: Any, until: Any, since: Any) -> Schedule:
+    """The schedule that arguments of `freeze` describe.
+
+    Raises:
+        BadArgument: a step that is none, or nothing that says which leaves.
+        SelectorError: the text of a selector breaks the grammar.
+    """
+    whole, index = (None, None) if selector is None else slice_of(sel(selector))
+    schedule = Schedule(whole, index, _clauses("until", until), _clauses("since", since))
+    clauses = schedule.until + schedule.since
+    if selector is None and not (clauses and all(clause.selector for clause in clauses)):
+        raise BadArgument(
+            "freeze is not told which leaves",
+            hint='pm.freeze(tx, "**/Dense_0/**"), or pm.freeze(tx, until={"**/Dense_0/**": 1000})',
+        )
+    if schedule.until and schedule.since and any(callable(clause.event) for clause in clauses):
+        raise BadArgument(
+            "until= and since= together take steps: of functions nobody can say which comes first",
+            hint="one function says it all: until=lambda step: (step < 100) | (step >= 200)",
+        )
+    for thaw in schedule.until:
+        for stop in schedule.since:
+            if thaw.event == stop.event:
+                raise BadArgument(
+                    f"until and since are both {thaw.event}, so nothing ever thaws",
+                    hint=f"since={stop.event}, until={int(thaw.event) + 100} freezes for 100 steps",  # type: ignore[arg-type]
+                )
+    return schedule
+
+
+def _clauses(name: str, given: Any) -> tuple[Clause, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping):
+        return (Clause(None, None, _event(name, given)),)
+    if not given:
+        raise BadArgument(
+            f"{name}={{}} names no leaves", hint=f'{name}={{"**/Dense_0/**": 1000}}, or no {name}= at all'
+        )
+    return tuple(Clause(*slice_of(sel(key)), _event(name, event)) for key, event in given.items())
+
+
+def _event(name: str, given: Any) -> Event:
+    if callable(given) and not isinstance(given, type):
+        return given  # type: ignore[no-any-return]
+    try:
+        step = -1 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        step = -1
+    if step < 0:
+        raise BadArgument(
+            f"{name}={given!r} is no step: a whole number from 0 on, or a function of the step",
+            hint=f'{name}=1000, {name}={{"**/Dense_0/**": 1000}} or {name}=lambda step: step >= 1000',
+        )
+    return step

@@ -1,0 +1,311 @@
+"""The selector grammar: text to segments and back.
+
+selector  :=  segment (("/" | ".") segment)*
+segment   :=  "**"                     any number of pieces, also none
+           |  '"' text '"'             exactly this one key
+           |  atom+                    one piece
+atom      :=  text | "\\" char         a literal
+           |  "*"                      anything within the piece
+           |  "{" atoms ("," atoms)* "}"
+           |  "[" position ("," position)* "]"     int or slice, once in a segment
+           |  "<" name ">"             a number, captured; in the target of a rename also <n+1>, <2*n>
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from paramend.errors import SelectorError
+from paramend.paths import SPECIAL
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Text that stands for itself."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return "".join("\\" + char if char in SPECIAL else char for char in self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Star:
+    """`*`: any text within one piece."""
+
+    def __str__(self) -> str:
+        return "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """`{a,b}`: one of several texts."""
+
+    options: tuple[tuple["Literal | Star", ...], ...]
+
+    def __str__(self) -> str:
+        return "{" + ",".join("".join(map(str, option)) for option in self.options) + "}"
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """`<n>`: a captured number; `<2*n+1>` in a target is `factor * n + shift`."""
+
+    name: str
+    factor: int = 1
+    shift: int = 0
+
+    def __str__(self) -> str:
+        factor = f"{self.factor}*" if self.factor != 1 else ""
+        shift = f"{self.shift:+d}" if self.shift else ""
+        return f"<{factor}{self.name}{shift}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """`[-1]`, `[:2]`, `[0,3]`: Python positions among numbered siblings."""
+
+    items: tuple[int | tuple[int | None, int | None, int | None], ...]
+
+    def __str__(self) -> str:
+        return "[" + ",".join(map(_write_position, self.items)) + "]"
+
+    def pick(self, count: int) -> tuple[set[int], list[int]]:
+        """The positions chosen among `count`, and the integers that are out of range."""
+        chosen: set[int] = set()
+        missing: list[int] = []
+        for item in self.items:
+            if isinstance(item, tuple):
+                chosen.update(range(*slice(*item).indices(count)))
+            elif -count <= item < count:
+                chosen.add(item % count)
+            else:
+                missing.append(item)
+        return chosen, missing
+
+
+Atom = Literal | Star | Either | Number | Positions
+
+
+@dataclass(frozen=True, slots=True)
+class AnyPieces:
+    """`**`: any number of pieces, also none."""
+
+    def __str__(self) -> str:
+        return "**"
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """`"a/b"`: exactly this one key."""
+
+    text: str
+
+    def __str__(self) -> str:
+        escaped = self.text.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Atoms that match one piece."""
+
+    atoms: tuple[Atom, ...]
+
+    def __str__(self) -> str:
+        return "".join(map(str, self.atoms))
+
+
+Segment = AnyPieces | Quoted | Piece
+
+
+_PLAIN = re.compile(r'[^*{}\[\]<>,"\\/.]+')
+_INT = "-?[0-9]{1,18}"
+_CAPTURE = re.compile(r"<(?:([0-9]{1,18})\*)?([A-Za-z_]\w*)([+-][0-9]{1,18})?>")
+_POSITION = re.compile(rf"\s*({_INT})?\s*(?:(:)\s*({_INT})?\s*(?:(:)\s*({_INT})?\s*)?)?")
+
+
+class Reader:
+    """Reads one selector from left to right; every complaint knows its place."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def fail(self, message: str, start: int, stop: int | None = None, hint: str = "") -> SelectorError:
+        span = (start, max(self.at + 1 if stop is None else stop, start + 1))
+        return SelectorError(message, text=self.text, span=span, hint=hint)
+
+    def peek(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+    def segments(self) -> Iterator[Segment]:
+        if not self.text:
+            raise self.fail("the selector is empty", 0, hint='"**" selects every leaf')
+        while True:
+            yield self.segment()
+            if self.at == len(self.text):
+                return
+            self.at += 1  # a segment ends only at a separator or at the end
+
+    def segment(self) -> Segment:
+        start = self.at
+        if self.peek() == '"':
+            return self.quoted()
+        if self.text.startswith("**", start):
+            self.at += 2
+            if self.peek() not in ("", "/", "."):
+                raise self.fail("`**` stands alone between separators", start, hint="`*` matches within one key")
+            return AnyPieces()
+        atoms: list[Atom] = []
+        while self.peek() not in ("", "/", "."):
+            here = self.at
+            atom = self.atom()
+            if isinstance(atom, Positions) and any(isinstance(a, Positions) for a in atoms):
+                raise self.fail("one key takes one index", here, self.at, hint="[0,3] or [1:4] picks several")
+            if isinstance(atom, Literal) and atoms and isinstance(atoms[-1], Literal):
+                atom = Literal(atoms.pop().text + atom.text)  # type: ignore[union-attr]
+            atoms.append(atom)
+        if not atoms:
+            raise self.fail(
+                "a key is missing here",
+                start,
+                start + 1,
+                hint='an empty key is written ""; a separator stands only between keys',
+            )
+        if any("/" in text or "." in text for atom in atoms for text in _literals(atom)):
+            if len(atoms) == 1 and isinstance(atoms[0], Literal):
+                return Quoted(atoms[0].text)
+            raise self.fail("an escaped separator cannot stand beside wildcards", start, self.at)
+        return Piece(tuple(atoms))
+
+    def quoted(self) -> Quoted:
+        start = self.at
+        out: list[str] = []
+        self.at += 1
+        while self.peek() != '"':
+            if self.peek() == "\\":
+                self.at += 1
+            if not self.peek():
+                raise self.fail("expected '\"' to close the quote opened here", start, len(self.text))
+            out.append(self.peek())
+            self.at += 1
+        self.at += 1
+        if self.peek() not in ("", "/", "."):
+            raise self.fail("a quoted key stands alone between separators", start)
+        return Quoted("".join(out))
+
+    def atom(self) -> Atom:
+        char, start = self.peek(), self.at
+        if char == "{":
+            return self.either()
+        if char == "[":
+            return self.positions()
+        if char == "<":
+            return self.number()
+        if char in "}]>":
+            opening = {"}": "{", "]": "[", ">": "<"}[char]
+            raise self.fail(
+                f"'{char}' closes nothing: no '{opening}' before it", start, hint=f"\\{char} is the character"
+            )
+        if char in ',"':
+            raise self.fail(f"'{char}' has no meaning here", start, hint=f"\\{char} is the character itself")
+        return self.simple()
+
+    def simple(self) -> Literal | Star:
+        char, start = self.peek(), self.at
+        if char == "*":
+            self.at += 1
+            if self.peek() == "*":
+                raise self.fail("`**` stands alone between separators", start, hint="`*` matches within one key")
+            return Star()
+        if char == "\\":
+            if start + 1 == len(self.text):
+                raise self.fail("a backslash ends the selector", start, hint="\\\\ is a backslash")
+            self.at += 2
+            return Literal(self.text[start + 1])
+        found = _PLAIN.match(self.text, start)
+        assert found  # every special character was handled above
+        self.at = found.end()
+        return Literal(found.group())
+
+    def either(self) -> Either:
+        start = self.at
+        options: list[tuple[Literal | Star, ...]] = []
+        option: list[Literal | Star] = []
+        self.at += 1
+        while True:
+            char = self.peek()
+            if char in ("", "/", "."):
+                raise self.fail("expected '}' to close the choice opened here", start, self.at or 1)
+            if char in '{[<]>"':
+                raise self.fail(f"'{char}' cannot stand inside {{...}}", self.at, hint="write two selectors in a list")
+            if char in ",}":
+                options.append(tuple(option))
+                option = []
+                self.at += 1
+                if char == "}":
+                    return Either(tuple(options))
+            else:
+                piece = self.simple()
+                if isinstance(piece, Literal) and option and isinstance(option[-1], Literal):
+                    piece = Literal(option.pop().text + piece.text)  # type: ignore[union-attr]
+                option.append(piece)
+
+    def positions(self) -> Positions:
+        start = self.at
+        close = self.text.find("]", start)
+        stop = next((i for i in range(start, len(self.text)) if self.text[i] in "/."), len(self.text))
+        if close < 0 or close > stop:
+            raise self.fail("expected ']' to close the index opened here", start, stop)
+        items: list[int | tuple[int | None, int | None, int | None]] = []
+        at = start + 1
+        for text in self.text[start + 1 : close].split(","):
+            found = _POSITION.fullmatch(text)
+            if not found or not text.strip():
+                raise self.fail(
+                    "an index is an int or a slice",
+                    at,
+                    at + max(len(text), 1),
+                    hint="[-1], [:2], [0,3] or [4:8:2]",
+                )
+            first, colon, second, _, third = found.groups()
+            if not colon:
+                items.append(int(first))
+            else:
+                if third is not None and int(third) == 0:
+                    raise self.fail("a slice cannot step by 0", at, at + len(text))
+                a, b, c = (None if part is None else int(part) for part in (first, second, third))
+                items.append((a, b, c))
+            at += len(text) + 1
+        self.at = close + 1
+        return Positions(tuple(items))
+
+    def number(self) -> Number:
+        start = self.at
+        found = _CAPTURE.match(self.text, start)
+        if not found:
+            close = self.text.find(">", start)
+            raise self.fail(
+                "a captured number is written <n>",
+                start,
+                close + 1 if close > 0 else len(self.text),
+                hint="layers/<n>/**",
+            )
+        self.at = found.end()
+        factor, name, shift = found.groups()
+        return Number(name, int(factor or 1), int(shift or 0))
+
+
+def _literals(atom: Atom) -> Iterator[str]:
+    if isinstance(atom, Literal):
+        yield atom.text
+    elif isinstance(atom, Either):
+        yield from (part.text for option in atom.options for part in option if isinstance(part, Literal))
+
+
+def _write_position(item: int | tuple[int | None, int | None, int | None]) -> str:
+    if isinstance(item, int):
+        return str(item)
+    start, stop, step = ("" if part is None else str(part) for part in item)
+    return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"

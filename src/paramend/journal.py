@@ -1,0 +1,523 @@
+"""Undo records: what a file held before it was changed in place, on disk, checked and durable.
+
+Where records live: beside a file `model.safetensors` in the folder `.model.safetensors.undo`; of a checkpoint that is a
+folder, in `.undo` inside it. A record is one file whose name is its number and its state:
+
+    000003.partial   being written; no byte of the checkpoint has changed because of it; may be thrown away
+    000003.pending   durable; bytes may have changed; whoever finds it (and the lock free) puts the old ones back
+    000003.done      the change is whole and durable; `undo` takes back the one with the highest number
+
+`.partial` becomes `.pending` and that `.done` by renaming, so each step is atomic. `undo` makes `.done` into `.pending`
+again before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held meanwhile.
+
+The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
+
+    4 bytes    kind: HEAD, FILE, SPAN or DONE
+    8 bytes    length of the payload, unsigned
+    payload
+    32 bytes   SHA-256 of kind, length and payload
+
+    HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
+           "files": [[path relative to the checkpoint's folder]]}
+    FILE   JSON: [{"size", "inode", "witness"}], one for each file, as it was when the frame was written; the last such
+           frame counts. The witness is the SHA-256 of samples of bytes that no span covers.
+    SPAN   old bytes: a count (8 bytes), so many quadruples of signed 8-byte integers (row, file, start, stop), row -1
+           being what a format keeps true by itself, such as checksums; then the bytes start to stop of each.
+           It is durable before the first byte that it covers changes. There may be several.
+    DONE   last, but for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of its new bytes.
+
+Of a pending record the frames after the first SPAN count up to the first one that is cut short: what that one covers
+was not changed yet. Anything else that does not fit is damage: `BadCheckpoint`, and nothing is written.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import BadCheckpoint, CannotRead
+
+Array = np.ndarray[Any, Any]
+
+MAGIC = b"PMUNDO1\n"
+# Bytes that are read and written at once.
+BUFFER = 1 << 20
+PARTIAL, PENDING, DONE = "partial", "pending", "done"
+_NAME = re.compile(r"([0-9]{6,18})\.(partial|pending|done)")
+_FRAME = struct.Struct("<4sQ")
+_COUNT = struct.Struct("<Q")
+_DIGEST = 32
+# HEAD and FILE frames are held in memory: no record of ours has larger ones.
+_MAX_TEXT = 1 << 30
+
+
+def store_of(path: Path) -> Path:
+    """The folder of the undo records of a checkpoint, which need not exist.
+
+    >>> print(store_of(Path("models/model.safetensors")))
+    models/.model.safetensors.undo
+    """
+    return path / ".undo" if path.is_dir() else path.with_name(f".{path.name}.undo")
+
+
+def lock_of(store: Path) -> Path:
+    """The lock file of a folder of records."""
+    return store / "lock"
+
+
+def records(store: Path, *states: str) -> list[Path]:
+    """The records of a folder in these states, the oldest first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in store.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and match[2] in states:
+                found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def next_path(store: Path) -> Path:
+    """The name of a record that is about to be written."""
+    last = records(store, PARTIAL, PENDING, DONE)
+    number = int(last[-1].stem) + 1 if last else 1
+    return store / f"{number:06}.{PARTIAL}"
+
+
+# ---- what a record says ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How a file can be known again.
+
+    Attributes:
+        size: in bytes.
+        inode: its number in its file system.
+        witness: the digest of samples of bytes that stay.
+    """
+
+    size: int
+    inode: int
+    witness: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """What was done, when, to which files.
+
+    Attributes:
+        time: seconds since 1970.
+        edits: each edit once, as text.
+        rows: for each leaf that changed its path and the number of its edit.
+        files: the files that changed, relative to the folder of the checkpoint.
+    """
+
+    time: float
+    edits: tuple[str, ...]
+    rows: tuple[tuple[str, int], ...]
+    files: tuple[str, ...]
+
+    def to_bytes(self) -> bytes:
+        """As it stands in a record."""
+        data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
+        return json.dumps(data, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Byte ranges of files: a table of (row, file, start, stop), one line each.
+
+    Attributes:
+        table: int64, four columns.
+    """
+
+    table: Array
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes covered."""
+        return int((self.table[:, 3] - self.table[:, 2]).sum())
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        for at in range(0, len(self.table), 1 << 14):
+            for row, file, start, stop in self.table[at : at + (1 << 14)].tolist():
+                yield row, file, start, stop
+
+    def pieces(self) -> Iterator[tuple[int, int, int, int]]:
+        """The same, no line longer than a buffer."""
+        for row, file, start, stop in self:
+            for at in range(start, stop, BUFFER):
+                yield row, file, at, min(at + BUFFER, stop)
+
+
+def witness(descriptor: int, size: int, spans: Spans, file: int) -> str:
+    """The digest of samples of a file's bytes, taken where no span lies: it stays while these are changed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     spans = Spans(np.array([[0, 0, 2, 4]]))
+    ...     before = file.write(b"abcdef"), file.flush(), witness(file.fileno(), 6, spans, 0)
+    ...     between = os.pwrite(file.fileno(), b"XY", 2), witness(file.fileno(), 6, spans, 0)
+    ...     after = os.pwrite(file.fileno(), b"Z", 1), witness(file.fileno(), 6, spans, 0)
+    >>> before[2] == between[1], between[1] == after[1]
+    (True, False)
+    """
+    own = spans.table[spans.table[:, 1] == file]
+    own = own[np.argsort(own[:, 2], kind="stable")]
+    starts = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(own[:, 3])])
+    stops = np.concatenate([own[:, 2], np.full(1, size, np.int64)])
+    free = np.flatnonzero(stops > starts)
+    digest = hashlib.sha256()
+    # The first gap holds the header; of the others a few, evenly chosen.
+    for gap in dict.fromkeys(free[np.linspace(0, len(free) - 1, 16).astype(int)].tolist() if len(free) else []):
+        start, stop = int(starts[gap]), int(stops[gap])
+        for at in sorted({start, (start + stop) // 2, max(start, stop - 4096)}):
+            digest.update(os.pread(descriptor, min(4096, stop - at), at))
+    return digest.hexdigest()
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def put(descriptor: int, data: bytes | memoryview, at: int | None = None) -> None:
+    """Writes all of the bytes: at an offset, or where the file stands."""
+    view, done = memoryview(data).cast("B"), 0
+    while done < len(view):
+        done += os.write(descriptor, view[done:]) if at is None else os.pwrite(descriptor, view[done:], at + done)
+
+
+def get(descriptor: int, start: int, count: int, name: Path) -> bytearray:
+    """So many bytes of a file.
+
+    Raises:
+        BadCheckpoint: the file ends before.
+    """
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        step = os.preadv(descriptor, [view[done:]], start + done)
+        if not step:
+            raise BadCheckpoint(f"{name}: it ends at byte {start + done:,}, and bytes to {start + count:,} are needed")
+        done += step
+    return data
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        import errno
+
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not every file system can
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class Writer:
+    """A record that is being written. The file is made when this is."""
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self.path = path
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, mode)
+        self.nbytes = 0
+        self._put(MAGIC)
+
+    def close(self) -> None:
+        """Gives the file back."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def frame(self, kind: bytes, payload: bytes) -> None:
+        """Adds a short frame."""
+        framed = _FRAME.pack(kind, len(payload)) + payload
+        self._put(framed + hashlib.sha256(framed).digest())
+
+    def files(self, states: Sequence[State]) -> None:
+        """Adds how the files are now."""
+        self.frame(b"FILE", _states_text(states))
+
+    def spans(
+        self, spans: Spans, descriptors: Sequence[int], names: Sequence[Path], heard: Callable[[int], None]
+    ) -> None:
+        """Adds the bytes that the files hold now."""
+        table = np.ascontiguousarray(spans.table, "<i8")
+        digest = hashlib.sha256()
+
+        def add(data: bytes | memoryview | bytearray) -> None:
+            digest.update(data)
+            self._put(data)
+
+        add(_FRAME.pack(b"SPAN", _COUNT.size + table.nbytes + spans.nbytes))
+        add(_COUNT.pack(len(table)))
+        add(table.reshape(-1).view(np.uint8).data)
+        gathered = bytearray()  # thousands of short ranges need not be thousands of writes
+        for _, file, start, stop in spans.pieces():
+            gathered += get(descriptors[file], start, stop - start, names[file])
+            heard(stop - start)
+            if len(gathered) >= BUFFER:
+                add(gathered)
+                gathered = bytearray()
+        add(gathered)
+        self._put(digest.digest())
+
+    def become(self, state: str) -> None:
+        """Makes all that was written durable, and then gives the record a name that says so."""
+        self.sync()
+        new = self.path.with_suffix(f".{state}")
+        self.path.rename(new)
+        self.path = new
+        sync_folder(new.parent)
+
+    def sync(self) -> None:
+        """Makes all that was written durable."""
+        os.fsync(self._descriptor)
+
+    def _put(self, data: bytes | memoryview | bytearray) -> None:
+        put(self._descriptor, memoryview(data))
+        self.nbytes += len(data)
+
+
+def _states_text(states: Sequence[State]) -> bytes:
+    rows = [{"size": state.size, "inode": state.inode, "witness": state.witness} for state in states]
+    return json.dumps(rows, separators=(",", ":")).encode()
+
+
+def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str]) -> Head:
+    """The head of a record of what is done now: (leaf, edit) for each row."""
+    numbers: dict[str, int] = {}
+    rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
+    return Head(time.time(), tuple(numbers), rows, tuple(files))
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    kind: bytes
+    start: int  # of the payload
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length + _DIGEST
+
+
+class Record:
+    """A record that was written before, opened for reading. `head` is checked at once, old bytes by `check`.
+
+    Attributes:
+        path: of the record.
+        number: the higher, the later.
+        state: "pending" or "done".
+        nbytes: its size.
+        head: what was done.
+
+    Raises:
+        BadCheckpoint: it is damaged, or no record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = int(path.stem)
+        self.state = path.suffix[1:]
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise CannotRead(f"{path}: {error.strerror}") from None
+        try:
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise self.damaged("it is no regular file")
+            self.nbytes = status.st_size
+            self._frames = self._read_frames()
+            self.head = self._read_head()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the file back."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def damaged(self, reason: str) -> BadCheckpoint:
+        """The error for a record that does not keep the format."""
+        return BadCheckpoint(
+            f"{self.path}: the undo record is damaged: {reason}; nothing was written",
+            hint="paramend undo PATH --drop forgets all undo records of PATH",
+        )
+
+    @cached_property
+    def states(self) -> tuple[State, ...]:
+        """How the files were when they were seen last before old bytes went back."""
+        for frame in reversed(self._frames):
+            if frame.kind == b"FILE":
+                rows = self._json(frame)
+                try:
+                    found = tuple(State(int(row["size"]), int(row["inode"]), str(row["witness"])) for row in rows)
+                except (TypeError, KeyError, ValueError):
+                    raise self.damaged("what it says of the files makes no sense") from None
+                if len(found) == len(self.head.files):
+                    return found
+        raise self.damaged("it does not say how the files were")
+
+    @cached_property
+    def spans(self) -> Spans:
+        """All ranges that are recorded, those of the first frame first."""
+        return Spans(np.concatenate([table for _, table in self._tables]))
+
+    def check(self) -> None:
+        """Reads all of the record.
+
+        Raises:
+            BadCheckpoint: a digest does not fit.
+        """
+        for frame in self._frames:
+            if not self._fits(frame):
+                raise self.damaged(f"the {frame.kind.decode()} frame at byte {frame.start:,} has another checksum")
+
+    def old_bytes(self) -> Iterator[tuple[int, int, int, bytearray]]:
+        """(row, file, start, bytes), no piece longer than a buffer."""
+        for frame, table in self._tables:
+            at = frame.start + _COUNT.size + table.nbytes
+            for row, file, start, stop in Spans(table).pieces():
+                yield row, file, start, get(self._descriptor, at, stop - start, self.path)
+                at += stop - start
+
+    @cached_property
+    def after(self) -> list[bytes]:
+        """The digests of the new bytes of each row and of what the format keeps true, of a record that is done."""
+        for frame in self._frames:
+            if frame.kind == b"DONE":
+                data = self._payload(frame)
+                if len(data) != _DIGEST * (len(self.head.rows) + 1):
+                    raise self.damaged("the digests of the new bytes are incomplete")
+                return [bytes(data[at : at + _DIGEST]) for at in range(0, len(data), _DIGEST)]
+        raise self.damaged("it is cut short")
+
+    def note(self, states: Sequence[State]) -> None:
+        """Adds how the files are now, durably."""
+        payload = _states_text(states)
+        framed = _FRAME.pack(b"FILE", len(payload)) + payload
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            end = self._frames[-1].stop
+            os.ftruncate(descriptor, end)  # a note that was cut short
+            put(descriptor, framed + hashlib.sha256(framed).digest(), end)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    # -- how
+
+    @cached_property
+    def _tables(self) -> list[tuple[_Frame, Array]]:
+        found = []
+        rows, files = len(self.head.rows), len(self.head.files)
+        for frame in self._frames:
+            if frame.kind != b"SPAN":
+                continue
+            if frame.length < _COUNT.size:
+                raise self.damaged("a SPAN frame is too short")
+            (count,) = _COUNT.unpack(get(self._descriptor, frame.start, _COUNT.size, self.path))
+            if count > (frame.length - _COUNT.size) // 32:
+                raise self.damaged("a SPAN frame is too short")
+            data = get(self._descriptor, frame.start + _COUNT.size, count * 32, self.path)
+            table = np.frombuffer(data, "<i8").reshape(count, 4)
+            row, file, start, stop = table.T
+            sound = (row >= -1) & (row < rows) & (file >= 0) & (file < files) & (start >= 0) & (start <= stop)
+            # With so many bytes in one span the sum could overflow.
+            sound &= stop - start <= frame.length
+            covered = sum((stop - start).tolist())
+            if not sound.all() or _COUNT.size + table.nbytes + covered != frame.length:
+                raise self.damaged("the ranges in a SPAN frame make no sense")
+            found.append((frame, table))
+        return found
+
+    def _read_frames(self) -> list[_Frame]:
+        head = os.pread(self._descriptor, len(MAGIC), 0)
+        if head != MAGIC:
+            newer = head[:6] == MAGIC[:6] and len(head) == len(MAGIC)
+            raise self.damaged("a newer Paramend wrote it" if newer else "it does not begin as one")
+        found: list[_Frame] = []
+        at = len(MAGIC)
+        while at < self.nbytes:
+            raw = os.pread(self._descriptor, _FRAME.size, at)
+            if len(raw) < _FRAME.size:
+                break
+            kind, length = _FRAME.unpack(raw)
+            frame = _Frame(kind, at + _FRAME.size, length)
+            if kind not in {b"HEAD", b"FILE", b"SPAN", b"DONE"} or frame.stop > self.nbytes:
+                break
+            if kind != b"SPAN" and (length > _MAX_TEXT or not self._fits(frame)):
+                break
+            # The first frame of old bytes was durable before the record got its name; a later one may be cut short.
+            if kind == b"SPAN" and any(other.kind == b"SPAN" for other in found) and not self._fits(frame):
+                break
+            found.append(frame)
+            at = frame.stop
+        kinds = [frame.kind for frame in found]
+        last = {PENDING: b"SPAN", DONE: b"DONE"}[self.state]
+        if kinds[:3] != [b"HEAD", b"FILE", b"SPAN"] or last not in kinds:
+            raise self.damaged(f"byte {at:,} is where a frame ends or does not fit its checksum")
+        return found
+
+    def _fits(self, frame: _Frame) -> bool:
+        digest = hashlib.sha256()
+        start = frame.start - _FRAME.size
+        stop = frame.stop - _DIGEST
+        for at in range(start, stop, BUFFER):
+            digest.update(get(self._descriptor, at, min(BUFFER, stop - at), self.path))
+        return digest.digest() == get(self._descriptor, stop, _DIGEST, self.path)
+
+    def _payload(self, frame: _Frame) -> bytearray:
+        return get(self._descriptor, frame.start, frame.length, self.path)
+
+    def _json(self, frame: _Frame) -> Any:
+        try:
+            return json.loads(self._payload(frame))
+        except (ValueError, RecursionError):
+            raise self.damaged(f"the {frame.kind.decode()} frame is no JSON") from None
+
+    def _read_head(self) -> Head:
+        data = self._json(self._frames[0])
+        try:
+            head = Head(
+                float(data["time"]),
+                tuple(map(str, data["edits"])),
+                tuple((str(path), int(edit)) for path, edit in data["rows"]),
+                tuple(map(str, data["files"])),
+            )
+        except (TypeError, KeyError, ValueError):
+            raise self.damaged("its head makes no sense") from None
+        if not all(0 <= edit < len(head.edits) for _, edit in head.rows) or not head.files:
+            raise self.damaged("its head makes no sense")
+        for name in head.files:
+            parts = PurePosixPath(name).parts
+            if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
+                raise self.damaged(f"it names a file outside the checkpoint: {name!r}")
+        return head
