@@ -21,7 +21,8 @@ def make_tree(leaves, tag):
     return {
         "params": {
             f"{tag}layer_{i}": {
-                block: {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)} for block in ("attn", "mlp")
+                block: {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
+                for block in ("attn", "mlp")
             }
             for i in range(leaves // 4)
         }

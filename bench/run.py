@@ -25,7 +25,8 @@ def tables():
     ]
     rows += [f"| {way} | " + " | ".join(f"{ratios[way]:.2f}" for ratios in found) + " |" for way in found[0]]
     imports = run(HERE / "importing.py")
-    rows += ["", f"`import paramend` takes {imports['paramend']:.2f} × the time of `import numpy` (`import jax`: {imports['jax']:.1f} ×)."]
+    ours, jax = imports["paramend"], imports["jax"]
+    rows += ["", f"`import paramend` takes {ours:.2f} × the time of `import numpy` (`import jax`: {jax:.1f} ×)."]
     return "\n".join(rows)
 
 

@@ -215,9 +215,9 @@ def test_json_of_numbers_that_json_lacks(model):
         (["zero", "MODEL", "layers[99]/w", "-o", "OUT"], "out of range"),
         (["show", "MODEL", "nope"], "matches none of 24 leaves"),
         (["show", "NOPE"], "no such file"),
-        (["show", "FOLDER"], "is a directory"),
+        (["show", "VOID"], "a directory without a checkpoint: it is empty"),
         (["show", "EMPTY"], "the file is empty"),
-        (["show", "TEXT"], "header"),
+        (["show", "TEXT"], "begins like no checkpoint"),
         (["zero", "MODEL", "**", "-o", "MODEL", "--force"], "is the file that is being read"),
         (["zero", "MODEL", "**", "-o", "EMPTY"], "--force"),
         (["zero", "MODEL", "**", "-o", "FOLDER/no/out"], "mkdir -p"),
@@ -225,9 +225,10 @@ def test_json_of_numbers_that_json_lacks(model):
     ],
 )
 def test_refusals_are_short_and_their_status_is_2(model, tmp_path, args, message):
+    (tmp_path / "void").mkdir()
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("hello, this is no checkpoint, but it is long enough\n")
-    given = {"MODEL": str(model), "OUT": f"{tmp_path}/out", "NOPE": f"{tmp_path}/nope", "FOLDER": str(tmp_path)}
+    given = {"MODEL": str(model), "OUT": f"{tmp_path}/out", "NOPE": f"{tmp_path}/nope", "VOID": f"{tmp_path}/void"}
     given |= {"EMPTY": f"{tmp_path}/empty", "TEXT": f"{tmp_path}/text", "FOLDER/no/out": f"{tmp_path}/no/out"}
     before = sorted(path.name for path in tmp_path.iterdir())
     done = run(*(given.get(arg, arg) for arg in args))
@@ -245,7 +246,7 @@ def test_refusals_are_short_and_their_status_is_2(model, tmp_path, args, message
         (["frobnicate"], "There is no command 'frobnicate'.\n"),
         (["show"], "Missing argument 'PATH'"),
         (["show", "m", "--jsn"], "--json"),
-        (["zero", "MODEL", "step"], "-o OUT is needed"),
+        (["zero", "MODEL", "step"], "-o OUT or --in-place is needed"),
         (["fill", "MODEL", "step", "-o", "out"], "Missing argument"),
         (["fill", "MODEL", "step", "three", "-o", "out"], "'three' is no number"),
         (["noise", "MODEL", "step", "0.1", "--seed", "-1", "-o", "out"], "-1 is not in the range"),
@@ -415,3 +416,30 @@ def test_the_sessions_in_the_docs(tmp_path):
             assert done.stdout.rstrip().splitlines() == "\n".join(lines).rstrip().splitlines(), script
             ran += 1
     assert ran > 5
+
+
+def test_in_place_history_and_undo(tmp_path):
+    import numpy as np
+    from click.testing import CliRunner
+    from safetensors.numpy import load_file, save_file
+
+    from paramend.cli.main import cli
+
+    path = tmp_path / "model.safetensors"
+    save_file({"fc.weight": np.ones((2, 2), np.float32), "fc.bias": np.ones(2, np.float32)}, path)
+    before = path.read_bytes()
+
+    def run(*command: str) -> str:
+        result = CliRunner().invoke(cli, list(command))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "would be written in place" in run("zero", str(path), "fc.bias", "--in-place", "--dry-run")
+    assert path.read_bytes() == before
+    assert "8 B written in place" in run("zero", str(path), "fc.bias", "--in-place")
+    assert load_file(path)["fc.bias"].tolist() == [0.0, 0.0]
+    assert "fc.bias" in run("history", str(path)) or "zero" in run("history", str(path))
+    run("undo", str(path))
+    assert path.read_bytes() == before
+    for wrong in (["--in-place", "-o", "x"], []):
+        assert CliRunner().invoke(cli, ["zero", str(path), "fc.bias", *wrong]).exit_code == 2

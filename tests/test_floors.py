@@ -14,14 +14,23 @@ FLOORS = [
     {"matching"},
     {"patterns"},
     {"leaves", "arrays.registry", "misses"},
-    {"trees.kinds"},
-    {"trees.walks"},
+    {"trees.kinds", "formats.source", "formats.files", "formats.jsontext", "formats.pickles", "formats.writer"},
+    {"trees.walks", "formats.index", "formats.zips", "formats.rebuilds", "formats.pt_writer"},
     {"selectors", "ops", "renames", "formats.*", "grafts.conversions", "trees.registry"},
-    {"structure", "plans", "grafts.report", "grafts.alignment"},
-    # surgeries in memory and on disk
-    {"editing", "freezing.*", "modules", "rewriting", "grafts.plan"},
+    {"structure", "memory", "plans", "formats.shards", "grafts.report", "grafts.alignment"},
+    # surgeries in memory
+    {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
+    {"freezing.places"},
+    {"freezing.phases", "freezing.shares"},
+    {"editing", "diffing", "freezing.*", "modules", "grafts.plan"},
     {"freezing.registry", "grafts.engine"},
     {"grafting"},
+    # surgeries on disk
+    {"computing", "copying", "publishing", "regions", "locks", "formats.registry"},
+    {"journal", "layouts"},
+    {"rewriting", "undoing", "windows"},
+    {"checkpoints"},
+    {"patching"},
     # the doors
     {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},
     {"lessons.lesson", "lessons.solutions", "demo.training"},
@@ -30,6 +39,7 @@ FLOORS = [
     {"lessons.catalogue", "demo.steps"},
     {"lessons.grading", "demo.tour"},
     {"cli._ui"},
+    {"cli.writing"},
     {"cli.*"},
     {"cli.main"},
 ]

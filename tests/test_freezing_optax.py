@@ -691,13 +691,6 @@ class HINTS:  # what hints call `pm`
     freeze, sel = staticmethod(freeze), staticmethod(sel)
 
 
-def test_slices_are_refused_with_a_way_out():
-    with pytest.raises(Unsupported, match=r"a slice \[:4\]") as caught:
-        freeze(optax.adam(0.1), sel("a/kernel")[:4])
-    assert caught.value.hint.startswith('pm.freeze(tx, pm.sel("a/kernel"))')
-    eval(caught.value.hint.partition(" freezes")[0], {"pm": HINTS, "tx": optax.adam(0.1)}).init(PARAMS)
-
-
 @pytest.mark.parametrize("wrong", [PARAMS, "adam", optax.adam, None, optax.GradientTransformation, nnx.Optimizer])
 def test_no_transformation(wrong):
     with pytest.raises(Unsupported, match="optax transformation") as caught:

@@ -384,12 +384,12 @@ def test_a_small_disk(tmp_path):
         rewrite(tmp_path / "in", disk / "one", "w", "fill", {"value": 1})  # across file systems
         assert read(disk / "one")["w"].sum() == 375_000
         with pytest.raises(CannotWrite, match="are free in"):
-            rewrite(tmp_path / "in", disk / "two", "w", "zero")
+            rewrite(tmp_path / "in", disk / "two", "w", "fill", {"value": 2})
         room = os.statvfs
         try:
             os.statvfs = lambda path: namedtuple("Disk", "f_blocks f_bavail f_frsize")(1, 10**9, 4096)
             with pytest.raises(CannotWrite, match="the disk is full"):
-                rewrite(tmp_path / "in", disk / "two", "w", "zero")
+                rewrite(tmp_path / "in", disk / "two", "w", "fill", {"value": 2})
         finally:
             os.statvfs = room
         assert [p.name for p in disk.iterdir()] == ["one"]

@@ -456,3 +456,24 @@ def test_the_match_is_found_once_for_each_structure(monkeypatch):
     assert len(calls) == 1
     pm.at({"b": {"kernel_of_this_test": ones(2)}}, "**/kernel_of_this_test").zero()
     assert len(calls) == 2
+
+
+def test_a_selector_is_a_filter_of_nnx():
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)])
+
+    model = Model(nnx.Rngs(0))
+    kernels = nnx.state(model, pm.sel("**/kernel"))
+    assert pm.at(kernels, "**").paths == ["layers/0/kernel", "layers/1/kernel"]
+    _, wide, rest = nnx.split(model, pm.sel("**").where(ndim=2) & ~pm.sel("layers/0/**"), ...)
+    assert pm.at(wide, "**").paths == ["layers/1/kernel"]
+    assert len(pm.at(rest, "**")) == 3
+    assert pm.at(nnx.state(model, pm.sel(re.compile(".*bias"))), "**").paths == ["layers/0/bias", "layers/1/bias"]
+    with pytest.raises(BadArgument, match="needs the whole model") as error:
+        nnx.state(model, pm.sel("layers[-1]/**"))
+    assert 'pm.nnx_filter(model, pm.sel("layers[-1]/**"))' in error.value.hint
+    last = nnx.state(model, pm.nnx_filter(model, pm.sel("layers[-1]/**")))
+    assert sorted(pm.at(last, "**").paths) == ["layers/1/bias", "layers/1/kernel"]

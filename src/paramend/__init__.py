@@ -1,14 +1,21 @@
 """Surgery for model parameters: pick leaves by path, change exactly those, know that nothing else moved."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from paramend.diffing import verify as verify
 from paramend.editing import Selection as Selection
 from paramend.editing import at as at
 from paramend.editing import labels as labels
 from paramend.editing import param_count as param_count
+from paramend.freezing.registry import carry_opt_state as carry_opt_state
+from paramend.freezing.registry import carry_optimizer_ as carry_optimizer_
 from paramend.freezing.registry import freeze as freeze
 from paramend.freezing.registry import freeze_ as freeze_
+from paramend.freezing.registry import frozen as frozen
+from paramend.freezing.registry import nnx_filter as nnx_filter
 from paramend.freezing.registry import unfreeze_ as unfreeze_
+from paramend.freezing.registry import value_and_grad as value_and_grad
 from paramend.grafting import graft as graft
 from paramend.grafting import graft_ as graft_
 from paramend.modules import init_zero_ as init_zero_
@@ -16,28 +23,56 @@ from paramend.selectors import Selector as Selector
 from paramend.selectors import sel as sel
 from paramend.specs import Spec as Spec
 
+if TYPE_CHECKING:
+    from paramend.checkpoints import Checkpoint as Checkpoint
+    from paramend.checkpoints import load as load
+    from paramend.checkpoints import open as open
+    from paramend.checkpoints import save as save
+    from paramend.patching import patch as patch
+    from paramend.undoing import history as history
+    from paramend.undoing import undo as undo
+
 __all__ = [
+    "Checkpoint",
     "Selection",
     "Selector",
     "Spec",
     "__version__",
     "at",
+    "carry_opt_state",
+    "carry_optimizer_",
     "freeze",
     "freeze_",
+    "frozen",
     "graft",
     "graft_",
+    "history",
     "init_zero_",
     "labels",
+    "load",
+    "nnx_filter",
+    "open",
     "param_count",
+    "patch",
+    "save",
     "sel",
+    "undo",
     "unfreeze_",
+    "value_and_grad",
+    "verify",
 ]
+
+# What reads and writes files is opened when it is first asked for: who edits trees in memory does not pay for it.
+_ON_DISK = {
+    **dict.fromkeys(("Checkpoint", "load", "open", "save"), "paramend.checkpoints"),
+    "patch": "paramend.patching",
+    **dict.fromkeys(("history", "undo"), "paramend.undoing"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The version, read only when asked for: the standard library's reader takes half as long to import as numpy."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("paramend")
+    if name in _ON_DISK:
+        return getattr(importlib.import_module(_ON_DISK[name]), name)
+    if name == "__version__":  # the standard library's reader takes half as long to import as numpy
+        return importlib.import_module("importlib.metadata").version("paramend")
     raise AttributeError(f"module 'paramend' has no attribute {name!r}")

@@ -1,16 +1,15 @@
 """`at`: the edit verbs over any tree, in the manner of `x.at[i]` in jax.numpy."""
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from paramend import _text
 from paramend.arrays.registry import backend
-from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported, WrongCount
-from paramend.initializers import NOWHERE, Place
+from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
+from paramend.leaves import Editable
+from paramend.memory import Memory, explain
 from paramend.ops import OPS, Call, sliced_shape
 from paramend.selectors import resolve, sel, slice_of, write_index
-from paramend.trees.registry import Tree
 
 T = TypeVar("T")
 
@@ -24,7 +23,7 @@ class Selection(Generic[T]):
 
     def __init__(self, tree: T, selector: Any, count: int | None = None) -> None:
         self._selector, self._index = slice_of(selector)
-        self._tree = Tree(tree)
+        self._tree = _leaves(tree)
         self._numbers = resolve(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
             raise WrongCount(
@@ -73,7 +72,7 @@ class Selection(Generic[T]):
         new: Selection[T] = object.__new__(type(self))
         new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
         for number in self._numbers:
-            self._explain(number, sliced_shape, self._tree.spec(number).shape, index)
+            explain(self._tree, number, sliced_shape, self._tree.spec(number).shape, index)
         return new
 
     def get(self) -> dict[str, Any]:
@@ -111,17 +110,14 @@ class Selection(Generic[T]):
     def mask(self) -> Any:
         """A tree of bools with the same containers, true at the chosen leaves: for optax.masked, eqx.partition ...
 
-        Of a torch module, a dict from state dict names to bools.
+        Of a torch module or a checkpoint, a dict from paths to bools.
 
         >>> at({"a": {"kernel": np.ones(2), "bias": np.ones(2)}}, "**/bias").mask()
         {'a': {'kernel': False, 'bias': True}}
         """
         self._whole("a mask")
-        flags = [False] * len(self._tree.values)
-        for number in self._numbers:
-            for twin in self._tree.twins(number):
-                flags[twin] = True
-        return self._tree.mapped(flags)
+        chosen = {twin: True for number in self._numbers for twin in self._tree.twins(number)}
+        return self._tree.labelled(chosen, rest=False)
 
     # -- changing values
 
@@ -270,8 +266,7 @@ class Selection(Generic[T]):
         {'b': array([1.])}
         """
         self._whole("delete")
-        numbers = {twin for number in self._numbers for twin in self._tree.twins(number)}
-        return _structure().delete(self._tree, numbers)  # type: ignore[no-any-return]
+        return self._tree.deleted(self._numbers)  # type: ignore[no-any-return]
 
     def rename(self, to: str) -> T:
         """The tree with the chosen leaves under other paths; what the selector's wildcards matched goes where the
@@ -287,7 +282,7 @@ class Selection(Generic[T]):
         {'layers_1': {'w': array([1.])}, 'layers_2': {'w': array([2.])}}
         """
         self._whole("rename")
-        return _structure().move(self._tree, self._selector, self._numbers, to)  # type: ignore[no-any-return]
+        return self._tree.moved(self._selector, self._numbers, to)  # type: ignore[no-any-return]
 
     # -- how
 
@@ -299,61 +294,25 @@ class Selection(Generic[T]):
         if self._index is not None:
             raise BadArgument(f"{what} is of whole leaves, not of slices [{write_index(self._index)}]")
 
-    def _calls(self, name: str, args: dict[str, Any]) -> list[Call]:
-        """One call for each chosen leaf, checked against it."""
-        tree, op = self._tree, OPS[name]
+    def _calls(self, name: str, args: dict[str, Any]) -> dict[int, Call]:
+        """One call for each chosen leaf."""
+        op = OPS[name]
         if name == "set" and isinstance(args["value"], Mapping):
-            calls = [Call(op, {"value": value}, self._index) for value in _by_path(args["value"], self.paths)]
-        else:
-            calls = [Call(op, args, self._index)] * len(self._numbers)
-        for number, call in zip(self._numbers, calls, strict=True):
-            leaf = tree.values[number]
-            library = backend(leaf)
-            why = library.refusal(leaf) if op.arithmetic else ""
-            if why:
-                raise Unsupported(f"{tree.index.path(number)} cannot take {call}: {why}", hint=_LEAVE_OUT)
-            if op.checks or self._index is not None:
-                self._explain(number, call.spec, library.spec(leaf))
-        return calls
-
-    def _run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-        values = self._tree.values
-        for number, call in zip(self._numbers, calls, strict=True):
-            yield number, call.run(values[number], self._place(number) if call.op.placed else NOWHERE)
-
-    def _place(self, number: int) -> Place:
-        """Of a leaf with several paths the first counts, whichever was selected."""
-        index = self._tree.index
-        first = self._tree.ties.get(number, number)
-        return Place(index.pieces(first), out_first=index.separator == ".")
-
-    def _explain(self, number: int, check: Callable[..., Any], *args: Any) -> None:
-        """Runs a check; its error names the leaf."""
-        try:
-            check(*args)
-        except (SpecMismatch, NoMatch) as error:
-            error.args = (f"{self._tree.index.path(number)}: {error}",)
-            raise
+            values = _by_path(args["value"], self.paths)
+            calls = [Call(op, {"value": value}, self._index) for value in values]
+            return dict(zip(self._numbers, calls, strict=True))
+        return dict.fromkeys(self._numbers, Call(op, args, self._index))
 
     def _edit(self, name: str, **args: Any) -> T:
-        return self._tree.with_leaves(dict(self._run(self._calls(name, args))))  # type: ignore[no-any-return]
+        return self._tree.edited(self._calls(name, args))  # type: ignore[no-any-return]
 
     def _edit_(self, name: str, **args: Any) -> None:
-        for number in self._numbers:
-            self._tree.in_place(number)
-        new = self._run(self._calls(name, args))
-        if name == "apply":  # the user's function may raise half way
-            new = iter(list(new))
-        for number, value in new:
-            self._tree.assign(number, value)
+        self._tree.edited_(self._calls(name, args))
 
 
-_LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
-
-
-def _structure() -> Any:
-    """Edits of structure, opened when first asked for: most programs never ask, and all pay for imports."""
-    return importlib.import_module("paramend.structure")
+def _leaves(tree: Any) -> Editable:
+    """A checkpoint carries edits out itself; anything else is a tree in memory."""
+    return tree if isinstance(tree, Editable) else Memory(tree)
 
 
 def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
@@ -404,7 +363,7 @@ def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
     >>> labels({"a": np.ones(1), "b": np.ones(1)}, {"frozen": "a", "train": "**"})
     {'a': 'frozen', 'b': 'train'}
     """
-    leaves = Tree(tree)
+    leaves = _leaves(tree)
     found: dict[int, str] = {}
     for label, selector in groups.items():
         for number in resolve(selector, leaves):
@@ -418,8 +377,7 @@ def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
             near=left[:3],
         )
     # Leaves that are no arrays (functions of Equinox modules) need some label, or the structures would differ.
-    last = list(groups)[-1]
-    return leaves.mapped([found.get(number, last) for number in range(len(leaves.values))])
+    return leaves.labelled(found, rest=list(groups)[-1])
 
 
 def param_count(tree: Any, selector: Any = "**") -> int:
@@ -428,7 +386,7 @@ def param_count(tree: Any, selector: Any = "**") -> int:
     >>> param_count({"kernel": np.ones((3, 4)), "bias": np.ones(4)}), param_count({"w": np.ones(2)}, "w")
     (16, 2)
     """
-    leaves = Tree(tree)
+    leaves = _leaves(tree)
     chosen, index = slice_of(sel(selector))
     if not leaves.index.numbers and selector == "**":
         return 0

@@ -10,16 +10,18 @@
     ├── BadArgument        (ValueError)     an argument outside its choices
     ├── RenameClash        (ValueError)     two leaves for one path, or a path that cannot be
     ├── GraftRefused       (ValueError)     source and target do not fit; `report` holds every case
+    ├── UnexpectedChange   (AssertionError) leaves differ that must not; `changes` names them
     ├── BadCheckpoint      (ValueError)     a file that is damaged, hostile or of no known format
     ├── CannotRead         (OSError)        there is no such file, or no permission to read it
     ├── CannotWrite        (OSError)        the output exists, the folder is read-only, the disk is full
+    │   └── Busy                            another program is writing; try again
     └── MissingExtra       (ImportError)    install the optional dependency named
 
 Every message says what was written, what was there and, after an empty line, `hint:` with what to type.
 Each class has a stable `code` for programs to test.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -111,6 +113,16 @@ class GraftRefused(ParamendError, ValueError):
         self.report = report
 
 
+class UnexpectedChange(ParamendError, AssertionError):
+    """Leaves differ that must not. `changes` maps the path of each to what happened to it."""
+
+    code = "unexpected-change"
+
+    def __init__(self, message: str, *, changes: Mapping[str, str], hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.changes = dict(changes)
+
+
 class BadCheckpoint(ParamendError, ValueError):
     """A file that is damaged, hostile or of no known format."""
 
@@ -127,6 +139,12 @@ class CannotWrite(ParamendError, OSError):
     """Nothing was written: the output exists, the folder is read-only or the disk is full."""
 
     code = "cannot-write"
+
+
+class Busy(CannotWrite):
+    """Another program is writing; nothing was changed."""
+
+    code = "busy"
 
 
 class MissingExtra(ParamendError, ImportError):

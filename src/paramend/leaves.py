@@ -1,6 +1,8 @@
 """`Leaves`: named arrays that can be described without being read, the one noun that selectors and engines speak."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -8,6 +10,21 @@ from typing import Any, Protocol
 from paramend.matching import Names
 from paramend.paths import Label, Part, labels, text_of, write_path
 from paramend.specs import Spec
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Holds the garbage collector back while an index grows.
+
+    Nothing of an index is garbage, and each pass over it would cost as much as making it.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 class Index:
@@ -32,9 +49,10 @@ class Index:
     def of_names(cls, names: Iterable[str], separator: str = ".") -> "Index":
         """The index of a flat table of names, as a checkpoint file holds."""
         index = cls(separator)
-        for number, name in enumerate(names):
-            index.numbers.append(number)
-            index.add(index.names, name, number)
+        with uncollected():
+            for number, name in enumerate(names):
+                index.numbers.append(number)
+                index.add(index.names, name, number)
         return index
 
     def add(self, names: Names, key: object, child: Any) -> None:
@@ -57,15 +75,7 @@ class Index:
     def paths(self) -> dict[int, tuple[Label, ...]]:
         """Leaf number → labels from the root, in the order of `numbers`."""
         out: dict[int, tuple[Label, ...]] = {}
-
-        def visit(names: Names, path: tuple[Label, ...]) -> None:
-            for label, child in names.items():
-                if type(child) is int:
-                    out[child] = (*path, label)
-                else:
-                    visit(child, (*path, label))
-
-        visit(self.names, ())
+        _enter(self.names, (), out)
         return {number: out[number] for number in self.numbers}
 
     @cached_property
@@ -104,6 +114,30 @@ def plain(path: Iterable[Label], separator: str) -> str:
     return out
 
 
+def keys_of(path: Iterable[Label]) -> tuple[str, ...]:
+    """A path key by key, as the containers have it.
+
+    >>> keys_of([*labels("mlp/~/linear_0"), *labels("w")])
+    ('mlp/~/linear_0', 'w')
+    """
+    keys: list[str] = []
+    for label in path:
+        before = getattr(label, "before", "")
+        if before and keys:
+            keys[-1] += before + text_of(label)
+        else:
+            keys.append(text_of(label))
+    return tuple(keys)
+
+
+def _enter(names: Names, path: tuple[Label, ...], out: dict[int, tuple[Label, ...]]) -> None:
+    for label, child in names.items():
+        if type(child) is int:
+            out[child] = (*path, label)
+        else:
+            _enter(child, (*path, label), out)
+
+
 class Leaves(Protocol):
     """Anything whose leaves have names and specs: a pytree, a module, a checkpoint.
 
@@ -126,6 +160,59 @@ class Leaves(Protocol):
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a container of the kind that such trees are made of, as (key, child); None for a leaf."""
+
+
+class Editable:
+    """Leaves that carry edits out: trees in memory at once, checkpoints when they are saved.
+
+    Each method gives the same thing anew, edited; of a checkpoint, the numbers of leaves stay.
+    """
+
+    @property
+    def index(self) -> Index:
+        """The names."""
+        raise NotImplementedError
+
+    @property
+    def ties(self) -> Mapping[int, int]:
+        """Leaf number → the first number of the same leaf, for leaves with several paths."""
+        raise NotImplementedError
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf."""
+        raise NotImplementedError
+
+    def read(self, number: int) -> Any:
+        """The array."""
+        raise NotImplementedError
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a container as (key, child); None for a leaf."""
+        raise NotImplementedError
+
+    def twins(self, number: int) -> Sequence[int]:
+        """The numbers of all paths of a leaf."""
+        raise NotImplementedError
+
+    def edited(self, calls: Mapping[int, Any]) -> Any:
+        """With calls of ops on some leaves; each is checked against its leaf."""
+        raise NotImplementedError
+
+    def edited_(self, calls: Mapping[int, Any]) -> None:
+        """Carries calls of ops out in place."""
+        raise NotImplementedError
+
+    def deleted(self, numbers: Iterable[int]) -> Any:
+        """Without some leaves, under all their paths."""
+        raise NotImplementedError
+
+    def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
+        """With the leaves that a selector chose under new paths."""
+        raise NotImplementedError
+
+    def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
+        """The containers of the tree holding labels in place of leaves; `rest` where there is none."""
+        raise NotImplementedError
 
 
 def entries(node: Any) -> list[tuple[Any, Any]] | None:

@@ -1,4 +1,4 @@
-"""Locks: one writer at a time on a file, told apart from readers, who are never stopped.
+"""Locks: one writer at a time on a file; readers are never stopped.
 
 A lock belongs to an open file and ends with it, also when its program is killed: nothing is left to clean up.
 """
@@ -6,19 +6,16 @@ A lock belongs to an open file and ends with it, also when its program is killed
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from paramend.errors import CannotWrite
+from paramend.errors import Busy, CannotRead, CannotWrite, ParamendError
+
+ELSEWHERE = "write a new file instead: -o OUT"
 
 _HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK})
 _NONE_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
-
-
-class Busy(CannotWrite):
-    """Another program is writing; nothing was changed."""
-
-    code = "busy"
 
 
 def take(descriptor: int, path: Path) -> None:
@@ -45,7 +42,7 @@ def take(descriptor: int, path: Path) -> None:
         if error.errno in _NONE_HERE:
             raise CannotWrite(
                 f"{path}: its file system has no locks, so two programs could write at once; nothing was changed",
-                hint="write a new file instead: -o OUT",
+                hint=ELSEWHERE,
             ) from None
         raise
 
@@ -87,3 +84,68 @@ def _is_still(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def opened(files: Sequence[Path], *, links: bool = False, lock: bool = True) -> Iterator[list[int]]:
+    """Descriptors of files, open for reading and writing, each with its lock."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for file in files:
+            descriptor = _open(file)
+            stack.callback(os.close, descriptor)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CannotWrite(f"{file} is no regular file; nothing was changed")
+            if status.st_nlink > 1 and not links:
+                raise CannotWrite(
+                    f"{file} has {status.st_nlink} names (hard links), and a change would show under all of them; "
+                    "nothing was changed",
+                    hint=ELSEWHERE,
+                )
+            if lock:
+                take(descriptor, file)
+            if not os.path.samestat(os.fstat(descriptor), file.lstat()):
+                raise Busy(f"{file}: another program has just replaced it; nothing was changed", hint="try again")
+            found.append(descriptor)
+        yield found
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CannotRead(f"{file}: there is no such file; nothing was changed") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise linked(file) from None
+        raise
+
+
+def linked(path: Path) -> CannotWrite:
+    """The error for a symbolic link."""
+    return CannotWrite(
+        f"{path} is a symbolic link, as in a hub cache, and what it leads to may be shared; nothing was changed",
+        hint=ELSEWHERE,
+    )
+
+
+@contextlib.contextmanager
+def explained(base: Path) -> Iterator[None]:
+    """Errors of the system as those of the library."""
+    try:
+        yield
+    except ParamendError:
+        raise
+    except OSError as error:
+        hint = ELSEWHERE if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else ""
+        where = f" ({error.filename})" if error.filename else ""
+        raise CannotWrite(f"{base}: {reason(error)}{where}; nothing was changed", hint=hint) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a few words."""
+    words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+    if isinstance(error, OSError) and not isinstance(error, ParamendError):
+        return words.get(error.errno or 0) or error.strerror or str(error)
+    return str(error).split("\n", maxsplit=1)[0] or type(error).__name__

@@ -1,18 +1,23 @@
 """Plans: what an edit will do, one row for each leaf of the result, known before anything is done."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from paramend import _text
 from paramend.arrays.registry import backend_of, to_numpy
-from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
-from paramend.leaves import Leaves
+from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
+from paramend.initializers import NOWHERE, Place
+from paramend.leaves import Index, Leaves, plain
 from paramend.ops import OPS, Call
-from paramend.paths import natural
+from paramend.paths import Label, natural, write_path
 from paramend.selectors import resolve, slice_of, write_index
 from paramend.specs import Spec
 from paramend.tables import aligned
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -23,7 +28,10 @@ class Row:
         spec: what it will be.
         source: the number of the leaf that it comes from.
         before: the spec of that leaf.
-        calls: the edits on the way, first to last; none for a leaf that stays.
+        calls: the edits on the way, first to last; none for a leaf whose values stay.
+        places: where the leaf was when each call was made: what random values depend on.
+        labels: the path, label by label.
+        was: the path in the source, where that is another.
     """
 
     path: str
@@ -31,6 +39,14 @@ class Row:
     source: int
     before: Spec
     calls: tuple[Call, ...] = ()
+    places: tuple[Place, ...] = ()
+    labels: tuple[Label, ...] = ()
+    was: str = ""
+
+    @property
+    def stays(self) -> bool:
+        """Whether neither values nor path change."""
+        return not self.calls and not self.was
 
     @property
     def edit(self) -> str:
@@ -39,7 +55,8 @@ class Row:
         >>> Row("wo", Spec((3, 2), "float32"), 0, Spec((3, 2), "float32"), (Call(OPS["zero"], {}, -1),)).edit
         '[-1] zero()'
         """
-        return ", ".join(map(_said, self.calls))
+        moved = (f"renamed from {self.was}",) if self.was else ()
+        return ", ".join((*map(_said, self.calls), *moved))
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
@@ -51,7 +68,7 @@ class Row:
             "dtype_before": self.before.dtype,
             "shape_before": list(self.before.shape),
             "edits": [_said(call) for call in self.calls],
-        }
+        } | ({"renamed_from": self.was} if self.was else {})
 
 
 def _said(edit: Call) -> str:
@@ -62,33 +79,153 @@ def _said(edit: Call) -> str:
 class Plan:
     """What an edit of some leaves will do. Its text is the table of a dry run.
 
+    A plan is never changed: edits of it give new plans, whose numbers are those of the same leaves.
+
     Attributes:
         leaves: what the numbers in the rows refer to.
         rows: one for each leaf of the result, in order.
+        deleted: the leaves that will be gone, as rows.
     """
 
     leaves: Leaves
     rows: tuple[Row, ...]
+    deleted: tuple[Row, ...] = ()
+
+    @classmethod
+    def of(cls, leaves: Leaves) -> "Plan":
+        """The plan that changes nothing."""
+        index = leaves.index
+        paths = index.paths
+        rows = []
+        for number in index.numbers:
+            spec = leaves.spec(number)
+            rows.append(Row(index.path(number), spec, number, spec, labels=paths[number]))
+        return cls(leaves, tuple(rows))
 
     @property
     def changed(self) -> tuple[Row, ...]:
-        """The rows that edit something."""
-        return tuple(row for row in self.rows if row.calls)
+        """The rows that change something: values, spec or path."""
+        return tuple(row for row in self.rows if not row.stays)
+
+    @cached_property
+    def restructured(self) -> bool:
+        """Whether leaves go or move."""
+        return bool(self.deleted) or any(row.was for row in self.rows)
+
+    @cached_property
+    def index(self) -> Index:
+        """The names after the edits; a leaf keeps its number."""
+        if not self.restructured:
+            return self.leaves.index
+        index = Index(self.leaves.index.separator)
+        for row in self.rows:
+            index.numbers.append(row.source)
+            names = index.names
+            for label in row.labels[:-1]:
+                names = names.setdefault(label, {})
+            names[row.labels[-1]] = row.source
+        return index
+
+    @cached_property
+    def by_number(self) -> dict[int, Row]:
+        """The rows by the numbers of their leaves."""
+        return {row.source: row for row in self.rows}
+
+    def twins(self, number: int) -> list[int]:
+        """The numbers of all paths of a leaf that are left."""
+        ties = self.leaves.ties
+        one = ties.get(number)
+        return [number] if one is None else [n for n, o in ties.items() if o == one and n in self.by_number]
+
+    def name(self, row: Row) -> str:
+        """The path of a row as plain text: what a file calls the leaf."""
+        return plain(row.labels, self.leaves.index.separator)
+
+    def edited(self, calls: Mapping[int, Call]) -> "Plan":
+        """The plan with further calls on some leaves, checked against their specs.
+
+        Raises:
+            SpecMismatch: a call does not fit its leaf; the message names it.
+            Unsupported: the values cannot be read, or what the call gives is not known before it runs.
+        """
+        index = self.index
+        new: dict[int, Row] = {}
+        for number, edit in calls.items():
+            edit = _settled(edit)
+            first = min(self.twins(number), key=index.numbers.index) if self.leaves.ties else number
+            place = Place(index.pieces(first), out_first=index.separator == ".") if edit.op.placed else NOWHERE
+            for twin in self.twins(number):
+                row = self.by_number[twin]
+                why = "" if row.calls else _refusal(self.leaves, twin)
+                if why:
+                    raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
+                new[twin] = replace(
+                    row,
+                    spec=_after(edit, row.spec, row.path),
+                    calls=(*row.calls, edit),
+                    places=(*row.places, place),
+                )
+        return self._with(tuple(new.get(row.source, row) for row in self.rows))
+
+    def without(self, numbers: Iterable[int]) -> "Plan":
+        """The plan that deletes some leaves, under all their paths."""
+        gone = {twin for number in numbers for twin in self.twins(number)}
+        kept = tuple(row for row in self.rows if row.source not in gone)
+        return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
+
+    def renamed(self, paths: Mapping[int, tuple[Label, ...]]) -> "Plan":
+        """The plan that moves some leaves to other paths.
+
+        Raises:
+            RenameClash: two leaves would have one path.
+        """
+        before = self.leaves.index
+        rows: list[Row] = []
+        for row in self.rows:
+            if row.source in paths:
+                path = write_path(paths[row.source], before.separator)
+                was = before.path(row.source)
+                row = replace(row, path=path, labels=paths[row.source], was="" if path == was else was)
+            rows.append(row)
+        taken: dict[str, Row] = {}
+        clashes = []
+        for row in rows:
+            other = taken.setdefault(self.name(row), row)
+            if other is not row:
+                one = row if row.source in paths else other
+                clashes.append(f"{self.by_number[one.source].path} would go to {one.path} (which is taken)")
+        if clashes:
+            raise RenameClash(
+                f"{_text.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
+                f"{_text.listing(clashes, 4)}",
+                hint="delete what stands there first, or rename to other paths",
+            )
+        return self._with(tuple(rows))
+
+    def _with(self, rows: tuple[Row, ...]) -> "Plan":
+        return Plan(self.leaves, rows, self.deleted)
 
     def __str__(self) -> str:
         table = [("path", "spec", "edit")]
-        for row in sorted(self.changed, key=lambda row: natural(row.path)):
-            spec = f"{row.spec}" if row.spec == row.before else f"{row.before} -> {row.spec}"
-            table.append((row.path, spec, row.edit))
-        changed = len(table) - 1
-        verb = "changes" if changed == 1 else "change"
-        total = f"{changed:,} of {_text.plural(len(self.rows), 'leaf', 'leaves')} {verb}"
-        return "\n".join([*aligned(table), "", total])
+        rows = [(row, row.edit) for row in self.changed] + [(row, "deleted") for row in self.deleted]
+        for row, edit in sorted(rows, key=lambda pair: natural(pair[0].path)):
+            stays = row.spec == row.before or edit == "deleted"
+            spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
+            table.append((row.path, spec, edit))
+        count, gone = len(rows) - len(self.deleted), len(self.deleted)
+        all_leaves = _text.plural(len(self.rows) + gone, "leaf", "leaves")
+        said = [f"{count:,} of {all_leaves} {'changes' if count == 1 else 'change'}"] if count or not gone else []
+        if gone:
+            said.append(f"{gone:,}{'' if count else f' of {all_leaves}'} {'is' if gone == 1 else 'are'} deleted")
+        return "\n".join([*aligned(table), "", ", ".join(said)])
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data that JSON can hold: the rows that edit something, and how many leaves stay."""
         changed = self.changed
-        return {"changed": [row.to_dict() for row in changed], "kept": len(self.rows) - len(changed)}
+        data: dict[str, Any] = {"changed": [row.to_dict() for row in changed]}
+        if self.deleted:
+            data["deleted"] = [row.was or row.path for row in self.deleted]
+        return data | {"kept": len(self.rows) - len(changed)}
 
 
 def call(op: str, args: Mapping[str, Any]) -> Call:
@@ -116,10 +253,7 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
     for name in parameters:
         if name not in args and name not in OPS[op].optional:
             raise BadArgument(f"{op} needs {name}; it takes {takes}")
-    value = args.get("value")
-    if backend_of(type(value)) is not None:
-        args = {**args, "value": to_numpy(value)}
-    return Call(OPS[op], dict(args))
+    return _settled(Call(OPS[op], dict(args)))
 
 
 def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
@@ -145,20 +279,34 @@ def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
     selector, index = slice_of(selector)
     if index is not None:
         edit = replace(edit, index=index)
+    return Plan.of(leaves).edited(dict.fromkeys(resolve(selector, leaves), edit))
+
+
+_LEAVE_OUT = "leave it out of the selection"
+
+
+def _settled(edit: Call) -> Call:
+    """A call whose outcome a plan can know, with arrays of numpy in place of those of other libraries."""
     if edit.op.name == "apply" and not edit.args.get("keep_spec", True):
         raise Unsupported(
             "what a function makes of a leaf is known only when it runs, and a plan must know it before",
             hint="keep_spec=True, with a .cast(...) before or after",
         )
-    chosen = frozenset(resolve(selector, leaves))
-    rows = []
-    for number in leaves.index.numbers:
-        path, spec = leaves.index.path(number), leaves.spec(number)
-        if number in chosen:
-            rows.append(Row(path, _after(edit, spec, path), number, spec, (edit,)))
-        else:
-            rows.append(Row(path, spec, number, spec))
-    return Plan(leaves, tuple(rows))
+    if edit.op.name == "reinit" and callable(edit.args.get("init")):
+        raise Unsupported(
+            "an initializer function (key, shape, dtype) needs a JAX leaf, and those on disk are arrays of numpy",
+            hint='.reinit("lecun_normal")',
+        )
+    value = edit.args.get("value")
+    if type(value) is not np.ndarray and backend_of(type(value)) is not None:
+        edit = replace(edit, args={**edit.args, "value": to_numpy(value)})
+    return edit
+
+
+def _refusal(leaves: Any, number: int) -> str:
+    """Why the values of a leaf cannot be read, or ""; leaves in memory always can."""
+    ask = getattr(leaves, "refusal", None)
+    return "" if ask is None else ask(number)
 
 
 def _after(edit: Call, spec: Spec, path: str) -> Spec:

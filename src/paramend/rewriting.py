@@ -1,15 +1,15 @@
-"""The rewriting engine: a plan carried out into a new safetensors file, in one pass and in bounded memory.
+"""The rewriting engine: a plan carried out into a new checkpoint, in one pass and in bounded memory.
 
-The kernel copies the bytes that stay. Leaves that change are computed in chunks. The new file grows under a
+The kernel copies the bytes that stay. Leaves that change are computed in chunks. What comes out grows under a
 temporary name beside its place, is made durable, and only then gets its name: whatever happens, there is the old
 state or the new one, never a third.
 """
 
-import contextlib
-import errno
+import math
+import operator
 import os
-import secrets
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +18,29 @@ from typing import Any
 import numpy as np
 
 from paramend import _text
-from paramend.arrays import numpy as numpy_backend
-from paramend.errors import BadCheckpoint, CannotWrite, SpecMismatch, Unsupported
-from paramend.formats.safetensors import Header, SafetensorsFile, shrunk
-from paramend.initializers import Place, generator
+from paramend.computing import CHUNK, Step, step_of
+from paramend.copying import WINDOW, Copier, WriteBack, put
+from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, SpecMismatch
+from paramend.formats.registry import open_source
+from paramend.formats.safetensors import same_file
+from paramend.formats.shards import stats_of
+from paramend.formats.source import Extent
+from paramend.formats.writer import Item
+from paramend.initializers import Place
+from paramend.layouts import File, Layout, lay_out
+from paramend.leaves import keys_of
 from paramend.ops import Call
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
-from paramend.specs import BITS, SAFETENSORS_CODES, Spec, numpy_dtype
+from paramend.publishing import create_file, exists, published, reason
+from paramend.specs import Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 
-# Elements computed at once: they fit the processor's cache; whole tensors are two to three times slower.
-CHUNK = 1 << 18
-# Bytes that the kernel copies at once: between two windows the listener hears of it and Ctrl-C is served.
-WINDOW = 1 << 25
-_BUFFER = 1 << 20
+# Zeros of fewer bytes are written; longer runs are left out of the file, which reads the same.
+_HOLE = 1 << 20
+# Systems let a program hold a few hundred files open; the largest models have more.
+_OPEN = 64
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,14 @@ class RewriteReport:
     """What a rewrite has done.
 
     Attributes:
-        source: the file that was read.
-        path: the file that was written.
+        source: the checkpoint that was read.
+        path: the checkpoint that was written.
         plan: the rows; its text is the table that a dry run shows.
         bytes_copied: bytes that went over as they were, the header among them where no spec changes.
         bytes_computed: bytes of the leaves that were edited.
+        bytes_linked: bytes of files that got a second name instead of a copy.
+        files: the files of a directory that was written.
+        left_out: files of a directory that did not come along, each with the reason.
     """
 
     source: str
@@ -53,25 +63,35 @@ class RewriteReport:
     plan: Plan
     bytes_copied: int
     bytes_computed: int
+    bytes_linked: int = 0
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
-        """What was written, in one line."""
+        """What was written, in one line, and what was left out in another."""
         copied, computed = _text.size(self.bytes_copied), _text.size(self.bytes_computed)
-        return f"wrote {self.path}: {computed} computed, {copied} copied"
+        linked = f", {_text.size(self.bytes_linked)} linked" if self.bytes_linked else ""
+        left = f"\nnot taken along: {_text.listing(self.left_out)}" if self.left_out else ""
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{left}"
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
-        return {
+        data: dict[str, Any] = {
             "source": self.source,
             "path": self.path,
             **self.plan.to_dict(),
             "bytes_copied": self.bytes_copied,
             "bytes_computed": self.bytes_computed,
         }
+        if self.files:
+            data |= {"bytes_linked": self.bytes_linked, "files": list(self.files)}
+        if self.files or self.left_out:
+            data["left_out"] = list(self.left_out)
+        return data
 
 
 def rewrite(
@@ -84,11 +104,11 @@ def rewrite(
     force: bool = False,
     progress: Progress | None = None,
 ) -> RewriteReport:
-    """A report of what was written: a safetensors file with one edit made, all other bytes as they were.
+    """A report of what was written: a checkpoint with one edit made, all other bytes as they were.
 
     Args:
-        source: the file to read. It is not touched.
-        out: the file to write.
+        source: the checkpoint to read. It is not touched.
+        out: the checkpoint to write.
         selector: text, or anything that `pm.sel` takes.
         op: a verb, such as "zero" or "fill".
         args: its arguments by name.
@@ -115,267 +135,78 @@ def rewrite(
     >>> report.bytes_computed, np.fromfile(folder / "edited.st", "float32")[-3:].tolist()
     (8, [0.5, 0.5, 1.0])
     """
-    with SafetensorsFile(source) as file:
-        return write(file, plan_rewrite(file, selector, call(op, args or {})), out, force=force, progress=progress)
+    file = open_source(source)
+    try:
+        return write(plan(file, selector, call(op, args or {})), out, force=force, progress=progress)
+    finally:
+        file.close()
 
 
-def plan_rewrite(file: SafetensorsFile, selector: Any, edit: Call) -> Plan:
-    """The plan of one edit of a file, checked against what the format can hold.
-
-    Raises:
-        Unsupported: a chosen leaf cannot be read, or the format has no such dtype.
-    """
-    made = plan(file, selector, edit)
-    for row in made.changed:
-        why = file.refusal(row.source)
-        if why:
-            raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
-        if row.spec.dtype not in SAFETENSORS_CODES or BITS[row.spec.dtype] % 8:
-            raise Unsupported(f"{row.path}: {row.spec.dtype} cannot be written into a safetensors file")
-    return made
-
-
-def check_output(file: SafetensorsFile, made: Plan, out: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Refuses what could not be written, as far as that is known before writing.
+def check_output(
+    made: Plan,
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    link: bool = False,
+    max_shard_size: int | str | None = None,
+) -> Layout:
+    """The files that a rewrite will make. What could not be written is refused, as far as that is known beforehand.
 
     Raises:
         CannotWrite: the output exists, is the source, or has no place to go to.
+        Unsupported: the format of the output cannot hold a leaf.
     """
+    layout = lay_out(made, out, link=link, max_shard_size=max_shard_size)
+    source: Any = made.leaves
     out = Path(out)
     found = _look(out)
-    if found is not None and os.path.samestat(found, file.stat):
-        raise CannotWrite(f"{out} is the file that is being read", hint="write to another name, then rename it")
-    if found is not None and stat.S_ISDIR(found.st_mode):
-        raise CannotWrite(f"{out} is a directory", hint=f"{out / file.path.name}")
-    if found is not None and not stat.S_ISREG(found.st_mode):
-        raise CannotWrite(f"{out} is no regular file (a pipe, a device or a socket)")
+    if found is not None:
+        _check_other(out, found, source, folder=layout.folder)
+        if layout.folder and not stat.S_ISDIR(found.st_mode):
+            raise CannotWrite(f"{out} is a file, and the model needs a directory", hint="write to another name")
+        if not layout.folder and stat.S_ISDIR(found.st_mode):
+            raise CannotWrite(f"{out} is a directory", hint=f"{out / (Path(source.path).name or 'model.safetensors')}")
+        if not layout.folder and not stat.S_ISREG(found.st_mode):
+            raise CannotWrite(f"{out} is no regular file (a pipe, a device or a socket)")
     if os.path.lexists(out) and not force:
-        raise _exists(out)
+        raise exists(out)
+    if layout.folder and found is not None:
+        _check_replaceable(out)
     folder = out.parent
     if not folder.is_dir():
         what = "is no directory" if os.path.lexists(folder) else "does not exist"
         raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
-    header = _header(file, made)
-    needed = header.nbytes + header.data_nbytes
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free < needed:  # some network file systems count no blocks at all
-        raise CannotWrite(f"{out}: {_text.size(needed)} are needed, and {_text.size(free)} are free in {folder}")
+    if disk.f_blocks and free < layout.nbytes:  # some network file systems count no blocks at all
+        needed = _text.size(layout.nbytes)
+        raise CannotWrite(f"{out}: {needed} are needed, and {_text.size(free)} are free in {folder}")
+    return layout
 
 
-def write(
-    file: SafetensorsFile,
-    made: Plan,
-    out: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> RewriteReport:
-    """A report of what was written: the plan of `plan_rewrite`, carried out.
-
-    Raises:
-        CannotWrite: nothing was written; the message says why.
-        BadCheckpoint: the source changed while it was being read. Nothing was written.
-    """
-    out = Path(out)
-    check_output(file, made, out, force=force)
-    header = _header(file, made)
-    meter = Meter(progress, header.nbytes + header.data_nbytes)
-    copied = computed = 0
-    copy = _Copier(file)
-    temporary = out.parent / f".paramend-{secrets.token_hex(8)}.tmp"
-    try:
-        with _created(temporary, file.stat) as target:
-            if header is not file.header:
-                _put(target, header.to_bytes())
-                meter.advance(header.nbytes)
-            for piece in _pieces(file, made, header):
-                if isinstance(piece, Row):
-                    for nbytes in _compute(file, piece, target):
-                        computed += nbytes
-                        meter.advance(nbytes, piece.path)
-                else:
-                    for nbytes in copy(target, *piece):
-                        copied += nbytes
-                        meter.advance(nbytes)
-            os.fsync(target)
-        _check_unchanged(file)
-        _publish(temporary, out, force=force)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and not isinstance(error, CannotWrite):
-            raise CannotWrite(f"{out}: {_reason(error)}; nothing was written") from error
-        raise
-    _sync_folder(out.parent)
-    return RewriteReport(str(file.path), str(out), made, copied, computed)
+def _check_other(out: Path, found: os.stat_result, source: Any, *, folder: bool) -> None:
+    """Refuses an output that is the source, a part of it, or a directory around it."""
+    home = Path(source.path)
+    paths = {home, *stats_of(source)}
+    for path in paths:
+        now = _look(path)
+        if now is not None and os.path.samestat(now, found):
+            what = "is the file that is being read" if path != home or path.is_file() else "is what is being read"
+            raise CannotWrite(f"{out} {what}", hint="write to another name, then rename it")
+    if folder and home.resolve().is_relative_to(out.resolve()):
+        raise CannotWrite(f"{out} holds the checkpoint that is being read", hint="write to another name")
 
 
-def _header(file: SafetensorsFile, made: Plan) -> Header:
-    return file.header.with_specs({row.source: row.spec for row in made.changed})
-
-
-def _pieces(file: SafetensorsFile, made: Plan, header: Header) -> Iterator[tuple[int, int] | Row]:
-    """The new file after its header, first byte to last: rows to compute, and ranges (start, stop) to copy.
-
-    Neighbours that stay are one range. A header that stays belongs to the first.
-    """
-    begin = file.header.nbytes
-    start = 0 if header is file.header else begin
-    for row, entry in zip(made.rows, file.header.entries, strict=True):
-        if row.calls:
-            if start < begin + entry.start:
-                yield start, begin + entry.start
-            yield row
-            start = begin + entry.stop
-    if start < begin + file.header.data_nbytes:
-        yield start, begin + file.header.data_nbytes
-
-
-# ---- computing ---------------------------------------------------------------------------------------------
-
-
-def _compute(file: SafetensorsFile, row: Row, target: int) -> Iterator[int]:
-    """Writes a leaf and yields the number of bytes of each step."""
-    place = Place(file.index.pieces(row.source), out_first=file.index.separator == ".")
-    size, dtype = row.before.size, numpy_dtype(row.before.dtype)
-    reads = row.calls[0].op.reads or row.calls[0].index is not None
-    steps = [_chunk_step(edit, row.before, place) for edit in row.calls]
-    with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
-        if None in steps:
-            x = file.read_range(row.source, 0, size) if reads else np.empty(size, dtype)
-            x = x.reshape(row.before.shape)
-            for edit in row.calls:
-                x = edit.run(x, place)
-            yield _put(target, _bytes(x, row.spec, row))
-            return
-        for start in range(0, size, CHUNK):
-            stop = min(start + CHUNK, size)
-            x = file.read_range(row.source, start, stop) if reads else np.empty(stop - start, dtype)
-            for step in steps:
-                assert step is not None
-                x = step(x, start)
-            yield _put(target, _bytes(x, Spec((stop - start,), row.spec.dtype), row))
-
-
-_Step = Callable[[Array, int], Array]
-
-
-def _chunk_step(edit: Call, spec: Spec, place: Place) -> _Step | None:
-    """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
-
-    Pieces must come in order.
-    """
-    if edit.index is not None or not edit.op.chunks:
-        return None
-    value: Any = edit.args.get("value")
-    if np.ndim(value) == 0:
-        # One stream of numbers runs through the leaf, as when they are drawn at once.
-        random = "seed" in edit.op.parameters
-        here = replace(place, stream=generator(int(edit.args.get("seed", 0)), place)) if random else place
-        return lambda x, start: edit.run(x, here)
-    spread = np.broadcast_to(np.asarray(value), spec.shape).flat
-
-    def step(x: Array, start: int) -> Array:
-        part = {**edit.args, "value": spread[start : start + x.size]}
-        return edit.op.run(numpy_backend, x, part, place)  # type: ignore[no-any-return]
-
-    return step
-
-
-def _bytes(x: Any, spec: Spec, row: Row) -> memoryview:
-    array = np.ascontiguousarray(x)
-    found = Spec(np.shape(x), array.dtype.name)
-    if found != spec:
-        raise SpecMismatch(f"{row.path}: {row.edit} gave {found} where {spec} was planned")
-    return array.astype(numpy_dtype(spec.dtype), copy=False).reshape(-1).view(np.uint8).data
-
-
-# ---- bytes -------------------------------------------------------------------------------------------------
-
-
-def _put(target: int, data: bytes | memoryview) -> int:
-    view, at = memoryview(data), 0
-    while at < len(view):
-        at += os.write(target, view[at:])
-    return at
-
-
-class _Copier:
-    """Copies ranges of a file by the best way that works here; a way that fails once is not tried again."""
-
-    def __init__(self, file: SafetensorsFile) -> None:
-        self.file = file
-        self.ways: list[Callable[[int, int, int, int], int]] = [_copy_by_hand]
-        if hasattr(os, "sendfile"):
-            self.ways.insert(0, _send)
-        if hasattr(os, "copy_file_range"):
-            self.ways.insert(0, _copy_in_kernel)
-
-    def __call__(self, target: int, start: int, stop: int) -> Iterator[int]:
-        """Appends the bytes to the target and yields the number of bytes of each step."""
-        while start < stop:
-            count = self.step(target, start, min(stop - start, WINDOW))
-            start += count
-            yield count
-
-    def step(self, target: int, start: int, count: int) -> int:
-        while True:
-            try:
-                copied = self.ways[0](self.file.fileno(), target, start, count)
-            except OSError as error:
-                if len(self.ways) == 1 or error.errno not in _NOT_THIS_WAY:
-                    raise
-            else:
-                if copied:
-                    return copied
-                if len(self.ways) == 1:
-                    raise shrunk(self.file)
-            # Some file systems refuse, and some say "0 bytes" where there are bytes: the next way knows.
-            del self.ways[0]
-
-
-# Across file systems, on old kernels and on special file systems.
-_NOT_THIS_WAY = frozenset(
-    {
-        errno.EXDEV,
-        errno.ENOSYS,
-        errno.EINVAL,
-        errno.EOPNOTSUPP,
-        errno.ENOTSUP,
-        errno.EPERM,
-        errno.EBADF,
-        errno.ENOTSOCK,
-        errno.EOVERFLOW,
-    }
-)
-
-
-def _copy_in_kernel(source: int, target: int, start: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset_src=start)
-
-
-def _send(source: int, target: int, start: int, count: int) -> int:
-    return os.sendfile(target, source, start, count)
-
-
-def _copy_by_hand(source: int, target: int, start: int, count: int) -> int:
-    return _put(target, os.pread(source, min(count, _BUFFER), start))
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _created(path: Path, like: os.stat_result) -> Iterator[int]:
-    """A new file, open for writing, with the permissions of another, as cp makes it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, stat.S_IMODE(like.st_mode) & 0o777)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _check_replaceable(out: Path) -> None:
+    """Refuses to replace a directory that is no checkpoint, however much force is asked for."""
+    inside = sorted(path.name for path in out.iterdir())
+    if inside and not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in inside):
+        raise CannotWrite(
+            f"{out} is a directory that holds no checkpoint, and would be lost: {_text.listing(inside, 4)}",
+            hint="write to another name",
+        )
 
 
 def _look(path: Path) -> os.stat_result | None:
@@ -384,50 +215,290 @@ def _look(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CannotWrite(f"{path}: {_reason(error)}") from None
+        raise CannotWrite(f"{path}: {reason(error)}") from None
 
 
-def _exists(out: Path) -> CannotWrite:
-    return CannotWrite(f"{out} exists already", hint="--force on the command line, force=True in Python, replaces it")
+def write(
+    made: Plan,
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    link: bool = False,
+    max_shard_size: int | str | None = None,
+    progress: Progress | None = None,
+) -> RewriteReport:
+    """A report of what was written: a plan for an opened checkpoint, carried out.
 
+    Args:
+        made: the plan.
+        out: the checkpoint to write; see `lay_out` for what its name says of the format.
+        force: whether `out` may exist already; it is then replaced in one step.
+        link: whether files in which nothing changes get a second name instead of a copy, where the system allows it.
+        max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
+        progress: called with an `Event` as bytes are written.
 
-def _check_unchanged(file: SafetensorsFile) -> None:
-    now = os.fstat(file.fileno())
-    if (now.st_size, now.st_mtime_ns) != (file.stat.st_size, file.stat.st_mtime_ns):
-        raise BadCheckpoint(f"{file.path}: another program changed it while it was being read; nothing was written")
-
-
-def _publish(temporary: Path, out: Path, *, force: bool) -> None:
-    """Gives the finished file its name, in one step."""
-    if force:
-        temporary.replace(out)
-        return
+    Raises:
+        CannotWrite: nothing was written; the message says why.
+        BadCheckpoint: the source changed while it was being read. Nothing was written.
+    """
+    layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+    out = Path(out)
+    run = _Run(made, progress, layout)
     try:
-        out.hardlink_to(temporary)  # unlike a rename, this never replaces a file that came in the meantime
-    except FileExistsError:
-        raise _exists(out) from None
-    except OSError as error:
-        if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}:
-            raise
-        if os.path.lexists(out):
-            raise _exists(out) from None
-        temporary.rename(out)
-    else:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not every file system can
-            raise
+        with published(out, force=force, mode=None if layout.folder else layout.files[0].mode) as temporary:
+            for file in layout.files:
+                run.make(file, temporary / file.name if layout.folder else temporary)
+            run.inputs.check()
     finally:
-        os.close(descriptor)
+        run.inputs.close()
+    names = tuple(sorted(file.name for file in layout.files)) if layout.folder else ()
+    path = str(Path(getattr(made.leaves, "path", "")))
+    return RewriteReport(path, str(out), made, run.copied, run.computed, run.linked, names, layout.left_out)
 
 
-def _reason(error: OSError) -> str:
-    words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-    return words.get(error.errno or 0) or error.strerror or str(error)
+class _Inputs:
+    """The files that are read, by path: opened once, and looked at again in the end."""
+
+    def __init__(self, source: Any) -> None:
+        self.seen: dict[Path, os.stat_result] = dict(stats_of(source))
+        self.touched: set[Path] = set()
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def descriptor(self, path: Path) -> int:
+        """The descriptor of a file, open for reading."""
+        if path not in self._open:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CannotRead(f"{path}: {error.strerror or error}") from None
+            self._open[path] = descriptor
+            now = os.fstat(descriptor)
+            if not same_file(now, self.seen.setdefault(path, now)):
+                raise _changed(path)
+            self.touched.add(path)
+            if len(self._open) > _OPEN:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def check(self) -> None:
+        """Refuses what another program changed in the meantime."""
+        for path in self.touched:
+            try:
+                now = os.fstat(self._open[path]) if path in self._open else path.stat()
+            except OSError:
+                raise _changed(path) from None
+            if path in self.seen and not same_file(now, self.seen[path]):
+                raise _changed(path)
+
+    def close(self) -> None:
+        """Closes the files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _changed(path: Path) -> BadCheckpoint:
+    return BadCheckpoint(f"{path}: another program changed it while it was being read; nothing was written")
+
+
+class _Run:
+    """One rewrite at work: it makes files, and counts."""
+
+    def __init__(self, made: Plan, progress: Progress | None, layout: Layout) -> None:
+        self.made = made
+        self.layout = layout
+        self.source: Any = made.leaves
+        self.inputs = _Inputs(self.source)
+        self.copier = Copier()
+        self.copied = self.computed = self.linked = 0
+        self.meter = Meter(progress, layout.nbytes)
+
+    def make(self, file: File, path: Path) -> None:
+        """Makes one file, durable."""
+        if "/" in file.name:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if file.link and file.origin is not None and self._link(file.origin, path):
+            self.linked += file.nbytes
+            return
+        target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, file.mode)
+        try:
+            if not file.pieces and self.layout.format.name != "safetensors":
+                self._write_foreign(target)
+            else:
+                self._write_pieces(file, target, path)
+            os.fsync(target)
+        finally:
+            os.close(target)
+
+    def _link(self, origin: Path, path: Path) -> bool:
+        now = origin.stat()
+        if not same_file(now, self.inputs.seen.setdefault(origin, now)):
+            raise _changed(origin)
+        try:
+            os.link(origin.resolve(), path)
+        except OSError:  # another file system, or one without links: a copy does it
+            return False
+        self.inputs.touched.add(origin)
+        return True
+
+    def _write_pieces(self, file: File, target: int, path: Path) -> None:
+        back = WriteBack(target)
+
+        def note(count: int, at: str = "") -> None:
+            back.advance(count)
+            self.meter.advance(count, at)
+
+        for piece in file.pieces:
+            if isinstance(piece, bytes):
+                note(put(target, piece))
+            elif isinstance(piece, Row):
+                self._note_reads(piece)
+                for nbytes in _put_row(self.source, piece, target):
+                    self.computed += nbytes
+                    note(nbytes, piece.path)
+            else:
+                descriptor = self.inputs.descriptor(piece.path)
+                for nbytes in self.copier.copy(descriptor, target, piece.start, piece.stop, path=piece.path):
+                    self.copied += nbytes
+                    note(nbytes)
+        os.ftruncate(target, file.nbytes)  # the last leaf may have been left out as a hole
+        if file.patched:
+            assert file.reopen is not None
+            with file.reopen(path) as new:
+                for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
+                    os.pwrite(target, data, at)
+
+    def _note_reads(self, row: Row) -> None:
+        extent = self.source.extent(row.source)
+        if extent is not None:
+            self.inputs.touched.add(extent.path)
+
+    # -- other formats
+
+    def _items(self) -> list[Item]:
+        items = []
+        for row in self.made.rows:
+            nbytes = row.spec.nbytes
+            items.append(Item(self.made.name(row), keys_of(row.labels), row.spec, nbytes, self._chunks(row)))
+        return items
+
+    def _chunks(self, row: Row) -> Callable[[], Iterator[memoryview]]:
+        def chunks() -> Iterator[memoryview]:
+            self._note_reads(row)
+            for data in _data(self.source, row):
+                yield data
+                self.meter.advance(len(data), row.path)
+                if row.calls:
+                    self.computed += len(data)
+                else:
+                    self.copied += len(data)
+
+        return chunks
+
+    def _write_foreign(self, target: int) -> None:
+        with open(target, "wb", closefd=False) as file:
+            self.layout.format.writer().write(file, self._items(), dict(self.source.metadata))
+
+
+# ---- computing ---------------------------------------------------------------------------------------------
+
+
+def values(source: Any, row: Row) -> Iterator[Array]:
+    """The leaf of a row, edited, in pieces: flat arrays of the new dtype, first to last."""
+    size, dtype = row.before.size, numpy_dtype(row.before.dtype)
+    if not row.calls:
+        for start in range(0, size, CHUNK):
+            yield source.read_range(row.source, start, min(start + CHUNK, size))
+        return
+    # What comes before an edit that does not look at the old values does not matter.
+    deaf = [at for at, edit in enumerate(row.calls) if not edit.op.reads and edit.index is None]
+    first = deaf[-1] if deaf else 0
+    spec = row.before
+    for edit in row.calls[:first]:
+        spec = edit.spec(spec)
+    dtype = numpy_dtype(spec.dtype)
+    steps = []
+    for edit, place in zip(row.calls[first:], row.places[first:], strict=True):
+        steps.append(_chunk_step(edit, spec, place))
+        spec = edit.spec(spec)
+    with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
+        if None in steps:
+            x = np.empty(size, dtype) if deaf else source.read_range(row.source, 0, size)
+            x = x.reshape(row.before.shape)
+            for edit, place in zip(row.calls[first:], row.places[first:], strict=True):
+                x = edit.run(x, place)
+            _check(np.shape(x), np.asarray(x).dtype.name, row)
+            yield np.ascontiguousarray(x).reshape(-1)
+            return
+        for start in range(0, size, CHUNK):
+            stop = min(start + CHUNK, size)
+            x = np.empty(stop - start, dtype) if deaf else source.read_range(row.source, start, stop)
+            for step in steps:
+                assert step is not None
+                x = step(x, start)
+            yield x
+
+
+def _check(shape: tuple[int, ...], dtype: str, row: Row) -> None:
+    if Spec(tuple(shape), dtype) != row.spec:
+        raise SpecMismatch(f"{row.path}: {row.edit} gave {Spec(tuple(shape), dtype)} where {row.spec} was planned")
+
+
+def _data(source: Any, row: Row) -> Iterator[memoryview]:
+    """The bytes of a row's leaf, in pieces."""
+    dtype = numpy_dtype(row.spec.dtype)
+    for array in values(source, row):
+        if array.dtype.name != row.spec.dtype:
+            _check(row.spec.shape, array.dtype.name, row)
+        yield np.ascontiguousarray(array).astype(dtype, copy=False).reshape(-1).view(np.uint8).data
+
+
+def _put_row(source: Any, row: Row, target: int) -> Iterator[int]:
+    """Writes a leaf and yields the number of bytes of each step."""
+    last = row.calls[-1] if row.calls else None
+    if last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE:
+        at = 0
+        while at < row.spec.nbytes:
+            count = min(row.spec.nbytes - at, WINDOW)
+            os.lseek(target, count, os.SEEK_CUR)
+            at += count
+            yield count
+        return
+    for data in _data(source, row):
+        yield put(target, data)
+
+
+def _chunk_step(edit: Call, spec: Spec, place: Place) -> Step | None:
+    """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
+
+    Pieces must come in order.
+    """
+    if not isinstance(edit.args.get("seed", 0), int | np.integer):  # a key of JAX draws for the leaf at once
+        return None
+    if edit.index is None:
+        return step_of(edit, spec, place)
+    part = _part(edit.index, spec.shape)
+    whole = step_of(replace(edit, index=None), spec, place)
+    if part is None or whole is None or np.ndim(edit.args.get("value", 0)):
+        return None
+
+    def step(x: Array, start: int) -> Array:
+        low, high = (min(max(at - start, 0), x.size) for at in part)
+        if low < high:
+            x = x.copy()
+            x[low:high] = whole(x[low:high], start + low)
+        return x
+
+    return step
+
+
+def _part(index: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The elements (first, stop) that a slice of the first axis names, in C order; None of any other slice."""
+    if not shape or isinstance(index, bool | np.bool_) or not isinstance(index, int | np.integer | slice):
+        return None
+    row = math.prod(shape[1:])
+    if isinstance(index, slice):
+        start, stop, step = index.indices(shape[0])
+        return (start * row, max(stop, start) * row) if step == 1 else None
+    at = operator.index(index) % shape[0]
+    return at * row, (at + 1) * row

@@ -48,13 +48,7 @@ def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any
         RenameClash: two leaves would have one path, or a list a hole.
         Unsupported: a container on the way has fixed entries.
     """
-    chosen = {twin for number in numbers for twin in tree.twins(number)}
-    moved: dict[int, list[tuple[str, int | None]]] = {}
-    flat = _separator_if_flat(tree.index)
-    for rule in _rules(selector, to):
-        for number, steps in rule.over(tree.index).items():
-            if number in chosen and number not in moved:
-                moved[number] = keys([step for step in steps if isinstance(step, Step)], flat=flat)
+    moved = moves(tree.index, selector, {twin for number in numbers for twin in tree.twins(number)}, to)
     draft = _take_apart(tree)
     values = {number: draft.take(number) for number in moved}
     for number, path in moved.items():
@@ -68,6 +62,19 @@ def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any
     for number in moved:
         draft.prune(number)
     return draft.root.close(close_up=False)
+
+
+def moves(
+    index: Index, selector: Selector, chosen: Collection[int], to: str
+) -> dict[int, list[tuple[str, int | None]]]:
+    """The new paths of the chosen leaves that the selector's text names, by leaf number, as `renames.keys` has them."""
+    found: dict[int, list[tuple[str, int | None]]] = {}
+    flat = _separator_if_flat(index)
+    for rule in _rules(selector, to):
+        for number, steps in rule.over(index).items():
+            if number in chosen and number not in found:
+                found[number] = keys([step for step in steps if isinstance(step, Step)], flat=flat)
+    return found
 
 
 def _rules(selector: Selector, to: str) -> list[Rename]:

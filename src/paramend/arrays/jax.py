@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramend.errors import Unsupported
 from paramend.specs import Spec, numpy_dtype
 
 
@@ -56,6 +57,17 @@ def like(value: Any, x: Any) -> Any:
     if not x.committed and not value.committed:
         return value  # neither is bound to a device, and the result need not be
     return _placed(value, x)
+
+
+def from_numpy(array: Any) -> Any:
+    """An array on the default device with the values of an array of numpy; a copy.
+
+    Raises:
+        Unsupported: JAX holds no such dtype, or only if told to.
+    """
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise Unsupported(f"JAX does not hold {array.dtype}", hint='jax.config.update("jax_enable_x64", True)')
+    return jnp.array(array)
 
 
 def _operand(value: Any, x: Any) -> Any:

@@ -63,10 +63,11 @@ def _tensor(value: Any, x: Any) -> Any:
         return value.to(x.device, x.dtype)
     if isinstance(value, bool | int | float | complex):
         return torch.tensor(value, dtype=x.dtype, device=x.device)
-    return _from_numpy(np.asarray(value)).to(x.device, x.dtype)
+    return from_numpy(np.asarray(value)).to(x.device, x.dtype)
 
 
-def _from_numpy(array: Any) -> Any:
+def from_numpy(array: Any) -> Any:
+    """A tensor on the host with the values of an array of numpy, bit for bit; a copy."""
     array = np.array(array, order="C")
     if array.dtype.kind == "V" or array.dtype.name == "bfloat16" or array.dtype.name.startswith("float8"):
         name = array.dtype.name

@@ -1,14 +1,17 @@
 """`paramend show`: what a checkpoint holds."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
 
 from paramend import _text
+from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
-from paramend.formats.safetensors import Array, SafetensorsFile
+from paramend.formats.registry import format_of
+from paramend.formats.source import Array, Source
 from paramend.measures import Measures, measure
 from paramend.paths import natural
 from paramend.progress import Meter, Progress
@@ -16,6 +19,8 @@ from paramend.selectors import resolve
 from paramend.tables import aligned
 
 _CHUNK = 1 << 18
+# Of metadata as many entries, and of each as many characters, are shown in a table.
+_ENTRIES, _WIDTH = 20, 200
 _MEASURES = ("min", "max", "mean", "std", "zeros", "nans", "infs")
 
 
@@ -27,12 +32,15 @@ _MEASURES = ("min", "max", "mean", "std", "zeros", "nans", "infs")
 def show(path: Path, selector: str | None, stats: bool, as_json: bool) -> None:
     """List the leaves of a checkpoint, or those that SELECTOR chooses.
 
+    PATH is a file or a directory; its content shows what format it is of.
+
     Only the header is read, unless --stats is given. Mean and std are those of the finite values. Numbers that JSON
     lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
 
     Exit status: 0 done; 2 an unreadable or damaged file, or a selector that chooses nothing.
     """
-    with SafetensorsFile(path) as file:
+    with open_checkpoint(path) as checkpoint:
+        file = checkpoint.source
         numbers = file.index.numbers if selector is None else resolve(selector, file)
         # In the file `layers.10` stands before `layers.2`.
         numbers = sorted(numbers, key=lambda number: natural(file.index.path(number)))
@@ -46,7 +54,7 @@ def show(path: Path, selector: str | None, stats: bool, as_json: bool) -> None:
             _ui.show_lines(_table(file, numbers, found), header=True)
 
 
-def _measured(file: SafetensorsFile, numbers: list[int], progress: Progress | None) -> dict[int, Measures | None]:
+def _measured(file: Source, numbers: list[int], progress: Progress | None) -> dict[int, Measures | None]:
     """The measures of each leaf; None of those that cannot be read."""
     meter = Meter(progress, sum(map(file.nbytes, numbers)))
 
@@ -60,7 +68,7 @@ def _measured(file: SafetensorsFile, numbers: list[int], progress: Progress | No
     return {number: None if file.refusal(number) else measure(chunks(number)) for number in numbers}
 
 
-def _data(file: SafetensorsFile, numbers: list[int], found: dict[int, Measures | None]) -> dict[str, Any]:
+def _data(file: Source, numbers: list[int], found: dict[int, Measures | None]) -> dict[str, Any]:
     leaves = []
     for number in numbers:
         spec = file.spec(number)
@@ -76,8 +84,8 @@ def _data(file: SafetensorsFile, numbers: list[int], found: dict[int, Measures |
         leaves.append(leaf)
     return {
         "path": str(file.path),
-        "format": "safetensors",
-        "metadata": dict(file.header.metadata or {}),
+        "format": getattr(format_of(file), "name", None),
+        "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "leaves": leaves,
         "count": len(numbers),
         "size": sum(file.spec(number).size for number in numbers),
@@ -85,7 +93,7 @@ def _data(file: SafetensorsFile, numbers: list[int], found: dict[int, Measures |
     }
 
 
-def _table(file: SafetensorsFile, numbers: list[int], found: dict[int, Measures | None]) -> list[str]:
+def _table(file: Source, numbers: list[int], found: dict[int, Measures | None]) -> list[str]:
     rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size", *(_MEASURES if found else ()))]
     for number in numbers:
         spec = file.spec(number)
@@ -98,9 +106,28 @@ def _table(file: SafetensorsFile, numbers: list[int], found: dict[int, Measures 
     scalars = _text.plural(sum(file.spec(number).size for number in numbers), "scalar")
     total = f"{count}, {scalars}, {_text.size(sum(map(file.nbytes, numbers)))}"
     lines = [*aligned(rows, right="lllr" + "r" * len(_MEASURES)), "", total]
-    if file.header.metadata:
-        lines += aligned([("metadata", *(f"{key}={value}" for key, value in file.header.metadata.items()))])
+    if file.metadata:
+        said = [f"{key}={_short(value)}" for key, value in islice(file.metadata.items(), _ENTRIES)]
+        more = len(file.metadata) - len(said)
+        lines += aligned([("metadata", *said, *([f"and {more:,} more"] if more else []))])
     return lines
+
+
+def _plain(value: Any) -> Any:
+    """A value of a file's metadata as JSON has it; what it has not, as text."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return _short(value)
+
+
+def _short(value: Any) -> str:
+    """A value of a file's metadata as one cell of a table."""
+    text = value if isinstance(value, str) else f"{len(value):,} bytes" if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
 
 
 def _measure_cells(measures: Measures | None) -> Iterator[str]:

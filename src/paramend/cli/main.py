@@ -32,6 +32,11 @@ ROWS = (
     Row("scale", "paramend.cli.edit", "Write a checkpoint with leaves multiplied by a number."),
     Row("noise", "paramend.cli.edit", "Write a checkpoint with noise added to leaves."),
     Row("cast", "paramend.cli.edit", "Write a checkpoint with leaves in another dtype."),
+    Row("delete", "paramend.cli.edit", "Write a checkpoint without some leaves."),
+    Row("rename", "paramend.cli.edit", "Write a checkpoint with leaves under other paths."),
+    Row("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
+    Row("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
+    Row("history", "paramend.cli.undo", "List the edits made in place that can be taken back."),
     Row("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),
     Row("lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer."),
 )

@@ -8,16 +8,18 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from paramend import _text
-from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
+from paramend.formats.jsontext import bad, json_type, parse_object, shown
+from paramend.formats.source import Extent
 from paramend.leaves import Index, entries
 from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 
@@ -94,27 +96,83 @@ class Header:
     def with_specs(self, changes: Mapping[int, Spec]) -> "Header":
         """The header after the tensors at these places of `entries` have taken other shapes or dtypes.
 
-        Metadata, unknown fields and both orders stay. Without a true change the header stays byte for byte.
-
         >>> before = write_header({"w": Spec((2,), "float32"), "b": Spec((1,), "float32")}, {"format": "pt"})
         >>> after = before.with_specs({0: Spec((2,), "bfloat16")})
         >>> [(entry.name, str(entry.spec), entry.start) for entry in after.entries], after.metadata
         ([('w', 'bfloat16[2]', 0), ('b', 'float32[1]', 4)], {'format': 'pt'})
         """
-        if all(self.entries[i].spec == spec for i, spec in changes.items()):
+        return self.edited({i: (entry.name, changes.get(i, entry.spec)) for i, entry in enumerate(self.entries)})
+
+    def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
+        """The header of a file in which these tensors, by their places in `entries`, stay under these names and specs.
+
+        Metadata, unknown fields and both orders stay. Where nothing changes the header stays byte for byte.
+
+        Raises:
+            RenameClash: two tensors would have one name.
+            Unsupported: the format has no such dtype.
+
+        >>> before = write_header({"w": Spec((2,), "float32"), "b": Spec((1,), "float32")})
+        >>> [entry.name for entry in before.edited({1: ("bias", Spec((1,), "float32"))}).entries]
+        ['bias']
+        """
+        if len(kept) == len(self.entries) and all(
+            (entry.name, entry.spec) == kept.get(i) for i, entry in enumerate(self.entries)
+        ):
             return self
-        table = json.loads(self.raw)
+        rows: dict[str, tuple[str, Any]] = {}
+        before = json.loads(self.raw)
         entries: list[Entry] = []
         at = 0
         for i, entry in enumerate(self.entries):
-            spec = changes.get(i, entry.spec)
-            nbytes = entry.nbytes if spec == entry.spec else spec.nbytes
-            entries.append(Entry(entry.name, spec, at, at + nbytes))
+            if i not in kept:
+                continue
+            name, spec = kept[i]
+            row = before[entry.name]
+            nbytes = entry.nbytes
             if spec != entry.spec:
-                table[entry.name] |= {"dtype": _code(spec), "shape": list(spec.shape)}
-            table[entry.name]["data_offsets"] = [at, at + nbytes]
+                nbytes = spec.nbytes
+                row |= {"dtype": _code(spec), "shape": list(spec.shape)}
+            row["data_offsets"] = [at, at + nbytes]
+            entries.append(Entry(name, spec, at, at + nbytes))
+            rows[entry.name] = (name, row)
             at += nbytes
+        table: dict[str, Any] = {}
+        for old, row in before.items():
+            if old == _METADATA:
+                table[old] = row
+            elif old in rows:
+                table[_fresh(rows[old][0], table)] = rows[old][1]
         return Header(_encode(table), tuple(entries), self.metadata)
+
+
+def layout(fields: Iterable[tuple[str, Spec, int]], metadata: Mapping[str, str] | None = None) -> Header:
+    """The header of a new file that holds these tensors, given by name, spec and bytes, one after the other.
+
+    Raises:
+        RenameClash: two tensors have one name.
+        Unsupported: the format has no such dtype.
+    """
+    table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
+    entries: list[Entry] = []
+    at = 0
+    for name, spec, nbytes in fields:
+        row = {"dtype": _code(spec), "shape": list(spec.shape), "data_offsets": [at, at + nbytes]}
+        table[_fresh(name, table)] = row
+        entries.append(Entry(name, spec, at, at + nbytes))
+        at += nbytes
+    return Header(_encode(table), tuple(entries), metadata)
+
+
+def _fresh(name: str, table: Mapping[str, Any]) -> str:
+    """The name, which must be new to the table and no name of the format's own."""
+    if name == _METADATA:
+        raise RenameClash(f"{_METADATA!r} is no name for a leaf: a safetensors file keeps its metadata there")
+    if name in table:
+        raise RenameClash(f"two leaves would have one name, {shown(name)}", hint="rename or delete one of them first")
+    if name.count("/") + name.count(".") >= MAX_PIECES:
+        raise RenameClash(f"{shown(name)} has more than {MAX_PIECES} pieces")
+    return name
 
 
 def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> Header:
@@ -126,18 +184,12 @@ def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None =
     >>> write_header({"w": Spec((2, 2), "bfloat16")}).raw
     b'{"w":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}       '
     """
-    table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
-    entries: list[Entry] = []
-    at = 0
-    for name, spec in specs.items():
-        stop = at + spec.nbytes
-        table[name] = {"dtype": _code(spec), "shape": list(spec.shape), "data_offsets": [at, stop]}
-        entries.append(Entry(name, spec, at, stop))
-        at = stop
-    return Header(_encode(table), tuple(entries), metadata)
+    return layout(((name, spec, spec.nbytes) for name, spec in specs.items()), metadata)
 
 
 def _code(spec: Spec) -> str:
+    if spec.dtype.startswith("raw<"):  # bytes that are only copied, under the code that they came with
+        return spec.dtype[4:-1]
     code = SAFETENSORS_CODES.get(spec.dtype)
     if code is None:
         raise Unsupported(f"a safetensors file cannot hold {spec.dtype}", hint=", ".join(SAFETENSORS_CODES))
@@ -150,10 +202,6 @@ def _encode(table: dict[str, Any]) -> bytes:
 
 
 # ---- reading a header --------------------------------------------------------------------------------------
-
-
-class _Flaw(ValueError):
-    """A rule that the JSON text breaks, found while it is parsed."""
 
 
 def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
@@ -171,7 +219,7 @@ def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
     Traceback (most recent call last):
     paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to none
     """
-    table = _parse_json(raw, file)
+    table = parse_object(raw, file, "header")
     metadata = _metadata(table.pop(_METADATA, None), file)
     entries = [_entry(name, row, file) for name, row in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -179,132 +227,61 @@ def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
     return Header(raw, tuple(entries), metadata)
 
 
-def _bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
-    return BadCheckpoint(f"{file}: {place}: {reason}", hint=hint)
-
-
-def _shown(text: str) -> str:
-    """A name from a file in a message: no control characters, no hundred megabytes."""
-    return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"
-
-
-def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise _Flaw(f"{_shown(twice)} stands twice")
-        return found
-
-    def constant(text: str) -> NoReturn:
-        raise _Flaw(f"{text} is no JSON number")
-
-    def finite(text: str) -> float:
-        number = float(text)
-        if number in (float("inf"), float("-inf")):
-            raise _Flaw(f"the number {_shown(text)} is too large")
-        return number
-
-    def whole(text: str) -> int | float:
-        return -0.0 if text == "-0" else int(text)  # as the reference reads it
-
-    try:
-        table = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=constant,
-            parse_float=finite,
-            parse_int=whole if b"-0" in raw else None,  # a hook for each number is slow, so only where needed
-        )
-        if b"\\u" in raw:
-            json.dumps(table, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        around = _shown(error.object[max(error.start - 20, 0) : error.end + 20])
-        raise _bad(file, "header", f"half a surrogate pair is no text, in {around}") from None
-    except UnicodeDecodeError as error:
-        raise _bad(file, f"header, byte {error.start}", "the text is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise _bad(file, f"header, character {error.pos}", f"the text is not JSON: {error.msg}") from None
-    except RecursionError:
-        raise _bad(file, "header", "brackets are nested too deeply") from None
-    except _Flaw as flaw:
-        raise _bad(file, "header", str(flaw)) from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise _bad(file, "header", str(error)) from None
-    if type(table) is not dict:
-        raise _bad(file, "header", f"a JSON object is expected, not {_json_type(table)}")
-    return table
-
-
-def _json_type(value: Any) -> str:
-    names: dict[type, str] = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a bool",
-        int: "an integer",
-        float: "a number with a point",
-        type(None): "null",
-    }
-    return names[type(value)]
-
-
 def _metadata(value: Any, file: str) -> dict[str, str] | None:
     if value is None:
         return None
     if type(value) is not dict:
-        raise _bad(file, f"header, {_METADATA}", f"an object of strings is expected, not {_json_type(value)}")
+        raise bad(file, f"header, {_METADATA}", f"an object of strings is expected, not {json_type(value)}")
     for key, text in value.items():
-        place = f"header, {_METADATA}, {_shown(key)}"
+        place = f"header, {_METADATA}, {shown(key)}"
         if type(text) is not str:
-            raise _bad(file, place, f"a string is expected, not {_json_type(text)}")
+            raise bad(file, place, f"a string is expected, not {json_type(text)}")
     return value
 
 
 def _entry(name: str, row: Any, file: str) -> Entry:
-    def bad(what: str, reason: str) -> BadCheckpoint:
-        return _bad(file, f"tensor {_shown(name)}{what}", reason)
+    def flaw(what: str, reason: str) -> BadCheckpoint:
+        return bad(file, f"tensor {shown(name)}{what}", reason)
 
     if name.count("/") + name.count(".") >= MAX_PIECES:
-        raise bad("", f"the name has more than {MAX_PIECES} pieces")
+        raise flaw("", f"the name has more than {MAX_PIECES} pieces")
     if type(row) is not dict:
-        raise bad("", f"an object is expected, not {_json_type(row)}")
+        raise flaw("", f"an object is expected, not {json_type(row)}")
     missing = [field for field in ("dtype", "shape", "data_offsets") if field not in row]
     if missing:
-        raise bad("", f"{missing[0]} is missing")
+        raise flaw("", f"{missing[0]} is missing")
     code, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if type(code) is not str:
-        raise bad(", dtype", f"a string is expected, not {_json_type(code)}")
+        raise flaw(", dtype", f"a string is expected, not {json_type(code)}")
     if type(shape) is not list:
-        raise bad(", shape", f"an array is expected, not {_json_type(shape)}")
+        raise flaw(", shape", f"an array is expected, not {json_type(shape)}")
     if type(offsets) is not list or len(offsets) != 2:
-        raise bad(", data_offsets", "an array of two integers is expected")
+        raise flaw(", data_offsets", "an array of two integers is expected")
     for what, numbers in ((", shape", shape), (", data_offsets", offsets)):
         for number in numbers:
             if type(number) is not int or not 0 <= number < _U64:
-                found = f"{number:,}" if type(number) is int and abs(number) < 10**30 else _json_type(number)
-                raise bad(what, f"a whole number from 0 to 2**64 - 1 is expected, not {found}")
+                found = f"{number:,}" if type(number) is int and abs(number) < 10**30 else json_type(number)
+                raise flaw(what, f"a whole number from 0 to 2**64 - 1 is expected, not {found}")
     start, stop = offsets
     if stop < start:
-        raise bad(", data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
+        raise flaw(", data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
     elements = 1
     for length in shape:
         elements *= length
         if elements >= _U64:
-            raise bad(", shape", "the number of elements overflows 64 bits")
+            raise flaw(", shape", "the number of elements overflows 64 bits")
     dtype = FROM_SAFETENSORS.get(code)
     if dtype is None:
         return Entry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
     bits = elements * BITS[dtype]
     if bits >= _U64:
-        raise bad(", shape", "the number of bits overflows 64 bits")
+        raise flaw(", shape", "the number of bits overflows 64 bits")
     if bits % 8:
-        raise bad(", shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
+        raise flaw(", shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
     if stop - start != bits // 8:
         said = f"{code} of shape ({_text.listing([*map(str, shape)], 10)})"
         takes = _text.plural(bits // 8, "byte")
-        raise bad(", data_offsets", f"{said} takes {takes}, and {start:,} to {stop:,} are {stop - start:,}")
+        raise flaw(", data_offsets", f"{said} takes {takes}, and {start:,} to {stop:,} are {stop - start:,}")
     return Entry(name, Spec(tuple(shape), dtype), start, stop)
 
 
@@ -313,19 +290,19 @@ def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
     needed = max((entry.stop for entry in entries), default=0)
     if needed > data_nbytes:
         reason = f"the file is cut short: its tensors take {needed:,} bytes, and {data_nbytes:,} are there"
-        raise _bad(file, "data", reason, hint="copy or download it again")
+        raise bad(file, "data", reason, hint="copy or download it again")
     at = 0
     for before, entry in zip([None, *entries], entries, strict=False):
         if entry.start > at:
             reason = f"the bytes {at:,} to {entry.start:,} before it belong to no tensor"
-            raise _bad(file, f"tensor {_shown(entry.name)}, data_offsets", reason)
+            raise bad(file, f"tensor {shown(entry.name)}, data_offsets", reason)
         if entry.start < at and before is not None:
-            reason = f"it begins at {entry.start:,}, within tensor {_shown(before.name)}, which ends at {at:,}"
-            raise _bad(file, f"tensor {_shown(entry.name)}, data_offsets", reason)
+            reason = f"it begins at {entry.start:,}, within tensor {shown(before.name)}, which ends at {at:,}"
+            raise bad(file, f"tensor {shown(entry.name)}, data_offsets", reason)
         at = entry.stop
     if at != data_nbytes:
         extra = _text.plural(data_nbytes - at, "byte")
-        raise _bad(file, "data", f"{extra} after the last tensor belong to none")
+        raise bad(file, "data", f"{extra} after the last tensor belong to none")
 
 
 # ---- the file as leaves ------------------------------------------------------------------------------------
@@ -359,6 +336,7 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.ties: Mapping[int, int] = {}
+        self._closed = False
         self._descriptor = _open(self.path)
         try:
             self.stat = os.fstat(self._descriptor)
@@ -366,9 +344,27 @@ class SafetensorsFile:
         except BaseException:
             self.close()
             raise
-        names = [entry.name for entry in self.header.entries]
-        slashes = any("/" in name for name in names) and not any("." in name for name in names)
-        self.index = Index.of_names(names, "/" if slashes else ".")
+
+    @cached_property
+    def index(self) -> Index:
+        """The names."""
+        names = self.names
+        return Index.of_names(names, separator_of(names))
+
+    @property
+    def names(self) -> list[str]:
+        """The names as they stand in the header, by leaf number."""
+        return [entry.name for entry in self.header.entries]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The strings under `__metadata__`."""
+        return self.header.metadata or {}
+
+    @property
+    def stats(self) -> Mapping[Path, os.stat_result]:
+        """What the system said of each file when it was opened."""
+        return {self.path: self.stat}
 
     def __repr__(self) -> str:
         return f"<{self.path}: {_text.plural(len(self.header.entries), 'leaf', 'leaves')}>"
@@ -384,12 +380,29 @@ class SafetensorsFile:
 
     def close(self) -> None:
         """Gives the file back to the system."""
+        self._closed = True
+        self.release()
+
+    def release(self) -> None:
+        """Gives the descriptor back to the system until a leaf is read again: of many files few need to be open."""
         descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def fileno(self) -> int:
-        """The descriptor that the system knows the open file by."""
+        """The descriptor that the system knows the open file by.
+
+        Raises:
+            BadCheckpoint: it was released, and another file has its name now.
+        """
+        if self._descriptor < 0 and self._closed:
+            raise ValueError(f"{self.path} is closed")
+        if self._descriptor < 0:
+            self._descriptor = _open(self.path)
+            now = os.fstat(self._descriptor)
+            if not same_file(now, self.stat):
+                self.release()
+                raise BadCheckpoint(f"{self.path}: another program changed it since it was opened")
         return self._descriptor
 
     def spec(self, number: int) -> Spec:
@@ -408,6 +421,11 @@ class SafetensorsFile:
         if BITS[dtype] % 8:
             return f"its values, {dtype}, are packed {BITS[dtype]} bits each: its bytes can only be copied"
         return ""
+
+    def extent(self, number: int) -> Extent:
+        """Where the bytes of a leaf lie."""
+        entry = self.header.entries[number]
+        return Extent(self.path, self.header.nbytes + entry.start, entry.nbytes)
 
     def read(self, number: int) -> Array:
         """The array, read-only and memory-mapped: pages are read when touched.
@@ -437,11 +455,12 @@ class SafetensorsFile:
         dtype = numpy_dtype(self.spec(number).dtype)
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         offset = self.header.nbytes + self.header.entries[number].start + start * dtype.itemsize
+        descriptor = self.fileno()
         view, at = buffer.data, 0
         while at < len(buffer):
-            count = os.preadv(self._descriptor, [view[at:]], offset + at)
+            count = os.preadv(descriptor, [view[at:]], offset + at)
             if not count:
-                raise shrunk(self)
+                raise shrunk(self.path)
             at += count
         return buffer.view(dtype)
 
@@ -451,9 +470,7 @@ class SafetensorsFile:
 
     @cached_property
     def _map(self) -> mmap.mmap:
-        if self._descriptor < 0:
-            raise ValueError(f"{self.path} is closed")
-        return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(self.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _check_readable(self, number: int) -> None:
         why = self.refusal(number)
@@ -468,9 +485,24 @@ class SafetensorsFile:
             raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
 
 
-def shrunk(file: SafetensorsFile) -> BadCheckpoint:
+def separator_of(names: Iterable[str]) -> str:
+    """What separates the keys of names: "/" where some hold "/" and none ".", else ".".
+
+    >>> separator_of(["params/Dense_0/kernel"]), separator_of(["fc.weight", "a/b"])
+    ('/', '.')
+    """
+    text = "\n".join(names)
+    return "/" if "/" in text and "." not in text else "."
+
+
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether two looks at a file saw the same bytes, as far as the system tells."""
+    return os.path.samestat(one, other) and (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+
+
+def shrunk(path: Path) -> BadCheckpoint:
     """The error for a file that lost bytes while it was being read."""
-    return BadCheckpoint(f"{file.path}: data: the file became shorter while it was being read")
+    return BadCheckpoint(f"{path}: data: the file became shorter while it was being read")
 
 
 def _open(path: Path) -> int:
@@ -509,7 +541,7 @@ def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
     size = status.st_size
     head = os.pread(descriptor, 64, 0)
     if size < 8:
-        raise _bad(
+        raise bad(
             file,
             "byte 0",
             "the file is empty" if not size else f"a file of {_text.plural(size, 'byte')} has no header",
@@ -518,10 +550,10 @@ def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
     if length > MAX_HEADER or length > size - 8:
         for magic, what, hint in _FOREIGN:
             if head.startswith(magic):
-                raise _bad(file, "byte 0", f"it is {what}", hint)
+                raise bad(file, "byte 0", f"it is {what}", hint)
         if length > MAX_HEADER:
-            raise _bad(file, "byte 0", f"not a safetensors file: its header would be {length:,} bytes long")
-        raise _bad(
+            raise bad(file, "byte 0", f"not a safetensors file: its header would be {length:,} bytes long")
+        raise bad(
             file,
             "byte 0",
             f"the header is said to be {length:,} bytes long, and {size - 8:,} bytes follow",
@@ -531,6 +563,6 @@ def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
     while len(raw) < length:
         piece = os.pread(descriptor, length - len(raw), 8 + len(raw))
         if not piece:
-            raise _bad(file, "header", "the file became shorter while it was being read")
+            raise bad(file, "header", "the file became shorter while it was being read")
         raw += piece
     return parse_header(bytes(raw), size - 8 - length, file=file)

@@ -1,153 +1,196 @@
 """Freezing in optax: a transformation wrapped so that chosen leaves stay where they are."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from paramend.errors import NoMatch
-from paramend.selectors import Held, Selector, resolve
-from paramend.trees.registry import Tree
+from paramend.freezing.phases import Phases, passed_at
+from paramend.freezing.places import Finder, Place, dtype_of, named
+from paramend.freezing.report import FrozenReport, Row
+from paramend.freezing.schedules import Schedule
+from paramend.freezing.shares import Shares
 
 # The extra arguments by which optax optimizers are handed the loss itself: functions of the parameters.
 _LOSSES = ("value_fn", "obj_fn")
 
 
-def freeze(tx: Any, selector: Selector, how: str) -> Any:
-    """The transformation `tx` with the selected leaves frozen in one of the three ways."""
-    return _WAYS[how](optax.with_extra_args_support(tx), _Frozen(selector))
+class FreezeState(NamedTuple):
+    """The state of a transformation that freezes by a schedule.
 
-
-class _Frozen:
-    """Which leaves are frozen.
-
-    What `init` finds holds for every update of leaves with the same names and shapes: gradients need not
-    have the dtypes, nor the pure arrays of an NNX module the classes, that a selector asks about.
+    Attributes:
+        step: how many updates there have been.
+        inner_state: the state of what was wrapped.
     """
 
-    def __init__(self, selector: Selector) -> None:
-        self._selector = selector
-        self._known: dict[Any, list[bool]] = {}
-
-    def find(self, params: Any) -> Any:
-        """A tree of bools with the containers of the parameters; resolved anew.
-
-        Raises:
-            NoMatch: nothing is selected.
-        """
-        tree, structure, places = _named(params)
-        return structure.unflatten(self._resolve(tree, structure, places))
-
-    def find_again(self, updates: Any, params: Any) -> Any:
-        """A tree of bools with the containers of the updates, the same as at `init`."""
-        tree, structure, places = _named(updates)
-        flags = self._known.get(_key(tree))
-        if flags is None:  # a state from elsewhere: `init` was not called here
-            flags = self._resolve(*(_named(params) if params is not None else (tree, structure, places)))
-        return structure.unflatten(flags)
-
-    def _resolve(self, tree: Tree, structure: Any, places: dict[int, int]) -> list[bool]:
-        flags = [False] * structure.num_leaves
-        try:
-            chosen = resolve(self._selector, tree)
-        except NoMatch as error:
-            if not isinstance(self._selector, Held):
-                raise
-            raise NoMatch(
-                f"{str(error).partition(chr(10))[0]}; an optimizer sees the parameters, and of Flax models these "
-                "keep no module classes",
-                hint=f'select by path, such as "{tree.index.path(tree.index.numbers[0])}"',
-            ) from None
-        for number in chosen:
-            flags[places[id(tree.values[number])]] = True
-        self._known[_key(tree)] = flags
-        return flags
+    step: Any
+    inner_state: Any
 
 
-def _named(params: Any) -> tuple[Tree, Any, dict[int, int]]:
-    """The leaves with their names, the structure, and the place of each leaf in JAX's order.
-
-    A spec stands in for each leaf. So numbers that Python holds are leaves here, as they are to JAX, and one
-    array at two places is two parameters, as it is to an optimizer, and as it would be under `jit`.
-    """
-    leaves, structure = jax.tree.flatten(params)
-    specs = [_spec(leaf) for leaf in leaves]
-    return Tree(structure.unflatten(specs)), structure, {id(spec): place for place, spec in enumerate(specs)}
-
-
-def _spec(leaf: Any) -> Any:
-    if hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex):
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), _dtype(leaf))
-    return leaf
-
-
-def _key(tree: Tree) -> Any:
-    return tuple((tree.index.pieces(number), tree.values[number].shape) for number in tree.index.numbers)
-
-
-def _exclude(tx: Any, frozen: _Frozen) -> Any:
-    """Only the other leaves exist for `tx`."""
-
-    def trained(mask: Any) -> Any:
-        # Gradients among the extra arguments are cut to the trained leaves, too.
-        return optax.masked(tx, jax.tree.map(lambda flag: not flag, mask), mask_compatible_extra_args=True)
+def freeze(tx: Any, schedule: Schedule, how: str) -> Any:
+    """The transformation `tx` with leaves frozen in one of the three ways, as the schedule says."""
+    finder = Finder(schedule)
+    inner = _WAYS[how](optax.with_extra_args_support(tx), finder)
 
     def init(params: Any) -> Any:
-        mask = jax.tree.map(lambda _: False, params) if _is_stand_in(params) else frozen.find(params)
-        return trained(mask).init(params)
+        if not _is_stand_in(params):
+            finder.find(params)
+        state = inner.init(params)
+        return FreezeState(jnp.zeros([], jnp.int32), state) if schedule.timed else state
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        params = _without_functions(params, updates)
+        updates = _completed(updates, params, finder)
         params = _fitted(params, updates)
-        mask = frozen.find_again(updates, params)
-        for name in extra.keys() & _LOSSES if params is not None else ():
-            extra[name] = _completed(extra[name], mask, params)
-        updates, state = trained(mask).update(updates, state, params, **extra)
-        return _still(mask, updates, params), state
+        places = finder.find_again(updates, params)
+        if not schedule.timed:
+            return inner.update(updates, state, params, extra, places, None)
+        new, inner_state = inner.update(updates, state.inner_state, params, extra, places, state.step)
+        return new, FreezeState(optax.safe_increment(state.step), inner_state)
 
+    init.finder = finder  # type: ignore[attr-defined]  # for reports
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _keep_updates(tx: Any, frozen: _Frozen) -> Any:
+def frozen(params: Any, tx: Any) -> FrozenReport:
+    """What `tx`, which `freeze` made, leaves where it is."""
+    finder: Finder = tx.init.finder
+    names, _, numbers = named(params)
+    places = finder.find_again(params)
+    rows = []
+    for number in names.index.numbers:
+        place = places[numbers[id(names.values[number])]]
+        partly = "partly" if place.partial else "scheduled"
+        status = "trained" if place.free else "frozen" if place.always else partly
+        rows.append(Row(names.index.path(number), names.spec(number), status))
+    state = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    return FrozenReport(tuple(rows), sum(leaf.size * leaf.dtype.itemsize for leaf in state))
+
+
+class _Way(NamedTuple):
+    """One meaning of freezing: its `init`, and its `update`, which is told the places and the step."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., Any]
+
+
+# ---- the three ways ---------------------------------------------------------------------------------------
+
+
+def _exclude(tx: Any, finder: Finder) -> _Way:
+    """Only the other leaves exist for `tx`.
+
+    A leaf that is thawed some day has its moments from the start, since the state of one compiled step cannot
+    grow. While the leaf is frozen they are put aside: `tx` is handed the state that it would have without it.
+    """
+    shares = Shares(lambda flags: _trained(tx, flags))
+
+    def init(params: Any) -> Any:
+        if _is_stand_in(params):
+            return _trained(tx, jax.tree.map(lambda _: False, params)).init(params)
+        places = finder.find_again(params)
+        Phases.of(places)  # too many are refused here
+        return _trained(tx, _tree([place.always for place in places], params)).init(params)
+
+    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
+        like = updates if params is None else params
+        passed = passed_at(step)
+        partly = [_when(place, passed) if place.partial else False for place in places]
+        sliced = any(place.partial for place in places)
+        given = _zeroed(_tree(partly, updates), updates) if sliced else updates
+        if sliced and "grad" in extra:
+            extra = {**extra, "grad": _zeroed(_tree(partly, updates), extra["grad"])}
+
+        def run(gone: tuple[bool, ...]) -> Any:
+            flags = _tree(list(gone), updates)
+            told = dict(extra)
+            for name in told.keys() & _LOSSES if params is not None else ():
+                told[name] = _of_all(told[name], _tree(_either(gone, partly), updates), params)
+            share = shares.of(gone, always, like)
+            new, inner = _trained(tx, flags).update(given, share.cut(state), params, **told)
+            return _still(flags, new, params), share.join(state, inner)
+
+        always = tuple(place.always for place in places)
+        new, after = Phases.of(places).run(run, places, passed, (updates, state))
+        if sliced:
+            after = shares.held(places, partly, always, like, state, after)
+            new = _still(_tree(partly, updates), new, params)
+        return new, after
+
+    return _Way(init, update)
+
+
+def _keep_updates(tx: Any, finder: Finder) -> _Way:
     """All leaves exist for `tx`; what it would do to the frozen ones is dropped."""
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        params = _fitted(params, updates)
-        mask = frozen.find_again(updates, params)
+    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
+        now = _tree(_now(places, step), updates)
         updates, state = tx.update(updates, state, params, **extra)
-        return _still(mask, updates, params), state
+        return _still(now, updates, params), state
 
-    return optax.GradientTransformationExtraArgs(_checked_init(tx, frozen), update)
+    return _Way(tx.init, update)
 
 
-def _zero_gradients(tx: Any, frozen: _Frozen) -> Any:
+def _zero_gradients(tx: Any, finder: Finder) -> _Way:
     """All leaves exist for `tx`, which sees no gradient of the frozen ones."""
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        params = _fitted(params, updates)
-        mask = frozen.find_again(updates, params)
+    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
+        now = _tree(_now(places, step), updates)
         if "grad" in extra:  # line searches are told the gradient once more
-            extra["grad"] = _zeroed(mask, extra["grad"])
-        return tx.update(_zeroed(mask, updates), state, params, **extra)
+            extra = {**extra, "grad": _zeroed(now, extra["grad"])}
+        return tx.update(_zeroed(now, updates), state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(_checked_init(tx, frozen), update)
+    return _Way(tx.init, update)
 
 
-_WAYS: dict[str, Callable[[Any, _Frozen], Any]] = {
+_WAYS: dict[str, Callable[[Any, Finder], _Way]] = {
     "exclude": _exclude,
     "updates": _keep_updates,
     "gradients": _zero_gradients,
 }
 
 
-def _checked_init(tx: Any, frozen: _Frozen) -> Callable[[Any], Any]:
-    def init(params: Any) -> Any:
-        if not _is_stand_in(params):
-            frozen.find(params)
-        return tx.init(params)
+def _trained(tx: Any, gone: Any) -> Any:
+    """The transformation of the leaves that are not gone."""
+    # Gradients among the extra arguments are cut to the trained leaves, too.
+    return optax.masked(tx, jax.tree.map(lambda flag: not flag, gone), mask_compatible_extra_args=True)
 
-    return init
+
+# ---- what is frozen now -----------------------------------------------------------------------------------
+
+
+def _now(places: list[Place], step: Any) -> list[Any]:
+    """For each leaf whether it is frozen: a bool, traced or not, or one for each element."""
+    passed = passed_at(step)
+    return [_when(place, passed) for place in places]
+
+
+def _when(place: Place, passed: Any) -> Any:
+    if place.free:
+        return False
+    window = place.window
+    if window is not None:
+        return window.holds(passed)
+    now: Any = False
+    for region, piece in reversed(place.pieces):
+        inside: Any = True
+        for mask in region:
+            inside = inside & jnp.asarray(mask)
+        now = jnp.where(inside, piece.holds(passed), now)
+    return now
+
+
+def _either(gone: tuple[bool, ...], partly: list[Any]) -> list[Any]:
+    return [True if all_gone else part for all_gone, part in zip(gone, partly, strict=True)]
+
+
+# ---- trees ------------------------------------------------------------------------------------------------
+
+
+def _tree(leaves: list[Any], like: Any) -> Any:
+    return jax.tree.structure(like).unflatten(leaves)
 
 
 def _is_stand_in(params: Any) -> bool:
@@ -155,31 +198,70 @@ def _is_stand_in(params: Any) -> bool:
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
-def _fitted(params: Any, updates: Any) -> Any:
-    """The parameters with None where the updates have None: an Equinox module may come with its functions."""
+def _is_absent(update: Any) -> bool:
+    return update is None or isinstance(update, optax.MaskedNode)
+
+
+def _without_functions(params: Any, updates: Any) -> Any:
+    """The parameters with None where there is no array and no update: an Equinox module may come with its functions."""
     if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
         return params
-    return jax.tree.map(lambda u, p: None if u is None else p, updates, params, is_leaf=lambda u: u is None)
+    return jax.tree.map(
+        lambda u, p: None if _is_absent(u) and not hasattr(p, "dtype") else p, updates, params, is_leaf=_is_absent
+    )
 
 
-def _completed(loss: Callable[..., Any], mask: Any, params: Any) -> Callable[..., Any]:
+def _fitted(params: Any, updates: Any) -> Any:
+    """The parameters as far as there are updates."""
+    if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
+        return params
+    return jax.tree.map(lambda u, p: u if _is_absent(u) else p, updates, params, is_leaf=_is_absent)
+
+
+def _completed(updates: Any, params: Any, finder: Finder) -> Any:
+    """The updates with zeros for frozen leaves of which there is no gradient; nothing reads these zeros."""
+    if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
+        return updates
+    places = _tree(finder.find_again(params), params)
+
+    def complete(update: Any, param: Any, place: Any) -> Any:
+        return jnp.zeros_like(param) if _is_absent(update) and isinstance(place, Place) and not place.free else update
+
+    return jax.tree.map(complete, updates, params, places, is_leaf=_is_absent)
+
+
+def _of_all(loss: Callable[..., Any], frozen: Any, params: Any) -> Callable[..., Any]:
     """The loss as a function of parameters from which the frozen leaves were cut."""
 
-    def completed(trained: Any, *args: Any, **kwargs: Any) -> Any:
-        return loss(jax.tree.map(lambda flag, t, p: p if flag else t, mask, trained, params), *args, **kwargs)
+    def of_all(trained: Any, *args: Any, **kwargs: Any) -> Any:
+        def pick(now: Any, t: Any, p: Any) -> Any:
+            return t if now is False else p if now is True else jnp.where(now, p, t)
 
-    return completed
+        return loss(jax.tree.map(pick, frozen, trained, params), *args, **kwargs)
+
+    return of_all
 
 
-def _zeroed(mask: Any, gradients: Any) -> Any:
-    return jax.tree.map(lambda flag, g: jnp.zeros_like(g) if flag and not _is_void(g) else g, mask, gradients)
+def _zeroed(now: Any, gradients: Any) -> Any:
+    """The gradients, zero where frozen; also where they are NaN."""
+
+    def zeroed(now: Any, g: Any) -> Any:
+        if now is False or is_void(g):
+            return g
+        return jnp.zeros_like(g) if now is True else jnp.where(now, jnp.zeros_like(g), g)
+
+    return jax.tree.map(zeroed, now, gradients)
 
 
-def _still(mask: Any, updates: Any, params: Any) -> Any:
-    """The updates, with nothing to add to the frozen leaves."""
-    if params is None:
-        return jax.tree.map(lambda flag, u: _nothing(u, u) if flag else u, mask, updates)
-    return jax.tree.map(lambda flag, u, p: _nothing(u, p) if flag else u, mask, updates, params)
+def _still(now: Any, updates: Any, params: Any) -> Any:
+    """The updates, with nothing to add to what is frozen."""
+
+    def still(now: Any, u: Any, p: Any) -> Any:
+        if now is False or is_void(u):
+            return u if now is False else _nothing(u, p)
+        return _nothing(u, p) if now is True else jnp.where(now, _nothing(u, p), u)
+
+    return jax.tree.map(still, now, updates, updates if params is None else params)
 
 
 def _nothing(update: Any, param: Any) -> Any:
@@ -187,18 +269,14 @@ def _nothing(update: Any, param: Any) -> Any:
 
     Of the parameter's shape, because gradients may still have an axis of examples.
     """
-    if jnp.issubdtype(_dtype(param), jnp.inexact):
-        minus_zero = complex(-0.0, -0.0) if jnp.issubdtype(_dtype(update), jnp.complexfloating) else -0.0
-        return jnp.full_like(param, minus_zero, dtype=_dtype(update))
+    if jnp.issubdtype(dtype_of(param), jnp.inexact):
+        minus_zero = complex(-0.0, -0.0) if jnp.issubdtype(dtype_of(update), jnp.complexfloating) else -0.0
+        return jnp.full_like(param, minus_zero, dtype=dtype_of(update))
     # The gradient of an integer is a float0, which optax cannot add to anything: an integer zero it can.
-    return update if _is_void(param) else jnp.zeros_like(param)
+    return update if is_void(param) else jnp.zeros_like(param)
 
 
-def _is_void(x: Any) -> bool:
+def is_void(x: Any) -> bool:
     """Whether it is of a dtype without arithmetic: float0, the gradient of an integer, or a PRNG key."""
-    dtype = _dtype(x)
+    dtype = dtype_of(x)
     return bool(dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended))
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)

@@ -1,5 +1,6 @@
 """Regions: which elements of a leaf a slice names, as small masks that broadcast to the leaf."""
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,11 @@ def both(one: Region, other: Region) -> Region:
 
 def is_empty(region: Region) -> bool:
     """Whether there is no element in it."""
-    return any(not mask.any() for mask in region) or (
-        len({mask.ndim - mask.shape.count(1) for mask in region} - {1}) > 0 and not np.logical_and.reduce(region).any()
-        if len(region) > 1
-        else False
-    )
+    if not all(mask.any() for mask in region):
+        return True
+    # Vectors along different axes always meet; only a mask of several axes can miss the others.
+    crossed = any(sum(length > 1 for length in mask.shape) > 1 for mask in region)
+    return len(region) > 1 and crossed and not reduce(np.logical_and, region).any()
 
 
 def _part(part: Any) -> Any:

@@ -1,11 +1,14 @@
 """The verbs of freezing. The adapter for the subject's framework is opened once that framework is there."""
 
 import importlib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paramend import _text
 from paramend._optional import need
 from paramend.errors import BadArgument, Unsupported
+from paramend.freezing.report import FrozenReport
+from paramend.freezing.schedules import read_schedule
 from paramend.selectors import sel, slice_of, write_index
 from paramend.trees.kinds import is_torch_module
 
@@ -15,7 +18,9 @@ if TYPE_CHECKING:
 HOW = ("exclude", "updates", "gradients")
 
 
-def freeze(tx: Any, selector: Any, *, how: str = "exclude") -> "optax.GradientTransformationExtraArgs":
+def freeze(
+    tx: Any, selector: Any = None, *, how: str = "exclude", until: Any = None, since: Any = None
+) -> "optax.GradientTransformationExtraArgs":
     """A transformation that trains as `tx` does and leaves the selected parameters where they are.
 
     The selector is resolved against the parameters when `init` is called, and the same leaves stay frozen in
@@ -27,21 +32,48 @@ def freeze(tx: Any, selector: Any, *, how: str = "exclude") -> "optax.GradientTr
     | `"updates"` | never moves | run on | counts |
     | `"gradients"` | moves, if `tx` decays weights or carries momentum | fade | counts as zero |
 
+    With `until=` leaves are thawed in the course of training, as in gradual unfreezing (ULMFiT, arXiv:1801.06146),
+    and with `since=` they are frozen in its course. The step is a counter in the optimizer state, so one compiled
+    step serves the whole schedule. A leaf that will thaw has its moments from the start. What they are at its thaw:
+
+    | how | moments at the thaw |
+    |---|---|
+    | `"exclude"` | what they were when it was frozen; as `init` makes them, if it was frozen from the beginning |
+    | `"updates"` | those of all gradients so far, as if it had been trained |
+    | `"gradients"` | faded by one step for each step it was frozen; zero, if frozen from the beginning |
+
+    Counts in `tx` run on for all leaves alike. So the bias correction of Adam is over for a leaf that thaws late
+    with moments of zero, and its first update is up to `(1 - b1) / sqrt(1 - b2)`, by default 3.2, times the rate.
+
+    A slice, as in `pm.sel("layers/mlp/wo/kernel")[:4]`, freezes those elements of each leaf. They do not move, and
+    with "exclude" their gradients are zero to `tx` and their moments stay what they are. `tx` still sees a whole
+    leaf: what it reckons over a leaf, such as a trust ratio or row statistics, counts all elements.
+
     Args:
         tx: an optax transformation, such as `optax.adamw(1e-3)`.
-        selector: text such as `"**/Dense_0/**"`, or anything that `pm.sel` takes, except a slice. A module
-            class needs parameters that are modules (Equinox); a dict of parameters knows no classes.
+        selector: text such as `"**/Dense_0/**"`, or anything that `pm.sel` takes, also a slice. A module
+            class needs parameters that are modules (Equinox); a dict of parameters knows no classes. May be left
+            out when a mapping of `until` or `since` names the leaves.
         how: what freezing means, from the table. "updates" keeps the moments warm for a later thaw; with it
             and with "gradients" the optimizer state is that of `tx`.
+        until: when the leaves thaw: 1000 freezes the updates 0 to 999. Or a function of the step, which thaws them
+            while it is true. Or a mapping of selectors to either; of several that name a leaf the first counts, and
+            a leaf that none names stays frozen.
+        since: when the leaves are frozen, in the same ways: 1000 trains in the updates 0 to 999. With
+            `since=100, until=200` the updates 100 to 199 are frozen; with `since=200, until=100` all but these.
 
     Returns:
         A transformation whose `update` hands extra arguments on to `tx`. The updates of frozen leaves are
-        -0.0, because x + -0.0 is x for every x, where x + 0.0 turns -0.0 into 0.0.
+        -0.0, because x + -0.0 is x for every x, where x + 0.0 turns -0.0 into 0.0. A gradient may be None
+        where a leaf is frozen. With a schedule the state is `(step, inner_state)`.
 
     Raises:
-        NoMatch: from `init`, the selector matches none of the parameters.
-        BadArgument: `how` is none of the three.
-        Unsupported: `tx` is no optax transformation, or the selector names slices.
+        NoMatch: from `init`, a selector matches none of the parameters.
+        BadArgument: `how` is none of the three; `until` or `since` hold no steps, or from `init`, they name leaves
+            that the selector does not, or, with "exclude", make more than 64 phases.
+        OutOfRange: from `init`, a slice does not fit a leaf.
+        Unsupported: `tx` is no optax transformation; or from `update`, with "exclude" and a schedule, the state
+            of `tx` does not come apart by leaf (`optax.flatten`).
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Dense_1": {"kernel": jnp.ones(2)}}
@@ -50,6 +82,14 @@ def freeze(tx: Any, selector: Any, *, how: str = "exclude") -> "optax.GradientTr
     >>> new = optax.apply_updates(params, updates)
     >>> new["Dense_0"]["kernel"].tolist(), bool((new["Dense_1"]["kernel"] < 1).all())
     ([1.0, 1.0], True)
+
+    >>> tx = freeze(optax.sgd(0.5), until={"Dense_0/**": 1})
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(params, state, params)
+    ...     print(updates["Dense_0"]["kernel"])
+    [-0. -0.]
+    [-0.5 -0.5]
     """
     if how not in HOW:
         near = _text.closest(how, HOW, 1) if isinstance(how, str) else []
@@ -62,18 +102,169 @@ def freeze(tx: Any, selector: Any, *, how: str = "exclude") -> "optax.GradientTr
             f"freeze takes an optax transformation, which has `init` and `update`; this is {_described(tx)}",
             hint=_torch_hint(selector) if is_torch_module(tx) else 'pm.freeze(optax.adamw(1e-3), "**/Dense_0/**")',
         )
-    whole, index = slice_of(sel(selector))
-    if index is not None:
-        raise Unsupported(
-            f"freeze takes whole leaves, and {sel(selector)!r} names a slice [{write_index(index)}] of each",
-            hint=f"pm.freeze(tx, {whole!r}) freezes them whole",
-        )
+    schedule = read_schedule(selector, until, since)
     need("optax", extra="jax", to="freeze")
     adapter: Any = importlib.import_module("paramend.freezing.optax")
-    return adapter.freeze(tx, whole, how)
+    return adapter.freeze(tx, schedule, how)
 
 
-def freeze_(module: Any, selector: Any) -> list[str]:
+def frozen(subject: Any, tx: Any = None) -> FrozenReport:
+    """A report of what is frozen and what trains, by subtree, with the bytes of optimizer state.
+
+    Args:
+        subject: parameters of JAX, or a torch module.
+        tx: the transformation that `freeze` made; for a torch module its optimizer, or nothing.
+
+    Returns:
+        A report: `str(report)` is a table, `report.frozen` and `report.trained` are lists of rows with `.path` and
+        `.spec`, `report.state_nbytes` is a number.
+
+    Raises:
+        NoMatch: the selector of `tx` matches none of the parameters.
+        Unsupported: parameters of JAX without the transformation that `freeze` made: only it knows.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3))}, "Dense_1": {"kernel": jnp.ones((3, 1))}}
+    >>> print(frozen(params, freeze(optax.sgd(0.1, momentum=0.9), "Dense_0/**")))
+    trained: 3 scalars in 1, frozen: 6 scalars in 1 of 2 leaves; optimizer state: 12 B
+    <BLANKLINE>
+    trained: 1 leaf
+      Dense_1/kernel  float32[3,1]
+    <BLANKLINE>
+    frozen: 1 leaf
+      Dense_0/kernel  float32[2,3]
+    """
+    if is_torch_module(subject):
+        return importlib.import_module("paramend.freezing.torch").frozen(subject, tx)  # type: ignore[no-any-return]
+    if not hasattr(getattr(tx, "init", None), "finder"):
+        raise Unsupported(
+            "of parameters alone nobody can say what is frozen: the outermost transformation made by freeze knows",
+            hint='pm.frozen(params, pm.freeze(optax.adamw(1e-3), "**/Dense_0/**"))',
+        )
+    return importlib.import_module("paramend.freezing.optax").frozen(subject, tx)  # type: ignore[no-any-return]
+
+
+def value_and_grad(
+    loss: Callable[..., Any], frozen: Any, *, argnum: int = 0, has_aux: bool = False, zeros: bool = False
+) -> Callable[..., Any]:
+    """A function that returns the loss and its gradient with respect to the parameters that are not frozen.
+
+    As `jax.value_and_grad`, but frozen leaves are constants: no gradient of them is reckoned or stored, and the
+    backward pass ends where nothing trained lies below.
+
+    The gradient has the containers of the parameters, with None at frozen leaves. `pm.freeze(tx, frozen)` takes it
+    as it is; so do `jax.tree.map` over the gradient, `optax.clip_by_global_norm`, `eqx.apply_updates`. What walks
+    over gradient and parameters together, such as `optax.MultiSteps` around `pm.freeze`, wants `zeros=True`.
+
+    Args:
+        loss: a function that returns a scalar.
+        frozen: text such as `"**/Dense_0/**"`, or anything that `pm.sel` takes, except a slice. It is resolved
+            against the parameters at the first call with leaves of these names and shapes.
+        argnum: which positional argument holds the parameters.
+        has_aux: whether the loss returns `(value, aux)`.
+        zeros: zeros at frozen leaves instead of None. In one compiled step with the update they cost nothing.
+
+    Raises:
+        NoMatch: when called, the selector matches none of the parameters.
+        BadArgument: `argnum` is none of the arguments.
+        Unsupported: the selector names slices, of which no leaf can be differentiated by half; or when called, the
+            parameters are an NNX module.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"Dense_0": jnp.array(2.0), "Dense_1": jnp.array(3.0)}
+    >>> value, gradient = value_and_grad(lambda p: p["Dense_0"] * p["Dense_1"], "Dense_0")(params)
+    >>> float(value), gradient["Dense_0"], float(gradient["Dense_1"])
+    (6.0, None, 2.0)
+    """
+    whole, index = slice_of(sel(frozen))
+    if index is not None:
+        raise Unsupported(
+            f"value_and_grad takes whole leaves, and {sel(frozen)!r} names a slice [{write_index(index)}] of each: "
+            "a gradient is of the whole array",
+            hint=f"jax.value_and_grad(loss), with pm.freeze(tx, {sel(frozen)!r}) to keep the slice where it is",
+        )
+    need("jax", extra="jax", to="differentiate")
+    adapter: Any = importlib.import_module("paramend.freezing.gradients")
+    return adapter.value_and_grad(loss, read_schedule(whole, None, None), argnum, has_aux, zeros)  # type: ignore[no-any-return]
+
+
+def carry_opt_state(tx: Any, params: Any, state: Any, *, mismatch: str = "error") -> Any:
+    """The state of `tx` for these parameters, in which everything goes on that an earlier state has.
+
+    For thawing, refreezing and resuming: the earlier state may be that of `tx` before it was wrapped in
+    `pm.freeze`, or of a `pm.freeze` of other leaves, or be part of another chain, or come from a file as dicts
+    and lists.
+
+    - The moments of every leaf that both have are carried bit for bit, by path.
+    - The moments of a leaf that the earlier state does not have (None or a `MaskedNode`) are as `tx.init` makes them.
+    - Counts, schedules and injected hyperparameters go on. So does the step of `until=` and `since=`; in a state
+      that had none, it is 0.
+    - What only the earlier state has is left out.
+
+    A moment belongs to the record of fields that it is in, wherever that stands in a chain: where `mu`, `nu` and
+    `count` are together, as in Adam, in one place of each state.
+
+    Args:
+        tx: the transformation to go on with.
+        params: the parameters to go on with.
+        state: an earlier state of the same kind of optimizer.
+        mismatch: when a moment does not have the shape that `tx.init` gives it: "error"; "keep" keeps what
+            `tx.init` made.
+
+    Raises:
+        SpecMismatch: shapes differ; all of them are named.
+        BadArgument: nothing in the state belongs to this optimizer, or `mismatch` is neither of the two.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    >>> adam = optax.adam(0.1)
+    >>> frozen = freeze(adam, "a")
+    >>> _, state = frozen.update(params, frozen.init(params), params)
+    >>> thawed = carry_opt_state(adam, params, state)
+    >>> thawed[0].count.tolist(), thawed[0].mu["a"].tolist(), bool((thawed[0].mu["b"] > 0).all())
+    (1, [0.0, 0.0], True)
+    """
+    if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
+        raise Unsupported(
+            f"carry_opt_state takes an optax transformation, which has `init` and `update`; this is {_described(tx)}",
+            hint="pm.carry_opt_state(tx, params, state)",
+        )
+    if mismatch not in ("error", "keep"):
+        raise BadArgument(
+            f"mismatch={mismatch!r} is neither 'error' nor 'keep'",
+            hint='pm.carry_opt_state(tx, params, state, mismatch="keep")',
+        )
+    need("optax", extra="jax", to="carry an optimizer state")
+    return importlib.import_module("paramend.freezing.states").carry_opt_state(tx, params, state, mismatch)
+
+
+def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bool]:
+    """A filter of NNX that is true of the chosen Variables of this model.
+
+    NNX asks a filter about one Variable at a time, so nobody could tell which layer is the last, or that nothing
+    matched. Here the selector is resolved against the model first. The filter goes where NNX takes one:
+    `nnx.state`, `nnx.split`, `nnx.Optimizer(wrt=...)`, `nnx.DiffState`, within `nnx.All`, `nnx.Any` and `nnx.Not`.
+
+    Args:
+        model: an NNX module, or a State of one.
+        selector: text such as `"layers[-1]/**"`, or anything that `pm.sel` takes, except a slice.
+
+    Raises:
+        NoMatch: the selector matches nothing, where NNX would give an empty State.
+        Unsupported: no NNX module.
+
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(0)))
+    >>> [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx_filter(model, "layers[-1]/**")))]
+    [('layers', 1, 'bias'), ('layers', 1, 'kernel')]
+    """
+    need("flax.nnx", extra="jax", to="filter")
+    return importlib.import_module("paramend.freezing.nnx").nnx_filter(model, selector)  # type: ignore[no-any-return]
+
+
+def freeze_(
+    module: Any, selector: Any, *, optimizer: Any = None, norm_stats: bool = True, keep_state: bool = False
+) -> list[str]:
     """The paths of the chosen leaves of a torch module, after they were frozen in place.
 
     Parameters get `requires_grad=False`, and their `.grad` becomes None, so that an optimizer that holds them
@@ -83,18 +274,26 @@ def freeze_(module: Any, selector: Any) -> list[str]:
     normalizes with them and does not update them, in train mode too, until `unfreeze_`. When only its weight
     and bias are chosen, the statistics move on. Other buffers take no gradients: nothing is done to them.
 
-    L-BFGS keeps one history of curvature for all its parameters, and in mid-run that would go on moving the
-    frozen ones: clear it, `optimizer.state.clear()`.
+    A slice, as in `pm.sel("embed.weight")[:100]`, is frozen in the steps of `optimizer=`: its gradient is zero there,
+    and what the step did to it is undone, bit for bit. The rest of the tensor trains on.
 
-    Classes, modes and state dicts stay as they are. Tied parameters are frozen under all their names.
+    Classes, modes and state dicts stay as they are.
 
     Args:
         module: a `torch.nn.Module`.
-        selector: text such as `"encoder.**"`, or anything that `pm.sel` takes, except a slice.
+        selector: text such as `"encoder.**"`, or anything that `pm.sel` takes.
+        optimizer: the optimizer in use, when frozen in mid-run: it forgets the moments of what is frozen. L-BFGS,
+            which keeps one history of curvature for all parameters, forgets all; without this it would go on moving
+            what is frozen. Needed for slices; these hold for this optimizer object, and not for copies of it.
+        norm_stats: whether chosen running statistics are held.
+        keep_state: whether the optimizer keeps the moments for a later thaw.
 
     Raises:
         NoMatch: the selector matches nothing.
-        Unsupported: no torch module, or the selector names slices.
+        BadArgument: a tied parameter is chosen by some of its names and not by all; the optimizer does not hold what
+            is chosen.
+        OutOfRange: the slice does not fit.
+        Unsupported: no torch module, or a slice without an optimizer.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
@@ -103,22 +302,26 @@ def freeze_(module: Any, selector: Any) -> list[str]:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['2.weight', '2.bias']
     """
-    return _torch(module, selector, "freeze_").freeze_(module, selector)  # type: ignore[no-any-return]
+    adapter, whole, index = _torch(module, selector, "freeze_")
+    return adapter.freeze_(module, whole, index, optimizer, norm_stats, keep_state)  # type: ignore[no-any-return]
 
 
-def unfreeze_(module: Any, selector: Any) -> list[str]:
-    """The paths of the chosen leaves of a torch module, after they were made trainable in place.
+def unfreeze_(module: Any, selector: Any, *, optimizer: Any = None) -> list[str]:
+    """The paths of the chosen leaves of a torch module, after `freeze_` was taken back in place.
 
-    Every chosen parameter gets `requires_grad=True`, whoever froze it. A normalization layer updates its
-    running statistics again, in train mode, as soon as one of them is chosen.
+    A parameter that `freeze_` froze gets the `requires_grad` that it had before. One that it never saw gets
+    `requires_grad=True`, whoever froze it. A normalization layer updates its running statistics again, in train mode,
+    as soon as one of them is chosen.
 
     Args:
         module: a `torch.nn.Module`.
-        selector: text such as `"encoder.layers[-1].**"`, or anything that `pm.sel` takes, except a slice.
+        selector: text such as `"encoder.layers[-1].**"`, or anything that `pm.sel` takes. A slice is thawed as it
+            was frozen; whole leaves with all their slices.
+        optimizer: the optimizer in whose steps slices are frozen.
 
     Raises:
         NoMatch: the selector matches nothing.
-        Unsupported: no torch module, or the selector names slices.
+        Unsupported: no torch module, or a slice without an optimizer.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -126,24 +329,61 @@ def unfreeze_(module: Any, selector: Any) -> list[str]:
     >>> unfreeze_(model, "1.*")
     ['1.weight', '1.bias']
     """
-    return _torch(module, selector, "unfreeze_").unfreeze_(module, selector)  # type: ignore[no-any-return]
+    adapter, whole, index = _torch(module, selector, "unfreeze_")
+    return adapter.unfreeze_(module, whole, index, optimizer)  # type: ignore[no-any-return]
 
 
-def _torch(module: Any, selector: Any, verb: str) -> Any:
-    """The adapter for a torch module, after the arguments were looked at."""
+def carry_optimizer_(optimizer: Any, old: Any, *, module: Any = None, names: Sequence[str] | None = None) -> Any:
+    """The same torch optimizer, after it took over what an earlier one has for its parameters.
+
+    For thawing, refreezing and resuming, where `load_state_dict` asks for the same parameters in the same groups and
+    takes moments of any shape. Moments of the parameters that both have are copied bit for bit; the others start in
+    their first step. A group takes the rate and the other hyperparameters of the earlier group, if all its parameters
+    come from one. L-BFGS has one history for all parameters: it is carried if these are the same, or else starts anew.
+
+    Args:
+        optimizer: the optimizer to go on with.
+        old: an earlier optimizer of the same class, or its state dict. Parameters of an optimizer are matched by
+            identity; else by names, if the optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
+            they are given; else by their order, if there are as many.
+        module: the module that names the parameters of `optimizer`.
+        names: the names of the parameters of `old`, in their order.
+
+    Raises:
+        SpecMismatch: moments do not have the shape of their parameter; nothing was changed.
+        BadArgument: nothing belongs together, or nobody can say what does.
+        Unsupported: no torch optimizer.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    >>> old = torch.optim.AdamW(model[1].parameters(), lr=0.5)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> old.step()
+    >>> new = carry_optimizer_(torch.optim.AdamW(model.parameters()), old)
+    >>> [int(state["step"]) for state in new.state.values()], new.param_groups[0]["lr"]
+    ([1, 1], 0.5)
+    """
+    if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
+        raise Unsupported(
+            f"carry_optimizer_ takes a torch optimizer, and this is {_described(optimizer)}",
+            hint="of optax, pm.carry_opt_state(tx, params, state)",
+        )
+    if not hasattr(old, "param_groups") and not (isinstance(old, dict) and {"state", "param_groups"} <= old.keys()):
+        raise Unsupported(
+            f"the earlier state is neither a torch optimizer nor the state dict of one, but {_described(old)}",
+            hint="pm.carry_optimizer_(optimizer, old), or old.state_dict() as it was saved",
+        )
+    return importlib.import_module("paramend.freezing.optimizers").carry_optimizer_(optimizer, old, module, names)
+
+
+def _torch(module: Any, selector: Any, verb: str) -> tuple[Any, Any, Any]:
+    """The adapter for a torch module, the selector without its slice, and the slice."""
     if not is_torch_module(module):
         raise Unsupported(
             f"{verb} takes a torch module, which changes in place; this is {_described(module)}",
             hint=f"in JAX the optimizer is told: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
         )
-    whole, index = slice_of(sel(selector))
-    if index is not None:
-        raise Unsupported(
-            f"{verb} takes whole leaves, as requires_grad is of the whole tensor, and {sel(selector)!r} "
-            f"names a slice [{write_index(index)}] of each",
-            hint=f"pm.{verb}(module, {whole!r}) takes them whole",
-        )
-    return importlib.import_module("paramend.freezing.torch")
+    return (importlib.import_module("paramend.freezing.torch"), *slice_of(sel(selector)))
 
 
 def _described(subject: Any) -> str:

@@ -1,61 +1,181 @@
 """Freezing in torch: parameters without gradients, normalization layers that keep their statistics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from paramend.selectors import resolve
+from paramend.errors import BadArgument
+from paramend.freezing.report import FrozenReport, Row
+from paramend.freezing.slices import release, withhold
+from paramend.leaves import Index
+from paramend.selectors import resolve, sel
+from paramend.specs import Spec, dtype_name
 from paramend.trees.registry import Tree
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
-def freeze_(module: nn.Module, selector: Any) -> list[str]:
-    """The paths of the chosen leaves, after they were frozen."""
-
-    def stop(tensor: torch.Tensor) -> None:
-        tensor.requires_grad_(False)
-        tensor.grad = None  # one that is left from an earlier step would be applied in the next
-
-    return _each(module, selector, stop, _hold)
-
-
-def unfreeze_(module: nn.Module, selector: Any) -> list[str]:
-    """The paths of the chosen leaves, after they were thawed."""
-
-    def go(tensor: torch.Tensor) -> None:
-        if tensor.is_floating_point() or tensor.is_complex():  # integers can have no gradient
-            tensor.requires_grad_()
-
-    return _each(module, selector, go, _release)
-
-
-def _each(
-    module: nn.Module,
-    selector: Any,
-    on_parameter: Callable[[torch.Tensor], None],
-    on_owner: Callable[[nn.Module], None],
+def freeze_(
+    module: nn.Module, selector: Any, index: Any, optimizer: Any, norm_stats: bool, keep_state: bool
 ) -> list[str]:
-    """The chosen paths, after each parameter and each owner of statistics among them was dealt with."""
-    tree = Tree(module)
-    chosen = resolve(selector, tree)
-    numbers = {twin for number in chosen for twin in tree.twins(number)}
-    ids = {id(tree.values[number]) for number in numbers}
-    for parameter in module.parameters():
-        if id(parameter) in ids:
-            on_parameter(parameter)
-    for owner in _owners(module, ids):
-        on_owner(owner)
-    return [tree.index.path(number) for number in chosen]
+    """The paths of the chosen leaves, after they were frozen."""
+    chosen = _Chosen.of(module, selector)
+    chosen.refuse_halves(selector)
+    if index is not None:
+        withhold(chosen.parameters(), index, optimizer)
+        return chosen.paths
+    if optimizer is not None:
+        _forget(optimizer, chosen.parameters(), keep_state)
+    for layer, name, parameter in chosen.places():
+        vars(layer).setdefault("_trained_before", {}).setdefault(name, parameter.requires_grad)
+    for parameter in chosen.parameters().values():
+        parameter.requires_grad_(False)
+        parameter.grad = None  # one that is left from an earlier step would be applied in the next
+    if norm_stats:
+        for layer in chosen.owners():
+            _hold(layer)
+    return chosen.paths
 
 
-def _owners(module: nn.Module, ids: set[int]) -> Iterator[nn.Module]:
-    """The layers whose running statistics are among these tensors."""
-    for layer in module.modules():
-        if any(id(layer._buffers.get(name)) in ids for name in _STATISTICS):
-            yield layer
+def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> list[str]:
+    """The paths of the chosen leaves, after they became what they were before."""
+    chosen = _Chosen.of(module, selector)
+    if optimizer is not None or index is not None:
+        release(chosen.parameters(), index, optimizer)
+    if index is not None:
+        return chosen.paths
+    for layer, name, parameter in chosen.places():
+        before = vars(layer).get("_trained_before", {})
+        # Whoever froze what `freeze_` never saw: it is thawed. Integers can have no gradient.
+        if before.pop(name, parameter.is_floating_point() or parameter.is_complex()):
+            parameter.requires_grad_()
+        if not before:
+            vars(layer).pop("_trained_before", None)
+    for layer in chosen.owners():
+        _release(layer)
+    return chosen.paths
+
+
+def frozen(module: nn.Module, optimizer: Any) -> FrozenReport:
+    """Which parameters have no gradient."""
+    withheld = getattr(optimizer, "_withheld", None)
+    sliced = {id(parameter) for parameter, _ in withheld.slices} if withheld is not None else set()
+    rows = [
+        Row(
+            name,
+            Spec(tuple(p.shape), dtype_name(p.dtype)),
+            "frozen" if not p.requires_grad else "partly" if id(p) in sliced else "trained",
+        )
+        for name, p in module.named_parameters()
+    ]
+    if optimizer is None:
+        return FrozenReport(tuple(rows))
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return FrozenReport(tuple(rows), sum(value.numel() * value.element_size() for value in held))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a selector chooses of a module: leaves under all their names."""
+
+    module: nn.Module
+    tree: Tree
+    numbers: tuple[int, ...]
+    ids: frozenset[int]
+
+    @classmethod
+    def of(cls, module: nn.Module, selector: Any) -> "_Chosen":
+        sharded = any(hasattr(p, "_local_tensor") for p in module.parameters())
+        tree = _Sharded(module) if sharded else Tree(module)
+        numbers = resolve(selector, tree)
+        twins = {twin for number in numbers for twin in tree.twins(number)}
+        return cls(module, tree, numbers, frozenset(id(tree.values[number]) for number in twins))
+
+    @property
+    def paths(self) -> list[str]:
+        """One path for each leaf."""
+        return [self.tree.index.path(number) for number in self.numbers]
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, without buffers."""
+        return {name: p for name, p in self.module.named_parameters() if id(p) in self.ids}
+
+    def places(self) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+        """The parameters with the layers that hold them and their names there."""
+        for layer in self.module.modules():
+            for name, parameter in layer._parameters.items():
+                if parameter is not None and id(parameter) in self.ids:
+                    yield layer, name, parameter
+
+    def owners(self) -> Iterator[nn.Module]:
+        """The layers whose running statistics are among these tensors."""
+        for layer in self.module.modules():
+            if any(id(layer._buffers.get(name)) in self.ids for name in _STATISTICS):
+                yield layer
+
+    def refuse_halves(self, selector: Any) -> None:
+        """Raises for a parameter with two names of which one is not chosen: it cannot be frozen and train on."""
+        named = set(resolve(selector, _Untied(self.tree)))
+        for number in sorted(named):
+            others = [twin for twin in self.tree.twins(number) if twin not in named]
+            if others:
+                one, other = self.tree.index.path(number), self.tree.index.path(others[0])
+                raise BadArgument(
+                    f"{one} and {other} are one parameter (tied), and only {one} is to be frozen",
+                    hint=f"name both: pm.freeze_(module, [{sel(selector)!r}, {other!r}])",
+                )
+
+
+class _Sharded(Tree):
+    """A module with DTensors (FSDP2), which have no storage to compare: tied is what is one object."""
+
+    @property
+    def ties(self) -> Mapping[int, int]:
+        first: dict[int, int] = {}
+        ones = {number: first.setdefault(id(self.values[number]), number) for number in self.index.numbers}
+        shared = {one for number, one in ones.items() if one != number}
+        return {number: one for number, one in ones.items() if one in shared}
+
+
+class _Untied:
+    """A tree in which every name is a leaf of its own: what a selector names, and not what it reaches."""
+
+    ties: Mapping[int, int] = {}
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    @property
+    def index(self) -> Index:
+        return self._tree.index
+
+    def spec(self, number: int) -> Spec:
+        return self._tree.spec(number)
+
+    def read(self, number: int) -> Any:
+        return self._tree.read(number)
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        return self._tree.children(node)
+
+
+def _forget(optimizer: Any, parameters: dict[str, torch.Tensor], keep_state: bool) -> None:
+    """Drops what an optimizer remembers of parameters."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in parameters.values()):
+        one = next(iter(parameters), "no parameter")
+        raise BadArgument(
+            f"this {type(optimizer).__name__} holds none of the chosen parameters: {one}",
+            hint="the optimizer of this module: torch.optim.AdamW(module.parameters())",
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()  # one history of curvature for all parameters, which would go on moving the frozen ones
+    elif not keep_state:
+        for parameter in parameters.values():
+            optimizer.state.pop(parameter, None)
 
 
 # ---- statistics that stay ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import Unsupported
-from paramend.leaves import Index
+from paramend.leaves import Index, uncollected
 from paramend.specs import Spec
 from paramend.trees.kinds import find_kind, is_torch_module, leaf_types
 from paramend.trees.walks import Copier, Namer, Walk, rebuild, restore_order
@@ -91,7 +91,8 @@ class Tree:
     def _compile(self, values: list[Any], treedef: Any) -> _Structure:
         torch = _holds_torch(values)
         namer = Namer(Index("." if torch else "/"))
-        namer.name(self.root, treedef.unflatten(range(len(values))))
+        with uncollected():
+            namer.name(self.root, treedef.unflatten(range(len(values))))
         same = len(namer.numbers) == len(values) and all(map(is_, namer.leaves, map(values.__getitem__, namer.numbers)))
         if not (namer.compiled and same):
             return _Structure(namer.index)
@@ -107,7 +108,8 @@ class Tree:
         if structure is None:
             torch = _holds_torch(self.values)
             namer = Namer(Index("." if torch else "/"))
-            namer.name(self.root, None)
+            with uncollected():
+                namer.name(self.root, None)
             structure = _structures.remember(key, _Structure(namer.index, torch=torch))
         return structure  # type: ignore[no-any-return]
 
@@ -135,11 +137,12 @@ class Tree:
         torch: Any = importlib.import_module("paramend.arrays.torch") if self._structure.torch else None
         for number in self.index.numbers:
             value, box = self.values[number], self.boxes.get(number)
+            of_torch = torch is not None and backend_of(type(value)) is torch
             if box is None and isinstance(value, np.ndarray):
                 box = value
             if box is not None:
                 ties[number] = first.setdefault(id(box), number)
-            elif torch is not None and backend_of(type(value)) is torch:
+            elif of_torch:
                 ties[number] = first.setdefault(torch.storage(value), number)
         shared = {one for number, one in ties.items() if one != number}
         return {number: one for number, one in ties.items() if one in shared}

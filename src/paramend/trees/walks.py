@@ -170,23 +170,24 @@ class Copier:
     def copy(self, root: Any, changes: Mapping[int, Any]) -> Any:
         """A copy of the containers with some leaves replaced."""
         made: list[Any] = []
-
-        def visit(old: Any, inner: tuple[tuple[Any, Any], ...]) -> Any:
-            new = old.copy()
-            made.append(new)
-            for key, below in inner:
-                if below:
-                    new[key] = visit(old[key], below)
-                else:
-                    new[key] = fresh = old[key].copy()
-                    made.append(fresh)
-            return new
-
-        top = visit(root, self.inner)
+        top = _copy(root, self.inner, made)
         for number, value in changes.items():
             container, key = self.slots[number]
             made[container][key] = value
         return top
+
+
+def _copy(old: Any, inner: tuple[tuple[Any, Any], ...], made: list[Any]) -> Any:
+    # A function of the module: a recursive closure would be a cycle, and keep what it made until the next collection.
+    new = old.copy()
+    made.append(new)
+    for key, below in inner:
+        if below:
+            new[key] = _copy(old[key], below, made)
+        else:
+            new[key] = fresh = old[key].copy()
+            made.append(fresh)
+    return new
 
 
 def restore_order(old: Any, new: Any) -> None:

@@ -1,0 +1,424 @@
+"""`Checkpoint`: a model on disk as leaves that are read when asked for, and edits that are carried out when saved."""
+
+import importlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend._optional import need
+from paramend.arrays.registry import backend_of, to_numpy
+from paramend.errors import BadArgument, Unsupported
+from paramend.formats.registry import format_of, open_source
+from paramend.leaves import Editable, Index, keys_of, plain
+from paramend.ops import Call
+from paramend.paths import labels
+from paramend.plans import Plan
+from paramend.progress import Progress
+from paramend.rewriting import RewriteReport, values, write
+from paramend.selectors import Selector, resolve
+from paramend.specs import Spec, numpy_dtype
+from paramend.undoing import recover
+
+Array = np.ndarray[Any, Any]
+
+# Under this key the metadata of a file says what separates keys, where its names alone would mislead.
+_SEPARATOR = "paramend.separator"
+
+
+class Checkpoint(Editable):
+    """A checkpoint as a tree: `pm.at(checkpoint, selector)` takes it as it takes any other. Made by `pm.open`.
+
+    An edit gives a new checkpoint with a longer plan; nothing is read or written before a leaf is asked for, or
+    `.save(out)`. The files themselves never change. It is a context manager; `close()` gives its files back.
+
+    Attributes:
+        source: what was opened.
+        plan: what the edits so far will do; its text is the table of a dry run.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"fc": {"weight": np.ones((2, 2), "float32"), "bias": np.ones(2, "float32")}}, path)
+    >>> checkpoint = open(path)
+    >>> checkpoint
+    <.../model.safetensors: 2 leaves>
+    >>> checkpoint["fc.bias"].tolist()
+    [1.0, 1.0]
+    """
+
+    def __init__(self, source: Any, plan: Plan | None = None) -> None:
+        self.source = source
+        self._plan = plan
+
+    @property
+    def plan(self) -> Plan:
+        """What the edits so far will do; its text is the table of a dry run."""
+        if self._plan is None:
+            self._plan = Plan.of(self.source)
+        return self._plan
+
+    @property
+    def path(self) -> Path:
+        """The path, as the user gave it."""
+        return Path(self.source.path)
+
+    @property
+    def format(self) -> str:
+        """The name of the format, as the table of formats has it."""
+        row = format_of(self.source)
+        return "" if row is None else row.name
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says of itself besides its leaves."""
+        found: Mapping[str, Any] = self.source.metadata
+        return found
+
+    def __repr__(self) -> str:
+        count = _text.plural(len(self), "leaf", "leaves")
+        edited = 0 if self._plan is None else len(self._plan.changed) + len(self._plan.deleted)
+        return f"<{self.path}: {count}{f', {edited:,} edited' if edited else ''}>"
+
+    def __len__(self) -> int:
+        return len(self.index.numbers)
+
+    def __getitem__(self, path: str) -> Array:
+        """The leaf of this path.
+
+        Raises:
+            NoMatch: there is none; the message holds the nearest.
+        """
+        numbers = resolve(path, self)
+        if len(numbers) > 1:
+            raise BadArgument(f"{path!r} names {len(numbers)} leaves", hint="pm.at(checkpoint, selector).get()")
+        return self.read(numbers[0])
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the files back to the system; edited checkpoints share them."""
+        self.source.close()
+
+    # -- as leaves
+
+    @property
+    def index(self) -> Index:
+        """The names, after the edits."""
+        found: Index = self.source.index if self._plan is None else self._plan.index
+        return found
+
+    @property
+    def ties(self) -> Mapping[int, int]:
+        """Leaf number → the first number of the same leaf, for leaves with several paths."""
+        found: Mapping[int, int] = self.source.ties
+        if found and self._plan is not None and self._plan.deleted:
+            return {number: one for number, one in found.items() if number in self._plan.by_number}
+        return found
+
+    def twins(self, number: int) -> list[int]:
+        """The numbers of all paths of a leaf."""
+        one = self.ties.get(number)
+        return [number] if one is None else [n for n, o in self.ties.items() if o == one]
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf, after the edits."""
+        found: Spec = self.source.spec(number) if self._plan is None else self._plan.by_number[number].spec
+        return found
+
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf, after the edits."""
+        found: int = self.source.nbytes(number) if self._untouched(number) else self.spec(number).nbytes
+        return found
+
+    def refusal(self, number: int) -> str:
+        """Why a leaf cannot be read as an array, or ""."""
+        found: str = self.source.refusal(number) if self._untouched(number) else ""
+        return found
+
+    def read(self, number: int) -> Array:
+        """A leaf, edited: the values that `save` writes. One without edits is memory-mapped where the format allows."""
+        if self._untouched(number):
+            found: Array = self.source.read(number)
+            return found
+        row = self.plan.by_number[number]
+        out = np.empty(row.spec.size, numpy_dtype(row.spec.dtype))
+        at = 0
+        for piece in values(self.source, row):
+            out[at : at + piece.size] = piece
+            at += piece.size
+        return out.reshape(row.spec.shape)
+
+    def _untouched(self, number: int) -> bool:
+        return self._plan is None or not self._plan.by_number[number].calls
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, of which masks are made; None for a leaf."""
+        found: list[tuple[Any, Any]] | None = self.source.children(node)
+        return found
+
+    # -- edits
+
+    def edited(self, calls: Mapping[int, Call]) -> "Checkpoint":
+        """The checkpoint with calls on some leaves added to its plan."""
+        return Checkpoint(self.source, self.plan.edited(calls))
+
+    def edited_(self, calls: Mapping[int, Call]) -> None:
+        """Refuses: the files of a checkpoint are edited in place by `pm.patch`, which can undo it."""
+        verb = next(iter(calls.values())).op.name
+        raise Unsupported(
+            f"{verb}_ edits in place, and the files of a checkpoint are not edited so",
+            hint=f"pm.at(checkpoint, ...).{verb}(...).save(out) writes a new one",
+        )
+
+    def labelled(self, labels: Mapping[int, Any], rest: Any) -> dict[str, Any]:
+        """A dict from paths to labels."""
+        return {self.index.path(number): labels.get(number, rest) for number in self.index.numbers}
+
+    def deleted(self, numbers: Iterable[int]) -> "Checkpoint":
+        """The checkpoint without some leaves."""
+        return Checkpoint(self.source, self.plan.without(numbers))
+
+    def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
+        """The checkpoint with some leaves under other paths, as `structure.move` moves those of trees in memory."""
+        structure = importlib.import_module("paramend.structure")  # most programs rename nothing
+        chosen = {twin for number in numbers for twin in self.plan.twins(number)}
+        found = structure.moves(self.index, selector, chosen, to)
+        paths = {number: tuple(label for key, _ in keys for label in labels(key)) for number, keys in found.items()}
+        return Checkpoint(self.source, self.plan.renamed(paths))
+
+    def save(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        link: bool = False,
+        max_shard_size: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> RewriteReport:
+        """A report of what was written: the checkpoint with all edits, in one pass and bounded memory.
+
+        Args:
+            out: the checkpoint to write. A suffix (`.safetensors`, ...) asks for one file of that format, a `/` at
+                the end for a directory; without either, it is a file or a directory as the source is.
+            force: whether `out` may exist already; it is then replaced in one step.
+            link: whether files in which nothing changes get a second name instead of a copy.
+            max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
+            progress: called with an `Event` as bytes are written.
+
+        Raises:
+            CannotWrite: the output exists, is the source, or has no place to go to. Nothing was written.
+        """
+        return write(self.plan, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress)
+
+
+def open(path: str | os.PathLike[str]) -> Checkpoint:
+    """A checkpoint, opened: its leaves are read when they are asked for.
+
+    A patch of it that was cut short is taken back first.
+
+    Args:
+        path: a file or a directory; its content shows what format it is of.
+
+    Raises:
+        CannotRead: there is no such file.
+        BadCheckpoint: it is damaged, or of no known format.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"w": np.ones(3, "float32")}, path)
+    >>> with open(path) as checkpoint:
+    ...     print(checkpoint.index.path(0), checkpoint.spec(0))
+    w float32[3]
+    """
+    recover(path)
+    return Checkpoint(open_source(path))
+
+
+# ---- whole trees -------------------------------------------------------------------------------------------
+
+
+class _InMemory:
+    """A tree in memory as a source: all of its leaves are in memory, none in a file."""
+
+    ties: Mapping[int, int] = {}
+
+    def __init__(self, tree: Any) -> None:
+        self._tree = tree
+        self._last: tuple[int, Array] | None = None
+        self.path = ""
+        paths = tree.index.paths
+        keys = {number: keys_of(path) for number, path in paths.items()}
+        flat = all(len(key) == 1 for key in keys.values())
+        self.index = Index(tree.index.separator if flat else _separator(tree.index.separator, keys.values()))
+        self.index.names, self.index.numbers = tree.index.names, tree.index.numbers
+        self.metadata = {"format": _kind(tree)}
+        names = {number: plain(paths[number], self.index.separator) for number in self.index.numbers}
+        split = "/" if any("/" in name for name in names.values()) else "."
+        if any(tuple(names[number].split(split)) != key for number, key in keys.items()):
+            self.metadata[_SEPARATOR] = "" if flat else self.index.separator
+
+    def spec(self, number: int) -> Spec:
+        found: Spec = self._tree.spec(number)
+        return found
+
+    def nbytes(self, number: int) -> int:
+        return self.spec(number).nbytes
+
+    def refusal(self, number: int) -> str:
+        return ""
+
+    def extent(self, number: int) -> None:
+        return None
+
+    def read(self, number: int) -> Array:
+        if self._last is None or self._last[0] != number:
+            self._last = number, np.ascontiguousarray(to_numpy(self._tree.read(number)))
+        return self._last[1]
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        return self.read(number).reshape(-1)[start:stop]
+
+    def children(self, node: Any) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def _separator(natural: str, keys: Iterable[tuple[str, ...]]) -> str:
+    """The separator that stands in no key."""
+    text = "\n".join(key for path in keys for key in path)
+    for separator in str(natural), "/", ".":
+        if separator not in text:
+            return separator
+    slash, dot = (next(key for path in keys for key in path if char in key) for char in "/.")
+    raise Unsupported(
+        f"keys hold both separators, as {slash!r} and {dot!r} do: no name would tell what separates them",
+        hint="rename some keys first",
+    )
+
+
+def _kind(tree: Any) -> str:
+    """What transformers calls the library of a tree's arrays."""
+    for number in tree.index.numbers[:1]:
+        library = str(getattr(backend_of(type(tree.read(number))), "__name__", "")).rpartition(".")[2]
+        kinds: dict[str, str] = {"torch": "pt", "jax": "flax"}
+        return kinds.get(library, "np")
+    return "np"
+
+
+_KINDS = ("numpy", "jax", "torch")
+
+
+def load(path: str | os.PathLike[str], kind: str = "numpy", *, nested: bool = True) -> Any:
+    """The arrays of a checkpoint, as nested dicts.
+
+    Args:
+        path: a file or a directory.
+        kind: "numpy" (memory-mapped and read-only where the format allows), "jax" or "torch".
+        nested: whether names fall into keys at their separators, "/" if some name holds one and else "."; if not, a
+            flat dict by name comes back, such as `load_state_dict` takes.
+
+    Raises:
+        BadArgument: there is no such kind.
+        Unsupported: a leaf cannot be read, or that library has no such dtype.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"fc": {"bias": np.ones(2, "float32")}}, path)
+    >>> load(path)
+    {'fc': {'bias': array([1., 1.], dtype=float32)}}
+    """
+    if kind not in _KINDS:
+        near = _text.closest(kind, _KINDS, limit=1)
+        raise BadArgument(f"{kind!r} is no kind of arrays", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
+    convert = _converter(kind)
+    source = open_source(path)
+    try:
+        paths, separator = source.index.paths, source.index.separator
+        flat = {plain(paths[number], separator): convert(source.read(number)) for number in source.index.numbers}
+        given = source.metadata.get(_SEPARATOR)
+        keys = {number: keys_of(paths[number]) for number in source.index.numbers}
+    finally:
+        source.close()
+    if not nested or given == "":
+        return flat
+    if all(len(key) == 1 for key in keys.values()):  # a flat table of names
+        separator = given or ("/" if any("/" in name for name in flat) else ".")
+        return _nested((tuple(name.split(separator)), array) for name, array in flat.items())
+    return _nested(zip(keys.values(), flat.values(), strict=True))
+
+
+def _nested(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in leaves:
+        node = tree
+        for at, key in enumerate(path[:-1]):
+            node = node.setdefault(key, {})
+            if type(node) is not dict:
+                raise Unsupported(
+                    f"{'/'.join(path[: at + 1])} is a leaf, and {'/'.join(path)} would be below it",
+                    hint="pm.load(path, nested=False) gives a flat dict by name",
+                )
+        if path[-1] in node:
+            raise Unsupported(
+                f"{'/'.join(path)} is a leaf, and others would be below it",
+                hint="pm.load(path, nested=False) gives a flat dict by name",
+            )
+        node[path[-1]] = array
+    return tree
+
+
+def _converter(kind: str) -> Any:
+    """array of numpy → array of that kind."""
+    if kind == "numpy":
+        return lambda array: array
+    need(kind, extra=kind, to=f"load arrays of {kind}")
+    library = importlib.import_module(f"paramend.arrays.{kind}")
+    return library.from_numpy
+
+
+def save(
+    tree: Any,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    max_shard_size: int | str | None = None,
+    progress: Progress | None = None,
+) -> RewriteReport:
+    """A report of what was written: a tree in memory, or a `Checkpoint`, as a checkpoint on disk.
+
+    The name of a leaf is its path: keys joined by "." in trees of torch, by "/" in others, or by the other one where
+    keys hold the first. `pm.load` gives the tree of dicts back.
+
+    Args:
+        tree: any tree of arrays.
+        path: the file or, with a `/` at its end or with `max_shard_size`, the directory.
+        force: whether it may exist already; it is then replaced in one step.
+        max_shard_size: the most bytes of tensors in one file, such as "5GB".
+        progress: called with an `Event` as bytes are written.
+
+    Raises:
+        CannotWrite: the output exists or has no place to go to.
+        Unsupported: two leaves would have one name, or no format holds a leaf.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"fc": {"weight": np.ones((2, 2), "float32")}}, path)
+    >>> load(path)
+    {'fc': {'weight': array([[1., 1.],
+           [1., 1.]], dtype=float32)}}
+    """
+    if isinstance(tree, Checkpoint):
+        return tree.save(path, force=force, max_shard_size=max_shard_size, progress=progress)
+    trees = importlib.import_module("paramend.trees.registry")
+    return write(
+        Plan.of(_InMemory(trees.Tree(tree))), path, force=force, max_shard_size=max_shard_size, progress=progress
+    )

@@ -1,0 +1,77 @@
+"""How commands that write or change a checkpoint do it, and what they print of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paramend.checkpoints import Checkpoint
+from paramend.cli import _ui
+from paramend.patching import patch
+from paramend.plans import Plan
+from paramend.rewriting import check_output, write
+
+
+def carry_out(
+    made: Plan,
+    path: Path,
+    out: str | None,
+    *,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    link: bool = False,
+    max_shard_size: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Writes the outcome of a plan, or only shows it in a dry run.
+
+    Args:
+        made: the plan.
+        path: the checkpoint, as it was typed.
+        out: what to write; None in a dry run that names nothing.
+        force: whether it may exist.
+        dry_run: whether nothing is written.
+        as_json: whether data is printed as JSON.
+        link: whether shards that stay are linked.
+        max_shard_size: the most bytes of tensors in one file.
+        quiet: whether no table is printed.
+    """
+    data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
+    if out is not None:
+        check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+    if dry_run or out is None:
+        data |= made.to_dict()
+        done = "dry run: nothing was written"
+    else:
+        with _ui.bar(f"writing {Path(out).name}") as progress:
+            report = write(made, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress)
+        data |= report.to_dict()
+        done = report.summary
+    if as_json:
+        _ui.emit(data)
+    elif not quiet:
+        _ui.show_lines(str(made).split("\n"), header=True)
+    for line in done.split("\n"):
+        _ui.say(line)
+
+
+def patch_in_place(path: Path, edit: Callable[[Plan], Plan], *, dry_run: bool, as_json: bool) -> None:
+    """Changes a checkpoint's own files, or only shows it in a dry run.
+
+    Args:
+        path: the checkpoint.
+        edit: its plan → the plan with the edit.
+        dry_run: whether nothing is written.
+        as_json: whether data is printed as JSON.
+    """
+
+    def edited(checkpoint: Checkpoint) -> Checkpoint:
+        return Checkpoint(checkpoint.source, edit(checkpoint.plan))
+
+    with _ui.bar(f"patching {path.name}") as progress:
+        report = patch(path, edited, dry_run=dry_run, progress=progress)
+    if as_json:
+        _ui.emit(report.to_dict())
+    else:
+        _ui.show_lines(str(report.plan).split("\n"), header=True)
+    _ui.say(report.summary)

@@ -1,0 +1,142 @@
+"""Copies of byte ranges from file to file by the kernel, written back to the disk as they go."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from paramend.errors import BadCheckpoint
+
+# Bytes that the kernel copies at once: between two windows the listener hears of it and Ctrl-C is served.
+WINDOW = 1 << 25
+_BUFFER = 1 << 20
+
+_Way = Callable[[int, int, int, int], int]
+
+
+class Copier:
+    """Appends ranges of files to other files by the best way that works here; a way that fails is not tried again."""
+
+    def __init__(self) -> None:
+        self._ways: list[_Way] = [_copy_by_hand]
+        if hasattr(os, "sendfile"):
+            self._ways.insert(0, _send)
+        if hasattr(os, "copy_file_range"):
+            self._ways.insert(0, _copy_in_kernel)
+
+    def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
+        """Appends the bytes from `start` to `stop`, and yields the number of bytes of each step.
+
+        Args:
+            source: the descriptor of the file to read.
+            target: the descriptor of the file to write, at its position.
+            start: the first byte.
+            stop: the byte after the last.
+            path: what messages call the source.
+
+        Raises:
+            BadCheckpoint: the source has fewer bytes.
+        """
+        while start < stop:
+            count = self._step(source, target, start, min(stop - start, WINDOW), path)
+            start += count
+            yield count
+
+    def _step(self, source: int, target: int, start: int, count: int, path: Path) -> int:
+        while True:
+            try:
+                copied = self._ways[0](source, target, start, count)
+            except OSError as error:
+                if len(self._ways) == 1 or error.errno not in _NOT_THIS_WAY:
+                    raise
+            else:
+                if copied:
+                    return copied
+                if len(self._ways) == 1:
+                    raise BadCheckpoint(f"{path}: data: the file became shorter while it was being read")
+            # Some file systems refuse, and some say "0 bytes" where there are bytes: the next way knows.
+            del self._ways[0]
+
+
+# Across file systems, on old kernels and on special file systems.
+_NOT_THIS_WAY = frozenset(
+    {
+        errno.EXDEV,
+        errno.ENOSYS,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.ENOTSUP,
+        errno.EPERM,
+        errno.EBADF,
+        errno.ENOTSOCK,
+        errno.EOVERFLOW,
+    }
+)
+
+
+def put(target: int, data: bytes | memoryview) -> int:
+    """The number of bytes written to a descriptor: all of them."""
+    view, at = memoryview(data), 0
+    while at < len(view):
+        at += os.write(target, view[at:])
+    return at
+
+
+def _copy_in_kernel(source: int, target: int, start: int, count: int) -> int:
+    return os.copy_file_range(source, target, count, offset_src=start)
+
+
+def _send(source: int, target: int, start: int, count: int) -> int:
+    return os.sendfile(target, source, start, count)
+
+
+def _copy_by_hand(source: int, target: int, start: int, count: int) -> int:
+    return put(target, os.pread(source, min(count, _BUFFER), start))
+
+
+# ---- write-back --------------------------------------------------------------------------------------------
+
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
+
+
+class WriteBack:
+    """Has a growing file written to the disk window by window, so that the sync at its end has little left to wait for.
+
+    Without it a copy that is larger than the page cache likes fills the memory with pages that wait to be written.
+    Where the system lacks the call, nothing happens, and the sync does all the work.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._done = self._begun = self._at = 0
+
+    def advance(self, count: int) -> None:
+        """Notes that the file has grown."""
+        self._at += count
+        if self._at - self._begun < WINDOW:
+            return
+        sync = _sync_file_range()
+        if sync is None:
+            return
+        # The system writes the last window while it waits for the one before, whose pages are then of no more use.
+        sync(self._target, self._begun, self._at - self._begun, _WRITE)
+        if self._begun > self._done:
+            length = self._begun - self._done
+            sync(self._target, self._done, length, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            os.posix_fadvise(self._target, self._done, length, os.POSIX_FADV_DONTNEED)
+            self._done = self._begun
+        self._begun = self._at
+
+
+@cache
+def _sync_file_range() -> Any:
+    """The system call, or None. Its errors do not matter: the sync at the end reports what went wrong."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call if hasattr(os, "posix_fadvise") else None

@@ -1,0 +1,115 @@
+"""A file on disk, opened for reading only: ranges of its bytes, a map of them all, what the system said of it."""
+
+import mmap
+import os
+import stat
+from functools import cached_property
+from pathlib import Path
+
+from paramend import _text
+from paramend.errors import BadCheckpoint, CannotRead
+
+_STEP = 1 << 26  # some systems read no more than 2 GB at once
+
+
+class OpenFile:
+    """A regular file, open for reading. `close()` it; maps that were handed out stay valid.
+
+    Attributes:
+        path: as the user gave it.
+        stat: what the system said of the file when it was opened.
+
+    Raises:
+        CannotRead: there is no such file, or no permission to read it.
+        BadCheckpoint: it is a directory, a pipe or a device.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "x.bin")
+    >>> _ = path.write_bytes(b"abcdef")
+    >>> OpenFile(path).read(2, 3)
+    b'cde'
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._descriptor = _open(self.path)
+        self.stat = os.fstat(self._descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """The length of the file in bytes, as it was when it was opened."""
+        return self.stat.st_size
+
+    def close(self) -> None:
+        """Gives the file back to the system."""
+        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def fileno(self) -> int:
+        """The descriptor that the system knows the open file by."""
+        if self._descriptor < 0:
+            raise ValueError(f"{self.path} is closed")
+        return self._descriptor
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Bytes of the file, as many as asked for.
+
+        Raises:
+            BadCheckpoint: the file has become shorter since it was opened.
+        """
+        piece = os.pread(self.fileno(), min(nbytes, _STEP), start)
+        if len(piece) == nbytes:  # nearly always
+            return piece
+        buffer = bytearray(nbytes)
+        self.read_into(memoryview(buffer), start)
+        return bytes(buffer)
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fills a view of bytes.
+
+        Raises:
+            BadCheckpoint: the file has become shorter since it was opened.
+        """
+        at = 0
+        while at < len(view):
+            count = os.preadv(self.fileno(), [view[at : at + _STEP]], start + at)
+            if not count:
+                raise BadCheckpoint(f"{self.path}: the file became shorter while it was being read")
+            at += count
+
+    @cached_property
+    def map(self) -> mmap.mmap:
+        """The whole file as memory: pages are read when touched."""
+        return mmap.mmap(self.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _open(path: Path) -> int:
+    # O_NONBLOCK: without it, opening a named pipe waits for ever.
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise CannotRead(f"{path}: there is no such file", hint=_near(path)) from None
+    except PermissionError:
+        raise CannotRead(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
+    except (OSError, ValueError) as error:
+        raise CannotRead(f"{path}: it cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise BadCheckpoint(f"{path}: it is a directory, and one file is expected")
+    raise BadCheckpoint(f"{path}: it is no regular file (a pipe, a device or a socket)")
+
+
+def _near(path: Path) -> str:
+    try:
+        near = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
+    except (OSError, ValueError):
+        return ""
+    return f"did you mean {path.parent / near[0]}?" if near else ""

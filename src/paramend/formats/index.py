@@ -1,0 +1,120 @@
+"""The index of a model in several files: which tensor is in which, as Hugging Face writes it beside the shards."""
+
+import json
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paramend.errors import BadCheckpoint, CannotRead
+from paramend.formats.jsontext import bad, json_type, parse_object, shown
+
+SUFFIX = ".index.json"
+_MAX = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """The index of a model.
+
+    Attributes:
+        path: the file that it was read from.
+        weight_map: tensor → the name of a file that lies beside the index.
+        table: all that the file says.
+    """
+
+    path: Path
+    weight_map: Mapping[str, str]
+    table: Mapping[str, Any]
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the shards, sorted."""
+        return sorted(set(self.weight_map.values()))
+
+    def to_bytes(self, weight_map: Mapping[str, str], *, nbytes: int, size: int) -> bytes:
+        """The text of an index for other tensors; what else the file says stays.
+
+        Args:
+            weight_map: tensor → file.
+            nbytes: the bytes of all tensors.
+            size: the scalars of all tensors.
+        """
+        metadata = dict(self.table.get("metadata") or {})
+        metadata["total_size"] = nbytes
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = size
+        if dict(weight_map) == dict(self.weight_map) and metadata == self.table.get("metadata"):
+            return self.path.read_bytes()
+        return index_text({**self.table, "metadata": metadata, "weight_map": dict(weight_map)})
+
+
+def index_text(table: Mapping[str, Any]) -> bytes:
+    """An index as JSON text, laid out as Hugging Face does."""
+    return json.dumps(table, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def read_index(path: Path) -> ShardIndex:
+    """The index of a model, every rule checked: shards lie beside it, and nowhere else.
+
+    Raises:
+        BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
+        CannotRead: the file cannot be read.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors.index.json")
+    >>> _ = path.write_text('{"weight_map": {"w": "../secret"}}')
+    >>> read_index(path)
+    Traceback (most recent call last):
+    paramend.errors.BadCheckpoint: ...: weight_map, 'w': '../secret' is not the name of a file beside the index
+    """
+    file = str(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadCheckpoint(f"{path}: it is no regular file")
+        if status.st_size > _MAX:
+            raise bad(file, "index", f"its {status.st_size:,} bytes are too many for an index")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
+    table = parse_object(raw, file, "index")
+    weight_map = table.get("weight_map")
+    if type(weight_map) is not dict:
+        found = "it is missing" if weight_map is None else f"an object is expected, not {json_type(weight_map)}"
+        raise bad(file, "weight_map", found)
+    if type(table.get("metadata", {})) not in (dict, type(None)):
+        raise bad(file, "metadata", f"an object is expected, not {json_type(table['metadata'])}")
+    if not weight_map:
+        raise bad(file, "weight_map", "it names no tensor")
+    sound: set[str] = set()
+    for name, shard in weight_map.items():
+        if type(shard) is not str:
+            raise bad(file, f"weight_map, {shown(name)}", f"a file name is expected, not {json_type(shard)}")
+        if shard in sound:
+            continue
+        if shard in ("", ".", "..") or any(char in "/\\:" or not char.isprintable() for char in shard):
+            reason = f"{shown(shard)} is not the name of a file beside the index"
+            raise bad(file, f"weight_map, {shown(name)}", reason)
+        sound.add(shard)
+    return ShardIndex(path, weight_map, table)
+
+
+def find_index(folder: Path, names: Iterable[str]) -> Path | None:
+    """The index in a folder whose files have these names; None if there is none.
+
+    Raises:
+        BadCheckpoint: there are several, and none is the usual one.
+    """
+    found = sorted(name for name in names if name.endswith(SUFFIX))
+    for usual in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if usual in found:
+            return folder / usual
+    safe = [name for name in found if name.endswith(".safetensors" + SUFFIX)]
+    found = safe or found
+    if len(found) > 1:
+        raise BadCheckpoint(
+            f"{folder}: it holds {len(found)} models: {', '.join(found)}", hint=f"open one of them: {folder / found[0]}"
+        )
+    return folder / found[0] if found else None

@@ -1,0 +1,98 @@
+"""JSON text of a checkpoint, read strictly: what the reference readers refuse is refused, and nothing stands twice."""
+
+import json
+from typing import Any, NoReturn
+
+from paramend.errors import BadCheckpoint
+
+
+class _Flaw(ValueError):
+    """A rule that the text breaks, found while it is parsed."""
+
+
+def bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
+    """The error for a file in which something is wrong at a place."""
+    return BadCheckpoint(f"{file}: {place}: {reason}", hint=hint)
+
+
+def shown(text: str) -> str:
+    """A name from a file in a message: no control characters, no hundred megabytes."""
+    return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"
+
+
+def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
+    """A JSON object, every rule of the format checked.
+
+    Args:
+        raw: the text.
+        file: what messages call the file.
+        place: what they call this text.
+
+    Raises:
+        BadCheckpoint: the text is no JSON, no object, or names something twice.
+
+    >>> parse_object(b'{"a": 1, "a": 2}', "x.json", "index")
+    Traceback (most recent call last):
+    paramend.errors.BadCheckpoint: x.json: index: 'a' stands twice
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise _Flaw(f"{shown(twice)} stands twice")
+        return found
+
+    def constant(text: str) -> NoReturn:
+        raise _Flaw(f"{text} is no JSON number")
+
+    def finite(text: str) -> float:
+        number = float(text)
+        if number in (float("inf"), float("-inf")):
+            raise _Flaw(f"the number {shown(text)} is too large")
+        return number
+
+    def whole(text: str) -> int | float:
+        return -0.0 if text == "-0" else int(text)  # as the reference reads it
+
+    try:
+        table = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=constant,
+            parse_float=finite,
+            parse_int=whole if b"-0" in raw else None,  # a hook for each number is slow, so only where needed
+        )
+        if b"\\u" in raw:
+            json.dumps(table, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        around = shown(error.object[max(error.start - 20, 0) : error.end + 20])
+        raise bad(file, place, f"half a surrogate pair is no text, in {around}") from None
+    except UnicodeDecodeError as error:
+        raise bad(file, f"{place}, byte {error.start}", "the text is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise bad(file, f"{place}, character {error.pos}", f"the text is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise bad(file, place, "brackets are nested too deeply") from None
+    except _Flaw as flaw:
+        raise bad(file, place, str(flaw)) from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise bad(file, place, str(error)) from None
+    if type(table) is not dict:
+        raise bad(file, place, f"a JSON object is expected, not {json_type(table)}")
+    return table
+
+
+def json_type(value: Any) -> str:
+    """What a JSON value is called in messages."""
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a bool",
+        int: "an integer",
+        float: "a number with a point",
+        type(None): "null",
+    }
+    return names[type(value)]

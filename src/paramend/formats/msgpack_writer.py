@@ -1,0 +1,209 @@
+"""`MsgpackWriter`: writes arrays as `flax.serialization.to_bytes` does, without flax, in one pass and little memory."""
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from paramend.errors import RenameClash, Unsupported
+from paramend.formats.writer import Item
+from paramend.specs import BITS, Spec
+
+ARRAY, COMPLEX, SCALAR = 1, 2, 3
+# flax splits arrays of more than 1 GB into flat pieces, and writes a map in their place.
+CHUNKED = "__msgpack_chunked_array__"
+# A test sets it low.
+MAX_CHUNK = 1 << 30
+
+
+class Where(str):
+    """The path of an entry as text, which remembers its keys: a writer puts the entry there again.
+
+    Attributes:
+        keys: as they stand in the maps and lists of the file.
+    """
+
+    __slots__ = ("keys",)
+    keys: tuple[str | int, ...]
+
+
+class Extension(NamedTuple):
+    """A value of a kind that flax does not write: the number of the kind, and its bytes."""
+
+    code: int
+    data: bytes
+
+
+class MsgpackWriter:
+    """Writes files that `flax.serialization.from_bytes` reads: nested maps of arrays, by their keys.
+
+    Entries of a msgpack file that are no arrays stay, each at its place. What other formats say besides their leaves is
+    left out: flax would take it for parameters.
+    """
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+        if spec.dtype not in BITS or BITS[spec.dtype] % 8:
+            return f"flax has no way to write {spec.dtype}"
+        return ""
+
+    def nbytes(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> int:
+        """How large the file will be at most."""
+        total = 5 + sum(map(len, _emit(_tree([], metadata), [])))
+        for item in items:
+            keys = sum(len(key.encode()) + 10 for key in item.keys)
+            pieces = item.nbytes // MAX_CHUNK + 1
+            total += item.nbytes + keys + 200 + (40 + 9 * len(item.spec.shape)) * pieces
+        return total
+
+    def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
+        """Writes the whole file.
+
+        Raises:
+            RenameClash: a leaf stands where others have their container.
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from paramend.formats.msgpack import MsgpackFile
+        >>> path = Path(tempfile.mkdtemp(), "model.msgpack")
+        >>> data = np.array([1, 2], "float32")
+        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8, lambda: iter([data.view("u1").data]))
+        >>> with path.open("wb") as file:
+        ...     MsgpackWriter().write(file, [item], {})
+        >>> with MsgpackFile(path) as file:
+        ...     print(file.index.path(0), file.read(0))
+        fc/bias [1. 2.]
+        """
+        for part in _emit(_tree(items, metadata), items):
+            file.write(part)
+
+
+class _Place(NamedTuple):
+    """Where in a tree an item stands, by its number."""
+
+    number: int
+
+
+class _Node(dict[str, Any]):
+    """A map that is made of the keys of leaves."""
+
+
+def _tree(items: Sequence[Item], metadata: Mapping[str, Any]) -> Any:
+    """Nested dicts with the place of each item, and the entries of another msgpack file."""
+    wanted: list[tuple[tuple[str, ...], Any]] = [(item.keys, _Place(i)) for i, item in enumerate(items)]
+    wanted += [(tuple(map(str, where.keys)), value) for where, value in metadata.items() if isinstance(where, Where)]
+    if len(wanted) == 1 and wanted[0][0] in ((), ("",)):
+        return wanted[0][1]  # the file is one value
+    tree = _Node()
+    for keys, value in wanted:
+        node = tree
+        for key in keys[:-1]:
+            inner = node.get(key, {})
+            if inner == {} and type(inner) is dict:  # also an empty map of the file that leaves were moved into
+                inner = node[key] = _Node()
+            if type(inner) is not _Node:
+                raise RenameClash(f"{'/'.join(keys)} would go into {key!r}, which is a leaf")
+            node = inner
+        if not keys or keys[-1] in node:
+            if keys and value == {} and type(node[keys[-1]]) is _Node:
+                continue
+            raise RenameClash(f"{'/'.join(keys)}: another leaf or container has that path")
+        node[keys[-1]] = value
+    return tree
+
+
+def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | memoryview]:
+    """The bytes of a value, in order."""
+    if type(node) is _Place:
+        yield from _item(items[node.number])
+    elif isinstance(node, dict):
+        yield _count(node, (0x80, 15), 0xDE)
+        for key, child in node.items():
+            yield _plain(key)
+            yield from _emit(child, items)
+    elif type(node) is list:
+        yield _count(node, (0x90, 15), 0xDC)
+        for child in node:
+            yield from _emit(child, items)
+    else:
+        yield _plain(node)
+
+
+def _item(item: Item) -> Iterator[bytes | memoryview]:
+    shape, dtype = item.spec.shape, item.spec.dtype
+    if item.nbytes <= MAX_CHUNK:
+        yield _head(shape, dtype, item.nbytes)
+        yield from item.chunks()
+        return
+    width = BITS[dtype] // 8
+    most = max(MAX_CHUNK // width, 1)
+    counts = [min(most, item.spec.size - start) for start in range(0, item.spec.size, most)]
+    yield b"\x83" + _plain(CHUNKED) + _plain(True) + _plain("shape")
+    yield from _emit({str(i): axis for i, axis in enumerate(shape)}, [])
+    yield _plain("chunks") + _count(counts, (0x80, 15), 0xDE)
+    data = _Cutter(item.chunks())
+    for i, count in enumerate(counts):
+        yield _plain(str(i)) + _head((count,), dtype, count * width)
+        yield from data.cut(count * width)
+
+
+class _Cutter:
+    """Bytes that come in pieces, taken in other pieces."""
+
+    def __init__(self, chunks: Iterator[memoryview]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def cut(self, nbytes: int) -> Iterable[memoryview]:
+        while nbytes:
+            chunk = self._rest if len(self._rest) else next(self._chunks)
+            self._rest = chunk[nbytes:]
+            nbytes -= len(chunk[:nbytes])
+            yield chunk[: len(chunk) - len(self._rest)]
+
+
+def _head(shape: tuple[int, ...], dtype: str, nbytes: int) -> bytes:
+    """What stands before the bytes of an array."""
+    inner = b"\x93" + _count(shape, (0x90, 15), 0xDC) + b"".join(map(_plain, shape)) + _plain(dtype)
+    inner += _sized(nbytes, 0xC4)
+    length = len(inner) + nbytes
+    return _sized(length, 0xC7) + bytes([ARRAY]) + inner
+
+
+def _plain(value: Any) -> bytes:
+    """A value that holds no others."""
+    if value is None or type(value) is bool:
+        return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
+    if type(value) is int:
+        if -32 <= value < 128:
+            return struct.pack(">b" if value < 0 else ">B", value)
+        return (b"\xcf" + struct.pack(">Q", value)) if value >= 0 else (b"\xd3" + struct.pack(">q", value))
+    if type(value) is float:
+        return b"\xcb" + struct.pack(">d", value)
+    if type(value) is bytes:
+        return _sized(len(value), 0xC4) + value
+    if type(value) is complex:
+        return b"\xc7\x13" + bytes([COMPLEX]) + b"\x92" + _plain(value.real) + _plain(value.imag)
+    if type(value) is Extension:
+        return _sized(len(value.data), 0xC7) + struct.pack(">b", value.code) + value.data
+    encoded: bytes = value.encode()
+    if len(encoded) < 32:
+        return bytes([0xA0 | len(encoded)]) + encoded
+    return _sized(len(encoded), 0xD9) + encoded
+
+
+def _sized(length: int, first: int) -> bytes:
+    """The head of a value of so many bytes; three kinds of heads follow each other."""
+    for step, form, most in ((0, ">B", 1 << 8), (1, ">H", 1 << 16), (2, ">I", 1 << 32)):
+        if length < most:
+            return bytes([first + step]) + struct.pack(form, length)
+    raise Unsupported(f"msgpack has no value of {length:,} bytes")
+
+
+def _count(values: Any, short: tuple[int, int], first: int) -> bytes:
+    """The head of a list or a map."""
+    if len(values) <= short[1]:
+        return bytes([short[0] | len(values)])
+    return (
+        bytes([first]) + struct.pack(">H", len(values))
+        if len(values) < 1 << 16
+        else bytes([first + 1]) + struct.pack(">I", len(values))
+    )

@@ -1,0 +1,621 @@
+"""The format of `numpy.savez`: a zip archive with a file `.npy` for each array.
+
+Opening reads the zip's directory and the header of each array; nothing is unpickled, ever. Arrays that are stored as
+they are lie in one piece and are memory-mapped. Those of `numpy.savez_compressed` are decompressed when asked for.
+"""
+
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from paramend import _text
+from paramend.errors import BadCheckpoint, RenameClash, Unsupported
+from paramend.formats.files import OpenFile
+from paramend.formats.source import Extent
+from paramend.formats.writer import Item
+from paramend.formats.zips import STORED, Archive, Record, shown
+from paramend.leaves import Index, entries
+from paramend.specs import BITS, Spec, numpy_dtype
+
+Array = np.ndarray[Any, Any]
+
+MAX_HEADER = 1 << 16
+MAX_PIECES = 200
+_MAX_OTHER = 1 << 20
+_DEFLATED = 8
+# Deflate makes at most 258 bytes of 2 bits; a record that claims more is a bomb or damaged.
+_MOST_DEFLATE = 1032
+_PIECE = 1 << 18
+_MAGIC = b"\x93NUMPY"
+_U64 = 2**64
+
+# The dtypes that numpy can name. It has no names for those of ml_dtypes and saves them as void, but for float8_e5m2,
+# which alone has a kind and a width that no other dtype has.
+_NATIVE = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
+_NATIVE += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+_DESCRS = {name: np.dtype(name).newbyteorder("<").str for name in _NATIVE}
+_CODES = {descr[1:]: name for name, descr in _DESCRS.items()} | {"f1": "float8_e5m2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One array of a file.
+
+    Attributes:
+        name: as `numpy.load` has it.
+        record: the name of its record in the zip.
+        spec: shape and dtype; of a dtype that numpy alone has, such as text, the dtype is "raw<U3>".
+        head: the bytes before the array in its record.
+        nbytes: the bytes of the array.
+        fortran: whether the first axis runs fastest in the file.
+        swapped: whether numbers begin with their highest byte.
+        sealed: why it cannot be read, or "".
+    """
+
+    name: str
+    record: str
+    spec: Spec
+    head: int
+    nbytes: int
+    fortran: bool
+    swapped: bool
+    sealed: str
+
+    @property
+    def straight(self) -> bool:
+        """Whether the bytes in the record are those of the array in C order, little-endian."""
+        return not self.fortran and not self.swapped
+
+
+class NpzFile:
+    """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
+
+    Use it as a context manager, or `close()` it; arrays that were read stay valid.
+
+    Attributes:
+        path: as the user gave it.
+        index: the names; its separator is "/" where the file's own names hold "/" and no ".".
+        ties: nothing: in a file each array has one name.
+        metadata: what else lies in the archive, by name, as bytes.
+        arrays: of each leaf, where it lies and how.
+        archive: the records of the zip.
+
+    Raises:
+        CannotRead: there is no such file, or no permission to read it.
+        BadCheckpoint: it is damaged, or of another format.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "model.npz")
+    >>> np.savez(path, **{"fc/kernel": np.ones((2, 1), "float32")})
+    >>> with NpzFile(path) as file:
+    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())
+    fc/kernel float32[2,1] [[1.0], [1.0]]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = OpenFile(path)
+        self.path = self._file.path
+        self.ties: Mapping[int, int] = {}
+        self._stream: _Stream | None = None
+        try:
+            _check_kind(self._file)
+            self.archive = Archive(self._file)
+            records = self.archive.records.values()
+            for record in records:
+                _check_record(self.archive, record)
+            self.arrays = [_entry(self.archive, record) for record in records if record.name.endswith(".npy")]
+            self.metadata: Mapping[str, Any] = {
+                record.name: _other(self.archive, record) for record in records if not record.name.endswith(".npy")
+            }
+        except BaseException:
+            self.close()
+            raise
+
+    @cached_property
+    def index(self) -> Index:
+        """The names."""
+        names = [entry.name for entry in self.arrays]
+        text = "\n".join(names)
+        return Index.of_names(names, "/" if "/" in text and "." not in text else ".")
+
+    def __repr__(self) -> str:
+        return f"<{self.path}: {_text.plural(len(self.arrays), 'leaf', 'leaves')}>"
+
+    def __enter__(self) -> "NpzFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def stat(self) -> os.stat_result:
+        """What the system said of the file when it was opened."""
+        return self._file.stat
+
+    def close(self) -> None:
+        """Gives the file back to the system."""
+        self._file.close()
+
+    def fileno(self) -> int:
+        """The descriptor that the system knows the open file by."""
+        return self._file.fileno()
+
+    # ---- what is there ---------------------------------------------------------------------------------------
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf; of a dtype that numpy alone has, such as text, the dtype is "raw<U3>"."""
+        return self.arrays[number].spec
+
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf, decompressed; of an array of objects, those of its pickle."""
+        return self.arrays[number].nbytes
+
+    def refusal(self, number: int) -> str:
+        """Why a leaf cannot be read as an array, or ""."""
+        return self.arrays[number].sealed
+
+    def extent(self, number: int) -> Extent | None:
+        """Where the bytes of a leaf lie; None if they are compressed, big-endian, or in Fortran's order.
+
+        Raises:
+            BadCheckpoint: the record's two headers in the zip disagree.
+        """
+        entry = self.arrays[number]
+        if not entry.straight or self.archive.records[entry.record].method != STORED:
+            return None
+        return Extent(self.path, self.archive.place(entry.record).start + entry.head, entry.nbytes)
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+
+    def read(self, number: int) -> Array:
+        """The array, read-only; memory-mapped if it is stored as it is and aligned.
+
+        Raises:
+            Unsupported: it holds Python objects, or is of a dtype that other libraries have not.
+            BadCheckpoint: the bytes cannot be decompressed, or have another checksum.
+        """
+        entry = self.arrays[number]
+        self._check_readable(number)
+        dtype = numpy_dtype(entry.spec.dtype)
+        stored = self.archive.records[entry.record].method == STORED
+        if stored and entry.nbytes:
+            start = self.archive.place(entry.record).start + entry.head
+            flat = np.frombuffer(self._file.map, np.uint8, entry.nbytes, start).view(dtype)
+            if not flat.flags.aligned:
+                flat = flat.copy()
+        else:
+            flat = self._inflated(entry, 0, entry.nbytes).view(dtype)
+        if entry.swapped:
+            flat = flat.byteswap()
+        flat.flags.writeable = False
+        try:
+            return flat.reshape(entry.spec.shape, order="F" if entry.fortran else "C")
+        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+            raise Unsupported(f"numpy has no array of shape {entry.spec.shape}: {error}") from error
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis.
+
+        Memory is bounded by what is asked for, unless a compressed array is in Fortran's order. Ranges of a compressed
+        array that follow each other cost one decompression together.
+
+        Raises:
+            Unsupported: it holds Python objects, or is of a dtype that other libraries have not.
+            BadCheckpoint: the file has become shorter, the bytes cannot be decompressed, or have another checksum.
+        """
+        entry = self.arrays[number]
+        self._check_readable(number)
+        if entry.fortran:
+            return self.read(number).flat[start:stop]
+        dtype = numpy_dtype(entry.spec.dtype)
+        first, nbytes = start * dtype.itemsize, (stop - start) * dtype.itemsize
+        if self.archive.records[entry.record].method == STORED:
+            buffer = np.empty(nbytes, np.uint8)
+            self._file.read_into(buffer.data, self.archive.place(entry.record).start + entry.head + first)
+        else:
+            buffer = self._inflated(entry, first, nbytes)
+        found = buffer.view(dtype)
+        return found.byteswap() if entry.swapped else found
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
+        return entries(node)
+
+    # ---- after bytes were patched ----------------------------------------------------------------------------
+
+    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
+        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them.
+
+        Raises:
+            BadArgument: an extent is not within one array.
+        """
+        records = self.archive.touched(_ranges(extents))
+        return [Extent(self.path, at, 4) for record in records for at in self.archive.place(record.name).crcs]
+
+    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
+        """What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
+
+        Raises:
+            BadArgument: an extent is not within one array.
+        """
+        return [(self.path, at, data) for at, data in self.archive.checksums(_ranges(extents))]
+
+    # ---- behind the scenes -----------------------------------------------------------------------------------
+
+    def _inflated(self, entry: Entry, start: int, nbytes: int) -> Array:
+        """Bytes of a compressed array, or none of any."""
+        if not entry.nbytes:
+            return np.empty(0, np.uint8)
+        start += entry.head
+        stream = self._stream
+        if stream is None or stream.record.name != entry.record or stream.at > start:
+            stream = self._stream = _Stream(self.archive, self.archive.records[entry.record])
+        try:
+            stream.skip(start - stream.at)
+            buffer = np.empty(nbytes, np.uint8)
+            stream.read_into(buffer.data)
+            if stream.at == stream.record.nbytes:
+                stream.finish()
+        except BaseException:
+            self._stream = None  # where it stands is not known
+            raise
+        return buffer
+
+    def _check_readable(self, number: int) -> None:
+        why = self.refusal(number)
+        if why:
+            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
+
+
+class _Stream:
+    """A compressed record, decompressed from its first byte to its last in bounded memory."""
+
+    def __init__(self, archive: Archive, record: Record) -> None:
+        self.archive, self.record = archive, record
+        self.at = 0
+        self._next, self._left = archive.place(record.name).start, record.packed
+        self._inflater = zlib.decompressobj(-15)
+        self._crc = 0
+
+    def pull(self, most: int) -> bytes:
+        """Up to so many bytes, and at least one."""
+        while True:
+            packed = self._inflater.unconsumed_tail
+            if not packed and not self._inflater.eof:
+                packed = self.archive.file.read(self._next, min(self._left, _PIECE))
+                self._next, self._left = self._next + len(packed), self._left - len(packed)
+            if not packed or self._inflater.eof:
+                raise self.archive.bad(self.record.name, "it decompresses to fewer bytes than the file says")
+            data = self._decompress(packed, most)
+            if data:
+                self.at += len(data)
+                self._crc = zlib.crc32(data, self._crc)
+                return data
+
+    def read_into(self, view: memoryview) -> None:
+        at = 0
+        while at < len(view):
+            data = self.pull(min(len(view) - at, _PIECE))
+            view[at : at + len(data)] = data
+            at += len(data)
+
+    def skip(self, nbytes: int) -> None:
+        while nbytes:
+            nbytes -= len(self.pull(min(nbytes, _PIECE)))
+
+    def finish(self) -> None:
+        """Checks that the record ends here, and that its bytes have their checksum."""
+        while not self._inflater.eof:
+            packed = self._inflater.unconsumed_tail or self.archive.file.read(self._next, min(self._left, _PIECE))
+            if not packed:
+                raise self.archive.bad(self.record.name, "its compressed bytes are cut short")
+            if not self._inflater.unconsumed_tail:
+                self._next, self._left = self._next + len(packed), self._left - len(packed)
+            if self._decompress(packed, 1):
+                raise self.archive.bad(self.record.name, "it decompresses to more bytes than the file says")
+        if self._crc != self.record.crc:
+            raise self.archive.bad(
+                self.record.name, "its bytes do not have the checksum (CRC32) that the file says they have"
+            )
+
+    def _decompress(self, packed: bytes, most: int) -> bytes:
+        try:
+            return self._inflater.decompress(packed, most)
+        except zlib.error as error:
+            raise self.archive.bad(self.record.name, f"its compressed bytes are damaged: {error}") from None
+
+
+# ---- what a record is ----------------------------------------------------------------------------------------
+
+
+def _check_kind(file: OpenFile) -> None:
+    if not file.size:
+        raise BadCheckpoint(f"{file.path}: the file is empty")
+    head = file.read(0, min(8, file.size))
+    if head.startswith(_MAGIC):
+        hint = f"numpy.savez('arrays.npz', numpy.load({str(file.path)!r}))"
+        raise BadCheckpoint(f"{file.path}: it is one array of numpy.save, not a file of numpy.savez", hint=hint)
+    if not head.startswith(b"PK"):
+        raise BadCheckpoint(f"{file.path}: it is no file of numpy.savez (no zip file)")
+
+
+def _check_record(archive: Archive, record: Record) -> None:
+    if record.method not in (STORED, _DEFLATED):
+        raise archive.bad(record.name, f"it is compressed by method {record.method}, and numpy uses deflate only")
+    if record.method == _DEFLATED and record.nbytes > _MOST_DEFLATE * record.packed:
+        most = "more than deflate can make of them"
+        raise archive.bad(record.name, f"{record.packed:,} bytes would become {record.nbytes:,}, {most}")
+
+
+def _other(archive: Archive, record: Record) -> bytes:
+    """The bytes of a record that is no array: `numpy.load` gives these too."""
+    if record.nbytes > _MAX_OTHER:
+        raise archive.bad(record.name, f"it is no array (.npy), and {record.nbytes:,} bytes long")
+    if record.method == STORED:
+        return archive.read(record.name)
+    stream, buffer = _Stream(archive, record), bytearray(record.nbytes)
+    stream.read_into(memoryview(buffer))
+    stream.finish()
+    return bytes(buffer)
+
+
+def _entry(archive: Archive, record: Record) -> Entry:
+    name = record.name.removesuffix(".npy")
+    if name.count("/") + name.count(".") >= MAX_PIECES:
+        raise archive.bad(record.name, f"the name has more than {MAX_PIECES} pieces")
+    head = _Head(archive, record)
+    prefix = head.take(8)
+    if prefix[:6] != _MAGIC or prefix[6] not in (1, 2, 3) or prefix[7]:
+        raise archive.bad(record.name, "it does not begin as a .npy file of version 1, 2 or 3 does")
+    width = 2 if prefix[6] == 1 else 4
+    length = int.from_bytes(head.take(width), "little")
+    if length > MAX_HEADER:
+        raise archive.bad(record.name, f"a header of {length:,} bytes is too long")
+    raw = head.take(length)
+    try:
+        fields = _Literal(raw.decode("utf-8" if prefix[6] == 3 else "latin1")).parse()
+    except (ValueError, RecursionError) as error:
+        raise archive.bad(record.name, f"its header cannot be read: {error}") from None
+    shape, fortran = fields["shape"], fields["fortran_order"]
+    start = 8 + width + length
+    nbytes = record.nbytes - start
+    elements = 1
+    for axis in shape:
+        elements *= axis
+        if axis >= _U64 or elements >= _U64:
+            raise archive.bad(record.name, "its header, shape: the number of elements overflows 64 bits")
+    dtype, swapped, sealed = _dtype(fields["descr"])
+    spec = Spec(shape, dtype)
+    if dtype in BITS and spec.nbytes != nbytes:
+        raise archive.bad(record.name, f"{spec} takes {_text.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
+    # Where at most one axis is longer than 1 both orders are the same.
+    fortran = fortran and sum(axis != 1 for axis in shape) > 1
+    return Entry(name, record.name, spec, start, nbytes, fortran, swapped, sealed)
+
+
+def _dtype(descr: Any) -> tuple[str, bool, str]:
+    """The name of a dtype, whether its numbers begin with their highest byte, and why it cannot be read."""
+    if not isinstance(descr, str):
+        return "raw<struct>", False, "it is a structured array: each element holds several values"
+    order, code = descr[:1], descr[1:]
+    known = _CODES.get(code)
+    one_byte = known is not None and BITS[known] == 8
+    if known is not None and (order in "<>" or (order == "|" and one_byte)):
+        return known, order == ">" and not one_byte, ""
+    dtype = f"raw<{code}>"
+    if code[:1] == "O":
+        return dtype, False, "it holds Python objects in a pickle, which is a program and is not run"
+    if code[:1] == "V":
+        said = "numpy saved it without the name of its dtype, as it does with bfloat16 and other dtypes of ml_dtypes"
+        return dtype, False, f"{said}: its bytes can only be copied"
+    return dtype, False, f"its dtype, {shown(descr)}, is one of numpy alone"
+
+
+class _Head:
+    """The first bytes of a record, taken in order."""
+
+    def __init__(self, archive: Archive, record: Record) -> None:
+        self.archive, self.record, self.at = archive, record, 0
+        self.stream = None if record.method == STORED else _Stream(archive, record)
+
+    def take(self, nbytes: int) -> bytes:
+        if nbytes > self.record.nbytes - self.at:
+            raise self.archive.bad(self.record.name, "it is cut short, within the header of its array")
+        if self.stream is None:
+            data = self.archive.file.read(self.archive.place(self.record.name).start + self.at, nbytes)
+        else:
+            buffer = bytearray(nbytes)
+            self.stream.read_into(memoryview(buffer))
+            data = bytes(buffer)
+        self.at += nbytes
+        return data
+
+
+_TOKEN = re.compile(
+    r"""\s*(?: (?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
+             | (?P<number>-?[0-9]{1,20})L?
+             | (?P<word>True|False|None)
+             | (?P<mark>[\[\](){},:]) )""",
+    re.VERBOSE | re.DOTALL,
+)
+_MAX_DEPTH = 20
+
+
+class _Literal:
+    """The header of a .npy file: a Python dict of text, whole numbers, bools, tuples and lists, and nothing else."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.rstrip(" \n\0")
+        self.at = 0
+        self.depth = 0
+
+    def parse(self) -> dict[str, Any]:
+        fields = self._value()
+        if self.at != len(self.text):
+            raise ValueError("there is more after it")
+        if type(fields) is not dict or set(fields) != {"descr", "fortran_order", "shape"}:
+            raise ValueError("a dict of descr, fortran_order and shape is expected")
+        if type(fields["fortran_order"]) is not bool:
+            raise ValueError("fortran_order is neither True nor False")
+        shape = fields["shape"]
+        if type(shape) is not tuple or any(type(axis) is not int or axis < 0 for axis in shape):
+            raise ValueError("shape is no tuple of whole numbers")
+        if type(fields["descr"]) not in (str, list, tuple):
+            raise ValueError("descr names no dtype")
+        return fields
+
+    def _next(self) -> tuple[str, str]:
+        found = _TOKEN.match(self.text, self.at)
+        if found is None or found.lastgroup is None:
+            raise ValueError(f"character {self.at} makes no sense")
+        self.at = found.end()
+        return found.lastgroup, found[found.lastgroup]
+
+    def _value(self, closing: str = "") -> Any:
+        kind, token = self._next()
+        if kind == "text":
+            return token[1:-1]
+        if kind == "number":
+            return int(token)
+        if kind == "word":
+            return {"True": True, "False": False, "None": None}[token]
+        if closing and token == closing:
+            return _END
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise ValueError("brackets are nested too deeply")
+        try:
+            if token == "{":
+                return self._dict()
+            if token == "(":
+                return self._sequence(")")
+            if token == "[":
+                return list(self._sequence("]"))
+        finally:
+            self.depth -= 1
+        raise ValueError(f"{token!r} stands where a value is expected")
+
+    def _dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while (key := self._value("}")) is not _END:
+            if type(key) is not str or key in found:
+                raise ValueError("its keys are not names, each once")
+            if self._next() != ("mark", ":"):
+                raise ValueError(f"':' is missing after {key!r}")
+            found[key] = self._value()
+            if self._more("}"):
+                break
+        return found
+
+    def _sequence(self, closing: str) -> Any:
+        found: list[Any] = []
+        while (value := self._value(closing)) is not _END:
+            found.append(value)
+            if self._more(closing):
+                # Brackets around one value and no comma are no tuple.
+                return found[0] if closing == ")" and len(found) == 1 and self._lone() else tuple(found)
+        return tuple(found)
+
+    def _lone(self) -> bool:
+        return not self.text[: self.at - 1].rstrip().endswith(",")
+
+    def _more(self, closing: str) -> bool:
+        """Whether the bracket closes here; else a comma follows."""
+        kind, token = self._next()
+        if kind == "mark" and token == closing:
+            return True
+        if (kind, token) != ("mark", ","):
+            raise ValueError(f"',' or {closing!r} is missing before {token!r}")
+        return False
+
+
+_END = object()
+
+
+def _ranges(extents: Sequence[Extent]) -> Iterator[tuple[int, int]]:
+    return ((extent.start, extent.start + extent.nbytes) for extent in extents)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+_ALIGNMENT = 64
+
+
+class NpzWriter:
+    """Writes files that `numpy.load` reads and maps: each leaf stored as it is, its bytes aligned.
+
+    Of what a source says besides its leaves, other files of an archive stay; the rest has no place, and is left out.
+    """
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+        return "" if spec.dtype in _DESCRS else f"numpy's files have no dtype {spec.dtype}"
+
+    def nbytes(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> int:
+        """How large the file will be at most."""
+        heads = 30 + 46 + 2 * 28 + _ALIGNMENT
+        arrays = sum(item.nbytes + heads + 2 * len(item.name.encode()) + len(_head(item.spec)) for item in items)
+        others = sum(heads + 2 * len(name.encode()) + len(data) for name, data in _others(metadata).items())
+        return arrays + others + 98
+
+    def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
+        """Writes the whole file.
+
+        Raises:
+            RenameClash: two leaves have one name, or one that is no path within an archive.
+
+        >>> import io
+        >>> data = np.array([1, 2], "float32")
+        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8, lambda: iter([data.view("u1").data]))
+        >>> file = io.BytesIO()
+        >>> NpzWriter().write(file, [item], {})
+        >>> _ = file.seek(0)
+        >>> np.load(file)["fc/bias"]
+        array([1., 2.], dtype=float32)
+        """
+        taken: set[str] = set()
+        with zipfile.ZipFile(file, "w") as archive:
+            for item in items:
+                _check_name(item.name, taken)
+                info = zipfile.ZipInfo(f"{item.name}.npy")  # of 1 January 1980: the same leaves give the same bytes
+                with archive.open(info, "w", force_zip64=True) as record:
+                    text = _head(item.spec)
+                    pad = -(file.tell() + 10 + len(text) + 1) % _ALIGNMENT
+                    record.write(_MAGIC + b"\1\0" + struct.pack("<H", len(text) + pad + 1) + text + b" " * pad + b"\n")
+                    for chunk in item.chunks():
+                        record.write(chunk)
+            for name, data in _others(metadata).items():
+                _check_name(name, taken)
+                archive.writestr(zipfile.ZipInfo(name), data)
+
+
+def _others(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of an archive that are no arrays."""
+    return {name: data for name, data in metadata.items() if type(data) is bytes and not name.endswith(".npy")}
+
+
+def _head(spec: Spec) -> bytes:
+    return f"{{'descr': '{_DESCRS[spec.dtype]}', 'fortran_order': False, 'shape': {spec.shape}, }}".encode()
+
+
+def _check_name(name: str, taken: set[str]) -> None:
+    pieces = name.split("/")
+    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name or ":" in pieces[0]:
+        raise RenameClash(f"{shown(name)} is no name within a zip file", hint="rename it first")
+    if len(name.encode()) > 60_000:
+        raise RenameClash(f"{shown(name)} is too long for a name in a zip file", hint="rename it first")
+    if name in taken:
+        raise RenameClash(f"two leaves would have one name, {shown(name)}", hint="rename or delete one of them first")
+    taken.add(name)
+
+
+WRITER = NpzWriter()

@@ -1,0 +1,373 @@
+"""A reader of Python pickles that runs nothing: the pickle says what to build, a vocabulary says what that means.
+
+A pickle is a program. This is an interpreter of the harmless part of its language: numbers, text, dicts, lists,
+tuples and sets, and names, of which a vocabulary knows a few. A name that is not in the vocabulary is an error, so
+nothing is ever imported or called that is not written in this folder. Memory and time are bounded by the length of
+the pickle.
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from paramend.errors import BadCheckpoint
+
+# Integers of more bytes than this take longer to print than to read.
+_MAX_INTEGER = 255
+_COPIED = frozenset({str, bytes, bytearray, list, tuple, dict, OrderedDict, set})
+
+
+class Flaw(ValueError):
+    """What is wrong with one step of a pickle; the reader says at which byte."""
+
+
+class Name:
+    """A global name of a pickle: a class, a function or a constant that is not there, only its name is.
+
+    Attributes:
+        text: with its module, such as "torch.float32".
+        call: what a call of it gives, or None: it cannot be called.
+    """
+
+    __slots__ = ("call", "text")
+
+    def __init__(self, text: str, call: Callable[..., Any] | None = None) -> None:
+        self.text = text
+        self.call = call
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __copy__(self) -> "Name":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Name":
+        return self
+
+
+class Vocabulary(Protocol):
+    """What the names in a pickle mean."""
+
+    def names(self) -> Mapping[str, Name]:
+        """The names that are known. All others are refused."""
+
+    def resolve(self, reference: Any) -> Any:
+        """What a persistent id, such as the key of a storage, refers to. Raises `Flaw`."""
+
+    def build(self, thing: Any, state: Any) -> None:
+        """Takes a state into a thing that a call gave. Raises `Flaw`."""
+
+
+def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
+    """What a pickle describes: plain containers and scalars, and what the vocabulary makes.
+
+    Args:
+        data: the pickle.
+        words: what names in it mean.
+        file: what messages call the file.
+        place: the pickle's place in the file.
+
+    Raises:
+        BadCheckpoint: it is damaged, or needs a name that is not in the vocabulary.
+
+    >>> class Nothing:
+    ...     def names(self): return {}
+    >>> import os, pickle
+    >>> unpickle(pickle.dumps({"epoch": [1, 2]}, 2), Nothing(), file="x.pt", place="data.pkl")
+    {'epoch': [1, 2]}
+    >>> unpickle(pickle.dumps(os.system, 2), Nothing(), file="x.pt", place="data.pkl")
+    Traceback (most recent call last):
+    paramend.errors.BadCheckpoint: x.pt: data.pkl, byte 2: posix.system is not among the names that may stand in ...
+    """
+    machine = _Machine(data, words)
+    at = 0
+    try:
+        while not machine.done:
+            at = machine.at
+            machine.at = at + 1
+            _TABLE[data[at]](machine)
+    except Flaw as flaw:
+        reason = str(flaw)
+    except IndexError:
+        reason = "the pickle ends too early" if machine.at >= len(data) else "an instruction has nothing to work on"
+    else:
+        return machine.pop()
+    raise BadCheckpoint(f"{file}: {place}, byte {at:,}: {reason}")
+
+
+class _Machine:
+    """A pickle half read.
+
+    Attributes:
+        at: the next byte.
+        stack: values since the last mark.
+        below: the stacks under it, one for each open mark.
+        memo: values to come back to. A dict, so that a huge number takes no room.
+        done: whether the end was reached.
+        room: how much more the calls may copy: a list kept once can be handed to many calls.
+    """
+
+    def __init__(self, data: bytes, words: Vocabulary) -> None:
+        self.data, self.words, self.names = data, words, words.names()
+        self.at = 0
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.done = False
+        self.room = 1_000_000 + 4 * len(data)
+
+    def take(self, length: int) -> bytes:
+        """The next bytes of the pickle."""
+        stop = self.at + length
+        if stop > len(self.data):
+            raise Flaw("the pickle ends too early")
+        piece = self.data[self.at : stop]
+        self.at = stop
+        return piece
+
+    def number(self, length: int) -> int:
+        return int.from_bytes(self.take(length), "little")
+
+    # The four most frequent instructions, with nothing between them and the bytes.
+
+    def byte(self) -> None:
+        self.stack.append(self.data[self.at])
+        self.at += 1
+
+    def keep_near(self) -> None:
+        self.memo[self.data[self.at]] = self.stack[-1]
+        self.at += 1
+
+    def keep_far(self) -> None:
+        at = self.at
+        self.at = at + 4  # beyond the end of the pickle, the next instruction is missing
+        self.memo[int.from_bytes(self.data[at : at + 4], "little")] = self.stack[-1]
+
+    def recall_near(self) -> None:
+        key = self.data[self.at]
+        self.at += 1
+        if key not in self.memo:
+            raise Flaw(f"value {key} is used and was never kept")
+        self.stack.append(self.memo[key])
+
+    def line(self) -> str:
+        stop = self.data.find(b"\n", self.at, self.at + 1000)
+        if stop < 0:
+            raise Flaw("a name has no end")
+        text = _text(self.data[self.at : stop])
+        self.at = stop + 1
+        return text
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        return self.stack.pop()
+
+    def items(self) -> list[Any]:
+        """The values since the last mark, which is taken away."""
+        found = self.stack
+        if not self.below:
+            raise Flaw("there is no mark to go back to")
+        self.stack = self.below.pop()
+        return found
+
+    def recall(self, key: int) -> None:
+        if key not in self.memo:
+            raise Flaw(f"value {key:,} is used and was never kept")
+        self.stack.append(self.memo[key])
+
+    def keep(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def enter(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict and type(target) is not OrderedDict:
+            raise Flaw(f"entries can go into a dict, not into {_kind(target)}")
+        if len(pairs) % 2:
+            raise Flaw("the last key has no value")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if type(key) is not str:
+                check_key(key)
+            target[key] = value
+
+    def extend(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise Flaw(f"values can be appended to a list, not to {_kind(target)}")
+        target.extend(values)
+
+    def unite(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not set:
+            raise Flaw(f"values can be added to a set, not to {_kind(target)}")
+        for value in values:
+            check_key(value)
+            target.add(value)
+
+    def find(self, module: str, name: str) -> None:
+        module = {"__builtin__": "builtins"}.get(module, module)
+        found = self.names.get(f"{module}.{name}")
+        if found is None:
+            raise Flaw(f"{module[:100]}.{name[:100]} is not among the names that may stand in a checkpoint")
+        self.stack.append(found)
+
+    def find_on_stack(self) -> None:
+        name, module = self.pop(), self.pop()
+        if type(name) is not str or type(module) is not str:
+            raise Flaw("a name must be text")
+        self.find(module, name)
+
+    def call(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        if type(function) is not Name or function.call is None:
+            raise Flaw(f"{function if type(function) is Name else _kind(function)} cannot be called")
+        if type(arguments) is not tuple:
+            raise Flaw(f"the arguments of {function.text} are {_kind(arguments)}, and a tuple is expected")
+        self.spend(*arguments)
+        try:
+            self.stack.append(function.call(*arguments))
+        except TypeError:
+            raise Flaw(f"{function.text} does not take {len(arguments)} arguments of these kinds") from None
+
+    def spend(self, *values: Any) -> None:
+        for value in values:
+            if type(value) in _COPIED:
+                self.room -= len(value)
+        if self.room < 0:
+            raise Flaw("the pickle uses the same values over and over")
+
+    def build(self) -> None:
+        state, thing = self.pop(), self.stack[-1]
+        if type(thing) is not OrderedDict:
+            self.words.build(thing, state)
+            return
+        # torch keeps the versions of modules as an attribute of a state dict.
+        if type(state) is not dict:
+            raise Flaw(f"the attributes of a dict are {_kind(state)}, and a dict is expected")
+        self.spend(state)
+        for key, value in state.items():
+            if type(key) is not str or not key.isidentifier() or hasattr(OrderedDict, key):
+                raise Flaw(f"a dict cannot have the attribute {key!r:.100}")
+            setattr(thing, key, value)
+
+    def integer(self, length: int) -> None:
+        if length > _MAX_INTEGER:
+            raise Flaw(f"an integer of {length:,} bytes")
+        self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
+
+    def tuple(self, length: int) -> None:
+        values = self.stack[-length:]
+        if len(values) < length:
+            raise Flaw("an instruction has nothing to work on")
+        self.stack[-length:] = [tuple(values)]
+
+    def open_mark(self) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def refuse(self) -> None:
+        raise Flaw(f"instruction {self.data[self.at - 1 : self.at]!r} is not allowed")
+
+    def start(self) -> None:
+        protocol = self.number(1)
+        if not 2 <= protocol <= 5:
+            raise Flaw(f"pickle protocol {protocol} is unknown")
+
+    def stop(self) -> None:
+        if self.below or len(self.stack) != 1:
+            raise Flaw("the pickle ends amid its values")
+        self.done = True
+
+
+def check_key(key: Any) -> None:
+    """Refuses what could not be a key of a dict, or only at great cost.
+
+    Tuples in tuples take exponential time to hash, and huge integers can be made to collide.
+
+    Raises:
+        Flaw: it is neither text, a number, None, nor a flat tuple of such.
+    """
+    for part in key if type(key) is tuple else (key,):
+        if type(part) is int:
+            if -(2**63) <= part < 2**64:
+                continue
+            raise Flaw("an integer of more than 64 bits cannot be a key")
+        if type(part) not in (str, bytes, bool, float, type(None)):
+            raise Flaw(f"{_kind(part)} cannot be a key")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "None"
+    name = value.text if type(value) is Name else type(value).__name__.lower()
+    return f"an {name}" if name[0] in "aeio" else f"a {name}"
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Flaw("a text is not UTF-8") from None
+
+
+def _float(raw: bytes) -> float:
+    value: float = struct.unpack(">d", raw)[0]
+    return value
+
+
+_STEPS: dict[int, Callable[[_Machine], object]] = {
+    ord(code): step
+    for code, step in {
+        "\x80": _Machine.start,
+        "\x95": lambda m: m.take(8),  # a frame says only how much may be read at once
+        ".": _Machine.stop,
+        # scalars
+        "N": lambda m: m.push(None),
+        "\x88": lambda m: m.push(True),
+        "\x89": lambda m: m.push(False),
+        "K": _Machine.byte,
+        "M": lambda m: m.push(m.number(2)),
+        "J": lambda m: m.integer(4),
+        "\x8a": lambda m: m.integer(m.number(1)),
+        "\x8b": lambda m: m.integer(m.number(4)),
+        "G": lambda m: m.push(_float(m.take(8))),
+        "X": lambda m: m.push(_text(m.take(m.number(4)))),
+        "\x8c": lambda m: m.push(_text(m.take(m.number(1)))),
+        "\x8d": lambda m: m.push(_text(m.take(m.number(8)))),
+        "C": lambda m: m.push(m.take(m.number(1))),
+        "B": lambda m: m.push(m.take(m.number(4))),
+        "\x8e": lambda m: m.push(m.take(m.number(8))),
+        "\x96": lambda m: m.push(bytearray(m.take(m.number(8)))),
+        # containers
+        "(": _Machine.open_mark,
+        ")": lambda m: m.push(()),
+        "]": lambda m: m.push([]),
+        "}": lambda m: m.push({}),
+        "\x8f": lambda m: m.push(set()),
+        "\x85": lambda m: m.tuple(1),
+        "\x86": lambda m: m.tuple(2),
+        "\x87": lambda m: m.tuple(3),
+        "t": lambda m: m.push(tuple(m.items())),
+        "a": lambda m: m.extend([m.pop()]),
+        "e": lambda m: m.extend(m.items()),
+        "s": lambda m: m.enter([m.pop(), m.pop()][::-1]),
+        "u": lambda m: m.enter(m.items()),
+        "\x90": lambda m: m.unite(m.items()),
+        # values kept and used again
+        "q": _Machine.keep_near,
+        "r": _Machine.keep_far,
+        "\x94": lambda m: m.keep(len(m.memo)),
+        "h": _Machine.recall_near,
+        "j": lambda m: m.recall(m.number(4)),
+        # names and what the vocabulary makes of them
+        "c": lambda m: m.find(m.line(), m.line()),
+        "\x93": _Machine.find_on_stack,
+        "R": _Machine.call,
+        "\x81": _Machine.call,
+        "b": _Machine.build,
+        "Q": lambda m: m.push(m.words.resolve(m.pop())),
+    }.items()
+}
+_TABLE = [_STEPS.get(code, _Machine.refuse) for code in range(256)]

@@ -1,0 +1,463 @@
+"""The format of `torch.save`: a zip archive of storages, and a pickle that says which tensors look at them.
+
+Files are read without torch, and nothing in them is run: see `paramend.formats.pickles`. Opening reads the zip's
+directory and the pickle; storages are read when asked for.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.errors import BadCheckpoint, Unsupported
+from paramend.formats.files import OpenFile
+from paramend.formats.pickles import unpickle
+from paramend.formats.pt_writer import TorchWriter
+from paramend.formats.rebuilds import Tensor, TorchWords
+from paramend.formats.source import Extent
+from paramend.formats.zips import STORED, Archive, Record, shown
+from paramend.leaves import Index, entries
+from paramend.paths import labels, write_path
+from paramend.specs import Spec, numpy_dtype
+
+Array = np.ndarray[Any, Any]
+
+MAX_PICKLE = 256_000_000
+# Keys from the root to a leaf, the pieces of dotted names counted: trees deeper than this cannot be walked.
+MAX_PIECES = 200
+_MAX_DEPTH = 100
+_CONTAINERS = (dict, OrderedDict, list, tuple)
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+
+WRITER = TorchWriter()
+
+
+class TorchFile:
+    r"""One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
+
+    Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure. Use it as
+    a context manager, or `close()` it; arrays that were read stay valid.
+
+    Attributes:
+        path: as the user gave it.
+        index: the names; dict keys and list positions, joined by ".".
+        ties: leaf number → the first number of the same tensor: same storage, offset, shape and strides.
+        metadata: what else stands in the structure, by path: epochs, learning rates, lists of plain values.
+        tensors: of each leaf, which elements of which storage it is.
+        archive: the records of the zip.
+
+    Raises:
+        CannotRead: there is no such file, or no permission to read it.
+        BadCheckpoint: it is damaged, of another format, or holds more than tensors and plain values.
+
+    >>> import tempfile, zipfile
+    >>> path = Path(tempfile.mkdtemp(), "model.pt")
+    >>> tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + (
+    ...     b"0X\3\0\0\0cpuK\2tQK\0K\2\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR")
+    >>> with zipfile.ZipFile(path, "w") as made:
+    ...     made.writestr("model/data.pkl", b"\x80\2}(X\6\0\0\0weight" + tensor + b"X\5\0\0\0epochK\3u.")
+    ...     made.writestr("model/data/0", np.array([1, 2], "float32").tobytes())
+    >>> with TorchFile(path) as file:
+    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist(), file.metadata)
+    weight float32[2] [1.0, 2.0] {'epoch': 3}
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = OpenFile(path)
+        self.path = self._file.path
+        try:
+            _check_kind(self._file)
+            self.archive = Archive(self._file)
+            self._root = _root(self.archive)
+            self._structure = self._unpickled()
+            walk = _Walk(self._structure, self.path, room=self._pickle.nbytes)
+        except BaseException:
+            self.close()
+            raise
+        self.index, self.tensors = walk.index, walk.tensors
+        self.ties: Mapping[int, int] = walk.ties
+        self.metadata: Mapping[str, Any] = walk.others
+
+    def __repr__(self) -> str:
+        return f"<{self.path}: {_text.plural(len(self.tensors), 'leaf', 'leaves')}>"
+
+    def __enter__(self) -> "TorchFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def stat(self) -> os.stat_result:
+        """What the system said of the file when it was opened."""
+        return self._file.stat
+
+    def close(self) -> None:
+        """Gives the file back to the system."""
+        self._file.close()
+
+    def fileno(self) -> int:
+        """The descriptor that the system knows the open file by."""
+        return self._file.fileno()
+
+    # ---- what is there ---------------------------------------------------------------------------------------
+
+    @property
+    def structure(self) -> Any:
+        """The nested dicts, lists and tuples of the file, with the `Spec` of each tensor in its place."""
+        return self.assemble(self.spec)
+
+    def assemble(self, leaf: Callable[[int], Any]) -> Any:
+        """The nested dicts, lists and tuples of the file, with what `leaf` gives for each number in its place.
+
+        The attribute `_metadata` of a state dict stays.
+        """
+        numbers = iter(range(len(self.tensors)))
+
+        def build(node: Any) -> Any:
+            if type(node) is Tensor:
+                return leaf(next(numbers))
+            if type(node) is OrderedDict:
+                made = OrderedDict((key, build(child)) for key, child in node.items())
+                for name, value in vars(node).items():
+                    setattr(made, name, value)
+                return made
+            if type(node) is dict:
+                return {key: build(child) for key, child in node.items()}
+            if type(node) in (list, tuple):
+                return type(node)(build(child) for child in node)
+            return node
+
+        return build(self._structure)
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf; of a dtype that numpy has not, such as qint8, the dtype is "raw<qint8>"."""
+        return self.tensors[number].spec
+
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf's elements, also of dtypes that cannot be read."""
+        return self.tensors[number].nbytes
+
+    def refusal(self, number: int) -> str:
+        """Why a leaf cannot be read as an array, or ""."""
+        return self.tensors[number].sealed
+
+    def extent(self, number: int) -> Extent | None:
+        """Where the bytes of a leaf lie; None if they are strided, sparse, or are not the values themselves.
+
+        Raises:
+            BadCheckpoint: the record's two headers in the zip disagree.
+        """
+        tensor = self.tensors[number]
+        if tensor.storage is None or not tensor.contiguous or tensor.conj or tensor.neg:
+            return None
+        first, rest = divmod(tensor.offset * tensor.bits if tensor.size else 0, 8)
+        return None if rest else Extent(self.path, self._place(tensor.storage.key) + first, tensor.nbytes)
+
+    def overlaps(self, number: int) -> tuple[int, ...]:
+        """The other leaves that share bytes with a leaf without being tied to it: an edit of one edits them too."""
+        tensor = self.tensors[number]
+        mates = self._sharing.get(tensor.storage.key, []) if tensor.storage else []
+        own = self.ties.get(number, number)
+        others = [other for other in mates if self.ties.get(other, other) != own]
+        if not others or not tensor.size:
+            return ()
+        here = self._bytes(tensor)
+        return tuple(other for other in others if _share(here, self._bytes(self.tensors[other])))
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+
+    def read(self, number: int) -> Array:
+        """The array, read-only and memory-mapped: pages are read when touched.
+
+        Raises:
+            Unsupported: the tensor is quantized, sparse or of a dtype that numpy has not.
+        """
+        tensor = self.tensors[number]
+        self._check_readable(number)
+        assert tensor.storage is not None
+        dtype = numpy_dtype(tensor.dtype)
+        strides = tuple(step * dtype.itemsize for step in tensor.stride)
+        memory = self._file.map
+        try:
+            if not tensor.size:
+                empty = np.empty(tensor.shape, dtype)
+                empty.flags.writeable = False
+                return empty
+            start = self._place(tensor.storage.key) + tensor.offset * dtype.itemsize
+            array: Array = np.ndarray(tensor.shape, dtype, memory, start, strides)
+            if array.flags.aligned and not tensor.conj and not tensor.neg:
+                return array
+            # The elements between are taken along, so that a view that repeats elements stays small.
+            span = np.frombuffer(memory, np.uint8, tensor.reach * dtype.itemsize, start).copy().view(dtype)
+            if tensor.conj:
+                np.conjugate(span, out=span)
+            if tensor.neg:
+                np.negative(span, out=span)
+            array = np.ndarray(tensor.shape, dtype, span.view(np.uint8).data, 0, strides)
+        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+            raise Unsupported(f"numpy has no array of shape {tensor.shape}: {error}") from error
+        array.flags.writeable = False
+        return array
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
+
+        Raises:
+            Unsupported: the tensor is quantized, sparse or of a dtype that numpy has not.
+            BadCheckpoint: the file has become shorter since it was opened.
+        """
+        self._check_readable(number)
+        extent = self.extent(number)
+        if extent is None:
+            return self.read(number).flat[start:stop]
+        dtype = numpy_dtype(self.spec(number).dtype)
+        buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
+        self._file.read_into(buffer.data, extent.start + start * dtype.itemsize)
+        return buffer.view(dtype)
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
+        return entries(node)
+
+    # ---- after bytes were patched ------------------------------------------------------------------------------
+
+    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
+        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them.
+
+        Raises:
+            BadArgument: an extent is not within one storage.
+        """
+        records = self.archive.touched(_ranges(extents))
+        return [Extent(self.path, at, 4) for record in records for at in self.archive.place(record.name).crcs]
+
+    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
+        r"""What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
+
+        The storages concerned are read once, in chunks.
+
+        Raises:
+            BadArgument: an extent is not within one storage.
+
+        >>> import tempfile, zipfile
+        >>> path = Path(tempfile.mkdtemp(), "model.pt")
+        >>> with zipfile.ZipFile(path, "w") as made:
+        ...     made.writestr("model/data.pkl", b"\x80\2}.")
+        ...     made.writestr("model/data/0", b"abcd")
+        >>> with TorchFile(path) as file, path.open("r+b") as raw:
+        ...     changed = Extent(path, file.archive.place("model/data/0").start + 1, 2)
+        ...     _ = raw.seek(changed.start), raw.write(b"XY"), raw.flush()
+        ...     for _, offset, data in file.after_patch([changed]):
+        ...         _ = raw.seek(offset), raw.write(data)
+        >>> zipfile.ZipFile(path).read("model/data/0")
+        b'aXYd'
+        """
+        return [(self.path, at, data) for at, data in self.archive.checksums(_ranges(extents))]
+
+    # ---- behind the scenes -------------------------------------------------------------------------------------
+
+    @property
+    def _pickle(self) -> Record:
+        return self.archive.records[f"{self._root}/data.pkl"]
+
+    def _unpickled(self) -> Any:
+        if self._pickle.nbytes > MAX_PICKLE:
+            raise self.archive.bad(self._pickle.name, f"a pickle of {self._pickle.nbytes:,} bytes is too long")
+        folder = f"{self._root}/data/"
+        records = self.archive.records.values()
+        storages = {record.name[len(folder) :]: record.nbytes for record in records if record.name.startswith(folder)}
+        data = self.archive.read(self._pickle.name)
+        return unpickle(data, TorchWords(storages), file=str(self.path), place="data.pkl")
+
+    def _place(self, key: str) -> int:
+        return self.archive.place(f"{self._root}/data/{key}").start
+
+    @cached_property
+    def _sharing(self) -> dict[str, list[int]]:
+        """Storage key → the leaves that look at it, where these are several."""
+        found: dict[str, list[int]] = {}
+        for number, tensor in enumerate(self.tensors):
+            if tensor.storage and tensor.size:
+                found.setdefault(tensor.storage.key, []).append(number)
+        return {key: numbers for key, numbers in found.items() if len(numbers) > 1}
+
+    def _bytes(self, tensor: Tensor) -> Array:
+        """The elements of a tensor as memory of no type. It is never touched."""
+        assert tensor.storage is not None
+        start = self._place(tensor.storage.key) + tensor.offset * tensor.bits // 8
+        if tensor.bits % 8 or len(tensor.shape) > 32:
+            return np.ndarray(((tensor.reach * tensor.bits + 7) // 8,), np.uint8, self._file.map, start)
+        width = tensor.bits // 8
+        strides = tuple(step * width for step in tensor.stride)
+        return np.ndarray(tensor.shape, f"V{width}", self._file.map, start, strides)
+
+    def _check_readable(self, number: int) -> None:
+        why = self.refusal(number)
+        if why:
+            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
+
+
+# ---- what kind of file it is ---------------------------------------------------------------------------------
+
+
+def _check_kind(file: OpenFile) -> None:
+    head = file.read(0, min(512, file.size))
+    if head.startswith(b"PK"):
+        return
+    if not head:
+        raise BadCheckpoint(f"{file.path}: the file is empty")
+    reason = "it is no file of torch.save (no zip file)"
+    if head.startswith(_LEGACY) or head[257:262] == b"ustar":
+        raise BadCheckpoint(
+            f"{file.path}: it is in the old format of torch.save, which is no zip file", hint=_resave(file.path)
+        )
+    if head.startswith(b"\x80"):
+        raise BadCheckpoint(f"{file.path}: it is a Python pickle and no file of torch.save (no zip file)")
+    if head.startswith(b"version https://git-lfs"):
+        reason = "it is a Git LFS pointer, not the file that it stands for"
+        raise BadCheckpoint(f"{file.path}: {reason}", hint="git lfs pull")
+    if head[8:9] == b"{":
+        reason = "it is a safetensors file, not one of torch.save"
+    raise BadCheckpoint(f"{file.path}: {reason}")
+
+
+def _resave(path: Path) -> str:
+    new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
+    return f"torch.save(torch.load({str(path)!r}, weights_only=True), {new!r})"
+
+
+def _root(archive: Archive) -> str:
+    """The folder of an archive that holds everything, after the archive was found to be one of `torch.save`."""
+    path = archive.file.path
+    roots = [name.removesuffix("/data.pkl") for name in archive.records if name.endswith("/data.pkl")]
+    roots = [root for root in roots if "/" not in root]
+    if len(roots) != 1:
+        what = "two of them" if roots else "none"
+        raise BadCheckpoint(f"{path}: a file of torch.save has one record data.pkl in a folder, and here is {what}")
+    root = roots[0]
+    if f"{root}/constants.pkl" in archive.records or any(name.startswith(f"{root}/code/") for name in archive.records):
+        new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
+        hint = f"torch.save(torch.jit.load({str(path)!r}).state_dict(), {new!r})"
+        raise BadCheckpoint(f"{path}: it is a TorchScript archive, a program with its tensors", hint=hint)
+    for record in archive.records.values():
+        if not record.name.startswith(f"{root}/"):
+            raise archive.bad(record.name, f"it lies outside the folder {shown(root)} that holds the rest")
+        if record.method != STORED:
+            raise archive.bad(record.name, "it is compressed, which torch.save never does", _resave(path))
+    order = archive.records.get(f"{root}/byteorder")
+    if order and (order.nbytes > 16 or archive.read(order.name) != b"little"):
+        raise archive.bad(order.name, "only little-endian files are read", _resave(path))
+    return root
+
+
+# ---- the tree ------------------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """The leaves of a structure, found in one walk that is bounded in depth and length.
+
+    Containers may stand in several places, but not within themselves.
+
+    Attributes:
+        index: the names.
+        tensors: by number.
+        ties: number → the first number of the same tensor.
+        others: path → what is neither a tensor nor holds one; lists of plain values are whole.
+    """
+
+    def __init__(self, root: Any, path: Path, *, room: int) -> None:
+        self.index = Index(".")
+        self.tensors: list[Tensor] = []
+        self.ties: dict[int, int] = {}
+        self.others: dict[str, Any] = {}
+        self._file = path
+        self._first: dict[tuple[Any, ...], int] = {}
+        # Keys on the way to entries; no more than these, unless containers are shared and stand in many places.
+        self._room = 200_000 + 4 * room
+        self._open: set[int] = set()
+        self._trail: list[Any] = []
+        if type(root) is Tensor:
+            self._visit({"": root}, self.index.names, 0)
+        elif type(root) in _CONTAINERS:
+            self._visit(root, self.index.names, 0)
+        else:
+            self.others[""] = root
+
+    def _visit(self, node: Any, names: dict[Any, Any] | None, pieces: int) -> None:
+        if id(node) in self._open:
+            raise self._bad("it contains itself")
+        if len(self._open) >= _MAX_DEPTH:
+            raise self._bad(f"containers are nested more than {_MAX_DEPTH} deep")
+        self._open.add(id(node))
+        self._room -= len(node) * len(self._open)
+        if self._room < 0:
+            raise BadCheckpoint(f"{self._file}: data.pkl: the same containers stand in too many places")
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            kind = type(child)
+            self._trail.append(key)
+            below = pieces + (key.count(".") + key.count("/") if type(key) is str else 0) + 1
+            if below > MAX_PIECES:
+                raise self._bad(f"the name has more than {MAX_PIECES} pieces")
+            if kind is Tensor:
+                if names is not None:
+                    self._leaf(names, key, child)
+            elif _is_plain(child):
+                if names is not None:
+                    self.others[self._path()] = child
+            else:
+                inner: dict[Any, Any] | None = None if names is None else {}
+                self._visit(child, inner, below)
+                if inner and names is not None:
+                    self.index.add(names, key, inner)
+            self._trail.pop()
+        if type(node) is OrderedDict and vars(node):
+            self._visit(vars(node), None, pieces)  # no leaves there, but depth and length count
+        self._open.remove(id(node))
+
+    def _leaf(self, names: dict[Any, Any], key: Any, tensor: Tensor) -> None:
+        flaw = tensor.flaw()
+        if flaw:
+            raise self._bad(flaw)
+        number = len(self.tensors)
+        self.tensors.append(tensor)
+        self.index.numbers.append(number)
+        self.index.add(names, key, number)
+        same: tuple[Any, ...] = (id(tensor),)
+        if tensor.storage is not None:
+            same = (tensor.storage.key, tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
+            same += (tensor.conj, tensor.neg, tensor.sealed)
+        first = self._first.setdefault(same, number)
+        if first != number:
+            self.ties[number] = first
+
+    def _path(self) -> str:
+        return write_path([label for key in self._trail for label in labels(key)], ".")
+
+    def _bad(self, reason: str) -> BadCheckpoint:
+        place = shown(self._path())
+        return BadCheckpoint(f"{self._file}: data.pkl, {place}: {reason}")
+
+
+def _is_plain(node: Any) -> bool:
+    """Whether it is no container, or a list of plain values, or empty."""
+    if type(node) in (list, tuple):
+        return not any(type(child) in _CONTAINERS or type(child) is Tensor for child in node)
+    return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
+
+
+def _ranges(extents: Sequence[Extent]) -> Iterator[tuple[int, int]]:
+    return ((extent.start, extent.start + extent.nbytes) for extent in extents)
+
+
+def _share(a: Array, b: Array) -> bool:
+    """Whether two views have an element in common. Where that is too hard to say, they are taken to have."""
+    work: Any = 100_000
+    try:
+        return np.shares_memory(a, b, max_work=work)
+    except np.exceptions.TooHardError:
+        return True

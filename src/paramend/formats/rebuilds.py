@@ -1,0 +1,420 @@
+"""What torch's pickles may name: storages, dtypes and the functions that rebuild tensors, all as inert data."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from paramend.formats.pickles import Flaw, Name
+from paramend.specs import BITS, Spec, kind_of
+
+# Bits of an element of the dtypes that torch has and numpy has not: their bytes can only be copied.
+_RAW_BITS = {
+    "complex32": 32,
+    "float4_e2m1fn_x2": 8,
+    "qint8": 8,
+    "quint8": 8,
+    "qint32": 32,
+    "quint4x2": 4,
+    "quint2x4": 2,
+    "bits8": 8,
+    "bits16": 16,
+    "bits1x8": 8,
+    "bits2x4": 8,
+    "bits4x2": 8,
+    **{f"{sign}int{bits}": 8 for sign in ("", "u") for bits in range(1, 8)},
+}
+_DTYPES = {name: bits for name, bits in BITS.items() if bits % 8 == 0} | _RAW_BITS
+_STORAGES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+    "ComplexDouble": "complex128",
+    "ComplexFloat": "complex64",
+    "QInt8": "qint8",
+    "QUInt8": "quint8",
+    "QInt32": "qint32",
+    "QUInt4x2": "quint4x2",
+    "QUInt2x4": "quint2x4",
+    "Untyped": "",
+}
+_LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged", "_mkldnn")
+_SCHEMES = ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric", "channel_affine_float_qparams")
+_NUMPY_CODES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])
+_I63 = 2**63
+_MAX_AXES = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """The bytes that one or more tensors look at.
+
+    Attributes:
+        key: the record "data/<key>" holds them.
+        dtype: of its elements; "" if that is left to the tensors.
+        nbytes: their number.
+    """
+
+    key: str
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """A tensor of a checkpoint: which elements of which storage it is.
+
+    Attributes:
+        shape: the length of each axis.
+        stride: the step along each axis, in elements.
+        dtype: torch's name of it.
+        storage: where its elements lie; None if they do not lie in one storage.
+        offset: of the first element, in elements.
+        conj: whether its values are the conjugates of those in the storage.
+        neg: whether they are the negatives.
+        sealed: why it cannot be read as an array, or "".
+        parts: the tensors that a sparse tensor is made of.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    storage: Storage | None = None
+    offset: int = 0
+    conj: bool = False
+    neg: bool = False
+    sealed: str = ""
+    parts: tuple["Tensor", ...] = ()
+
+    @property
+    def spec(self) -> Spec:
+        """Shape and dtype; a dtype that numpy has not, such as qint8, is "raw<qint8>"."""
+        return Spec(self.shape, self.dtype if self.dtype in BITS else f"raw<{self.dtype}>")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all elements, side by side; of a sparse tensor those of its parts."""
+        if self.storage is None:
+            return sum(part.nbytes for part in self.parts)
+        return (self.size * self.bits + 7) // 8
+
+    @property
+    def reach(self) -> int:
+        """The number of elements from the first to the last, those between included; 0 if there are none."""
+        if not self.size:
+            return 0
+        return 1 + sum((length - 1) * step for length, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie side by side in C order."""
+        step = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if length != 1 and stride != step and self.size:
+                return False
+            step *= length
+        return True
+
+    def flaw(self) -> str:
+        """What is wrong with it, or "": it must lie within its storage."""
+        for part in self.parts:
+            why = part.flaw()
+            if why:
+                return f"a part of it: {why}"
+        kind = kind_of(self.dtype) if self.conj or self.neg else ""
+        if kind and kind != "complex" and (self.conj or kind != "float"):
+            return f"{self.dtype} has no conjugates or no negatives"
+        shape = self.shape if self.size else [max(length, 1) for length in self.shape]
+        if math.prod(shape) * self.bits >= _I63:
+            return "its shape overflows 64 bits"
+        reach = self.reach
+        if self.storage is None or not reach:
+            return ""
+        needed, there = (self.offset + reach) * self.bits, 8 * self.storage.nbytes
+        if needed > there:
+            return f"it runs past its storage: it reaches byte {-(-needed // 8):,} of {self.storage.nbytes:,}"
+        return ""
+
+
+class TorchWords:
+    """The vocabulary of torch's pickles.
+
+    Args:
+        storages: the length of each record that may be a storage, by key.
+    """
+
+    def __init__(self, storages: Mapping[str, int]) -> None:
+        self._storages = storages
+        self._met: dict[tuple[str, str], Storage] = {}
+
+    def names(self) -> Mapping[str, Name]:
+        """The names that are known."""
+        return _NAMES
+
+    def resolve(self, reference: Any) -> Storage:
+        """The storage of a persistent id ("storage", class, key, device, number of elements)."""
+        if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
+            raise Flaw("a reference to something other than a storage")
+        kind, key, _, count = reference[1:5]
+        dtype = _STORAGE_NAMES.get(kind.text) if type(kind) is Name else None
+        if dtype is None or type(key) is not str:
+            raise Flaw("a storage of no kind that is known")
+        if reference[5:] not in ((), (None,)):
+            raise Flaw("a storage that is a part of another")
+        nbytes = self._storages.get(key)
+        if nbytes is None:
+            raise Flaw(f"storage {key!r:.100} is not in the file")
+        wide = _whole(count, "the length of a storage") * (_DTYPES[dtype] if dtype else 8)
+        if wide != 8 * nbytes and not (dtype.startswith("quint") and count == nbytes):
+            raise Flaw(f"storage {key!r:.100} should have {wide // 8:,} bytes, and its record has {nbytes:,}")
+        return self._met.setdefault((key, dtype), Storage(key, dtype, nbytes))
+
+    def build(self, thing: Any, state: Any) -> None:
+        """Takes the state of a numpy dtype; nothing else has one."""
+        if type(thing) is not _NumpyDtype:
+            raise Flaw(f"{type(thing).__name__.lower()} takes no state")
+        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
+            raise Flaw("a numpy dtype that is not little-endian")
+
+
+# ---- what calls give -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _NumpyDtype:
+    code: str
+
+
+def _whole(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value < _I63:
+        raise Flaw(f"{what} must be a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def _wholes(values: Any, what: str) -> tuple[int, ...]:
+    if type(values) is not tuple:
+        raise Flaw(f"{what} must be a tuple of whole numbers")
+    if len(values) > _MAX_AXES:
+        raise Flaw(f"a tensor of {len(values):,} axes")
+    for value in values:
+        _whole(value, what)
+    return values
+
+
+def _dtype(value: Any) -> str:
+    name = value.text.removeprefix("torch.") if type(value) is Name else ""
+    if name not in _DTYPES:
+        raise Flaw("a dtype is expected")
+    return name
+
+
+def _tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None, flags: Any = None, sealed: str = ""
+) -> Tensor:
+    if type(storage) is not Storage:
+        raise Flaw("a tensor without a storage")
+    dtype = dtype or storage.dtype
+    if not dtype:
+        raise Flaw("a tensor without a dtype")
+    shape, stride = _wholes(shape, "the shape of a tensor"), _wholes(stride, "the strides of a tensor")
+    if len(shape) != len(stride):
+        raise Flaw(f"a tensor of {len(shape)} axes with {len(stride)} strides")
+    if flags is not None and (type(flags) is not dict or flags.keys() - {"conj", "neg"}):
+        raise Flaw("a tensor with properties that are unknown")
+    conj, neg = (bool((flags or {}).get(flag)) for flag in ("conj", "neg"))
+    if not sealed and dtype not in BITS:
+        sealed = f"its dtype, torch.{dtype}, has no counterpart in numpy: its bytes can only be copied"
+    return Tensor(shape, stride, dtype, storage, _whole(offset, "the offset of a tensor"), conj, neg, sealed)
+
+
+def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, flags: Any = None) -> Tensor:
+    return _tensor(storage, offset, shape, stride, None, flags)
+
+
+def _rebuild_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None
+) -> Tensor:
+    return _tensor(storage, offset, shape, stride, _dtype(dtype), flags)
+
+
+def _rebuild_quantized(
+    storage: Any, offset: Any, shape: Any, stride: Any, quantizer: Any, grad: Any, hooks: Any
+) -> Tensor:
+    return _tensor(storage, offset, shape, stride, sealed="it is quantized: its bytes can only be copied")
+
+
+def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
+    parts = [part for part in data if type(part) is Tensor] if type(data) is tuple else []
+    shapes = [part for part in data if type(part) is tuple] if parts else []
+    if len(data) > 5 or len(shapes) != 1 or type(layout) is not Name:
+        raise Flaw("a sparse tensor of no kind that is known")
+    shape = _wholes(shapes[0], "the shape of a tensor")
+    name = layout.text.removeprefix("torch.")
+    sealed = f"it is sparse ({name}): its bytes can only be copied"
+    return Tensor(shape, (0,) * len(shape), parts[-1].dtype, sealed=sealed, parts=tuple(parts))
+
+
+def _rebuild_nested(buffer: Any, *tables: Any) -> Tensor:
+    if type(buffer) is not Tensor or not all(type(table) is Tensor for table in tables):
+        raise Flaw("a nested tensor of no kind that is known")
+    sealed = "it is a nested tensor: its bytes can only be copied"
+    return Tensor(buffer.shape, buffer.stride, buffer.dtype, sealed=sealed, parts=(buffer, *tables))
+
+
+def _rebuild_meta(dtype: Any, shape: Any, stride: Any, grad: Any) -> Tensor:
+    shape, stride = _wholes(shape, "the shape of a tensor"), _wholes(stride, "the strides of a tensor")
+    if len(shape) != len(stride):
+        raise Flaw(f"a tensor of {len(shape)} axes with {len(stride)} strides")
+    return Tensor(shape, stride, _dtype(dtype), sealed="it is a meta tensor: it has a shape and no values")
+
+
+def _parameter(data: Any, grad: Any, hooks: Any, state: Any = None) -> Tensor:
+    if type(data) is not Tensor:
+        raise Flaw("a parameter that is no tensor")
+    return replace(data)  # torch makes a new tensor of the same storage, too
+
+
+def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor that has attributes; they are left where they are, in the pickle."""
+    if type(function) is not Name or function.call is None or not function.text.startswith("torch._utils._rebuild"):
+        raise Flaw("a tensor that is rebuilt by no function that is known")
+    if type(kind) is not Name or kind.text not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
+        raise Flaw("a tensor of a class that is unknown")
+    if type(arguments) is not tuple:
+        raise Flaw("the arguments of a function must be a tuple")
+    return function.call(*arguments)
+
+
+def _ordered(pairs: Any = ()) -> "OrderedDict[Any, Any]":
+    if pairs != ():
+        raise Flaw("a dict that is filled by its call")
+    return OrderedDict()
+
+
+def _size(lengths: Any = ()) -> tuple[int, ...]:
+    return _wholes(tuple(lengths) if type(lengths) is list else lengths, "torch.Size")
+
+
+def _counter(counts: Any = None) -> dict[Any, Any]:
+    if counts is not None and type(counts) is not dict:
+        raise Flaw("a counter of something that is no dict")
+    return dict(counts or {})
+
+
+def _set(values: Any = ()) -> set[Any]:
+    if type(values) not in (list, tuple):
+        raise Flaw("a set of something that is no list")
+    for value in values:
+        if type(value) not in (str, bytes, bool, int, float, type(None)) or (type(value) is int and abs(value) >= _I63):
+            raise Flaw("a set of something other than plain values")
+    return set(values)
+
+
+def _complex(real: Any, imaginary: Any) -> complex:
+    if type(real) is not float or type(imaginary) is not float:
+        raise Flaw("a complex number is made of two floats")
+    return complex(real, imaginary)
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    """How protocol 2 writes bytes."""
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise Flaw("bytes of no kind that is known")
+    try:
+        return text.encode("latin1")
+    except UnicodeEncodeError:
+        raise Flaw("bytes of no kind that is known") from None
+
+
+def _bytearray(value: Any = b"", encoding: Any = "latin1") -> bytearray:
+    return bytearray(value if type(value) is bytes else _encode(value, encoding))
+
+
+def _device(kind: Any, index: Any = None) -> Name:
+    if type(kind) is not str or not kind.isidentifier() or type(index) not in (int, type(None)):
+        raise Flaw("a device of no kind that is known")
+    return Name(f"torch.device('{kind[:100]}'{'' if index is None else f', {index}'})")
+
+
+def _layout(name: Any) -> Name:
+    if name not in _LAYOUT_NAMES:
+        raise Flaw("a layout that is unknown")
+    return _LAYOUT_NAMES[name]
+
+
+def _numpy_dtype(code: Any, align: Any = False, copy: Any = False) -> _NumpyDtype:
+    if type(code) is not str or code not in _NUMPY_CODES:
+        raise Flaw("a numpy dtype that is no plain number")
+    return _NumpyDtype(code)
+
+
+def _numpy_scalar(dtype: Any, raw: Any) -> Any:
+    if type(dtype) is not _NumpyDtype or type(raw) is not bytes:
+        raise Flaw("a numpy scalar of no kind that is known")
+    found = np.dtype(dtype.code)
+    if len(raw) != found.itemsize:
+        raise Flaw(f"a numpy scalar of {len(raw):,} bytes where {found.itemsize} are needed")
+    return np.frombuffer(raw, found)[0]
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": lambda storage, offset, shape, stride: _tensor(storage, offset, shape, stride),
+    "torch._utils._rebuild_tensor_v2": _rebuild_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_qtensor": _rebuild_quantized,
+    "torch._utils._rebuild_sparse_tensor": _rebuild_sparse,
+    "torch._utils._rebuild_nested_tensor": _rebuild_nested,
+    "torch._utils._rebuild_meta_tensor_no_storage": _rebuild_meta,
+    "torch._tensor._rebuild_from_type_v2": _typed,
+    "torch.serialization._get_layout": _layout,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "collections.OrderedDict": _ordered,
+    "collections.Counter": _counter,
+    "builtins.set": _set,
+    "builtins.complex": _complex,
+    "builtins.bytes": lambda: b"",
+    "builtins.bytearray": _bytearray,
+    "_codecs.encode": _encode,
+    "numpy.dtype": _numpy_dtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}
+_STORAGE_NAMES = {
+    f"{module}.{name}Storage": dtype
+    for name, dtype in _STORAGES.items()
+    for module in ("torch", "torch.cuda", "torch.storage")
+}
+_LAYOUT_NAMES = {f"torch.{name}": Name(f"torch.{name}") for name in _LAYOUTS}
+_CONSTANTS = [
+    *_STORAGE_NAMES,
+    *_LAYOUT_NAMES,
+    *(f"torch.{name}" for name in _DTYPES),
+    *(f"torch.per_{name}" for name in _SCHEMES),
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+]
+_NAMES: dict[str, Name] = {name: Name(name) for name in _CONSTANTS}
+_NAMES |= {name: Name(name, call) for name, call in _CALLS.items()}

@@ -1,0 +1,357 @@
+"""Which format a checkpoint is of, told by its content, and the table of formats that says how each is opened."""
+
+import importlib
+import importlib.util
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paramend import _text
+from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.formats.index import SUFFIX
+from paramend.formats.shards import open_directory
+from paramend.formats.source import Source
+from paramend.formats.writer import Writer
+
+_HEAD = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One row of the table of formats.
+
+    Attributes:
+        name: as `paramend show --json` prints it.
+        says: what such checkpoints are.
+        suffixes: how their names end; what is written under such a name is of this format.
+        recognise: (path, the first bytes; none of a directory) → whether it is one.
+        module: the module that reads it.
+        reader: the name in there of what opens one.
+        writes: whether new files can be written; the module then has a `WRITER`, but for safetensors, which the
+            rewriting engine writes itself.
+        patches: whether leaves can be changed in place.
+        keeps: what besides the leaves survives an edit.
+        extra: the extra that reading it needs; "" for none.
+    """
+
+    name: str
+    says: str
+    suffixes: tuple[str, ...]
+    recognise: Callable[[Path, bytes], bool]
+    module: str
+    reader: str
+    writes: bool
+    patches: bool
+    keeps: str
+    extra: str = ""
+
+    @property
+    def built(self) -> bool:
+        """Whether this installation has the module."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def open(self, path: Path) -> Source:
+        """A checkpoint of this format, opened."""
+        found: Source = getattr(self._load(), self.reader)(path)
+        return found
+
+    def writer(self) -> Writer:
+        """What writes this format.
+
+        Raises:
+            Unsupported: nothing does.
+        """
+        if not self.writes:
+            raise Unsupported(
+                f"{self.says} cannot be written", hint=f"one of {_text.listing([row.name for row in writable()])}"
+            )
+        found: Writer = self._load().WRITER
+        return found
+
+    def _load(self) -> Any:
+        try:
+            return importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name != self.module:
+                raise
+            raise Unsupported(f"this version of Paramend does not know {self.says}") from None
+
+
+# ---- what each looks like ----------------------------------------------------------------------------------
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    # A header may open with white space; a file that is cut short still says what it was.
+    return head[8:].lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
+
+
+def _is_zip_of(*, torch: bool) -> Callable[[Path, bytes], bool]:
+    def recognise(path: Path, head: bytes) -> bool:
+        return head.startswith(b"PK\x03\x04") and _holds_pickle(path, head) == torch
+
+    return recognise
+
+
+def _holds_pickle(path: Path, head: bytes) -> bool:
+    """Whether a zip file is one of torch: its first record is `<name>/data.pkl`, and others are no arrays of numpy."""
+    if b"/data.pkl" in head:
+        return True
+    length = int.from_bytes(head[26:28], "little")
+    return not head[30 : 30 + length].endswith(b".npy")
+
+
+def _is_pickle(path: Path, head: bytes) -> bool:
+    # torch.save before 1.6: a pickle of a magic number, of protocol 2 by default.
+    return head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 2
+
+
+def _is_msgpack(path: Path, head: bytes) -> bool:
+    first = head[:1]
+    return bool(first) and (0x80 <= first[0] <= 0x8F or first in (b"\xde", b"\xdf")) and not _is_pickle(path, head)
+
+
+def _is_orbax(path: Path, head: bytes) -> bool:
+    if head or not path.is_dir():
+        return False
+    marks = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+    if any((path / mark).exists() for mark in marks):
+        return True
+    # The folder of a CheckpointManager: steps, each a checkpoint with its items in folders.
+    return any(
+        (inner / mark).exists() for step in _steps(path) for inner in (step, step / "default") for mark in marks[:2]
+    )
+
+
+def _steps(path: Path) -> Iterator[Path]:
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        if entry.name.rpartition("_")[2].isdigit() and entry.is_dir():
+            yield path / entry.name
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        "safetensors",
+        "safetensors files, and directories of them as Hugging Face lays them out",
+        (".safetensors",),
+        _is_safetensors,
+        "paramend.formats.safetensors",
+        "SafetensorsFile",
+        writes=True,
+        patches=True,
+        keeps="metadata, order of tensors, unknown dtypes, index, sidecars",
+    ),
+    Format(
+        "torch",
+        "zip files of torch.save",
+        (".pt", ".pth", ".bin", ".ckpt"),
+        _is_zip_of(torch=True),
+        "paramend.formats.pt",
+        "TorchFile",
+        writes=True,
+        patches=True,
+        keeps="entries that are no tensors, shared storages",
+    ),
+    Format(
+        "npz",
+        "zip files of numpy.savez",
+        (".npz",),
+        _is_zip_of(torch=False),
+        "paramend.formats.npz",
+        "NpzFile",
+        writes=True,
+        patches=True,
+        keeps="other files in the archive",
+    ),
+    Format(
+        "msgpack",
+        "Flax msgpack files",
+        (".msgpack",),
+        _is_msgpack,
+        "paramend.formats.msgpack",
+        "MsgpackFile",
+        writes=False,
+        patches=False,
+        keeps="entries that are no arrays",
+    ),
+    Format(
+        "orbax",
+        "Orbax directories",
+        (".orbax",),
+        _is_orbax,
+        "paramend.formats.orbax",
+        "OrbaxCheckpoint",
+        writes=False,
+        patches=False,
+        keeps="true key paths",
+        extra="orbax",
+    ),
+)
+
+# What other files begin with, and what to say of them.
+_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for", "git lfs pull"),
+    (b"\x89HDF", "an HDF5 file", ""),
+    (b"GGUF", "a GGUF file", ""),
+    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
+    (b"<", "a web page (HTML or XML)", "download the file itself"),
+)
+
+
+def writable() -> list[Format]:
+    """The formats that new files can be written in."""
+    return [row for row in FORMATS if row.writes and row.built]
+
+
+def find_format(path: Path, head: bytes) -> Format | None:
+    """The format of a file that begins so, or of a directory; None if it is of none."""
+    if any(head.startswith(magic) for magic, _, _ in _FOREIGN):
+        return None
+    return next((row for row in FORMATS if row.recognise(path, head)), None)
+
+
+def format_for(path: Path) -> Format | None:
+    """The format that the name of a new file asks for, or None."""
+    return next((row for row in FORMATS if path.name.lower().endswith(row.suffixes)), None)
+
+
+def format_of(source: Any) -> Format | None:
+    """The format of an opened checkpoint; None of a tree in memory."""
+    first = source.files[0] if hasattr(source, "files") else source
+    return next((row for row in FORMATS if row.module == type(first).__module__), None)
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """A checkpoint, opened for reading by the format that its content shows. Only headers are read.
+
+    Args:
+        path: a file, a directory, or the index file of a model in several files.
+
+    Raises:
+        BadCheckpoint: it is damaged, or of no format that is known.
+        CannotRead: there is no such file, or no permission to read it.
+
+    >>> import tempfile
+    >>> from paramend.formats.safetensors import write_header
+    >>> from paramend.specs import Spec
+    >>> file = Path(tempfile.mkdtemp(), "weights")
+    >>> _ = file.write_bytes(write_header({"w": Spec((2,), "int8")}).to_bytes() + bytes(2))
+    >>> open_source(file).index.path(0), open_source(file.parent).spec(0)
+    ('w', Spec(shape=(2,), dtype='int8'))
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise CannotRead(f"{path}: there is no such file or directory", hint=_near_file(path)) from None
+    except (OSError, ValueError) as error:
+        raise CannotRead(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(mode):
+        return _open_folder(path)
+    if path.name.endswith(SUFFIX):
+        found = open_directory(path, _open_file, _holds_weights)
+        assert found is not None
+        return found
+    return _open_file(path)
+
+
+def _open_folder(path: Path) -> Source:
+    try:
+        row = find_format(path, b"")
+        if row is not None:
+            return row.open(path)
+        found = open_directory(path, _open_file, _holds_weights) or open_directory(path, _open_file, _is_weights(path))
+    except OSError as error:
+        if isinstance(error, CannotRead):
+            raise
+        raise CannotRead(f"{path}: {error.strerror or error}") from None
+    if found is not None:
+        return found
+    inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
+    below = [name for name in inside if any((path / name).glob("*.safetensors"))]
+    if not inside:
+        held = "it is empty"
+    else:
+        held = f"it holds {_text.listing(inside, 4)}"
+    raise BadCheckpoint(
+        f"{path}: it is a directory without a checkpoint: {held}",
+        hint=f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax",
+    )
+
+
+def _holds_weights(name: str) -> bool:
+    return name.endswith(".safetensors") and not name.startswith(".")
+
+
+def _is_weights(folder: Path) -> Callable[[str], bool]:
+    """Whether a file in a folder without safetensors files holds weights all the same, by suffix, or by content where
+    the folder has one file."""
+    visible = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    known = [name for name in visible if format_for(Path(name)) is not None]
+    # Trainers leave their own states beside the model.
+    models = [name for name in known if name.startswith(("pytorch_model", "diffusion_pytorch_model", "adapter_model"))]
+    chosen = models or known
+    if len(chosen) == 1:
+        return lambda name: name == chosen[0]
+    if len(visible) == 1 and (folder / visible[0]).is_file():
+        return lambda name: find_format(folder / name, _head(folder / name)) is not None
+    if len(chosen) > 1:
+        raise BadCheckpoint(
+            f"{folder}: it holds {len(chosen)} checkpoints: {_text.listing(sorted(chosen), 4)}",
+            hint=f"open one of them: {folder / sorted(chosen)[0]}",
+        )
+    return lambda name: False
+
+
+def _open_file(path: Path) -> Source:
+    head = _head(path)
+    row = find_format(path, head)
+    if row is None and head:
+        row = format_for(path)  # whose reader knows best what is wrong
+    if row is None:
+        raise _unknown(path, head)
+    return row.open(path)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        # O_NONBLOCK: without it, opening a named pipe waits for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise CannotRead(f"{path}: there is no such file", hint=_near_file(path)) from None
+    except PermissionError:
+        raise CannotRead(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
+    except OSError as error:
+        raise CannotRead(f"{path}: it cannot be opened: {error.strerror or error}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BadCheckpoint(f"{path}: it is no regular file (a directory, a pipe, a device or a socket)")
+        return os.pread(descriptor, _HEAD, 0)
+    except OSError as error:
+        if isinstance(error, CannotRead):
+            raise
+        raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _unknown(path: Path, head: bytes) -> BadCheckpoint:
+    if not head:
+        return BadCheckpoint(f"{path}: byte 0: the file is empty", hint="copy or download it again")
+    for magic, what, hint in _FOREIGN:
+        if head.startswith(magic):
+            return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)
+    return BadCheckpoint(
+        f"{path}: byte 0: it begins like no checkpoint that is known, and its name says nothing",
+        hint=f"what can be opened: {_text.listing([row.says for row in FORMATS if row.built])}",
+    )
+
+
+def _near_file(path: Path) -> str:
+    try:
+        near = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
+    except OSError:
+        return "" if path.parent.exists() else f"there is no directory {path.parent} either"
+    return f"did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,207 @@
+"""`Shards`: a directory whose model lies in one file or in several, as one source."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.errors import BadCheckpoint
+from paramend.formats.index import ShardIndex, find_index, read_index
+from paramend.formats.jsontext import bad, shown
+from paramend.formats.safetensors import separator_of
+from paramend.formats.source import Extent, Source
+from paramend.leaves import Index, entries
+from paramend.specs import Spec
+
+Array = np.ndarray[Any, Any]
+
+# Systems let a program hold a few hundred files open; the largest models have more.
+_OPEN = 64
+
+
+class Shards:
+    """A directory of weight files as one `Source`. Made by `open_directory`.
+
+    Attributes:
+        path: the directory, or the index file, as the user wrote it.
+        folder: the directory.
+        files: the weight files in order, each a source.
+        shard_index: the index beside them; None if there is none.
+        index: the names of all tensors.
+        ties: leaf number → the first number of the same leaf.
+        metadata: what the files say of themselves, where all agree.
+    """
+
+    def __init__(self, path: Path, folder: Path, files: Sequence[Source], shard_index: ShardIndex | None) -> None:
+        self.path, self.folder, self.shard_index = path, folder, shard_index
+        self.files: tuple[Any, ...] = tuple(files)
+        ties: dict[int, int] = {}
+        self._homes: list[tuple[int, int]] = []
+        self._open: OrderedDict[int, None] = OrderedDict()
+        names: list[str] = []
+        where: dict[str, int] = {}
+        for place, file in enumerate(self.files):
+            first = len(names)
+            inner: dict[int, int] = {}
+            for number, name in _names(file):
+                other = where.setdefault(name, place)
+                if other != place:
+                    raise bad(
+                        str(folder),
+                        f"tensor {shown(name)}",
+                        f"it stands in two files, {self.files[other].path.name} and {file.path.name}",
+                        hint=f"open one of them: {self.files[other].path}",
+                    )
+                inner[number] = first + len(inner)
+                names.append(name)
+                self._homes.append((place, number))
+            ties |= {inner[number]: inner[one] for number, one in file.ties.items()}
+        if shard_index is not None:
+            self._check_index(shard_index, where)
+        self.ties: Mapping[int, int] = ties
+        self.index = Index.of_names(names, separator_of(names))
+        self.metadata: Mapping[str, Any] = self._agreed()
+
+    def __repr__(self) -> str:
+        leaves = _text.plural(len(self._homes), "leaf", "leaves")
+        return f"<{self.path}: {leaves} in {_text.plural(len(self.files), 'file')}>"
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check_index(self, shard_index: ShardIndex, where: Mapping[str, int]) -> None:
+        for name, shard in shard_index.weight_map.items():
+            place = where.get(name)
+            if place is None or self.files[place].path.name != shard:
+                found = "" if place is None else f"; it is in {self.files[place].path.name}"
+                reason = f"{shard} holds no such tensor{found}"
+                raise bad(str(shard_index.path), f"weight_map, {shown(name)}", reason)
+
+    def _agreed(self) -> dict[str, Any]:
+        first, *rest = (file.metadata for file in self.files)
+        return {key: value for key, value in first.items() if all(other.get(key) == value for other in rest)}
+
+    def home(self, number: int) -> tuple[int, int]:
+        """Which of `files` holds a leaf, and the number of the leaf in it."""
+        return self._homes[number]
+
+    def _file(self, number: int) -> tuple[Any, int]:
+        """The file that holds a leaf, ready to be read; of those read before, the latest stay open."""
+        place, inner = self._homes[number]
+        self._open[place] = None
+        self._open.move_to_end(place)
+        if len(self._open) > _OPEN:
+            _release(self.files[self._open.popitem(last=False)[0]])
+        return self.files[place], inner
+
+    @property
+    def stats(self) -> Mapping[Path, os.stat_result]:
+        """What the system said of each file when it was opened, where that is known."""
+        found: dict[Path, os.stat_result] = {}
+        for file in self.files:
+            found |= stats_of(file)
+        return found
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf."""
+        place, inner = self._homes[number]
+        return self.files[place].spec(inner)  # type: ignore[no-any-return]
+
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf on disk."""
+        place, inner = self._homes[number]
+        return self.files[place].nbytes(inner)  # type: ignore[no-any-return]
+
+    def refusal(self, number: int) -> str:
+        """Why a leaf cannot be read as an array, or ""."""
+        place, inner = self._homes[number]
+        return self.files[place].refusal(inner)  # type: ignore[no-any-return]
+
+    def extent(self, number: int) -> Extent | None:
+        """Where the bytes of a leaf lie."""
+        place, inner = self._homes[number]
+        return self.files[place].extent(inner)  # type: ignore[no-any-return]
+
+    def read(self, number: int) -> Array:
+        """The array."""
+        file, inner = self._file(number)
+        return file.read(inner)  # type: ignore[no-any-return]
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        """A copy of some elements of a leaf, counted in C order."""
+        file, inner = self._file(number)
+        return file.read_range(inner, start, stop)  # type: ignore[no-any-return]
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, of which masks are made; None for a leaf."""
+        return entries(node)
+
+    def close(self) -> None:
+        """Gives the files back."""
+        for file in self.files:
+            file.close()
+
+
+def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callable[[str], bool]) -> Shards | None:
+    """The model in a directory, or that of an index file; None if the directory holds no weights.
+
+    Args:
+        path: the directory, or an index file in it.
+        opener: opens one weight file.
+        weights: whether a file of this name holds weights, where no index says which do.
+
+    Raises:
+        BadCheckpoint: the index is damaged, a shard is missing or damaged, or a tensor stands in two.
+    """
+    folder, found = (path, None) if path.is_dir() else (path.parent, path)
+    names = sorted(entry.name for entry in os.scandir(folder))
+    found = found or find_index(folder, names)
+    shard_index = None if found is None else read_index(found)
+    chosen = [name for name in names if weights(name)] if shard_index is None else shard_index.files
+    if not chosen:
+        return None
+    missing = sorted(set(chosen) - set(names))
+    if missing:
+        assert shard_index is not None
+        raise BadCheckpoint(
+            f"{shard_index.path}: weight_map: {_text.plural(len(missing), 'file is', 'files are')} missing: "
+            f"{_text.listing(missing, 3)}",
+            hint="copy or download the model again",
+        )
+    files: list[Source] = []
+    try:
+        for name in chosen:
+            files.append(opener(folder / name))
+            _release(files[-1])
+        return Shards(path, folder, files, shard_index)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _names(file: Any) -> Iterable[tuple[int, str]]:
+    """The leaf numbers of a file, each with its name. A flat file knows its names without an index."""
+    if hasattr(file, "names"):
+        return enumerate(file.names)
+    return ((number, file.index.name(number)) for number in file.index.numbers)
+
+
+def stats_of(source: Any) -> Mapping[Path, os.stat_result]:
+    """What the system said of the files of a source when they were opened, as far as the source remembers."""
+    if hasattr(source, "stats"):
+        found: Mapping[Path, os.stat_result] = source.stats
+        return found
+    return {Path(source.path): source.stat} if hasattr(source, "stat") else {}
+
+
+def _release(file: Any) -> None:
+    """Gives back a file's descriptor, where the format can take it again."""
+    getattr(file, "release", lambda: None)()

@@ -1,0 +1,375 @@
+"""A zip archive, read strictly: its records, where their bytes lie, and where their checksums stand.
+
+A zip file says everything twice, in the central directory at its end and in a header before each record. Readers
+that believe one or the other see different files in the same bytes; here the two must agree. The local headers lie
+all over the file, so each is read when its record is first asked for: opening reads the end of the file only.
+"""
+
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from paramend import _text
+from paramend.errors import BadArgument, BadCheckpoint
+from paramend.formats.files import OpenFile
+
+STORED = 0
+
+MAX_DIRECTORY = 100_000_000
+_CHUNK = 1 << 20
+
+_END = struct.Struct("<IHHHHIIH")
+_END64 = struct.Struct("<IQHHIIQQQQ")
+_LOCATOR = struct.Struct("<IIQI")
+_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+_LOCAL = struct.Struct("<IHHHHHIIIHH")
+_END_MAGIC, _END64_MAGIC, _LOCATOR_MAGIC = 0x06054B50, 0x06064B50, 0x07064B50
+_CENTRAL_MAGIC, _LOCAL_MAGIC, _DESCRIPTOR_MAGIC = 0x02014B50, 0x04034B50, 0x08074B50
+_U16, _U32 = 0xFFFF, 0xFFFFFFFF
+
+_ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13
+_DESCRIBED = 1 << 3  # checksum and sizes stand after the record
+_UTF8 = 1 << 11
+_KNOWN = _DESCRIBED | _UTF8 | 1 << 1 | 1 << 2  # the last two say how hard a compressor tried
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One file in an archive, as the central directory has it.
+
+    Attributes:
+        name: with "/" between folders; checked to stay within the archive.
+        method: how it is compressed; 0 is not at all.
+        nbytes: its length.
+        packed: its length in the archive.
+        crc: the CRC32 of its bytes.
+        flags: the bits that the format has for each record.
+        header: where its local header begins.
+        central: where its CRC32 stands in the central directory.
+    """
+
+    name: str
+    method: int
+    nbytes: int
+    packed: int
+    crc: int
+    flags: int
+    header: int
+    central: int
+
+
+class Place(NamedTuple):
+    """Where a record lies: its first byte, and the offsets at which its CRC32 stands, four bytes each."""
+
+    start: int
+    crcs: tuple[int, ...]
+
+
+class Archive:
+    """The records of a zip file.
+
+    Attributes:
+        file: the open file.
+        records: by name, in the order of the central directory. Folders are left out.
+
+    Raises:
+        BadCheckpoint: it is no zip file, or one that readers could see in two ways.
+
+    >>> import io, tempfile, zipfile
+    >>> from pathlib import Path
+    >>> path = Path(tempfile.mkdtemp(), "x.zip")
+    >>> with zipfile.ZipFile(path, "w") as made:
+    ...     made.writestr("folder/a.txt", "hello")
+    >>> archive = Archive(OpenFile(path))
+    >>> archive.read("folder/a.txt"), archive.place("folder/a.txt")
+    (b'hello', Place(start=42, crcs=(14, 63)))
+    """
+
+    def __init__(self, file: OpenFile) -> None:
+        self.file = file
+        start, size, count = _find_directory(file)
+        self._directory = start
+        self._places: dict[str, Place] = {}
+        self._names: dict[str, bytes] = {}
+        self.records: dict[str, Record] = {}
+        every = list(_parse_directory(file, start, size, count, self._names))
+        for record in every:
+            if record.name in self.records:
+                raise self.bad(record.name, "the name stands twice")
+            self.records[record.name] = record
+        self._order = sorted(self.records.values(), key=lambda record: record.header)
+        self._headers = [record.header for record in self._order]
+        self._check_apart()
+        for record in every:
+            if record.name.endswith("/"):
+                del self.records[record.name]
+
+    def bad(self, name: str, reason: str, hint: str = "") -> BadCheckpoint:
+        """The error for a record of this archive."""
+        return BadCheckpoint(f"{self.file.path}: record {shown(name)}: {reason}", hint=hint)
+
+    def place(self, name: str) -> Place:
+        """Where a record lies, after its local header was found to agree with the central directory.
+
+        Raises:
+            BadCheckpoint: they disagree.
+        """
+        found = self._places.get(name)
+        if found is None:
+            found = self._places[name] = self._look(self.records[name])
+        return found
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a record that is not compressed, their checksum verified.
+
+        Raises:
+            BadCheckpoint: the checksum is another.
+        """
+        record = self.records[name]
+        if record.method != STORED:
+            raise self.bad(name, "it is compressed")
+        data = self.file.read(self.place(name).start, record.nbytes)
+        if zlib.crc32(data) != record.crc:
+            raise self.bad(name, "its bytes do not have the checksum (CRC32) that the file says they have")
+        return data
+
+    def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Record]:
+        """The records that hold these ranges of bytes (start, stop) of the file, each record once.
+
+        Raises:
+            BadArgument: a range holds bytes of no record, or of two.
+        """
+        found: dict[str, Record] = {}
+        for start, stop in ranges:
+            if start >= stop:
+                continue
+            at = bisect_right(self._headers, start) - 1
+            record = self.records.get(self._order[at].name) if at >= 0 else None
+            first = self.place(record.name).start if record else 0
+            if record is None or not first <= start < stop <= first + record.packed:
+                raise BadArgument(f"{self.file.path}: the bytes {start:,} to {stop:,} are not within one record")
+            found[record.name] = record
+        return list(found.values())
+
+    def checksums(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        """What to write, as (offset, bytes), so that checksums are true again after these ranges of bytes changed.
+
+        Each record that was touched is read once, in chunks.
+
+        Raises:
+            BadArgument: a range holds bytes of no record, or of two.
+        """
+        out: list[tuple[int, bytes]] = []
+        for record in self.touched(ranges):
+            place = self.place(record.name)
+            crc = 0
+            for at in range(place.start, place.start + record.packed, _CHUNK):
+                crc = zlib.crc32(self.file.read(at, min(_CHUNK, place.start + record.packed - at)), crc)
+            out += [(offset, crc.to_bytes(4, "little")) for offset in place.crcs]
+        return out
+
+    def _check_apart(self) -> None:
+        """Records lie one after the other, as far as the central directory tells."""
+        if self._order and self._order[0].header:
+            raise self.bad(self._order[0].name, f"{_text.plural(self._order[0].header, 'byte')} stand before it")
+        for record, limit in zip(self._order, [*self._headers[1:], self._directory], strict=False):
+            if record.header + _LOCAL.size + len(self._names[record.name]) + record.packed > limit:
+                raise self.bad(record.name, "it runs into the next record")
+
+    def _look(self, record: Record) -> Place:
+        name = self._names[record.name]
+        head = self.file.read(record.header, _LOCAL.size)
+        magic, _, flags, method, _, _, crc, packed, nbytes, name_length, extra_length = _LOCAL.unpack(head)
+        if magic != _LOCAL_MAGIC:
+            raise self.bad(record.name, "there is no local header where it should begin")
+        start = record.header + _LOCAL.size + name_length + extra_length
+        limit = self._limit(record)
+        if start + record.packed > limit:
+            raise self.bad(record.name, "it runs into the next record")
+        more = self.file.read(record.header + _LOCAL.size, name_length + extra_length)
+        if more[:name_length] != name:
+            raise self.bad(record.name, f"its local header has another name, {shown(_decode(more[:name_length]))}")
+        if (flags, method) != (record.flags, record.method):
+            raise self.bad(record.name, "its local header and the central directory differ in flags or compression")
+        nbytes, packed, _ = _widen(more[name_length:], nbytes, packed, 0, self.file, record.name, lax=True)
+        said, true = (crc, nbytes, packed), (record.crc, record.nbytes, record.packed)
+        here = record.header + 14
+        if not flags & _DESCRIBED:
+            if said != true:
+                raise self.bad(record.name, "its local header and the central directory differ in sizes or checksum")
+            return Place(start, (here, record.central))
+        # With a descriptor after the record the header's own fields are empty, or (from some writers) already true.
+        if crc not in (0, record.crc) or any(a not in (0, b, _U32) for a, b in zip(said[1:], true[1:], strict=True)):
+            raise self.bad(record.name, "its local header and the central directory differ in sizes or checksum")
+        crcs = (here,) if crc and crc == record.crc else ()
+        return Place(start, (*crcs, self._descriptor(record, start + record.packed, limit), record.central))
+
+    def _descriptor(self, record: Record, at: int, limit: int) -> int:
+        """Where the checksum stands after a record. The format leaves open which of four forms it has."""
+        raw = self.file.read(at, min(24, limit - at))
+        for size in ("<III", "<IQQ") if record.packed <= _U32 and record.nbytes <= _U32 else ("<IQQ",):
+            plain = struct.pack(size, record.crc, record.packed, record.nbytes)
+            if raw.startswith(struct.pack("<I", _DESCRIPTOR_MAGIC) + plain):
+                return at + 4
+            if raw.startswith(plain):
+                return at
+        raise self.bad(record.name, "the sizes and checksum after it are not those of the central directory")
+
+    def _limit(self, record: Record) -> int:
+        """Where the next thing begins."""
+        at = bisect_right(self._headers, record.header)
+        return self._headers[at] if at < len(self._headers) else self._directory
+
+
+def shown(text: str) -> str:
+    """A name from a file in a message: no control characters, no thousand letters."""
+    return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"
+
+
+def _find_directory(file: OpenFile) -> tuple[int, int, int]:
+    """Where the central directory begins, its length, and how many records it lists."""
+
+    def bad(reason: str, hint: str = "copy or download it again") -> BadCheckpoint:
+        return BadCheckpoint(f"{file.path}: {reason}", hint=hint)
+
+    base = max(file.size - (_END.size + _U16 + _LOCATOR.size + _END64.size), 0)
+    tail = file.read(base, file.size - base)
+    at = tail.rfind(_END_MAGIC.to_bytes(4, "little"))
+    if at < 0 or len(tail) - at < _END.size:
+        raise bad("the end of the zip file is missing: it was cut short, or is no zip file")
+    _, disk, first_disk, count_here, count, size, start, comment = _END.unpack_from(tail, at)
+    if at + _END.size + comment != len(tail):
+        raise bad("there are bytes after the end of the zip file", "")
+    end = base + at
+    if at >= _LOCATOR.size and int.from_bytes(tail[at - _LOCATOR.size :][:4], "little") == _LOCATOR_MAGIC:
+        _, _, end64, disks = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
+        at -= _LOCATOR.size + _END64.size
+        if at < 0 or end64 != base + at:
+            raise bad("the zip64 end record is not where it is said to be", "")
+        magic, length, _, _, disk64, first64, here64, count64, size64, start64 = _END64.unpack_from(tail, at)
+        if magic != _END64_MAGIC or length != _END64.size - 12 or disks != 1:
+            raise bad("the zip64 end record is damaged")
+        narrow = (disk, first_disk, count_here, count, size, start)
+        wide = (disk64, first64, here64, count64, size64, start64)
+        full = (_U16, _U16, _U16, _U16, _U32, _U32)
+        if any(a not in (b, most) for a, b, most in zip(narrow, wide, full, strict=True)):
+            raise bad("the two ends of the zip file, zip64 and plain, differ", "")
+        disk, first_disk, count_here, count, size, start = wide
+        end = end64
+    if disk or first_disk or count_here != count:
+        raise bad("it is one part of a zip file in several parts", "join the parts first")
+    if size > MAX_DIRECTORY:
+        raise bad(f"its central directory would be {size:,} bytes long", "")
+    if start + size != end:
+        raise bad("the central directory of the zip file is not where it is said to be")
+    if count * _CENTRAL.size > size:
+        raise bad(f"its central directory cannot list {_text.plural(count, 'record')} in {size:,} bytes", "")
+    return start, size, count
+
+
+def _parse_directory(file: OpenFile, start: int, size: int, count: int, names: dict[str, bytes]) -> Iterator[Record]:
+    raw = file.read(start, size)
+    at = 0
+    for i in range(count):
+        place = f"record {i + 1} of {count:,}"
+        if at + _CENTRAL.size > size:
+            raise BadCheckpoint(f"{file.path}: {place}: the central directory is cut short")
+        fields = _CENTRAL.unpack_from(raw, at)
+        magic, _, _, flags, method, _, _, crc, packed, nbytes = fields[:10]
+        name_length, extra_length, comment, disk, _, _, header = fields[10:]
+        stop = at + _CENTRAL.size + name_length + extra_length + comment
+        if magic != _CENTRAL_MAGIC or stop > size:
+            raise BadCheckpoint(f"{file.path}: {place}: the central directory is damaged")
+        encoded = _cut(raw, at + _CENTRAL.size, name_length)
+        name = _name(encoded, flags, file, place)
+        extra = _cut(raw, at + _CENTRAL.size + name_length, extra_length)
+        nbytes, packed, header = _widen(extra, nbytes, packed, header, file, name)
+        reason = _refusal(flags, method, disk, packed, nbytes)
+        if not reason and header + _LOCAL.size > start:
+            reason = "it would begin after the end of the records"
+        if not reason and name.endswith("/") and (nbytes or packed):
+            reason = "a folder has no bytes"
+        if reason:
+            raise BadCheckpoint(f"{file.path}: record {shown(name)}: {reason}")
+        names[name] = encoded
+        yield Record(name, method, nbytes, packed, crc, flags, header, start + at + 16)
+        at = stop
+    if at != size:
+        raise BadCheckpoint(f"{file.path}: the central directory holds more than the {count:,} records it lists")
+
+
+def _cut(raw: bytes, start: int, length: int) -> bytes:
+    return raw[start : start + length]
+
+
+def _refusal(flags: int, method: int, disk: int, packed: int, nbytes: int) -> str:
+    if flags & _ENCRYPTED:
+        return "it is encrypted"
+    if flags & ~_KNOWN:
+        return f"it has flags that are unknown here ({flags:#06x})"
+    if disk:
+        return "it lies in another part of a zip file in several parts"
+    if method == STORED and packed != nbytes:
+        return f"it is not compressed, and yet {nbytes:,} bytes would lie in {packed:,}"
+    return ""
+
+
+def _decode(encoded: bytes) -> str:
+    return encoded.decode("utf-8", "backslashreplace")
+
+
+def _name(encoded: bytes, flags: int, file: OpenFile, place: str) -> str:
+    try:
+        name = encoded.decode("utf-8" if flags & _UTF8 else "cp437")
+    except UnicodeDecodeError:
+        raise BadCheckpoint(f"{file.path}: {place}: the name {shown(_decode(encoded))} is not UTF-8") from None
+    pieces = name.removesuffix("/").split("/")
+    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name or ":" in pieces[0]:
+        raise BadCheckpoint(f"{file.path}: {place}: the name {shown(name)} is no path within the file")
+    return name
+
+
+def _widen(
+    extra: bytes, nbytes: int, packed: int, header: int, file: OpenFile, name: str, *, lax: bool = False
+) -> tuple[int, int, int]:
+    """Length, length in the archive and offset, from the zip64 field of a header where the narrow ones are full.
+
+    Args:
+        extra: the extra fields of the header.
+        nbytes: the narrow length.
+        packed: the narrow length in the archive.
+        header: the narrow offset; 0 in a local header, which has none.
+        file: for messages.
+        name: for messages.
+        lax: whether bytes that are no extra field may stand there: some writers align records with them.
+    """
+    wide: bytes | None = None
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if at + 4 + length > len(extra):
+            break
+        if kind == 1:
+            if wide is not None:
+                raise BadCheckpoint(f"{file.path}: record {shown(name)}: it has two zip64 fields")
+            wide = extra[at + 4 : at + 4 + length]
+        at += 4 + length
+    if at != len(extra) and not lax:
+        raise BadCheckpoint(f"{file.path}: record {shown(name)}: its extra fields are damaged")
+    full = [nbytes == _U32, packed == _U32, header == _U32]
+    if not any(full):
+        return nbytes, packed, header
+    values: Sequence[int] = [int.from_bytes((wide or b"")[i : i + 8], "little") for i in range(0, len(wide or b""), 8)]
+    if wide is None or len(wide) < 8 * sum(full):
+        if lax:  # the header stands before a record whose length was not yet known
+            return nbytes, packed, header
+        raise BadCheckpoint(f"{file.path}: record {shown(name)}: its zip64 field is missing or too short")
+    numbers = iter(values)
+    return (
+        next(numbers) if full[0] else nbytes,
+        next(numbers) if full[1] else packed,
+        next(numbers) if full[2] else header,
+    )

@@ -1,0 +1,32 @@
+"""Selectors as filters of NNX."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from paramend.errors import Unsupported
+from paramend.paths import labels, text_of
+from paramend.selectors import resolve, sel
+from paramend.trees.registry import Tree
+
+Filter = Callable[[tuple[Any, ...], Any], bool]
+
+
+def nnx_filter(model: Any, selector: Any) -> Filter:
+    """A filter that is true of the chosen Variables of this model."""
+    if not isinstance(model, nnx.Module | nnx.State):
+        raise Unsupported(
+            f"nnx_filter takes an NNX module or State, and this is {type(model).__name__}",
+            hint='of other trees, a mask: pm.at(params, "**/Dense_0/**").mask()',
+        )
+    tree = Tree(model)
+    chosen = resolve(selector, tree)
+    # NNX names a shared Variable by one of its paths, and which one is not ours to say.
+    paths = frozenset(tree.index.pieces(twin) for number in chosen for twin in tree.twins(number))
+
+    def is_chosen(path: tuple[Any, ...], value: Any) -> bool:
+        return tuple(text_of(label) for key in path for label in labels(key)) in paths
+
+    is_chosen.__qualname__ = is_chosen.__name__ = f"nnx_filter({sel(selector)!r})"
+    return is_chosen

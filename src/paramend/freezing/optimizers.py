@@ -1,0 +1,141 @@
+"""States of torch optimizers carried over: to other parameters, other groups, and from files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paramend import _text
+from paramend.errors import BadArgument, SpecMismatch
+
+# How a step is carried out, which is the new optimizer's own choice.
+_OWN = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+
+
+@dataclass(frozen=True)
+class _Old:
+    """What an earlier optimizer has for one parameter.
+
+    Attributes:
+        key: the parameter itself, or its name, or its number.
+        state: its moments.
+        group: its hyperparameters.
+    """
+
+    key: Any
+    state: Mapping[str, Any]
+    group: Mapping[str, Any]
+
+
+def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None) -> Any:
+    """The optimizer, with what the earlier one has for its parameters."""
+    new = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    keys, known = _matched(optimizer, old, module, names)
+    found = [known.get(key) for key in keys]
+    if not any(found):
+        raise BadArgument(
+            f"the earlier state has nothing for the {_text.plural(len(new), 'parameter')} of this "
+            f"{type(optimizer).__name__}",
+            hint="leave it: the first step makes a fresh state",
+        )
+    of_all = isinstance(optimizer, torch.optim.LBFGS)  # one state for all parameters together
+    if not of_all:
+        _refuse_misfits(new, keys, found)
+    elif all(found) and len(found) == len(known):
+        optimizer.state[new[0][0]] = _copied(found[0].state, new[0][0], new[0][1])  # type: ignore[union-attr]
+    for (parameter, group), source in zip(new, found, strict=True):
+        if source is not None and source.state and not of_all:
+            optimizer.state[parameter] = _copied(source.state, parameter, group)
+    for group in optimizer.param_groups:
+        ids = {id(p) for p in group["params"]}
+        sources = {id(s.group): s.group for (p, _), s in zip(new, found, strict=True) if s is not None and id(p) in ids}
+        if len(sources) == 1:  # parameters from several groups: nobody can say whose rate is meant
+            (source_group,) = sources.values()
+            group |= {k: v for k, v in source_group.items() if k not in _OWN and (k in group or k == "initial_lr")}
+    return optimizer
+
+
+def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None) -> tuple[list[Any], dict[Any, _Old]]:
+    """By what the parameters of both are known: keys of the new ones in order, and the old ones by key."""
+    new = [p for group in optimizer.param_groups for p in group["params"]]
+    is_dict = isinstance(old, Mapping)
+    groups = old["param_groups"] if is_dict else old.param_groups
+    entries = [(p, group) for group in groups for p in group["params"]]
+    states = [old["state"].get(p, {}) if is_dict else old.state.get(p, {}) for p, _ in entries]
+    if not is_dict and {id(p) for p in new} & {id(p) for p, _ in entries}:
+        keys: list[Any] = [id(p) for p in new]
+        old_keys: list[Any] = [id(p) for p, _ in entries]
+    else:
+        keys, old_keys = _names(optimizer.param_groups, module), list(names or _names(groups, None))
+        if not keys or not old_keys:
+            if len(new) != len(entries):
+                raise BadArgument(
+                    f"the earlier state is of {_text.plural(len(entries), 'parameter')} and this optimizer has "
+                    f"{len(new)}: without names nobody can say which is which",
+                    hint="name them: torch.optim.AdamW(model.named_parameters()) for both, or module=model here and "
+                    "names=[...] for the parameters of the earlier one in their order",
+                )
+            keys, old_keys = list(range(len(new))), list(range(len(entries)))
+    if len(old_keys) != len(entries):
+        raise BadArgument(
+            f"{len(old_keys)} names for the {_text.plural(len(entries), 'parameter')} of the earlier state",
+            hint="names=[name for name, p in model.named_parameters() if p.requires_grad]",
+        )
+    known = {key: _Old(key, state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
+    return keys, known
+
+
+def _names(groups: Any, module: Any) -> list[Any]:
+    """The names of the parameters in groups, as far as the groups or a module know them; or none."""
+    if module is not None:
+        names = {id(p): name for name, p in module.named_parameters()}
+        return [names.get(id(p), f"#{i}") for i, p in enumerate(p for group in groups for p in group["params"])]
+    if not all("param_names" in group for group in groups):
+        return []
+    return [name for group in groups for name in group["param_names"]]
+
+
+def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found: list[_Old | None]) -> None:
+    wrong = []
+    for number, ((parameter, _), key, source) in enumerate(zip(new, keys, found, strict=True)):
+        for name, value in source.state.items() if source is not None else ():
+            if isinstance(value, torch.Tensor) and tuple(value.shape) not in _shapes(name, tuple(parameter.shape)):
+                who = key if isinstance(key, str) else f"parameter {number}"
+                wrong.append(f"{name} of {who} is {list(value.shape)}, and the parameter {list(parameter.shape)}")
+    if wrong:
+        raise SpecMismatch(
+            f"{_text.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
+            + "\n  ".join(wrong[:16]),
+            hint='take the entries of these parameters out of the earlier state: state_dict["state"].pop(number)',
+        )
+
+
+def _shapes(name: str, shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """The shapes that an entry of the state of a parameter may have."""
+    shapes = {shape, (), (1,)}
+    if name == "row_var":  # Adafactor keeps means of rows and columns
+        shapes = {(*shape[:-1], 1)}
+    elif name == "col_var":
+        shapes = {(*shape[:-2], 1, *shape[-1:])}
+    elif name != "step":
+        shapes = {shape} if len(shape) else {shape, (1,)}
+        shapes |= {()} if name in _SCALARS else set()
+    return shapes
+
+
+# Entries that are one number for a whole parameter.
+_SCALARS = frozenset({"step", "eta", "mu", "mu_product", "lambd", "step_size", "ax"})
+
+
+def _copied(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The moments as tensors of their own, where the parameter is."""
+    counted_there = group.get("capturable") or group.get("fused")
+
+    def copied(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return list(value) if isinstance(value, list) else value
+        device = parameter.device if name != "step" or counted_there else value.device
+        return value.detach().to(device, copy=True)
+
+    return {name: copied(name, value) for name, value in state.items()}

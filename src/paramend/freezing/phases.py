@@ -1,0 +1,178 @@
+"""Phases: the sets of leaves that a schedule freezes together, and the one compiled step that serves them all."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramend.errors import BadArgument
+from paramend.freezing.places import Place, dtype_of
+from paramend.freezing.schedules import Event, Window
+
+LIMIT = 64
+"""More phases than this in one step would make compiling it a matter of minutes."""
+
+
+def passed_at(step: Any) -> Callable[[Event], Any]:
+    """A function that says whether an event has passed at this step: a bool, traced if the step is."""
+    known: dict[Any, Any] = {}
+
+    def passed(event: Event) -> Any:
+        key = _key(event)
+        if key not in known:
+            known[key] = _has_passed(event, step)
+        return known[key]
+
+    return passed
+
+
+def _has_passed(event: Event, step: Any) -> Any:
+    found = jnp.asarray(event(step) if callable(event) else step >= event)
+    if found.shape:
+        raise BadArgument(
+            f"the schedule {event!r} gives an array of shape {found.shape} where one bool belongs",
+            hint="until=lambda step: step >= 1000",
+        )
+    found = found.astype(bool)
+    return found if isinstance(found, jax.core.Tracer) else bool(found)
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of some places.
+
+    Attributes:
+        windows: the windows of leaves that are frozen as a whole, for a while.
+        steps: the steps at which a phase begins.
+        functions: the functions of the step that begin one.
+        patterns: for each phase which windows hold.
+        phase_of: the phase by the number of steps passed and by which functions say so.
+    """
+
+    windows: tuple[Window, ...]
+    steps: tuple[int, ...]
+    functions: tuple[Callable[[Any], Any], ...]
+    patterns: tuple[tuple[bool, ...], ...]
+    phase_of: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, places: list[Place]) -> "Phases":
+        """The phases in the order in which they come.
+
+        Raises:
+            BadArgument: there are too many for one compiled step.
+        """
+        windows = tuple(dict.fromkeys(w for place in places if (w := place.window) is not None and not w.always))
+        events = [event for window in windows for event in window.events]
+        steps = tuple(sorted({event for event in events if not callable(event)}))
+        functions = tuple({_key(event): event for event in events if callable(event)}.values())
+        if (len(steps) + 1) * 2 ** min(len(functions), 30) > LIMIT:
+            raise BadArgument(
+                f"this schedule has {len(steps)} steps and {len(functions)} functions of the step: "
+                f"more than {LIMIT} different sets of frozen leaves, each of which is compiled",
+                hint='how="updates" takes any number; or thaw several layers at a time, by step numbers',
+            )
+        found: dict[tuple[bool, ...], int] = {}
+        phase_of = np.zeros((len(steps) + 1, *[2] * len(functions)), np.int32)
+        for place in itertools.product(*map(range, phase_of.shape)):
+            flags = dict(zip(map(_key, functions), map(bool, place[1:]), strict=True))
+            flags |= {step: number < place[0] for number, step in enumerate(steps)}
+            pattern = tuple(bool(window.holds(_said(flags))) for window in windows)
+            phase_of[place] = found.setdefault(pattern, len(found))
+        return cls(windows, steps, functions, tuple(found), phase_of)
+
+    def run(
+        self, run: Callable[[tuple[bool, ...]], Any], places: list[Place], passed: Callable[[Event], Any], held: Any
+    ) -> Any:
+        """What `run` gives when it is told which leaves are frozen as a whole now.
+
+        Args:
+            run: of bools, one a leaf; what it gives has the structure of `held`.
+            places: the place of each leaf.
+            passed: whether an event has passed.
+            held: what stands for the result where a leaf is frozen; for its dtypes.
+        """
+        gone = [self._gone(pattern, places) for pattern in self.patterns]
+        if len(gone) == 1:
+            return run(gone[0])
+        number: Any = sum((passed(step) * 1 for step in self.steps), 0)
+        flags = [passed(function) for function in self.functions]
+        if not any(isinstance(found, jax.core.Tracer) for found in (number, *flags)):
+            # Outside of a compiled step only what is needed now runs; a switch would be compiled anew each time.
+            return run(gone[int(self.phase_of[(int(number), *map(int, flags))])])
+        phase = jnp.asarray(self.phase_of)[(number, *(flag * 1 for flag in flags))]
+        return _switch(phase, [partial(run, flags) for flags in gone], gone, held)
+
+    def _gone(self, pattern: tuple[bool, ...], places: list[Place]) -> tuple[bool, ...]:
+        holds = dict(zip(self.windows, pattern, strict=True))
+        return tuple(place.always or holds.get(place.window, False) for place in places)  # type: ignore[arg-type]
+
+
+def _said(flags: dict[Any, bool]) -> Callable[[Event], bool]:
+    return lambda event: flags[_key(event)]
+
+
+def _key(event: Event) -> Any:
+    """What tells events apart: functions need not be hashable."""
+    return (id(event),) if callable(event) else event
+
+
+def _switch(phase: Any, branches: list[Callable[[], Any]], gone: list[tuple[bool, ...]], held: Any) -> Any:
+    """The result of the branch of this phase, from a compiled switch.
+
+    All branches of a switch must agree on dtypes, and a moment that is held in bfloat16 becomes float32 when it is
+    updated with a float32 gradient: so both become what they have in common, which holds either exactly.
+    """
+    left = {place for flags in gone for place, flag in enumerate(flags) if flag}
+    seen: list[Any] = []
+    voids: Any = None
+    for flags, branch in sorted(zip(gone, branches, strict=True), key=lambda pair: sum(pair[0])):
+        frozen = {place for place, flag in enumerate(flags) if flag}
+        if not seen or left - frozen:
+            specs = jax.eval_shape(branch)
+            voids = jax.tree.map(_is_float0, specs)
+            seen.append(_plain(specs))
+            left &= frozen
+    kinds = jax.tree.map(lambda *found: _Kind.common(found), *seen, _plain(held))
+
+    def wrapped(branch: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: jax.tree.map(lambda x, kind: kind.cast(x), _plain(branch()), kinds)
+
+    found = jax.lax.switch(phase, [wrapped(branch) for branch in branches])
+    return jax.tree.map(lambda new, old, void: old if void else new, found, held, voids)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What all branches of a switch must agree on."""
+
+    dtype: Any
+    sharding: Any
+
+    @classmethod
+    def common(cls, found: Any) -> "_Kind":
+        dtypes = [dtype_of(x) for x in found]
+        dtype = dtypes[0] if len(set(dtypes)) == 1 else jnp.result_type(*dtypes)
+        return cls(dtype, getattr(found[0], "sharding", None))
+
+    def cast(self, x: Any) -> Any:
+        if dtype_of(x) != self.dtype:
+            x = jnp.asarray(x).astype(self.dtype)
+        # Only on a mesh with explicit axes is the sharding part of the type.
+        if self.sharding is not None and jax.typeof(x).sharding != self.sharding:
+            x = jax.sharding.reshard(x, self.sharding)
+        return x
+
+
+def _is_float0(x: Any) -> bool:
+    return bool(dtype_of(x) == jax.dtypes.float0)
+
+
+def _plain(tree: Any) -> Any:
+    """The tree without float0, which no switch can return."""
+    return jax.tree.map(lambda x: jnp.zeros([], bool) if _is_float0(x) else x, tree)

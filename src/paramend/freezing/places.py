@@ -1,0 +1,190 @@
+"""Which leaves of JAX parameters are frozen, which elements of them, and when."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paramend.errors import BadArgument, NoMatch, OutOfRange
+from paramend.freezing.regions import WHOLE, Region, both, is_empty, region_of
+from paramend.freezing.schedules import Clause, Schedule, Window
+from paramend.selectors import Held, resolve
+from paramend.trees.registry import Tree
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is frozen of one leaf: elements in a region during a window; of several that name one element the first.
+
+    Attributes:
+        pieces: regions with their windows; none: the leaf is trained.
+    """
+
+    pieces: tuple[tuple[Region, Window], ...] = ()
+
+    @property
+    def free(self) -> bool:
+        """Whether nothing of it is ever frozen."""
+        return not self.pieces
+
+    @property
+    def window(self) -> Window | None:
+        """When all of it is frozen at once, or None if slices are frozen, or nothing."""
+        return self.pieces[0][1] if len(self.pieces) == 1 and not self.pieces[0][0] else None
+
+    @property
+    def always(self) -> bool:
+        """Whether all of it is frozen at every step."""
+        return self.window is not None and self.window.always
+
+    @property
+    def partial(self) -> bool:
+        """Whether its slices have fates of their own."""
+        return not self.free and self.window is None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Places of one structure: in JAX's order, and by name and shape."""
+
+    places: list[Place]
+    by_name: dict[Any, Place]
+
+
+class Finder:
+    """The places of a schedule in trees of parameters.
+
+    What `init` finds holds for every update of leaves with the same names and shapes: gradients need not
+    have the dtypes, nor the pure arrays of an NNX module the classes, that a selector asks about.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._known: dict[Any, _Found] = {}
+
+    def find(self, params: Any) -> list[Place]:
+        """The place of each leaf of the parameters, in JAX's order; resolved anew.
+
+        Raises:
+            NoMatch: nothing is selected.
+            BadArgument: the schedule names leaves that the selector does not.
+        """
+        return self._resolve(*named(params))
+
+    def find_again(self, tree: Any, params: Any = None) -> list[Place]:
+        """The place of each leaf of updates or parameters, the same as at `init`."""
+        names, structure, numbers = named(tree)
+        found = self._known.get(_key(names))
+        if found is not None:
+            return found.places
+        if params is None:  # gradients of trained leaves alone name some of the leaves that `init` saw
+            key = set(_key(names))
+            for found in self._known.values():
+                if key <= found.by_name.keys():
+                    places = [Place()] * structure.num_leaves
+                    for number in names.index.numbers:
+                        places[numbers[id(names.values[number])]] = found.by_name[_name(names, number)]
+                    return places
+        # A state from elsewhere: `init` was not called here.
+        return self._resolve(*(named(params) if params is not None else (names, structure, numbers)))
+
+    def _resolve(self, tree: Tree, structure: Any, numbers: dict[int, int]) -> list[Place]:
+        schedule = self.schedule
+        until = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.until]
+        since = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.since]
+        if schedule.selector is None:
+            chosen = set().union(*(found for _, found in (*until, *since)))
+        else:
+            chosen = self._chosen(schedule.selector, tree)
+        for clause, found in (*until, *since):
+            if clause.selector is not None and found - chosen:
+                stray = tree.index.path(min(found - chosen))
+                raise BadArgument(
+                    f"the schedule names {stray} by {clause.selector!r}, and {schedule.selector!r} does not freeze it",
+                    hint=f"freeze both: [{schedule.selector!r}, {clause.selector!r}]",
+                )
+        places = [Place()] * structure.num_leaves
+        for number in chosen:
+            place = self._place(tree, number, until, since)
+            places[numbers[id(tree.values[number])]] = place
+        if all(place.free for place in places):
+            raise NoMatch(f"the slice of {schedule.selector!r} names no element of any leaf")
+        by_name = {_name(tree, n): places[numbers[id(tree.values[n])]] for n in tree.index.numbers}
+        self._known[_key(tree)] = _Found(places, by_name)
+        return places
+
+    def _chosen(self, selector: Any, tree: Tree) -> set[int]:
+        """The numbers of the chosen leaves; all of them for a clause without a selector."""
+        if selector is None:
+            return set(tree.index.numbers)
+        try:
+            return set(resolve(selector, tree))
+        except NoMatch as error:
+            if not isinstance(selector, Held):
+                raise
+            raise NoMatch(
+                f"{str(error).partition(chr(10))[0]}; an optimizer sees the parameters, and of Flax models these "
+                "keep no module classes",
+                hint=f'select by path, such as "{tree.index.path(tree.index.numbers[0])}"',
+            ) from None
+
+    def _place(
+        self,
+        tree: Tree,
+        number: int,
+        until: list[tuple[Clause, set[int]]],
+        since: list[tuple[Clause, set[int]]],
+    ) -> Place:
+        shape = tree.values[number].shape
+        try:
+            base = region_of(self.schedule.index, shape)
+            thaws = _regions(until, number, shape)
+            stops = _regions(since, number, shape)
+        except OutOfRange as error:
+            raise OutOfRange(f"{tree.index.path(number)}: {error}") from None
+        pieces: list[tuple[Region, Window]] = []
+        for thawed, thaw in thaws:
+            for stopped, stop in stops:
+                region = both(base, both(thawed, stopped))
+                if not is_empty(region):
+                    pieces.append((region, Window(since=stop, until=thaw)))
+                if not region:  # the whole leaf: nothing is left for those that follow
+                    return Place(tuple(pieces))
+        return Place(tuple(pieces))
+
+
+def _regions(clauses: list[tuple[Clause, set[int]]], number: int, shape: tuple[int, ...]) -> list[tuple[Region, Any]]:
+    """The regions of a leaf that clauses name, with their events; at the end what none names."""
+    found = [(region_of(clause.index, shape), clause.event) for clause, chosen in clauses if number in chosen]
+    return [*found, (WHOLE, None)]
+
+
+def named(params: Any) -> tuple[Tree, Any, dict[int, int]]:
+    """The leaves with their names, the structure, and the place of each leaf in JAX's order.
+
+    A spec stands in for each leaf. So numbers that Python holds are leaves here, as they are to JAX, and one
+    array at two places is two parameters, as it is to an optimizer, and as it would be under `jit`.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    specs = [_spec(leaf) for leaf in leaves]
+    return Tree(structure.unflatten(specs)), structure, {id(spec): place for place, spec in enumerate(specs)}
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype that JAX gives to a leaf."""
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _spec(leaf: Any) -> Any:
+    if hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex):
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf))
+    return leaf
+
+
+def _name(tree: Tree, number: int) -> Any:
+    return tree.index.pieces(number), tree.values[number].shape
+
+
+def _key(tree: Tree) -> Any:
+    return tuple(_name(tree, number) for number in tree.index.numbers)

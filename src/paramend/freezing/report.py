@@ -1,0 +1,73 @@
+"""The report of what is frozen, what trains, and what the optimizer keeps for it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from paramend import _text
+from paramend.reports import Line, Report, Section
+from paramend.specs import Spec
+
+TITLES = {"trained": "trained", "frozen": "frozen", "scheduled": "frozen for a while", "partly": "frozen in part"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One leaf.
+
+    Attributes:
+        path: its path.
+        spec: its shape and dtype.
+        status: "trained", "frozen", "scheduled" (frozen for a while) or "partly" (slices of it).
+    """
+
+    path: str
+    spec: Spec
+    status: str
+
+
+@dataclass(frozen=True, repr=False)
+class FrozenReport(Report):
+    """What is frozen.
+
+    Attributes:
+        rows: one for each leaf, in the order of the tree.
+        state_nbytes: bytes of optimizer state; None if no optimizer was given.
+    """
+
+    rows: tuple[Row, ...]
+    state_nbytes: int | None = None
+
+    def of(self, status: str) -> list[Row]:
+        """The rows of one status."""
+        return [row for row in self.rows if row.status == status]
+
+    @property
+    def frozen(self) -> list[Row]:
+        """The leaves that are frozen as a whole and for good."""
+        return self.of("frozen")
+
+    @property
+    def trained(self) -> list[Row]:
+        """The leaves of which nothing is ever frozen."""
+        return self.of("trained")
+
+    def headline(self) -> str:
+        def count(rows: Any) -> str:
+            return f"{_text.plural(sum(row.spec.size for row in rows), 'scalar')} in {len(rows)}"
+
+        parts = [f"{TITLES[status]}: {count(self.of(status))}" for status in TITLES if self.of(status)]
+        state = "" if self.state_nbytes is None else f"; optimizer state: {_text.size(self.state_nbytes)}"
+        return f"{', '.join(parts)} of {_text.plural(len(self.rows), 'leaf', 'leaves')}{state}"
+
+    def sections(self) -> list[Section]:
+        return [
+            Section(title, [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.of(status)])
+            for status, title in TITLES.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {"path": row.path, "shape": list(row.spec.shape), "dtype": row.spec.dtype, "status": row.status}
+            for row in self.rows
+        ]
+        return {"leaves": rows, "state_nbytes": self.state_nbytes}

@@ -1,0 +1,207 @@
+"""Optimizer states carried over: from frozen to thawed, from one optimizer to the next, from a file into a run.
+
+Leaves of a state are known by what they mean, not by where a wrapper put them. A state is a tree of records (the
+`ScaleByAdamState` of Adam, say) with fields; a field is a number, such as a count, or a tree like the parameters.
+So a leaf has a record, a field, and a path in the parameters or none.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramend import _text
+from paramend.errors import BadArgument, SpecMismatch
+from paramend.freezing.places import dtype_of, named
+from paramend.paths import write_path
+from paramend.specs import kind_of
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A leaf of an optimizer state.
+
+    Attributes:
+        path: its path in the state.
+        record: the path of its record, without wrappers.
+        field: its field in the record.
+        param: its path in the parameters; `()` for a count.
+        value: the array.
+        place: its place in JAX's order.
+    """
+
+    path: Path
+    record: Path
+    field: Path
+    param: Path
+    value: Any
+    place: int
+
+    @property
+    def name(self) -> tuple[Path, Path, Path]:
+        """What it is called when wrappers do not matter."""
+        return self.record, self.field, self.param
+
+
+def carry_opt_state(tx: Any, params: Any, state: Any, mismatch: str) -> Any:
+    """The state of `tx` for these parameters, with all that an earlier state has for it."""
+    tree, _, _ = named(params)
+    places = {tree.index.pieces(number) for number in tree.index.numbers}
+    fresh_state = tx.init(params)
+    fresh, old = _read(fresh_state, places), _read(state, places)
+    sources = _Sources(fresh, old)
+    values, structure = jax.tree.flatten(fresh_state)
+    carried, wrong = 0, []
+    for leaf in fresh:
+        source = sources.of(leaf)
+        if source is None:
+            continue
+        carried += 1
+        why = _misfit(leaf.value, source.value)
+        if why and mismatch == "keep":
+            continue
+        if why:
+            wrong.append(f"{write_path(leaf.path)} {why}")
+        else:
+            values[leaf.place] = _placed(source.value, leaf.value)
+    if wrong:
+        raise SpecMismatch(
+            f"{_text.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
+            + "\n  ".join(wrong[:16])
+            + (f"\n  and {len(wrong) - 16:,} more" if len(wrong) > 16 else ""),
+            hint='pm.carry_opt_state(tx, params, state, mismatch="keep") starts these as tx.init makes them',
+        )
+    if fresh and not carried:
+        raise BadArgument(
+            f"nothing in this state belongs to this optimizer: it has {_shown(old)}, and wanted is {_shown(fresh)}",
+            hint="tx.init(params) starts anew",
+        )
+    return structure.unflatten(values)
+
+
+class _Sources:
+    """Which leaf of an old state a leaf of a new one continues."""
+
+    def __init__(self, fresh: list[_Leaf], old: list[_Leaf]) -> None:
+        self._by_path = {leaf.path: leaf for leaf in old}
+        self._by_name: dict[Any, list[_Leaf]] = _grouped((leaf.name, leaf) for leaf in old)
+        self._fresh_kinds, self._old_kinds = _kinds(fresh), _kinds(old)
+        self._of_kind: dict[Any, list[_Leaf]] = _grouped(
+            ((self._old_kinds[leaf.record], leaf.field, leaf.param), leaf) for leaf in old
+        )
+        self._records = _grouped((kind, record) for record, kind in self._fresh_kinds.items())
+
+    def of(self, leaf: _Leaf) -> _Leaf | None:
+        """The leaf that it continues, or None."""
+        kind = self._fresh_kinds[leaf.record]
+        same = self._by_path.get(leaf.path)
+        if same is not None and self._old_kinds[same.record] == kind:
+            return same
+        named_so = self._by_name.get(leaf.name, [])
+        alike = [other for other in named_so if self._old_kinds[other.record] == kind]
+        if _agree(alike):
+            return alike[0]
+        # Elsewhere in a chain: the only record with such fields.
+        of_kind = self._of_kind.get((kind, leaf.field, leaf.param), [])
+        if len(self._records[kind]) == 1 and _agree(of_kind):
+            return of_kind[0]
+        if same is not None:
+            return same
+        return named_so[0] if _agree(named_so) else None
+
+
+def _agree(leaves: list[_Leaf]) -> bool:
+    """Whether it does not matter which of them is taken: of parts of a partition, all of which count alike."""
+    if len(leaves) <= 1:
+        return bool(leaves)
+    if any(isinstance(leaf.value, jax.core.Tracer) for leaf in leaves):
+        return False
+    first, *others = (np.asarray(_numbers(leaf.value)) for leaf in leaves)
+    return all(first.shape == other.shape and first.tobytes() == other.tobytes() for other in others)
+
+
+def _numbers(value: Any) -> Any:
+    is_key = jnp.issubdtype(getattr(value, "dtype", None) or np.dtype(bool), jax.dtypes.extended)
+    return jax.random.key_data(value) if is_key else value
+
+
+def _read(state: Any, params: set[Path]) -> list[_Leaf]:
+    """The leaves of a state; also of one that was read from a file as dicts and lists."""
+    tree, _, places = named(state)
+    values = jax.tree.leaves(state)
+    leaves = []
+    for number in tree.index.numbers:
+        path = tree.index.pieces(number)
+        place = places[id(tree.values[number])]
+        head, param = _split(path, params)
+        bare = _without_wrappers(head)
+        leaves.append(_Leaf(path, bare[:-1], bare[-1:], param, values[place], place))
+    return leaves
+
+
+def _split(path: Path, params: set[Path]) -> tuple[Path, Path]:
+    """The path of a field, and the path in the parameters at its end."""
+    for start in range(1 if len(path) > 1 else 0, len(path)):
+        param = path[start:]
+        # Files show the box around a parameter (`nn.Partitioned`, an NNX Variable).
+        for found in (param, param[:-1]) if param[-1] == "value" else (param,):
+            if found and found in params:
+                return path[:start], found
+    return path, ()
+
+
+def _without_wrappers(path: Path) -> Path:
+    """The path without the records that hold another state and nothing of their own on the way to it."""
+    bare: list[str] = []
+    keys = iter(path)
+    for key in keys:
+        if key == "inner_states":  # of a partition, by label
+            next(keys, None)
+        elif key != "inner_state":
+            bare.append(key)
+    return tuple(bare)
+
+
+def _kinds(leaves: list[_Leaf]) -> dict[Path, frozenset[Path]]:
+    """The fields of each record: what kind of record it is."""
+    fields: dict[Path, set[Path]] = defaultdict(set)
+    for leaf in leaves:
+        fields[leaf.record].add(leaf.field)
+    return {record: frozenset(found) for record, found in fields.items()}
+
+
+def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
+
+
+def _misfit(fresh: Any, old: Any) -> str:
+    """Why an old value cannot stand where a fresh one does, or ""."""
+    if jnp.shape(fresh) != jnp.shape(old):
+        return f"is {list(jnp.shape(old))} in the earlier state, and {list(jnp.shape(fresh))} is needed"
+    kinds = [kind_of(str(dtype_of(x))) for x in (fresh, old)]
+    if kinds[0] != kinds[1]:
+        return f"is of the kind {kinds[1]} in the earlier state, and {kinds[0]} is needed"
+    return ""
+
+
+def _placed(old: Any, fresh: Any) -> Any:
+    """The old value as a JAX array; one from a file goes where the fresh one is."""
+    if isinstance(old, jax.Array):
+        return old
+    if isinstance(fresh, jax.core.Tracer) or not isinstance(fresh, jax.Array):
+        return jnp.asarray(old)
+    return jax.device_put(old, fresh.sharding)
+
+
+def _shown(leaves: list[_Leaf]) -> str:
+    fields = dict.fromkeys(write_path(leaf.record + leaf.field) for leaf in leaves)
+    return _text.listing(list(fields), 4) or "nothing"

@@ -1,0 +1,78 @@
+"""The memory engine: edits of a tree in memory, carried out at once."""
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from paramend.arrays.registry import backend
+from paramend.errors import NoMatch, SpecMismatch, Unsupported
+from paramend.initializers import NOWHERE, Place
+from paramend.leaves import Editable
+from paramend.ops import Call
+from paramend.trees.registry import Tree
+
+_LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
+
+
+class Memory(Tree, Editable):
+    """A tree in memory that carries edits out. Each gives a new tree; other leaves are the same objects."""
+
+    def edited(self, calls: Mapping[int, Call]) -> Any:
+        """The tree with calls of ops on some leaves. All are checked before the first is run."""
+        self._check(calls)
+        return self.with_leaves(dict(self._run(calls)))
+
+    def edited_(self, calls: Mapping[int, Call]) -> None:
+        """Carries the calls out in place. On an error nothing has changed."""
+        for number in calls:
+            self.in_place(number)
+        self._check(calls)
+        new = self._run(calls)
+        if any(call.op.name == "apply" for call in calls.values()):  # the user's function may raise half way
+            new = iter(list(new))
+        for number, value in new:
+            self.assign(number, value)
+
+    def deleted(self, numbers: Iterable[int]) -> Any:
+        """The tree without some leaves, under all their paths."""
+        return _structure().delete(self, {twin for number in numbers for twin in self.twins(number)})
+
+    def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
+        """The tree with the leaves that a selector chose under new paths."""
+        return _structure().move(self, selector, tuple(numbers), to)
+
+    def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
+        """The same containers holding labels; where there is none, and at leaves that are no arrays, the rest."""
+        return self.mapped([labels.get(number, rest) for number in range(len(self.values))])
+
+    def _check(self, calls: Mapping[int, Call]) -> None:
+        for number, call in calls.items():
+            leaf = self.values[number]
+            library = backend(leaf)
+            why = library.refusal(leaf) if call.op.arithmetic else ""
+            if why:
+                raise Unsupported(f"{self.index.path(number)} cannot take {call}: {why}", hint=_LEAVE_OUT)
+            if call.op.checks or call.index is not None:
+                explain(self, number, call.spec, library.spec(leaf))
+
+    def _run(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:
+        for number, call in calls.items():
+            yield number, call.run(self.values[number], self._place(number) if call.op.placed else NOWHERE)
+
+    def _place(self, number: int) -> Place:
+        """Of a leaf with several paths the first counts, whichever was selected."""
+        return Place(self.index.pieces(self.ties.get(number, number)), out_first=self.index.separator == ".")
+
+
+def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:
+    """Runs a check; its error names the leaf."""
+    try:
+        check(*args)
+    except (SpecMismatch, NoMatch) as error:
+        error.args = (f"{leaves.index.path(number)}: {error}",)
+        raise
+
+
+def _structure() -> Any:
+    """Edits of structure, opened when first asked for: most programs never ask, and all pay for imports."""
+    return importlib.import_module("paramend.structure")

@@ -1,0 +1,239 @@
+"""Publishing: a new file or directory grows under a temporary name, and gets its own in one step when it is complete.
+
+The temporary lies beside its place and is locked as long as its writer lives. So the next writer can tell one that is
+still at work, which it leaves alone, from what a killed one left behind, which it removes.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from paramend.errors import CannotWrite
+
+_FOLDER_MODE = 0o777
+_ASIDE = ".old"
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF})
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+
+
+@contextlib.contextmanager
+def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
+    """A temporary beside `out`, which becomes `out` when the block ends without an exception; else it goes.
+
+    Args:
+        out: the name to be.
+        force: whether something of that name is replaced; it is exchanged in one step.
+        mode: the permissions of a file; None asks for a directory.
+
+    Raises:
+        CannotWrite: the name is taken, another writer is at work on it, or the system refused.
+    """
+    prefix = f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
+    temporary = out.parent / f"{prefix}{secrets.token_hex(6)}.tmp"
+    lock = -1
+    try:
+        _sweep(out, prefix)
+        lock = _create(temporary, mode)
+        yield temporary
+        if mode is None:
+            _sync_tree(temporary)
+            _publish_folder(temporary, out, force=force)
+        else:
+            _publish_file(temporary, out, force=force)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
+        if isinstance(error, OSError) and not isinstance(error, CannotWrite):
+            raise CannotWrite(f"{out}: {reason(error)}; nothing was written") from error
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+    sync_folder(out.parent)
+    with contextlib.suppress(OSError):  # the old state, after an exchange
+        _remove(temporary)
+
+
+def exists(out: Path) -> CannotWrite:
+    """The error for a name that is taken."""
+    return CannotWrite(f"{out} exists already", hint="--force on the command line, force=True in Python, replaces it")
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, in words."""
+    words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+    return words.get(error.errno or 0) or error.strerror or str(error)
+
+
+def create_file(path: Path, mode: int) -> int:
+    """The descriptor of a new file, open for writing."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o777)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not every file system can
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# ---- temporaries -------------------------------------------------------------------------------------------
+
+
+def _create(temporary: Path, mode: int | None) -> int:
+    """The lock on a new temporary: a descriptor."""
+    if mode is None:
+        temporary.mkdir(_FOLDER_MODE)
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        descriptor = create_file(temporary, mode)
+    try:
+        _lock(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether a temporary could be locked; not all file systems can.
+
+    Raises:
+        BlockingIOError: its writer is at work.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _sweep(out: Path, prefix: str) -> None:
+    """Removes what killed writers of this place left behind.
+
+    Raises:
+        CannotWrite: a writer is at work on it.
+    """
+    for entry in list(os.scandir(out.parent)):
+        if not entry.name.startswith(prefix):
+            continue
+        path = out.parent / entry.name
+        if path.suffix == _ASIDE and not os.path.lexists(out):  # killed in the moment in which none had the name
+            path.rename(out)
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a symbolic link that a directory took the place of
+                path.unlink()
+            continue
+        try:
+            if _lock(descriptor):
+                with contextlib.suppress(OSError):
+                    _remove(path)
+        except BlockingIOError:
+            raise CannotWrite(
+                f"{out}: another program is writing it at this moment", hint="wait for it, or write to another name"
+            ) from None
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        import shutil  # slow to import, and rarely needed
+
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    """Makes the names in a folder and the folders below durable. Files were synced when they were written."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            _sync_tree(folder / entry.name)
+    sync_folder(folder)
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+
+def _publish_file(temporary: Path, out: Path, *, force: bool) -> None:
+    if force:
+        temporary.replace(out)
+        return
+    try:
+        out.hardlink_to(temporary)  # unlike a rename, this never replaces a file that came in the meantime
+    except FileExistsError:
+        raise exists(out) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(out):
+            raise exists(out) from None
+        temporary.rename(out)
+
+
+_NOREPLACE, _EXCHANGE = 1, 2
+
+
+def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
+    replaces = force and os.path.lexists(out)
+    try:
+        if _rename_at_once(temporary, out, _EXCHANGE if replaces else _NOREPLACE):
+            return
+    except FileExistsError:
+        raise exists(out) from None
+    if not replaces:
+        if os.path.lexists(out):
+            raise exists(out)
+        temporary.rename(out)
+        return
+    # Without an exchange there is a moment in which neither has the name; the old state comes back if it lasts.
+    aside = temporary.with_suffix(_ASIDE)
+    out.rename(aside)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
+    with contextlib.suppress(OSError):
+        _remove(aside)
+
+
+def _rename_at_once(one: Path, other: Path, flags: int) -> bool:
+    """Renames as Linux can, without replacing or by exchanging; false where the system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here = -100  # AT_FDCWD
+    if not call(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(flags)):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))

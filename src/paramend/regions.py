@@ -1,0 +1,172 @@
+"""Regions: where the elements of a slice lie among those of its leaf, known without the leaf."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend.ops import sliced_shape
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The positions that a slice takes along one axis, in its order.
+
+    Attributes:
+        positions: a range, or an array of indices.
+        stride: how many elements of the leaf lie between two positions.
+    """
+
+    positions: range | Array
+    stride: int
+
+    def at(self, places: Array) -> Array:
+        """Elements of the leaf, of some places along the axis."""
+        if isinstance(self.positions, range):
+            return (self.positions.start + self.positions.step * places) * self.stride
+        found: Array = self.positions[places] * self.stride
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The elements of a slice, as runs of neighbours in the leaf, in the order in which the slice lists them.
+
+    Attributes:
+        shape: of the slice.
+        run: the number of elements of each run.
+        first: what is added to all positions.
+        axes: the runs are numbered in C order over these.
+        last: where several elements of the slice are one of the leaf: the places in the slice that count; else None.
+
+    >>> [region((4, 6), index).count for index in (None, -1, slice(1, 3), (slice(None), 0), (slice(None), slice(2, 4)))]
+    [1, 1, 1, 4, 4]
+    >>> region((4, 6), (slice(None, None, -2), slice(2, 4))).starts(0, 2).tolist()
+    [20, 8]
+    """
+
+    shape: tuple[int, ...]
+    run: int
+    first: int
+    axes: tuple[Axis, ...]
+    last: Array | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the slice."""
+        return math.prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        """The number of runs."""
+        return math.prod(len(axis.positions) for axis in self.axes)
+
+    def starts(self, begin: int, end: int) -> Array:
+        """Where the runs from number `begin` to `end` begin in the leaf."""
+        places = np.arange(begin, end)
+        found = np.full(end - begin, self.first, np.int64)
+        for axis in reversed(self.axes):
+            places, here = np.divmod(places, len(axis.positions))
+            found += axis.at(here)
+        return found
+
+    def pieces(self, budget: int, slack: int) -> Iterator[tuple[int, Array, int]]:
+        """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length).
+
+        Args:
+            budget: how many elements of the leaf a piece may stretch over, more or less; short runs that are neighbours
+                count with what lies between them.
+            slack: how many elements between two runs make them no neighbours.
+        """
+        if not self.size:
+            return
+        if self.run >= budget:
+            for number in range(self.count):
+                start = self.starts(number, number + 1)
+                for at in range(0, self.run, budget):
+                    yield number * self.run + at, start + at, min(budget, self.run - at)
+            return
+        apart = min((abs(_step(axis)) for axis in self.axes[-1:]), default=self.run)
+        each = max(self.run, min(apart, self.run + slack))
+        together = max(budget // each, 1)
+        for number in range(0, self.count, together):
+            yield number * self.run, self.starts(number, min(number + together, self.count)), self.run
+
+
+def _step(axis: Axis) -> int:
+    # The indices of an array may be anywhere.
+    return axis.positions.step * axis.stride if isinstance(axis.positions, range) else 1 << 62
+
+
+def region(shape: tuple[int, ...], index: Any) -> Region:
+    """The elements that `x[index]` takes of an array of this shape, in its order.
+
+    Raises:
+        OutOfRange: the index does not fit.
+
+    >>> region((3, 4), (0, slice(1, 3)))
+    Region(shape=(2,), run=2, first=1, axes=(), last=None)
+    """
+    if index is None:
+        return Region(shape, math.prod(shape), 0, ())
+    inner = sliced_shape(shape, index)
+    parts = [_part(part) for part in (index if isinstance(index, tuple) else (index,))]
+    used = sum(part is not None and part is not Ellipsis for part in parts)
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    plain = all(part.ndim == 1 for part in arrays) and not any(isinstance(part, bool) for part in parts)
+    if not plain or len(arrays) > 1 or (arrays and any(isinstance(part, int) for part in parts)):
+        return _scattered(shape, index, inner)
+    where = next((n for n, part in enumerate(parts) if part is Ellipsis), len(parts))
+    parts[where : where + 1] = [slice(None)] * (len(shape) - used)
+    parts = [part for part in parts if part is not None]
+    if (
+        arrays
+        and arrays[0].dtype != bool
+        and len(np.unique(arrays[0] % max(_length(shape, parts), 1))) < arrays[0].size
+    ):
+        return _scattered(shape, index, inner)  # an element twice
+    first, run, axes, stride = 0, 1, list[Axis](), 1
+    for length, part in zip(reversed(shape), reversed(parts), strict=True):
+        if isinstance(part, int):
+            first += (part % length) * stride
+        elif isinstance(part, slice):
+            positions = range(*part.indices(length))
+            if run == stride and not axes and positions.step == 1:  # neighbours so far, and further
+                first += positions.start * stride
+                run *= len(positions)
+            else:
+                axes.append(Axis(positions, stride))
+        else:
+            found = np.flatnonzero(part) if part.dtype == bool else part.astype(np.int64) % max(length, 1)
+            axes.append(Axis(found, stride))
+        stride *= length
+    return Region(inner, run, first, tuple(reversed(axes)))
+
+
+def _part(part: Any) -> Any:
+    if part is None or part is Ellipsis or isinstance(part, slice | bool):
+        return part
+    if isinstance(part, int | np.integer):
+        return int(part)
+    array = np.asarray(part)
+    if array.ndim == 0:
+        return bool(array) if array.dtype == bool else int(array)
+    return array.astype(np.int64) if array.size == 0 and array.dtype != bool else array
+
+
+def _length(shape: tuple[int, ...], parts: list[Any]) -> int:
+    """The length of the axis that the array among the parts is about."""
+    return next(length for length, part in zip(shape, parts, strict=True) if isinstance(part, np.ndarray))
+
+
+def _scattered(shape: tuple[int, ...], index: Any, inner: tuple[int, ...]) -> Region:
+    """Any other index: numpy says where each element lies."""
+    found = np.arange(math.prod(shape)).reshape(shape)[index].reshape(-1)
+    places, last = np.unique(found[::-1], return_index=True)
+    axes = (Axis(found, 1),)
+    # Of an element that is written twice the last value stays.
+    return Region(inner, 1, 0, axes, None if len(places) == len(found) else np.sort(len(found) - 1 - last))

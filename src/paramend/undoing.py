@@ -1,0 +1,564 @@
+"""Undoing: what an undo record holds is put back, because someone asks for it or because a patch was cut short."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from paramend import _text
+from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
+from paramend.journal import (
+    BUFFER,
+    DONE,
+    PARTIAL,
+    PENDING,
+    Record,
+    Spans,
+    State,
+    checksum,
+    get,
+    get_into,
+    lock_of,
+    put,
+    records,
+    store_of,
+    sync_folder,
+    witness,
+)
+from paramend.locks import ELSEWHERE, explained, linked, locked, opened, reason
+from paramend.progress import Meter, Progress
+from paramend.tables import aligned
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One patch that can be taken back.
+
+    Attributes:
+        number: the higher, the later.
+        time: when it was made.
+        leaves: (path, edit) of each leaf that it changed.
+        files: the names of the files that it changed.
+        nbytes: what its record takes on disk.
+    """
+
+    number: int
+    time: datetime
+    leaves: tuple[tuple[str, str], ...]
+    files: tuple[str, ...]
+    nbytes: int
+
+    @property
+    def edit(self) -> str:
+        """What was done, in one line: each edit with the leaves that it was made to."""
+        found: dict[str, list[str]] = {}
+        for path, edit in self.leaves:
+            found.setdefault(edit, []).append(path)
+        return "; ".join(f"{edit} at {_text.listing(paths, 2)}" for edit, paths in found.items())
+
+    def __str__(self) -> str:
+        return f"{self.number}  {self.time:%Y-%m-%d %H:%M:%S} UTC  {_text.size(self.nbytes)}  {self.edit}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as data that JSON can hold."""
+        return {
+            "number": self.number,
+            "time": self.time.isoformat(),
+            "changed": [{"path": path, "edit": edit} for path, edit in self.leaves],
+            "files": list(self.files),
+            "nbytes": self.nbytes,
+        }
+
+
+@dataclass(frozen=True)
+class UndoReport:
+    """What an undo has done.
+
+    Attributes:
+        path: the checkpoint.
+        undone: the patch that was taken back.
+        bytes_written: bytes of the checkpoint that were written.
+        left: how many patches can still be taken back.
+        interrupted: whether that patch had been cut short.
+    """
+
+    path: str
+    undone: HistoryRow
+    bytes_written: int
+    left: int
+    interrupted: bool = False
+
+    @property
+    def summary(self) -> str:
+        """What was taken back, in one line."""
+        what = "took back an interrupted patch of" if self.interrupted else "took back the last patch of"
+        return f"{what} {self.path}: {self.undone.edit}; {_text.plural(self.left, 'patch', 'patches')} left"
+
+    def __str__(self) -> str:
+        return self.summary
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data that JSON can hold."""
+        return {
+            "path": self.path,
+            "undone": self.undone.to_dict(),
+            "bytes_written": self.bytes_written,
+            "left": self.left,
+            "interrupted": self.interrupted,
+        }
+
+
+def table(rows: Sequence[HistoryRow]) -> list[str]:
+    """The lines of a printed history, a header first, the latest patch last.
+
+    >>> table([])
+    ['no patches: nothing to take back']
+    """
+    if not rows:
+        return ["no patches: nothing to take back"]
+    cells = [(str(row.number), f"{row.time:%Y-%m-%d %H:%M:%S}", _text.size(row.nbytes), row.edit) for row in rows]
+    return aligned([("", "when (UTC)", "record", "what was done"), *cells], right="rlr")
+
+
+# ---- the four functions ------------------------------------------------------------------------------------
+
+
+def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None) -> UndoReport:
+    """A report of what was taken back: the last patch of a checkpoint that has not been taken back.
+
+    If a patch was cut short before, that one is taken back, and no other.
+
+    Args:
+        path: a file or folder.
+        force: whether the old bytes are put back although those places were changed since, or the file is another one
+            of the same size.
+        progress: called with an `Event` as bytes are written.
+
+    Raises:
+        CannotWrite: there is nothing to take back, or the file was changed since; the message names what differs.
+        BadCheckpoint: the undo record is damaged. Nothing was written.
+
+    >>> import tempfile
+    >>> from paramend.checkpoints import save
+    >>> from paramend.editing import at
+    >>> from paramend.patching import patch
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
+    >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
+    >>> report = undo(path)
+    >>> report.undone.edit, report.left
+    ('fill(2) at b', 1)
+    """
+    base = base_of(Path(path))
+    _check_there(base)
+    if not _has_records(base):
+        raise _nothing(base)
+    interrupted: HistoryRow | None = None
+    with writing(base, recovers=False) as store:
+        _recover_related(base)
+        for found in records(store, PENDING):
+            with Record(found) as record:
+                interrupted, written = _row_of(record), record.spans.nbytes
+                _roll_back(base, record, force=force, progress=progress)
+        done = records(store, DONE)
+        if interrupted is not None:
+            return UndoReport(str(path), interrupted, written, len(done), interrupted=True)
+        if not done:
+            raise _nothing(base)
+        with Record(done[-1]) as record:
+            row, written = _row_of(record), record.spans.nbytes
+            _undo_done(base, record, force=force, progress=progress)
+        return UndoReport(str(path), row, written, len(done) - 1)
+
+
+def history(path: str | os.PathLike[str]) -> list[HistoryRow]:
+    """The patches of a checkpoint that can be taken back, the latest last.
+
+    Raises:
+        BadCheckpoint: an undo record is damaged.
+
+    >>> import tempfile
+    >>> from paramend.checkpoints import save
+    >>> from paramend.editing import at
+    >>> from paramend.patching import patch
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
+    >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
+    >>> [row.edit for row in history(path)]
+    ['zero() at a', 'fill(2) at b']
+    """
+    base = base_of(Path(path))
+    _check_there(base)
+    recover(base)
+    rows = []
+    for found in records(store_of(base), DONE):
+        with Record(found) as record:
+            rows.append(_row_of(record))
+    return rows
+
+
+def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
+    """The patches that had been cut short, now taken back; usually none. Whatever opens a checkpoint calls this first.
+
+    A patch that is still being made by another program is left alone.
+
+    Raises:
+        BadCheckpoint: an undo record is damaged, or the file was exchanged since. Nothing was written.
+        CannotWrite: the old bytes cannot be put back, for want of permission for example.
+    """
+    base = base_of(Path(path))
+    rows: list[HistoryRow] = []
+    for each in (base, *_related(base)):
+        store = store_of(each)
+        if not records(store, PENDING):
+            continue
+        with contextlib.suppress(Busy), explained(each), locked(lock_of(store), name=each):
+            rows += _recover_held(each, store)
+            _tidy(store)
+    return rows
+
+
+def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Path]:
+    """What was forgotten: undo records, the oldest first, so that they take no space; the checkpoint stays as it is.
+
+    Args:
+        path: a file or folder.
+        keep: how many of the latest patches can still be taken back afterwards.
+
+    Returns:
+        A row for each record, or the path of one that is damaged.
+
+    >>> import tempfile
+    >>> from paramend.checkpoints import save
+    >>> from paramend.editing import at
+    >>> from paramend.patching import patch
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
+    >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
+    >>> [row.edit for row in drop(path, keep=1)], [row.edit for row in history(path)]
+    (['zero() at a'], ['fill(2) at b'])
+    """
+    base = base_of(Path(path))
+    if not _has_records(base):
+        return []
+    gone: list[HistoryRow | Path] = []
+    with writing(base, recovers=False) as store:
+        with contextlib.suppress(BadCheckpoint):
+            _recover_held(base, store)
+        # What is pending still could not be rolled back: to forget it is the only way on.
+        found = records(store, PENDING, DONE)
+        for each in found[: max(len(found) - keep, 0)]:
+            try:
+                with Record(each) as record:
+                    gone.append(_row_of(record))
+            except ParamendError:
+                gone.append(each)
+            each.unlink()
+        sync_folder(store)
+    return gone
+
+
+# ---- putting back ------------------------------------------------------------------------------------------
+
+
+def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | None) -> None:
+    """Takes back a patch that is whole, unless its places were changed since."""
+    record.check()
+    with explained(base), opened(_paths(base, record), links=False) as descriptors:
+        spans, files = record.spans, _paths(base, record)
+        now = [state_of(descriptor, spans, n) for n, descriptor in enumerate(descriptors)]
+        _check_sizes(base, record, now)
+        if not force:
+            found = digests(descriptors, files, spans, len(record.head.rows))
+            differ = [n for n, digest in enumerate(found) if digest != record.after[n]]
+            if differ:
+                raise _changed_since(base, record, differ)
+        # From here on the record says: put the old bytes back. Whoever is cut short, another finishes.
+        record.note(now)
+        record.path.rename(record.path.with_suffix(f".{PENDING}"))
+        sync_folder(record.path.parent)
+        with Record(record.path.with_suffix(f".{PENDING}")) as pending:
+            try:
+                _write_old(base, descriptors, pending, progress)
+            except KeyboardInterrupt:
+                _write_old(base, descriptors, pending, None)
+                _forget(pending)
+                raise
+            _forget(pending)
+
+
+def _changed_since(base: Path, record: Record, differ: Sequence[int]) -> CannotWrite:
+    rows = [record.head.rows[n][0] for n in differ if n < len(record.head.rows)] or ["its checksums"]
+    return CannotWrite(
+        f"{base}: {_text.listing(rows)} changed since patch {record.number}; nothing was written",
+        hint=f"paramend undo {base} --force puts the bytes from before the patch there all the same",
+    )
+
+
+def _recover_held(base: Path, store: Path) -> list[HistoryRow]:
+    """Rolls back what was cut short; the lock is held."""
+    rows = []
+    for found in records(store, PENDING):
+        with Record(found) as record:
+            row = _row_of(record)
+            if _roll_back(base, record):
+                rows.append(row)
+    return rows
+
+
+def _roll_back(base: Path, record: Record, *, force: bool = False, progress: Progress | None = None) -> bool:
+    """Puts the old bytes of a patch that was cut short back. False: they were all there still."""
+    with explained(base):
+        return put_back(base, record, force=force, progress=progress)
+
+
+def put_back(
+    base: Path, record: Record, *, own: bool = False, force: bool = False, progress: Progress | None = None
+) -> bool:
+    """Puts the old bytes of a pending record back. False: they were all there still.
+
+    Args:
+        base: the checkpoint.
+        record: it is removed when all is durable.
+        own: whether this very program made the patch and holds the locks.
+        force: whether another file of the same size will do.
+        progress: called with an `Event` as bytes are written.
+    """
+    record.check()
+    files = _paths(base, record)
+    if own:
+        with opened(files, links=True, lock=False) as descriptors:
+            _write_old(base, descriptors, record, progress)
+        _forget(record)
+        return True
+    with opened(files, links=True) as descriptors:
+        now = [state_of(descriptor, record.spans, n) for n, descriptor in enumerate(descriptors)]
+        _check_sizes(base, record, now)
+        same = all(a == b for a, b in zip(now, record.states, strict=True))
+        changed = not _holds_old(descriptors, files, record)
+        if changed and not same and not force:
+            raise BadCheckpoint(
+                f"{base}: a patch of it was cut short, and the file is not the one that was patched: it was copied or "
+                "exchanged since; nothing was written",
+                hint=f"paramend undo {base} --force puts the old bytes back (right for a copy), "
+                f"paramend undo {base} --drop forgets them (right for a file that came anew)",
+            )
+        if changed:
+            _write_old(base, descriptors, record, progress)
+        for descriptor in descriptors:
+            os.fsync(descriptor)  # the old bytes may be there only because a recovery was killed before it got here
+        _forget(record)
+        return changed
+
+
+def _holds_old(descriptors: Sequence[int], files: Sequence[Path], record: Record) -> bool:
+    return all(
+        get(descriptors[file], start, len(data), files[file]) == data for _, file, start, data in record.old_bytes()
+    )
+
+
+def _write_old(base: Path, descriptors: Sequence[int], record: Record, progress: Progress | None) -> None:
+    meter = Meter(progress, record.spans.nbytes)
+    try:
+        for _, file, start, data in record.old_bytes():
+            put(descriptors[file], data, start)
+            meter.advance(len(data))
+        for descriptor in descriptors:
+            os.fsync(descriptor)
+    except OSError as error:
+        raise CannotWrite(
+            f"{base}: {reason(error)}; the old bytes are back only in part. All of them are safe in {record.path}, and "
+            "the next program that opens the checkpoint tries again"
+        ) from error
+
+
+def _forget(record: Record) -> None:
+    record.path.unlink()
+    sync_folder(record.path.parent)
+
+
+def _check_sizes(base: Path, record: Record, now: Sequence[State]) -> None:
+    for name, state, then in zip(record.head.files, now, record.states, strict=True):
+        if state.size != then.size:
+            raise BadCheckpoint(
+                f"{base}: {name} has {state.size:,} bytes, and {then.size:,} when it was patched: it is another file; "
+                "nothing was written",
+                hint=f"paramend undo {base} --drop forgets the undo records",
+            )
+
+
+# ---- files and folders -------------------------------------------------------------------------------------
+
+
+def base_of(path: Path) -> Path:
+    """The checkpoint that a path stands for: of the index of shards, its folder.
+
+    >>> base_of(Path("model.safetensors"))
+    PosixPath('model.safetensors')
+    """
+    return path.parent if path.name.endswith(".index.json") and not path.is_dir() else path
+
+
+def _folder(base: Path) -> Path:
+    return base if base.is_dir() else base.parent
+
+
+def name_in(base: Path, file: Path) -> str:
+    """The name of a file of a checkpoint, as records have it."""
+    try:
+        return file.relative_to(_folder(base)).as_posix()
+    except ValueError:
+        raise Unsupported(f"{base}: {file} lies outside of it", hint=ELSEWHERE) from None
+
+
+def _paths(base: Path, record: Record) -> list[Path]:
+    folder = _folder(base)
+    if not base.is_dir() and any(name != base.name for name in record.head.files):
+        raise record.damaged(f"it is about {_text.listing(record.head.files)}, not about {base.name}")
+    return [folder / name for name in record.head.files]
+
+
+def _related(base: Path) -> list[Path]:
+    """Checkpoints with some of the same files: the folder of a file, the files of a folder."""
+    if base.is_dir():
+        with contextlib.suppress(OSError):
+            stores = [path.name for path in base.iterdir() if path.name.startswith(".") and path.suffix == ".undo"]
+            return [base / name[1:-5] for name in sorted(stores) if len(name) > 6]
+        return []
+    # Only a folder has its records inside, so there is no need to look at what kind of thing the parent is.
+    return [base.parent] if (base.parent / ".undo").is_dir() else []
+
+
+def _has_records(base: Path) -> bool:
+    return any(records(store_of(each), PENDING, DONE, PARTIAL) for each in (base, *_related(base)))
+
+
+def _check_there(base: Path) -> None:
+    if not os.path.lexists(base):
+        raise CannotRead(f"{base}: there is no such file")
+
+
+def _nothing(base: Path) -> CannotWrite:
+    other = [each for each in _related(base) if records(store_of(each), DONE)]
+    return CannotWrite(
+        f"{base}: there is nothing to take back: no patch of it has an undo record",
+        hint=f"paramend undo {other[0]}, which was patched" if other else "",
+    )
+
+
+@contextlib.contextmanager
+def writing(base: Path, *, recovers: bool = True) -> Iterator[Path]:
+    """The folder of undo records, there and locked, with nothing cut short left."""
+    if base.is_symlink():
+        raise linked(base)
+    store = store_of(base)
+    with explained(base):
+        try:
+            store.mkdir()
+        except FileExistsError:
+            if store.is_symlink() or not store.is_dir():
+                raise CannotWrite(f"{store} is no folder, and undo records go there; nothing was changed") from None
+        else:
+            sync_folder(store.parent)
+        lock = locked(lock_of(store), name=base)
+        with lock:
+            try:
+                if recovers:
+                    _recover_related(base)
+                    _recover_held(base, store)
+                yield store
+            finally:
+                _tidy(store)
+
+
+def _recover_related(base: Path) -> None:
+    for each in _related(base):
+        recover_one = store_of(each)
+        if records(recover_one, PENDING):
+            with locked(lock_of(recover_one), name=each):
+                _recover_held(each, recover_one)
+                _tidy(recover_one)
+
+
+def check_nothing_pending(base: Path) -> None:
+    """With the files locked, what is pending elsewhere belongs to a program that was killed just now."""
+    for each in _related(base):
+        if records(store_of(each), PENDING):
+            raise Busy(f"{each}: a patch of it was cut short just now; nothing was changed", hint="try again")
+
+
+def _tidy(store: Path) -> None:
+    """Removes what a killed program left half written, and the folder if it is empty; the lock is held."""
+    with contextlib.suppress(OSError):
+        for path in records(store, PARTIAL):
+            path.unlink()
+        if {path.name for path in store.iterdir()} <= {"lock"}:
+            lock_of(store).unlink(missing_ok=True)
+            store.rmdir()
+
+
+def _row_of(record: Record) -> HistoryRow:
+    head = record.head
+    leaves = tuple((path, head.edits[edit]) for path, edit in head.rows)
+    try:
+        when = datetime.fromtimestamp(head.time, UTC)
+    except (ValueError, OverflowError, OSError):
+        raise record.damaged("its time makes no sense") from None
+    return HistoryRow(record.number, when, leaves, head.files, record.nbytes)
+
+
+# ---- what files hold
+
+
+def state_of(descriptor: int, spans: Spans, file: int) -> State:
+    """How an open file can be known again; `spans` are those that change, `file` is its number in them."""
+    status = os.fstat(descriptor)
+    return State(status.st_size, status.st_ino, witness(descriptor, status.st_size, spans, file))
+
+
+def digests(descriptors: Sequence[int], files: Sequence[Path], spans: Spans, rows: int) -> list[bytes]:
+    """For each row, and then for what has none, the digest of what its ranges hold now, as `DONE` frames have it."""
+    found = [hashlib.sha256() for _ in range(rows + 1)]  # row -1 is the last
+    buffer = memoryview(bytearray(BUFFER))
+    for row, file, start, stop in spans.pieces():
+        view = buffer[: stop - start]
+        get_into(view, descriptors[file], start, files[file])
+        found[row].update(checksum(view))
+    return [digest.digest() for digest in found]
+
+
+def take_back(base: Path, path: Path, error: BaseException) -> None:
+    """Puts the old bytes back after something went wrong within a patch whose record was begun at this path.
+
+    Raises:
+        CannotWrite: what went wrong came from the system, or the bytes could not be put back.
+    """
+    try:
+        try:
+            _abandon(base, path)
+        except KeyboardInterrupt:  # once more, from the start
+            _abandon(base, path)
+            raise
+    except (OSError, ParamendError) as second:
+        raise CannotWrite(
+            f"{base}: {reason(error)}; and then the old bytes could not be put back: {reason(second)}. They are safe "
+            f"in {path.parent}, and the next program that opens the checkpoint tries again",
+            hint=f"paramend undo {base}",
+        ) from error
+    if isinstance(error, OSError) and not isinstance(error, ParamendError):
+        raise CannotWrite(f"{base}: {reason(error)}; nothing was changed") from error
+
+
+def _abandon(base: Path, path: Path) -> None:
+    done, pending = path.with_suffix(f".{DONE}"), path.with_suffix(f".{PENDING}")
+    if done.exists():  # it was marked, and then something went wrong
+        done.rename(pending)
+    if pending.exists():
+        with Record(pending) as record:
+            put_back(base, record, own=True)
+    elif path.exists():
+        path.unlink()

@@ -1,0 +1,74 @@
+"""`Window`: short runs of elements in a file, read and written with as few calls as there are gaps between them."""
+
+from typing import Any
+
+import numpy as np
+
+from paramend.formats.source import Extent
+from paramend.journal import get, put
+
+Array = np.ndarray[Any, Any]
+
+# Runs that are nearer to each other than so many bytes are recorded and written as one range: one more range would cost
+# more than the bytes between them.
+GAP = 64
+
+
+def joined(starts: Array, run: int, itemsize: int) -> tuple[Array, Array]:
+    """The byte ranges that ascending runs of elements lie in, and which range each run is in."""
+    cuts = starts[1:] - starts[:-1] - run > GAP // itemsize
+    first = np.flatnonzero(np.concatenate([[True], cuts]))
+    last = np.concatenate([first[1:] - 1, [len(starts) - 1]])
+    inside = np.concatenate([[0], np.cumsum(cuts)])
+    return np.stack([starts[first], starts[last] + run], 1) * itemsize, inside
+
+
+class Window:
+    """Runs of elements of a leaf in a file, read and written with as few calls as there are gaps between them."""
+
+    def __init__(self, descriptor: int, extent: Extent, dtype: np.dtype[Any], starts: Array, run: int) -> None:
+        self.descriptor, self.extent, self.dtype = descriptor, extent, dtype
+        ascending = len(starts) == 1 or bool((starts[1:] > starts[:-1]).all())
+        order = None if ascending else np.argsort(starts, kind="stable")
+        ranges, inside = joined(starts if order is None else starts[order], run, dtype.itemsize)
+        self.ranges = (ranges + extent.start).tolist()
+        lengths = ranges[:, 1] - ranges[:, 0]
+        self.nbytes = int(lengths.sum())
+        self.places: Array | None = None
+        self.solid = True  # no bytes between the runs
+        if len(starts) > 1:
+            # Where each run begins in a buffer that holds the ranges one after the other.
+            shift = (np.cumsum(lengths) - lengths - ranges[:, 0]) // dtype.itemsize
+            places = (starts if order is None else starts[order]) + shift[inside]
+            self.solid = self.nbytes == len(starts) * run * dtype.itemsize
+            if order is not None:
+                back = np.empty_like(order)
+                back[order] = np.arange(len(order))
+                places = places[back]
+            if order is not None or not self.solid:
+                self.places = (places[:, None] + np.arange(run)).reshape(-1)
+
+    def read(self) -> Array:
+        """The elements of the runs, in their order."""
+        buffer = self._load()
+        return buffer if self.places is None else buffer[self.places]
+
+    def write(self, values: Array) -> int:
+        """Writes the elements of the runs and gives the number of bytes written."""
+        if self.places is None:
+            buffer = values
+        else:
+            buffer = np.empty(self.nbytes // self.dtype.itemsize, self.dtype) if self.solid else self._load()
+            buffer[self.places] = values
+        data, at = buffer.view(np.uint8).data, 0
+        for start, stop in self.ranges:
+            put(self.descriptor, data[at : at + stop - start], start)
+            at += stop - start
+        return self.nbytes
+
+    def _load(self) -> Array:
+        if len(self.ranges) == 1:
+            start, stop = self.ranges[0]
+            return np.frombuffer(get(self.descriptor, start, stop - start, self.extent.path), self.dtype)
+        parts = [get(self.descriptor, start, stop - start, self.extent.path) for start, stop in self.ranges]
+        return np.frombuffer(bytearray().join(parts), self.dtype)

@@ -1,0 +1,335 @@
+"""Torch in mid-run: slices, optimizer states dropped, kept and carried, what was before restored."""
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
+from paramend.freezing.registry import carry_optimizer_, freeze_, unfreeze_
+from paramend.selectors import sel
+
+OPTIMIZERS = {
+    name: make
+    for name, make in vars(torch.optim).items()
+    if inspect.isclass(make) and issubclass(make, torch.optim.Optimizer) and make is not torch.optim.Optimizer
+}
+OPTIMIZERS.pop("SparseAdam")
+OF_ONE = sorted(set(OPTIMIZERS) - {"LBFGS"})
+X = torch.linspace(-1, 1, 15).reshape(5, 3)
+
+
+class HINTS:  # what hints call `pm`
+    freeze_, unfreeze_, carry_optimizer_ = map(staticmethod, (freeze_, unfreeze_, carry_optimizer_))
+
+
+def net(bias=False):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2, bias=bias))
+
+
+def made(name, params, **more):
+    takes = inspect.signature(OPTIMIZERS[name]).parameters
+    wanted = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "max_iter": 3}
+    return OPTIMIZERS[name](params, **{key: value for key, value in wanted.items() if key in takes}, **more)
+
+
+def train(model, optimizer, steps=3, set_to_none=True):
+    def closure():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = ((model(X) - 1) ** 2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+def bits(tensor):
+    return tensor.detach().numpy().tobytes()
+
+
+# ---- slices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("midrun", [False, True])
+def test_rows_stay_in_every_optimizer(name, midrun):
+    model = net()
+    optimizer = made(name, model.parameters())
+    if midrun:
+        train(model, optimizer)
+    before = model[0].weight.detach().clone()
+    assert freeze_(model, sel("0.weight")[:2], optimizer=optimizer) == ["0.weight"]
+    train(model, optimizer, 4, set_to_none=False)
+    assert bits(model[0].weight[:2]) == bits(before[:2])
+    assert (model[0].weight[2:] != before[2:]).all()
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_the_other_rows_train_as_without(name):
+    model, twin = net(), net()
+    one, other = made(name, model.parameters()), made(name, twin.parameters())
+    freeze_(model, sel("0.weight")[:2], optimizer=one)
+    for net_, optimizer in ((model, one), (twin, other)):
+        for p in net_.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert bits(model[0].weight[2:]) == bits(twin[0].weight[2:])
+
+
+def test_by_a_gradient_hook_rows_decay():
+    model = net()
+    model[0].weight.register_hook(lambda g: torch.cat([torch.zeros_like(g[:2]), g[2:]]))
+    before = bits(model[0].weight[:2])
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1))
+    assert bits(model[0].weight[:2]) != before
+
+
+def test_slices_are_thawed():
+    model = net()
+    optimizer = made("AdamW", model.parameters())
+    freeze_(model, sel("0.weight")[:2], optimizer=optimizer)
+    freeze_(model, sel("*.weight")[-1], optimizer=optimizer)
+    before = model[0].weight.detach().clone()
+    unfreeze_(model, sel("0.weight")[:2], optimizer=optimizer)
+    train(model, optimizer)
+    assert (model[0].weight[:2] != before[:2]).all()
+    assert bits(model[0].weight[-1]) == bits(before[-1])
+    unfreeze_(model, "**", optimizer=optimizer)
+    train(model, optimizer)
+    assert (model[0].weight[-1] != before[-1]).all()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_slices_with_gradient_accumulation_and_a_rate_schedule():
+    model = net()
+    optimizer = made("AdamW", model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    freeze_(model, sel("0.weight")[..., 0], optimizer=optimizer)
+    before = model[0].weight.detach().clone()
+    for number in range(4):
+        model(X).sum().backward()
+        if number % 2:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    assert bits(model[0].weight[:, 0].contiguous()) == bits(before[:, 0].contiguous())
+    assert (model[0].weight[:, 1:] != before[:, 1:]).all()
+
+
+def test_slices_that_cannot_be():
+    model = net()
+    optimizer = made("SGD", model[2].parameters())
+    for verb in (freeze_, unfreeze_):
+        with pytest.raises(Unsupported, match=r"a slice \[:2\]") as caught:
+            verb(model, sel("0.weight")[:2])
+        selector, own = sel("0.weight")[:2], made("SGD", model.parameters())
+        eval(caught.value.hint, {"pm": HINTS, "module": model, "selector": selector, "optimizer": own})
+    with pytest.raises(BadArgument, match=r"does not hold 0\.weight"):
+        freeze_(model, sel("0.weight")[:2], optimizer=optimizer)
+    with pytest.raises(OutOfRange, match=r"2\.weight: .*\(2, 4\)"):
+        freeze_(model, sel("2.weight")[7], optimizer=optimizer)
+
+
+# ---- the optimizer in use ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_frozen_parameters_is_dropped_or_kept(name, keep):
+    model = net()
+    optimizer = made(name, model.parameters())
+    train(model, optimizer)
+    before = bits(model[0].weight)
+    freeze_(model, "0.*", optimizer=optimizer, keep_state=keep)
+    if name != "LBFGS":  # there all is forgotten
+        assert (model[0].weight in optimizer.state) == keep or name == "SGD"
+        assert model[2].weight in optimizer.state
+    train(model, optimizer)
+    assert bits(model[0].weight) == before
+    unfreeze_(model, "0.*", optimizer=optimizer)
+    train(model, optimizer, 1)
+    assert bits(model[0].weight) != before
+
+
+def test_the_optimizer_of_another_model():
+    with pytest.raises(BadArgument, match=r"holds none of the chosen parameters: 0\.weight"):
+        freeze_(net(), "0.*", optimizer=made("SGD", net().parameters()))
+
+
+def test_statistics_may_move_on():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    freeze_(model, "**", norm_stats=False)
+    before = bits(model[0].running_mean)
+    model(X)
+    assert bits(model[0].running_mean) != before
+    assert not model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+def test_what_was_frozen_before_stays_frozen(copied):
+    model = net()
+    keys = list(model.state_dict())
+    model[0].weight.requires_grad_(False)
+    freeze_(model, "**")
+    freeze_(model, "**")
+    model = copied(model)
+    unfreeze_(model, "**")
+    assert [p.requires_grad for p in model.parameters()] == [False, True]
+    unfreeze_(model, "**")  # now nothing is known of it any more
+    assert [p.requires_grad for p in model.parameters()] == [True, True]
+    assert list(model.state_dict()) == keys
+    assert set(vars(model[0])) == set(vars(nn.Linear(1, 1)))
+
+
+# ---- carried -----------------------------------------------------------------------------------------------------
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert bits(value) == bits(other[key])
+            assert value is not other[key]
+        else:
+            assert value == other[key]
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_thawed_into_an_optimizer_of_all(name):
+    model = net()
+    freeze_(model, "0.*")
+    old = made(name, [p for p in model.parameters() if p.requires_grad])
+    train(model, old)
+    unfreeze_(model, "0.*")
+    new = made(name, model.parameters())
+    assert carry_optimizer_(new, old) is new
+    if old.state[model[2].weight]:
+        same(new.state[model[2].weight], old.state[model[2].weight])
+    train(model, new)
+    freeze_(model, "2.*")
+    frozen = carry_optimizer_(made(name, model[0].parameters()), new)
+    assert list(frozen.state) == [model[0].weight] or not frozen.state
+    train(model, frozen)
+
+
+def test_trained_parameters_go_on_as_if_nothing_had_happened():
+    model, twin = net(), net()
+    one, other = made("AdamW", model[2].parameters()), made("AdamW", twin[2].parameters())
+    train(model, one)
+    train(model, carry_optimizer_(made("AdamW", model[2].parameters()), one))
+    train(twin, other, 6)
+    assert bits(model[2].weight) == bits(twin[2].weight)
+
+
+@pytest.mark.parametrize("how", ["named", "module", "order"])
+def test_resumed_from_a_file(how):
+    model = net()
+    old = made("AdamW", model[2].named_parameters(prefix="2") if how == "named" else model[2].parameters())
+    train(model, old)
+    file = io.BytesIO()
+    torch.save(old.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = copy.deepcopy(model)
+    if how == "named":
+        new = carry_optimizer_(made("AdamW", resumed.named_parameters()), saved)
+    elif how == "module":
+        new = carry_optimizer_(made("AdamW", resumed.parameters()), saved, module=resumed, names=["2.weight"])
+    else:
+        new = carry_optimizer_(made("AdamW", resumed[2].parameters()), saved)
+    same(new.state[resumed[2].weight], old.state[model[2].weight])
+    train(resumed, new)
+
+
+def test_groups():
+    model = net(bias=True)
+    old = torch.optim.AdamW(
+        [
+            {"params": model[0].parameters(), "lr": 0.5, "betas": (0.8, 0.9)},
+            {"params": model[2].parameters(), "lr": 0.25, "weight_decay": 0.5},
+        ]
+    )
+    torch.optim.lr_scheduler.StepLR(old, 1)
+    train(model, old, 1)
+    new = torch.optim.AdamW([{"params": model[2].parameters()}, {"params": model[0].parameters()}], foreach=False)
+    carry_optimizer_(new, old)
+    assert [group["lr"] for group in new.param_groups] == [0.25, 0.5]
+    assert [group["initial_lr"] for group in new.param_groups] == [0.25, 0.5]
+    assert new.param_groups[0]["weight_decay"] == 0.5
+    assert new.param_groups[1]["betas"] == (0.8, 0.9)
+    assert new.param_groups[0]["foreach"] is False
+    merged = carry_optimizer_(torch.optim.AdamW(model.parameters(), lr=0.125), old)
+    assert merged.param_groups[0]["lr"] == 0.125  # of two groups: nobody can say whose rate is meant
+    assert len(merged.state) == 4
+
+
+def test_lbfgs_is_carried_whole_or_not_at_all():
+    model = net()
+    old = made("LBFGS", model.parameters())
+    train(model, old)
+    new = carry_optimizer_(made("LBFGS", model.parameters()), old)
+    twin, other = copy.deepcopy(model), copy.deepcopy(old)
+    train(model, new, 1)
+    assert bits(twin[0].weight) != bits(model[0].weight)
+    assert other.state
+    part = carry_optimizer_(made("LBFGS", model[2].parameters()), old)
+    assert not part.state
+    train(model, part, 1)
+
+
+def test_torch_takes_moments_of_any_shape():
+    """The fact that `carry_optimizer_` is there for."""
+    model, wide = nn.Linear(4, 2, bias=False), nn.Linear(4, 3, bias=False)
+    old = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    old.step()
+    torch.optim.AdamW(wide.parameters()).load_state_dict(old.state_dict())
+    new = torch.optim.AdamW(wide.parameters(), lr=0.5)
+    state_dict = old.state_dict()
+    with pytest.raises(SpecMismatch, match=r"exp_avg of parameter 0 is \[2, 4\], and the parameter \[3, 4\]") as caught:
+        carry_optimizer_(new, state_dict)
+    assert not new.state
+    assert new.param_groups[0]["lr"] == 0.5
+    exec(caught.value.hint.partition(": ")[2], {"state_dict": state_dict, "number": 0})
+    carry_optimizer_(new, state_dict)
+
+
+def test_nothing_belongs_together():
+    model = net()
+    old = made("AdamW", model.named_parameters())
+    train(model, old, 1)
+    with pytest.raises(BadArgument, match="nothing for the 2 parameters"):
+        carry_optimizer_(made("AdamW", net(bias=True)[0].named_parameters(prefix="other")), old)
+    with pytest.raises(BadArgument, match="which is which"):
+        carry_optimizer_(made("AdamW", net(bias=True).parameters()), old)
+    with pytest.raises(BadArgument, match="3 names for the 2 parameters"):
+        carry_optimizer_(made("AdamW", net().parameters()), old, module=net(), names=["a", "b", "c"])
+    for wrong in (model, {"state": {}}, torch.optim.AdamW):
+        with pytest.raises(Unsupported):
+            carry_optimizer_(old, wrong)
+        with pytest.raises(Unsupported):
+            carry_optimizer_(wrong, old)
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------------
+
+
+def test_compiled_models_freeze_and_thaw():
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = made("AdamW", model.parameters())
+    train(compiled, optimizer, 1)
+    before = bits(model[0].weight)
+    freeze_(model, "0.*", optimizer=optimizer)
+    train(compiled, optimizer, 2)
+    assert bits(model[0].weight) == before
+    unfreeze_(model, "0.*")
+    train(compiled, optimizer, 1)
+    assert bits(model[0].weight) != before
