@@ -167,11 +167,7 @@ def test_the_same_numbers_in_every_library():
             "numpy": {"fc": {"weight": host}},
             "jax": {"fc": {"weight": jnp.asarray(host)}},
             "torch": {
-                "fc": {
-                    "weight": pm.at({"w": torch.zeros(40, 30, dtype=getattr(torch, dtype))}, "w").set(host)[
-                        "w"
-                    ]
-                }
+                "fc": {"weight": pm.at({"w": torch.zeros(40, 30, dtype=getattr(torch, dtype))}, "w").set(host)["w"]}
             },
         }
         edits = {

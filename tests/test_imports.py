@@ -48,9 +48,7 @@ def test_editing_with_one_framework_imports_no_other(framework):
 
 
 def test_editing_plain_numpy_imports_no_framework():
-    got = loaded(
-        "import numpy as np, paramend as pm\nassert pm.at({'a': np.ones(2)}, 'a').zero()['a'].sum() == 0"
-    )
+    got = loaded("import numpy as np, paramend as pm\nassert pm.at({'a': np.ones(2)}, 'a').zero()['a'].sum() == 0")
     assert not got & HEAVY
 
 

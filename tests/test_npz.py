@@ -408,3 +408,10 @@ def test_damage_is_found_or_harmless(tmp_path, saver):
         except (BadCheckpoint, Unsupported) as error:
             assert isinstance(error, ParamendError)
             assert "model.npz" in str(error) or isinstance(error, Unsupported)
+
+
+def test_a_colon_is_part_of_a_name(tmp_path):
+    path = tmp_path / "tf.npz"
+    np.savez(path, **{"dense/kernel:0": np.ones(2, np.float32)})
+    with NpzFile(path) as file:
+        assert file.read(0).tolist() == [1.0, 1.0]

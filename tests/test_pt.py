@@ -432,7 +432,7 @@ ZIPS = {
     "two names": (zipped([("m/data.pkl", EMPTY), ("m/data/0", b"a"), ("m/data/0", b"b")]), "stands twice"),
     "parent": (zipped({"m/data.pkl": EMPTY, "m/../x": b""}), "no path within the file"),
     "absolute": (zipped({"m/data.pkl": EMPTY, "/m/x": b""}), "no path within the file"),
-    "drive": (zipped({"m/data.pkl": EMPTY, "c:/x": b""}), "no path within the file"),
+    "drive": (zipped({"m/data.pkl": EMPTY, "c:/x": b""}), "outside the folder 'm'"),
     "backslash": (zipped({"m/data.pkl": EMPTY, "m\\x": b""}), "no path within the file"),
     "outside": (zipped({"m/data.pkl": EMPTY, "n/x": b""}), "outside the folder 'm'"),
     "two pickles": (zipped({"m/data.pkl": EMPTY, "n/data.pkl": EMPTY}), "here is two"),

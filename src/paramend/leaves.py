@@ -215,6 +215,16 @@ class Editable:
         raise NotImplementedError
 
 
+def separator_of(names: Iterable[str]) -> str:
+    """What separates the keys of names: "/" where some hold "/" and none ".", else ".".
+
+    >>> separator_of(["params/Dense_0/kernel"]), separator_of(["fc.weight", "a/b"])
+    ('/', '.')
+    """
+    text = "\n".join(names)
+    return "/" if "/" in text and "." not in text else "."
+
+
 def entries(node: Any) -> list[tuple[Any, Any]] | None:
     """The entries of a dict, list or tuple as (key, child), None for anything else: what `children` is for files."""
     if isinstance(node, Mapping):

@@ -63,7 +63,7 @@ def locked(path: Path, *, name: Path) -> Iterator[None]:
     >>> with locked(lock, name=Path("model.st")), locked(lock, name=Path("model.st")):
     ...     pass
     Traceback (most recent call last):
-    paramend.locks.Busy: model.st: another program is writing to it; nothing was changed
+    paramend.errors.Busy: model.st: another program is writing to it; nothing was changed
     <BLANKLINE>
     hint: try again when it is done, or write a new file: -o OUT
     """

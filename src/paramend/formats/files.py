@@ -1,5 +1,6 @@
 """A file on disk, opened for reading only: ranges of its bytes, a map of them all, what the system said of it."""
 
+import contextlib
 import mmap
 import os
 import stat
@@ -36,7 +37,8 @@ class OpenFile:
         self.stat = os.fstat(self._descriptor)
 
     def __del__(self) -> None:
-        self.close()
+        with contextlib.suppress(AttributeError, TypeError):  # at the end of the interpreter modules may be gone
+            self.close()
 
     @property
     def size(self) -> int:

@@ -23,7 +23,7 @@ from paramend.formats.files import OpenFile
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.formats.zips import STORED, Archive, Record, shown
-from paramend.leaves import Index, entries
+from paramend.leaves import Index, entries, separator_of
 from paramend.specs import BITS, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -124,8 +124,7 @@ class NpzFile:
     def index(self) -> Index:
         """The names."""
         names = [entry.name for entry in self.arrays]
-        text = "\n".join(names)
-        return Index.of_names(names, "/" if "/" in text and "." not in text else ".")
+        return Index.of_names(names, separator_of(names))
 
     def __repr__(self) -> str:
         return f"<{self.path}: {_text.plural(len(self.arrays), 'leaf', 'leaves')}>"

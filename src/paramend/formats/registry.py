@@ -172,8 +172,8 @@ FORMATS: tuple[Format, ...] = (
         _is_msgpack,
         "paramend.formats.msgpack",
         "MsgpackFile",
-        writes=False,
-        patches=False,
+        writes=True,
+        patches=True,
         keeps="entries that are no arrays",
     ),
     Format(

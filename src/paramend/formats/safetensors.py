@@ -20,7 +20,7 @@ from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.source import Extent
-from paramend.leaves import Index, entries
+from paramend.leaves import Index, entries, separator_of
 from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -483,16 +483,6 @@ class SafetensorsFile:
             return array.reshape(shape)
         except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
             raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
-
-
-def separator_of(names: Iterable[str]) -> str:
-    """What separates the keys of names: "/" where some hold "/" and none ".", else ".".
-
-    >>> separator_of(["params/Dense_0/kernel"]), separator_of(["fc.weight", "a/b"])
-    ('/', '.')
-    """
-    text = "\n".join(names)
-    return "/" if "/" in text and "." not in text else "."
 
 
 def same_file(one: os.stat_result, other: os.stat_result) -> bool:

@@ -12,9 +12,8 @@ from paramend import _text
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad, shown
-from paramend.formats.safetensors import separator_of
 from paramend.formats.source import Extent, Source
-from paramend.leaves import Index, entries
+from paramend.leaves import Index, entries, separator_of
 from paramend.specs import Spec
 
 Array = np.ndarray[Any, Any]

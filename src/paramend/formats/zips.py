@@ -327,7 +327,7 @@ def _name(encoded: bytes, flags: int, file: OpenFile, place: str) -> str:
     except UnicodeDecodeError:
         raise BadCheckpoint(f"{file.path}: {place}: the name {shown(_decode(encoded))} is not UTF-8") from None
     pieces = name.removesuffix("/").split("/")
-    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name or ":" in pieces[0]:
+    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name:
         raise BadCheckpoint(f"{file.path}: {place}: the name {shown(name)} is no path within the file")
     return name
 
