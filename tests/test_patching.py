@@ -270,15 +270,18 @@ def test_a_sparse_file(tmp_path):
 # ---- the engines agree -------------------------------------------------------------------------------------
 
 
+# Fans of more than two axes depend on the library that the names are those of: file and dict may differ there.
+AGREEING = [
+    (index, verb) for index in INDICES for verb in VERBS if verb[0] != "reinit" or len(region((5, 4), index).shape) < 3
+]
+
+
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
-@pytest.mark.parametrize("index", INDICES, ids=repr)
+@pytest.mark.parametrize(("index", "verb"), AGREEING, ids=[f"{index!r}-{verb[0]}" for index, verb in AGREEING])
 def test_patching_gives_what_memory_gives(model, monkeypatch, index, verb, small):
     if small:
         monkeypatch.setattr(computing, "CHUNK", 3)
     name, args = verb
-    if name == "reinit" and len(region((5, 4), index).shape) > 2:
-        pytest.skip("fans of more axes depend on the library that the names are those of")
     before, selector = model.read_bytes(), "layers.1.weight"
     chosen = pm.sel(selector) if index is None else pm.sel(selector)[index]
     try:

@@ -6,9 +6,11 @@ import os
 import stat
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Self
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead
+from paramend.leaves import Index, entries
 
 _STEP = 1 << 26  # some systems read no more than 2 GB at once
 
@@ -33,7 +35,7 @@ class OpenFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._descriptor = _open(self.path)
+        self._descriptor = open_regular(self.path)
         self.stat = os.fstat(self._descriptor)
 
     def __del__(self) -> None:
@@ -89,7 +91,55 @@ class OpenFile:
         return mmap.mmap(self.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _open(path: Path) -> int:
+class FileSource:
+    """What the sources over one file share. Use it as a context manager, or `close()` it.
+
+    Attributes:
+        path: as the user gave it.
+    """
+
+    index: Index
+    path: Path
+    _file: OpenFile
+
+    def __repr__(self) -> str:
+        return f"<{self.path}: {_text.plural(len(self.index.numbers), 'leaf', 'leaves')}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def stat(self) -> os.stat_result:
+        """What the system said of the file when it was opened."""
+        return self._file.stat
+
+    def close(self) -> None:
+        """Gives the file back to the system."""
+        self._file.close()
+
+    def fileno(self) -> int:
+        """The descriptor that the system knows the open file by."""
+        return self._file.fileno()
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
+        return entries(node)
+
+
+def open_regular(path: Path, *, holds: str = "") -> int:
+    """The descriptor of a regular file, opened for reading.
+
+    Args:
+        path: as the user gave it.
+        holds: for the hint on a directory, what files to look for in it.
+
+    Raises:
+        CannotRead: there is no such file, or no permission to read it.
+        BadCheckpoint: it is a directory, a pipe or a device.
+    """
     # O_NONBLOCK: without it, opening a named pipe waits for ever.
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
@@ -104,9 +154,13 @@ def _open(path: Path) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise BadCheckpoint(f"{path}: it is a directory, and one file is expected")
-    raise BadCheckpoint(f"{path}: it is no regular file (a pipe, a device or a socket)")
+    if not stat.S_ISDIR(mode):
+        raise BadCheckpoint(f"{path}: it is no regular file (a pipe, a device or a socket)")
+    inside = sorted(path.glob(holds)) if holds else []
+    raise BadCheckpoint(
+        f"{path}: it is a directory, and one file is expected",
+        hint=f"{inside[0]}" + (f" or one of {len(inside) - 1} more" if inside[1:] else "") if inside else "",
+    )
 
 
 def _near(path: Path) -> str:

@@ -15,10 +15,10 @@ import numpy as np
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import OpenFile
+from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, MsgpackWriter, Where
 from paramend.formats.source import Extent
-from paramend.leaves import Index, entries
+from paramend.leaves import Index
 from paramend.paths import labels, write_path
 from paramend.specs import BITS, Spec, numpy_dtype
 
@@ -53,7 +53,7 @@ class Entry:
         return sum(length for _, length in self.pieces)
 
 
-class MsgpackFile:
+class MsgpackFile(FileSource):
     r"""One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening steps over the arrays.
 
     Arrays and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file. Use it as
@@ -91,28 +91,6 @@ class MsgpackFile:
             raise
         self.index, self.arrays = walk.index, walk.arrays
         self.metadata: Mapping[str, Any] = walk.others
-
-    def __repr__(self) -> str:
-        return f"<{self.path}: {_text.plural(len(self.arrays), 'leaf', 'leaves')}>"
-
-    def __enter__(self) -> "MsgpackFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def stat(self) -> os.stat_result:
-        """What the system said of the file when it was opened."""
-        return self._file.stat
-
-    def close(self) -> None:
-        """Gives the file back to the system."""
-        self._file.close()
-
-    def fileno(self) -> int:
-        """The descriptor that the system knows the open file by."""
-        return self._file.fileno()
 
     # ---- what is there ---------------------------------------------------------------------------------------
 
@@ -185,10 +163,6 @@ class MsgpackFile:
                 at += count
             first = max(first - length, 0)
         return buffer.view(dtype)
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
-        return entries(node)
 
     def _check_readable(self, number: int) -> None:
         why = self.refusal(number)

@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +18,11 @@ import numpy as np
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
-from paramend.formats.files import OpenFile
+from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.formats.zips import STORED, Archive, Record, shown
-from paramend.leaves import Index, entries, separator_of
+from paramend.leaves import Index, separator_of
 from paramend.specs import BITS, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -76,7 +75,7 @@ class Entry:
         return not self.fortran and not self.swapped
 
 
-class NpzFile:
+class NpzFile(FileSource):
     """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
 
     Use it as a context manager, or `close()` it; arrays that were read stay valid.
@@ -113,40 +112,14 @@ class NpzFile:
             for record in records:
                 _check_record(self.archive, record)
             self.arrays = [_entry(self.archive, record) for record in records if record.name.endswith(".npy")]
+            names = [entry.name for entry in self.arrays]
+            self.index = Index.of_names(names, separator_of(names))
             self.metadata: Mapping[str, Any] = {
                 record.name: _other(self.archive, record) for record in records if not record.name.endswith(".npy")
             }
         except BaseException:
             self.close()
             raise
-
-    @cached_property
-    def index(self) -> Index:
-        """The names."""
-        names = [entry.name for entry in self.arrays]
-        return Index.of_names(names, separator_of(names))
-
-    def __repr__(self) -> str:
-        return f"<{self.path}: {_text.plural(len(self.arrays), 'leaf', 'leaves')}>"
-
-    def __enter__(self) -> "NpzFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def stat(self) -> os.stat_result:
-        """What the system said of the file when it was opened."""
-        return self._file.stat
-
-    def close(self) -> None:
-        """Gives the file back to the system."""
-        self._file.close()
-
-    def fileno(self) -> int:
-        """The descriptor that the system knows the open file by."""
-        return self._file.fileno()
 
     # ---- what is there ---------------------------------------------------------------------------------------
 
@@ -224,10 +197,6 @@ class NpzFile:
             buffer = self._inflated(entry, first, nbytes)
         found = buffer.view(dtype)
         return found.byteswap() if entry.swapped else found
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
-        return entries(node)
 
     # ---- after bytes were patched ----------------------------------------------------------------------------
 

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import OpenFile
+from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.pickles import unpickle
 from paramend.formats.pt_writer import TorchWriter
 from paramend.formats.rebuilds import Tensor, TorchWords
 from paramend.formats.source import Extent
 from paramend.formats.zips import STORED, Archive, Record, shown
-from paramend.leaves import Index, entries
+from paramend.leaves import Index
 from paramend.paths import labels, write_path
 from paramend.specs import Spec, numpy_dtype
 
@@ -37,7 +36,7 @@ _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 WRITER = TorchWriter()
 
 
-class TorchFile:
+class TorchFile(FileSource):
     r"""One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
 
     Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure. Use it as
@@ -82,28 +81,6 @@ class TorchFile:
         self.index, self.tensors = walk.index, walk.tensors
         self.ties: Mapping[int, int] = walk.ties
         self.metadata: Mapping[str, Any] = walk.others
-
-    def __repr__(self) -> str:
-        return f"<{self.path}: {_text.plural(len(self.tensors), 'leaf', 'leaves')}>"
-
-    def __enter__(self) -> "TorchFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def stat(self) -> os.stat_result:
-        """What the system said of the file when it was opened."""
-        return self._file.stat
-
-    def close(self) -> None:
-        """Gives the file back to the system."""
-        self._file.close()
-
-    def fileno(self) -> int:
-        """The descriptor that the system knows the open file by."""
-        return self._file.fileno()
 
     # ---- what is there ---------------------------------------------------------------------------------------
 
@@ -220,10 +197,6 @@ class TorchFile:
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         self._file.read_into(buffer.data, extent.start + start * dtype.itemsize)
         return buffer.view(dtype)
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
-        return entries(node)
 
     # ---- after bytes were patched ------------------------------------------------------------------------------
 

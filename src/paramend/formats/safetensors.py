@@ -7,7 +7,6 @@ refuses is refused here too, but for unknown dtypes: their bytes are listed and 
 import json
 import mmap
 import os
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from paramend import _text
-from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
+from paramend.errors import BadCheckpoint, RenameClash, Unsupported
+from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.source import Extent
 from paramend.leaves import Index, entries, separator_of
@@ -337,7 +337,7 @@ class SafetensorsFile:
         self.path = Path(path)
         self.ties: Mapping[int, int] = {}
         self._closed = False
-        self._descriptor = _open(self.path)
+        self._descriptor = open_regular(self.path, holds="*.safetensors")
         try:
             self.stat = os.fstat(self._descriptor)
             self.header = _read_header(self._descriptor, self.stat, str(self.path))
@@ -398,7 +398,7 @@ class SafetensorsFile:
         if self._descriptor < 0 and self._closed:
             raise ValueError(f"{self.path} is closed")
         if self._descriptor < 0:
-            self._descriptor = _open(self.path)
+            self._descriptor = open_regular(self.path, holds="*.safetensors")
             now = os.fstat(self._descriptor)
             if not same_file(now, self.stat):
                 self.release()
@@ -493,38 +493,6 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
 def shrunk(path: Path) -> BadCheckpoint:
     """The error for a file that lost bytes while it was being read."""
     return BadCheckpoint(f"{path}: data: the file became shorter while it was being read")
-
-
-def _open(path: Path) -> int:
-    # O_NONBLOCK: without it, opening a named pipe waits for ever.
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        raise CannotRead(f"{path}: there is no such file", hint=_near_file(path)) from None
-    except PermissionError:
-        raise CannotRead(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
-    except (OSError, ValueError) as error:
-        raise CannotRead(f"{path}: it cannot be opened: {getattr(error, 'strerror', None) or error}") from None
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return descriptor
-    os.close(descriptor)
-    if not stat.S_ISDIR(mode):
-        raise BadCheckpoint(f"{path}: it is no regular file (a pipe, a device or a socket)")
-    inside = sorted(path.glob("*.safetensors"))
-    raise BadCheckpoint(
-        f"{path}: it is a directory, and one safetensors file is expected",
-        hint=f"{inside[0]}" + (f" or one of {len(inside) - 1} more" if inside[1:] else "") if inside else "",
-    )
-
-
-def _near_file(path: Path) -> str:
-    try:
-        near = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
-    except OSError:
-        return ""
-    return f"did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
