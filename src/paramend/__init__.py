@@ -3,22 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from paramend.diffing import verify as verify
 from paramend.editing import Selection as Selection
 from paramend.editing import at as at
 from paramend.editing import labels as labels
 from paramend.editing import param_count as param_count
-from paramend.freezing.registry import carry_opt_state as carry_opt_state
-from paramend.freezing.registry import carry_optimizer_ as carry_optimizer_
-from paramend.freezing.registry import freeze as freeze
-from paramend.freezing.registry import freeze_ as freeze_
-from paramend.freezing.registry import frozen as frozen
-from paramend.freezing.registry import nnx_filter as nnx_filter
-from paramend.freezing.registry import unfreeze_ as unfreeze_
-from paramend.freezing.registry import value_and_grad as value_and_grad
-from paramend.grafting import graft as graft
-from paramend.grafting import graft_ as graft_
-from paramend.modules import init_zero_ as init_zero_
 from paramend.selectors import Selector as Selector
 from paramend.selectors import sel as sel
 from paramend.specs import Spec as Spec
@@ -28,6 +16,18 @@ if TYPE_CHECKING:
     from paramend.checkpoints import load as load
     from paramend.checkpoints import open as open
     from paramend.checkpoints import save as save
+    from paramend.diffing import verify as verify
+    from paramend.freezing.registry import carry_opt_state as carry_opt_state
+    from paramend.freezing.registry import carry_optimizer_ as carry_optimizer_
+    from paramend.freezing.registry import freeze as freeze
+    from paramend.freezing.registry import freeze_ as freeze_
+    from paramend.freezing.registry import frozen as frozen
+    from paramend.freezing.registry import nnx_filter as nnx_filter
+    from paramend.freezing.registry import unfreeze_ as unfreeze_
+    from paramend.freezing.registry import value_and_grad as value_and_grad
+    from paramend.grafting import graft as graft
+    from paramend.grafting import graft_ as graft_
+    from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
     from paramend.undoing import history as history
     from paramend.undoing import undo as undo
@@ -62,17 +62,38 @@ __all__ = [
     "verify",
 ]
 
-# What reads and writes files is opened when it is first asked for: who edits trees in memory does not pay for it.
-_ON_DISK = {
-    **dict.fromkeys(("Checkpoint", "load", "open", "save"), "paramend.checkpoints"),
-    "patch": "paramend.patching",
-    **dict.fromkeys(("history", "undo"), "paramend.undoing"),
+# What only some programs need is opened when it is first asked for: the others do not pay for its import.
+_LATER = {
+    name: module
+    for module, names in {
+        "paramend.checkpoints": ("Checkpoint", "load", "open", "save"),
+        "paramend.diffing": ("verify",),
+        "paramend.freezing.registry": (
+            "carry_opt_state",
+            "carry_optimizer_",
+            "freeze",
+            "freeze_",
+            "frozen",
+            "nnx_filter",
+            "unfreeze_",
+            "value_and_grad",
+        ),
+        "paramend.grafting": ("graft", "graft_"),
+        "paramend.modules": ("init_zero_",),
+        "paramend.patching": ("patch",),
+        "paramend.undoing": ("history", "undo"),
+    }.items()
+    for name in names
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_DISK:
-        return getattr(importlib.import_module(_ON_DISK[name]), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     if name == "__version__":  # the standard library's reader takes half as long to import as numpy
         return importlib.import_module("importlib.metadata").version("paramend")
     raise AttributeError(f"module 'paramend' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
