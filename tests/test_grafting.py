@@ -623,3 +623,17 @@ def leaf_at(tree, path):
 def paths_and_values(tree):
     found = [(("/".join(key.key for key in path)), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     return [path for path, _ in found], [leaf for _, leaf in found]
+
+
+def test_a_checkpoint_as_the_source(tmp_path):
+    small = {"Dense_0": {"kernel": np.ones((2, 2), np.float32)}, "Dense_1": {"kernel": np.full((2, 1), 5, np.float32)}}
+    big = {f"Dense_{i}": {"kernel": jnp.zeros((2, 1 if i == 2 else 2))} for i in range(3)}
+    pm.save(small, tmp_path / "small.safetensors")
+    rename = {"Dense_[-1]/**": "Dense_[-1]/**"}
+    with pm.open(tmp_path / "small.safetensors") as source:
+        tree, report = pm.graft(big, source, rename=rename)
+        assert tree["Dense_2"]["kernel"].ravel().tolist() == [5.0, 5.0]
+        assert isinstance(tree["Dense_0"]["kernel"], jax.Array)
+        assert report.to_dict() == pm.graft(big, small, rename=rename)[1].to_dict()
+        with pytest.raises(GraftRefused):
+            pm.graft({"Dense_0": {"kernel": jnp.zeros((3, 3))}}, source)

@@ -7,6 +7,7 @@ change. So a refused graft changes nothing.
 import importlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from paramend.leaves import Editable
 from paramend.trees.registry import Tree
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def graft(
 
     Args:
         target: the tree to start warm: nested dicts, Flax, NNX, Equinox or torch modules, train states, state dicts.
-        source: the tree to start from, of any of these kinds.
+        source: the tree to start from, of any of these kinds, or a checkpoint as `pm.open` gives it.
         rename: source pattern → target path, as in `{"h/<n>/**": "layers/<n>/**"}`. Of several rules that match a leaf
             the first counts; a leaf that none matches keeps its name. All names change at once, so that rules may
             rotate or swap. An index counts in the tree on whose side it stands:
@@ -73,7 +74,7 @@ def graft(
     """
     work = _work()
     tree = Tree(target)
-    plan = work.planned(tree, Tree(source), work.Options(rename, only, mismatch, unused, missing, dtype))
+    plan = work.planned(tree, _leaves(source), work.Options(rename, only, mismatch, unused, missing, dtype))
     return tree.with_leaves(work.values(plan)), plan.report()
 
 
@@ -114,9 +115,14 @@ def graft_(
     work = _work()
     tree = Tree(module)
     options = work.Options(rename, only, mismatch, unused, missing, dtype, in_place=True)
-    plan = work.planned(tree, Tree(source), options)
+    plan = work.planned(tree, _leaves(source), options)
     work.assign(tree, work.values(plan))
     return plan.report()  # type: ignore[no-any-return]
+
+
+def _leaves(source: Any) -> Any:
+    """A checkpoint is leaves already, each read when its turn comes; anything else is a tree in memory."""
+    return source if isinstance(source, Editable) else Tree(source)
 
 
 def _work() -> Any:

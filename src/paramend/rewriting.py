@@ -298,7 +298,9 @@ class _Inputs:
 
 
 def _changed(path: Path) -> BadCheckpoint:
-    return BadCheckpoint(f"{path}: another program changed it while it was being read; nothing was written")
+    return BadCheckpoint(
+        f"{path}: another program changed it since it was opened; nothing was written", hint="open the checkpoint again"
+    )
 
 
 class _Run:

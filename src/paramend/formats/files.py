@@ -1,6 +1,5 @@
 """A file on disk, opened for reading only: ranges of its bytes, a map of them all, what the system said of it."""
 
-import contextlib
 import mmap
 import os
 import stat
@@ -39,8 +38,10 @@ class OpenFile:
         self.stat = os.fstat(self._descriptor)
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, TypeError):  # at the end of the interpreter modules may be gone
+        try:  # noqa: SIM105
             self.close()
+        except (AttributeError, TypeError):
+            pass  # at the end of the interpreter modules are gone, contextlib too
 
     @property
     def size(self) -> int:

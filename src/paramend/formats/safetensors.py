@@ -376,7 +376,10 @@ class SafetensorsFile:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        try:  # noqa: SIM105
+            self.close()
+        except (AttributeError, TypeError):
+            pass  # at the end of the interpreter modules are gone, contextlib too
 
     def close(self) -> None:
         """Gives the file back to the system."""
