@@ -17,7 +17,7 @@ FLOORS = [
     {"trees.kinds", "formats.source", "formats.files", "formats.jsontext", "formats.pickles", "formats.writer"},
     {"trees.walks", "formats.index", "formats.zips", "formats.rebuilds", "formats.pt_writer", "formats.msgpack_writer"},
     {"selectors", "ops", "renames", "formats.*", "grafts.conversions", "trees.registry"},
-    {"structure", "memory", "plans", "formats.shards", "grafts.report", "grafts.alignment"},
+    {"filters", "structure", "memory", "plans", "formats.shards", "grafts.report", "grafts.alignment"},
     # surgeries in memory
     {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
     {"freezing.places"},

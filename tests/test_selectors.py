@@ -472,8 +472,47 @@ def test_a_selector_is_a_filter_of_nnx():
     assert pm.at(wide, "**").paths == ["layers/1/kernel"]
     assert len(pm.at(rest, "**")) == 3
     assert pm.at(nnx.state(model, pm.sel(re.compile(".*bias"))), "**").paths == ["layers/0/bias", "layers/1/bias"]
-    with pytest.raises(BadArgument, match="needs the whole model") as error:
-        nnx.state(model, pm.sel("layers[-1]/**"))
-    assert 'pm.nnx_filter(model, pm.sel("layers[-1]/**"))' in error.value.hint
-    last = nnx.state(model, pm.nnx_filter(model, pm.sel("layers[-1]/**")))
+    last = nnx.state(model, pm.sel("layers[-1]/**"))
     assert sorted(pm.at(last, "**").paths) == ["layers/1/bias", "layers/1/kernel"]
+    _, first, rest = nnx.split(model, nnx.All(nnx.Param, pm.sel("layers[0]/**")), ...)
+    assert sorted(pm.at(first, "**").paths) == ["layers/0/bias", "layers/0/kernel"]
+    assert len(pm.at(rest, "**")) == 2
+    with pytest.raises(NoMatch, match="did you mean"):
+        nnx.state(model, pm.sel("layer/0/**"))
+    with pytest.raises(OutOfRange):
+        nnx.state(model, pm.sel("layers[2]/**"))
+    assert pm.at(nnx.state(model, pm.nnx_filter(model, pm.sel("layers[-1]/**"))), "**").paths == pm.at(last, "**").paths
+    assert pm.sel("**/kernel")(("a", "kernel"), np.ones(2)) and not pm.sel("**/kernel")(("a", "bias"), np.ones(2))
+    with pytest.raises(BadArgument, match="needs the whole model"):
+        pm.sel("layers[-1]/**")(("layers", 0, "kernel"), np.ones(2))
+
+
+def test_a_selector_as_the_filter_of_a_training_step():
+    import jax
+    import optax
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(3)])
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Model(nnx.Rngs(0))
+    before = nnx.clone(model)
+    # nnx.grad asks about one Variable at a time, and no caller holds them all: positions need the model.
+    wrt = nnx.All(nnx.Param, pm.nnx_filter(model, "layers[-1]/**"))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-1), wrt=wrt)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean(), argnums=nnx.DiffState(0, wrt))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    for _ in range(3):
+        step(model, optimizer, jax.numpy.ones((4, 2)))
+    assert sorted(pm.verify(before, model, only="layers[-1]/**")) == ["layers/2/bias", "layers/2/kernel"]

@@ -1,5 +1,6 @@
 """Selectors: which leaves. Text first, and values that print as what rebuilds them."""
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -10,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from paramend import _text
-from paramend.arrays.registry import backend_of
 from paramend.containers import ELIDED
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
 from paramend.grammar import AnyPieces, Number, Piece, Positions
 from paramend.leaves import Index, Leaves, unique
-from paramend.matching import Names
 from paramend.paths import labels, text_of, write_path
 from paramend.patterns import Pattern, parse
 from paramend.specs import Spec, dtype_name
@@ -70,16 +69,13 @@ class Selector:
     __iter__ = None  # or a loop over a selector would slice it for ever
 
     def __call__(self, path: tuple[Any, ...], value: Any) -> bool:
-        """Whether a leaf is chosen, seen alone: so a selector is a filter of Flax NNX, `nnx.state(model, pm.sel(...))`.
-
-        A leaf alone has no siblings, so that no position can be counted, and nothing can be said of what matches
-        nothing; `pm.nnx_filter(model, selector)` sees the whole model.
+        """Whether a leaf is chosen: so a selector is a filter of Flax NNX, as in `nnx.state(model, pm.sel(...))`.
 
         Raises:
-            BadArgument: the selector holds an index such as `[-1]`, or is a class.
+            NoMatch: nothing of what NNX sorts is chosen.
         """
-        content = value.get_raw_value() if hasattr(value, "get_raw_value") else value
-        return _alone(self, path, content)
+        filters = importlib.import_module("paramend.filters")
+        return filters.accepts(self, path, value)  # type: ignore[no-any-return]
 
     def _find(self, leaves: Leaves) -> set[int]:
         """The leaf numbers, possibly none; of a leaf with several paths, any of its numbers."""
@@ -402,44 +398,6 @@ def write_index(index: Any) -> str:
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------
-
-
-def _alone(selector: Selector, path: tuple[Any, ...], value: Any) -> bool:
-    library = backend_of(type(value))
-    if library is None:
-        return False
-    match selector:
-        case Union(parts=parts):
-            return any(_alone(part, path, value) for part in parts)
-        case Both(left=left, right=right):
-            return _alone(left, path, value) and _alone(right, path, value)
-        case Rest(part=part):
-            return not _alone(part, path, value)
-        case Where(part=part):
-            return selector.fits(library.spec(value)) and _alone(part, path, value)
-    index = Index()
-    entry: Any = 0
-    for key in reversed(path):
-        names: Names = {}
-        index.add(names, key, entry)
-        entry = names
-    index.names, index.numbers = entry, [0]
-    match selector:
-        case Text(pattern=pattern) if not _counts(pattern):
-            return bool(pattern.find(index.names))
-        case Regex(expression=expression):
-            return expression.fullmatch(index.path(0)) is not None
-        case Predicate(function=function):
-            return bool(function(index.path(0), library.spec(value)))
-    raise BadArgument(
-        f"{selector!r} cannot be told from one leaf: it needs the whole model",
-        hint=f"nnx.state(model, pm.nnx_filter(model, {selector!r}))",
-    )
-
-
-def _counts(pattern: Pattern) -> bool:
-    atoms = (atom for segment in pattern.segments if isinstance(segment, Piece) for atom in segment.atoms)
-    return any(isinstance(atom, Positions) for atom in atoms)
 
 
 def _is_function(what: Any) -> bool:
