@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from click.testing import CliRunner
 
+from paramend.checkpoints import Checkpoint
 from paramend.cli.main import cli
 from paramend.demo import steps, tour
 from paramend.demo.folder import workplace
@@ -153,10 +154,6 @@ def half(selection):
     return selection.multiply(0.5)
 
 
-def one_instead(file, out, selector, op, do=steps.rewrite):
-    return do(file, out, selector, "fill", {"value": 1.0})
-
-
 def still(tx, selector, how, do=steps.freeze):
     return do(tx, selector)
 
@@ -170,7 +167,7 @@ FAULTS = {
     "zero-gradients": (steps, "freeze", still),
     "graft": (steps, "graft", lambda fresh, params, rename: (fresh, SimpleNamespace(copied=[], fresh=[]))),
     "identity": (Selection, "zero", half),
-    "file": (steps, "rewrite", one_instead),
+    "file": (Checkpoint, "edited", lambda self, calls: self),
     "torch": (Selection, "zero_", lambda self: self.multiply_(0.5)),
     "init-zero": (steps, "init_zero_", lambda layer: layer),
 }

@@ -33,7 +33,7 @@ def accepts(selector: Selector, path: Path, value: Any) -> bool:
         NoMatch: it chooses nothing of what is being sorted.
         BadArgument: it holds an index such as `[-1]` or a class, and the other leaves are not known.
     """
-    flat = _being_sorted(path)
+    flat = _being_sorted()
     if flat is None:
         return _alone(selector, path, _content(value))
     known = _chosen.get(selector)
@@ -45,7 +45,7 @@ def accepts(selector: Selector, path: Path, value: Any) -> bool:
     return path in known[1]
 
 
-def _being_sorted(path: Path) -> Any:
+def _being_sorted() -> Any:
     frame: Any = sys._getframe(2)
     for _ in range(_DEPTH):
         if frame is None:

@@ -34,7 +34,6 @@ nothing is written.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -53,6 +52,7 @@ import numpy as np
 
 from paramend.copying import WriteBack
 from paramend.errors import BadCheckpoint, CannotRead
+from paramend.publishing import sync_folder
 
 Array = np.ndarray[Any, Any]
 
@@ -230,18 +230,6 @@ def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
 def checksum(data: bytes | bytearray | memoryview) -> bytes:
     """What stands for a piece of bytes in a digest. It takes a fifth of the time of SHA-256."""
     return zlib.crc32(data).to_bytes(4, "little")
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not every file system can
-            raise
-    finally:
-        os.close(descriptor)
 
 
 class Writer:

@@ -1,6 +1,7 @@
 """`Leaves`: named arrays that can be described without being read, the one noun that selectors and engines speak."""
 
 import gc
+from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -162,57 +163,35 @@ class Leaves(Protocol):
         """The entries of a container of the kind that such trees are made of, as (key, child); None for a leaf."""
 
 
-class Editable:
+class Editable(Leaves):
     """Leaves that carry edits out: trees in memory at once, checkpoints when they are saved.
 
     Each method gives the same thing anew, edited; of a checkpoint, the numbers of leaves stay.
     """
 
-    @property
-    def index(self) -> Index:
-        """The names."""
-        raise NotImplementedError
-
-    @property
-    def ties(self) -> Mapping[int, int]:
-        """Leaf number → the first number of the same leaf, for leaves with several paths."""
-        raise NotImplementedError
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
-        raise NotImplementedError
-
-    def read(self, number: int) -> Any:
-        """The array."""
-        raise NotImplementedError
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a container as (key, child); None for a leaf."""
-        raise NotImplementedError
-
+    @abstractmethod
     def twins(self, number: int) -> Sequence[int]:
         """The numbers of all paths of a leaf."""
-        raise NotImplementedError
 
+    @abstractmethod
     def edited(self, calls: Mapping[int, Any]) -> Any:
         """With calls of ops on some leaves; each is checked against its leaf."""
-        raise NotImplementedError
 
+    @abstractmethod
     def edited_(self, calls: Mapping[int, Any]) -> None:
         """Carries calls of ops out in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deleted(self, numbers: Iterable[int]) -> Any:
         """Without some leaves, under all their paths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
         """With the leaves that a selector chose under new paths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
         """The containers of the tree holding labels in place of leaves; `rest` where there is none."""
-        raise NotImplementedError
 
 
 def separator_of(names: Iterable[str]) -> str:

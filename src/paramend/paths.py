@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SEPARATORS = "/."
 SPECIAL = frozenset('*{}[]<>,"\\/.')
 
 _split = re.compile(r"([/.])").split

@@ -26,11 +26,11 @@ from paramend.journal import (
     put,
     records,
     store_of,
-    sync_folder,
     witness,
 )
 from paramend.locks import ELSEWHERE, explained, linked, locked, opened, reason
 from paramend.progress import Meter, Progress
+from paramend.publishing import sync_folder
 from paramend.tables import aligned
 
 

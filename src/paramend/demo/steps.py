@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
+from paramend.checkpoints import open as open_checkpoint
 from paramend.demo.evidence import data_digest, digest, moved, touched
 from paramend.demo.network import Classifier
 from paramend.demo.patient import Patient, save
@@ -18,7 +19,6 @@ from paramend.formats.safetensors import SafetensorsFile
 from paramend.freezing.registry import freeze
 from paramend.grafting import graft
 from paramend.modules import init_zero_
-from paramend.rewriting import rewrite
 from paramend.tables import aligned
 
 
@@ -191,7 +191,8 @@ def edit_file(patient: Patient) -> Outcome:
     params, file = patient.params, patient.file
     streamed, in_memory = file.with_name("zeroed.safetensors"), file.with_name("zeroed-in-memory.safetensors")
     original = data_digest(file)
-    rewrite(file, streamed, "**/Dense_[-1]/kernel", "zero")
+    with open_checkpoint(file) as checkpoint:
+        at(checkpoint, "**/Dense_[-1]/kernel").zero().save(streamed)
     save(at(params, "**/Dense_[-1]/kernel").zero(), in_memory)
     return outcome(
         params,

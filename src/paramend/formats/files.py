@@ -146,7 +146,7 @@ def open_regular(path: Path, *, holds: str = "") -> int:
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
-        raise CannotRead(f"{path}: there is no such file", hint=_near(path)) from None
+        raise CannotRead(f"{path}: there is no such file", hint=near(path)) from None
     except PermissionError:
         raise CannotRead(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
     except (OSError, ValueError) as error:
@@ -164,9 +164,17 @@ def open_regular(path: Path, *, holds: str = "") -> int:
     )
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
+    """The hint on a file that is not there: one beside it that may have been meant, or that the folder is missing."""
     try:
-        near = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
+        found = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
     except (OSError, ValueError):
-        return ""
-    return f"did you mean {path.parent / near[0]}?" if near else ""
+        return "" if _is_there(path.parent) else f"there is no directory {path.parent} either"
+    return f"did you mean {path.parent / found[0]}?" if found else ""
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte in it
+        return True

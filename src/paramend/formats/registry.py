@@ -11,6 +11,7 @@ from typing import Any
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.formats.files import near
 from paramend.formats.index import SUFFIX
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
@@ -245,7 +246,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise CannotRead(f"{path}: there is no such file or directory", hint=_near_file(path)) from None
+        raise CannotRead(f"{path}: there is no such file or directory", hint=near(path)) from None
     except (OSError, ValueError) as error:
         raise CannotRead(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISDIR(mode):
@@ -320,7 +321,7 @@ def _head(path: Path) -> bytes:
         # O_NONBLOCK: without it, opening a named pipe waits for ever.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise CannotRead(f"{path}: there is no such file", hint=_near_file(path)) from None
+        raise CannotRead(f"{path}: there is no such file", hint=near(path)) from None
     except PermissionError:
         raise CannotRead(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
     except OSError as error:
@@ -347,11 +348,3 @@ def _unknown(path: Path, head: bytes) -> BadCheckpoint:
         f"{path}: byte 0: it begins like no checkpoint that is known, and its name says nothing",
         hint=f"what can be opened: {_text.listing([row.says for row in FORMATS if row.built])}",
     )
-
-
-def _near_file(path: Path) -> str:
-    try:
-        near = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
-    except OSError:
-        return "" if path.parent.exists() else f"there is no directory {path.parent} either"
-    return f"did you mean {path.parent / near[0]}?" if near else ""
