@@ -26,10 +26,11 @@ FLOORS = [
     {"freezing.registry", "grafts.engine"},
     {"grafting"},
     # surgeries on disk
-    {"computing", "copying", "publishing", "regions", "locks", "formats.registry"},
+    {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry"},
     {"journal", "layouts"},
     {"rewriting", "undoing", "windows"},
     {"checkpoints"},
+    {"assembling"},
     {"patching"},
     # the doors
     {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},

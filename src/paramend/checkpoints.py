@@ -66,6 +66,11 @@ class Checkpoint(Editable):
         return Path(self.source.path)
 
     @property
+    def untouched(self) -> bool:
+        """Whether no edit was planned."""
+        return self._plan is None
+
+    @property
     def format(self) -> str:
         """The name of the format, as the table of formats has it."""
         row = format_of(self.source)

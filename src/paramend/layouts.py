@@ -10,6 +10,7 @@ from typing import Any
 
 from paramend import _text
 from paramend.errors import BadArgument, Unsupported
+from paramend.formats.gathered import Gathered
 from paramend.formats.index import SUFFIX, index_text
 from paramend.formats.registry import FORMATS, Format, format_for, format_of, writable
 from paramend.formats.safetensors import Header, SafetensorsFile, layout
@@ -100,7 +101,7 @@ def lay_out(
         RenameClash: two leaves would have one name in the file.
         BadArgument: a size that is none, or one for a single file.
     """
-    source: Any = made.leaves
+    source = _base(made)
     wanted = format_for(Path(out))
     own = format_of(source)
     folder = isinstance(source, Shards)
@@ -133,12 +134,31 @@ def lay_out(
         _check_writer(made, wanted)
         nbytes = sum(_nbytes(made, row) for row in made.rows)
         return Layout((File("", nbytes, _mode(source), ()),), False, wanted, lost)
-    if max_shard_size is None and isinstance(source, Shards) and own is FORMATS[0]:
-        files = _same_shards(made, source, link=link)
+    if max_shard_size is None and isinstance(made.leaves, Shards) and own is FORMATS[0]:
+        files = _same_shards(made, made.leaves, link=link)
     else:
-        files = _new_shards(made, None if max_shard_size is None else parse_size(max_shard_size))
+        files = _new_shards(made, _largest(source) if max_shard_size is None else parse_size(max_shard_size))
     sidecars, left_out = _sidecars(source) if isinstance(source, Shards) else ([], [])
+    if isinstance(made.leaves, Gathered):
+        texts = made.leaves.texts
+        sidecars = [file for file in sidecars if file.name not in texts]
+        sidecars += [_text_file(name, text, _mode(source)) for name, text in texts.items()]
     return Layout((*files, *sidecars), True, wanted, (*lost, *left_out))
+
+
+def _base(made: Plan) -> Any:
+    """The checkpoint that the outcome takes after."""
+    return made.leaves.base if isinstance(made.leaves, Gathered) else made.leaves
+
+
+def _largest(source: Any) -> int | None:
+    """The bytes of the tensors in the largest of several files."""
+    if not isinstance(source, Shards) or len(source.files) == 1:
+        return None
+    filled = [0] * len(source.files)
+    for number in source.index.numbers:
+        filled[source.home(number)[0]] += source.nbytes(number)
+    return max(filled)
 
 
 def parse_size(size: int | str) -> int:
@@ -158,7 +178,7 @@ def parse_size(size: int | str) -> int:
 
 
 def _check_safetensors(made: Plan) -> None:
-    raw = isinstance(made.leaves, SafetensorsFile | Shards)
+    raw = isinstance(made.leaves, SafetensorsFile | Shards | Gathered)
     for row in made.rows:
         known = row.spec.dtype in SAFETENSORS_CODES and (not row.calls or not BITS[row.spec.dtype] % 8)
         if not known and not (raw and not row.calls and row.spec.dtype.startswith("raw<")):
@@ -238,7 +258,7 @@ def _pieces(made: Plan, head: Piece, rows: Iterable[Row]) -> tuple[Piece, ...]:
 
 def _aligned(made: Plan) -> list[Row]:
     """The rows in an order in which each begins aligned; those of safetensors stay as they are."""
-    if format_of(made.leaves) is FORMATS[0]:
+    if format_of(_base(made)) is FORMATS[0]:
         return list(made.rows)
     return sorted(made.rows, key=lambda row: -BITS.get(row.spec.dtype, 8))
 

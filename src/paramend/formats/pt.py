@@ -339,7 +339,7 @@ class _Walk:
     Attributes:
         index: the names.
         tensors: by number.
-        ties: number → the first number of the same tensor.
+        ties: number → the first number of the same tensor, where several are the same.
         others: path → what is neither a tensor nor holds one; lists of plain values are whole.
     """
 
@@ -406,7 +406,7 @@ class _Walk:
             same += (tensor.conj, tensor.neg, tensor.sealed)
         first = self._first.setdefault(same, number)
         if first != number:
-            self.ties[number] = first
+            self.ties[first] = self.ties[number] = first
 
     def _path(self) -> str:
         return write_path([label for key in self._trail for label in labels(key)], ".")

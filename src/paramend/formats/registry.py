@@ -220,6 +220,7 @@ def format_for(path: Path) -> Format | None:
 
 def format_of(source: Any) -> Format | None:
     """The format of an opened checkpoint; None of a tree in memory."""
+    source = getattr(source, "base", source)
     first = source.files[0] if hasattr(source, "files") else source
     return next((row for row in FORMATS if row.module == type(first).__module__), None)
 

@@ -1,0 +1,90 @@
+"""Assembling: a checkpoint put together from leaves of others, of which nothing is read before it is saved."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from paramend.arrays.registry import to_numpy
+from paramend.checkpoints import Checkpoint
+from paramend.formats.gathered import Gathered, Made, Origin, Part
+from paramend.leaves import Editable
+from paramend.paths import Label
+from paramend.plans import Plan
+
+# A leaf of the outcome: where it will be, and where it comes from: an origin, or a tree and the number of its leaf.
+Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
+
+
+def assemble(base: Checkpoint, picks: Iterable[Pick], *, texts: Mapping[str, bytes] | None = None) -> Checkpoint:
+    """A checkpoint of leaves from anywhere, which takes after another one: its format, metadata and sidecars.
+
+    Edits that were planned for a leaf go along with it. Leaves that are one under two paths in `base` stay so where
+    each path is taken once.
+
+    Args:
+        base: what the outcome takes after.
+        picks: the leaves, in order.
+        texts: files beside the weights that get a new text, by name.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from paramend.checkpoints import open, save
+    >>> from paramend.editing import at
+    >>> from paramend.paths import labels
+    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> _ = save({"layers": {"0": np.ones(2, "int8")}}, path)
+    >>> small = open(path)
+    >>> two = assemble(small, [((*labels("layers"), *labels(n)), (small, 0)) for n in ("0", "1")])
+    >>> at(two, "layers[-1]").zero()["layers.1"].tolist(), two["layers.0"].tolist()
+    ([0, 0], [1, 1])
+    """
+    picks = list(picks)
+    under = base.source.base if isinstance(base.source, Gathered) else base.source
+    before = base.source.texts if isinstance(base.source, Gathered) else {}
+    taken = [_taken(pick[1]) for pick in picks]
+    paths = [pick[0] for pick in picks]
+    gathered = Gathered(
+        under,
+        zip(paths, (origin for origin, _ in taken), strict=True),
+        texts={**before, **(texts or {})},
+        ties=_ties(base, [pick[1] for pick in picks]),
+    )
+    made = Plan.of(gathered)
+    if not any(row is not None and row.calls for _, row in taken):
+        return Checkpoint(gathered)
+    rows = (
+        mine if row is None else replace(mine, spec=row.spec, calls=row.calls, places=row.places)
+        for mine, (_, row) in zip(made.rows, taken, strict=True)
+    )
+    return Checkpoint(gathered, Plan(gathered, tuple(rows)))
+
+
+def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:
+    """Where a leaf comes from, and the row of the plan that it stands in; None where it is as it was."""
+    if not isinstance(given, tuple):
+        return given, None
+    tree, number = given
+    if not isinstance(tree, Checkpoint):
+        return Made(tree.spec(number), lambda: to_numpy(tree.read(number))), None
+    source = tree.source
+    origin = source.origins[number] if isinstance(source, Gathered) else Part(source, number)
+    return origin, None if tree.untouched else tree.plan.by_number[number]
+
+
+def _ties(base: Checkpoint, given: Sequence[Any]) -> dict[int, int]:
+    """The leaves of the outcome that are one under two paths."""
+    if not base.ties:
+        return {}
+    places: dict[int, list[int]] = {}
+    for place, pick in enumerate(given):
+        if isinstance(pick, tuple) and isinstance(pick[0], Checkpoint) and pick[0].source is base.source:
+            places.setdefault(pick[1], []).append(place)
+    ties: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for number, found in places.items():
+        unit = base.ties.get(number)
+        if unit is not None and len(found) == 1:
+            ties[found[0]] = first.setdefault(unit, found[0])
+    shared = {one for number, one in ties.items() if number != one}
+    return {number: one for number, one in ties.items() if one in shared}

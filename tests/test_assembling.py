@@ -1,0 +1,212 @@
+"""Checkpoints put together from leaves of others: every byte where a plain dict of arrays would have it."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import paramend as pm
+from paramend.assembling import assemble
+from paramend.formats.gathered import Made, Part, Stacked, Taken
+from paramend.layouts import Copy, lay_out
+from paramend.leaves import Index
+from paramend.memory import Memory
+from paramend.paths import labels
+from paramend.plans import Plan
+from paramend.specs import Spec
+
+
+def path_of(name):
+    return tuple(label for key in name.split(".") for label in labels(key))
+
+
+def number_of(tree, name):
+    return next(n for n in tree.index.numbers if tree.index.name(n) == name)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Four layers in two shards, as transformers writes them, with a config beside."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    tree = {f"layers.{i}.{n}": rng.normal(size=(3, 4)).astype(ml_dtypes.bfloat16) for i in range(4) for n in "ab"}
+    tree["head"] = rng.normal(size=5).astype("float32")
+    weight_map = {}
+    for place, half in enumerate((list(tree)[:4], list(tree)[4:]), 1):
+        name = f"model-{place:05}-of-00002.safetensors"
+        safetensors.numpy.save_file({key: tree[key] for key in half}, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(half, name)
+    index = {"metadata": {"total_size": sum(a.nbytes for a in tree.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"num_hidden_layers": 4}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder, tree
+
+
+def bits(tree):
+    return {name: (array.dtype.name, array.shape, array.tobytes()) for name, array in tree.items()}
+
+
+def test_layers_taken_twice_come_out_as_copies_beside_a_new_config(model, tmp_path):
+    folder, tree = model
+    with pm.open(folder) as source:
+        order = [0, 1, 1, 2, 3, 3]
+        wanted = {f"layers.{to}.{n}": f"layers.{old}.{n}" for to, old in enumerate(order) for n in "ab"}
+        wanted["head"] = "head"
+        picks = [(path_of(new), (source, number_of(source, old))) for new, old in wanted.items()]
+        made = assemble(source, picks, texts={"config.json": b'{"num_hidden_layers": 6}'})
+        pm.at(made, "layers[-1]/b").zero().save(tmp_path / "out")
+    expected = {new: tree[old] for new, old in wanted.items()} | {"layers.5.b": np.zeros_like(tree["layers.3.b"])}
+    assert bits(pm.load(tmp_path / "out", nested=False)) == bits(expected)
+    assert (tmp_path / "out" / "config.json").read_text() == '{"num_hidden_layers": 6}'
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in expected.values())
+    assert set(index["weight_map"]) == set(expected)
+    for name, shard in index["weight_map"].items():  # read by the reference reader
+        with safetensors.safe_open(tmp_path / "out" / shard, "np") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert file.get_tensor(name).tobytes() == expected[name].tobytes()
+
+
+def test_what_stays_is_copied_by_the_kernel(model, tmp_path):
+    folder, _ = model
+    with pm.open(folder) as source:
+        made = assemble(source, [(path_of(f"x.{n}"), (source, n)) for n in source.index.numbers])
+        pieces = [piece for file in lay_out(made.plan, tmp_path / "out").files for piece in file.pieces]
+        assert all(isinstance(piece, Copy | bytes) for piece in pieces)
+        report = made.save(tmp_path / "out.safetensors")
+    assert report.bytes_computed == 0
+
+
+def test_leaves_of_every_kind_of_origin(model, tmp_path):
+    folder, tree = model
+    other = tmp_path / "other.pt"
+    torch.save({"w": torch.arange(6.0).reshape(2, 3).t(), "step": 3}, other)
+    memory = Memory({"fresh": np.full((2, 2), 7, "int8")})
+    with pm.open(folder) as source, pm.open(other) as second:
+        layer = [Part(source.source, number_of(source, f"layers.{i}.a")) for i in range(4)]
+        stack = Stacked(tuple(layer))
+        made = assemble(
+            source,
+            [
+                (path_of("strided"), (second, 0)),
+                (path_of("memory"), (memory, 0)),
+                (path_of("stack"), stack),
+                (path_of("layer"), Taken(layer[2], 4, (2, 4))),
+                (path_of("inner"), Taken(stack, 18, (12,))),
+                (path_of("made"), Made(Spec((3,), "float32"), lambda: np.arange(3, dtype="float32"))),
+            ],
+        )
+        assert made["stack"].shape == (4, 3, 4)
+        made.save(tmp_path / "out.safetensors")
+    whole = np.stack([tree[f"layers.{i}.a"] for i in range(4)])
+    assert bits(safetensors.numpy.load_file(tmp_path / "out.safetensors")) == bits(
+        {
+            "strided": np.arange(6, dtype="float32").reshape(2, 3).T.copy(),
+            "memory": np.full((2, 2), 7, "int8"),
+            "stack": whole,
+            "layer": tree["layers.2.a"][1:],
+            "inner": whole.reshape(-1)[18:30],
+            "made": np.arange(3, dtype="float32"),
+        }
+    )
+
+
+def test_edits_planned_before_go_along_and_assemblies_can_be_assembled(model):
+    folder, tree = model
+    with pm.open(folder) as source:
+        edited = pm.at(source, "**/a").multiply(2).edited({})
+        once = assemble(edited, [(path_of(f"one.{n}"), (edited, n)) for n in (0, 1)], texts={"a.txt": b"a"})
+        twice = assemble(once, [(path_of("two"), (once, 0)), (path_of("three"), (once, 1))], texts={"b.txt": b"b"})
+        names = [source.index.name(n) for n in (0, 1)]
+        for path, name in zip(("two", "three"), names, strict=True):
+            expected = tree[name] * 2 if name.endswith("a") else tree[name]
+            assert twice[path].tobytes() == expected.astype(tree[name].dtype).tobytes()
+        assert twice.source.base is source.source
+        assert twice.source.texts == {"a.txt": b"a", "b.txt": b"b"}
+        assert len(twice.source.sources) == 1
+
+
+def test_ties_stay_where_each_path_is_taken_once(tmp_path):
+    shared = torch.ones(3)
+    torch.save({"a": shared, "b": shared, "c": torch.zeros(1)}, tmp_path / "m.pt")
+    with pm.open(tmp_path / "m.pt") as source:
+        a, b, c = (number_of(source, name) for name in "abc")
+        tied = assemble(source, [(path_of("x"), (source, a)), (path_of("y"), (source, b)), (path_of("z"), (source, c))])
+        assert pm.at(tied, "x").fill(5.0)["y"].tolist() == [5, 5, 5]
+        copies = assemble(source, [(path_of("x"), (source, a)), (path_of("y"), (source, a))])
+        assert pm.at(copies, "x").fill(5.0)["y"].tolist() == [1, 1, 1]
+
+
+def test_a_made_leaf_is_let_go_of_after_its_last_element(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(None)
+        return np.arange(10.0)
+
+    made = Made(Spec((10,), "float64"), make)
+    assert made.read_range(0, 4).tolist() == [0, 1, 2, 3]
+    assert made.read_range(4, 10).tolist() == [4, 5, 6, 7, 8, 9]
+    assert made._values is None
+    assert len(calls) == 1
+
+
+ORIGINS = st.recursive(
+    st.tuples(st.just("part"), st.integers(0, 2)),
+    lambda inner: st.one_of(
+        st.tuples(st.just("stack"), inner, st.integers(1, 3)),
+        st.tuples(st.just("take"), inner, st.floats(0, 1), st.floats(0, 1)),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ORIGINS, st.floats(0, 1), st.floats(0, 1))
+def test_any_nest_of_origins_reads_as_the_same_of_arrays(tmp_path, nest, low, high):
+    file = tmp_path / "m.safetensors"
+    if not file.exists():
+        safetensors.numpy.save_file(
+            {"a": np.arange(6, dtype="int16").reshape(2, 3), "b": np.arange(4, dtype="uint8"), "c": np.zeros((0, 2))},
+            file,
+        )
+    with pm.open(file) as checkpoint:
+
+        def built(nest):
+            kind, *rest = nest
+            if kind == "part":
+                return Part(checkpoint.source, rest[0]), np.array(checkpoint.source.read(rest[0]))
+            origin, array = built(rest[0])
+            if kind == "stack":
+                return Stacked((origin,) * rest[1]), np.stack([array] * rest[1])
+            start, stop = sorted(int(part * array.size) for part in rest[1:])
+            return Taken(origin, start, (stop - start,)), array.reshape(-1)[start:stop]
+
+        origin, array = built(nest)
+        assert origin.spec == Spec(array.shape, array.dtype.name)
+        assert origin.nbytes == array.nbytes
+        start, stop = sorted(int(part * array.size) for part in (low, high))
+        assert origin.read_range(start, stop).tolist() == array.reshape(-1)[start:stop].tolist()
+        if origin.extent is not None:
+            with file.open("rb") as opened:
+                opened.seek(origin.extent.start)
+                assert opened.read(origin.extent.nbytes) == array.tobytes()
+
+
+def test_the_index_of_an_assembly_is_that_of_its_names(model):
+    folder, _ = model
+    with pm.open(folder) as source:
+        made = assemble(source, [(path_of(source.index.name(n)), (source, n)) for n in source.index.numbers])
+        same = Index.of_names([source.index.name(n) for n in source.index.numbers])
+        assert [made.index.path(n) for n in made.index.numbers] == [same.path(n) for n in same.numbers]
+        assert Plan.of(made.source).changed == ()
