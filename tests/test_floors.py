@@ -24,13 +24,14 @@ FLOORS = [
     {"freezing.phases", "freezing.shares"},
     {"editing", "diffing", "freezing.*", "modules", "grafts.plan"},
     {"freezing.registry", "grafts.engine"},
-    {"grafting"},
     # surgeries on disk
     {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry"},
     {"journal", "layouts"},
     {"rewriting", "undoing", "windows"},
     {"checkpoints"},
     {"assembling"},
+    {"grafts.streaming"},
+    {"grafting"},
     {"patching"},
     # the doors
     {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},

@@ -15,16 +15,23 @@ from paramend.plans import Plan
 Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
 
 
-def assemble(base: Checkpoint, picks: Iterable[Pick], *, texts: Mapping[str, bytes] | None = None) -> Checkpoint:
+def assemble(
+    base: Checkpoint,
+    picks: Iterable[Pick],
+    *,
+    texts: Mapping[str, bytes] | None = None,
+    ties: Mapping[int, int] | None = None,
+) -> Checkpoint:
     """A checkpoint of leaves from anywhere, which takes after another one: its format, metadata and sidecars.
 
-    Edits that were planned for a leaf go along with it. Leaves that are one under two paths in `base` stay so where
-    each path is taken once.
+    Edits that were planned for a leaf go along with it.
 
     Args:
         base: what the outcome takes after.
         picks: the leaves, in order.
         texts: files beside the weights that get a new text, by name.
+        ties: place in `picks` → the first place of the same leaf, for leaves with several paths. Unless it is given,
+            leaves that are one under two paths in `base` stay so where each path is taken once.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -48,7 +55,7 @@ def assemble(base: Checkpoint, picks: Iterable[Pick], *, texts: Mapping[str, byt
         under,
         zip(paths, (origin for origin, _ in taken), strict=True),
         texts={**before, **(texts or {})},
-        ties=_ties(base, [pick[1] for pick in picks]),
+        ties=_ties(base, [pick[1] for pick in picks]) if ties is None else ties,
     )
     made = Plan.of(gathered)
     if not any(row is not None and row.calls for _, row in taken):

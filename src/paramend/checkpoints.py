@@ -152,6 +152,14 @@ class Checkpoint(Editable):
         if self._untouched(number):
             found: Array = self.source.read(number)
             return found
+        return self.fetch(number)
+
+    def fetch(self, number: int) -> Array:
+        """A leaf, edited, in memory of its own: nothing of the file stays mapped."""
+        if self._untouched(number):
+            spec = self.spec(number)
+            found: Array = self.source.read_range(number, 0, spec.size)
+            return found.reshape(spec.shape)
         row = self.plan.by_number[number]
         out = np.empty(row.spec.size, numpy_dtype(row.spec.dtype))
         at = 0

@@ -104,13 +104,17 @@ class RenameClash(ParamendError, ValueError):
 
 
 class GraftRefused(ParamendError, ValueError):
-    """Source and target do not fit; nothing was changed. `report` holds every case."""
+    """Source and target do not fit; nothing was changed.
+
+    `report` holds every case; `ways` the options, by name, of each call that would work.
+    """
 
     code = "graft-refused"
 
-    def __init__(self, message: str, *, report: Any, hint: str = "") -> None:
+    def __init__(self, message: str, *, report: Any, ways: Sequence[dict[str, Any]] = (), hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.report = report
+        self.ways = list(ways)
 
 
 class UnexpectedChange(ParamendError, AssertionError):

@@ -7,6 +7,7 @@ change. So a refused graft changes nothing.
 import importlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from paramend.errors import Unsupported
 from paramend.leaves import Editable
 from paramend.trees.registry import Tree
 
@@ -35,7 +36,8 @@ def graft(
     tied.
 
     Args:
-        target: the tree to start warm: nested dicts, Flax, NNX, Equinox or torch modules, train states, state dicts.
+        target: the tree to start warm: nested dicts, Flax, NNX, Equinox or torch modules, train states, state dicts; or
+            a checkpoint as `pm.open` gives it: then a checkpoint comes back, to be written by its `.save(out)`.
         source: the tree to start from, of any of these kinds, or a checkpoint as `pm.open` gives it.
         rename: source pattern → target path, as in `{"h/<n>/**": "layers/<n>/**"}`. Of several rules that match a leaf
             the first counts; a leaf that none matches keeps its name. All names change at once, so that rules may
@@ -73,9 +75,11 @@ def graft(
       Dense_1/kernel  float64[2,2]  nothing in the source
     """
     work = _work()
-    tree = Tree(target)
+    tree = _leaves(target)
     plan = work.planned(tree, _leaves(source), work.Options(rename, only, mismatch, unused, missing, dtype))
-    return tree.with_leaves(work.values(plan)), plan.report()
+    if isinstance(tree, Tree):
+        return tree.with_leaves(work.values(plan)), plan.report()
+    return importlib.import_module("paramend.grafts.streaming").grafted(plan), plan.report()
 
 
 def graft_(
@@ -113,6 +117,11 @@ def graft_(
     (array([1., 1.]), ['w'])
     """
     work = _work()
+    if isinstance(module, Editable):
+        raise Unsupported(
+            "the files of a checkpoint are not grafted in place",
+            hint="tree, report = pm.graft(target, source); tree.save(out)",
+        )
     tree = Tree(module)
     options = work.Options(rename, only, mismatch, unused, missing, dtype, in_place=True)
     plan = work.planned(tree, _leaves(source), options)
@@ -120,9 +129,9 @@ def graft_(
     return plan.report()  # type: ignore[no-any-return]
 
 
-def _leaves(source: Any) -> Any:
+def _leaves(tree: Any) -> Any:
     """A checkpoint is leaves already, each read when its turn comes; anything else is a tree in memory."""
-    return source if isinstance(source, Editable) else Tree(source)
+    return tree if isinstance(tree, Editable) else Tree(tree)
 
 
 def _work() -> Any:

@@ -1,11 +1,17 @@
-"""`paramend convert`: a checkpoint in another format, or in files of another size."""
+"""The commands that make a checkpoint from others: `convert`, `graft`."""
 
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.writing import carry_out
+from paramend.errors import GraftRefused
+from paramend.grafting import graft as graft_onto
+from paramend.grafts.plan import Dtype, Mismatch, Missing, Unused
 
 
 @click.command()
@@ -35,3 +41,89 @@ def convert(path: Path, out: str, max_shard_size: str | None, force: bool, dry_r
             max_shard_size=max_shard_size,
             quiet=True,
         )
+
+
+def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
+    rules: dict[str, str | None] = {}
+    for rule in given:
+        old, equals, new = rule.partition("=")
+        if not (old and equals):
+            raise click.BadParameter(f"{rule!r} is no OLD=NEW; write --rename 'h/<n>/**=layers/<n>/**'")
+        rules[old] = new or None
+    return rules
+
+
+def _choice(name: str, kinds: Any, says: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(f"--{name}", type=click.Choice(get_args(kinds)), help=says)
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What to warm."
+)
+@click.option("-o", "--out", metavar="OUT", help="The file or directory to write.")
+@click.option(
+    "--rename",
+    multiple=True,
+    callback=_rules,
+    metavar="OLD=NEW",
+    help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be given several times. "
+    "'OLD=' leaves them behind.",
+)
+@click.option("--only", metavar="SELECTOR", help="The leaves of TARGET that may change.")
+@_choice("mismatch", Mismatch, "When shapes differ: refuse, keep the target's leaf, or copy the common corner.")
+@_choice("unused", Unused, "When a leaf of SOURCE goes nowhere.")
+@_choice("missing", Missing, "When a leaf of TARGET has nothing in SOURCE.")
+@_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
+@click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--dry-run", is_flag=True, help="Show what would go where, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+def graft(
+    source: Path,
+    target: Path,
+    out: str | None,
+    max_shard_size: str | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write TARGET with the values of SOURCE where their names agree.
+
+    Neither of the two changes. Strict unless told otherwise: a leaf of SOURCE that goes nowhere, a shape that differs,
+    two sources for one leaf are errors, all of them listed at once with the options that allow them.
+
+    Exit status: 0 done; 2 the two do not fit, a file is unreadable or damaged, or OUT cannot be written.
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("-o OUT is needed.")
+    given = {name: value for name, value in options.items() if value}
+    with open_checkpoint(target) as onto, open_checkpoint(source) as other:
+        try:
+            made, report = graft_onto(onto, other, **given)
+        except GraftRefused as error:
+            ways = [f"paramend graft {source} --into {target}{_typed(way)} -o {out or 'OUT'}" for way in error.ways]
+            message = str(error).partition("\n\nhint:")[0]
+            hint = "\n      ".join(ways) or error.hint
+            raise GraftRefused(message, report=error.report, ways=error.ways, hint=hint) from error
+        carry_out(
+            made.plan,
+            target,
+            out,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
+            max_shard_size=max_shard_size,
+            told=report,
+        )
+
+
+def _typed(options: Mapping[str, Any]) -> str:
+    """Options of a graft as they are typed."""
+    said = []
+    for name, value in options.items():
+        many = [f"{old}={new or ''}" for old, new in value.items()] if isinstance(value, Mapping) else [str(value)]
+        said += [f" --{name} {shlex.quote(one)}" for one in many]
+    return "".join(said)

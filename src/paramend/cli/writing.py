@@ -8,6 +8,7 @@ from paramend.checkpoints import Checkpoint
 from paramend.cli import _ui
 from paramend.patching import patch
 from paramend.plans import Plan
+from paramend.reports import Report
 from paramend.rewriting import check_output, write
 
 
@@ -22,6 +23,7 @@ def carry_out(
     link: bool = False,
     max_shard_size: str | None = None,
     quiet: bool = False,
+    told: Report | None = None,
 ) -> None:
     """Writes the outcome of a plan, or only shows it in a dry run.
 
@@ -35,6 +37,7 @@ def carry_out(
         link: whether shards that stay are linked.
         max_shard_size: the most bytes of tensors in one file.
         quiet: whether no table is printed.
+        told: a report that is printed instead of the plan's table.
     """
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     if out is not None:
@@ -48,7 +51,9 @@ def carry_out(
         data |= report.to_dict()
         done = report.summary
     if as_json:
-        _ui.emit(data)
+        _ui.emit(data | (told.to_dict() if told is not None else {}))
+    elif told is not None:
+        _ui.show_lines(str(told).split("\n"))
     elif not quiet:
         _ui.show_lines(str(made).split("\n"), header=True)
     for line in done.split("\n"):

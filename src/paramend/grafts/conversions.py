@@ -41,7 +41,7 @@ def damage(value: Any, dtype: str) -> tuple[int, int]:
     >>> damage(np.array([300.0, 1.5, 2.0]), "int8")
     (1, 1)
     """
-    if _holds(dtype, backend(value).spec(value).dtype):
+    if holds(dtype, backend(value).spec(value).dtype):
         return 0, 0
     before = on_host(value)
     if not isinstance(before, np.ndarray | np.generic):
@@ -60,7 +60,7 @@ def damage(value: Any, dtype: str) -> tuple[int, int]:
         return int((~inside).sum()), int((inside & (wide != np.trunc(wide))).sum())
 
 
-def _holds(dtype: str, other: str) -> bool:
+def holds(dtype: str, other: str) -> bool:
     """Whether a dtype has the range of another: no value of it overflows or is lost."""
     kinds = kind_of(dtype), kind_of(other)
     if "other" in kinds or kinds[1] == "bool":

@@ -8,7 +8,7 @@ from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafts import alignment, conversions
 from paramend.grafts.plan import KINDS, Move, Options, Plan
-from paramend.leaves import Leaves
+from paramend.leaves import Editable, Leaves
 from paramend.patterns import parse
 from paramend.reports import Line, fold, table
 from paramend.trees.registry import Tree
@@ -31,11 +31,13 @@ def assign(tree: Tree, new: dict[int, Any]) -> None:
 
 def values(plan: Plan) -> dict[int, Any]:
     """The new leaves by number; what they cost is entered in the rows of the moves."""
-    return {move.number: _value(plan, move) for move in plan.moves}
+    return {move.number: value_of(plan, move) for move in plan.moves}
 
 
-def _value(plan: Plan, move: Move) -> Any:
-    leaf, value = plan.target.read(move.number), plan.source.read(move.origin)
+def value_of(plan: Plan, move: Move) -> Any:
+    """The new value of a leaf; what it costs is entered in the row of the move."""
+    leaf = plan.target.read(move.number)
+    value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
     ours, theirs = backend(leaf), backend(value)
     dtype = ours.spec(leaf).dtype
     given = theirs.spec(value).dtype
@@ -59,7 +61,7 @@ def _value(plan: Plan, move: Move) -> Any:
 # ---- refusing --------------------------------------------------------------------------------------------------
 
 
-def planned(target: Tree, source: Tree, options: Options) -> Plan:
+def planned(target: Editable, source: Editable, options: Options) -> Plan:
     """The plan of a graft.
 
     Raises:
@@ -84,20 +86,32 @@ def planned(target: Tree, source: Tree, options: Options) -> Plan:
         lines = [Line((row.path,), (f"{row.dtype}[{','.join(map(str, row.shape))}]",)) for row in waiting]
         leaves = _text.plural(len(lines), "leaf", "leaves")
         blocks.append(f"{leaves} of your model would stay fresh:\n{table(fold(lines))}")
-    raise GraftRefused("\n\n".join(blocks), report=report, hint="\n      ".join(_ways_out(plan)))
+    ways = _ways_out(plan)
+    said = [f"{way.options.call()}{_outcome(way, plan)}" for way in ways] or [_advice(plan)]
+    raise GraftRefused(
+        "\n\n".join(blocks), report=report, ways=[way.options.given() for way in ways], hint="\n      ".join(said)
+    )
 
 
-def _ways_out(plan: Plan) -> list[str]:
-    """Calls that would work, as code: a rename that makes more names agree, and the options that allow the rest."""
+def _ways_out(plan: Plan) -> list[Plan]:
+    """Plans that would work: with a rename that makes more names agree, with the options that allow the rest."""
     better = _better_rename(plan)
     tries = [trial for start in (better, plan) if start is not None and (trial := _allowing(start)) is not None]
-    hints = [f"{trial.options.call()}  # copies {_text.plural(len(trial.moves), 'leaf', 'leaves')}" for trial in tries]
-    if not hints and plan.options.in_place:
+    if not tries and plan.options.in_place:
         functional = _allowing(Plan(plan.target, plan.source, replace(plan.options, in_place=False)))
-        if functional is not None:
-            hints.append(f"{functional.options.call()} gives a new tree instead")
+        return [] if functional is None else [functional]
+    return tries
+
+
+def _outcome(way: Plan, plan: Plan) -> str:
+    if way.options.in_place != plan.options.in_place:
+        return " gives a new tree instead"
+    return f"  # copies {_text.plural(len(way.moves), 'leaf', 'leaves')}"
+
+
+def _advice(plan: Plan) -> str:
     kinds = {case.kind for case in plan.cases}
-    return hints or [next((text for kind, text in _ADVICE.items() if kind in kinds), _ADVICE["nothing"])]
+    return next((text for kind, text in _ADVICE.items() if kind in kinds), _ADVICE["nothing"])
 
 
 # What to say where no option helps, the most telling first.

@@ -18,7 +18,6 @@ from paramend.renames import pieces
 from paramend.renames import rename as parse_rename
 from paramend.selectors import resolve, sel, slice_of
 from paramend.specs import Spec
-from paramend.trees.registry import Tree
 
 Renames = Mapping[str, str | None]
 Mismatch = OneOf["error", "keep", "overlap"]
@@ -54,22 +53,31 @@ class Options:
         """The options with some of them changed."""
         return replace(self, **changes)
 
+    def given(self) -> dict[str, Any]:
+        """The options that are not as they are by default, by name."""
+        names = ("rename", "only", "mismatch", "unused", "missing", "dtype")
+        found = {name: getattr(self, name) for name in names}
+        return {
+            name: value
+            for name, value in found.items()
+            if (value if name == "rename" else not (isinstance(value, str) and value == getattr(_DEFAULTS, name)))
+        }
+
     def call(self, **changes: Any) -> str:
         """The call with these options and some changes, as code."""
         after = self.changed(**changes)
-        said = []
-        if after.rename:
-            rules = (f"{_quoted(old)}: {'None' if new is None else _quoted(new)}" for old, new in after.rename.items())
-            said.append(f"rename={{{', '.join(rules)}}}")
-        if not (isinstance(after.only, str) and after.only == "**"):
-            said.append(f"only={_quoted(after.only) if isinstance(after.only, str) else repr(sel(after.only))}")
-        given = ((name, getattr(after, name)) for name in ("mismatch", "unused", "missing", "dtype"))
-        said += [f"{name}={_quoted(value)}" for name, value in given if value != getattr(_DEFAULTS, name)]
         verb = "pm.graft_(module" if after.in_place else "pm.graft(target"
-        return f"{verb}, {', '.join(['source', *said])})"
+        return f"{verb}, {', '.join(['source', *(f'{k}={_written_out(v)}' for k, v in after.given().items())])})"
 
 
 _DEFAULTS = Options()
+
+
+def _written_out(value: Any) -> str:
+    """An option as code."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_quoted(k)}: {None if v is None else _quoted(v)}' for k, v in value.items())}}}"
+    return _quoted(value) if isinstance(value, str) else repr(sel(value))
 
 
 def _quoted(text: str) -> str:
@@ -145,7 +153,7 @@ class Plan:
         missed: the paths of the target for which the source was searched in vain.
     """
 
-    def __init__(self, target: Tree, source: Leaves, options: Options) -> None:
+    def __init__(self, target: Any, source: Leaves, options: Options) -> None:
         self.target, self.source, self.options = target, source, options
         self.cases: list[Case] = []
         self.moves: list[Move] = []
@@ -321,11 +329,9 @@ class Plan:
             return f"{theirs.dtype} does not become {spec.dtype}"
         if theirs.kind == "complex" != spec.kind and self.options.dtype == "target":
             return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
-        for leaf, said in (
-            (self.target.values[number], "in your model "),
-            (self.source.read(origin), "in the source "),
-        ):
-            reason = "" if spec.dtype.startswith("key<") else backend(leaf).refusal(leaf)
+        as_it_is = spec == theirs and hasattr(self.target, "refusal") and hasattr(self.source, "refusal")  # files
+        for leaves, leaf, said in ((self.target, number, "in your model "), (self.source, origin, "in the source ")):
+            reason = "" if spec.dtype.startswith("key<") or as_it_is else _refusal(leaves, leaf)
             if reason:
                 return said + reason
         if self.options.in_place:
@@ -441,6 +447,14 @@ class _WithGuests:
 
 def _copied(names: Names) -> Names:
     return {label: _copied(child) if type(child) is dict else child for label, child in names.items()}
+
+
+def _refusal(leaves: Any, number: int) -> str:
+    """Why arithmetic on a leaf makes no sense, or ""; a checkpoint says it without reading the leaf."""
+    if hasattr(leaves, "refusal"):
+        return str(leaves.refusal(number))
+    leaf = leaves.read(number)
+    return backend(leaf).refusal(leaf)
 
 
 def _equal(leaves: Leaves, one: int, other: int) -> bool:
