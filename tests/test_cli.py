@@ -331,7 +331,7 @@ def test_a_full_disk_under_stdout(model):
 
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_leaves_nothing(tmp_path, how, status):
-    header = write_header({"w": Spec((100_000_000,), "float32")})
+    header = write_header({"w": Spec((400_000_000,), "float32")})
     (tmp_path / "m").write_bytes(header.to_bytes())
     os.truncate(tmp_path / "m", header.nbytes + header.data_nbytes)  # sparse: it costs no disk
     command = [*COMMAND, "noise", tmp_path / "m", "w", "1", "-o", tmp_path / "out"]

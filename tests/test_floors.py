@@ -22,8 +22,9 @@ FLOORS = [
     {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
     {"freezing.places"},
     {"freezing.phases", "freezing.shares"},
-    {"editing", "diffing", "freezing.*", "modules", "grafts.plan"},
-    {"freezing.registry", "grafts.engine"},
+    {"editing", "diffing", "freezing.*", "influence", "modules", "grafts.plan"},
+    {"freezing.registry", "grafts.engine", "ablations.*"},
+    {"ablation"},
     # surgeries on disk
     {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry"},
     {"journal", "layouts"},

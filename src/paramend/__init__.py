@@ -12,6 +12,7 @@ from paramend.selectors import sel as sel
 from paramend.specs import Spec as Spec
 
 if TYPE_CHECKING:
+    from paramend.ablation import ablate as ablate
     from paramend.checkpoints import Checkpoint as Checkpoint
     from paramend.checkpoints import load as load
     from paramend.checkpoints import open as open
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from paramend.freezing.registry import value_and_grad as value_and_grad
     from paramend.grafting import graft as graft
     from paramend.grafting import graft_ as graft_
+    from paramend.influence import block_influence as block_influence
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
     from paramend.undoing import history as history
@@ -38,7 +40,9 @@ __all__ = [
     "Selector",
     "Spec",
     "__version__",
+    "ablate",
     "at",
+    "block_influence",
     "carry_opt_state",
     "carry_optimizer_",
     "freeze",
@@ -66,6 +70,8 @@ __all__ = [
 _LATER = {
     name: module
     for module, names in {
+        "paramend.ablation": ("ablate",),
+        "paramend.influence": ("block_influence",),
         "paramend.checkpoints": ("Checkpoint", "load", "open", "save"),
         "paramend.diffing": ("verify",),
         "paramend.freezing.registry": (

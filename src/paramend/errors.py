@@ -104,10 +104,7 @@ class RenameClash(ParamendError, ValueError):
 
 
 class GraftRefused(ParamendError, ValueError):
-    """Source and target do not fit; nothing was changed.
-
-    `report` holds every case; `ways` the options, by name, of each call that would work.
-    """
+    """Source and target do not fit. `report` holds every case, `ways` the options of each call that would work."""
 
     code = "graft-refused"
 

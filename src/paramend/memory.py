@@ -20,14 +20,14 @@ class Memory(Tree, Editable):
     def edited(self, calls: Mapping[int, Call]) -> Any:
         """The tree with calls of ops on some leaves. All are checked before the first is run."""
         self._check(calls)
-        return self.with_leaves(dict(self._run(calls)))
+        return self.with_leaves(dict(self.computed(calls)))
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
         """Carries the calls out in place. On an error nothing has changed."""
         for number in calls:
             self.in_place(number)
         self._check(calls)
-        new = self._run(calls)
+        new = self.computed(calls)
         if any(call.op.name == "apply" for call in calls.values()):  # the user's function may raise half way
             new = iter(list(new))
         for number, value in new:
@@ -45,6 +45,11 @@ class Memory(Tree, Editable):
         """The same containers holding labels; where there is none, and at leaves that are no arrays, the rest."""
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])
 
+    def computed(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:
+        """The new values of leaves, one after the other."""
+        for number, call in calls.items():
+            yield number, call.run(self.values[number], self._place(number) if call.op.placed else NOWHERE)
+
     def _check(self, calls: Mapping[int, Call]) -> None:
         for number, call in calls.items():
             leaf = self.values[number]
@@ -54,10 +59,6 @@ class Memory(Tree, Editable):
                 raise Unsupported(f"{self.index.path(number)} cannot take {call}: {why}", hint=_LEAVE_OUT)
             if call.op.checks or call.index is not None:
                 explain(self, number, call.spec, library.spec(leaf))
-
-    def _run(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:
-        for number, call in calls.items():
-            yield number, call.run(self.values[number], self._place(number) if call.op.placed else NOWHERE)
 
     def _place(self, number: int) -> Place:
         """Of a leaf with several paths the first counts, whichever was selected."""

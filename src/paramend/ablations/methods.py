@@ -1,0 +1,93 @@
+"""Methods of ablation: what becomes of a leaf that a model is to do without."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.arrays.registry import to_numpy
+from paramend.errors import BadArgument
+from paramend.initializers import Place, generator, normal
+from paramend.leaves import Leaves
+from paramend.ops import OPS, Call
+from paramend.specs import numpy_dtype
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to take a leaf out of a model.
+
+    Attributes:
+        says: what becomes of the leaf, for the docs.
+        run: (the values, random numbers of this leaf) → the new values; None for zeros.
+    """
+
+    says: str
+    run: Callable[[Array, np.random.Generator], Array] | None
+
+
+def _mean(x: Array, rng: np.random.Generator) -> Array:
+    return np.full(x.shape, x.mean(), x.dtype)
+
+
+def _noise(x: Array, rng: np.random.Generator) -> Array:
+    found: Array = normal(rng, x.shape, "float64") * x.std() + x.mean()
+    return found
+
+
+def _permuted(x: Array, rng: np.random.Generator) -> Array:
+    return rng.permutation(x.reshape(-1)).reshape(x.shape)
+
+
+METHODS: dict[str, Method] = {
+    "zero": Method("every element becomes +0.0", None),
+    "mean": Method("every element becomes the mean of the leaf", _mean),
+    "noise": Method("normal noise of the leaf's own mean and standard deviation takes its place", _noise),
+    "permuted": Method("the elements change places at random", _permuted),
+}
+
+How = str | Callable[[Any], Any]
+
+
+def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict[int, Call]:
+    """The edits that ablate some leaves. Random ones depend on the seed and the path alone.
+
+    Raises:
+        BadArgument: there is no such method.
+
+    >>> from paramend.memory import Memory
+    >>> tree = Memory({"w": np.array([1.0, 3.0])})
+    >>> tree.edited(calls(tree, (0,), "mean", 0))
+    {'w': array([2., 2.])}
+    """
+    if callable(how):
+        return dict.fromkeys(numbers, Call(OPS["apply"], {"fn": how}))
+    if how not in METHODS:
+        near = _text.closest(str(how), METHODS, limit=1)
+        raise BadArgument(
+            f"how={how!r} is no way to ablate", hint=f'how="{near[0]}"' if near else f"how= one of {', '.join(METHODS)}"
+        )
+    run = METHODS[how].run
+    if run is None:
+        return dict.fromkeys(numbers, Call(OPS["zero"]))
+    return {n: Call(OPS["apply"], {"fn": _applied(run, Place(leaves.index.pieces(n)), seed)}) for n in numbers}
+
+
+def _applied(run: Callable[[Array, np.random.Generator], Array], place: Place, seed: int) -> Callable[[Any], Array]:
+    def fn(x: Any) -> Array:
+        values = to_numpy(x)
+        wide = values.astype(np.complex128 if values.dtype.kind == "c" else np.float64)
+        with np.errstate(all="ignore"):
+            found: Array = run(wide, generator(seed, place)).astype(numpy_dtype(values.dtype.name))
+        return found
+
+    return fn
+
+
+def floating(leaves: Leaves, numbers: Mapping[int, Any] | tuple[int, ...]) -> tuple[int, ...]:
+    """The leaves of floating or complex dtype: the others count steps and hold random states."""
+    return tuple(number for number in numbers if leaves.spec(number).kind in ("float", "complex"))

@@ -1,0 +1,114 @@
+"""The report of an ablation: the score without each target."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from paramend import _text
+from paramend._optional import need
+from paramend.reports import Line, Report, Section
+from paramend.tables import aligned
+
+
+@dataclass(frozen=True, slots=True)
+class AblationRow:
+    """The score without one target, or without two.
+
+    Attributes:
+        name: the name of the target; of two, both.
+        targets: the names of the targets that were taken out.
+        score: what the score function gave.
+        delta: the score less the baseline.
+        leaves: how many leaves were changed.
+        parameters: how many scalars.
+        interaction: of two targets, the delta less those of each alone: 0 if they act independently.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    score: float
+    delta: float
+    leaves: int
+    parameters: int
+    interaction: float | None = None
+
+
+@dataclass(repr=False)
+class AblationReport(Report):
+    """What a model scores without each of some targets.
+
+    Attributes:
+        how: the method.
+        baseline: the score of the model as it is.
+        rows: one for each target, in the order given, then one for each pair.
+        traces: how often JAX traced the score; None where it was called as it is.
+    """
+
+    how: str
+    baseline: float
+    rows: list[AblationRow] = field(default_factory=list)
+    traces: int | None = None
+
+    @property
+    def ranking(self) -> list[AblationRow]:
+        """The rows, those that move the score the most first; scores that are NaN before all."""
+        return sorted(self.rows, key=lambda row: -math.inf if math.isnan(row.delta) else -abs(row.delta))
+
+    def __getitem__(self, name: str) -> AblationRow:
+        """The row of a target.
+
+        Raises:
+            KeyError: there is none.
+        """
+        found = next((row for row in self.rows if row.name == name), None)
+        if found is None:
+            near = _text.closest(name, [row.name for row in self.rows], limit=1)
+            raise KeyError(f"{name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        return found
+
+    def headline(self) -> str:
+        """The baseline, and what matters most."""
+        targets = _text.plural(len(self.rows), "ablation")
+        said = f"{targets} ({self.how}), baseline {self.baseline:.6g}"
+        if not self.rows:
+            return said
+        first = self.ranking[0]
+        return f"{said}; most without {first.name}: {first.delta:+.6g}"
+
+    def sections(self) -> list[Section]:
+        """The rows, the most telling first."""
+        lines = [Line((row.name,), tuple(_cells(row)), row.parameters) for row in self.ranking]
+        return [Section("targets", lines)]
+
+    def __str__(self) -> str:
+        titles = ("target", "score", "delta", "leaves", "parameters")
+        pairs = any(row.interaction is not None for row in self.rows)
+        table = [(*titles, *(("interaction",) if pairs else ()))]
+        table += [(row.name, *_cells(row)) for row in self.ranking]
+        return "\n".join([self.headline(), "", *aligned(table, right="lrrrrr")])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data that JSON can hold."""
+        rows = [{**asdict(row), "targets": list(row.targets)} for row in self.rows]
+        return {"how": self.how, "baseline": self.baseline, "rows": rows, "traces": self.traces}
+
+    def plot(self) -> Any:
+        """A matplotlib figure: a bar for the delta of each row, in the order of the rows.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        figures: Any = need("matplotlib.figure", extra="plot", to="plot an ablation")
+        figure = figures.Figure(figsize=(7, 1.2 + 0.28 * len(self.rows)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh([row.name for row in self.rows], [row.delta for row in self.rows], color="#4269d0")
+        axes.axvline(0, color="#555555", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"score less baseline ({self.baseline:.4g})")
+        axes.set_title(f"ablation: {self.how}")
+        return figure
+
+
+def _cells(row: AblationRow) -> list[str]:
+    cells = [f"{row.score:.6g}", f"{row.delta:+.6g}", f"{row.leaves:,}", f"{row.parameters:,}"]
+    return cells + ([] if row.interaction is None else [f"{row.interaction:+.6g}"])

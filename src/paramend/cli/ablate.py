@@ -1,0 +1,102 @@
+"""`paramend ablate`: what a checkpoint scores without each of its parts."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paramend import _text
+from paramend.ablation import ablate as ablate_tree
+from paramend.ablations.methods import METHODS
+from paramend.checkpoints import load
+from paramend.cli import _ui
+from paramend.errors import BadArgument, ParamendError
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("targets", metavar="[TARGET]...", nargs=-1)
+@click.option(
+    "--score",
+    "file",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A Python file that defines score(tree), which gives one number.",
+)
+@click.option("--target", "named", multiple=True, metavar="NAME=SELECTOR", help="A target under a name of its own.")
+@click.option("--how", type=click.Choice(list(METHODS)), default="zero", show_default=True, help="What becomes of it.")
+@click.option("--order", type=click.IntRange(1, 2), default=1, show_default=True, help="2: pairs as well.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of noise and permuted.")
+@click.option("--kind", type=click.Choice(["numpy", "jax", "torch"]), default="numpy", show_default=True)
+@click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
+@click.option("--no-jit", is_flag=True, help="Call the score as it is, where JAX would trace it.")
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+def ablate(
+    path: Path,
+    targets: tuple[str, ...],
+    file: Path,
+    named: tuple[str, ...],
+    how: str,
+    order: int,
+    seed: int,
+    kind: str,
+    flat: bool,
+    no_jit: bool,
+    as_json: bool,
+) -> None:
+    """Score PATH without each TARGET in turn, and write nothing.
+
+    A target is a selector; with <n> in it, as in 'model.layers.<n>.**', it stands for one target for each n. The score
+    file runs with your rights: use your own.
+
+    Exit status: 0 done; 2 an unreadable file, a target that chooses nothing, a score that fails.
+    """
+    chosen: Any = _targets(targets, named)
+    score = _function(file)
+    tree = load(path, kind, nested=not flat)
+    try:
+        report = ablate_tree(tree, chosen, score, how=how, order=order, seed=seed, jit=False if no_jit else None)
+    except (ParamendError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever the user's score does
+        raise BadArgument(f"{file}: score(tree) raised {type(error).__name__}: {error}") from error
+    if as_json:
+        _ui.emit(report.to_dict())
+    else:
+        _ui.show_lines(str(report).split("\n"))
+
+
+def _targets(targets: tuple[str, ...], named: tuple[str, ...]) -> Any:
+    if len(targets) == 1 and not named:
+        return targets[0]
+    found: dict[str, str] = {target: target for target in targets}
+    for text in named:
+        name, equals, selector = text.partition("=")
+        if not (name and equals and selector):
+            raise click.BadParameter(f"{text!r} is no NAME=SELECTOR; write --target 'last=layers[-1]/**'")
+        found[name] = selector
+    if not found:
+        raise click.UsageError("there are no targets; write 'model.layers.<n>.**', say.")
+    return found
+
+
+def _function(file: Path) -> Callable[[Any], Any]:
+    """The function `score` of a Python file."""
+    if not file.is_file():
+        raise BadArgument(f"{file}: there is no such file")
+    try:
+        names = runpy.run_path(str(file))
+    except Exception as error:
+        place = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        raise BadArgument(f"{file}: {place}{type(error).__name__}: {error}") from error
+    score = names.get("score")
+    if not callable(score):
+        near = _text.closest("score", [name for name, value in names.items() if callable(value)], limit=1)
+        raise BadArgument(
+            f"{file} has no function `score`", hint=f"did you mean {near[0]}?" if near else "def score(tree): ..."
+        )
+    found: Callable[[Any], Any] = score
+    return found

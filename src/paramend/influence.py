@@ -1,0 +1,98 @@
+"""Block influence: how much each block of a torch module turns what passes through it."""
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from paramend import _text
+from paramend.errors import BadArgument, NoMatch
+from paramend.trees.kinds import is_torch_module
+
+_CAPTURE = re.compile(r"<[A-Za-z_]\w*>")
+
+
+def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequence[str]) -> dict[str, float]:
+    """The influence of each block: one less the mean cosine similarity between what goes in and what comes out.
+
+    It is 0 for a block that only scales its input, and a low one says that the model may do without. Blocks are
+    hooked, so that the last one is seen before the norm that follows it. Source: Men et al. 2024, ShortGPT
+    (arXiv 2403.03853), over all tokens.
+
+    Args:
+        module: a torch module, in evaluation mode.
+        inputs: batches: a mapping is passed as keywords, a tuple as arguments, anything else as the one argument.
+        layers: the names of the blocks, or one text with `<n>`, such as "model.layers.<n>".
+
+    Returns:
+        The name of each block and its influence, between 0 and 2, in the order given.
+
+    Raises:
+        NoMatch: there is no such block.
+        BadArgument: a block changes the shape, was not called, or there are no inputs.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2, bias=False))
+    >>> _ = torch.nn.init.eye_(model[1].weight).data.mul_(-1)
+    >>> block_influence(model, [torch.tensor([[3.0, 4.0]])], layers="<n>")
+    {'0': 0.0, '1': 2.0}
+    """
+    if not is_torch_module(module):
+        raise BadArgument(f"the influence of blocks is seen in a torch module, and this is {type(module).__name__}")
+    torch: Any = importlib.import_module("torch")
+    blocks = _blocks(module, layers)
+    sums = dict.fromkeys(blocks, 0.0)
+    counts = dict.fromkeys(blocks, 0)
+
+    def hook(name: str) -> Any:
+        def look(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            before = args[0] if args else next(iter(kwargs.values()))
+            after = out[0] if isinstance(out, tuple | list) else out
+            if getattr(before, "shape", None) != getattr(after, "shape", 0):
+                shapes = [list(getattr(x, "shape", ())) for x in (before, after)]
+                raise BadArgument(f"{name} turns {shapes[0]} into {shapes[1]}, and a block keeps the shape")
+            found = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1, 1)
+            sums[name] += float(found.sum())
+            counts[name] += found.numel()
+
+        return look
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, block in blocks.items():
+            stack.callback(block.register_forward_hook(hook(name), with_kwargs=True).remove)
+        for given in inputs:
+            if isinstance(given, Mapping):
+                module(**given)
+            else:
+                module(*(given if isinstance(given, tuple) else (given,)))
+    idle = [name for name, count in counts.items() if not count]
+    if len(idle) == len(blocks):
+        raise BadArgument("no block was called: there are no inputs, or the model does not use these blocks")
+    if idle:
+        raise BadArgument(f"the model did not call {_text.listing(idle)}")
+    return {name: 1 - total / counts[name] for name, total in sums.items()}
+
+
+def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
+    """The blocks by name."""
+    known = dict(module.named_modules())
+    if not isinstance(layers, str):
+        wrong = [name for name in layers if name not in known]
+        if not wrong:
+            return {name: known[name] for name in layers}
+    elif _CAPTURE.search(layers):
+        text = "([0-9]+)".join(map(re.escape, _CAPTURE.split(layers)))
+        found = {name: match for name in known if (match := re.fullmatch(text, name))}
+        if found:
+            return {name: known[name] for name in sorted(found, key=lambda name: tuple(map(int, found[name].groups())))}
+        wrong = [layers]
+    else:
+        wrong = [] if layers in known else [layers]
+        if not wrong:
+            return {layers: known[layers]}
+    near = _text.closest(_CAPTURE.sub("0", wrong[0]), [name for name in known if name], limit=2)
+    raise NoMatch(
+        f"{wrong[0]!r} names none of {_text.plural(len(known), 'module')}",
+        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else "dict(model.named_modules()) lists them",
+    )
