@@ -20,6 +20,9 @@ HEAVY = {
     "safetensors",
     "rich",
     "click",
+    "jinja2",
+    "matplotlib",
+    "transformers",
 }
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 

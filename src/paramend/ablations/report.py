@@ -6,7 +6,8 @@ from typing import Any
 
 from paramend import _text
 from paramend._optional import need
-from paramend.reports import Line, Report, Section
+from paramend.pages.page import Column, Page, Paged
+from paramend.reports import Line, Section
 from paramend.tables import aligned
 
 
@@ -34,7 +35,7 @@ class AblationRow:
 
 
 @dataclass(repr=False)
-class AblationReport(Report):
+class AblationReport(Paged):
     """What a model scores without each of some targets.
 
     Attributes:
@@ -91,6 +92,28 @@ class AblationReport(Report):
         """The report as data that JSON can hold."""
         rows = [{**asdict(row), "targets": list(row.targets)} for row in self.rows]
         return {"how": self.how, "baseline": self.baseline, "rows": rows, "traces": self.traces}
+
+    def page(self) -> Page:
+        """A map of the targets, coloured by how far they move the score; pairs are in the table alone."""
+        return Page(
+            f"ablation: {self.how}",
+            self.headline(),
+            [row.name for row in self.rows],
+            [row.parameters for row in self.rows],
+            [
+                Column("score", [row.score for row in self.rows]),
+                Column("delta", [row.delta for row in self.rows]),
+                Column("leaves", [row.leaves for row in self.rows]),
+                Column("parameters", [row.parameters for row in self.rows]),
+                Column("interaction", [row.interaction for row in self.rows]),
+            ],
+            [
+                "score falls" if row.delta < 0 else "score rises" if row.delta > 0 else "no difference"
+                for row in self.rows
+            ],
+            "effect",
+            colour="delta",
+        )
 
     def plot(self) -> Any:
         """A matplotlib figure: a bar for the delta of each row, in the order of the rows.

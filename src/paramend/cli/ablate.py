@@ -33,6 +33,7 @@ from paramend.errors import BadArgument, ParamendError
 @click.option("--kind", type=click.Choice(["numpy", "jax", "torch"]), default="numpy", show_default=True)
 @click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
 @click.option("--no-jit", is_flag=True, help="Call the score as it is, where JAX would trace it.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def ablate(
     path: Path,
@@ -45,9 +46,10 @@ def ablate(
     kind: str,
     flat: bool,
     no_jit: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
-    """Score PATH without each TARGET in turn, and write nothing.
+    """Score PATH without each TARGET in turn; PATH is only read.
 
     A target is a selector; with <n> in it, as in 'model.layers.<n>.**', it stands for one target for each n. The score
     file runs with your rights: use your own.
@@ -63,6 +65,8 @@ def ablate(
         raise
     except Exception as error:  # whatever the user's score does
         raise BadArgument(f"{file}: score(tree) raised {type(error).__name__}: {error}") from error
+    if html is not None:
+        report.to_html(html)
     if as_json:
         _ui.emit(report.to_dict())
     else:

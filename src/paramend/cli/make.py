@@ -78,7 +78,8 @@ def _choice(name: str, kinds: Any, says: str) -> Callable[[Callable[..., Any]], 
 @_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
 @click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--dry-run", is_flag=True, help="Show what would go where, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would go where, and write no checkpoint.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def graft(
     source: Path,
@@ -87,6 +88,7 @@ def graft(
     max_shard_size: str | None,
     force: bool,
     dry_run: bool,
+    html: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -117,6 +119,7 @@ def graft(
             as_json=as_json,
             max_shard_size=max_shard_size,
             told=report,
+            page=html,
         )
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from paramend.checkpoints import Checkpoint
 from paramend.cli import _ui
+from paramend.pages.page import Paged
 from paramend.patching import patch
 from paramend.plans import Plan
-from paramend.reports import Report
 from paramend.rewriting import check_output, write
 
 
@@ -23,7 +23,8 @@ def carry_out(
     link: bool = False,
     max_shard_size: str | None = None,
     quiet: bool = False,
-    told: Report | None = None,
+    told: Paged | None = None,
+    page: Path | None = None,
 ) -> None:
     """Writes the outcome of a plan, or only shows it in a dry run.
 
@@ -38,6 +39,7 @@ def carry_out(
         max_shard_size: the most bytes of tensors in one file.
         quiet: whether no table is printed.
         told: a report that is printed instead of the plan's table.
+        page: where to write it as an HTML page.
     """
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     if out is not None:
@@ -50,6 +52,8 @@ def carry_out(
             report = write(made, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress)
         data |= report.to_dict()
         done = report.summary
+    if page is not None and told is not None:
+        told.to_html(page)
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from paramend import _text
-from paramend.reports import Line, Report, Section
+from paramend.pages.page import Column, Page, Paged
+from paramend.reports import Line, Section
 from paramend.specs import Spec
 
 PARTS = ("copied", "fresh", "mismatched", "unused")
@@ -45,7 +46,7 @@ class GraftRow:
 
 
 @dataclass(repr=False)
-class GraftReport(Report):
+class GraftReport(Paged):
     """Which leaves of the target were copied and which not, and which leaves of the source went nowhere.
 
     Every leaf of the target is in exactly one of `copied`, `fresh` and `mismatched`; every leaf of the source is the
@@ -94,6 +95,28 @@ class GraftReport(Report):
     def sections(self) -> list[Section]:
         """The four parts, with one line for each row."""
         return [Section(name, [_line(row) for row in getattr(self, name)]) for name in PARTS]
+
+    def page(self) -> Page:
+        """The target as a map, coloured by what became of each leaf; what the source has left over beside it."""
+        rows = [(name, row) for name in PARTS for row in getattr(self, name)]
+        cells = [(str(Spec(row.shape, row.dtype)), row.source or "", _line(row).cells[1]) for _, row in rows]
+        return Page(
+            "graft",
+            self.headline(),
+            [row.path for _, row in rows],
+            [row.size for _, row in rows],
+            [
+                *(
+                    Column(n, v, "text")
+                    for n, v in zip(("spec", "source", "did"), zip(*cells, strict=True), strict=False)
+                ),
+                Column("taken", [row.taken for _, row in rows]),
+                Column("overflowed", [row.overflowed for _, row in rows]),
+                Column("lost", [row.lost for _, row in rows]),
+            ],
+            [name for name, _ in rows],
+            "part",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""

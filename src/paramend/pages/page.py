@@ -1,0 +1,178 @@
+"""`Page`: a report as one HTML file that needs nothing else: a map of the tree, a table, a search box."""
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from paramend.errors import CannotWrite
+from paramend.leaves import separator_of
+from paramend.reports import Report
+
+# Notebooks keep what they show in their files: larger pages are written to a file by `to_html`.
+_MOST_IN_A_NOTEBOOK = 20_000
+_DOCTYPE = b"<!doctype html"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a page's table.
+
+    Attributes:
+        name: its title.
+        values: one for each leaf; None where there is none.
+        kind: "number" or "text".
+    """
+
+    name: str
+    values: Sequence[Any]
+    kind: str = "number"
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How the values of a leaf are spread.
+
+    Attributes:
+        low: where the first bin begins.
+        high: where the last one ends.
+        before: the count of each bin.
+        after: the same of the other tree, in the same bins; None where there is none.
+    """
+
+    low: float
+    high: float
+    before: Sequence[int]
+    after: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        title: what it is.
+        headline: one sentence that says it all.
+        paths: the leaves.
+        sizes: the number of scalars of each.
+        columns: what is said of each.
+        groups: the name of the group that each leaf belongs to; empty where there are none.
+        group_title: what the groups are.
+        histograms: place in `paths` → histogram.
+        colour: the name of the column that colours the map at first; "" for the groups.
+    """
+
+    title: str
+    headline: str
+    paths: Sequence[str]
+    sizes: Sequence[int]
+    columns: Sequence[Column] = ()
+    groups: Sequence[str] = ()
+    group_title: str = "state"
+    histograms: Mapping[int, Histogram] = field(default_factory=dict)
+    colour: str = ""
+
+    def html(self) -> str:
+        """The page as the text of one file: no network, no other file.
+
+        >>> page = Page("diff", "1 leaf", ["a/w"], [4], groups=["changed"])
+        >>> page.html().count("</html>"), page.html().count("src=")
+        (1, 0)
+        """
+        jinja: Any = importlib.import_module("jinja2")  # slow to import, and most programs write no page
+        folder = files("paramend.pages")
+        environment = jinja.Environment(autoescape=True, keep_trailing_newline=True)
+        template = environment.from_string(folder.joinpath("page.html.jinja").read_text("utf-8"))
+        safe = importlib.import_module("markupsafe").Markup
+        text: str = template.render(
+            title=self.title,
+            headline=self.headline,
+            style=safe(folder.joinpath("page.css").read_text("utf-8")),
+            script=safe(folder.joinpath("page.js").read_text("utf-8")),
+            data=safe(_in_script(self._data())),
+        )
+        return text
+
+    def notebook(self) -> str:
+        """The page as a frame in a notebook; the text alone where it would be too large."""
+        if len(self.paths) > _MOST_IN_A_NOTEBOOK:
+            return f"<pre>{escape(self.headline)}</pre>"
+        style = "width:100%;height:900px;border:0"
+        return f'<iframe srcdoc="{escape(self.html())}" style="{style}" title="{escape(self.title)}"></iframe>'
+
+    def _data(self) -> dict[str, Any]:
+        names = {name: place for place, name in enumerate(dict.fromkeys(self.groups))}
+        return {
+            "paths": list(self.paths),
+            "sizes": list(self.sizes),
+            "separator": separator_of(self.paths),
+            "groups": list(names),
+            "group": [names[group] for group in self.groups],
+            "group_title": self.group_title,
+            "columns": [
+                {"name": column.name, "kind": column.kind, "values": list(map(_plain, column.values))}
+                for column in self.columns
+            ],
+            "histograms": {
+                str(place): {"edges": [_plain(h.low), _plain(h.high)], "before": h.before, "after": h.after}
+                for place, h in self.histograms.items()
+            },
+            "colour": self.colour,
+        }
+
+
+class Paged(Report):
+    """A report that can be looked at as a page."""
+
+    def page(self) -> Page:
+        """What the page shows."""
+        raise NotImplementedError
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML file that needs no network: its text.
+
+        Args:
+            path: where to write it as well. A page that is there already is replaced, any other file is not.
+
+        Raises:
+            CannotWrite: something else is there, or there is no such folder.
+        """
+        text = self.page().html()
+        if path is not None:
+            _write(Path(path), text)
+        return text
+
+    def _repr_html_(self) -> str:
+        return self.page().notebook()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        if path.exists():
+            with path.open("rb") as file:
+                if file.read(len(_DOCTYPE)).lower() != _DOCTYPE:
+                    raise CannotWrite(f"{path} is there already, and no HTML page", hint=f"{path}.html")
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        if isinstance(error, CannotWrite):
+            raise
+        raise CannotWrite(f"{path}: {error.strerror or error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _in_script(data: Any) -> str:
+    """Data as JSON that can stand in a script element, whatever the names of leaves are."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -1,0 +1,269 @@
+"""Pages: one file without a network, driven in a real browser."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+import paramend as pm
+from paramend.cli.main import cli
+from paramend.errors import CannotWrite
+from paramend.pages.page import Column, Histogram, Page
+
+HOSTILE = "a/</script><script>alert(1)</script>/w"
+
+
+def small():
+    paths = [f"layers/{i}/{n}" for i in range(12) for n in ("kernel", "bias")] + ["head", HOSTILE]
+    groups = ["changed" if "7" in path else "identical" for path in paths[:-2]] + ["added", "removed"]
+    sizes = [64 if "kernel" in path else 8 for path in paths]
+    return Page(
+        "diff of a & b",
+        "2 of 26 leaves <changed>",
+        paths,
+        sizes,
+        [
+            Column("max abs", [0.5 if group == "changed" else None for group in groups]),
+            Column("rel", [i / 7 for i in range(len(paths))]),
+            Column("spec", [f"float32[{size}]" for size in sizes], "text"),
+            Column("odd", [float("nan"), float("inf"), *range(len(paths) - 2)]),
+        ],
+        groups,
+        histograms={14: Histogram(-1.0, 1.0, [1, 2, 3, 4], [4, 3, 2, 1])},
+    )
+
+
+def embedded(html):
+    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_names_cannot_break_out_of_the_page():
+    html = small().html()
+    assert html.count("<script") == 2
+    assert embedded(html)["paths"][-1] == HOSTILE
+    assert "diff of a &amp; b" in html and "&lt;changed&gt;" in html
+
+
+def test_the_page_asks_for_nothing_from_anywhere():
+    html = small().html()
+    assert not re.search(r"""(?:src|href)\s*=|@import|url\(|fetch\(|XMLHttp|import\(""", html)
+    assert "default-src 'none'" in html
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
+    report = pm.graft({"a": np.zeros(2)}, {"a": np.ones(2)})[1]
+    text = report.to_html(tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text() == text == report.to_html(tmp_path / "r.html")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(CannotWrite, match="no HTML page"):
+        report.to_html(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+    with pytest.raises(CannotWrite, match="No such file"):
+        report.to_html(tmp_path / "nowhere" / "r.html")
+
+
+def test_reports_are_pages_in_notebooks():
+    report = pm.graft({"a": np.zeros(2), "b": np.zeros(1)}, {"a": np.ones(2)})[1]
+    assert report._repr_html_().startswith("<iframe srcdoc=")
+    assert embedded(report.to_html())["groups"] == ["copied", "fresh"]
+    table = pm.ablate({"a": np.ones(2), "b": np.ones(1)}, ["a", "b"], lambda p: p["a"].sum() - p["b"].sum())
+    assert embedded(table.to_html())["groups"] == ["score falls", "score rises"]
+    many = Page("t", "headline", [f"w{i}" for i in range(30_000)], [1] * 30_000)
+    assert many.notebook() == "<pre>headline</pre>"
+
+
+def test_the_commands_write_pages(tmp_path):
+    safetensors.numpy.save_file({"a": np.zeros(2), "b": np.zeros(1)}, tmp_path / "t.safetensors")
+    safetensors.numpy.save_file({"a": np.ones(2)}, tmp_path / "s.safetensors")
+    (tmp_path / "score.py").write_text("def score(tree):\n    return tree['a'].sum()\n")
+    for args in (
+        ["graft", "s.safetensors", "--into", "t.safetensors", "--dry-run"],
+        ["ablate", "s.safetensors", "a", "--score", "score.py"],
+    ):
+        command = [tmp_path / arg if arg.endswith((".safetensors", ".py")) else arg for arg in args]
+        done = CliRunner().invoke(cli, [*map(str, command), "--html", str(tmp_path / "r.html")], prog_name="paramend")
+        assert done.exit_code == 0, done.output
+        assert embedded((tmp_path / "r.html").read_text())["paths"][0] == "a"
+
+
+# ---- in a browser --------------------------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_browser = pytest.mark.skipif(
+    BROWSER is None or shutil.which("chromedriver") is None, reason="no chromium with chromedriver here"
+)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--window-size=1300,1000",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def show(browser, page, folder, scheme="light"):
+    file = folder / "page.html"
+    file.write_text(page.html() if isinstance(page, Page) else page, "utf-8")
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get(file.as_uri())
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return document.documentElement.dataset.ready"))
+    return browser
+
+
+def complaints(browser):
+    return [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def rows(browser):
+    found = browser.find_elements(By.CSS_SELECTOR, ".row")
+    return [row.find_elements(By.TAG_NAME, "span")[0].text for row in found]
+
+
+def count(browser):
+    return browser.find_element(By.ID, "count").text
+
+
+def detail(browser):
+    return browser.find_element(By.ID, "detail").text
+
+
+@in_browser
+def test_it_loads_searches_sorts_and_shows_a_leaf(browser, tmp_path):
+    show(browser, small(), tmp_path)
+    assert complaints(browser) == []
+    assert count(browser) == "26 of 26 leaves"
+    search = browser.find_element(By.ID, "search")
+    search.send_keys("7/k")
+    WebDriverWait(browser, 5).until(lambda b: count(b) == "1 of 26 leaves")
+    assert rows(browser) == ["layers/7/kernel"]
+    browser.find_element(By.CSS_SELECTOR, ".row").click()
+    assert "layers/7/kernel" in detail(browser)
+    assert "changed" in detail(browser) and "0.5" in detail(browser)
+    assert browser.find_elements(By.CSS_SELECTOR, "#detail svg path")
+    search.send_keys(Keys.ESCAPE)
+    WebDriverWait(browser, 5).until(lambda b: count(b) == "26 of 26 leaves")
+    search.send_keys("layers/*bias")
+    WebDriverWait(browser, 5).until(lambda b: count(b) == "12 of 26 leaves")
+    search.send_keys(Keys.ESCAPE)
+    browser.find_element(By.CSS_SELECTOR, '[title="Sort by rel"]').click()  # the greatest first
+    assert rows(browser)[0] == HOSTILE
+    browser.find_element(By.CSS_SELECTOR, '[title="Sort by rel"]').click()
+    assert rows(browser)[0] == "layers/0/kernel"
+    browser.find_element(By.CSS_SELECTOR, '[data-group="identical"]').click()
+    assert count(browser) == "4 of 26 leaves"
+    assert complaints(browser) == []
+
+
+@in_browser
+def test_the_keyboard_does_it_all(browser, tmp_path):
+    show(browser, small(), tmp_path)
+    body = browser.find_element(By.TAG_NAME, "body")
+    body.send_keys("/")
+    assert browser.switch_to.active_element.get_attribute("id") == "search"
+    canvas = browser.find_element(By.ID, "map")
+    browser.execute_script("arguments[0].focus()", canvas)
+    keys = ActionChains(browser)
+    keys.send_keys(Keys.ARROW_DOWN).perform()  # the first child of the root
+    assert detail(browser).startswith("layers")
+    ActionChains(browser).send_keys(Keys.ENTER, Keys.ARROW_DOWN, Keys.ARROW_RIGHT).perform()
+    assert detail(browser).startswith("layers/1")
+    assert "layers" in browser.find_element(By.ID, "trail").text
+    ActionChains(browser).send_keys(Keys.ARROW_DOWN).perform()
+    assert detail(browser).startswith("layers/1/kernel")
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert detail(browser).startswith("all leaves")
+    table = browser.find_element(By.ID, "rows")
+    browser.execute_script("arguments[0].focus()", table)
+    ActionChains(browser).send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN).perform()
+    assert detail(browser).startswith("layers/0/bias")
+    assert complaints(browser) == []
+
+
+@in_browser
+def test_a_click_on_the_map_shows_the_leaf(browser, tmp_path):
+    show(browser, Page("t", "h", ["a/x", "b"], [90, 10], [], ["one", "two"]), tmp_path)
+    canvas = browser.find_element(By.ID, "map")
+    size = canvas.size
+    click = ActionChains(browser)
+    click.move_to_element_with_offset(canvas, -size["width"] // 4, size["height"] // 2 - 5).click().perform()
+    assert detail(browser).startswith("a/x")
+    click = ActionChains(browser)
+    click.move_to_element_with_offset(canvas, size["width"] // 2 - 10, size["height"] // 2 - 5).click().perform()
+    assert detail(browser).startswith("b")
+
+
+@in_browser
+def test_a_hundred_thousand_leaves(browser, tmp_path):
+    paths = [f"model.layers.{i}.experts.{j}.w{k}" for i in range(50) for j in range(500) for k in range(4)]
+    rng = np.random.default_rng(0)
+    page = Page("big", "100,000 leaves", paths, [1000] * len(paths), [Column("norm", rng.random(len(paths)).tolist())])
+    show(browser, page, tmp_path)
+    assert complaints(browser) == []
+    assert count(browser) == "100,000 of 100,000 leaves"
+    assert len(rows(browser)) < 60
+    browser.find_element(By.ID, "search").send_keys("layers.49.experts.499.")
+    WebDriverWait(browser, 10).until(lambda b: count(b) == "4 of 100,000 leaves")
+    assert rows(browser)[0] == "model.layers.49.experts.499.w0"
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(browser, tmp_path, scheme):
+    show(browser, small(), tmp_path, scheme)
+
+    def luminance(colour):
+        channels = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    paper = luminance(browser.execute_script(style, "body", "backgroundColor"))
+    assert (paper < 0.1) == (scheme == "dark")
+    for what in ("h1", "#headline", ".row", "dt", ".keys"):
+        ink = luminance(browser.execute_script(style, what, "color"))
+        light, dark = max(ink, paper), min(ink, paper)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, what  # WCAG 2.2, 1.4.3
+
+
+@in_browser
+def test_groups_are_told_apart_without_colour(browser, tmp_path):
+    show(browser, small(), tmp_path)
+    chips = browser.execute_script(
+        "return [...document.querySelectorAll('#groups canvas')].map((c) => {"
+        "const d = c.getContext('2d').getImageData(0, 0, 14, 14).data; const grey = [];"
+        "for (let i = 0; i < d.length; i += 4) grey.push((.21 * d[i] + .72 * d[i + 1] + .07 * d[i + 2]));"
+        "const mean = grey.reduce((a, b) => a + b) / grey.length; return grey.map((g) => Number(g < mean - 8)); })"
+    )
+    textures = {tuple(chip) for chip in chips}
+    assert len(textures) == len(chips) == 4
+
+
+@in_browser
+def test_the_reports_open_without_complaint(browser, tmp_path):
+    target = {f"Dense_{i}": {"kernel": np.zeros((4, 4)), "bias": np.zeros(4)} for i in range(4)}
+    source = {f"Dense_{i}": {"kernel": np.ones((4, 4)), "bias": np.ones(4)} for i in range(2)}
+    show(browser, pm.graft(target, source)[1].to_html(), tmp_path)
+    assert count(browser) == "8 of 8 leaves"
+    table = pm.ablate(source, ["Dense_0/**", "Dense_1/**"], lambda p: p["Dense_0"]["bias"].sum(), order=2)
+    show(browser, table.to_html(), tmp_path)
+    assert count(browser) == "3 of 3 leaves"
+    assert complaints(browser) == []
