@@ -7,12 +7,12 @@ import pytest
 
 FLOORS = [
     # words
-    {"errors", "_text", "tables", "progress", "containers"},
+    {"errors", "_text", "tables", "progress", "containers", "resizing"},
     {"paths", "specs", "_optional", "measures", "reports"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "initializers", "trees.*"},
-    {"matching"},
-    {"patterns"},
+    {"matching", "fits"},
+    {"patterns", "resize"},
     {"leaves", "arrays.registry", "misses"},
     {
         "trees.kinds",
@@ -24,8 +24,18 @@ FLOORS = [
         "pages.page",
     },
     {"trees.walks", "formats.index", "formats.zips", "formats.rebuilds", "formats.pt_writer", "formats.msgpack_writer"},
-    {"selectors", "ops", "renames", "formats.*", "grafts.conversions", "trees.registry"},
-    {"filters", "structure", "memory", "plans", "formats.shards", "grafts.report", "grafts.alignment"},
+    {"selectors", "ops", "renames", "formats.*", "grafts.conversions", "grafts.detection", "trees.registry"},
+    {
+        "filters",
+        "structure",
+        "memory",
+        "plans",
+        "formats.shards",
+        "grafts.report",
+        "grafts.alignment",
+        "grafts.mismatches",
+        "grafts.options",
+    },
     # surgeries in memory
     {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
     {"freezing.places"},

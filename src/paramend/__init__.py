@@ -12,6 +12,7 @@ from paramend.selectors import sel as sel
 from paramend.specs import Spec as Spec
 
 if TYPE_CHECKING:
+    from paramend import resize as resize
     from paramend.ablation import ablate as ablate
     from paramend.checkpoints import Checkpoint as Checkpoint
     from paramend.checkpoints import load as load
@@ -58,6 +59,7 @@ __all__ = [
     "open",
     "param_count",
     "patch",
+    "resize",
     "save",
     "sel",
     "undo",
@@ -91,11 +93,15 @@ _LATER = {
     }.items()
     for name in names
 }
+# Names that are modules of their own.
+_MODULES = ("resize",)
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"paramend.{name}")
     if name == "__version__":  # the standard library's reader takes half as long to import as numpy
         return importlib.import_module("importlib.metadata").version("paramend")
     raise AttributeError(f"module 'paramend' has no attribute {name!r}")

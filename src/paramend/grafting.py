@@ -5,6 +5,7 @@ change. So a refused graft changes nothing.
 """
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from paramend.errors import Unsupported
@@ -12,8 +13,9 @@ from paramend.leaves import Editable
 from paramend.trees.registry import Tree
 
 if TYPE_CHECKING:
-    from paramend.grafts.plan import Dtype, Mismatch, Missing, Renames, Unused
+    from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Renames, Unused
     from paramend.grafts.report import GraftReport
+    from paramend.resize import Resize
 
 T = TypeVar("T")
 
@@ -24,7 +26,9 @@ def graft(
     *,
     rename: "Renames | None" = None,
     only: Any = "**",
-    mismatch: "Mismatch" = "error",
+    mismatch: "Mismatch | Mapping[Any, Mismatch]" = "error",
+    place: "Place | Mapping[Any, Place]" = "corner",
+    resize: "Mapping[Any, Resize] | None" = None,
     unused: "Unused" = "error",
     missing: "Missing" = "fresh",
     dtype: "Dtype" = "target",
@@ -45,8 +49,14 @@ def graft(
             `{"Dense_[-1]/**": "Dense_[-1]/**"}` takes the last layer to the last. None instead of a path leaves a
             source leaf behind, on purpose.
         only: a selector over the target. Other leaves stay as they are, and source leaves for them are left behind.
-        mismatch: when shapes differ: "error"; "keep" leaves the target's leaf as it is; "overlap" copies the common
-            corner and leaves the rest as it is.
+        mismatch: when shapes differ: "error"; "keep" leaves the target's leaf as it is; "overlap" copies what both have
+            room for and leaves the rest as it is; "resize" makes a value of the target's shape by the rule of
+            `pm.resize` that the leaf's name and shapes speak for, and refuses where they leave doubt. Or selector →
+            one of these, for leaves of the target: the first that matches counts, and other leaves are as by "error".
+        place: where leaves overlap: in the "corner" where indices begin; in the "center", the smaller half of an odd
+            difference before; or as a "tile" that is repeated to fill the target. Or selector → one of these, which
+            asks for "overlap" there.
+        resize: selector → rule of `pm.resize`, which asks for "resize" there. It comes before `place` and `mismatch`.
         unused: when a source leaf goes nowhere: "error" or "ok".
         missing: when a target leaf has no source: "fresh" leaves it as it is; "error".
         dtype: when dtypes differ: "target" converts to the target's, and values that overflow or are lost are counted;
@@ -76,7 +86,8 @@ def graft(
     """
     work = _work()
     tree = _leaves(target)
-    plan = work.planned(tree, _leaves(source), work.Options(rename, only, mismatch, unused, missing, dtype))
+    options = work.Options(rename, only, mismatch, place, resize, unused, missing, dtype)
+    plan = work.planned(tree, _leaves(source), options)
     if isinstance(tree, Tree):
         return tree.with_leaves(work.values(plan)), plan.report()
     return importlib.import_module("paramend.grafts.streaming").grafted(plan), plan.report()
@@ -88,7 +99,9 @@ def graft_(
     *,
     rename: "Renames | None" = None,
     only: Any = "**",
-    mismatch: "Mismatch" = "error",
+    mismatch: "Mismatch | Mapping[Any, Mismatch]" = "error",
+    place: "Place | Mapping[Any, Place]" = "corner",
+    resize: "Mapping[Any, Resize] | None" = None,
     unused: "Unused" = "error",
     missing: "Missing" = "fresh",
     dtype: "Dtype" = "target",
@@ -104,6 +117,8 @@ def graft_(
         rename: as in `graft`.
         only: as in `graft`.
         mismatch: as in `graft`.
+        place: as in `graft`.
+        resize: as in `graft`.
         unused: as in `graft`.
         missing: as in `graft`.
         dtype: as in `graft`.
@@ -123,7 +138,7 @@ def graft_(
             hint="tree, report = pm.graft(target, source); tree.save(out)",
         )
     tree = Tree(module)
-    options = work.Options(rename, only, mismatch, unused, missing, dtype, in_place=True)
+    options = work.Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True)
     plan = work.planned(tree, _leaves(source), options)
     work.assign(tree, work.values(plan))
     return plan.report()  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.writing import carry_out
 from paramend.errors import GraftRefused
 from paramend.grafting import graft as graft_onto
-from paramend.grafts.plan import Dtype, Mismatch, Missing, Unused
+from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Unused
 
 
 @click.command()
@@ -57,6 +57,16 @@ def _choice(name: str, kinds: Any, says: str) -> Callable[[Callable[..., Any]], 
     return click.option(f"--{name}", type=click.Choice(get_args(kinds)), help=says)
 
 
+def _by_leaf(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> str | dict[str, str]:
+    """One choice for all leaves, or one for each selector."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    choices = dict(text.rpartition("=")[::2] for text in given)
+    if "" in choices:
+        raise click.BadParameter(f"{choices['']!r} is for all leaves; write '**={choices['']}' after the others")
+    return choices
+
+
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
@@ -72,7 +82,20 @@ def _choice(name: str, kinds: Any, says: str) -> Callable[[Callable[..., Any]], 
     "'OLD=' leaves them behind.",
 )
 @click.option("--only", metavar="SELECTOR", help="The leaves of TARGET that may change.")
-@_choice("mismatch", Mismatch, "When shapes differ: refuse, keep the target's leaf, or copy the common corner.")
+@click.option(
+    "--mismatch",
+    multiple=True,
+    callback=_by_leaf,
+    metavar="[SELECTOR=]HOW",
+    help=f"When shapes differ, for all leaves or by selector: {', '.join(get_args(Mismatch))}.",
+)
+@click.option(
+    "--place",
+    multiple=True,
+    callback=_by_leaf,
+    metavar="[SELECTOR=]WHERE",
+    help=f"Where leaves overlap: {', '.join(get_args(Place))}.",
+)
 @_choice("unused", Unused, "When a leaf of SOURCE goes nowhere.")
 @_choice("missing", Missing, "When a leaf of TARGET has nothing in SOURCE.")
 @_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
@@ -106,7 +129,8 @@ def graft(
         try:
             made, report = graft_onto(onto, other, **given)
         except GraftRefused as error:
-            ways = [f"paramend graft {source} --into {target}{_typed(way)} -o {out or 'OUT'}" for way in error.ways]
+            typed = [_typed(way) for way in error.ways if "resize" not in way]  # rules are written in Python
+            ways = [f"paramend graft {source} --into {target}{options} -o {out or 'OUT'}" for options in typed]
             message = str(error).partition("\n\nhint:")[0]
             hint = "\n      ".join(ways) or error.hint
             raise GraftRefused(message, report=error.report, ways=error.ways, hint=hint) from error

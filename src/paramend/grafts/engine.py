@@ -7,7 +7,8 @@ from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafts import alignment, conversions
-from paramend.grafts.plan import KINDS, Move, Options, Plan
+from paramend.grafts.options import Options
+from paramend.grafts.plan import KINDS, Move, Plan
 from paramend.leaves import Editable, Leaves
 from paramend.patterns import parse
 from paramend.reports import Line, fold, table
@@ -46,15 +47,18 @@ def value_of(plan: Plan, move: Move) -> Any:
         dtype = ours.spec(leaf).dtype
         if dtype != given:
             raise Unsupported(f"{move.row.path} cannot become {given} here", hint=plan.options.call(dtype="target"))
-    if move.corner is not None:
-        value = theirs.get(value, move.corner)
-    move.row = replace(move.row, taken=theirs.spec(value).size)
-    if given != dtype:
+    meeting, before = move.meeting, value
+    if meeting is not None:
+        value = meeting.make(value)
+    move.row = replace(move.row, taken=meeting.taken if meeting else theirs.spec(value).size)
+    if given != dtype or (meeting and meeting.computed):
         overflowed, lost = conversions.damage(value, dtype)
+        if meeting and meeting.computed:  # new numbers near zero are no loss
+            lost = conversions.damage(before, dtype)[1]
         move.row = replace(move.row, overflowed=overflowed, lost=lost)
         value = conversions.converted(value, dtype)
-    if move.corner is not None:
-        return ours.put(leaf, move.corner, "set", conversions.on_host(value))
+    if meeting is not None and meeting.into is not None:
+        return ours.put(leaf, meeting.into, "set", conversions.on_host(value))
     return ours.like(value if backend(value) is ours else backend(value).numpy(value), leaf)
 
 
@@ -97,6 +101,8 @@ def _ways_out(plan: Plan) -> list[Plan]:
     """Plans that would work: with a rename that makes more names agree, with the options that allow the rest."""
     better = _better_rename(plan)
     tries = [trial for start in (better, plan) if start is not None and (trial := _allowing(start)) is not None]
+    if any(len(case.ways) > 1 for case in plan.cases) and (other := _allowing(plan, 1)):
+        tries.append(other)
     if not tries and plan.options.in_place:
         functional = _allowing(Plan(plan.target, plan.source, replace(plan.options, in_place=False)))
         return [] if functional is None else [functional]
@@ -121,28 +127,54 @@ _ADVICE = {
     "place": "the right side of a rule counts in your model: pm.at(target, pattern).paths lists what is there",
     "collision": 'rename={"name/in/source": None, ...} leaves one of them behind',
     "tied": 'rename={"name/in/source": None, ...} leaves one of them behind',
+    "choice": "correct the selector or leave it out: pm.at(target, selector).paths lists what a selector finds",
+    "resize": 'mismatch={"name/in/your/model": "keep"}, without a rule in `resize`, leaves it as it is',
     "unfit": 'rename={"name/in/source": None, ...} leaves it behind',
     "nothing": 'rename={"name/in/source/**": "name/in/your/model/**"} says what goes where',
 }
 
 
-def _allowing(plan: Plan) -> Plan | None:
-    """The plan with the options that allow what stands against it, or None if none do."""
-    changes: dict[str, str] = {}
-    for kind in {case.kind for case in plan.cases} - {"nothing"}:
-        ways = KINDS[kind][2]
-        if not ways:
+def _allowing(plan: Plan, choice: int = 0) -> Plan | None:
+    """The plan with the options that allow what stands against it, or None if none do.
+
+    Args:
+        plan: the plan.
+        choice: which of several rules to take for a leaf that could be resized in several ways.
+    """
+    kinds = {case.kind for case in plan.cases} - {"nothing"}
+    changes: dict[str, Any] = {}
+    for kind in kinds - {"resize"}:
+        if not KINDS[kind][2]:
             return None
-        changes |= ways[0]
-    tries = [changes | way for way in KINDS["mismatch"][2]] if "mismatch" in changes else [changes]
-    plans = (Plan(plan.target, plan.source, plan.options.changed(**trial)) if trial else plan for trial in tries)
-    return next((trial for trial in plans if not trial.cases), None)
+        changes |= KINDS[kind][2][0]
+    tries = [changes | way for way in KINDS["mismatch"][2]] if "mismatch" in kinds else [changes]
+    stuck = [case for case in plan.cases if case.kind == "resize"]
+    if stuck:
+        rules = {case.paths[0]: case.ways[min(choice, len(case.ways) - 1)] for case in stuck if case.ways}
+        left = [case.paths[0] for case in stuck if not case.ways]
+        named = [dict.fromkeys(left, how) for how in ("overlap", "keep")] if 0 < len(left) <= _MOST_NAMED else [{}]
+        tries = [trial | {"resize_of": rules, "mismatch_of": leaves} for trial in tries for leaves in named]
+        tries += [changes | {"mismatch": how} for how in ("overlap", "keep")]
+    for trial in tries:
+        allowed = Plan(plan.target, plan.source, plan.options.changed(**trial)) if trial else plan
+        if not allowed.cases:
+            return allowed
+        if trial.get("mismatch") == "resize" and any(move.meeting and move.meeting.computed for move in allowed.moves):
+            mixed = _allowing(allowed)
+            if mixed is not None:
+                return mixed
+    return None
+
+
+# Of how many leaves an option is proposed by name.
+_MOST_NAMED = 4
 
 
 def _better_rename(plan: Plan) -> Plan | None:
     """The plan with the rename under which the most leaves agree, if that is more than now."""
     kinds = {case.kind for case in plan.cases}
-    if not kinds & {"unused", "missing", "mismatch", "nothing"} or kinds & {"only", "rule", "place", "collision"}:
+    wrong = {"only", "rule", "place", "choice", "collision"}
+    if not kinds & {"unused", "missing", "mismatch", "nothing"} or kinds & wrong:
         return None
     source, target = plan.source.index, plan.target.index
     best: Plan | None = None

@@ -1,14 +1,23 @@
 """The plan of a graft: which leaf goes where, from names and specs alone."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
-from typing import Literal as OneOf
+from typing import Any
 
 from paramend import _text
 from paramend.arrays.registry import backend
-from paramend.errors import BadArgument, NoMatch, OutOfRange, ParamendError, RenameClash, Unsupported
+from paramend.errors import (
+    BadArgument,
+    NoMatch,
+    OutOfRange,
+    ParamendError,
+    RenameClash,
+    SpecMismatch,
+    Unsupported,
+)
+from paramend.grafts import detection, mismatches
+from paramend.grafts.mismatches import Meeting
+from paramend.grafts.options import BY_LEAF, Options, quoted
 from paramend.grafts.report import PARTS, GraftReport, GraftRow
 from paramend.leaves import Index, Leaves
 from paramend.matching import Names
@@ -16,72 +25,9 @@ from paramend.paths import text_of
 from paramend.patterns import parse
 from paramend.renames import pieces
 from paramend.renames import rename as parse_rename
-from paramend.selectors import resolve, sel, slice_of
+from paramend.resize import Resize
+from paramend.selectors import resolve, slice_of
 from paramend.specs import Spec
-
-Renames = Mapping[str, str | None]
-Mismatch = OneOf["error", "keep", "overlap"]
-Unused = OneOf["error", "ok"]
-Missing = OneOf["fresh", "error"]
-Dtype = OneOf["target", "source", "error"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a graft allows, as `pm.graft` takes it."""
-
-    rename: Renames | None = None
-    only: Any = "**"
-    mismatch: str = "error"
-    unused: str = "error"
-    missing: str = "fresh"
-    dtype: str = "target"
-    in_place: bool = False
-
-    def __post_init__(self) -> None:
-        choices = {"mismatch": Mismatch, "unused": Unused, "missing": Missing, "dtype": Dtype}
-        for name, kind in choices.items():
-            given, known = getattr(self, name), get_args(kind)
-            if given not in known:
-                near = _text.closest(str(given), known, 1) or known
-                raise BadArgument(
-                    f"{name}={given!r} is none of {_text.listing([repr(choice) for choice in known])}",
-                    hint=f"{name}={_quoted(near[0])}",
-                )
-
-    def changed(self, **changes: Any) -> "Options":
-        """The options with some of them changed."""
-        return replace(self, **changes)
-
-    def given(self) -> dict[str, Any]:
-        """The options that are not as they are by default, by name."""
-        names = ("rename", "only", "mismatch", "unused", "missing", "dtype")
-        found = {name: getattr(self, name) for name in names}
-        return {
-            name: value
-            for name, value in found.items()
-            if (value if name == "rename" else not (isinstance(value, str) and value == getattr(_DEFAULTS, name)))
-        }
-
-    def call(self, **changes: Any) -> str:
-        """The call with these options and some changes, as code."""
-        after = self.changed(**changes)
-        verb = "pm.graft_(module" if after.in_place else "pm.graft(target"
-        return f"{verb}, {', '.join(['source', *(f'{k}={_written_out(v)}' for k, v in after.given().items())])})"
-
-
-_DEFAULTS = Options()
-
-
-def _written_out(value: Any) -> str:
-    """An option as code."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_quoted(k)}: {None if v is None else _quoted(v)}' for k, v in value.items())}}}"
-    return _quoted(value) if isinstance(value, str) else repr(sel(value))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +38,13 @@ class Case:
         kind: which list it belongs to, a key of `KINDS`.
         paths: the path in the target, or in the source, and one that belongs to it.
         said: what there is to say of it.
+        ways: rules that would resize the leaf.
     """
 
     kind: str
     paths: tuple[str, ...]
     said: str = ""
+    ways: tuple[Resize, ...] = ()
 
 
 # One row a kind of case: the sentence over its list for one and for several, and the options that allow it, the
@@ -112,7 +60,13 @@ KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
         (),
     ),
     "unfit": ("a leaf cannot take part", "{} leaves cannot take part", ()),
-    "mismatch": ("a shape differs", "{} shapes differ", ({"mismatch": "overlap"}, {"mismatch": "keep"})),
+    "choice": ("a selector selects nothing", "{} selectors select nothing", ()),
+    "resize": ("a leaf cannot be resized", "{} leaves cannot be resized", ()),
+    "mismatch": (
+        "a shape differs",
+        "{} shapes differ",
+        ({"mismatch": "resize"}, {"mismatch": "overlap"}, {"mismatch": "keep"}),
+    ),
     "dtype": ("a dtype differs", "{} dtypes differ", ({"dtype": "target"},)),
     "unused": (
         "a leaf of the source goes nowhere in your model",
@@ -135,12 +89,12 @@ class Move:
     row: GraftRow
     number: int
     origin: int
-    corner: tuple[slice, ...] | None = None
+    meeting: Meeting | None = None
 
     @property
     def part(self) -> str:
         """The part of the report that tells of it."""
-        return "copied" if self.corner is None else "mismatched"
+        return "copied" if self.meeting is None else "mismatched"
 
 
 class Plan:
@@ -160,6 +114,7 @@ class Plan:
         self.rows: dict[str, list[GraftRow]] = {name: [] for name in PARTS}
         self.missed: set[str] = set()
         self._inside = self._chosen()
+        self._by_leaf = {name: self._choices(name) for name in BY_LEAF}
         self._dropped: set[int] = set()
         self._crowded: set[int] = set()
         names = self._new_names()
@@ -183,12 +138,28 @@ class Plan:
             self._case("only", (), _in_one_line(error))
             return set(_units(self.target))
 
+    def _choices(self, name: str) -> dict[int, Any]:
+        """What an option says of each leaf of the target; of several selectors that match one the first counts."""
+        given = getattr(self.options, name)
+        if not isinstance(given, Mapping):
+            return dict.fromkeys(_units(self.target), given) if name == "mismatch" else {}
+        found: dict[int, Any] = {}
+        for selector, choice in given.items():
+            if slice_of(selector)[1] is not None:
+                raise BadArgument(f"{name}={given!r}: a graft is of whole leaves, not of slices")
+            try:
+                for number in resolve(selector, self.target):
+                    found.setdefault(_unit(self.target, number), choice)
+            except NoMatch as error:
+                self._case("choice", (), f"{name}: {_in_one_line(error)}")
+        return found
+
     def _new_names(self) -> dict[int, tuple[str, ...]]:
         """The name in the target of every leaf of the source that is not left behind."""
         index = self.source.index
         found: dict[int, tuple[str, ...] | None] = {}
         for old, new in (self.options.rename or {}).items():
-            rule = f"{_quoted(old)}: {'None' if new is None else _quoted(new)}"
+            rule = f"{quoted(old)}: {'None' if new is None else quoted(new)}"
             checked = None if new is None else parse_rename(old, new, indexed=True)
             try:
                 resolve(old, self.source)  # for its error, which knows what comes close
@@ -292,15 +263,7 @@ class Plan:
         theirs = self.source.spec(origin)
         name = self.source.index.path(origin)
         both = (path,) if name == path else (path, name)
-        did, corner = "copied", None
-        if spec.shape != theirs.shape:
-            corner = tuple(slice(0, min(sizes)) for sizes in zip(spec.shape, theirs.shape, strict=False))
-            ranks_agree = len(spec.shape) == len(theirs.shape)
-            if self.options.mismatch == "error" or (self.options.mismatch == "overlap" and not ranks_agree):
-                did = "differs"
-                self._case("mismatch", both, f"your model {spec}, the source {theirs}")
-            else:
-                did = "kept" if self.options.mismatch == "keep" else f"corner {_written(corner)} copied"
+        did, meeting = self._shape(number, both, spec, theirs)
         row = GraftRow(path, name, spec.shape, theirs.shape, spec.dtype, theirs.dtype, did)
         if did in ("kept", "differs"):
             self.rows["mismatched"].append(row)
@@ -309,8 +272,37 @@ class Plan:
         why = self._unfit(number, origin, spec, theirs)
         if why:
             self._case("unfit", both, why)
-        self.moves.append(Move(row, number, origin, corner))
+        self.moves.append(Move(row, number, origin, meeting))
         return self.moves[-1].part
+
+    def _shape(self, number: int, both: tuple[str, ...], spec: Spec, theirs: Spec) -> tuple[str, Meeting | None]:
+        """Decides on a leaf by its shape: what to say of it, and how the two meet where shapes differ."""
+        rule = self._by_leaf["resize"].get(number)
+        if spec.shape == theirs.shape and not (rule and rule.acts(theirs.shape, spec.shape)):
+            return "copied", None
+        place = self._by_leaf["place"].get(number)
+        how = "resize" if rule else "overlap" if place else self._by_leaf["mismatch"].get(number)
+        if how == "keep":
+            return "kept", None
+        said = f"your model {spec}, the source {theirs}"
+        path = self.target.index.pieces(number)
+        try:
+            if how == "resize":
+                meeting = mismatches.resizing(rule, path, theirs, spec)
+            elif how == "overlap":
+                default = self.options.place if isinstance(self.options.place, str) else "corner"
+                meeting = mismatches.overlapping(place or default, theirs.shape, spec.shape)
+            else:
+                self._case("mismatch", both, said)
+                return "differs", None
+        except SpecMismatch as error:
+            if how == "overlap":
+                self._case("mismatch", both, f"{said}: {_sentence(error)}")
+            else:
+                others = detection.ways(path, theirs, spec, rule)
+                self.cases.append(Case("resize", both, f"{said}: {_sentence(error)}", others))
+            return "differs", None
+        return meeting.did, meeting
 
     def _dtype(self, row: GraftRow, spec: Spec, theirs: Spec, number: int) -> str:
         if spec.dtype == theirs.dtype:
@@ -376,7 +368,7 @@ class Plan:
     @property
     def score(self) -> tuple[int, int]:
         """How good the plan is: more leaves copied whole, then fewer cases."""
-        return sum(move.corner is None for move in self.moves), -len(self.cases)
+        return sum(move.meeting is None for move in self.moves), -len(self.cases)
 
     def report(self) -> GraftReport:
         """The report, in the order of the trees, of the moves as they stand."""
@@ -388,14 +380,15 @@ class Plan:
         return GraftReport(**rows, refused=bool(self.cases))
 
 
+def _sentence(error: ParamendError) -> str:
+    """What an error says, without its hint."""
+    return str(error).partition("\n\nhint:")[0]
+
+
 def _in_one_line(error: ParamendError) -> str:
     """What an error says, with its hint, without line breaks."""
-    said = str(error).partition("\n\nhint:")[0]
+    said = _sentence(error)
     return " ".join(f"{said}{'; ' * bool(error.hint)}{error.hint}".split())
-
-
-def _written(corner: Iterable[slice]) -> str:
-    return "[" + ", ".join(f":{part.stop}" for part in corner) + "]"
 
 
 def _unit(leaves: Leaves, number: int) -> int:

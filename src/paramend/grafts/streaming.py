@@ -33,7 +33,7 @@ def _taken(plan: Plan, move: Move) -> Any:
     """Where the new values come from."""
     ours, theirs = plan.target.spec(move.number), plan.source.spec(move.origin)
     keeps = ours.dtype == theirs.dtype or plan.options.dtype == "source"
-    if move.corner is None and (keeps or kind_of(ours.dtype) in ("float", "complex")):
+    if move.meeting is None and (keeps or kind_of(ours.dtype) in ("float", "complex")):
         move.row = replace(move.row, taken=theirs.size)
         if keeps:
             return plan.source, move.origin

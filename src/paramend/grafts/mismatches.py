@@ -1,0 +1,115 @@
+"""Mismatches: what becomes of a pair of leaves whose shapes differ, decided from their paths and shapes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from paramend.arrays.registry import backend
+from paramend.errors import SpecMismatch, Unsupported
+from paramend.fits import Fit, Shape
+from paramend.grafts.conversions import on_host
+from paramend.grafts.detection import detected
+from paramend.resize import Resize
+from paramend.specs import Spec
+
+Region = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """How a leaf of the source becomes values of a leaf of the target that has another shape.
+
+    Attributes:
+        did: the same in words.
+        taken: how many of the values stand for values of the source.
+        make: the leaf of the source, of any library → the values.
+        into: where they go in the target; None: they are all of it.
+        computed: whether they are new numbers, and not only old ones in other places.
+    """
+
+    did: str
+    taken: int
+    make: Callable[[Any], Any]
+    into: Region | None = None
+    computed: bool = False
+
+
+# ---- overlap ---------------------------------------------------------------------------------------------------
+
+
+def overlapping(place: str, old: Shape, new: Shape) -> Meeting:
+    """The values that both shapes have room for, at a place.
+
+    Of an odd difference the smaller half stands before, as in `(n - m) // 2`.
+
+    Raises:
+        SpecMismatch: the shapes have different numbers of axes, or there is nothing to repeat.
+
+    >>> overlapping("center", (2, 6), (5, 3)).did
+    'center [:, 1:4] copied to [1:3, :]'
+    """
+    if len(old) != len(new):
+        raise SpecMismatch("the number of axes differs")
+    common = tuple(map(min, old, new))
+    if place == "tile":
+        if 0 in old:
+            raise SpecMismatch("there is nothing to repeat")
+        repeats = " and ".join(
+            f"{a} → {b} on axis {axis}" for axis, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
+        )
+        return Meeting(f"tiled {repeats}", math.prod(new), partial(_tiled, shape=new))
+    if place == "corner":
+        corner = tuple(slice(0, size) for size in common)
+        said = f"corner [{', '.join(f':{size}' for size in common)}] copied"
+        return Meeting(said, math.prod(common), partial(_part, region=corner), corner)
+    out, into = (tuple(map(_middle, shape, common)) for shape in (old, new))
+    said = f"center {_written(out, old)} copied to {_written(into, new)}"
+    return Meeting(said, math.prod(common), partial(_part, region=out), into)
+
+
+def _middle(size: int, part: int) -> slice:
+    start = (size - part) // 2
+    return slice(start, start + part)
+
+
+def _written(region: Region, shape: Shape) -> str:
+    parts = (
+        ":" if part == slice(0, size) else f"{part.start}:{part.stop}" for part, size in zip(region, shape, strict=True)
+    )
+    return f"[{', '.join(parts)}]"
+
+
+def _part(value: Any, region: Region) -> Any:
+    return backend(value).get(value, region)
+
+
+def _tiled(value: Any, shape: Shape) -> Any:
+    return on_host(value)[np.ix_(*(np.arange(size) % old for size, old in zip(shape, value.shape, strict=True)))]
+
+
+# ---- resize ----------------------------------------------------------------------------------------------------
+
+
+def resizing(rule: Resize | None, path: Sequence[str], old: Spec, new: Spec) -> Meeting:
+    """The values by a rule of `pm.resize`; without one, by the rule that name and shapes speak for.
+
+    Raises:
+        SpecMismatch: these leaves are not what the rule is for, or there is no such rule.
+    """
+    if (old.kind, new.kind) != ("float", "float"):
+        raise SpecMismatch("only floating point values can be resized")
+    given = rule or detected(path, old.shape, new.shape)
+    fit = given.planned(old.shape, new.shape, path)
+    found = "" if rule else f" (detected: {given.kind})"
+    return Meeting(fit.did + found, fit.taken, partial(_made, fit=fit), computed=True)
+
+
+def _made(value: Any, fit: Fit) -> Any:
+    host = on_host(value)
+    if not isinstance(host, np.ndarray | np.generic):
+        raise Unsupported("a traced array cannot be resized", hint="graft outside of jax.jit")
+    return fit.make(np.asarray(host))

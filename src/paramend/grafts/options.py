@@ -1,0 +1,114 @@
+"""The options of a graft: checked, changed, and written as the call that has them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+from typing import Literal as OneOf
+
+from paramend import _text
+from paramend.errors import BadArgument
+from paramend.resize import Resize
+from paramend.selectors import sel
+
+Renames = Mapping[str, str | None]
+Mismatch = OneOf["error", "keep", "overlap", "resize"]
+Place = OneOf["corner", "center", "tile"]
+Unused = OneOf["error", "ok"]
+Missing = OneOf["fresh", "error"]
+Dtype = OneOf["target", "source", "error"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a graft allows, as `pm.graft` takes it."""
+
+    rename: Renames | None = None
+    only: Any = "**"
+    mismatch: str | Mapping[Any, str] = "error"
+    place: str | Mapping[Any, str] = "corner"
+    resize: Mapping[Any, Resize] | None = None
+    unused: str = "error"
+    missing: str = "fresh"
+    dtype: str = "target"
+    in_place: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            given = getattr(self, name)
+            for choice in given.values() if isinstance(given, Mapping) and name in BY_LEAF else [given]:
+                _check(name, choice, get_args(kind))
+        rules = {} if self.resize is None else self.resize
+        if not isinstance(rules, Mapping) or not all(isinstance(rule, Resize) for rule in rules.values()):
+            raise BadArgument(
+                f"resize={rules!r} is no mapping of selectors to rules of pm.resize",
+                hint='resize={"**/pos_embed": pm.resize.positions()}',
+            )
+        if self.place != "corner" and isinstance(self.place, str) and not self._overlaps(self.mismatch):
+            raise BadArgument(
+                f"place={self.place!r} says where leaves overlap, and none may",
+                hint=f'mismatch="overlap", place="{self.place}"',
+            )
+
+    def _overlaps(self, mismatch: str | Mapping[Any, str]) -> bool:
+        return "overlap" in (mismatch.values() if isinstance(mismatch, Mapping) else [mismatch])
+
+    def changed(self, **changes: Any) -> "Options":
+        """The options with some of them changed. What is said of single leaves comes before what was said of them."""
+        if "mismatch" in changes and isinstance(self.mismatch, Mapping):
+            changes["mismatch"] = {**self.mismatch, "**": changes["mismatch"]}
+        for name in ("mismatch", "resize"):
+            leaves = changes.pop(f"{name}_of", None)
+            if leaves:
+                rest = changes.get(name, getattr(self, name)) or {}
+                rest = rest if isinstance(rest, Mapping) else {"**": rest}
+                changes[name] = leaves | {key: value for key, value in rest.items() if key not in leaves}
+        if isinstance(self.place, str) and not self._overlaps(changes.get("mismatch", self.mismatch)):
+            changes["place"] = "corner"
+        return replace(self, **changes)
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not as they are by default, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "in_place"}
+        return {
+            name: value
+            for name, value in found.items()
+            if value and not (isinstance(value, str) and value == getattr(_DEFAULTS, name))
+        }
+
+    def call(self, **changes: Any) -> str:
+        """The call with these options and some changes, as code."""
+        after = self.changed(**changes)
+        verb = "pm.graft_(module" if after.in_place else "pm.graft(target"
+        return f"{verb}, {', '.join(['source', *(f'{name}={_code(value)}' for name, value in after.given().items())])})"
+
+
+_CHOICES = {"mismatch": Mismatch, "place": Place, "unused": Unused, "missing": Missing, "dtype": Dtype}
+# Options that may be said for single leaves, as a mapping of selectors.
+BY_LEAF = ("mismatch", "place", "resize")
+
+
+def _check(name: str, given: Any, known: Sequence[str]) -> None:
+    if given not in known:
+        near = _text.closest(str(given), known, 1) or known
+        raise BadArgument(
+            f"{name}={given!r} is none of {_text.listing([repr(choice) for choice in known])}",
+            hint=f"{name}={quoted(near[0])}",
+        )
+
+
+def _code(value: Any) -> str:
+    """An option as code."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_code(key)}: {_code(choice)}' for key, choice in value.items())}}}"
+    if value is None or isinstance(value, Resize):
+        return repr(value)
+    return quoted(value) if isinstance(value, str) else repr(sel(value))
+
+
+_DEFAULTS = Options()
+
+
+def quoted(text: str) -> str:
+    """Text as code."""
+    return json.dumps(text, ensure_ascii=False)
