@@ -269,3 +269,52 @@ def test_bfloat16_onto_float32_streams(tmp_path):
         tree.save(tmp_path / "o.safetensors")
     assert report.copied[0].did == "copied, cast from bfloat16"
     assert safetensors.numpy.load_file(tmp_path / "o.safetensors")["w"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# ---- shapes that differ ----------------------------------------------------------------------------------------
+
+
+def shaped(count, side, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"embed_tokens.weight": (count, 4), "pos_embed": (1, 1 + side**2, 4), "head": (side, side), "norm": (4,)}
+    return {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("place", ["corner", "center", "tile"])
+def test_shapes_differ_on_disk_as_in_memory(tmp_path, place, dtype):
+    held = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    small, big = shaped(9, 2, 1), {name: value.astype(held) for name, value in shaped(12, 3, 2).items()}
+    safetensors.numpy.save_file(small, tmp_path / "small.safetensors")
+    safetensors.numpy.save_file(big, tmp_path / "big.safetensors")
+    options = {
+        "mismatch": {"head": "overlap", "**": "resize"},
+        "place": place,
+        "resize": {"embed_tokens/**": pm.resize.vocabulary(rows="random", seed=3)},
+    }
+    expected, told = pm.graft(big, small, **options)
+    with pm.open(tmp_path / "big.safetensors") as target, pm.open(tmp_path / "small.safetensors") as source:
+        tree, report = pm.graft(target, source, **options)
+        assert in_any_order(report) == in_any_order(told)
+        tree.save(tmp_path / "out.safetensors")
+    assert bits(pm.load(tmp_path / "out.safetensors", nested=False)) == bits(expected)
+    assert {row.path: row.did for row in report.mismatched}["pos_embed"].startswith("resized 2×2 → 3×3, 1 prefix token")
+
+
+def test_shapes_at_the_command_line(tmp_path):
+    small, big = shaped(9, 2, 1), shaped(12, 3, 2)
+    safetensors.numpy.save_file(small, tmp_path / "small.safetensors")
+    safetensors.numpy.save_file(big, tmp_path / "big.safetensors")
+    graft = ("graft", tmp_path / "small.safetensors", "--into", tmp_path / "big.safetensors", "-o", tmp_path / "out.st")
+    result = run(*graft)
+    assert result.exit_code == 2
+    assert "--mismatch head=overlap --mismatch '**=resize'" in result.output
+    out = tmp_path / "out.safetensors"
+    result = run(*graft[:-1], out, "--mismatch", "head=overlap", "--mismatch", "**=resize", "--place", "center")
+    assert result.exit_code == 0, result.output
+    expected, _ = pm.graft(big, small, mismatch={"head": "overlap", "**": "resize"}, place="center")
+    assert bits(pm.load(out, nested=False)) == bits(expected)
+    assert "for all leaves; write '**=resize'" in run(*graft, "--mismatch", "resize", "--mismatch", "a=keep").output
+    assert "mismatch='resise' is none of" in run(*graft, "--mismatch", "resise").output
+    # rules are written in Python: then the hint is too
+    assert "pm.graft(" in run("graft", graft[3], "--into", graft[1], "--mismatch", "resize", "--dry-run").output
