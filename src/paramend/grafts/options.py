@@ -79,8 +79,11 @@ class Options:
     def call(self, **changes: Any) -> str:
         """The call with these options and some changes, as code."""
         after = self.changed(**changes)
+        given = after.given()
+        if not isinstance(after.only, str):
+            given["only"] = sel(after.only)  # a tree of bools is a mapping, but not one of options
         verb = "pm.graft_(module" if after.in_place else "pm.graft(target"
-        return f"{verb}, {', '.join(['source', *(f'{name}={_code(value)}' for name, value in after.given().items())])})"
+        return f"{verb}, {', '.join(['source', *(f'{name}={_code(value)}' for name, value in given.items())])})"
 
 
 _CHOICES = {"mismatch": Mismatch, "place": Place, "unused": Unused, "missing": Missing, "dtype": Dtype}
