@@ -169,6 +169,7 @@ def test_fresh_rows_have_the_moments_of_the_old():
 
 def test_the_same_moments_as_transformers():
     import transformers
+
     config = transformers.GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=4)
     model = transformers.GPT2LMHeadModel(config)
     old = model.transformer.wte.weight.detach().numpy().copy()
