@@ -13,6 +13,8 @@ FLOORS = [
     {"grammar", "arrays.*", "initializers", "trees.*"},
     {"matching", "fits"},
     {"patterns", "resize"},
+    {"matching", "values"},
+    {"patterns"},
     {"leaves", "arrays.registry", "misses"},
     {
         "trees.kinds",
@@ -51,7 +53,10 @@ FLOORS = [
     {"assembling"},
     {"grafts.streaming"},
     {"grafting"},
-    {"patching"},
+    {"patching", "recipes.text", "recipes.verbs", "recipes.donors"},
+    {"recipes.steps", "recipes.schema"},
+    {"recipes.run"},
+    {"recipes.recipe"},
     # the doors
     {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},
     {"lessons.lesson", "lessons.solutions", "demo.training"},

@@ -1,0 +1,134 @@
+"""Values that come from other files: `.npy` files and checkpoints, memory-mapped where their format allows it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.checkpoints import Checkpoint
+from paramend.checkpoints import open as open_checkpoint
+from paramend.errors import BadArgument, BadCheckpoint, NoMatch, WrongCount
+from paramend.formats.files import open_regular
+from paramend.formats.shards import stats_of
+from paramend.leaves import Editable, Index
+from paramend.paths import labels, text_of
+from paramend.selectors import Selector, resolve
+from paramend.structure import moves
+
+Array = np.ndarray[Any, Any]
+
+
+class Donors:
+    """Files that values come from, each opened once. It is a context manager; arrays that it gave stay valid.
+
+    Args:
+        folder: what relative names are relative to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] = "") -> None:
+        self._folder = Path(folder)
+        self._open: dict[Path, Array | Checkpoint] = {}
+
+    def __enter__(self) -> "Donors":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for donor in self._open.values():
+            if isinstance(donor, Checkpoint):
+                donor.close()
+
+    def open(self, name: str) -> Array | Checkpoint:
+        """The array of a `.npy` file, or a checkpoint.
+
+        Raises:
+            CannotRead: there is no such file.
+            BadCheckpoint: it is damaged, or of no known format.
+        """
+        path = self._folder / name
+        if path not in self._open:
+            self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path)
+        return self._open[path]
+
+    def values(
+        self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
+    ) -> dict[int, Array]:
+        """One array for each chosen leaf.
+
+        Args:
+            name: the file.
+            leaf: the path of its leaf; its wildcards stand for what those of the selectors matched. None: the leaf of
+                the same path, whichever separator either side has.
+            leaves: the tree.
+            chosen: leaf numbers, each with the selector that chose it.
+
+        Raises:
+            NoMatch: the file has no such leaf; the message names all that are missing.
+        """
+        donor = self.open(name)
+        if not isinstance(donor, Checkpoint):
+            if leaf is not None:
+                raise BadArgument(f"{name} holds one array, without a name", hint="leave leaf out")
+            return dict.fromkeys((number for number, _ in chosen), _own(donor, leaves, None))
+        if leaf is not None and not any(char in leaf for char in "*{<"):
+            found = resolve(leaf, donor)
+            if len(found) != 1:
+                raise WrongCount(f"{leaf!r} is {len(found)} leaves of {name}", found=len(found), wanted=1)
+            return dict.fromkeys((number for number, _ in chosen), _own(donor.read(found[0]), leaves, donor))
+        paths = {number: leaves.index.pieces(number) for number, _ in chosen}
+        if leaf is not None:
+            paths = _moved(leaves.index, chosen, leaf)
+        known = {donor.index.pieces(number): number for number in donor.index.numbers}
+        missing = ["/".join(path) for path in paths.values() if path not in known]
+        if missing:
+            near = _text.closest(missing[0], ["/".join(path) for path in known], limit=1)
+            raise NoMatch(
+                f"{name} has no {_text.listing([each.replace('/', donor.index.separator) for each in missing], 4)}",
+                hint=f"leaf: {near[0].replace('/', donor.index.separator)}" if near else f"paramend show {name}",
+                near=near,
+            )
+        return {number: _own(donor.read(known[path]), leaves, donor) for number, path in paths.items()}
+
+
+def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> dict[int, tuple[str, ...]]:
+    """The paths that a template gives to the chosen leaves, piece by piece."""
+    found: dict[int, tuple[str, ...]] = {}
+    for selector in dict.fromkeys(selector for _, selector in chosen):
+        numbers = {number for number, by in chosen if by == selector}
+        for number, keys in moves(index, selector, numbers, leaf).items():
+            found[number] = tuple(text_of(label) for key, _ in keys for label in labels(key))
+    return found
+
+
+def _own(array: Array, leaves: Editable, donor: Checkpoint | None) -> Array:
+    """The array, or a copy where a map would show what is written to the file later on.
+
+    In memory the array becomes a leaf and outlives the file; and a checkpoint may be patched with its own leaves.
+    """
+    if isinstance(leaves, Checkpoint) and (donor is None or not _share(leaves, donor)):
+        return array
+    return np.array(array)
+
+
+def _share(one: Checkpoint, other: Checkpoint) -> bool:
+    files = {(stat.st_dev, stat.st_ino) for stat in stats_of(one.source).values()}
+    return any((stat.st_dev, stat.st_ino) in files for stat in stats_of(other.source).values())
+
+
+def _read_npy(path: Path) -> Array:
+    os.close(open_regular(path))  # numpy would wait for ever at a pipe
+    try:
+        try:
+            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError:  # nothing can be mapped of an array without elements
+            array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        raise BadCheckpoint(f"{path}: no array can be read from it: {error}") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        raise BadCheckpoint(
+            f"{path}: it holds {getattr(array, 'dtype', type(array).__name__)}, and no numbers of a known dtype",
+            hint='pm.save({"w": array}, "values.safetensors")',
+        )
+    return np.asarray(array).astype(array.dtype.newbyteorder("="), copy=False)
