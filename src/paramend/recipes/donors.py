@@ -55,7 +55,10 @@ class Donors:
     def values(
         self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
     ) -> dict[int, Array]:
-        """One array for each chosen leaf.
+        """One array for each chosen leaf: a map of the file where the tree is a checkpoint that does not hold it.
+
+        In memory arrays become leaves and outlive the file; and a map of a checkpoint that is patched with leaves of
+        its own would show what was written first.
 
         Args:
             name: the file.
@@ -71,12 +74,14 @@ class Donors:
         if not isinstance(donor, Checkpoint):
             if leaf is not None:
                 raise BadArgument(f"{name} holds one array, without a name", hint="leave leaf out")
-            return dict.fromkeys((number for number, _ in chosen), _own(donor, leaves, None))
+            array = donor if isinstance(leaves, Checkpoint) else np.array(donor)
+            return dict.fromkeys((number for number, _ in chosen), array)
+        read = donor.read if isinstance(leaves, Checkpoint) and not _share(leaves, donor) else donor.fetch
         if leaf is not None and not any(char in leaf for char in "*{<"):
             found = resolve(leaf, donor)
             if len(found) != 1:
                 raise WrongCount(f"{leaf!r} is {len(found)} leaves of {name}", found=len(found), wanted=1)
-            return dict.fromkeys((number for number, _ in chosen), _own(donor.read(found[0]), leaves, donor))
+            return dict.fromkeys((number for number, _ in chosen), read(found[0]))
         paths = {number: leaves.index.pieces(number) for number, _ in chosen}
         if leaf is not None:
             paths = _moved(leaves.index, chosen, leaf)
@@ -89,7 +94,7 @@ class Donors:
                 hint=f"leaf: {near[0].replace('/', donor.index.separator)}" if near else f"paramend show {name}",
                 near=near,
             )
-        return {number: _own(donor.read(known[path]), leaves, donor) for number, path in paths.items()}
+        return {number: read(known[path]) for number, path in paths.items()}
 
 
 def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> dict[int, tuple[str, ...]]:
@@ -100,16 +105,6 @@ def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> d
         for number, keys in moves(index, selector, numbers, leaf).items():
             found[number] = tuple(text_of(label) for key, _ in keys for label in labels(key))
     return found
-
-
-def _own(array: Array, leaves: Editable, donor: Checkpoint | None) -> Array:
-    """The array, or a copy where a map would show what is written to the file later on.
-
-    In memory the array becomes a leaf and outlives the file; and a checkpoint may be patched with its own leaves.
-    """
-    if isinstance(leaves, Checkpoint) and (donor is None or not _share(leaves, donor)):
-        return array
-    return np.array(array)
 
 
 def _share(one: Checkpoint, other: Checkpoint) -> bool:
