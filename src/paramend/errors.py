@@ -22,6 +22,7 @@ Every message says what was written, what was there and, after an empty line, `h
 Each class has a stable `code` for programs to test.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         line = f" (line {self.line})" if self.line else ""
         hint = f"\nhint: {self.hint}" if self.hint else ""
-        return f"{self.address}{line}: {self.message}{hint}".replace("\n", "\n    ")
+        return re.sub(r"\n(?=.)", "\n    ", f"{self.address}{line}: {self.message}{hint}")
 
 
 class BadRecipe(ParamendError, ValueError):

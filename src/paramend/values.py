@@ -49,11 +49,14 @@ def read_number(data: Any) -> int | float | bool:
         text = data.lower()
         if text in ("true", "false"):
             return text == "true"
-        try:
-            return int(text) if text.lstrip("+-").isdecimal() else float(text.replace(".inf", "inf").replace(".n", "n"))
-        except ValueError:  # thousands of digits
-            raise BadArgument(f"a number of {len(text):,} digits is too long") from None
-    if isinstance(data, bool | int):
+        digits = text.lstrip("+-").isdecimal()
+        number = int(text[:4000]) if digits else float(text.replace(".inf", "inf").replace(".n", "n"))
+        if len(text) > 4000 or (abs(number) == float("inf") and "inf" not in text):
+            raise BadArgument(f"{shown(text)} is too large")
+        return number
+    if isinstance(data, int):  # bools too
+        if data.bit_length() > 4096:
+            raise BadArgument(f"a number of {data.bit_length():,} bits is too large")
         return data
     if isinstance(data, float):
         return float(data)

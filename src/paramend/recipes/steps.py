@@ -81,7 +81,11 @@ def parse_steps(data: Any, notes: Notes) -> tuple[Step, ...]:
     ['$.steps[0].valeu', '$.steps[0]']
     """
     if not isinstance(data, Mapping):
-        notes.add("$", f"a recipe is a map with version and steps, not {_kind(data)}", 'version: 1, steps: [zero: "w"]')
+        notes.add(
+            "$",
+            f"a recipe is a map with version and steps, not {_kind(data)}",
+            '{version: 1, steps: [zero: "**/bias"]}',
+        )
         return ()
     for key in data:
         if key not in ("version", "steps"):
@@ -131,7 +135,7 @@ def _step(data: Any, address: str, notes: Notes) -> Step | None:
 def _given(verb: Verb, body: Any, address: str, notes: Notes) -> Step | None:
     """The step, if nothing is wrong with what stands below its verb."""
     before = len(notes)
-    if isinstance(body, str | list) and verb.short:
+    if verb.short and body is not None and not isinstance(body, Mapping):
         body = {"at": body}
     if not isinstance(body, Mapping):
         said = f"{verb.name} takes a map of {_text.listing([key.name for key in verb.keys])}"

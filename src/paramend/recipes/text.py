@@ -5,6 +5,7 @@ otherwise. Tags are refused, so nothing but maps, lists and scalars comes out, a
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,19 +17,31 @@ from paramend.errors import BadRecipe, Problem
 
 # A recipe of this size takes the reader seconds; one for each tensor of the largest models has a tenth of it.
 MAX_BYTES = 1_000_000
-_MAX_GROWN = 4 * MAX_BYTES  # what aliases may make of it
+_MAX_GROWN = 2 * MAX_BYTES  # what aliases may make of it
 _MAX_DEPTH = 64
 _DEFAULT = {
     kind: f"tag:yaml.org,2002:{tag}" for kind, tag in (("scalar", "str"), ("sequence", "seq"), ("mapping", "map"))
 }
 _QUOTE = 'a selector that begins with * or holds [ ] { } goes into quotes: zero: "**/bias"'
+
+
+def finite(text: str) -> float | str:
+    """A number with a point; one that is too large stays text, which is then refused where a number must be."""
+    number = float(text)
+    return number if math.isfinite(number) else text
+
+
+def _whole(text: str) -> int | str:
+    return int(text) if len(text) <= 4000 else text
+
+
 _SCALARS: tuple[tuple[str, Callable[[str], Any]], ...] = (
     (r"null|Null|NULL|~|", lambda text: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     (r"[-+]?[0-9]{1,4000}", int),
     (r"0o[0-7]{1,4000}", lambda text: int(text, 8)),
     (r"0x[0-9a-fA-F]{1,4000}", lambda text: int(text, 16)),
-    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", finite),
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.lower().replace(".", ""))),
 )
 
@@ -98,7 +111,7 @@ def _read_json(text: str) -> Document:
             found.setdefault(key, value)
         return found
 
-    document.data = json.loads(text, object_pairs_hook=unique)
+    document.data = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=_whole)
     return document
 
 
@@ -120,10 +133,13 @@ class _Reader:
             node: Any = yaml.compose(self.text, Loader=yaml.BaseLoader)
         except yaml.MarkedYAMLError as error:
             raise self._wrong(error) from None
-        except yaml.YAMLError as error:
-            raise _refused(self.name, f"the text is not YAML: {error}") from None
-        except (RecursionError, ValueError):
-            raise _refused(self.name, "brackets are nested too deeply, or an escape is no character") from None
+        except yaml.reader.ReaderError as error:
+            why = f"character {error.position}: {error.reason}"
+            raise _refused(self.name, why, line=self.text.count("\n", 0, error.position) + 1) from None
+        except RecursionError:
+            raise _refused(self.name, "the data is nested too deeply") from None
+        except (ValueError, OverflowError) as error:
+            raise _refused(self.name, f"an escape is no character: {error}") from None
         self.document.data = None if node is None else self.data(node, "$", 0)
         return self.document
 
@@ -132,7 +148,7 @@ class _Reader:
         self.document.lines.setdefault(address, line)
         self.grown += 16 + (len(node.value) if node.id == "scalar" else 0)
         if self.grown > _MAX_GROWN or depth > _MAX_DEPTH:
-            what = "is nested too deeply" if depth > _MAX_DEPTH else "is too much: aliases make it grow"
+            what = "is nested too deeply" if depth > _MAX_DEPTH else "is too much, aliases written out"
             raise _refused(self.name, f"the data {what}", line=line)
         if node.tag != _DEFAULT[node.id]:
             self.problem(address, f"{node.tag!r}: a recipe has no tags", line)
