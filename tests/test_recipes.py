@@ -540,7 +540,7 @@ def test_a_checkpoint_gives_values_to_itself(tmp_path, model):
         ("from: .", "from", "."),
         ("from: b.npy", "from", "the array is float32[3]"),
         ("from: b.npy, leaf: x", "leaf", "without a name"),
-        ("from: donor.safetensors, leaf: haed", "leaf", "haed"),
+        ("from: donor.safetensors, leaf: haed", "leaf", 'donor.safetensors: "haed" matches none of 7 leaves'),
         ("from: donor.safetensors, leaf: 'layers.0'", "leaf", "subtree"),
         ("from: donor.safetensors, leaf: 'blocks.<n>.w'", "leaf", "blocks.0.w, blocks.1.w, blocks.2.w"),
         ("from: half.safetensors", "from", "layers.0.w, layers.1.w"),

@@ -16,7 +16,7 @@ class Value:
     """A kind of argument.
 
     Attributes:
-        says: what it is, as in "... is no number".
+        says: what it is.
         read: data → the argument; raises BadArgument.
         schema: the data as JSON Schema has it.
         array: whether an array may stand for it too.

@@ -78,7 +78,7 @@ class Donors:
             return dict.fromkeys((number for number, _ in chosen), array)
         read = donor.read if isinstance(leaves, Checkpoint) and not _share(leaves, donor) else donor.fetch
         if leaf is not None and not any(char in leaf for char in "*{<"):
-            found = resolve(leaf, donor)
+            found = _named(leaf, donor, name)
             if len(found) != 1:
                 raise WrongCount(f"{leaf!r} is {len(found)} leaves of {name}", found=len(found), wanted=1)
             return dict.fromkeys((number for number, _ in chosen), read(found[0]))
@@ -91,10 +91,20 @@ class Donors:
             near = _text.closest(missing[0], ["/".join(path) for path in known], limit=1)
             raise NoMatch(
                 f"{name} has no {_text.listing([each.replace('/', donor.index.separator) for each in missing], 4)}",
-                hint=f"leaf: {near[0].replace('/', donor.index.separator)}" if near else f"paramend show {name}",
+                hint=f'did you mean "{near[0].replace("/", donor.index.separator)}"?'
+                if near
+                else f"paramend show {name}",
                 near=near,
             )
         return {number: read(known[path]) for number, path in paths.items()}
+
+
+def _named(leaf: str, donor: Checkpoint, name: str) -> tuple[int, ...]:
+    try:
+        return resolve(leaf, donor)
+    except NoMatch as error:
+        error.args = (f"{name}: {error}",)
+        raise
 
 
 def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> dict[int, tuple[str, ...]]:

@@ -45,7 +45,7 @@ class Verb:
 # The conditions of `pm.sel(...).where(...)`.
 CONDITIONS = (
     Key("ndim", NATURAL, "the number of axes"),
-    Key("dtype", DTYPE_OR_KIND, "a dtype, or one of the kinds float, int, bool, complex"),
+    Key("dtype", DTYPE_OR_KIND, "a dtype; as a condition also a kind: float, int, bool, complex"),
     Key("shape", SHAPE, "the exact shape"),
     Key("min_size", NATURAL, "the least number of scalars"),
     Key("max_size", NATURAL, "the greatest number of scalars"),
@@ -72,13 +72,6 @@ _WHERE = Key("where", WHERE, "only those whose specs fit: ndim, dtype, shape, mi
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
 _FROM = Key("from", TEXT, "a .npy file or a checkpoint that the values come from, relative to the recipe's folder")
 _LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; the wildcards of `at` stand in it as in a rename")
-_SAYS = {
-    "value": "the value",
-    "dtype": "the dtype",
-    "std": "the standard deviation",
-    "seed": "the seed; 0 if left out",
-    "init": "the initializer",
-}
 
 
 def _of_op(op: Op) -> Verb:
@@ -87,7 +80,7 @@ def _of_op(op: Op) -> Verb:
         keys.append(_INDEX)
     arrays = [name for name, value in zip(op.parameters, op.takes, strict=True) if value.array]
     for name, value in zip(op.parameters, op.takes, strict=True):
-        keys.append(Key(name, value, _SAYS[name], required=name not in (*op.optional, *arrays)))
+        keys.append(Key(name, value, value.says, required=name not in (*op.optional, *arrays)))
     if arrays:
         keys += [_FROM, _LEAF]
     return Verb(op.name, op.says, tuple(keys), op, (*arrays, "from") if arrays else (), changes=not op.keeps_spec)
