@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -516,6 +517,38 @@ def test_values_come_from_other_files(tmp_path, donor, tree, model):
     assert in_memory["layers"]["2"]["b"].dtype == np.dtype("<f4")
 
 
+@pytest.mark.parametrize("verb", ["set", "add", "multiply"])
+@pytest.mark.parametrize("index", ["", "index: 1, ", 'index: "1:3, :", ', 'index: "..., 0", '])
+def test_slices_from_other_files(tmp_path, tree, model, verb, index):
+    shape = {"": (4, 3), "index: 1, ": (3,), 'index: "1:3, :", ': (2, 3), 'index: "..., 0", ': (4,)}[index]
+    values = np.arange(np.prod(shape), dtype="float32").reshape(shape)
+    safetensors.numpy.save_file({"v": values}, tmp_path / "v.safetensors")
+    recipe = load(tmp_path, f"{verb}: {{at: layers/1/w, {index}from: v.safetensors, leaf: v}}")
+    expected = recipe.apply(tree)["layers"]["1"]["w"]
+    with pm.open(model) as checkpoint:
+        edited = recipe.apply(checkpoint)
+        assert edited["layers/1/w"].tolist() == expected.tolist()
+        edited.save(tmp_path / "out.safetensors")
+    pm.patch(model, recipe.apply)
+    for path in (model, tmp_path / "out.safetensors"):
+        assert safetensors.numpy.load_file(path)["layers/1/w"].tolist() == expected.tolist()
+
+
+def test_the_other_file_is_read_in_pieces(tmp_path):
+    for name in ("a", "b"):
+        safetensors.numpy.save_file({"w": np.ones((8, 1 << 20), "float32")}, tmp_path / name)
+    recipe = load(tmp_path, "set: {at: w, from: b}", "add: {at: w, from: b}")
+    tracemalloc.start()
+    try:
+        with pm.open(tmp_path / "a") as checkpoint:
+            recipe.apply(checkpoint).save(tmp_path / "out")
+        pm.patch(tmp_path / "a", recipe.apply)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "a").read_bytes()
+
+
 def test_a_checkpoint_gives_values_to_itself(tmp_path, model):
     # In place, the second step must not see what the first one wrote.
     pm.patch(model, parse("fill: {at: layers/0/b, value: 5}").apply)
@@ -680,7 +713,7 @@ def test_apply_writes_and_shows(tmp_path, model):
 
 def test_apply_tells_expectations_from_mistakes(tmp_path, model):
     recipe = tmp_path / "fix.yaml"
-    recipe.write_text('version: 1\nsteps:\n  - expect: {at: "**", count: 7}\n')
+    recipe.write_text('version: 1\nsteps:\n  - expect: {at: "**", count: 7}\n  - expect: nope\n')
     done = run("apply", recipe, model, "-o", tmp_path / "out")
     assert done.exit_code == 1 and "$.steps[0].count (line 3)" in done.stderr and not (tmp_path / "out").exists()
     recipe.write_text('version: 1\nsteps:\n  - expect: {at: "**", count: 7}\n  - zero: nope\n')

@@ -12,6 +12,7 @@ from paramend.arrays.backend import Backend
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.initializers import Place
+from paramend.leaves import Stored
 from paramend.specs import Spec, dtype_name, numpy_dtype
 from paramend.values import ARRAY, DEVIATION, DTYPE, INITIALIZER, NATURAL, NUMBER, OPERAND, Value
 
@@ -234,6 +235,8 @@ def _check_set(spec: Spec, args: Args) -> Spec:
 
 
 def _spec_of_list(value: Any) -> Spec:
+    if isinstance(value, Stored):
+        return value.spec
     try:
         array = np.asarray(value)
     except Exception as error:
@@ -301,6 +304,8 @@ def _check_cast(spec: Spec, args: Args) -> Spec:
 
 def _native(library: Backend, value: Any) -> Any:
     """A value that this library can read: arrays of another one pass through numpy, bit for bit."""
+    if isinstance(value, Stored):
+        value = value.read()
     found = backend_of(type(value))
     return value if found is None or found is library else found.numpy(value)
 

@@ -13,6 +13,7 @@ from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.cli.writing import edit_checkpoint, options
 from paramend.errors import BadArgument, SpecMismatch
+from paramend.leaves import Stored
 from paramend.ops import OPS
 from paramend.plans import call
 from paramend.recipes.donors import Donors
@@ -92,8 +93,7 @@ def _set(checkpoint: Checkpoint, selector: str, numbers: Sequence[int], value: s
     path = checkpoint.path
     name, leaf = _split(value)
     by = sel(selector)
-    with Donors() as donors:
-        found = donors.values(name, leaf, checkpoint, [(number, by) for number in numbers])
+    found = Donors().values(name, leaf, checkpoint, [(number, by) for number in numbers])
     wrong = [number for number, array in found.items() if _spec(array) != checkpoint.spec(number)]
     if wrong:
         shape, dtype = checkpoint.spec(wrong[0]).shape, checkpoint.spec(wrong[0]).dtype
@@ -108,8 +108,8 @@ def _set(checkpoint: Checkpoint, selector: str, numbers: Sequence[int], value: s
     return checkpoint.edited({number: call("set", {"value": array}) for number, array in found.items()})
 
 
-def _spec(array: Any) -> Spec:
-    return Spec(array.shape, array.dtype.name)
+def _spec(value: Any) -> Spec:
+    return value.spec if isinstance(value, Stored) else Spec(value.shape, value.dtype.name)
 
 
 def _split(value: str) -> tuple[str, str | None]:

@@ -1,4 +1,4 @@
-"""Values that come from other files: `.npy` files and checkpoints, memory-mapped where their format allows it."""
+"""Values that come from other files: `.npy` files and checkpoints, of which nothing is read before it is needed."""
 
 import os
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ import numpy as np
 from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
-from paramend.errors import BadArgument, BadCheckpoint, NoMatch, WrongCount
+from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular
 from paramend.formats.shards import stats_of
-from paramend.leaves import Editable, Index
+from paramend.leaves import Editable, Index, Stored
 from paramend.paths import labels, text_of
 from paramend.selectors import Selector, resolve
 from paramend.structure import moves
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Donors:
-    """Files that values come from, each opened once. It is a context manager; arrays that it gave stay valid.
+    """Files that values come from, each opened once. They are closed when nothing refers to their values any more.
 
     Args:
         folder: what relative names are relative to.
@@ -31,14 +31,6 @@ class Donors:
     def __init__(self, folder: str | os.PathLike[str] = "") -> None:
         self._folder = Path(folder)
         self._open: dict[Path, Array | Checkpoint] = {}
-
-    def __enter__(self) -> "Donors":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for donor in self._open.values():
-            if isinstance(donor, Checkpoint):
-                donor.close()
 
     def open(self, name: str) -> Array | Checkpoint:
         """The array of a `.npy` file, or a checkpoint.
@@ -54,11 +46,11 @@ class Donors:
 
     def values(
         self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
-    ) -> dict[int, Array]:
-        """One array for each chosen leaf: a map of the file where the tree is a checkpoint that does not hold it.
+    ) -> dict[int, Array | Stored]:
+        """One array for each chosen leaf, or a reference to it.
 
-        In memory arrays become leaves and outlive the file; and a map of a checkpoint that is patched with leaves of
-        its own would show what was written first.
+        A checkpoint that is edited gets references. Trees in memory get copies, which become leaves and outlive the
+        file; so do checkpoints that take leaves of their own: a patch writes one leaf before it reads the next.
 
         Args:
             name: the file.
@@ -76,7 +68,14 @@ class Donors:
                 raise BadArgument(f"{name} holds one array, without a name", hint="leave leaf out")
             array = donor if isinstance(leaves, Checkpoint) else np.array(donor)
             return dict.fromkeys((number for number, _ in chosen), array)
-        read = donor.read if isinstance(leaves, Checkpoint) and not _share(leaves, donor) else donor.fetch
+        lazy = isinstance(leaves, Checkpoint) and not _share(leaves, donor)
+
+        def read(number: int) -> Array | Stored:
+            why = donor.refusal(number)
+            if why:
+                raise Unsupported(f"{name}: {donor.index.path(number)} cannot be read: {why}")
+            return Stored(donor.source, number) if lazy and donor.spec(number).ndim else donor.fetch(number)
+
         if leaf is not None and not any(char in leaf for char in "*{<"):
             found = _named(leaf, donor, name)
             if len(found) != 1:

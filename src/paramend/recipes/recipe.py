@@ -122,8 +122,7 @@ class Recipe:
                 f"{str(tree)!r} is a path, and a recipe is applied to a tree",
                 hint="recipe.apply(pm.open(path)).save(out)",
             )
-        with Donors(self._folder) as donors:
-            found, problems = run(self._steps, tree, donors)
+        found, problems = run(self._steps, tree, Donors(self._folder))
         self._refuse(problems)
         return found  # type: ignore[no-any-return]
 
@@ -145,8 +144,7 @@ class Recipe:
             raise Unsupported(
                 "the files of a checkpoint are not edited so", hint="pm.patch(path, recipe.apply) edits them in place"
             )
-        with Donors(self._folder) as donors:
-            work, problems = check_in_place(self._steps, module, donors)
+        work, problems = check_in_place(self._steps, module, Donors(self._folder))
         self._refuse(problems)
         for carry_out in work:
             carry_out()

@@ -133,8 +133,11 @@ class _Attempt:
                 try:
                     numbers = resolve(narrowed, self.leaves)
                 except ParamendError as error:
-                    if not (absent and isinstance(error, NoMatch)):
-                        self.notes.append(problem_of(error, f"{self.address}.{key}"))
+                    problem = problem_of(error, f"{self.address}.{key}")
+                    if self.step.verb.name == "expect" and isinstance(error, NoMatch):
+                        problem = problem._replace(code="expect")
+                    if not (absent and problem.code == "expect"):
+                        self.notes.append(problem)
                     numbers = ()
                     break
             found |= {number: found.get(number, selector) for number in numbers}
