@@ -15,6 +15,7 @@ from paramend.formats.files import open_regular
 from paramend.formats.shards import stats_of
 from paramend.leaves import Editable, Index, Stored
 from paramend.paths import labels, text_of
+from paramend.renames import captures
 from paramend.selectors import Selector, resolve
 from paramend.structure import moves
 
@@ -76,7 +77,7 @@ class Donors:
                 raise Unsupported(f"{name}: {donor.index.path(number)} cannot be read: {why}")
             return Stored(donor.source, number) if lazy and donor.spec(number).ndim else donor.fetch(number)
 
-        if leaf is not None and not any(char in leaf for char in "*{<"):
+        if leaf is not None and not captures(leaf):
             found = _named(leaf, donor, name)
             if len(found) != 1:
                 raise WrongCount(f"{leaf!r} is {len(found)} leaves of {name}", found=len(found), wanted=1)

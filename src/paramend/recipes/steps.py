@@ -9,15 +9,13 @@ from paramend.errors import ParamendError, Problem
 from paramend.ops import OPS
 from paramend.recipes.text import below
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
-from paramend.renames import rename
+from paramend.renames import captures, rename
 from paramend.selectors import Selector, sel
 from paramend.values import shown
 
 T = TypeVar("T")
 
 VERSION = 1
-# Wildcards in `leaf` stand for what those of `at` matched; without any, it is the path of one leaf.
-WILDCARDS = "*{<"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +159,7 @@ def _given(verb: Verb, body: Any, address: str, notes: Notes) -> Step | None:
         return None
     step = Step(verb, given)
     target = given.get("to") or given.get("leaf", "")
-    if "to" in given or any(char in target for char in WILDCARDS):
+    if "to" in given or captures(target):
         for text in step.texts:
             notes.tried(below(address, "to" if "to" in given else "leaf"), rename, text, target)
     elif target:
