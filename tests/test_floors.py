@@ -11,7 +11,7 @@ FLOORS = [
     {"paths", "specs", "_optional", "measures", "reports"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "initializers", "trees.*"},
-    {"matching", "fits"},
+    {"matching", "fits", "values"},
     {"patterns", "resize"},
     {"leaves", "arrays.registry", "misses"},
     {
@@ -51,7 +51,10 @@ FLOORS = [
     {"assembling"},
     {"grafts.streaming"},
     {"grafting"},
-    {"patching"},
+    {"patching", "recipes.text", "recipes.verbs", "recipes.donors"},
+    {"recipes.steps", "recipes.schema"},
+    {"recipes.run"},
+    {"recipes.recipe"},
     # the doors
     {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},
     {"lessons.lesson", "lessons.solutions", "demo.training"},

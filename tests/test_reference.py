@@ -7,6 +7,7 @@ import pytest
 
 from paramend import errors
 from paramend.ops import OPS
+from paramend.recipes.verbs import VERBS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
@@ -28,7 +29,17 @@ def errors_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"ops": ops_table, "errors": errors_table}
+def steps_table() -> str:
+    rows = ["| step | what it does | keys |", "|---|---|---|"]
+    for verb in VERBS.values():
+        keys = [f"**{key.name}**" if key.required else key.name for key in verb.keys]
+        rows.append(f"| `{verb.name}` | {verb.says} | {', '.join(keys)} |")
+    keys = {key.name: key for verb in VERBS.values() for key in verb.keys}
+    rows += ["", "| key | what stands there |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{name}` | {key.says} |" for name, key in keys.items())])
+
+
+TABLES = {"ops": ops_table, "steps": steps_table, "errors": errors_table}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from paramend.influence import block_influence as block_influence
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
+    from paramend.recipes.recipe import Recipe as Recipe
     from paramend.undoing import history as history
     from paramend.undoing import undo as undo
 
 __all__ = [
     "Checkpoint",
+    "Recipe",
     "Selection",
     "Selector",
     "Spec",
@@ -89,6 +91,7 @@ _LATER = {
         "paramend.grafting": ("graft", "graft_"),
         "paramend.modules": ("init_zero_",),
         "paramend.patching": ("patch",),
+        "paramend.recipes.recipe": ("Recipe",),
         "paramend.undoing": ("history", "undo"),
     }.items()
     for name in names

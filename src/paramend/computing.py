@@ -9,6 +9,7 @@ import numpy as np
 from paramend.arrays import numpy as numpy_backend
 from paramend.errors import SpecMismatch
 from paramend.initializers import Place, generator
+from paramend.leaves import Stored
 from paramend.ops import Call
 from paramend.specs import Spec, numpy_dtype
 
@@ -34,6 +35,8 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
         return None
     value: Any = edit.args.get("value")
     if edit.op.name == "set":
+        if isinstance(value, Stored):
+            return lambda x, start: value.read_range(start, start + x.size)
         values = np.asarray(value).astype(numpy_dtype(spec.dtype), copy=False).reshape(-1)
         return lambda x, start: values[start : start + x.size]
     if not edit.op.chunks:
@@ -43,10 +46,14 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
         random = "seed" in edit.op.parameters
         here = replace(place, stream=generator(int(edit.args.get("seed", 0)), place)) if random else place
         return lambda x, start: edit.run(x, here)
-    spread = np.broadcast_to(np.asarray(value), spec.shape).flat
+    if isinstance(value, Stored) and value.spec.shape == spec.shape:
+        piece = value.read_range
+    else:
+        spread = np.broadcast_to(np.asarray(value.read() if isinstance(value, Stored) else value), spec.shape).flat
+        piece = lambda start, stop: spread[start:stop]
 
     def step(x: Array, start: int) -> Array:
-        part = {**edit.args, "value": spread[start : start + x.size]}
+        part = {**edit.args, "value": piece(start, start + x.size)}
         return edit.op.run(numpy_backend, x, part, place)  # type: ignore[no-any-return]
 
     return step

@@ -6,8 +6,7 @@ from typing import Any, Generic, TypeVar
 from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
-from paramend.leaves import Editable
-from paramend.memory import Memory, explain
+from paramend.memory import editable, explain
 from paramend.ops import OPS, Call, sliced_shape
 from paramend.selectors import resolve, sel, slice_of, write_index
 
@@ -23,7 +22,7 @@ class Selection(Generic[T]):
 
     def __init__(self, tree: T, selector: Any, count: int | None = None) -> None:
         self._selector, self._index = slice_of(selector)
-        self._tree = _leaves(tree)
+        self._tree = editable(tree)
         self._numbers = resolve(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
             raise WrongCount(
@@ -310,11 +309,6 @@ class Selection(Generic[T]):
         self._tree.edited_(self._calls(name, args))
 
 
-def _leaves(tree: Any) -> Editable:
-    """A checkpoint carries edits out itself; anything else is a tree in memory."""
-    return tree if isinstance(tree, Editable) else Memory(tree)
-
-
 def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
     extra = [path for path in values if path not in set(paths)]
     missing = [path for path in paths if path not in values]
@@ -363,7 +357,7 @@ def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
     >>> labels({"a": np.ones(1), "b": np.ones(1)}, {"frozen": "a", "train": "**"})
     {'a': 'frozen', 'b': 'train'}
     """
-    leaves = _leaves(tree)
+    leaves = editable(tree)
     found: dict[int, str] = {}
     for label, selector in groups.items():
         for number in resolve(selector, leaves):
@@ -386,7 +380,7 @@ def param_count(tree: Any, selector: Any = "**") -> int:
     >>> param_count({"kernel": np.ones((3, 4)), "bias": np.ones(4)}), param_count({"w": np.ones(2)}, "w")
     (16, 2)
     """
-    leaves = _leaves(tree)
+    leaves = editable(tree)
     chosen, index = slice_of(sel(selector))
     if not leaves.index.numbers and selector == "**":
         return 0

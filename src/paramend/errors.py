@@ -8,6 +8,7 @@
     ├── SpecMismatch       (ValueError)     a shape or dtype differs where it must agree
     ├── Unsupported        (TypeError)      this leaf or container cannot take this edit
     ├── BadArgument        (ValueError)     an argument outside its choices
+    ├── BadRecipe          (ValueError)     fix the recipe; `problems` lists all that is wrong, each with its address
     ├── RenameClash        (ValueError)     two leaves for one path, or a path that cannot be
     ├── GraftRefused       (ValueError)     source and target do not fit; `report` holds every case
     ├── UnexpectedChange   (AssertionError) leaves differ that must not; `changes` names them
@@ -21,8 +22,9 @@ Every message says what was written, what was there and, after an empty line, `h
 Each class has a stable `code` for programs to test.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class ParamendError(Exception):
@@ -95,6 +97,41 @@ class BadArgument(ParamendError, ValueError):
     """An argument outside its choices."""
 
     code = "bad-argument"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a recipe.
+
+    Attributes:
+        address: where, such as `$.steps[2].at`.
+        message: what.
+        hint: what to write instead, or "".
+        code: the code of the error that an edit in Python would raise; "expect" for an expectation that does not hold.
+        line: the line of the file, counted from 1, or 0.
+    """
+
+    address: str
+    message: str
+    hint: str = ""
+    code: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        line = f" (line {self.line})" if self.line else ""
+        hint = f"\nhint: {self.hint}" if self.hint else ""
+        return re.sub(r"\n(?=.)", "\n    ", f"{self.address}{line}: {self.message}{hint}")
+
+
+class BadRecipe(ParamendError, ValueError):
+    """A recipe that cannot be carried out. `problems` holds everything that is wrong, each with its address."""
+
+    code = "bad-recipe"
+
+    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+        count = f"{len(problems):,} problem{'' if len(problems) == 1 else 's'}"
+        super().__init__("\n".join([f"{name}: {count}", "", *map(str, problems)]))
+        self.problems = tuple(problems)
+        self.hint = next((problem.hint for problem in problems if problem.hint), "")
 
 
 class RenameClash(ParamendError, ValueError):

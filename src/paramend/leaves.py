@@ -2,9 +2,9 @@
 
 import gc
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -161,6 +161,26 @@ class Leaves(Protocol):
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a container of the kind that such trees are made of, as (key, child); None for a leaf."""
+
+
+class Stored:
+    """A leaf of a file as the operand of an edit: read when the edit runs, in pieces where it runs in pieces.
+
+    Attributes:
+        spec: its shape and dtype.
+        ndim: the number of its axes.
+        read: its values.
+        read_range: its elements from one to another, counted in C order.
+    """
+
+    def __init__(self, source: Any, number: int) -> None:
+        self.spec: Spec = source.spec(number)
+        self.ndim = self.spec.ndim
+        self.read: Callable[[], Any] = partial(source.read, number)
+        self.read_range: Callable[[int, int], Any] = partial(source.read_range, number)
+
+    def __repr__(self) -> str:
+        return str(self.spec)
 
 
 class Editable(Leaves):

@@ -24,14 +24,18 @@ class Memory(Tree, Editable):
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
         """Carries the calls out in place. On an error nothing has changed."""
-        for number in calls:
-            self.in_place(number)
-        self._check(calls)
+        self.check_(calls)
         new = self.computed(calls)
         if any(call.op.name == "apply" for call in calls.values()):  # the user's function may raise half way
             new = iter(list(new))
         for number, value in new:
             self.assign(number, value)
+
+    def check_(self, calls: Mapping[int, Call]) -> None:
+        """Refuses calls that cannot be carried out in place."""
+        for number in calls:
+            self.in_place(number)
+        self._check(calls)
 
     def deleted(self, numbers: Iterable[int]) -> Any:
         """The tree without some leaves, under all their paths."""
@@ -63,6 +67,11 @@ class Memory(Tree, Editable):
     def _place(self, number: int) -> Place:
         """Of a leaf with several paths the first counts, whichever was selected."""
         return Place(self.index.pieces(self.ties.get(number, number)), out_first=self.index.separator == ".")
+
+
+def editable(tree: Any) -> Editable:
+    """A checkpoint carries edits out itself; anything else is a tree in memory."""
+    return tree if isinstance(tree, Editable) else Memory(tree)
 
 
 def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:

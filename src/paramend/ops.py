@@ -12,7 +12,9 @@ from paramend.arrays.backend import Backend
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.initializers import Place
+from paramend.leaves import Stored
 from paramend.specs import Spec, dtype_name, numpy_dtype
+from paramend.values import ARRAY, DEVIATION, DTYPE, INITIALIZER, NATURAL, NUMBER, OPERAND, Value
 
 Args = Mapping[str, Any]
 
@@ -25,7 +27,9 @@ class Op:
         name: the verb.
         says: what it does, for the docs table and `--help`.
         parameters: the names of its arguments.
+        takes: what data may stand for each of them; none where only code can say them.
         optional: those that it can do without.
+        also: other words for it, under which it may be looked for.
         check: (spec, args) → the spec after it; raises where the edit makes no sense.
         run: (backend, array, args, place) → a new array.
         slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
@@ -47,7 +51,9 @@ class Op:
     chunks: bool = True
     arithmetic: bool = True
     placed: bool = False
+    takes: tuple[Value, ...] = ()
     optional: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def checks(self) -> bool:
@@ -159,14 +165,33 @@ def _fits(value: Any, spec: Spec, what: str) -> None:
             stored = number.astype(numpy_dtype(spec.dtype))
         except (TypeError, ValueError) as error:
             raise SpecMismatch(f"{what} takes a number, and {value!r} is none") from error
+        except OverflowError as error:  # an int of Python beyond 64 bits
+            raise SpecMismatch(f"{what}: {spec.dtype} cannot hold {value!r}") from error
     exact = number if spec.kind in ("bool", "int") else np.isfinite(number.astype(np.complex128))
     held = stored.astype(number.dtype) if spec.kind in ("bool", "int") else np.isfinite(stored.astype(np.complex128))
-    lost_imaginary = spec.kind != "complex" and np.iscomplexobj(number) and number.imag != 0
-    if lost_imaginary or (exact != held and not (spec.kind == "float" and not exact)):
+    lost = exact != held
+    if spec.kind == "float":
+        lost &= exact  # what is infinite stays so
+    if spec.kind != "complex" and np.iscomplexobj(number):
+        lost |= number.imag != 0
+    if lost.any():
         raise SpecMismatch(
-            f"{what}: {spec.dtype} cannot hold {value!r}",
+            f"{what}: {spec.dtype} cannot hold {value if number.ndim == 0 else number[lost].reshape(-1)[0]!r}",
             hint='cast the leaf first: pm.at(tree, selector).cast("float32")',
         )
+
+
+def fitted(value: Any, spec: Spec) -> np.ndarray[Any, Any]:
+    """Numbers that stand in text, as an array of a leaf's dtype.
+
+    Raises:
+        SpecMismatch: the dtype cannot hold one of them.
+
+    >>> fitted([1, 0.5], Spec((2,), "float16"))
+    array([1. , 0.5], dtype=float16)
+    """
+    _fits(value, spec, "the array")
+    return np.asarray(value).astype(numpy_dtype(spec.dtype))
 
 
 def _check_zero(spec: Spec, args: Args) -> Spec:
@@ -210,6 +235,8 @@ def _check_set(spec: Spec, args: Args) -> Spec:
 
 
 def _spec_of_list(value: Any) -> Spec:
+    if isinstance(value, Stored):
+        return value.spec
     try:
         array = np.asarray(value)
     except Exception as error:
@@ -277,6 +304,8 @@ def _check_cast(spec: Spec, args: Args) -> Spec:
 
 def _native(library: Backend, value: Any) -> Any:
     """A value that this library can read: arrays of another one pass through numpy, bit for bit."""
+    if isinstance(value, Stored):
+        value = value.read()
     found = backend_of(type(value))
     return value if found is None or found is library else found.numpy(value)
 
@@ -372,6 +401,7 @@ OPS: dict[str, Op] = {
             _check_fill,
             lambda library, x, args, place: library.full(x, _native(library, args["value"])),
             slot=lambda args: ("set", args["value"]),
+            takes=(NUMBER,),
             reads=False,
         ),
         Op(
@@ -381,6 +411,8 @@ OPS: dict[str, Op] = {
             _check_set,
             _run_set,
             slot=lambda args: ("set", args["value"]),
+            takes=(ARRAY,),
+            also=("replace", "assign"),
             reads=False,
             chunks=False,
             arithmetic=False,
@@ -392,6 +424,7 @@ OPS: dict[str, Op] = {
             _check_arithmetic,
             lambda library, x, args, place: library.add(x, _native(library, args["value"])),
             slot=lambda args: ("add", args["value"]),
+            takes=(OPERAND,),
         ),
         Op(
             "multiply",
@@ -400,6 +433,8 @@ OPS: dict[str, Op] = {
             _check_arithmetic,
             lambda library, x, args, place: library.multiply(x, _native(library, args["value"])),
             slot=lambda args: ("multiply", args["value"]),
+            takes=(OPERAND,),
+            also=("scale", "mul"),
         ),
         Op(
             "apply",
@@ -419,6 +454,8 @@ OPS: dict[str, Op] = {
             _check_cast,
             _run_cast,
             keeps_spec=False,
+            takes=(DTYPE,),
+            also=("astype", "convert"),
         ),
         Op(
             "noise",
@@ -427,6 +464,7 @@ OPS: dict[str, Op] = {
             _check_noise,
             _run_noise,
             placed=True,
+            takes=(DEVIATION, NATURAL),
             optional=("seed",),
         ),
         Op(
@@ -439,6 +477,8 @@ OPS: dict[str, Op] = {
             reads=False,
             chunks=False,
             placed=True,
+            takes=(INITIALIZER, NATURAL),
+            also=("init", "initialize"),
         ),
     )
 }

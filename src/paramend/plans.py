@@ -243,7 +243,7 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
     hint: "fill"
     """
     if op not in OPS:
-        near = _text.closest(op, OPS, limit=1)
+        near = [row.name for row in OPS.values() if op in row.also] or _text.closest(op, OPS, limit=1)
         raise BadArgument(f"{op!r} is no edit", hint=f'"{near[0]}"' if near else ", ".join(OPS))
     parameters = OPS[op].parameters
     takes = ", ".join(parameters) or "no arguments"

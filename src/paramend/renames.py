@@ -107,6 +107,15 @@ class Rename:
         return Rename(self.target, self.source)
 
 
+def captures(target: str) -> bool:
+    """Whether wildcards stand in a target, for what those of a selector matched; else it is the path of one leaf.
+
+    >>> captures("layers/<n+1>/w"), captures("layers[-1]/w")
+    (True, False)
+    """
+    return any(char in target for char in "*{<")
+
+
 def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
     """A checked rename.
 

@@ -480,8 +480,10 @@ def _chunk_step(edit: Call, spec: Spec, place: Place) -> Step | None:
     if edit.index is None:
         return step_of(edit, spec, place)
     part = _part(edit.index, spec.shape)
+    if part is None or np.ndim(edit.args.get("value", 0)):  # such a value is as large as the slice
+        return None
     whole = step_of(replace(edit, index=None), spec, place)
-    if part is None or whole is None or np.ndim(edit.args.get("value", 0)):
+    if whole is None:
         return None
 
     def step(x: Array, start: int) -> Array:

@@ -1,32 +1,35 @@
 """The commands that edit a checkpoint, made from the table of ops."""
 
 import re
-from collections.abc import Callable
-from contextlib import suppress
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from paramend import _text
 from paramend.checkpoints import Checkpoint
-from paramend.checkpoints import open as open_checkpoint
-from paramend.cli.writing import carry_out, patch_in_place
+from paramend.cli.writing import edit_checkpoint, options
+from paramend.errors import BadArgument, SpecMismatch
+from paramend.leaves import Stored
 from paramend.ops import OPS
-from paramend.plans import Plan, call
+from paramend.plans import call
+from paramend.recipes.donors import Donors
 from paramend.selectors import resolve, sel
+from paramend.specs import Spec
+from paramend.values import read_number
 
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 
 
 def _number(text: str) -> int | float | bool:
     """A number as it is typed: 3 is an int, 0.5, inf and nan are floats, true and false are bools."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    raise click.BadParameter(f"{text!r} is no number; write 3, 0.5, 1e-3, inf, nan, true or false")
+    try:
+        return read_number(text)
+    except BadArgument as error:
+        raise click.BadParameter(f"{text!r} is no number; write {error.hint}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,13 @@ VERBS = (
     Verb("zero", "zero"),
     Verb("fill", "fill", ("value", "VALUE", _number)),
     Verb("scale", "multiply", ("value", "FACTOR", _number)),
+    Verb(
+        "set",
+        "set",
+        ("value", "VALUE", str),
+        "Replace the leaves that SELECTOR chooses. VALUE is a .npy file; another checkpoint, whose leaves of the same "
+        "paths are taken; or OTHER:PATH, one of its leaves. Shapes and dtypes must agree.",
+    ),
     Verb("noise", "noise", ("std", "STD", _number)),
     Verb("cast", "cast", ("dtype", "DTYPE", str)),
     Verb("delete", "", says="Leave the leaves that SELECTOR chooses out of the checkpoint."),
@@ -78,17 +88,51 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
 
+def _set(checkpoint: Checkpoint, selector: str, numbers: Sequence[int], value: str) -> Checkpoint:
+    """The checkpoint with leaves replaced by what VALUE names."""
+    path = checkpoint.path
+    name, leaf = _split(value)
+    by = sel(selector)
+    found = Donors().values(name, leaf, checkpoint, [(number, by) for number in numbers])
+    wrong = [number for number, array in found.items() if _spec(array) != checkpoint.spec(number)]
+    if wrong:
+        shape, dtype = checkpoint.spec(wrong[0]).shape, checkpoint.spec(wrong[0]).dtype
+        given = _spec(found[wrong[0]])
+        of, chosen, to = (path, selector, given.dtype) if name.endswith(".npy") else (name, leaf or selector, dtype)
+        cast = f"paramend cast {shlex.quote(str(of))} {shlex.quote(chosen)} {to} -o OUT"
+        raise SpecMismatch(
+            f"{checkpoint.index.path(wrong[0])} is {checkpoint.spec(wrong[0])}, and {value} has {given} for it"
+            + (f"; {_text.plural(len(wrong) - 1, 'more leaf does', 'more leaves do')} not fit" if wrong[1:] else ""),
+            hint=cast if given.shape == shape else "",
+        )
+    return checkpoint.edited({number: call("set", {"value": array}) for number, array in found.items()})
+
+
+def _spec(value: Any) -> Spec:
+    return value.spec if isinstance(value, Stored) else Spec(value.shape, value.dtype.name)
+
+
+def _split(value: str) -> tuple[str, str | None]:
+    """A file, and the leaf after its colon; names of files may hold colons too."""
+    cuts = [at for at, char in enumerate(value) if char == ":"]
+    if not cuts or Path(value).exists():
+        return value, None
+    at = next((at for at in reversed(cuts) if Path(value[:at]).exists()), cuts[0])
+    return value[:at], value[at + 1 :]
+
+
 def _command(verb: Verb) -> click.Command:
     op = OPS[verb.op] if verb.op else None
 
-    def edited(made: Plan, selector: str, args: dict[str, Any]) -> Plan:
-        if op is not None:
-            return made.edited(dict.fromkeys(resolve(selector, made.leaves), call(op.name, args)))
-        checkpoint = Checkpoint(made.leaves, made)
+    def edited(checkpoint: Checkpoint, selector: str, args: dict[str, Any]) -> Checkpoint:
         numbers = resolve(selector, checkpoint)
         if verb.name == "delete":
-            return checkpoint.deleted(numbers).plan
-        return checkpoint.moved(sel(selector), numbers, args["to"]).plan
+            return checkpoint.deleted(numbers)
+        if verb.name == "rename":
+            return checkpoint.moved(sel(selector), numbers, args["to"])
+        if verb.name == "set":
+            return _set(checkpoint, selector, numbers, args["value"])
+        return checkpoint.edited(dict.fromkeys(numbers, call(verb.op, args)))
 
     def run(
         path: Path,
@@ -101,16 +145,16 @@ def _command(verb: Verb) -> click.Command:
         as_json: bool,
         **args: Any,
     ) -> None:
-        if in_place and (out is not None or link or force):
-            raise click.UsageError("--in-place changes PATH itself: it goes with no -o, --link or --force.")
-        if out is None and not (dry_run or in_place):
-            raise click.UsageError("-o OUT or --in-place is needed.")
-        if in_place:
-            patch_in_place(path, lambda plan: edited(plan, selector, args), dry_run=dry_run, as_json=as_json)
-            return
-        with open_checkpoint(path) as checkpoint:
-            made = edited(checkpoint.plan, selector, args)
-            carry_out(made, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link)
+        edit_checkpoint(
+            path,
+            lambda checkpoint: edited(checkpoint, selector, args),
+            out=out,
+            in_place=in_place,
+            link=link,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
 
     params: list[click.Parameter] = [
         click.Argument(["path"], type=click.Path(path_type=Path)),
@@ -122,14 +166,7 @@ def _command(verb: Verb) -> click.Command:
     if op is not None and "seed" in op.parameters:
         seed = click.IntRange(min=0)
         params.append(click.Option(["--seed"], type=seed, default=0, show_default=True, help="Seed of the noise."))
-    params += [
-        click.Option(["-o", "--out"], metavar="OUT", help="The file or directory to write."),
-        click.Option(["--in-place"], is_flag=True, help="Change PATH itself; `paramend undo PATH` takes it back."),
-        click.Option(["--link"], is_flag=True, help="Hard-link the shards in which nothing changes."),
-        click.Option(["--force"], is_flag=True, help="Replace OUT if it exists."),
-        click.Option(["--dry-run"], is_flag=True, help="Show the table of what would change, and write nothing."),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print data as JSON."),
-    ]
+    params += options()
     says = verb.says or f"{OPS[verb.op].says[0].upper()}{OPS[verb.op].says[1:]}, in the leaves that SELECTOR chooses."
     rest = (
         "With -o, PATH, a file or a directory, is read and never changed; OUT gets the edited leaves and all other "
@@ -140,4 +177,4 @@ def _command(verb: Verb) -> click.Command:
     return _Command(verb.name, callback=run, params=params, help=f"{says}\n\n{rest}")
 
 
-zero, fill, scale, noise, cast, delete, rename = map(_command, VERBS)
+zero, fill, scale, set, noise, cast, delete, rename = map(_command, VERBS)

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
+
 from paramend.checkpoints import Checkpoint
+from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.pages.page import Paged
 from paramend.patching import patch
@@ -64,21 +67,52 @@ def carry_out(
         _ui.say(line)
 
 
-def patch_in_place(path: Path, edit: Callable[[Plan], Plan], *, dry_run: bool, as_json: bool) -> None:
-    """Changes a checkpoint's own files, or only shows it in a dry run.
+def options() -> list[click.Parameter]:
+    """The options of a command that edits a checkpoint."""
+    return [
+        click.Option(["-o", "--out"], metavar="OUT", help="The file or directory to write."),
+        click.Option(["--in-place"], is_flag=True, help="Change PATH itself; `paramend undo PATH` takes it back."),
+        click.Option(["--link"], is_flag=True, help="Hard-link the shards in which nothing changes."),
+        click.Option(["--force"], is_flag=True, help="Replace OUT if it exists."),
+        click.Option(["--dry-run"], is_flag=True, help="Show the table of what would change, and write nothing."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print data as JSON."),
+    ]
+
+
+def edit_checkpoint(
+    path: Path,
+    edit: Callable[[Checkpoint], Checkpoint],
+    *,
+    out: str | None,
+    in_place: bool,
+    link: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Writes a checkpoint edited, or changes its own files, or only shows it in a dry run.
 
     Args:
         path: the checkpoint.
-        edit: its plan → the plan with the edit.
+        edit: takes it opened, and gives it back edited.
+        out: what to write.
+        in_place: whether its own files change.
+        link: whether shards that stay are linked.
+        force: whether `out` may exist.
         dry_run: whether nothing is written.
         as_json: whether data is printed as JSON.
     """
-
-    def edited(checkpoint: Checkpoint) -> Checkpoint:
-        return Checkpoint(checkpoint.source, edit(checkpoint.plan))
-
+    if in_place and (out is not None or link or force):
+        raise click.UsageError("--in-place changes PATH itself: it goes with no -o, --link or --force.")
+    if out is None and not (dry_run or in_place):
+        raise click.UsageError("-o OUT or --in-place is needed.")
+    if not in_place:
+        with open_checkpoint(path) as checkpoint:
+            made = edit(checkpoint).plan
+            carry_out(made, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link)
+        return
     with _ui.bar(f"patching {path.name}") as progress:
-        report = patch(path, edited, dry_run=dry_run, progress=progress)
+        report = patch(path, edit, dry_run=dry_run, progress=progress)
     if as_json:
         _ui.emit(report.to_dict())
     else:

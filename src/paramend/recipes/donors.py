@@ -1,0 +1,139 @@
+"""Values that come from other files: `.npy` files and checkpoints, of which nothing is read before it is needed."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.checkpoints import Checkpoint
+from paramend.checkpoints import open as open_checkpoint
+from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
+from paramend.formats.files import open_regular
+from paramend.formats.shards import stats_of
+from paramend.leaves import Editable, Index, Stored
+from paramend.paths import labels, text_of
+from paramend.renames import captures
+from paramend.selectors import Selector, resolve
+from paramend.structure import moves
+
+Array = np.ndarray[Any, Any]
+
+
+class Donors:
+    """Files that values come from, each opened once. They are closed when nothing refers to their values any more.
+
+    Args:
+        folder: what relative names are relative to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] = "") -> None:
+        self._folder = Path(folder)
+        self._open: dict[Path, Array | Checkpoint] = {}
+
+    def open(self, name: str) -> Array | Checkpoint:
+        """The array of a `.npy` file, or a checkpoint.
+
+        Raises:
+            CannotRead: there is no such file.
+            BadCheckpoint: it is damaged, or of no known format.
+        """
+        path = self._folder / name
+        if path not in self._open:
+            self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path)
+        return self._open[path]
+
+    def values(
+        self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
+    ) -> dict[int, Array | Stored]:
+        """One array for each chosen leaf, or a reference to it.
+
+        A checkpoint that is edited gets references. Trees in memory get copies, which become leaves and outlive the
+        file; so do checkpoints that take leaves of their own: a patch writes one leaf before it reads the next.
+
+        Args:
+            name: the file.
+            leaf: the path of its leaf; its wildcards stand for what those of the selectors matched. None: the leaf of
+                the same path, whichever separator either side has.
+            leaves: the tree.
+            chosen: leaf numbers, each with the selector that chose it.
+
+        Raises:
+            NoMatch: the file has no such leaf; the message names all that are missing.
+        """
+        donor = self.open(name)
+        if not isinstance(donor, Checkpoint):
+            if leaf is not None:
+                raise BadArgument(f"{name} holds one array, without a name", hint="leave leaf out")
+            array = donor if isinstance(leaves, Checkpoint) else np.array(donor)
+            return dict.fromkeys((number for number, _ in chosen), array)
+        lazy = isinstance(leaves, Checkpoint) and not _share(leaves, donor)
+
+        def read(number: int) -> Array | Stored:
+            why = donor.refusal(number)
+            if why:
+                raise Unsupported(f"{name}: {donor.index.path(number)} cannot be read: {why}")
+            return Stored(donor.source, number) if lazy and donor.spec(number).ndim else donor.fetch(number)
+
+        if leaf is not None and not captures(leaf):
+            found = _named(leaf, donor, name)
+            if len(found) != 1:
+                raise WrongCount(f"{leaf!r} is {len(found)} leaves of {name}", found=len(found), wanted=1)
+            return dict.fromkeys((number for number, _ in chosen), read(found[0]))
+        paths = {number: leaves.index.pieces(number) for number, _ in chosen}
+        if leaf is not None:
+            paths = _moved(leaves.index, chosen, leaf)
+        known = {donor.index.pieces(number): number for number in donor.index.numbers}
+        missing = ["/".join(path) for path in paths.values() if path not in known]
+        if missing:
+            near = _text.closest(missing[0], ["/".join(path) for path in known], limit=1)
+            raise NoMatch(
+                f"{name} has no {_text.listing([each.replace('/', donor.index.separator) for each in missing], 4)}",
+                hint=f'did you mean "{near[0].replace("/", donor.index.separator)}"?'
+                if near
+                else f"paramend show {name}",
+                near=near,
+            )
+        return {number: read(known[path]) for number, path in paths.items()}
+
+
+def _named(leaf: str, donor: Checkpoint, name: str) -> tuple[int, ...]:
+    try:
+        return resolve(leaf, donor)
+    except NoMatch as error:
+        error.args = (f"{name}: {error}",)
+        raise
+
+
+def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> dict[int, tuple[str, ...]]:
+    """The paths that a template gives to the chosen leaves, piece by piece."""
+    found: dict[int, tuple[str, ...]] = {}
+    for selector in dict.fromkeys(selector for _, selector in chosen):
+        numbers = {number for number, by in chosen if by == selector}
+        for number, keys in moves(index, selector, numbers, leaf).items():
+            found[number] = tuple(text_of(label) for key, _ in keys for label in labels(key))
+    return found
+
+
+def _share(one: Checkpoint, other: Checkpoint) -> bool:
+    files = {(stat.st_dev, stat.st_ino) for stat in stats_of(one.source).values()}
+    return any((stat.st_dev, stat.st_ino) in files for stat in stats_of(other.source).values())
+
+
+def _read_npy(path: Path) -> Array:
+    os.close(open_regular(path))  # numpy would wait for ever at a pipe
+    try:
+        try:
+            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError:  # nothing can be mapped of an array without elements
+            array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        raise BadCheckpoint(f"{path}: no array can be read from it: {error}") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        raise BadCheckpoint(
+            f"{path}: it holds {getattr(array, 'dtype', type(array).__name__)}, and no numbers of a known dtype",
+            hint='pm.save({"w": array}, "values.safetensors")',
+        )
+    return np.asarray(array).astype(array.dtype.newbyteorder("="), copy=False)

@@ -1,0 +1,189 @@
+"""`Recipe`: edits as data, carried out on any tree."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from paramend.checkpoints import Checkpoint
+from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, Problem, Unsupported
+from paramend.formats.files import open_regular
+from paramend.recipes.donors import Donors
+from paramend.recipes.run import check_in_place, run
+from paramend.recipes.schema import make_schema
+from paramend.recipes.steps import VERSION, Notes, parse_steps
+from paramend.recipes.text import MAX_BYTES, Document, read, write_scalar
+
+T = TypeVar("T")
+
+
+class Recipe:
+    """Edits as data: steps that are carried out in order, each on what the steps before it left.
+
+    `str(recipe)` is the recipe as YAML, which reads back as an equal one. Nothing in a recipe can run code.
+
+    Args:
+        steps: maps of one key each, as `docs/recipes.md` lists them.
+        version: of the form; there is one.
+
+    Raises:
+        BadRecipe: keys or values are wrong; `problems` lists all of them, each with its address.
+
+    >>> recipe = Recipe([{"zero": "head/bias"}, {"fill": {"at": "**/kernel", "value": 0.5}}])
+    >>> recipe.apply({"head": {"kernel": np.zeros(2), "bias": np.ones(1)}})
+    {'head': {'kernel': array([0.5, 0.5]), 'bias': array([0.])}}
+    >>> print(recipe)
+    version: 1
+    steps:
+      - zero: "head/bias"
+      - fill: {at: "**/kernel", value: 0.5}
+    """
+
+    def __init__(self, steps: Sequence[Mapping[str, Any]], *, version: int = VERSION) -> None:
+        self._read(Document({"version": version, "steps": steps}), "recipe", Path())
+
+    def _read(self, document: Document, name: str, folder: Path) -> None:
+        notes = Notes(document.problems)
+        self._steps = parse_steps(document.data, notes)
+        self._name, self._folder, self._lines = name, folder, document.lines
+        self._refuse(notes)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """The recipe in a YAML or JSON file. Files that it names are looked for beside it.
+
+        Raises:
+            CannotRead: there is no such file.
+            BadRecipe: it is no recipe; `problems` lists all that is wrong, each with its address and line.
+
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "fix.yaml")
+        >>> _ = path.write_text("version: 1\\nsteps:\\n  - zero: '**/bias'\\n")
+        >>> Recipe.load(path)
+        <fix.yaml: 1 step>
+        """
+        path = Path(path)
+        try:
+            text = _bytes_of(path).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadRecipe(path.name, [Problem("$", f"byte {error.start}: the text is not UTF-8")]) from None
+        return cls._of(read(text, path.name), path.name, path.parent)
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """The recipe of a YAML or JSON text. Files that it names are looked for in the current folder.
+
+        Raises:
+            BadRecipe: it is no recipe; `problems` lists all that is wrong, each with its address and line.
+
+        >>> Recipe.parse('{"version": 1, "steps": [{"zero": "w"}]}') == Recipe([{"zero": "w"}])
+        True
+        >>> Recipe.parse("version: 1\\nsteps: [zeroo: w]")
+        Traceback (most recent call last):
+        paramend.errors.BadRecipe: recipe: 1 problem
+        <BLANKLINE>
+        $.steps[0].zeroo (line 2): there is no step 'zeroo'
+            hint: did you mean zero?
+        """
+        return cls._of(read(text, "recipe"), "recipe", Path())
+
+    @classmethod
+    def _of(cls, document: Document, name: str, folder: Path) -> "Recipe":
+        new = cls.__new__(cls)
+        new._read(document, name, folder)
+        return new
+
+    @staticmethod
+    def schema() -> dict[str, Any]:
+        """The form of recipes as JSON Schema (2020-12), for editors and other programs.
+
+        >>> sorted(Recipe.schema()["properties"])
+        ['steps', 'version']
+        """
+        return make_schema()
+
+    def apply(self, tree: T) -> T:
+        """The tree with all steps carried out, of the same type; the tree that was given stays as it is.
+
+        Of an opened checkpoint, the checkpoint with a longer plan, for `.save(out)`; so `pm.patch(path, recipe.apply)`
+        carries the recipe out in place.
+
+        Args:
+            tree: anything that `pm.at` takes.
+
+        Raises:
+            BadRecipe: steps do not fit the tree. All that do not are listed; nothing was changed.
+
+        >>> Recipe([{"rename": {"at": "a/w", "to": "b/w"}}, {"zero": "b/w"}]).apply({"a": {"w": np.ones(1)}})
+        {'b': {'w': array([0.])}}
+        """
+        if isinstance(tree, str | os.PathLike):
+            raise Unsupported(
+                f"{str(tree)!r} is a path, and a recipe is applied to a tree",
+                hint="recipe.apply(pm.open(path)).save(out)",
+            )
+        found, problems = run(self._steps, tree, Donors(self._folder))
+        self._refuse(problems)
+        return found  # type: ignore[no-any-return]
+
+    def apply_(self, module: Any) -> None:
+        """Carries all steps out in place, on a torch or NNX module. Everything is checked before the first change.
+
+        Args:
+            module: what the verbs of `pm.at` that end in `_` take.
+
+        Raises:
+            BadRecipe: steps do not fit, or change shapes, dtypes or structure; nothing was changed.
+
+        >>> tree = {"w": np.ones(2)}
+        >>> Recipe([{"fill": {"at": "w", "index": -1, "value": 5}}]).apply_(tree)
+        >>> tree
+        {'w': array([1., 5.])}
+        """
+        if isinstance(module, Checkpoint):
+            raise Unsupported(
+                "the files of a checkpoint are not edited so", hint="pm.patch(path, recipe.apply) edits them in place"
+            )
+        work, problems = check_in_place(self._steps, module, Donors(self._folder))
+        self._refuse(problems)
+        for carry_out in work:
+            carry_out()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as data: `Recipe(**recipe.to_dict())` is equal to it."""
+        return {"version": VERSION, "steps": [step.to_dict() for step in self._steps]}
+
+    def _refuse(self, problems: Sequence[Problem]) -> None:
+        if problems:
+            lines = [problem.line or self._line(problem.address) for problem in problems]
+            found = [problem._replace(line=line) for problem, line in zip(problems, lines, strict=True)]
+            raise BadRecipe(self._name, found)
+
+    def _line(self, address: str) -> int:
+        while address and address not in self._lines:
+            address = address[: max(address.rfind("."), address.rfind("["))] if len(address) > 1 else ""
+        return self._lines.get(address, 0)
+
+    def __str__(self) -> str:
+        steps = (f"  - {verb}: {write_scalar(body)}" for step in self._steps for verb, body in step.to_dict().items())
+        return "\n".join([f"version: {VERSION}", "steps:", *steps])
+
+    def __repr__(self) -> str:
+        return f"<{self._name}: {len(self._steps)} step{'' if len(self._steps) == 1 else 's'}>"
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == str(other) if isinstance(other, Recipe) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except BadCheckpoint as error:
+        raise CannotRead(str(error)) from None
+    if len(data) > MAX_BYTES:
+        raise BadRecipe(path.name, [Problem("$", f"more than {MAX_BYTES:,} bytes are too many for a recipe")])
+    return data

@@ -1,0 +1,218 @@
+"""Runs of recipes: step after step on a tree, each on what the steps before it left, all problems collected."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.errors import NoMatch, ParamendError, Problem
+from paramend.leaves import Editable, unique
+from paramend.memory import editable
+from paramend.ops import Call, fitted, sliced_shape
+from paramend.recipes.donors import Donors
+from paramend.recipes.steps import Notes, Step, problem_of
+from paramend.recipes.verbs import CONDITIONS
+from paramend.selectors import Selector, Union, Where, resolve, sel
+from paramend.specs import Spec
+from paramend.values import read_index
+
+# What may be wrong only because a step before it could not be done: one that gives paths, or one that gives dtypes.
+_FOLLOWS_PATHS = re.compile(r"\.(at(\[\d+\])?|where|to|count|from|leaf)$")
+_FOLLOWS_SPECS = re.compile(r"\.(at|where|value|from|dtype)$")
+
+
+def run(steps: Sequence[Step], tree: Any, donors: Donors) -> tuple[Any, list[Problem]]:
+    """The edited tree, and all that is wrong; then the tree holds the steps that could be done."""
+    notes = Notes()
+    broken: list[_Attempt] = []
+    for n, step in enumerate(steps):
+        at = _Attempt(step, editable(tree), donors, f"$.steps[{n}]")
+        found = at.carry_out()
+        if not at.notes:
+            tree = tree if found is None else found
+        notes += [_following(problem, broken) for problem in at.notes]
+        if at.notes and step.verb.changes:
+            broken.append(at)
+    return tree, notes
+
+
+def check_in_place(
+    steps: Sequence[Step], module: Any, donors: Donors
+) -> tuple[list[Callable[[], None]], list[Problem]]:
+    """What carries the steps out in place, one after the other, and all that is wrong."""
+    notes = Notes()
+    work: list[Callable[[], None]] = []
+    leaves: Any = editable(module)
+    for n, step in enumerate(steps):
+        at = _Attempt(step, leaves, donors, f"$.steps[{n}]")
+        if step.verb.changes:
+            what = "shape and dtype stay" if step.verb.op else "the structure stays"
+            hint = "recipe.apply(tree) gives a new tree"
+            at.notes.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
+        calls = at.calls()
+        if calls and not at.notes:
+            at.notes.tried(f"{at.address}.at", leaves.check_, calls)
+            # The leaves of this step are those of all others; only their values will have changed.
+            work.append(lambda calls=calls: editable(module).edited_(calls))  # type: ignore[misc]
+        notes += at.notes
+    return work, notes
+
+
+def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:
+    """The problem, with a word on the last broken step that it may follow from."""
+    for other in reversed(broken):
+        follows = _FOLLOWS_SPECS if other.step.verb.op else _FOLLOWS_PATHS
+        if follows.search(problem.address) and problem.code not in ("cannot-read", "bad-checkpoint"):
+            return problem._replace(message=f"{problem.message} (this may follow from {other.address})")
+    return problem
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One step on a tree.
+
+    Attributes:
+        notes: what is wrong.
+    """
+
+    step: Step
+    leaves: Editable
+    donors: Donors
+    address: str
+    notes: Notes = field(default_factory=Notes)
+
+    def carry_out(self) -> Any:
+        """The tree after the step; None if nothing changes or something is wrong."""
+        if self.step.verb.op is not None:
+            calls = self.calls()
+            return self.notes.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
+        numbers = [number for number, _ in self._chosen()]
+        if self.notes or self.step.verb.name == "expect":
+            return None
+        if self.step.verb.name == "delete":
+            return self.notes.tried(f"{self.address}.at", self.leaves.deleted, numbers)
+        # What the leaves were chosen by says what the wildcards of the new path mean.
+        by = Union(tuple(self.step.selectors()))
+        return self.notes.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
+
+    def calls(self) -> dict[int, Call]:
+        """The call of the step's op on each chosen leaf, checked against its spec; none if something is wrong."""
+        op, given = self.step.verb.op, self.step.given
+        chosen = self._chosen()
+        if op is None or self.notes:
+            return {}
+        index = read_index(given["index"]) if "index" in given else None
+        specs = {number: self.leaves.spec(number) for number, _ in chosen}
+        if index is not None:
+            inner = self._each("index", specs, lambda number: _sliced(specs[number], index))
+        else:
+            inner = specs
+        args = {name: given[name] for name in op.parameters if name in given}
+        values = dict.fromkeys(specs, args.get("value"))
+        if "from" in given:
+            values = self._donated(chosen)
+        elif isinstance(args.get("value"), list):
+            values = self._each("value", inner, lambda number: _literal(args["value"], inner[number]))
+        if self.notes:
+            return {}
+        calls = {n: Call(op, args if value is None else {**args, "value": value}, index) for n, value in values.items()}
+        about = next((key for key in ("from", *op.parameters) if key in given), "at")
+        self._each(about, specs, lambda number: calls[number].spec(specs[number]))
+        return {} if self.notes else calls
+
+    def _chosen(self) -> list[tuple[int, Selector]]:
+        """The chosen leaves, each with the selector that chose it, in the order of the tree."""
+        found: dict[int, Selector] = {}
+        absent = self.step.given.get("count") == 0
+        for n, selector in enumerate(self.step.selectors()):
+            part = f"[{n}]" if isinstance(self.step.given["at"], list) else ""
+            for key, narrowed in ((f"at{part}", selector), ("where", self._narrowed(selector))):
+                try:
+                    numbers = resolve(narrowed, self.leaves)
+                except ParamendError as error:
+                    problem = problem_of(error, f"{self.address}.{key}")
+                    if self.step.verb.name == "expect" and isinstance(error, NoMatch):
+                        problem = problem._replace(code="expect")
+                    if not (absent and problem.code == "expect"):
+                        self.notes.append(problem)
+                    numbers = ()
+                    break
+            found |= {number: found.get(number, selector) for number in numbers}
+        order = unique(self.leaves, self.leaves.index.ordered(found))
+        if self.step.verb.name == "expect" and not self.notes:
+            self._expect(order)
+        return [(number, found[number]) for number in order]
+
+    def _narrowed(self, selector: Selector) -> Selector:
+        where = self.step.given.get("where")
+        return selector.where(**where) if where else selector
+
+    def _expect(self, numbers: Sequence[int]) -> None:
+        given = self.step.given
+        paths = [self.leaves.index.path(number) for number in numbers]
+        count = given.get("count", len(numbers))
+        if len(numbers) != count:
+            are = f"{_text.plural(len(numbers), 'leaf is', 'leaves are')} chosen: {_text.listing(paths, 4)}"
+            self.notes.add(f"{self.address}.count", f"{count} expected, and {are}", f"count: {len(numbers)}", "expect")
+        for key in CONDITIONS:
+            if key.name not in given:
+                continue
+            want = given[key.name]
+            wanted = sel("**").where(**{key.name: want})
+            assert isinstance(wanted, Where)
+            bad = [number for number in numbers if not wanted.fits(self.leaves.spec(number))]
+            if bad:
+                is_not = f"{self.leaves.index.path(bad[0])} is {self.leaves.spec(bad[0])}"
+                message = f"{want} expected, and {is_not}{_more(len(bad) - 1)}"
+                self.notes.add(f"{self.address}.{key.name}", message, code="expect")
+
+    def _donated(self, chosen: Sequence[tuple[int, Selector]]) -> dict[int, Any]:
+        name, leaf = self.step.given["from"], self.step.given.get("leaf")
+        try:
+            return {**self.donors.values(name, leaf, self.leaves, chosen)}
+        except ParamendError as error:
+            about = "leaf" if leaf is not None and isinstance(error, LookupError | ValueError) else "from"
+            self.notes.append(problem_of(error, f"{self.address}.{about}"))
+            return {}
+
+    def _each(self, key: str, specs: dict[int, Spec], check: Callable[[int], Any]) -> dict[int, Any]:
+        """What a check gives for each leaf. The first leaf that it refuses is described, the others are counted."""
+        found: dict[int, Any] = {}
+        refused: list[tuple[int, Problem]] = []
+        for number in specs:
+            try:
+                found[number] = check(number)
+            except ParamendError as error:
+                refused.append((number, problem_of(error, f"{self.address}.{key}")))
+        if refused:
+            number, problem = refused[0]
+            message = f"{self.leaves.index.path(number)}: {problem.message}{_more(len(refused) - 1)}"
+            hint = self._hint(problem.hint, self.leaves.spec(number))
+            self.notes.append(problem._replace(message=message, hint=hint))
+        return found
+
+    def _hint(self, hint: str, spec: Spec) -> str:
+        """The hint of an edit in Python, as a recipe says it."""
+        verb = self.step.verb.name
+        if verb in ("noise", "reinit"):
+            return "where: {dtype: float, ndim: 2}" if verb == "reinit" else "where: {dtype: float}"
+        if verb == "set" and ".cast(" in hint:
+            dtype = hint.rpartition('.cast("')[2].removesuffix('")')
+            at = self.step.texts[0]
+            return f'cast: {{at: "{at}", dtype: {dtype}}} in a step before it, and back to {spec.dtype} in one after it'
+        return "" if "pm." in hint or hint.startswith(".") else hint
+
+
+def _sliced(spec: Spec, index: Any) -> Spec:
+    return Spec(sliced_shape(spec.shape, index), spec.dtype)
+
+
+def _literal(value: Any, spec: Spec) -> Any:
+    return fitted(value, spec) if spec.kind != "other" else np.asarray(value)
+
+
+def _more(count: int) -> str:
+    return f", and {_text.plural(count, 'more leaf', 'more leaves')} alike" if count else ""

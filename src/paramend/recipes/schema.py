@@ -1,0 +1,57 @@
+"""The JSON Schema of recipes, made from the table of steps: editors complete and check a recipe by it."""
+
+from typing import Any
+
+from paramend.recipes.verbs import VERBS, Key, Verb
+from paramend.values import DEFINITIONS
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def make_schema() -> dict[str, Any]:
+    """The schema, in the dialect of 2020-12."""
+    return {
+        "$schema": DIALECT,
+        "title": "Paramend recipe",
+        "description": "Edits of model parameters, carried out in order.",
+        "type": "object",
+        "properties": {
+            "version": {"const": 1, "description": "the version of this form"},
+            "steps": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                    "additionalProperties": False,
+                    "properties": {verb.name: {"$ref": f"#/$defs/{verb.name}"} for verb in VERBS.values()},
+                },
+            },
+        },
+        "required": ["version", "steps"],
+        "additionalProperties": False,
+        "$defs": {**{name: dict(schema) for name, schema in DEFINITIONS.items()}, **_verbs()},
+    }
+
+
+def _verbs() -> dict[str, Any]:
+    return {verb.name: {"description": verb.says, **_body(verb)} for verb in VERBS.values()}
+
+
+def _body(verb: Verb) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "type": "object",
+        "properties": {key.name: _described(key) for key in verb.keys},
+        "required": [key.name for key in verb.keys if key.required],
+        "additionalProperties": False,
+    }
+    if verb.one_of:
+        table["oneOf"] = [{"required": [name]} for name in verb.one_of]
+        table["dependentRequired"] = {"leaf": ["from"]}
+    at = next(key for key in verb.keys if key.name == "at")
+    return {"anyOf": [at.value.schema, table]} if verb.short else table
+
+
+def _described(key: Key) -> dict[str, Any]:
+    return {"description": key.says, **key.value.schema}

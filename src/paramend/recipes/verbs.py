@@ -1,0 +1,108 @@
+"""The table of steps: verbs with the keys that each takes. Those of edits come from the table of ops."""
+
+from dataclasses import dataclass
+
+from paramend.ops import OPS, Op
+from paramend.values import DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, TEXT, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of a step: its name, what may stand there, what it says, whether it must be there."""
+
+    name: str
+    value: Value
+    says: str
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A kind of step.
+
+    Attributes:
+        name: its one key.
+        says: what it does.
+        keys: what the map below it may hold.
+        op: the row of the table of ops; None for changes of structure and for expectations.
+        one_of: keys of which exactly one must be there.
+        changes: whether the steps after it see other paths or specs.
+    """
+
+    name: str
+    says: str
+    keys: tuple[Key, ...]
+    op: Op | None = None
+    one_of: tuple[str, ...] = ()
+    changes: bool = False
+
+    @property
+    def short(self) -> bool:
+        """Whether a selector alone says all: `zero: "**/bias"`."""
+        return not self.one_of and [key.name for key in self.keys if key.required] == ["at"]
+
+
+# The conditions of `pm.sel(...).where(...)`.
+CONDITIONS = (
+    Key("ndim", NATURAL, "the number of axes"),
+    Key("dtype", DTYPE_OR_KIND, "a dtype; as a condition also a kind: float, int, bool, complex"),
+    Key("shape", SHAPE, "the exact shape"),
+    Key("min_size", NATURAL, "the least number of scalars"),
+    Key("max_size", NATURAL, "the greatest number of scalars"),
+)
+# `at` and `where` are read by `recipes.steps`: they hold lists and maps whose parts have addresses of their own.
+SELECTOR = Value(
+    "a selector",
+    TEXT.read,
+    {"anyOf": [TEXT.schema, {"type": "array", "minItems": 1, "items": TEXT.schema}]},
+)
+WHERE = Value(
+    "a map of conditions",
+    dict,
+    {
+        "type": "object",
+        "properties": {key.name: key.value.schema for key in CONDITIONS},
+        "additionalProperties": False,
+        "minProperties": 1,
+    },
+)
+
+_AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
+_WHERE = Key("where", WHERE, "only those whose specs fit: ndim, dtype, shape, min_size, max_size")
+_INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
+_FROM = Key("from", TEXT, "a .npy file or a checkpoint that the values come from, relative to the recipe's folder")
+_LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; the wildcards of `at` stand in it as in a rename")
+
+
+def _of_op(op: Op) -> Verb:
+    keys = [_AT, _WHERE]
+    if op.keeps_spec:
+        keys.append(_INDEX)
+    arrays = [name for name, value in zip(op.parameters, op.takes, strict=True) if value.array]
+    for name, value in zip(op.parameters, op.takes, strict=True):
+        keys.append(Key(name, value, value.says, required=name not in (*op.optional, *arrays)))
+    if arrays:
+        keys += [_FROM, _LEAF]
+    return Verb(op.name, op.says, tuple(keys), op, (*arrays, "from") if arrays else (), changes=not op.keeps_spec)
+
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        *(_of_op(op) for op in OPS.values() if op.takes or not op.parameters),
+        Verb(
+            "rename",
+            "the leaves get new paths",
+            (_AT, _WHERE, Key("to", TEXT, "the new path, with the wildcards of `at`", required=True)),
+            changes=True,
+        ),
+        Verb("delete", "the leaves are left out", (_AT, _WHERE), changes=True),
+        Verb(
+            "expect",
+            "nothing changes; all chosen leaves must be as said",
+            (_AT, _WHERE, Key("count", NATURAL, "how many are chosen, also 0"), *CONDITIONS),
+        ),
+    )
+}
+# Ops that only code can say.
+CODE = {op.name for op in OPS.values() if op.name not in VERBS}

@@ -1,0 +1,237 @@
+"""What data may stand for the arguments of edits: a row for each kind, with how it is read and its JSON Schema."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paramend import _text
+from paramend.errors import BadArgument
+from paramend.initializers import INITIALIZERS
+from paramend.specs import ALIASES, BITS, dtype_name
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A kind of argument.
+
+    Attributes:
+        says: what it is.
+        read: data → the argument; raises BadArgument.
+        schema: the data as JSON Schema has it.
+        array: whether an array may stand for it too.
+    """
+
+    says: str
+    read: Callable[[Any], Any]
+    schema: Mapping[str, Any]
+    array: bool = False
+
+
+_INF, _NAN = r"\.?[iI][nN][fF]([iI][nN][iI][tT][yY])?", r"\.?[nN][aA][nN]"
+_DECIMAL = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+_NUMBER = rf"[tT][rR][uU][eE]|[fF][aA][lL][sS][eE]|[-+]?({_DECIMAL}|{_INF}|{_NAN})"
+_AXIS = r"\s*([-+]?[0-9]+|([-+]?[0-9]+)?:([-+]?[0-9]+)?(:([-+]?[0-9]+)?)?|\.\.\.)\s*"
+_INDEX = rf"{_AXIS}(,{_AXIS})*,?\s*"
+_MAX_DEPTH = 32
+
+
+def read_number(data: Any) -> int | float | bool:
+    """A number, also as text: YAML 1.1 takes `1e-3` for text, and JSON has no infinity.
+
+    Raises:
+        BadArgument: it is none.
+
+    >>> read_number("3"), read_number("1e-3"), read_number("-inf"), read_number("true")
+    (3, 0.001, -inf, True)
+    """
+    if isinstance(data, str) and re.fullmatch(_NUMBER, data):
+        text = data.lower()
+        if text in ("true", "false"):
+            return text == "true"
+        digits = text.lstrip("+-").isdecimal()
+        number = int(text[:4000]) if digits else float(text.replace(".inf", "inf").replace(".n", "n"))
+        if len(text) > 4000 or (abs(number) == float("inf") and "inf" not in text):
+            raise BadArgument(f"{shown(text)} is too large")
+        return number
+    if isinstance(data, int):  # bools too
+        if data.bit_length() > 4096:
+            raise BadArgument(f"a number of {data.bit_length():,} bits is too large")
+        return data
+    if isinstance(data, float):
+        return float(data)
+    raise BadArgument(f"{shown(data)} is no number", hint="3, 0.5, 1e-3, inf, nan, true or false")
+
+
+def shown(data: Any) -> str:
+    """Data in a message, cut where it is long.
+
+    >>> shown({"a": 1}), shown("x" * 99)[-8:]
+    ("{'a': 1}", 'xxxxx...')
+    """
+    text = repr(data)
+    return text if len(text) <= 80 else f"{text[:76]}..."
+
+
+def _integer(data: Any) -> int:
+    if isinstance(data, float) and data.is_integer():
+        return int(data)
+    if isinstance(data, bool) or not isinstance(data, int):
+        raise BadArgument(f"{shown(data)} is no whole number")
+    return data
+
+
+def _natural(data: Any) -> int:
+    number = _integer(data)
+    if number < 0:
+        raise BadArgument(f"{number} is negative")
+    return number
+
+
+def _deviation(data: Any) -> float:
+    number = read_number(data)
+    if isinstance(data, bool) or not 0 <= number < float("inf"):
+        raise BadArgument(f"{shown(data)} is no standard deviation", hint="0.01")
+    return float(number)
+
+
+def _numbers(data: Any, depth: int = 0) -> Any:
+    if not isinstance(data, list | tuple):
+        return read_number(data)
+    if depth == _MAX_DEPTH:
+        raise BadArgument(f"an array has at most {_MAX_DEPTH} axes")
+    rows = [_numbers(row, depth + 1) for row in data]
+    if len({_lengths(row) for row in rows}) > 1:
+        raise BadArgument(f"the rows of {shown(data)} differ in length")
+    return rows
+
+
+def _lengths(rows: Any) -> tuple[int, ...]:
+    return (len(rows), *(_lengths(rows[0]) if rows else ())) if isinstance(rows, list) else ()
+
+
+def _array(data: Any) -> Any:
+    if not isinstance(data, list | tuple):
+        raise BadArgument(f"{shown(data)} is no list of numbers", hint="[0.5, 0.5]; for one scalar: fill")
+    return _numbers(data)
+
+
+def _text_of(data: Any) -> str:
+    if not isinstance(data, str) or not data:
+        raise BadArgument(f"{shown(data)} is no text", hint=f'"{data}"' if type(data) in (int, float, bool) else "")
+    return data
+
+
+def _lengths_of_axes(data: Any) -> list[int]:
+    if not isinstance(data, list | tuple):
+        raise BadArgument(f"{shown(data)} is no shape", hint="[4, 8]")
+    return [_natural(length) for length in data]
+
+
+def _one_of(choices: Iterable[str], says: str) -> Callable[[Any], str]:
+    known = list(choices)
+
+    def read(data: Any) -> str:
+        if data in known:
+            return str(data)
+        near = _text.closest(data, known, limit=1) if isinstance(data, str) else []
+        raise BadArgument(
+            f"{shown(data)} is no {says}", hint=f'"{near[0]}"' if near else _text.listing([f'"{n}"' for n in known], 12)
+        )
+
+    return read
+
+
+def read_index(data: Any) -> Any:
+    """A slice, from a position or from the text that stands between brackets.
+
+    Raises:
+        BadArgument: it is none.
+
+    >>> read_index(-1), read_index("0:4"), read_index("[0, ::2]")
+    (-1, slice(0, 4, None), (0, slice(None, None, 2)))
+    """
+    text = _index_text(data)
+    if isinstance(text, int):
+        return text
+    parts = [_axis(part.strip()) for part in text.rstrip().removesuffix(",").split(",")]
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _axis(text: str) -> Any:
+    if text == "...":
+        return Ellipsis
+    if ":" not in text:
+        return int(text)
+    found = slice(*(int(part) if part.strip() else None for part in text.split(":")))
+    if found.step == 0:
+        raise BadArgument(f"{text!r} is no slice: its step is 0")
+    return found
+
+
+def _index_text(data: Any) -> int | str:
+    """A slice as data: a position, or text without brackets. A list has an entry for each axis."""
+    if isinstance(data, list | tuple) and data and all(type(part) in (int, str) for part in data):
+        data = ", ".join(map(str, data))
+    if type(data) is int:
+        return data
+    if isinstance(data, str):
+        inner = data.strip()
+        inner = inner[1:-1] if inner.startswith("[") and inner.endswith("]") else inner
+        if re.fullmatch(_INDEX, inner):
+            return inner
+    raise BadArgument(f"{shown(data)} is no slice", hint='-1, "0:4", "::2" or "0, :4"')
+
+
+def _index(data: Any) -> int | str:
+    read_index(data)
+    return _index_text(data)
+
+
+_NUMBER_SCHEMA = {"anyOf": [{"type": ["number", "boolean"]}, {"type": "string", "pattern": f"^({_NUMBER})$"}]}
+_ARRAY_SCHEMA = {"$ref": "#/$defs/array"}
+_KINDS = ("float", "int", "bool", "complex")
+_DTYPES = sorted({*BITS, *ALIASES})
+
+# What `#/$defs/...` in the rows means: an array is a list of numbers or of arrays.
+DEFINITIONS: Mapping[str, Any] = {
+    "number": _NUMBER_SCHEMA,
+    "array": {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/number"}, _ARRAY_SCHEMA]}},
+}
+
+NUMBER = Value("a number", read_number, {"$ref": "#/$defs/number"})
+ARRAY = Value("a list of numbers", _array, _ARRAY_SCHEMA, array=True)
+OPERAND = Value("a number or a list of numbers", _numbers, {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]}, array=True)
+DEVIATION = Value(
+    "a standard deviation",
+    _deviation,
+    {
+        "anyOf": [
+            {"type": "number", "minimum": 0},
+            {"type": "string", "pattern": rf"^\+?{_DECIMAL}$"},
+        ]
+    },
+)
+NATURAL = Value("a whole number", _natural, {"type": "integer", "minimum": 0})
+TEXT = Value("text", _text_of, {"type": "string", "minLength": 1})
+DTYPE = Value(
+    "a dtype", lambda data: dtype_name(_one_of(_DTYPES, "dtype that Paramend knows")(data)), {"enum": _DTYPES}
+)
+DTYPE_OR_KIND = Value(
+    "a dtype, or a kind of them",
+    lambda data: data if data in _KINDS else DTYPE.read(data),
+    {"enum": sorted({*_DTYPES, *_KINDS})},
+)
+SHAPE = Value("a shape", _lengths_of_axes, {"type": "array", "items": NATURAL.schema})
+INITIALIZER = Value("an initializer", _one_of(INITIALIZERS, "initializer"), {"enum": list(INITIALIZERS)})
+INDEX = Value(
+    "a slice",
+    _index,
+    {
+        "anyOf": [
+            {"type": "integer"},
+            {"type": "string", "pattern": rf"^\s*(\[{_INDEX}\]|{_INDEX})$"},
+            {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}},
+        ]
+    },
+)
