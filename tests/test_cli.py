@@ -67,20 +67,21 @@ def test_show_a_selection(model):
 
 def test_show_stats(model):
     lines = run("show", model, "**/w", "--stats").stdout.splitlines()
-    assert lines[0].split()[4:] == ["min", "max", "mean", "std", "zeros", "nans", "infs"]
-    assert lines[1].split()[5:] == ["-1", "inf", "-0.5", "0.5", "1", "1", "1"]
+    assert lines[0].split()[4:] == ["min", "max", "mean", "std", "norm", "zeros", "nans", "infs"]
+    assert lines[1].split()[5:] == ["-1", "inf", "-0.5", "0.5", "1", "1", "1", "1"]
 
 
 def test_show_stats_of_a_selection_in_json(model):
     done = run("show", model, "head.w", "--stats", "--json")
     data = json.loads(done.stdout, parse_constant=pytest.fail)
+    measures = {"min": -1.0, "max": "Infinity", "mean": -0.5, "std": 0.5, "norm": 1.0}
     assert data["leaves"] == [
         {
             "path": "head.w",
             "dtype": "bfloat16",
             "shape": [2, 2],
             "nbytes": 8,
-            "stats": {"min": -1.0, "max": "Infinity", "mean": -0.5, "std": 0.5, "zeros": 1, "nans": 1, "infs": 1},
+            "stats": {**measures, "zeros": 1, "nans": 1, "infs": 1},
         }
     ]
     assert data["metadata"] == {"format": "np"}
@@ -91,15 +92,15 @@ def test_show_stats_of_a_selection_in_json(model):
     "dtype", ["float64", "float16", "bfloat16", "float8_e5m2", "int64", "uint8", "bool", "complex64"]
 )
 def test_stats_are_those_of_the_whole_leaf(tmp_path, monkeypatch, dtype):
-    from paramend.cli import look
+    from paramend.evidence import measures
 
-    monkeypatch.setattr(look, "_CHUNK", 7)
+    monkeypatch.setattr(measures, "_RUN", 7)
     values = np.random.default_rng(0).normal(1000, 3, 100)
     array = (values > 1000 if dtype == "bool" else values % 100).astype(getattr(ml_dtypes, dtype, dtype))
     safetensors.numpy.save_file({"w": array}, tmp_path / "m")
     stats = json.loads(run("show", tmp_path / "m", "--stats", "--json").stdout)["leaves"][0]["stats"]
     wide = (np.abs(array) if dtype == "complex64" else array).astype("float64")
-    expected = [wide.min(), wide.max(), wide.mean(), wide.std(), (wide == 0).sum(), 0, 0]
+    expected = [wide.min(), wide.max(), wide.mean(), wide.std(), np.linalg.norm(wide), (wide == 0).sum(), 0, 0]
     assert list(stats.values()) == pytest.approx(expected, rel=1e-12)
 
 
@@ -109,7 +110,7 @@ def test_stats_of_nothing_and_of_the_unreadable(tmp_path):
     empty, unknown = json.loads(run("show", tmp_path / "m", "--stats", "--json").stdout)["leaves"]
     assert empty["stats"]["mean"] is None and empty["stats"]["zeros"] == 0
     assert unknown["stats"] is None
-    assert run("show", tmp_path / "m", "--stats").stdout.splitlines()[1].split()[5:] == ["-"] * 4 + ["0"] * 3
+    assert run("show", tmp_path / "m", "--stats").stdout.splitlines()[1].split()[5:] == ["-"] * 5 + ["0"] * 3
 
 
 def test_names_cannot_command_the_terminal(tmp_path):

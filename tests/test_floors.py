@@ -8,7 +8,7 @@ import pytest
 FLOORS = [
     # words
     {"errors", "_text", "tables", "progress", "containers", "resizing"},
-    {"paths", "specs", "_optional", "measures", "reports"},
+    {"paths", "specs", "_optional", "reports"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "initializers", "trees.*"},
     {"matching", "fits", "values"},
@@ -40,7 +40,7 @@ FLOORS = [
     {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
     {"freezing.places"},
     {"freezing.phases", "freezing.shares"},
-    {"editing", "diffing", "freezing.*", "influence", "modules", "grafts.plan"},
+    {"editing", "freezing.*", "influence", "modules", "grafts.plan"},
     {"freezing.registry", "grafts.engine", "ablations.*"},
     {"ablation"},
     # surgeries on disk
@@ -55,6 +55,13 @@ FLOORS = [
     {"recipes.steps", "recipes.schema"},
     {"recipes.run"},
     {"recipes.recipe"},
+    # evidence
+    {"evidence.widening", "evidence.work", "evidence.streams", "evidence.pairing", "evidence.differences"},
+    {"evidence.distances", "evidence.measures", "evidence.reading", "evidence.spectra", "evidence.statistics"},
+    {"evidence.comparisons"},
+    {"evidence.*"},
+    {"diffing", "measuring"},
+    {"testing"},
     # the doors
     {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},
     {"lessons.lesson", "lessons.solutions", "demo.training"},

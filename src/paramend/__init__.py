@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from paramend.checkpoints import load as load
     from paramend.checkpoints import open as open
     from paramend.checkpoints import save as save
+    from paramend.diffing import diff as diff
     from paramend.diffing import verify as verify
     from paramend.freezing.registry import carry_opt_state as carry_opt_state
     from paramend.freezing.registry import carry_optimizer_ as carry_optimizer_
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from paramend.grafting import graft as graft
     from paramend.grafting import graft_ as graft_
     from paramend.influence import block_influence as block_influence
+    from paramend.measuring import stats as stats
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
     from paramend.recipes.recipe import Recipe as Recipe
@@ -48,6 +50,7 @@ __all__ = [
     "block_influence",
     "carry_opt_state",
     "carry_optimizer_",
+    "diff",
     "freeze",
     "freeze_",
     "frozen",
@@ -64,6 +67,7 @@ __all__ = [
     "resize",
     "save",
     "sel",
+    "stats",
     "undo",
     "unfreeze_",
     "value_and_grad",
@@ -77,7 +81,7 @@ _LATER = {
         "paramend.ablation": ("ablate",),
         "paramend.influence": ("block_influence",),
         "paramend.checkpoints": ("Checkpoint", "load", "open", "save"),
-        "paramend.diffing": ("verify",),
+        "paramend.diffing": ("diff", "verify"),
         "paramend.freezing.registry": (
             "carry_opt_state",
             "carry_optimizer_",
@@ -89,6 +93,7 @@ _LATER = {
             "value_and_grad",
         ),
         "paramend.grafting": ("graft", "graft_"),
+        "paramend.measuring": ("stats",),
         "paramend.modules": ("init_zero_",),
         "paramend.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),

@@ -168,6 +168,10 @@ class Checkpoint(Editable):
             at += piece.size
         return out.reshape(row.spec.shape)
 
+    def origin(self, number: int) -> Any:
+        """The source, if it holds the values of a leaf as they are; None if an edit stands between."""
+        return self.source if self._untouched(number) else None
+
     def _untouched(self, number: int) -> bool:
         return self._plan is None or not self._plan.by_number[number].calls
 

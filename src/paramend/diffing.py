@@ -1,30 +1,102 @@
-"""What differs between two trees, leaf by leaf and bit by bit."""
+"""Differences between two trees, leaf by leaf and bit by bit, wherever they lie."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
 
 from paramend import _text
-from paramend.arrays.registry import to_numpy
-from paramend.errors import UnexpectedChange
-from paramend.leaves import Editable, Leaves
+from paramend.checkpoints import open as open_checkpoint
+from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
+from paramend.evidence.comparisons import Comparer, Pair
+from paramend.evidence.differences import PARTS, DiffReport, DiffRow, arranged, said
+from paramend.evidence.moves import moves
+from paramend.evidence.pairing import Match, matches
+from paramend.evidence.permutations import transposed
+from paramend.evidence.streams import nbytes_of
+from paramend.leaves import Editable
 from paramend.memory import Memory
+from paramend.progress import Meter, Progress
 from paramend.selectors import resolve
+from paramend.specs import BITS
 
-Array = np.ndarray[Any, Any]
+Sort = Literal["change", "path"]
+
+
+def diff(
+    a: Any,
+    b: Any,
+    selector: Any = "**",
+    *,
+    only: Any = None,
+    sort: Sort = "change",
+    progress: Progress | None = None,
+) -> DiffReport:
+    """What differs between two trees: a report that is true if anything does, and prints as a table.
+
+    Each side is a tree of any kind (a Flax, NNX, Equinox or torch module, a state dict, nested dicts), a checkpoint as
+    `pm.open` gives it, or the path of one. Names are compared piece by piece, so that `fc.weight` in a file is fc →
+    weight in a module; a tied leaf is found under any of its paths and counts once. Values are compared bit by bit: NaN
+    equals itself, -0.0 differs from +0.0. A leaf with the same bytes under another name is renamed, not removed and
+    added.
+
+    Files are read in pieces on two threads: memory is bounded whatever their size. Leaves that lie on a device are
+    copied to the host, and those that an edit changes which is not saved yet are computed, one at a time.
+
+    Args:
+        a: the first tree.
+        b: the second.
+        selector: what to compare: leaves that it chooses in a or in b.
+        only: a selector for what may differ. `report.unexpected` then lists the rows of all other leaves that do. It
+            counts in a; of leaves that are new, in b.
+        sort: the order of `changed`: "change" puts the largest first, "path" goes by name.
+        progress: called with an `Event` as bytes are compared.
+
+    Returns:
+        A `DiffReport`: lists of rows `changed`, `respecified`, `renamed`, `removed`, `added` and `identical`.
+
+    Raises:
+        NoMatch: a selector chooses nothing on either side.
+        Unsupported: the values of a leaf cannot be had, as those of an abstract array.
+        CannotRead: a path leads nowhere.
+
+    >>> old = {"fc": {"kernel": np.ones((2, 3), "float32"), "bias": np.zeros(3)}, "h": np.arange(4)}
+    >>> new = {"fc": {"kernel": np.full((2, 3), 1.5, "float32"), "bias": np.zeros(3)}, "head": np.arange(4)}
+    >>> report = diff(old, new)
+    >>> bool(report), report.changed[0].path, report.changed[0].max_abs, report.renamed[0].was
+    (True, 'fc/kernel', 0.5, 'h')
+    >>> print(report)
+    2 of 3 leaves differ: 1 changed, 1 renamed, 1 identical
+    <BLANKLINE>
+    changed: 1 leaf
+      path       spec          differ  max abs  rel l2  cosine  ulp
+      fc/kernel  float32[2,3]  all     0.5      0.5     1       4,194,304
+    <BLANKLINE>
+    renamed: 1 leaf
+      head ◄─ h  int64[4]
+    """
+    if sort not in ("change", "path"):
+        raise BadArgument(f"sort={sort!r} is no order", hint='sort="change" or sort="path"')
+    with _leaves(a) as old, _leaves(b) as new:
+        found = matches(old, new)
+        if not _is_all(selector):
+            within = _chosen(selector, old, new)
+            found = [match for match in found if match.a in within[0] or match.b in within[1]]
+        return _report(old, new, found, only, sort, progress)
 
 
 def verify(before: Any, after: Any, *, only: Any = None) -> list[str]:
     """The paths of the leaves that changed, all of them allowed to.
 
-    Leaves are compared bit by bit: NaN equals itself, -0.0 differs from +0.0. Paths are compared piece by piece, so
-    that a module can be held against its state dict or against the file that it came from.
+    Leaves are compared as `pm.diff` compares them: bit by bit, and by name, piece by piece, so that a module can be
+    held against its state dict or against the file that it came from.
 
     Args:
-        before: any tree, or a checkpoint as `pm.open` gives it.
+        before: any tree, a checkpoint as `pm.open` gives it, or the path of one.
         after: likewise.
-        only: a selector over `before`; leaves that it chooses may change. Without it, nothing may.
+        only: a selector over `before`; leaves that it chooses may change, and in `after` those that are new. Without
+            it, nothing may.
 
     Raises:
         UnexpectedChange: other leaves changed, came or went; each is named, with how far it moved.
@@ -38,70 +110,163 @@ def verify(before: Any, after: Any, *, only: Any = None) -> list[str]:
     paramend.errors.UnexpectedChange: 1 leaf changed that must not
       bias: 2 of 2 values, by at most 1
     """
-    old, new = _leaves(before), _leaves(after)
-    chosen = () if only is None else resolve(only, old)
-    allowed = {old.index.pieces(twin) for number in chosen for twin in old.twins(number)}
-    found = _changes(old, new)
-    names = {tree.index.pieces(n): tree.index.path(n) for tree in (new, old) for n in tree.index.numbers}
-    unexpected = {names[pieces]: what for pieces, what in found.items() if pieces not in allowed}
-    if unexpected:
-        lines = [f"  {path}: {what}" for path, what in list(unexpected.items())[:20]]
-        lines += [f"  and {len(unexpected) - 20:,} more"] if len(unexpected) > 20 else []
-        count = _text.plural(len(unexpected), "leaf", "leaves")
-        raise UnexpectedChange("\n".join([f"{count} changed that must not", *lines]), changes=unexpected)
-    return [names[pieces] for pieces in found]
+    with _leaves(before) as old, _leaves(after) as new:
+        found = matches(old, new)
+        allowed = _allowance(only, old, new)
+        comparer = Comparer(Meter(None, 0))
+        kinds = _kinds(old, new, found, comparer)
+        changed = [(match, kind) for match, kind in zip(found, kinds, strict=True) if kind != "identical"]
+        wrong = [(match, kind) for match, kind in changed if only is None or not allowed(match, kind)]
+        if wrong:
+            rows = _rows(old, new, wrong, comparer)
+            raise _unexpected_change([(kind, row) for (_, kind), row in zip(wrong, rows, strict=True)])
+        return [path for match, _ in changed for path in (match.path, *match.also)]
 
 
-def _leaves(tree: Any) -> Editable:
-    return tree if isinstance(tree, Editable) else Memory(tree)
+def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
+    changes = {path: said(kind, row) for kind, row in rows for path in (row.path, *row.also)}
+    lines = [f"  {path}: {what}" for path, what in list(changes.items())[:20]]
+    lines += [f"  and {len(changes) - 20:,} more"] if len(changes) > 20 else []
+    count = _text.plural(len(changes), "leaf", "leaves")
+    return UnexpectedChange("\n".join([f"{count} changed that must not", *lines]), changes=changes)
 
 
-def _changes(old: Leaves, new: Leaves) -> Mapping[tuple[str, ...], str]:
-    """What happened, by path, in the order of the old tree; what is new comes last."""
-    before = {old.index.pieces(number): number for number in old.index.numbers}
-    after = {new.index.pieces(number): number for number in new.index.numbers}
-    found: dict[tuple[str, ...], str] = {}
-    for pieces, number in before.items():
-        if pieces not in after:
-            found[pieces] = "gone"
-            continue
-        what = _change(old, number, new, after[pieces])
-        if what:
-            found[pieces] = what
-    return found | {pieces: "new" for pieces in after if pieces not in before}
+# ---- the two sides ---------------------------------------------------------------------------------------------
 
 
-def _change(old: Leaves, number: int, new: Leaves, other: int) -> str:
-    before, after = old.spec(number), new.spec(other)
-    if before != after:
-        return f"{before} became {after}"
-    x, y = old.read(number), new.read(other)
-    if x is y:
-        return ""
-    a, b = to_numpy(x), to_numpy(y)
-    if _bits(a).tobytes() == _bits(b).tobytes():
-        return ""
-    return how_far(a, b)
+@contextmanager
+def _leaves(tree: Any) -> Iterator[Editable]:
+    """Any tree as leaves; a checkpoint that is given by its path is open meanwhile."""
+    if isinstance(tree, str | os.PathLike):
+        with open_checkpoint(tree) as checkpoint:
+            yield checkpoint
+    else:
+        yield tree if isinstance(tree, Editable) else Memory(tree)
 
 
-def _bits(array: Array) -> Array:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _is_all(selector: Any) -> bool:
+    return isinstance(selector, str) and selector == "**"
 
 
-def how_far(a: Array, b: Array) -> str:
-    """How many values differ bit by bit, and by how much at most.
+def _chosen(selector: Any, old: Editable, new: Editable) -> tuple[set[int], set[int]]:
+    """The leaves that a selector chooses on either side, by their first numbers.
 
-    >>> how_far(np.array([1.0, 2.0]), np.array([1.0, 2.5]))
-    '1 of 2 values, by at most 0.5'
+    Raises:
+        NoMatch: it chooses none at all.
     """
-    width = a.dtype.itemsize
-    differ = (_bits(a).reshape(-1, width) != _bits(b).reshape(-1, width)).any(axis=1)
-    count = f"{int(differ.sum()):,} of {differ.size:,} values"
-    wide = np.complex128 if a.dtype.kind == "c" else np.float64
-    with np.errstate(all="ignore"):
+    found: list[set[int]] = []
+    errors: list[ParamendError] = []
+    for leaves in (old, new):
         try:
-            gaps = np.abs(b.reshape(-1)[differ].astype(wide) - a.reshape(-1)[differ].astype(wide))
-        except (TypeError, ValueError):  # values without distance
-            return count
-    finite = gaps[np.isfinite(gaps)]
-    return f"{count}, by at most {finite.max():.6g}" if finite.size else f"{count}, to or from NaN or inf"
+            numbers = resolve(selector, leaves)
+        except (NoMatch, BadArgument) as error:  # a tree of bools may fit one side alone
+            numbers = ()
+            errors.append(error)
+        found.append({leaves.ties.get(number, number) for number in numbers})
+    if len(errors) == 2:
+        raise errors[0]
+    return found[0], found[1]
+
+
+def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str], bool]:
+    """Whether a leaf may differ: `only` counts in the old tree, and for what is new or has moved in the new one."""
+    if only is None:
+        return lambda match, kind: True
+    before, after = _chosen(only, old, new)
+    asked = {"added": lambda match: match.b in after, "renamed": lambda match: match.a in before and match.b in after}
+    return lambda match, kind: asked.get(kind, lambda match: match.a in before)(match)
+
+
+# ---- the work --------------------------------------------------------------------------------------------------
+
+
+def _kinds(old: Editable, new: Editable, found: Sequence[Match], comparer: Comparer) -> list[str]:
+    """Which of the lists of a report each leaf belongs in, names taken as they are."""
+    kinds = ["added" if match.a is None else "removed" if match.b is None else "" for match in found]
+    places, pairs = [], []
+    for place, match in enumerate(found):
+        if match.a is None or match.b is None:
+            continue
+        if old.spec(match.a) != new.spec(match.b):
+            kinds[place] = "respecified"
+        else:
+            places.append(place)
+            pairs.append(Pair(old, match.a, new, match.b))
+    _check_readable(pairs)
+    for place, same in zip(places, comparer.equal(pairs), strict=True):
+        kinds[place] = "identical" if same else "changed"
+    return kinds
+
+
+def _check_readable(pairs: Sequence[Pair]) -> None:
+    """Refuses leaves without values, all at once: to leave them out would be to say that they are equal."""
+    problems = []
+    for pair in pairs:
+        why = "" if pair.same else pair.hindrance
+        problems += [f"{pair.new.index.path(pair.b)}: {why}"] * bool(why)
+    if problems:
+        count = _text.plural(len(problems), "leaf", "leaves")
+        raise Unsupported(
+            "\n".join([f"{count} cannot be compared", *(f"  {line}" for line in problems[:20])]),
+            hint='choose others: pm.diff(a, b, ~pm.sel("..."))',
+        )
+
+
+def _rows(old: Editable, new: Editable, found: Sequence[tuple[Match, str]], comparer: Comparer) -> list[DiffRow]:
+    """The rows of leaves whose kinds are known, in order, with figures where there are two arrays of one shape."""
+    rows = []
+    for match, kind in found:
+        leaves, number = (old, match.a) if match.b is None else (new, match.b)
+        assert number is not None
+        spec = leaves.spec(number)
+        row = DiffRow(match.path, spec.shape, spec.dtype, nbytes_of(leaves, number), match.also)
+        if kind == "respecified" and match.a is not None:
+            before = old.spec(match.a)
+            row = replace(row, shape_before=before.shape, dtype_before=before.dtype)
+        if kind == "renamed" and match.a is not None:
+            row = replace(row, was=old.index.path(match.a))
+        rows.append(row)
+    pairs = {
+        place: Pair(old, match.a, new, match.b)
+        for place, (match, kind) in enumerate(found)
+        if kind in ("changed", "respecified") and match.a is not None and match.b is not None
+    }
+    pairs = {place: pair for place, pair in pairs.items() if not pair.hindrance}
+    measured = [place for place, pair in pairs.items() if _comparable(pair)]
+    for place, distance in zip(measured, comparer.distances([pairs[place] for place in measured]), strict=True):
+        rows[place] = replace(rows[place], **distance.to_dict())
+    for place, pair in pairs.items():
+        rows[place] = replace(rows[place], transposed=transposed(pair))
+    return rows
+
+
+def _comparable(pair: Pair) -> bool:
+    """Whether distances make sense: one spec, or one shape and two dtypes of numbers, none of them packed."""
+    one, two = pair.specs
+    return one == two or (one.shape == two.shape and not any(BITS.get(spec.dtype, 1) % 8 for spec in (one, two)))
+
+
+def _report(
+    old: Editable, new: Editable, found: Sequence[Match], only: Any, sort: str, progress: Progress | None
+) -> DiffReport:
+    allowed = _allowance(only, old, new)
+    both = [(tree, n) for match in found for tree, n in ((old, match.a), (new, match.b)) if n is not None]
+    comparer = Comparer(Meter(progress, sum(nbytes_of(*one) for one in both)))
+    kinds = _kinds(old, new, found, comparer)
+    gone = [match.a for match, kind in zip(found, kinds, strict=True) if kind == "removed" and match.a is not None]
+    come = {match.b: match for match, kind in zip(found, kinds, strict=True) if kind == "added"}
+    moved = moves(old, gone, new, [number for number in come if number is not None], comparer)
+    arrived = set(moved.values())
+    named = []
+    for match, kind in zip(found, kinds, strict=True):
+        if kind == "removed" and match.a in moved:
+            there = come[moved[match.a]]
+            named.append((replace(there, a=match.a), "renamed"))
+        elif not (kind == "added" and match.b in arrived):
+            named.append((match, kind))
+    report = DiffReport(only=None if only is None else str(only) if isinstance(only, str) else repr(only))
+    for (match, kind), row in zip(named, _rows(old, new, named, comparer), strict=True):
+        getattr(report, kind).append(replace(row, allowed=allowed(match, kind)))
+    for name in PARTS:
+        setattr(report, name, arranged(getattr(report, name), sort if name == "changed" else "path"))
+    return report

@@ -34,10 +34,31 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A titled part of a report."""
+    """A titled part of a report.
+
+    Attributes:
+        title: what the leaves have in common.
+        lines: one for each leaf.
+        columns: the titles of the cells that `cells` gives.
+        cells: what else is said of a line, told when it is known for which leaves it stands: figures of many together.
+    """
 
     title: str
     lines: list[Line] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
+    cells: Callable[[Line], tuple[str, ...]] = lambda line: ()
+
+    def text(self, *, elsewhere: Iterable[str] = ()) -> str:
+        """The part as a table, folded. `elsewhere` as in `fold`."""
+        lines = fold(self.lines, elsewhere=elsewhere)
+        if not self.columns:
+            return table(lines)
+        width = max(len(line.cells) for line in lines)
+        header = Line(("path",), ("spec", *[""] * (width - 1), *self.columns))
+        rows = [
+            replace(line, cells=(*line.cells, *[""] * (width - len(line.cells)), *self.cells(line))) for line in lines
+        ]
+        return table([header, *rows])
 
 
 class Report:
@@ -63,7 +84,7 @@ class Report:
                 continue
             elsewhere = [line.paths[0] for other in sections if other is not section for line in other.lines]
             leaves = _text.plural(len({line.paths[0] for line in section.lines}), "leaf", "leaves")
-            blocks.append(f"{section.title}: {leaves}\n{table(fold(section.lines, elsewhere=elsewhere))}")
+            blocks.append(f"{section.title}: {leaves}\n{section.text(elsewhere=elsewhere)}")
         return "\n\n".join(blocks)
 
     def __repr__(self) -> str:

@@ -1,6 +1,5 @@
 """`paramend show`: what a checkpoint holds."""
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,32 +9,34 @@ import click
 from paramend import _text
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
+from paramend.evidence.measurements import measured
+from paramend.evidence.measures import Measures
+from paramend.evidence.statistics import MEASURES, shown
 from paramend.formats.registry import format_of
-from paramend.formats.source import Array, Source
-from paramend.measures import Measures, measure
+from paramend.formats.source import Source
 from paramend.paths import natural
-from paramend.progress import Meter, Progress
+from paramend.progress import Meter
 from paramend.selectors import resolve
 from paramend.tables import aligned
 
-_CHUNK = 1 << 18
 # Of metadata as many entries, and of each as many characters, are shown in a table.
 _ENTRIES, _WIDTH = 20, 200
-_MEASURES = ("min", "max", "mean", "std", "zeros", "nans", "infs")
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("selector", required=False)
-@click.option("--stats", is_flag=True, help="Read the values, and add their min, max, mean, std, zeros, NaNs and infs.")
+@click.option(
+    "--stats", is_flag=True, help="Read the values, and add their min, max, mean, std, L2 norm, zeros, NaNs and infs."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def show(path: Path, selector: str | None, stats: bool, as_json: bool) -> None:
     """List the leaves of a checkpoint, or those that SELECTOR chooses.
 
     PATH is a file or a directory; its content shows what format it is of.
 
-    Only the header is read, unless --stats is given. Mean and std are those of the finite values. Numbers that JSON
-    lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
+    Only the header is read, unless --stats is given. Mean, std and norm are those of the finite values. Numbers that
+    JSON lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
 
     Exit status: 0 done; 2 an unreadable or damaged file, or a selector that chooses nothing.
     """
@@ -44,31 +45,17 @@ def show(path: Path, selector: str | None, stats: bool, as_json: bool) -> None:
         numbers = file.index.numbers if selector is None else resolve(selector, file)
         # In the file `layers.10` stands before `layers.2`.
         numbers = sorted(numbers, key=lambda number: natural(file.index.path(number)))
-        found: dict[int, Measures | None] = {}
+        found: dict[int, Measures | str] = {}
         if stats:
             with _ui.bar(f"reading {path.name}") as progress:
-                found = _measured(file, numbers, progress)
+                found = measured(file, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
         if as_json:
             _ui.emit(_data(file, numbers, found))
         else:
             _ui.show_lines(_table(file, numbers, found), header=True)
 
 
-def _measured(file: Source, numbers: list[int], progress: Progress | None) -> dict[int, Measures | None]:
-    """The measures of each leaf; None of those that cannot be read."""
-    meter = Meter(progress, sum(map(file.nbytes, numbers)))
-
-    def chunks(number: int) -> Iterator[Array]:
-        size = file.spec(number).size
-        for start in range(0, size, _CHUNK):
-            chunk = file.read_range(number, start, min(start + _CHUNK, size))
-            yield chunk
-            meter.advance(chunk.nbytes, file.index.path(number))
-
-    return {number: None if file.refusal(number) else measure(chunks(number)) for number in numbers}
-
-
-def _data(file: Source, numbers: list[int], found: dict[int, Measures | None]) -> dict[str, Any]:
+def _data(file: Source, numbers: list[int], found: dict[int, Measures | str]) -> dict[str, Any]:
     leaves = []
     for number in numbers:
         spec = file.spec(number)
@@ -80,7 +67,7 @@ def _data(file: Source, numbers: list[int], found: dict[int, Measures | None]) -
         }
         if number in found:
             measures = found[number]
-            leaf["stats"] = None if measures is None else measures.to_dict()
+            leaf["stats"] = None if isinstance(measures, str) else measures.to_dict()
         leaves.append(leaf)
     return {
         "path": str(file.path),
@@ -93,19 +80,21 @@ def _data(file: Source, numbers: list[int], found: dict[int, Measures | None]) -
     }
 
 
-def _table(file: Source, numbers: list[int], found: dict[int, Measures | None]) -> list[str]:
-    rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size", *(_MEASURES if found else ()))]
+def _table(file: Source, numbers: list[int], found: dict[int, Measures | str]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size", *(MEASURES if found else ()))]
     for number in numbers:
         spec = file.spec(number)
         shape = f"[{','.join(map(str, spec.shape))}]"
-        row = (file.index.path(number), spec.dtype, shape, _text.size(file.nbytes(number)))
-        rows.append((*row, *_measure_cells(found[number])) if number in found else row)
+        row: tuple[str, ...] = (file.index.path(number), spec.dtype, shape, _text.size(file.nbytes(number)))
+        if number in found:
+            row = (*row, *(shown(getattr(found[number], name, None)) for name in MEASURES))
+        rows.append(row)
     count = _text.plural(len(numbers), "leaf", "leaves")
     if len(numbers) < len(file.index.numbers):
         count = f"{len(numbers):,} of {_text.plural(len(file.index.numbers), 'leaf', 'leaves')}"
     scalars = _text.plural(sum(file.spec(number).size for number in numbers), "scalar")
     total = f"{count}, {scalars}, {_text.size(sum(map(file.nbytes, numbers)))}"
-    lines = [*aligned(rows, right="lllr" + "r" * len(_MEASURES)), "", total]
+    lines = [*aligned(rows, right="lllr" + "r" * len(MEASURES)), "", total]
     if file.metadata:
         said = [f"{key}={_short(value)}" for key, value in islice(file.metadata.items(), _ENTRIES)]
         more = len(file.metadata) - len(said)
@@ -128,9 +117,3 @@ def _short(value: Any) -> str:
     """A value of a file's metadata as one cell of a table."""
     text = value if isinstance(value, str) else f"{len(value):,} bytes" if isinstance(value, bytes) else repr(value)
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
-
-
-def _measure_cells(measures: Measures | None) -> Iterator[str]:
-    for name in _MEASURES:
-        value = None if measures is None else getattr(measures, name)
-        yield "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

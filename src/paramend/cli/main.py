@@ -27,6 +27,7 @@ class Row:
 
 ROWS = (
     Row("show", "paramend.cli.look", "List the leaves of a checkpoint."),
+    Row("diff", "paramend.cli.compare", "Compare two checkpoints leaf by leaf, or hold that only some leaves changed."),
     Row("zero", "paramend.cli.edit", "Write a checkpoint with leaves set to 0."),
     Row("fill", "paramend.cli.edit", "Write a checkpoint with leaves set to a number."),
     Row("scale", "paramend.cli.edit", "Write a checkpoint with leaves multiplied by a number."),

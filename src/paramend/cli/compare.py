@@ -1,0 +1,42 @@
+"""`paramend diff`: what differs between two checkpoints, and whether it is only what may."""
+
+from pathlib import Path
+
+import click
+
+from paramend.cli import _ui
+from paramend.diffing import diff as diff_of
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--only", metavar="SELECTOR", help="Hold that leaves which SELECTOR chooses differ, and no others.")
+@click.option("--allow-noop", is_flag=True, help="With --only: it is right too if nothing differs.")
+@click.option(
+    "--sort",
+    type=click.Choice(["change", "path"]),
+    default="change",
+    help="The order of changed leaves: largest first.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+def diff(a: Path, b: Path, only: str | None, allow_noop: bool, sort: str, as_json: bool) -> None:
+    """Compare two checkpoints leaf by leaf and bit by bit: what was added, removed, renamed, respecified or changed.
+
+    A and B are files or directories, of any formats. SELECTOR counts in A; of leaves that are new, in B.
+
+    Exit status without --only: 0 nothing differs; 1 something does. With --only: 0 some of the chosen leaves differ and
+    no others; 1 another leaf differs, or nothing does. 2 an unreadable or damaged file, or a selector that chooses
+    nothing.
+    """
+    if allow_noop and only is None:
+        raise click.UsageError("--allow-noop goes with --only.")
+    with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
+        report = diff_of(a, b, only=only, sort="path" if sort == "path" else "change", progress=progress)
+    if as_json:
+        _ui.emit(report.to_dict())
+    else:
+        _ui.show_lines(str(report).split("\n"))
+    holds = not report if only is None else not report.unexpected and (bool(report) or allow_noop)
+    if not holds:
+        raise SystemExit(1)

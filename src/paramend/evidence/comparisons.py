@@ -1,0 +1,134 @@
+"""Comparisons of pairs of leaves: equal bit by bit or not, and how far apart, in bounded memory."""
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from paramend.errors import Unsupported
+from paramend.evidence.distances import Distance, Gap
+from paramend.evidence.reading import Span, Task, looked
+from paramend.evidence.streams import Desk, Stream, hindrance, stream_of
+from paramend.leaves import Leaves
+from paramend.progress import Meter
+from paramend.specs import Spec
+
+Array = np.ndarray[Any, Any]
+R = TypeVar("R")
+
+_SMALL = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two leaves to compare.
+
+    Attributes:
+        old: the tree of the first.
+        a: its number.
+        new: the tree of the second.
+        b: its number.
+    """
+
+    old: Leaves
+    a: int
+    new: Leaves
+    b: int
+
+    @property
+    def same(self) -> bool:
+        """Whether both are one object in memory."""
+        if hasattr(self.old, "origin") or hasattr(self.new, "origin"):
+            return False
+        return self.old.read(self.a) is self.new.read(self.b)
+
+    @property
+    def specs(self) -> tuple[Spec, Spec]:
+        """The specs of both."""
+        return self.old.spec(self.a), self.new.spec(self.b)
+
+    @property
+    def hindrance(self) -> str:
+        """Why the values of one of them cannot be had, or ""."""
+        return hindrance(self.old, self.a) or hindrance(self.new, self.b)
+
+    def streams(self) -> tuple[Stream, Stream]:
+        """The streams of both.
+
+        Raises:
+            Unsupported: the values of one cannot be had, or one has packed what the other has not.
+        """
+        a, b = stream_of(self.old, self.a), stream_of(self.new, self.b)
+        if a.size != b.size or (a.dtype is None) != (b.dtype is None):
+            raise Unsupported(
+                f"{self.new.index.path(self.b)} cannot be compared: its values, {b.spec}, are packed on one side"
+            )
+        return a, b
+
+
+class Comparer:
+    """Compares pairs of leaves on two threads, and tells a meter of the bytes."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def equal(self, pairs: Sequence[Pair]) -> list[bool]:
+        """Whether the leaves of each pair, of one spec, are equal bit by bit."""
+        found = [True] * len(pairs)
+
+        def streams() -> Iterator[Task]:
+            for index, pair in enumerate(pairs):
+                if not pair.same:
+                    a, b = pair.streams()
+                    if not a.is_at(b):
+                        yield index, (a, b)
+
+        for index, same in self._looked(streams(), _agree):
+            found[index] &= same
+        return found
+
+    def distances(self, pairs: Sequence[Pair]) -> list[Distance]:
+        """How far the leaves of each pair, of one shape, are apart."""
+        found = [Gap() for _ in pairs]
+        streams = ((index, pair.streams()) for index, pair in enumerate(pairs))
+        for index, gap in self._looked(streams, _gap):
+            found[index].merge(gap)
+        return [gap.distance() for gap in found]
+
+    def _looked(self, tasks: Iterable[Task], look: Callable[[Span, Desk], R]) -> Iterator[tuple[int, R]]:
+        for span, found in looked(tasks, look):
+            self.meter.advance(span.nbytes)
+            yield span.index, found
+
+
+def _agree(span: Span, desk: Desk) -> bool:
+    return all(same_bytes(a, b) for a, b in span.pieces(desk))
+
+
+def _gap(span: Span, desk: Desk) -> Gap:
+    gap = Gap()
+    bits = None if span.streams[0].dtype is not None else span.streams[0].bits
+    for a, b in span.pieces(desk):
+        if bits is not None:
+            gap.add_opaque(a, b, bits)
+        else:
+            gap.add(a, b)
+    return gap
+
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def same_bytes(a: Array, b: Array) -> bool:
+    """Whether two arrays, contiguous and of one length in bytes, are equal bit by bit.
+
+    >>> same_bytes(np.array([np.nan]), np.array([np.nan])), same_bytes(np.array([0.0]), np.array([-0.0]))
+    (True, False)
+    """
+    if a.nbytes < _SMALL:
+        return a.tobytes() == b.tobytes()
+    # Unlike comparisons of numpy and of bytes, ctypes lets other threads run, and nothing is allocated.
+    return not _memcmp(a.ctypes.data, b.ctypes.data, a.nbytes)

@@ -1,0 +1,187 @@
+"""Distances between two arrays of values that differ, in one pass and in bounded memory."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend.evidence.widening import total, widened
+from paramend.specs import BITS, kind_of
+
+Array = np.ndarray[Any, Any]
+
+# Elements looked at once: in float64 they fit the processor's cache.
+_RUN = 1 << 16
+_UNSIGNED = frozenset({"float8_e8m0fnu"})  # floats without a sign
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far two arrays of one shape are from each other, reckoned in float64.
+
+    Attributes:
+        differing: how many elements differ bit by bit (of two dtypes: in value); None where elements have no known
+            width.
+        nonfinite: how many of these are NaN or inf on a side. All that follows is of the elements that are finite on
+            both.
+        max_abs: the greatest |b - a|; of integers exact. None if no finite element differs, or they are no numbers.
+        relative_l2: ‖b - a‖ / ‖a‖; inf if a is 0.
+        cosine: of the angle between the two as vectors; None if one of them is 0.
+        max_ulp: the greatest distance in units in the last place: how many floats of this dtype lie between, plus one;
+            0 between -0.0 and +0.0. None of what is no float.
+    """
+
+    differing: int | None
+    nonfinite: int = 0
+    max_abs: float | int | None = None
+    relative_l2: float | None = None
+    cosine: float | None = None
+    max_ulp: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name."""
+        return asdict(self)
+
+
+class Gap:
+    """The distance of values that come in parts, in any order: the outcome is the same.
+
+    >>> gap = Gap()
+    >>> gap.add(np.array([3.0, 4.0]), np.array([3.0, 4.0]))
+    >>> gap.add(np.array([0.0]), np.array([0.5]))
+    >>> gap.distance().differing, gap.distance().relative_l2, gap.distance().max_abs
+    (1, 0.1, 0.5)
+    """
+
+    def __init__(self) -> None:
+        self.differing: int | None = 0
+        self.nonfinite = 0
+        self.max_abs: float | int | None = None
+        self.max_ulp: int | None = None
+        # Sums of squares: of what agrees; of what moved, before, after and between; and of its products.
+        self.same: list[float] = []
+        self.old: list[float] = []
+        self.new: list[float] = []
+        self.moved: list[float] = []
+        self.dots: list[float] = []
+
+    def add(self, a: Array, b: Array) -> None:
+        """Takes further elements in: flat arrays of one length. Of two dtypes, values are compared."""
+        with np.errstate(all="ignore"):
+            for start in range(0, a.size, _RUN):
+                self._add(a[start : start + _RUN], b[start : start + _RUN])
+
+    def add_opaque(self, a: Array, b: Array, bits: int) -> None:
+        """Takes further bytes in, of elements that are no numbers to numpy; 0 bits: of unknown width."""
+        if not bits:
+            self.differing = None
+        elif self.differing is not None:
+            flags = np.unpackbits(np.bitwise_xor(a, b), bitorder="little")
+            self.differing += int(np.count_nonzero(flags[: flags.size // bits * bits].reshape(-1, bits).any(axis=1)))
+
+    def merge(self, other: "Gap") -> None:
+        """Takes in what another has seen."""
+        unknown = self.differing is None or other.differing is None
+        self.differing = None if unknown else (self.differing or 0) + (other.differing or 0)
+        self.nonfinite += other.nonfinite
+        self.max_abs = _larger(self.max_abs, other.max_abs)
+        self.max_ulp = _larger(self.max_ulp, other.max_ulp)
+        for name in ("same", "old", "new", "moved", "dots"):
+            getattr(self, name).extend(getattr(other, name))
+
+    def distance(self) -> Distance:
+        """The distance of all elements so far."""
+        if self.max_abs is None:
+            return Distance(self.differing, self.nonfinite, max_ulp=self.max_ulp)
+        old, new = (math.sqrt(total([*self.same, *part])) for part in (self.old, self.new))
+        moved = math.sqrt(total(self.moved))
+        dot = total([*self.same, *self.dots])
+        cosine = max(-1.0, min(1.0, dot / old / new)) if old and new else None
+        relative = moved / old if old else math.inf if moved else 0.0
+        return Distance(self.differing, self.nonfinite, self.max_abs, relative, cosine, self.max_ulp)
+
+    def _add(self, a: Array, b: Array) -> None:
+        x, y = widened(a), widened(b)
+        if a.dtype == b.dtype:
+            differ = bits(a) != bits(b)
+            differ = differ.any(axis=1) if differ.ndim > 1 else differ
+        elif x is None or y is None:
+            self.differing = None
+            return
+        else:
+            differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+        count = int(np.count_nonzero(differ))
+        self.differing = (self.differing or 0) + count
+        if x is None or y is None:
+            return
+        if count < differ.size:
+            self.same.append(_squares(x[~differ] if count else x))
+        if not count:
+            return
+        finite = differ & np.isfinite(x) & np.isfinite(y)
+        left = int(np.count_nonzero(finite))
+        self.nonfinite += count - left
+        if not left:
+            return
+        x, y = x[finite], y[finite]
+        gaps = y - x
+        exact = kind_of(a.dtype.name) in ("int", "bool") and a.dtype == b.dtype
+        self.max_abs = _larger(self.max_abs, _integer_gap(a[finite], b[finite]) if exact else float(np.abs(gaps).max()))
+        self.old.append(_squares(x))
+        self.new.append(_squares(y))
+        self.moved.append(_squares(gaps))
+        self.dots.append(float((x * y.conj()).real.sum()))
+        if a.dtype == b.dtype and kind_of(a.dtype.name) == "float":
+            self.max_ulp = _larger(self.max_ulp, int(ulps(a[finite], b[finite]).max()))
+
+
+def bits(x: Array) -> Array:
+    """The elements of a flat array as unsigned integers; a row of them each where they are wide.
+
+    >>> bits(np.array([-0.0], "float32"))
+    array([2147483648], dtype=uint32)
+    """
+    width = x.dtype.itemsize
+    x = np.ascontiguousarray(x)
+    if width in (1, 2, 4, 8):
+        return x.view(f"u{width}")
+    return x.view(np.uint8).reshape(-1, width) if width else np.zeros((x.size, 0), np.uint8)
+
+
+def ulps(a: Array, b: Array) -> Array:
+    """How many steps lie between floats of one dtype, from each to the next; none of them NaN.
+
+    Floats are in the order of their bits, taken as sign and magnitude.
+
+    >>> one = np.float32(1)
+    >>> ulps(np.array([one, -0.0, -1e-45], "float32"), np.array([np.nextafter(one, 2), 0.0, 1e-45], "float32"))
+    array([1, 0, 2], dtype=uint64)
+    """
+    x, y = (bits(side).astype(np.uint64) for side in (a, b))
+    name = a.dtype.name
+    if name in _UNSIGNED:
+        return np.maximum(x, y) - np.minimum(x, y)
+    sign = np.uint64(1 << (BITS[name] - 1))
+    low, high = x & (sign - np.uint64(1)), y & (sign - np.uint64(1))
+    apart = ((x ^ y) & sign) != 0
+    found: Array = np.where(apart, low + high, np.maximum(low, high) - np.minimum(low, high))
+    return found
+
+
+def _squares(x: Array) -> float:
+    """The sum of the squares of the finite values."""
+    squares = (x * x.conj()).real if x.dtype.kind == "c" else np.square(x)
+    found = float(squares.sum())
+    return found if math.isfinite(found) else float(squares[np.isfinite(x)].sum())
+
+
+def _integer_gap(a: Array, b: Array) -> int:
+    if a.dtype.num >= 256 or a.dtype.kind == "b":  # bools, and the narrow integers of ml_dtypes
+        a, b = a.astype(np.int64), b.astype(np.int64)
+    gaps = np.where(b > a, b - a, a - b)  # wraps around as unsigned integers do, which is right
+    return int(gaps.view(f"u{gaps.dtype.itemsize}").max())
+
+
+def _larger(one: Any, other: Any) -> Any:
+    return other if one is None else one if other is None else max(one, other)

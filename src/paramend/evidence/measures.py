@@ -1,0 +1,134 @@
+"""Measures of a leaf's values, in one pass and in bounded memory."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend.evidence.widening import total, widened
+
+Array = np.ndarray[Any, Any]
+
+# Elements looked at once: in float64 they fit the processor's cache.
+_RUN = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What the values of a leaf are like, reckoned in float64. Of complex values, their absolute values.
+
+    Attributes:
+        min: the least value that is no NaN; None if there is none.
+        max: the greatest value that is no NaN; None if there is none.
+        mean: of the finite values; None if there are none.
+        std: the standard deviation of the finite values, by their number, not less one; None if there are none.
+        norm: the L2 norm of the finite values; None if there are none.
+        zeros: how many values are 0.
+        nans: how many are NaN.
+        infs: how many are infinite.
+    """
+
+    min: float | None
+    max: float | None
+    mean: float | None
+    std: float | None
+    norm: float | None
+    zeros: int
+    nans: int
+    infs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measures by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Tally:
+    """The measures of values that come in parts, in any order: the outcome is the same.
+
+    >>> tally = Tally()
+    >>> tally.add(np.array([3.0, np.nan]))
+    >>> tally.add(np.array([4], "int8"))
+    >>> tally.measures().norm
+    5.0
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self.zeros = self.nans = self.infs = self.size = 0
+        # Of each run of finite values: how many, their sum, and the sum of squares about their mean.
+        self.counts: list[int] = []
+        self.sums: list[float] = []
+        self.squares: list[float] = []
+
+    def add(self, values: Array) -> None:
+        """Takes further values in; those that are no numbers are only counted."""
+        for start in range(0, values.size, _RUN):
+            self._add(values[start : start + _RUN])
+
+    def _add(self, values: Array) -> None:
+        self.size += values.size
+        x = widened(values)
+        if x is None:
+            return
+        with np.errstate(all="ignore"):
+            x = np.abs(x) if x.dtype.kind == "c" else x
+            self.zeros += x.size - int(np.count_nonzero(x))
+            low, high = float(x.min()), float(x.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                numbers = x[~np.isnan(x)]
+                self.nans += x.size - numbers.size
+                x = numbers[np.isfinite(numbers)]
+                self.infs += numbers.size - x.size
+                low, high = (float(numbers.min()), float(numbers.max())) if numbers.size else (math.inf, -math.inf)
+            self.low, self.high = min(self.low, low), max(self.high, high)
+            if x.size:
+                part = float(x.sum())
+                gaps = x - part / x.size
+                self.counts.append(x.size)
+                self.sums.append(part)
+                self.squares.append(float(np.square(gaps, out=gaps).sum()))
+
+    def merge(self, other: "Tally") -> None:
+        """Takes in what another tally has counted."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        for name in ("size", "zeros", "nans", "infs", "counts", "sums", "squares"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def measures(self) -> Measures:
+        """The measures of all values so far."""
+        count = sum(self.counts)
+        mean = total(self.sums) / count if count else 0.0
+        # Chan, Golub & LeVeque 1983: the moments of a whole from those of its parts, without cancellation.
+        squares = total(
+            [
+                about + number * (part / number - mean) ** 2
+                for number, part, about in zip(self.counts, self.sums, self.squares, strict=True)
+            ]
+        )
+        return Measures(
+            min=self.low if count + self.infs else None,
+            max=self.high if count + self.infs else None,
+            mean=mean if count else None,
+            std=math.sqrt(squares / count) if count else None,
+            norm=math.sqrt(squares + count * mean * mean) if count else None,
+            zeros=self.zeros,
+            nans=self.nans,
+            infs=self.infs,
+        )
+
+
+def measure(chunks: Iterable[Array]) -> Measures:
+    """The measures of all values in some arrays, which are looked at one at a time.
+
+    >>> found = measure([np.array([0.0, 1.0, np.nan]), np.array([2, 3], "int8")])
+    >>> found.min, found.max, found.mean, found.zeros, found.nans
+    (0.0, 3.0, 1.5, 1, 1)
+    >>> measure([]).mean is None
+    True
+    """
+    tally = Tally()
+    for chunk in chunks:
+        tally.add(chunk.reshape(-1))
+    return tally.measures()

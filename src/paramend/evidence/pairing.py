@@ -1,0 +1,69 @@
+"""Which leaf of one tree is which of another: by name, piece by piece; tied leaves by any of their names."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from paramend.leaves import Leaves
+
+Name = tuple[tuple[str, ...], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A leaf on either side, or on both.
+
+    Attributes:
+        a: its first number in the old tree; None if it is new.
+        b: its first number in the new tree; None if it is gone.
+        path: its path in the new tree; of one that is gone, in the old.
+        also: its other paths.
+    """
+
+    a: int | None
+    b: int | None
+    path: str
+    also: tuple[str, ...] = ()
+
+
+def matches(old: Leaves, new: Leaves) -> list[Match]:
+    """The leaves of two trees, each with the one of its name, in the order of the old tree; what is new comes last.
+
+    `fc.weight` in a state dict is fc → weight in a module. A leaf with several paths is looked for under all of them.
+
+    >>> import numpy as np
+    >>> from paramend.trees.registry import Tree
+    >>> for match in matches(Tree({"fc.weight": np.ones(1), "x": np.ones(1)}), Tree({"fc": {"weight": np.ones(1)}})):
+    ...     print(match.path, match.a, match.b)
+    fc/weight 0 0
+    x 1 None
+    """
+    before, after = _named(old), _named(new)
+    kept = {_one(old, number) for name, number in before.items() if name in after}
+    known = {_one(new, number) for name, number in after.items() if name in before}
+    paths: dict[tuple[Any, Any], list[str]] = {}
+    for name, number in before.items():
+        one = _one(old, number)
+        if name in after:
+            paths.setdefault((one, _one(new, after[name])), []).append(new.index.path(after[name]))
+        elif one not in kept:
+            paths.setdefault((one, None), []).append(old.index.path(number))
+    for name, number in after.items():
+        if name not in before and _one(new, number) not in known:
+            paths.setdefault((None, _one(new, number)), []).append(new.index.path(number))
+    return [Match(a, b, first, tuple(also)) for (a, b), (first, *also) in paths.items()]
+
+
+def _one(leaves: Leaves, number: int) -> int:
+    return leaves.ties.get(number, number)
+
+
+def _named(leaves: Leaves) -> dict[Name, int]:
+    """Leaf numbers by their pieces; of several that read the same, the first, the second and so on."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    found: dict[Name, int] = {}
+    for number in leaves.index.numbers:
+        pieces = leaves.index.pieces(number)
+        found[pieces, seen[pieces]] = number
+        seen[pieces] += 1
+    return found

@@ -1,0 +1,107 @@
+"""Axes in another order: whether a leaf is another one transposed, element by element, in bounded memory."""
+
+import mmap
+import os
+from collections.abc import Iterator
+from itertools import permutations, product
+from typing import Any
+
+import numpy as np
+
+from paramend.evidence.comparisons import Pair
+from paramend.evidence.distances import bits
+from paramend.evidence.streams import Stream
+from paramend.formats.files import open_regular
+
+Array = np.ndarray[Any, Any]
+
+_AXES = 4  # of more axes no orders are tried
+_TILE = 512
+_PROBES = 64
+_LIMIT = 64 << 20  # bytes of a leaf that is read whole where its file cannot be mapped
+
+
+def transposed(pair: Pair) -> tuple[int, ...] | None:
+    """The order of axes such that b is `a.transpose(order)`, bit by bit; None if there is none but that of a itself.
+
+    >>> from paramend.trees.registry import Tree
+    >>> a = np.arange(6.0).reshape(2, 3)
+    >>> transposed(Pair(Tree([a]), 0, Tree([a.T.copy()]), 0))
+    (1, 0)
+    """
+    one, two = pair.old.spec(pair.a), pair.new.spec(pair.b)
+    ndim = len(one.shape)
+    if one.dtype != two.dtype or sorted(one.shape) != sorted(two.shape) or not 2 <= ndim <= _AXES or not one.size:
+        return None
+    same = tuple(range(ndim))
+    orders = [
+        order
+        for order in sorted(permutations(same), reverse=True)
+        if order != same and tuple(one.shape[axis] for axis in order) == two.shape
+    ]
+    if not orders:
+        return None
+    streams = pair.streams()
+    if streams[0].dtype is None or not streams[0].dtype.itemsize:
+        return None
+    first, second = (_View(stream) for stream in streams)
+    if first.array is None or second.array is None:
+        return None
+    for order in orders:
+        if _agree(first.array.transpose(order), second.array) and all(
+            _same_tile(first, second, order, tile) for tile in _tiles(second.array.shape, order)
+        ):
+            return order
+    return None
+
+
+class _View:
+    """The values of a stream as an array: those of a file are mapped, and let go of tile by tile."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.array: Array | None = None
+        self._map: mmap.mmap | None = None
+        flat = stream.array
+        if stream.extent is not None:
+            descriptor = open_regular(stream.extent.path)
+            try:
+                self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            finally:
+                os.close(descriptor)
+            flat = np.frombuffer(self._map, np.uint8, stream.extent.nbytes, stream.extent.start).view(stream.dtype)
+        elif flat is None and stream.size * stream.width <= _LIMIT:
+            flat = stream.source.read_range(stream.number, 0, stream.size)
+        if flat is not None:
+            self.array = flat.reshape(stream.spec.shape)
+
+    def forget(self) -> None:
+        """Lets the system take the pages back that were read."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _agree(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape agree at some places."""
+    draw = np.random.default_rng(0)
+    places = tuple(draw.integers(0, length, _PROBES) for length in b.shape)
+    return bool((bits(a[places]) == bits(b[places])).all())
+
+
+def _tiles(shape: tuple[int, ...], order: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """The parts of b that touch few pages of either side: its last axis and the last one of a are cut."""
+    cut = {len(shape) - 1, order.index(len(shape) - 1), 0}
+    steps = [
+        [slice(at, at + _TILE) for at in range(0, length, _TILE)] if axis in cut else [slice(None)]
+        for axis, length in enumerate(shape)
+    ]
+    return product(*steps)
+
+
+def _same_tile(first: _View, second: _View, order: tuple[int, ...], tile: tuple[slice, ...]) -> bool:
+    assert first.array is not None
+    assert second.array is not None
+    a, b = first.array.transpose(order)[tile], second.array[tile]
+    same = bool((bits(a.reshape(-1)) == bits(b.reshape(-1))).all())
+    first.forget()
+    second.forget()
+    return same

@@ -1,0 +1,120 @@
+"""Spectra: the spectral norm of a matrix, from passes over its rows, and which of its output units are dead."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend.evidence.streams import CHUNK, Desk, Stream
+from paramend.evidence.widening import widened
+
+Array = np.ndarray[Any, Any]
+
+# The singular value is as good as this, relatively; more passes than that are not made.
+TOLERANCE = 1e-6
+PASSES = 300
+_HELD = 1 << 23  # elements of a matrix that is held in float64 rather than read again in every pass
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What a leaf is like as a matrix.
+
+    Attributes:
+        spectral_norm: its greatest singular value; None if it holds NaN or inf.
+        units: its output units.
+        dead: how many of them have no weight but 0.
+    """
+
+    spectral_norm: float | None
+    units: int
+    dead: int
+
+
+def spectrum(stream: Stream, *, out_first: bool) -> Spectrum:
+    """The spectrum of a leaf with two axes or more, as a matrix of output units by all that comes in.
+
+    Args:
+        stream: the leaf.
+        out_first: whether the first axis is that of the output units, as in torch; if not, the last one is. All other
+            axes together are one: so those of a convolution.
+
+    >>> from paramend.evidence.streams import stream_of
+    >>> from paramend.trees.registry import Tree
+    >>> stream = stream_of(Tree([np.array([[3.0, 0, 0], [0, 0, 4]])]), 0)
+    >>> found = spectrum(stream, out_first=False)
+    >>> round(found.spectral_norm, 6), found.units, found.dead
+    (4.0, 3, 1)
+    """
+    shape = stream.spec.shape
+    matrix = _Matrix(stream, shape[0] if out_first else math.prod(shape[:-1]))
+    alive, finite = matrix.survey(rows=out_first)
+    norm = _greatest(matrix) if finite else None
+    return Spectrum(norm, alive.size, int(alive.size - np.count_nonzero(alive)))
+
+
+class _Matrix:
+    """The rows of a matrix in blocks of float64 or complex128."""
+
+    def __init__(self, stream: Stream, rows: int) -> None:
+        self.stream, self.rows = stream, rows
+        self.columns = stream.size // rows if rows else 0
+        self._held = list(self._blocks()) if stream.size <= _HELD else None
+
+    def blocks(self) -> Iterator[Array]:
+        return iter(self._held) if self._held is not None else self._blocks()
+
+    def _blocks(self) -> Iterator[Array]:
+        step = max(CHUNK // max(self.columns * self.stream.width, 1), 1)
+        with Desk() as desk:
+            for start in range(0, self.rows if self.columns else 0, step):
+                stop = min(start + step, self.rows)
+                found = widened(self.stream.piece(desk, 0, start * self.columns, stop * self.columns))
+                assert found is not None
+                yield found.reshape(stop - start, self.columns)
+
+    def survey(self, *, rows: bool) -> tuple[Array, bool]:
+        """Which rows, or else columns, hold anything but 0; and whether all values are finite."""
+        alive, finite = [np.zeros(0 if rows else self.columns, bool)], True
+        for block in self.blocks():
+            nonzero = (block != 0).any(axis=1 if rows else 0)
+            alive = [*alive, nonzero] if rows else [alive[0] | nonzero]
+            finite &= bool(np.isfinite(block).all())
+        return np.concatenate(alive), finite
+
+    def squared(self, vector: Array) -> Array:
+        """Aᴴ A v, in one pass."""
+        found = np.zeros_like(vector)
+        for block in self.blocks():
+            found += block.conj().T @ (block @ vector)
+        return found
+
+
+def _greatest(matrix: _Matrix) -> float | None:
+    """The greatest singular value, by Lanczos' iteration on AᴴA, kept orthogonal (Golub & Van Loan, 10.1)."""
+    if not matrix.rows or not matrix.columns:
+        return 0.0
+    dtype = np.complex128 if matrix.stream.spec.kind == "complex" else np.float64
+    start = np.random.default_rng(0).standard_normal(matrix.columns).astype(dtype)
+    basis = [start / np.linalg.norm(start)]
+    alphas: list[float] = []
+    betas: list[float] = []
+    value = 0.0
+    with np.errstate(all="ignore"):
+        for _ in range(min(PASSES, matrix.columns)):
+            new = matrix.squared(basis[-1])
+            alphas.append(float(np.vdot(basis[-1], new).real))
+            known = np.stack(basis)
+            for _ in range(2):  # twice is enough
+                new -= known.T @ (known.conj() @ new)
+            betas.append(float(np.linalg.norm(new)))
+            if not math.isfinite(alphas[-1]) or not math.isfinite(betas[-1]):
+                return None  # squares beyond float64
+            values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
+            value = max(float(values[-1]), 0.0)
+            if betas[-1] * abs(vectors[-1, -1]) <= TOLERANCE * value:
+                break
+            basis.append(new / betas[-1])
+    return math.sqrt(value)

@@ -1,0 +1,160 @@
+"""The report of what the values of leaves are like."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from paramend import _text
+from paramend.reports import Line, Report, Section
+from paramend.specs import Spec
+
+MEASURES = ("min", "max", "mean", "std", "norm", "zeros", "nans", "infs")
+SPECTRAL = ("spectral_norm", "stable_rank", "dead", "units")
+
+
+@dataclass(frozen=True, slots=True)
+class StatsRow:
+    """What the values of one leaf are like, reckoned in float64. Of complex values, their absolute values.
+
+    Attributes:
+        path: the path.
+        shape: the shape.
+        dtype: the dtype.
+        nbytes: the bytes.
+        also: the other paths of a tied leaf.
+        unread: why the values could not be read, or "".
+        min: the least value that is no NaN; None if there is none.
+        max: the greatest value that is no NaN; None if there is none.
+        mean: of the finite values; None if there are none.
+        std: the standard deviation of the finite values, by their number, not less one.
+        norm: the L2 norm of the finite values.
+        zeros: how many values are 0.
+        nans: how many are NaN.
+        infs: how many are infinite.
+        spectral_norm: the greatest singular value of the leaf as a matrix, if it was asked for.
+        stable_rank: the square of norm / spectral_norm: at most the rank, and less where few directions dominate.
+        dead: how many output units have no weight but 0, if it was asked for.
+        units: how many output units there are, if it was asked for.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    also: tuple[str, ...] = ()
+    unread: str = ""
+    min: float | None = None
+    max: float | None = None
+    mean: float | None = None
+    std: float | None = None
+    norm: float | None = None
+    zeros: int | None = None
+    nans: int | None = None
+    infs: int | None = None
+    spectral_norm: float | None = None
+    stable_rank: float | None = None
+    dead: int | None = None
+    units: int | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """Shape and dtype."""
+        return Spec(self.shape, self.dtype)
+
+    @property
+    def finite(self) -> int:
+        """How many values are finite."""
+        return 0 if self.zeros is None else self.spec.size - (self.nans or 0) - (self.infs or 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as data that JSON can hold."""
+        found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        unasked = () if self.units is not None else SPECTRAL
+        return {name: value for name, value in found.items() if name not in unasked}
+
+
+@dataclass(repr=False)
+class StatsReport(Report):
+    """What the values of a tree's leaves are like.
+
+    Attributes:
+        leaves: a row for each leaf, in the order of the tree; one with several paths counts once.
+    """
+
+    leaves: list[StatsRow] = field(default_factory=list)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """The figures of all leaves together: `leaves`, `parameters` and `nbytes`, and the measures."""
+        return {
+            "leaves": len(self.leaves),
+            "parameters": sum(row.spec.size for row in self.leaves),
+            "nbytes": sum(row.nbytes for row in self.leaves),
+            **together(self.leaves),
+        }
+
+    def headline(self) -> str:
+        """One sentence that says it all."""
+        totals = self.totals
+        odd = [f"{totals[name]:,} {said}" for name, said in (("nans", "NaN"), ("infs", "inf")) if totals[name]]
+        norm = "-" if totals["norm"] is None else f"{totals['norm']:.4g}"
+        return (
+            f"{_text.plural(totals['leaves'], 'leaf', 'leaves')}, {_text.plural(totals['parameters'], 'parameter')}, "
+            f"{_text.size(totals['nbytes'])}; norm {norm}, {', '.join(odd) or 'all finite'}"
+        )
+
+    def sections(self) -> list[Section]:
+        """The leaves that could be read, and those that could not."""
+        by_path = {row.path: row for row in self.leaves}
+        read = [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.leaves if not row.unread]
+        unread = [Line((row.path,), (str(row.spec), row.unread)) for row in self.leaves if row.unread]
+        spectral = any(row.units is not None for row in self.leaves)
+        columns = (*MEASURES, *(("spectral norm", "stable rank", "dead") if spectral else ()))
+
+        def cells(line: Line) -> tuple[str, ...]:
+            rows = [by_path[path] for path in line.members]
+            found = together(rows)
+            return (*(shown(found[name]) for name in MEASURES), *(_spectral(rows) if spectral else ()))
+
+        return [Section("values", read, columns, cells), Section("unread", unread)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers."""
+        return {"totals": self.totals, "leaves": [row.to_dict() for row in self.leaves]}
+
+
+def together(rows: Sequence[StatsRow]) -> dict[str, Any]:
+    """The measures of several leaves as if they were one.
+
+    >>> rows = [StatsRow("a", (1,), "float32", 4, mean=1.0, std=0.0, norm=1.0, zeros=0), StatsRow("b", (0,), "int8", 0)]
+    >>> together(rows)["mean"], together(rows)["norm"], together(rows)["min"]
+    (1.0, 1.0, None)
+    """
+    full = [row for row in rows if row.mean is not None and row.std is not None and row.norm is not None]
+    count = sum(row.finite for row in full)
+    mean = math.fsum(row.finite * (row.mean or 0.0) / count for row in full) if full else None
+    lows, highs = ([value for row in rows if (value := getattr(row, name)) is not None] for name in ("min", "max"))
+    found: dict[str, Any] = {"min": min(lows, default=None), "max": max(highs, default=None), "mean": mean}
+    squares = (row.finite * ((row.std or 0.0) ** 2 + ((row.mean or 0.0) - (mean or 0.0)) ** 2) for row in full)
+    found["std"] = math.sqrt(math.fsum(squares) / count) if full else None
+    found["norm"] = math.hypot(*(row.norm or 0.0 for row in full)) if full else None
+    return found | {name: sum(getattr(row, name) or 0 for row in rows) for name in ("zeros", "nans", "infs")}
+
+
+def _spectral(rows: Sequence[StatsRow]) -> tuple[str, str, str]:
+    """Of several matrices the greatest norm, the least stable rank, and all dead units."""
+    asked = [row for row in rows if row.units is not None]
+    norms = [row.spectral_norm for row in asked if row.spectral_norm is not None]
+    ranks = [row.stable_rank for row in asked if row.stable_rank is not None]
+    dead = f"{sum(row.dead or 0 for row in asked):,} of {sum(row.units or 0 for row in asked):,}" if asked else "-"
+    return shown(max(norms, default=None)), shown(min(ranks, default=None)), dead
+
+
+def shown(value: float | int | None) -> str:
+    """A figure as a cell of a table.
+
+    >>> shown(None), shown(1234), shown(0.123456)
+    ('-', '1,234', '0.1235')
+    """
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,190 @@
+"""`Stream`: the elements of a leaf, piece by piece, from memory or from a file, into buffers that are used again."""
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend.arrays.registry import backend, to_numpy
+from paramend.errors import BadCheckpoint, Unsupported
+from paramend.formats.files import open_regular
+from paramend.formats.safetensors import same_file, shrunk
+from paramend.formats.shards import stats_of
+from paramend.formats.source import Extent
+from paramend.leaves import Leaves
+from paramend.specs import BITS, Spec, numpy_dtype
+
+Array = np.ndarray[Any, Any]
+
+# Bytes read at once: they fit the processor's cache. A multiple of 3, so that elements of 6 bits stay whole.
+CHUNK = 3 << 17
+_OPEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The elements of a leaf, to be read piece by piece.
+
+    Attributes:
+        spec: shape and dtype of the leaf.
+        dtype: what a piece is of; None: of bytes, since numpy has no such dtype or they are packed.
+        size: how many elements there are, or else bytes.
+        extent: where the bytes lie, if in one piece in a file.
+        seen: what the system said of the files when they were opened.
+        array: the values, if they are in memory: one axis.
+        source: what reads ranges of elements, where neither holds.
+        number: the leaf in the source.
+    """
+
+    spec: Spec
+    dtype: "np.dtype[Any] | None"
+    size: int
+    extent: Extent | None = None
+    seen: Mapping[Path, os.stat_result] | None = None
+    array: Array | None = None
+    source: Any = None
+    number: int = 0
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element."""
+        return 1 if self.dtype is None else self.dtype.itemsize
+
+    @property
+    def bits(self) -> int:
+        """Of a stream of bytes, the bits of one element of the leaf; 0 if they are unknown."""
+        known = BITS.get(self.spec.dtype, 0)
+        whole = self.spec.size and self.size % self.spec.size == 0
+        return known or (self.size // self.spec.size * 8 if whole else 0)
+
+    def is_at(self, other: "Stream") -> bool:
+        """Whether the two are the same bytes of one file."""
+        if self.extent is None or other.extent is None or self.extent.start != other.extent.start:
+            return False
+        one, two = ((side.seen or {}).get(side.extent.path) for side in (self, other) if side.extent)
+        return one is not None and two is not None and same_file(one, two)
+
+    def piece(self, desk: "Desk", slot: int, start: int, stop: int) -> Array:
+        """Some elements, as an array with one axis that is valid until the desk fills this slot again."""
+        if self.array is not None:
+            return self.array[start:stop]
+        if self.extent is None:
+            found: Array = self.source.read_range(self.number, start, stop)
+            return found
+        buffer = desk.read(slot, self.extent, self.seen or {}, start * self.width, stop * self.width)
+        return buffer if self.dtype is None else buffer.view(self.dtype)
+
+
+def stream_of(leaves: Leaves, number: int) -> Stream:
+    """The stream of a leaf. One that an edit changes which is not saved yet is computed whole; one that lies on a
+    device is copied to the host.
+
+    Raises:
+        Unsupported: its values cannot be had.
+    """
+    spec = leaves.spec(number)
+    why = hindrance(leaves, number)
+    if why:
+        raise Unsupported(f"{leaves.index.path(number)} cannot be read: {why}")
+    home = _home(leaves, number)
+    if not hasattr(home, "read_range"):
+        array = to_numpy(leaves.read(number) if home is None else home.read(number))
+        array = np.ascontiguousarray(array).reshape(-1)
+        return Stream(spec, array.dtype, array.size, array=array)
+    extent = home.extent(number)
+    if home.refusal(number):
+        return Stream(spec, None, home.nbytes(number), extent, stats_of(home))
+    dtype = numpy_dtype(spec.dtype)
+    if extent is None:
+        return Stream(spec, dtype, spec.size, source=home, number=number)
+    return Stream(spec, dtype, spec.size, extent, stats_of(home))
+
+
+def hindrance(leaves: Leaves, number: int) -> str:
+    """Why the values of a leaf cannot be had, not even as bytes, or ""."""
+    home = _home(leaves, number)
+    if home is None:
+        return ""
+    if hasattr(home, "read_range"):
+        return home.refusal(number) if home.extent(number) is None else ""
+    value = home.read(number)
+    spec = home.spec(number)
+    # Strings and PRNG keys are no numbers, but their bytes can be compared.
+    bare = spec.kind == "other" and not spec.dtype.startswith("q") and spec.dtype != "object"
+    return "" if bare else backend(value).refusal(value)
+
+
+def nbytes_of(leaves: Any, number: int) -> int:
+    """The bytes of a leaf; in a file also of a dtype of unknown width."""
+    found: int = leaves.nbytes(number) if hasattr(leaves, "nbytes") else leaves.spec(number).nbytes
+    return found
+
+
+def _home(leaves: Any, number: int) -> Any:
+    """What holds the values: the file of a checkpoint, unless an edit stands between (None), or the tree."""
+    origin = getattr(leaves, "origin", None)
+    return leaves if origin is None else origin(number)
+
+
+class Desk:
+    """What one thread reads with: a buffer for each slot, and files, open for as long as the desk is entered."""
+
+    _here = threading.local()
+
+    def __init__(self) -> None:
+        self._buffers: list[Array] = self._here.__dict__.setdefault("buffers", [])
+        self._files: dict[Path, tuple[int, os.stat_result]] = {}
+
+    def __enter__(self) -> "Desk":
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        try:
+            if kind is None:
+                for path, (descriptor, before) in self._files.items():
+                    _check(path, os.fstat(descriptor), before)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1][0])
+
+    def read(self, slot: int, extent: Extent, seen: Mapping[Path, os.stat_result], start: int, stop: int) -> Array:
+        """Bytes of an extent.
+
+        Raises:
+            BadCheckpoint: another program changed the file.
+        """
+        while len(self._buffers) <= slot:
+            self._buffers.append(np.empty(CHUNK, np.uint8))
+        if len(self._buffers[slot]) < stop - start:
+            self._buffers[slot] = np.empty(stop - start, np.uint8)
+        buffer = self._buffers[slot][: stop - start]
+        descriptor = self._descriptor(extent.path, seen)
+        view, at = buffer.data, 0
+        while at < len(view):
+            count = os.preadv(descriptor, [view[at:]], extent.start + start + at)
+            if not count:
+                raise shrunk(extent.path)
+            at += count
+        return buffer
+
+    def _descriptor(self, path: Path, seen: Mapping[Path, os.stat_result]) -> int:
+        if path not in self._files:
+            if len(self._files) >= _OPEN:
+                self._close()
+            descriptor = open_regular(path)
+            now = os.fstat(descriptor)
+            self._files[path] = descriptor, now
+            _check(path, now, seen.get(path, now))
+        return self._files[path][0]
+
+
+def _check(path: Path, now: os.stat_result, before: os.stat_result) -> None:
+    if not same_file(now, before):
+        raise BadCheckpoint(f"{path}: another program changed it since it was opened", hint="open the checkpoint again")

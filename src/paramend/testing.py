@@ -1,0 +1,54 @@
+"""Assertions for your own tests: what may change, and that nothing else does."""
+
+from typing import Any
+
+from paramend.diffing import diff
+from paramend.errors import UnexpectedChange
+
+
+def assert_only_changed(before: Any, after: Any, selector: Any, *, allow_noop: bool = False) -> None:
+    """Nothing, if some of the leaves that a selector chooses differ and no others do.
+
+    Args:
+        before: a tree of any kind, a checkpoint, or the path of one.
+        after: likewise.
+        selector: what may differ: it counts in `before`, and for leaves that are new in `after`.
+        allow_noop: whether it is right that nothing differs at all.
+
+    Raises:
+        UnexpectedChange: other leaves differ, or nothing does. It is an `AssertionError`; its text is the table of
+            `pm.diff`, its `changes` maps each path to what happened.
+        NoMatch: the selector chooses nothing.
+
+    >>> old = {"kernel": np.ones(2), "bias": np.zeros(2)}
+    >>> assert_only_changed(old, {**old, "bias": np.ones(2)}, "bias")
+    >>> assert_only_changed(old, dict(old), "bias")
+    Traceback (most recent call last):
+    paramend.errors.UnexpectedChange: no difference: 2 leaves are identical, 32 B; nothing in bias
+    """
+    report = diff(before, after, only=selector)
+    if report.unexpected or not (report or allow_noop):
+        raise UnexpectedChange(str(report), changes=report.changes)
+
+
+def assert_identical(a: Any, b: Any, selector: Any = "**") -> None:
+    """Nothing, if no leaf differs, bit by bit.
+
+    Args:
+        a: a tree of any kind, a checkpoint, or the path of one.
+        b: likewise.
+        selector: what to compare.
+
+    Raises:
+        UnexpectedChange: a leaf differs. It is an `AssertionError`; its text is the table of `pm.diff`.
+        NoMatch: the selector chooses nothing on either side.
+
+    >>> assert_identical({"w": np.array([np.nan])}, {"w": np.array([np.nan])})
+    >>> assert_identical({"w": np.array([0.0])}, {"w": np.array([-0.0])})
+    Traceback (most recent call last):
+    paramend.errors.UnexpectedChange: 1 of 1 leaf differs: 1 changed
+    ...
+    """
+    report = diff(a, b, selector)
+    if report:
+        raise UnexpectedChange(str(report), changes=report.changes)
