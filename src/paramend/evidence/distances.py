@@ -12,7 +12,7 @@ from paramend.specs import BITS, kind_of
 Array = np.ndarray[Any, Any]
 
 # Elements looked at once: in float64 they fit the processor's cache.
-_RUN = 1 << 16
+_RUN = 1 << 15
 _UNSIGNED = frozenset({"float8_e8m0fnu"})  # floats without a sign
 
 
@@ -102,38 +102,49 @@ class Gap:
         return Distance(self.differing, self.nonfinite, self.max_abs, relative, cosine, self.max_ulp)
 
     def _add(self, a: Array, b: Array) -> None:
-        x, y = widened(a), widened(b)
-        if a.dtype == b.dtype:
-            differ = bits(a) != bits(b)
-            differ = differ.any(axis=1) if differ.ndim > 1 else differ
-        elif x is None or y is None:
-            self.differing = None
+        one = a.dtype == b.dtype
+        differ = _differ(a, b) if one else None
+        count = -1 if differ is None else int(np.count_nonzero(differ))
+        x = widened(a)
+        if x is None:
+            self.differing = None if self.differing is None or count < 0 else self.differing + count
             return
-        else:
-            differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))
-        count = int(np.count_nonzero(differ))
-        self.differing = (self.differing or 0) + count
-        if x is None or y is None:
-            return
-        if count < differ.size:
-            self.same.append(_squares(x[~differ] if count else x))
         if not count:
+            self.same.append(_squares(x))
             return
-        finite = differ & np.isfinite(x) & np.isfinite(y)
-        left = int(np.count_nonzero(finite))
-        self.nonfinite += count - left
-        if not left:
+        y = widened(b)
+        assert y is not None  # two dtypes are compared if both are of numbers
+        if differ is None:
+            differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+            count = int(np.count_nonzero(differ))
+        self.differing = (self.differing or 0) + count
+        sums = _product(x, x), _product(y, y)
+        if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):  # NaN, inf, or squares beyond float64
+            finite = np.isfinite(x) & np.isfinite(y)
+            self.nonfinite += int(np.count_nonzero(differ & ~finite))
+            x, y, a, b, differ = x[finite], y[finite], a[finite], b[finite], differ[finite]
+            sums = _product(x, x), _product(y, y)
+        if not differ.any():
+            self.same.append(sums[0])
             return
-        x, y = x[finite], y[finite]
-        gaps = y - x
-        exact = kind_of(a.dtype.name) in ("int", "bool") and a.dtype == b.dtype
-        self.max_abs = _larger(self.max_abs, _integer_gap(a[finite], b[finite]) if exact else float(np.abs(gaps).max()))
-        self.old.append(_squares(x))
-        self.new.append(_squares(y))
-        self.moved.append(_squares(gaps))
-        self.dots.append(float((x * y.conj()).real.sum()))
-        if a.dtype == b.dtype and kind_of(a.dtype.name) == "float":
-            self.max_ulp = _larger(self.max_ulp, int(ulps(a[finite], b[finite]).max()))
+        gaps = np.subtract(y, x)
+        self.old.append(sums[0])
+        self.new.append(sums[1])
+        self.dots.append(_product(x, y))
+        self.moved.append(_product(gaps, gaps))
+        kind = kind_of(a.dtype.name)
+        exact = one and kind in ("int", "bool")
+        self.max_abs = _larger(self.max_abs, _integer_gap(a, b) if exact else float(np.abs(gaps).max()))
+        if one and kind == "float":
+            self.max_ulp = _larger(self.max_ulp, int(ulps(a, b).max()))
+
+
+def _differ(a: Array, b: Array) -> Array:
+    """Which elements of flat arrays of one dtype differ bit by bit."""
+    found: Array = np.not_equal(bits(a), bits(b))
+    if found.ndim > 1:
+        found = np.asarray(found.any(axis=1))
+    return found
 
 
 def bits(x: Array) -> Array:
@@ -156,24 +167,37 @@ def ulps(a: Array, b: Array) -> Array:
 
     >>> one = np.float32(1)
     >>> ulps(np.array([one, -0.0, -1e-45], "float32"), np.array([np.nextafter(one, 2), 0.0, 1e-45], "float32"))
-    array([1, 0, 2], dtype=uint64)
+    array([1, 0, 2], dtype=uint32)
     """
-    x, y = (bits(side).astype(np.uint64) for side in (a, b))
-    name = a.dtype.name
-    if name in _UNSIGNED:
-        return np.maximum(x, y) - np.minimum(x, y)
-    sign = np.uint64(1 << (BITS[name] - 1))
-    low, high = x & (sign - np.uint64(1)), y & (sign - np.uint64(1))
-    apart = ((x ^ y) & sign) != 0
-    found: Array = np.where(apart, low + high, np.maximum(low, high) - np.minimum(low, high))
+    name, width = a.dtype.name, 8 * a.dtype.itemsize
+    x, y = bits(a), bits(b)
+    lift = width - BITS[name]  # a float of 4 bits has its sign there
+    if name not in _UNSIGNED:
+        x, y = (_ordered(side.view(f"i{width // 8}") << lift, width) for side in (x, y))
+    # The difference of signed integers wraps around to what is right as an unsigned one.
+    found = np.subtract(np.maximum(x, y), np.minimum(x, y)).view(f"u{width // 8}")
+    return found >> lift if lift else found
+
+
+def _ordered(bits: Array, width: int) -> Array:
+    """Sign and magnitude as the two's complement: integers in the order of the floats."""
+    sign = bits >> (width - 1)
+    found: Array = (bits ^ (sign & ((1 << (width - 1)) - 1))) - sign
     return found
+
+
+def _product(x: Array, y: Array) -> float:
+    """The real part of the inner product. Unlike BLAS, einsum starts no threads of its own."""
+    return float(np.einsum("i,i->", x, y.conj() if y.dtype.kind == "c" else y).real)
 
 
 def _squares(x: Array) -> float:
     """The sum of the squares of the finite values."""
-    squares = (x * x.conj()).real if x.dtype.kind == "c" else np.square(x)
-    found = float(squares.sum())
-    return found if math.isfinite(found) else float(squares[np.isfinite(x)].sum())
+    found = _product(x, x)
+    if math.isfinite(found):
+        return found
+    x = x[np.isfinite(x)]
+    return _product(x, x)
 
 
 def _integer_gap(a: Array, b: Array) -> int:

@@ -131,7 +131,11 @@ def _home(leaves: Any, number: int) -> Any:
 
 
 class Desk:
-    """What one thread reads with: a buffer for each slot, and files, open for as long as the desk is entered."""
+    """What one thread reads with: a buffer for each slot, and files, open for as long as the desk is entered.
+
+    Bytes are copied into the buffers, not mapped, though maps are faster: the process would end with SIGBUS when
+    another program makes a file shorter meanwhile.
+    """
 
     _here = threading.local()
 

@@ -14,7 +14,8 @@ Array = np.ndarray[Any, Any]
 @cache
 def _values(dtype: np.dtype[Any]) -> Array:
     """What each bit pattern of a dtype of one byte stands for."""
-    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
 
 
 def widened(x: Array) -> Array | None:
@@ -30,12 +31,14 @@ def widened(x: Array) -> Array | None:
     if kind == "other":
         return None
     if kind == "complex":
-        return x.astype(np.complex128, copy=False)
+        with np.errstate(invalid="ignore"):
+            return x.astype(np.complex128, copy=False)
     if x.dtype.itemsize == 1 and x.dtype.num >= 256:  # of ml_dtypes, whose own conversion is several times slower
         return _values(x.dtype).take(x.view(np.uint8))
-    if x.dtype.name == "bfloat16":
-        x = x.astype(np.float32)
-    return x.astype(np.float64, copy=False)
+    with np.errstate(invalid="ignore"):
+        if x.dtype.name == "bfloat16":
+            x = x.astype(np.float32)
+        return x.astype(np.float64, copy=False)
 
 
 def total(parts: list[float]) -> float:
