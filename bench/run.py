@@ -27,6 +27,11 @@ def tables():
     imports = run(HERE / "importing.py")
     ours, jax = imports["paramend"], imports["jax"]
     rows += ["", f"`import paramend` takes {ours:.2f} × the time of `import numpy` (`import jax`: {jax:.1f} ×)."]
+    gigabytes = 4
+    diffs = run(HERE / "diffing.py", gigabytes)
+    rows += ["", f"Compare two files of {gigabytes} GB in the page cache, time as a ratio to `cmp`:", ""]
+    rows += ["| `paramend diff` | time | peak memory |", "|---|---|---|"]
+    rows += [f"| {way} | {cost['ratio']:.2f} | {cost['rss']} MB |" for way, cost in diffs.items() if way != "cmp"]
     return "\n".join(rows)
 
 
