@@ -313,7 +313,8 @@ def naive(a, b):
     """The figures, straight from their definitions, by Python's exact sums."""
     width = a.dtype.itemsize
     differ = [x != y for x, y in zip(batched(a.tobytes(), width), batched(b.tobytes(), width), strict=True)]
-    pairs = list(zip(a.astype("complex128").tolist(), b.astype("complex128").tolist(), differ, strict=True))
+    with np.errstate(invalid="ignore"):
+        pairs = list(zip(a.astype("complex128").tolist(), b.astype("complex128").tolist(), differ, strict=True))
     finite = [(x, y, d) for x, y, d in pairs if all(map(math.isfinite, (x.real, x.imag, y.real, y.imag)))]
     moved = [abs(y - x) for x, y, d in finite if d]
     old = math.sqrt(math.fsum(abs(x) ** 2 for x, _, _ in finite))
@@ -333,7 +334,7 @@ def batched(data, width):
     return [data[at : at + width] for at in range(0, len(data), width)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     dtype=st.sampled_from(["float32", "bfloat16", "float16", "float8_e5m2", "int8", "uint16", "bool", "complex64"]),
     size=st.integers(1, 40),
