@@ -1,5 +1,5 @@
-"""`paramend diff` against `cmp`, each in processes of their own, taking turns: of two equal files, and of two that differ
-in one value. The files are in the page cache.
+"""`paramend diff` against `cmp`, each in processes of their own, taking turns: of two equal files, and of two that
+differ in one value. The files are in the page cache.
 
 Prints one JSON object: for each case the ratio of times, the start of Python counted in, and the peak RSS in MB.
 """

@@ -265,6 +265,19 @@ def test_dtypes_without_arithmetic(tmp_path):
     )
 
 
+def test_packed_elements_across_pieces(tmp_path, monkeypatch):
+    from paramend.evidence import reading
+
+    text = b'{"s":{"dtype":"F6_E2M3","shape":[64],"data_offsets":[0,48]}}'
+    a, b = np.zeros(48, np.uint8), np.zeros(48, np.uint8)
+    b[[2, 3, 47]] = 0x80, 0x01, 0xFF  # elements 3, 4, and the last two
+    for name, data in (("a", a), ("b", b)):
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + data.tobytes())
+    monkeypatch.setattr(reading, "CHUNK", 6)
+    monkeypatch.setattr(reading, "_SPAN", 16)
+    assert pm.diff(tmp_path / "a", tmp_path / "b").changed[0].differing == 4
+
+
 def test_leaves_without_values_are_refused():
     shape = jax.ShapeDtypeStruct((2,), jnp.float32)
     with pytest.raises(Unsupported, match=r"2 leaves cannot be compared\n  a: it is abstract"):
@@ -477,6 +490,14 @@ def test_order_and_rows_as_data():
     assert data["changed"][0]["max_abs"] == 10.5
     text = str(pm.diff(a, b))
     assert "layers.{0,2,10}  3 × float64[2]  3 of 6  10.5" in text
+
+
+def test_progress_is_told_and_ends_with_all(tmp_path):
+    pm.save({"w": normal(3000), "v": normal(10)}, tmp_path / "a.safetensors")
+    pm.save({"w": normal(3000, seed=1), "v": normal(10)}, tmp_path / "b.safetensors")
+    heard = []
+    pm.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", progress=heard.append)
+    assert heard[-1].done == heard[-1].total == 2 * (12_000 + 40) + 2 * 12_000
 
 
 def test_what_cannot_be_read_is_said(tmp_path):

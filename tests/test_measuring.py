@@ -163,4 +163,10 @@ def test_dead_units_and_matrices_that_are_not_held(tmp_path, monkeypatch):
         row = pm.stats(tmp_path / f"{name}.safetensors", spectral=True).leaves[0]
         assert (row.dead, row.units) == (2, 70)
         assert row.spectral_norm == pytest.approx(held.spectral_norm, rel=1e-9)
+    pm.save({"kernel": normal(300, 700, dtype="float64")}, tmp_path / "wide.safetensors")
+    exact = np.linalg.norm(normal(300, 700, dtype="float64"), 2)
+    for elements in (0, 1 << 20):
+        monkeypatch.setattr(spectra, "_HELD", elements)
+        row = pm.stats(tmp_path / "wide.safetensors", spectral=True).leaves[0]
+        assert row.spectral_norm == pytest.approx(exact, rel=1e-6)
     assert "2 of 70" in str(pm.stats({"kernel": kernel}, spectral=True))

@@ -250,8 +250,7 @@ def _report(
     old: Editable, new: Editable, found: Sequence[Match], only: Any, sort: str, progress: Progress | None
 ) -> DiffReport:
     allowed = _allowance(only, old, new)
-    both = [(tree, n) for match in found for tree, n in ((old, match.a), (new, match.b)) if n is not None]
-    comparer = Comparer(Meter(progress, sum(nbytes_of(*one) for one in both)))
+    comparer = Comparer(Meter(progress, 0))
     kinds = _kinds(old, new, found, comparer)
     gone = [match.a for match, kind in zip(found, kinds, strict=True) if kind == "removed" and match.a is not None]
     come = {match.b: match for match, kind in zip(found, kinds, strict=True) if kind == "added"}

@@ -10,7 +10,7 @@ import numpy as np
 from paramend.errors import Unsupported
 from paramend.evidence.distances import Distance, Gap
 from paramend.evidence.reading import Span, Task, looked
-from paramend.evidence.streams import Desk, Stream, hindrance, stream_of
+from paramend.evidence.streams import Desk, Stream, hindrance, nbytes_of, stream_of
 from paramend.leaves import Leaves
 from paramend.progress import Meter
 from paramend.specs import Spec
@@ -50,6 +50,11 @@ class Pair:
         return self.old.spec(self.a), self.new.spec(self.b)
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of both."""
+        return nbytes_of(self.old, self.a) + nbytes_of(self.new, self.b)
+
+    @property
     def hindrance(self) -> str:
         """Why the values of one of them cannot be had, or ""."""
         return hindrance(self.old, self.a) or hindrance(self.new, self.b)
@@ -77,6 +82,7 @@ class Comparer:
     def equal(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether the leaves of each pair, of one spec, are equal bit by bit."""
         found = [True] * len(pairs)
+        self.meter.total += sum(pair.nbytes for pair in pairs)
 
         def streams() -> Iterator[Task]:
             for index, pair in enumerate(pairs):
@@ -92,6 +98,7 @@ class Comparer:
     def distances(self, pairs: Sequence[Pair]) -> list[Distance]:
         """How far the leaves of each pair, of one shape, are apart."""
         found = [Gap() for _ in pairs]
+        self.meter.total += sum(pair.nbytes for pair in pairs)
         streams = ((index, pair.streams()) for index, pair in enumerate(pairs))
         for index, gap in self._looked(streams, _gap):
             found[index].merge(gap)

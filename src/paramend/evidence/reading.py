@@ -77,7 +77,8 @@ def _batches(tasks: Iterable[Task]) -> Iterator[Sequence[Span]]:
     nbytes = 0
     for index, streams in tasks:
         size = streams[0].size
-        step = _SPAN // max(sum(stream.width for stream in streams), 1)
+        piece = CHUNK // max(max(stream.width for stream in streams), 1)  # spans are of whole pieces
+        step = max(_SPAN // max(sum(stream.width for stream in streams), 1) // piece, 1) * piece
         if Span(index, streams, 0, size).in_turn:  # what decompresses goes through a leaf once, from its beginning
             yield [Span(index, streams, 0, size)]
             continue

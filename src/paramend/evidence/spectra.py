@@ -61,7 +61,8 @@ class _Matrix:
     def __init__(self, stream: Stream, rows: int) -> None:
         self.stream, self.rows = stream, rows
         self.columns = stream.size // rows if rows else 0
-        self._held = list(self._blocks()) if stream.size <= _HELD else None
+        # Copies, for a block of float64 is the desk's own buffer.
+        self._held = [block.copy() for block in self._blocks()] if stream.size <= _HELD else None
 
     def blocks(self) -> Iterator[Array]:
         return iter(self._held) if self._held is not None else self._blocks()

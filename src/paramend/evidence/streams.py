@@ -56,10 +56,11 @@ class Stream:
 
     @property
     def bits(self) -> int:
-        """Of a stream of bytes, the bits of one element of the leaf; 0 if they are unknown."""
-        known = BITS.get(self.spec.dtype, 0)
-        whole = self.spec.size and self.size % self.spec.size == 0
-        return known or (self.size // self.spec.size * 8 if whole else 0)
+        """Of a stream of bytes, the bits of one element of the leaf; 0 if unknown, or if pieces would cut elements."""
+        bits = BITS.get(self.spec.dtype, 0)
+        if not bits and self.spec.size and self.size % self.spec.size == 0:
+            bits = self.size // self.spec.size * 8
+        return bits if bits and 8 * CHUNK % bits == 0 else 0
 
     def is_at(self, other: "Stream") -> bool:
         """Whether the two are the same bytes of one file."""

@@ -208,7 +208,8 @@ def writable() -> list[Format]:
 
 def find_format(path: Path, head: bytes) -> Format | None:
     """The format of a file that begins so, or of a directory; None if it is of none."""
-    if any(head.startswith(magic) for magic, _, _ in _FOREIGN):
+    # The length of a safetensors header may look like the first byte of something else.
+    if any(head.startswith(magic) for magic, _, _ in _FOREIGN) and not _is_safetensors(path, head):
         return None
     return next((row for row in FORMATS if row.recognise(path, head)), None)
 
