@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -88,11 +90,30 @@ def test_the_commands_write_pages(tmp_path):
     for args in (
         ["graft", "s.safetensors", "--into", "t.safetensors", "--dry-run"],
         ["ablate", "s.safetensors", "a", "--score", "score.py"],
+        ["diff", "s.safetensors", "t.safetensors"],
     ):
         command = [tmp_path / arg if arg.endswith((".safetensors", ".py")) else arg for arg in args]
         done = CliRunner().invoke(cli, [*map(str, command), "--html", str(tmp_path / "r.html")], prog_name="paramend")
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == (args[0] == "diff"), done.output
         assert embedded((tmp_path / "r.html").read_text())["paths"][0] == "a"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=30), st.integers(0, 29))
+def test_histograms_count_what_numpy_counts(values, shift):
+    before = np.array(values, "float32")
+    after = np.roll(before, shift) * np.float32(0.5)
+    found = pm.diff({"w": before}, {"w": after}, histograms=True).histograms
+    finite = [side[np.isfinite(side)].astype("float64") for side in (before, after)]
+    both = np.concatenate(finite)
+    if before.tobytes() == after.tobytes() or not both.size:
+        assert found == {}
+        return
+    one = found["w"]
+    assert [sum(one.before), sum(one.after)] == [side.size for side in finite]
+    assert one.low <= both.min() and one.high >= both.max()
+    expected = [np.histogram(side, len(one.before), (one.low, one.high))[0].tolist() for side in finite]
+    assert [one.before, one.after] == expected
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------
@@ -155,7 +176,7 @@ def test_it_loads_searches_sorts_and_shows_a_leaf(browser, tmp_path):
     search.send_keys("7/k")
     WebDriverWait(browser, 5).until(lambda b: count(b) == "1 of 26 leaves")
     assert rows(browser) == ["layers/7/kernel"]
-    browser.find_element(By.CSS_SELECTOR, ".row").click()
+    browser.execute_script("document.querySelector('.row').click()")
     assert "layers/7/kernel" in detail(browser)
     assert "changed" in detail(browser) and "0.5" in detail(browser)
     assert browser.find_elements(By.CSS_SELECTOR, "#detail svg path")
@@ -266,4 +287,13 @@ def test_the_reports_open_without_complaint(browser, tmp_path):
     table = pm.ablate(source, ["Dense_0/**", "Dense_1/**"], lambda p: p["Dense_0"]["bias"].sum(), order=2)
     show(browser, table.to_html(), tmp_path)
     assert count(browser) == "3 of 3 leaves"
+    before = {"layers": [{"w": np.full(3, float(i)), "b": np.arange(i + 1.0)} for i in range(3)], "h": np.ones(2)}
+    after = pm.at(before, "layers[1]/*").add(0.5)
+    show(browser, pm.diff(before, after, histograms=True).to_html(), tmp_path)
+    assert count(browser) == "7 of 7 leaves"
+    browser.execute_script("document.querySelector('.row').click()")
+    assert "changed" in detail(browser) and "0.5" in detail(browser)
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#detail svg path")) == 2
+    show(browser, pm.stats(before, histograms=True).to_html(), tmp_path)
+    assert browser.find_element(By.ID, "colour").get_attribute("value") != ""
     assert complaints(browser) == []

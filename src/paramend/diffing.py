@@ -11,6 +11,7 @@ from paramend.checkpoints import open as open_checkpoint
 from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
 from paramend.evidence.comparisons import Comparer, Pair
 from paramend.evidence.differences import PARTS, DiffReport, DiffRow, arranged, said
+from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
@@ -31,6 +32,7 @@ def diff(
     *,
     only: Any = None,
     sort: Sort = "change",
+    histograms: bool = False,
     progress: Progress | None = None,
 ) -> DiffReport:
     """What differs between two trees: a report that is true if anything does, and prints as a table.
@@ -51,6 +53,7 @@ def diff(
         only: a selector for what may differ. `report.unexpected` then lists the rows of all other leaves that do. It
             counts in a; of leaves that are new, in b.
         sort: the order of `changed`: "change" puts the largest first, "path" goes by name.
+        histograms: whether changed leaves are read twice more, for the histograms of the report's page.
         progress: called with an `Event` as bytes are compared.
 
     Returns:
@@ -83,7 +86,7 @@ def diff(
         if not _is_all(selector):
             within = _chosen(selector, old, new)
             found = [match for match in found if match.a in within[0] or match.b in within[1]]
-        return _report(old, new, found, only, sort, progress)
+        return _report(old, new, found, only, sort, histograms, progress)
 
 
 def verify(before: Any, after: Any, *, only: Any = None) -> list[str]:
@@ -247,7 +250,13 @@ def _comparable(pair: Pair) -> bool:
 
 
 def _report(
-    old: Editable, new: Editable, found: Sequence[Match], only: Any, sort: str, progress: Progress | None
+    old: Editable,
+    new: Editable,
+    found: Sequence[Match],
+    only: Any,
+    sort: str,
+    histograms: bool,
+    progress: Progress | None,
 ) -> DiffReport:
     allowed = _allowance(only, old, new)
     comparer = Comparer(Meter(progress, 0))
@@ -266,6 +275,10 @@ def _report(
     report = DiffReport(only=None if only is None else str(only) if isinstance(only, str) else repr(only))
     for (match, kind), row in zip(named, _rows(old, new, named, comparer), strict=True):
         getattr(report, kind).append(replace(row, allowed=allowed(match, kind)))
+    if histograms:
+        changed = (match for match, kind in named if kind == "changed")
+        pairs = {m.path: Pair(old, m.a, new, m.b) for m in changed if m.a is not None and m.b is not None}
+        report.histograms = histograms_of({path: pair.streams() for path, pair in pairs.items()})
     for name in PARTS:
         setattr(report, name, arranged(getattr(report, name), sort if name == "changed" else "path"))
     return report

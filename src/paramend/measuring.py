@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from paramend.checkpoints import open as open_checkpoint
+from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.measurements import measured
 from paramend.evidence.measures import Measures
 from paramend.evidence.spectra import spectrum
@@ -17,7 +18,14 @@ from paramend.progress import Meter, Progress
 from paramend.selectors import resolve
 
 
-def stats(tree: Any, selector: Any = "**", *, spectral: Any = False, progress: Progress | None = None) -> StatsReport:
+def stats(
+    tree: Any,
+    selector: Any = "**",
+    *,
+    spectral: Any = False,
+    histograms: bool = False,
+    progress: Progress | None = None,
+) -> StatsReport:
     """What the values of the chosen leaves are like: a report that prints as a table, repeated layers folded.
 
     For each leaf: min, max, mean, std, L2 norm, and how many values are zero, NaN and infinite, reckoned in float64.
@@ -31,6 +39,7 @@ def stats(tree: Any, selector: Any = "**", *, spectral: Any = False, progress: P
             others; all other axes are taken together, as those of a convolution. Adds the spectral norm, to a relative
             error of 1e-6, the stable rank ‖A‖² / σ₁², and the number of output units whose weights are all 0. A matrix
             of more than 8 Mi elements is read once for each of some ten to thirty passes, in bounded memory.
+        histograms: whether the values are read twice more, for the histograms of the report's page.
         progress: called with an `Event` as bytes are read.
 
     Returns:
@@ -54,12 +63,16 @@ def stats(tree: Any, selector: Any = "**", *, spectral: Any = False, progress: P
     """
     if isinstance(tree, str | os.PathLike):
         with open_checkpoint(tree) as checkpoint:
-            return stats(checkpoint, selector, spectral=spectral, progress=progress)
+            return stats(checkpoint, selector, spectral=spectral, histograms=histograms, progress=progress)
     leaves = tree if isinstance(tree, Editable) else Memory(tree)
     numbers = resolve(selector, leaves)
     matrices = _matrices(leaves, numbers, spectral)
     found = measured(leaves, numbers, Meter(progress, sum(nbytes_of(leaves, number) for number in numbers)))
-    return StatsReport([_row(leaves, number, found[number], number in matrices) for number in numbers])
+    report = StatsReport([_row(leaves, number, found[number], number in matrices) for number in numbers])
+    if histograms:
+        read = [number for number in numbers if not isinstance(found[number], str)]
+        report.histograms = histograms_of({leaves.index.path(n): (stream_of(leaves, n),) for n in read})
+    return report
 
 
 def _row(leaves: Editable, number: int, measures: Measures | str, matrix: bool) -> StatsRow:

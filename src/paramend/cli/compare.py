@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from paramend.cli import _ui
+from paramend.diffing import Sort
 from paramend.diffing import diff as diff_of
 
 
@@ -19,8 +20,9 @@ from paramend.diffing import diff as diff_of
     default="change",
     help="The order of changed leaves: largest first.",
 )
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def diff(a: Path, b: Path, only: str | None, allow_noop: bool, sort: str, as_json: bool) -> None:
+def diff(a: Path, b: Path, only: str | None, allow_noop: bool, sort: str, html: Path | None, as_json: bool) -> None:
     """Compare two checkpoints leaf by leaf and bit by bit: what was added, removed, renamed, respecified or changed.
 
     A and B are files or directories, of any formats. SELECTOR counts in A; of leaves that are new, in B.
@@ -32,7 +34,10 @@ def diff(a: Path, b: Path, only: str | None, allow_noop: bool, sort: str, as_jso
     if allow_noop and only is None:
         raise click.UsageError("--allow-noop goes with --only.")
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
-        report = diff_of(a, b, only=only, sort="path" if sort == "path" else "change", progress=progress)
+        order: Sort = "path" if sort == "path" else "change"
+        report = diff_of(a, b, only=only, sort=order, histograms=html is not None, progress=progress)
+    if html is not None:
+        report.to_html(html)
     if as_json:
         _ui.emit(report.to_dict())
     else:

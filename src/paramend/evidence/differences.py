@@ -1,13 +1,14 @@
 """The report of a comparison: what was added, removed, renamed, respecified, changed, and what is identical."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from paramend import _text
+from paramend.pages.page import Column, Histogram, Page, Paged
 from paramend.paths import natural
-from paramend.reports import Line, Report, Section
+from paramend.reports import Line, Section
 from paramend.specs import Spec
 
 DIFFERENT = ("changed", "respecified", "renamed", "removed", "added")
@@ -101,7 +102,7 @@ def weight(row: DiffRow) -> tuple[float, float]:
 
 
 @dataclass(repr=False)
-class DiffReport(Report):
+class DiffReport(Paged):
     """What differs between two trees, a and b. It is true if anything does.
 
     Every leaf of either is in exactly one of the lists; one with several paths counts once.
@@ -114,6 +115,7 @@ class DiffReport(Report):
         added: leaves of b alone.
         identical: leaves that are equal bit by bit.
         only: the selector that was to choose all that differs, as text, or None.
+        histograms: path of a changed leaf → how its values are spread in a and in b, if that was asked for.
     """
 
     changed: list[DiffRow] = field(default_factory=list)
@@ -123,6 +125,7 @@ class DiffReport(Report):
     added: list[DiffRow] = field(default_factory=list)
     identical: list[DiffRow] = field(default_factory=list)
     only: str | None = None
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in DIFFERENT)
@@ -177,6 +180,26 @@ class DiffReport(Report):
                 rows = [row for row in getattr(self, name) if row.allowed is allowed]
                 found.append(_section(name, f"{name}{place}", rows))
         return found
+
+    def page(self) -> Page:
+        """The tree b as a map, coloured by what became of each leaf; what b lacks beside it."""
+        rows = [(name, row) for name in PARTS for row in getattr(self, name)]
+        paths = [row.path for _, row in rows]
+        return Page(
+            "diff",
+            self.headline(),
+            paths,
+            [row.spec.size for _, row in rows],
+            [
+                Column("spec", [str(row.spec) for _, row in rows], "text"),
+                Column(
+                    "was", [row.was or (str(row.spec_before) if row.shape_before else "") for _, row in rows], "text"
+                ),
+                *(Column(name.replace("_", " "), [getattr(row, name) for _, row in rows]) for name in _FIGURES),
+            ],
+            [name if row.allowed else f"{name}, unexpected" for name, row in rows],
+            histograms={place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms},
+        )
 
     @property
     def changes(self) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """The report of what the values of leaves are like."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from paramend import _text
-from paramend.reports import Line, Report, Section
+from paramend.pages.page import Column, Histogram, Page, Paged
+from paramend.reports import Line, Section
 from paramend.specs import Spec
 
 MEASURES = ("min", "max", "mean", "std", "norm", "zeros", "nans", "infs")
@@ -75,14 +76,16 @@ class StatsRow:
 
 
 @dataclass(repr=False)
-class StatsReport(Report):
+class StatsReport(Paged):
     """What the values of a tree's leaves are like.
 
     Attributes:
         leaves: a row for each leaf, in the order of the tree; one with several paths counts once.
+        histograms: path → how the values of the leaf are spread, if that was asked for.
     """
 
     leaves: list[StatsRow] = field(default_factory=list)
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -118,6 +121,24 @@ class StatsReport(Report):
             return (*(shown(found[name]) for name in MEASURES), *(_spectral(rows) if spectral else ()))
 
         return [Section("values", read, columns, cells), Section("unread", unread)]
+
+    def page(self) -> Page:
+        """The tree as a map, coloured by norm."""
+        names = [*MEASURES, *(SPECTRAL if any(row.units is not None for row in self.leaves) else ())]
+        return Page(
+            "stats",
+            self.headline(),
+            [row.path for row in self.leaves],
+            [row.spec.size for row in self.leaves],
+            [
+                Column("spec", [str(row.spec) for row in self.leaves], "text"),
+                *(Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names),
+            ],
+            histograms={
+                n: self.histograms[row.path] for n, row in enumerate(self.leaves) if row.path in self.histograms
+            },
+            colour="norm",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""

@@ -1,0 +1,84 @@
+"""Histograms of leaves, one or two at a time in the same bins: read twice, in bounded memory."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from paramend.evidence.reading import Span, looked
+from paramend.evidence.streams import Desk, Stream
+from paramend.evidence.widening import widened
+from paramend.pages.page import Histogram
+
+Array = np.ndarray[Any, Any]
+
+BINS = 48
+
+
+def histograms(streams: Mapping[str, tuple[Stream, ...]], bins: int = BINS) -> dict[str, Histogram]:
+    """How the finite values of some leaves are spread; those that are no numbers are left out.
+
+    Args:
+        streams: a stream for each leaf, or two of one size that are to be compared.
+        bins: how many bins of one width there are, from the least value to the greatest.
+
+    >>> from paramend.evidence.streams import stream_of
+    >>> from paramend.trees.registry import Tree
+    >>> tree = Tree([np.array([0.0, 1.0, 1.0, 4.0]), np.array([2.0, 2.0, np.nan, 4.0])])
+    >>> found = histograms({"w": (stream_of(tree, 0), stream_of(tree, 1))}, bins=4)["w"]
+    >>> found.low, found.high, found.before, found.after
+    (0.0, 4.0, [1, 2, 0, 1], [0, 0, 2, 1])
+    """
+    names = list(streams)
+    bounds = [(math.inf, -math.inf)] * len(names)
+    for span, (low, high) in looked(enumerate(streams.values()), _bounds):
+        bounds[span.index] = min(bounds[span.index][0], low), max(bounds[span.index][1], high)
+    counts = {
+        place: [np.zeros(bins, np.int64) for _ in streams[name]]
+        for place, name in enumerate(names)
+        if bounds[place][0] <= bounds[place][1]
+    }
+
+    def count(span: Span, desk: Desk) -> list[Array]:
+        found = [np.zeros(bins, np.int64) for _ in span.streams]
+        for pieces in span.pieces(desk):
+            for into, piece in zip(found, pieces, strict=True):
+                into += np.histogram(_finite(piece), bins, _widened(*bounds[span.index]))[0]
+        return found
+
+    tasks = ((place, streams[names[place]]) for place in counts)
+    for span, parts in looked(tasks, count):
+        for into, part in zip(counts[span.index], parts, strict=True):
+            into += part
+    return {names[place]: _histogram(bounds[place], found) for place, found in counts.items()}
+
+
+def _bounds(span: Span, desk: Desk) -> tuple[float, float]:
+    low, high = math.inf, -math.inf
+    for pieces in span.pieces(desk):
+        for piece in pieces:
+            values = _finite(piece)
+            if values.size:
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+    return low, high
+
+
+def _finite(piece: Array) -> Array:
+    """The finite values of a piece; of complex ones, their absolute values."""
+    values = widened(piece)
+    if values is None:
+        return np.empty(0)
+    values = np.abs(values) if values.dtype.kind == "c" else values
+    found: Array = values[np.isfinite(values)]
+    return found
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """The range of the bins: a leaf of one value needs some width too."""
+    return (low, high) if low < high else (low - 0.5 * max(1.0, abs(low)), high + 0.5 * max(1.0, abs(high)))
+
+
+def _histogram(bounds: tuple[float, float], counts: Sequence[Array]) -> Histogram:
+    before, *after = (found.tolist() for found in counts)
+    return Histogram(*_widened(*bounds), before, after[0] if after else None)
