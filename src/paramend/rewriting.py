@@ -27,9 +27,10 @@ from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.initializers import Place
-from paramend.layouts import File, Layout, lay_out
+from paramend.layouts import Layout, lay_out
 from paramend.leaves import keys_of
 from paramend.ops import Call
+from paramend.pieces import File
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason
