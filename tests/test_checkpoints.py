@@ -863,4 +863,8 @@ def test_what_a_format_cannot_hold_is_said_before_writing(model, tmp_path):
         Unsupported, match=r"Orbax directories cannot be written\n\nhint: a name that ends in \.safetensors"
     ):
         checkpoints.open(model).save(tmp_path / "y.orbax")
+    with pytest.raises(
+        Unsupported, match=r"y\.gguf: \.gguf files cannot be written\n\nhint: a name that ends in \.safet"
+    ):
+        checkpoints.open(tmp_path / "x.npz").save(tmp_path / "y.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.npz"]

@@ -13,7 +13,7 @@ from paramend import _text
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.index import SUFFIX, index_text
-from paramend.formats.registry import FORMATS, Format, format_for, format_of, writable
+from paramend.formats.registry import FOREIGN_SUFFIXES, FORMATS, Format, format_for, format_of, writable
 from paramend.formats.safetensors import Header, SafetensorsFile, layout
 from paramend.formats.shards import Shards, stats_of
 from paramend.pieces import Copy, File, Piece, with_rows
@@ -72,6 +72,11 @@ def lay_out(
         wanted, folder = FORMATS[0], True
     elif wanted is not None:
         folder = False
+    if wanted is None and Path(out).suffix.lower() in FOREIGN_SUFFIXES:
+        names = _text.listing([row.suffixes[0] for row in writable()])
+        raise Unsupported(
+            f"{out}: {Path(out).suffix} files cannot be written", hint=f"a name that ends in {names}, or a directory"
+        )
     own_again = wanted is None or (wanted is own and not isinstance(source, Shards))
     again = max_shard_size is None and own_again and own not in (None, FORMATS[0]) and source is made.leaves
     if again and own is not None and (own.name == "torch" or _overlays(made)):
