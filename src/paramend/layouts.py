@@ -91,7 +91,8 @@ def lay_out(
     wanted = wanted or FORMATS[0]
     if wanted.name == "safetensors":
         _check_safetensors(made)
-    lost = () if own is None or own is FORMATS[0] else tuple(f"{key} (no tensor)" for key in source.metadata)
+    keeps = own in (None, FORMATS[0]) or (own is wanted and not folder and own is not None and own.name != "torch")
+    lost = () if keeps else tuple(f"{key} (no tensor)" for key in source.metadata)
     if not folder:
         if wanted.name == "safetensors":
             return Layout((_file(made, "", link=link),), False, wanted, lost)
