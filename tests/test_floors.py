@@ -23,6 +23,7 @@ FLOORS = [
         "formats.writer",
         "pages.page",
     },
+    {"formats.recordings", "formats.zip_writer"},
     {"trees.walks", "formats.index", "formats.zips", "formats.rebuilds", "formats.pt_writer", "formats.msgpack_writer"},
     {"selectors", "ops", "renames", "formats.*", "grafts.conversions", "grafts.detection", "trees.registry"},
     {
@@ -44,8 +45,9 @@ FLOORS = [
     {"freezing.registry", "grafts.engine", "ablations.*"},
     {"ablation"},
     # surgeries on disk
-    {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry"},
-    {"journal", "layouts"},
+    {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry", "pieces"},
+    {"journal", "torch_layouts"},
+    {"layouts"},
     {"rewriting", "undoing", "windows"},
     {"checkpoints"},
     {"assembling"},

@@ -19,7 +19,7 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendError, RenameClash, Unsupported
-from paramend.formats import pt_writer
+from paramend.formats import zip_writer
 from paramend.formats.files import OpenFile
 from paramend.formats.pt import WRITER, TorchFile
 from paramend.formats.source import Extent
@@ -854,7 +854,7 @@ def item(keys, tensor):
 
 @pytest.mark.parametrize("wide", [0xFFFFFFFF, 500, 0])
 def test_a_written_file_is_read_by_torch(tmp_path, monkeypatch, wide):
-    monkeypatch.setattr(pt_writer, "WIDE", wide)
+    monkeypatch.setattr(zip_writer, "WIDE", wide)
     tree = {f"{dtype}.{n}": tensor(dtype, shape) for dtype in DTYPES for n, shape in enumerate([(3, 4), (), (0, 2)])}
     tree["large"] = torch.arange(5000)
     items = [item((name,), leaf) for name, leaf in tree.items()] + [item(("nested", "ü", "w"), torch.ones(2))]

@@ -373,30 +373,6 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(model, tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting needs root")
-def test_a_small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
-        safetensors.numpy.save_file({"w": np.zeros(375_000, "float32")}, tmp_path / "in")
-        rewrite(tmp_path / "in", disk / "one", "w", "fill", {"value": 1})  # across file systems
-        assert read(disk / "one")["w"].sum() == 375_000
-        with pytest.raises(CannotWrite, match="are free in"):
-            rewrite(tmp_path / "in", disk / "two", "w", "fill", {"value": 2})
-        room = os.statvfs
-        try:
-            os.statvfs = lambda path: namedtuple("Disk", "f_blocks f_bavail f_frsize")(1, 10**9, 4096)
-            with pytest.raises(CannotWrite, match="the disk is full"):
-                rewrite(tmp_path / "in", disk / "two", "w", "fill", {"value": 2})
-        finally:
-            os.statvfs = room
-        assert [p.name for p in disk.iterdir()] == ["one"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
 def test_permissions_are_those_of_the_source(model, tmp_path):
     model.chmod(0o640)
     rewrite(model, tmp_path / "out", "step", "zero")

@@ -42,7 +42,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -51,7 +51,7 @@ from typing import Any
 import numpy as np
 
 from paramend.copying import WriteBack
-from paramend.errors import BadCheckpoint, CannotRead
+from paramend.errors import BadCheckpoint, Busy, CannotRead
 from paramend.publishing import sync_folder
 
 Array = np.ndarray[Any, Any]
@@ -83,14 +83,48 @@ def lock_of(store: Path) -> Path:
 
 
 def records(store: Path, *states: str) -> list[Path]:
-    """The records of a folder in these states, the oldest first."""
+    """The records of a folder in these states, the oldest first.
+
+    Raises:
+        CannotRead: there is no permission to look.
+    """
     found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    try:
         for path in store.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and match[2] in states:
                 found.append((int(match[1]), path))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except PermissionError:
+        folder = store if os.access(store.parent, os.R_OK | os.X_OK) else store.parent
+        why = ", so nobody can say whether a patch was cut short" if folder == store else ""
+        raise CannotRead(f"{folder}: no permission to read it{why}", hint=f"ls -ld {folder}") from None
     return [path for _, path in sorted(found)]
+
+
+def records_beside(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
+    """The records of all patches of some files, and of the folders that these lie in.
+
+    Args:
+        files: the files.
+        refuses: whether one that is being made, or was cut short, is an error.
+
+    Raises:
+        Busy: there is such a one.
+    """
+    found = []
+    for folder in {path.parent for path in files}:
+        with contextlib.suppress(OSError):
+            stores = [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".undo")]
+            found += [record for store in stores for record in records(store, PENDING, DONE)]
+    for record in found:
+        if refuses and record.suffix == f".{PENDING}":
+            raise Busy(
+                f"{record.parent.parent}: a patch of it is being made at this moment ({record}); nothing was written",
+                hint="try again when it is done",
+            )
+    return sorted(found)
 
 
 def next_path(store: Path) -> Path:

@@ -1,9 +1,10 @@
 """Layouts: which files a rewrite makes, and what goes into each, byte by byte, before any is written."""
 
+import importlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,55 +13,12 @@ from paramend import _text
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.index import SUFFIX, index_text
-from paramend.formats.registry import FORMATS, Format, format_for, format_of, writable
+from paramend.formats.registry import FOREIGN_SUFFIXES, FORMATS, Format, format_for, format_of, writable
 from paramend.formats.safetensors import Header, SafetensorsFile, layout
 from paramend.formats.shards import Shards, stats_of
+from paramend.pieces import Copy, File, Piece, with_rows
 from paramend.plans import Plan, Row
 from paramend.specs import BITS, SAFETENSORS_CODES
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Bytes that go over as they are.
-
-    Attributes:
-        path: the file that they are in.
-        start: the first.
-        stop: the one after the last.
-    """
-
-    path: Path
-    start: int
-    stop: int
-
-
-Piece = Copy | Row | bytes
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """One file to be made.
-
-    Attributes:
-        name: where it goes within the directory; "" for a checkpoint that is one file.
-        nbytes: how large it will be.
-        mode: its permissions.
-        pieces: what goes into it, first byte to last; rows are computed.
-        patched: the ranges (start, stop) that differ from those of the file that it is otherwise a copy of, where the
-            format keeps checksums of them.
-        reopen: what opens such a file.
-        origin: the file of which it is a copy, byte for byte; None if it is none.
-        link: whether `origin` gets a second name instead.
-    """
-
-    name: str
-    nbytes: int
-    mode: int
-    pieces: tuple[Piece, ...]
-    origin: Path | None = None
-    link: bool = False
-    patched: tuple[tuple[int, int], ...] = ()
-    reopen: Callable[[Path], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +72,15 @@ def lay_out(
         wanted, folder = FORMATS[0], True
     elif wanted is not None:
         folder = False
-    own_again = wanted is None or (wanted is own and not folder)
-    if max_shard_size is None and own is not FORMATS[0] and own is not None and own_again and _overlays(made):
-        return _overlaid(made, own, link=link)
+    if wanted is None and Path(out).suffix.lower() in FOREIGN_SUFFIXES:
+        names = _text.listing([row.suffixes[0] for row in writable()])
+        raise Unsupported(
+            f"{out}: {Path(out).suffix} files cannot be written", hint=f"a name that ends in {names}, or a directory"
+        )
+    own_again = wanted is None or (wanted is own and not isinstance(source, Shards))
+    again = max_shard_size is None and own_again and own not in (None, FORMATS[0]) and source is made.leaves
+    if again and own is not None and (own.name == "torch" or _overlays(made)):
+        return _same_files(made, own, link=link)
     if wanted is None and own is not FORMATS[0]:
         wanted = FORMATS[0] if folder or own is None else own
     if wanted is not None and not wanted.writes:
@@ -127,7 +91,8 @@ def lay_out(
     wanted = wanted or FORMATS[0]
     if wanted.name == "safetensors":
         _check_safetensors(made)
-    lost = () if own is None or own is FORMATS[0] else tuple(f"{key} (no tensor)" for key in source.metadata)
+    keeps = own in (None, FORMATS[0]) or (own is wanted and not folder and own is not None and own.name != "torch")
+    lost = () if keeps else tuple(f"{key} (no tensor)" for key in source.metadata)
     if not folder:
         if wanted.name == "safetensors":
             return Layout((_file(made, "", link=link),), False, wanted, lost)
@@ -303,23 +268,39 @@ def _overlays(made: Plan) -> bool:
     return bool(source.metadata) or all(source.extent(row.source) is not None for row in changed)
 
 
-def _overlaid(made: Plan, own: Format, *, link: bool) -> Layout:
+def _same_files(made: Plan, own: Format, *, link: bool) -> Layout:
+    """The files of the source, each with what is left of it, and the index."""
     source: Any = made.leaves
     if not isinstance(source, Shards):
-        file = _overlaid_file(source, [(row.source, row) for row in made.rows], "", link=link)
-        return Layout((file,), False, own)
+        return Layout((_again(source, [(row.source, row) for row in made.rows], "", link=link),), False, own)
     rows: list[list[tuple[int, Row]]] = [[] for _ in source.files]
     for row in made.rows:
         place, inner = source.home(row.source)
         rows[place].append((inner, row))
     files = [
-        _overlaid_file(file, mine, file.path.name, link=link) for file, mine in zip(source.files, rows, strict=True)
+        _again(file, mine, file.path.name, link=link)
+        for file, mine in zip(source.files, rows, strict=True)
+        if mine or not file.index.numbers
     ]
-    if source.shard_index is not None:
+    respecified = any(row.spec != row.before for row in made.rows)
+    if made.restructured or respecified:
+        files += _index_file(made, source)
+    elif source.shard_index is not None:
         path = source.shard_index.path
         files.append(_text_file(path.name, path.read_bytes(), _mode(source)))
     sidecars, left_out = _sidecars(source)
     return Layout((*files, *sidecars), True, own, tuple(left_out))
+
+
+def _again(file: Any, rows: list[tuple[int, Row]], name: str, *, link: bool) -> File:
+    """A file of the source, edited: what is no leaf stays as it is."""
+    own = format_of(file)
+    if own is not None and own.name == "torch":
+        torch = importlib.import_module("paramend.torch_layouts")  # most programs have no files of torch
+        if not torch.overlays(file, rows):
+            found: File = torch.torch_file(file, rows, name)
+            return found
+    return _overlaid_file(file, rows, name, link=link)
 
 
 def _overlaid_file(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, link: bool) -> File:
@@ -330,20 +311,13 @@ def _overlaid_file(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, lin
         if not row.calls:
             continue
         extent = file.extent(number)
-        others = file.overlaps(number) if hasattr(file, "overlaps") else ()
-        if extent is None or others:
-            why = f"it shares bytes with {file.index.path(others[0])}" if others else "its bytes are not in a row"
+        if extent is None:
+            why = "its bytes are not in a row"
             raise Unsupported(
                 f"{row.path} cannot take {row.edit} in a copy of the file: {why}", hint="-o OUT.safetensors"
             )
         places[extent.start, extent.start + extent.nbytes] = row
-    pieces: list[Piece] = []
-    at = 0
-    for (start, stop), row in sorted(places.items(), key=lambda place: place[0]):
-        if start < stop:
-            pieces += [Copy(file.path, at, start), row]
-            at = stop
-    pieces.append(Copy(file.path, at, size))
+    pieces = with_rows(file.path, 0, size, places)
     ranges = tuple(sorted((start, stop) for start, stop in places if start < stop))
     origin = None if ranges else file.path
     sealed = ranges if hasattr(file, "after_patch") else ()
@@ -364,19 +338,23 @@ def _same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
         if mine or not file.header.entries:
             inner = {row.source: source.home(row.source)[1] for row in mine}
             files.append(_edited_file(made, file, mine, inner, file.path.name, link=link))
-    if source.shard_index is not None:
-        listed = source.shard_index.weight_map
-        index = made.leaves.index
-        weight_map = {}
-        order = {name: place for place, name in enumerate(listed)}
-        found = sorted(made.rows, key=lambda row: order.get(index.name(row.source), len(order)))
-        for row in found:
-            if index.name(row.source) in order:
-                weight_map[made.name(row)] = source.files[source.home(row.source)[0]].path.name
-        nbytes, size = sum(_nbytes(made, row) for row in made.rows), sum(row.spec.size for row in made.rows)
-        text = source.shard_index.to_bytes(weight_map, nbytes=nbytes, size=size)
-        files.append(_text_file(source.shard_index.path.name, text, _mode(source)))
-    return files
+    return files + _index_file(made, source)
+
+
+def _index_file(made: Plan, source: Shards) -> list[File]:
+    """The index of the source, true of what is left; none if there was none."""
+    if source.shard_index is None:
+        return []
+    index, ties = made.leaves.index, source.ties
+    weight_map = {}
+    order = {name: place for place, name in enumerate(source.shard_index.weight_map)}
+    for row in sorted(made.rows, key=lambda row: order.get(index.name(row.source), len(order))):
+        if index.name(row.source) in order:
+            weight_map[made.name(row)] = source.files[source.home(row.source)[0]].path.name
+    once = {ties.get(row.source, row.source): row for row in made.rows}.values()
+    nbytes, size = sum(_nbytes(made, row) for row in once), sum(row.spec.size for row in once)
+    text = source.shard_index.to_bytes(weight_map, nbytes=nbytes, size=size)
+    return [_text_file(source.shard_index.path.name, text, _mode(source))]
 
 
 def _new_shards(made: Plan, limit: int | None) -> list[File]:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from paramend.errors import CannotWrite
+from paramend.errors import Busy, CannotWrite
 
 _FOLDER_MODE = 0o777
 _ASIDE = ".old"
@@ -33,7 +33,8 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
         mode: the permissions of a file; None asks for a directory.
 
     Raises:
-        CannotWrite: the name is taken, another writer is at work on it, or the system refused.
+        CannotWrite: the name is taken, or the system refused.
+        Busy: another writer is at work on it.
     """
     prefix = f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
     temporary = out.parent / f"{prefix}{secrets.token_hex(6)}.tmp"
@@ -48,17 +49,17 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
         else:
             _publish_file(temporary, out, force=force)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            _remove(temporary)
+        _clear(temporary)
         if isinstance(error, OSError) and not isinstance(error, CannotWrite):
             raise CannotWrite(f"{out}: {reason(error)}; nothing was written") from error
         raise
     finally:
         if lock >= 0:
             os.close(lock)
-    sync_folder(out.parent)
-    with contextlib.suppress(OSError):  # the old state, after an exchange
-        _remove(temporary)
+    try:
+        sync_folder(out.parent)
+    finally:
+        _clear(temporary)  # the old state, after an exchange
 
 
 def exists(out: Path) -> CannotWrite:
@@ -128,7 +129,7 @@ def _sweep(out: Path, prefix: str) -> None:
     """Removes what killed writers of this place left behind.
 
     Raises:
-        CannotWrite: a writer is at work on it.
+        Busy: a writer is at work on it.
     """
     for entry in list(os.scandir(out.parent)):
         if not entry.name.startswith(prefix):
@@ -150,11 +151,23 @@ def _sweep(out: Path, prefix: str) -> None:
                 with contextlib.suppress(OSError):
                     _remove(path)
         except BlockingIOError:
-            raise CannotWrite(
-                f"{out}: another program is writing it at this moment", hint="wait for it, or write to another name"
+            raise Busy(
+                f"{out}: another program is writing it at this moment (it holds the lock of {path.name}); nothing was "
+                "written",
+                hint="try again when it is done, or write to another name",
             ) from None
         finally:
             os.close(descriptor)
+
+
+def _clear(temporary: Path) -> None:
+    """Removes a temporary as far as that can be done, also when Ctrl-C is pressed meanwhile."""
+    with contextlib.suppress(OSError):
+        try:
+            _remove(temporary)
+        except KeyboardInterrupt:
+            _remove(temporary)
+            raise
 
 
 def _remove(path: Path) -> None:

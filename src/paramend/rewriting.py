@@ -27,9 +27,11 @@ from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.initializers import Place
-from paramend.layouts import File, Layout, lay_out
+from paramend.journal import records_beside
+from paramend.layouts import Layout, lay_out
 from paramend.leaves import keys_of
 from paramend.ops import Call
+from paramend.pieces import File
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason
@@ -262,6 +264,7 @@ class _Inputs:
     def __init__(self, source: Any) -> None:
         self.seen: dict[Path, os.stat_result] = dict(stats_of(source))
         self.touched: set[Path] = set()
+        self._records = records_beside(self.seen, refuses=True)
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:
@@ -283,6 +286,8 @@ class _Inputs:
 
     def check(self) -> None:
         """Refuses what another program changed in the meantime."""
+        if records_beside(self.seen) != self._records:  # a patch, of which times alone may not tell
+            raise _changed(next(iter(self.seen)))
         for path in self.touched:
             try:
                 now = os.fstat(self._open[path]) if path in self._open else path.stat()

@@ -26,12 +26,7 @@ def delete(tree: Tree, numbers: Collection[int]) -> Any:
     Raises:
         Unsupported: the container of a leaf has fixed entries.
     """
-    draft = _take_apart(tree)
-    for number in numbers:
-        draft.take(number)
-    for number in numbers:
-        draft.prune(number)
-    return draft.root.close(close_up=True)
+    return relocate(tree, {}, numbers)
 
 
 def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any:
@@ -48,9 +43,25 @@ def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any
         RenameClash: two leaves would have one path, or a list a hole.
         Unsupported: a container on the way has fixed entries.
     """
-    moved = moves(tree.index, selector, {twin for number in numbers for twin in tree.twins(number)}, to)
+    return relocate(tree, moves(tree.index, selector, {twin for n in numbers for twin in tree.twins(n)}, to), ())
+
+
+def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], gone: Collection[int]) -> Any:
+    """A tree without some leaves, and with others under new paths.
+
+    Args:
+        tree: the tree.
+        moved: the new paths of leaves, as `moves` has them.
+        gone: the leaves to delete. If there are any, list positions close up.
+
+    Raises:
+        RenameClash: two leaves would have one path, or a list a hole.
+        Unsupported: a container on the way has fixed entries.
+    """
     draft = _take_apart(tree)
     values = {number: draft.take(number) for number in moved}
+    for number in gone:
+        draft.take(number)
     for number, path in moved.items():
         draft.put(number, path, values[number])
     if draft.clashes:
@@ -59,9 +70,19 @@ def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any
             f"{_text.listing(draft.clashes, 4)}",
             hint="delete what stands there first, or rename to other paths",
         )
-    for number in moved:
+    for number in (*moved, *gone):
         draft.prune(number)
-    return draft.root.close(close_up=False)
+    return draft.root.close(close_up=bool(gone))
+
+
+def alongside(index: Index, number: int, keys: Sequence[str]) -> list[tuple[str, int | None]]:
+    """A new path of a leaf, as `moves` has it: each new container is like that of the same depth in the old path.
+
+    >>> alongside(Index.of_names(["a", "b.w"]), 1, ["c.w", "x"])
+    [('c.w', 0), ('x', None)]
+    """
+    first = [at for at, label in enumerate(index.paths[number]) if not (isinstance(label, Part) and label.before)]
+    return [(key, first[depth] if depth < len(first) else None) for depth, key in enumerate(keys)]
 
 
 def moves(

@@ -212,8 +212,11 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
     """
     base = base_of(Path(path))
     rows: list[HistoryRow] = []
-    for each in (base, *_related(base)):
-        store = store_of(each)
+    try:
+        found = [(each, store_of(each)) for each in (base, *_related(base))]
+    except PermissionError:  # who may not look cannot read either, and hears of it then
+        return rows
+    for each, store in found:
         if not records(store, PENDING):
             continue
         with contextlib.suppress(Busy), explained(each), locked(lock_of(store), name=each):

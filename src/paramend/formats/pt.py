@@ -18,6 +18,7 @@ from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.pickles import unpickle
 from paramend.formats.pt_writer import TorchWriter
 from paramend.formats.rebuilds import Tensor, TorchWords
+from paramend.formats.recordings import Made, Recorder
 from paramend.formats.source import Extent
 from paramend.formats.zips import STORED, Archive, Record, shown
 from paramend.leaves import Index
@@ -45,7 +46,8 @@ class TorchFile(FileSource):
     Attributes:
         path: as the user gave it.
         index: the names; dict keys and list positions, joined by ".".
-        ties: leaf number → the first number of the same tensor: same storage, offset, shape and strides.
+        ties: leaf number → the first number of the same tensor, for tensors with several paths: those that are the same
+            elements of one storage, in one order.
         metadata: what else stands in the structure, by path: epochs, learning rates, lists of plain values.
         tensors: of each leaf, which elements of which storage it is.
         archive: the records of the zip.
@@ -111,6 +113,45 @@ class TorchFile(FileSource):
             return node
 
         return build(self._structure)
+
+    def recorded(self) -> tuple[Any, list[Any]]:
+        """What the pickle holds as it can be written again: see `paramend.formats.recordings`.
+
+        Returns:
+            The structure, in which an array that holds its number stands for each leaf, and the call that rebuilds
+            each leaf.
+        """
+        calls: list[Any] = []
+
+        def build(node: Any, seen: Any) -> Any:
+            if type(node) is Tensor:
+                calls.append(seen)
+                return np.array(len(calls) - 1)
+            if type(seen) is Made and isinstance(node, dict):  # a counter, whose entries stand in the call of it
+                return Made(seen.function, (build(node, seen.arguments[0]),)) if seen.arguments else seen
+            if isinstance(node, dict):
+                pairs = zip(node.items(), seen.values(), strict=True)
+                entries = type(node)((key, build(child, other)) for (key, child), other in pairs)
+                if type(node) is OrderedDict:
+                    vars(entries).update(vars(seen))
+                return entries
+            if type(node) in (list, tuple) and type(seen) is type(node):
+                return type(node)(build(*pair) for pair in zip(node, seen, strict=True))
+            return seen
+
+        words = Recorder(TorchWords({}))
+        seen = unpickle(self.archive.read(self._pickle.name), words, file=str(self.path), place="data.pkl")
+        return build(self._structure, seen), calls
+
+    def record(self, number: int) -> Record | None:
+        """The record of the zip that holds the elements of a leaf; None if they are in several, or nowhere."""
+        storage = self.tensors[number].storage
+        return None if storage is None else self.archive.records[f"{self._root}/data/{storage.key}"]
+
+    @property
+    def folder(self) -> str:
+        """The folder in the zip that holds everything."""
+        return self._root
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf; of a dtype that numpy has not, such as qint8, the dtype is "raw<qint8>"."""

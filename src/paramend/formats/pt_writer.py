@@ -1,17 +1,20 @@
 """`TorchWriter`: writes tensors as `torch.save` does, without torch, in one pass and in bounded memory.
 
-The pickle is written by hand, of the names that `torch.load(weights_only=True)` knows. Checksums follow each record,
-so that a leaf is computed once and nothing is written twice.
+The pickle holds names that `torch.load(weights_only=True)` knows. Checksums follow each record, so that a leaf is
+computed once and nothing is written twice.
 """
 
-import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from paramend.errors import RenameClash
+from paramend.formats.pickles import Name
+from paramend.formats.recordings import Made, Stored, pickled
 from paramend.formats.writer import Item
-from paramend.specs import Spec
+from paramend.formats.zip_writer import ALIGNMENT, ZipHeaders
+from paramend.specs import Spec, kind_of
 
 _STORAGES = {
     "float64": "Double",
@@ -31,10 +34,6 @@ _STORAGES = {
 _NEWER = frozenset({"uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"})
 _NEWER |= {"float8_e5m2fnuz", "float8_e8m0fnu"}
 _FOLDER = "archive"
-_ALIGNMENT = 64
-# From here on, lengths and offsets need the wide fields of zip64; a test sets it low.
-WIDE = 0xFFFFFFFF
-_FLAGS = 1 << 3 | 1 << 11  # the checksum follows the record; names are UTF-8
 
 
 class TorchWriter:
@@ -49,7 +48,7 @@ class TorchWriter:
 
     def nbytes(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> int:
         """How large the file will be at most."""
-        header = 30 + 46 + 24 + 2 * 28 + 2 * len(f"{_FOLDER}/data/{len(items)}") + _ALIGNMENT + 4
+        header = 30 + 46 + 24 + 2 * 28 + 2 * len(f"{_FOLDER}/data/{len(items)}") + ALIGNMENT + 4
         return sum(item.nbytes + header for item in items) + len(_pickle(items)) + 4 * header + 98
 
     def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
@@ -59,6 +58,7 @@ class TorchWriter:
             RenameClash: a leaf stands where others have their container.
 
         >>> import tempfile
+        >>> import numpy as np
         >>> from pathlib import Path
         >>> from paramend.formats.pt import TorchFile
         >>> path = Path(tempfile.mkdtemp(), "model.pt")
@@ -70,67 +70,23 @@ class TorchWriter:
         ...     print(file.index.path(0), file.read(0))
         fc.weight [1. 2.]
         """
-        zipped = _Zip(file)
-        zipped.add("data.pkl", [_pickle(items)])
-        zipped.add("byteorder", [b"little"])
+        zipped = ZipHeaders()
+
+        def add(name: str, chunks: Iterable[bytes | memoryview], nbytes: int = 0) -> None:
+            file.write(zipped.open(f"{_FOLDER}/{name}", nbytes))
+            crc = count = 0
+            for chunk in chunks:
+                crc = zlib.crc32(chunk, crc)
+                count += len(chunk)
+                file.write(chunk)
+            file.write(zipped.close(crc, count))
+
+        add("data.pkl", [_pickle(items)])
+        add("byteorder", [b"little"])
         for i, item in enumerate(items):
-            zipped.add(f"data/{i}", item.chunks(), item.nbytes)
-        zipped.add("version", [b"3\n"])
-        zipped.finish()
-
-
-class _Zip:
-    """A zip file that is written from its first byte to its last."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.at = 0
-        self.directory: list[bytes] = []
-
-    def put(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
-        self.at += len(data)
-
-    def add(self, name: str, chunks: Iterable[bytes | memoryview], nbytes: int | None = None) -> None:
-        """Writes a record; its length must be given if it is too long to be a few bytes."""
-        header, encoded = self.at, f"{_FOLDER}/{name}".encode()
-        wide = (nbytes or 0) >= WIDE
-        sizes = struct.pack("<HHQQ", 1, 16, nbytes or 0, nbytes or 0) if wide else b""
-        pad = -(header + 30 + len(encoded) + len(sizes) + 4) % _ALIGNMENT
-        extra = sizes + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
-        length = 0xFFFFFFFF if wide else 0
-        fixed = (45 if wide else 20, _FLAGS, 0, 0, 0x21)  # 1 January 1980, the first day of zip's calendar
-        self.put(struct.pack("<I5H3I2H", 0x04034B50, *fixed, 0, length, length, len(encoded), len(extra)))
-        self.put(encoded + extra)
-        start, crc = self.at, 0
-        for chunk in chunks:
-            crc = zlib.crc32(chunk, crc)
-            self.put(chunk)
-        count = self.at - start
-        self.put(struct.pack("<IIQQ" if wide else "<IIII", 0x08074B50, crc, count, count))
-        self._list(encoded, fixed, crc, count, header)
-
-    def _list(self, encoded: bytes, fixed: tuple[int, ...], crc: int, count: int, header: int) -> None:
-        full = [count >= WIDE, count >= WIDE, header >= WIDE]
-        numbers = [count, count, header]
-        wide = b"".join(struct.pack("<Q", number) for number, is_full in zip(numbers, full, strict=True) if is_full)
-        extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
-        packed, plain, offset = (0xFFFFFFFF if is_full else n for n, is_full in zip(numbers, full, strict=True))
-        head = struct.pack("<IH5H3I", 0x02014B50, 45, *fixed, crc, packed, plain)
-        tail = struct.pack("<5H2I", len(encoded), len(extra), 0, 0, 0, 0, offset)
-        self.directory.append(head + tail + encoded + extra)
-
-    def finish(self) -> None:
-        """Writes the central directory."""
-        start, count = self.at, len(self.directory)
-        self.put(b"".join(self.directory))
-        size, end = self.at - start, self.at
-        if start >= WIDE or size >= WIDE or count >= 0xFFFF:
-            self.put(struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start))
-            self.put(struct.pack("<IIQI", 0x07064B50, 0, end, 1))
-        few = min(count, 0xFFFF)
-        small = (min(size, 0xFFFFFFFF), 0xFFFFFFFF if start >= WIDE else start)
-        self.put(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, few, few, *small, 0))
+            add(f"data/{i}", item.chunks(), item.nbytes)
+        add("version", [b"3\n"])
+        file.write(zipped.finish())
 
 
 # ---- the pickle ----------------------------------------------------------------------------------------------
@@ -146,57 +102,57 @@ def _pickle(items: Sequence[Item]) -> bytes:
                 raise RenameClash(f"{item.name} would go into {key!r}, which is a leaf")
         if item.keys[-1] in node:
             raise RenameClash(f"{item.name}: another leaf or container has that path")
-        node[item.keys[-1]] = i
-    return b"\x80\x02" + b"".join(_dict(tree, items)) + b"."
+        node[item.keys[-1]] = tensor(item.spec, str(i))
+    return pickled(tree)
 
 
-def _dict(tree: dict[str, Any], items: Sequence[Item]) -> Iterator[bytes]:
-    yield b"}("
-    for key, child in tree.items():
-        yield _text(key)
-        if type(child) is dict:
-            yield from _dict(child, items)
-        else:
-            yield _tensor(child, items[child])
-    yield b"u"
+def tensor(
+    spec: Spec, key: str, *, device: Any = "cpu", grad: bool = False, hooks: Mapping[str, Any] | None = None
+) -> Made:
+    """The call that rebuilds a tensor whose storage holds its elements side by side, and nothing else.
 
-
-def _tensor(number: int, item: Item) -> bytes:
-    shape, dtype = item.spec.shape, item.spec.dtype
+    Args:
+        spec: its shape and dtype.
+        key: of the record of its storage.
+        device: where it goes, as torch writes it.
+        grad: whether it takes gradients, if its dtype can.
+        hooks: what torch writes in their place, an empty dict.
+    """
     strides: list[int] = []
     step = 1
-    for length in reversed(shape):
+    for length in reversed(spec.shape):
         strides.insert(0, step)
         step *= max(length, 1)
-    kind = _STORAGES.get(dtype)
+    grad = bool(grad) and kind_of(spec.dtype) in ("float", "complex")
+    hooks = OrderedDict() if hooks is None else hooks
+    kind = _STORAGES.get(spec.dtype)
     if kind:
-        function, storage, count = "_rebuild_tensor_v2", f"torch\n{kind}Storage", item.spec.size
-    else:
-        function, storage, count = "_rebuild_tensor_v3", "torch.storage\nUntypedStorage", item.nbytes
-    reference = _text("storage") + f"c{storage}\n".encode() + _text(str(number)) + _text("cpu") + _integer(count)
-    return b"".join(
-        [
-            f"ctorch._utils\n{function}\n".encode(),
-            b"((" + reference + b"tQ",
-            _integer(0) + _tuple(shape) + _tuple(strides),
-            b"\x89ccollections\nOrderedDict\n)R",  # no gradient, no hooks
-            b"" if kind else f"ctorch\n{dtype}\n".encode(),
-            b"tR",
-        ]
-    )
+        storage = Stored((Name(f"torch.{kind}Storage"), key, device, spec.size))
+        return Made(_V2, (storage, 0, spec.shape, tuple(strides), grad, hooks))
+    storage = Stored((Name("torch.storage.UntypedStorage"), key, device, spec.nbytes))
+    return Made(_V3, (storage, 0, spec.shape, tuple(strides), grad, hooks, Name(f"torch.{spec.dtype}")))
 
 
-def _text(text: str) -> bytes:
-    encoded = text.encode()
-    return b"X" + struct.pack("<I", len(encoded)) + encoded
+_V2, _V3 = Name("torch._utils._rebuild_tensor_v2"), Name("torch._utils._rebuild_tensor_v3")
 
 
-def _integer(value: int) -> bytes:
-    if value < 2**31:
-        return b"J" + struct.pack("<i", value)
-    raw = value.to_bytes(9, "little")
-    return b"\x8a" + bytes([len(raw)]) + raw
+def retargeted(made: Made, spec: Spec, key: str) -> Made:
+    """The call that rebuilds a tensor, about other elements: it stays a parameter, and keeps its attributes.
 
-
-def _tuple(values: Iterable[int]) -> bytes:
-    return b"(" + b"".join(map(_integer, values)) + b"t"
+    Args:
+        made: the call as it was.
+        spec: the new shape and dtype.
+        key: of the record that holds the new elements.
+    """
+    arguments = made.arguments
+    if made.function.text == "torch._tensor._rebuild_from_type_v2":
+        function, kind, inner, state = arguments
+        found = retargeted(Made(function, inner), spec, key)
+        return Made(made.function, (found.function, kind, found.arguments, state))
+    if made.function.text.startswith("torch._utils._rebuild_parameter"):
+        data, grad, *more = arguments
+        grad = bool(grad) and kind_of(spec.dtype) in ("float", "complex")
+        return Made(made.function, (retargeted(data, spec, key), grad, *more))
+    storage, *more = arguments
+    grad, hooks = (*more[3:5], False, None)[:2]
+    return tensor(spec, key, device=storage.reference[2], grad=grad, hooks=hooks)

@@ -201,6 +201,10 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
+# Names that ask for formats that nothing here writes.
+FOREIGN_SUFFIXES = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
+
+
 def writable() -> list[Format]:
     """The formats that new files can be written in."""
     return [row for row in FORMATS if row.writes and row.built]

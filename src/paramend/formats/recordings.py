@@ -1,0 +1,248 @@
+"""`Recorder`: a pickle read so that it can be written again. What it calls is noted, and nothing is made of it.
+
+`pickled` writes what was read, in the protocol that `torch.load(weights_only=True)` knows best. Between the two,
+entries may go, come and be others: containers are plain ones, and a tensor is the call that rebuilds it.
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import BadCheckpoint
+from paramend.formats.pickles import Flaw, Name, Vocabulary
+
+# Deeper values than these would exhaust the stack of the writer.
+_DEPTH = 200
+
+
+class Made:
+    """What a call gives.
+
+    Attributes:
+        function: what is called.
+        arguments: with what.
+        state: what is then taken into it; None if nothing is.
+    """
+
+    __slots__ = ("arguments", "function", "state")
+
+    def __init__(self, function: Name, arguments: tuple[Any, ...]) -> None:
+        self.function = function
+        self.arguments = arguments
+        self.state: Any = None
+
+
+class Stored:
+    """A storage that tensors look at.
+
+    Attributes:
+        reference: the kind, the key of the record, the device and the length; after it what some writers add.
+    """
+
+    __slots__ = ("reference",)
+
+    def __init__(self, reference: tuple[Any, ...]) -> None:
+        self.reference = reference
+
+    @property
+    def key(self) -> str:
+        """The record "data/<key>" holds the bytes."""
+        key: str = self.reference[1]
+        return key
+
+
+class Recorder:
+    """A vocabulary that knows the names of another and makes nothing of them.
+
+    Args:
+        words: the other. What is recorded should have been read with it before, as it checks arguments.
+
+    >>> import pickle
+    >>> from paramend.formats.pickles import unpickle
+    >>> class Words:
+    ...     def names(self): return {"builtins.complex": Name("builtins.complex", complex)}
+    >>> made = unpickle(pickle.dumps([1j], 2), Recorder(Words()), file="x", place="y")[0]
+    >>> made.function, made.arguments, pickle.loads(pickled([made, (2, made)]))
+    (builtins.complex, (0.0, 1.0), [1j, (2, 1j)])
+    """
+
+    def __init__(self, words: Vocabulary) -> None:
+        self._names = {text: _recording(name) for text, name in words.names().items()}
+
+    def names(self) -> Mapping[str, Name]:
+        """The names that are known."""
+        return self._names
+
+    def resolve(self, reference: Any) -> Stored:
+        """A storage, noted."""
+        return Stored(reference[1:])
+
+    def build(self, thing: Any, state: Any) -> None:
+        """Notes the state of what a call gave."""
+        if type(thing) is not Made:
+            raise Flaw(f"{type(thing).__name__.lower()} takes no state")
+        thing.state = state
+
+
+def _recording(name: Name) -> Name:
+    if name.call is None or name.text == "collections.OrderedDict":
+        return name
+    made = Name(name.text)
+    made.call = lambda *arguments: Made(made, arguments)
+    return made
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str] | None = None) -> bytes:
+    """The pickle of what was recorded; what stands in several places is written once.
+
+    Args:
+        root: the outermost value.
+        leaves: what stands for each array in it, which holds a number and nothing else.
+        used: takes the keys of all storages.
+
+    Raises:
+        BadCheckpoint: a value contains itself, or is nested too deeply.
+    """
+    writer = _Pickler(leaves or {}, set() if used is None else used)
+    return b"\x80\x02" + b"".join(writer.parts(root, 0)) + b"."
+
+
+class _Pickler:
+    def __init__(self, leaves: Mapping[int, Any], used: set[str]) -> None:
+        self.leaves = leaves
+        self.used = used
+        # Objects are kept with their places, so that none goes and another gets its identity.
+        self.memo: dict[Any, tuple[int, Any]] = {}
+        self.open: set[int] = set()
+
+    def parts(self, node: Any, depth: int) -> Iterator[bytes]:
+        kind = type(node)
+        if kind is np.ndarray:
+            node = self.leaves[int(node)]
+            kind = type(node)
+        write = _PLAIN.get(kind)
+        if write is not None:
+            yield write(node)
+            return
+        known = self.memo.get(node if kind is str else id(node))
+        if known is not None:
+            yield _place(known[0], b"h", b"j")
+            return
+        if depth > _DEPTH or id(node) in self.open:
+            raise BadCheckpoint("the pickle holds values that contain themselves, or are nested too deeply")
+        yield from self._PARTS[kind](self, node, depth + 1)
+
+    def keep(self, node: Any) -> bytes:
+        number = len(self.memo)
+        self.memo[node if type(node) is str else id(node)] = (number, node)
+        return _place(number, b"q", b"r")
+
+    def _text(self, node: str, depth: int) -> Iterator[bytes]:
+        encoded = node.encode()
+        yield b"X" + struct.pack("<I", len(encoded)) + encoded + self.keep(node)
+
+    def _mapping(self, node: Mapping[Any, Any], depth: int) -> Iterator[bytes]:
+        yield (b"}" if type(node) is dict else b"ccollections\nOrderedDict\n)R") + self.keep(node)
+        if node:
+            yield b"("
+            for key, child in node.items():
+                yield from self.parts(key, depth)
+                yield from self.parts(child, depth)
+            yield b"u"
+        if type(node) is OrderedDict and vars(node):
+            yield from self.parts(vars(node), depth)
+            yield b"b"
+
+    def _list(self, node: list[Any], depth: int) -> Iterator[bytes]:
+        yield b"]" + self.keep(node)
+        if node:
+            yield b"("
+            for child in node:
+                yield from self.parts(child, depth)
+            yield b"e"
+
+    def _tuple(self, node: tuple[Any, ...], depth: int) -> Iterator[bytes]:
+        if not node:
+            yield b")"
+            return
+        self.open.add(id(node))
+        yield b"("
+        for child in node:
+            yield from self.parts(child, depth)
+        yield b"t" + self.keep(node)
+        self.open.remove(id(node))
+
+    def _made(self, node: Made, depth: int) -> Iterator[bytes]:
+        self.open.add(id(node))
+        yield _name(node.function)
+        yield from self.parts(node.arguments, depth)
+        yield b"R" + self.keep(node)
+        self.open.remove(id(node))
+        if node.state is not None:
+            yield from self.parts(node.state, depth)
+            yield b"b"
+
+    def _stored(self, node: Stored, depth: int) -> Iterator[bytes]:
+        self.used.add(node.key)
+        yield b"("
+        for child in ("storage", *node.reference):
+            yield from self.parts(child, depth)
+        yield b"tQ"
+
+    # The protocol has no instructions for these: they are made by calls.
+
+    def _set(self, node: set[Any], depth: int) -> Iterator[bytes]:
+        yield from self._made(Made(Name("builtins.set"), (sorted(node, key=repr),)), depth)
+        yield self.keep(node)
+
+    def _bytes(self, node: bytes | bytearray, depth: int) -> Iterator[bytes]:
+        text = node.decode("latin1")
+        name = "_codecs.encode" if type(node) is bytes else "builtins.bytearray"
+        yield from self._made(Made(Name(name), (text, "latin1")), depth)
+        yield self.keep(node)
+
+    _PARTS: Mapping[type, Callable[["_Pickler", Any, int], Iterator[bytes]]] = {
+        str: _text,
+        dict: _mapping,
+        OrderedDict: _mapping,
+        list: _list,
+        tuple: _tuple,
+        Made: _made,
+        Stored: _stored,
+        set: _set,
+        bytes: _bytes,
+        bytearray: _bytes,
+    }
+
+
+def _place(number: int, near: bytes, far: bytes) -> bytes:
+    return near + bytes([number]) if number < 256 else far + struct.pack("<I", number)
+
+
+def _name(name: Name) -> bytes:
+    module, _, own = name.text.rpartition(".")
+    return f"c{module}\n{own}\n".encode()
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 256:
+        return b"K" + bytes([value])
+    if -(2**31) <= value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+_PLAIN: Mapping[type, Callable[[Any], bytes]] = {
+    type(None): lambda value: b"N",
+    bool: lambda value: b"\x88" if value else b"\x89",
+    int: _integer,
+    float: lambda value: b"G" + struct.pack(">d", value),
+    Name: _name,
+}

@@ -1,0 +1,144 @@
+"""What goes into an edited file of `torch.save`, byte by byte: storages that stay are copied, all else is kept.
+
+Dicts, lists, numbers, attributes and parameters stay as they are; so do storages that several tensors look at. A leaf
+of which more than the values changes, or that shares bytes with another, gets a storage of its own.
+"""
+
+import stat
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from paramend.errors import Unsupported
+from paramend.formats.pt import TorchFile
+from paramend.formats.pt_writer import TorchWriter, retargeted
+from paramend.formats.recordings import pickled
+from paramend.formats.zip_writer import ALIGNMENT, ZipHeaders
+from paramend.leaves import keys_of
+from paramend.pieces import File, Piece, with_rows
+from paramend.plans import Row
+from paramend.structure import alongside, relocate
+from paramend.trees.registry import Tree
+
+_Rows = Sequence[tuple[int, Row]]
+_Places = Mapping[tuple[int, int], Row]
+
+
+def overlays(file: TorchFile, rows: _Rows) -> bool:
+    """Whether a copy of the file will do, in which the bytes of some leaves are others.
+
+    Args:
+        file: the file.
+        rows: what becomes of its leaves: (number in the file, row).
+    """
+    there = {number for number, _ in rows}
+    stay = all(not row.was and _stays(file, number, row, there) for number, row in rows)
+    return stay and len(there) == len(file.tensors)
+
+
+def _stays(file: TorchFile, number: int, row: Row, there: Collection[int]) -> bool:
+    """Whether a leaf stays where it is in its storage; `there` are the leaves that are left."""
+    if not row.calls:
+        return True
+    alone = row.spec == row.before and file.extent(number) is not None
+    return alone and not any(other in there for other in file.overlaps(number))
+
+
+def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
+    """The file with the leaves of some rows edited, moved, or gone.
+
+    Raises:
+        Unsupported: torch has no such dtype, or an entry of a tuple would go.
+        RenameClash: two leaves would have one place.
+    """
+    structure, calls = file.recorded()
+    fresh: dict[str, tuple[str, Row]] = {}  # the key of a new storage → the record that it comes after, its leaf
+    inside: dict[str, dict[tuple[int, int], Row]] = {}  # a record → what changes within it
+    key_of: dict[int, str] = {}
+    keys = _unused_keys(file)
+    there = {number for number, _ in rows}
+    for number, row in rows:
+        record, extent = file.record(number), file.extent(number)
+        if not row.calls or record is None:
+            continue
+        if _stays(file, number, row, there):
+            if extent is not None and extent.nbytes:
+                inside.setdefault(record.name, {})[extent.start, extent.start + extent.nbytes] = row
+            continue
+        why = TorchWriter().refusal(row.spec)
+        if why:
+            raise Unsupported(f"{row.path} cannot be written: {why}", hint="cast it, or delete it first")
+        one = file.ties.get(number, number)
+        if one not in key_of:
+            key_of[one] = next(keys)
+            fresh[key_of[one]] = (record.name, row)
+        calls[number] = retargeted(calls[number], row.spec, key_of[one])
+    used: set[str] = set()
+    data = pickled(_relocated(structure, len(calls), rows), dict(enumerate(calls)), used=used)
+    pieces, patched, nbytes = _zipped(file, data, used, fresh, inside)
+    mode = stat.S_IMODE(file.stat.st_mode)
+    return File(name, nbytes, mode, tuple(pieces), patched=tuple(patched), reopen=TorchFile)
+
+
+def _relocated(structure: Any, count: int, rows: _Rows) -> Any:
+    """The structure without the leaves that have no row, and with others where their rows say."""
+    gone = set(range(count)) - {number for number, _ in rows}
+    moved = {number: keys_of(row.labels) for number, row in rows if row.was}
+    if not gone and not moved:
+        return structure
+    tree = Tree(structure)
+    # The tree numbers its values, leaves or not; the array of a leaf holds the number that the file gives it.
+    own = {int(tree.read(number)): number for number in tree.index.numbers}
+    paths = {own[number]: alongside(tree.index, own[number], keys) for number, keys in moved.items()}
+    return relocate(tree, paths, [own[number] for number in sorted(gone)])
+
+
+def _unused_keys(file: TorchFile) -> Any:
+    start = f"{file.folder}/data/"
+    taken = {name[len(start) :] for name in file.archive.records if name.startswith(start)}
+    return (key for key in map(str, range(1 << 62)) if key not in taken)
+
+
+def _zipped(
+    file: TorchFile,
+    data: bytes,
+    used: set[str],
+    fresh: Mapping[str, tuple[str, Row]],
+    inside: Mapping[str, _Places],
+) -> tuple[list[Piece], list[tuple[int, int]], int]:
+    """The pieces of the zip, the ranges whose checksums are not yet true, and the length."""
+    archive, start = file.archive, f"{file.folder}/data/"
+    zipped = ZipHeaders(_alignment(file))
+    pieces: list[Piece] = []
+    patched: list[tuple[int, int]] = []
+    followers: dict[str, list[tuple[str, Row]]] = {}
+    for key, (after, row) in fresh.items():
+        if key in used:
+            followers.setdefault(after, []).append((key, row))
+    for record in archive.records.values():
+        if record.name == f"{file.folder}/data.pkl":
+            crc = zlib.crc32(data)
+            pieces += [zipped.open(record.name, len(data), crc), data, zipped.close(crc, len(data))]
+        elif not record.name.startswith(start) or record.name[len(start) :] in used:
+            places = inside.get(record.name, {})
+            crc = 0 if places else record.crc
+            pieces.append(zipped.open(record.name, record.nbytes, crc))
+            first = archive.place(record.name).start
+            pieces += with_rows(file.path, first, first + record.nbytes, places)
+            patched += [(zipped.at + a - first, zipped.at + b - first) for a, b in places]
+            pieces.append(zipped.close(crc, record.nbytes))
+        for key, row in followers.get(record.name, ()):
+            nbytes = row.spec.nbytes
+            pieces += [zipped.open(f"{start}{key}", nbytes, 0), row]
+            patched += [(zipped.at, zipped.at + nbytes)] if nbytes else []
+            pieces.append(zipped.close(0, nbytes))
+    pieces.append(zipped.finish())
+    return [piece for piece in pieces if piece != b""], sorted(patched), zipped.at
+
+
+def _alignment(file: TorchFile) -> int:
+    """What torch aligned records to: the file says so, since some version of torch."""
+    record = file.archive.records.get(f"{file.folder}/.storage_alignment")
+    text = file.archive.read(record.name) if record is not None and record.nbytes < 8 else b""
+    number = int(text) if text.isdigit() else 0
+    return number if 0 < number <= 1 << 15 and not number & (number - 1) else ALIGNMENT

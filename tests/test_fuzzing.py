@@ -1,0 +1,30 @@
+"""A slice of the random damage of tests/fuzzing.py, and of the random kills of tests/killing.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fuzzing
+
+COUNTS = {"safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
+@pytest.mark.parametrize("kind", COUNTS)
+def test_damage_gives_errors_of_our_own_and_nothing_else(kind):
+    seen = fuzzing.fuzz(kind, COUNTS[kind], seed=1)
+    assert seen["refused"] and seen["read"]
+
+
+CASES = [("rewrite", "shards", 2), ("rewrite", "structure", 9), ("patch", "shards", 9), ("patch", "torch", 2)]
+
+
+@pytest.mark.parametrize(("engine", "kind", "signum"), CASES)
+def test_a_stopped_writer_leaves_the_old_state_or_the_new_one(engine, kind, signum):
+    command = [sys.executable, Path(__file__).with_name("killing.py"), engine, kind, "12", str(signum)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "12 rounds" in done.stdout
