@@ -37,13 +37,14 @@ FLOORS = [
         "grafts.mismatches",
         "grafts.options",
     },
+    {"grafts.links"},
     # surgeries in memory
     {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
     {"freezing.places"},
     {"freezing.phases", "freezing.shares"},
-    {"editing", "freezing.*", "influence", "modules", "grafts.plan"},
-    {"freezing.registry", "grafts.engine", "ablations.*"},
-    {"ablation"},
+    {"editing", "freezing.*", "influence", "modules", "stacking", "grafts.plan"},
+    {"freezing.registry", "grafts.engine", "grafts.moments", "ablations.*"},
+    {"ablation", "grafts.optax", "grafts.torch"},
     # surgeries on disk
     {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry", "pieces"},
     {"journal", "torch_layouts"},

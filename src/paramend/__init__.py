@@ -30,11 +30,15 @@ if TYPE_CHECKING:
     from paramend.freezing.registry import value_and_grad as value_and_grad
     from paramend.grafting import graft as graft
     from paramend.grafting import graft_ as graft_
+    from paramend.grafting import graft_opt_state as graft_opt_state
+    from paramend.grafting import graft_optimizer_ as graft_optimizer_
     from paramend.influence import block_influence as block_influence
     from paramend.measuring import stats as stats
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
     from paramend.recipes.recipe import Recipe as Recipe
+    from paramend.stacking import stack_layers as stack_layers
+    from paramend.stacking import unstack_layers as unstack_layers
     from paramend.undoing import history as history
     from paramend.undoing import undo as undo
 
@@ -56,6 +60,8 @@ __all__ = [
     "frozen",
     "graft",
     "graft_",
+    "graft_opt_state",
+    "graft_optimizer_",
     "history",
     "init_zero_",
     "labels",
@@ -67,9 +73,11 @@ __all__ = [
     "resize",
     "save",
     "sel",
+    "stack_layers",
     "stats",
     "undo",
     "unfreeze_",
+    "unstack_layers",
     "value_and_grad",
     "verify",
 ]
@@ -92,11 +100,12 @@ _LATER = {
             "unfreeze_",
             "value_and_grad",
         ),
-        "paramend.grafting": ("graft", "graft_"),
+        "paramend.grafting": ("graft", "graft_", "graft_opt_state", "graft_optimizer_"),
         "paramend.measuring": ("stats",),
         "paramend.modules": ("init_zero_",),
         "paramend.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
+        "paramend.stacking": ("stack_layers", "unstack_layers"),
         "paramend.undoing": ("history", "undo"),
     }.items()
     for name in names

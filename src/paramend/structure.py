@@ -58,7 +58,7 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
         RenameClash: two leaves would have one path, or a list a hole.
         Unsupported: a container on the way has fixed entries.
     """
-    draft = _take_apart(tree)
+    draft = take_apart(tree)
     values = {number: draft.take(number) for number in moved}
     for number in gone:
         draft.take(number)
@@ -90,7 +90,7 @@ def moves(
 ) -> dict[int, list[tuple[str, int | None]]]:
     """The new paths of the chosen leaves that the selector's text names, by leaf number, as `renames.keys` has them."""
     found: dict[int, list[tuple[str, int | None]]] = {}
-    flat = _separator_if_flat(index)
+    flat = separator_if_flat(index)
     for rule in _rules(selector, to):
         for number, steps in rule.over(index).items():
             if number in chosen and number not in found:
@@ -112,7 +112,7 @@ def _rules(selector: Selector, to: str) -> list[Rename]:
     raise BadArgument(f"rename needs a selector in text, and this is {selector!r}", hint='pm.at(tree, "h_<n>/**")')
 
 
-def _separator_if_flat(index: Index) -> str:
+def separator_if_flat(index: Index) -> str:
     """The separator of a flat table of names such as a state dict, or ""."""
     paths = index.paths.values()
     if any(not (isinstance(label, Part) and label.before) for path in paths for label in path[1:]):
@@ -193,8 +193,8 @@ class _Place(NamedTuple):
     sealed: Any
 
 
-class _Draft:
-    """A tree taken apart.
+class Draft:
+    """A tree taken apart, to be closed again by `root.close`.
 
     Attributes:
         root: its outermost container.
@@ -237,10 +237,19 @@ class _Draft:
             )
         return chain[-1].entries.pop(path[-1])
 
-    def put(self, number: int, path: Sequence[tuple[str, int | None]], value: Any) -> None:
-        """Puts a leaf under new keys; containers that are not there yet are made like those that the keys come from."""
+    def put(
+        self, number: int, path: Sequence[tuple[str, int | None]], value: Any, *, position: int | None = None
+    ) -> None:
+        """Puts a leaf under new keys; containers that are not there yet are made like those that the keys come from.
+
+        Args:
+            number: the leaf whose old place says what containers are like.
+            path: the keys.
+            value: what to put there.
+            position: which of the keys is a position, for which a list is made if there is no container yet.
+        """
         old = self.places[number]
-        origins = _origins(self.index.paths[number])
+        depths = origins(self.index.paths[number])
         container = self.root
         for depth, (text, _) in enumerate(path):
             key = container.key(text)
@@ -256,8 +265,10 @@ class _Draft:
             inner = container.entries.get(key)
             if key not in container.entries:
                 following, source = path[depth + 1]
-                template = old.chain[origins[source]] if source is not None else None
-                inner = container.entries[key] = _like(template, following, (*container.path, text))
+                template = old.chain[depths[source]] if source is not None else None
+                here = (*container.path, text)
+                inner = _list_in(self.root, here) if depth + 1 == position else _like(template, following, here)
+                container.entries[key] = inner
             if not isinstance(inner, _Container):
                 self._clash(number, path, f"{'/'.join((*container.path, text))} is a leaf")
                 return
@@ -280,7 +291,12 @@ class _Draft:
             del parent.entries[path[depth - 1]]
 
 
-def _take_apart(tree: Tree) -> _Draft:
+def take_apart(tree: Tree) -> Draft:
+    """A tree taken apart.
+
+    Raises:
+        Unsupported: the class of the tree fixes its entries.
+    """
     kind = find_kind(tree.root)
     if kind is None:
         raise Unsupported("a single array has no entries to delete or rename")
@@ -290,7 +306,7 @@ def _take_apart(tree: Tree) -> _Draft:
             f"the parts of a {name} are fixed by its class: nothing can be deleted or renamed in it",
             hint="edit its state: pm.at(module.state_dict(), ...) in torch, pm.at(nnx.state(module), ...) in NNX",
         )
-    return _Draft(tree, kind)
+    return Draft(tree, kind)
 
 
 def _entry(names: Names, key: Any, met: set[Label]) -> Any:
@@ -319,13 +335,24 @@ def _numbers(entry: Any) -> Iterator[int]:
         yield from _numbers(child)
 
 
-def _origins(path: Sequence[Any]) -> list[int]:
+def origins(path: Sequence[Any]) -> list[int]:
     """For each piece of an old path the depth of the key that it belongs to."""
     depths: list[int] = []
     for label in path:
         opens = not (isinstance(label, Part) and label.before)
         depths.append((depths[-1] if depths else -1) + opens)
     return depths
+
+
+def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:
+    """An empty list; in an NNX State, which holds no lists, a dict with ints for keys."""
+    in_state = type(root.node).__name__ == "State"
+    node: Any = {} if in_state else []
+    kind = find_kind(node)
+    assert kind is not None
+    made = _Container(node, kind, path)
+    made.numbered = made.numbered or in_state
+    return made
 
 
 def _like(template: _Container | None, first: str, path: tuple[str, ...]) -> _Container:

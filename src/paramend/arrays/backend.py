@@ -44,6 +44,9 @@ class Backend(Protocol):
     def put(self, x: Any, index: Any, verb: str, value: Any) -> Any:
         """A new array in which the slice is "set" to the value, or has it added ("add") or multiplied ("multiply")."""
 
+    def stack(self, arrays: Any, axis: int) -> Any:
+        """The arrays along a new axis, counted from the front."""
+
     def numpy(self, x: Any) -> "np.ndarray[Any, Any]":
         """The values on the host, bit for bit, with ml_dtypes for what numpy lacks."""
 

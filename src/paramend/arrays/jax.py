@@ -129,6 +129,18 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     return _placed(jnp.where(_with_sharding(jnp.asarray(inside), x, sharding), changed, x).astype(x.dtype), x)
 
 
+def stack(arrays: Any, axis: int) -> Any:
+    """The arrays along a new axis, which is not sharded; the other axes are as those of the first."""
+    first, result = arrays[0], jnp.stack(arrays, axis)
+    sharding = None if isinstance(result, jax.core.Tracer) or isinstance(first, jax.core.Tracer) else first.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return result
+    names = [*sharding.spec, *[None] * (first.ndim - len(sharding.spec))]
+    names.insert(axis, None)
+    spec = jax.sharding.PartitionSpec(*names)
+    return jax.device_put(result, jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
+
+
 def numpy(x: Any) -> np.ndarray[Any, Any]:
     """The values on the host."""
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)

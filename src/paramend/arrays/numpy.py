@@ -69,6 +69,11 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     return _same(out, x)
 
 
+def stack(arrays: Any, axis: int) -> Array:
+    """The arrays along a new axis."""
+    return np.stack(arrays, axis)
+
+
 def numpy(x: Any) -> Array:
     """The array itself."""
     return np.asarray(x)

@@ -129,6 +129,11 @@ def _torch_index(index: Any) -> Any:
     return tuple(torch.as_tensor(part) if isinstance(part, np.ndarray) else part for part in parts)
 
 
+def stack(tensors: Any, axis: int) -> Any:
+    """The tensors along a new axis; none is in the autograd graph unless the first is."""
+    return torch.stack([x if tensors[0].grad_fn is not None else x.detach() for x in tensors], axis)
+
+
 def numpy(x: Any) -> np.ndarray[Any, Any]:
     """The values on the host."""
     x = x.detach().cpu().contiguous()

@@ -24,7 +24,7 @@ Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """A leaf of an optimizer state.
 
     Attributes:
@@ -55,7 +55,7 @@ def carry_opt_state(tx: Any, params: Any, state: Any, mismatch: str) -> Any:
     places = {tree.index.pieces(number) for number in tree.index.numbers}
     fresh_state = tx.init(params)
     fresh, old = _read(fresh_state, places), _read(state, places)
-    sources = _Sources(fresh, old)
+    sources = Sources(fresh, old)
     values, structure = jax.tree.flatten(fresh_state)
     carried, wrong = 0, []
     for leaf in fresh:
@@ -85,19 +85,19 @@ def carry_opt_state(tx: Any, params: Any, state: Any, mismatch: str) -> Any:
     return structure.unflatten(values)
 
 
-class _Sources:
+class Sources:
     """Which leaf of an old state a leaf of a new one continues."""
 
-    def __init__(self, fresh: list[_Leaf], old: list[_Leaf]) -> None:
+    def __init__(self, fresh: list[Leaf], old: list[Leaf]) -> None:
         self._by_path = {leaf.path: leaf for leaf in old}
-        self._by_name: dict[Any, list[_Leaf]] = _grouped((leaf.name, leaf) for leaf in old)
+        self._by_name: dict[Any, list[Leaf]] = _grouped((leaf.name, leaf) for leaf in old)
         self._fresh_kinds, self._old_kinds = _kinds(fresh), _kinds(old)
-        self._of_kind: dict[Any, list[_Leaf]] = _grouped(
+        self._of_kind: dict[Any, list[Leaf]] = _grouped(
             ((self._old_kinds[leaf.record], leaf.field, leaf.param), leaf) for leaf in old
         )
         self._records = _grouped((kind, record) for record, kind in self._fresh_kinds.items())
 
-    def of(self, leaf: _Leaf) -> _Leaf | None:
+    def of(self, leaf: Leaf) -> Leaf | None:
         """The leaf that it continues, or None."""
         kind = self._fresh_kinds[leaf.record]
         same = self._by_path.get(leaf.path)
@@ -116,7 +116,7 @@ class _Sources:
         return named_so[0] if _agree(named_so) else None
 
 
-def _agree(leaves: list[_Leaf]) -> bool:
+def _agree(leaves: list[Leaf]) -> bool:
     """Whether it does not matter which of them is taken: of parts of a partition, all of which count alike."""
     if len(leaves) <= 1:
         return bool(leaves)
@@ -131,7 +131,7 @@ def _numbers(value: Any) -> Any:
     return jax.random.key_data(value) if is_key else value
 
 
-def _read(state: Any, params: set[Path]) -> list[_Leaf]:
+def _read(state: Any, params: set[Path]) -> list[Leaf]:
     """The leaves of a state; also of one that was read from a file as dicts and lists."""
     tree, _, places = named(state)
     values = jax.tree.leaves(state)
@@ -139,13 +139,13 @@ def _read(state: Any, params: set[Path]) -> list[_Leaf]:
     for number in tree.index.numbers:
         path = tree.index.pieces(number)
         place = places[id(tree.values[number])]
-        head, param = _split(path, params)
-        bare = _without_wrappers(head)
-        leaves.append(_Leaf(path, bare[:-1], bare[-1:], param, values[place], place))
+        head, param = split(path, params)
+        bare = without_wrappers(head)
+        leaves.append(Leaf(path, bare[:-1], bare[-1:], param, values[place], place))
     return leaves
 
 
-def _split(path: Path, params: set[Path]) -> tuple[Path, Path]:
+def split(path: Path, params: set[Path]) -> tuple[Path, Path]:
     """The path of a field, and the path in the parameters at its end."""
     for start in range(1 if len(path) > 1 else 0, len(path)):
         param = path[start:]
@@ -156,7 +156,7 @@ def _split(path: Path, params: set[Path]) -> tuple[Path, Path]:
     return path, ()
 
 
-def _without_wrappers(path: Path) -> Path:
+def without_wrappers(path: Path) -> Path:
     """The path without the records that hold another state and nothing of their own on the way to it."""
     bare: list[str] = []
     keys = iter(path)
@@ -168,7 +168,7 @@ def _without_wrappers(path: Path) -> Path:
     return tuple(bare)
 
 
-def _kinds(leaves: list[_Leaf]) -> dict[Path, frozenset[Path]]:
+def _kinds(leaves: list[Leaf]) -> dict[Path, frozenset[Path]]:
     """The fields of each record: what kind of record it is."""
     fields: dict[Path, set[Path]] = defaultdict(set)
     for leaf in leaves:
@@ -202,6 +202,6 @@ def _placed(old: Any, fresh: Any) -> Any:
     return jax.device_put(old, fresh.sharding)
 
 
-def _shown(leaves: list[_Leaf]) -> str:
+def _shown(leaves: list[Leaf]) -> str:
     fields = dict.fromkeys(write_path(leaf.record + leaf.field) for leaf in leaves)
     return _text.listing(list(fields), 4) or "nothing"

@@ -7,6 +7,7 @@ from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafts import alignment, conversions
+from paramend.grafts.links import Ends as Ends
 from paramend.grafts.options import Options
 from paramend.grafts.plan import KINDS, Move, Plan
 from paramend.leaves import Editable, Leaves

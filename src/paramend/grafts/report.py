@@ -60,6 +60,7 @@ class GraftReport(Paged):
         unused: leaves of the source that went nowhere.
         refused: whether the graft was refused: then nothing was changed, and the rows say what would have become of
             each leaf.
+        ends: the models that the graft was between, as long as they live, for `pm.graft_optimizer_`.
     """
 
     copied: list[GraftRow] = field(default_factory=list)
@@ -67,6 +68,7 @@ class GraftReport(Paged):
     mismatched: list[GraftRow] = field(default_factory=list)
     unused: list[GraftRow] = field(default_factory=list)
     refused: bool = False
+    ends: Any = field(default=None, compare=False)
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:

@@ -1,0 +1,105 @@
+"""Links: where the values of each parameter came from, as the report of a graft tells it."""
+
+import re
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from paramend.grafts.report import GraftReport
+from paramend.grammar import Literal, Piece, Quoted
+from paramend.patterns import parse
+
+Path = tuple[str, ...]
+
+_special = re.compile(r'[*{}\[\]<>,"\\]').search
+_pieces = re.compile(r"[/.]").split
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Where the values of one parameter came from.
+
+    Attributes:
+        source: the path of the parameter that it continues, or None if it started otherwise.
+        corner: whether it continues in the common corner only.
+        did: what was done, in words.
+        shape: its shape.
+        source_shape: the shape of the parameter that it continues.
+    """
+
+    source: Path | None
+    corner: bool
+    did: str
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...] | None
+
+
+class Links:
+    """What a report says of each parameter.
+
+    Attributes:
+        targets: path in the target → its link.
+        sources: the paths in the source.
+    """
+
+    def __init__(self, report: GraftReport) -> None:
+        self.targets: dict[Path, Link] = {}
+        for corner, rows in ((False, report.copied), (True, report.mismatched), (False, report.fresh)):
+            for row in rows:
+                # Of other ways to fit a shape nobody knows here what they mean for a moment.
+                known = None if corner and not row.did.startswith("corner [:") else row.source
+                source = None if known is None else pieces_of(known)
+                link = Link(source, corner, row.did, row.shape, row.source_shape)
+                self.targets.setdefault(pieces_of(row.path), link)
+        theirs = (*report.copied, *report.mismatched, *report.unused)
+        self.sources = {pieces_of(row.source) for row in theirs if row.source is not None}
+
+
+def without(paths: Iterable[Path], prefix: Path) -> set[Path]:
+    """The paths below a prefix, without it."""
+    return {path[len(prefix) :] for path in paths if path[: len(prefix)] == prefix}
+
+
+def pieces_of(text: str) -> Path:
+    """A path as reports write it, piece by piece.
+
+    >>> pieces_of("params/Dense_0/kernel"), pieces_of('a\\\\*b."x/y"')
+    (('params', 'Dense_0', 'kernel'), ('a*b', 'x/y'))
+    """
+    if text and not _special(text):
+        return tuple(_pieces(text))
+    out: list[str] = []
+    for segment in parse(text).segments if text else ():
+        if isinstance(segment, Quoted):
+            out.append(segment.text)
+        elif isinstance(segment, Piece):
+            out.append("".join(atom.text for atom in segment.atoms if isinstance(atom, Literal)))
+    return tuple(out)
+
+
+class Ends:
+    """The models that a graft was between, for as long as someone else holds them."""
+
+    def __init__(self, target: Any = None, source: Any = None) -> None:
+        self._refs = tuple(map(_weak, (target, source)))
+
+    @property
+    def target(self) -> Any:
+        """What was grafted into, or None."""
+        return self._refs[0]()
+
+    @property
+    def source(self) -> Any:
+        """What was grafted from, or None."""
+        return self._refs[1]()
+
+    def __reduce__(self) -> Any:
+        return Ends, ()
+
+
+def _weak(subject: Any) -> Any:
+    try:
+        return weakref.ref(subject)
+    except TypeError:  # dicts
+        return lambda: None

@@ -1,0 +1,246 @@
+"""Moments: the leaves of an optimizer's state that belong to parameters, found by how optax builds states.
+
+A state is a tree of records, the named tuples of optax. A field of a record is another state, a number such as a count,
+or a tree like the parameters; so the path of a leaf of such a tree ends in the path of its parameter.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from paramend.containers import ELIDED
+from paramend.freezing.places import named
+from paramend.freezing.states import Leaf, split, without_wrappers
+from paramend.grafts.links import Path, without
+from paramend.paths import labels, text_of
+from paramend.trees.kinds import find_kind
+from paramend.trees.registry import Tree
+
+# Fields with trees that are none of moments: what the user set, and what a wrapper counts.
+OWN = "hyperparams"
+_NO_MOMENTS = frozenset({OWN, "skip_state"})
+
+
+def is_record(kind: type) -> bool:
+    """Whether containers of this type are records of a state."""
+    if not (issubclass(kind, tuple) and hasattr(kind, "_fields")) or kind.__name__ == "MaskedNode":
+        return False
+    return kind.__module__.startswith("optax.") or kind.__name__.endswith("State")
+
+
+@dataclass
+class Survey:
+    """A tree taken apart.
+
+    Attributes:
+        tree: the tree.
+        outside: the paths of the leaves outside optimizer states.
+        fields: path of a field of a record → the paths of the leaves in it.
+        absent: paths of parameters for which a mask holds the place.
+        roots: the paths of the outermost records.
+    """
+
+    tree: Tree
+    outside: list[Path] = field(default_factory=list)
+    fields: dict[Path, list[Path]] = field(default_factory=dict)
+    absent: set[Path] = field(default_factory=set)
+    roots: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tree: Tree) -> "Survey":
+        """The survey of a tree."""
+        survey = cls(tree)
+        survey._visit(tree.root, (), False, set())
+        return survey
+
+    def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> bool:
+        """Enters what is in a node; whether there are records in it."""
+        kind = find_kind(node)
+        if kind is None or id(node) in above:
+            if kind is None:
+                self._enter(path, [path], inside)
+            return False
+        keys, children, _ = kind.open(node)
+        found = is_record(type(node))
+        if found and not inside:
+            self.roots.append(path)
+        inside = inside or found
+        above = {*above, id(node)}
+        below: dict[Path, Any] = {}
+        for key, child in zip(keys or range(len(children)), children, strict=True):
+            below[path if key is ELIDED else (*path, *map(text_of, labels(key)))] = child
+        if not found and not any(_leads_to_record(child, above) for child in below.values()):
+            self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
+            return False
+        for here, child in below.items():
+            self._visit(child, here, inside, above)
+        return True
+
+    def _enter(self, path: Path, leaves: list[Path], inside: bool) -> None:
+        if inside:
+            self.fields[path] = leaves
+        else:
+            self.outside += leaves
+
+    def is_state(self, path: Path) -> bool:
+        """Whether a path leads into one of the states, or into what holds the parts of a chain."""
+        return any(path[: len(root)] == root for root in self._chains)
+
+    @cached_property
+    def _chains(self) -> set[Path]:
+        chains = set()
+        for root in self.roots:
+            while root and root[-1].isdigit():  # a place in a chain
+                root = root[:-1]
+            chains.add(root)
+        return chains
+
+    @property
+    def parameters(self) -> dict[Path, list[Path]]:
+        """Path of a parameter, as the state has it → the paths of its moments, in the order of the state."""
+        found: dict[Path, list[Path]] = {}
+        for head, leaves in self.fields.items():
+            for path in leaves if head[-1] not in _NO_MOMENTS else ():
+                if path != head:
+                    found.setdefault(path[len(head) :], []).append(path)
+        return found
+
+    def states(self, known: set[Path]) -> "States":
+        """The states, for parameters known by these paths."""
+        records: dict[Path, list[Path]] = {}
+        for head in self.fields:
+            records.setdefault(head[:-1], []).append(head)
+        numbers = numbers_of(self.tree)
+        found = States()
+        for record, heads in records.items():
+            moments = [head for head in heads if head[-1] not in _NO_MOMENTS]
+            rests = [path[len(head) :] for head in moments for path in self.fields[head] if path != head]
+            prefix = prefix_of(known, rests, near=record) or ()
+            for head in heads:
+                for path in self.fields[head]:
+                    rest = path[len(head) :] if head in moments else ()
+                    if path in numbers:
+                        param = (*prefix, *rest) if rest else ()
+                        if param and param not in known:
+                            found.unknown.append(path)
+                        found.add(path, head if rest else path, param, numbers[path], self.tree)
+        return found
+
+
+@dataclass
+class States:
+    """The leaves of optimizer states.
+
+    Attributes:
+        leaves: the leaves; the `param` of one is the path by which its parameter is known.
+        unknown: the paths of moments of parameters that are not known.
+        heads: path of a leaf → the path of the field that it stands in, or of the leaf itself if it is a number.
+        rests: path of a parameter → its path in the trees of moments.
+    """
+
+    leaves: list[Leaf] = field(default_factory=list)
+    unknown: list[Path] = field(default_factory=list)
+    heads: dict[Path, Path] = field(default_factory=dict)
+    rests: dict[Path, Path] = field(default_factory=dict)
+    _moments: dict[Path, set[str]] = field(default_factory=dict)
+
+    def add(self, path: Path, head: Path, param: Path, number: int, tree: Tree) -> None:
+        """Enters a leaf; `head` is the path of the field that it stands in."""
+        bare = without_wrappers(head)
+        self.leaves.append(Leaf(path, bare[:-1], bare[-1:], param, tree.values[number], number))
+        self.heads[path] = head
+        if param:
+            self.rests.setdefault(param, path[len(head) :])
+            self._moments.setdefault(head[:-1], set()).add(head[-1])
+
+    def add_numbers(self, tree: Tree, paths: Iterable[Path]) -> None:
+        """Enters numbers from outside of the states; arrays with axes are passed over."""
+        numbers = numbers_of(tree)
+        for path in paths:
+            number = numbers.get(path)
+            if number is not None and getattr(tree.values[number], "shape", ()) == ():
+                self.add(path, path, (), number, tree)
+
+    def kind(self, leaf: Leaf) -> frozenset[str]:
+        """The fields of moments in the record of a leaf: what kind of optimizer it is of."""
+        return frozenset(self._moments.get(self.heads[leaf.path][:-1], ()))
+
+    @property
+    def kinds(self) -> dict[frozenset[str], None]:
+        """The kinds of all records with moments."""
+        return {frozenset(fields): None for fields in self._moments.values()}
+
+    @classmethod
+    def of_file(cls, tree: Tree, known: set[Path], like: Survey) -> "States":
+        """The states in a tree of dicts and lists, which say nothing of records: what stands where another has some."""
+        numbers = {path: n for path, n in numbers_of(tree).items() if like.is_state(path)}
+        prefix = _prefix_by_suffix(known, max(numbers, key=len, default=()))
+        inner, found = without(known, prefix), cls()
+        for path, number in numbers.items():
+            head, param = split(path, inner)
+            found.add(path, head, (*prefix, *param) if param else (), number, tree)
+        return found
+
+
+def numbers_of(tree: Tree) -> dict[Path, int]:
+    """Path → number of every leaf of a tree, also of numbers that Python holds; a leaf has one of its paths."""
+    found = {tree.index.pieces(number): number for number in tree.index.numbers}
+    if not tree.boxes and any(type(value) in (int, float) for value in tree.values):
+        specs, _, _ = named(tree.root)
+        found |= {specs.index.pieces(n): n for n in specs.index.numbers if type(tree.values[n]) in (int, float)}
+    return found
+
+
+def _leads_to_record(node: Any, above: set[int]) -> bool:
+    kind = find_kind(node)
+    if kind is None or id(node) in above:
+        return False
+    if is_record(type(node)):
+        return True
+    above = {*above, id(node)}
+    return any(_leads_to_record(child, above) for child in kind.open(node)[1])
+
+
+def _paths(node: Any, path: Path, absent: set[Path], depth: int, above: set[int]) -> Iterable[Path]:
+    """The paths of the leaves of a node; those of masked parameters, from a depth on, go into `absent`."""
+    kind = find_kind(node)
+    if kind is None:
+        yield path
+    elif type(node).__name__ == "MaskedNode":
+        absent.add(path[depth:])
+    elif id(node) not in above:
+        keys, children, _ = kind.open(node)
+        for key, child in zip(keys or range(len(children)), children, strict=True):
+            here = path if key is ELIDED else (*path, *map(text_of, labels(key)))
+            yield from _paths(child, here, absent, depth, {*above, id(node)})
+
+
+def prefix_of(known: set[Path], paths: Iterable[Path], near: Path = ()) -> Path | None:
+    """The prefix below which most of these paths are known; of several the one that has most in common with `near`.
+
+    >>> prefix_of({("params", "a", "w"), ("params", "b", "w")}, [("a", "w"), ("b", "w")])
+    ('params',)
+    """
+    wanted = sorted(paths, key=len)[-64:]
+    for rest in reversed(wanted):
+        found: dict[Path, tuple[int, int]] = {}
+        for path in known if rest else ():
+            if path[-len(rest) :] == rest:
+                prefix = path[: len(path) - len(rest)]
+                below = without(known, prefix) if prefix else known
+                common = next((i for i, (a, b) in enumerate(zip(prefix, near, strict=False)) if a != b), len(prefix))
+                found[prefix] = (sum(other in below for other in wanted), common)
+        if found:
+            return max(sorted(found), key=found.__getitem__)
+    return None
+
+
+def _prefix_by_suffix(known: set[Path], path: Path) -> Path:
+    """The prefix of those known paths that end as a path does, for the longest such end."""
+    for start in range(1, len(path)):
+        rest = path[start:]
+        found = sorted(other[: len(other) - len(rest)] for other in known if other[-len(rest) :] == rest)
+        if found:
+            return found[0]
+    return ()

@@ -1,0 +1,385 @@
+"""Optimizer states of JAX grafted: moments follow their parameters, counts go on, hyperparameters stay.
+
+Which leaves are moments is known by structure; where they come from, by the report of the graft of the parameters. All
+moments of one parameter in one record (`mu` and `nu` of Adam) are carried together or not at all.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.arrays.registry import backend
+from paramend.errors import BadArgument, GraftRefused, Unsupported
+from paramend.freezing.states import Leaf, Sources
+from paramend.grafts.engine import planned, values
+from paramend.grafts.links import Link, Links, Path
+from paramend.grafts.mismatches import overlapping
+from paramend.grafts.moments import OWN, States, Survey, numbers_of, prefix_of
+from paramend.grafts.options import Options
+from paramend.grafts.plan import Move, Plan
+from paramend.grafts.report import PARTS, GraftReport, GraftRow
+from paramend.paths import write_path
+from paramend.patterns import parse
+from paramend.specs import Spec, kind_of
+from paramend.trees.registry import Tree
+
+_ANEW = "tx.init(params) starts anew"
+
+
+@dataclass
+class Grafted:
+    """What a graft came to.
+
+    Attributes:
+        values: the new leaves by number.
+        report: which leaves were copied and which not.
+    """
+
+    values: dict[int, Any]
+    report: GraftReport
+
+
+def graft_state(target: Tree, source: Any, report: GraftReport, unused: str) -> Grafted:
+    """A state whose moments follow the parameters as the report of their graft says.
+
+    Raises:
+        GraftRefused: the states are of different optimizers, or the report does not tell of all parameters.
+        Unsupported: the target is no state.
+    """
+    source = _read(source)
+    work = _Work(target, source, Survey.of(target), Survey.of(source))
+    if not work.ours.roots:
+        raise Unsupported(
+            f"a {type(target.root).__name__} is no optimizer state, as optax or NNX build them",
+            hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)",
+        )
+    work.refuse_parameters()
+    return work.follow(Links(report), Options(unused=unused), work.ours.outside, work.theirs.outside)
+
+
+def graft_whole(target: Tree, source: Any, options: Options) -> Grafted | None:
+    """A tree with optimizer states in it, grafted with them; None if the source has nothing for these.
+
+    Raises:
+        GraftRefused: the two do not fit.
+    """
+    ours = Survey.of(target)
+    typed = isinstance(source, Tree) and Survey.of(source).fields
+    if not typed and not any(ours.is_state(source.index.pieces(number)) for number in source.index.numbers):
+        return None
+    source = _read(source)
+    work = _Work(target, source, ours, Survey.of(source))
+    if prefix_of(set(work.ours.outside), work.ours.parameters) is None:
+        return work.follow(Links(work.report_of_moments(options)), options, work.ours.outside, work.theirs.outside)
+    plan = work.plan_of_rest(options)
+    new, report = values(plan), plan.report()
+    numbers = numbers_of(target)
+    places = {number: numbers[plan.target.index.pieces(number)] for number in plan.target.index.numbers}
+    done = work.follow(Links(report), options, *work.scalars())
+    for name in PARTS:
+        getattr(report, name).extend(getattr(done.report, name))
+    return Grafted({**{places[n]: value for n, value in new.items()}, **done.values}, report)
+
+
+@dataclass
+class _Pair:
+    """A leaf of the new state, and the one of the old state that it continues.
+
+    Attributes:
+        leaf: the leaf of the new state.
+        origin: the leaf that it continues, or None.
+        link: what became of its parameter, or None for a number.
+        why: why it stays as it is, or "".
+    """
+
+    leaf: Leaf
+    origin: Leaf | None
+    link: Link | None = None
+    why: str = ""
+
+
+@dataclass
+class _Moves:
+    """What `engine.values` carries out."""
+
+    target: Any
+    source: Any
+    options: Options
+    moves: list[Move] = field(default_factory=list)
+
+
+class _Work:
+    """Two trees with optimizer states in them."""
+
+    def __init__(self, target: Tree, source: Tree, ours: Survey, theirs: Survey) -> None:
+        self.target, self.source, self.ours, self.theirs = target, source, ours, theirs
+        # A state as files hold it: dicts and lists where ours has one.
+        self.from_file = not theirs.fields and any(map(ours.is_state, theirs.outside))
+
+    def refuse_parameters(self) -> None:
+        """Raises for a train state, whose parameters would have to be grafted too."""
+        if prefix_of(set(self.ours.outside), self.ours.parameters) is not None:
+            raise BadArgument(
+                "this holds the parameters beside the optimizer's state",
+                hint="pm.graft(state, old_state, rename=...) grafts both",
+            )
+
+    # -- the parameters
+
+    def report_of_moments(self, options: Options) -> GraftReport:
+        """What a graft of the parameters would tell, of which there are only the moments here."""
+        if self.from_file:
+            raise BadArgument(
+                "the source is not the state of an optimizer, but dicts and lists: nobody can say which of its leaves "
+                "belong to which parameters",
+                hint="tree, report = pm.graft(params, old_params); pm.graft_opt_state(state, old_state, report)",
+            )
+        ours, theirs = _stand_ins(self.target, self.ours), _stand_ins(self.source, self.theirs)
+        shapes = {path: value.shape for path, value in (*ours.items(), *theirs.items())}
+        for survey, found in ((self.ours, ours), (self.theirs, theirs)):
+            for path in sorted(survey.absent - found.keys()):  # frozen, but it counts: `Dense_[-1]` may be this one
+                found[path] = np.broadcast_to(np.zeros((), "float32"), shapes.get(path, ()))
+        if not ours or not theirs:
+            return GraftReport()
+        report: GraftReport = planned(_flat(ours), _flat(theirs), replace(options, in_place=False)).report()
+        return report
+
+    def plan_of_rest(self, options: Options) -> Plan:
+        """The plan of a graft of all that is outside of the states; rules may be written for the parameters alone."""
+        rest, other = (
+            _flat({path: tree.values[number] for path, number in self.arrays(tree, survey).items()})
+            for tree, survey in ((self.target, self.ours), (self.source, self.theirs))
+        )
+        ours = prefix_of(set(self.ours.outside), self.ours.parameters) or ()
+        theirs = prefix_of(set(self.theirs.outside), self.theirs.parameters) or ours
+        rename: dict[str, str | None] = {}
+        for old, new in (options.rename or {}).items():
+            if (ours or theirs) and not any(parse(old).reach(other.index.names)):
+                inner = None if new is None else "/".join(filter(None, (write_path(ours), new)))
+                rename["/".join(filter(None, (write_path(theirs), old)))] = inner
+            else:
+                rename[old] = new
+        return planned(rest, other, replace(options, rename=rename or None))
+
+    def arrays(self, tree: Tree, survey: Survey) -> dict[Path, int]:
+        """The arrays outside of the states, in their order."""
+        numbers = {tree.index.pieces(number): number for number in tree.index.numbers}
+        skipped = self.from_file and survey is self.theirs
+        outside = (path for path in survey.outside if not (skipped and self.ours.is_state(path)))
+        return {path: numbers[path] for path in outside if path in numbers}
+
+    def scalars(self) -> tuple[list[Path], list[Path]]:
+        """The numbers that Python holds outside of the states, such as the `step` of a TrainState; of both trees."""
+        ours = [path for path in self.ours.outside if path not in self.arrays(self.target, self.ours)]
+        return ours, [path for path in self.theirs.outside if path in set(ours)]
+
+    # -- the states
+
+    def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
+        """The states, with what the earlier ones have for them.
+
+        Args:
+            links: what became of each parameter.
+            options: whether something may be left over.
+            ours: the paths of numbers outside of the states that go on, too.
+            theirs: the same of the source.
+        """
+        new, old = self.ours.states(set(links.targets)), self._states_of_source(links)
+        new.add_numbers(self.target, ours)
+        old.add_numbers(self.source, theirs)
+        self._refuse(new, old, options)
+        arriving: dict[Path, list[Path]] = {}
+        for path, link in links.targets.items():
+            if link.source is not None:
+                arriving.setdefault(link.source, []).append(path)
+        origins: dict[int, Leaf] = {}
+        renamed: list[Leaf] = []
+        for leaf in old.leaves:
+            for param in arriving.get(leaf.param, ()) if leaf.param else ((),):
+                path = (*old.heads[leaf.path], *new.rests.get(param, param))
+                twin = replace(leaf, path=path, param=param, place=len(origins))
+                origins[twin.place] = leaf
+                renamed.append(twin)
+        sources = Sources(new.leaves, renamed)
+        pairs = []
+        for leaf in new.leaves:
+            found = sources.of(leaf)
+            origin = None if found is None else origins[found.place]
+            if origin is not None and new.kind(leaf) != old.kind(origin):
+                origin = None
+            pairs.append(self._pair(leaf, origin, links.targets.get(leaf.param) if leaf.param else None))
+        _together(pairs)
+        return self._carried(pairs, old, links)
+
+    def _states_of_source(self, links: Links) -> States:
+        if self.from_file:
+            return States.of_file(self.source, links.sources, self.ours)
+        return self.theirs.states(links.sources)
+
+    def _refuse(self, new: States, old: States, options: Options) -> None:
+        """Raises where states do not belong together."""
+        if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
+            raise GraftRefused(
+                f"the earlier state is of another optimizer: it keeps {_kept(old.kinds)} of each parameter, and this "
+                f"one {_kept(new.kinds)}",
+                report=GraftReport(refused=True),
+                hint=_ANEW,
+            )
+        homeless = [kind for kind in old.kinds if kind not in new.kinds]
+        if homeless and options.unused == "error":
+            raise GraftRefused(
+                f"the earlier state keeps {_kept(homeless)} of each parameter, for which there is no place here",
+                report=GraftReport(refused=True),
+                hint='unused="ok" leaves these behind',
+            )
+        for states, whose in ((new, "this"), (old, "the earlier")):
+            if states.unknown:
+                some = _text.listing([write_path(path) for path in states.unknown], 4)
+                raise GraftRefused(
+                    f"{whose} state has moments of parameters of which the report does not tell: {some}",
+                    report=GraftReport(refused=True),
+                    hint="tree, report = pm.graft(params, old_params)  # of what the optimizer was made for",
+                )
+
+    def _pair(self, leaf: Leaf, origin: Leaf | None, link: Link | None) -> _Pair:
+        if leaf.path[-2:-1] == (OWN,) or leaf.field == (OWN,):
+            return _Pair(leaf, None, link, "a hyperparameter, the new optimizer's own")
+        if link is not None and link.source is None:
+            return _Pair(leaf, None, link, f"as its parameter: {link.did}")
+        if origin is None:
+            return _Pair(leaf, None, link, "nothing in the earlier state")
+        ours, theirs = _spec(leaf.value), _spec(origin.value)
+        if link is None:
+            fits = ours.shape == theirs.shape and kind_of(ours.dtype) == kind_of(theirs.dtype)
+            return _Pair(leaf, origin, None, "" if fits else f"{theirs} in the earlier state")
+        field_name = leaf.field[-1]
+        mine = _relation(field_name, ours.shape, link.shape)
+        same = mine == _relation(field_name, theirs.shape, link.source_shape or ())
+        if same and mine == "other":
+            same = ours.shape == theirs.shape and (not link.corner or ours.size == 1)
+        return _Pair(leaf, origin, link, "" if same else f"{theirs} in the earlier state means something else")
+
+    def _carried(self, pairs: list[_Pair], old: States, links: Links) -> Grafted:
+        """The values and the report."""
+        report = GraftReport()
+        work = _Moves(self.target, _Readable(self.source), Options(dtype="target"))
+        found: dict[int, Any] = {}
+        used: set[int] = set()
+        for pair in pairs:
+            leaf, origin = pair.leaf, pair.origin
+            ours = _spec(leaf.value)
+            path = write_path(leaf.path)
+            if origin is None or pair.why:
+                report.fresh.append(GraftRow(path, None, ours.shape, None, ours.dtype, None, pair.why))
+                continue
+            used.add(origin.place)
+            theirs = _spec(origin.value)
+            corner = None
+            did = "copied"
+            if ours.shape != theirs.shape:
+                corner = overlapping("corner", theirs.shape, ours.shape)
+                did = corner.did
+            if ours.dtype != theirs.dtype:
+                did += f", cast from {theirs.dtype}"
+            name = write_path(origin.path)
+            row = GraftRow(path, name, ours.shape, theirs.shape, ours.dtype, theirs.dtype, did, taken=theirs.size)
+            if type(leaf.value) in (int, float):
+                found[leaf.place] = origin.value
+                report.copied.append(row)
+            else:
+                work.moves.append(Move(row, leaf.place, origin.place, corner))
+        found |= values(work)  # type: ignore[arg-type]
+        for move in work.moves:
+            getattr(report, move.part).append(move.row)
+        arrived = {link.source for link in links.targets.values()}
+        for leaf in old.leaves:
+            if leaf.place not in used:
+                spec, path = _spec(leaf.value), write_path(leaf.path)
+                did = _left(leaf, arrived)
+                report.unused.append(GraftRow(path, path, spec.shape, spec.shape, spec.dtype, spec.dtype, did))
+        return Grafted(found, report)
+
+
+class _Readable:
+    """The leaves of a tree as arrays, also numbers that Python holds."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+
+    def read(self, number: int) -> Any:
+        """The array."""
+        value = self.tree.values[number]
+        return np.asarray(value) if type(value) in (int, float) else value
+
+
+def _spec(value: Any) -> Spec:
+    if type(value) in (int, float):
+        return Spec((), "int32" if type(value) is int else "float32")
+    return backend(value).spec(value)
+
+
+def _flat(leaves: dict[Path, Any]) -> Any:
+    return Tree({"/".join(path): value for path, value in leaves.items()})
+
+
+def _together(pairs: Iterable[_Pair]) -> None:
+    """Moments of one parameter in one record start anew together."""
+    groups: dict[Any, list[_Pair]] = {}
+    for pair in pairs:
+        if pair.leaf.param:
+            groups.setdefault((pair.leaf.record, pair.leaf.param), []).append(pair)
+    for group in groups.values():
+        why = next((pair.why for pair in group if pair.why), "")
+        for pair in group:
+            pair.why = pair.why or why
+
+
+def _read(source: Any) -> Tree:
+    """A tree in memory; a checkpoint is read."""
+    if isinstance(source, Tree):
+        return source
+    return Tree({source.index.name(number): source.read(number) for number in source.index.numbers})
+
+
+def _stand_ins(tree: Tree, survey: Survey) -> dict[Path, Any]:
+    """For each parameter its largest moment, which mostly is of its shape."""
+    numbers = numbers_of(tree)
+    found = {}
+    for param, paths in survey.parameters.items():
+        moments = [tree.values[numbers[path]] for path in paths if path in numbers]
+        if moments:
+            found[param] = max(moments, key=lambda value: _spec(value).size)
+    return found
+
+
+def _relation(name: str, shape: tuple[int, ...], of: tuple[int, ...]) -> str:
+    """What the axes of a moment are to those of its parameter.
+
+    >>> _relation("mu", (4, 8), (4, 8)), _relation("v_row", (200,), (300, 200)), _relation("v", (1,), (300, 200))
+    ('all', 'all but 0', 'other')
+    """
+    if shape == of:
+        return "all"
+    if name in ("v_row", "v_col") and len(shape) == len(of) - 1:
+        # Adafactor keeps means over the two longest axes, and which these are depends on the shape.
+        order = np.argsort(of)
+        axis = int(order[-1 if name == "v_row" else -2])
+        if shape == (*of[:axis], *of[axis + 1 :]):
+            return f"all but {axis}"
+    return "other"
+
+
+def _left(leaf: Leaf, arrived: Collection[Path | None]) -> str:
+    """Why a leaf of an earlier state goes nowhere."""
+    if leaf.path[-2:-1] == (OWN,) or leaf.field == (OWN,):
+        return "a hyperparameter, the earlier optimizer's own"
+    if leaf.param and leaf.param not in arrived:
+        return "its parameter goes nowhere"
+    return "no place for it in the new state"
+
+
+def _kept(kinds: Iterable[frozenset[str]]) -> str:
+    return _text.listing([" and ".join(sorted(kind)) for kind in kinds]) or "nothing"

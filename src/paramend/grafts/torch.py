@@ -1,0 +1,253 @@
+"""The states of torch optimizers grafted: what an optimizer knows of a parameter follows it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from paramend import _text
+from paramend.errors import BadArgument, GraftRefused, Unsupported
+from paramend.grafts.links import Link, Links, Path
+from paramend.grafts.report import GraftReport, GraftRow
+from paramend.specs import dtype_name
+from paramend.trees.registry import Tree
+
+# Entries that are one number for a whole parameter.
+_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
+
+# What an optimizer starts from where that is not zero, by entry.
+_STARTS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], Any]] = {
+    "step_size": lambda parameter, group: group["lr"],  # Rprop
+    "sum": lambda parameter, group: group.get("initial_accumulator_value", 0.0),  # Adagrad
+    "ax": lambda parameter, group: parameter.detach(),  # ASGD: the mean of what the parameter was
+}
+
+# Entries of factored moments, by the axis from the end that has length 1.
+_FACTORED = {"row_var": -1, "col_var": -2}
+
+# Entries that a hyperparameter asks for: without them the next step would fail.
+_ASKED = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+
+# Hyperparameters that say how a step is carried out, and those that came with later versions of torch.
+_EVERYWHERE = frozenset(
+    {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+    | {"lr", "initial_lr", "maximize", "decoupled_weight_decay"}
+)
+
+
+def graft_optimizer_(
+    optimizer: Any, old: Any, report: GraftReport, target: Any, source: Any, unused: str
+) -> GraftReport:
+    """The report, after the optimizer took over what the earlier one has for the parameters that were copied."""
+    _refuse_kinds(optimizer, old)
+    links = Links(report)
+    states = _states(old, source, links)
+    done = GraftReport()
+    new: dict[torch.Tensor, dict[str, Any]] = {}
+    homeless: dict[str, None] = {}
+    problems: list[str] = []
+    carried: set[Path] = set()
+    for parameter, group, path in _named(optimizer, target, links):
+        link = links.targets[path]
+        state = states.get(link.source) if link.source is not None else None
+        if not state or link.source is None:
+            did = f"as its parameter: {link.did}" if link.source is None else "nothing in the earlier state"
+            done.fresh.append(_row(path, "", parameter, f"starts in its first step ({did})"))
+            continue
+        carried.add(link.source)
+        made: dict[str, Any] = {}
+        complete = _complete(state, group)
+        for name in state.keys() - complete.keys():
+            homeless[name] = None
+            done.unused.append(_row(link.source, name, state[name], "no place for it in the new state"))
+        for name, value in complete.items():
+            why, made[name] = _carried(name, value, parameter, group, link)
+            if why:
+                problems.append(f"{name} of {'.'.join(path)} {why}")
+            elif isinstance(value, torch.Tensor):
+                corner = tuple(made[name].shape) != tuple(value.shape)
+                (done.mismatched if corner else done.copied).append(_row(path, name, made[name], "copied", link, value))
+        new[parameter] = made
+    for path, state in states.items():
+        for name, value in state.items() if path not in carried else ():
+            if isinstance(value, torch.Tensor):
+                done.unused.append(_row(path, name, value, "its parameter goes nowhere, or is not of this optimizer"))
+    done.refused = bool(problems or (homeless and unused == "error"))
+    if done.refused and not problems:
+        raise GraftRefused(
+            f"the earlier state keeps {_text.listing(list(homeless))}, for which there is no place here",
+            report=done,
+            hint='unused="ok" leaves these behind',
+        )
+    if problems:
+        said = _text.listing(problems, 8)
+        raise GraftRefused(f"nothing was changed: {said}", report=done, hint="leave it: the first step starts anew")
+    for parameter, made in new.items():
+        optimizer.state[parameter] = made
+    return done
+
+
+# ---- what belongs together ----------------------------------------------------------------------------------
+
+
+def _refuse_kinds(optimizer: Any, old: Any) -> None:
+    """Raises for optimizers whose states mean different things."""
+    for one in (optimizer, old):
+        if isinstance(one, torch.optim.LBFGS):
+            raise Unsupported(
+                "L-BFGS keeps one history of curvature for all parameters together: there is none for those that were "
+                "copied alone",
+                hint="leave it: the first step starts anew",
+            )
+    if not isinstance(old, Mapping):
+        if not hasattr(old, "param_groups"):
+            raise Unsupported(
+                f"the earlier state is neither a torch optimizer nor the state dict of one, but a {type(old).__name__}",
+                hint="pm.graft_optimizer_(optimizer, old_optimizer, report)",
+            )
+        if isinstance(optimizer, type(old)) or isinstance(old, type(optimizer)):
+            return
+        theirs = f"{type(old).__name__}"
+    elif {"state", "param_groups"} <= old.keys():
+        mine = set(optimizer.defaults) - _EVERYWHERE
+        if all(set(group) - _EVERYWHERE == mine for group in old["param_groups"]):
+            return
+        theirs = f"an optimizer with {_text.listing(sorted(set(old['param_groups'][0]) - _EVERYWHERE))}"
+    else:
+        raise Unsupported("this dict is no state dict of an optimizer", hint="old_optimizer.state_dict()")
+    raise GraftRefused(
+        f"the earlier state is of {theirs}, and this is {type(optimizer).__name__}: their moments differ",
+        report=GraftReport(refused=True),
+        hint="leave it: the first step starts anew",
+    )
+
+
+def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor, Mapping[str, Any], Path]]:
+    """The parameters of the new optimizer, with their groups and the paths that the report knows them by."""
+    paths = _paths(module)
+    found, strange = [], 0
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for parameter, name in zip(group["params"], names, strict=True):
+            path = paths.get(id(parameter)) or _known(name, links.targets)
+            if path in links.targets:
+                found.append((parameter, group, path))
+            else:
+                strange += 1
+    if strange:
+        raise BadArgument(
+            f"{_text.plural(strange, 'parameter')} of this {type(optimizer).__name__} are none of those in the report",
+            hint="pm.graft_optimizer_(optimizer, old_optimizer, report, target=module, source=old_module), with an "
+            "optimizer of module.parameters()",
+        )
+    return found
+
+
+def _states(old: Any, module: Any, links: Links) -> dict[Path, Mapping[str, Any]]:
+    """What the earlier optimizer has, by the path of the parameter in the source."""
+    is_dict = isinstance(old, Mapping)
+    groups, states = (old["param_groups"], old["state"]) if is_dict else (old.param_groups, old.state)
+    paths = {} if is_dict else _paths(module)
+    found: dict[Path, Mapping[str, Any]] = {}
+    known = False
+    for group in groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for parameter, name in zip(group["params"], names, strict=True):
+            path = paths.get(id(parameter)) or _known(name, links.sources)
+            known = known or path in links.sources
+            if path is not None and states.get(parameter):
+                found[path] = states[parameter]
+    if not known:
+        hint = "pm.graft_optimizer_(optimizer, old_optimizer, report, target=module, source=old_module)"
+        if is_dict:
+            hint = "old_optimizer = type(optimizer)(old_module.parameters()); old_optimizer.load_state_dict(state_dict)"
+        raise BadArgument(
+            "nobody can say which parameters of the source the earlier state is of: it has no names, and none of them "
+            "is of the source of the graft",
+            hint=hint,
+        )
+    return found
+
+
+def _paths(module: Any) -> dict[int, Path]:
+    """id of a tensor → its path as a report has it: the first, if it is shared."""
+    if module is None:
+        return {}
+    tree = Tree(module)
+    return {id(tree.values[n]): tree.index.pieces(tree.ties.get(n, n)) for n in reversed(tree.index.numbers)}
+
+
+def _known(name: str | None, paths: Any) -> Path | None:
+    """A name as a path that the report knows, or None."""
+    path = tuple(name.split(".")) if name else ()
+    return path if path in paths else None
+
+
+# ---- values -------------------------------------------------------------------------------------------------
+
+
+def _complete(state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The state, with the entries that the new hyperparameters ask for and without those that they do not."""
+    made = dict(state)
+    for flag, name in _ASKED.items():
+        if flag in group and not group[flag]:
+            made.pop(name, None)
+        elif group.get(flag) and name not in made:
+            like = next(value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim)
+            made[name] = torch.zeros_like(like)
+    if group.get("momentum") and "momentum_buffer" not in made and "square_avg" in made:  # RMSprop
+        made["momentum_buffer"] = torch.zeros_like(made["square_avg"])
+    return made
+
+
+def _carried(name: str, value: Any, parameter: torch.Tensor, group: Mapping[str, Any], link: Link) -> tuple[str, Any]:
+    """Why an entry cannot be carried, or ""; and the entry for the new parameter, a copy."""
+    if not isinstance(value, torch.Tensor):
+        return "", list(value) if isinstance(value, list) else value
+    counted_there = group.get("capturable") or group.get("fused")
+    device = parameter.device if name != "step" or counted_there else torch.device("cpu")
+    dtype = parameter.dtype if parameter.is_floating_point() and name not in _SCALARS else value.dtype
+    value = value.detach()
+    if name in _SCALARS and value.ndim == 0:
+        return "", value.to(device, copy=True)
+    old_shape = link.source_shape or ()
+    if tuple(value.shape) != _shape(name, old_shape):
+        if link.corner:
+            return f"is {list(value.shape)} for a parameter {list(old_shape)}: its corner is unknown", None
+        return "", value.to(device, dtype, copy=True)
+    wanted = _shape(name, tuple(parameter.shape))
+    if wanted == tuple(value.shape):
+        made = torch.empty_like(parameter, dtype=dtype, device=device) if wanted == parameter.shape else None
+        return "", value.to(device, dtype, copy=True) if made is None else made.copy_(value)
+    made = torch.zeros(wanted, dtype=dtype, device=device)
+    if name in _STARTS:
+        made += _STARTS[name](parameter, group)
+    corner = tuple(slice(0, min(both)) for both in zip(wanted, value.shape, strict=True))
+    made[corner] = value[corner].to(device, dtype)
+    return "", made
+
+
+def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an entry for a parameter of a shape."""
+    if name in _FACTORED and len(shape) > 1:
+        axis = len(shape) + _FACTORED[name]
+        return (*shape[:axis], 1, *shape[axis + 1 :])
+    return shape
+
+
+def _row(
+    path: Path, name: str, value: torch.Tensor, did: str, link: Link | None = None, old: torch.Tensor | None = None
+) -> GraftRow:
+    where = ".".join((*path, name) if name else path)
+    shape, dtype = tuple(value.shape), dtype_name(value.dtype)
+    if link is None or link.source is None or old is None:
+        return GraftRow(where, None, shape, None, dtype, None, did)
+    taken = old
+    if shape != tuple(old.shape):
+        corner = tuple(min(both) for both in zip(shape, old.shape, strict=True))
+        did = f"corner [{', '.join(f':{n}' for n in corner)}] copied"
+        taken = old[tuple(map(slice, corner))]
+    if old.dtype != value.dtype:
+        did += f", cast from {dtype_name(old.dtype)}"
+    origin = ".".join((*link.source, name))
+    return GraftRow(where, origin, shape, tuple(old.shape), dtype, dtype_name(old.dtype), did, taken=taken.numel())
