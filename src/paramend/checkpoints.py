@@ -18,9 +18,10 @@ from paramend.ops import Call
 from paramend.paths import labels
 from paramend.plans import Plan
 from paramend.progress import Progress
-from paramend.rewriting import RewriteReport, values, write
+from paramend.rewriting import RewriteReport, write
 from paramend.selectors import Selector, resolve
 from paramend.specs import Spec, numpy_dtype
+from paramend.streaming import values
 from paramend.undoing import recover
 
 Array = np.ndarray[Any, Any]

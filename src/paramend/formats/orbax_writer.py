@@ -1,0 +1,176 @@
+"""`OrbaxWriter`: writes Orbax checkpoints that Orbax restores, chunk by chunk through tensorstore, without Orbax."""
+
+import base64
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import RenameClash
+from paramend.formats.orbax_store import Box, Stage, read_json
+from paramend.formats.orbax_tree import STRINGS, TREE, Keys, table_row
+from paramend.formats.writer import Item
+from paramend.specs import BITS, Spec, numpy_dtype
+
+# Bytes of a chunk at most: what is held in memory at once.
+MAX_CHUNK = 1 << 26
+STEP = "_CHECKPOINT_METADATA"
+_SHARDING = "_sharding"
+_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+# Of the dtypes that other formats have, what tensorstore has no name for.
+_NAMELESS = frozenset({"uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3"})
+
+
+class OrbaxWriter:
+    """Writes directories that `StandardCheckpointer` and `PyTreeCheckpointer` restore, with a target or without.
+
+    What comes from another Orbax checkpoint keeps its layout (database or folders, version of zarr), kinds of leaves,
+    shardings, empty containers and texts. Leaves from elsewhere are arrays of numpy: Orbax restores these anywhere, and
+    onto devices when a target asks for it.
+    """
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+        if spec.dtype not in BITS or spec.dtype in _NAMELESS:
+            return f"tensorstore, which Orbax writes with, has no dtype {spec.dtype}"
+        return ""
+
+    def write(self, folder: Path, items: Sequence[Item], source: Any) -> None:
+        """Fills an empty folder with a checkpoint.
+
+        Raises:
+            MissingExtra: tensorstore is not installed.
+            RenameClash: two leaves would have one name in the store.
+            CannotWrite: the disk is full, say.
+        """
+        walk, store = getattr(source, "walk", None), getattr(source, "store", None)
+        database, zarr3 = (store.database, store.zarr3) if store is not None and walk is not None else (True, False)
+        keys = _true_keys(items, walk)
+        names = _names(keys)
+        stage = Stage(None, folder, database=database, zarr3=zarr3)
+        for name, item in zip(names, items, strict=True):
+            chunks = chunk_shape(item.spec)
+            stage.create(name, item.spec, chunks)
+            for box, values in _cut(item, chunks):
+                stage.write(name, box, values)
+        stage.flush()
+        kinds = ["np.ndarray" if walk is None else walk.kinds[item.number] for item in items]
+        rows = dict(table_row(key, kind, item.spec.shape) for key, kind, item in zip(keys, kinds, items, strict=True))
+        texts: dict[str, str] = {}
+        for key, kind, value in () if walk is None else walk.rest:
+            title, row = table_row(key, kind, None)
+            if title not in rows and not _covered(key, keys):
+                rows[title] = row
+                texts |= {".".join(map(str, key)): value} if kind == "string" else {}
+        table = {"tree_metadata": rows, "use_ocdbt": database, "use_zarr3": zarr3}
+        table |= {"store_array_data_equal_to_fill_value": True}
+        table |= {"custom_metadata": None if walk is None else walk.custom}
+        _put(folder / TREE, table)
+        if texts:
+            _put(folder / STRINGS, texts)
+        if walk is not None:
+            self._carry(source, folder, dict(zip((item.number for item in items), names, strict=True)))
+        else:
+            now = time.time_ns()
+            said = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+            _put(folder / STEP, said | {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now})
+        (folder / "commit_success.txt").write_text("Checkpoint commit was successful")
+
+    def _carry(self, source: Any, folder: Path, names: dict[int, str]) -> None:
+        """Takes along what another Orbax checkpoint says of its leaves and of itself."""
+        if (source.folder / _SHARDING).is_file():
+            old = read_json(source.folder / _SHARDING)
+            found = {_code(name): old.get(_code(source.names[number])) for number, name in names.items()}
+            _put(folder / _SHARDING, {code: text for code, text in found.items() if text is not None})
+        if (source.folder / STEP).is_file():
+            shutil.copyfile(source.folder / STEP, folder / STEP)
+
+
+def chunk_shape(spec: Spec) -> tuple[int, ...]:
+    """The largest chunks of bounded size that hold neighbours in C order, so that a leaf is written first to last.
+
+    >>> chunk_shape(Spec((3, 1 << 13, 1 << 13), "float32"))
+    (1, 2048, 8192)
+    """
+    room = MAX_CHUNK // numpy_dtype(spec.dtype).itemsize
+    found: list[int] = []
+    for length in reversed(spec.shape):
+        found.append(max(min(length, room), 1))
+        room = room // found[-1] if found[-1] >= length else 1
+    return tuple(reversed(found))
+
+
+def _cut(item: Item, chunks: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
+    """The values of a leaf chunk by chunk, each with its place."""
+    dtype, pieces, rest = numpy_dtype(item.spec.dtype), item.chunks(), memoryview(b"")
+    grid = [range(0, length, chunk) for length, chunk in zip(item.spec.shape, chunks, strict=True)]
+    for corner in np.ndindex(*map(len, grid)):
+        starts = [axis[n] for axis, n in zip(grid, corner, strict=True)]
+        box = tuple(
+            slice(start, min(start + chunk, length))
+            for start, chunk, length in zip(starts, chunks, item.spec.shape, strict=True)
+        )
+        values = np.empty([part.stop - part.start for part in box], dtype)
+        view, at = values.reshape(-1).view(np.uint8).data, 0
+        while at < len(view):
+            rest = rest if len(rest) else next(pieces)
+            count = min(len(view) - at, len(rest))
+            view[at : at + count] = rest[:count]
+            rest, at = rest[count:], at + count
+        yield box, values
+
+
+def _true_keys(items: Sequence[Item], walk: Any) -> list[Keys]:
+    """The keys of the leaves, with whole numbers for positions in lists as far as the source had lists there."""
+    found: list[list[str | int]] = []
+    for item in items:
+        old: Keys = walk.keys[item.number] if walk is not None else ()
+        if tuple(map(str, old)) == item.keys:
+            found.append(list(old))
+        else:  # moved
+            positions = any(type(key) is int for key in old)
+            found.append([int(key) if positions and _is_position(key) else key for key in item.keys])
+    # A list has all its positions, and nothing else.
+    inside: dict[tuple[str, ...], set[str | int]] = {}
+    for keys in found:
+        for at, key in enumerate(keys):
+            inside.setdefault(tuple(map(str, keys[:at])), set()).add(key)
+    for keys in found:
+        for at, key in enumerate(keys):
+            around = inside[tuple(map(str, keys[:at]))]
+            if type(key) is int and around != set(range(len(around))):
+                keys[at] = str(key)
+    return [tuple(keys) for keys in found]
+
+
+def _is_position(key: str) -> bool:
+    return key.isdigit() and key.isascii() and len(key) < 19 and (key == "0" or key[0] != "0")
+
+
+def _names(keys: Sequence[Keys]) -> list[str]:
+    names: dict[str, Keys] = {}
+    for key in keys:
+        name = ".".join(map(str, key))
+        if name in names:
+            raise RenameClash(
+                f"{'/'.join(map(str, key))} and {'/'.join(map(str, names[name]))} are both {name} in Orbax"
+            )
+        names[name] = key
+    return list(names)
+
+
+def _covered(key: Keys, keys: Sequence[Keys]) -> bool:
+    """Whether leaves were moved to the place of something that is no array, or below it."""
+    return any(other[: len(key)] == key or key[: len(other)] == other for other in keys)
+
+
+def _code(name: str) -> str:
+    return base64.b64encode(name.encode()).decode()
+
+
+def _put(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(json.dumps(table))
