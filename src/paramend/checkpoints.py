@@ -281,6 +281,29 @@ class _InMemory:
         split = "/" if any("/" in name for name in names.values()) else "."
         if any(tuple(names[number].split(split)) != key for number, key in keys.items()):
             self.metadata[_SEPARATOR] = "" if flat else self.index.separator
+        # Of use to formats that tell lists from dicts, and hold more than arrays.
+        self._lists: set[tuple[str, ...]] = set()
+        self.rest: list[tuple[tuple[str | int, ...], str, Any]] = []
+        self._look(tree.root, ())
+        self.keys = {number: self._true(key) for number, key in keys.items()}
+
+    def _look(self, node: Any, above: tuple[str | int, ...]) -> None:
+        """Notes the lists, and what is no array."""
+        if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
+            self._lists.add(tuple(map(str, above)))
+            for at, child in enumerate(node):
+                self._look(child, (*above, at))
+        elif type(node) is dict:
+            for key, child in node.items():
+                self._look(child, (*above, str(key)))
+        kind = {int: "scalar", float: "scalar", str: "string", type(None): "None"}.get(type(node))
+        if kind is None and type(node) in (dict, list, tuple) and not node:
+            kind = type(node).__name__.capitalize()
+        if kind is not None and above:
+            self.rest.append((above, kind, node))
+
+    def _true(self, keys: tuple[str, ...]) -> tuple[str | int, ...]:
+        return tuple(int(key) if keys[:at] in self._lists else key for at, key in enumerate(keys))
 
     def spec(self, number: int) -> Spec:
         found: Spec = self._tree.spec(number)

@@ -18,7 +18,7 @@ import numpy as np
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 from paramend.journal import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, get_into, new_head, put
 from paramend.locks import ELSEWHERE, linked
-from paramend.publishing import sync_folder
+from paramend.publishing import sync_file, sync_folder
 
 STAGED, BACK = "new", "back"
 
@@ -37,7 +37,7 @@ def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str
     names.sort(key=lambda name: (os.path.lexists(base / name), name))
     for name in names:
         check_replaceable(base, base / name)
-        _sync_file(staged / name)
+        sync_file(staged / name)
     for folder in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
         sync_folder(folder)
     files = [base / name for name in names]
@@ -232,14 +232,6 @@ def _take_place(file: Path, target: Path) -> None:
         file.chmod(stat.S_IMODE(target.lstat().st_mode))
     target.parent.mkdir(parents=True, exist_ok=True)
     file.rename(target)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sync_folders(base: Path, files: Sequence[Path]) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from paramend import _text
+from paramend.changing import work_of
+from paramend.chunking import laid_flat, restage
 from paramend.copying import WINDOW, Copier, WriteBack, put
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
-from paramend.formats.registry import open_source
+from paramend.formats.registry import find_format, home_of, open_source
 from paramend.formats.safetensors import same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
@@ -27,7 +29,8 @@ from paramend.layouts import File, Layout, lay_out
 from paramend.leaves import keys_of
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
-from paramend.publishing import create_file, exists, published, reason
+from paramend.publishing import create_file, exists, published, reason, sync_file
+from paramend.replacing import check_still
 from paramend.streaming import data
 
 Array = np.ndarray[Any, Any]
@@ -197,6 +200,15 @@ def _check_other(out: Path, found: os.stat_result, source: Any, *, folder: bool)
 def _check_replaceable(out: Path) -> None:
     """Refuses to replace a directory that is no checkpoint, however much force is asked for."""
     inside = sorted(path.name for path in out.iterdir())
+    row = find_format(out, b"")
+    if row is not None and row.folder:
+        steps = [name for name in inside if name.rpartition("_")[2].isdigit()]
+        if home_of(out) != out and len(steps) > 1:
+            raise CannotWrite(
+                f"{out} holds {len(steps)} steps, and all would be lost: {_text.listing(steps, 4)}",
+                hint="write to another name",
+            )
+        return
     if inside and not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in inside):
         raise CannotWrite(
             f"{out} is a directory that holds no checkpoint, and would be lost: {_text.listing(inside, 4)}",
@@ -239,14 +251,20 @@ def write(
     layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
     out = Path(out)
     run = _Run(made, progress, layout)
+    names: tuple[str, ...] = ()
     try:
         with published(out, force=force, mode=None if layout.folder else layout.files[0].mode) as temporary:
+            if layout.format.folder:
+                run.fill(temporary / layout.tree)
             for file in layout.files:
-                run.make(file, temporary / file.name if layout.folder else temporary)
+                if not layout.format.folder or not (temporary / file.name).exists():
+                    run.make(file, temporary / file.name if layout.folder else temporary)
             run.inputs.check()
+            if layout.folder:
+                made_files = (path for path in temporary.rglob("*") if path.is_file())
+                names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
     finally:
         run.inputs.close()
-    names = tuple(sorted(file.name for file in layout.files)) if layout.folder else ()
     path = str(Path(getattr(made.leaves, "path", "")))
     return RewriteReport(path, str(out), made, run.copied, run.computed, run.linked, names, layout.left_out)
 
@@ -327,6 +345,20 @@ class _Run:
         finally:
             os.close(target)
 
+    def fill(self, folder: Path) -> None:
+        """Writes the tree of a format that is a directory of its own, or what is not to be copied of another's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.layout.fresh:
+            self.layout.format.writer().write(folder, self._items(), self.source)
+        else:
+            work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
+            restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
+            self.computed += sum(each.row.spec.nbytes for each in work)
+            check_still(Path(self.source.path), self.source.stats)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+
     def _link(self, origin: Path, path: Path) -> bool:
         now = origin.stat()
         if not same_file(now, self.inputs.seen.setdefault(origin, now)):
@@ -376,7 +408,9 @@ class _Run:
         items = []
         for row in self.made.rows:
             nbytes = row.spec.nbytes
-            items.append(Item(self.made.name(row), keys_of(row.labels), row.spec, nbytes, self._chunks(row)))
+            items.append(
+                Item(self.made.name(row), keys_of(row.labels), row.spec, nbytes, self._chunks(row), row.source)
+            )
         return items
 
     def _chunks(self, row: Row) -> Callable[[], Iterator[memoryview]]:

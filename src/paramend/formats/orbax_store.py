@@ -181,7 +181,9 @@ class Stage:
         self.database = database if store is None else store.database
         self.driver = ("zarr3" if zarr3 else "zarr") if store is None else store.driver
         self._tensorstore = opened("write")
+        self._context = self._tensorstore.Context()  # what shares it is written together
         self._arrays: dict[str, Any] = {}
+        self._more: dict[str, dict[str, Any]] = {}
         self._held = 0
         self._transaction: Any = None
         if store is None:
@@ -198,12 +200,10 @@ class Stage:
 
     def open(self, name: str, entry: Entry) -> None:
         """Prepares an array of the store for new chunks."""
-        table = parse_object(entry.text, name, "metadata")
-        if self.database:
-            self._open(name, {})
-        else:
+        if not self.database:
             # The metadata stays where it is, and is not written again.
-            self._open(name, {"metadata": table, "assume_metadata": True})
+            table = parse_object(entry.text, name, "metadata")
+            self._more[name] = {"open": True, "metadata": table, "assume_metadata": True}
 
     def create(self, name: str, spec: Spec, chunks: tuple[int, ...]) -> None:
         """Makes an array with no chunks yet, compressed as Orbax compresses."""
@@ -215,17 +215,14 @@ class Stage:
             codecs.append({"name": "zstd", "configuration": {"level": 3}})
             metadata |= {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}}}
             metadata |= {"codecs": codecs}
-        self._open(name, {"metadata": metadata, "create": True, "dtype": spec.dtype})
+        self._more[name] = {"create": True, "metadata": metadata, "dtype": spec.dtype}
+        with Trouble(self.folder, name):
+            self._array(name)
 
     def write(self, name: str, box: Box, values: Array) -> None:
         """Writes whole chunks, those at the edge as far as they reach into the array."""
-        array = self._arrays[name]
         with Trouble(self.folder, name):
-            if self.database:
-                if self._transaction is None:
-                    self._transaction = self._tensorstore.Transaction()
-                array = array.with_transaction(self._transaction)
-            array[box].write(values).result()
+            self._array(name)[box].write(values).result()
         self._held += values.nbytes
         if self._held >= BATCH:
             self.flush()
@@ -234,20 +231,25 @@ class Stage:
         """Has everything written so far in the files."""
         transaction, self._transaction, self._held = self._transaction, None, 0
         if transaction is not None:
+            self._arrays.clear()
             with Trouble(self.folder, "the store"):
                 transaction.commit_sync()
 
-    def _open(self, name: str, more: dict[str, Any]) -> None:
-        place = {**self._base, "path": f"{name}/"} if self.database else files(self.folder, f"{name}/")
-        # A chunk of zeros that is left out would be read as one that is missing.
-        spec = {"driver": self.driver, "kvstore": place, "store_data_equal_to_fill_value": True, **more}
-        if "create" not in more:
-            spec["open"] = True
-        elif self.database and self._transaction is None:
-            self._transaction = self._tensorstore.Transaction()
-        with Trouble(self.folder, name):
-            found = self._tensorstore.open(spec, transaction=self._transaction).result()
-            self._arrays[name] = found.with_transaction(None)
+    def _array(self, name: str) -> Any:
+        """An array, opened within what is held back of a database."""
+        if name not in self._arrays:
+            if self.database and self._transaction is None:
+                self._transaction = self._tensorstore.Transaction()
+            place = {**self._base, "path": f"{name}/"} if self.database else files(self.folder, f"{name}/")
+            # A chunk of zeros that is left out would be read as one that is missing.
+            spec = {"driver": self.driver, "kvstore": place, "store_data_equal_to_fill_value": True}
+            spec |= self._more.get(name, {"open": True})
+            self._arrays[name] = self._tensorstore.open(
+                spec, transaction=self._transaction, context=self._context
+            ).result()
+            if "create" in spec:
+                del self._more[name]
+        return self._arrays[name]
 
 
 def files(folder: Path, path: str = "") -> dict[str, Any]:

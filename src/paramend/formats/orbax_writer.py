@@ -47,9 +47,9 @@ class OrbaxWriter:
             RenameClash: two leaves would have one name in the store.
             CannotWrite: the disk is full, say.
         """
-        walk, store = getattr(source, "walk", None), getattr(source, "store", None)
-        database, zarr3 = (store.database, store.zarr3) if store is not None and walk is not None else (True, False)
-        keys = _true_keys(items, walk)
+        orbax = hasattr(source, "walk")
+        database, zarr3 = (source.store.database, source.store.zarr3) if orbax else (True, False)
+        keys = _true_keys(items, source)
         names = _names(keys)
         stage = Stage(None, folder, database=database, zarr3=zarr3)
         for name, item in zip(names, items, strict=True):
@@ -57,22 +57,30 @@ class OrbaxWriter:
             stage.create(name, item.spec, chunks)
             for box, values in _cut(item, chunks):
                 stage.write(name, box, values)
-        stage.flush()
-        kinds = ["np.ndarray" if walk is None else walk.kinds[item.number] for item in items]
+        kinds = [source.walk.kinds[item.number] if orbax else "np.ndarray" for item in items]
         rows = dict(table_row(key, kind, item.spec.shape) for key, kind, item in zip(keys, kinds, items, strict=True))
         texts: dict[str, str] = {}
-        for key, kind, value in () if walk is None else walk.rest:
-            title, row = table_row(key, kind, None)
-            if title not in rows and not _covered(key, keys):
-                rows[title] = row
-                texts |= {".".join(map(str, key)): value} if kind == "string" else {}
+        for key, kind, value in source.walk.rest if orbax else getattr(source, "rest", ()):
+            # What is no array stays where it is, unless leaves were moved to its place, or below it.
+            if any(other[: len(key)] == key[: len(other)] for other in keys):
+                continue
+            name = ".".join(map(str, key))
+            if kind == "scalar":
+                array = np.asarray(value)
+                stage.create(name, Spec((), array.dtype.name), ())
+                stage.write(name, (), array)
+            elif kind == "string":
+                texts[name] = value
+            title, row = table_row(key, kind, () if kind == "scalar" else None)
+            rows[title] = row
+        stage.flush()
         table = {"tree_metadata": rows, "use_ocdbt": database, "use_zarr3": zarr3}
         table |= {"store_array_data_equal_to_fill_value": True}
-        table |= {"custom_metadata": None if walk is None else walk.custom}
+        table |= {"custom_metadata": source.walk.custom if orbax else None}
         _put(folder / TREE, table)
         if texts:
             _put(folder / STRINGS, texts)
-        if walk is not None:
+        if orbax:
             self._carry(source, folder, dict(zip((item.number for item in items), names, strict=True)))
         else:
             now = time.time_ns()
@@ -124,11 +132,13 @@ def _cut(item: Item, chunks: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray[
         yield box, values
 
 
-def _true_keys(items: Sequence[Item], walk: Any) -> list[Keys]:
-    """The keys of the leaves, with whole numbers for positions in lists as far as the source had lists there."""
+def _true_keys(items: Sequence[Item], source: Any) -> list[Keys]:
+    """The keys of the leaves, with whole numbers for positions in lists as far as the source has lists there."""
+    if not hasattr(source, "keys"):
+        return list(map(tuple, _nested(items, source.metadata.get("paramend.separator"))))
     found: list[list[str | int]] = []
     for item in items:
-        old: Keys = walk.keys[item.number] if walk is not None else ()
+        old: Keys = source.keys[item.number]
         if tuple(map(str, old)) == item.keys:
             found.append(list(old))
         else:  # moved
@@ -147,6 +157,19 @@ def _true_keys(items: Sequence[Item], walk: Any) -> list[Keys]:
     return [tuple(keys) for keys in found]
 
 
+def _nested(items: Sequence[Item], given: Any) -> list[list[str | int]]:
+    """The keys of leaves, those of a flat table of names as `pm.load` takes them apart."""
+    names = [item.keys[0] for item in items]
+    if given == "" or any(len(item.keys) > 1 for item in items):
+        return [list(item.keys) for item in items]
+    split = given or ("/" if any("/" in name for name in names) else ".")
+    found: list[list[str | int]] = [list(name.split(split)) for name in names]
+    whole = set(map(tuple, found))
+    if any(tuple(keys[:at]) in whole for keys in found for at in range(len(keys))):
+        return [[name] for name in names]
+    return found
+
+
 def _is_position(key: str) -> bool:
     return key.isdigit() and key.isascii() and len(key) < 19 and (key == "0" or key[0] != "0")
 
@@ -161,11 +184,6 @@ def _names(keys: Sequence[Keys]) -> list[str]:
             )
         names[name] = key
     return list(names)
-
-
-def _covered(key: Keys, keys: Sequence[Keys]) -> bool:
-    """Whether leaves were moved to the place of something that is no array, or below it."""
-    return any(other[: len(key)] == key or key[: len(other)] == other for other in keys)
 
 
 def _code(name: str) -> str:
