@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -289,17 +290,23 @@ class _InMemory:
 
     def _look(self, node: Any, above: tuple[str | int, ...]) -> None:
         """Notes the lists, and what is no array."""
-        if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
+        inner: Iterable[tuple[str | int, Any]] = ()
+        kind = {int: "scalar", float: "scalar", str: "string", type(None): "None"}.get(type(node), "")
+        if hasattr(node, "_fields"):
+            inner = [(name, getattr(node, name)) for name in node._fields]
+            kind, node = ("", node) if inner else ("None", None)
+        elif isinstance(node, list | tuple):
             self._lists.add(tuple(map(str, above)))
-            for at, child in enumerate(node):
-                self._look(child, (*above, at))
-        elif type(node) is dict:
-            for key, child in node.items():
-                self._look(child, (*above, str(key)))
-        kind = {int: "scalar", float: "scalar", str: "string", type(None): "None"}.get(type(node))
-        if kind is None and type(node) in (dict, list, tuple) and not node:
-            kind = type(node).__name__.capitalize()
-        if kind is not None and above:
+            inner = enumerate(node)
+            kind = "" if node else type(node).__name__.capitalize()
+        elif isinstance(node, Mapping):
+            inner = [(str(key), child) for key, child in node.items()]
+            kind, node = ("", node) if inner else ("Dict", {})
+        elif is_dataclass(node) and not isinstance(node, type):
+            inner = [(f.name, getattr(node, f.name)) for f in fields(node) if f.metadata.get("pytree_node", True)]
+        for key, child in inner:
+            self._look(child, (*above, key))
+        if kind and above:
             self.rest.append((above, kind, node))
 
     def _true(self, keys: tuple[str, ...]) -> tuple[str | int, ...]:

@@ -49,7 +49,8 @@ class OrbaxWriter:
         """
         orbax = hasattr(source, "walk")
         database, zarr3 = (source.store.database, source.store.zarr3) if orbax else (True, False)
-        keys = _true_keys(items, source)
+        rest = source.walk.rest if orbax else getattr(source, "rest", ())
+        keys = _true_keys(items, source, [key for key, _, _ in rest])
         names = _names(keys)
         stage = Stage(None, folder, database=database, zarr3=zarr3)
         for name, item in zip(names, items, strict=True):
@@ -60,7 +61,7 @@ class OrbaxWriter:
         kinds = [source.walk.kinds[item.number] if orbax else "np.ndarray" for item in items]
         rows = dict(table_row(key, kind, item.spec.shape) for key, kind, item in zip(keys, kinds, items, strict=True))
         texts: dict[str, str] = {}
-        for key, kind, value in source.walk.rest if orbax else getattr(source, "rest", ()):
+        for key, kind, value in rest:
             # What is no array stays where it is, unless leaves were moved to its place, or below it.
             if any(other[: len(key)] == key[: len(other)] for other in keys):
                 continue
@@ -132,7 +133,7 @@ def _cut(item: Item, chunks: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray[
         yield box, values
 
 
-def _true_keys(items: Sequence[Item], source: Any) -> list[Keys]:
+def _true_keys(items: Sequence[Item], source: Any, rest: Sequence[Keys]) -> list[Keys]:
     """The keys of the leaves, with whole numbers for positions in lists as far as the source has lists there."""
     if not hasattr(source, "keys"):
         return list(map(tuple, _nested(items, source.metadata.get("paramend.separator"))))
@@ -146,7 +147,7 @@ def _true_keys(items: Sequence[Item], source: Any) -> list[Keys]:
             found.append([int(key) if positions and _is_position(key) else key for key in item.keys])
     # A list has all its positions, and nothing else.
     inside: dict[tuple[str, ...], set[str | int]] = {}
-    for keys in found:
+    for keys in (*found, *rest):
         for at, key in enumerate(keys):
             inside.setdefault(tuple(map(str, keys[:at])), set()).add(key)
     for keys in found:
