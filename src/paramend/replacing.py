@@ -32,7 +32,7 @@ def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str
         writer: of the record, which is begun here and done when this ends.
         edits: (leaf, edit) for the record.
     """
-    names = [name for name in _names(staged) if not _same(base / name, staged / name)]
+    names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
     # The manifest of a database comes last: it is what makes the others count.
     names.sort(key=lambda name: (os.path.lexists(base / name), name))
     for name in names:
@@ -159,18 +159,6 @@ class _OneOpen:
         descriptor, self._descriptor, self._now = self._descriptor, -1, -1
         if descriptor >= 0:
             os.close(descriptor)
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether an exchange would change nothing."""
-    try:
-        return one.lstat().st_size == other.lstat().st_size and _digest_of(one) == _digest_of(other)
-    except FileNotFoundError:
-        return False
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:

@@ -218,7 +218,7 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
     for each in (base, *_related(base)):
         store = store_of(each)
         if not records(store, PENDING):
-            if _leftovers(store):  # they take room, and do no harm
+            if records(store, PARTIAL) or _leftovers(store):  # they take room, and do no harm
                 with contextlib.suppress(CannotWrite), explained(each), locked(lock_of(store), name=each):
                     _tidy(store)
             continue

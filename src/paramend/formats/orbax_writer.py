@@ -21,7 +21,7 @@ MAX_CHUNK = 1 << 26
 STEP = "_CHECKPOINT_METADATA"
 _SHARDING = "_sharding"
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
-# Of the dtypes that other formats have, what tensorstore has no name for.
+# Of the dtypes that other formats have, what tensorstore has no name for, or spreads over whole bytes.
 _NAMELESS = frozenset({"uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3"})
 
 
@@ -36,7 +36,7 @@ class OrbaxWriter:
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in BITS or spec.dtype in _NAMELESS:
-            return f"tensorstore, which Orbax writes with, has no dtype {spec.dtype}"
+            return f"Orbax has no way to hold {spec.dtype}"
         return ""
 
     def write(self, folder: Path, items: Sequence[Item], source: Any) -> None:
