@@ -444,7 +444,7 @@ def dies_at(monkeypatch, step, folder):
 @pytest.mark.parametrize("name", ["ocdbt", "zarr"])
 @pytest.mark.parametrize("what", ["patch", "undo"])
 def test_cut_short_anywhere_leaves_old_or_new(saved, tmp_path, name, what):
-    edit = lambda t: pm.at(t, "{params/bias,layers[0]}").add(1)
+    edit = lambda t: pm.at(t, pm.sel("params/bias") | pm.sel("layers[0]")).add(1)
     template = tmp_path / "template"
     shutil.copytree(saved / name, template)
     old = content(template)

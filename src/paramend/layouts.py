@@ -114,9 +114,7 @@ def lay_out(
     row = wanted if wanted is not None or os.fspath(out).endswith(os.sep) or max_shard_size is not None else own
     if row is not None and row.folder:
         if max_shard_size is not None:
-            raise BadArgument(
-                f"{out}: files of {row.says} are not as large as one wants", hint="out/, without a suffix"
-            )
+            raise BadArgument(f"{out}: {row.says} have no shards of a chosen size", hint="a directory: out/")
         return _own_folder(made, source, row, link=link)
     if os.fspath(out).endswith(os.sep) or max_shard_size is not None:
         if wanted is not None and not os.fspath(out).endswith(os.sep):
