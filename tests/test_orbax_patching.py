@@ -630,3 +630,21 @@ def test_without_tensorstore(copy, monkeypatch):
     assert content(path) == before
     with contextlib.suppress(FileNotFoundError):
         assert not journal.records(store_of(path), journal.PENDING)
+
+
+def test_a_full_disk_changes_nothing(copy, monkeypatch):
+    from paramend.formats.orbax_store import Stage
+
+    for name, call in [("ocdbt", "flush"), ("zarr", "write")]:
+        path = copy(name)
+        before = content(path)
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Stage, call, full)
+            with pytest.raises(CannotWrite, match="the disk is full; nothing was changed"):
+                pm.patch(path, lambda t: pm.at(t, "**/bias").zero())
+        assert content(path) == before
+        assert not (path / ".undo").exists()

@@ -284,3 +284,20 @@ def test_the_commands(saved, tmp_path):
     assert done.exit_code == 0 and json.loads(done.stdout)["bytes_linked"] > 0
     assert run("zero", source, "**/bias", "-o", tmp_path / "no.orbax", "--dry-run").exit_code == 0
     assert not (tmp_path / "no.orbax").exists()
+
+
+def test_leaves_gathered_around_an_orbax_checkpoint_keep_its_tree(saved, tmp_path):
+    from paramend.formats.gathered import Gathered, Made, Part
+    from paramend.plans import Plan
+    from paramend.rewriting import write
+
+    with pm.open(saved / "standard") as checkpoint:
+        source, paths = checkpoint.source, checkpoint.index.paths
+        parts = [(paths[number], Part(source, number)) for number in checkpoint.index.numbers]
+        parts.append((("params", "new"), Made(Spec((2,), "float32"), lambda: np.ones(2, "float32"))))
+        write(Plan.of(Gathered(source, parts)), tmp_path / "out")
+    found = ocp.PyTreeCheckpointer().restore(tmp_path / "out")
+    expected = tree()
+    expected["params"]["new"] = np.ones(2, "float32")
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert bits(found) == bits(expected)

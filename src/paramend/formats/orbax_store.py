@@ -271,6 +271,7 @@ class Blame:
 
     error: type[ParamendError] = BadCheckpoint
     verb = "read"
+    end = ""
 
     def __init__(self, folder: Path, what: str) -> None:
         self.folder, self.what = folder, what
@@ -282,7 +283,9 @@ class Blame:
         if isinstance(error, Exception):
             said = str(error).partition(" [")[0].strip() or type(error).__name__
             said = said if len(said) < 400 else f"{said[:400]}..."
-            raise self.error(f"{self.folder}: {self.what}: tensorstore cannot {self.verb} it: {said}") from error
+            raise self.error(
+                f"{self.folder}: {self.what}: tensorstore cannot {self.verb} it: {said}{self.end}"
+            ) from error
 
 
 class Trouble(Blame):
@@ -290,6 +293,7 @@ class Trouble(Blame):
 
     error = CannotWrite
     verb = "write"
+    end = "; nothing was changed"
 
 
 def content(path: Path) -> bytes:

@@ -4,7 +4,7 @@ import base64
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ class OrbaxWriter:
             RenameClash: two leaves would have one name in the store.
             CannotWrite: the disk is full, say.
         """
-        orbax = hasattr(source, "walk")
-        database, zarr3 = (source.store.database, source.store.zarr3) if orbax else (True, False)
-        rest = source.walk.rest if orbax else getattr(source, "rest", ())
-        keys = _true_keys(items, source, [key for key, _, _ in rest])
+        base = getattr(source, "base", source)  # what the leaves were gathered around
+        orbax = hasattr(base, "walk")
+        database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
+        olds = _numbers(items, source, base)
+        rest = base.walk.rest if orbax else getattr(base, "rest", ())
+        keys, others = _true_keys(items, olds, base, [key for key, _, _ in rest])
         names = _names(keys)
         stage = Stage(None, folder, database=database, zarr3=zarr3)
         for name, item in zip(names, items, strict=True):
@@ -58,12 +60,14 @@ class OrbaxWriter:
             stage.create(name, item.spec, chunks)
             for box, values in _cut(item, chunks):
                 stage.write(name, box, values)
-        kinds = [source.walk.kinds[item.number] if orbax else "np.ndarray" for item in items]
+        kinds = ["np.ndarray" if old is None or not orbax else base.walk.kinds[old] for old in olds]
         rows = dict(table_row(key, kind, item.spec.shape) for key, kind, item in zip(keys, kinds, items, strict=True))
         texts: dict[str, str] = {}
-        for key, kind, value in rest:
+        whole = set(keys)
+        taken = {other[:at] for other in keys for at in range(len(other) + 1)}
+        for key, (_, kind, value) in zip(others, rest, strict=True):
             # What is no array stays where it is, unless leaves were moved to its place, or below it.
-            if any(other[: len(key)] == key[: len(other)] for other in keys):
+            if key in taken or any(key[:at] in whole for at in range(len(key))):
                 continue
             name = ".".join(map(str, key))
             if kind == "scalar":
@@ -77,26 +81,26 @@ class OrbaxWriter:
         stage.flush()
         table = {"tree_metadata": rows, "use_ocdbt": database, "use_zarr3": zarr3}
         table |= {"store_array_data_equal_to_fill_value": True}
-        table |= {"custom_metadata": source.walk.custom if orbax else None}
+        table |= {"custom_metadata": base.walk.custom if orbax else None}
         _put(folder / TREE, table)
         if texts:
             _put(folder / STRINGS, texts)
         if orbax:
-            self._carry(source, folder, dict(zip((item.number for item in items), names, strict=True)))
+            self._carry(base, folder, zip(olds, names, strict=True))
         else:
             now = time.time_ns()
             said = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
             _put(folder / STEP, said | {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now})
         (folder / "commit_success.txt").write_text("Checkpoint commit was successful")
 
-    def _carry(self, source: Any, folder: Path, names: dict[int, str]) -> None:
+    def _carry(self, base: Any, folder: Path, names: Iterable[tuple[int | None, str]]) -> None:
         """Takes along what another Orbax checkpoint says of its leaves and of itself."""
-        if (source.folder / _SHARDING).is_file():
-            old = read_json(source.folder / _SHARDING)
-            found = {_code(name): old.get(_code(source.names[number])) for number, name in names.items()}
+        if (base.folder / _SHARDING).is_file():
+            old = read_json(base.folder / _SHARDING)
+            found = {_code(name): old.get(_code(base.names[number])) for number, name in names if number is not None}
             _put(folder / _SHARDING, {code: text for code, text in found.items() if text is not None})
-        if (source.folder / STEP).is_file():
-            shutil.copyfile(source.folder / STEP, folder / STEP)
+        if (base.folder / STEP).is_file():
+            shutil.copyfile(base.folder / STEP, folder / STEP)
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
@@ -133,29 +137,51 @@ def _cut(item: Item, chunks: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray[
         yield box, values
 
 
-def _true_keys(items: Sequence[Item], source: Any, rest: Sequence[Keys]) -> list[Keys]:
-    """The keys of the leaves, with whole numbers for positions in lists as far as the source has lists there."""
-    if not hasattr(source, "keys"):
-        return list(map(tuple, _nested(items, source.metadata.get("paramend.separator"))))
+def _numbers(items: Sequence[Item], source: Any, base: Any) -> list[int | None]:
+    """What number each leaf has in the source, or in what the source was gathered around; None if it has no place."""
+    if source is base:
+        return [item.number for item in items]
+    known = {tuple(map(str, keys)): number for number, keys in enumerate(getattr(base, "keys", ()))}
+    return [known.get(item.keys) for item in items]
+
+
+def _true_keys(
+    items: Sequence[Item], olds: Sequence[int | None], base: Any, rest: Sequence[Keys]
+) -> tuple[list[Keys], list[Keys]]:
+    """The keys of leaves and of the rest, whole numbers for positions in lists as far as the source has lists there."""
+    if not hasattr(base, "keys"):
+        return list(map(tuple, _nested(items, base.metadata.get("paramend.separator")))), list(rest)
+    lists = {tuple(map(str, keys[:at])) for keys in (*_all(base.keys), *rest) for at in _places(keys)}
     found: list[list[str | int]] = []
-    for item in items:
-        old: Keys = source.keys[item.number]
-        if tuple(map(str, old)) == item.keys:
-            found.append(list(old))
-        else:  # moved
-            positions = any(type(key) is int for key in old)
-            found.append([int(key) if positions and _is_position(key) else key for key in item.keys])
+    for item, old in zip(items, olds, strict=True):
+        was: Keys = () if old is None else base.keys[old]
+        moved = tuple(map(str, was)) != item.keys and bool(_places(was))
+        keys = item.keys
+        found.append(
+            [int(key) if _is_position(key) and (moved or keys[:at] in lists) else key for at, key in enumerate(keys)]
+        )
     # A list has all its positions, and nothing else.
+    everything = [*found, *map(list, rest)]
     inside: dict[tuple[str, ...], set[str | int]] = {}
-    for keys in (*found, *rest):
-        for at, key in enumerate(keys):
-            inside.setdefault(tuple(map(str, keys[:at])), set()).add(key)
-    for keys in found:
-        for at, key in enumerate(keys):
-            around = inside[tuple(map(str, keys[:at]))]
+    for path in everything:
+        for at, key in enumerate(path):
+            inside.setdefault(tuple(map(str, path[:at])), set()).add(key)
+    for path in everything:
+        for at, key in enumerate(path):
+            around = inside[tuple(map(str, path[:at]))]
             if type(key) is int and around != set(range(len(around))):
-                keys[at] = str(key)
-    return [tuple(keys) for keys in found]
+                path[at] = str(key)
+    done = [tuple(path) for path in everything]
+    return done[: len(found)], done[len(found) :]
+
+
+def _places(keys: Keys) -> list[int]:
+    """Where in a path a position in a list stands."""
+    return [at for at, key in enumerate(keys) if type(key) is int]
+
+
+def _all(keys: Any) -> Iterable[Keys]:
+    return keys.values() if isinstance(keys, dict) else keys
 
 
 def _nested(items: Sequence[Item], given: Any) -> list[list[str | int]]:
