@@ -213,7 +213,8 @@ def test_leaves_are_written_in_bounded_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax_writer, "MAX_CHUNK", 1000)
     monkeypatch.setattr("paramend.formats.orbax_store.BATCH", 3000)
     arrays = {"a": np.random.default_rng(0).normal(size=(7, 11, 13)), "b": np.arange(2000), "c": np.float32(3)}
-    pm.save(arrays, tmp_path / "x.orbax")
+    report = pm.save(arrays, tmp_path / "x.orbax")
+    assert report.bytes_copied == sum(np.asarray(array).nbytes for array in arrays.values())
     with pm.open(tmp_path / "x.orbax") as checkpoint:
         assert checkpoint.source.chunks(checkpoint.index.numbers[0]) == (1, 9, 13)
     assert bits(standard(tmp_path / "x.orbax")) == bits({k: np.asarray(v) for k, v in arrays.items()})

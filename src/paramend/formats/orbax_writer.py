@@ -135,6 +135,7 @@ def _cut(item: Item, chunks: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray[
             view[at : at + count] = rest[:count]
             rest, at = rest[count:], at + count
         yield box, values
+    next(pieces, None)  # its end counts what it gave
 
 
 def _numbers(items: Sequence[Item], source: Any, base: Any) -> list[int | None]:
