@@ -121,6 +121,7 @@ def rewrite(
 
     >>> import tempfile
     >>> from paramend.formats.safetensors import write_header
+    >>> from paramend.specs import Spec
     >>> folder = Path(tempfile.mkdtemp())
     >>> header = write_header({"fc.weight": Spec((2,), "float32"), "fc.bias": Spec((1,), "float32")})
     >>> _ = (folder / "model.st").write_bytes(header.to_bytes() + np.ones(3, "float32").tobytes())
