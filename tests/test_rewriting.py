@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend import rewriting
+from paramend import streaming
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
 from paramend.formats.safetensors import SafetensorsFile, write_header
 from paramend.rewriting import rewrite
@@ -84,7 +84,7 @@ EDITS = st.one_of(
 @example({"a": array("complex64", (7,), 0)}, "**", ("multiply", {"value": -0.5}), 3)
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_file_is_edited_as_the_tree_in_memory(tmp_path, monkeypatch, tree, selector, edit, chunk):
-    monkeypatch.setattr(rewriting, "CHUNK", chunk)
+    monkeypatch.setattr(streaming, "CHUNK", chunk)
     verb, args = edit
     source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     safetensors.numpy.save_file(tree, source, metadata={"format": "pt"})
@@ -114,7 +114,7 @@ def test_the_file_is_edited_as_the_tree_in_memory(tmp_path, monkeypatch, tree, s
     "operand", [np.arange(3.0, dtype="float32"), np.array([[1], [2], [3], [4]], "int8"), [0.5, 1, 2]]
 )
 def test_operands_that_broadcast(model, tmp_path, monkeypatch, verb, operand):
-    monkeypatch.setattr(rewriting, "CHUNK", 5)
+    monkeypatch.setattr(streaming, "CHUNK", 5)
     rewrite(model, tmp_path / "out", "embed.weight", verb, {"value": operand})
     expected = getattr(pm.at(read(model), "embed.weight"), verb)(operand)
     assert bits(read(tmp_path / "out")) == bits(expected)
@@ -146,7 +146,7 @@ def test_a_slice_of_a_leaf(model, tmp_path):
 def test_noise_over_many_chunks_is_the_noise_of_the_leaf(tmp_path):
     """One stream of random numbers, drawn in pieces of an odd size, at the real chunk length too."""
     for dtype in ("float32", "float64", "bfloat16"):
-        tree = {"w": np.ones((rewriting.CHUNK + 4321, 2), getattr(ml_dtypes, dtype, dtype))}
+        tree = {"w": np.ones((streaming.CHUNK + 4321, 2), getattr(ml_dtypes, dtype, dtype))}
         safetensors.numpy.save_file(tree, tmp_path / "in")
         rewrite(tmp_path / "in", tmp_path / "out", "w", "noise", {"std": 0.3, "seed": 11}, force=True)
         assert bits(read(tmp_path / "out")) == bits(pm.at(tree, "w").noise(0.3, seed=11))

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from paramend.ops import Call
 from paramend.paths import labels
 from paramend.plans import Plan
 from paramend.progress import Progress
-from paramend.rewriting import RewriteReport, values, write
+from paramend.rewriting import RewriteReport, write
 from paramend.selectors import Selector, resolve
 from paramend.specs import Spec, numpy_dtype
+from paramend.streaming import values
 from paramend.undoing import recover
 
 Array = np.ndarray[Any, Any]
@@ -280,6 +282,35 @@ class _InMemory:
         split = "/" if any("/" in name for name in names.values()) else "."
         if any(tuple(names[number].split(split)) != key for number, key in keys.items()):
             self.metadata[_SEPARATOR] = "" if flat else self.index.separator
+        # Of use to formats that tell lists from dicts, and hold more than arrays.
+        self._lists: set[tuple[str, ...]] = set()
+        self.rest: list[tuple[tuple[str | int, ...], str, Any]] = []
+        self._look(tree.root, ())
+        self.keys = {number: self._true(key) for number, key in keys.items()}
+
+    def _look(self, node: Any, above: tuple[str | int, ...]) -> None:
+        """Notes the lists, and what is no array."""
+        inner: Iterable[tuple[str | int, Any]] = ()
+        kind = {int: "scalar", float: "scalar", str: "string", type(None): "None"}.get(type(node), "")
+        if hasattr(node, "_fields"):
+            inner = [(name, getattr(node, name)) for name in node._fields]
+            kind, node = ("", node) if inner else ("None", None)
+        elif isinstance(node, list | tuple):
+            self._lists.add(tuple(map(str, above)))
+            inner = enumerate(node)
+            kind = "" if node else type(node).__name__.capitalize()
+        elif isinstance(node, Mapping):
+            inner = [(str(key), child) for key, child in node.items()]
+            kind, node = ("", node) if inner else ("Dict", {})
+        elif is_dataclass(node) and not isinstance(node, type):
+            inner = [(f.name, getattr(node, f.name)) for f in fields(node) if f.metadata.get("pytree_node", True)]
+        for key, child in inner:
+            self._look(child, (*above, key))
+        if kind and above:
+            self.rest.append((above, kind, node))
+
+    def _true(self, keys: tuple[str, ...]) -> tuple[str | int, ...]:
+        return tuple(int(key) if keys[:at] in self._lists else key for at, key in enumerate(keys))
 
     def spec(self, number: int) -> Spec:
         found: Spec = self._tree.spec(number)

@@ -19,6 +19,8 @@ The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, 
 
     HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
            "files": [[path relative to the checkpoint's folder]]}
+           With "whole": true the files were exchanged whole for others. SPANs are then all of a file, sizes are -1
+           where there was none, and DONE, which comes before the record is pending, has one digest for each new file.
     FILE   JSON: [{"size", "inode", "witness"}], one for each file, as it was when the frame was written; the last such
            frame counts. The witness is the SHA-256 of samples of bytes that no span covers.
     SPAN   old bytes: a count (8 bytes), so many quadruples of signed 8-byte integers (row, file, start, stop), row -1
@@ -46,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -161,16 +163,20 @@ class Head:
         edits: each edit once, as text.
         rows: for each leaf that changed its path and the number of its edit.
         files: the files that changed, relative to the folder of the checkpoint.
+        whole: whether they were exchanged for others.
     """
 
     time: float
     edits: tuple[str, ...]
     rows: tuple[tuple[str, int], ...]
     files: tuple[str, ...]
+    whole: bool = False
 
     def to_bytes(self) -> bytes:
         """As it stands in a record."""
         data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
+        if self.whole:
+            data["whole"] = True
         return json.dumps(data, separators=(",", ":")).encode()
 
 
@@ -266,6 +272,13 @@ def checksum(data: bytes | bytearray | memoryview) -> bytes:
     return zlib.crc32(data).to_bytes(4, "little")
 
 
+class Descriptors(Protocol):
+    """Open files by number."""
+
+    def __getitem__(self, file: int, /) -> int:
+        """The descriptor of a file."""
+
+
 class Writer:
     """A record that is being written. The file is made when this is."""
 
@@ -293,7 +306,7 @@ class Writer:
         self.frame(b"FILE", _states_text(states))
 
     def spans(
-        self, spans: Spans, descriptors: Sequence[int], names: Sequence[Path], heard: Callable[[int], None]
+        self, spans: Spans, descriptors: Descriptors, names: Sequence[Path], heard: Callable[[int], None]
     ) -> None:
         """Adds the bytes that the files hold now."""
         table = np.ascontiguousarray(spans.table, "<i8")
@@ -341,11 +354,11 @@ def _states_text(states: Sequence[State]) -> bytes:
     return json.dumps(rows, separators=(",", ":")).encode()
 
 
-def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str]) -> Head:
+def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
     """The head of a record of what is done now: (leaf, edit) for each row."""
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
-    return Head(time.time(), tuple(numbers), rows, tuple(files))
+    return Head(time.time(), tuple(numbers), rows, tuple(files), whole)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -470,11 +483,12 @@ class Record:
 
     @cached_property
     def after(self) -> list[bytes]:
-        """The digests of the new bytes of each row and of what the format keeps true, of a record that is done."""
+        """The digests of the new bytes of each row and of what the format keeps true, of a record that is done; of
+        files that were exchanged whole, those of each file."""
         for frame in self._frames:
             if frame.kind == b"DONE":
                 data = self._payload(frame)
-                if len(data) != _DIGEST * (len(self.head.rows) + 1):
+                if len(data) != _DIGEST * (len(self.head.files) if self.head.whole else len(self.head.rows) + 1):
                     raise self.damaged("the digests of the new bytes are incomplete")
                 return [bytes(data[at : at + _DIGEST]) for at in range(0, len(data), _DIGEST)]
         raise self.damaged("it is cut short")
@@ -545,6 +559,7 @@ class Record:
                 tuple(map(str, data["edits"])),
                 tuple((str(path), int(edit)) for path, edit in data["rows"]),
                 tuple(map(str, data["files"])),
+                data.get("whole") is True,
             )
         except (TypeError, KeyError, ValueError):
             raise self.damaged("its head makes no sense") from None

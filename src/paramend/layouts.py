@@ -30,17 +30,23 @@ class Layout:
         folder: whether they go into a directory.
         format: the format.
         left_out: files of the source that do not come along, each with the reason.
+        tree: of a format that is a directory of its own, the folder in there that holds the tree; "" for all of it.
+        fresh: whether the format's writer fills that folder; if not, it is a copy, and edits make new chunks for it.
+        more: how many bytes come to those of the files, more or less.
     """
 
     files: tuple[File, ...]
     folder: bool
     format: Format
     left_out: tuple[str, ...] = ()
+    tree: str = ""
+    fresh: bool = False
+    more: int = 0
 
     @property
     def nbytes(self) -> int:
         """The bytes that will be written."""
-        return sum(file.nbytes for file in self.files if not file.link)
+        return self.more + sum(file.nbytes for file in self.files if not file.link)
 
 
 def lay_out(
@@ -63,6 +69,11 @@ def lay_out(
     wanted = format_for(Path(out))
     own = format_of(source)
     folder = isinstance(source, Shards)
+    row = wanted if wanted is not None or os.fspath(out).endswith(os.sep) or max_shard_size is not None else own
+    if row is not None and row.folder:
+        if max_shard_size is not None:
+            raise BadArgument(f"{out}: {row.says} have no shards of a chosen size", hint="a directory: out/")
+        return _own_folder(made, source, row, link=link)
     if os.fspath(out).endswith(os.sep) or max_shard_size is not None:
         if wanted is not None and not os.fspath(out).endswith(os.sep):
             raise BadArgument(
@@ -322,6 +333,62 @@ def _overlaid_file(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, lin
     origin = None if ranges else file.path
     sealed = ranges if hasattr(file, "after_patch") else ()
     return File(name, size, mode, tuple(pieces), origin, link=link and not ranges, patched=sealed, reopen=type(file))
+
+
+# ---- a directory of the format's own -------------------------------------------------------------------------
+
+
+def _own_folder(made: Plan, source: Any, row: Format, *, link: bool) -> Layout:
+    """A copy of a directory with other values, or a new one if leaves get other names or specs."""
+    same = format_of(source) is row and source is made.leaves
+    fresh = not same or made.restructured or any(each.spec != each.before for each in made.rows)
+    nbytes = sum(_nbytes(made, each) for each in made.rows if fresh or each.calls)
+    if fresh:
+        _check_writer(made, row)
+    if not same:
+        lost = (
+            tuple(f"{key} (no tensor)" for key in source.metadata)
+            if format_of(source) not in (None, FORMATS[0])
+            else ()
+        )
+        return Layout((), True, row, lost, fresh=True, more=nbytes)
+    home, inner = source.path, source.folder.relative_to(source.path)
+    files: list[File] = []
+    left_out: list[str] = []
+    for entry in sorted(os.scandir(home), key=lambda entry: entry.name):
+        # Of the folder of a manager one step comes along, and what is said of them all.
+        step = source.steps and entry.is_dir() and entry.name != "metadata" and entry.name != inner.parts[0]
+        if step:
+            left_out.append(f"{entry.name} (another step)" if entry.name.isdigit() else entry.name)
+        else:
+            _gather(home, entry.name, files, left_out, link=link)
+    tree = "" if inner == Path() else inner.as_posix()
+    if fresh:
+        files = [file for file in files if tree and not file.name.startswith(f"{tree}/")]
+    return Layout(tuple(files), True, row, tuple(left_out), tree, fresh, nbytes)
+
+
+# What says which of the other files count: a second name of it could not be exchanged.
+_OWN = re.compile(r"_.*|\..*|manifest\..*|zarr\.json")
+
+
+def _gather(home: Path, name: str, files: list[File], left_out: list[str], *, link: bool) -> None:
+    """Adds a file, or those of a directory, hidden ones too: some stores have them."""
+    path = home / name
+    if path.name == ".undo" or path.name.endswith(".orbax-checkpoint-tmp"):
+        return
+    if path.is_symlink() and not (path.is_file() and _is_of_hub_cache(home, path)):
+        left_out.append(f"{name} (a symbolic link)")
+    elif path.is_dir():
+        for inner in sorted(path.iterdir()):
+            _gather(home, f"{name}/{inner.name}", files, left_out, link=link)
+    elif path.is_file():
+        status = path.stat()
+        copy = (Copy(path, 0, status.st_size),) if status.st_size else ()
+        linked = link and _OWN.fullmatch(path.name) is None
+        files.append(File(name, status.st_size, stat.S_IMODE(status.st_mode), copy, path, linked))
+    else:
+        left_out.append(f"{name} (no regular file)")
 
 
 # ---- several files -----------------------------------------------------------------------------------------

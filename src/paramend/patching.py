@@ -7,33 +7,30 @@ checkpoint next. `paramend.journal` says what a record holds.
 
 import contextlib
 import errno
+import importlib
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paramend import _text, computing
+from paramend import _text
+from paramend.changing import Work, change, work_of
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
-from paramend.computing import flat, step_of
+from paramend.chunking import is_chunked, laid_flat, nbytes_of, restage
 from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
 from paramend.formats.source import Extent, Source
-from paramend.initializers import Place
 from paramend.journal import DONE, PENDING, Spans, State, Writer, new_head, next_path, put
 from paramend.locks import explained, linked, opened
-from paramend.ops import Call
-from paramend.plans import Plan, Row
+from paramend.plans import Plan
 from paramend.progress import Meter, Progress
-from paramend.regions import Region, region
-from paramend.rewriting import values
-from paramend.specs import Spec, numpy_dtype
+from paramend.replacing import STAGED, check_replaceable, check_still, exchange
 from paramend.undoing import base_of, check_nothing_pending, digests, name_in, recover, state_of, take_back, writing
-from paramend.windows import GAP, Window, joined
 
 Array = np.ndarray[Any, Any]
 
@@ -157,6 +154,7 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
 
     >>> import tempfile
     >>> from paramend.formats.safetensors import SafetensorsFile, write_header
+    >>> from paramend.specs import Spec
     >>> from paramend.plans import call, plan
     >>> from paramend.undoing import undo
     >>> path = Path(tempfile.mkdtemp(), "model.st")
@@ -172,31 +170,12 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     base = base_of(source.path)
     work = check_patch(source, plan)
     if dry_run:
-        return _dry(base, plan, work)
+        return _dry(base, source, plan, work)
     with writing(base) as store:
         return _carry_out(base, store, source, plan, work, progress)
 
 
 # ---- what can be patched -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One leaf to change.
-
-    Attributes:
-        row: its row of the plan.
-        extent: where it lies.
-        regions: which of its elements each call is about; empty where calls can only be run together.
-        ranges: the bytes that are recorded and written, as (start, stop) in the file, ascending.
-        steps: how many bytes will be written one call after the other.
-    """
-
-    row: Row
-    extent: Extent
-    regions: tuple[Region, ...]
-    ranges: Array = field(compare=False)
-    steps: int
 
 
 def check_patch(source: Source, plan: Plan) -> list[Work]:
@@ -222,7 +201,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         why = source.refusal(row.source)
         if why:
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
-        extent = source.extent(row.source)
+        extent = laid_flat(source, row) if is_chunked(source) else source.extent(row.source)
         if extent is None:
             raise Unsupported(
                 f"{row.path}: its bytes do not lie in one piece in {name}, so they cannot be changed in place",
@@ -230,27 +209,12 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
             )
         one = source.ties.get(row.source, row.source)
         if extent.nbytes and one not in done:  # a leaf with several names has a row for each
-            found = _work(row, extent)
+            found = work_of(row, extent)
             work += [found] if len(found.ranges) else []  # of a slice that takes nothing there is nothing to write
         done.add(one)
-    _check_apart(work)
+    if not is_chunked(source):
+        _check_apart(work)
     return work
-
-
-def _work(row: Row, extent: Extent) -> Work:
-    spec = row.before
-    if any(edit.spec(spec) != spec for edit in row.calls):  # cast and cast back, for one
-        return Work(row, extent, (), np.array([[extent.start, extent.start + extent.nbytes]]), extent.nbytes)
-    itemsize = numpy_dtype(spec.dtype).itemsize
-    regions = tuple(region(spec.shape, edit.index) for edit in row.calls)
-    found = [
-        joined(np.sort(starts), run, itemsize)[0] for each in regions for _, starts, run in _pieces(each, itemsize)
-    ]
-    ranges = np.concatenate([np.empty((0, 2), np.int64), *found])
-    steps = int((ranges[:, 1] - ranges[:, 0]).sum())
-    if len(ranges):
-        ranges = _merged(ranges[np.argsort(ranges[:, 0], kind="stable")])
-    return Work(row, extent, regions, ranges + extent.start, steps)
 
 
 def _check_apart(work: Sequence[Work]) -> None:
@@ -267,24 +231,17 @@ def _check_apart(work: Sequence[Work]) -> None:
         ends[each.extent.path] = each
 
 
-def _merged(ranges: Array) -> Array:
-    """Ranges in ascending order with those that touch as one."""
-    reach = np.maximum.accumulate(ranges[:, 1])
-    cuts = np.flatnonzero(ranges[1:, 0] > reach[:-1])
-    first = np.concatenate([[0], cuts + 1])
-    last = np.concatenate([cuts, [len(ranges) - 1]])
-    return np.stack([ranges[first, 0], reach[last]], 1)
-
-
 # ---- carrying out ------------------------------------------------------------------------------------------
 
 
 def _carry_out(
     base: Path, store: Path, source: Source, plan: Plan, work: Sequence[Work], progress: Progress | None
 ) -> PatchReport:
-    files = sorted({each.extent.path for each in work})
-    if not files:  # only leaves or slices without elements
+    if not work:  # only leaves or slices without elements
         return PatchReport(str(source.path), plan, 0)
+    if is_chunked(source):
+        return _carry_out_chunks(base, store, source, plan, work, progress)
+    files = sorted({each.extent.path for each in work})
     with explained(base), opened(files) as descriptors:
         check_nothing_pending(base)
         _check_same(base, source, files, descriptors)
@@ -307,7 +264,7 @@ def _carry_out(
                 writer.become(PENDING)
                 # Until here no byte of the checkpoint has changed, and from here on the record can bring it back.
                 for each in work:
-                    _change(descriptors[places[each.extent.path]], source, each, meter)
+                    change(descriptors[places[each.extent.path]], source, each, meter)
                 for file, extents in followers:
                     for name, start, data in file.after_patch(extents):
                         put(descriptors[places[name]], data, start)
@@ -319,6 +276,47 @@ def _carry_out(
                 take_back(base, path, error)
                 raise
             return PatchReport(str(source.path), plan, spans.nbytes, writer.nbytes, str(writer.path))
+
+
+def _carry_out_chunks(
+    base: Path, store: Path, source: Any, plan: Plan, work: Sequence[Work], progress: Progress | None
+) -> PatchReport:
+    """Chunks are not written in place: files with the new ones take the places of the old files."""
+    with explained(base):
+        _check_chunks(base, source, work)
+        path = next_path(store)
+        staged = path.with_suffix(f".{STAGED}")
+        staged.mkdir()
+        writer: Writer | None = None
+        try:
+            restage(source, work, staged, Meter(progress, sum(nbytes_of(source, each) for each in work)))
+            check_still(base, source.stats)
+            writer = Writer(path, 0o666 & base.stat().st_mode)
+            written = exchange(base, staged, writer, [(each.row.path, each.row.edit) for each in work])
+        except BaseException as error:
+            take_back(base, path, error)
+            raise
+        finally:
+            if writer is not None:
+                writer.close()
+            _remove(staged)
+            source.forget()
+        return PatchReport(str(source.path), plan, written, writer.nbytes, str(writer.path))
+
+
+def _check_chunks(base: Path, source: Any, work: Sequence[Work]) -> None:
+    for path in (source.path, base):
+        if path.is_symlink():
+            raise linked(path)
+    check_still(base, source.stats)
+    for file in dict.fromkeys(file for each in work for file in source.store.files_of(source.names[each.row.source])):
+        if file.is_symlink() or not file.is_dir():
+            check_replaceable(base, file)
+
+
+def _remove(folder: Path) -> None:
+    shutil = importlib.import_module("shutil")  # slow to import
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _spans(work: Sequence[Work], followers: Sequence[tuple[Any, list[Extent]]], places: Mapping[Path, int]) -> Spans:
@@ -385,65 +383,11 @@ def _followers(source: Any, work: Sequence[Work]) -> list[tuple[Any, list[Extent
     return [(source, extents)] if extents else []
 
 
-# ---- one leaf ----------------------------------------------------------------------------------------------
-
-
-def _change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
-    row, extent = work.row, work.extent
-    for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):
-        _change_slice(descriptor, extent, replace(edit, index=None), where, row, place, meter)
-    if work.regions:
-        return
-    at = extent.start
-    for array in values(source, row):
-        data = flat(array, Spec(array.shape, row.spec.dtype), f"{row.path}: {row.edit}").view(np.uint8).data
-        put(descriptor, data, at)
-        at += len(data)
-        meter.advance(len(data), row.path)
-
-
-def _change_slice(
-    descriptor: int, extent: Extent, edit: Call, where: Region, row: Row, place: Place, meter: Meter
-) -> None:
-    dtype = numpy_dtype(row.before.dtype)
-    inner = Spec(where.shape, row.before.dtype)
-    step = None if where.last is not None else step_of(edit, inner, place)
-
-    def window(starts: Array, run: int) -> Window:
-        return Window(descriptor, extent, dtype, starts, run)
-
-    with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
-        if step is not None:
-            constant = edit.op.chunks and not edit.op.reads
-            new = np.empty(0, dtype)
-            for at, starts, run in _pieces(where, dtype.itemsize):
-                piece, count = window(starts, run), len(starts) * run
-                if not constant or new.size != count:
-                    x = piece.read() if edit.op.reads else np.empty(count, dtype)
-                    new = flat(step(x, at), Spec((count,), row.spec.dtype), f"{row.path}: {edit}")
-                meter.advance(piece.write(new), row.path)
-            return
-        x = np.empty(where.size, dtype)
-        if edit.op.reads:
-            for at, starts, run in _pieces(where, dtype.itemsize):
-                x[at : at + len(starts) * run] = window(starts, run).read()
-        new = flat(edit.run(x.reshape(where.shape), place), inner, f"{row.path}: {edit}")
-    if where.last is not None:
-        chosen = where.last[np.argsort(where.starts(0, where.count)[where.last])]
-        starts = where.starts(0, where.count)[chosen]
-        for at in range(0, len(chosen), 1024):
-            written = window(starts[at : at + 1024], 1).write(new[chosen[at : at + 1024]])
-            meter.advance(written, row.path)
-        return
-    for at, starts, run in _pieces(where, dtype.itemsize):
-        meter.advance(window(starts, run).write(new[at : at + len(starts) * run]), row.path)
-
-
-def _pieces(where: Region, itemsize: int) -> Iterator[tuple[int, Array, int]]:
-    return where.pieces(computing.CHUNK, GAP // itemsize)
-
-
-def _dry(base: Path, plan: Plan, work: Sequence[Work]) -> PatchReport:
+def _dry(base: Path, source: Any, plan: Plan, work: Sequence[Work]) -> PatchReport:
+    if is_chunked(source):
+        with explained(base):
+            _check_chunks(base, source, work)
+        return PatchReport(str(base), plan, sum(nbytes_of(source, each) for each in work), dry_run=True)
     files = sorted({each.extent.path for each in work})
     with explained(base), opened(files, lock=False):
         pass

@@ -5,37 +5,35 @@ temporary name beside its place, is made durable, and only then gets its name: w
 state or the new one, never a third.
 """
 
-import math
-import operator
 import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paramend import _text
-from paramend.computing import CHUNK, Step, step_of
+from paramend.changing import work_of
+from paramend.chunking import laid_flat, restage
 from paramend.copying import WINDOW, Copier, WriteBack, put
-from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, SpecMismatch
-from paramend.formats.registry import open_source
+from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
+from paramend.formats.registry import find_format, home_of, open_source
 from paramend.formats.safetensors import same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
-from paramend.initializers import Place
 from paramend.journal import records_beside
 from paramend.layouts import Layout, lay_out
 from paramend.leaves import keys_of
-from paramend.ops import Call
 from paramend.pieces import File
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
-from paramend.publishing import create_file, exists, published, reason
-from paramend.specs import Spec, numpy_dtype
+from paramend.publishing import create_file, exists, published, reason, sync_file
+from paramend.replacing import check_still
+from paramend.streaming import data
 
 Array = np.ndarray[Any, Any]
 
@@ -125,6 +123,7 @@ def rewrite(
 
     >>> import tempfile
     >>> from paramend.formats.safetensors import write_header
+    >>> from paramend.specs import Spec
     >>> folder = Path(tempfile.mkdtemp())
     >>> header = write_header({"fc.weight": Spec((2,), "float32"), "fc.bias": Spec((1,), "float32")})
     >>> _ = (folder / "model.st").write_bytes(header.to_bytes() + np.ones(3, "float32").tobytes())
@@ -204,6 +203,15 @@ def _check_other(out: Path, found: os.stat_result, source: Any, *, folder: bool)
 def _check_replaceable(out: Path) -> None:
     """Refuses to replace a directory that is no checkpoint, however much force is asked for."""
     inside = sorted(path.name for path in out.iterdir())
+    row = find_format(out, b"")
+    if row is not None and row.folder:
+        steps = [name for name in inside if name.rpartition("_")[2].isdigit()]
+        if home_of(out) != out and len(steps) > 1:
+            raise CannotWrite(
+                f"{out} holds {len(steps)} steps, and all would be lost: {_text.listing(steps, 4)}",
+                hint="write to another name",
+            )
+        return
     if inside and not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in inside):
         raise CannotWrite(
             f"{out} is a directory that holds no checkpoint, and would be lost: {_text.listing(inside, 4)}",
@@ -246,14 +254,20 @@ def write(
     layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
     out = Path(out)
     run = _Run(made, progress, layout)
+    names: tuple[str, ...] = ()
     try:
         with published(out, force=force, mode=None if layout.folder else layout.files[0].mode) as temporary:
+            if layout.format.folder:
+                run.fill(temporary / layout.tree)
             for file in layout.files:
-                run.make(file, temporary / file.name if layout.folder else temporary)
+                if not layout.format.folder or not (temporary / file.name).exists():
+                    run.make(file, temporary / file.name if layout.folder else temporary)
             run.inputs.check()
+            if layout.folder:
+                made_files = (path for path in temporary.rglob("*") if path.is_file())
+                names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
     finally:
         run.inputs.close()
-    names = tuple(sorted(file.name for file in layout.files)) if layout.folder else ()
     path = str(Path(getattr(made.leaves, "path", "")))
     return RewriteReport(path, str(out), made, run.copied, run.computed, run.linked, names, layout.left_out)
 
@@ -337,6 +351,20 @@ class _Run:
         finally:
             os.close(target)
 
+    def fill(self, folder: Path) -> None:
+        """Writes the tree of a format that is a directory of its own, or what is not to be copied of another's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.layout.fresh:
+            self.layout.format.writer().write(folder, self._items(), self.source)
+        else:
+            work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
+            restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
+            self.computed += sum(each.row.spec.nbytes for each in work)
+            check_still(Path(self.source.path), self.source.stats)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+
     def _link(self, origin: Path, path: Path) -> bool:
         now = origin.stat()
         if not same_file(now, self.inputs.seen.setdefault(origin, now)):
@@ -386,78 +414,27 @@ class _Run:
         items = []
         for row in self.made.rows:
             nbytes = row.spec.nbytes
-            items.append(Item(self.made.name(row), keys_of(row.labels), row.spec, nbytes, self._chunks(row)))
+            items.append(
+                Item(self.made.name(row), keys_of(row.labels), row.spec, nbytes, self._chunks(row), row.source)
+            )
         return items
 
     def _chunks(self, row: Row) -> Callable[[], Iterator[memoryview]]:
         def chunks() -> Iterator[memoryview]:
             self._note_reads(row)
-            for data in _data(self.source, row):
-                yield data
-                self.meter.advance(len(data), row.path)
+            for piece in data(self.source, row):
+                yield piece
+                self.meter.advance(len(piece), row.path)
                 if row.calls:
-                    self.computed += len(data)
+                    self.computed += len(piece)
                 else:
-                    self.copied += len(data)
+                    self.copied += len(piece)
 
         return chunks
 
     def _write_foreign(self, target: int) -> None:
         with open(target, "wb", closefd=False) as file:
             self.layout.format.writer().write(file, self._items(), dict(self.source.metadata))
-
-
-# ---- computing ---------------------------------------------------------------------------------------------
-
-
-def values(source: Any, row: Row) -> Iterator[Array]:
-    """The leaf of a row, edited, in pieces: flat arrays of the new dtype, first to last."""
-    size, dtype = row.before.size, numpy_dtype(row.before.dtype)
-    if not row.calls:
-        for start in range(0, size, CHUNK):
-            yield source.read_range(row.source, start, min(start + CHUNK, size))
-        return
-    # What comes before an edit that does not look at the old values does not matter.
-    deaf = [at for at, edit in enumerate(row.calls) if not edit.op.reads and edit.index is None]
-    first = deaf[-1] if deaf else 0
-    spec = row.before
-    for edit in row.calls[:first]:
-        spec = edit.spec(spec)
-    dtype = numpy_dtype(spec.dtype)
-    steps = []
-    for edit, place in zip(row.calls[first:], row.places[first:], strict=True):
-        steps.append(_chunk_step(edit, spec, place))
-        spec = edit.spec(spec)
-    with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
-        if None in steps:
-            x = np.empty(size, dtype) if deaf else source.read_range(row.source, 0, size)
-            x = x.reshape(row.before.shape)
-            for edit, place in zip(row.calls[first:], row.places[first:], strict=True):
-                x = edit.run(x, place)
-            _check(np.shape(x), np.asarray(x).dtype.name, row)
-            yield np.ascontiguousarray(x).reshape(-1)
-            return
-        for start in range(0, size, CHUNK):
-            stop = min(start + CHUNK, size)
-            x = np.empty(stop - start, dtype) if deaf else source.read_range(row.source, start, stop)
-            for step in steps:
-                assert step is not None
-                x = step(x, start)
-            yield x
-
-
-def _check(shape: tuple[int, ...], dtype: str, row: Row) -> None:
-    if Spec(tuple(shape), dtype) != row.spec:
-        raise SpecMismatch(f"{row.path}: {row.edit} gave {Spec(tuple(shape), dtype)} where {row.spec} was planned")
-
-
-def _data(source: Any, row: Row) -> Iterator[memoryview]:
-    """The bytes of a row's leaf, in pieces."""
-    dtype = numpy_dtype(row.spec.dtype)
-    for array in values(source, row):
-        if array.dtype.name != row.spec.dtype:
-            _check(row.spec.shape, array.dtype.name, row)
-        yield np.ascontiguousarray(array).astype(dtype, copy=False).reshape(-1).view(np.uint8).data
 
 
 def _put_row(source: Any, row: Row, target: int) -> Iterator[int]:
@@ -471,43 +448,5 @@ def _put_row(source: Any, row: Row, target: int) -> Iterator[int]:
             at += count
             yield count
         return
-    for data in _data(source, row):
-        yield put(target, data)
-
-
-def _chunk_step(edit: Call, spec: Spec, place: Place) -> Step | None:
-    """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
-
-    Pieces must come in order.
-    """
-    if not isinstance(edit.args.get("seed", 0), int | np.integer):  # a key of JAX draws for the leaf at once
-        return None
-    if edit.index is None:
-        return step_of(edit, spec, place)
-    part = _part(edit.index, spec.shape)
-    if part is None or np.ndim(edit.args.get("value", 0)):  # such a value is as large as the slice
-        return None
-    whole = step_of(replace(edit, index=None), spec, place)
-    if whole is None:
-        return None
-
-    def step(x: Array, start: int) -> Array:
-        low, high = (min(max(at - start, 0), x.size) for at in part)
-        if low < high:
-            x = x.copy()
-            x[low:high] = whole(x[low:high], start + low)
-        return x
-
-    return step
-
-
-def _part(index: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The elements (first, stop) that a slice of the first axis names, in C order; None of any other slice."""
-    if not shape or isinstance(index, bool | np.bool_) or not isinstance(index, int | np.integer | slice):
-        return None
-    row = math.prod(shape[1:])
-    if isinstance(index, slice):
-        start, stop, step = index.indices(shape[0])
-        return (start * row, max(stop, start) * row) if step == 1 else None
-    at = operator.index(index) % shape[0]
-    return at * row, (at + 1) * row
+    for piece in data(source, row):
+        yield put(target, piece)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
+from paramend.formats.registry import home_of
 from paramend.journal import (
     BUFFER,
     DONE,
@@ -31,6 +33,7 @@ from paramend.journal import (
 from paramend.locks import ELSEWHERE, explained, linked, locked, opened, reason
 from paramend.progress import Meter, Progress
 from paramend.publishing import sync_folder
+from paramend.replacing import BACK, STAGED, check_new, put_files_back
 from paramend.tables import aligned
 
 
@@ -218,6 +221,9 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
         return rows
     for each, store in found:
         if not records(store, PENDING):
+            if records(store, PARTIAL) or _leftovers(store):  # they take room, and do no harm
+                with contextlib.suppress(CannotWrite), explained(each), locked(lock_of(store), name=each):
+                    _tidy(store)
             continue
         with contextlib.suppress(Busy), explained(each), locked(lock_of(store), name=each):
             rows += _recover_held(each, store)
@@ -271,6 +277,10 @@ def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Pa
 def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | None) -> None:
     """Takes back a patch that is whole, unless its places were changed since."""
     record.check()
+    if record.head.whole:
+        with explained(base):
+            _undo_files(base, record, force=force)
+        return
     with explained(base), opened(_paths(base, record), links=False) as descriptors:
         spans, files = record.spans, _paths(base, record)
         now = [state_of(descriptor, spans, n) for n, descriptor in enumerate(descriptors)]
@@ -279,7 +289,8 @@ def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | 
             found = digests(descriptors, files, spans, len(record.head.rows))
             differ = [n for n, digest in enumerate(found) if digest != record.after[n]]
             if differ:
-                raise _changed_since(base, record, differ)
+                rows = [record.head.rows[n][0] for n in differ if n < len(record.head.rows)]
+                raise _changed_since(base, record, rows or ["its checksums"])
         # From here on the record says: put the old bytes back. Whoever is cut short, another finishes.
         record.note(now)
         record.path.rename(record.path.with_suffix(f".{PENDING}"))
@@ -294,10 +305,20 @@ def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | 
             _forget(pending)
 
 
-def _changed_since(base: Path, record: Record, differ: Sequence[int]) -> CannotWrite:
-    rows = [record.head.rows[n][0] for n in differ if n < len(record.head.rows)] or ["its checksums"]
+def _undo_files(base: Path, record: Record, *, force: bool) -> None:
+    differ = [] if force else check_new(base, record)
+    if differ:
+        raise _changed_since(base, record, differ)
+    record.path.rename(record.path.with_suffix(f".{PENDING}"))
+    sync_folder(record.path.parent)
+    with Record(record.path.with_suffix(f".{PENDING}")) as pending:
+        put_files_back(base, pending, force=force)
+        _forget(pending)
+
+
+def _changed_since(base: Path, record: Record, what: Sequence[str]) -> CannotWrite:
     return CannotWrite(
-        f"{base}: {_text.listing(rows)} changed since patch {record.number}; nothing was written",
+        f"{base}: {_text.listing(what)} changed since patch {record.number}; nothing was written",
         hint=f"paramend undo {base} --force puts the bytes from before the patch there all the same",
     )
 
@@ -332,6 +353,10 @@ def put_back(
         progress: called with an `Event` as bytes are written.
     """
     record.check()
+    if record.head.whole:
+        changed = put_files_back(base, record, force=force)
+        _forget(record)
+        return changed
     files = _paths(base, record)
     if own:
         with opened(files, links=True, lock=False) as descriptors:
@@ -398,12 +423,14 @@ def _check_sizes(base: Path, record: Record, now: Sequence[State]) -> None:
 
 
 def base_of(path: Path) -> Path:
-    """The checkpoint that a path stands for: of the index of shards, its folder.
+    """The checkpoint that a path stands for: of the index of shards, its folder; of Orbax, the folder of the tree.
 
     >>> base_of(Path("model.safetensors"))
     PosixPath('model.safetensors')
     """
-    return path.parent if path.name.endswith(".index.json") and not path.is_dir() else path
+    if path.name.endswith(".index.json") and not path.is_dir():
+        return path.parent
+    return home_of(path)
 
 
 def _folder(base: Path) -> Path:
@@ -499,9 +526,22 @@ def _tidy(store: Path) -> None:
     with contextlib.suppress(OSError):
         for path in records(store, PARTIAL):
             path.unlink()
+        for path in _leftovers(store):
+            if path.is_dir() and not path.is_symlink():
+                shutil = importlib.import_module("shutil")  # slow to import, and rarely needed
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         if {path.name for path in store.iterdir()} <= {"lock"}:
             lock_of(store).unlink(missing_ok=True)
             store.rmdir()
+
+
+def _leftovers(store: Path) -> list[Path]:
+    """New files that were never exchanged for old ones, and old ones that were put back in part."""
+    with contextlib.suppress(OSError):
+        return [path for path in store.iterdir() if path.suffix in (f".{STAGED}", f".{BACK}") and path.stem.isdigit()]
+    return []
 
 
 def _row_of(record: Record) -> HistoryRow:

@@ -15,7 +15,6 @@ from paramend.formats.files import near
 from paramend.formats.index import SUFFIX
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
-from paramend.formats.writer import Writer
 
 _HEAD = 64
 
@@ -36,6 +35,8 @@ class Format:
         patches: whether leaves can be changed in place.
         keeps: what besides the leaves survives an edit.
         extra: the extra that reading it needs; "" for none.
+        folder: whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which
+            finds the one that holds the tree, and its `WRITER` fills a directory.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Format:
     patches: bool
     keeps: str
     extra: str = ""
+    folder: bool = False
 
     @property
     def built(self) -> bool:
@@ -59,8 +61,8 @@ class Format:
         found: Source = getattr(self._load(), self.reader)(path)
         return found
 
-    def writer(self) -> Writer:
-        """What writes this format.
+    def writer(self) -> Any:
+        """What writes this format: a `Writer`, or a `FolderWriter`.
 
         Raises:
             Unsupported: nothing does.
@@ -69,8 +71,7 @@ class Format:
             raise Unsupported(
                 f"{self.says} cannot be written", hint=f"one of {_text.listing([row.name for row in writable()])}"
             )
-        found: Writer = self._load().WRITER
-        return found
+        return self._load().WRITER
 
     def _load(self) -> Any:
         try:
@@ -184,10 +185,11 @@ FORMATS: tuple[Format, ...] = (
         _is_orbax,
         "paramend.formats.orbax",
         "OrbaxCheckpoint",
-        writes=False,
-        patches=False,
-        keeps="true key paths",
+        writes=True,
+        patches=True,
+        keeps="layout, shardings, true key paths, custom metadata, other items of a step",
         extra="orbax",
+        folder=True,
     ),
 )
 
@@ -228,6 +230,20 @@ def format_of(source: Any) -> Format | None:
     source = getattr(source, "base", source)
     first = source.files[0] if hasattr(source, "files") else source
     return next((row for row in FORMATS if row.module == type(first).__module__), None)
+
+
+def home_of(path: Path) -> Path:
+    """The file or folder that stands for a checkpoint, whichever way it was named: of Orbax, that of the tree."""
+    if not path.is_dir():
+        return path
+    try:
+        row = find_format(path, b"")
+    except OSError:
+        return path
+    if row is None or not row.folder:
+        return path
+    found: Path = row._load().home(path)
+    return found
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

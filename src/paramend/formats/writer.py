@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from paramend.specs import Spec
@@ -17,6 +18,7 @@ class Item:
         spec: shape and dtype.
         nbytes: how many bytes `chunks` will give.
         chunks: reads or computes the leaf and gives its bytes in C order, little-endian, in pieces of bounded size.
+        number: that of the leaf in its source.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Item:
     spec: Spec
     nbytes: int
     chunks: Callable[[], Iterator[memoryview]]
+    number: int = -1
 
 
 class Writer(Protocol):
@@ -37,3 +40,19 @@ class Writer(Protocol):
 
     def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
         """Writes the whole file. The engine opens it, makes it durable and names it."""
+
+
+class FolderWriter(Protocol):
+    """Writes directories of one format, as `Writer` writes files."""
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+
+    def write(self, folder: Path, items: Sequence[Item], source: Any) -> None:
+        """Fills an empty folder. The engine makes it, makes it durable and names it.
+
+        Args:
+            folder: the folder.
+            items: the leaves.
+            source: where they come from; what else it says of itself goes along if it is of this format.
+        """

@@ -1,0 +1,130 @@
+"""Changing: the elements of one leaf that an edit is about, exchanged for new ones in the file that they lie in."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from paramend import computing
+from paramend.computing import flat, step_of
+from paramend.formats.source import Extent, Source
+from paramend.initializers import Place
+from paramend.journal import put
+from paramend.ops import Call
+from paramend.plans import Row
+from paramend.progress import Meter
+from paramend.regions import Region, region
+from paramend.specs import Spec, numpy_dtype
+from paramend.streaming import values
+from paramend.windows import GAP, Window, joined
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One leaf to change.
+
+    Attributes:
+        row: its row of the plan.
+        extent: where it lies.
+        regions: which of its elements each call is about; empty where calls can only be run together.
+        ranges: the bytes that are recorded and written, as (start, stop) in the file, ascending.
+        steps: how many bytes will be written one call after the other.
+    """
+
+    row: Row
+    extent: Extent
+    regions: tuple[Region, ...]
+    ranges: Array = field(compare=False)
+    steps: int
+
+
+def work_of(row: Row, extent: Extent) -> Work:
+    """What is to be done to the leaf of a row that lies there."""
+    spec = row.before
+    if any(edit.spec(spec) != spec for edit in row.calls):  # cast and cast back, for one
+        return Work(row, extent, (), np.array([[extent.start, extent.start + extent.nbytes]]), extent.nbytes)
+    itemsize = numpy_dtype(spec.dtype).itemsize
+    regions = tuple(region(spec.shape, edit.index) for edit in row.calls)
+    found = [
+        joined(np.sort(starts), run, itemsize)[0] for each in regions for _, starts, run in _pieces(each, itemsize)
+    ]
+    ranges = np.concatenate([np.empty((0, 2), np.int64), *found])
+    steps = int((ranges[:, 1] - ranges[:, 0]).sum())
+    if len(ranges):
+        ranges = _merged(ranges[np.argsort(ranges[:, 0], kind="stable")])
+    return Work(row, extent, regions, ranges + extent.start, steps)
+
+
+def _merged(ranges: Array) -> Array:
+    """Ranges in ascending order with those that touch as one."""
+    reach = np.maximum.accumulate(ranges[:, 1])
+    cuts = np.flatnonzero(ranges[1:, 0] > reach[:-1])
+    first = np.concatenate([[0], cuts + 1])
+    last = np.concatenate([cuts, [len(ranges) - 1]])
+    return np.stack([ranges[first, 0], reach[last]], 1)
+
+
+def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
+    """Writes the new elements of a leaf into an open file.
+
+    Args:
+        descriptor: the file, open for reading and writing; it holds the old elements.
+        source: where leaves are read that cannot be changed piece by piece where they lie.
+        work: what is to be done.
+        meter: hears of the bytes.
+    """
+    row, extent = work.row, work.extent
+    for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):
+        _change_slice(descriptor, extent, replace(edit, index=None), where, row, place, meter)
+    if work.regions:
+        return
+    at = extent.start
+    for array in values(source, row):
+        data = flat(array, Spec(array.shape, row.spec.dtype), f"{row.path}: {row.edit}").view(np.uint8).data
+        put(descriptor, data, at)
+        at += len(data)
+        meter.advance(len(data), row.path)
+
+
+def _change_slice(
+    descriptor: int, extent: Extent, edit: Call, where: Region, row: Row, place: Place, meter: Meter
+) -> None:
+    dtype = numpy_dtype(row.before.dtype)
+    inner = Spec(where.shape, row.before.dtype)
+    step = None if where.last is not None else step_of(edit, inner, place)
+
+    def window(starts: Array, run: int) -> Window:
+        return Window(descriptor, extent, dtype, starts, run)
+
+    with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
+        if step is not None:
+            constant = edit.op.chunks and not edit.op.reads
+            new = np.empty(0, dtype)
+            for at, starts, run in _pieces(where, dtype.itemsize):
+                piece, count = window(starts, run), len(starts) * run
+                if not constant or new.size != count:
+                    x = piece.read() if edit.op.reads else np.empty(count, dtype)
+                    new = flat(step(x, at), Spec((count,), row.spec.dtype), f"{row.path}: {edit}")
+                meter.advance(piece.write(new), row.path)
+            return
+        x = np.empty(where.size, dtype)
+        if edit.op.reads:
+            for at, starts, run in _pieces(where, dtype.itemsize):
+                x[at : at + len(starts) * run] = window(starts, run).read()
+        new = flat(edit.run(x.reshape(where.shape), place), inner, f"{row.path}: {edit}")
+    if where.last is not None:
+        chosen = where.last[np.argsort(where.starts(0, where.count)[where.last])]
+        starts = where.starts(0, where.count)[chosen]
+        for at in range(0, len(chosen), 1024):
+            written = window(starts[at : at + 1024], 1).write(new[chosen[at : at + 1024]])
+            meter.advance(written, row.path)
+        return
+    for at, starts, run in _pieces(where, dtype.itemsize):
+        meter.advance(window(starts, run).write(new[at : at + len(starts) * run]), row.path)
+
+
+def _pieces(where: Region, itemsize: int) -> Iterator[tuple[int, Array, int]]:
+    return where.pieces(computing.CHUNK, GAP // itemsize)

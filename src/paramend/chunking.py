@@ -1,0 +1,162 @@
+"""Chunking: leaves that are stored in chunks, changed chunk by chunk, so that memory is bounded by a few of these.
+
+The new chunks go into files of a stage. Who asked for them exchanges the files, or publishes them as a new checkpoint.
+"""
+
+import math
+import mmap
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend.changing import Work, change
+from paramend.computing import flat
+from paramend.formats.source import Extent
+from paramend.plans import Row
+from paramend.progress import Meter
+from paramend.specs import Spec, numpy_dtype
+from paramend.streaming import steps_of
+
+Array = np.ndarray[Any, Any]
+Box = tuple[slice, ...]
+
+
+def is_chunked(source: Any) -> bool:
+    """Whether the leaves of a source are stored in chunks, each a value that is written whole."""
+    return hasattr(source, "stage")
+
+
+def laid_flat(source: Any, row: Row) -> Extent:
+    """Where the bytes of a leaf would lie if they lay in one piece, in a file of its own."""
+    return Extent(Path(source.path), 0, row.before.size * numpy_dtype(row.before.dtype).itemsize)
+
+
+def restage(source: Any, work: Sequence[Work], folder: Path, meter: Meter) -> None:
+    """Puts the chunks that edits change, as they will be, into files in a folder.
+
+    Args:
+        source: the checkpoint, which stays as it is.
+        work: the leaves to change, as if each lay in a file of its own.
+        folder: where the files go: to the places that they have in the folder of the checkpoint.
+        meter: hears of the bytes.
+    """
+    stage = source.stage(folder, [each.row.source for each in work])
+    for each in work:
+        for box, values in _new_chunks(source, each, folder):
+            stage.write(source.names[each.row.source], box, values)
+            meter.advance(values.nbytes, each.row.path)
+    stage.flush()
+
+
+def touched(source: Any, work: Work) -> list[Box]:
+    """The chunks that an edit concerns, in order, as slices of the leaf."""
+    shape, chunks = work.row.before.shape, source.chunks(work.row.source)
+    runs = work.ranges // numpy_dtype(work.row.before.dtype).itemsize
+    return [
+        tuple(
+            slice(place * chunk, min((place + 1) * chunk, length))
+            for place, chunk, length in zip(cell, chunks, shape, strict=True)
+        )
+        for cell in cells(runs, shape, chunks).tolist()
+    ]
+
+
+def nbytes_of(source: Any, work: Work) -> int:
+    """The bytes of the chunks that an edit concerns, as arrays."""
+    width = numpy_dtype(work.row.before.dtype).itemsize
+    return sum(width * math.prod(part.stop - part.start for part in box) for box in touched(source, work))
+
+
+def cells(runs: Array, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Array:
+    """The chunks that hold some elements, as places in the grid of chunks, one line each, ascending.
+
+    Args:
+        runs: the elements, as (start, stop) in C order, one line each.
+        shape: of the array.
+        chunks: the shape of a chunk.
+
+    >>> cells(np.array([[5, 7], [14, 18]]), (3, 6), (2, 3)).tolist()
+    [[0, 0], [0, 1], [1, 0], [1, 1]]
+    """
+    grid = [-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True)]
+    found = [np.zeros((min(len(runs), 1) if not shape else 0, len(shape)), np.int64)]
+    # Lines of `rest` are (places along the axes so far ..., start, stop), within what lies below these places.
+    rest = np.asarray(runs, np.int64)
+    for axis, chunk in enumerate(chunks):
+        inner = math.prod(shape[axis + 1 :])
+        place, start, stop = rest[:, :-2], rest[:, -2], rest[:, -1]
+        first, last = start // inner, -(-stop // inner)  # rows, in part or whole
+        whole_first, whole_last = -(-start // inner), stop // inner
+        whole = whole_first < whole_last
+        low, high = whole_first[whole] // chunk, -(-whole_last[whole] // chunk)
+        found.append(_expanded(place[whole], low, high, grid[axis + 1 :]))
+        alone = (first == last - 1) & ~whole
+        head = (start % inner > 0) & ~alone
+        tail = (stop % inner > 0) & ~alone
+        parts = [
+            (
+                place[alone],
+                first[alone] // chunk,
+                start[alone] - first[alone] * inner,
+                stop[alone] - first[alone] * inner,
+            ),
+            (place[head], first[head] // chunk, start[head] % inner, np.full(head.sum(), inner)),
+            (place[tail], whole_last[tail] // chunk, np.zeros(tail.sum(), np.int64), stop[tail] % inner),
+        ]
+        rest = np.concatenate([np.column_stack(part) for part in parts])
+        rest = np.unique(rest, axis=0)
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _expanded(place: Array, low: Array, high: Array, grid: Sequence[int]) -> Array:
+    """All chunks at these places, from `low` to `high` along the next axis, and anywhere along the axes after it."""
+    counts = high - low
+    along = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
+    outer = np.unique(np.column_stack([np.repeat(place, counts, axis=0), along]), axis=0)
+    inner = np.indices(grid).reshape(len(grid), math.prod(grid)).T
+    return np.column_stack([np.repeat(outer, len(inner), axis=0), np.tile(inner, (len(outer), 1))])
+
+
+def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Array]]:
+    row, boxes = work.row, touched(source, work)
+    dtype = numpy_dtype(row.before.dtype)
+    if _is_alike(row):
+        steps, before = steps_of(row)
+        for box in boxes:
+            shape = tuple(part.stop - part.start for part in box)
+            if before is None:
+                x = source.read_box(row.source, box).reshape(-1)
+            else:
+                x = np.empty(math.prod(shape), before)
+            with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
+                for step in steps:
+                    assert step is not None
+                    x = step(x, 0)
+            yield box, flat(x, Spec(x.shape, row.spec.dtype), f"{row.path}: {row.edit}").reshape(shape)
+        return
+    # What depends on the order of the elements runs on a file in which they are in order. It has no name, and only
+    # the chunks that are concerned take room.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(work.extent.nbytes)
+        for box in boxes:
+            _mapped(file, dtype, row)[box] = source.read_box(row.source, box)
+        change(file.fileno(), source, work, Meter(None, 0))
+        for box in boxes:
+            yield box, np.array(_mapped(file, dtype, row)[box])
+
+
+def _mapped(file: Any, dtype: np.dtype[Any], row: Row) -> Array:
+    # Each map is let go of after one chunk, and with it the memory.
+    return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype).reshape(row.before.shape)
+
+
+def _is_alike(row: Row) -> bool:
+    """Whether each element becomes what it becomes without regard to its place, and to others."""
+    for edit in row.calls:
+        ordered = edit.op.name == "set" or "seed" in edit.op.parameters or np.ndim(edit.args.get("value", 0)) > 0
+        if edit.index is not None or ordered or not edit.op.chunks:
+            return False
+    return True

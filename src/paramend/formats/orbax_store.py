@@ -1,0 +1,331 @@
+"""The store of an Orbax checkpoint: its arrays, read and written chunk by chunk through tensorstore.
+
+Each array is a zarr array, version 2 or 3, in folders and files of its own, or all of them are in one OCDBT database.
+tensorstore is imported when the first array is asked for.
+"""
+
+import math
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from paramend._optional import need
+from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
+from paramend.formats.files import OpenFile
+from paramend.formats.jsontext import bad, parse_object, shown
+from paramend.specs import BITS, Spec
+
+Array = np.ndarray[Any, Any]
+Box = tuple[slice, ...]
+
+MANIFEST = "manifest.ocdbt"
+MAX_JSON = 256_000_000
+# Bytes of chunks that a database holds back before it writes them and a new tree of nodes.
+BATCH = 1 << 27
+_U64 = 2**64
+
+# How zarr 2 writes the dtypes that it shares with numpy; others have their names.
+_CODES = {"b1": "bool", "f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
+_CODES |= {
+    f"{kind}{bits // 8}": f"{name}{bits}" for kind, name in (("i", "int"), ("u", "uint")) for bits in (8, 16, 32, 64)
+}
+
+# What Orbax asks of a new database: descriptions of arrays in the nodes, chunks beside them, one manifest.
+_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One array of a store, as its zarr metadata has it.
+
+    Attributes:
+        spec: shape and dtype; of a dtype that is unknown, such as "<U3", the dtype is "raw<<U3>".
+        chunks: the shape of a chunk, the smallest piece that can be written.
+        text: the metadata as it stands in the store.
+    """
+
+    spec: Spec
+    chunks: tuple[int, ...]
+    text: bytes
+
+    @property
+    def rows(self) -> int:
+        """How far a chunk reaches along the first axis."""
+        return min(self.chunks[0], max(self.spec.shape[0], 1)) if self.spec.shape else 1
+
+    @property
+    def chunk(self) -> int:
+        """How many elements a chunk has."""
+        return math.prod(self.chunks)
+
+
+class Store:
+    """The arrays of a folder by their names.
+
+    Attributes:
+        folder: where they are.
+        database: whether they are in an OCDBT database.
+        zarr3: whether they are of zarr 3.
+        whole: whether every chunk was written, so that one that is missing is a sign of damage.
+    """
+
+    def __init__(self, folder: Path, *, database: bool, zarr3: bool = False, whole: bool = False) -> None:
+        self.folder, self.database, self.zarr3, self.whole = folder, database, zarr3, whole
+
+    @property
+    def described(self) -> str:
+        """The key under the name of an array that its metadata is at."""
+        return "zarr.json" if self.zarr3 else ".zarray"
+
+    @property
+    def driver(self) -> str:
+        """What tensorstore calls the kind of arrays."""
+        return "zarr3" if self.zarr3 else "zarr"
+
+    def place(self, path: str) -> dict[str, Any]:
+        """What tensorstore calls a place in the store."""
+        if self.database:
+            return {"driver": "ocdbt", "base": files(self.folder), "path": path}
+        return files(self.folder, path)
+
+    def describe(self, names: Sequence[str]) -> list[Entry]:
+        """What the store says of each array."""
+        texts = self._said(names) if self.database else map(self._said_beside, names)
+        return [self._entry(name, text) for name, text in zip(names, texts, strict=True)]
+
+    def names(self) -> list[str]:
+        """The names of all arrays. Of a store that has none of zarr 2, those of zarr 3."""
+        tensorstore = opened("read")
+        with Blame(self.folder, "the store"):
+            store = tensorstore.KvStore.open(self.place("")).result()
+            found = [key.decode("utf-8", "backslashreplace") for key in store.list().result()]
+        names = [name.removesuffix("/.zarray") for name in found if name.endswith("/.zarray")]
+        if not names:
+            names = [name.removesuffix("/zarr.json") for name in found if name.endswith("/zarr.json")]
+            self.zarr3 = True
+        return sorted(names)
+
+    def open(self, name: str, title: str) -> Any:
+        """An array, opened for reading; messages call it by its title."""
+        spec: dict[str, Any] = {"driver": self.driver, "kvstore": self.place(f"{name}/")}
+        if self.whole:
+            spec["fill_missing_data_reads"] = False
+        tensorstore = opened("read")
+        with Blame(self.folder, title):
+            return tensorstore.open(spec, open=True, read=True).result()
+
+    def files_of(self, name: str) -> list[Path]:
+        """The files that may be exchanged for others when an array changes."""
+        if self.database:
+            return sorted(self.folder.glob("manifest.*"))
+        return sorted(path for path in (self.folder / name).rglob("*") if path.name != self.described)
+
+    def _said(self, names: Sequence[str]) -> Iterable[bytes]:
+        tensorstore = opened("read")
+        with Blame(self.folder, "the store"):
+            store = tensorstore.KvStore.open(self.place("")).result()
+            asked = [store.read(f"{name}/{self.described}") for name in names]
+            answers = [one.result() for one in asked]
+        for name, answer in zip(names, answers, strict=True):
+            if answer.state != "value":
+                raise BadCheckpoint(f"{self.folder}: {shown(name)}: the store has no such array")
+            yield answer.value
+
+    def _said_beside(self, name: str) -> bytes:
+        # Names come from the file: none may lead out of the folder.
+        if any(piece in ("", ".", "..") for piece in name.split("/")) or "\0" in name:
+            raise BadCheckpoint(f"{self.folder}: {shown(name)} is no name of an array within a folder")
+        path = self.folder / name / self.described
+        try:
+            return content(path)
+        except CannotRead:
+            raise BadCheckpoint(f"{self.folder}: {shown(name)}: its folder has no {self.described}") from None
+
+    def _entry(self, name: str, text: bytes) -> Entry:
+        file, place = str(self.folder), f"{shown(name)}/{self.described}"
+        table = parse_object(text, file, place)
+        shape = _shape(table.get("shape"), file, f"{place}, shape")
+        if self.zarr3:
+            grid = table.get("chunk_grid")
+            setup = grid.get("configuration") if type(grid) is dict else None
+            chunks, dtype = setup.get("chunk_shape") if type(setup) is dict else None, table.get("data_type")
+        else:
+            chunks, dtype = table.get("chunks"), table.get("dtype")
+        chunks = _shape(chunks, file, f"{place}, chunks")
+        if len(chunks) != len(shape) or not all(chunks):
+            raise bad(file, place, f"chunks of shape {chunks} do not make an array of shape {shape}")
+        return Entry(Spec(shape, _dtype(dtype)), chunks, text)
+
+
+class Stage:
+    """New chunks of a store on their way into it: files in a folder, at the places that they will have in the store's.
+
+    A database is copied on write. Its new nodes and its new manifest lie here, so that the database itself shows the
+    old state until the manifest is exchanged, which is one step.
+
+    Args:
+        store: what the chunks are for; None for a new one, which `folder` then is.
+        folder: where the files are put.
+        database: whether a new store is a database.
+        zarr3: whether a new store is of zarr 3.
+    """
+
+    def __init__(self, store: Store | None, folder: Path, *, database: bool = True, zarr3: bool = False) -> None:
+        self.folder = folder
+        self.database = database if store is None else store.database
+        self.driver = ("zarr3" if zarr3 else "zarr") if store is None else store.driver
+        self._tensorstore = opened("write")
+        self._context = self._tensorstore.Context()  # what shares it is written together
+        self._arrays: dict[str, Any] = {}
+        self._more: dict[str, dict[str, Any]] = {}
+        self._held = 0
+        self._transaction: Any = None
+        if store is None:
+            self._base = {"driver": "ocdbt", "base": files(folder), "config": _CONFIG, "assume_config": True}
+        elif store.database:
+            # Prefixes of nodes must differ, as those of one stage are looked for here and nowhere else.
+            prefix = f"d/{secrets.token_hex(4)}-"
+            for manifest in sorted(store.folder.glob("manifest.*")):
+                shutil.copyfile(manifest, folder / manifest.name)
+            layers = [{"base": files(store.folder)}, {"prefix": prefix, "base": files(folder, prefix)}]
+            kinds = ("btree_node", "version_tree_node", "value")
+            self._base = {"driver": "ocdbt", "base": {"driver": "kvstack", "layers": layers}, "manifest": files(folder)}
+            self._base |= {f"{kind}_data_prefix": prefix for kind in kinds}
+
+    def open(self, name: str, entry: Entry) -> None:
+        """Prepares an array of the store for new chunks."""
+        if not self.database:
+            # The metadata stays where it is, and is not written again.
+            table = parse_object(entry.text, name, "metadata")
+            self._more[name] = {"open": True, "metadata": table, "assume_metadata": True}
+
+    def create(self, name: str, spec: Spec, chunks: tuple[int, ...]) -> None:
+        """Makes an array with no chunks yet, compressed as Orbax compresses."""
+        metadata: dict[str, Any] = {"shape": list(spec.shape)}
+        if self.driver == "zarr":
+            metadata |= {"chunks": list(chunks), "compressor": {"id": "zstd", "level": 1}}
+        else:
+            codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+            codecs.append({"name": "zstd", "configuration": {"level": 3}})
+            metadata |= {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}}}
+            metadata |= {"codecs": codecs}
+        self._more[name] = {"create": True, "metadata": metadata, "dtype": spec.dtype}
+        with Trouble(self.folder, name):
+            self._array(name)
+
+    def write(self, name: str, box: Box, values: Array) -> None:
+        """Writes whole chunks, those at the edge as far as they reach into the array."""
+        with Trouble(self.folder, name):
+            self._array(name)[box].write(values).result()
+        self._held += values.nbytes
+        if self._held >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Has everything written so far in the files."""
+        transaction, self._transaction, self._held = self._transaction, None, 0
+        if transaction is not None:
+            self._arrays.clear()
+            with Trouble(self.folder, "the store"):
+                transaction.commit_sync()
+
+    def _array(self, name: str) -> Any:
+        """An array, opened within what is held back of a database."""
+        if name not in self._arrays:
+            if self.database and self._transaction is None:
+                self._transaction = self._tensorstore.Transaction()
+            place = {**self._base, "path": f"{name}/"} if self.database else files(self.folder, f"{name}/")
+            # A chunk of zeros that is left out would be read as one that is missing.
+            spec = {"driver": self.driver, "kvstore": place, "store_data_equal_to_fill_value": True}
+            spec |= self._more.get(name, {"open": True})
+            self._arrays[name] = self._tensorstore.open(
+                spec, transaction=self._transaction, context=self._context
+            ).result()
+            if "create" in spec:
+                del self._more[name]
+        return self._arrays[name]
+
+
+def files(folder: Path, path: str = "") -> dict[str, Any]:
+    """What tensorstore calls a place in a folder."""
+    return {"driver": "file", "path": f"{folder.resolve()}/{path}"}
+
+
+def opened(what: str) -> ModuleType:
+    """tensorstore, imported.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    return need("tensorstore", extra="orbax", to=f"{what} Orbax checkpoints")
+
+
+class Blame:
+    """Tells errors of tensorstore as those of the checkpoint: it has a dozen classes for them, and long messages."""
+
+    error: type[ParamendError] = BadCheckpoint
+    verb = "read"
+    end = ""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self.folder, self.what = folder, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            said = str(error).partition(" [")[0].strip() or type(error).__name__
+            said = said if len(said) < 400 else f"{said[:400]}..."
+            raise self.error(
+                f"{self.folder}: {self.what}: tensorstore cannot {self.verb} it: {said}{self.end}"
+            ) from error
+
+
+class Trouble(Blame):
+    """Tells errors of tensorstore as those of a place that is written to."""
+
+    error = CannotWrite
+    verb = "write"
+    end = "; nothing was changed"
+
+
+def content(path: Path) -> bytes:
+    """A small file."""
+    file = OpenFile(path)
+    try:
+        if file.size > MAX_JSON:
+            raise BadCheckpoint(f"{path}: {file.size:,} bytes of JSON are too many")
+        return file.read(0, file.size)
+    finally:
+        file.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds."""
+    return parse_object(content(path), str(path), "JSON")
+
+
+def _shape(value: Any, file: str, place: str) -> tuple[int, ...]:
+    if type(value) is not list or any(type(axis) is not int or not 0 <= axis < _U64 for axis in value):
+        raise bad(file, place, "an array of whole numbers is expected")
+    elements = 1
+    for axis in value:
+        elements *= axis
+        if elements * 16 >= _U64:
+            raise bad(file, place, "the number of elements overflows 64 bits")
+    return tuple(value)
+
+
+def _dtype(name: Any) -> str:
+    if type(name) is not str:
+        return "raw<struct>"
+    if name in BITS:
+        return name
+    return _CODES.get(name[1:], f"raw<{name}>") if name[:1] in "<>|" else f"raw<{name}>"

@@ -1,0 +1,118 @@
+"""The tree of an Orbax checkpoint: the table in `_METADATA`, one row for each leaf, with its keys and its kind."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from paramend.formats.jsontext import bad, shown
+from paramend.formats.orbax_store import read_json
+from paramend.leaves import Index
+from paramend.paths import labels, write_path
+
+# Keys from the root to a leaf, the pieces of dotted names counted: trees deeper than this cannot be walked.
+MAX_PIECES = 200
+Keys = tuple[str | int, ...]
+
+TREE, STRINGS = "_METADATA", "_strings.json"
+
+_EMPTY: dict[str, Callable[[], Any]] = {"None": lambda: None, "Dict": dict, "List": list, "Tuple": tuple}
+
+
+class Walk:
+    """The leaves that a table of metadata lists.
+
+    Attributes:
+        index: the names.
+        keys: by number, the path of a leaf by true keys.
+        names: by number, what the store calls it.
+        kinds: by number, what Orbax calls its kind: "jax.Array", "np.ndarray", "scalar" ...
+        others: path → what is no array.
+        rest: (keys, kind, value) of what is no array.
+        custom: the user's own metadata, or None.
+    """
+
+    def __init__(self, folder: Path, table: Mapping[str, Any]) -> None:
+        self.file = str(folder / TREE)
+        self.index = Index("/")
+        self.keys: list[Keys] = []
+        self.names: list[str] = []
+        self.kinds: list[str] = []
+        self.rest: list[tuple[Keys, str, Any]] = []
+        self.others: dict[str, Any] = {}
+        rows = table.get("tree_metadata")
+        if type(rows) is not dict:
+            raise bad(self.file, "tree_metadata", "an object is expected")
+        texts = read_json(folder / STRINGS) if (folder / STRINGS).is_file() else {}
+        tree: dict[str | int, Any] = {}
+        for title, row in rows.items():
+            keys, kind = self._row(title, row)
+            name = ".".join(map(str, keys))
+            if kind == "string" and type(texts.get(name)) is str:
+                self._other(keys, kind, texts[name])
+            elif kind in _EMPTY or row["value_metadata"].get("skip_deserialize"):
+                self._other(keys, kind, _EMPTY.get(kind, dict)())
+            else:
+                self._leaf(tree, keys, title)
+                self.names.append(name)
+                self.kinds.append(kind)
+        self._enter(tree, self.index.names)
+        self.custom = table.get("custom_metadata")
+        if self.custom is not None:
+            self.others["custom_metadata"] = self.custom
+
+    def _row(self, title: str, row: Any) -> tuple[Keys, str]:
+        place = f"tree_metadata, {shown(title)}"
+        keys, value = (row.get("key_metadata"), row.get("value_metadata")) if type(row) is dict else (None, None)
+        if type(keys) is not list or type(value) is not dict or type(value.get("value_type")) is not str:
+            raise bad(self.file, place, "key_metadata and value_metadata with a value_type are expected")
+        found: list[str | int] = []
+        for key in keys:
+            text, kind = (key.get("key"), key.get("key_type")) if type(key) is dict else (None, None)
+            if type(text) is not str or kind not in (1, 2):
+                raise bad(
+                    self.file, f"{place}, key_metadata", "a key of type 1 (of a list) or 2 (of a dict) is expected"
+                )
+            if kind == 1 and not (text.isdigit() and text.isascii() and len(text) < 19):
+                raise bad(self.file, f"{place}, key_metadata", f"{shown(text)} is no position in a list")
+            found.append(int(text) if kind == 1 else text)
+        if sum(key.count(".") + key.count("/") + 1 if type(key) is str else 1 for key in found) > MAX_PIECES:
+            raise bad(self.file, place, f"the name has more than {MAX_PIECES} pieces")
+        return tuple(found), value["value_type"]
+
+    def _leaf(self, tree: dict[str | int, Any], keys: Keys, title: str) -> None:
+        *outer, last = keys or ("",)  # a tree that is one array
+        for key in outer:
+            tree = tree.setdefault(key, {})
+            if type(tree) is not dict:
+                break
+        if type(tree) is not dict or last in tree:
+            raise bad(self.file, f"tree_metadata, {shown(title)}", "another leaf has its path, or a part of it")
+        number = tree[last] = len(self.keys)
+        self.keys.append(keys)
+        self.index.numbers.append(number)
+
+    def _enter(self, tree: Mapping[str | int, Any], names: dict[Any, Any]) -> None:
+        for key, child in tree.items():
+            if type(child) is dict:
+                inner: dict[Any, Any] = {}
+                self._enter(child, inner)
+                self.index.add(names, key, inner)
+            else:
+                self.index.add(names, key, child)
+
+    def _other(self, keys: Keys, kind: str, value: Any) -> None:
+        self.rest.append((keys, kind, value))
+        self.others[write_path([label for key in keys for label in labels(key)], "/")] = value
+
+
+def table_row(keys: Keys, kind: str, shape: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:
+    """The row of a leaf under its title, as Orbax writes it; without a shape, one of what is no array.
+
+    >>> table_row(("layers", 0), "np.ndarray", (2,))[0]
+    "('layers', '0')"
+    """
+    value: dict[str, Any] = {"value_type": kind, "skip_deserialize": shape is None and kind != "string"}
+    if shape is not None and kind != "scalar":
+        value["write_shape"] = list(shape)
+    listed = [{"key": str(key), "key_type": 1 if type(key) is int else 2} for key in keys]
+    return str(tuple(map(str, keys))), {"key_metadata": listed, "value_metadata": value}

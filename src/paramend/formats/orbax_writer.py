@@ -1,0 +1,222 @@
+"""`OrbaxWriter`: writes Orbax checkpoints that Orbax restores, chunk by chunk through tensorstore, without Orbax."""
+
+import base64
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import RenameClash
+from paramend.formats.orbax_store import Box, Stage, read_json
+from paramend.formats.orbax_tree import STRINGS, TREE, Keys, table_row
+from paramend.formats.writer import Item
+from paramend.specs import BITS, Spec, numpy_dtype
+
+# Bytes of a chunk at most: what is held in memory at once.
+MAX_CHUNK = 1 << 26
+STEP = "_CHECKPOINT_METADATA"
+_SHARDING = "_sharding"
+_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+# Of the dtypes that other formats have, what tensorstore has no name for, or spreads over whole bytes.
+_NAMELESS = frozenset({"uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3"})
+
+
+class OrbaxWriter:
+    """Writes directories that `StandardCheckpointer` and `PyTreeCheckpointer` restore, with a target or without.
+
+    What comes from another Orbax checkpoint keeps its layout (database or folders, version of zarr), kinds of leaves,
+    shardings, empty containers and texts. Leaves from elsewhere are arrays of numpy: Orbax restores these anywhere, and
+    onto devices when a target asks for it.
+    """
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+        if spec.dtype not in BITS or spec.dtype in _NAMELESS:
+            return f"Orbax has no way to hold {spec.dtype}"
+        return ""
+
+    def write(self, folder: Path, items: Sequence[Item], source: Any) -> None:
+        """Fills an empty folder with a checkpoint.
+
+        Raises:
+            MissingExtra: tensorstore is not installed.
+            RenameClash: two leaves would have one name in the store.
+            CannotWrite: the disk is full, say.
+        """
+        base = getattr(source, "base", source)  # what the leaves were gathered around
+        orbax = hasattr(base, "walk")
+        database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
+        olds = _numbers(items, source, base)
+        rest = base.walk.rest if orbax else getattr(base, "rest", ())
+        keys, others = _true_keys(items, olds, base, [key for key, _, _ in rest])
+        names = _names(keys)
+        stage = Stage(None, folder, database=database, zarr3=zarr3)
+        for name, item in zip(names, items, strict=True):
+            chunks = chunk_shape(item.spec)
+            stage.create(name, item.spec, chunks)
+            for box, values in _cut(item, chunks):
+                stage.write(name, box, values)
+        kinds = ["np.ndarray" if old is None or not orbax else base.walk.kinds[old] for old in olds]
+        rows = dict(table_row(key, kind, item.spec.shape) for key, kind, item in zip(keys, kinds, items, strict=True))
+        texts: dict[str, str] = {}
+        whole = set(keys)
+        taken = {other[:at] for other in keys for at in range(len(other) + 1)}
+        for key, (_, kind, value) in zip(others, rest, strict=True):
+            # What is no array stays where it is, unless leaves were moved to its place, or below it.
+            if key in taken or any(key[:at] in whole for at in range(len(key))):
+                continue
+            name = ".".join(map(str, key))
+            if kind == "scalar":
+                array = np.asarray(value)
+                stage.create(name, Spec((), array.dtype.name), ())
+                stage.write(name, (), array)
+            elif kind == "string":
+                texts[name] = value
+            title, row = table_row(key, kind, () if kind == "scalar" else None)
+            rows[title] = row
+        stage.flush()
+        table = {"tree_metadata": rows, "use_ocdbt": database, "use_zarr3": zarr3}
+        table |= {"store_array_data_equal_to_fill_value": True}
+        table |= {"custom_metadata": base.walk.custom if orbax else None}
+        _put(folder / TREE, table)
+        if texts:
+            _put(folder / STRINGS, texts)
+        if orbax:
+            self._carry(base, folder, zip(olds, names, strict=True))
+        else:
+            now = time.time_ns()
+            said = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+            _put(folder / STEP, said | {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now})
+        (folder / "commit_success.txt").write_text("Checkpoint commit was successful")
+
+    def _carry(self, base: Any, folder: Path, names: Iterable[tuple[int | None, str]]) -> None:
+        """Takes along what another Orbax checkpoint says of its leaves and of itself."""
+        if (base.folder / _SHARDING).is_file():
+            old = read_json(base.folder / _SHARDING)
+            found = {_code(name): old.get(_code(base.names[number])) for number, name in names if number is not None}
+            _put(folder / _SHARDING, {code: text for code, text in found.items() if text is not None})
+        if (base.folder / STEP).is_file():
+            shutil.copyfile(base.folder / STEP, folder / STEP)
+
+
+def chunk_shape(spec: Spec) -> tuple[int, ...]:
+    """The largest chunks of bounded size that hold neighbours in C order, so that a leaf is written first to last.
+
+    >>> chunk_shape(Spec((3, 1 << 13, 1 << 13), "float32"))
+    (1, 2048, 8192)
+    """
+    room = MAX_CHUNK // numpy_dtype(spec.dtype).itemsize
+    found: list[int] = []
+    for length in reversed(spec.shape):
+        found.append(max(min(length, room), 1))
+        room = room // found[-1] if found[-1] >= length else 1
+    return tuple(reversed(found))
+
+
+def _cut(item: Item, chunks: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
+    """The values of a leaf chunk by chunk, each with its place."""
+    dtype, pieces, rest = numpy_dtype(item.spec.dtype), item.chunks(), memoryview(b"")
+    grid = [range(0, length, chunk) for length, chunk in zip(item.spec.shape, chunks, strict=True)]
+    for corner in np.ndindex(*map(len, grid)):
+        starts = [axis[n] for axis, n in zip(grid, corner, strict=True)]
+        box = tuple(
+            slice(start, min(start + chunk, length))
+            for start, chunk, length in zip(starts, chunks, item.spec.shape, strict=True)
+        )
+        values = np.empty([part.stop - part.start for part in box], dtype)
+        view, at = values.reshape(-1).view(np.uint8).data, 0
+        while at < len(view):
+            rest = rest if len(rest) else next(pieces)
+            count = min(len(view) - at, len(rest))
+            view[at : at + count] = rest[:count]
+            rest, at = rest[count:], at + count
+        yield box, values
+    next(pieces, None)  # its end counts what it gave
+
+
+def _numbers(items: Sequence[Item], source: Any, base: Any) -> list[int | None]:
+    """What number each leaf has in the source, or in what the source was gathered around; None if it has no place."""
+    if source is base:
+        return [item.number for item in items]
+    known = {tuple(map(str, keys)): number for number, keys in enumerate(getattr(base, "keys", ()))}
+    return [known.get(item.keys) for item in items]
+
+
+def _true_keys(
+    items: Sequence[Item], olds: Sequence[int | None], base: Any, rest: Sequence[Keys]
+) -> tuple[list[Keys], list[Keys]]:
+    """The keys of leaves and of the rest, whole numbers for positions in lists as far as the source has lists there."""
+    if not hasattr(base, "keys"):
+        return list(map(tuple, _nested(items, base.metadata.get("paramend.separator")))), list(rest)
+    lists = {tuple(map(str, keys[:at])) for keys in (*_all(base.keys), *rest) for at in _places(keys)}
+    found: list[list[str | int]] = []
+    for item, old in zip(items, olds, strict=True):
+        was: Keys = () if old is None else base.keys[old]
+        moved = tuple(map(str, was)) != item.keys and bool(_places(was))
+        keys = item.keys
+        found.append(
+            [int(key) if _is_position(key) and (moved or keys[:at] in lists) else key for at, key in enumerate(keys)]
+        )
+    # A list has all its positions, and nothing else.
+    everything = [*found, *map(list, rest)]
+    inside: dict[tuple[str, ...], set[str | int]] = {}
+    for path in everything:
+        for at, key in enumerate(path):
+            inside.setdefault(tuple(map(str, path[:at])), set()).add(key)
+    for path in everything:
+        for at, key in enumerate(path):
+            around = inside[tuple(map(str, path[:at]))]
+            if type(key) is int and around != set(range(len(around))):
+                path[at] = str(key)
+    done = [tuple(path) for path in everything]
+    return done[: len(found)], done[len(found) :]
+
+
+def _places(keys: Keys) -> list[int]:
+    """Where in a path a position in a list stands."""
+    return [at for at, key in enumerate(keys) if type(key) is int]
+
+
+def _all(keys: Any) -> Iterable[Keys]:
+    return keys.values() if isinstance(keys, dict) else keys
+
+
+def _nested(items: Sequence[Item], given: Any) -> list[list[str | int]]:
+    """The keys of leaves, those of a flat table of names as `pm.load` takes them apart."""
+    names = [item.keys[0] for item in items]
+    if given == "" or any(len(item.keys) > 1 for item in items):
+        return [list(item.keys) for item in items]
+    split = given or ("/" if any("/" in name for name in names) else ".")
+    found: list[list[str | int]] = [list(name.split(split)) for name in names]
+    whole = set(map(tuple, found))
+    if any(tuple(keys[:at]) in whole for keys in found for at in range(len(keys))):
+        return [[name] for name in names]
+    return found
+
+
+def _is_position(key: str) -> bool:
+    return key.isdigit() and key.isascii() and len(key) < 19 and (key == "0" or key[0] != "0")
+
+
+def _names(keys: Sequence[Keys]) -> list[str]:
+    names: dict[str, Keys] = {}
+    for key in keys:
+        name = ".".join(map(str, key))
+        if name in names:
+            raise RenameClash(
+                f"{'/'.join(map(str, key))} and {'/'.join(map(str, names[name]))} are both {name} in Orbax"
+            )
+        names[name] = key
+    return list(names)
+
+
+def _code(name: str) -> str:
+    return base64.b64encode(name.encode()).decode()
+
+
+def _put(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(json.dumps(table))

@@ -1,0 +1,254 @@
+"""Replacing: files of a checkpoint exchanged whole for new ones, and the old ones put back.
+
+Formats whose files are never written in place, such as databases that are copied on write, are changed so. The new
+files are complete and durable in a folder beside the undo records before the first of them takes its place by renaming.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from paramend.errors import BadCheckpoint, Busy, CannotWrite
+from paramend.journal import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, get_into, new_head, put
+from paramend.locks import ELSEWHERE, linked
+from paramend.publishing import sync_file, sync_folder
+
+STAGED, BACK = "new", "back"
+
+
+def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str, str]]) -> int:
+    """The number of bytes of the files that took a place in a checkpoint: all that a folder holds.
+
+    Args:
+        base: the folder of the checkpoint.
+        staged: the folder with the new files, each at the place that it is to have.
+        writer: of the record, which is begun here and done when this ends.
+        edits: (leaf, edit) for the record.
+    """
+    names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
+    # The manifest of a database comes last: it is what makes the others count.
+    names.sort(key=lambda name: (os.path.lexists(base / name), name))
+    for name in names:
+        check_replaceable(base, base / name)
+        sync_file(staged / name)
+    for folder in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
+        sync_folder(folder)
+    files = [base / name for name in names]
+    sizes = [file.lstat().st_size if os.path.lexists(file) else -1 for file in files]
+    rows = [(-1, n, 0, size) for n, size in enumerate(sizes) if size >= 0]
+    spans = Spans(np.array(rows, np.int64).reshape(-1, 4))
+    writer.frame(b"HEAD", new_head(edits, names, whole=True).to_bytes())
+    writer.files([State(size, 0, "") for size in sizes])
+    with contextlib.closing(_OneOpen(files)) as descriptors:
+        writer.spans(spans, descriptors, files, lambda count: None)
+    writer.frame(b"DONE", b"".join(_digest_of(staged / name) for name in names))
+    written = sum((staged / name).stat().st_size for name in names)
+    writer.become(PENDING)
+    # Until here nothing of the checkpoint has changed, and from here on the record can bring it back.
+    for name, file, size in zip(names, files, sizes, strict=True):
+        if size >= 0:
+            (staged / name).chmod(stat.S_IMODE(file.lstat().st_mode))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (staged / name).rename(file)
+    _sync_folders(base, files)
+    writer.become(DONE)
+    return written
+
+
+def check_replaceable(base: Path, file: Path) -> None:
+    """Refuses what must not be exchanged: links, what is read-only, what is no file.
+
+    Raises:
+        CannotWrite: it must not. Nothing was changed.
+    """
+    folder = file.parent
+    while folder != base and folder != folder.parent:
+        if folder.is_symlink():
+            raise linked(folder)
+        folder = folder.parent
+    try:
+        status = file.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(status.st_mode):
+        raise linked(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise CannotWrite(f"{file} is no regular file; nothing was changed")
+    if status.st_nlink > 1:
+        raise CannotWrite(
+            f"{file} has {status.st_nlink} names (hard links), and a change would show under one of them only; "
+            "nothing was changed",
+            hint=ELSEWHERE,
+        )
+    for path in file, file.parent:
+        if not os.access(path, os.W_OK):
+            raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)
+
+
+def check_new(base: Path, record: Record) -> list[str]:
+    """The names of the files of a record that do not hold what the patch put there any more."""
+    _check_inside(base, record)
+    return [
+        name for name, digest in zip(record.head.files, record.after, strict=True) if _digest_of(base / name) != digest
+    ]
+
+
+def put_files_back(base: Path, record: Record, *, force: bool = False) -> bool:
+    """Exchanges the new files of a pending record for the old ones. False: these were all there still.
+
+    Raises:
+        BadCheckpoint: a file holds neither what was there nor what was put there, and force was not asked for.
+    """
+    _check_inside(base, record)
+    names = record.head.files
+    new, old, now = record.after, _old_digests(record), [_digest_of(base / name) for name in names]
+    strange = [name for n, name in enumerate(names) if now[n] not in (new[n], old[n])]
+    if strange and not force:
+        raise BadCheckpoint(
+            f"{base}: a patch of it was cut short, and {strange[0]} is not the one that was patched: it was exchanged "
+            "since; nothing was written",
+            hint=f"paramend undo {base} --force puts the old bytes back, "
+            f"paramend undo {base} --drop forgets them (right for files that came anew)",
+        )
+    wanted = {n for n in range(len(names)) if now[n] != old[n]}
+    scratch = record.path.with_suffix(f".{BACK}")
+    for n, pieces in groupby(record.old_bytes(), key=lambda piece: piece[1]):
+        if n in wanted:
+            _write_file(scratch, (data for _, _, _, data in pieces))
+            _take_place(scratch, base / names[n])
+    for n in sorted(wanted):
+        if not record.states[n].size:
+            _write_file(scratch, ())
+            _take_place(scratch, base / names[n])
+    # Only now: what is still there of the old state never needed these.
+    for n in sorted(wanted):
+        if record.states[n].size < 0:
+            (base / names[n]).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that holds others
+                if (base / names[n]).parent != base:
+                    (base / names[n]).parent.rmdir()
+    _sync_folders(base, [base / name for name in names])
+    return bool(wanted)
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+class _OneOpen:
+    """Files by number, the one that was asked for last open for reading: there may be more than a system opens."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._now, self._descriptor = -1, -1
+
+    def __getitem__(self, file: int) -> int:
+        if file != self._now:
+            self.close()
+            self._descriptor = os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._now = file
+        return self._descriptor
+
+    def close(self) -> None:
+        descriptor, self._descriptor, self._now = self._descriptor, -1, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _pieces(path: Path) -> Iterator[memoryview]:
+    """A file in pieces, which fill the same buffer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        size = os.fstat(descriptor).st_size
+        buffer = memoryview(bytearray(min(BUFFER, size)))
+        for start in range(0, size, BUFFER):
+            view = buffer[: min(BUFFER, size - start)]
+            get_into(view, descriptor, start, path)
+            yield view
+    finally:
+        os.close(descriptor)
+
+
+_ABSENT = bytes(32)
+
+
+def _digest_of(path: Path) -> bytes:
+    """What stands for the content of a file in a record; of one that is not there, zeros."""
+    digest = hashlib.sha256()
+    try:
+        for piece in _pieces(path):
+            digest.update(checksum(piece))
+    except FileNotFoundError:
+        return _ABSENT
+    except OSError as error:
+        if error.errno not in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
+            raise
+        return b"no file"
+    return digest.digest()
+
+
+def _old_digests(record: Record) -> list[bytes]:
+    found = [_ABSENT if state.size < 0 else hashlib.sha256() for state in record.states]
+    for _, file, _, data in record.old_bytes():
+        digest = found[file]
+        if isinstance(digest, bytes):
+            raise record.damaged("it holds bytes of a file that was not there")
+        digest.update(checksum(data))
+    return [digest if isinstance(digest, bytes) else digest.digest() for digest in found]
+
+
+def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for piece in pieces:
+            put(descriptor, piece)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_place(file: Path, target: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        file.chmod(stat.S_IMODE(target.lstat().st_mode))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(target)
+
+
+def _sync_folders(base: Path, files: Sequence[Path]) -> None:
+    """Makes names durable, also those of folders that were made for them."""
+    folders = {base}
+    for file in files:
+        folders |= {folder for folder in file.parents if folder.is_relative_to(base)}
+    for folder in folders:
+        if folder.is_dir():
+            sync_folder(folder)
+
+
+def _check_inside(base: Path, record: Record) -> None:
+    """Names in a record may be anything: none may lead out of the checkpoint through a link."""
+    for name in record.head.files:
+        folder = (base / name).parent
+        while folder != base:
+            if folder.is_symlink():
+                raise linked(folder)
+            folder = folder.parent
+
+
+def check_still(base: Path, stats: dict[Path, os.stat_result]) -> None:
+    """Refuses a checkpoint whose files were exchanged since it was opened.
+
+    Raises:
+        Busy: they were.
+    """
+    for file, then in stats.items():
+        now = file.stat()
+        if (then.st_ino, then.st_size, then.st_mtime_ns) != (now.st_ino, now.st_size, now.st_mtime_ns):
+            raise Busy(f"{base}: another program changed it since it was opened; nothing was changed", hint="try again")
