@@ -44,7 +44,7 @@ class Way:
         process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         os.set_blocking(process.stderr.fileno(), True)
         said = process.stderr.read()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # the kernel's figures outlive the process until it is reaped
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its figures stay until it is reaped
         self.seconds.append(time.perf_counter() - start)
         counts = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
         _, status, usage = os.wait4(process.pid, 0)
@@ -137,7 +137,7 @@ class Bench:
     def full_cache(self):
         """Zero one tensor, new file, page cache full: `cp` + sync"""
         source, out, filler = self.model() / "model.safetensors", self.folder / "out.safetensors", self.folder / "holes"
-        with open(filler, "wb") as file:
+        with filler.open("wb") as file:
             file.truncate(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # reads as pages of zeros
 
         def fill():
@@ -161,7 +161,7 @@ class Bench:
         ways = [
             Way("safetensors: load_file, save_file", peer("safetensors", source, out, name), remove(out)),
             Way("torch.load(mmap=True), torch.save", peer("torch", zipped, zip_out, name), remove(zip_out)),
-            Way("transformers: from_pretrained, save_pretrained", peer("transformers", folder, other, name), remove(other)),
+            Way("transformers: from_, save_pretrained", peer("transformers", folder, other, name), remove(other)),
         ]
         if self.options.mergekit:
             command = peer("mergekit", folder, other, name, python=self.options.mergekit)

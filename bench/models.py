@@ -72,7 +72,7 @@ def header(shapes):
 def write_file(path, shapes, *, sparse=False):
     """One safetensors file; a sparse one takes no disk."""
     head, nbytes = header(shapes)
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(head)
         if sparse:
             file.truncate(len(head) + nbytes)

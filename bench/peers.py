@@ -67,7 +67,7 @@ WAYS = {
 if __name__ == "__main__":
     way, source, out, name = sys.argv[1:]
     WAYS[way](source, out, name)
-    files = [out] if os.path.isfile(out) else [path for path in Path(out).rglob("*") if path.is_file()]
+    files = [path for path in (Path(out), *Path(out).rglob("*")) if path.is_file()]
     for path in files:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             os.fsync(file.fileno())

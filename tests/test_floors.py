@@ -44,8 +44,8 @@ FLOORS = [
     {"freezing.registry", "grafts.engine", "ablations.*"},
     {"ablation"},
     # surgeries on disk
-    {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry"},
-    {"journal", "layouts"},
+    {"copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry"},
+    {"computing", "journal", "layouts"},
     {"rewriting", "undoing", "windows"},
     {"checkpoints"},
     {"assembling"},

@@ -5,20 +5,18 @@ temporary name beside its place, is made durable, and only then gets its name: w
 state or the new one, never a third.
 """
 
-import math
-import operator
 import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paramend import _text
-from paramend.computing import CHUNK, Step, step_of
+from paramend.computing import CHUNK, step_of
 from paramend.copying import WINDOW, Copier, WriteBack, put
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, SpecMismatch
 from paramend.formats.registry import open_source
@@ -26,10 +24,8 @@ from paramend.formats.safetensors import same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
-from paramend.initializers import Place
 from paramend.layouts import File, Layout, lay_out
 from paramend.leaves import keys_of
-from paramend.ops import Call
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason
@@ -421,7 +417,7 @@ def values(source: Any, row: Row) -> Iterator[Array]:
     dtype = numpy_dtype(spec.dtype)
     steps = []
     for edit, place in zip(row.calls[first:], row.places[first:], strict=True):
-        steps.append(_chunk_step(edit, spec, place))
+        steps.append(step_of(edit, spec, place))
         spec = edit.spec(spec)
     with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
         if None in steps:
@@ -468,41 +464,3 @@ def _put_row(source: Any, row: Row, target: int) -> Iterator[int]:
         return
     for data in _data(source, row):
         yield put(target, data)
-
-
-def _chunk_step(edit: Call, spec: Spec, place: Place) -> Step | None:
-    """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
-
-    Pieces must come in order.
-    """
-    if not isinstance(edit.args.get("seed", 0), int | np.integer):  # a key of JAX draws for the leaf at once
-        return None
-    if edit.index is None:
-        return step_of(edit, spec, place)
-    part = _part(edit.index, spec.shape)
-    if part is None or np.ndim(edit.args.get("value", 0)):  # such a value is as large as the slice
-        return None
-    whole = step_of(replace(edit, index=None), spec, place)
-    if whole is None:
-        return None
-
-    def step(x: Array, start: int) -> Array:
-        low, high = (min(max(at - start, 0), x.size) for at in part)
-        if low < high:
-            x = x.copy()
-            x[low:high] = whole(x[low:high], start + low)
-        return x
-
-    return step
-
-
-def _part(index: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The elements (first, stop) that a slice of the first axis names, in C order; None of any other slice."""
-    if not shape or isinstance(index, bool | np.bool_) or not isinstance(index, int | np.integer | slice):
-        return None
-    row = math.prod(shape[1:])
-    if isinstance(index, slice):
-        start, stop, step = index.indices(shape[0])
-        return (start * row, max(stop, start) * row) if step == 1 else None
-    at = operator.index(index) % shape[0]
-    return at * row, (at + 1) * row
