@@ -270,7 +270,8 @@ def recover(path: str | os.PathLike[str]) -> None:
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        found = any(entry.name.endswith(".undo") for entry in os.scandir(folder))
+        with os.scandir(folder) as inside:
+            found = any(entry.name.endswith(".undo") for entry in inside)
     except (OSError, ValueError):  # what is wrong is said by what reads the checkpoint
         return
     if found:
