@@ -55,14 +55,14 @@ class Way:
         self.after()
 
 
-def compare(ways, rounds):
-    """Rows of figures; the first way is the reference."""
+def compare(ways, rounds, references=1):
+    """Rows of figures; the fastest of the first so many ways is the reference."""
     for turn in range(rounds):
         for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:  # none is always the one after another
             if turn < 3 or median(way.seconds) < LONG:
                 way.run()
         print(".", end="", file=sys.stderr, flush=True)
-    reference = ways[0]
+    reference = min(ways[:references], key=lambda way: median(way.seconds))
     rows = []
     for way in ways:
         pairs = [a / b for a, b in zip(way.seconds, reference.seconds, strict=False)]
@@ -153,7 +153,7 @@ class Bench:
         return rows
 
     def peers(self):
-        """Zero one tensor, new file: the best of what libraries do"""
+        """Zero one tensor, new file: the fastest of the libraries"""
         folder, out, other = self.model(), self.folder / "out.safetensors", self.folder / "out"
         source, zipped, zip_out = folder / "model.safetensors", self.folder / "model.pt", self.folder / "out.pt"
         name = f"model.layers.{self.layers - 1}.mlp.down_proj.weight"
@@ -166,15 +166,13 @@ class Bench:
         if self.options.mergekit:
             command = peer("mergekit", folder, other, name, python=self.options.mergekit)
             ways.append(Way("mergekit: passthrough", command, remove(other, Path(f"{other}.yaml"))))
+        others = len(ways)
         ways += [
             Way("paramend zero -o", paramend("zero", source, TENSOR, "-o", out), remove(out)),
             Way("paramend zero -o, the torch file", paramend("zero", zipped, TENSOR, "-o", zip_out), remove(zip_out)),
         ]
-        rows = self.compare(*ways)
+        rows = compare(ways, self.options.rounds, others)
         zipped.unlink()
-        best = min(row["seconds"] for row in rows if not row["way"].startswith("paramend"))
-        for row in rows:  # to the best of them, which is known only now
-            row["ratio"] = round(row["seconds"] / best, 3)
         return rows
 
     def memory(self):
@@ -266,13 +264,14 @@ class Bench:
         return rows
 
 
-SCENARIOS = ("new_file", "full_cache", "peers", "memory", "linked", "in_place", "scale", "show", "trillion")
+SCENARIOS = ("new_file", "full_cache", "scale", "peers", "linked", "in_place", "memory", "show", "trillion")
 # Without these, the table has no ratios: nothing is the reference.
 ALONE = ("memory", "trillion")
 
 
 def measure(options):
-    found = {}
+    """Runs scenarios, and adds the figures of each to the file when it is done."""
+    found = json.loads(options.save.read_text()) if options.save.exists() else {}
     with tempfile.TemporaryDirectory(prefix="paramend-bench-", dir=options.folder) as folder:
         free = shutil.disk_usage(folder).free
         needed = 6 * options.size
@@ -282,15 +281,16 @@ def measure(options):
         for name in options.only or SCENARIOS:
             print(name, file=sys.stderr)
             found[name] = {"says": getattr(bench, name).__doc__, "rows": getattr(bench, name)()}
-    return found
+            options.save.write_text(json.dumps(found, indent=1))
 
 
-def table(found):
-    """The figures as a table of markdown."""
+def table(path):
+    """The figures that were saved in a file as a table of markdown."""
+    found = json.loads(path.read_text())
     lines = ["| | time | peak RSS | written |", "|---|---|---|---|"]
-    for name, scenario in found.items():
-        lines.append(f"| **{scenario['says']}** | | | |")
-        for row in scenario["rows"]:
+    for name in filter(found.get, SCENARIOS):
+        lines.append(f"| **{found[name]['says']}** | | | |")
+        for row in found[name]["rows"]:
             ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
             spent = f"{row['seconds']:.2f} s" if name in ALONE else ratio
             lines.append(f"| {row['way']} | {spent} | {row['rss'] / 1e6:,.0f} MB | {row['written'] / 1e6:,.0f} MB |")
@@ -303,10 +303,11 @@ def main(args=None):
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each scenario (5)")
     parser.add_argument("--folder", help="where models are made: six times the size must be free")
     parser.add_argument("--mergekit", help="the python of an environment that has mergekit")
+    parser.add_argument("--save", type=Path, default="figures.json", help="where the figures go (figures.json)")
     parser.add_argument("--only", nargs="*", choices=SCENARIOS, help="scenarios to run")
-    found = measure(parser.parse_args(args))
-    print(table(found), file=sys.stderr)
-    print(json.dumps(found))
+    options = parser.parse_args(args)
+    measure(options)
+    print(table(options.save))
 
 
 if __name__ == "__main__":

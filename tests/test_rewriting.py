@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 import paramend as pm
 from paramend import initializers, rewriting
+from paramend.computing import step_of
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
 from paramend.formats.safetensors import SafetensorsFile, write_header
+from paramend.ops import OPS, Call
 from paramend.rewriting import rewrite
 from paramend.specs import Spec
 
@@ -107,6 +109,18 @@ def test_the_file_is_edited_as_the_tree_in_memory(tmp_path, monkeypatch, tree, s
             assert new.header == old.header
             assert report.bytes_copied + report.bytes_computed == len(before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+
+
+@pytest.mark.parametrize("verb", ["multiply", "add"])
+@pytest.mark.parametrize("value", [0, 0.5, -3, 1e-3, 1e38, float("inf"), float("nan"), 1e-40])
+def test_arithmetic_of_every_bfloat16_is_that_of_ml_dtypes(verb, value):
+    every = np.arange(1 << 16, dtype="uint16").view(ml_dtypes.bfloat16)
+    step = step_of(Call(OPS[verb], {"value": value}), Spec(every.shape, "bfloat16"), initializers.NOWHERE)
+    with np.errstate(all="ignore"):
+        expected = getattr(pm.at({"a": every}, "a"), verb)(value)["a"]
+        found = step(every, 0)
+    assert found.dtype == every.dtype
+    assert found.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("verb", ["multiply", "add"])

@@ -51,6 +51,8 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
         return lambda x, start: draws.next(x.size).astype(numpy_dtype(spec.dtype))
     if not edit.op.chunks:
         return None
+    if spec.dtype == "bfloat16" and edit.op.name in _FLOAT32 and np.ndim(value) == 0:
+        return _bfloat16_step(_FLOAT32[edit.op.name], np.asarray(value))
     if np.ndim(value) == 0:
         # One stream of numbers runs through the leaf, as when they are drawn at once.
         here = replace(place, stream=generator(int(seed), place)) if "seed" in edit.op.parameters else place
@@ -64,6 +66,21 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
     def step(x: Array, start: int) -> Array:
         part = {**edit.args, "value": operand(start, start + x.size)}
         return edit.op.run(numpy_backend, x, part, place)  # type: ignore[no-any-return]
+
+    return step
+
+
+_FLOAT32: dict[str, np.ufunc] = {"add": np.add, "multiply": np.multiply}
+
+
+def _bfloat16_step(verb: np.ufunc, value: Array) -> Step:
+    """Arithmetic of bfloat16 in float32, rounded once: the same bits in half the time."""
+    dtype = numpy_dtype("bfloat16")
+    operand = value.astype(dtype).astype(np.float32)
+
+    def step(x: Array, start: int) -> Array:
+        wide = x.astype(np.float32)
+        return verb(wide, operand, out=wide).astype(dtype)  # type: ignore[no-any-return]
 
     return step
 

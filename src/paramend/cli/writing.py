@@ -1,5 +1,6 @@
 """How commands that write or change a checkpoint do it, and what they print of it."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.pages.page import Paged
-from paramend.patching import patch
 from paramend.plans import Plan
 from paramend.rewriting import check_output, write
 
@@ -111,8 +111,9 @@ def edit_checkpoint(
             made = edit(checkpoint).plan
             carry_out(made, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link)
         return
+    patching = importlib.import_module("paramend.patching")  # commands that write a new file need none of it
     with _ui.bar(f"patching {path.name}") as progress:
-        report = patch(path, edit, dry_run=dry_run, progress=progress)
+        report = patching.patch(path, edit, dry_run=dry_run, progress=progress)
     if as_json:
         _ui.emit(report.to_dict())
     else:
