@@ -285,7 +285,11 @@ def measure(options):
         bench = Bench(Path(folder), options)
         for name in options.only or SCENARIOS:
             print(name, file=sys.stderr)
-            found[name] = {"says": getattr(bench, name).__doc__, "rows": getattr(bench, name)()}
+            load = os.getloadavg()[0]
+            rows = getattr(bench, name)()
+            load = round((load + os.getloadavg()[0]) / 2, 1)  # 1 or 2 is this bench alone
+            says = f"{getattr(bench, name).__doc__} ({options.size / 1e9:.1f} GB)".replace(" (4.0 GB)", "")
+            found[name] = {"says": says, "load": load, "rows": rows}
             options.save.write_text(json.dumps(found, indent=1))
 
 
@@ -294,7 +298,9 @@ def table(path):
     found = json.loads(path.read_text())
     lines = ["| | time | peak RSS | written |", "|---|---|---|---|"]
     for name in filter(found.get, SCENARIOS):
-        lines.append(f"| **{found[name]['says']}** | | | |")
+        load = found[name]["load"]
+        busy = f", load average {load:.0f}" if load > os.cpu_count() + 1 else ""  # other programs were at work
+        lines.append(f"| **{found[name]['says']}**{busy} | | | |")
         for row in found[name]["rows"]:
             ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
             spent = f"{row['seconds']:.2f} s" if name in ALONE else ratio
