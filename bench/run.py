@@ -1,10 +1,17 @@
-"""Runs the scenarios, each in a fresh process, and prints their tables; `--write` puts them into README.md."""
+"""Runs the scenarios, each in fresh processes, and prints their tables; `--write` puts them into README.md.
 
+`bench/run.py` runs those in memory. Those on disk take half an hour: `bench/disk.py --save figures.json` measures them,
+and `bench/run.py --disk figures.json` makes their table of it.
+"""
+
+import argparse
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import disk
 
 HERE = Path(__file__).parent
 SIZES = (20, 10_000, 50_000)
@@ -35,10 +42,20 @@ def tables():
     return "\n".join(rows)
 
 
+def write(name, text):
+    """Puts a table between its marks in README.md."""
+    page = HERE.parent / "README.md"
+    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+    marks = f"<!-- {name} -->.*?<!-- /{name} -->"
+    page.write_text(re.sub(marks, lambda _: block, page.read_text(), flags=re.DOTALL))
+
+
 if __name__ == "__main__":
-    text = tables()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--disk", type=Path, help="the figures that bench/disk.py saved")
+    options = parser.parse_args()
+    name, text = ("bench", tables()) if options.disk is None else ("bench disk", disk.table(options.disk))
     print(text)
-    if "--write" in sys.argv:
-        page = HERE.parent / "README.md"
-        block = f"<!-- bench -->\n{text}\n<!-- /bench -->"
-        page.write_text(re.sub(r"<!-- bench -->.*?<!-- /bench -->", lambda _: block, page.read_text(), flags=re.DOTALL))
+    if options.write:
+        write(name, text)

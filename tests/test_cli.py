@@ -49,8 +49,17 @@ def model(tmp_path):
 # ---- show --------------------------------------------------------------------------------------------------------
 
 
-def test_show_lists_leaves_in_natural_order(model):
+def test_show_folds_layers_that_agree(model):
     done = run("show", model)
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["head.w", "layers.{0..10}.b", "layers.{0..10}.w"]
+    assert [line.split()[1:3] for line in lines[2:4]] == [["11", "×"]] * 2
+    assert lines[-2:] == ["24 leaves, 104 scalars, 412 B", "metadata  format=np"]
+
+
+def test_show_lists_leaves_in_natural_order(model):
+    done = run("show", model, "--all")
     assert (done.exit_code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["path", "dtype", "shape", "size"]
@@ -60,7 +69,7 @@ def test_show_lists_leaves_in_natural_order(model):
 
 
 def test_show_a_selection(model):
-    done = run("show", model, "layers[-2:]/w")
+    done = run("show", model, "layers[-2:]/w", "--all")
     assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["layers.9.w", "layers.10.w"]
     assert "2 of 24 leaves, 12 scalars, 48 B" in done.stdout
 

@@ -49,8 +49,9 @@ FLOORS = [
     {"freezing.registry", "grafts.engine", "grafts.moments", "ablations.*"},
     {"ablation", "grafts.optax", "grafts.torch"},
     # surgeries on disk
-    {"computing", "copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry", "pieces"},
-    {"journal", "torch_layouts", "streaming"},
+    {"copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry", "pieces"},
+    {"computing", "journal", "torch_layouts"},
+    {"streaming"},
     {"layouts", "windows", "replacing"},
     {"changing", "undoing"},
     {"chunking"},

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import paramend as pm
@@ -40,6 +41,25 @@ def test_importing_paramend_imports_no_framework():
 
 def test_the_test_above_can_fail():
     assert loaded("import click, paramend") & HEAVY == {"click"}
+
+
+def test_looking_at_a_checkpoint_opens_no_engine(tmp_path):
+    """Start-up is most of the time that a look takes."""
+    pm.save({"a": np.ones(2)}, tmp_path / "m.safetensors")
+    code = f"""
+import sys
+from paramend.cli.main import cli
+try:
+    cli(["show", {str(tmp_path / "m.safetensors")!r}], prog_name="paramend")
+except SystemExit:
+    pass
+print(" ".join(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    got = set(done.stdout.splitlines()[-1].split())
+    assert "paramend.checkpoints" in got
+    unneeded = {"editing", "memory", "trees.registry", "rewriting", "layouts", "undoing", "journal", "patching"}
+    assert not got & ({f"paramend.{name}" for name in unneeded} | {"rich", "hashlib", "numpy.random"})
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

@@ -3,14 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from paramend.editing import Selection as Selection
-from paramend.editing import at as at
-from paramend.editing import labels as labels
-from paramend.editing import param_count as param_count
-from paramend.selectors import Selector as Selector
-from paramend.selectors import sel as sel
-from paramend.specs import Spec as Spec
-
 if TYPE_CHECKING:
     from paramend import resize as resize
     from paramend.ablation import ablate as ablate
@@ -20,6 +12,10 @@ if TYPE_CHECKING:
     from paramend.checkpoints import save as save
     from paramend.diffing import diff as diff
     from paramend.diffing import verify as verify
+    from paramend.editing import Selection as Selection
+    from paramend.editing import at as at
+    from paramend.editing import labels as labels
+    from paramend.editing import param_count as param_count
     from paramend.freezing.registry import carry_opt_state as carry_opt_state
     from paramend.freezing.registry import carry_optimizer_ as carry_optimizer_
     from paramend.freezing.registry import freeze as freeze
@@ -37,6 +33,9 @@ if TYPE_CHECKING:
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
     from paramend.recipes.recipe import Recipe as Recipe
+    from paramend.selectors import Selector as Selector
+    from paramend.selectors import sel as sel
+    from paramend.specs import Spec as Spec
     from paramend.stacking import stack_layers as stack_layers
     from paramend.stacking import unstack_layers as unstack_layers
     from paramend.undoing import history as history
@@ -82,7 +81,7 @@ __all__ = [
     "verify",
 ]
 
-# What only some programs need is opened when it is first asked for: the others do not pay for its import.
+# A name's module is opened when the name is first asked for: no program pays for what it does not use.
 _LATER = {
     name: module
     for module, names in {
@@ -90,6 +89,7 @@ _LATER = {
         "paramend.influence": ("block_influence",),
         "paramend.checkpoints": ("Checkpoint", "load", "open", "save"),
         "paramend.diffing": ("diff", "verify"),
+        "paramend.editing": ("Selection", "at", "labels", "param_count"),
         "paramend.freezing.registry": (
             "carry_opt_state",
             "carry_optimizer_",
@@ -105,6 +105,8 @@ _LATER = {
         "paramend.modules": ("init_zero_",),
         "paramend.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
+        "paramend.selectors": ("Selector", "sel"),
+        "paramend.specs": ("Spec",),
         "paramend.stacking": ("stack_layers", "unstack_layers"),
         "paramend.undoing": ("history", "undo"),
     }.items()
@@ -116,7 +118,8 @@ _MODULES = ("resize",)
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
+        found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+        return found
     if name in _MODULES:
         return importlib.import_module(f"paramend.{name}")
     if name == "__version__":  # the standard library's reader takes half as long to import as numpy

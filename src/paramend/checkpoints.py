@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,17 +13,17 @@ from paramend import _text
 from paramend._optional import need
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
-from paramend.formats.registry import format_of, open_source
+from paramend.formats.registry import format_of, home_of, open_source
 from paramend.leaves import Editable, Index, keys_of, plain
 from paramend.ops import Call
 from paramend.paths import labels
 from paramend.plans import Plan
 from paramend.progress import Progress
-from paramend.rewriting import RewriteReport, write
 from paramend.selectors import Selector, resolve
 from paramend.specs import Spec, numpy_dtype
-from paramend.streaming import values
-from paramend.undoing import recover
+
+if TYPE_CHECKING:
+    from paramend.rewriting import RewriteReport
 
 Array = np.ndarray[Any, Any]
 
@@ -165,7 +165,7 @@ class Checkpoint(Editable):
         row = self.plan.by_number[number]
         out = np.empty(row.spec.size, numpy_dtype(row.spec.dtype))
         at = 0
-        for piece in values(self.source, row):
+        for piece in importlib.import_module("paramend.streaming").values(self.source, row):
             out[at : at + piece.size] = piece
             at += piece.size
         return out.reshape(row.spec.shape)
@@ -220,7 +220,7 @@ class Checkpoint(Editable):
         link: bool = False,
         max_shard_size: int | str | None = None,
         progress: Progress | None = None,
-    ) -> RewriteReport:
+    ) -> "RewriteReport":
         """A report of what was written: the checkpoint with all edits, in one pass and bounded memory.
 
         Args:
@@ -234,7 +234,11 @@ class Checkpoint(Editable):
         Raises:
             CannotWrite: the output exists, is the source, or has no place to go to. Nothing was written.
         """
-        return write(self.plan, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress)
+        made = self.plan
+        report: RewriteReport = _rewriting().write(
+            made, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress
+        )
+        return report
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:
@@ -258,6 +262,27 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     """
     recover(path)
     return Checkpoint(open_source(path))
+
+
+def recover(path: str | os.PathLike[str]) -> None:
+    """Takes back a patch of a checkpoint that was cut short, as `undoing.recover` does, which most opens need not load.
+
+    Records lie in folders whose names end in `.undo`: in a folder of shards, or beside a file.
+    """
+    try:
+        home = home_of(Path(path))
+        folder = home if home.is_dir() else home.parent
+        with os.scandir(folder) as inside:
+            found = any(entry.name.endswith(".undo") for entry in inside)
+    except (OSError, ValueError):  # what is wrong is said by what reads the checkpoint
+        return
+    if found:
+        importlib.import_module("paramend.undoing").recover(path)
+
+
+def _rewriting() -> Any:
+    """The engine that writes, opened when first asked for: to look at a checkpoint needs none."""
+    return importlib.import_module("paramend.rewriting")
 
 
 # ---- whole trees -------------------------------------------------------------------------------------------
@@ -440,7 +465,7 @@ def save(
     force: bool = False,
     max_shard_size: int | str | None = None,
     progress: Progress | None = None,
-) -> RewriteReport:
+) -> "RewriteReport":
     """A report of what was written: a tree in memory, or a `Checkpoint`, as a checkpoint on disk.
 
     The name of a leaf is its path: keys joined by "." in trees of torch, by "/" in others, or by the other one where
@@ -467,6 +492,8 @@ def save(
     if isinstance(tree, Checkpoint):
         return tree.save(path, force=force, max_shard_size=max_shard_size, progress=progress)
     trees = importlib.import_module("paramend.trees.registry")
-    return write(
-        Plan.of(_InMemory(trees.Tree(tree))), path, force=force, max_shard_size=max_shard_size, progress=progress
+    made = Plan.of(_InMemory(trees.Tree(tree)))
+    report: RewriteReport = _rewriting().write(
+        made, path, force=force, max_shard_size=max_shard_size, progress=progress
     )
+    return report

@@ -1,5 +1,7 @@
 """Computing: an edit of a leaf piece by piece, so that memory is bounded by a piece and not by the leaf."""
 
+import mmap
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,9 +10,10 @@ import numpy as np
 
 from paramend.arrays import numpy as numpy_backend
 from paramend.errors import SpecMismatch
-from paramend.initializers import Place, generator
+from paramend.initializers import Draws, Place, generator
 from paramend.leaves import Stored
 from paramend.ops import Call
+from paramend.regions import region
 from paramend.specs import Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -23,7 +26,8 @@ CHUNK = 1 << 18
 def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
     """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
 
-    Pieces must come in order.
+    Pieces must come in order. Whole leaves are needed by functions, by keys of JAX, by indices that name an element
+    twice, and by random values or arrays for a slice whose elements do not come in the order of the leaf.
 
     >>> from paramend.initializers import NOWHERE
     >>> from paramend.ops import OPS
@@ -32,31 +36,118 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
     ([11, 22, 13], [24])
     """
     if edit.index is not None:
-        return None
+        return _slice_step(edit, spec, place)
     value: Any = edit.args.get("value")
+    seed = edit.args.get("seed", 0)
+    if not isinstance(seed, int | np.integer):  # a key of JAX draws for the leaf at once
+        return None
     if edit.op.name == "set":
         if isinstance(value, Stored):
             return lambda x, start: value.read_range(start, start + x.size)
-        values = np.asarray(value).astype(numpy_dtype(spec.dtype), copy=False).reshape(-1)
-        return lambda x, start: values[start : start + x.size]
+        dtype, values = numpy_dtype(spec.dtype), _flat_reader(np.asarray(value))
+        return lambda x, start: values(start, start + x.size).astype(dtype, copy=False)
+    if edit.op.name == "reinit":
+        draws = Draws(edit.args["init"], generator(int(seed), place), spec, out_first=place.out_first)
+        return lambda x, start: draws.next(x.size).astype(numpy_dtype(spec.dtype))
     if not edit.op.chunks:
         return None
+    if spec.dtype == "bfloat16" and edit.op.name in _FLOAT32 and np.ndim(value) == 0:
+        return _bfloat16_step(_FLOAT32[edit.op.name], np.asarray(value))
     if np.ndim(value) == 0:
         # One stream of numbers runs through the leaf, as when they are drawn at once.
-        random = "seed" in edit.op.parameters
-        here = replace(place, stream=generator(int(edit.args.get("seed", 0)), place)) if random else place
+        here = replace(place, stream=generator(int(seed), place)) if "seed" in edit.op.parameters else place
         return lambda x, start: edit.run(x, here)
     if isinstance(value, Stored) and value.spec.shape == spec.shape:
-        piece = value.read_range
+        operand = value.read_range
     else:
-        spread = np.broadcast_to(np.asarray(value.read() if isinstance(value, Stored) else value), spec.shape).flat
-        piece = lambda start, stop: spread[start:stop]
+        whole = np.asarray(value.read() if isinstance(value, Stored) else value)
+        operand = _flat_reader(np.broadcast_to(whole, spec.shape))
 
     def step(x: Array, start: int) -> Array:
-        part = {**edit.args, "value": piece(start, start + x.size)}
+        part = {**edit.args, "value": operand(start, start + x.size)}
         return edit.op.run(numpy_backend, x, part, place)  # type: ignore[no-any-return]
 
     return step
+
+
+_FLOAT32: dict[str, np.ufunc] = {"add": np.add, "multiply": np.multiply}
+
+
+def _bfloat16_step(verb: np.ufunc, value: Array) -> Step:
+    """Arithmetic of bfloat16 in float32, rounded once: the same bits in half the time."""
+    dtype = numpy_dtype("bfloat16")
+    operand = value.astype(dtype).astype(np.float32)
+
+    def step(x: Array, start: int) -> Array:
+        wide = x.astype(np.float32)
+        return verb(wide, operand, out=wide).astype(dtype)  # type: ignore[no-any-return]
+
+    return step
+
+
+def _slice_step(edit: Call, spec: Spec, place: Place) -> Step | None:
+    """The edit of what a slice takes of a flat piece of the leaf; the rest of the piece stays."""
+    where = region(spec.shape, edit.index)
+    inner = step_of(replace(edit, index=None), Spec(where.shape, spec.dtype), place)
+    if where.last is not None or inner is None:
+        return None
+    if not where.ascends:
+        if np.ndim(edit.args.get("value", 0)) or "seed" in edit.op.parameters:  # what an element gets depends on order
+            return None
+        where = where.ascending()
+    runs = range(where.count if where.size else 0)
+    run = where.run
+
+    def step(x: Array, start: int) -> Array:
+        low = bisect_right(runs, start - run, key=where.start)
+        high = bisect_left(runs, start + x.size, lo=low, key=where.start)
+        if low == high:
+            return x
+        x = x.copy()
+        starts = where.starts(low, high) - start
+        at = low * run + max(-int(starts[0]), 0)  # the first run may have begun before
+        if run * (high - low) > 2 * x.size:  # long runs, few of them
+            for first in starts.tolist():
+                part = x[max(first, 0) : first + run]
+                part[:] = inner(part, at)
+                at += part.size
+            return x
+        places = (starts[:, None] + np.arange(run)).reshape(-1)
+        places = places[(places >= 0) & (places < x.size)]
+        x[places] = inner(x[places], at)
+        return x
+
+    return step
+
+
+def _flat_reader(array: Array) -> Callable[[int, int], Array]:
+    """(start, stop) → a copy of those elements in C order. Of an array in a file no other pages stay in memory."""
+    elements: Any = array.reshape(-1) if array.flags.c_contiguous else array.flat
+    mapping = _mapping(array) if array.flags.c_contiguous else None
+
+    def read(start: int, stop: int) -> Array:
+        found = np.array(elements[start:stop])
+        if mapping is not None and start < stop:
+            pages, origin = mapping
+            first = origin + start * array.itemsize
+            first -= first % mmap.PAGESIZE
+            pages.madvise(mmap.MADV_DONTNEED, first, origin + stop * array.itemsize - first)
+        return found
+
+    return read
+
+
+def _mapping(array: Array) -> tuple[mmap.mmap, int] | None:
+    """The read-only mapping that an array lies in, and where it begins there; None if it lies in none."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    # A mapping that can be written may hold values that are nowhere else.
+    if not isinstance(base, mmap.mmap) or not memoryview(base).readonly or not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    origin = np.frombuffer(base, np.uint8).__array_interface__["data"][0]
+    return base, array.__array_interface__["data"][0] - origin
 
 
 def flat(x: Any, spec: Spec, what: str) -> Array:

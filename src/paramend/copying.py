@@ -131,6 +131,13 @@ class WriteBack:
         self._begun = self._at
 
 
+def begin_write_back(descriptor: int) -> None:
+    """Has the system write what of a file waits to be written, and goes on: the sync that must follow is then short."""
+    sync = _sync_file_range()
+    if sync is not None:
+        sync(descriptor, 0, 0, _WRITE)  # to the end
+
+
 @cache
 def _sync_file_range() -> Any:
     """The system call, or None. Its errors do not matter: the sync at the end reports what went wrong."""

@@ -195,6 +195,9 @@ class Selection(Generic[T]):
     def apply(self, fn: Any, *, keep_spec: bool = True) -> T:
         """The tree with each chosen leaf replaced by `fn(leaf)`.
 
+        On a checkpoint too the function sees a leaf, or a slice of it, whole: the largest one must fit into memory. All
+        other edits work in pieces.
+
         Args:
             fn: array → array.
             keep_spec: whether a result of another shape or dtype is an error.

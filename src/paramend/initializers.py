@@ -57,6 +57,8 @@ INITIALIZERS: dict[str, tuple[float, str, str]] = {
 }
 # The standard deviation of a standard normal cut off at -2 and 2.
 _TRUNCATED_STD = 0.87962566103423978
+# Values drawn at once: those that a truncated normal refuses are drawn again before the next block.
+_BLOCK = 1 << 18
 
 
 def generator(seed: int, place: Place) -> np.random.Generator:
@@ -94,23 +96,59 @@ def check_initializer(name: str, spec: Spec) -> None:
 
 def initialize(name: str, rng: np.random.Generator, spec: Spec, *, out_first: bool) -> Array:
     """Fresh values for a kernel, float32 (float64 for float64 leaves)."""
-    scale, fan, distribution = INITIALIZERS[name]
-    shape = spec.shape
-    if out_first:
-        receptive = math.prod(shape[2:])
-        fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
-    else:
-        receptive = math.prod(shape[:-2])
-        fan_in, fan_out = shape[-2] * receptive, shape[-1] * receptive
-    variance = scale / max(1.0, fan_in if fan == "in" else (fan_in + fan_out) / 2)
-    if distribution == "uniform":
-        limit = math.sqrt(3 * variance)
-        return rng.uniform(-limit, limit, shape).astype(np.float64 if spec.dtype == "float64" else np.float32)
-    values = normal(rng, shape, spec.dtype)
-    if distribution == "truncated":
-        outside = np.abs(values) > 2
-        while outside.any():
-            values[outside] = normal(rng, (int(outside.sum()),), spec.dtype)
+    return Draws(name, rng, spec, out_first=out_first).next(spec.size).reshape(spec.shape)
+
+
+class Draws:
+    """Fresh values for a kernel in C order, as many at a time as are asked for.
+
+    They are drawn in blocks, so that no more than a block need be in memory; how many are asked for does not matter.
+
+    >>> spec = Spec((2, 3), "float32")
+    >>> draws = Draws("lecun_normal", generator(0, NOWHERE), spec, out_first=False)
+    >>> parts = [*draws.next(4).tolist(), *draws.next(2).tolist()]
+    >>> parts == initialize("lecun_normal", generator(0, NOWHERE), spec, out_first=False).reshape(-1).tolist()
+    True
+    """
+
+    def __init__(self, name: str, rng: np.random.Generator, spec: Spec, *, out_first: bool) -> None:
+        scale, fan, self._distribution = INITIALIZERS[name]
+        shape = spec.shape
+        if out_first:
+            receptive = math.prod(shape[2:])
+            fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
+        else:
+            receptive = math.prod(shape[:-2])
+            fan_in, fan_out = shape[-2] * receptive, shape[-1] * receptive
+        self._variance = scale / max(1.0, fan_in if fan == "in" else (fan_in + fan_out) / 2)
+        self._dtype = np.dtype(np.float64 if spec.dtype == "float64" else np.float32)
+        self._rng, self._left = rng, spec.size
+        self._block = np.empty(0, self._dtype)
+
+    def next(self, count: int) -> Array:
+        """The next values."""
+        out = np.empty(count, self._dtype)
+        at = 0
+        while at < count:
+            if not self._block.size:
+                self._block = self._draw(min(self._left, _BLOCK))
+                self._left -= self._block.size
+            part = self._block[: count - at]
+            out[at : at + part.size] = part
+            self._block = self._block[part.size :]
+            at += part.size
+        return out
+
+    def _draw(self, count: int) -> Array:
+        rng, dtype = self._rng, self._dtype.name
+        if self._distribution == "uniform":
+            limit = math.sqrt(3 * self._variance)
+            return rng.uniform(-limit, limit, count).astype(self._dtype)
+        values = normal(rng, (count,), dtype)
+        if self._distribution == "truncated":
             outside = np.abs(values) > 2
-        values /= _TRUNCATED_STD
-    return (values * math.sqrt(variance)).astype(values.dtype)
+            while outside.any():
+                values[outside] = normal(rng, (int(outside.sum()),), dtype)
+                outside = np.abs(values) > 2
+            values /= _TRUNCATED_STD
+        return (values * math.sqrt(self._variance)).astype(self._dtype)

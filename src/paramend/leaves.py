@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from paramend.matching import Names
-from paramend.paths import Label, Part, labels, text_of, write_path
+from paramend.paths import Label, Part, labels, text_of, write_piece
 from paramend.specs import Spec
 
 
@@ -50,11 +50,35 @@ class Index:
     def of_names(cls, names: Iterable[str], separator: str = ".") -> "Index":
         """The index of a flat table of names, as a checkpoint file holds."""
         index = cls(separator)
+        parents: dict[str, Names] = {}
+        ends: dict[str, Part] = {}  # most names end as others do
         with uncollected():
             for number, name in enumerate(names):
                 index.numbers.append(number)
-                index.add(index.names, name, number)
+                at = max(name.rfind("."), name.rfind("/"))
+                end = name[at:]
+                last = ends.get(end) or ends.setdefault(end, Part(end[1:], end[:1], True))
+                parent = index._parent(name[: at + 1], parents) if at > 0 and last.text else None
+                if parent is None or last in parent:
+                    index.add(index.names, name, number)
+                else:
+                    parent[last] = number
         return index
+
+    def _parent(self, prefix: str, known: dict[str, Names]) -> Names | None:
+        """The subtree of names that begin so, up to a separator, made if need be; None if a piece would be empty.
+
+        Neighbours in a file share most of their names: each subtree is looked for once.
+        """
+        found = known.get(prefix)
+        if found is None:
+            at = max(prefix.rfind(".", 0, -1), prefix.rfind("/", 0, -1))
+            label = Part(prefix[at + 1 : -1], prefix[at] if at >= 0 else "", False)
+            parent = self.names if at < 0 else self._parent(prefix[: at + 1], known)
+            if parent is None or not label.text:
+                return None
+            found = known[prefix] = parent.setdefault(label, {})
+        return found
 
     def add(self, names: Names, key: object, child: Any) -> None:
         """Enters a leaf number or a subtree under a key of a subtree of names."""
@@ -80,6 +104,13 @@ class Index:
         return {number: out[number] for number in self.numbers}
 
     @cached_property
+    def texts(self) -> dict[int, str]:
+        """Leaf number → its path as text."""
+        out: dict[int, str] = {}
+        _write(self.names, "", self.separator, out)
+        return out
+
+    @cached_property
     def _rank(self) -> dict[int, int] | None:
         """The place of each leaf number in `numbers`; None if these ascend."""
         ascending = all(a < b for a, b in pairwise(self.numbers))
@@ -91,7 +122,7 @@ class Index:
 
     def path(self, number: int) -> str:
         """The path of a leaf as text; it is a selector for that leaf."""
-        return write_path(self.paths[number], self.separator)
+        return self.texts[number]
 
     def name(self, number: int) -> str:
         """The path of a leaf as plain text, nothing escaped: the name of a tensor in a file.
@@ -137,6 +168,16 @@ def _enter(names: Names, path: tuple[Label, ...], out: dict[int, tuple[Label, ..
             out[child] = (*path, label)
         else:
             _enter(child, (*path, label), out)
+
+
+def _write(names: Names, prefix: str, separator: str, out: dict[int, str]) -> None:
+    for label, child in names.items():
+        before = (getattr(label, "before", "") or separator) if prefix else ""
+        text = f"{prefix}{before}{write_piece(text_of(label))}"
+        if type(child) is int:
+            out[child] = text
+        else:
+            _write(child, text, separator, out)
 
 
 class Leaves(Protocol):

@@ -23,6 +23,7 @@ from paramend.changing import Work, change, work_of
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.chunking import is_chunked, laid_flat, nbytes_of, restage
+from paramend.copying import begin_write_back
 from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
 from paramend.formats.source import Extent, Source
 from paramend.journal import DONE, PENDING, Spans, State, Writer, new_head, next_path, put
@@ -269,8 +270,11 @@ def _carry_out(
                     for name, start, data in file.after_patch(extents):
                         put(descriptors[places[name]], data, start)
                 for descriptor in descriptors:
+                    begin_write_back(descriptor)
+                after = b"".join(digests(descriptors, files, spans, len(work)))  # while the disk is at work
+                for descriptor in descriptors:
                     os.fsync(descriptor)
-                writer.frame(b"DONE", b"".join(digests(descriptors, files, spans, len(work))))
+                writer.frame(b"DONE", after)
                 writer.become(DONE)
             except BaseException as error:
                 take_back(base, path, error)

@@ -102,14 +102,21 @@ def number_of(text: str) -> int | None:
     return int(text) if text.isdigit() and text.isascii() and len(text) <= 18 else None
 
 
-def natural(text: str) -> tuple[tuple[bool, int, str], ...]:
+def natural(text: str) -> str:
     """A sort key in which numbers inside names count as numbers.
 
     >>> sorted(["Dense_10", "Dense_9"], key=natural)
     ['Dense_9', 'Dense_10']
     """
-    return tuple(
-        (True, int(piece), "") if piece.isdigit() and piece.isascii() else (False, 0, piece)
-        for piece in re.split(r"(\d+)", text)
-        if piece
-    )
+    # Of two numbers the one with more digits is larger; a number comes before what continues a word, and after words.
+    key = _digits(_number_key, text)
+    return f"\U0010ffff{key}" if text[:1] in _DIGITS else key
+
+
+_digits = re.compile("[0-9]+").sub
+_DIGITS = frozenset("0123456789")
+
+
+def _number_key(found: re.Match[str]) -> str:
+    number = found[0].lstrip("0")
+    return f"\0{chr(min(len(number), 0x10FFFF))}{number}"

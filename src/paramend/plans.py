@@ -159,12 +159,9 @@ class Plan:
                 why = "" if row.calls else _refusal(self.leaves, twin)
                 if why:
                     raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
-                new[twin] = replace(
-                    row,
-                    spec=_after(edit, row.spec, row.path),
-                    calls=(*row.calls, edit),
-                    places=(*row.places, place),
-                )
+                after = _after(edit, row.spec, row.path)
+                done = (*row.calls, edit), (*row.places, place)
+                new[twin] = Row(row.path, after, row.source, row.before, *done, row.labels, row.was)
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
 
     def without(self, numbers: Iterable[int]) -> "Plan":
@@ -206,18 +203,23 @@ class Plan:
         return Plan(self.leaves, rows, self.deleted)
 
     def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """The table line by line, a header first."""
         table = [("path", "spec", "edit")]
-        rows = [(row, row.edit) for row in self.changed] + [(row, "deleted") for row in self.deleted]
-        for row, edit in sorted(rows, key=lambda pair: natural(pair[0].path)):
-            stays = row.spec == row.before or edit == "deleted"
+        deleted = {id(row) for row in self.deleted}
+        rows = sorted((*self.changed, *self.deleted), key=lambda row: natural(row.path))
+        for row in rows:
+            stays = row.spec == row.before or id(row) in deleted
             spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
-            table.append((row.path, spec, edit))
+            table.append((row.path, spec, "deleted" if id(row) in deleted else row.edit))
         count, gone = len(rows) - len(self.deleted), len(self.deleted)
         all_leaves = _text.plural(len(self.rows) + gone, "leaf", "leaves")
         said = [f"{count:,} of {all_leaves} {'changes' if count == 1 else 'change'}"] if count or not gone else []
         if gone:
             said.append(f"{gone:,}{'' if count else f' of {all_leaves}'} {'is' if gone == 1 else 'are'} deleted")
-        return "\n".join([*aligned(table), "", ", ".join(said)])
+        return [*aligned(table), "", ", ".join(said)]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data that JSON can hold: the rows that edit something, and how many leaves stay."""

@@ -74,6 +74,28 @@ class Region:
             found += axis.at(here)
         return found
 
+    def start(self, number: int) -> int:
+        """Where one run begins in the leaf: quicker than `starts` for a single one."""
+        found = self.first
+        for axis in reversed(self.axes):
+            number, here = divmod(number, len(axis.positions))
+            found += int(axis.positions[here]) * axis.stride
+        return found
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the slice lists its elements in the order of the leaf."""
+        return all(_ascends(axis.positions) for axis in self.axes)
+
+    def ascending(self) -> "Region":
+        """The same elements in the order of the leaf.
+
+        >>> region((4,), slice(None, None, -2)).ascending().starts(0, 2).tolist()
+        [1, 3]
+        """
+        axes = (Axis(_sorted(axis.positions), axis.stride) for axis in self.axes)
+        return Region(self.shape, self.run, self.first, tuple(axes), self.last)
+
     def pieces(self, budget: int, slack: int) -> Iterator[tuple[int, Array, int]]:
         """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length).
 
@@ -95,6 +117,18 @@ class Region:
         together = max(budget // each, 1)
         for number in range(0, self.count, together):
             yield number * self.run, self.starts(number, min(number + together, self.count)), self.run
+
+
+def _ascends(positions: range | Array) -> bool:
+    if isinstance(positions, range):
+        return positions.step > 0
+    return bool((positions[1:] > positions[:-1]).all())
+
+
+def _sorted(positions: range | Array) -> range | Array:
+    if isinstance(positions, range):
+        return positions if positions.step > 0 else positions[::-1]
+    return np.sort(positions)
 
 
 def _step(axis: Axis) -> int:

@@ -1,17 +1,12 @@
 """Streaming: the leaf of a row of a plan, edited, piece by piece from first to last."""
 
-import math
-import operator
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from paramend.computing import CHUNK, Step, step_of
 from paramend.errors import SpecMismatch
-from paramend.initializers import Place
-from paramend.ops import Call
 from paramend.plans import Row
 from paramend.specs import Spec, numpy_dtype
 
@@ -59,7 +54,7 @@ def steps_of(row: Row) -> tuple[list[Step | None], np.dtype[Any] | None]:
     dtype = numpy_dtype(spec.dtype) if deaf else None
     steps = []
     for edit, place in zip(row.calls[first:], row.places[first:], strict=True):
-        steps.append(_chunk_step(edit, spec, place))
+        steps.append(step_of(edit, spec, place))
         spec = edit.spec(spec)
     return steps, dtype
 
@@ -76,41 +71,3 @@ def data(source: Any, row: Row) -> Iterator[memoryview]:
         if array.dtype.name != row.spec.dtype:
             _check(row.spec.shape, array.dtype.name, row)
         yield np.ascontiguousarray(array).astype(dtype, copy=False).reshape(-1).view(np.uint8).data
-
-
-def _chunk_step(edit: Call, spec: Spec, place: Place) -> Step | None:
-    """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
-
-    Pieces must come in order.
-    """
-    if not isinstance(edit.args.get("seed", 0), int | np.integer):  # a key of JAX draws for the leaf at once
-        return None
-    if edit.index is None:
-        return step_of(edit, spec, place)
-    part = _part(edit.index, spec.shape)
-    if part is None or np.ndim(edit.args.get("value", 0)):  # such a value is as large as the slice
-        return None
-    whole = step_of(replace(edit, index=None), spec, place)
-    if whole is None:
-        return None
-
-    def step(x: Array, start: int) -> Array:
-        low, high = (min(max(at - start, 0), x.size) for at in part)
-        if low < high:
-            x = x.copy()
-            x[low:high] = whole(x[low:high], start + low)
-        return x
-
-    return step
-
-
-def _part(index: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The elements (first, stop) that a slice of the first axis names, in C order; None of any other slice."""
-    if not shape or isinstance(index, bool | np.bool_) or not isinstance(index, int | np.integer | slice):
-        return None
-    row = math.prod(shape[1:])
-    if isinstance(index, slice):
-        start, stop, step = index.indices(shape[0])
-        return (start * row, max(stop, start) * row) if step == 1 else None
-    at = operator.index(index) % shape[0]
-    return at * row, (at + 1) * row

@@ -28,7 +28,7 @@ def aligned(rows: Iterable[Sequence[str]], *, right: str = "") -> list[str]:
     bias       8
     kernel  1024
     """
-    table = [[printable(cell) for cell in row] for row in rows]
+    table = [tuple(map(printable, row)) for row in rows]
     widths: dict[int, int] = {}
     for row in table:
         for column, cell in enumerate(row):

@@ -47,7 +47,8 @@ def show_lines(lines: Sequence[str], *, header: bool = False) -> None:
     """Prints lines of data; the first may be a table's header."""
     if header and lines and _colour(sys.stdout):
         lines = [click.style(lines[0], bold=True), *lines[1:]]
-    click.echo("\n".join(lines))
+    for at in range(0, len(lines), 1000):  # of a hundred thousand lines no second copy
+        click.echo("\n".join(lines[at : at + 1000]))
 
 
 def say(text: str) -> None:

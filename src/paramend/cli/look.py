@@ -1,23 +1,25 @@
 """`paramend show`: what a checkpoint holds."""
 
+import importlib
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from paramend import _text
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
-from paramend.evidence.measurements import measured
-from paramend.evidence.measures import Measures
-from paramend.evidence.statistics import MEASURES, shown
 from paramend.formats.registry import format_of
 from paramend.formats.source import Source
 from paramend.paths import natural
 from paramend.progress import Meter
+from paramend.reports import Line, fold
 from paramend.selectors import resolve
 from paramend.tables import aligned
+
+if TYPE_CHECKING:
+    from paramend.evidence.measures import Measures
 
 # Of metadata as many entries, and of each as many characters, are shown in a table.
 _ENTRIES, _WIDTH = 20, 200
@@ -29,9 +31,10 @@ _ENTRIES, _WIDTH = 20, 200
 @click.option(
     "--stats", is_flag=True, help="Read the values, and add their min, max, mean, std, L2 norm, zeros, NaNs and infs."
 )
+@click.option("--all", "every", is_flag=True, help="A line for each leaf: layers that agree are not one line.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def show(path: Path, selector: str | None, stats: bool, as_json: bool) -> None:
-    """List the leaves of a checkpoint, or those that SELECTOR chooses.
+def show(path: Path, selector: str | None, stats: bool, every: bool, as_json: bool) -> None:
+    """List the leaves of a checkpoint, or those that SELECTOR chooses; layers that agree are one line.
 
     PATH is a file or a directory; its content shows what format it is of.
 
@@ -48,14 +51,16 @@ def show(path: Path, selector: str | None, stats: bool, as_json: bool) -> None:
         found: dict[int, Measures | str] = {}
         if stats:
             with _ui.bar(f"reading {path.name}") as progress:
-                found = measured(file, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
+                found = _evidence("measurements").measured(
+                    file, numbers, Meter(progress, sum(map(file.nbytes, numbers)))
+                )
         if as_json:
             _ui.emit(_data(file, numbers, found))
         else:
-            _ui.show_lines(_table(file, numbers, found), header=True)
+            _ui.show_lines(_table(file, numbers, found, every=every or stats), header=True)
 
 
-def _data(file: Source, numbers: list[int], found: dict[int, Measures | str]) -> dict[str, Any]:
+def _data(file: Source, numbers: list[int], found: "dict[int, Measures | str]") -> dict[str, Any]:
     leaves = []
     for number in numbers:
         spec = file.spec(number)
@@ -80,26 +85,37 @@ def _data(file: Source, numbers: list[int], found: dict[int, Measures | str]) ->
     }
 
 
-def _table(file: Source, numbers: list[int], found: dict[int, Measures | str]) -> list[str]:
-    rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size", *(MEASURES if found else ()))]
+def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]", *, every: bool) -> list[str]:
+    leaves = []
     for number in numbers:
         spec = file.spec(number)
-        shape = f"[{','.join(map(str, spec.shape))}]"
-        row: tuple[str, ...] = (file.index.path(number), spec.dtype, shape, _text.size(file.nbytes(number)))
-        if number in found:
-            row = (*row, *(shown(getattr(found[number], name, None)) for name in MEASURES))
-        rows.append(row)
+        cells = (spec.dtype, f"[{','.join(map(str, spec.shape))}]")
+        leaves.append(Line((file.index.path(number),), cells, file.nbytes(number)))
+    if not every:
+        leaves = fold(leaves, limit=len(leaves))
+    rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size")]
+    rows += [(*line.paths, *line.cells, _text.size(line.size)) for line in leaves]
+    if found:
+        statistics = _evidence("statistics")
+        rows[0] += statistics.MEASURES
+        for place, number in enumerate(numbers, 1):
+            rows[place] += tuple(statistics.shown(getattr(found[number], name, None)) for name in statistics.MEASURES)
     count = _text.plural(len(numbers), "leaf", "leaves")
     if len(numbers) < len(file.index.numbers):
         count = f"{len(numbers):,} of {_text.plural(len(file.index.numbers), 'leaf', 'leaves')}"
     scalars = _text.plural(sum(file.spec(number).size for number in numbers), "scalar")
     total = f"{count}, {scalars}, {_text.size(sum(map(file.nbytes, numbers)))}"
-    lines = [*aligned(rows, right="lllr" + "r" * len(MEASURES)), "", total]
+    lines = [*aligned(rows, right="lll" + "r" * len(rows[0])), "", total]
     if file.metadata:
         said = [f"{key}={_short(value)}" for key, value in islice(file.metadata.items(), _ENTRIES)]
         more = len(file.metadata) - len(said)
         lines += aligned([("metadata", *said, *([f"and {more:,} more"] if more else []))])
     return lines
+
+
+def _evidence(name: str) -> Any:
+    """A part of what measures values, opened when it is asked for: headers need none."""
+    return importlib.import_module(f"paramend.evidence.{name}")
 
 
 def _plain(value: Any) -> Any:

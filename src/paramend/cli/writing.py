@@ -1,5 +1,6 @@
 """How commands that write or change a checkpoint do it, and what they print of it."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.pages.page import Paged
-from paramend.patching import patch
 from paramend.plans import Plan
 from paramend.rewriting import check_output, write
 
@@ -48,12 +48,12 @@ def carry_out(
     if out is not None:
         check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
     if dry_run or out is None:
-        data |= made.to_dict()
+        data |= made.to_dict() if as_json else {}
         done = "dry run: nothing was written"
     else:
         with _ui.bar(f"writing {Path(out).name}") as progress:
             report = write(made, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress)
-        data |= report.to_dict()
+        data |= report.to_dict() if as_json else {}
         done = report.summary
     if page is not None and told is not None:
         told.to_html(page)
@@ -62,7 +62,7 @@ def carry_out(
     elif told is not None:
         _ui.show_lines(str(told).split("\n"))
     elif not quiet:
-        _ui.show_lines(str(made).split("\n"), header=True)
+        _ui.show_lines(made.lines(), header=True)
     for line in done.split("\n"):
         _ui.say(line)
 
@@ -111,10 +111,11 @@ def edit_checkpoint(
             made = edit(checkpoint).plan
             carry_out(made, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link)
         return
+    patching = importlib.import_module("paramend.patching")  # commands that write a new file need none of it
     with _ui.bar(f"patching {path.name}") as progress:
-        report = patch(path, edit, dry_run=dry_run, progress=progress)
+        report = patching.patch(path, edit, dry_run=dry_run, progress=progress)
     if as_json:
         _ui.emit(report.to_dict())
     else:
-        _ui.show_lines(str(report.plan).split("\n"), header=True)
+        _ui.show_lines(report.plan.lines(), header=True)
     _ui.say(report.summary)

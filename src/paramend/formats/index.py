@@ -2,6 +2,7 @@
 
 import json
 import stat
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,9 @@ def read_index(path: Path) -> ShardIndex:
             reason = f"{shown(shard)} is not the name of a file beside the index"
             raise bad(file, f"weight_map, {shown(name)}", reason)
         sound.add(shard)
-    return ShardIndex(path, weight_map, table)
+    # Each name stands in a shard too, and each shard in many lines: one copy in memory will do.
+    table["weight_map"] = {sys.intern(name): sys.intern(shard) for name, shard in weight_map.items()}
+    return ShardIndex(path, table["weight_map"], table)
 
 
 def find_index(folder: Path, names: Iterable[str]) -> Path | None:

@@ -13,7 +13,7 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad, shown
 from paramend.formats.source import Extent, Source
-from paramend.leaves import Index, entries, separator_of
+from paramend.leaves import Index, entries, separator_of, uncollected
 from paramend.specs import Spec
 
 Array = np.ndarray[Any, Any]
@@ -176,10 +176,11 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
         )
     files: list[Source] = []
     try:
-        for name in chosen:
-            files.append(opener(folder / name))
-            _release(files[-1])
-        return Shards(path, folder, files, shard_index)
+        with uncollected():
+            for name in chosen:
+                files.append(opener(folder / name))
+                _release(files[-1])
+            return Shards(path, folder, files, shard_index)
     except BaseException:
         for file in files:
             file.close()

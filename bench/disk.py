@@ -1,0 +1,325 @@
+"""Edits of checkpoints on disk against `cp`, safetensors, torch, transformers and mergekit.
+
+Every run is a process of its own, start-up included, and ends when its output is durable; ways take turns. What is
+printed of each way: the ratio of its median time to that of the reference, in brackets the lowest and the highest ratio
+within a round; and the kernel's own figures of the last run: peak RSS, and bytes that went through write calls.
+"""
+
+import argparse
+import compileall
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import models
+
+HERE = Path(__file__).parent
+LONG = 15  # seconds from which on three rounds do
+TENSOR = "model.layers[-1].mlp.down_proj.weight"
+
+
+class Way:
+    """One way of doing a thing.
+
+    Attributes:
+        name: as the table has it.
+        command: what is run and measured.
+        after: what is done after it, unmeasured: it removes the output.
+        before: what is done before it, unmeasured.
+    """
+
+    def __init__(self, name, command, after=lambda: None, before=lambda: None):
+        self.name, self.command, self.after, self.before = name, list(map(str, command)), after, before
+        self.seconds, self.rss, self.written = [], 0, 0
+
+    def run(self):
+        self.before()
+        os.sync()
+        start = time.perf_counter()
+        process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        os.set_blocking(process.stderr.fileno(), True)
+        said = process.stderr.read()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its figures stay until it is reaped
+        self.seconds.append(time.perf_counter() - start)
+        counts = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{self.name}: {' '.join(self.command)}\n{said.decode()}")
+        self.rss, self.written = usage.ru_maxrss * 1024, int(counts["wchar"])
+        self.after()
+
+
+def compare(ways, rounds, references=1):
+    """Rows of figures; the fastest of the first so many ways is the reference."""
+    for turn in range(rounds):
+        for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:  # none is always the one after another
+            if turn < 3 or median(way.seconds) < LONG:
+                way.run()
+        print(".", end="", file=sys.stderr, flush=True)
+    reference = min(ways[:references], key=lambda way: median(way.seconds))
+    rows = []
+    for way in ways:
+        pairs = [a / b for a, b in zip(way.seconds, reference.seconds, strict=False)]
+        rows.append(
+            {
+                "way": way.name,
+                "ratio": round(median(way.seconds) / median(reference.seconds), 3),
+                "lowest": round(min(pairs), 3),
+                "highest": round(max(pairs), 3),
+                "seconds": round(median(way.seconds), 3),
+                "rounds": len(way.seconds),
+                "rss": way.rss,
+                "written": way.written,
+            }
+        )
+        print(" ", rows[-1], file=sys.stderr)
+    return rows
+
+
+def remove(*paths):
+    def act():
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    return act
+
+
+def paramend(*args):
+    return [sys.executable, "-m", "paramend", *args]
+
+
+def peer(way, *args, python=sys.executable):
+    return [python, HERE / "peers.py", way, *args]
+
+
+def cp(source, out):
+    return ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", source, out]
+
+
+class Bench:
+    """The folder that models are made in, and what is asked for."""
+
+    def __init__(self, folder, options):
+        self.folder, self.options = folder, options
+        self.layers = models.layers_of(options.size)
+
+    def model(self, nbytes=None):
+        """A folder with one file; its size is about so many bytes."""
+        layers = self.layers if nbytes is None else models.layers_of(nbytes)
+        folder = self.folder / f"one-{layers}"
+        if not folder.exists():
+            models.make(models.make_one, folder, layers)
+        return folder
+
+    def compare(self, *ways):
+        return compare(ways, self.options.rounds)
+
+    # -- the scenarios
+
+    def new_file(self):
+        """Zero one tensor, new file: `cp` + sync"""
+        source, out = self.model() / "model.safetensors", self.folder / "out.safetensors"
+        gone = remove(out)
+        return self.compare(
+            Way("cp + sync", cp(source, out), gone),
+            Way("paramend zero -o", paramend("zero", source, TENSOR, "-o", out), gone),
+        )
+
+    def full_cache(self):
+        """Zero one tensor, new file, page cache full: `cp` + sync"""
+        source, out, filler = self.model() / "model.safetensors", self.folder / "out.safetensors", self.folder / "holes"
+        with filler.open("wb") as file:
+            file.truncate(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # reads as pages of zeros
+
+        def fill():
+            for path in (filler, source):
+                subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+
+        gone = remove(out)
+        rows = self.compare(
+            Way("cp + sync", cp(source, out), gone, fill),
+            Way("paramend zero -o", paramend("zero", source, TENSOR, "-o", out), gone, fill),
+        )
+        filler.unlink()
+        return rows
+
+    def peers(self):
+        """Zero one tensor, new file: the fastest of the libraries"""
+        folder, out, other = self.model(), self.folder / "out.safetensors", self.folder / "out"
+        source, zipped, zip_out = folder / "model.safetensors", self.folder / "model.pt", self.folder / "out.pt"
+        name = f"model.layers.{self.layers - 1}.mlp.down_proj.weight"
+        subprocess.run(list(map(str, peer("to-torch", source, zipped, name))), check=True)
+        ways = [
+            Way("safetensors: load_file, save_file", peer("safetensors", source, out, name), remove(out)),
+            Way("torch.load(mmap=True), torch.save", peer("torch", zipped, zip_out, name), remove(zip_out)),
+            Way("transformers: from_, save_pretrained", peer("transformers", folder, other, name), remove(other)),
+        ]
+        if self.options.mergekit:
+            command = peer("mergekit", folder, other, name, python=self.options.mergekit)
+            ways.append(Way("mergekit: passthrough", command, remove(other, Path(f"{other}.yaml"))))
+        others = len(ways)
+        ways += [
+            Way("paramend zero -o", paramend("zero", source, TENSOR, "-o", out), remove(out)),
+            Way("paramend zero -o, the torch file", paramend("zero", zipped, TENSOR, "-o", zip_out), remove(zip_out)),
+        ]
+        rows = compare(ways, self.options.rounds, others)
+        zipped.unlink()
+        return rows
+
+    def memory(self):
+        """Peak RSS of an edit of one tensor of 2 GB (sparse): no reference"""
+        source, out = self.folder / "large.safetensors", self.folder / "out.safetensors"
+        models.make(models.make_large, source)
+        edits = {
+            "zero": ("zero", source, "large.weight"),
+            "scale": ("scale", source, "large.weight", "0.5"),
+            "noise": ("noise", source, "large.weight", "0.1"),
+            "cast": ("cast", source, "large.weight", "float32"),
+        }
+        ways = [Way(name, paramend(*args, "-o", out), remove(out)) for name, args in edits.items()]
+        ways.append(
+            Way(
+                "zero, in place",
+                paramend("zero", source, "large.weight", "--in-place"),
+                remove(self.folder / ".large.safetensors.undo"),
+            )
+        )
+        rows = compare(ways, 1)
+        source.unlink()
+        return rows
+
+    def linked(self):
+        """Zero one tensor of 4 shards, `--link`: `cp` + sync of the shard"""
+        folder, out, copy = self.folder / "shards", self.folder / "out", self.folder / "out.safetensors"
+        models.make(models.make_shards, folder, self.layers, 4)
+        touched = folder / "model-00004-of-00004.safetensors"
+        rows = self.compare(
+            Way("cp + sync of the shard", cp(touched, copy), remove(copy)),
+            Way("paramend zero --link -o", paramend("zero", folder, TENSOR, "--link", "-o", out), remove(out)),
+        )
+        shutil.rmtree(folder)
+        return rows
+
+    def in_place(self):
+        """Zero 100 MB in place: 200 MB written and synced"""
+        out = self.folder / "written"
+        reference = ["dd", "if=/dev/zero", f"of={out}", "bs=1M", "count=192", "conv=fsync", "status=none"]
+        ways = [Way("write 200 MB + sync", reference, remove(out))]
+        for nbytes in (5e8, self.options.size, 2 * self.options.size):
+            path = self.model(nbytes) / "model.safetensors"
+            undo = paramend("undo", path)
+
+            def take_back(undo=undo):
+                subprocess.run(list(map(str, undo)), check=True, stderr=subprocess.DEVNULL)
+
+            command = paramend("zero", path, "lm_head.weight", "--in-place")
+            ways.append(Way(f"paramend zero --in-place, {path.stat().st_size / 1e9:.1f} GB", command, take_back))
+        rows = self.compare(*ways)
+        for path in self.folder.glob("one-*"):
+            if path != self.model():
+                shutil.rmtree(path)
+        return rows
+
+    def scale(self):
+        """Multiply all tensors by 0.5: `cp` + sync"""
+        source, out = self.model() / "model.safetensors", self.folder / "out.safetensors"
+        gone = remove(out)
+        return self.compare(
+            Way("cp + sync", cp(source, out), gone),
+            Way("paramend scale -o", paramend("scale", source, "**", "0.5", "-o", out), gone),
+        )
+
+    def show(self):
+        """List 100 shards: `python -c 'import numpy'`"""
+        folder = self.folder / "hundred"
+        models.make(models.make_shards, folder, 100, 100, sparse=True)
+        ways = [
+            Way("import numpy", [sys.executable, "-c", "import numpy"]),
+            Way("paramend show", paramend("show", folder)),
+        ]
+        rows = compare(ways, max(self.options.rounds, 15))
+        shutil.rmtree(folder)
+        return rows
+
+    def trillion(self):
+        """A trillion parameters, 400 shards, 71,000 tensors (sparse): no reference"""
+        folder = self.folder / "trillion"
+        models.make(models.make_shards, folder, None, 400, sparse=True)
+        ways = [
+            Way("paramend show", paramend("show", folder)),
+            Way("paramend zero --dry-run, one tensor", paramend("zero", folder, "lm_head.weight", "--dry-run")),
+            Way("paramend zero --dry-run, all tensors", paramend("zero", folder, "**", "--dry-run")),
+        ]
+        rows = self.compare(*ways)
+        shutil.rmtree(folder)
+        return rows
+
+
+SCENARIOS = ("new_file", "full_cache", "scale", "peers", "linked", "in_place", "memory", "show", "trillion")
+# Without these, the table has no ratios: nothing is the reference.
+ALONE = ("memory", "trillion")
+
+
+def measure(options):
+    """Runs scenarios, and adds the figures of each to the file when it is done."""
+    found = json.loads(options.save.read_text()) if options.save.exists() else {}
+    with tempfile.TemporaryDirectory(prefix="paramend-bench-", dir=options.folder) as folder:
+        free = shutil.disk_usage(folder).free
+        needed = 6 * options.size
+        if free < needed:
+            raise SystemExit(f"{folder}: {needed / 1e9:.0f} GB are needed, and {free / 1e9:.0f} GB are free")
+        # Packages that pip installs are compiled; of one that runs from a clone the first start would pay for it.
+        package = importlib.util.find_spec("paramend").submodule_search_locations[0]
+        compileall.compile_dir(package, quiet=1)
+        bench = Bench(Path(folder), options)
+        for name in options.only or SCENARIOS:
+            print(name, file=sys.stderr)
+            load = os.getloadavg()[0]
+            rows = getattr(bench, name)()
+            load = round((load + os.getloadavg()[0]) / 2, 1)  # 1 or 2 is this bench alone
+            says = f"{getattr(bench, name).__doc__} ({options.size / 1e9:.1f} GB)".replace(" (4.0 GB)", "")
+            found[name] = {"says": says, "load": load, "rows": rows}
+            options.save.write_text(json.dumps(found, indent=1))
+
+
+def table(path):
+    """The figures that were saved in a file as a table of markdown."""
+    found = json.loads(path.read_text())
+    lines = ["| | time | peak RSS | written |", "|---|---|---|---|"]
+    for name in filter(found.get, SCENARIOS):
+        load = found[name]["load"]
+        busy = f", load average {load:.0f}" if load > os.cpu_count() + 1 else ""  # other programs were at work
+        lines.append(f"| **{found[name]['says']}**{busy} | | | |")
+        for row in found[name]["rows"]:
+            ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            spent = f"{row['seconds']:.2f} s" if name in ALONE else ratio
+            lines.append(f"| {row['way']} | {spent} | {row['rss'] / 1e6:,.0f} MB | {row['written'] / 1e6:,.0f} MB |")
+    return "\n".join(lines)
+
+
+def main(args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=4e9, help="bytes of the model (4e9)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each scenario (5)")
+    parser.add_argument("--folder", help="where models are made: six times the size must be free")
+    parser.add_argument("--mergekit", help="the python of an environment that has mergekit")
+    parser.add_argument("--save", type=Path, default="figures.json", help="where the figures go (figures.json)")
+    parser.add_argument("--only", nargs="*", choices=SCENARIOS, help="scenarios to run")
+    options = parser.parse_args(args)
+    measure(options)
+    print(table(options.save))
+
+
+if __name__ == "__main__":
+    main()
