@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from paramend.grafting import graft_ as graft_
     from paramend.grafting import graft_opt_state as graft_opt_state
     from paramend.grafting import graft_optimizer_ as graft_optimizer_
+    from paramend.growth import depth as depth
+    from paramend.growth import init as init
+    from paramend.growth.deepening import deepen as deepen
+    from paramend.growth.deepening import deepen_ as deepen_
+    from paramend.growth.liveness import check_live as check_live
+    from paramend.growth.writers import residual_writers as residual_writers
     from paramend.influence import block_influence as block_influence
     from paramend.measuring import stats as stats
     from paramend.modules import init_zero_ as init_zero_
@@ -53,6 +59,10 @@ __all__ = [
     "block_influence",
     "carry_opt_state",
     "carry_optimizer_",
+    "check_live",
+    "deepen",
+    "deepen_",
+    "depth",
     "diff",
     "freeze",
     "freeze_",
@@ -62,6 +72,7 @@ __all__ = [
     "graft_opt_state",
     "graft_optimizer_",
     "history",
+    "init",
     "init_zero_",
     "labels",
     "load",
@@ -69,6 +80,7 @@ __all__ = [
     "open",
     "param_count",
     "patch",
+    "residual_writers",
     "resize",
     "save",
     "sel",
@@ -102,6 +114,9 @@ _LATER = {
         ),
         "paramend.grafting": ("graft", "graft_", "graft_opt_state", "graft_optimizer_"),
         "paramend.measuring": ("stats",),
+        "paramend.growth.deepening": ("deepen", "deepen_"),
+        "paramend.growth.liveness": ("check_live",),
+        "paramend.growth.writers": ("residual_writers",),
         "paramend.modules": ("init_zero_",),
         "paramend.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
@@ -112,8 +127,8 @@ _LATER = {
     }.items()
     for name in names
 }
-# Names that are modules of their own.
-_MODULES = ("resize",)
+# Names that are modules of their own, as in `pm.depth.blocks`.
+_MODULES = {"depth": "paramend.growth.depth", "init": "paramend.growth.init", "resize": "paramend.resize"}
 
 
 def __getattr__(name: str) -> Any:
@@ -121,7 +136,7 @@ def __getattr__(name: str) -> Any:
         found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
         return found
     if name in _MODULES:
-        return importlib.import_module(f"paramend.{name}")
+        return importlib.import_module(_MODULES[name])
     if name == "__version__":  # the standard library's reader takes half as long to import as numpy
         return importlib.import_module("importlib.metadata").version("paramend")
     raise AttributeError(f"module 'paramend' has no attribute {name!r}")

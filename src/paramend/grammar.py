@@ -7,7 +7,7 @@ segment   :=  "**"                     any number of pieces, also none
 atom      :=  text | "\\" char         a literal
            |  "*"                      anything within the piece
            |  "{" atoms ("," atoms)* "}"
-           |  "[" position ("," position)* "]"     int or slice, once in a segment
+           |  "[" position ("," position)* "]"     int, slice or `*` for all, once in a segment
            |  "<" name ">"             a number, captured; in the target of a rename also <n+1>, <2*n>
 """
 
@@ -261,7 +261,7 @@ class Reader:
         items: list[int | tuple[int | None, int | None, int | None]] = []
         at = start + 1
         for text in self.text[start + 1 : close].split(","):
-            found = _POSITION.fullmatch(text)
+            found = _POSITION.fullmatch(":" if text.strip() == "*" else text)
             if not found or not text.strip():
                 raise self.fail(
                     "an index is an int or a slice",

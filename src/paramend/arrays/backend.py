@@ -1,5 +1,6 @@
 """What an array library must offer so that every edit works on its arrays."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +47,9 @@ class Backend(Protocol):
 
     def stack(self, arrays: Any, axis: int) -> Any:
         """The arrays along a new axis, counted from the front."""
+
+    def take(self, x: Any, positions: Sequence[int], axis: int) -> Any:
+        """A new array of the slices of x at these positions along an axis, in this order."""
 
     def numpy(self, x: Any) -> "np.ndarray[Any, Any]":
         """The values on the host, bit for bit, with ml_dtypes for what numpy lacks."""

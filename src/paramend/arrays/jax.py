@@ -1,5 +1,6 @@
 """Verbs over JAX arrays, eager and traced. Opened only once the user has imported jax."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -139,6 +140,18 @@ def stack(arrays: Any, axis: int) -> Any:
     names.insert(axis, None)
     spec = jax.sharding.PartitionSpec(*names)
     return jax.device_put(result, jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
+
+
+def take(x: Any, positions: Sequence[int], axis: int) -> Any:
+    """A new array of slices of x, sharded as x is where the new length allows it."""
+    result = jnp.take(x, np.asarray(positions), axis=axis)
+    if isinstance(x, jax.core.Tracer):
+        return result
+    try:
+        x.sharding.shard_shape(result.shape)
+    except ValueError:  # the layers are spread over devices, and their number no longer comes out even
+        return result
+    return _placed(result, x)
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:

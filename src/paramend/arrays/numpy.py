@@ -1,5 +1,6 @@
 """Verbs over numpy arrays and numpy scalars."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,11 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
 def stack(arrays: Any, axis: int) -> Array:
     """The arrays along a new axis."""
     return np.stack(arrays, axis)
+
+
+def take(x: Any, positions: Sequence[int], axis: int) -> Any:
+    """A new array of slices of x."""
+    return np.take(x, positions, axis)
 
 
 def numpy(x: Any) -> Array:

@@ -1,6 +1,6 @@
 """Verbs over torch tensors. Opened only once the user has imported torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,11 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
         return out
 
     return _new(x, compute)
+
+
+def take(x: Any, positions: Sequence[int], axis: int) -> Any:
+    """A new tensor of slices of x."""
+    return _new(x, lambda: torch.index_select(x, axis, torch.tensor(positions, device=x.device)))
 
 
 def _torch_index(index: Any) -> Any:

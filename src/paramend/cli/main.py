@@ -40,6 +40,7 @@ ROWS = (
     Row("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
     Row("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
     Row("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
+    Row("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made of those it has."),
     Row("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
     Row("history", "paramend.cli.undo", "List the edits made in place that can be taken back."),
     Row("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),

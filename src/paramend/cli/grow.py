@@ -1,0 +1,114 @@
+"""The command that makes a model of another depth: `deepen`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paramend.checkpoints import open as open_checkpoint
+from paramend.cli.writing import carry_out
+from paramend.growth import depth, stacks
+from paramend.growth.deepening import deepen as deepen_model
+from paramend.growth.depth import Order, order_of
+
+
+def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of layers; write 0,1,1,2") from None
+
+
+def _values(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
+    """Selectors, each with the value that its leaves get, 0 unless it is given."""
+    if len(given) <= 1 and not any("=" in text for text in given):
+        return given[0] if given else "auto"
+    found: dict[str, float] = {}
+    for text in given:
+        selector, _, value = text.partition("=")
+        try:
+            found[selector] = float(value or 0)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is no SELECTOR=VALUE") from None
+    return found
+
+
+# Each option that names an order, and how it makes one for a model of n layers.
+_ORDERS: dict[str, Callable[[int, Any], Order]] = {
+    "blocks": lambda n, count: depth.blocks(n, count=count),
+    "stack": lambda n, times: depth.stack(n, times),
+    "interleave": lambda n, times: depth.interleave(n, times),
+    "overlap": lambda n, drop: depth.overlap(n, drop),
+    "drop": lambda n, layers: depth.drop(n, layers=layers),
+    "order": lambda n, sources: order_of(sources, n),
+}
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-o", "--out", metavar="OUT", help="The file or directory to write.")
+@click.option("--blocks", type=int, metavar="COUNT", help="Put in COUNT identity layers, spread evenly (LLaMA-Pro).")
+@click.option("--stack", type=int, metavar="TIMES", help="Put the whole stack on itself (G_stack).")
+@click.option("--interleave", type=int, metavar="TIMES", help="Repeat each layer in its place.")
+@click.option("--overlap", type=int, metavar="DROP", help="All but the last DROP, then all but the first (SOLAR).")
+@click.option("--drop", callback=_numbers, metavar="LAYERS", help="Leave layers out: 3,4.")
+@click.option("--order", callback=_numbers, metavar="LAYERS", help="The old layer of each new one: 0,1,1,2.")
+@click.option(
+    "--layers", metavar="SELECTOR", help="Which layers, as 'model.layers[*]', where a model has several stacks."
+)
+@click.option(
+    "--identity",
+    multiple=True,
+    callback=_values,
+    metavar="NAME|SELECTOR[=VALUE]",
+    help="How a layer becomes the identity: the name of a family, or leaves of a layer with the value that they get, "
+    "as 'mlp.down_proj.*'; may be given several times. Known families need none.",
+)
+@click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--dry-run", is_flag=True, help="Show what each layer would be made of, and write no checkpoint.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+def deepen(
+    path: Path,
+    out: str | None,
+    layers: str | None,
+    identity: Any,
+    max_shard_size: str | None,
+    force: bool,
+    dry_run: bool,
+    html: Path | None,
+    as_json: bool,
+    **orders: Any,
+) -> None:
+    """Write the model in PATH with its layers repeated, left out, or in another order.
+
+    With --blocks the new layers are the identity: the model computes what it did, and has more to train. With the other
+    orders it computes something else. config.json follows; all other files go along.
+
+    Exit status: 0 done; 2 an unreadable or damaged file, an order that does not fit, a family in which no layer can be
+    the identity, or an OUT that cannot be written.
+    """
+    given = {name: value for name, value in orders.items() if value is not None}
+    if len(given) != 1:
+        raise click.UsageError(f"One of {', '.join(f'--{name}' for name in _ORDERS)} is needed.")
+    if out is None and not dry_run:
+        raise click.UsageError("-o OUT is needed.")
+    ((name, value),) = given.items()
+    with open_checkpoint(path) as checkpoint:
+        count = len(stacks.find(checkpoint.index, layers)[0].numbers)
+        made, report = deepen_model(checkpoint, layers=layers, order=_ORDERS[name](count, value), identity=identity)
+        carry_out(
+            made.plan,
+            path,
+            out,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
+            max_shard_size=max_shard_size,
+            told=report,
+            page=html,
+        )

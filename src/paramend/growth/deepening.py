@@ -1,0 +1,187 @@
+"""Growth in depth: a model with more layers, or fewer, or others, made of the layers that it has."""
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from paramend.errors import Unsupported
+from paramend.growth.configs import configured
+from paramend.growth.depth import Order
+from paramend.growth.planning import Work
+from paramend.growth.rebuilding import Rebuilder
+from paramend.growth.report import DeepenReport
+from paramend.growth.stacked import deepened_stack
+from paramend.leaves import Editable
+from paramend.memory import Memory
+from paramend.selectors import Sliced, sel
+from paramend.trees.kinds import find_kind, is_torch_module
+
+T = TypeVar("T")
+
+
+def deepen(
+    tree: T,
+    *,
+    order: "Order | Iterable[int]",
+    layers: Any = None,
+    identity: Any = "auto",
+) -> "tuple[T, DeepenReport]":
+    """The same model with its layers in another order, repeated or left out, and the report of it.
+
+    With an order such as `pm.depth.blocks(12, count=4)` some layers become the identity: copies whose last projections
+    are zero, so that the model computes what it did, bit for bit, and has more to train. Which leaves these are
+    depends on the family of the model; where it is known (`pm.depth` names them), `identity="auto"` finds them.
+
+    Args:
+        tree: nested dicts, Flax parameters, an NNX state or module, a torch module or state dict, an optimizer state.
+        order: for each new layer the old one that it is made of, or an `Order` of `pm.depth`.
+        layers: which layers: a selector that ends in an index, such as `model.layers[*]`; `params/Dense_[:-1]` leaves
+            the last one out, which stays the last and is renumbered. May be left out if the tree has but one list of
+            numbered layers. For layers stacked along an axis of each leaf, as scanned, a slice of a selector:
+            `pm.sel("params/blocks/**")[:]`, or `[:, :]` if the second axis counts layers.
+        identity: how a layer becomes the identity: "auto"; a family's name; selectors relative to the layer, of leaves
+            that become zero, or a dict from these to values; None copies layers as they are.
+
+    Returns:
+        A new tree of the same type, and the report. Layers that stay are the same objects. A torch module's
+        configuration, if it has one, and the layer numbers in its modules follow.
+
+    Raises:
+        NoMatch: there are no such layers, or no such leaves in them.
+        BadArgument: the order does not fit, or which leaves make a layer the identity is not known.
+        Unsupported: no leaves do (post-LN), the model scales layers by their number, or the entries of the container
+            are fixed.
+
+    >>> params = {"Dense_0": {"w": np.ones(2)}, "Dense_1": {"w": np.full(2, 5.0)}, "Dense_2": {"w": np.ones(1)}}
+    >>> tree, report = deepen(params, layers="Dense_[:-1]", order=[0, 1, 1])
+    >>> {name: layer["w"].tolist() for name, layer in tree.items()}
+    {'Dense_0': [1.0, 1.0], 'Dense_1': [5.0, 5.0], 'Dense_2': [5.0, 5.0], 'Dense_3': [1.0]}
+    >>> print(report)
+    deepen: 2 layers -> 3, 2 kept, 1 copied
+    <BLANKLINE>
+      Dense_{0,1}         2 × kept
+      Dense_2 ◄─ Dense_1  copied
+    """
+    layers = layers if layers is None or isinstance(layers, str) else sel(layers)
+    if isinstance(tree, Editable):
+        return importlib.import_module("paramend.growth.streaming").deepened(tree, layers, order, identity)  # type: ignore[no-any-return]
+    if isinstance(layers, Sliced):
+        return deepened_stack(tree, layers, order, identity)
+    memory = Memory(tree)
+    work = Work(memory, layers, order, identity, partial(configuration, tree))
+    new, report = _finished(work, Rebuilder(memory, work.stacks, work.order).rebuilt(tree))
+    for config, values in _configured(new, work):
+        _enter(config, config.to_dict(), values)
+    return new, report
+
+
+def deepen_(
+    module: Any,
+    *,
+    order: "Order | Iterable[int]",
+    layers: Any = None,
+    identity: Any = "auto",
+) -> "DeepenReport":
+    """The report of a change of depth in place, of a torch or NNX module.
+
+    Layers that stay are the same objects with the same parameters, so that an optimizer goes on with them; new ones
+    are to be added to it. The configuration and the layer numbers in the modules follow. On an error the module is as
+    it was.
+
+    Args:
+        module: what to change; its layers are in a ModuleList, a Sequential, an nnx.List.
+        order: as in `deepen`.
+        layers: as in `deepen`.
+        identity: as in `deepen`.
+
+    Raises:
+        NoMatch: as in `deepen`.
+        BadArgument: as in `deepen`.
+        Unsupported: as in `deepen`, or it is no module.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    >>> print(deepen_(model, layers="[*]", order=[0, 1, 1]))
+    deepen: 2 layers -> 3, 2 kept, 1 copied
+    <BLANKLINE>
+      {0,1}   2 × kept
+      2 ◄─ 1  copied
+    """
+    kind = find_kind(module)
+    if kind is None or kind.replace is None:
+        raise Unsupported(
+            f"a {type(module).__name__} does not change in place",
+            hint="tree, report = pm.deepen(tree, layers=..., order=...)",
+        )
+    if isinstance(layers, Sliced):
+        raise Unsupported("stacked layers do not grow in place", hint="module, report = pm.deepen(module, ...)")
+    memory = Memory(module)
+    work = Work(memory, layers, order, identity, partial(configuration, module))
+    rebuilder = Rebuilder(memory, work.stacks, work.order)
+    rebuilder.check()
+    new = _configured(module, work)
+    rebuilder.rebuild_(module)
+    report = _finished(work, module)[1]
+    for config, values in new:
+        _enter(config, config.to_dict(), values)
+    return report
+
+
+def _finished(work: Work, new: Any) -> tuple[Any, DeepenReport]:
+    """The rearranged tree with its identities, and the report."""
+    tree = Memory(new)
+    calls, report = work.finished(tree)
+    kind = find_kind(new)
+    if calls and kind is not None and kind.replace is not None:
+        tree.edited_(calls)  # on copies alone: an identity is never a layer of the old model
+    elif calls:
+        new = tree.edited(calls)
+    return new, report
+
+
+def configuration(tree: Any, where: Sequence[str]) -> dict[str, Any] | None:
+    """The configuration of a torch model of Hugging Face whose layers are at a path, or None."""
+    found = _configs(tree, where)
+    return found[0].to_dict() if found else None
+
+
+def _configs(tree: Any, where: Sequence[str]) -> list[Any]:
+    """The configurations of the modules on the way to the layers, but those that are parts of one before."""
+    if not is_torch_module(tree):
+        return []
+    found: list[Any] = []
+    known: set[int] = set()
+    module = tree
+    for name in ("", *where):
+        module = module._modules.get(name) if name else module
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict") and hasattr(config, "model_type") and id(config) not in known:
+            found.append(config)
+            known |= {id(config), *map(id, vars(config).values())}
+    return found
+
+
+def _configured(tree: Any, work: Work) -> list[tuple[Any, dict[str, Any]]]:
+    """The configurations that follow, with what they become."""
+    where = work.stacks[0].parent
+    found = []
+    for place, config in enumerate(_configs(tree, where)):
+        old = config.to_dict()
+        new = configured(old, work.order, where)[0]
+        if place:  # of one side of an encoder-decoder model, which also counts the layers of that side as its own
+            own = configured({**old, "is_encoder_decoder": False}, work.order, where)[0]
+            new |= {key: value for key, value in own.items() if key != "is_encoder_decoder" and value != old.get(key)}
+        found.append((config, new))
+    return found
+
+
+def _enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Enters what changed into the configuration of a model."""
+    for key, value in new.items():
+        if key in old and old[key] == value:
+            continue
+        if isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):
+            _enter(getattr(config, key), old[key], value)
+        else:
+            setattr(config, key, value)

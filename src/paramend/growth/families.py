@@ -1,0 +1,236 @@
+"""Families of models: which parameters of a layer make it the identity, one row each."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from paramend import _text
+from paramend.errors import BadArgument, Unsupported
+from paramend.paths import number_of
+
+Pieces = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How the layers of a family of models are named, and what makes one of them the identity.
+
+    Names are those of modules, relative to a layer; `*` is a number, as of an expert.
+
+    Attributes:
+        name: what `identity=` calls it.
+        model_types: as Hugging Face configurations have them.
+        writers: the modules whose output is added to the residual stream. Their weights and biases become `value`.
+        others: the other projections.
+        norms: the norms that a layer may have.
+        value: what makes a writer give zeros: 0, or -1 for the gain of a norm that computes (1 + w).
+        by_name: whether the names alone tell that `value` is right.
+        refused: why no parameters make a layer of this family the identity, or "".
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    writers: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    value: float = 0.0
+    by_name: bool = True
+    refused: str = ""
+
+    def fits(self, modules: Iterable[str]) -> bool:
+        """Whether a layer with these modules is of this family: exactly its projections, and no norm but its own."""
+        named = set(modules)
+        writers = set(self.writers)
+        return writers <= named and named - set(self.norms) - writers == set(self.others)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+_BEFORE = ("input_layernorm", "post_attention_layernorm")
+_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
+_SUBLAYERS = ("self_attn.o_proj", "mlp.down_proj")
+# Buffers that old checkpoints hold beside the weights; their names end in the name of the module alone.
+_MASKS = ("attn", "attention", "attn.masked_bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "llama",
+        ("llama", "mistral", "qwen2", "qwen3", "gemma"),
+        _SUBLAYERS,
+        (*_QKV, *_GATED),
+        (*_BEFORE, *_HEADS, "self_attn.rotary_emb.inv_freq"),
+    ),
+    # A norm stands between the projection and the residual stream. Zero projections would be the identity too, but at
+    # zero the slope of a norm is gain / sqrt(eps): one optimizer step would destroy what the model does.
+    Family(
+        "olmo2",
+        ("olmo2", "olmo3"),
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        (*_QKV, *_GATED, *_SUBLAYERS),
+        _HEADS,
+    ),
+    Family(
+        "gemma2",
+        ("gemma2", "gemma3", "gemma3_text"),
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        (*_QKV, *_GATED, *_SUBLAYERS),
+        ("input_layernorm", "pre_feedforward_layernorm", *_HEADS),
+        value=-1.0,
+        by_name=False,
+    ),
+    Family(
+        "phi",
+        ("phi",),
+        ("self_attn.dense", "mlp.fc2"),
+        (*_QKV, "mlp.fc1"),
+        ("input_layernorm", "self_attn.q_layernorm", "self_attn.k_layernorm"),
+    ),
+    Family("phi3", ("phi3",), _SUBLAYERS, ("self_attn.qkv_proj", "mlp.gate_up_proj"), _BEFORE),
+    Family(
+        "mixtral",
+        ("mixtral", "qwen3_moe"),
+        ("self_attn.o_proj", "mlp.experts.down_proj"),
+        (*_QKV, "mlp.gate", "mlp.experts.gate_up_proj"),
+        (*_BEFORE, *_HEADS),
+    ),
+    Family(
+        "mixtral",
+        ("mixtral",),
+        ("self_attn.o_proj", "block_sparse_moe.experts.*.w2"),
+        (*_QKV, "block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+        _BEFORE,
+    ),
+    Family(
+        "qwen3_moe",
+        ("qwen3_moe",),
+        ("self_attn.o_proj", "mlp.experts.*.down_proj"),
+        (*_QKV, "mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        (*_BEFORE, *_HEADS),
+    ),
+    Family("qwen3_moe", ("qwen3_moe",), _SUBLAYERS, (*_QKV, *_GATED), (*_BEFORE, *_HEADS)),  # its dense layers
+    Family("gpt2", ("gpt2",), ("attn.c_proj", "mlp.c_proj"), ("attn.c_attn", "mlp.c_fc"), ("ln_1", "ln_2", *_MASKS)),
+    Family(
+        "gpt_neox",
+        ("gpt_neox",),
+        ("attention.dense", "mlp.dense_4h_to_h"),
+        ("attention.query_key_value", "mlp.dense_h_to_4h"),
+        (*_BEFORE, *_MASKS),
+    ),
+    Family(
+        "vit",
+        ("vit",),
+        ("attention.o_proj", "mlp.fc2"),
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.fc1"),
+        ("layernorm_before", "layernorm_after"),
+    ),
+    Family(
+        "vit",
+        ("vit",),
+        ("attention.output.dense", "output.dense"),
+        (*(f"attention.attention.{name}" for name in ("query", "key", "value")), "intermediate.dense"),
+        ("layernorm_before", "layernorm_after"),
+    ),
+    Family("timm_vit", (), ("attn.proj", "mlp.fc2"), ("attn.qkv", "mlp.fc1"), ("norm1", "norm2")),
+    # The last norm of the branch: exact where a ReLU stands before every block, as in torchvision's.
+    Family("resnet", (), ("bn2",), ("conv1", "conv2"), ("bn1",)),
+    Family("bottleneck", (), ("bn3",), ("conv1", "conv2", "conv3"), ("bn1", "bn2")),
+    # Whether x + fc2(act(fc1(x))) or fc2(act(fc1(x))) is meant cannot be told from names.
+    Family("mlp", (), ("fc2",), ("fc1",), ("norm", "norm1", "ln"), by_name=False),
+    Family(
+        "bert",
+        ("bert", "roberta", "electra"),
+        ("output.LayerNorm",),
+        (
+            *(f"attention.self.{name}" for name in ("query", "key", "value")),
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+        ),
+        ("attention.output.LayerNorm",),
+        refused="its layers end in a norm over the residual stream (post-LN), and no gain or bias makes that norm give "
+        "back its input",
+    ),
+)
+NAMES = tuple(dict.fromkeys(family.name for family in FAMILIES))
+
+_LEAVES = {"weight", "bias", "kernel", "scale", "running_mean", "running_var", "num_batches_tracked"}
+
+
+def modules_of(leaves: Iterable[Pieces]) -> set[str]:
+    """The modules of a layer from the paths of its leaves, relative to it; numbers become `*`.
+
+    >>> sorted(modules_of([("self_attn", "o_proj", "weight"), ("mlp", "experts", "3", "w2", "weight")]))
+    ['mlp.experts.*.w2', 'self_attn.o_proj']
+    """
+    found = set()
+    for pieces in leaves:
+        kept = pieces[:-1] if pieces[-1] in _LEAVES and len(pieces) > 1 else pieces
+        found.add(".".join("*" if number_of(piece) is not None else piece for piece in kept))
+    return found
+
+
+def find(modules: set[str], model_type: str | None = None, name: str | None = None) -> Family:
+    """The row for a layer with these modules.
+
+    Args:
+        modules: as `modules_of` has them.
+        model_type: what the configuration says, if there is one.
+        name: the family that the user named.
+
+    Raises:
+        Unsupported: no layer of this family can be the identity.
+        BadArgument: the family is unknown, or its layers have other modules.
+    """
+    rows = [family for family in FAMILIES if family.name == name]
+    if name is None:
+        rows = [family for family in FAMILIES if model_type in family.model_types]
+    elif not rows:
+        near = _text.closest(name, NAMES, limit=1)
+        raise BadArgument(
+            f"{name!r} is no family that Paramend knows: {', '.join(NAMES)}",
+            hint=f'identity="{(near or NAMES)[0]}"',
+        )
+    fitting = [family for family in rows or FAMILIES if family.fits(modules)]
+    if not rows:
+        fitting = [family for family in fitting if family.by_name or family.refused]
+    for family in [*fitting, *rows]:
+        if family.refused:
+            raise Unsupported(
+                f"a {family.name} layer cannot be made the identity: {family.refused}",
+                hint="identity=None copies layers as they are; the model computes something else then",
+            )
+    if fitting:
+        return fitting[0]
+    raise BadArgument(_unknown(modules, model_type, name, rows), hint=_WAY_OUT)
+
+
+_WAY_OUT = (
+    'identity=["self_attn.o_proj.*", "mlp.down_proj.*"], the leaves of a layer that become zero; a dict says other '
+    'values: {"post_attention_layernorm.weight": -1.0}; pm.residual_writers(block, inputs) finds them'
+)
+
+
+def _unknown(modules: set[str], model_type: str | None, name: str | None, rows: list[Family]) -> str:
+    have = _text.listing(sorted(modules), 20)
+    if rows:
+        row = min(rows, key=lambda family: len(modules ^ {*family.writers, *family.others}))
+        known = {*row.writers, *row.others, *row.norms}
+        lacks, more = sorted({*row.writers, *row.others} - modules), sorted(modules - known)
+        differs = [f"{_text.listing(lacks, 6)} is missing"] if lacks else []
+        differs += [f"{_text.listing(more, 6)} is not known"] if more else []
+        return f"the layers are not those of {name or model_type}: {'; '.join(differs) or have}"
+    of = f" of a {model_type!r} model" if model_type else ""
+    return f"which parameters make a layer{of} the identity is not known; its modules are {have}"
+
+
+def values(family: Family) -> Mapping[str, float]:
+    """The leaves of a layer that make it the identity, as selectors relative to the layer, with their values.
+
+    >>> values(FAMILIES[2])["post_attention_layernorm/{weight,kernel,scale}"]
+    -1.0
+    """
+    found: dict[str, float] = {}
+    for writer in family.writers:
+        path = writer.replace(".", "/")
+        # The third is a parameter of its own, as fused experts are.
+        found |= {f"{path}/{{weight,kernel,scale}}": family.value, f"{path}/bias": 0.0, path: family.value}
+    return found

@@ -1,0 +1,100 @@
+"""Identities: which leaves of a layer are set to which values, so that the layer leaves its input as it is."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from paramend import _text
+from paramend.errors import BadArgument, NoMatch, Unsupported
+from paramend.growth import families
+from paramend.leaves import Leaves
+from paramend.matching import Names
+from paramend.ops import OPS, Call
+from paramend.patterns import parse
+
+Rules = Mapping[str, float]
+
+
+def rules_of(identity: Any) -> Rules | None:
+    """The rules that the user gave: selectors relative to a layer, with values; None for "auto" or a family's name.
+
+    >>> rules_of(["mlp.down_proj.*", "self_attn.o_proj.*"])
+    {'mlp.down_proj.*': 0.0, 'self_attn.o_proj.*': 0.0}
+    """
+    if isinstance(identity, str):
+        if identity == "auto" or identity in families.NAMES:
+            return None
+        return {identity: 0.0}
+    if isinstance(identity, Mapping) and all(isinstance(key, str) for key in identity):
+        return {key: float(value) for key, value in identity.items()}
+    if isinstance(identity, Iterable):
+        listed = list(identity)
+        if listed and all(isinstance(text, str) for text in listed):
+            return dict.fromkeys(listed, 0.0)
+    raise BadArgument(
+        f'identity={identity!r} is none of: "auto", a family\'s name, selectors relative to a layer, a dict from these '
+        "to values, None",
+        hint='identity=["mlp.down_proj.*", "self_attn.o_proj.*"]',
+    )
+
+
+def family_of(modules: set[str], identity: str, model_type: str | None) -> families.Family:
+    """The family whose row says what makes a layer with these modules the identity."""
+    return families.find(modules, model_type, None if identity == "auto" else identity)
+
+
+def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, strict: bool) -> dict[int, Call]:
+    """What is to be done to the leaves of one layer.
+
+    Args:
+        leaves: the tree.
+        layers: the names below the layer.
+        rules: selectors relative to it, with values.
+        where: the layer, for messages.
+        strict: whether each rule must match something.
+
+    Raises:
+        NoMatch: a rule matches nothing.
+    """
+    found: dict[int, Call] = {}
+    for text, value in rules.items():
+        pattern = parse(text)
+        numbers = [number for names in layers for number in pattern.find(names)]
+        if strict and not numbers:
+            have = sorted({leaves.index.path(n) for names in layers for n in parse("**").find(names)})
+            raise NoMatch(
+                f"identity={text!r} matches none of the leaves of {where}",
+                hint=f"selectors are relative to the layer, which has {_text.listing(have, 6)}",
+            )
+        for number in numbers:
+            found[number] = call(value)
+    if not found:
+        raise NoMatch(f"nothing of {where} makes it the identity", hint='identity=["mlp.down_proj.*"]')
+    return found
+
+
+def call(value: float, index: Any = None) -> Call:
+    """The edit that sets a leaf, or a slice of it, to a value.
+
+    >>> print(call(0.0)), print(call(-1.0))
+    zero()
+    fill(-1.0)
+    (None, None)
+    """
+    return Call(OPS["fill"], {"value": value}, index) if value else Call(OPS["zero"], {}, index)
+
+
+def check_untied(leaves: Leaves, numbers: Iterable[int], within: set[int]) -> None:
+    """Refuses to set leaves that are also leaves of something else.
+
+    Raises:
+        Unsupported: one of them has a path outside of the layer.
+    """
+    for number in numbers:
+        first = leaves.ties.get(number)
+        others = [n for n, one in leaves.ties.items() if one == first and n not in within] if first is not None else []
+        if others:
+            raise Unsupported(
+                f"{leaves.index.path(number)} is the same leaf as {leaves.index.path(others[0])}: it cannot be set in "
+                "one layer alone",
+                hint="identity=None copies layers as they are",
+            )

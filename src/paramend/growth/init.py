@@ -1,0 +1,217 @@
+"""Initial values that make a branch, or a part that was added, contribute nothing at first, and yet come alive.
+
+A zero in the right place keeps what a model computes; a second zero behind it keeps it for ever. So each scheme says
+what moves first, and `pm.check_live` shows it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from paramend import _text
+from paramend.errors import BadArgument, NoMatch, Unsupported
+from paramend.growth import configs, identities, stacks
+from paramend.growth.deepening import configuration
+from paramend.growth.families import modules_of, values
+from paramend.memory import Memory
+from paramend.ops import OPS, Call
+from paramend.paths import number_of
+from paramend.patterns import parse
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A way to let something added contribute nothing at first.
+
+    Attributes:
+        name: what it is called.
+        says: what becomes zero.
+        selectors: where, by the names that are in use; those that match nothing are passed over.
+        alive: what receives a gradient, and when.
+        size: the most scalars that such a leaf may have; None for any.
+    """
+
+    name: str
+    says: str
+    selectors: tuple[str, ...]
+    alive: str
+    size: int | None = None
+
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "gamma",
+            "gain and bias of the last norm of each branch (zero-gamma of ResNets)",
+            (),
+            "that norm at step 1, what is before it at step 2",
+        ),
+        Scheme(
+            "gates",
+            "the scalar gate of each branch (ReZero, arXiv:2003.04887; SkipInit, arXiv:2002.10444)",
+            ("**/{resweight,rezero,re_zero,rezero_alpha,skipinit_gain,skip_gain,alpha}",),
+            "the gates at step 1, the branches at step 2; a branch whose last layer is zero too is dead",
+            size=1,
+        ),
+        Scheme(
+            "adaln",
+            "the layer that makes shift, scale and gate, and the last layer (adaLN-zero of DiT, arXiv:2212.09748)",
+            ("**/adaLN_modulation[-1]/*", "**/adaLN_modulation/{weight,bias,kernel}", "**/final_layer/linear/*"),
+            "these at step 1, the branches at step 2",
+        ),
+        Scheme(
+            "lora",
+            "B of each pair, and A of embeddings (LoRA, arXiv:2106.09685)",
+            ("**/{lora_B,lora_b,lora_up}/**", "**/{lora_B,lora_b,lora_up}", "**/lora_embedding_A/**"),
+            "B at step 1, A at step 2; with A zero as well the pair is dead",
+        ),
+        Scheme(
+            "convs",
+            "weights and biases of the 1x1 convolutions around a trained copy (ControlNet, arXiv:2302.05543)",
+            ("**/{zero_convs,controlnet_down_blocks}/**", "**/{middle_block_out,controlnet_mid_block}/**"),
+            "the outermost at step 1, what is before it one step later each",
+        ),
+    )
+}
+
+
+def zero(tree: T, scheme: str) -> T:
+    """A new tree in which what a scheme names is zero; see `pm.init.SCHEMES` for what each does.
+
+    For a torch module in place: `module.load_state_dict(pm.init.zero(module.state_dict(), "lora"))`.
+
+    Args:
+        tree: any tree of parameters.
+        scheme: "gamma", "gates", "adaln", "lora" or "convs".
+
+    Raises:
+        BadArgument: there is no such scheme.
+        NoMatch: nothing in the tree has one of the names that the scheme knows.
+
+    >>> zero({"q": {"lora_A": np.ones(2), "lora_B": np.ones(2)}}, "lora")["q"]
+    {'lora_A': array([1., 1.]), 'lora_B': array([0., 0.])}
+    """
+    row = SCHEMES.get(scheme)
+    if row is None:
+        near = _text.closest(scheme, SCHEMES, limit=1) if isinstance(scheme, str) else []
+        raise BadArgument(
+            f"{scheme!r} is no scheme; there are {', '.join(SCHEMES)}", hint=f'"{(near or list(SCHEMES))[0]}"'
+        )
+    memory = Memory(tree)
+    found = _last_norms(memory) if scheme == "gamma" else []
+    for text in row.selectors:
+        found += parse(text).reach(memory.index.names)[0]
+    chosen = [n for n in found if row.size is None or memory.spec(n).size <= row.size]
+    if not chosen:
+        looked = _text.listing(row.selectors) or "several numbered norms in one block, such as bn1 and bn2"
+        raise NoMatch(
+            f'nothing in this tree is named as the scheme "{scheme}" knows it: {looked}',
+            hint="pm.at(tree, selector).zero() takes any name",
+        )
+    return memory.edited(dict.fromkeys(chosen, Call(OPS["zero"])))  # type: ignore[no-any-return]
+
+
+_NORMS = ("bn", "norm", "BatchNorm_", "GroupNorm_", "LayerNorm_")
+
+
+def _last_norms(memory: Memory) -> list[int]:
+    """Gains and biases of the last of several numbered norms under one parent."""
+    norms: dict[tuple[tuple[str, ...], str], dict[int, list[int]]] = {}
+    for number in memory.index.numbers:
+        *parent, name, leaf = ("", *memory.index.pieces(number))
+        stem = next((stem for stem in _NORMS if name.startswith(stem)), None)
+        which = number_of(name.removeprefix(stem)) if stem is not None else None
+        if stem is not None and which is not None and leaf in ("weight", "bias", "scale"):
+            norms.setdefault((tuple(parent), stem), {}).setdefault(which, []).append(number)
+    return [number for found in norms.values() if len(found) > 1 for number in found[max(found)]]
+
+
+def zero_residual(tree: T, *, layers: str | None = None, family: Any = "auto") -> T:
+    """A new tree in which every layer of a residual network leaves its input as it is.
+
+    What becomes zero is the last of each branch: the projection that writes to the residual stream, with its bias, or
+    the gain of the norm behind it. It receives a gradient at step 1, what is before it at step 2.
+
+    Args:
+        tree: the parameters of a network before training.
+        layers: as in `pm.deepen`.
+        family: as `identity` in `pm.deepen`.
+
+    Raises:
+        NoMatch: there are no such layers.
+        BadArgument: which leaves make a layer the identity is not known.
+        Unsupported: none do (post-LN).
+
+    >>> tree = {"blocks": [{"fc1": np.ones(2), "fc2": np.ones(2)}, {"fc1": np.ones(2), "fc2": np.ones(2)}]}
+    >>> [block["fc2"].tolist() for block in zero_residual(tree, family="fc2")["blocks"]]
+    [[0.0, 0.0], [0.0, 0.0]]
+    """
+    memory = Memory(tree)
+    given = identities.rules_of(family)
+    calls: dict[int, Call] = {}
+    for stack in stacks.find(memory.index, layers):
+        config = configuration(tree, stack.parent)
+        model_type = configs.model_type(config, len(stack.numbers), stack.parent) if config else None
+        for number in stack.numbers:
+            path = (*stack.parent, stack.piece(number))
+            names = stacks.under(memory.index.names, path)
+            rules = given
+            if rules is None:
+                leaves = [memory.index.pieces(n)[len(path) :] for below in names for n in parse("**").find(below)]
+                rules = values(identities.family_of(modules_of(leaves), family, model_type))
+            where = stack.path(number, stacks.separator_of(memory.index, stack))
+            calls |= identities.calls(memory, names, rules, where, strict=given is not None)
+    return memory.edited(calls)  # type: ignore[no-any-return]
+
+
+def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T:
+    """A new tree with the weights of a residual network without norms, scaled by Fixup (arXiv:1901.09321).
+
+    With L blocks, and m weights in a block: the last weight of a block is zero, the others are multiplied by
+    L ** (-1 / (2 m - 2)), biases of blocks are zero, and so is the classifier. Weights are leaves of two axes or more,
+    in the order of the tree. The scalar biases and multipliers of Fixup are parts of the network: leaves of one scalar
+    stay as they are. The last weights and the classifier receive gradients first, the others once these have moved.
+
+    Args:
+        tree: the parameters as they were drawn (He).
+        layers: the blocks, as in `pm.deepen`, or several such selectors, whose blocks count together.
+        head: a selector of the leaves of the classifier.
+
+    Raises:
+        NoMatch: there are no such blocks, or no such leaves.
+        Unsupported: a block has fewer than two weights.
+
+    >>> block = {"w1": np.ones((2, 2)), "w2": np.ones((2, 2))}
+    >>> new = fixup({"blocks": [block, block, block, block]}, layers="blocks[*]")
+    >>> new["blocks"][0]["w1"].tolist(), new["blocks"][0]["w2"].tolist()
+    ([[0.5, 0.5], [0.5, 0.5]], [[0.0, 0.0], [0.0, 0.0]])
+    """
+    memory = Memory(tree)
+    texts = [layers] if isinstance(layers, str) else list(layers)
+    blocks: dict[str, list[int]] = {}
+    for text in texts:
+        for stack in stacks.find(memory.index, text):
+            for number in stack.numbers:
+                names = stacks.under(memory.index.names, (*stack.parent, stack.piece(number)))
+                found = memory.index.ordered(n for below in names for n in parse("**").find(below))
+                blocks[stack.path(number, stacks.separator_of(memory.index, stack))] = found
+    calls: dict[int, Call] = {}
+    for path, found in blocks.items():
+        weights = [n for n in found if memory.spec(n).ndim >= 2]
+        if len(weights) < 2:
+            raise Unsupported(
+                f"{path} has {_text.plural(len(weights), 'weight')}, and Fixup scales blocks of two or more",
+                hint=f'pm.at(tree, "{path}/**").zero()',
+            )
+        scale = len(blocks) ** (-1 / (2 * len(weights) - 2))
+        calls |= dict.fromkeys((n for n in found if memory.spec(n).size > 1), Call(OPS["zero"]))
+        calls |= dict.fromkeys(weights[:-1], Call(OPS["multiply"], {"value": scale}))
+    if head is not None:
+        chosen: Mapping[int, Call] = dict.fromkeys(parse(head).find(memory.index.names), Call(OPS["zero"]))
+        if not chosen:
+            raise NoMatch(f"head={head!r} matches no leaf", hint='head="**/fc/*"')
+        calls |= chosen
+    return memory.edited(calls)  # type: ignore[no-any-return]

@@ -1,0 +1,155 @@
+"""Liveness: whether each parameter receives a gradient, and at which step the first."""
+
+import copy
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from paramend import _text
+from paramend._optional import need
+from paramend.errors import BadArgument
+from paramend.memory import Memory
+from paramend.pages.page import Column, Page, Paged
+from paramend.reports import Line, Section
+from paramend.selectors import resolve
+from paramend.specs import Spec
+from paramend.trees.kinds import is_torch_module
+
+_RATE = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRow:
+    """When one leaf received its first gradient.
+
+    Attributes:
+        path: the leaf.
+        spec: its shape and dtype.
+        step: the first step at which its gradient was not zero, from 1; None if it never was.
+    """
+
+    path: str
+    spec: Spec
+    step: int | None
+
+
+@dataclass(repr=False)
+class LiveReport(Paged):
+    """Which leaves receive a gradient. One behind a zero waits until that has moved: step 2 is alive, never is dead.
+
+    Attributes:
+        rows: one for each leaf.
+        steps: how many steps were made.
+    """
+
+    rows: list[LiveRow] = field(default_factory=list)
+    steps: int = 2
+
+    @property
+    def dead(self) -> list[LiveRow]:
+        """The leaves that never received a gradient."""
+        return [row for row in self.rows if row.step is None]
+
+    def at(self, step: int) -> list[str]:
+        """The paths of the leaves whose first gradient came at a step."""
+        return [row.path for row in self.rows if row.step == step]
+
+    def headline(self) -> str:
+        """One sentence that says it all."""
+        dead = len(self.dead)
+        alive = _text.plural(len(self.rows) - dead, "leaf", "leaves")
+        return f"{alive} alive, {dead} dead after {_text.plural(self.steps, 'step')}"
+
+    def sections(self) -> list[Section]:
+        """The leaves by the step of their first gradient."""
+        steps: list[int | None] = [*range(1, self.steps + 1), None]
+        return [
+            Section(
+                "dead" if step is None else f"from step {step}",
+                [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.rows if row.step == step],
+            )
+            for step in steps
+        ]
+
+    def page(self) -> Page:
+        """A map of the leaves, coloured by the step of their first gradient."""
+        groups = ["dead" if row.step is None else f"from step {row.step}" for row in self.rows]
+        columns = [
+            Column("spec", [str(row.spec) for row in self.rows], "text"),
+            Column("step", [row.step for row in self.rows]),
+        ]
+        paths, sizes = [row.path for row in self.rows], [row.spec.size for row in self.rows]
+        return Page("first gradients", self.headline(), paths, sizes, columns, groups, "gradient")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers."""
+        rows = [{"path": r.path, "dtype": r.spec.dtype, "shape": list(r.spec.shape), "step": r.step} for r in self.rows]
+        return {"steps": self.steps, "dead": [row.path for row in self.dead], "leaves": rows}
+
+
+def check_live(model: Any, loss: Callable[[Any], Any], selector: Any = "**", *, steps: int = 2) -> LiveReport:
+    """A report of the step at which each parameter receives its first gradient.
+
+    A copy of the model is trained by plain gradient descent; the model stays as it is. What is hidden by a zero comes
+    alive one step after it has moved. Two zeros in a row, such as a gate and the layer that it scales, never move:
+    what they hide is dead, though the model computes the right thing.
+
+    Args:
+        model: a torch module, or parameters of JAX.
+        loss: model or parameters → a scalar.
+        selector: the leaves to ask about.
+        steps: how many steps to make.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"gate": jnp.zeros(()), "w": jnp.zeros(3), "head": jnp.ones(3)}
+    >>> report = check_live(params, lambda p: ((p["gate"] * p["w"] + p["head"]) ** 2).sum())
+    >>> report.at(1), [row.path for row in report.dead]
+    (['head'], ['gate', 'w'])
+    """
+    if steps < 1:
+        raise BadArgument(f"steps={steps} makes no step", hint="steps=2")
+    if is_torch_module(model):
+        first, tree = _torch_steps(model, loss, steps)
+    else:
+        first, tree = _jax_steps(model, loss, steps)
+    chosen = [number for number in resolve(selector, tree) if tree.spec(number).kind == "float"]
+    rows = [LiveRow(tree.index.path(n), tree.spec(n), first.get(n)) for n in chosen if n in first]
+    return LiveReport(rows, steps)
+
+
+def _torch_steps(model: Any, loss: Callable[[Any], Any], steps: int) -> tuple[dict[int, int | None], Memory]:
+    torch: Any = importlib.import_module("torch")
+    twin = copy.deepcopy(model)
+    tree = Memory(twin)
+    parameters = {id(parameter): parameter for parameter in twin.parameters() if parameter.requires_grad}
+    first: dict[int, int | None] = {n: None for n in tree.index.numbers if id(tree.read(n)) in parameters}
+    for step in range(1, steps + 1):
+        twin.zero_grad(set_to_none=True)
+        loss(twin).backward()
+        with torch.no_grad():
+            for number, known in list(first.items()):
+                gradient = tree.read(number).grad
+                if known is None and gradient is not None and bool(gradient.any()):
+                    first[number] = step
+            for parameter in parameters.values():
+                if parameter.grad is not None:
+                    parameter -= _RATE * parameter.grad
+    return first, tree
+
+
+def _jax_steps(params: Any, loss: Callable[[Any], Any], steps: int) -> tuple[dict[int, int | None], Memory]:
+    jax: Any = need("jax", extra="jax", to="ask which parameters are alive")
+    tree = Memory(params)
+    first: dict[int, int | None] = {n: None for n in tree.index.numbers if tree.spec(n).kind == "float"}
+    now = params
+    for step in range(1, steps + 1):
+        gradients = jax.grad(loss, allow_int=True)(now)
+        theirs = Memory(gradients)
+        for number, known in list(first.items()):
+            if known is None and bool((theirs.read(number) != 0).any()):
+                first[number] = step
+        now = Memory(now).with_leaves(
+            {n: (x := Memory(now).read(n)) - (_RATE * theirs.read(n)).astype(x.dtype) for n in first}
+        )
+    return first, tree

@@ -1,0 +1,357 @@
+"""Rebuilding: a tree in memory whose numbered layers are rearranged by an order."""
+
+import copy
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from paramend._optional import imported
+from paramend.arrays.registry import backend, backend_of
+from paramend.containers import ELIDED, Kind
+from paramend.errors import BadArgument, Unsupported
+from paramend.growth.depth import Order
+from paramend.growth.stacks import Pieces, Stack
+from paramend.paths import Part, labels, text_of
+from paramend.trees.kinds import find_kind, is_torch_module
+from paramend.trees.registry import Tree
+
+# Where modules keep their own number: attention writes its cache there.
+_NUMBERED = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
+
+
+class _Entry(NamedTuple):
+    """An entry of a container: its key, what it holds, its new number, and the new layer that it is in, if any."""
+
+    key: Any
+    child: Any
+    number: int
+    target: int | None
+    source: int
+
+
+class Rebuilder:
+    """Rebuilds one tree. The first copy of each layer that is no identity is the layer itself; the others are copies
+    that share with it nothing but arrays of JAX, which never change, and what layers share with the rest of the model.
+    """
+
+    def __init__(self, tree: Tree, stacks: Sequence[Stack], order: Order) -> None:
+        self.tree, self.stacks, self.order = tree, stacks, order
+        self.numbers = {id(value): number for number, value in enumerate(tree.values)}
+        self.boxes = {id(box): number for number, box in tree.boxes.items()}
+        self.shared = self._shared()
+        self.made: dict[tuple[int, Any], Any] = {}
+
+    def _shared(self) -> set[int]:
+        """The leaves, by their first number, that have paths both in a layer and outside of it."""
+        places: dict[int, set[Any]] = {}
+        for number, first in self.tree.ties.items():
+            pieces = self.tree.index.pieces(number)
+            places.setdefault(first, set()).add(self._layer(pieces))
+        return {first for first, found in places.items() if len(found) > 1}
+
+    def _layer(self, pieces: Pieces) -> Any:
+        for i, stack in enumerate(self.stacks):
+            depth = len(stack.parent)
+            if pieces[:depth] == stack.parent and len(pieces) > depth:
+                number = stack.number(pieces[depth])
+                if number is not None and number >= stack.numbers[0]:
+                    return i, max(start for start in (*stack.numbers, *stack.after) if start <= number)
+        return None
+
+    # ---- trees ---------------------------------------------------------------------------------------------
+
+    def rebuilt(self, node: Any, path: Pieces = ()) -> Any:
+        """A new tree; what no layer is part of is the same."""
+        kind = find_kind(node)
+        if kind is None or not any(stack.parent[: len(path)] == path for stack in self.stacks):
+            return node
+        if kind.replace is not None:
+            twin = kind.replace(node, {})
+            inside = [replace(s, parent=s.parent[len(path) :]) for s in self.stacks if s.parent[: len(path)] == path]
+            Rebuilder(Tree(twin), inside, self.order).rebuild_(twin)
+            return twin
+        keys, children, _ = kind.open(node)
+        named = list(keys or range(len(children)))
+        if ELIDED in named:
+            return kind.close(node, [self.rebuilt(child, path) for child in children])
+        entries = [
+            _Entry(key, self.rebuilt(child, (*path, *map(text_of, labels(key)))), 0, None, 0)
+            for key, child in zip(named, children, strict=True)
+        ]
+        if not any(self._place(path, key) for key in named):
+            return kind.close(node, [entry.child for entry in entries])
+        order = list(node) if isinstance(node, Mapping) and len(node) == len(named) else named
+        by_key = {entry.key: entry for entry in entries}
+        return self._rekeyed(node, kind, path, [by_key[key] for key in order], positional=not keys)
+
+    def _rekeyed(self, node: Any, kind: Kind, path: Pieces, entries: list[_Entry], *, positional: bool) -> Any:
+        if kind.rekey is None:
+            raise Unsupported(
+                f"{'/'.join(path) or 'the tree'} is a {type(node).__name__}, whose entries are fixed",
+                hint="layers in a list, a tuple or a dict can be rearranged",
+            )
+        new: list[tuple[Any, Any]] = []
+        done: set[int] = set()
+        for entry in entries:
+            place = self._place(path, entry.key)
+            if place is None:
+                new.append((entry.key, entry.child))
+            elif id(place[0]) not in done:
+                done.add(id(place[0]))
+                new += [(e.key, self._child(e)) for e in self._moved(path, place[0], entries)]
+        listed = positional or (isinstance(node, list | tuple) and not hasattr(node, "_fields"))
+        if listed and [key for key, _ in new] != list(range(len(new))):
+            raise BadArgument(
+                f"{'/'.join(path)} is a list, and what stands between its layers would not come out even",
+                hint="choose whole blocks with `layers`, or convert the list to a dict",
+            )
+        if len(dict(new)) != len(new):
+            raise BadArgument(f"two entries of {'/'.join(path)} would have one name", hint="rename one of them first")
+        return kind.rekey(node, dict(new))
+
+    def _moved(self, path: Pieces, stack: Stack, entries: list[_Entry]) -> list[_Entry]:
+        """All entries of a stack at their new places, in order."""
+        moved: list[_Entry] = []
+        for entry in entries:
+            place = self._place(path, entry.key)
+            if place is not None and place[0] is stack:
+                _, piece, number = place
+                for new, target in stack.moved(number, self.order):
+                    key = _renumbered(entry.key, piece, stack.piece(new), new)
+                    source = 0 if target is None else self.order.sources[target]
+                    moved.append(_Entry(key, entry.child, new, target, source))
+        return sorted(moved, key=lambda entry: entry.number)
+
+    def _place(self, path: Pieces, key: Any) -> tuple[Stack, int, int] | None:
+        """The stack that an entry is numbered in, which piece of its key is the number, and the number."""
+        texts = tuple(map(text_of, labels(key)))
+        for stack in self.stacks:
+            depth = len(stack.parent) - len(path)
+            whole = (*path, *texts)
+            if 0 <= depth < len(texts) and whole[: len(stack.parent)] == stack.parent:
+                number = stack.number(texts[depth])
+                if number is not None:
+                    return stack, depth, number
+        return None
+
+    def _child(self, entry: _Entry) -> Any:
+        if entry.target is None or self.order.kept.get(entry.source) == entry.target:
+            return entry.child
+        return self._copied(entry.child, entry.target)
+
+    def _copied(self, node: Any, target: int) -> Any:
+        kind = find_kind(node)
+        box = self.boxes.get(id(node))
+        number = self.numbers.get(id(node)) if box is None else box
+        if number is not None and (kind is None or box is not None):
+            first = self.tree.ties.get(number, number)
+            if first in self.shared:
+                return node
+            if (target, first) not in self.made:
+                self.made[target, first] = self._fresh(node, kind)
+            return self.made[target, first]
+        if kind is None:
+            return self._fresh(node, None)
+        if kind.replace is not None:
+            return self._copied_module(node, kind)
+        return kind.close(node, [self._copied(child, target) for child in kind.open(node)[1]])
+
+    def _fresh(self, node: Any, kind: Kind | None) -> Any:
+        if kind is not None:  # a box
+            return kind.close(node, [self._fresh(child, None) for child in kind.open(node)[1]])
+        return node if backend_of(type(node)) is None else backend(node).like(node, node)
+
+    # ---- modules -------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuses a module whose layers cannot be rearranged, before anything changes."""
+        for stack in self.stacks:
+            _items(stack, _descend(self.tree.root, stack.parent))
+
+    def rebuild_(self, module: Any) -> None:
+        """Rearranges the layers of a torch or NNX module in place."""
+        for stack in self.stacks:
+            self._rearrange_(module, stack, _descend(module, stack.parent))
+
+    def _rearrange_(self, root: Any, stack: Stack, holder: Any) -> None:
+        items, put = _items(stack, holder)
+        torch = is_torch_module(root)
+        numbered: list[tuple[int, Any]] = []
+        kept: list[tuple[Any, Any]] = []
+        for key, child in items:
+            number = stack.number(str(key))
+            if number is None:
+                kept.append((key, child))
+                continue
+            for new, target in stack.moved(number, self.order):
+                layer = child
+                if target is not None:
+                    source = self.order.sources[target]
+                    if self.order.kept.get(source) != target:
+                        layer = _copied_torch(root, child) if torch else _copied_nnx(root, child)
+                numbered.append((new, (layer, target)))
+        numbered.sort(key=lambda pair: pair[0])
+        if [new for new, _ in numbered] != list(range(len(numbered))) and stack.step != 1:
+            raise BadArgument(
+                f"what stands between the layers of {'.'.join(stack.parent)} would not come out even",
+                hint="choose whole blocks with `layers`",
+            )
+        put([*kept, *((stack.piece(new), layer) for new, (layer, _) in numbered)])
+        for _, (layer, target) in numbered:
+            if torch and target is not None and layer is not None:
+                _renumber_(layer, self.order.sources[target], target)
+
+    def _copied_module(self, node: Any, kind: Kind) -> Any:
+        return copy.deepcopy(node) if is_torch_module(node) else kind.replace(node, {})  # type: ignore[misc]
+
+
+def _copied_torch(root: Any, child: Any) -> Any:
+    """A deep copy of a layer. What it shares with the rest of the model, such as the configuration, stays so."""
+    inside = {id(module) for module in child.modules()}
+    memo: dict[int, Any] = {}
+    outside: set[int] = set()
+    for module in _modules(root, child):
+        outside.add(id(module))
+        outside |= {id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
+        outside |= {id(value) for name, value in vars(module).items() if not name.startswith("_")}
+    for module in child.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *module._modules.values()):
+            if value is not None and id(value) in outside:
+                memo[id(value)] = value
+        for name, value in vars(module).items():
+            if not name.startswith("_") and id(value) in outside and id(value) not in inside:
+                memo[id(value)] = value
+    return copy.deepcopy(child, memo)
+
+
+def _copied_nnx(root: Any, child: Any) -> Any:
+    """A copy of a layer of an NNX module. What it shares with the rest of the model stays shared."""
+    kind = find_kind(child)
+    if kind is None or kind.replace is None:
+        return copy.deepcopy(child)
+    twin = kind.replace(child, {})
+    _share(child, twin, {id(node) for node in _objects(root, id(child))}, set())
+    return twin
+
+
+def _share(old: Any, new: Any, shared: set[int], met: set[int]) -> None:
+    """Gives a copy of a module what the module shares."""
+    if id(old) in met:
+        return
+    met.add(id(old))
+    for name, value in vars(old).items():
+        kind = find_kind(value)
+        if kind is None or name.startswith("_pytree__"):
+            continue
+        if id(value) in shared:
+            vars(new)[name] = value
+        elif kind.replace is not None:
+            _share(value, vars(new)[name], shared, met)
+
+
+def _objects(node: Any, without: int, met: set[int] | None = None) -> list[Any]:
+    """The modules and Variables that can be reached from a node without passing through another one."""
+    met = set() if met is None else met
+    kind = find_kind(node)
+    if kind is None or id(node) == without or id(node) in met:
+        return []
+    met.add(id(node))
+    found = [node] if kind.replace is not None or kind.assign is not None else []
+    for child in kind.open(node)[1]:
+        found += _objects(child, without, met)
+    return found
+
+
+def _modules(root: Any, child: Any) -> list[Any]:
+    """The modules of a torch model that can be reached without passing through one of them."""
+    found: list[Any] = []
+    met: set[int] = {id(child)}
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in met:
+            continue
+        met.add(id(module))
+        found.append(module)
+        waiting += [inner for inner in module._modules.values() if inner is not None]
+    return found
+
+
+def _descend(node: Any, pieces: Pieces) -> Any:
+    """What stands at a path below a module."""
+    for piece in pieces:
+        kind = find_kind(node)
+        assert kind is not None
+        keys, children, _ = kind.open(node)
+        by_text = {str(key): child for key, child in zip(keys or range(len(children)), children, strict=True)}
+        if piece not in by_text:
+            raise Unsupported(f"{piece} of {type(node).__name__} is no container of its own", hint="layers=...")
+        node = by_text[piece]
+    return node
+
+
+def _opened(holder: Any) -> tuple[list[tuple[Any, Any]] | None, Callable[[list[tuple[Any, Any]]], None]]:
+    """The entries of a container of layers, and how to give it others in place; None if they are attributes."""
+    if is_torch_module(holder):
+        torch = importlib.import_module("torch")
+        if not isinstance(holder, torch.nn.ModuleList | torch.nn.Sequential | torch.nn.ModuleDict):
+            return None, _nothing
+        modules = holder._modules
+        return list(modules.items()), lambda items: _put(modules, items)
+    if imported("flax"):
+        nnx = importlib.import_module("flax.nnx")
+        if isinstance(holder, nnx.List):
+            return list(enumerate(holder)), lambda items: _fill(holder, items)
+    if isinstance(holder, list):
+        return list(enumerate(holder)), lambda items: _fill(holder, items)
+    return None, _nothing
+
+
+def _items(stack: Stack, holder: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[tuple[Any, Any]]], None]]:
+    items, put = _opened(holder)
+    if items is None:
+        raise Unsupported(
+            f"the layers of {'.'.join(stack.parent) or 'the module'} are attributes of a {type(holder).__name__}: it "
+            "knows them by name and would not call any more of them",
+            hint="torch.nn.ModuleList, torch.nn.Sequential, nnx.List: these can be rearranged",
+        )
+    return items, put
+
+
+def _nothing(items: list[tuple[Any, Any]]) -> None:
+    """Never called."""
+
+
+def _put(modules: Any, items: list[tuple[Any, Any]]) -> None:
+    modules.clear()
+    modules.update(items)
+
+
+def _fill(holder: Any, items: list[tuple[Any, Any]]) -> None:
+    layers = [layer for _, layer in items]
+    while len(holder):
+        holder.pop()
+    holder.extend(layers)
+
+
+def _renumber_(layer: Any, source: int, target: int) -> None:
+    """Tells the modules of a layer its new number, where they know the old one."""
+    for module in layer.modules():
+        for name in _NUMBERED:
+            if type(vars(module).get(name)) is int and vars(module)[name] == source:
+                setattr(module, name, target)
+
+
+def _renumbered(key: Any, piece: int, text: str, number: int) -> Any:
+    """A key with one piece replaced."""
+    if type(key) is int:
+        return number
+    parts = labels(key)
+    if len(parts) == 1:
+        return text
+    out = ""
+    for i, part in enumerate(parts):
+        assert isinstance(part, Part)
+        out += part.before + (text if i == piece else part.text)
+    return out

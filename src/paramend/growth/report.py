@@ -1,0 +1,174 @@
+"""The report of a change of depth: what each layer of the new model is made of."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from paramend import _text
+from paramend.errors import BadArgument
+from paramend.growth.depth import Order
+from paramend.pages.page import Column, Page, Paged
+from paramend.reports import Section
+from paramend.selectors import Selector, sel
+from paramend.tables import aligned
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """What one layer of the new model is.
+
+    Attributes:
+        path: where it is.
+        source: the layer that it was made of.
+        did: "kept", "copied", or "identity".
+        set: for an identity the leaves that were set, with their values.
+        parameters: the number of scalars.
+    """
+
+    path: str
+    source: str
+    did: str
+    set: dict[str, float] = field(default_factory=dict)
+    parameters: int = 0
+
+    @property
+    def new(self) -> bool:
+        """Whether this is no layer of the old model."""
+        return self.did != "kept"
+
+
+@dataclass(repr=False)
+class DeepenReport(Paged):
+    """What each layer of the new model is, and what to freeze.
+
+    Attributes:
+        order: the order of the layers.
+        layers: one row for each layer of the new model, for each stack.
+        new: a selector of the leaves of the new layers, None if there are none.
+        config: what was changed in the model's configuration, in words.
+        rename: the rules by which `pm.graft` carries what belongs to the old layers, such as moments, to their new
+            places: `pm.graft(tx.init(params), old_state, rename=report.rename)`.
+        family: the family whose rule says which leaves make a layer the identity, or "".
+        stacked: of layers stacked along an axis the selector of their leaves; else "".
+    """
+
+    order: Order
+    layers: list[LayerRow] = field(default_factory=list)
+    new: Selector | None = None
+    config: list[str] = field(default_factory=list)
+    rename: dict[str, str | None] = field(default_factory=dict)
+    family: str = ""
+    stacked: str = ""
+
+    @property
+    def frozen(self) -> Selector:
+        """A selector of all leaves but those of the new layers, to be frozen while these are trained.
+
+        Raises:
+            BadArgument: the layers are slices of leaves, and no selector has whole leaves and slices.
+        """
+        if self.stacked and self.new is not None:
+            raise BadArgument(
+                "the new layers are slices of leaves: freeze all, and thaw these from the start",
+                hint='pm.freeze(tx, "**", until={report.new: 0})',
+            )
+        return sel("**") if self.new is None else ~self.new
+
+    def headline(self) -> str:
+        """One sentence that says it all."""
+        said = {did: sum(row.did == did for row in self.layers) for did in ("kept", "copied", "identity")}
+        stacks = len(self.layers) // len(self.order)
+        each = f" in each of {stacks} stacks" if stacks > 1 else ""
+        parts = [f"{count // stacks} {did}" for did, count in said.items() if count]
+        if self.order.dropped:
+            parts.append(f"{len(self.order.dropped)} dropped")
+        return f"deepen: {_text.plural(self.order.of, 'layer')} -> {len(self.order)}{each}, {', '.join(parts)}"
+
+    def sections(self) -> list[Section]:
+        """None of leaves: the layers are listed by `__str__`."""
+        return []
+
+    def __str__(self) -> str:
+        lines = [_line(run) for run in _runs(self.layers)]
+        blocks = [self.headline(), "\n".join(f"  {line}" for line in aligned(lines))]
+        return "\n\n".join([*blocks, *([f"config: {', '.join(self.config)}"] if self.config else [])])
+
+    def page(self) -> Page:
+        """A map of the new layers, coloured by what became of them."""
+        set_ = [", ".join(f"{path} = {value:g}" for path, value in row.set.items()) for row in self.layers]
+        return Page(
+            "deepen",
+            self.headline(),
+            [row.path for row in self.layers],
+            [row.parameters for row in self.layers],
+            [
+                Column("source", [row.source for row in self.layers], "text"),
+                Column("set", set_, "text"),
+                Column("parameters", [row.parameters for row in self.layers]),
+            ],
+            [row.did for row in self.layers],
+            "layer",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers."""
+        return {
+            "order": list(self.order.sources),
+            "identity": list(self.order.identity),
+            "of": self.order.of,
+            "layers": [asdict(row) for row in self.layers],
+            "new": None if self.new is None else repr(self.new),
+            "config": self.config,
+            "rename": self.rename,
+            "family": self.family,
+        }
+
+
+def _runs(rows: list[LayerRow]) -> list[list[LayerRow]]:
+    """Rows in runs: layers that follow each other, made in the same way of layers that follow each other."""
+    runs: list[list[LayerRow]] = []
+    for row in rows:
+        run = runs[-1] if runs else []
+        step = _step(run[-1], row) if run and (run[-1].did, run[-1].set) == (row.did, row.set) else None
+        if step is not None and step == _step(*[*run, row][:2]):
+            run.append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def _step(one: LayerRow, other: LayerRow) -> int | None:
+    """By how much the numbers of two rows rise, if those of their paths and sources rise alike."""
+    numbers = []
+    for first, second in ((one.path, other.path), (one.source, other.source)):
+        (before, a, after), (before_too, b, after_too) = _parts(first), _parts(second)
+        if (before, after) != (before_too, after_too):
+            return None
+        numbers.append(b - a)
+    return numbers[0] if numbers[0] == numbers[1] > 0 else None
+
+
+def _parts(path: str) -> tuple[str, int, str]:
+    found = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", path, re.DOTALL)
+    return (found[1], int(found[2]), found[3]) if found else (path, 0, "")
+
+
+def _line(run: list[LayerRow]) -> tuple[str, ...]:
+    paths = [_written([row.path for row in run]), _written([row.source for row in run])]
+    path = paths[0] if paths[0] == paths[1] else " ◄─ ".join(paths)
+    values: dict[float, list[str]] = {}
+    for name, value in run[0].set.items():
+        values.setdefault(value, []).append(name)
+    said = "; ".join(f"{', '.join(names)} = {value:g}" for value, names in values.items())
+    return path, run[0].did if len(run) == 1 else f"{len(run)} × {run[0].did}", said
+
+
+def _written(paths: list[str]) -> str:
+    """Numbered paths as one: `layers.{0..11}`."""
+    if len(paths) == 1:
+        return paths[0]
+    parts = [_parts(path) for path in paths]
+    numbers = [str(number) for _, number, _ in parts]
+    close = int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1 and len(numbers) > 2
+    inner = f"{numbers[0]}..{numbers[-1]}" if close else ",".join(numbers)
+    return f"{parts[0][0]}{{{inner}}}{parts[0][2]}"

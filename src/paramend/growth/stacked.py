@@ -1,0 +1,90 @@
+"""Layers stacked along an axis of each leaf, as scanned: an order takes slices of the leaves."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from paramend import _text
+from paramend.arrays.registry import backend
+from paramend.errors import BadArgument, SpecMismatch
+from paramend.growth import families, identities, stacks
+from paramend.growth.depth import order_of
+from paramend.growth.families import modules_of
+from paramend.growth.report import DeepenReport, LayerRow
+from paramend.memory import Memory
+from paramend.ops import Call
+from paramend.paths import write_path
+from paramend.selectors import Sliced, resolve
+
+
+def deepened_stack(tree: Any, layers: Sliced, order: Any, identity: Any) -> tuple[Any, DeepenReport]:
+    """A new tree whose stacked leaves hold the layers of the order, and the report."""
+    axis = _axis(layers.index)
+    memory = Memory(tree)
+    chosen = resolve(layers.part, memory)
+    lengths = {memory.spec(number).shape[axis : axis + 1] for number in chosen}
+    if len(lengths) != 1 or () in lengths:
+        specs = [f"{memory.index.path(number)} {memory.spec(number)}" for number in chosen]
+        raise SpecMismatch(
+            f"{layers!r}: axis {axis} is not as long in all of these leaves: {_text.listing(specs, 6)}",
+            hint="choose the leaves of the stack alone, and the axis that counts its layers",
+        )
+    count = lengths.pop()[0]
+    order = order_of(order, count)
+    new = Memory(memory.with_leaves({n: backend(v := memory.read(n)).take(v, order.sources, axis) for n in chosen}))
+    calls: dict[int, Call] = {}
+    family = ""
+    values: dict[int, float] = {}
+    if order.identity and identity is not None:
+        family, values = _stack_values(memory, chosen, identity)
+        index = (*[slice(None)] * axis, list(order.identity))
+        calls = {number: identities.call(value, index) for number, value in values.items()}
+    where = repr(layers.part)
+    sets = {memory.index.path(n): value for n, value in values.items()}
+    rows = [
+        LayerRow(
+            f"{axis * ':, '}{target}",
+            f"{axis * ':, '}{source}",
+            "kept"
+            if order.kept.get(source) == target
+            else "identity"
+            if target in order.identity and calls
+            else "copied",
+            sets if target in order.identity else {},
+            sum(memory.spec(n).size for n in chosen) // count,
+        )
+        for target, source in enumerate(order.sources)
+    ]
+    report = DeepenReport(order, rows, family=family, stacked=where)
+    if order.new:
+        report.new = Sliced(layers.part, (*[slice(None)] * axis, list(order.new)) if axis else list(order.new))
+    return (new.edited(calls) if calls else new.root), report
+
+
+def _axis(index: Any) -> int:
+    parts = index if isinstance(index, tuple) else (index,)
+    if not parts or any(part != slice(None) for part in parts):
+        raise BadArgument(
+            "the order says which layers of the stack are taken, and `layers` names all of them",
+            hint='layers=pm.sel("params/blocks/**")[:], or [:, :] if the second axis counts layers',
+        )
+    return len(parts) - 1
+
+
+def _stack_values(memory: Memory, chosen: Iterable[int], identity: Any) -> tuple[str, dict[int, float]]:
+    """The leaves of a stack that make its layers the identity, with their values, and the family that says so."""
+    numbers = list(chosen)
+    pieces = {number: memory.index.pieces(number) for number in numbers}
+    shared = 0
+    shortest = min(map(len, pieces.values())) - 1
+    while shared < shortest and len({path[shared] for path in pieces.values()}) == 1:
+        shared += 1
+    family = ""
+    rules = identities.rules_of(identity)
+    strict = rules is not None
+    if rules is None:
+        row = identities.family_of(modules_of(path[shared:] for path in pieces.values()), identity, None)
+        family, rules = row.name, families.values(row)
+    start = next(iter(pieces.values()))[:shared]
+    names = stacks.under(memory.index.names, start)
+    calls = identities.calls(memory, names, rules, write_path(start, memory.index.separator), strict=strict)
+    return family, {n: float(call.args.get("value", 0.0)) for n, call in calls.items() if n in pieces}

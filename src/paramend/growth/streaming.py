@@ -1,0 +1,124 @@
+"""Growth in depth on disk: the new checkpoint is a list of references to the old one, and is written when saved."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paramend.assembling import Pick, assemble
+from paramend.checkpoints import Checkpoint
+from paramend.errors import BadCheckpoint, Unsupported
+from paramend.formats.gathered import Gathered
+from paramend.growth.planning import Work
+from paramend.growth.report import DeepenReport
+from paramend.growth.stacks import Stack
+from paramend.paths import Label, Part, text_of
+from paramend.selectors import Selector, Sliced
+
+_CONFIG = "config.json"
+
+
+def deepened(
+    checkpoint: Checkpoint, layers: str | Selector | None, order: Any, identity: Any
+) -> tuple[Checkpoint, DeepenReport]:
+    """A checkpoint with the layers of another in an order, and the report; nothing is written.
+
+    Raises:
+        BadCheckpoint: `config.json` is damaged.
+    """
+    if isinstance(layers, Sliced):
+        raise Unsupported(
+            "stacked layers of a checkpoint grow in memory",
+            hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)",
+        )
+    config, file = _config(checkpoint)
+    work = Work(checkpoint, layers, order, identity, lambda where: config)
+    picks, ties = _picks(checkpoint, work)
+    texts: dict[str, bytes] = {}
+    if work.config is not None and file is not None:
+        if Path(checkpoint.path).is_dir():
+            texts[_CONFIG] = (json.dumps(work.config, indent=2, ensure_ascii=False) + "\n").encode()
+        else:
+            work.said = [f"{file} stays as it is; the directory, {file.parent}/, would take it along"]
+    new = assemble(checkpoint, picks, texts=texts, ties=ties)
+    calls, report = work.finished(new)
+    return (new.edited(calls) if calls else new), report
+
+
+def _config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any] | None, Path | None]:
+    """The configuration beside the weights, and its file."""
+    path = Path(checkpoint.path)
+    file = (path if path.is_dir() else path.parent) / _CONFIG
+    source: Any = checkpoint.source
+    text: bytes | None = source.texts.get(_CONFIG) if isinstance(source, Gathered) else None
+    if text is None:
+        if not file.is_file():
+            return None, None
+        text = file.read_bytes()
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{file}: it is no JSON: {error}", hint=f"python -m json.tool {file}") from None
+    if not isinstance(config, dict):
+        raise BadCheckpoint(f"{file}: it holds no object, but {type(config).__name__}")
+    return config, file
+
+
+def _picks(checkpoint: Checkpoint, work: Work) -> tuple[list[Pick], dict[int, int]]:
+    """The leaves of the new checkpoint: where each will be, and which leaf it is. Ties within a layer, and of layers
+    with the rest of the model, stay."""
+    index, order = checkpoint.index, work.order
+    places: dict[int, tuple[Stack, int]] = {}
+    for number in index.numbers:
+        pieces = index.pieces(number)
+        for stack in work.stacks:
+            depth = len(stack.parent)
+            if pieces[:depth] == stack.parent and len(pieces) > depth:
+                found = stack.number(pieces[depth])
+                if found is not None:
+                    places[number] = stack, found
+    picks: list[Pick] = []
+    units: list[Any] = []  # what tells leaves of the outcome that are one
+    done: set[int] = set()
+    shared = _shared(checkpoint, places)
+    for number in index.numbers:
+        if number not in places:
+            picks.append((index.paths[number], (checkpoint, number)))
+            units.append(checkpoint.ties.get(number, number))
+            continue
+        stack = places[number][0]
+        if id(stack) in done:
+            continue
+        done.add(id(stack))
+        mine = [n for n in index.numbers if n in places and places[n][0] is stack]
+        moved = [(new, target, n) for n in mine for new, target in stack.moved(places[n][1], order)]
+        for new, target, n in sorted(moved, key=lambda entry: entry[0]):
+            picks.append((_renumbered(index.paths[n], len(stack.parent), stack.piece(new)), (checkpoint, n)))
+            first = checkpoint.ties.get(n, n)
+            copied = target is not None and order.kept.get(order.sources[target]) != target and first not in shared
+            units.append((first, target) if copied else first)
+    ties: dict[int, int] = {}
+    if checkpoint.ties:
+        first_of: dict[Any, int] = {}
+        for place, unit in enumerate(units):
+            ties[place] = first_of.setdefault(unit, place)
+        several = {one for place, one in ties.items() if one != place}
+        ties = {place: one for place, one in ties.items() if one in several}
+    return picks, ties
+
+
+def _shared(checkpoint: Checkpoint, places: Mapping[int, tuple[Stack, int]]) -> set[int]:
+    """The leaves, by their first number, that have paths both in a layer and outside of it."""
+    found: dict[int, set[Any]] = {}
+    for number, first in checkpoint.ties.items():
+        stack, place = places.get(number, (None, 0))
+        found.setdefault(first, set()).add((id(stack), place))
+    return {first for first, where in found.items() if len(where) > 1}
+
+
+def _renumbered(path: Sequence[Label], at: int, text: str) -> tuple[Label, ...]:
+    """A path with one piece replaced."""
+    label = path[at]
+    new: Label = label._replace(text=text) if isinstance(label, Part) else text
+    assert text_of(new) == text
+    return (*path[:at], new, *path[at + 1 :])

@@ -1,0 +1,212 @@
+"""`deepen` on checkpoints: what transformers loads is what deepening the loaded model gives, and nothing is read."""
+
+import json
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from click.testing import CliRunner
+
+import paramend as pm
+from paramend.cli.main import cli
+from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import MODELS, kind, logits, make
+
+ORDER = pm.depth.blocks(3, count=2)
+
+
+def bits(path):
+    return {name: (x.dtype.name, x.shape, x.tobytes()) for name, x in pm.load(path, nested=False).items()}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_transformers_saves_of_every_family(family, tmp_path):
+    model = make(family)
+    model.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    with pm.open(tmp_path / "model") as checkpoint:
+        deeper, report = pm.deepen(checkpoint, order=ORDER)
+        deeper.save(tmp_path / "out")
+    in_memory, told = pm.deepen(model, order=ORDER)
+    in_memory.save_pretrained(tmp_path / "expected")
+    assert bits(tmp_path / "out") == bits(tmp_path / "expected")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "expected")]
+    assert configs[0] == configs[1]
+    assert report.config == told.config
+    with torch.no_grad():
+        loaded = kind(family).from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(logits(loaded, family), logits(model, family))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {name: safetensors.numpy.load_file(tmp_path / "out" / name) for name in set(index["weight_map"].values())}
+    assert {(name, file) for file, held in files.items() for name in held} == set(index["weight_map"].items())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for held in files.values() for x in held.values())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of three layers with all that stands beside weights."""
+    rng = np.random.default_rng(0)
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+    tree = {
+        f"model.layers.{i}.{n}.weight": rng.normal(size=4).astype(ml_dtypes.bfloat16) for i in range(3) for n in names
+    }
+    tree["lm_head.weight"] = rng.normal(size=(2, 4)).astype("float32")
+    path = tmp_path / "model"
+    path.mkdir()
+    safetensors.numpy.save_file(tree, path / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "num_hidden_layers": 3, "rms_norm_eps": 1e-05, "name": "é"}
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "tokenizer.json").write_bytes(b"{}\n\x00")
+    return path, tree
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 0, 1, 2], [0, 1, 1, 2], [2, 0], [1]], ids=str)
+def test_other_orders(folder, tmp_path, order):
+    path, tree = folder
+    with pm.open(path) as checkpoint:
+        deeper, report = pm.deepen(checkpoint, order=order)
+        written = deeper.save(tmp_path / "out")
+    expected = {"lm_head.weight": tree["lm_head.weight"]}
+    for target, source in enumerate(order):
+        above = f"model.layers.{source}."
+        expected |= {f"model.layers.{target}.{n[len(above) :]}": x for n, x in tree.items() if n.startswith(above)}
+    assert bits(tmp_path / "out") == {n: (x.dtype.name, x.shape, x.tobytes()) for n, x in expected.items()}
+    assert written.bytes_computed == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}\n\x00"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == json.loads((path / "config.json").read_text()) | {"num_hidden_layers": len(order)}
+    assert list(config) == ["model_type", "num_hidden_layers", "rms_norm_eps", "name"]
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert report.config == ([f"num_hidden_layers: 3 -> {len(order)}"] if len(order) != 3 else report.config)
+
+
+def test_edits_before_and_after(folder, tmp_path):
+    path, tree = folder
+    with pm.open(path) as checkpoint:
+        doubled = pm.at(checkpoint, "**/layers[0]/**").multiply(2)
+        deeper, _ = pm.deepen(doubled, order=[0, 0, 1, 2])
+        again, _ = pm.deepen(pm.at(deeper, "**/layers[1]/mlp/**").zero(), order=[1, 1, 0])
+        again.save(tmp_path / "out")
+    out = pm.load(tmp_path / "out", nested=False)
+    gate, norm = "model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.input_layernorm.weight"
+    assert not out[gate.format(0)].any()
+    assert not out[gate.format(1)].any()
+    assert (out[gate.format(2)] == tree[gate.format(0)] * 2).all()
+    assert (out[norm.format(1)] == tree[norm.format(0)] * 2).all()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_one_file_says_that_the_configuration_stays(folder, tmp_path):
+    path, _ = folder
+    with pm.open(path / "model.safetensors") as checkpoint:
+        deeper, report = pm.deepen(checkpoint, order=ORDER)
+        deeper.save(tmp_path / "out.safetensors")
+    assert len(pm.load(tmp_path / "out.safetensors", nested=False)) == 5 * 9 + 1
+    assert "stays as it is" in report.config[0]
+    assert "config: " in str(report)
+
+
+def test_tied_tensors_of_torch_files(tmp_path):
+    embed = torch.ones(2, 2)
+    state = {"wte.weight": embed} | {f"h.{i}.mlp.weight": torch.full((2,), float(i)) for i in range(2)}
+    torch.save(state | {"head.weight": embed, "h.0.tied": embed}, tmp_path / "model.pt")
+    with pm.open(tmp_path / "model.pt") as checkpoint:
+        deeper, _ = pm.deepen(checkpoint, layers="h[*]", order=[0, 0, 1])
+        names = [deeper.index.path(number) for number in deeper.ties]
+        assert names == ["wte.weight", "h.0.tied", "h.1.tied", "head.weight"]
+        deeper.save(tmp_path / "out.pt")
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert all(torch.equal(out[name], embed) for name in names)
+    assert out["h.2.mlp.weight"].tolist() == [1, 1]
+
+
+def test_refusals_write_nothing(folder, tmp_path):
+    path, _ = folder
+    with pm.open(path) as checkpoint:
+        with pytest.raises(Unsupported, match="in memory"):
+            pm.deepen(checkpoint, layers=pm.sel("**")[:], order=[0])
+        with pytest.raises(Unsupported, match="does not change in place"):
+            pm.deepen_(checkpoint, order=[0])
+        with pytest.raises(NoMatch, match="names no numbered layers"):
+            pm.deepen(checkpoint, layers="h[*]", order=[0])
+    for text, error in (
+        ("{", BadCheckpoint),
+        ("[]", BadCheckpoint),
+        ('{"num_hidden_layers":3,"scale_depth":1}', Unsupported),
+    ):
+        (path / "config.json").write_text(text)
+        with pm.open(path) as checkpoint, pytest.raises(error):
+            pm.deepen(checkpoint, order=ORDER)
+    (path / "config.json").write_text('{"model_type": "gemma2"}')
+    with pm.open(path) as checkpoint, pytest.raises(BadArgument, match="post_feedforward_layernorm is missing"):
+        pm.deepen(checkpoint, order=ORDER)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+def run(*args):
+    return CliRunner().invoke(cli, ["deepen", *map(str, args)])
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        (["--blocks", "2"], "0 1 1* 2 2*"),
+        (["--stack", "2"], "0 1 2 0 1 2"),
+        (["--interleave", "2"], "0 0 1 1 2 2"),
+        (["--overlap", "1"], "0 1 1 2"),
+        (["--drop", "0,-1"], "1"),
+        (["--order", "0,1,1,2"], "0 1 1 2"),
+        (["--blocks", "1", "--identity", "llama", "--layers", "model.layers[*]"], "0 1 2 2*"),
+        (["--blocks", "1", "--identity", "self_attn.o_proj.*=0", "--identity", "mlp.down_proj.*=-1"], "0 1 2 2*"),
+    ],
+    ids=str,
+)
+def test_the_command(folder, tmp_path, options, order):
+    path, _ = folder
+    dry = run(path, *options, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.output
+    assert not (tmp_path / "out").exists()
+    result = run(path, *options, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    planned = json.loads(dry.stdout)
+    assert data["layers"] == planned["layers"]
+    marked = [f"{s}{'*' * (t in data['identity'])}" for t, s in enumerate(data["order"])]
+    assert " ".join(marked) == order
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(data["order"])
+    assert "kept" in run(path, *options, "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["-o", "OUT"], "One of --blocks"),
+        (["--blocks", "1", "--stack", "2", "-o", "OUT"], "One of --blocks"),
+        (["--blocks", "1"], "-o OUT is needed"),
+        (["--blocks", "0", "-o", "OUT"], "count=0"),
+        (["--order", "0,x", "-o", "OUT"], "no list of layers"),
+        (["--order", "0,7", "-o", "OUT"], "names layer 7"),
+        (["--drop", "9", "-o", "OUT"], "no layer 9"),
+        (["--blocks", "1", "--identity", "a=b", "-o", "OUT"], "no SELECTOR=VALUE"),
+        (["--blocks", "1", "--layers", "h[*]", "-o", "OUT"], "names no numbered layers"),
+        (["--blocks", "1", "-o", "FOLDER"], "exists"),
+    ],
+    ids=str,
+)
+def test_what_the_command_refuses(folder, tmp_path, options, says):
+    path, _ = folder
+    places = {"OUT": tmp_path / "out", "FOLDER": path}
+    result = run(path, *(places.get(option, option) for option in options))
+    assert result.exit_code == 2
+    assert says in result.output or "is what is being read" in result.output
+    assert not (tmp_path / "out").exists()
