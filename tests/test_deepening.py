@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
+from jax.sharding import PartitionSpec as P
 
 import paramend as pm
 from paramend.demo import digits, training
@@ -214,6 +215,15 @@ def test_a_scanned_model_computes_the_same_and_only_new_slices_train():
     assert "until={report.new: 0}" in caught.value.hint
 
 
+def test_a_sharded_stack():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    for spec, count, expected in ((P(None, "a"), 3, P(None, "a")), (P("a", None), 4, P("a", None))):
+        x = jax.device_put(jnp.arange(32.0).reshape(8, 4), jax.sharding.NamedSharding(mesh, spec))
+        new, _ = pm.deepen({"w": x}, layers=pm.sel("w")[:], order=pm.depth.blocks(8, count=count), identity="w")
+        assert new["w"].sharding.spec == expected
+        assert new["w"].shape == (8 + count, 4)
+
+
 # ---- NNX -------------------------------------------------------------------------------------------------------
 
 
@@ -383,3 +393,28 @@ def test_fixed_entries():
 
     with pytest.raises(Unsupported, match="entries are fixed"):
         pm.deepen(Held(np.ones(1), np.ones(1)), layers="block_[*]", order=[0, 0, 1])
+
+
+def test_hints_are_code_that_works():
+    names = {"pm": pm}
+    tree = {"layers": layers(3), "head": {"layers": layers(2)}}
+    with pytest.raises(NoMatch) as caught:
+        pm.deepen(tree, order=[0])
+    for hint in caught.value.hint.split(" or "):
+        assert pm.deepen(tree, order=[0], **eval(f"dict({hint})"))
+    with pytest.raises(BadArgument) as caught:
+        pm.deepen(tree["head"], order=pm.depth.blocks(1, count=1), identity="w")
+    assert pm.deepen(tree["head"], **eval(f"dict({caught.value.hint})", names), identity="w")
+    with pytest.raises(BadArgument) as caught:
+        pm.deepen(tree["head"], order=[0, 1, 1], identity="w")
+    assert pm.deepen(tree["head"], **eval(f"dict({caught.value.hint})", names), identity="w")
+    with pytest.raises(BadArgument) as caught:
+        pm.deepen(tree["head"], order=[0, 5])
+    assert pm.deepen(tree["head"], **eval(f"dict({caught.value.hint})"))
+    one = pm.depth.blocks(2, count=1)
+    with pytest.raises(NoMatch) as caught:
+        pm.deepen(tree["head"], order=one, identity="W")
+    assert pm.deepen(tree["head"], order=one, **eval(f"dict({caught.value.hint})"))
+    with pytest.raises(NoMatch) as caught:
+        pm.deepen(tree["head"], order=one, identity="lama")
+    assert caught.value.hint == 'identity="llama"'

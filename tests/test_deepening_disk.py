@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import flax.serialization
 import ml_dtypes
 import numpy as np
 import pytest
@@ -125,6 +126,21 @@ def test_tied_tensors_of_torch_files(tmp_path):
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     assert all(torch.equal(out[name], embed) for name in names)
     assert out["h.2.mlp.weight"].tolist() == [1, 1]
+
+
+def test_parameters_of_flax_in_msgpack(tmp_path):
+    params = {"params": {f"Dense_{i}": {"kernel": np.full((2, 2), i, "float32")} for i in range(4)}}
+    (tmp_path / "p.msgpack").write_bytes(flax.serialization.to_bytes(params))
+    options = {"layers": "params/Dense_[1:-1]", "order": pm.depth.blocks(2, count=1), "identity": "kernel"}
+    with pm.open(tmp_path / "p.msgpack") as checkpoint:
+        deeper, report = pm.deepen(checkpoint, **options)
+        deeper.save(tmp_path / "o.msgpack")
+    expected, told = pm.deepen(params, **options)
+    out = flax.serialization.msgpack_restore((tmp_path / "o.msgpack").read_bytes())
+    assert list(out["params"]) == list(expected["params"])
+    assert all((out["params"][name]["kernel"] == layer["kernel"]).all() for name, layer in expected["params"].items())
+    assert report.to_dict() == told.to_dict()
+    assert report.to_html().startswith("<!doctype html>")
 
 
 def test_refusals_write_nothing(folder, tmp_path):

@@ -443,3 +443,10 @@ def test_names_in_a_flat_table_are_read_as_nested_ones(names):
     for name in names:
         for text in (f"model/{write_piece(name)}/weight", "model/*/weight", "**", "**/weight"):
             assert parse(text).find(flat.names) == parse(text).find(nested)
+
+
+def test_a_star_in_brackets_is_all_of_them():
+    assert parse("layers[*]/w") == parse("layers[:]/w")
+    assert str(parse("Dense_[ * ]")) == "Dense_[:]"
+    with pytest.raises(SelectorError):
+        parse("layers[**]")

@@ -60,10 +60,12 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         pattern = parse(text)
         numbers = [number for names in layers for number in pattern.find(names)]
         if strict and not numbers:
-            have = sorted({leaves.index.path(n) for names in layers for n in parse("**").find(names)})
+            have = [leaves.index.path(n)[len(where) + 1 :] for names in layers for n in parse("**").find(names)]
+            near = _text.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
             raise NoMatch(
-                f"identity={text!r} matches none of the leaves of {where}",
-                hint=f"selectors are relative to the layer, which has {_text.listing(have, 6)}",
+                f"identity={text!r} matches none of the leaves of {where}, which has {_text.listing(have, 6)}",
+                hint="\n      ".join(f'identity="{name}"' for name in near),
+                near=near,
             )
         for number in numbers:
             found[number] = call(value)
