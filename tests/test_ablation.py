@@ -94,7 +94,7 @@ def test_pairs_and_how_far_they_act_together(flax_model):
     assert found.rows[2].interaction == 0
 
 
-@pytest.mark.parametrize("how", METHODS)
+@pytest.mark.parametrize("how", [how for how in METHODS if how != "identity"])
 @pytest.mark.parametrize("library", ["numpy", "jax", "torch"])
 def test_methods(how, library):
     values = np.random.default_rng(0).normal(3, 2, size=(40, 50)).astype("float32")
@@ -182,6 +182,28 @@ def test_every_block_of_a_transformers_model():
                 parameter.zero_()
         assert table.rows[i].score == float(score(other))
     assert table.baseline == float(score(model))
+
+
+def test_a_layer_as_the_identity_scores_as_the_model_without_it():
+    model, score = llama()
+    before = state(model)
+    table = pm.ablate(model, "model.layers.<n>.**", score, how="identity")
+    assert state(model) == before
+    assert [row.leaves for row in table.rows] == [2] * 3
+    for i in range(3):
+        shorter, _ = llama()
+        del shorter.model.layers[i]
+        for place, layer in enumerate(shorter.model.layers):
+            layer.self_attn.layer_idx = place
+        shorter.config.num_hidden_layers = 2
+        assert table.rows[i].score == float(score(shorter))
+
+
+def test_an_unknown_family_has_no_identity():
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(BadArgument, match=r'how="identity" at 0\.0\.') as error:
+        pm.ablate(model, "<n>.**", lambda m: 1.0, how="identity")
+    assert 'how="zero"' in str(error.value)
 
 
 def test_a_score_that_raises_leaves_the_module_as_it_was():

@@ -45,7 +45,8 @@ def ablate(
             are taken; steps and random states stay.
         score: a function of the tree, of the module for modules, that gives one number.
         how: "zero", "mean" (each leaf its own mean), "noise" (of the leaf's own mean and standard deviation),
-            "permuted", or a function from leaf to leaf of the same spec.
+            "permuted", "identity" (each target is one layer of a family that `pm.deepen` knows, and passes its input
+            on), or a function from leaf to leaf of the same spec.
         order: 2 to take out each pair as well.
         seed: of "noise" and "permuted".
         jit: whether the score is traced by JAX, once for the whole sweep. None: if the leaves are JAX arrays.
@@ -80,7 +81,7 @@ def ablate(
     baseline, alone = found[0], dict(zip(chosen, found[1:], strict=False))
     rows = []
     for group, scored in zip(groups, found[1:], strict=True):
-        numbers = {number for name in group for number in chosen[name]}
+        numbers = {number for name in group for number in edits[name]}
         delta = scored - baseline
         rows.append(
             AblationRow(

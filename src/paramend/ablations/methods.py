@@ -8,10 +8,12 @@ import numpy as np
 
 from paramend import _text
 from paramend.arrays.registry import to_numpy
-from paramend.errors import BadArgument
+from paramend.errors import BadArgument, Unsupported
+from paramend.growth import families, identities
 from paramend.initializers import Place, generator, normal
-from paramend.leaves import Leaves
+from paramend.leaves import Index, Leaves
 from paramend.ops import OPS, Call
+from paramend.patterns import parse
 from paramend.specs import numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -23,11 +25,11 @@ class Method:
 
     Attributes:
         says: what becomes of the leaf, for the docs.
-        run: (the values, random numbers of this leaf) → the new values; None for zeros.
+        run: (the values, random numbers of this leaf) → the new values; None where an op of the table does it.
     """
 
     says: str
-    run: Callable[[Array, np.random.Generator], Array] | None
+    run: Callable[[Array, np.random.Generator], Array] | None = None
 
 
 def _mean(x: Array, rng: np.random.Generator) -> Array:
@@ -44,10 +46,13 @@ def _permuted(x: Array, rng: np.random.Generator) -> Array:
 
 
 METHODS: dict[str, Method] = {
-    "zero": Method("every element becomes +0.0", None),
+    "zero": Method("every element becomes +0.0"),
     "mean": Method("every element becomes the mean of the leaf", _mean),
     "noise": Method("normal noise of the leaf's own mean and standard deviation takes its place", _noise),
     "permuted": Method("the elements change places at random", _permuted),
+    "identity": Method(
+        "of a layer of a known family, what it adds to the residual stream becomes 0: it passes its input on"
+    ),
 }
 
 How = str | Callable[[Any], Any]
@@ -71,10 +76,36 @@ def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict
         raise BadArgument(
             f"how={how!r} is no way to ablate", hint=f'how="{near[0]}"' if near else f"how= one of {', '.join(METHODS)}"
         )
+    if how == "identity":
+        return _identity(leaves, numbers)
     run = METHODS[how].run
     if run is None:
         return dict.fromkeys(numbers, Call(OPS["zero"]))
     return {n: Call(OPS["apply"], {"fn": _applied(run, Place(leaves.index.pieces(n)), seed)}) for n in numbers}
+
+
+def _identity(leaves: Leaves, numbers: tuple[int, ...]) -> dict[int, Call]:
+    """What makes one layer the identity, by the row of its family."""
+    pieces = {number: leaves.index.pieces(number) for number in numbers}
+    shared = next((at for at, keys in enumerate(zip(*pieces.values(), strict=False)) if len(set(keys)) > 1), 0)
+    inner = {number: path[shared:] or path[-1:] for number, path in pieces.items()}
+    config = getattr(getattr(leaves, "root", None), "config", None)
+    try:
+        family = families.find(families.modules_of(inner.values()), getattr(config, "model_type", None))
+    except (BadArgument, Unsupported) as error:
+        said = str(error).partition("\n\nhint:")[0]
+        where = leaves.index.path(numbers[0])
+        raise BadArgument(
+            f'how="identity" at {where}: {said}',
+            hint='how="zero", with targets that name what writes to the residual stream, such as '
+            '"model.layers.<n>.{self_attn.o_proj,mlp.down_proj}.*"',
+        ) from error
+    index = Index.of_names(["/".join(path) for path in inner.values()], "/")
+    order = list(inner)
+    found: dict[int, Call] = {}
+    for selector, value in families.values(family).items():
+        found |= {order[place]: identities.call(value) for place in parse(selector).find(index.names)}
+    return found
 
 
 def _applied(run: Callable[[Array, np.random.Generator], Array], place: Place, seed: int) -> Callable[[Any], Array]:

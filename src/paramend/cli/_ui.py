@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -41,6 +42,16 @@ def refusal(error: Exception) -> Refusal:
 def emit(data: Any) -> None:
     """Prints data as JSON. Numbers that JSON lacks become the strings "NaN", "Infinity" and "-Infinity"."""
     click.echo(json.dumps(_jsonable(data), indent=2, allow_nan=False))
+
+
+def tell(report: Any, *, page: Path | None, as_json: bool) -> None:
+    """Prints a report, as a table or as JSON, and writes it as an HTML page where one is asked for."""
+    if page is not None:
+        report.to_html(page)
+    if as_json:
+        emit(report.to_dict())
+    else:
+        show_lines(str(report).split("\n"))
 
 
 def show_lines(lines: Sequence[str], *, header: bool = False) -> None:

@@ -65,12 +65,7 @@ def ablate(
         raise
     except Exception as error:  # whatever the user's score does
         raise BadArgument(f"{file}: score(tree) raised {type(error).__name__}: {error}") from error
-    if html is not None:
-        report.to_html(html)
-    if as_json:
-        _ui.emit(report.to_dict())
-    else:
-        _ui.show_lines(str(report).split("\n"))
+    _ui.tell(report, page=html, as_json=as_json)
 
 
 def _targets(targets: tuple[str, ...], named: tuple[str, ...]) -> Any:

@@ -36,12 +36,7 @@ def diff(a: Path, b: Path, only: str | None, allow_noop: bool, sort: str, html: 
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
         order: Sort = "path" if sort == "path" else "change"
         report = diff_of(a, b, only=only, sort=order, histograms=html is not None, progress=progress)
-    if html is not None:
-        report.to_html(html)
-    if as_json:
-        _ui.emit(report.to_dict())
-    else:
-        _ui.show_lines(str(report).split("\n"))
+    _ui.tell(report, page=html, as_json=as_json)
     holds = not report if only is None else not report.unexpected and (bool(report) or allow_noop)
     if not holds:
         raise SystemExit(1)
