@@ -240,6 +240,21 @@ class Bench:
             Way("paramend scale -o", paramend("scale", source, "**", "0.5", "-o", out), gone),
         )
 
+    def deepen(self):
+        """8 identity layers more, new directory: `cp` + sync of the outcome"""
+        folder, out, deep = self.model(), self.folder / "out", self.folder / "deep"
+        blocks = min(8, self.layers)
+        grow = paramend("deepen", folder, "--blocks", blocks, "-o")
+        subprocess.run(list(map(str, [*grow, deep])), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        again = ["sh", "-c", 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +', "sh", deep, out]
+        ways = [Way("cp + sync", again, remove(out)), Way("paramend deepen", [*map(str, grow), out], remove(out))]
+        if self.options.mergekit:
+            command = peer("mergekit-deepen", folder, out, blocks, python=self.options.mergekit)
+            ways.append(Way("mergekit: passthrough", command, remove(out, Path(f"{out}.yaml"))))
+        rows = self.compare(*ways)
+        shutil.rmtree(deep)
+        return rows
+
     def show(self):
         """List 100 shards: `python -c 'import numpy'`"""
         folder = self.folder / "hundred"
@@ -266,7 +281,7 @@ class Bench:
         return rows
 
 
-SCENARIOS = ("new_file", "full_cache", "scale", "peers", "linked", "in_place", "memory", "show", "trillion")
+SCENARIOS = ("new_file", "full_cache", "scale", "peers", "linked", "in_place", "deepen", "memory", "show", "trillion")
 # Without these, the table has no ratios: nothing is the reference.
 ALONE = ("memory", "trillion")
 

@@ -3,7 +3,9 @@
 `python bench/peers.py WAY SOURCE OUT NAME`
 """
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,15 +45,35 @@ def by_transformers(source, out, name):
 
 
 def by_mergekit(source, out, name):
-    import json
-    import subprocess
-
-    layers = json.loads(Path(source, "config.json").read_text())["num_hidden_layers"]
-    rest = [{"sources": [{"model": source, "layer_range": [0, layers - 1]}]}] if layers > 1 else []
+    layers = depth_of(source)
     scale = {"scale": [{"filter": "down_proj", "value": 0.0}, {"value": 1.0}]}
-    last = {"sources": [{"model": source, "layer_range": [layers - 1, layers], "parameters": scale}]}
+    merge(source, out, [*([(0, layers - 1, None)] if layers > 1 else []), (layers - 1, layers, scale)])
+
+
+def deepened_by_mergekit(source, out, count):
+    """So many identity layers more, spread evenly, as LLaMA-Pro puts them."""
+    layers, count = depth_of(source), int(count)
+    scale = {"scale": [{"filter": part, "value": 0.0} for part in ("o_proj", "down_proj")] + [{"value": 1.0}]}
+    slices, start = [], 0
+    for n in range(1, count + 1):
+        stop = n * layers // count
+        slices += [(start, stop, None), (stop - 1, stop, scale)]
+        start = stop
+    merge(source, out, slices)
+
+
+def depth_of(source):
+    return json.loads(Path(source, "config.json").read_text())["num_hidden_layers"]
+
+
+def merge(source, out, slices):
+    """Runs mergekit on slices of one model: (first layer, the one after the last, parameters)."""
+    table = []
+    for start, stop, parameters in slices:
+        one = {"model": source, "layer_range": [start, stop]}
+        table.append({"sources": [one | ({"parameters": parameters} if parameters else {})]})
     recipe = Path(f"{out}.yaml")
-    recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": [*rest, last], "dtype": "bfloat16"}))
+    recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": table, "dtype": "bfloat16"}))
     tool = Path(sys.executable).with_name("mergekit-yaml")
     subprocess.run([tool, recipe, out, "--no-copy-tokenizer"], check=True, stdout=2)
 
@@ -62,6 +84,7 @@ WAYS = {
     "to-torch": to_torch,
     "transformers": by_transformers,
     "mergekit": by_mergekit,
+    "mergekit-deepen": deepened_by_mergekit,
 }
 
 if __name__ == "__main__":
