@@ -769,3 +769,24 @@ def test_selector_errors_keep_their_caret():
 
 if __name__ == "__main__":
     SCHEMA.write_text(schema_text())
+
+
+def test_what_is_wrong_with_a_file_and_with_its_fit_are_listed_together(tmp_path):
+    tree = {"a": {"bias": np.ones(2)}, "b": np.ones(3)}
+    safetensors.numpy.save_file({"a.bias": tree["a"]["bias"], "b": tree["b"]}, tmp_path / "m.safetensors")
+    recipe = tmp_path / "fix.yaml"
+    recipe.write_text(
+        "version: 1\nsteps:\n  - zero: c\n  - fil: {at: b, value: 1}\n  - fill: {at: a.bias, value: high}\n"
+    )
+    with pytest.raises(BadRecipe) as error:
+        pm.Recipe.apply_file(recipe, tree)
+    assert [problem.address for problem in error.value.problems] == [
+        "$.steps[0].at",
+        "$.steps[1].fil",
+        "$.steps[2].value",
+    ]
+    done = CliRunner().invoke(cli, ["apply", str(recipe), str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "o")])
+    assert done.exit_code == 2
+    assert all(address in done.stderr for address in ("$.steps[0].at", "$.steps[1].fil", "$.steps[2].value"))
+    recipe.write_text("version: 1\nsteps:\n  - zero: b\n")
+    assert not pm.Recipe.apply_file(recipe, tree)["b"].any()

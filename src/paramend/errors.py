@@ -127,10 +127,11 @@ class BadRecipe(ParamendError, ValueError):
 
     code = "bad-recipe"
 
-    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, name: str, problems: Sequence[Problem], *, recipe: Any = None) -> None:
         count = f"{len(problems):,} problem{'' if len(problems) == 1 else 's'}"
         super().__init__("\n".join([f"{name}: {count}", "", *map(str, problems)]))
         self.problems = tuple(problems)
+        self.recipe = recipe
         self.hint = next((problem.hint for problem in problems if problem.hint), "")
 
 

@@ -1,5 +1,6 @@
 """`paramend apply`: a recipe carried out on a checkpoint."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def _run(recipe: Path, path: Path, **given: Any) -> None:
     unreadable or damaged file, or an OUT that cannot be written.
     """
     try:
-        edit_checkpoint(path, Recipe.load(recipe).apply, **given)
+        edit_checkpoint(path, partial(Recipe.apply_file, recipe), **given)
     except BadRecipe as error:
         if all(problem.code == "expect" for problem in error.problems):
             raise _Unmet(str(error)) from error

@@ -46,7 +46,40 @@ class Recipe:
         notes = Notes(document.problems)
         self._steps = parse_steps(document.data, notes)
         self._name, self._folder, self._lines = name, folder, document.lines
+        self._flaws: Sequence[Problem] = notes
         self._refuse(notes)
+
+    @classmethod
+    def apply_file(cls, path: str | os.PathLike[str], tree: T) -> T:
+        """The tree with the recipe of a file carried out: `Recipe.load(path).apply(tree)`, but what is wrong with the
+        recipe itself and what does not fit the tree are listed together.
+
+        Raises:
+            CannotRead: there is no such file.
+            BadRecipe: something is wrong; nothing was changed.
+
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "fix.yaml")
+        >>> _ = path.write_text("version: 1\\nsteps: [zeroo: w, zero: v]")
+        >>> Recipe.apply_file(path, {"w": np.ones(1)})
+        Traceback (most recent call last):
+        paramend.errors.BadRecipe: fix.yaml: 2 problems
+        <BLANKLINE>
+        $.steps[0].zeroo (line 2): there is no step 'zeroo'
+            hint: did you mean zero?
+        $.steps[1].at (line 2): "v" matches none of 1 leaf
+            hint: this tree has "w"
+        """
+        try:
+            return cls.load(path).apply(tree)
+        except BadRecipe as error:
+            partial = error.recipe
+            if not isinstance(partial, Recipe) or not partial._flaws:
+                raise
+            problems = run(partial._steps, tree, Donors(partial._folder))[1]
+            every = [*partial._flaws, *problems]
+            partial._refuse(sorted(every, key=lambda problem: problem.line or partial._line(problem.address)))
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
@@ -157,7 +190,7 @@ class Recipe:
         if problems:
             lines = [problem.line or self._line(problem.address) for problem in problems]
             found = [problem._replace(line=line) for problem, line in zip(problems, lines, strict=True)]
-            raise BadRecipe(self._name, found)
+            raise BadRecipe(self._name, found, recipe=self)
 
     def _line(self, address: str) -> int:
         while address and address not in self._lines:

@@ -28,8 +28,8 @@ def run(steps: Sequence[Step], tree: Any, donors: Donors) -> tuple[Any, list[Pro
     """The edited tree, and all that is wrong; then the tree holds the steps that could be done."""
     notes = Notes()
     broken: list[_Attempt] = []
-    for n, step in enumerate(steps):
-        at = _Attempt(step, editable(tree), donors, f"$.steps[{n}]")
+    for step in steps:
+        at = _Attempt(step, editable(tree), donors, f"$.steps[{step.number}]")
         found = at.carry_out()
         if not at.notes:
             tree = tree if found is None else found
@@ -46,8 +46,8 @@ def check_in_place(
     notes = Notes()
     work: list[Callable[[], None]] = []
     leaves: Any = editable(module)
-    for n, step in enumerate(steps):
-        at = _Attempt(step, leaves, donors, f"$.steps[{n}]")
+    for step in steps:
+        at = _Attempt(step, leaves, donors, f"$.steps[{step.number}]")
         if step.verb.changes:
             what = "shape and dtype stay" if step.verb.op else "the structure stays"
             hint = "recipe.apply(tree) gives a new tree"

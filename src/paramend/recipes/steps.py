@@ -1,7 +1,7 @@
 """Steps: the data of a recipe, checked as far as it can be without a tree. All that is wrong is found at once."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from paramend import _text
@@ -25,10 +25,12 @@ class Step:
     Attributes:
         verb: its row of the table.
         given: its keys, read: numbers are numbers, dtypes have their full names.
+        number: its place in the recipe.
     """
 
     verb: Verb
     given: Mapping[str, Any]
+    number: int = 0
 
     @property
     def texts(self) -> list[str]:
@@ -102,7 +104,7 @@ def parse_steps(data: Any, notes: Notes) -> tuple[Step, ...]:
         notes.add("$.steps", message, "one step is a list too: begin it with a dash" if not empty else "")
         return ()
     parsed = [_step(step, f"$.steps[{n}]", notes) for n, step in enumerate(steps)]
-    return tuple(step for step in parsed if step is not None)
+    return tuple(replace(step, number=n) for n, step in enumerate(parsed) if step is not None)
 
 
 def _step(data: Any, address: str, notes: Notes) -> Step | None:
