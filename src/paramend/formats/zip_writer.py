@@ -17,7 +17,7 @@ class ZipHeaders:
 
     >>> import io, zipfile
     >>> zipped = ZipHeaders()
-    >>> data = zipped.open("a", 3, crc=0x364B3FB7) + b"abc" + zipped.close(0x364B3FB7, 3) + zipped.finish()
+    >>> data = zipped.open("a", 3, crc=0x352441C2) + b"abc" + zipped.close(0x352441C2, 3) + zipped.finish()
     >>> zipfile.ZipFile(io.BytesIO(data)).read("a"), len(data) == zipped.at
     (b'abc', True)
     """
