@@ -23,6 +23,7 @@ FLOORS = [
         "formats.writer",
         "pages.page",
     },
+    {"pages.drawing"},
     {"formats.recordings", "formats.zip_writer"},
     {"formats.orbax_store"},
     {"formats.orbax_tree"},

@@ -98,6 +98,21 @@ def test_the_commands_write_pages(tmp_path):
         assert embedded((tmp_path / "r.html").read_text())["paths"][0] == "a"
 
 
+def test_drawings(tmp_path):
+    target = {f"Dense_{i}": {"kernel": np.zeros((4, 4)), "bias": np.zeros(4)} for i in range(4)}
+    source = {f"Dense_{i}": {"kernel": np.ones((4, 4)), "bias": np.ones(4)} for i in range(2)}
+    figure = pm.graft(target, source)[1].plot()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["copied", "fresh"]
+    widths = [patch.get_width() for patch in figure.axes[0].patches]
+    assert len(widths) == 1 + 4 + 8 and abs(sum(widths) - 3) < 1e-9
+    figure.savefig(tmp_path / "g.svg")
+    figure.savefig(tmp_path / "g.png")
+    assert (tmp_path / "g.svg").read_text().count("Dense_3") >= 1
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    stats = pm.stats(source).plot()
+    assert not stats.legends and len({patch.get_facecolor() for patch in stats.axes[0].patches}) > 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=30), st.integers(0, 29))
 def test_histograms_count_what_numpy_counts(values, shift):

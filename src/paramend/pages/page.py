@@ -148,6 +148,14 @@ class Paged(Report):
             _write(Path(path), text)
         return text
 
+    def plot(self) -> Any:
+        """A matplotlib figure of the page's map: `report.plot().savefig("report.svg")`.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        return importlib.import_module("paramend.pages.drawing").draw(self.page())
+
     def _repr_html_(self) -> str:
         return self.page().notebook()
 

@@ -1,0 +1,122 @@
+"""Drawings: the map of a page as a matplotlib figure, for papers and slides."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from paramend._optional import need
+from paramend.leaves import separator_of
+from paramend.pages.page import Page
+
+# The colours of Okabe and Ito, and a texture for each: the same as on the page.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
+_TEXTURES = ("", "//", "\\\\", "xx", "--", "..")
+# Boxes narrower than this share of the whole are left out.
+_LEAST = 1 / 1500
+
+
+@dataclass(slots=True)
+class _Node:
+    """A subtree or a leaf: its name, its size, what is below it, and its place in the page."""
+
+    name: str
+    size: int = 0
+    inner: "dict[Any, _Node]" = field(default_factory=dict)
+    leaf: int = -1
+
+    @property
+    def depth(self) -> int:
+        return 1 + max((node.depth for node in self.inner.values()), default=0)
+
+
+def draw(page: Page) -> Any:
+    """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that it belongs to.
+
+    Leaves are coloured by their groups, each with a texture of its own, or by the column that colours the page.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+
+    >>> figure = draw(Page("t", "h", ["a/x", "a/y", "b"], [1, 1, 2], groups=["new", "old", "old"]))
+    >>> [text.get_text() for text in figure.legends[0].get_texts()]
+    ['new', 'old']
+    """
+    figures: Any = need("matplotlib.figure", extra="plot", to="draw a report")
+    patches: Any = need("matplotlib.patches", extra="plot", to="draw a report")
+    root = _tree(page)
+    depth = min(root.depth, 8)
+    figure = figures.Figure(figsize=(10, 1.2 + 0.5 * depth), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(depth, 0))
+    axes.axis("off")
+    axes.set_title(page.headline, loc="left", fontsize=9)
+    names = list(dict.fromkeys(page.groups))
+    shades = _shades(page)
+    for node, left, width, level in _boxes(root, 0.0, 1.0, 0):
+        leaf = node.leaf >= 0
+        height = depth - level if leaf else 1
+        style: dict[str, Any] = {"facecolor": "#e6eaee"}
+        if leaf and shades:
+            style = {"facecolor": shades[node.leaf]}
+        elif leaf:
+            place = names.index(page.groups[node.leaf]) if names else 0
+            style = {"facecolor": _COLOURS[place % 8], "hatch": _TEXTURES[place % 6]}
+        box = patches.Rectangle((left, level), width, height, edgecolor="white", linewidth=0.4, **style)
+        axes.add_patch(box)
+        if width > 0.012 * len(node.name):
+            text = axes.text(left + width / 2, level + 0.5, node.name, ha="center", va="center", fontsize=7)
+            text.set_clip_path(box)
+            if leaf:
+                text.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
+    if names and not shades:
+        keys = [
+            patches.Patch(facecolor=_COLOURS[place % 8], hatch=_TEXTURES[place % 6], edgecolor="white", label=name)
+            for place, name in enumerate(names)
+        ]
+        figure.legend(handles=keys, loc="outside lower left", ncols=6, fontsize=8, frameon=False)
+    return figure
+
+
+def _tree(page: Page) -> _Node:
+    separator = separator_of(page.paths)
+    root = _Node("all leaves")
+    for place, (path, size) in enumerate(zip(page.paths, page.sizes, strict=True)):
+        node = root
+        node.size += max(size, 1)
+        for key in path.split(separator):
+            node = node.inner.setdefault(key, _Node(key))
+            node.size += max(size, 1)
+        if node.leaf >= 0:  # two of one path, as in two parts of a report
+            node = node.inner.setdefault(place, _Node(node.name, max(size, 1)))
+        node.leaf = place
+    return root
+
+
+def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple[_Node, float, float, int]]:
+    """Nodes with where they begin, how wide they are and how deep they lie."""
+    yield node, left, width, level
+    if level == 7:
+        return
+    for inner in node.inner.values():
+        part = width * inner.size / node.size
+        if part >= _LEAST:
+            yield from _boxes(inner, left, part, level + 1)
+        left += part
+
+
+def _shades(page: Page) -> list[str]:
+    """A colour for each leaf by the column that colours the page; none where the groups do."""
+    column = next((column for column in page.columns if column.name == page.colour), None)
+    if column is None:
+        return []
+    colours: Any = need("matplotlib", extra="plot", to="draw a report")
+    ramp = colours.colormaps["viridis_r"]
+    sizes = [abs(v) if isinstance(v, int | float) and math.isfinite(v) else None for v in column.values]
+    most = max((size for size in sizes if size is not None), default=0) or 1
+    shades: list[str] = ["#e6eaee" if size is None else _hex(ramp(size / most)) for size in sizes]
+    return shades
+
+
+def _hex(colour: tuple[float, ...]) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colour[:3])
