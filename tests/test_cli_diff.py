@@ -29,6 +29,9 @@ def test_exit_status_without_a_gate(models):
     same = run("diff", models / "a", models / "same")
     assert (same.exit_code, same.stdout) == (0, "no difference: 6 leaves are identical, 72 B\n")
     last = run("diff", models / "a", models / "last")
+    assert run("diff", models / "a", models / "last", "layers[0]/**").exit_code == 0
+    assert run("diff", models / "a", models / "last", "layers[-1]/**").exit_code == 1
+    assert run("diff", models / "a", models / "last", "leyers[-1]/**").exit_code == 2
     assert last.exit_code == 1 and "layers.2.w  float32[2,2]  all" in last.stdout
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import transformers
 from click.testing import CliRunner
 
 import paramend as pm
@@ -318,3 +319,45 @@ def test_shapes_at_the_command_line(tmp_path):
     assert "mismatch='resise' is none of" in run(*graft, "--mismatch", "resise").output
     # rules are written in Python: then the hint is too
     assert "pm.graft(" in run("graft", graft[3], "--into", graft[1], "--mismatch", "resize", "--dry-run").output
+
+
+# ---- transformers --------------------------------------------------------------------------------------------
+
+
+def saved_llama(folder, layers, vocabulary, seed):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=vocabulary, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return model
+
+
+def test_models_of_two_sizes_as_transformers_saves_them(tmp_path):
+    small, big = (
+        saved_llama(tmp_path / name, layers, vocabulary, seed=layers)
+        for name, layers, vocabulary in (("small", 3, 64), ("big", 5, 80))
+    )
+    rename = {"model.layers[-1]/**": "model.layers[-1]/**"}
+    with pm.open(tmp_path / "big") as target, pm.open(tmp_path / "small") as source:
+        with pytest.raises(GraftRefused, match="2 shapes differ"):
+            pm.graft(target, source, rename=rename)
+        words = {"lm_head/weight": "overlap", "**/embed_tokens/weight": "overlap"}
+        tree, report = pm.graft(target, source, rename=rename, mismatch=words)
+        tree.save(tmp_path / "warm")
+    warm, found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "warm", output_loading_info=True)
+    assert not any(found.values())
+    expected = {name: value.clone() for name, value in big.state_dict().items()}
+    for name, value in small.state_dict().items():
+        path = name.replace("layers.2.", "layers.4.")
+        expected[path][tuple(map(slice, value.shape))] = value
+    assert all(torch.equal(value, expected[name]) for name, value in warm.state_dict().items())
+    assert len(report.fresh) == 2 * 9
+    with (
+        pm.open(tmp_path / "small") as target,
+        pm.open(tmp_path / "big") as source,
+        pytest.raises(GraftRefused, match="go nowhere"),
+    ):
+        pm.graft(target, source, mismatch="overlap")

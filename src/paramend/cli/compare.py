@@ -12,6 +12,7 @@ from paramend.diffing import diff as diff_of
 @click.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
+@click.argument("selector", default="**")
 @click.option("--only", metavar="SELECTOR", help="Hold that leaves which SELECTOR chooses differ, and no others.")
 @click.option("--allow-noop", is_flag=True, help="With --only: it is right too if nothing differs.")
 @click.option(
@@ -22,10 +23,13 @@ from paramend.diffing import diff as diff_of
 )
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def diff(a: Path, b: Path, only: str | None, allow_noop: bool, sort: str, html: Path | None, as_json: bool) -> None:
+def diff(
+    a: Path, b: Path, selector: str, only: str | None, allow_noop: bool, sort: str, html: Path | None, as_json: bool
+) -> None:
     """Compare two checkpoints leaf by leaf and bit by bit: what was added, removed, renamed, respecified or changed.
 
-    A and B are files or directories, of any formats. SELECTOR counts in A; of leaves that are new, in B.
+    A and B are files or directories, of any formats. SELECTOR chooses what is compared; that of --only counts in A, and
+    of leaves that are new, in B.
 
     Exit status without --only: 0 nothing differs; 1 something does. With --only: 0 some of the chosen leaves differ and
     no others; 1 another leaf differs, or nothing does. 2 an unreadable or damaged file, or a selector that chooses
@@ -35,7 +39,7 @@ def diff(a: Path, b: Path, only: str | None, allow_noop: bool, sort: str, html: 
         raise click.UsageError("--allow-noop goes with --only.")
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
         order: Sort = "path" if sort == "path" else "change"
-        report = diff_of(a, b, only=only, sort=order, histograms=html is not None, progress=progress)
+        report = diff_of(a, b, selector, only=only, sort=order, histograms=html is not None, progress=progress)
     _ui.tell(report, page=html, as_json=as_json)
     holds = not report if only is None else not report.unexpected and (bool(report) or allow_noop)
     if not holds:
