@@ -62,7 +62,7 @@ FLOORS = [
     {"streaming"},
     {"layouts", "windows", "replacing"},
     {"changing", "undoing"},
-    {"chunking"},
+    {"chunking", "records"},
     {"rewriting"},
     {"checkpoints"},
     {"assembling"},

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
     from paramend.recipes.recipe import Recipe as Recipe
+    from paramend.records import record as record
+    from paramend.records import verify_record as verify_record
     from paramend.selectors import Selector as Selector
     from paramend.selectors import sel as sel
     from paramend.specs import Spec as Spec
@@ -80,6 +82,7 @@ __all__ = [
     "open",
     "param_count",
     "patch",
+    "record",
     "residual_writers",
     "resize",
     "save",
@@ -91,6 +94,7 @@ __all__ = [
     "unstack_layers",
     "value_and_grad",
     "verify",
+    "verify_record",
 ]
 
 # A name's module is opened when the name is first asked for: no program pays for what it does not use.
@@ -120,6 +124,7 @@ _LATER = {
         "paramend.modules": ("init_zero_",),
         "paramend.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
+        "paramend.records": ("record", "verify_record"),
         "paramend.selectors": ("Selector", "sel"),
         "paramend.specs": ("Spec",),
         "paramend.stacking": ("stack_layers", "unstack_layers"),

@@ -40,6 +40,7 @@ class Checkpoint(Editable):
     Attributes:
         source: what was opened.
         plan: what the edits so far will do; its text is the table of a dry run.
+        recipe: the recipe that the plan was made by, as YAML; "" if it was not made by one alone.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
@@ -51,8 +52,9 @@ class Checkpoint(Editable):
     [1.0, 1.0]
     """
 
-    def __init__(self, source: Any, plan: Plan | None = None) -> None:
+    def __init__(self, source: Any, plan: Plan | None = None, recipe: str = "") -> None:
         self.source = source
+        self.recipe = recipe
         self._plan = plan
 
     @property
@@ -219,6 +221,7 @@ class Checkpoint(Editable):
         force: bool = False,
         link: bool = False,
         max_shard_size: int | str | None = None,
+        record: bool = False,
         progress: Progress | None = None,
     ) -> "RewriteReport":
         """A report of what was written: the checkpoint with all edits, in one pass and bounded memory.
@@ -229,14 +232,21 @@ class Checkpoint(Editable):
             force: whether `out` may exist already; it is then replaced in one step.
             link: whether files in which nothing changes get a second name instead of a copy.
             max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
+            record: whether the output carries a record of what was done, with a digest of each leaf that was edited:
+                `pm.record` reads it, `pm.verify_record` holds it against the bytes.
             progress: called with an `Event` as bytes are written.
 
         Raises:
             CannotWrite: the output exists, is the source, or has no place to go to. Nothing was written.
         """
-        made = self.plan
         report: RewriteReport = _rewriting().write(
-            made, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress
+            self.plan,
+            out,
+            force=force,
+            link=link,
+            max_shard_size=max_shard_size,
+            record=self.recipe if record else None,
+            progress=progress,
         )
         return report
 

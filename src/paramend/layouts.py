@@ -20,6 +20,9 @@ from paramend.pieces import Copy, File, Piece, with_rows
 from paramend.plans import Plan, Row
 from paramend.specs import BITS, SAFETENSORS_CODES
 
+# Under this key the metadata of a safetensors file may hold the record of how it was made; a directory has a file.
+RECORD = "paramend.record"
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -210,6 +213,8 @@ def _edited_file(
 def _fresh_file(made: Plan, rows: Iterable[Row], name: str) -> File:
     rows = list(rows)
     metadata = plain_metadata(made.leaves)
+    if name:
+        metadata.pop(RECORD, None)
     fields = ((made.name(row), row.spec, _nbytes(made, row)) for row in rows)
     header: Header = layout(fields, metadata or None)
     pieces = _pieces(made, header.to_bytes(), rows)

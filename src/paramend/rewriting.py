@@ -32,6 +32,7 @@ from paramend.pieces import File
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason, sync_file
+from paramend.records import Note
 from paramend.replacing import check_still
 from paramend.streaming import data
 
@@ -56,6 +57,7 @@ class RewriteReport:
         bytes_linked: bytes of files that got a second name instead of a copy.
         files: the files of a directory that was written.
         left_out: files of a directory that did not come along, each with the reason.
+        record: where a record of what was done was written; "" if none was.
     """
 
     source: str
@@ -66,6 +68,7 @@ class RewriteReport:
     bytes_linked: int = 0
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    record: str = ""
 
     @property
     def summary(self) -> str:
@@ -73,7 +76,8 @@ class RewriteReport:
         copied, computed = _text.size(self.bytes_copied), _text.size(self.bytes_computed)
         linked = f", {_text.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot taken along: {_text.listing(self.left_out)}" if self.left_out else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{left}"
+        record = ", with a record of edits" if self.record else ""
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"
@@ -91,6 +95,8 @@ class RewriteReport:
             data |= {"bytes_linked": self.bytes_linked, "files": list(self.files)}
         if self.files or self.left_out:
             data["left_out"] = list(self.left_out)
+        if self.record:
+            data["record"] = self.record
         return data
 
 
@@ -235,6 +241,7 @@ def write(
     force: bool = False,
     link: bool = False,
     max_shard_size: int | str | None = None,
+    record: str | None = None,
     progress: Progress | None = None,
 ) -> RewriteReport:
     """A report of what was written: a plan for an opened checkpoint, carried out.
@@ -245,6 +252,7 @@ def write(
         force: whether `out` may exist already; it is then replaced in one step.
         link: whether files in which nothing changes get a second name instead of a copy, where the system allows it.
         max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
+        record: what the plan was made by, as a recipe, or "": the output then carries a record of what was done.
         progress: called with an `Event` as bytes are written.
 
     Raises:
@@ -253,7 +261,9 @@ def write(
     """
     layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
     out = Path(out)
-    run = _Run(made, progress, layout)
+    note = Note(made, out, layout, record)
+    layout = note.layout
+    run = _Run(made, progress, layout, note)
     names: tuple[str, ...] = ()
     try:
         with published(out, force=force, mode=None if layout.folder else layout.files[0].mode) as temporary:
@@ -262,14 +272,18 @@ def write(
             for file in layout.files:
                 if not layout.format.folder or not (temporary / file.name).exists():
                     run.make(file, temporary / file.name if layout.folder else temporary)
+            note.finish(temporary)
             run.inputs.check()
             if layout.folder:
                 made_files = (path for path in temporary.rglob("*") if path.is_file())
                 names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
+            note.clear()
+        note.publish()
     finally:
         run.inputs.close()
     path = str(Path(getattr(made.leaves, "path", "")))
-    return RewriteReport(path, str(out), made, run.copied, run.computed, run.linked, names, layout.left_out)
+    counts = run.copied, run.computed, run.linked
+    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name)
 
 
 class _Inputs:
@@ -325,8 +339,9 @@ def _changed(path: Path) -> BadCheckpoint:
 class _Run:
     """One rewrite at work: it makes files, and counts."""
 
-    def __init__(self, made: Plan, progress: Progress | None, layout: Layout) -> None:
+    def __init__(self, made: Plan, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made = made
+        self.note = note
         self.layout = layout
         self.source: Any = made.leaves
         self.inputs = _Inputs(self.source)
@@ -388,7 +403,7 @@ class _Run:
                 note(put(target, piece))
             elif isinstance(piece, Row):
                 self._note_reads(piece)
-                for nbytes in _put_row(self.source, piece, target):
+                for nbytes in _put_row(self.source, piece, target, self.note):
                     self.computed += nbytes
                     note(nbytes, piece.path)
             else:
@@ -422,7 +437,7 @@ class _Run:
     def _chunks(self, row: Row) -> Callable[[], Iterator[memoryview]]:
         def chunks() -> Iterator[memoryview]:
             self._note_reads(row)
-            for piece in data(self.source, row):
+            for piece in self.note.taking(row, data(self.source, row)):
                 yield piece
                 self.meter.advance(len(piece), row.path)
                 if row.calls:
@@ -437,16 +452,20 @@ class _Run:
             self.layout.format.writer().write(file, self._items(), dict(self.source.metadata))
 
 
-def _put_row(source: Any, row: Row, target: int) -> Iterator[int]:
+def _put_row(source: Any, row: Row, target: int, note: Note) -> Iterator[int]:
     """Writes a leaf and yields the number of bytes of each step."""
     last = row.calls[-1] if row.calls else None
     if last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE:
-        at = 0
-        while at < row.spec.nbytes:
-            count = min(row.spec.nbytes - at, WINDOW)
-            os.lseek(target, count, os.SEEK_CUR)
-            at += count
-            yield count
+        for piece in note.taking(row, _blank(row.spec.nbytes)):
+            os.lseek(target, len(piece), os.SEEK_CUR)
+            yield len(piece)
         return
-    for piece in data(source, row):
+    for piece in note.taking(row, data(source, row)):
         yield put(target, piece)
+
+
+def _blank(nbytes: int) -> Iterator[memoryview]:
+    """Zeros, which take no memory while nobody looks at them."""
+    window = memoryview(bytes(min(nbytes, WINDOW)))
+    for at in range(0, nbytes, WINDOW):
+        yield window[: nbytes - at]

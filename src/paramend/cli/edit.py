@@ -1,5 +1,6 @@
 """The commands that edit a checkpoint, made from the table of ops."""
 
+import importlib
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -121,6 +122,15 @@ def _split(value: str) -> tuple[str, str | None]:
     return value[:at], value[at + 1 :]
 
 
+def _recipe(verb: Verb, selector: str, args: dict[str, Any]) -> str:
+    """What was typed as a recipe, with files by their names alone."""
+    recipe = importlib.import_module("paramend.recipes.recipe")  # only records ask for it
+    if verb.name == "set":
+        name, leaf = _split(args["value"])
+        args = {"from": Path(name).name} | ({} if leaf is None else {"leaf": leaf})
+    return str(recipe.Recipe([{verb.op or verb.name: {"at": selector, **args}}]))
+
+
 def _command(verb: Verb) -> click.Command:
     op = OPS[verb.op] if verb.op else None
 
@@ -141,17 +151,23 @@ def _command(verb: Verb) -> click.Command:
         in_place: bool,
         link: bool,
         force: bool,
+        record: bool,
         dry_run: bool,
         as_json: bool,
         **args: Any,
     ) -> None:
+        def edit(checkpoint: Checkpoint) -> Checkpoint:
+            found = edited(checkpoint, selector, args)
+            return Checkpoint(found.source, found.plan, _recipe(verb, selector, args)) if record else found
+
         edit_checkpoint(
             path,
-            lambda checkpoint: edited(checkpoint, selector, args),
+            edit,
             out=out,
             in_place=in_place,
             link=link,
             force=force,
+            record=record,
             dry_run=dry_run,
             as_json=as_json,
         )

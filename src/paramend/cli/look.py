@@ -12,6 +12,7 @@ from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.formats.registry import format_of
 from paramend.formats.source import Source
+from paramend.layouts import RECORD
 from paramend.paths import natural
 from paramend.progress import Meter
 from paramend.reports import Line, fold
@@ -107,7 +108,8 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
     total = f"{count}, {scalars}, {_text.size(sum(map(file.nbytes, numbers)))}"
     lines = [*aligned(rows, right="lll" + "r" * len(rows[0])), "", total]
     if file.metadata:
-        said = [f"{key}={_short(value)}" for key, value in islice(file.metadata.items(), _ENTRIES)]
+        told = {**file.metadata, **({RECORD: "(see paramend history)"} if RECORD in file.metadata else {})}
+        said = [f"{key}={_short(value)}" for key, value in islice(told.items(), _ENTRIES)]
         more = len(file.metadata) - len(said)
         lines += aligned([("metadata", *said, *([f"and {more:,} more"] if more else []))])
     return lines

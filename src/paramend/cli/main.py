@@ -42,7 +42,8 @@ ROWS = (
     Row("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
     Row("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made of those it has."),
     Row("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
-    Row("history", "paramend.cli.undo", "List the edits made in place that can be taken back."),
+    Row("history", "paramend.cli.undo", "List the edits that a checkpoint's record tells of, and those made in place."),
+    Row("verify", "paramend.cli.undo", "Hold a checkpoint against the record that it carries."),
     Row("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),
     Row("lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer."),
 )

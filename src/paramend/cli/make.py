@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from paramend.checkpoints import open as open_checkpoint
-from paramend.cli.writing import carry_out
+from paramend.cli.writing import RECORD, carry_out
 from paramend.errors import GraftRefused
 from paramend.grafting import graft as graft_onto
 from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Unused
@@ -19,9 +19,12 @@ from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Unused
 @click.argument("out", metavar="OUT")
 @click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--record", is_flag=True, help=RECORD)
 @click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def convert(path: Path, out: str, max_shard_size: str | None, force: bool, dry_run: bool, as_json: bool) -> None:
+def convert(
+    path: Path, out: str, max_shard_size: str | None, force: bool, record: bool, dry_run: bool, as_json: bool
+) -> None:
     """Write a checkpoint in another format, as one file, or as several.
 
     IN is a file or a directory. The suffix of OUT says the format (model.safetensors, model.pt ...); a slash at its
@@ -39,6 +42,7 @@ def convert(path: Path, out: str, max_shard_size: str | None, force: bool, dry_r
             dry_run=dry_run,
             as_json=as_json,
             max_shard_size=max_shard_size,
+            record="" if record else None,
             quiet=True,
         )
 
@@ -101,6 +105,7 @@ def _by_leaf(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
 @_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
 @click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--record", is_flag=True, help=RECORD)
 @click.option("--dry-run", is_flag=True, help="Show what would go where, and write no checkpoint.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
@@ -110,6 +115,7 @@ def graft(
     out: str | None,
     max_shard_size: str | None,
     force: bool,
+    record: bool,
     dry_run: bool,
     html: Path | None,
     as_json: bool,
@@ -142,6 +148,7 @@ def graft(
             dry_run=dry_run,
             as_json=as_json,
             max_shard_size=max_shard_size,
+            record="" if record else None,
             told=report,
             page=html,
         )

@@ -1,11 +1,15 @@
-"""`paramend undo` and `paramend history`: edits made in place, listed and taken back."""
+"""`paramend undo`, `history` and `verify`: what was done to a checkpoint, listed, taken back, held against its bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from paramend import _text
 from paramend.cli import _ui
+from paramend.errors import UnexpectedChange
+from paramend.records import record as record_of
+from paramend.records import verify_record
 from paramend.undoing import drop, table
 from paramend.undoing import history as history_of
 from paramend.undoing import undo as take_back
@@ -46,12 +50,47 @@ def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) 
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def history(path: Path, as_json: bool) -> None:
-    """List the edits made in place that can be taken back, the latest last.
+    """List what was done to a checkpoint: the record that it carries, and the edits made in place, the latest last.
+
+    The record tells of the edits under which it was written with --record, the oldest first. Edits made in place can be
+    taken back. With --json each is an object; those of the record have "record".
 
     Exit status: 0 done; 2 there is no such checkpoint, or a record is damaged.
     """
-    rows = history_of(path)
+    rows, record = history_of(path), record_of(path)
     if as_json:
-        _ui.emit([row.to_dict() for row in rows])
+        recorded = [] if record is None else [*record.earlier, replace(record, earlier=())]
+        _ui.emit([*({"record": each.to_dict()} for each in recorded), *(row.to_dict() for row in rows)])
+        return
+    if record is not None:
+        _ui.show_lines([*str(record).split("\n"), ""])
+    _ui.show_lines(table(rows), header=bool(rows))
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+def verify(path: Path, as_json: bool) -> None:
+    """Hold a checkpoint against the record that it carries: shape, dtype and bytes of every leaf that was edited.
+
+    Exit status: 0 all are as they were written; 1 a leaf differs or is gone; 2 there is no record, or something is
+    damaged or cannot be read.
+    """
+    changes: dict[str, str] = {}
+    leaves: list[str] = []
+    hint = ""
+    try:
+        with _ui.bar(f"reading {path.name}") as progress:
+            leaves = verify_record(path, progress=progress)
+        said = f"{path}: {_text.plural(len(leaves), 'recorded leaf is', 'recorded leaves are')} as written"
+    except UnexpectedChange as error:
+        changes, hint = error.changes, error.hint
+        said = str(error).partition("\n\nhint:")[0]
+    if as_json:
+        _ui.emit({"path": str(path), "holds": not changes, "leaves": leaves, "changes": changes})
     else:
-        _ui.show_lines(table(rows), header=bool(rows))
+        _ui.show_lines(said.split("\n"))
+    if hint:
+        _ui.say(f"hint: {hint}")
+    if changes:
+        raise SystemExit(1)

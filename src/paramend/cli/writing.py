@@ -15,6 +15,9 @@ from paramend.plans import Plan
 from paramend.rewriting import check_output, write
 
 
+RECORD = "Let OUT carry a record of what was done; `paramend verify OUT` checks it."
+
+
 def carry_out(
     made: Plan,
     path: Path,
@@ -25,6 +28,7 @@ def carry_out(
     as_json: bool,
     link: bool = False,
     max_shard_size: str | None = None,
+    record: str | None = None,
     quiet: bool = False,
     told: Paged | None = None,
     page: Path | None = None,
@@ -40,6 +44,7 @@ def carry_out(
         as_json: whether data is printed as JSON.
         link: whether shards that stay are linked.
         max_shard_size: the most bytes of tensors in one file.
+        record: what the plan was made by, as a recipe, or "", if the output is to carry a record of it.
         quiet: whether no table is printed.
         told: a report that is printed instead of the plan's table.
         page: where to write it as an HTML page.
@@ -52,7 +57,9 @@ def carry_out(
         done = "dry run: nothing was written"
     else:
         with _ui.bar(f"writing {Path(out).name}") as progress:
-            report = write(made, out, force=force, link=link, max_shard_size=max_shard_size, progress=progress)
+            report = write(
+                made, out, force=force, link=link, max_shard_size=max_shard_size, record=record, progress=progress
+            )
         data |= report.to_dict() if as_json else {}
         done = report.summary
     if page is not None and told is not None:
@@ -74,6 +81,7 @@ def options() -> list[click.Parameter]:
         click.Option(["--in-place"], is_flag=True, help="Change PATH itself; `paramend undo PATH` takes it back."),
         click.Option(["--link"], is_flag=True, help="Hard-link the shards in which nothing changes."),
         click.Option(["--force"], is_flag=True, help="Replace OUT if it exists."),
+        click.Option(["--record"], is_flag=True, help=RECORD),
         click.Option(["--dry-run"], is_flag=True, help="Show the table of what would change, and write nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print data as JSON."),
     ]
@@ -87,6 +95,7 @@ def edit_checkpoint(
     in_place: bool,
     link: bool,
     force: bool,
+    record: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -99,17 +108,19 @@ def edit_checkpoint(
         in_place: whether its own files change.
         link: whether shards that stay are linked.
         force: whether `out` may exist.
+        record: whether it carries a record of what was done.
         dry_run: whether nothing is written.
         as_json: whether data is printed as JSON.
     """
-    if in_place and (out is not None or link or force):
-        raise click.UsageError("--in-place changes PATH itself: it goes with no -o, --link or --force.")
+    if in_place and (out is not None or link or force or record):
+        raise click.UsageError("--in-place changes PATH itself: it goes with no -o, --link, --force or --record.")
     if out is None and not (dry_run or in_place):
         raise click.UsageError("-o OUT or --in-place is needed.")
     if not in_place:
         with open_checkpoint(path) as checkpoint:
-            made = edit(checkpoint).plan
-            carry_out(made, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link)
+            edited = edit(checkpoint)
+            by = edited.recipe if record else None
+            carry_out(edited.plan, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link, record=by)
         return
     patching = importlib.import_module("paramend.patching")  # commands that write a new file need none of it
     with _ui.bar(f"patching {path.name}") as progress:

@@ -188,6 +188,18 @@ def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None =
     return layout(((name, spec, spec.nbytes) for name, spec in specs.items()), metadata)
 
 
+def annotated(raw: bytes, key: str, text: str) -> bytes:
+    """The JSON text of a header with one more entry in its metadata.
+
+    >>> annotated(b'{"__metadata__":{"format":"pt"}}', "note", "1")
+    b'{"__metadata__":{"format":"pt","note":"1"}}     '
+    """
+    table = json.loads(raw)
+    # transformers takes a file that says nothing of itself for one of torch, and asks one that says something.
+    metadata = table.pop(_METADATA, None) or {"format": "pt"}
+    return _encode({_METADATA: {**metadata, key: text}, **table})
+
+
 def _code(spec: Spec) -> str:
     if spec.dtype.startswith("raw<"):  # bytes that are only copied, under the code that they came with
         return spec.dtype[4:-1]

@@ -157,6 +157,8 @@ class Recipe:
             )
         found, problems = run(self._steps, tree, Donors(self._folder))
         self._refuse(problems)
+        if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint) and tree.untouched:
+            found = Checkpoint(found.source, found.plan, self._told())
         return found  # type: ignore[no-any-return]
 
     def apply_(self, module: Any) -> None:
@@ -185,6 +187,14 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as data: `Recipe(**recipe.to_dict())` is equal to it."""
         return {"version": VERSION, "steps": [step.to_dict() for step in self._steps]}
+
+    def _told(self) -> str:
+        """The recipe as a record of what was done has it: files by their names, without the folders of this machine."""
+        steps = self.to_dict()["steps"]
+        bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
+        for body in bodies:
+            body["from"] = Path(body["from"]).name
+        return str(Recipe(steps)) if bodies else str(self)
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
         if problems:

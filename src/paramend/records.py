@@ -1,0 +1,612 @@
+"""Records: what was done to a checkpoint, kept with it as data that can be read back and held against its bytes.
+
+Where a record lies: of a safetensors file, in its header, under the key `paramend.record` of `__metadata__`; of a
+directory, in the file `paramend.record.json` in it; of any other file, in `<name>.record.json` beside it. It is JSON:
+
+    version    of this form: 1
+    paramend   the version that wrote it
+    time       when, as ISO 8601 in UTC
+    source     the name of what was edited, without its folder
+    recipe     the recipe that was carried out, as YAML; "" if there was none
+    leaves     what was written: {"path", "dtype", "shape", "sha256", "edit"}; also "was", where it had another path
+    deleted    the paths that are gone
+    earlier    the records that the source carried, the oldest first, each of this form without `earlier`
+
+The digest is that of the bytes of the leaf in C order, little-endian: the same in every format. Nothing reads a record
+unless it is asked for: a damaged one does not keep a checkpoint from being opened.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from paramend import _text
+from paramend.errors import BadCheckpoint, CannotRead, ParamendError, UnexpectedChange, Unsupported
+from paramend.formats.files import open_regular
+from paramend.formats.gathered import Gathered, Part
+from paramend.formats.jsontext import bad, json_type, parse_object, shown
+from paramend.formats.registry import format_of, open_source
+from paramend.formats.safetensors import MAX_HEADER, SafetensorsFile, annotated
+from paramend.formats.shards import Shards
+from paramend.layouts import RECORD, Layout
+from paramend.pieces import Copy, File
+from paramend.plans import Plan, Row
+from paramend.progress import Meter, Progress
+from paramend.publishing import create_file, published
+from paramend.reports import Line, Report, Section
+from paramend.specs import Spec
+from paramend.streaming import data
+from paramend.undoing import HistoryRow, history, recover
+
+FILE = f"{RECORD}.json"
+VERSION = 1
+# Longer ones are no records of ours: a header may have 100 MB.
+MAX_BYTES = 1 << 26
+_DIGEST = re.compile("[0-9a-f]{64}")
+_READ = 1 << 20
+# Of the leaves that differ a message names so many; `changes` has all.
+_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedLeaf:
+    """One leaf that was written.
+
+    Attributes:
+        path: where it is, as the file names it.
+        spec: what it is.
+        sha256: the digest of its bytes.
+        edit: what was done.
+        was: its path before, where that was another.
+    """
+
+    path: str
+    spec: Spec
+    sha256: str
+    edit: str
+    was: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The leaf as data that JSON can hold."""
+        found = {"path": self.path, "dtype": self.spec.dtype, "shape": list(self.spec.shape)}
+        return found | {"sha256": self.sha256, "edit": self.edit} | ({"was": self.was} if self.was else {})
+
+
+@dataclass(frozen=True, repr=False)
+class EditRecord(Report):
+    """What was done to a checkpoint, as it says of itself.
+
+    Attributes:
+        paramend: the version that wrote it.
+        time: when.
+        source: the name of what was edited.
+        leaves: what was written.
+        deleted: the paths that are gone.
+        recipe: the recipe that was carried out, or "".
+        earlier: the records of the edits before, the oldest first.
+    """
+
+    paramend: str
+    time: datetime
+    source: str
+    leaves: tuple[RecordedLeaf, ...]
+    deleted: tuple[str, ...] = ()
+    recipe: str = ""
+    earlier: "tuple[EditRecord, ...]" = ()
+
+    def headline(self) -> str:
+        """When it was written, from what, by which version."""
+        return f"{self.time:%Y-%m-%d %H:%M:%S} UTC: written from {self.source} by Paramend {self.paramend}"
+
+    def sections(self) -> list[Section]:
+        """The leaves that were written, and those that are gone."""
+        lines = [Line((leaf.path,), (str(leaf.spec), leaf.edit)) for leaf in self.leaves]
+        return [Section("edited", lines), Section("deleted", [Line((path,)) for path in self.deleted])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as it is kept."""
+        found: dict[str, Any] = {
+            "version": VERSION,
+            "paramend": self.paramend,
+            "time": self.time.isoformat(),
+            "source": self.source,
+            "recipe": self.recipe,
+            "leaves": [leaf.to_dict() for leaf in self.leaves],
+            "deleted": list(self.deleted),
+        }
+        return found | ({"earlier": [each.to_dict() for each in self.earlier]} if self.earlier else {})
+
+    def __str__(self) -> str:
+        own = super().__str__() + (f"\n\nrecipe:\n{self.recipe}" if self.recipe else "")
+        return "\n\n".join([*map(str, self.earlier), own])
+
+    @property
+    def standing(self) -> dict[str, RecordedLeaf]:
+        """What should be there now, by path: the latest that was said of each leaf, in all of the records."""
+        found: dict[str, RecordedLeaf] = {}
+        alike: dict[str, str] = {}
+        for each in (*self.earlier, self):
+            own = {leaf.path: leaf for leaf in each.leaves}
+            for path in (*each.deleted, *(leaf.was for leaf in each.leaves), *own):
+                found.pop(path if path in found else alike.get(_alike(path), path), None)
+            found |= own
+            alike |= {_alike(path): path for path in own}
+        return found
+
+
+# ---- reading and checking ------------------------------------------------------------------------------------
+
+
+def record(path: str | os.PathLike[str]) -> EditRecord | None:
+    """The record that a checkpoint carries of how it was made; None if it carries none.
+
+    Args:
+        path: a file or a directory.
+
+    Raises:
+        BadCheckpoint: the checkpoint or its record is damaged.
+        CannotRead: there is no such file.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from paramend.checkpoints import open, save
+    >>> from paramend.editing import at
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, folder / "model.safetensors")
+    >>> _ = at(open(folder / "model.safetensors"), "a").zero().save(folder / "new.safetensors", record=True)
+    >>> [(leaf.path, leaf.edit) for leaf in record(folder / "new.safetensors").leaves]
+    [('a', 'zero()')]
+    """
+    recover(path)
+    with contextlib.closing(open_source(path)) as source:
+        return record_of(source)
+
+
+def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
+    """The paths of the leaves that a checkpoint's record tells of, if each is as it was written.
+
+    Of several records the latest that tells of a leaf counts.
+
+    Args:
+        path: a file or a directory.
+        progress: called with an `Event` as bytes are read.
+
+    Raises:
+        UnexpectedChange: leaves have another shape, dtype or bytes, or are gone; `changes` names them.
+        CannotRead: the checkpoint carries no record.
+        BadCheckpoint: the checkpoint or its record is damaged.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from paramend.checkpoints import open, save
+    >>> from paramend.editing import at
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, folder / "model.safetensors")
+    >>> _ = at(open(folder / "model.safetensors"), "a").zero().save(folder / "new.safetensors", record=True)
+    >>> verify_record(folder / "new.safetensors")
+    ['a']
+    """
+    recover(path)
+    changes: dict[str, str] = {}
+    with contextlib.closing(open_source(path)) as source:
+        found = record_of(source)
+        if found is None:
+            raise CannotRead(
+                f"{path} carries no record of edits", hint="checkpoint.save(out, record=True), or --record, writes one"
+            )
+        leaves = found.standing
+        index = source.index
+        numbers = {_alike(index.name(number)): number for number in index.numbers}
+        numbers |= {index.name(number): number for number in index.numbers}
+        there = {name: numbers.get(name, numbers.get(_alike(name))) for name in leaves}
+        meter = Meter(progress, sum(source.nbytes(number) for number in there.values() if number is not None))
+        for name, leaf in leaves.items():
+            number = there[name]
+            if number is None:
+                changes[name] = "it is gone"
+            elif source.spec(number) != leaf.spec:
+                changes[name] = f"it is {source.spec(number)}, and {leaf.spec} was written"
+            elif _digest(contents(source, number), meter) != leaf.sha256:
+                changes[name] = "its bytes are others"
+    if changes:
+        raise _not_as_written(Path(path), changes, len(leaves))
+    return list(leaves)
+
+
+def _not_as_written(path: Path, changes: Mapping[str, str], count: int) -> UnexpectedChange:
+    said = f"{path}: {len(changes):,} of {_text.plural(count, 'recorded leaf', 'recorded leaves')} "
+    lines = [f"{said}{'is' if len(changes) == 1 else 'are'} not as written"]
+    lines += [f"  {name}: {what}" for name, what in islice(changes.items(), _SHOWN)]
+    if len(changes) > _SHOWN:
+        lines.append(f"  and {len(changes) - _SHOWN:,} more")
+    patches: list[HistoryRow] = []
+    with contextlib.suppress(ParamendError):  # what is wrong with the leaves is worth more than with an undo record
+        patches = history(path)
+    if patches:
+        since = "one patch was" if len(patches) == 1 else f"{len(patches):,} patches were"
+        lines.append(f"{since} made in place that can be taken back, the last: {patches[-1].edit}")
+    return UnexpectedChange("\n".join(lines), changes=changes, hint=f"paramend undo {path}" if patches else "")
+
+
+def record_of(source: Any) -> EditRecord | None:
+    """The record of an opened checkpoint; None if it carries none.
+
+    Raises:
+        BadCheckpoint: it is damaged.
+    """
+    text, place = _text_of(source), _sidecar(source)
+    file = str(place if place is not None and os.path.lexists(place) else source.path)
+    return None if text is None else parse(text, file)
+
+
+def _alike(name: str) -> str:
+    """A name as all formats have it: `/` and `.` are the same separator."""
+    return name.replace("/", ".")
+
+
+def _sidecar(source: Any) -> Path | None:
+    """The file that would hold the record of a checkpoint; None of what has no such file."""
+    if isinstance(source, Shards):
+        return source.folder / FILE
+    row = format_of(source)
+    if row is None or isinstance(source, SafetensorsFile):
+        return None
+    return Path(source.path) / FILE if row.folder else _beside(Path(source.path))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.record.json")
+
+
+def _text_of(source: Any) -> bytes | None:
+    """The text of the record of a checkpoint."""
+    place = _sidecar(source)
+    if place is not None and os.path.lexists(place):
+        with os.fdopen(open_regular(place), "rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise bad(str(place), "record", f"more than {MAX_BYTES:,} bytes are too many")
+        return text
+    held = source.metadata.get(RECORD)
+    return held.encode() if isinstance(held, str) else None
+
+
+_KINDS = {str: "a string", int: "an integer", list: "an array", dict: "an object"}
+
+
+def parse(text: bytes, file: str) -> EditRecord:
+    """The record of a text, every rule checked.
+
+    Args:
+        text: JSON.
+        file: what messages call the file that it stands in.
+
+    Raises:
+        BadCheckpoint: a rule is broken.
+
+    >>> parse(b'{"version": 1}', "paramend.record.json")
+    Traceback (most recent call last):
+    paramend.errors.BadCheckpoint: paramend.record.json: record: 'paramend' is missing
+    """
+    table = parse_object(text, file, "record")
+
+    def field(row: Any, place: str, key: str, kind: type, default: Any = None) -> Any:
+        if type(row) is not dict:
+            raise bad(file, place, f"an object is expected, not {json_type(row)}")
+        if key not in row and default is not None:
+            return default
+        if key not in row:
+            raise bad(file, place, f"{key!r} is missing")
+        if type(row[key]) is not kind:
+            raise bad(file, f"{place}, {key!r}", f"{_KINDS[kind]} is expected, not {json_type(row[key])}")
+        return row[key]
+
+    def leaf(row: Any, place: str) -> RecordedLeaf:
+        path, dtype, sha256, edit = (field(row, place, key, str) for key in ("path", "dtype", "sha256", "edit"))
+        shape = field(row, place, "shape", list)
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise bad(file, f"{place}, 'shape'", "whole numbers are expected")
+        if _DIGEST.fullmatch(sha256) is None:
+            raise bad(file, f"{place}, 'sha256'", f"64 hexadecimal digits are expected, not {shown(sha256)}")
+        return RecordedLeaf(path, Spec(tuple(shape), dtype), sha256, edit, field(row, place, "was", str, ""))
+
+    def one(row: Any, place: str) -> EditRecord:
+        version = field(row, place, "version", int)
+        if version != VERSION:
+            raise bad(file, f"{place}, 'version'", f"{version} is unknown: another version of Paramend may read it")
+        said = field(row, place, "time", str)
+        try:
+            time = datetime.fromisoformat(said).astimezone(UTC)
+        except (ValueError, OverflowError):
+            raise bad(file, f"{place}, 'time'", f"{shown(said)} is no time of ISO 8601") from None
+        deleted = field(row, place, "deleted", list)
+        if not all(type(path) is str for path in deleted):
+            raise bad(file, f"{place}, 'deleted'", "strings are expected")
+        return EditRecord(
+            paramend=field(row, place, "paramend", str),
+            time=time,
+            source=field(row, place, "source", str),
+            leaves=tuple(leaf(each, f"{place}, leaf {n}") for n, each in enumerate(field(row, place, "leaves", list))),
+            deleted=tuple(deleted),
+            recipe=field(row, place, "recipe", str, ""),
+        )
+
+    field(table, "record", "version", int)
+    field(table, "record", "paramend", str)
+    earlier = field(table, "record", "earlier", list, [])
+    return replace(
+        one(table, "record"), earlier=tuple(one(each, f"record, earlier {n}") for n, each in enumerate(earlier))
+    )
+
+
+def contents(source: Any, number: int) -> Iterator[memoryview]:
+    """The bytes of a leaf of an opened checkpoint, in pieces: in C order, little-endian."""
+    if not source.refusal(number):
+        spec = source.spec(number)
+        yield from data(source, Row(source.index.path(number), spec, number, spec))
+        return
+    extent = source.extent(number)
+    if extent is None:
+        raise Unsupported(f"{source.index.path(number)} cannot be read: {source.refusal(number)}")
+    with extent.path.open("rb") as file:
+        file.seek(extent.start)
+        for at in range(0, extent.nbytes, _READ):
+            yield memoryview(file.read(min(_READ, extent.nbytes - at)))
+
+
+def _digest(pieces: Iterable[memoryview], meter: Meter | None = None) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+        if meter is not None:
+            meter.advance(len(piece))
+    return digest.hexdigest()
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+
+class Note:
+    """The record that a rewrite leaves: a new one, the source's as it is, or none.
+
+    Digests are taken from bytes on their way into the output. Where the record stands in a header, that is written
+    with blank digests of the same length first, and once more when the digests are known.
+
+    Attributes:
+        layout: what is to be written, the place of the record included.
+    """
+
+    def __init__(self, made: Plan, out: Path, layout: Layout, recipe: str | None) -> None:
+        """A note of a plan that is about to be carried out.
+
+        Args:
+            made: the plan.
+            out: where it goes.
+            layout: what would be written without a record.
+            recipe: what the plan was made by, "" if that is not known; None asks for no new record.
+
+        Raises:
+            BadCheckpoint: the record of the source, which the new one would hold, is damaged.
+        """
+        self._made, self._out = made, out
+        self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
+        self._digests: dict[int, str] = {}
+        self._touched: dict[int, tuple[str, str]] = {}
+        self._record: EditRecord | None = None
+        self._text: bytes | None = None
+        self._head = b""
+        self.layout = layout
+        base = made.leaves.base if isinstance(made.leaves, Gathered) else made.leaves
+        if recipe is None:
+            self._carry(base)
+        else:
+            self._begin(base, recipe)
+        if self._text is not None:
+            self._place()
+
+    @property
+    def name(self) -> str:
+        """Where the record will be; "" if there is none to write."""
+        if self._text is None:
+            return ""
+        return str({"folder": self._out / FILE, "beside": _beside(self._out)}.get(self._where, self._out))
+
+    def _carry(self, base: Any) -> None:
+        """The record of the source goes along where it does not by itself."""
+        place = _sidecar(base)
+        held = getattr(base, "metadata", {}).get(RECORD)
+        beside = place is not None and os.path.lexists(place)
+        if not beside and (held is None or self._where == "header"):
+            return
+        if self._where == "folder" and any(file.name == FILE for file in self.layout.files):
+            return
+        try:
+            self._text = _text_of(base)
+        except (BadCheckpoint, CannotRead) as error:
+            self.layout = replace(self.layout, left_out=(*self.layout.left_out, f"the record of edits ({error})"))
+
+    def _begin(self, base: Any, recipe: str) -> None:
+        before = record_of(base)
+        self._touched = dict(_touched(self._made))
+        leaves = self._made.by_number
+        self._record = EditRecord(
+            paramend=importlib.import_module("importlib.metadata").version("paramend"),
+            time=datetime.now(UTC).replace(microsecond=0),
+            source=_name_of(base),
+            leaves=tuple(
+                RecordedLeaf(self._made.name(leaves[number]), leaves[number].spec, "0" * 64, edit, was)
+                for number, (edit, was) in self._touched.items()
+            ),
+            deleted=tuple(_deleted(self._made)),
+            recipe=recipe,
+            earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
+        )
+        self._text = self._written()
+
+    def _written(self) -> bytes:
+        assert self._record is not None
+        separators = (",", ":") if self._where == "header" else None
+        indent = None if self._where == "header" else 1
+        return json.dumps(self._record.to_dict(), ensure_ascii=False, separators=separators, indent=indent).encode()
+
+    def _place(self) -> None:
+        """Makes room in what is to be written."""
+        if self._where == "folder":
+            kept = tuple(file for file in self.layout.files if file.name != FILE)
+            self.layout = replace(self.layout, files=kept)
+        elif self._where == "header":
+            (file,) = self.layout.files
+            first, *rest = file.pieces
+            if isinstance(first, Copy):  # the header stays, and what comes after it
+                source: Any = self._made.leaves
+                start = source.header.nbytes
+                self._head = source.header.raw
+                rest = [Copy(first.path, start, first.stop), *rest] if start < first.stop else rest
+            else:
+                assert isinstance(first, bytes)
+                self._head = first[8:]
+            header = self._header()
+            nbytes = file.nbytes - 8 - len(self._head) + len(header)
+            new = File(file.name, nbytes, file.mode, (header, *rest))
+            self.layout = replace(self.layout, files=(new,))
+
+    def _header(self) -> bytes:
+        assert self._text is not None
+        raw = annotated(self._head, RECORD, self._text.decode())
+        if len(raw) > MAX_HEADER:
+            raise Unsupported(
+                f"{self._out}: with the record its header would have {len(raw):,} bytes, and {MAX_HEADER:,} are allowed",
+                hint=f"a directory: {self._out.with_suffix('')}/",
+            )
+        return len(raw).to_bytes(8, "little") + raw
+
+    # -- while it is written
+
+    def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes of a leaf on their way into the output, whose digest is taken if the record tells of it."""
+        if row.source not in self._touched:
+            return pieces
+        return self._hashed(row, pieces)
+
+    def _hashed(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+        self._digests[row.source] = digest.hexdigest()
+
+    def finish(self, temporary: Path) -> None:
+        """Writes the record into what was written: a directory, or the header of a file."""
+        if self._record is not None:
+            self._complete(temporary)
+        if self._text is None or self._where == "beside":
+            return
+        if self._where == "folder":
+            _put(temporary / FILE, self._text, next((file.mode for file in self.layout.files), 0o666))
+        elif self._record is not None:
+            with temporary.open("r+b") as file:
+                file.write(self._header())
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _complete(self, temporary: Path) -> None:
+        """Fills in the digests, also those of bytes that did not come by here."""
+        assert self._record is not None
+        found = self._digests
+        for number in self._touched:
+            row = self._made.by_number[number]
+            twin = next((each for each in self._made.twins(number) if each in found), None)
+            if number in found or twin is not None:
+                found.setdefault(number, found[twin if twin is not None else number])
+            elif not row.spec.size:
+                found[number] = _digest(())
+            elif row.calls:  # chunks of a directory, in no order of elements
+                with contextlib.closing(open_source(temporary)) as new:
+                    found.update(
+                        {
+                            each: _digest(contents(new, each))
+                            for each in self._touched
+                            if each not in found and self._made.by_number[each].calls
+                        }
+                    )
+            else:  # copied by the kernel: its bytes are those of the source
+                found[number] = _digest(contents(self._made.leaves, number))
+        leaves = (
+            replace(leaf, sha256=found[number])
+            for number, leaf in zip(self._touched, self._record.leaves, strict=True)
+        )
+        self._record = replace(self._record, leaves=tuple(leaves))
+        self._text = self._written()
+
+    def clear(self) -> None:
+        """Removes the record beside a file that is about to be replaced: never is there a record of another file."""
+        if self._where == "beside" and os.path.lexists(self._out):
+            _beside(self._out).unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Puts the record beside a file that has its name now."""
+        if self._text is not None and self._where == "beside":
+            mode = next((file.mode for file in self.layout.files), 0o666)
+            with published(_beside(self._out), force=True, mode=mode) as temporary, temporary.open("r+b") as file:
+                file.write(self._text)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _put(path: Path, text: bytes, mode: int) -> None:
+    with os.fdopen(create_file(path, mode), "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _name_of(source: Any) -> str:
+    """What a record calls a checkpoint: no folder of this machine."""
+    path = source.folder if isinstance(source, Shards) else Path(source.path)
+    return str((path.name or path.resolve().name).encode("utf-8", "replace").decode())
+
+
+def _touched(made: Plan) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Of each leaf that is not the source's leaf of that name as it was: (its number, (what was done, its old path))."""
+    leaves: Any = made.leaves
+    names = {made.name(row) for row in made.rows}
+    for row in made.rows:
+        edit, was = _ADDRESS.sub("", row.edit), leaves.index.name(row.source) if row.was else ""
+        if isinstance(leaves, Gathered):
+            origin, name = leaves.origins[row.source], made.name(row)
+            said = "put together from others"
+            if isinstance(origin, Part):
+                said = origin.source.index.name(origin.number)
+                if origin.source is leaves.base:
+                    was = said if said not in names else ""
+                    said = "" if said == name else f"from {said}"
+                else:
+                    other = _name_of(origin.source)
+                    said = f"from {other}" if said == name else f"from {other}: {said}"
+            edit = ", ".join(filter(None, (said, edit)))
+        if edit:
+            yield row.source, (edit, was)
+
+
+# What a function says of itself: where it lay in memory.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def _deleted(made: Plan) -> list[str]:
+    leaves: Any = made.leaves
+    gone = [leaves.index.name(row.source) for row in made.deleted]
+    if isinstance(leaves, Gathered) and leaves.base is not None:
+        index = leaves.base.index
+        used = {part.number for part in leaves.origins if isinstance(part, Part) and part.source is leaves.base}
+        names = {made.name(row) for row in made.rows}
+        gone += [index.name(n) for n in index.numbers if n not in used and index.name(n) not in names]
+    return gone
