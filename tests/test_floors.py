@@ -63,6 +63,7 @@ FLOORS = [
     {"layouts", "windows", "replacing"},
     {"changing", "undoing"},
     {"chunking", "records"},
+    {"notes"},
     {"rewriting"},
     {"checkpoints"},
     {"assembling"},

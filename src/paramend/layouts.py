@@ -14,14 +14,11 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.index import SUFFIX, index_text
 from paramend.formats.registry import FOREIGN_SUFFIXES, FORMATS, Format, format_for, format_of, writable
-from paramend.formats.safetensors import Header, SafetensorsFile, layout
+from paramend.formats.safetensors import RECORD, Header, SafetensorsFile, layout
 from paramend.formats.shards import Shards, stats_of
 from paramend.pieces import Copy, File, Piece, with_rows
 from paramend.plans import Plan, Row
 from paramend.specs import BITS, SAFETENSORS_CODES
-
-# Under this key the metadata of a safetensors file may hold the record of how it was made; a directory has a file.
-RECORD = "paramend.record"
 
 
 @dataclass(frozen=True, slots=True)

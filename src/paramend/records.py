@@ -18,8 +18,6 @@ unless it is asked for: a damaged one does not keep a checkpoint from being open
 
 import contextlib
 import hashlib
-import importlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,18 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from paramend import _text
-from paramend.errors import BadCheckpoint, CannotRead, ParamendError, UnexpectedChange, Unsupported
+from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsupported
 from paramend.formats.files import open_regular
-from paramend.formats.gathered import Gathered, Part
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.registry import format_of, open_source
-from paramend.formats.safetensors import MAX_HEADER, SafetensorsFile, annotated
+from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
-from paramend.layouts import RECORD, Layout
-from paramend.pieces import Copy, File
-from paramend.plans import Plan, Row
+from paramend.plans import Row
 from paramend.progress import Meter, Progress
-from paramend.publishing import create_file, published
 from paramend.reports import Line, Report, Section
 from paramend.specs import Spec
 from paramend.streaming import data
@@ -215,7 +209,7 @@ def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = N
                 changes[name] = "it is gone"
             elif source.spec(number) != leaf.spec:
                 changes[name] = f"it is {source.spec(number)}, and {leaf.spec} was written"
-            elif _digest(contents(source, number), meter) != leaf.sha256:
+            elif digest_of(contents(source, number), meter) != leaf.sha256:
                 changes[name] = "its bytes are others"
     if changes:
         raise _not_as_written(Path(path), changes, len(leaves))
@@ -243,7 +237,7 @@ def record_of(source: Any) -> EditRecord | None:
     Raises:
         BadCheckpoint: it is damaged.
     """
-    text, place = _text_of(source), _sidecar(source)
+    text, place = text_of(source), sidecar(source)
     file = str(place if place is not None and os.path.lexists(place) else source.path)
     return None if text is None else parse(text, file)
 
@@ -253,23 +247,29 @@ def _alike(name: str) -> str:
     return name.replace("/", ".")
 
 
-def _sidecar(source: Any) -> Path | None:
+def sidecar(source: Any) -> Path | None:
     """The file that would hold the record of a checkpoint; None of what has no such file."""
     if isinstance(source, Shards):
         return source.folder / FILE
     row = format_of(source)
     if row is None or isinstance(source, SafetensorsFile):
         return None
-    return Path(source.path) / FILE if row.folder else _beside(Path(source.path))
+    return Path(source.path) / FILE if row.folder else beside(Path(source.path))
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """The file that would hold the record of a file beside it."""
     return path.with_name(f"{path.name}.record.json")
 
 
-def _text_of(source: Any) -> bytes | None:
-    """The text of the record of a checkpoint."""
-    place = _sidecar(source)
+def text_of(source: Any) -> bytes | None:
+    """The text of the record of an opened checkpoint; None if it carries none.
+
+    Raises:
+        BadCheckpoint: it is too long, or no regular file.
+        CannotRead: there is no permission to read it.
+    """
+    place = sidecar(source)
     if place is not None and os.path.lexists(place):
         with os.fdopen(open_regular(place), "rb") as file:
             text = file.read(MAX_BYTES + 1)
@@ -363,250 +363,11 @@ def contents(source: Any, number: int) -> Iterator[memoryview]:
             yield memoryview(file.read(min(_READ, extent.nbytes - at)))
 
 
-def _digest(pieces: Iterable[memoryview], meter: Meter | None = None) -> str:
+def digest_of(pieces: Iterable[memoryview], meter: Meter | None = None) -> str:
+    """The SHA-256 of bytes that come in pieces."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)
         if meter is not None:
             meter.advance(len(piece))
     return digest.hexdigest()
-
-
-# ---- writing -------------------------------------------------------------------------------------------------
-
-
-class Note:
-    """The record that a rewrite leaves: a new one, the source's as it is, or none.
-
-    Digests are taken from bytes on their way into the output. Where the record stands in a header, that is written
-    with blank digests of the same length first, and once more when the digests are known.
-
-    Attributes:
-        layout: what is to be written, the place of the record included.
-    """
-
-    def __init__(self, made: Plan, out: Path, layout: Layout, recipe: str | None) -> None:
-        """A note of a plan that is about to be carried out.
-
-        Args:
-            made: the plan.
-            out: where it goes.
-            layout: what would be written without a record.
-            recipe: what the plan was made by, "" if that is not known; None asks for no new record.
-
-        Raises:
-            BadCheckpoint: the record of the source, which the new one would hold, is damaged.
-        """
-        self._made, self._out = made, out
-        self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
-        self._digests: dict[int, str] = {}
-        self._touched: dict[int, tuple[str, str]] = {}
-        self._record: EditRecord | None = None
-        self._text: bytes | None = None
-        self._head = b""
-        self.layout = layout
-        base = made.leaves.base if isinstance(made.leaves, Gathered) else made.leaves
-        if recipe is None:
-            self._carry(base)
-        else:
-            self._begin(base, recipe)
-        if self._text is not None:
-            self._place()
-
-    @property
-    def name(self) -> str:
-        """Where the record will be; "" if there is none to write."""
-        if self._text is None:
-            return ""
-        return str({"folder": self._out / FILE, "beside": _beside(self._out)}.get(self._where, self._out))
-
-    def _carry(self, base: Any) -> None:
-        """The record of the source goes along where it does not by itself."""
-        place = _sidecar(base)
-        held = getattr(base, "metadata", {}).get(RECORD)
-        beside = place is not None and os.path.lexists(place)
-        if not beside and (held is None or self._where == "header"):
-            return
-        if self._where == "folder" and any(file.name == FILE for file in self.layout.files):
-            return
-        try:
-            self._text = _text_of(base)
-        except (BadCheckpoint, CannotRead) as error:
-            self.layout = replace(self.layout, left_out=(*self.layout.left_out, f"the record of edits ({error})"))
-
-    def _begin(self, base: Any, recipe: str) -> None:
-        before = record_of(base)
-        self._touched = dict(_touched(self._made))
-        leaves = self._made.by_number
-        self._record = EditRecord(
-            paramend=importlib.import_module("importlib.metadata").version("paramend"),
-            time=datetime.now(UTC).replace(microsecond=0),
-            source=_name_of(base),
-            leaves=tuple(
-                RecordedLeaf(self._made.name(leaves[number]), leaves[number].spec, "0" * 64, edit, was)
-                for number, (edit, was) in self._touched.items()
-            ),
-            deleted=tuple(_deleted(self._made)),
-            recipe=recipe,
-            earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
-        )
-        self._text = self._written()
-
-    def _written(self) -> bytes:
-        assert self._record is not None
-        separators = (",", ":") if self._where == "header" else None
-        indent = None if self._where == "header" else 1
-        return json.dumps(self._record.to_dict(), ensure_ascii=False, separators=separators, indent=indent).encode()
-
-    def _place(self) -> None:
-        """Makes room in what is to be written."""
-        if self._where == "folder":
-            kept = tuple(file for file in self.layout.files if file.name != FILE)
-            self.layout = replace(self.layout, files=kept)
-        elif self._where == "header":
-            (file,) = self.layout.files
-            first, *rest = file.pieces
-            if isinstance(first, Copy):  # the header stays, and what comes after it
-                source: Any = self._made.leaves
-                start = source.header.nbytes
-                self._head = source.header.raw
-                rest = [Copy(first.path, start, first.stop), *rest] if start < first.stop else rest
-            else:
-                assert isinstance(first, bytes)
-                self._head = first[8:]
-            header = self._header()
-            nbytes = file.nbytes - 8 - len(self._head) + len(header)
-            new = File(file.name, nbytes, file.mode, (header, *rest))
-            self.layout = replace(self.layout, files=(new,))
-
-    def _header(self) -> bytes:
-        assert self._text is not None
-        raw = annotated(self._head, RECORD, self._text.decode())
-        if len(raw) > MAX_HEADER:
-            raise Unsupported(
-                f"{self._out}: with the record its header would have {len(raw):,} bytes, and {MAX_HEADER:,} are allowed",
-                hint=f"a directory: {self._out.with_suffix('')}/",
-            )
-        return len(raw).to_bytes(8, "little") + raw
-
-    # -- while it is written
-
-    def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        """The bytes of a leaf on their way into the output, whose digest is taken if the record tells of it."""
-        if row.source not in self._touched:
-            return pieces
-        return self._hashed(row, pieces)
-
-    def _hashed(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-            yield piece
-        self._digests[row.source] = digest.hexdigest()
-
-    def finish(self, temporary: Path) -> None:
-        """Writes the record into what was written: a directory, or the header of a file."""
-        if self._record is not None:
-            self._complete(temporary)
-        if self._text is None or self._where == "beside":
-            return
-        if self._where == "folder":
-            _put(temporary / FILE, self._text, next((file.mode for file in self.layout.files), 0o666))
-        elif self._record is not None:
-            with temporary.open("r+b") as file:
-                file.write(self._header())
-                file.flush()
-                os.fsync(file.fileno())
-
-    def _complete(self, temporary: Path) -> None:
-        """Fills in the digests, also those of bytes that did not come by here."""
-        assert self._record is not None
-        found = self._digests
-        for number in self._touched:
-            row = self._made.by_number[number]
-            twin = next((each for each in self._made.twins(number) if each in found), None)
-            if number in found or twin is not None:
-                found.setdefault(number, found[twin if twin is not None else number])
-            elif not row.spec.size:
-                found[number] = _digest(())
-            elif row.calls:  # chunks of a directory, in no order of elements
-                with contextlib.closing(open_source(temporary)) as new:
-                    found.update(
-                        {
-                            each: _digest(contents(new, each))
-                            for each in self._touched
-                            if each not in found and self._made.by_number[each].calls
-                        }
-                    )
-            else:  # copied by the kernel: its bytes are those of the source
-                found[number] = _digest(contents(self._made.leaves, number))
-        leaves = (
-            replace(leaf, sha256=found[number])
-            for number, leaf in zip(self._touched, self._record.leaves, strict=True)
-        )
-        self._record = replace(self._record, leaves=tuple(leaves))
-        self._text = self._written()
-
-    def clear(self) -> None:
-        """Removes the record beside a file that is about to be replaced: never is there a record of another file."""
-        if self._where == "beside" and os.path.lexists(self._out):
-            _beside(self._out).unlink(missing_ok=True)
-
-    def publish(self) -> None:
-        """Puts the record beside a file that has its name now."""
-        if self._text is not None and self._where == "beside":
-            mode = next((file.mode for file in self.layout.files), 0o666)
-            with published(_beside(self._out), force=True, mode=mode) as temporary, temporary.open("r+b") as file:
-                file.write(self._text)
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def _put(path: Path, text: bytes, mode: int) -> None:
-    with os.fdopen(create_file(path, mode), "wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _name_of(source: Any) -> str:
-    """What a record calls a checkpoint: no folder of this machine."""
-    path = source.folder if isinstance(source, Shards) else Path(source.path)
-    return str((path.name or path.resolve().name).encode("utf-8", "replace").decode())
-
-
-def _touched(made: Plan) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Of each leaf that is not the source's leaf of that name as it was: (its number, (what was done, its old path))."""
-    leaves: Any = made.leaves
-    names = {made.name(row) for row in made.rows}
-    for row in made.rows:
-        edit, was = _ADDRESS.sub("", row.edit), leaves.index.name(row.source) if row.was else ""
-        if isinstance(leaves, Gathered):
-            origin, name = leaves.origins[row.source], made.name(row)
-            said = "put together from others"
-            if isinstance(origin, Part):
-                said = origin.source.index.name(origin.number)
-                if origin.source is leaves.base:
-                    was = said if said not in names else ""
-                    said = "" if said == name else f"from {said}"
-                else:
-                    other = _name_of(origin.source)
-                    said = f"from {other}" if said == name else f"from {other}: {said}"
-            edit = ", ".join(filter(None, (said, edit)))
-        if edit:
-            yield row.source, (edit, was)
-
-
-# What a function says of itself: where it lay in memory.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-
-
-def _deleted(made: Plan) -> list[str]:
-    leaves: Any = made.leaves
-    gone = [leaves.index.name(row.source) for row in made.deleted]
-    if isinstance(leaves, Gathered) and leaves.base is not None:
-        index = leaves.base.index
-        used = {part.number for part in leaves.origins if isinstance(part, Part) and part.source is leaves.base}
-        names = {made.name(row) for row in made.rows}
-        gone += [index.name(n) for n in index.numbers if n not in used and index.name(n) not in names]
-    return gone

@@ -28,11 +28,11 @@ from paramend.formats.writer import Item
 from paramend.journal import records_beside
 from paramend.layouts import Layout, lay_out
 from paramend.leaves import keys_of
+from paramend.notes import Note
 from paramend.pieces import File
 from paramend.plans import Plan, Row, call, plan
 from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason, sync_file
-from paramend.records import Note
 from paramend.replacing import check_still
 from paramend.streaming import data
 

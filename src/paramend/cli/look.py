@@ -11,8 +11,8 @@ from paramend import _text
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.formats.registry import format_of
+from paramend.formats.safetensors import RECORD
 from paramend.formats.source import Source
-from paramend.layouts import RECORD
 from paramend.paths import natural
 from paramend.progress import Meter
 from paramend.reports import Line, fold

@@ -1,4 +1,4 @@
-"""`paramend undo`, `history` and `verify`: what was done to a checkpoint, listed, taken back, held against its bytes."""
+"""`paramend undo`, `history`, `verify`: what was done to a checkpoint, listed, taken back, held against its bytes."""
 
 from dataclasses import replace
 from pathlib import Path

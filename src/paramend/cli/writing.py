@@ -14,7 +14,6 @@ from paramend.pages.page import Paged
 from paramend.plans import Plan
 from paramend.rewriting import check_output, write
 
-
 RECORD = "Let OUT carry a record of what was done; `paramend verify OUT` checks it."
 
 

@@ -31,6 +31,8 @@ MAX_HEADER = 100_000_000
 MAX_PIECES = 200
 _U64 = 2**64
 _METADATA = "__metadata__"
+# Under this key the metadata of a file may hold the record of how it was made.
+RECORD = "paramend.record"
 
 # What other files begin with, and what to say of them.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (

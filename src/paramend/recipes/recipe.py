@@ -157,8 +157,9 @@ class Recipe:
             )
         found, problems = run(self._steps, tree, Donors(self._folder))
         self._refuse(problems)
-        if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint) and tree.untouched:
-            found = Checkpoint(found.source, found.plan, self._told())
+        if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
+            alone = not (tree.plan.changed or tree.plan.deleted)
+            found = Checkpoint(found.source, found.plan, self._told() if alone else "")
         return found  # type: ignore[no-any-return]
 
     def apply_(self, module: Any) -> None:

@@ -1,0 +1,258 @@
+"""`Note`: the record that a rewrite leaves of itself, put together while the output is written."""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.formats.gathered import Gathered, Part
+from paramend.formats.registry import open_source
+from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated
+from paramend.formats.shards import Shards
+from paramend.layouts import Layout
+from paramend.pieces import Copy, File
+from paramend.plans import Plan, Row
+from paramend.publishing import create_file, published
+from paramend.records import FILE, EditRecord, RecordedLeaf, beside, contents, digest_of, record_of, sidecar, text_of
+
+# What a function says of itself: where it lay in memory.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_BLANK = "0" * 64
+
+
+class Note:
+    """The record that a rewrite leaves: a new one, the source's as it is, or none.
+
+    Digests are taken from bytes on their way into the output. Where the record stands in a header, that is written
+    with blank digests of the same length first, and once more when the digests are known.
+
+    Attributes:
+        layout: what is to be written, the place of the record included.
+    """
+
+    def __init__(self, made: Plan, out: Path, layout: Layout, recipe: str | None) -> None:
+        """A note of a plan that is about to be carried out.
+
+        Args:
+            made: the plan.
+            out: where it goes.
+            layout: what would be written without a record.
+            recipe: what the plan was made by, "" if that is not known; None asks for no new record.
+
+        Raises:
+            BadCheckpoint: the record of the source, which the new one would hold, is damaged.
+        """
+        self._made, self._out = made, out
+        self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
+        self._digests: dict[int, str] = {}
+        self._touched: dict[int, tuple[str, str]] = {}
+        self._record: EditRecord | None = None
+        self._head = b""
+        self.layout = layout
+        base = made.leaves.base if isinstance(made.leaves, Gathered) else made.leaves
+        self._text = self._carried(base) if recipe is None else self._begun(base, recipe)
+        if self._text is not None:
+            self._place()
+
+    @property
+    def name(self) -> str:
+        """Where the record will be; "" if there is none to write."""
+        if self._text is None:
+            return ""
+        return str({"folder": self._out / FILE, "beside": beside(self._out)}.get(self._where, self._out))
+
+    def _carried(self, base: Any) -> bytes | None:
+        """The record of the source, where it does not go along by itself; None if there is nothing to write."""
+        place = sidecar(base)
+        held = getattr(base, "metadata", {}).get(RECORD)
+        beside = place is not None and os.path.lexists(place)
+        if not beside and (held is None or self._where == "header"):
+            return None
+        if self._where == "folder" and any(file.name == FILE for file in self.layout.files):
+            return None
+        try:
+            return text_of(base)
+        except (BadCheckpoint, CannotRead) as error:
+            self.layout = replace(self.layout, left_out=(*self.layout.left_out, f"the record of edits ({error})"))
+            return None
+
+    def _begun(self, base: Any, recipe: str) -> bytes:
+        """The new record, its digests blank."""
+        before = record_of(base)
+        self._touched = dict(_touched(self._made))
+        leaves = self._made.by_number
+        self._record = EditRecord(
+            paramend=importlib.import_module("importlib.metadata").version("paramend"),
+            time=datetime.now(UTC).replace(microsecond=0),
+            source=_name_of(base),
+            leaves=tuple(
+                RecordedLeaf(self._made.name(leaves[number]), leaves[number].spec, _BLANK, edit, was)
+                for number, (edit, was) in self._touched.items()
+            ),
+            deleted=tuple(_deleted(self._made)),
+            recipe="" if isinstance(self._made.leaves, Gathered) else recipe,  # which would be half of it
+            earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
+        )
+        return self._written()
+
+    def _written(self) -> bytes:
+        assert self._record is not None
+        separators = (",", ":") if self._where == "header" else None
+        indent = None if self._where == "header" else 1
+        return json.dumps(self._record.to_dict(), ensure_ascii=False, separators=separators, indent=indent).encode()
+
+    def _place(self) -> None:
+        """Makes room in what is to be written."""
+        if self._where == "folder":
+            kept = tuple(file for file in self.layout.files if file.name != FILE)
+            self.layout = replace(self.layout, files=kept)
+        elif self._where == "header":
+            (file,) = self.layout.files
+            first, *rest = file.pieces
+            if isinstance(first, Copy):  # the header stays, and what comes after it
+                source: Any = self._made.leaves
+                start = source.header.nbytes
+                self._head = source.header.raw
+                rest = [Copy(first.path, start, first.stop), *rest] if start < first.stop else rest
+            else:
+                assert isinstance(first, bytes)
+                self._head = first[8:]
+            header = self._header()
+            nbytes = file.nbytes - 8 - len(self._head) + len(header)
+            new = File(file.name, nbytes, file.mode, (header, *rest))
+            self.layout = replace(self.layout, files=(new,))
+
+    def _header(self) -> bytes:
+        assert self._text is not None
+        raw = annotated(self._head, RECORD, self._text.decode())
+        if len(raw) > MAX_HEADER:
+            raise Unsupported(
+                f"{self._out}: with the record its header takes {len(raw):,} bytes, and {MAX_HEADER:,} are allowed",
+                hint=f"a directory: {self._out.with_suffix('')}/",
+            )
+        return len(raw).to_bytes(8, "little") + raw
+
+    # -- while it is written
+
+    def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes of a leaf on their way into the output, whose digest is taken if the record tells of it."""
+        if row.source not in self._touched:
+            return pieces
+        return self._hashed(row, pieces)
+
+    def _hashed(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+        self._digests[row.source] = digest.hexdigest()
+
+    def finish(self, temporary: Path) -> None:
+        """Writes the record into what was written: a directory, or the header of a file."""
+        if self._record is not None:
+            self._complete(temporary)
+        if self._text is None or self._where == "beside":
+            return
+        if self._where == "folder":
+            _put(temporary / FILE, self._text, next((file.mode for file in self.layout.files), 0o666))
+        elif self._record is not None:
+            with temporary.open("r+b") as file:
+                file.write(self._header())
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _complete(self, temporary: Path) -> None:
+        """Fills in the digests, also those of bytes that did not come by here."""
+        assert self._record is not None
+        found = self._digests
+        for number in self._touched:
+            row = self._made.by_number[number]
+            twin = next((each for each in self._made.twins(number) if each in found), None)
+            if number in found or twin is not None:
+                found.setdefault(number, found[twin if twin is not None else number])
+            elif not row.spec.size:
+                found[number] = digest_of(())
+            elif row.calls:  # chunks of a directory, in no order of elements
+                with contextlib.closing(open_source(temporary)) as new:
+                    found.update(
+                        {
+                            each: digest_of(contents(new, each))
+                            for each in self._touched
+                            if each not in found and self._made.by_number[each].calls
+                        }
+                    )
+            else:  # copied by the kernel: its bytes are those of the source
+                found[number] = digest_of(contents(self._made.leaves, number))
+        leaves = (
+            replace(leaf, sha256=found[number]) for number, leaf in zip(self._touched, self._record.leaves, strict=True)
+        )
+        self._record = replace(self._record, leaves=tuple(leaves))
+        self._text = self._written()
+
+    def clear(self) -> None:
+        """Removes the record beside a file that is about to be replaced: never is there a record of another file."""
+        if self._where == "beside" and os.path.lexists(self._out):
+            beside(self._out).unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Puts the record beside a file that has its name now."""
+        if self._text is not None and self._where == "beside":
+            mode = next((file.mode for file in self.layout.files), 0o666)
+            with published(beside(self._out), force=True, mode=mode) as temporary, temporary.open("r+b") as file:
+                file.write(self._text)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _put(path: Path, text: bytes, mode: int) -> None:
+    with os.fdopen(create_file(path, mode), "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _name_of(source: Any) -> str:
+    """What a record calls a checkpoint: no folder of this machine."""
+    path = source.folder if isinstance(source, Shards) else Path(source.path)
+    return str((path.name or path.resolve().name).encode("utf-8", "replace").decode())
+
+
+def _touched(made: Plan) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Of each leaf that is not what the source has under its name: its number, (what was done, its path before)."""
+    leaves: Any = made.leaves
+    names = {made.name(row) for row in made.rows}
+    for row in made.rows:
+        edit, was = _ADDRESS.sub("", row.edit), leaves.index.name(row.source) if row.was else ""
+        if isinstance(leaves, Gathered):
+            origin, name = leaves.origins[row.source], made.name(row)
+            said = "put together from others"
+            if isinstance(origin, Part):
+                said = origin.source.index.name(origin.number)
+                if origin.source is leaves.base:
+                    was = said if said not in names else ""
+                    said = "" if said == name else f"from {said}"
+                else:
+                    other = _name_of(origin.source)
+                    said = f"from {other}" if said == name else f"from {other}: {said}"
+            edit = ", ".join(filter(None, (said, edit)))
+        if edit:
+            yield row.source, (edit, was)
+
+
+def _deleted(made: Plan) -> list[str]:
+    leaves: Any = made.leaves
+    gone = [leaves.index.name(row.source) for row in made.deleted]
+    if isinstance(leaves, Gathered) and leaves.base is not None:
+        index = leaves.base.index
+        used = {part.number for part in leaves.origins if isinstance(part, Part) and part.source is leaves.base}
+        names = {made.name(row) for row in made.rows}
+        gone += [index.name(n) for n in index.numbers if n not in used and index.name(n) not in names]
+    return gone
