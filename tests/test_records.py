@@ -488,6 +488,9 @@ def test_transformers_loads_what_carries_a_record(tmp_path, monkeypatch):
         (tmp_path / "one").mkdir()
         (tmp_path / "one" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
         (tmp_path / "file.safetensors").rename(tmp_path / "one" / "model.safetensors")
+        run("deepen", tmp_path / "shards", "--blocks", "1", "-o", tmp_path / "deep", "--record")
+        assert transformers.LlamaForCausalLM.from_pretrained(tmp_path / "deep").config.num_hidden_layers == 3
+        run("verify", tmp_path / "deep")
         for path in (tmp_path / "shards", tmp_path / "one"):
             loaded = transformers.LlamaForCausalLM.from_pretrained(path)
             weight = loaded.model.layers[-1].mlp.down_proj.weight.detach()

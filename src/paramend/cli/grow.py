@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from paramend.checkpoints import open as open_checkpoint
-from paramend.cli.writing import carry_out
+from paramend.cli.writing import RECORD, carry_out
 from paramend.growth import depth, stacks
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of
@@ -69,6 +69,7 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
 )
 @click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--record", is_flag=True, help=RECORD)
 @click.option("--dry-run", is_flag=True, help="Show what each layer would be made of, and write no checkpoint.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
@@ -79,6 +80,7 @@ def deepen(
     identity: Any,
     max_shard_size: str | None,
     force: bool,
+    record: bool,
     dry_run: bool,
     html: Path | None,
     as_json: bool,
@@ -109,6 +111,7 @@ def deepen(
             dry_run=dry_run,
             as_json=as_json,
             max_shard_size=max_shard_size,
+            record="" if record else None,
             told=report,
             page=html,
         )
