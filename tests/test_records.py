@@ -428,6 +428,21 @@ def test_a_record_that_is_too_long_or_no_file(tmp_path, monkeypatch):
         pm.verify_record(tmp_path / "nothing")
 
 
+def test_a_folder_of_one_file_without_a_suffix_is_found_again(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_file(tree(), tmp_path / "model" / "weights")
+    pm.at(pm.open(tmp_path / "model"), "**/w").zero().save(tmp_path / "out", record=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"weights", FILE}
+    assert len(pm.verify_record(tmp_path / "out")) == 3
+
+
+def test_what_a_record_says_does_not_reach_the_terminal_raw(tmp_path):
+    said = GOOD | {"source": "\x1b[2J", "leaves": [LEAF | {"path": "\x1b]0;"}]}
+    save_file(tree(), tmp_path / "a.safetensors", metadata={KEY: json.dumps(said)})
+    assert "\x1b" not in run("history", tmp_path / "a.safetensors").output
+    assert "\x1b" not in run("verify", tmp_path / "a.safetensors", code=1).output
+
+
 def test_leaves_of_another_file_are_named(model, tmp_path):
     claims = GOOD | {"leaves": [LEAF, LEAF | {"path": "gone"}, LEAF | {"path": "layers.1.w", "shape": [2, 8]}]}
     save_file(tree(), tmp_path / "a.safetensors", metadata={KEY: json.dumps(claims)})

@@ -69,12 +69,17 @@ class Note:
             return ""
         return str({"folder": self._out / FILE, "beside": beside(self._out)}.get(self._where, self._out))
 
+    @property
+    def _mode(self) -> int:
+        """The permissions of a file of the record's own: those of the weights."""
+        return next((file.mode for file in self.layout.files), 0o666) | 0o200
+
     def _carried(self, base: Any) -> bytes | None:
         """The record of the source, where it does not go along by itself; None if there is nothing to write."""
         place = sidecar(base)
         held = getattr(base, "metadata", {}).get(RECORD)
-        beside = place is not None and os.path.lexists(place)
-        if not beside and (held is None or self._where == "header"):
+        filed = place is not None and os.path.lexists(place)
+        if not filed and (held is None or self._where == "header"):
             return None
         if self._where == "folder" and any(file.name == FILE for file in self.layout.files):
             return None
@@ -105,9 +110,8 @@ class Note:
 
     def _written(self) -> bytes:
         assert self._record is not None
-        separators = (",", ":") if self._where == "header" else None
-        indent = None if self._where == "header" else 1
-        return json.dumps(self._record.to_dict(), ensure_ascii=False, separators=separators, indent=indent).encode()
+        form: dict[str, Any] = {"separators": (",", ":")} if self._where == "header" else {"indent": 1}
+        return json.dumps(self._record.to_dict(), ensure_ascii=False, **form).encode("utf-8", "replace")
 
     def _place(self) -> None:
         """Makes room in what is to be written."""
@@ -162,35 +166,29 @@ class Note:
         if self._text is None or self._where == "beside":
             return
         if self._where == "folder":
-            _put(temporary / FILE, self._text, next((file.mode for file in self.layout.files), 0o666))
+            os.close(create_file(temporary / FILE, self._mode))
+            _put(temporary / FILE, self._text)
         elif self._record is not None:
-            with temporary.open("r+b") as file:
-                file.write(self._header())
-                file.flush()
-                os.fsync(file.fileno())
+            _put(temporary, self._header())
 
     def _complete(self, temporary: Path) -> None:
         """Fills in the digests, also those of bytes that did not come by here."""
         assert self._record is not None
         found = self._digests
-        for number in self._touched:
-            row = self._made.by_number[number]
+        by_number = self._made.by_number
+        for number in [number for number in self._touched if number not in found]:
+            row = by_number[number]
             twin = next((each for each in self._made.twins(number) if each in found), None)
-            if number in found or twin is not None:
-                found.setdefault(number, found[twin if twin is not None else number])
+            if twin is not None:
+                found[number] = found[twin]
             elif not row.spec.size:
                 found[number] = digest_of(())
-            elif row.calls:  # chunks of a directory, in no order of elements
-                with contextlib.closing(open_source(temporary)) as new:
-                    found.update(
-                        {
-                            each: digest_of(contents(new, each))
-                            for each in self._touched
-                            if each not in found and self._made.by_number[each].calls
-                        }
-                    )
-            else:  # copied by the kernel: its bytes are those of the source
+            elif not row.calls:  # copied by the kernel: its bytes are those of the source
                 found[number] = digest_of(contents(self._made.leaves, number))
+        back = [number for number in self._touched if number not in found]
+        if back:  # chunks of a directory, written in no order of elements; the copy has the numbers of the source
+            with contextlib.closing(open_source(temporary)) as new:
+                found |= {number: digest_of(contents(new, number)) for number in back}
         leaves = (
             replace(leaf, sha256=found[number]) for number, leaf in zip(self._touched, self._record.leaves, strict=True)
         )
@@ -205,16 +203,14 @@ class Note:
     def publish(self) -> None:
         """Puts the record beside a file that has its name now."""
         if self._text is not None and self._where == "beside":
-            mode = next((file.mode for file in self.layout.files), 0o666)
-            with published(beside(self._out), force=True, mode=mode) as temporary, temporary.open("r+b") as file:
-                file.write(self._text)
-                file.flush()
-                os.fsync(file.fileno())
+            with published(beside(self._out), force=True, mode=self._mode) as temporary:
+                _put(temporary, self._text)
 
 
-def _put(path: Path, text: bytes, mode: int) -> None:
-    with os.fdopen(create_file(path, mode), "wb") as file:
-        file.write(text)
+def _put(path: Path, data: bytes) -> None:
+    """Writes bytes over those that a file begins with, durably."""
+    with path.open("r+b") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

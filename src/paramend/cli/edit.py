@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import click
 from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.cli.writing import edit_checkpoint, options
-from paramend.errors import BadArgument, SpecMismatch
+from paramend.errors import BadArgument, BadRecipe, SpecMismatch
 from paramend.leaves import Stored
 from paramend.ops import OPS
 from paramend.plans import call
@@ -123,12 +124,14 @@ def _split(value: str) -> tuple[str, str | None]:
 
 
 def _recipe(verb: Verb, selector: str, args: dict[str, Any]) -> str:
-    """What was typed as a recipe, with files by their names alone."""
+    """What was typed as a recipe, with files by their names alone; "" if it cannot be written as one."""
     recipe = importlib.import_module("paramend.recipes.recipe")  # only records ask for it
     if verb.name == "set":
         name, leaf = _split(args["value"])
         args = {"from": Path(name).name} | ({} if leaf is None else {"leaf": leaf})
-    return str(recipe.Recipe([{verb.op or verb.name: {"at": selector, **args}}]))
+    with suppress(BadRecipe):
+        return str(recipe.Recipe([{verb.op or verb.name: {"at": selector, **args}}]))
+    return ""
 
 
 def _command(verb: Verb) -> click.Command:

@@ -10,6 +10,7 @@ from paramend.cli import _ui
 from paramend.errors import UnexpectedChange
 from paramend.records import record as record_of
 from paramend.records import verify_record
+from paramend.tables import printable
 from paramend.undoing import drop, table
 from paramend.undoing import history as history_of
 from paramend.undoing import undo as take_back
@@ -63,7 +64,7 @@ def history(path: Path, as_json: bool) -> None:
         _ui.emit([*({"record": each.to_dict()} for each in recorded), *(row.to_dict() for row in rows)])
         return
     if record is not None:
-        _ui.show_lines([*str(record).split("\n"), ""])
+        _ui.show_lines([*map(printable, str(record).split("\n")), ""])
     _ui.show_lines(table(rows), header=bool(rows))
 
 
@@ -89,7 +90,7 @@ def verify(path: Path, as_json: bool) -> None:
     if as_json:
         _ui.emit({"path": str(path), "holds": not changes, "leaves": leaves, "changes": changes})
     else:
-        _ui.show_lines(said.split("\n"))
+        _ui.show_lines([printable(line) for line in said.split("\n")])
     if hint:
         _ui.say(f"hint: {hint}")
     if changes:

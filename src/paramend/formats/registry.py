@@ -311,7 +311,8 @@ def _holds_weights(name: str) -> bool:
 def _is_weights(folder: Path) -> Callable[[str], bool]:
     """Whether a file in a folder without safetensors files holds weights all the same, by suffix, or by content where
     the folder has one file."""
-    visible = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    names = [entry.name for entry in os.scandir(folder)]
+    visible = [name for name in names if not name.startswith(".") and not name.endswith(".json")]
     known = [name for name in visible if format_for(Path(name)) is not None]
     # Trainers leave their own states beside the model.
     models = [name for name in known if name.startswith(("pytorch_model", "diffusion_pytorch_model", "adapter_model"))]
