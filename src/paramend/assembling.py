@@ -1,15 +1,21 @@
 """Assembling: a checkpoint put together from leaves of others, of which nothing is read before it is saved."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints import Checkpoint
 from paramend.formats.gathered import Gathered, Made, Origin, Part
 from paramend.leaves import Editable
 from paramend.paths import Label
-from paramend.plans import Plan
+from paramend.plans import Plan, Row
+from paramend.specs import numpy_dtype
+from paramend.streaming import values
+
+Array = np.ndarray[Any, Any]
 
 # A leaf of the outcome: where it will be, and where it comes from: an origin, or a tree and the number of its leaf.
 Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
@@ -73,10 +79,63 @@ def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:
         return given, None
     tree, number = given
     if not isinstance(tree, Checkpoint):
-        return Made(tree.spec(number), lambda: to_numpy(tree.read(number))), None
-    source = tree.source
-    origin = source.origins[number] if isinstance(source, Gathered) else Part(source, number)
-    return origin, None if tree.untouched else tree.plan.by_number[number]
+        return origin_of(tree, number), None
+    return _unedited(tree.source, number), None if tree.untouched else tree.plan.by_number[number]
+
+
+def _unedited(source: Any, number: int) -> Origin:
+    return source.origins[number] if isinstance(source, Gathered) else Part(source, number)
+
+
+def origin_of(tree: Any, number: int) -> Origin:
+    """A leaf of a tree, or of a checkpoint with the edits that were planned for it, as part of another."""
+    if not isinstance(tree, Checkpoint):
+        return Made(tree.spec(number), lambda: to_numpy(tree.read(number)))
+    row = None if tree.untouched else tree.plan.by_number[number]
+    return Edited(tree.source, row) if row is not None and row.calls else _unedited(tree.source, number)
+
+
+class Edited:
+    """A leaf of a source with edits, which are carried out piece by piece as it is read from first to last.
+
+    Attributes:
+        source: the source.
+        spec: what the leaf is after the edits.
+    """
+
+    refusal = ""
+    extent = None
+
+    def __init__(self, source: Any, row: Row) -> None:
+        self.source, self.spec = source, row.spec
+        self._row = row
+        self._end()
+
+    def _end(self) -> None:
+        """Lets go of the last piece; what is asked for next is computed from the first element on."""
+        self._pieces: Iterator[Array] = iter(())
+        self._piece = np.empty(0, numpy_dtype(self.spec.dtype))
+        self._at = self.spec.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+    def read_range(self, start: int, stop: int) -> Array:
+        if start < min(self._at, stop):
+            self._end()
+            self._pieces, self._at = values(self.source, self._row), 0
+        found = [self._piece[:0]]
+        while start < stop:
+            after = self._at + self._piece.size
+            if start < after:
+                found.append(self._piece[start - self._at : stop - self._at])
+                start = after
+            else:
+                self._at, self._piece = after, next(self._pieces)
+        if stop >= self.spec.size:
+            self._end()
+        return np.concatenate(found)
 
 
 def _ties(base: Checkpoint, given: Sequence[Any]) -> dict[int, int]:

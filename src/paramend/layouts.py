@@ -16,6 +16,8 @@ from paramend.formats.index import SUFFIX, index_text
 from paramend.formats.registry import FOREIGN_SUFFIXES, FORMATS, Format, format_for, format_of, writable
 from paramend.formats.safetensors import RECORD, Header, SafetensorsFile, layout
 from paramend.formats.shards import Shards, stats_of
+from paramend.formats.source import Extent
+from paramend.leaves import Stored
 from paramend.pieces import Copy, File, Piece, with_rows
 from paramend.plans import Plan, Row
 from paramend.specs import BITS, SAFETENSORS_CODES
@@ -221,17 +223,34 @@ def _fresh_file(made: Plan, rows: Iterable[Row], name: str) -> File:
 def _pieces(made: Plan, head: Piece, rows: Iterable[Row]) -> tuple[Piece, ...]:
     """A file first byte to last. Neighbours that stay are one range, and a header that stays belongs to the first."""
     pieces = [head]
-    source: Any = made.leaves
     for row in rows:
-        extent = None if row.calls else source.extent(row.source)
-        last = pieces[-1]
-        if extent is None:
+        extents = _extents(made, row)
+        if extents is None:
             pieces.append(row)
-        elif isinstance(last, Copy) and last.path == extent.path and last.stop == extent.start:
-            pieces[-1] = Copy(last.path, last.start, extent.start + extent.nbytes)
-        elif extent.nbytes:
-            pieces.append(Copy(extent.path, extent.start, extent.start + extent.nbytes))
+            continue
+        for extent in extents:
+            last = pieces[-1]
+            if isinstance(last, Copy) and last.path == extent.path and last.stop == extent.start:
+                pieces[-1] = Copy(last.path, last.start, extent.start + extent.nbytes)
+            elif extent.nbytes:
+                pieces.append(Copy(extent.path, extent.start, extent.start + extent.nbytes))
     return tuple(pieces)
+
+
+def _extents(made: Plan, row: Row) -> list[Extent] | None:
+    """Where the bytes of a leaf lie, also of one that is set to a leaf of another file; None if they are computed."""
+    source: Any = made.leaves
+    number = row.source
+    if row.calls:
+        edit = row.calls[-1]
+        value = edit.args.get("value")
+        if edit.op.name != "set" or edit.index is not None or not isinstance(value, Stored):
+            return None
+        source, number = value.source, value.number
+    if isinstance(source, Gathered):
+        return source.extents(number)
+    extent = source.extent(number)
+    return None if extent is None else [extent]
 
 
 def _aligned(made: Plan) -> list[Row]:

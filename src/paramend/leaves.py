@@ -210,6 +210,8 @@ class Stored:
     Attributes:
         spec: its shape and dtype.
         ndim: the number of its axes.
+        source: where it is.
+        number: which leaf it is there.
         read: its values.
         read_range: its elements from one to another, counted in C order.
     """
@@ -217,6 +219,7 @@ class Stored:
     def __init__(self, source: Any, number: int) -> None:
         self.spec: Spec = source.spec(number)
         self.ndim = self.spec.ndim
+        self.source, self.number = source, number
         self.read: Callable[[], Any] = partial(source.read, number)
         self.read_range: Callable[[int, int], Any] = partial(source.read_range, number)
 

@@ -8,7 +8,7 @@ state or the new one, never a third.
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.journal import records_beside
 from paramend.layouts import Layout, lay_out
-from paramend.leaves import keys_of
+from paramend.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
 from paramend.plans import Plan, Row, call, plan
@@ -168,7 +168,7 @@ def check_output(
     out = Path(out)
     found = _look(out)
     if found is not None:
-        _check_other(out, found, source, folder=layout.folder)
+        _check_other(out, found, _sources(made), folder=layout.folder)
         if layout.folder and not stat.S_ISDIR(found.st_mode):
             raise CannotWrite(f"{out} is a file, and the model needs a directory", hint="write to another name")
         if not layout.folder and stat.S_ISDIR(found.st_mode):
@@ -193,10 +193,10 @@ def check_output(
     return layout
 
 
-def _check_other(out: Path, found: os.stat_result, source: Any, *, folder: bool) -> None:
-    """Refuses an output that is the source, a part of it, or a directory around it."""
-    home = Path(source.path)
-    paths = {home, *stats_of(source)}
+def _check_other(out: Path, found: os.stat_result, sources: Sequence[Any], *, folder: bool) -> None:
+    """Refuses an output that is a source, a part of it, or a directory around the first."""
+    home = Path(sources[0].path)
+    paths = {home, *(path for source in sources for path in stats_of(source))}
     for path in paths:
         now = _look(path)
         if now is not None and os.path.samestat(now, found):
@@ -289,8 +289,10 @@ def write(
 class _Inputs:
     """The files that are read, by path: opened once, and looked at again in the end."""
 
-    def __init__(self, source: Any) -> None:
-        self.seen: dict[Path, os.stat_result] = dict(stats_of(source))
+    def __init__(self, sources: Iterable[Any]) -> None:
+        self.seen: dict[Path, os.stat_result] = {}
+        for source in sources:
+            self.seen |= stats_of(source)
         self.touched: set[Path] = set()
         self._records = records_beside(self.seen, refuses=True)
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -344,7 +346,7 @@ class _Run:
         self.note = note
         self.layout = layout
         self.source: Any = made.leaves
-        self.inputs = _Inputs(self.source)
+        self.inputs = _Inputs(_sources(made))
         self.copier = Copier()
         self.copied = self.computed = self.linked = 0
         self.meter = Meter(progress, layout.nbytes)
@@ -419,9 +421,10 @@ class _Run:
                     os.pwrite(target, data, at)
 
     def _note_reads(self, row: Row) -> None:
-        extent = self.source.extent(row.source)
-        if extent is not None:
-            self.inputs.touched.add(extent.path)
+        for source, number in ((self.source, row.source), *((each.source, each.number) for each in _operands(row))):
+            extent = source.extent(number)
+            if extent is not None:
+                self.inputs.touched.add(extent.path)
 
     # -- other formats
 
@@ -450,6 +453,17 @@ class _Run:
     def _write_foreign(self, target: int) -> None:
         with open(target, "wb", closefd=False) as file:
             self.layout.format.writer().write(file, self._items(), dict(self.source.metadata))
+
+
+def _operands(row: Row) -> list[Stored]:
+    """The leaves of other files that edits of a leaf read."""
+    return [value for edit in row.calls if isinstance(value := edit.args.get("value"), Stored)]
+
+
+def _sources(made: Plan) -> list[Any]:
+    """What a plan reads: the checkpoint that it edits, then the files of other leaves."""
+    found = [made.leaves, *(value.source for row in made.rows for value in _operands(row))]
+    return list({id(source): source for source in found}.values())
 
 
 def _put_row(source: Any, row: Row, target: int, note: Note) -> Iterator[int]:

@@ -18,7 +18,7 @@ from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent, Source
 from paramend.leaves import Index, entries, uncollected
 from paramend.paths import Label
-from paramend.specs import Spec
+from paramend.specs import BITS, Spec
 
 Array = np.ndarray[Any, Any]
 
@@ -164,7 +164,9 @@ class Taken:
 
     @property
     def nbytes(self) -> int:
-        return self.spec.nbytes
+        if self.whole.spec.dtype in BITS:
+            return self.spec.nbytes
+        return self.whole.nbytes * self.spec.size // max(self.whole.spec.size, 1)
 
     @property
     def refusal(self) -> str:
@@ -179,6 +181,20 @@ class Taken:
 
     def read_range(self, start: int, stop: int) -> Array:
         return self.whole.read_range(self.start + start, self.start + stop)
+
+
+def _extents(origin: Origin) -> list[Extent] | None:
+    if not isinstance(origin, Stacked):
+        return None if origin.extent is None else [origin.extent]
+    if BITS.get(origin.spec.dtype, 8) % 8:  # the bits of one part may end within a byte
+        return None
+    found: list[Extent] = []
+    for part in origin.parts:
+        more = _extents(part)
+        if more is None:
+            return None
+        found += more
+    return found
 
 
 class Gathered:
@@ -229,8 +245,9 @@ class Gathered:
         while rest:
             origin: Any = rest.pop()
             rest += [*getattr(origin, "parts", ()), *([origin.whole] if isinstance(origin, Taken) else [])]
-            if isinstance(origin, Part):
-                found.setdefault(id(origin.source), origin.source)
+            source = getattr(origin, "source", None)
+            if source is not None:
+                found.setdefault(id(source), source)
         return list(found.values())
 
     @property
@@ -256,6 +273,10 @@ class Gathered:
     def extent(self, number: int) -> Extent | None:
         """Where the bytes of a leaf lie; None if they are put together or made."""
         return self.origins[number].extent
+
+    def extents(self, number: int) -> list[Extent] | None:
+        """Where the bytes of a leaf lie, one extent after the other; None if some are made."""
+        return _extents(self.origins[number])
 
     def read(self, number: int) -> Array:
         """A leaf."""

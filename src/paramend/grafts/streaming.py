@@ -1,16 +1,23 @@
-"""Grafts onto checkpoints: what is copied stays a reference until it is saved; the rest is made leaf by leaf."""
+"""Grafts onto checkpoints: what is copied stays a reference until it is saved; the rest is made leaf by leaf.
 
+A safetensors file holds leaves alone: the outcome is put together from those of both. Files of other formats hold more
+than leaves, and know their own structure: there a graft is an edit, which sets leaves to those of the source.
+"""
+
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from paramend.arrays.registry import to_numpy
-from paramend.assembling import assemble
+from paramend.assembling import assemble, origin_of
 from paramend.checkpoints import Checkpoint
 from paramend.computing import CHUNK
-from paramend.formats.gathered import Made
+from paramend.formats.gathered import Gathered, Made, Origin
 from paramend.grafts import conversions
 from paramend.grafts.engine import value_of
 from paramend.grafts.plan import Move, Plan
+from paramend.leaves import Editable, Stored
+from paramend.paths import labels
 from paramend.plans import call
 from paramend.specs import Spec, kind_of
 
@@ -21,6 +28,8 @@ def grafted(plan: Plan) -> Checkpoint:
     Values that change their dtype are read once now, in chunks, to count what that costs them.
     """
     target: Checkpoint = plan.target
+    if _holds_more(plan):
+        return _edited(target, {move.number: _taken(plan, move) for move in plan.moves})
     moves = {move.number: move for move in plan.moves}
     picks = []
     for number in target.index.numbers:
@@ -29,7 +38,28 @@ def grafted(plan: Plan) -> Checkpoint:
     return assemble(target, picks, ties=target.ties)
 
 
-def _taken(plan: Plan, move: Move) -> Any:
+def _holds_more(plan: Plan) -> bool:
+    """Whether the target is of a format that holds more than leaves, and every leaf that moves can be read."""
+    target: Checkpoint = plan.target
+    if isinstance(target.source, Gathered) or target.format in ("", "safetensors"):
+        return False
+    refusal = getattr(plan.source, "refusal", lambda number: "")
+    if any(target.refusal(move.number) or refusal(move.origin) for move in plan.moves):
+        return False
+    # What was complex cannot be cast, be it only to make room.
+    return plan.options.dtype != "source" or all(target.spec(m.number).kind != "complex" for m in plan.moves)
+
+
+def _edited(target: Checkpoint, taken: Mapping[int, Origin | tuple[Editable, int]]) -> Checkpoint:
+    """The target with leaves set to those that were taken, read when they are written."""
+    origins = {number: origin_of(*each) if isinstance(each, tuple) else each for number, each in taken.items()}
+    operands = Gathered(None, ((labels(str(number)), origin) for number, origin in origins.items()))
+    others = {n: call("cast", {"dtype": o.spec.dtype}) for n, o in origins.items() if o.spec != target.spec(n)}
+    target = target.edited(others) if others else target
+    return target.edited({n: call("set", {"value": Stored(operands, at)}) for at, n in enumerate(origins)})
+
+
+def _taken(plan: Plan, move: Move) -> Origin | tuple[Editable, int]:
     """Where the new values come from."""
     ours, theirs = plan.target.spec(move.number), plan.source.spec(move.origin)
     keeps = ours.dtype == theirs.dtype or plan.options.dtype == "source"
