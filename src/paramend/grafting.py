@@ -41,7 +41,9 @@ def graft(
 
     Args:
         target: the tree to start warm: nested dicts, Flax, NNX, Equinox or torch modules, train states, state dicts; or
-            a checkpoint as `pm.open` gives it: then a checkpoint comes back, to be written by its `.save(out)`.
+            a checkpoint as `pm.open` gives it: then a checkpoint comes back, to be written by its `.save(out)`. Leaves
+            may be abstract, as `jax.eval_shape(model.init, ...)`, `nnx.eval_shape` or torch's meta device give them:
+            then each must get its values from the source, and memory holds the model once.
         source: the tree to start from, of any of these kinds, or a checkpoint as `pm.open` gives it.
         rename: source pattern → target path, as in `{"h/<n>/**": "layers/<n>/**"}`. Of several rules that match a leaf
             the first counts; a leaf that none matches keeps its name. All names change at once, so that rules may
@@ -66,8 +68,8 @@ def graft(
         A new tree of the target's type, and the report. Leaves that were not grafted are the same objects.
 
     Raises:
-        GraftRefused: the two do not fit, or nothing at all would be copied; every case is listed, and `report` on the
-            error tells of every leaf. Nothing was changed.
+        GraftRefused: the two do not fit, nothing at all would be copied, or an abstract leaf would get no values; every
+            case is listed, and `report` on the error tells of every leaf. Nothing was changed.
 
     >>> small = {"Dense_0": {"kernel": np.ones((2, 2))}, "Dense_1": {"kernel": np.full((2, 1), 5.0)}}
     >>> big = {f"Dense_{i}": {"kernel": np.zeros((2, 1 if i == 2 else 2))} for i in range(3)}
@@ -194,6 +196,7 @@ def graft_opt_state(
     _work().Options(unused=unused)  # checks it
     tree = Tree(state)
     done = importlib.import_module("paramend.grafts.optax").graft_state(tree, _leaves(old_state), report, unused)
+    _work().refuse_abstract(tree, done.values, done.report)
     return tree.with_leaves(done.values), done.report
 
 
@@ -258,7 +261,10 @@ def _with_states(tree: Any, source: Any, options: Any) -> Any:
         start < stop and issubclass(kind, tuple) and kind.__module__.startswith("optax.")
         for kind, start, stop in tree.index.spans
     ):
-        return importlib.import_module("paramend.grafts.optax").graft_whole(tree, source, options)
+        done = importlib.import_module("paramend.grafts.optax").graft_whole(tree, source, options)
+        if done is not None:
+            _work().refuse_abstract(tree, done.values, done.report)
+        return done
     return None
 
 

@@ -21,6 +21,9 @@ class Backend(Protocol):
     def refusal(self, x: Any) -> str:
         """Why arithmetic on this array makes no sense ("a PRNG key is no number"), or ""."""
 
+    def abstract(self, x: Any) -> bool:
+        """Whether there is a spec and nothing else: no values, and perhaps no device."""
+
     def zeros(self, x: Any) -> Any:
         """+0.0 in every element."""
 

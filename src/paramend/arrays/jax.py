@@ -28,6 +28,11 @@ def refusal(x: Any) -> str:
     return f"a PRNG key ({x.dtype}) is no number" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else ""
 
 
+def abstract(x: Any) -> bool:
+    """Whether it is a ShapeDtypeStruct."""
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
 def _placed(result: Any, x: Any) -> Any:
     """The result with the sharding of `x`. Inside a transformation the compiler keeps it."""
     if isinstance(x, jax.core.Tracer) or isinstance(result, jax.core.Tracer) or result.sharding == x.sharding:
@@ -46,7 +51,13 @@ def full(x: Any, value: Any) -> Any:
 
 
 def like(value: Any, x: Any) -> Any:
-    """The values as an array with the sharding and weak type of `x`."""
+    """The values as an array with the sharding and weak type of `x`; a ShapeDtypeStruct need not have a sharding."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        if not isinstance(value, jax.Array | jax.core.Tracer):
+            value = jax.device_put(np.asarray(value), x.sharding)
+        if x.weak_type and not value.weak_type:
+            value = jnp.zeros_like(x).at[...].set(value)
+        return value if x.sharding is None else jax.device_put(value, x.sharding)
     if not isinstance(value, jax.Array | jax.core.Tracer):
         # Placed at once, so that a large host array never lands whole on one device.
         placed = None if isinstance(x, jax.core.Tracer) or not x.committed else x.sharding
@@ -91,6 +102,8 @@ def multiply(x: Any, value: Any) -> Any:
 
 def cast(x: Any, dtype: str) -> Any:
     """The array in another dtype."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, numpy_dtype(dtype), sharding=x.sharding)
     return _placed(x.astype(numpy_dtype(dtype)), x)
 
 

@@ -29,6 +29,11 @@ def refusal(x: Any) -> str:
     return "it is on the meta device and holds no values" if x.is_meta else ""
 
 
+def abstract(x: Any) -> bool:
+    """Whether it is on the meta device."""
+    return bool(x.is_meta)
+
+
 def _new(x: Any, compute: Callable[[], Any]) -> Any:
     """A new tensor as x was: a leaf of the autograd graph stays a leaf, a Parameter a Parameter."""
     if x.grad_fn is not None:
@@ -53,17 +58,22 @@ def full(x: Any, value: Any) -> Any:
 
 
 def like(value: Any, x: Any) -> Any:
-    """The values as a tensor with the device, memory format and `requires_grad` of `x`."""
-    return _new(x, lambda: torch.empty_like(x).copy_(_tensor(value, x)))
+    """The values as a tensor with the device, memory format and `requires_grad` of `x`.
+
+    In place of a tensor on the meta device stands one on the default device.
+    """
+    home = torch.get_default_device() if x.is_meta else x.device
+    return _new(x, lambda: torch.empty_like(x, device=home).copy_(_tensor(value, x, home)))
 
 
-def _tensor(value: Any, x: Any) -> Any:
-    """A tensor of the dtype of x, on its device. Scalars are rounded to that dtype first, as numpy and JAX do."""
+def _tensor(value: Any, x: Any, device: Any = None) -> Any:
+    """A tensor of the dtype of x, on its device or another. Scalars are rounded to that dtype first, as numpy and JAX do."""
+    device = x.device if device is None else device
     if isinstance(value, torch.Tensor):
-        return value.to(x.device, x.dtype)
+        return value.to(device, x.dtype)
     if isinstance(value, bool | int | float | complex):
-        return torch.tensor(value, dtype=x.dtype, device=x.device)
-    return from_numpy(np.asarray(value)).to(x.device, x.dtype)
+        return torch.tensor(value, dtype=x.dtype, device=device)
+    return from_numpy(np.asarray(value)).to(device, x.dtype)
 
 
 def from_numpy(array: Any) -> Any:

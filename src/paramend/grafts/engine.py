@@ -1,5 +1,6 @@
 """The work of a graft: planned, refused with a way out, or carried out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from paramend.grafts import alignment, conversions
 from paramend.grafts.links import Ends as Ends
 from paramend.grafts.options import Options
 from paramend.grafts.plan import KINDS, Move, Plan
+from paramend.grafts.report import GraftReport
 from paramend.leaves import Editable, Leaves
 from paramend.patterns import parse
 from paramend.reports import Line, fold, table
@@ -22,7 +24,7 @@ def assign(tree: Tree, new: dict[int, Any]) -> None:
     try:
         for number in list(new):
             leaf = tree.values[number]
-            before = backend(leaf).like(leaf, leaf)
+            before = leaf if backend(leaf).abstract(leaf) else backend(leaf).like(leaf, leaf)
             tree.assign(number, new.pop(number))
             old[number] = before
     except BaseException:
@@ -58,9 +60,32 @@ def value_of(plan: Plan, move: Move) -> Any:
             lost = conversions.damage(before, dtype)[1]
         move.row = replace(move.row, overflowed=overflowed, lost=lost)
         value = conversions.converted(value, dtype)
-    if meeting is not None and meeting.into is not None:
+    if meeting is not None and meeting.into is not None and ours.abstract(leaf):
+        if meeting.taken < ours.spec(leaf).size:
+            raise Unsupported(f"{move.row.path} has no values around the {meeting.did}", hint=_ADVICE["abstract"])
+    elif meeting is not None and meeting.into is not None:
         return ours.put(leaf, meeting.into, "set", conversions.on_host(value))
     return ours.like(value if backend(value) is ours else backend(value).numpy(value), leaf)
+
+
+def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
+    """Raises where leaves of a tree have no values, and are given none.
+
+    Args:
+        tree: the target.
+        given: the new values, by number.
+        report: what became of each leaf.
+    """
+    left = [
+        n
+        for n in tree.index.numbers
+        if tree.ties.get(n, n) not in given and backend(tree.read(n)).abstract(tree.read(n))
+    ]
+    if left:
+        one, many, _ = KINDS["abstract"]
+        lines = [Line((tree.index.path(number),), (str(tree.spec(number)),)) for number in left]
+        title = one if len(left) == 1 else many.format(f"{len(left):,}")
+        raise GraftRefused(f"{title}:\n{table(fold(lines))}", report=report, hint=_ADVICE["abstract"])
 
 
 # ---- refusing --------------------------------------------------------------------------------------------------
@@ -128,6 +153,7 @@ _ADVICE = {
     "place": "the right side of a rule counts in your model: pm.at(target, pattern).paths lists what is there",
     "collision": 'rename={"name/in/source": None, ...} leaves one of them behind',
     "tied": 'rename={"name/in/source": None, ...} leaves one of them behind',
+    "abstract": "values come from the source, or are made first: params = model.init(key, x)",
     "choice": "correct the selector or leave it out: pm.at(target, selector).paths lists what a selector finds",
     "resize": 'mismatch={"name/in/your/model": "keep"}, without a rule in `resize`, leaves it as it is',
     "unfit": 'rename={"name/in/source": None, ...} leaves it behind',
@@ -175,7 +201,7 @@ def _better_rename(plan: Plan) -> Plan | None:
     """The plan with the rename under which the most leaves agree, if that is more than now."""
     kinds = {case.kind for case in plan.cases}
     wrong = {"only", "rule", "place", "choice", "collision"}
-    if not kinds & {"unused", "missing", "mismatch", "nothing"} or kinds & wrong:
+    if not kinds & {"unused", "missing", "abstract", "mismatch", "nothing"} or kinds & wrong:
         return None
     source, target = plan.source.index, plan.target.index
     best: Plan | None = None

@@ -60,6 +60,11 @@ KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
         (),
     ),
     "unfit": ("a leaf cannot take part", "{} leaves cannot take part", ()),
+    "abstract": (
+        "a leaf of your model has no value, and would get none",
+        "{} leaves of your model have no values, and would get none",
+        (),
+    ),
     "choice": ("a selector selects nothing", "{} selectors select nothing", ()),
     "resize": ("a leaf cannot be resized", "{} leaves cannot be resized", ()),
     "mismatch": (
@@ -231,7 +236,9 @@ class Plan:
             outside = number not in self._inside
             did = "outside `only`" if outside else "nothing in the source"
             self.rows["fresh"].append(GraftRow(path, None, spec.shape, None, spec.dtype, None, did))
-            if not outside:
+            if _abstract(self.target, number):
+                self._case("abstract", (path,), f"{spec}, {did}")
+            elif not outside:
                 self.missed.add(path)
                 if self.options.missing == "error":
                     self._case("missing", (path,), str(spec))
@@ -282,9 +289,12 @@ class Plan:
             return "copied", None
         place = self._by_leaf["place"].get(number)
         how = "resize" if rule else "overlap" if place else self._by_leaf["mismatch"].get(number)
+        said = f"your model {spec}, the source {theirs}"
+        if how == "keep" and _abstract(self.target, number):
+            self._case("abstract", both, f"{said}: there is nothing to keep")
+            return "differs", None
         if how == "keep":
             return "kept", None
-        said = f"your model {spec}, the source {theirs}"
         path = self.target.index.pieces(number)
         try:
             if how == "resize":
@@ -294,6 +304,9 @@ class Plan:
                 meeting = mismatches.overlapping(place or default, theirs.shape, spec.shape)
             else:
                 self._case("mismatch", both, said)
+                return "differs", None
+            if meeting.into is not None and meeting.taken < spec.size and _abstract(self.target, number):
+                self._case("abstract", both, f"{said}: there is nothing around the {meeting.did}")
                 return "differs", None
         except SpecMismatch as error:
             if how == "overlap":
@@ -323,10 +336,15 @@ class Plan:
             return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
         as_it_is = spec == theirs and hasattr(self.target, "refusal") and hasattr(self.source, "refusal")  # files
         for leaves, leaf, said in ((self.target, number, "in your model "), (self.source, origin, "in the source ")):
-            reason = "" if spec.dtype.startswith("key<") or as_it_is else _refusal(leaves, leaf)
+            abstract = _abstract(leaves, leaf)
+            if abstract and leaves is self.target:
+                continue
+            reason = "" if (spec.dtype.startswith("key<") and not abstract) or as_it_is else _refusal(leaves, leaf)
             if reason:
                 return said + reason
         if self.options.in_place:
+            if _abstract(self.target, number) and number not in self.target.boxes:
+                return "it has no values that could change in place"
             try:
                 self.target.in_place(number)
             except Unsupported as error:
@@ -440,6 +458,14 @@ class _WithGuests:
 
 def _copied(names: Names) -> Names:
     return {label: _copied(child) if type(child) is dict else child for label, child in names.items()}
+
+
+def _abstract(leaves: Any, number: int) -> bool:
+    """Whether a leaf is a shape and a dtype without values. Those of a checkpoint have values."""
+    if hasattr(leaves, "refusal"):
+        return False
+    leaf = leaves.read(number)
+    return backend(leaf).abstract(leaf)
 
 
 def _refusal(leaves: Any, number: int) -> str:

@@ -6,7 +6,6 @@ than leaves, and know their own structure: there a graft is an edit, which sets 
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from paramend.arrays.registry import to_numpy
 from paramend.assembling import assemble, origin_of
