@@ -54,14 +54,15 @@ def like(value: Any, x: Any) -> Any:
     """The values as an array with the sharding and weak type of `x`; a ShapeDtypeStruct need not have a sharding."""
     if isinstance(x, jax.ShapeDtypeStruct):
         if not isinstance(value, jax.Array | jax.core.Tracer):
-            value = jax.device_put(np.asarray(value), x.sharding)
+            value = jax.device_put(np.array(value), x.sharding)
         if x.weak_type and not value.weak_type:
             value = jnp.zeros_like(x).at[...].set(value)
         return value if x.sharding is None else jax.device_put(value, x.sharding)
     if not isinstance(value, jax.Array | jax.core.Tracer):
         # Placed at once, so that a large host array never lands whole on one device.
         placed = None if isinstance(x, jax.core.Tracer) or not x.committed else x.sharding
-        value = jax.device_put(np.asarray(value), placed) if placed is not None else jnp.asarray(value)
+        # JAX may take the memory of an array of numpy over, and that of the user may change later.
+        value = jax.device_put(np.array(value), placed) if placed is not None else jnp.asarray(np.array(value))
     if getattr(x, "weak_type", False) and not value.weak_type:
         value = jnp.zeros_like(x).at[...].set(value)
     if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer):

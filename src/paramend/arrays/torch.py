@@ -67,7 +67,7 @@ def like(value: Any, x: Any) -> Any:
 
 
 def _tensor(value: Any, x: Any, device: Any = None) -> Any:
-    """A tensor of the dtype of x, on its device or another. Scalars are rounded to that dtype first, as numpy and JAX do."""
+    """A tensor of the dtype of x, on its device or another. Scalars are rounded to that dtype, as by numpy and JAX."""
     device = x.device if device is None else device
     if isinstance(value, torch.Tensor):
         return value.to(device, x.dtype)

@@ -6,6 +6,7 @@ than leaves, and know their own structure: there a graft is an edit, which sets 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from paramend.arrays.registry import to_numpy
 from paramend.assembling import assemble, origin_of
@@ -15,7 +16,7 @@ from paramend.formats.gathered import Gathered, Made, Origin
 from paramend.grafts import conversions
 from paramend.grafts.engine import value_of
 from paramend.grafts.plan import Move, Plan
-from paramend.leaves import Editable, Stored
+from paramend.leaves import Stored
 from paramend.paths import labels
 from paramend.plans import call
 from paramend.specs import Spec, kind_of
@@ -49,7 +50,7 @@ def _holds_more(plan: Plan) -> bool:
     return plan.options.dtype != "source" or all(target.spec(m.number).kind != "complex" for m in plan.moves)
 
 
-def _edited(target: Checkpoint, taken: Mapping[int, Origin | tuple[Editable, int]]) -> Checkpoint:
+def _edited(target: Checkpoint, taken: Mapping[int, Origin | tuple[Any, int]]) -> Checkpoint:
     """The target with leaves set to those that were taken, read when they are written."""
     origins = {number: origin_of(*each) if isinstance(each, tuple) else each for number, each in taken.items()}
     operands = Gathered(None, ((labels(str(number)), origin) for number, origin in origins.items()))
@@ -58,7 +59,7 @@ def _edited(target: Checkpoint, taken: Mapping[int, Origin | tuple[Editable, int
     return target.edited({n: call("set", {"value": Stored(operands, at)}) for at, n in enumerate(origins)})
 
 
-def _taken(plan: Plan, move: Move) -> Origin | tuple[Editable, int]:
+def _taken(plan: Plan, move: Move) -> Origin | tuple[Any, int]:
     """Where the new values come from."""
     ours, theirs = plan.target.spec(move.number), plan.source.spec(move.origin)
     keeps = ours.dtype == theirs.dtype or plan.options.dtype == "source"
