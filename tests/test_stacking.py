@@ -259,17 +259,6 @@ def test_what_cannot_be_unstacked(tree, options, error, said):
     assert caught.value.hint
 
 
-def test_an_opened_checkpoint_is_refused_with_a_way_that_works(tmp_path):
-    tree = {"h_0": {"w": W}, "h_1": {"w": W}}
-    pm.save(tree, tmp_path / "a.safetensors")
-    with (
-        pm.open(tmp_path / "a.safetensors") as checkpoint,
-        pytest.raises(Unsupported, match="opened checkpoint") as error,
-    ):
-        pm.stack_layers(checkpoint, "h_<n>")
-    assert eval(error.value.hint.replace("model/", str(tmp_path / "a.safetensors")))["h"]["w"].shape == (2, 2, 2)
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 12), st.lists(st.integers(1, 3), min_size=0, max_size=3), st.data())
 def test_unstacking_undoes_stacking(layers, shape, data):

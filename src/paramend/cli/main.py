@@ -39,6 +39,8 @@ ROWS = (
     Row("apply", "paramend.cli.recipe", "Carry out a recipe: edits as data, in a YAML or JSON file."),
     Row("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
     Row("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
+    Row("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
+    Row("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack side by side."),
     Row("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
     Row("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made of those it has."),
     Row("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),

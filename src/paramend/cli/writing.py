@@ -12,6 +12,7 @@ from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.pages.page import Paged
 from paramend.plans import Plan
+from paramend.reports import Report
 from paramend.rewriting import check_output, write
 
 RECORD = "Let OUT carry a record of what was done; `paramend verify OUT` checks it."
@@ -29,7 +30,7 @@ def carry_out(
     max_shard_size: str | None = None,
     record: str | None = None,
     quiet: bool = False,
-    told: Paged | None = None,
+    told: Report | None = None,
     page: Path | None = None,
 ) -> None:
     """Writes the outcome of a plan, or only shows it in a dry run.
@@ -61,7 +62,7 @@ def carry_out(
             )
         data |= report.to_dict() if as_json else {}
         done = report.summary
-    if page is not None and told is not None:
+    if page is not None and isinstance(told, Paged):
         told.to_html(page)
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))

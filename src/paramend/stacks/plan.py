@@ -1,0 +1,207 @@
+"""Stacks by names and specs alone: which leaves belong to which layer of which stack, and along which axis."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from paramend import _text
+from paramend.errors import BadArgument, SpecMismatch
+from paramend.grammar import Number, Piece
+from paramend.leaves import Editable, Leaves
+from paramend.paths import write_piece
+from paramend.patterns import parse
+from paramend.renames import Rename, Step, keys, pieces
+from paramend.structure import separator_if_flat
+from paramend.trees.registry import Tree
+
+Path = tuple[str, ...]
+
+REST = "\u2026"  # stands between the path of a stack and that of a leaf in it
+
+
+class Member(NamedTuple):
+    """A leaf of one layer: its number in the tree, the layer, the stack, and its path in the layer."""
+
+    number: int
+    layer: int
+    stack: Path
+    rest: Path
+
+
+# ---- what is written ----------------------------------------------------------------------------------------
+
+
+def _numbers(part: Piece) -> list[Number]:
+    return [atom for atom in part.atoms if isinstance(atom, Number)]
+
+
+def number_in(text: str, argument: str) -> str:
+    """The name of the number in a path."""
+    found = [atom for part in parse(text).segments if isinstance(part, Piece) for atom in _numbers(part)]
+    if len(found) != 1 or str(found[0]) != f"<{found[0].name}>":
+        raise BadArgument(
+            f"{argument}={text!r} has {len(found) or 'no'} numbers, and one of them counts the layers"
+            if len(found) != 1
+            else f"{argument}={text!r} reckons with the number of a layer",
+            hint=f'{argument}="params/layers_<n>"',
+        )
+    return found[0].name
+
+
+def number_at(text: str) -> tuple[int, bool]:
+    """The place of the segment with the number, counted from the end, and whether the number is all of it.
+
+    >>> number_at("layers/<n>"), number_at("h_<n>/inner")
+    ((-1, True), (-2, False))
+    """
+    segments = parse(text).segments
+    place, part = next((i, part) for i, part in enumerate(segments) if isinstance(part, Piece) and _numbers(part))
+    return place - len(segments), len(part.atoms) == 1
+
+
+def without_number(layers: str) -> str:
+    """The path of the stack, by default.
+
+    >>> without_number("params/layers_<n>"), without_number("model.layers.<n>"), without_number("h<n>")
+    ('params/layers', 'model/layers', 'h')
+    """
+    out = []
+    for part in parse(layers).segments:
+        text = str(part)
+        if isinstance(part, Piece) and _numbers(part):
+            text = re.sub(r"[_-]?<\w+>", "", text)
+        out.append(text)
+    if not any(out):
+        raise BadArgument(f"{layers!r} without its number is no path", hint=f'into="layers" beside {layers!r}')
+    return "/".join(filter(None, out))
+
+
+def numbered(into: str, layer: int) -> str:
+    """A path with the number of a layer in place of `<n>`."""
+    return re.sub(r"<\w+>", str(layer), into)
+
+
+# ---- what is there ------------------------------------------------------------------------------------------
+
+
+def members_of(tree: Leaves, rule: Rename) -> list[Member]:
+    """The leaves of layers; the rule writes the number of the layer, the stack, a mark and the rest."""
+    members = []
+    for number, path in rule.over(tree.index).items():
+        layer, *rest = pieces(path)
+        mark = rest.index(REST)
+        members.append(Member(number, int(layer), tuple(rest[:mark]), tuple(rest[mark + 1 :])))
+    return members
+
+
+def keys_of_leaves(tree: Leaves, rule: Rename) -> dict[int, Any]:
+    """The new keys of each leaf."""
+    flat = separator_if_flat(tree.index)
+    found = rule.over(tree.index)
+    return {number: keys([s for s in path if isinstance(s, Step)], flat=flat) for number, path in found.items()}
+
+
+def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[Member]]:
+    """The members that become one leaf each, in the order of the layers."""
+    stacks: dict[Path, dict[Path, dict[int, Member]]] = defaultdict(lambda: defaultdict(dict))
+    for member in members:
+        stacks[member.stack][member.rest][member.layer] = member
+    wrong: list[str] = []
+    differ: list[str] = []
+    for stack, rests in stacks.items():
+        numbers = sorted({layer for found in rests.values() for layer in found})
+        if numbers != list(range(len(numbers))):
+            there = _text.listing(list(map(str, numbers)), 12)
+            name = "/".join(map(write_piece, stack))
+            raise BadArgument(
+                f"the layers of {name} are numbered {there}, and not 0 to {len(numbers) - 1}",
+                hint=f"rename them first: pm.at(tree, {layers + '/**'!r}).rename(...)",
+            )
+        for rest, found in rests.items():
+            name = "/".join(map(write_piece, rest)) or "the leaf itself"
+            lacking = [layer for layer in numbers if layer not in found]
+            if lacking:
+                wrong.append(f"{name} is not in layer {_text.listing(list(map(str, lacking)))}")
+                continue
+            specs: dict[str, int] = {}
+            for layer in numbers:
+                specs.setdefault(str(tree.spec(found[layer].number)), layer)
+            if len(specs) > 1:
+                differ.append(f"{name} is " + ", ".join(f"{spec} in layer {layer}" for spec, layer in specs.items()))
+    if wrong:
+        raise BadArgument(
+            f"the layers {layers} do not hold the same leaves:\n  " + "\n  ".join(wrong[:16]),
+            hint=f"pm.at(tree, {layers + '/**'!r}).paths lists them",
+        )
+    if differ:
+        raise SpecMismatch(
+            f"the layers {layers} differ:\n  " + "\n  ".join(differ[:16]),
+            hint="stack those that are alike, under names of their own",
+        )
+    return [[found[i] for i in range(len(found))] for rests in stacks.values() for found in rests.values()]
+
+
+def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int]) -> dict[Path, int]:
+    """How many layers each stack holds."""
+    sizes: dict[Path, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for member in members:
+        shape = tree.spec(member.number).shape
+        at = axes[(*member.stack, *member.rest)]
+        sizes[member.stack][shape[at]].append(tree.index.path(member.number))
+    for found in sizes.values():
+        if len(found) > 1:
+            said = "; ".join(f"{size} in {_text.listing(paths, 2)}" for size, paths in found.items())
+            raise BadArgument(
+                f"the leaves of one stack hold different numbers of layers: {said}",
+                hint="axis=1, or like=params with the layers that are wanted, says which axis counts them",
+            )
+        if 0 in found:
+            raise BadArgument("a stack without layers cannot be unstacked", hint="pm.at(tree, path).delete()")
+    return {stack: next(iter(found)) for stack, found in sizes.items()}
+
+
+def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, extra: int) -> dict[Path, int]:
+    """The axis of each new leaf, or of each old one if axes go: counted from the front.
+
+    Args:
+        tree: the tree.
+        members: new path → number of a leaf.
+        axis: the axis, if there is no other tree to tell.
+        like: a tree or a checkpoint that tells by its shapes, or None.
+        extra: how many axes more the new leaves have.
+    """
+    shapes = {path: tree.spec(number).shape for path, number in members.items()}
+    lengths = {path: len(shape) + max(extra, 0) for path, shape in shapes.items()}
+    if like is None:
+        wrong = [path for path, length in lengths.items() if not -length <= axis < length]
+        if wrong:
+            some = _text.listing([tree.index.path(members[path]) for path in wrong], 4)
+            raise BadArgument(f"axis={axis} is no axis of {some}", hint="axis=0")
+        return {path: axis % length for path, length in lengths.items()}
+    other: Any = like if isinstance(like, Editable) else Tree(like)
+    wanted = {other.index.pieces(number): other.spec(number).shape for number in other.index.numbers}
+    fits: dict[Path, list[int]] = {}
+    for path, shape in shapes.items():
+        there = wanted.get(path)
+        long, short = (there, shape) if extra > 0 else (shape, there)
+        if there is None or long is None or short is None or len(long) != len(short) + 1:
+            said = "is not in `like`" if there is None else f"is {list(there)} in `like`"
+            raise BadArgument(
+                f"{'/'.join(path)} {said}, and here {list(shape)}",
+                hint="axis=0 instead of like= says where the layers are",
+            )
+        fits[path] = [at for at in range(len(long)) if (*long[:at], *long[at + 1 :]) == short]
+    # One axis for all leaves, from the front or from the back, is likelier than one for each.
+    longest = max(lengths.values())
+    ways: list[dict[Path, int]] = []
+    for at in range(-longest, longest):
+        way = {path: at % length if -length <= at < length else -1 for path, length in lengths.items()}
+        if all(way[path] in found for path, found in fits.items()) and way not in ways:
+            ways.append(way)
+    if not ways and all(len(found) == 1 for found in fits.values()):
+        ways = [{path: found[0] for path, found in fits.items()}]
+    if len(ways) != 1:
+        said = "several axes fit" if ways else "no axis fits"
+        raise BadArgument(f"{said} the shapes in `like`", hint="axis=0 instead of like= says where the layers are")
+    return ways[0]

@@ -1,0 +1,129 @@
+"""Stacks in checkpoints: layers are stacked and unstacked by reference, and nothing is read before it is saved."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from paramend import _text
+from paramend.assembling import Pick, assemble, origin_of
+from paramend.checkpoints import Checkpoint
+from paramend.errors import RenameClash, Unsupported
+from paramend.formats.gathered import Made, Origin, Stacked, Taken
+from paramend.leaves import plain
+from paramend.paths import Label, labels
+from paramend.specs import Spec
+from paramend.stacks.plan import Member, Path
+
+Array = np.ndarray[Any, Any]
+# Of a leaf its new path, as `renames.keys` has it.
+Keys = Mapping[int, Sequence[tuple[str, int | None]]]
+
+
+def stacked(tree: Checkpoint, groups: Sequence[Sequence[Member]], axes: Mapping[Path, int], paths: Keys) -> Checkpoint:
+    """The checkpoint with each group of leaves as one, where the first of them was.
+
+    Args:
+        tree: the checkpoint.
+        groups: the leaves that become one, in the order of the layers.
+        axes: path of the stack and in the layer → the new axis.
+        paths: the new path of the first leaf of each group.
+    """
+    places: dict[int, list[Pick]] = {member.number: [] for group in groups for member in group}
+    for group in groups:
+        first = group[0]
+        axis = axes[(*first.stack, *first.rest)]
+        parts = [_readable(tree, member.number, axis) for member in group]
+        places[first.number].append((_labels(paths[first.number]), _stack(parts, axis)))
+    return _replaced(tree, places)
+
+
+def unstacked(
+    tree: Checkpoint,
+    members: Sequence[Member],
+    depths: Mapping[Path, int],
+    axes: Mapping[Path, int],
+    paths: Sequence[Keys],
+) -> Checkpoint:
+    """The checkpoint with the layers of stacks one after the other, where the first leaf of each stack was.
+
+    Args:
+        tree: the checkpoint.
+        members: the leaves of the stacks.
+        depths: path of a stack → how many layers it holds.
+        axes: path of the stack and in the layer → the axis of the layers.
+        paths: layer by layer, the new path of each leaf.
+    """
+    places: dict[int, list[Pick]] = {member.number: [] for member in members}
+    firsts: dict[Path, int] = {}
+    for member in members:
+        firsts.setdefault(member.stack, member.number)
+    origins = {m.number: _readable(tree, m.number, axes[(*m.stack, *m.rest)]) for m in members}
+    for layer, new in enumerate(paths):
+        for member in members:
+            if layer < depths[member.stack]:
+                taken = _take(origins[member.number], layer, axes[(*member.stack, *member.rest)])
+                places[firsts[member.stack]].append((_labels(new[member.number]), taken))
+    return _replaced(tree, places)
+
+
+def _readable(tree: Checkpoint, number: int, axis: int) -> Origin:
+    """A leaf as part of another; along the first axis also one that nobody can read, as its bytes stay together."""
+    why = tree.refusal(number)
+    if axis and why:
+        raise Unsupported(
+            f"{tree.index.path(number)} cannot be read: {why}", hint="axis=0, along which bytes stay as they are"
+        )
+    return origin_of(tree, number)
+
+
+def _labels(path: Sequence[tuple[str, int | None]]) -> tuple[Label, ...]:
+    return tuple(label for key, _ in path for label in labels(key))
+
+
+def _replaced(tree: Checkpoint, places: Mapping[int, Sequence[Pick]]) -> Checkpoint:
+    """The checkpoint with other leaves in place of some."""
+    index = tree.index
+    picks: list[Pick] = []
+    for number in index.numbers:
+        picks += places[number] if number in places else [(index.paths[number], (tree, number))]
+    names = [plain(path, index.separator) for path, _ in picks]
+    inside = {plain(path[:depth], index.separator) for path, _ in picks for depth in range(1, len(path))}
+    clashes = [name for name, count in Counter(names).items() if count > 1 or name in inside]
+    if clashes:
+        raise RenameClash(
+            f"{_text.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{_text.listing(clashes, 4)}",
+            hint='into="stack" names another place',
+        )
+    return assemble(tree, picks)
+
+
+# ---- leaves -------------------------------------------------------------------------------------------------
+
+
+def _stack(parts: Sequence[Origin], axis: int) -> Origin:
+    if not axis:
+        return Stacked(tuple(parts))
+    spec = parts[0].spec
+    shape = (*spec.shape[:axis], len(parts), *spec.shape[axis:])
+    return Made(Spec(shape, spec.dtype), lambda: np.stack([_whole(part) for part in parts], axis))
+
+
+def _take(origin: Origin, layer: int, axis: int) -> Origin:
+    shape = origin.spec.shape
+    rest = (*shape[:axis], *shape[axis + 1 :])
+    if prod(shape[:axis]) == 1:  # the elements of a layer are neighbours
+        return Taken(origin, layer * prod(rest), rest)
+    return Made(Spec(rest, origin.spec.dtype), partial(_layer, origin, layer, axis))
+
+
+def _layer(origin: Origin, layer: int, axis: int) -> Array:
+    return np.ascontiguousarray(np.take(_whole(origin), layer, axis))
+
+
+def _whole(origin: Origin) -> Array:
+    return origin.read_range(0, origin.spec.size).reshape(origin.spec.shape)
