@@ -1,6 +1,6 @@
 """The commands that change the form of layers: `stack`, `unstack`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,8 @@ from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.writing import carry_out
-from paramend.reports import Line, Report, Section, fold
+from paramend.reports import Line, Report, Section
+from paramend.specs import Spec
 from paramend.stacking import stack_layers, unstack_layers
 
 
@@ -30,24 +31,24 @@ class _Told(Report):
 
     def sections(self) -> list[Section]:
         """The leaves by their paths."""
-        gone, come = self._lines(self.old, self.new), self._lines(self.new, self.old)
-        return [Section("from", fold(gone)), Section("to", fold(come))]
+        return [_section("from", _alone(self.old, self.new)), _section("to", _alone(self.new, self.old))]
 
     def to_dict(self) -> dict[str, Any]:
         """The paths, with what is known of the new ones."""
-        names = {self.old.index.path(number) for number in self.old.index.numbers}
-        come = []
-        for number in self.new.index.numbers:
-            path, spec = self.new.index.path(number), self.new.spec(number)
-            if path not in names:
-                come.append({"path": path, "dtype": spec.dtype, "shape": list(spec.shape)})
-        gone = [line.paths[0] for line in self._lines(self.old, self.new)]
-        return {"from": gone, "to": come, "kept": len(self.new) - len(come)}
+        gone, come = _alone(self.old, self.new), _alone(self.new, self.old)
+        made = [{"path": path, "dtype": spec.dtype, "shape": list(spec.shape)} for path, spec in come.items()]
+        return {"from": list(gone), "to": made, "kept": len(self.new) - len(made)}
 
-    def _lines(self, here: Checkpoint, there: Checkpoint) -> list[Line]:
-        other = {there.index.path(number) for number in there.index.numbers}
-        paths = {number: here.index.path(number) for number in here.index.numbers}
-        return [Line((path,), (str(here.spec(number)),)) for number, path in paths.items() if path not in other]
+
+def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, Spec]:
+    """The leaves that one of two checkpoints has and the other has not: path → spec."""
+    other = {there.index.path(number) for number in there.index.numbers}
+    paths = {here.index.path(number): number for number in here.index.numbers}
+    return {path: here.spec(number) for path, number in paths.items() if path not in other}
+
+
+def _section(title: str, leaves: Mapping[str, Spec]) -> Section:
+    return Section(title, [Line((path,), (str(spec),)) for path, spec in leaves.items()])
 
 
 def _options(into: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
