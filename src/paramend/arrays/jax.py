@@ -51,10 +51,14 @@ def full(x: Any, value: Any) -> Any:
 
 
 def like(value: Any, x: Any) -> Any:
-    """The values as an array with the sharding and weak type of `x`; a ShapeDtypeStruct need not have a sharding."""
+    """The values as an array with the sharding and weak type of `x`.
+
+    A ShapeDtypeStruct need not have a sharding, and in its place may stand the very memory of an array of numpy.
+    """
     if isinstance(x, jax.ShapeDtypeStruct):
         if not isinstance(value, jax.Array | jax.core.Tracer):
-            value = jax.device_put(np.array(value), x.sharding)
+            # The transfer ends before the next leaf is read: of the host's copies there is one at a time.
+            value = jax.block_until_ready(jax.device_put(np.asarray(value), x.sharding))
         if x.weak_type and not value.weak_type:
             value = jnp.zeros_like(x).at[...].set(value)
         return value if x.sharding is None else jax.device_put(value, x.sharding)

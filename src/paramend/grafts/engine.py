@@ -65,7 +65,11 @@ def value_of(plan: Plan, move: Move) -> Any:
             raise Unsupported(f"{move.row.path} has no values around the {meeting.did}", hint=_ADVICE["abstract"])
     elif meeting is not None and meeting.into is not None:
         return ours.put(leaf, meeting.into, "set", conversions.on_host(value))
-    return ours.like(value if backend(value) is ours else backend(value).numpy(value), leaf)
+    if backend(value) is not ours:
+        value = backend(value).numpy(value)
+        if ours.abstract(leaf) and not hasattr(plan.source, "fetch"):  # what the user has may change later
+            value = value.copy()
+    return ours.like(value, leaf)
 
 
 def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
