@@ -102,8 +102,11 @@ def test_onto_another_format_the_kernel_copies(torch_file, tmp_path):
     safetensors.numpy.save_file({"model.emb": np.ones((4, 3), "float32")}, tmp_path / "s.safetensors")
     with pm.open(torch_file) as target, pm.open(tmp_path / "s.safetensors") as source:
         tree, _ = pm.graft(target, source)
-        report = pm.at(tree, "model.fc.weight").delete().save(tmp_path / "out.safetensors")
+        report = pm.at(tree, "model.fc.weight").delete().save(tmp_path / "out.safetensors", record=True)
+        tree.save(tmp_path / "out.pt", record=True)
     assert report.bytes_computed == 0
+    pm.verify_record(tmp_path / "out.safetensors")
+    pm.verify_record(tmp_path / "out.pt")
     assert (pm.load(tmp_path / "out.safetensors", nested=False)["model.head"] == 1).all()
 
 

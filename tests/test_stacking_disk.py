@@ -98,7 +98,8 @@ def test_shards(folder, tmp_path, axis):
     with pm.open(path) as checkpoint:
         checkpoint = checkpoint if axis in (0, -1) else pm.at(checkpoint, "**/step").delete()
         stacked = pm.stack_layers(checkpoint, "model.layers.<n>", axis=axis)
-        report = stacked.save(tmp_path / "out")
+        report = stacked.save(tmp_path / "out", record=True)
+    pm.verify_record(tmp_path / "out")
     assert in_file(tmp_path / "out") == bits(expected)
     assert (tmp_path / "out" / "config.json").exists()
     if axis == 0:

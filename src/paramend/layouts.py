@@ -237,14 +237,20 @@ def _pieces(made: Plan, head: Piece, rows: Iterable[Row]) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
+def set_to(row: Row) -> Stored | None:
+    """The leaf of another file that the last edit of a leaf sets it to, if it does."""
+    edit = row.calls[-1]
+    value = edit.args.get("value")
+    return value if edit.op.name == "set" and edit.index is None and isinstance(value, Stored) else None
+
+
 def _extents(made: Plan, row: Row) -> list[Extent] | None:
     """Where the bytes of a leaf lie, also of one that is set to a leaf of another file; None if they are computed."""
     source: Any = made.leaves
     number = row.source
     if row.calls:
-        edit = row.calls[-1]
-        value = edit.args.get("value")
-        if edit.op.name != "set" or edit.index is not None or not isinstance(value, Stored):
+        value = set_to(row)
+        if value is None:
             return None
         source, number = value.source, value.number
     if isinstance(source, Gathered):

@@ -17,7 +17,7 @@ from paramend.formats.gathered import Gathered, Part
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
-from paramend.layouts import Layout
+from paramend.layouts import Layout, set_to
 from paramend.pieces import Copy, File
 from paramend.plans import Plan, Row
 from paramend.publishing import create_file, published
@@ -185,6 +185,8 @@ class Note:
                 found[number] = digest_of(())
             elif not row.calls:  # copied by the kernel: its bytes are those of the source
                 found[number] = digest_of(contents(self._made.leaves, number))
+            elif (value := set_to(row)) is not None:
+                found[number] = digest_of(contents(value.source, value.number))
         back = [number for number in self._touched if number not in found]
         if back:  # chunks of a directory, written in no order of elements; the copy has the numbers of the source
             with contextlib.closing(open_source(temporary)) as new:

@@ -11,7 +11,7 @@ import click
 from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
-from paramend.cli.writing import carry_out
+from paramend.cli.writing import RECORD, carry_out
 from paramend.reports import Line, Report, Section
 from paramend.specs import Spec
 from paramend.stacking import stack_layers, unstack_layers
@@ -59,6 +59,7 @@ def _options(into: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
         (("--like",), {"type": click.Path(path_type=Path), "help": "A checkpoint whose shapes tell the axis."}),
         (("-o", "--out"), {"metavar": "OUT", "help": "The file or directory to write."}),
         (("--max-shard-size",), {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'}),
+        (("--record",), {"is_flag": True, "help": RECORD}),
         (("--force",), {"is_flag": True, "help": "Replace OUT if it exists."}),
         (("--dry-run",), {"is_flag": True, "help": "Show what would be made, and write nothing."}),
         (("--json", "as_json"), {"is_flag": True, "help": "Print data as JSON."}),
@@ -114,6 +115,7 @@ def _write(
     like: Path | None,
     out: str | None,
     max_shard_size: str | None,
+    record: bool,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -132,5 +134,6 @@ def _write(
             dry_run=dry_run,
             as_json=as_json,
             max_shard_size=max_shard_size,
+            record="" if record else None,
             told=_Told(old, new),
         )
