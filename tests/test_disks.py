@@ -200,6 +200,26 @@ SAID = """
 """
 
 
+def test_what_may_only_be_read_is_copied(others):
+    folder, own, run = others
+    (folder / "model").mkdir()
+    write(folder / "x.safetensors", 10)
+    write(folder / "model" / "model.safetensors", 10)
+    (folder / "model" / "config.json").write_text("{}")
+    own()
+    for path in (folder / "x.safetensors", *(folder / "model").iterdir()):
+        path.chmod(0o444)
+    lines = run(
+        textwrap.dedent(SAID)
+        + """
+said(edit(pm.open(folder / "x.safetensors")).save, folder / "y.safetensors")
+said(edit(pm.open(folder / "model")).save, folder / "out")
+"""
+    ).splitlines()
+    assert lines == ["done"] * 2
+    assert not pm.load(folder / "y.safetensors")["w0"].any()
+
+
 def test_what_may_not_be_written(others):
     folder, own, run = others
     for name in ("closed", "sealed"):

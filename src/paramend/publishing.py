@@ -74,8 +74,8 @@ def reason(error: OSError) -> str:
 
 
 def create_file(path: Path, mode: int) -> int:
-    """The descriptor of a new file, open for writing."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o777)
+    """The descriptor of a new file, open for writing; its owner may read and write it, whatever the mode."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o777 | 0o600)
 
 
 def sync_file(path: Path) -> None:
