@@ -7,7 +7,7 @@ import click
 
 from paramend import _text
 from paramend.cli import _ui
-from paramend.errors import UnexpectedChange
+from paramend.errors import BadCheckpoint, UnexpectedChange
 from paramend.records import record as record_of
 from paramend.records import verify_record
 from paramend.tables import printable
@@ -58,14 +58,20 @@ def history(path: Path, as_json: bool) -> None:
 
     Exit status: 0 done; 2 there is no such checkpoint, or a record is damaged.
     """
-    rows, record = history_of(path), record_of(path)
+    rows, record, damage = history_of(path), None, None
+    try:
+        record = record_of(path)
+    except BadCheckpoint as error:  # what can be taken back is shown all the same
+        damage = error
     if as_json:
         recorded = [] if record is None else [*record.earlier, replace(record, earlier=())]
         _ui.emit([*({"record": each.to_dict()} for each in recorded), *(row.to_dict() for row in rows)])
-        return
-    if record is not None:
-        _ui.show_lines([*map(printable, str(record).split("\n")), ""])
-    _ui.show_lines(table(rows), header=bool(rows))
+    else:
+        if record is not None:
+            _ui.show_lines([*map(printable, str(record).split("\n")), ""])
+        _ui.show_lines(table(rows), header=bool(rows))
+    if damage is not None:
+        raise damage
 
 
 @click.command()
