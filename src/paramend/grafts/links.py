@@ -48,7 +48,7 @@ class Links:
         for corner, rows in ((False, report.copied), (True, report.mismatched), (False, report.fresh)):
             for row in rows:
                 # Of other ways to fit a shape nobody knows here what they mean for a moment.
-                known = None if corner and not row.did.startswith("corner [:") else row.source
+                known = None if corner and row.fit != "corner" else row.source
                 source = None if known is None else pieces_of(known)
                 link = Link(source, corner, row.did, row.shape, row.source_shape)
                 self.targets.setdefault(pieces_of(row.path), link)

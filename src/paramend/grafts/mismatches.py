@@ -28,14 +28,19 @@ class Meeting:
         taken: how many of the values stand for values of the source.
         make: the leaf of the source, of any library → the values.
         into: where they go in the target; None: they are all of it.
-        computed: whether they are new numbers, and not only old ones in other places.
+        kind: "corner", "center" or "tile", for old numbers in other places; "resize", for new ones.
     """
 
     did: str
     taken: int
     make: Callable[[Any], Any]
     into: Region | None = None
-    computed: bool = False
+    kind: str = "resize"
+
+    @property
+    def computed(self) -> bool:
+        """Whether the values are new numbers."""
+        return self.kind == "resize"
 
 
 # ---- overlap ---------------------------------------------------------------------------------------------------
@@ -61,14 +66,14 @@ def overlapping(place: str, old: Shape, new: Shape) -> Meeting:
         repeats = " and ".join(
             f"{a} → {b} on axis {axis}" for axis, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
         )
-        return Meeting(f"tiled {repeats}", math.prod(new), partial(_tiled, shape=new))
+        return Meeting(f"tiled {repeats}", math.prod(new), partial(_tiled, shape=new), kind=place)
     if place == "corner":
         corner = tuple(slice(0, size) for size in common)
         said = f"corner [{', '.join(f':{size}' for size in common)}] copied"
-        return Meeting(said, math.prod(common), partial(_part, region=corner), corner)
+        return Meeting(said, math.prod(common), partial(_part, region=corner), corner, place)
     out, into = (tuple(map(_middle, shape, common)) for shape in (old, new))
     said = f"center {_written(out, old)} copied to {_written(into, new)}"
-    return Meeting(said, math.prod(common), partial(_part, region=out), into)
+    return Meeting(said, math.prod(common), partial(_part, region=out), into, place)
 
 
 def _middle(size: int, part: int) -> slice:
@@ -105,7 +110,7 @@ def resizing(rule: Resize | None, path: Sequence[str], old: Spec, new: Spec) -> 
     given = rule or detected(path, old.shape, new.shape)
     fit = given.planned(old.shape, new.shape, path)
     found = "" if rule else f" (detected: {given.kind})"
-    return Meeting(fit.did + found, fit.taken, partial(_made, fit=fit), computed=True)
+    return Meeting(fit.did + found, fit.taken, partial(_made, fit=fit))
 
 
 def _made(value: Any, fit: Fit) -> Any:

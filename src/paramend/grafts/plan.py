@@ -271,7 +271,8 @@ class Plan:
         name = self.source.index.path(origin)
         both = (path,) if name == path else (path, name)
         did, meeting = self._shape(number, both, spec, theirs)
-        row = GraftRow(path, name, spec.shape, theirs.shape, spec.dtype, theirs.dtype, did)
+        fit = "" if meeting is None else meeting.kind
+        row = GraftRow(path, name, spec.shape, theirs.shape, spec.dtype, theirs.dtype, did, fit)
         if did in ("kept", "differs"):
             self.rows["mismatched"].append(row)
             return "mismatched"

@@ -23,6 +23,7 @@ class GraftRow:
         dtype: the dtype that the leaf at `path` had.
         source_dtype: the dtype of the source leaf, or None.
         did: what was done, in words.
+        fit: how shapes that differ met: "corner", "center", "tile" or "resize"; "" where they did not.
         taken: how many scalars came from the source.
         overflowed: how many finite values became inf, NaN or another number, because the dtype cannot hold them.
         lost: how many values became zero, or lost their fraction, because the dtype is too coarse.
@@ -35,6 +36,7 @@ class GraftRow:
     dtype: str
     source_dtype: str | None
     did: str
+    fit: str = ""
     taken: int = 0
     overflowed: int = 0
     lost: int = 0
