@@ -63,9 +63,9 @@ class Span:
         """Whether they are read by an object that serves one reader at a time."""
         return any(stream.source is not None for stream in self.streams)
 
-    def pieces(self, desk: Desk) -> Iterator[tuple[Array, ...]]:
-        """The elements, in pieces: an array for each stream."""
-        step = CHUNK // max(max(stream.width for stream in self.streams), 1)
+    def pieces(self, desk: Desk, nbytes: int = CHUNK) -> Iterator[tuple[Array, ...]]:
+        """The elements, in pieces of so many bytes: an array for each stream."""
+        step = nbytes // max(max(stream.width for stream in self.streams), 1)
         for start in range(self.start, self.stop, step):
             stop = min(start + step, self.stop)
             yield tuple(stream.piece(desk, slot, start, stop) for slot, stream in enumerate(self.streams))
