@@ -1,6 +1,7 @@
-"""`import paramend` against `import numpy`, each in processes of their own, taking turns.
+"""`import paramend` against `import numpy`, each in processes of their own, taking turns; of paramend also the opening of
+`pm.at`, which is what a program that edits anything pays.
 
-Prints one JSON object: module → ratio to numpy.
+Prints one JSON object: what is opened → ratio to numpy.
 """
 
 import json
@@ -8,20 +9,21 @@ import subprocess
 import sys
 from statistics import median
 
-CODE = "import time; a = time.perf_counter(); import {0}; print(time.perf_counter() - a)"
+CODE = "import time; a = time.perf_counter(); {0}; print(time.perf_counter() - a)"
 
 
-def seconds(module):
-    done = subprocess.run([sys.executable, "-c", CODE.format(module)], capture_output=True, text=True, check=True)
+def seconds(statement):
+    done = subprocess.run([sys.executable, "-c", CODE.format(statement)], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def measure(rounds=11):
-    modules = ["numpy", "paramend", "jax"]
+    modules = {name: f"import {name}" for name in ("numpy", "paramend", "jax")}
+    modules["paramend.at"] = "import paramend; paramend.at"
     times = {module: [] for module in modules}
     for _ in range(rounds):
-        for module in modules:
-            times[module].append(seconds(module))
+        for module, statement in modules.items():
+            times[module].append(seconds(statement))
     return {module: round(median(times[module]) / median(times["numpy"]), 2) for module in modules}
 
 
