@@ -1,5 +1,6 @@
-"""`import paramend` against `import numpy`, each in processes of their own, taking turns; of paramend also the opening of
-`pm.at`, which is what a program that edits anything pays.
+"""`import paramend` against `import numpy`, each in processes of their own, taking turns.
+
+Of paramend also the opening of `pm.at`, which is what a program that edits anything pays.
 
 Prints one JSON object: what is opened → ratio to numpy.
 """
