@@ -86,16 +86,20 @@ def test_reports_are_pages_in_notebooks():
 def test_the_commands_write_pages(tmp_path):
     safetensors.numpy.save_file({"a": np.zeros(2), "b": np.zeros(1)}, tmp_path / "t.safetensors")
     safetensors.numpy.save_file({"a": np.ones(2)}, tmp_path / "s.safetensors")
+    save_file = safetensors.numpy.save_file
+    save_file({f"l.{i}.w": np.ones(2) for i in range(3)}, tmp_path / "l.safetensors")
     (tmp_path / "score.py").write_text("def score(tree):\n    return tree['a'].sum()\n")
     for args in (
         ["graft", "s.safetensors", "--into", "t.safetensors", "--dry-run"],
         ["ablate", "s.safetensors", "a", "--score", "score.py"],
         ["diff", "s.safetensors", "t.safetensors"],
+        ["stack", "l.safetensors", "l.<n>", "--dry-run"],
+        ["deepen", "l.safetensors", "--drop", "1", "--dry-run"],
     ):
         command = [tmp_path / arg if arg.endswith((".safetensors", ".py")) else arg for arg in args]
         done = CliRunner().invoke(cli, [*map(str, command), "--html", str(tmp_path / "r.html")], prog_name="paramend")
         assert done.exit_code == (args[0] == "diff"), done.output
-        assert embedded((tmp_path / "r.html").read_text())["paths"][0] == "a"
+        assert embedded((tmp_path / "r.html").read_text())["paths"][0] in ("a", "l.w", "l.0")
 
 
 def test_drawings(tmp_path):

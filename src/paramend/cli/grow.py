@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from paramend.checkpoints import open as open_checkpoint
-from paramend.cli.writing import RECORD, carry_out
+from paramend.cli.writing import makes, write_made
 from paramend.growth import depth, stacks
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of
@@ -49,7 +49,6 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("-o", "--out", metavar="OUT", help="The file or directory to write.")
 @click.option("--blocks", type=int, metavar="COUNT", help="Put in COUNT identity layers, spread evenly (LLaMA-Pro).")
 @click.option("--stack", type=int, metavar="TIMES", help="Put the whole stack on itself (G_stack).")
 @click.option("--interleave", type=int, metavar="TIMES", help="Repeat each layer in its place.")
@@ -67,25 +66,8 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
     help="How a layer becomes the identity: the name of a family, or leaves of a layer with the value that they get, "
     "as 'mlp.down_proj.*'; may be given several times. Known families need none.",
 )
-@click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--record", is_flag=True, help=RECORD)
-@click.option("--dry-run", is_flag=True, help="Show what each layer would be made of, and write no checkpoint.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def deepen(
-    path: Path,
-    out: str | None,
-    layers: str | None,
-    identity: Any,
-    max_shard_size: str | None,
-    force: bool,
-    record: bool,
-    dry_run: bool,
-    html: Path | None,
-    as_json: bool,
-    **orders: Any,
-) -> None:
+@makes("what each layer would be made of")
+def deepen(path: Path, layers: str | None, identity: Any, **options: Any) -> None:
     """Write the model in PATH with its layers repeated, left out, or in another order.
 
     With --blocks the new layers are the identity: the model computes what it did, and has more to train. With the other
@@ -94,24 +76,11 @@ def deepen(
     Exit status: 0 done; 2 an unreadable or damaged file, an order that does not fit, a family in which no layer can be
     the identity, or an OUT that cannot be written.
     """
-    given = {name: value for name, value in orders.items() if value is not None}
+    given = {name: value for name in _ORDERS if (value := options.pop(name)) is not None}
     if len(given) != 1:
         raise click.UsageError(f"One of {', '.join(f'--{name}' for name in _ORDERS)} is needed.")
-    if out is None and not dry_run:
-        raise click.UsageError("-o OUT is needed.")
     ((name, value),) = given.items()
     with open_checkpoint(path) as checkpoint:
         count = len(stacks.find(checkpoint.index, layers)[0].numbers)
         made, report = deepen_model(checkpoint, layers=layers, order=_ORDERS[name](count, value), identity=identity)
-        carry_out(
-            made.plan,
-            path,
-            out,
-            force=force,
-            dry_run=dry_run,
-            as_json=as_json,
-            max_shard_size=max_shard_size,
-            record="" if record else None,
-            told=report,
-            page=html,
-        )
+        write_made(made, path, report, **options)

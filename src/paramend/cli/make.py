@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from paramend.checkpoints import open as open_checkpoint
-from paramend.cli.writing import RECORD, carry_out
+from paramend.cli.writing import RECORD, carry_out, makes, write_made
 from paramend.errors import GraftRefused
 from paramend.grafting import graft as graft_onto
 from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Unused
@@ -71,12 +71,14 @@ def _by_leaf(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
     return choices
 
 
+_OPTIONS = ("rename", "only", "mismatch", "place", "unused", "missing", "dtype")
+
+
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
     "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What to warm."
 )
-@click.option("-o", "--out", metavar="OUT", help="The file or directory to write.")
 @click.option(
     "--rename",
     multiple=True,
@@ -103,24 +105,8 @@ def _by_leaf(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
 @_choice("unused", Unused, "When a leaf of SOURCE goes nowhere.")
 @_choice("missing", Missing, "When a leaf of TARGET has nothing in SOURCE.")
 @_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
-@click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--record", is_flag=True, help=RECORD)
-@click.option("--dry-run", is_flag=True, help="Show what would go where, and write no checkpoint.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def graft(
-    source: Path,
-    target: Path,
-    out: str | None,
-    max_shard_size: str | None,
-    force: bool,
-    record: bool,
-    dry_run: bool,
-    html: Path | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@makes("what would go where")
+def graft(source: Path, target: Path, **options: Any) -> None:
     """Write TARGET with the values of SOURCE where their names agree.
 
     Neither of the two changes. Strict unless told otherwise: a leaf of SOURCE that goes nowhere, a shape that differs,
@@ -128,30 +114,17 @@ def graft(
 
     Exit status: 0 done; 2 the two do not fit, a file is unreadable or damaged, or OUT cannot be written.
     """
-    if out is None and not dry_run:
-        raise click.UsageError("-o OUT is needed.")
-    given = {name: value for name, value in options.items() if value}
+    given = {name: value for name in _OPTIONS if (value := options.pop(name))}
     with open_checkpoint(target) as onto, open_checkpoint(source) as other:
         try:
             made, report = graft_onto(onto, other, **given)
         except GraftRefused as error:
             typed = [_typed(way) for way in error.ways if "resize" not in way]  # rules are written in Python
-            ways = [f"paramend graft {source} --into {target}{options} -o {out or 'OUT'}" for options in typed]
+            ways = [f"paramend graft {source} --into {target}{way} -o {options['out'] or 'OUT'}" for way in typed]
             message = str(error).partition("\n\nhint:")[0]
             hint = "\n      ".join(ways) or error.hint
             raise GraftRefused(message, report=error.report, ways=error.ways, hint=hint) from error
-        carry_out(
-            made.plan,
-            target,
-            out,
-            force=force,
-            dry_run=dry_run,
-            as_json=as_json,
-            max_shard_size=max_shard_size,
-            record="" if record else None,
-            told=report,
-            page=html,
-        )
+        write_made(made, target, report, **options)
 
 
 def _typed(options: Mapping[str, Any]) -> str:

@@ -11,14 +11,15 @@ import click
 from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
-from paramend.cli.writing import RECORD, carry_out
-from paramend.reports import Line, Report, Section
+from paramend.cli.writing import makes, write_made
+from paramend.pages.page import Column, Page, Paged
+from paramend.reports import Line, Section
 from paramend.specs import Spec
 from paramend.stacking import stack_layers, unstack_layers
 
 
 @dataclass(frozen=True, repr=False)
-class _Told(Report):
+class _Told(Paged):
     """What becomes of the leaves: those that go, and those that come in their place."""
 
     old: Checkpoint
@@ -32,6 +33,14 @@ class _Told(Report):
     def sections(self) -> list[Section]:
         """The leaves by their paths."""
         return [_section("from", _alone(self.old, self.new)), _section("to", _alone(self.new, self.old))]
+
+    def page(self) -> Page:
+        """The outcome as a map: what is new in it, and what stayed."""
+        index, come = self.new.index, _alone(self.new, self.old)
+        paths = {index.path(number): self.new.spec(number) for number in index.numbers}
+        specs = Column("spec", list(map(str, paths.values())), "text")
+        groups = ["new" if path in come else "kept" for path in paths]
+        return Page("layers", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
 
     def to_dict(self) -> dict[str, Any]:
         """The paths, with what is known of the new ones."""
@@ -51,32 +60,22 @@ def _section(title: str, leaves: Mapping[str, Spec]) -> Section:
     return Section(title, [Line((path,), (str(spec),)) for path, spec in leaves.items()])
 
 
-def _options(into: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
-    """The options of both commands."""
-    rows: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("--into",), {"metavar": "PATTERN", **into}),
-        (("--axis",), {"type": int, "default": 0, "show_default": True, "help": "The axis of the layers."}),
-        (("--like",), {"type": click.Path(path_type=Path), "help": "A checkpoint whose shapes tell the axis."}),
-        (("-o", "--out"), {"metavar": "OUT", "help": "The file or directory to write."}),
-        (("--max-shard-size",), {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'}),
-        (("--record",), {"is_flag": True, "help": RECORD}),
-        (("--force",), {"is_flag": True, "help": "Replace OUT if it exists."}),
-        (("--dry-run",), {"is_flag": True, "help": "Show what would be made, and write nothing."}),
-        (("--json", "as_json"), {"is_flag": True, "help": "Print data as JSON."}),
-    ]
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for names, said in reversed(rows):
-            command = click.option(*names, **said)(command)
-        return command
-
-    return add
+def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say where the layers are in a leaf, and those of all commands that make a checkpoint."""
+    for option in (
+        makes("what would be made"),
+        click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes tell the axis."),
+        click.option("--axis", type=int, default=0, show_default=True, help="The axis of the layers."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("layers")
-@_options({"help": "The path of the stack, by default that of the layers without the number."})
+@click.option("--into", metavar="PATH", help="The path of the stack, by default that of the layers without the number.")
+@_axis
 def stack(path: Path, layers: str, **options: Any) -> None:
     """Write a checkpoint whose numbered layers are one stack, as nn.scan holds them.
 
@@ -92,7 +91,10 @@ def stack(path: Path, layers: str, **options: Any) -> None:
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("layers", metavar="STACK")
-@_options({"required": True, "help": "The path of the layers with a number in it: 'params/layers_<n>'."})
+@click.option(
+    "--into", required=True, metavar="PATTERN", help="The path of the layers with a number: 'params/layers_<n>'."
+)
+@_axis
 def unstack(path: Path, layers: str, **options: Any) -> None:
     """Write a checkpoint in which the layers of a stack are side by side under numbered names.
 
@@ -113,27 +115,10 @@ def _write(
     into: str | None,
     axis: int,
     like: Path | None,
-    out: str | None,
-    max_shard_size: str | None,
-    record: bool,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
+    **options: Any,
 ) -> None:
-    if out is None and not dry_run:
-        raise click.UsageError("-o OUT is needed.")
     with ExitStack() as opened:
         old = opened.enter_context(open_checkpoint(path))
         other = None if like is None else opened.enter_context(open_checkpoint(like))
         new = verb(old, layers, into=into, axis=axis, like=other)
-        carry_out(
-            new.plan,
-            path,
-            out,
-            force=force,
-            dry_run=dry_run,
-            as_json=as_json,
-            max_shard_size=max_shard_size,
-            record="" if record else None,
-            told=_Told(old, new),
-        )
+        write_made(new, path, _Told(old, new), **options)

@@ -12,7 +12,6 @@ from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.pages.page import Paged
 from paramend.plans import Plan
-from paramend.reports import Report
 from paramend.rewriting import check_output, write
 
 RECORD = "Let OUT carry a record of what was done; `paramend verify OUT` checks it."
@@ -30,7 +29,7 @@ def carry_out(
     max_shard_size: str | None = None,
     record: str | None = None,
     quiet: bool = False,
-    told: Report | None = None,
+    told: Paged | None = None,
     page: Path | None = None,
 ) -> None:
     """Writes the outcome of a plan, or only shows it in a dry run.
@@ -62,7 +61,7 @@ def carry_out(
             )
         data |= report.to_dict() if as_json else {}
         done = report.summary
-    if page is not None and isinstance(told, Paged):
+    if page is not None and told is not None:
         told.to_html(page)
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
@@ -72,6 +71,50 @@ def carry_out(
         _ui.show_lines(made.lines(), header=True)
     for line in done.split("\n"):
         _ui.say(line)
+
+
+def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of a command that makes a checkpoint from others; `write_made` takes what they give.
+
+    Args:
+        shows: what a dry run shows.
+    """
+    page = click.Path(path_type=Path)
+    rows: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        (("-o", "--out"), {"metavar": "OUT", "help": "The file or directory to write."}),
+        (("--max-shard-size",), {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'}),
+        (("--force",), {"is_flag": True, "help": "Replace OUT if it exists."}),
+        (("--record",), {"is_flag": True, "help": RECORD}),
+        (("--dry-run",), {"is_flag": True, "help": f"Show {shows}, and write no checkpoint."}),
+        (("--html",), {"type": page, "metavar": "FILE", "help": "Write the report as a page to look at."}),
+        (("--json", "as_json"), {"is_flag": True, "help": "Print data as JSON."}),
+    ]
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for names, said in reversed(rows):
+            command = click.option(*names, **said)(command)
+        return command
+
+    return add
+
+
+def write_made(
+    made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, html: Path | None, **given: Any
+) -> None:
+    """Writes a checkpoint that was made from others, or only shows its report in a dry run.
+
+    Args:
+        made: the checkpoint.
+        path: what it was made from, as it was typed.
+        told: the report.
+        out: what to write.
+        record: whether it carries a record of what was done.
+        html: where to write the report as a page.
+        given: the other options of `makes`, as `carry_out` takes them.
+    """
+    if out is None and not given["dry_run"]:
+        raise click.UsageError("-o OUT is needed.")
+    carry_out(made.plan, path, out, record="" if record else None, told=told, page=html, **given)
 
 
 def options() -> list[click.Parameter]:
