@@ -24,10 +24,18 @@ import paramend as pm
 from paramend import initializers, streaming
 from paramend.computing import step_of
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
+from paramend.formats.registry import open_source
 from paramend.formats.safetensors import SafetensorsFile, write_header
 from paramend.ops import OPS, Call
-from paramend.rewriting import rewrite
+from paramend.plans import call, plan
+from paramend.rewriting import write
 from paramend.specs import Spec
+
+
+def rewrite(source, out, selector, op, args=None, **options):
+    """One edit of a file, written to another."""
+    with open_source(source) as file:
+        return write(plan(file, selector, call(op, args or {})), out, **options)
 
 
 def read(path):
@@ -522,10 +530,12 @@ def test_a_source_that_shrinks_or_changes_meanwhile(tmp_path, monkeypatch):
 
 KILLED = """
 import sys
-from paramend.rewriting import rewrite
+import paramend as pm
+import paramend.rewriting
+checkpoint = pm.open(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-rewrite(sys.argv[1], sys.argv[2], "b", "multiply", {"value": 2}, force=True)
+pm.at(checkpoint, "b").multiply(2).save(sys.argv[2], force=True)
 """
 
 

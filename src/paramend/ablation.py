@@ -12,14 +12,13 @@ from paramend.ablations.report import AblationReport, AblationRow
 from paramend.ablations.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch
+from paramend.grammar import around_captures
 from paramend.leaves import Editable, unique
 from paramend.memory import Memory
 from paramend.selectors import resolve
 from paramend.trees.kinds import is_torch_module
 
 Targets = str | Mapping[str, Any] | Sequence[Any]
-
-_CAPTURE = re.compile(r"<[A-Za-z_]\w*>")
 
 
 def ablate(
@@ -121,7 +120,7 @@ def _named(leaves: Editable, targets: Targets) -> dict[str, Any]:
     """Name → selector."""
     if isinstance(targets, Mapping):
         named = dict(targets)
-    elif isinstance(targets, str) and _CAPTURE.search(targets):
+    elif isinstance(targets, str) and len(around_captures(targets)) > 1:
         named = {name: name for name in _numbered(leaves, targets)}
     elif isinstance(targets, Sequence) and not isinstance(targets, str):
         named = {str(target): target for target in targets}
@@ -137,7 +136,7 @@ def _numbered(leaves: Editable, text: str) -> Iterable[str]:
     found = resolve(text, leaves)
     numbers = {int(n) for number in found for n in re.findall(r"[0-9]+", leaves.index.path(number))}
     for number in sorted(numbers):
-        name = _CAPTURE.sub(str(number), text)
+        name = str(number).join(around_captures(text))
         with suppress(NoMatch):
             resolve(name, leaves)
             yield name

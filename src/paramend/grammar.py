@@ -297,6 +297,19 @@ class Reader:
         return Number(name, int(factor or 1), int(shift or 0))
 
 
+def around_captures(text: str) -> list[str]:
+    """The parts of a text between its captured numbers; one part if there are none.
+
+    >>> around_captures("layers/<n>/**"), around_captures("head")
+    (['layers/', '/**'], ['head'])
+    """
+    parts, at = [], 0
+    for found in _CAPTURE.finditer(text):
+        parts.append(text[at : found.start()])
+        at = found.end()
+    return [*parts, text[at:]]
+
+
 def _literals(atom: Atom) -> Iterator[str]:
     if isinstance(atom, Literal):
         yield atom.text

@@ -8,9 +8,8 @@ from typing import Any
 
 from paramend import _text
 from paramend.errors import BadArgument, NoMatch
+from paramend.grammar import around_captures
 from paramend.trees.kinds import is_torch_module
-
-_CAPTURE = re.compile(r"<[A-Za-z_]\w*>")
 
 
 def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequence[str]) -> dict[str, float]:
@@ -81,8 +80,8 @@ def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
         wrong = [name for name in layers if name not in known]
         if not wrong:
             return {name: known[name] for name in layers}
-    elif _CAPTURE.search(layers):
-        text = "([0-9]+)".join(map(re.escape, _CAPTURE.split(layers)))
+    elif len(parts := around_captures(layers)) > 1:
+        text = "([0-9]+)".join(map(re.escape, parts))
         found = {name: match for name in known if (match := re.fullmatch(text, name))}
         if found:
             return {name: known[name] for name in sorted(found, key=lambda name: tuple(map(int, found[name].groups())))}
@@ -91,7 +90,7 @@ def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
         wrong = [] if layers in known else [layers]
         if not wrong:
             return {layers: known[layers]}
-    near = _text.closest(_CAPTURE.sub("0", wrong[0]), [name for name in known if name], limit=2)
+    near = _text.closest("0".join(around_captures(wrong[0])), [name for name in known if name], limit=2)
     raise NoMatch(
         f"{wrong[0]!r} names none of {_text.plural(len(known), 'module')}",
         hint=f"did you mean {' or '.join(map(repr, near))}?" if near else "dict(model.named_modules()) lists them",

@@ -8,7 +8,7 @@ state or the new one, never a third.
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from paramend.changing import work_of
 from paramend.chunking import laid_flat, restage
 from paramend.copying import WINDOW, Copier, WriteBack, put
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
-from paramend.formats.registry import find_format, home_of, open_source
+from paramend.formats.registry import find_format, home_of
 from paramend.formats.safetensors import same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
@@ -30,7 +30,7 @@ from paramend.layouts import Layout, lay_out
 from paramend.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
-from paramend.plans import Plan, Row, call, plan
+from paramend.plans import Plan, Row
 from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason, sync_file
 from paramend.replacing import check_still
@@ -98,55 +98,6 @@ class RewriteReport:
         if self.record:
             data["record"] = self.record
         return data
-
-
-def rewrite(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    selector: Any,
-    op: str,
-    args: Mapping[str, Any] | None = None,
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> RewriteReport:
-    """A report of what was written: a checkpoint with one edit made, all other bytes as they were.
-
-    Args:
-        source: the checkpoint to read. It is not touched.
-        out: the checkpoint to write.
-        selector: text, or anything that `pm.sel` takes.
-        op: a verb, such as "zero" or "fill".
-        args: its arguments by name.
-        force: whether `out` may exist already; it is then replaced in one step.
-        progress: called with an `Event` as bytes are written.
-
-    Raises:
-        BadCheckpoint: the source is damaged.
-        NoMatch: the selector chooses nothing.
-        SpecMismatch: the edit does not fit a chosen leaf.
-        CannotWrite: the output exists, the folder is read-only, the disk is full. Nothing was written.
-
-    >>> import tempfile
-    >>> from paramend.formats.safetensors import write_header
-    >>> from paramend.specs import Spec
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> header = write_header({"fc.weight": Spec((2,), "float32"), "fc.bias": Spec((1,), "float32")})
-    >>> _ = (folder / "model.st").write_bytes(header.to_bytes() + np.ones(3, "float32").tobytes())
-    >>> report = rewrite(folder / "model.st", folder / "edited.st", "**/weight", "fill", {"value": 0.5})
-    >>> print(report.plan)
-    path       spec        edit
-    fc.weight  float32[2]  fill(0.5)
-    <BLANKLINE>
-    1 of 2 leaves changes
-    >>> report.bytes_computed, np.fromfile(folder / "edited.st", "float32")[-3:].tolist()
-    (8, [0.5, 0.5, 1.0])
-    """
-    file = open_source(source)
-    try:
-        return write(plan(file, selector, call(op, args or {})), out, force=force, progress=progress)
-    finally:
-        file.close()
 
 
 def check_output(

@@ -1,7 +1,6 @@
 """Measures of a leaf's values, in one pass and in bounded memory."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,18 +116,3 @@ class Tally:
             nans=self.nans,
             infs=self.infs,
         )
-
-
-def measure(chunks: Iterable[Array]) -> Measures:
-    """The measures of all values in some arrays, which are looked at one at a time.
-
-    >>> found = measure([np.array([0.0, 1.0, np.nan]), np.array([2, 3], "int8")])
-    >>> found.min, found.max, found.mean, found.zeros, found.nans
-    (0.0, 3.0, 1.5, 1, 1)
-    >>> measure([]).mean is None
-    True
-    """
-    tally = Tally()
-    for chunk in chunks:
-        tally.add(chunk.reshape(-1))
-    return tally.measures()

@@ -96,16 +96,6 @@ class Header:
         """What the file begins with."""
         return len(self.raw).to_bytes(8, "little") + self.raw
 
-    def with_specs(self, changes: Mapping[int, Spec]) -> "Header":
-        """The header after the tensors at these places of `entries` have taken other shapes or dtypes.
-
-        >>> before = write_header({"w": Spec((2,), "float32"), "b": Spec((1,), "float32")}, {"format": "pt"})
-        >>> after = before.with_specs({0: Spec((2,), "bfloat16")})
-        >>> [(entry.name, str(entry.spec), entry.start) for entry in after.entries], after.metadata
-        ([('w', 'bfloat16[2]', 0), ('b', 'float32[1]', 4)], {'format': 'pt'})
-        """
-        return self.edited({i: (entry.name, changes.get(i, entry.spec)) for i, entry in enumerate(self.entries)})
-
     def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
         """The header of a file in which these tensors, by their places in `entries`, stay under these names and specs.
 
