@@ -17,8 +17,10 @@ import pytest
 import safetensors.numpy
 from click.testing import CliRunner
 
+from paramend.cli import _ui
 from paramend.cli.main import ROWS, cli
 from paramend.formats.safetensors import SafetensorsFile, write_header
+from paramend.progress import Meter
 from paramend.specs import Spec
 
 COMMAND = [sys.executable, "-m", "paramend"]
@@ -353,6 +355,13 @@ def test_a_stopped_run_leaves_nothing(tmp_path, how, status):
         errors = worker.stderr.read()
     assert (worker.returncode, errors) == (status, "")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_signal_that_was_lost_is_heeded_at_the_next_step(monkeypatch):
+    monkeypatch.setattr(_ui, "stopped", [signal.SIGTERM])
+    with _ui.bar("writing") as progress, pytest.raises(SystemExit) as error:
+        Meter(progress, 10).advance(1)
+    assert error.value.code == 143
 
 
 def on_a_terminal(args, **env):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -67,17 +68,33 @@ def say(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
+stopped: list[int] = []
+
+
+def stop(number: int, frame: object) -> None:
+    """Ends the program when a signal says so: by an exception, so that what was half done is undone on the way out."""
+    stopped.append(number)
+    _heed()
+
+
+def _heed(event: Event | None = None) -> None:
+    """Raises the exception of a signal: again, if it was lost in a compiled module that was just being imported."""
+    if stopped:
+        raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
+
+
 @contextmanager
-def bar(what: str) -> Iterator[Progress | None]:
-    """A listener that draws a progress bar; None where stderr is no terminal."""
+def bar(what: str) -> Iterator[Progress]:
+    """A listener that draws a progress bar where stderr is a terminal."""
     if not sys.stderr.isatty():
-        yield None
+        yield _heed
         return
     drawn: Any = None
     task: Any = None
 
     def listen(event: Event) -> None:
         nonlocal drawn, task
+        _heed()
         if drawn is None:
             if event.seconds < _PATIENCE:
                 return

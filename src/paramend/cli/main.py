@@ -105,25 +105,16 @@ def cli() -> None:
     """
 
 
-_stopped: list[int] = []
-
-
-def _stop(number: int, frame: object) -> None:
-    # As an exception, so that what was half done is undone on the way out.
-    _stopped.append(number)
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-
 def main() -> None:
     """Runs the command line and ends the process."""
     for stream in (sys.stdout, sys.stderr):
         # Names may hold what the terminal's encoding lacks.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, _ui.stop)
     try:
         cli(prog_name="paramend")
     except BaseException:
-        if _stopped:  # a compiled module that is just being imported turns the exception into an ImportError
-            raise SystemExit(128 + _stopped[0]) from None
+        if _ui.stopped:  # a compiled module that is just being imported turns the exception into an ImportError
+            raise SystemExit(128 + _ui.stopped[0]) from None
         raise
