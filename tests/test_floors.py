@@ -17,6 +17,7 @@ FLOORS = [
     {
         "trees.kinds",
         "formats.source",
+        "nesting",
         "formats.files",
         "formats.jsontext",
         "formats.pickles",

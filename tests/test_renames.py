@@ -122,7 +122,8 @@ def test_keys_keep_their_pieces_together():
     assert new("mlp/**", "net/inner/**") == [["net/inner/~/linear_0"], ["net/inner/~/linear_1"]]
     assert new("mlp/~/**", "mlp/**") == [["mlp/linear_0"], ["mlp/linear_1"]]
     assert new("mlp/~/**", "**") == [["linear_0"], ["linear_1"]]
-    assert new("**", "params/**") == [["params", "mlp/~/linear_0"], ["params", "mlp/~/linear_1"]]
+    assert new("**", "params/**") == [["params/mlp/~/linear_0"], ["params/mlp/~/linear_1"]]
+    assert new("**", '"params"/**') == [["params", "mlp/~/linear_0"], ["params", "mlp/~/linear_1"]]
     assert new("mlp/~/*", '"x/y"/*') == [["x/y", "linear_0"], ["x/y", "linear_1"]]
 
 

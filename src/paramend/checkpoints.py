@@ -16,7 +16,6 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import format_of, home_of, open_source
 from paramend.leaves import Editable, Index, keys_of, plain
 from paramend.ops import Call
-from paramend.paths import labels
 from paramend.plans import Plan
 from paramend.progress import Progress
 from paramend.selectors import Selector, resolve
@@ -210,9 +209,7 @@ class Checkpoint(Editable):
         """The checkpoint with some leaves under other paths, as `structure.move` moves those of trees in memory."""
         structure = importlib.import_module("paramend.structure")  # most programs rename nothing
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
-        found = structure.moves(self.index, selector, chosen, to)
-        paths = {number: tuple(label for key, _ in keys for label in labels(key)) for number, keys in found.items()}
-        return Checkpoint(self.source, self.plan.renamed(paths))
+        return Checkpoint(self.source, self.plan.renamed(structure.moves(self.index, selector, chosen, to)))
 
     def save(
         self,

@@ -1,6 +1,6 @@
 """Plans: what an edit will do, one row for each leaf of the result, known before anything is done."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,9 @@ from paramend import _text
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.initializers import NOWHERE, Place
-from paramend.leaves import Index, Leaves, plain
+from paramend.leaves import Index, Leaves, keys_of, plain
 from paramend.ops import OPS, Call
-from paramend.paths import Label, natural, write_path
+from paramend.paths import Label, labels, natural, write_path
 from paramend.selectors import resolve, slice_of, write_index
 from paramend.specs import Spec
 from paramend.tables import aligned
@@ -32,6 +32,8 @@ class Row:
         places: where the leaf was when each call was made: what random values depend on.
         labels: the path, label by label.
         was: the path in the source, where that is another.
+        depths: of a leaf that moved, for each key the depth in the source of the container that its own is like, or
+            None.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Row:
     places: tuple[Place, ...] = ()
     labels: tuple[Label, ...] = ()
     was: str = ""
+    depths: tuple[int | None, ...] = ()
 
     @property
     def stays(self) -> bool:
@@ -161,7 +164,7 @@ class Plan:
                     raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
                 after = _after(edit, row.spec, row.path)
                 done = (*row.calls, edit), (*row.places, place)
-                new[twin] = Row(row.path, after, row.source, row.before, *done, row.labels, row.was)
+                new[twin] = replace(row, spec=after, calls=done[0], places=done[1])
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
 
     def without(self, numbers: Iterable[int]) -> "Plan":
@@ -170,34 +173,44 @@ class Plan:
         kept = tuple(row for row in self.rows if row.source not in gone)
         return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
 
-    def renamed(self, paths: Mapping[int, tuple[Label, ...]]) -> "Plan":
+    def renamed(self, moved: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Plan":
         """The plan that moves some leaves to other paths.
 
+        Args:
+            moved: the new paths, as `structure.moves` has them.
+
         Raises:
-            RenameClash: two leaves would have one path.
+            RenameClash: two leaves would have one path, or one would stand where others have their container.
         """
-        before = self.leaves.index
-        rows: list[Row] = []
-        for row in self.rows:
-            if row.source in paths:
-                path = write_path(paths[row.source], before.separator)
-                was = before.path(row.source)
-                row = replace(row, path=path, labels=paths[row.source], was="" if path == was else was)
-            rows.append(row)
-        taken: dict[str, Row] = {}
+        rows = tuple(self._moved(row, moved[row.source]) if row.source in moved else row for row in self.rows)
+        taken: dict[tuple[str, ...], Row] = {}
+        inside: set[tuple[str, ...]] = set()
+        for row in sorted(rows, key=lambda row: row.source in moved):  # those that stay come first
+            keys = keys_of(row.labels)
+            inside.update(keys[:depth] for depth in range(1, len(keys)))
+            taken.setdefault(keys, row)
         clashes = []
         for row in rows:
-            other = taken.setdefault(self.name(row), row)
-            if other is not row:
-                one = row if row.source in paths else other
-                clashes.append(f"{self.by_number[one.source].path} would go to {one.path} (which is taken)")
+            keys = keys_of(row.labels)
+            above = next((taken[keys[:depth]] for depth in range(1, len(keys)) if keys[:depth] in taken), None)
+            if row.source in moved and (above or keys in inside or taken[keys] is not row):
+                why = f"{above.path} is a leaf" if above else "which is taken"
+                clashes.append(f"{self.by_number[row.source].path} would go to {row.path} ({why})")
         if clashes:
             raise RenameClash(
                 f"{_text.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
                 f"{_text.listing(clashes, 4)}",
                 hint="delete what stands there first, or rename to other paths",
             )
-        return self._with(tuple(rows))
+        return self._with(rows)
+
+    def _moved(self, row: Row, keys: Sequence[tuple[str, int | None]]) -> Row:
+        """A row at another path. Depths in a path that was new itself lead back to the source; the root stays."""
+        before = self.leaves.index
+        new = tuple(label for key, _ in keys for label in labels(key))
+        path, was = write_path(new, before.separator), before.path(row.source)
+        depths = tuple(row.depths[depth] if depth and row.depths else depth for _, depth in keys)
+        return replace(row, path=path, labels=new, was="" if path == was else was, depths=depths)
 
     def _with(self, rows: tuple[Row, ...]) -> "Plan":
         return Plan(self.leaves, rows, self.deleted)

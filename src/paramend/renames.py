@@ -12,22 +12,9 @@ from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.leaves import Index
 from paramend.matching import Names, expression
-from paramend.paths import Label, Part, labels, number_of, text_of, write_path
+from paramend.nesting import Step, Tables, Word, closes, nest, opens, pair
+from paramend.paths import Label, labels, number_of, text_of, write_path
 from paramend.patterns import Pattern, parse
-
-
-class Step(NamedTuple):
-    """One piece of a new path.
-
-    Attributes:
-        text: the piece, or a whole key where the target quotes it.
-        before: the separator that joins it to the key before; None if it opens a key.
-        origin: the place in the old path that it takes over, or None.
-    """
-
-    text: str
-    before: str | None = None
-    origin: int | None = None
 
 
 class Pick(NamedTuple):
@@ -71,13 +58,13 @@ class Rename:
         >>> {number: pieces(path) for number, path in moved.items()}
         {0: ('layers', '0', 'w'), 1: ('layers', '2', 'w')}
         """
-        reader = _Reader(self.source.segments, index.names)
+        reader, tables = _Reader(self.source.segments, index.names), Tables(index)
         found: dict[int, NewPath] = {}
         for number in index.ordered(self.source.find(index.names)):
             path = index.paths[number]
             taken = reader.split(path)
             if taken is not None:
-                found[number] = _Writer(self, path, taken, reader).write()
+                found[number] = _Writer(self, path, taken, reader, tables.joints(path)).write()
         return found
 
     def inverse(self) -> "Rename":
@@ -181,25 +168,19 @@ def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
     return tuple(out)
 
 
-def keys(path: Sequence[Step], *, flat: str = "") -> list[tuple[str, int | None]]:
-    """The keys of a new path, each with the place in the old path that it takes over.
+def keys(path: NewPath) -> list[tuple[str, int | None]]:
+    """The keys of a new path without picks, each with the depth in the old path of the container that it was in.
 
-    Args:
-        path: the new path, without picks.
-        flat: the separator of a flat table of names, in which every path is a single key.
-
-    >>> keys([Step("net"), Step("~", "/", 1), Step("linear_0", "/", 2), Step("w", None, 3)])
-    [('net/~/linear_0', 2), ('w', 3)]
-    >>> keys([Step("layers"), Step("0"), Step("w")], flat=".")
-    [('layers.0.w', None)]
+    >>> keys((Step("net", None, 0), Step("~", "/", 0), Step("linear_0", "/", 0), Step("w", None, 1)))
+    [('net/~/linear_0', 0), ('w', 1)]
     """
     out: list[tuple[str, int | None]] = []
-    for text, before, origin in path:
-        joint = (before or flat) if out else ""
-        if joint:
-            out[-1] = (out[-1][0] + joint + text, origin)
+    for step in path:
+        assert isinstance(step, Step)
+        if step.before is None:
+            out.append((step.text, step.depth))
         else:
-            out.append((text, origin))
+            out[-1] = (out[-1][0] + step.before + step.text, step.depth)
     return out
 
 
@@ -241,7 +222,7 @@ class _Reader:
             wanted = labels(segment.text)
             ends = path[at : at + len(wanted)]
             same = [text_of(label) for label in ends] == [text_of(label) for label in wanted]
-            return (len(wanted),) if same and _opens(ends[0]) and _closes(ends[-1]) else ()
+            return (len(wanted),) if same and opens(ends[0]) and closes(ends[-1]) else ()
         if any(isinstance(atom, Positions) for atom in segment.atoms):
             places = self.places(parents[at], segment)
             return [size for size in (2, 1) if path[at : at + size] in places]
@@ -253,14 +234,6 @@ class _Reader:
         if key not in self._places:
             self._places[key] = _positions(names, piece)
         return self._places[key]
-
-
-def _opens(label: Label) -> bool:
-    return isinstance(label, str) or not label.before
-
-
-def _closes(label: Label) -> bool:
-    return isinstance(label, str) or label.closes
 
 
 def _groups(atoms: tuple[Atom, ...], text: str) -> list[tuple[Atom, str]] | None:
@@ -358,10 +331,16 @@ class _Writer:
     """Fills the target of a rename with what the source took of one path."""
 
     def __init__(
-        self, rule: Rename, path: tuple[Label, ...], taken: Sequence[tuple[int, int]], reader: _Reader
+        self,
+        rule: Rename,
+        path: tuple[Label, ...],
+        taken: Sequence[tuple[int, int]],
+        reader: _Reader,
+        joints: Sequence[str],
     ) -> None:
         self.rule = rule
         self.path = path
+        self.joints = joints
         self.stars: list[str] = []
         self.choices: list[tuple[int, list[str]]] = []
         self.numbers: dict[str, str] = {}
@@ -423,20 +402,22 @@ class _Writer:
                         runs[-1].append(Pick(Piece(tuple(filled)), next(whiches, None)))
                     else:
                         runs[-1].append("".join(atom.text for atom in filled if isinstance(atom, Literal)))
-        out: list[Step | Pick] = []
+        words: list[Word] = []
+        picks: dict[int, Pick] = {}
         for place, run in enumerate(runs):
-            out += self._align(run, *self.runs[place])
-            if place < len(self.anys):
-                start, stop = self.anys[place]
-                steps = [Step(text_of(self.path[i]), self._joint(i), i) for i in range(start, stop)]
-                begin, end = self.runs[place]
-                if not run and begin < end and steps and steps[0].before:
-                    # What stood before it in its key is gone; it is joined as the first of those was.
-                    steps[0] = steps[0]._replace(before=self._joint(begin))
-                out += steps
-        if not out:
+            texts = [new if isinstance(new, str) else new.text if isinstance(new, Quoted) else "" for new in run]
+            for new, text, origin in zip(
+                run, texts, pair(self.path, self.joints, range(*self.runs[place]), texts), strict=True
+            ):
+                if isinstance(new, Pick):
+                    picks[len(words)] = new
+                words.append(Word(text, origin, isinstance(new, Quoted)))
+            kept = range(*self.anys[place]) if place < len(self.anys) else ()
+            words += [Word(text_of(self.path[at]), at) for at in kept]
+        if not words:
             raise RenameClash(f"{self.rule}: {write_path(self.path)} would have no name left")
-        return tuple(out)
+        steps = nest(words, self.path, self.joints)
+        return tuple(picks.get(at, step) for at, step in enumerate(steps))
 
     def _reckon(self, atom: Number) -> str:
         text = self.numbers[atom.name]
@@ -446,43 +427,6 @@ class _Writer:
         if (atom.factor, atom.shift) == (1, 0):
             return text
         return str(value).zfill(len(text) if text.startswith("0") else 0)
-
-    def _joint(self, place: int) -> str | None:
-        """The separator that joins a label of the old path to the key before it."""
-        label = self.path[place]
-        return (label.before or None) if isinstance(label, Part) else None
-
-    def _align(self, run: list[str | Pick | Quoted], start: int, stop: int) -> list[Step | Pick]:
-        """The new pieces of a run; each takes over the place of an old one, counted from the right.
-
-        So Haiku's `mlp/~/linear_0` stays one key when a piece of it is renamed.
-        """
-        spare = len(run) - (stop - start)
-        joints = [self._joint(i) for i in range(start, stop)]
-        if not joints:
-            joints = [None] * spare
-        elif spare > 0:
-            # More pieces than before stay in the key that the first one belonged to, if that has several pieces.
-            first = self.path[start]
-            within = None
-            if isinstance(first, Part) and (first.before or not first.closes):
-                within = first.before or self._joint(start + 1)
-            joints = [joints[0], *[within] * spare, *joints[1:]]
-        elif spare < 0 and run:
-            joints = [joints[0], *joints[1 - spare :]]
-        out: list[Step | Pick] = []
-        after_quoted = False
-        for i, (new, joint) in enumerate(zip(run, joints, strict=bool(run))):
-            if isinstance(new, Pick):
-                out.append(new)
-            else:
-                quoted = isinstance(new, Quoted)
-                text = new.text if isinstance(new, Quoted) else new
-                out.append(
-                    Step(text, None if quoted or after_quoted else joint, stop - len(run) + i if i >= spare else None)
-                )
-                after_quoted = quoted
-        return out
 
 
 def _fill(option: tuple[Literal | Star, ...], stars: Sequence[str]) -> list[Literal]:

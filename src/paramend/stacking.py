@@ -12,6 +12,7 @@ from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import RenameClash, Unsupported
 from paramend.leaves import Editable
+from paramend.nesting import depths as depths_in
 from paramend.renames import rename
 from paramend.selectors import resolve
 from paramend.stacks.plan import (
@@ -27,7 +28,7 @@ from paramend.stacks.plan import (
     numbered,
     without_number,
 )
-from paramend.structure import Draft, origins, take_apart
+from paramend.structure import Draft, take_apart
 from paramend.trees.kinds import find_kind
 from paramend.trees.registry import Tree
 
@@ -180,7 +181,7 @@ def _remove_layers(draft: Draft, members: Sequence[Member], *, lists: bool) -> N
     for number, _, _, rest in members:
         chain, path, _ = draft.places[number]
         labels = draft.index.paths[number]
-        top = origins(labels)[len(labels) - len(rest) - 1] + 1
+        top = depths_in(labels)[len(labels) - len(rest) - 1] + 1
         left = _left(chain[top]) if top < len(chain) else None
         if left is not None:
             name = "/".join((*chain[top].path, *left[0]))

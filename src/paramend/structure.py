@@ -14,7 +14,7 @@ from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves import Index
 from paramend.matching import Names
 from paramend.paths import Label, Part, labels, number_of
-from paramend.renames import Rename, Step, keys, rename
+from paramend.renames import Rename, keys, rename
 from paramend.selectors import Both, Selector, Text, Union, Where
 from paramend.trees.kinds import find_kind
 from paramend.trees.registry import Tree
@@ -75,26 +75,15 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
     return draft.root.close(close_up=bool(gone))
 
 
-def alongside(index: Index, number: int, keys: Sequence[str]) -> list[tuple[str, int | None]]:
-    """A new path of a leaf, as `moves` has it: each new container is like that of the same depth in the old path.
-
-    >>> alongside(Index.of_names(["a", "b.w"]), 1, ["c.w", "x"])
-    [('c.w', 0), ('x', None)]
-    """
-    first = [at for at, label in enumerate(index.paths[number]) if not (isinstance(label, Part) and label.before)]
-    return [(key, first[depth] if depth < len(first) else None) for depth, key in enumerate(keys)]
-
-
 def moves(
     index: Index, selector: Selector, chosen: Collection[int], to: str
 ) -> dict[int, list[tuple[str, int | None]]]:
     """The new paths of the chosen leaves that the selector's text names, by leaf number, as `renames.keys` has them."""
     found: dict[int, list[tuple[str, int | None]]] = {}
-    flat = separator_if_flat(index)
     for rule in _rules(selector, to):
-        for number, steps in rule.over(index).items():
+        for number, path in rule.over(index).items():
             if number in chosen and number not in found:
-                found[number] = keys([step for step in steps if isinstance(step, Step)], flat=flat)
+                found[number] = keys(path)
     return found
 
 
@@ -110,15 +99,6 @@ def _rules(selector: Selector, to: str) -> list[Rename]:
         case Both():
             return _rules(selector.left, to)
     raise BadArgument(f"rename needs a selector in text, and this is {selector!r}", hint='pm.at(tree, "h_<n>/**")')
-
-
-def separator_if_flat(index: Index) -> str:
-    """The separator of a flat table of names such as a state dict, or ""."""
-    paths = index.paths.values()
-    if any(not (isinstance(label, Part) and label.before) for path in paths for label in path[1:]):
-        return ""
-    inner = (label.before for path in paths for label in path[1:] if isinstance(label, Part))
-    return next(inner, "." if index.separator == "." else "")
 
 
 class _Container:
@@ -185,6 +165,11 @@ class _Container:
         return child.close(close_up=close_up) if isinstance(child, _Container) else child
 
 
+def _vacated(child: Any) -> bool:
+    """Whether all that a container held was taken out of it."""
+    return isinstance(child, _Container) and bool(child.before) and all(map(_vacated, child.entries.values()))
+
+
 class _Place(NamedTuple):
     """Where a leaf stands: the containers from the root to its own, the key in each, and what seals it in or None."""
 
@@ -244,12 +229,11 @@ class Draft:
 
         Args:
             number: the leaf whose old place says what containers are like.
-            path: the keys.
+            path: the keys, each with the depth in the old path of the container that its own is made like, or None.
             value: what to put there.
             position: which of the keys is a position, for which a list is made if there is no container yet.
         """
         old = self.places[number]
-        depths = origins(self.index.paths[number])
         container = self.root
         for depth, (text, _) in enumerate(path):
             key = container.key(text)
@@ -264,8 +248,8 @@ class Draft:
                 break
             inner = container.entries.get(key)
             if key not in container.entries:
-                following, source = path[depth + 1]
-                template = old.chain[depths[source]] if source is not None else None
+                following, like = path[depth + 1]
+                template = old.chain[like] if like is not None else None
                 here = (*container.path, text)
                 inner = _list_in(self.root, here) if depth + 1 == position else _like(template, following, here)
                 container.entries[key] = inner
@@ -273,7 +257,7 @@ class Draft:
                 self._clash(number, path, f"{'/'.join((*container.path, text))} is a leaf")
                 return
             container = inner
-        if key in container.entries:
+        if key in container.entries and not _vacated(container.entries[key]):
             self._clash(number, path, "which is taken")
         else:
             container.entries[key] = value
@@ -333,15 +317,6 @@ def _numbers(entry: Any) -> Iterator[int]:
         yield entry
     for child in entry.values() if type(entry) is dict else ():
         yield from _numbers(child)
-
-
-def origins(path: Sequence[Any]) -> list[int]:
-    """For each piece of an old path the depth of the key that it belongs to."""
-    depths: list[int] = []
-    for label in path:
-        opens = not (isinstance(label, Part) and label.before)
-        depths.append((depths[-1] if depths else -1) + opens)
-    return depths
 
 
 def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:

@@ -17,7 +17,7 @@ from paramend.formats.zip_writer import ALIGNMENT, ZipHeaders
 from paramend.leaves import keys_of
 from paramend.pieces import File, Piece, with_rows
 from paramend.plans import Row
-from paramend.structure import alongside, relocate
+from paramend.structure import relocate
 from paramend.trees.registry import Tree
 
 _Rows = Sequence[tuple[int, Row]]
@@ -83,13 +83,13 @@ def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
 def _relocated(structure: Any, count: int, rows: _Rows) -> Any:
     """The structure without the leaves that have no row, and with others where their rows say."""
     gone = set(range(count)) - {number for number, _ in rows}
-    moved = {number: keys_of(row.labels) for number, row in rows if row.was}
+    moved = {number: list(zip(keys_of(row.labels), row.depths, strict=True)) for number, row in rows if row.was}
     if not gone and not moved:
         return structure
     tree = Tree(structure)
     # The tree numbers its values, leaves or not; the array of a leaf holds the number that the file gives it.
     own = {int(tree.read(number)): number for number in tree.index.numbers}
-    paths = {own[number]: alongside(tree.index, own[number], keys) for number, keys in moved.items()}
+    paths = {own[number]: path for number, path in moved.items()}
     return relocate(tree, paths, [own[number] for number in sorted(gone)])
 
 

@@ -11,8 +11,7 @@ from paramend.grammar import Number, Piece
 from paramend.leaves import Editable, Leaves
 from paramend.paths import write_piece
 from paramend.patterns import parse
-from paramend.renames import Rename, Step, keys, pieces
-from paramend.structure import separator_if_flat
+from paramend.renames import Rename, keys, pieces
 from paramend.trees.registry import Tree
 
 Path = tuple[str, ...]
@@ -97,9 +96,7 @@ def members_of(tree: Leaves, rule: Rename) -> list[Member]:
 
 def keys_of_leaves(tree: Leaves, rule: Rename) -> dict[int, Any]:
     """The new keys of each leaf."""
-    flat = separator_if_flat(tree.index)
-    found = rule.over(tree.index)
-    return {number: keys([s for s in path if isinstance(s, Step)], flat=flat) for number, path in found.items()}
+    return {number: keys(path) for number, path in rule.over(tree.index).items()}
 
 
 def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[Member]]:

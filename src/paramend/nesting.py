@@ -1,0 +1,178 @@
+"""Nesting: which key each piece of a new path stands in.
+
+A piece that stays, or is replaced, is in the container that it was in. One that is taken away goes alone. One that is
+added joins the key beside it where keys are names of several pieces, as in a state dict or in Haiku; elsewhere it opens
+a container of its own.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from paramend.leaves import Index
+from paramend.matching import Names
+from paramend.paths import Label, Part, number_of, text_of
+
+# What it costs to make one path another. To keep a piece is free; a container is the last to be taken away.
+_REPLACED = _ADDED = _OUT_OF_A_NAME = 2
+_CONTAINER = 3
+
+
+class Step(NamedTuple):
+    """One piece of a new path.
+
+    Attributes:
+        text: the piece, or a whole key where the target quotes it.
+        before: the separator that joins it to the key before; None if it opens a key.
+        depth: the depth in the old path of the container that its key was in; None if it had none.
+    """
+
+    text: str
+    before: str | None = None
+    depth: int | None = None
+
+
+class Word(NamedTuple):
+    """A piece of a new path that has no place yet.
+
+    Attributes:
+        text: the piece, or a whole key.
+        origin: the place in the old path of the piece that it is or replaces; None if it is added.
+        whole: whether it is a key of its own.
+    """
+
+    text: str
+    origin: int | None = None
+    whole: bool = False
+
+
+class Tables:
+    """The containers of a tree of names whose keys are names of several pieces, and what joins these pieces.
+
+    >>> index = Index.of_names(["net.w", "net.b"])
+    >>> Tables(index).joints(index.paths[0])
+    ['.', '.']
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._root, self._torch = index.names, index.separator == "."
+        self._known: dict[int, str] = {}
+
+    def joints(self, path: Sequence[Label]) -> list[str]:
+        """For each piece of a path what joins another one to its key; "" if that would open a container."""
+        found: list[str] = []
+        names = self._root
+        for label in path:
+            found.append(self._joint(names) if opens(label) else found[-1])
+            names = names[label]
+        for at in range(len(path) - 1, 0, -1):
+            label = path[at]
+            if isinstance(label, Part) and label.before:
+                found[at] = found[at - 1] = label.before
+        return found
+
+    def _joint(self, names: Names) -> str:
+        if id(names) not in self._known:
+            self._known[id(names)] = self._look(names)
+        return self._known[id(names)]
+
+    def _look(self, names: Names) -> str:
+        for label, below in names.items():
+            if not closes(label):
+                return next(part.before for part in below if isinstance(part, Part))
+        # Torch calls the leaves of a model by names in one dict, also where each happens to have a single piece.
+        leaves = self._torch and all(type(child) is int for child in names.values())
+        numbered = names is not self._root and all(number_of(text_of(label)) is not None for label in names)
+        return "." if leaves and not numbered else ""
+
+
+def opens(label: Label) -> bool:
+    """Whether a key begins with this label."""
+    return isinstance(label, str) or not label.before
+
+
+def closes(label: Label) -> bool:
+    """Whether a key ends with this label."""
+    return isinstance(label, str) or label.closes
+
+
+def depths(path: Sequence[Label]) -> list[int]:
+    """For each label of a path the depth of the container that its key is in.
+
+    >>> depths([Part("mlp", "", False), Part("linear", "/", True), "w"])
+    [0, 0, 1]
+    """
+    found: list[int] = []
+    for label in path:
+        found.append((found[-1] if found else -1) + opens(label))
+    return found
+
+
+def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence[str]) -> list[int | None]:
+    """For each new piece of a run the place of the old one that it is or replaces; None if it is added.
+
+    Of the cheapest pairings, the one whose pairs stand rightmost.
+
+    Args:
+        path: the old path.
+        joints: as `Tables.joints` has them.
+        run: the places of the old pieces.
+        new: the new pieces.
+    """
+    old = [text_of(path[at]) for at in run]
+    if len(old) == len(new) and (len(new) < 2 or old == new):
+        return list(run)
+    removed = [_OUT_OF_A_NAME if joints[at] else _CONTAINER for at in run]
+    costs = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
+    ways = [[-1] * (len(new) + 1) for _ in range(len(old) + 1)]
+    for i in range(len(old) + 1):
+        for j in range(len(new) + 1):
+            choices = []
+            if i and j:
+                choices.append((costs[i - 1][j - 1] + _REPLACED * (old[i - 1] != new[j - 1]), 0))
+            if i:
+                choices.append((costs[i - 1][j] + removed[i - 1], 1))
+            if j:
+                choices.append((costs[i][j - 1] + _ADDED, 2))
+            if choices:
+                costs[i][j], ways[i][j] = min(choices)
+    found: list[int | None] = [None] * len(new)
+    i, j = len(old), len(new)
+    while i or j:
+        way = ways[i][j]
+        i, j = i - (way != 2), j - (way != 1)
+        if way == 0:
+            found[j] = run[i]
+    return found
+
+
+def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) -> list[Step]:
+    """The steps of a new path: each piece in its key.
+
+    Args:
+        words: its pieces.
+        path: the old path.
+        joints: as `Tables.joints` has them.
+    """
+    depth = depths(path)
+    anchors = [_anchor(words, at, joints) for at in range(len(words))]
+    steps: list[Step] = []
+    for at, (word, anchor) in enumerate(zip(words, anchors, strict=True)):
+        before = None
+        if at and anchor is not None and not word.whole and not words[at - 1].whole:
+            left = anchors[at - 1]
+            if left is not None and depth[left] == depth[anchor]:
+                label = None if word.origin is None else path[word.origin]
+                before = (label.before if isinstance(label, Part) else "") or joints[anchor]
+        steps.append(Step(word.text, before, None if anchor is None else depth[anchor]))
+    return steps
+
+
+def _anchor(words: Sequence[Word], at: int, joints: Sequence[str]) -> int | None:
+    """The place in the old path whose key a piece goes into: its own, or that of a name beside it."""
+    if words[at].origin is not None or words[at].whole:
+        return words[at].origin
+    for beside in (words[at + 1 :], words[:at][::-1]):
+        near = next((word for word in beside if word.origin is not None or word.whole), None)
+        if near is not None and not near.whole and near.origin is not None and joints[near.origin]:
+            return near.origin
+    return None
