@@ -7,6 +7,7 @@ from pathlib import Path
 
 import flax.serialization
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
@@ -355,3 +356,57 @@ def test_memory_and_files_agree_with_the_reference(tree, verb, data):
             wanted = dict(flat_names) if len(dict(flat_names)) == len(flat) and all(k for k, _ in flat_names) else None
             for file in in_safetensors, in_npz:
                 assert outcome(lambda: file(filled(tree, array), edit, folder)) == wanted  # noqa: B023
+
+
+# ---- Orbax, and what else builds paths -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # of orbax, about itself
+@pytest.mark.parametrize(
+    ("selector", "to", "changed"),
+    [
+        ("params/a/**", "params/**", {"params": {"b": 1.0, "c": 2.0}}),
+        ("params/**", "params/x/**", {"params": {"x.a.b": 1.0, "x.a.c": 2.0}}),
+        ("mlp/**", "net/mlp/**", {"net/mlp/~/l": {"w": 3.0}}),
+        ("mlp/~/**", "mlp/**", {"mlp/l": {"w": 3.0}}),
+        ("deep/**", "deep/x/**", {"deep/x": {"er": {"w": 4.0}}}),
+        ("deep/er/**", "deep/er/x/**", {"deep": {"er": {"x": {"w": 4.0}}}}),
+    ],
+)
+def test_orbax(selector, to, changed, tmp_path):
+    tree = {"params": {"a.b": 1.0, "a.c": 2.0}, "mlp/~/l": {"w": 3.0}, "deep": {"er": {"w": 4.0}}}
+    wanted = {key: child for key, child in tree.items() if not selector.startswith(key[:3])} | changed
+    ocp.PyTreeCheckpointer().save(tmp_path / "in", filled(tree, array))
+    assert values(pm.at(filled(tree, array), selector).rename(to)) == wanted
+    pm.at(pm.open(tmp_path / "in"), selector).rename(to).save(tmp_path / "out")
+    assert values(ocp.PyTreeCheckpointer().restore(tmp_path / "out")) == wanted
+
+
+def test_delete_deepen_graft_recipes_and_convert_hold_nesting(tmp_path):
+    tree = filled(LIGHTNING, tensor)
+    source = filled({"state_dict": {"m.layers.1.w": 5.0}}, tensor)
+    recipe = pm.Recipe([{"rename": {"at": "state_dict.model.**", "to": "state_dict.**"}}])
+    edits = {
+        "delete": (
+            lambda found: pm.at(found, "state_dict.model.layers.0.**").delete(),
+            {"state_dict": {"model.layers.1.w": 2.0}},
+        ),
+        "deepen": (
+            lambda found: pm.deepen(found, layers="state_dict.model.layers[*]", order=[0, 0, 1], identity=None)[0],
+            {"state_dict": {f"model.layers.{i}.w": value for i, value in enumerate((1.0, 1.0, 2.0))}},
+        ),
+        "graft": (
+            lambda found: pm.graft(found, source, rename={"state_dict.m.**": "state_dict.model.**"})[0],
+            {"state_dict": {"model.layers.0.w": 1.0, "model.layers.1.w": 5.0}},
+        ),
+        "recipe": (recipe.apply, {"state_dict": {"layers.0.w": 1.0, "layers.1.w": 2.0}}),
+    }
+    for name, (edit, wanted) in edits.items():
+        (tmp_path / name).mkdir()
+        for found in edit(tree), in_torch_file(tree, edit, tmp_path / name):
+            assert values(found)["state_dict"] == wanted["state_dict"], name
+            assert set(found) <= set(LIGHTNING), name
+    assert pm.at(tree, "state_dict.**").delete() == {"epoch": 3}
+    pm.open(tmp_path / "graft" / "in.pt").save(tmp_path / "x.msgpack")
+    back = flax.serialization.msgpack_restore((tmp_path / "x.msgpack").read_bytes())
+    assert values(back) == {"state_dict": LIGHTNING["state_dict"]}
