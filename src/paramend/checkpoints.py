@@ -423,6 +423,7 @@ def load(path: str | os.PathLike[str], kind: str = "numpy", *, nested: bool = Tr
         near = _text.closest(kind, _KINDS, limit=1)
         raise BadArgument(f"{kind!r} is no kind of arrays", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
     convert = _converter(kind)
+    recover(path)
     source = open_source(path)
     try:
         paths, separator = source.index.paths, source.index.separator

@@ -4,11 +4,13 @@ Where records live: beside a file `model.safetensors` in the folder `.model.safe
 folder, in `.undo` inside it. A record is one file whose name is its number and its state:
 
     000003.partial   being written; no byte of the checkpoint has changed because of it; may be thrown away
-    000003.pending   durable; bytes may have changed; whoever finds it (and the lock free) puts the old ones back
+    000003.pending   durable; bytes may have changed; the next program of its user puts the old ones back
     000003.done      the change is whole and durable; `undo` takes back the one with the highest number
 
 `.partial` becomes `.pending` and that `.done` by renaming, so each step is atomic. `undo` makes `.done` into `.pending`
 again before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held meanwhile.
+Before a record becomes pending, `paramend.claims` notes its digest elsewhere: one without such a note is not believed
+when a checkpoint is opened, only when its user asks for it.
 
 The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
 
@@ -22,7 +24,8 @@ The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, 
            With "whole": true the files were exchanged whole for others. SPANs are then all of a file, sizes are -1
            where there was none, and DONE, which comes before the record is pending, has one digest for each new file.
     FILE   JSON: [{"size", "inode", "witness"}], one for each file, as it was when the frame was written; the last such
-           frame counts. The witness is the SHA-256 of samples of bytes that no span covers.
+           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of files that were
+           exchanged whole the first has one, of the other files that could have been.
     SPAN   old bytes: a count (8 bytes), so many quadruples of signed 8-byte integers (row, file, start, stop), row -1
            being what a format keeps true by itself, such as checksums; then the bytes start to stop of each. The
            checksums of these are CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
@@ -52,6 +55,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from paramend import claims
 from paramend.copying import WriteBack
 from paramend.errors import BadCheckpoint, Busy, CannotRead
 from paramend.publishing import sync_folder
@@ -66,6 +70,8 @@ _NAME = re.compile(r"([0-9]{6,18})\.(partial|pending|done)")
 _FRAME = struct.Struct("<4sQ")
 _COUNT = struct.Struct("<Q")
 _DIGEST = 32
+# Of a file with more free bytes than the first, so many samples of so many bytes are its witness.
+_WITNESSED, _SAMPLES, _SAMPLE = 1 << 22, 128, 4096
 # HEAD and FILE frames are held in memory: no record of ours has larger ones.
 _MAX_TEXT = 1 << 30
 
@@ -90,9 +96,9 @@ def records(store: Path, *states: str) -> list[Path]:
     Raises:
         CannotRead: there is no permission to look.
     """
-    found = []
+    found: list[tuple[int, Path]] = []
     try:
-        for path in store.iterdir():
+        for path in () if store.is_symlink() else store.iterdir():  # no store of ours is a link
             match = _NAME.fullmatch(path.name)
             if match and match[2] in states:
                 found.append((int(match[1]), path))
@@ -221,14 +227,19 @@ def witness(descriptor: int, size: int, spans: Spans, file: int) -> str:
     own = spans.table[spans.table[:, 1] == file]
     own = own[np.argsort(own[:, 2], kind="stable")]
     starts = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(own[:, 3])])
-    stops = np.concatenate([own[:, 2], np.full(1, size, np.int64)])
-    free = np.flatnonzero(stops > starts)
+    lengths = np.concatenate([own[:, 2], np.full(1, size, np.int64)]) - starts
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    ends = np.cumsum(lengths)
+    total = int(lengths.sum())
+    if total > _WITNESSED:  # windows evenly laid over what is free; the first holds the header
+        places = np.linspace(0, total - _SAMPLE, _SAMPLES).astype(np.int64)
+        gaps = np.searchsorted(ends, places, "right")
+        starts = starts[gaps] + places - (ends - lengths)[gaps]
+        lengths = np.minimum(_SAMPLE, ends[gaps] - places)
     digest = hashlib.sha256()
-    # The first gap holds the header; of the others a few, evenly chosen.
-    for gap in dict.fromkeys(free[np.linspace(0, len(free) - 1, 16).astype(int)].tolist() if len(free) else []):
-        start, stop = int(starts[gap]), int(stops[gap])
-        for at in sorted({start, (start + stop) // 2, max(start, stop - 4096)}):
-            digest.update(os.pread(descriptor, min(4096, stop - at), at))
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        for at in range(start, start + length, BUFFER):
+            digest.update(os.pread(descriptor, min(BUFFER, start + length - at), at))
     return digest.hexdigest()
 
 
@@ -287,6 +298,7 @@ class Writer:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, mode)
         self.nbytes = 0
+        self._digest = hashlib.sha256()
         self._back = WriteBack(self._descriptor)
         self._put(MAGIC)
 
@@ -334,6 +346,8 @@ class Writer:
     def become(self, state: str) -> None:
         """Makes all that was written durable, and then gives the record a name that says so."""
         self.sync()
+        if state == PENDING:
+            claims.seal(self.path.parent, _seal_text(int(self.path.stem), self.nbytes, self._digest.hexdigest()))
         new = self.path.with_suffix(f".{state}")
         self.path.rename(new)
         self.path = new
@@ -345,8 +359,13 @@ class Writer:
 
     def _put(self, data: bytes | memoryview | bytearray) -> None:
         put(self._descriptor, data)
+        self._digest.update(data)
         self.nbytes += len(data)
         self._back.advance(len(data))
+
+
+def _seal_text(number: int, nbytes: int, digest: str) -> str:
+    return f"{number} {nbytes} {digest}"
 
 
 def _states_text(states: Sequence[State]) -> bytes:
@@ -506,7 +525,32 @@ class Record:
         finally:
             os.close(descriptor)
 
+    def become_pending(self) -> Path:
+        """Its new path: old bytes are about to be written, and whoever is cut short, another finishes."""
+        with Record(self.path) as noted:  # with what was added to it
+            end = noted._frames[-1].stop
+            claims.seal(self.path.parent, _seal_text(self.number, end, noted._digest_to(end)))
+        new = self.path.with_suffix(f".{PENDING}")
+        self.path.rename(new)
+        sync_folder(new.parent)
+        return new
+
+    def is_own(self) -> bool:
+        """Whether this user made it pending here, as it is. What was added to it since then does not count any more."""
+        match = re.fullmatch(r"([0-9]+) ([0-9]{1,18}) ([0-9a-f]{64})", claims.read(self.path.parent) or "")
+        if match is None or int(match[1]) != self.number or int(match[2]) > self.nbytes:
+            return False
+        end = int(match[2])
+        self._frames = [frame for frame in self._frames if frame.stop <= end]
+        return self._digest_to(end) == match[3]
+
     # -- how
+
+    def _digest_to(self, end: int) -> str:
+        digest = hashlib.sha256()
+        for at in range(0, end, BUFFER):
+            digest.update(get(self._descriptor, at, min(BUFFER, end - at), self.path))
+        return digest.hexdigest()
 
     def _read_frames(self) -> list[_Frame]:
         head = os.pread(self._descriptor, len(MAGIC), 0)
