@@ -9,29 +9,28 @@ folder, in `.undo` inside it. A record is one file whose name is its number and 
 
 `.partial` becomes `.pending` and that `.done` by renaming, so each step is atomic. `undo` makes `.done` into `.pending`
 again before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held meanwhile.
-Before a record becomes pending, `paramend.claims` notes its digest elsewhere: one without such a note is not believed
-when a checkpoint is opened, only when its user asks for it.
+Before a record becomes pending, `paramend.claims` notes elsewhere by which digests its frames can be known: one without
+such a note is not believed when a checkpoint is opened, only when its user asks for it.
 
 The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
 
     4 bytes    kind: HEAD, FILE, SPAN or DONE
     8 bytes    length of the payload, unsigned
     payload
-    32 bytes   SHA-256 of kind, length and payload; of a SPAN, its old bytes count as their checksums
+    32 bytes   SHA-256 of kind, length and payload
 
     HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
            "files": [[path relative to the checkpoint's folder]]}
            With "whole": true the files were exchanged whole for others. SPANs are then all of a file, sizes are -1
            where there was none, and DONE, which comes before the record is pending, has one digest for each new file.
-    FILE   JSON: [{"size", "inode", "witness"}], one for each file, as it was when the frame was written; the last such
+    FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
            frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of files that were
            exchanged whole the first has one, of the other files that could have been.
     SPAN   old bytes: a count (8 bytes), so many quadruples of signed 8-byte integers (row, file, start, stop), row -1
-           being what a format keeps true by itself, such as checksums; then the bytes start to stop of each. The
-           checksums of these are CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
+           being what a format keeps true by itself, such as checksums; then the bytes start to stop of each.
            It is durable before the first byte that it covers changes.
     DONE   last, but for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of the checksums of
-           its new bytes.
+           its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
 
 The first three, HEAD, FILE and SPAN, were whole before the record was pending, and DONE before it was done; what comes
 after these may be cut short and then does not count. Anything else that does not fit is damage: `BadCheckpoint`, and
@@ -151,12 +150,10 @@ class State:
 
     Attributes:
         size: in bytes.
-        inode: its number in its file system.
         witness: the digest of samples of bytes that stay.
     """
 
     size: int
-    inode: int
     witness: str
 
 
@@ -298,7 +295,7 @@ class Writer:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, mode)
         self.nbytes = 0
-        self._digest = hashlib.sha256()
+        self._digests: list[bytes] = []
         self._back = WriteBack(self._descriptor)
         self._put(MAGIC)
 
@@ -311,7 +308,8 @@ class Writer:
     def frame(self, kind: bytes, payload: bytes) -> None:
         """Adds a short frame."""
         framed = _FRAME.pack(kind, len(payload)) + payload
-        self._put(framed + hashlib.sha256(framed).digest())
+        self._put(framed)
+        self._end(hashlib.sha256(framed))
 
     def files(self, states: Sequence[State]) -> None:
         """Adds how the files are now."""
@@ -337,17 +335,17 @@ class Writer:
                 filled = 0
             piece = buffer[filled : filled + count]
             get_into(piece, descriptors[file], start, names[file])
-            digest.update(checksum(piece))
+            digest.update(piece)
             filled += count
             heard(count)
         self._put(buffer[:filled])
-        self._put(digest.digest())
+        self._end(digest)
 
     def become(self, state: str) -> None:
         """Makes all that was written durable, and then gives the record a name that says so."""
         self.sync()
         if state == PENDING:
-            claims.seal(self.path.parent, _seal_text(int(self.path.stem), self.nbytes, self._digest.hexdigest()))
+            claims.seal(self.path.parent, _seal_text(self.path, self._digests))
         new = self.path.with_suffix(f".{state}")
         self.path.rename(new)
         self.path = new
@@ -357,19 +355,23 @@ class Writer:
         """Makes all that was written durable."""
         os.fsync(self._descriptor)
 
+    def _end(self, digest: "hashlib._Hash") -> None:
+        self._digests.append(digest.digest())
+        self._put(self._digests[-1])
+
     def _put(self, data: bytes | memoryview | bytearray) -> None:
         put(self._descriptor, data)
-        self._digest.update(data)
         self.nbytes += len(data)
         self._back.advance(len(data))
 
 
-def _seal_text(number: int, nbytes: int, digest: str) -> str:
-    return f"{number} {nbytes} {digest}"
+def _seal_text(path: Path, digests: Sequence[bytes]) -> str:
+    """What a record can be known by: its number, and how many frames it has with which digests."""
+    return f"{int(path.stem)} {len(digests)} {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
 
 def _states_text(states: Sequence[State]) -> bytes:
-    rows = [{"size": state.size, "inode": state.inode, "witness": state.witness} for state in states]
+    rows = [{"size": state.size, "witness": state.witness} for state in states]
     return json.dumps(rows, separators=(",", ":")).encode()
 
 
@@ -453,7 +455,7 @@ class Record:
             if frame.kind == b"FILE":
                 rows = self._json(frame)
                 try:
-                    found = tuple(State(int(row["size"]), int(row["inode"]), str(row["witness"])) for row in rows)
+                    found = tuple(State(int(row["size"]), str(row["witness"])) for row in rows)
                 except (TypeError, KeyError, ValueError):
                     raise self.damaged("what it says of the files makes no sense") from None
                 if len(found) == len(self.head.files):
@@ -486,8 +488,8 @@ class Record:
         digest = hashlib.sha256(get(self._descriptor, frame.start - _FRAME.size, _FRAME.size + _COUNT.size, self.path))
         digest.update(np.ascontiguousarray(self.spans.table).reshape(-1).view(np.uint8).data)
         for _, _, _, data in self.old_bytes():
-            digest.update(checksum(data))
-        if digest.digest() != get(self._descriptor, frame.stop - _DIGEST, _DIGEST, self.path):
+            digest.update(data)
+        if digest.digest() != self._digest_of(frame):
             raise self.damaged("the old bytes do not fit their checksums")
 
     def old_bytes(self) -> Iterator[tuple[int, int, int, memoryview]]:
@@ -528,29 +530,28 @@ class Record:
     def become_pending(self) -> Path:
         """Its new path: old bytes are about to be written, and whoever is cut short, another finishes."""
         with Record(self.path) as noted:  # with what was added to it
-            end = noted._frames[-1].stop
-            claims.seal(self.path.parent, _seal_text(self.number, end, noted._digest_to(end)))
+            claims.seal(self.path.parent, _seal_text(self.path, [noted._digest_of(frame) for frame in noted._frames]))
         new = self.path.with_suffix(f".{PENDING}")
         self.path.rename(new)
         sync_folder(new.parent)
         return new
 
     def is_own(self) -> bool:
-        """Whether this user made it pending here, as it is. What was added to it since then does not count any more."""
-        match = re.fullmatch(r"([0-9]+) ([0-9]{1,18}) ([0-9a-f]{64})", claims.read(self.path.parent) or "")
-        if match is None or int(match[1]) != self.number or int(match[2]) > self.nbytes:
+        """Whether this user made it pending here, as it is, if `check` is content with its old bytes.
+
+        What was added to it since then does not count any more.
+        """
+        said = claims.read(self.path.parent) or ""
+        match = re.fullmatch(r"[0-9]+ ([0-9]{1,9}) [0-9a-f]{64}", said)
+        if match is None:
             return False
-        end = int(match[2])
-        self._frames = [frame for frame in self._frames if frame.stop <= end]
-        return self._digest_to(end) == match[3]
+        self._frames = self._frames[: int(match[1])]
+        return said == _seal_text(self.path, [self._digest_of(frame) for frame in self._frames])
 
     # -- how
 
-    def _digest_to(self, end: int) -> str:
-        digest = hashlib.sha256()
-        for at in range(0, end, BUFFER):
-            digest.update(get(self._descriptor, at, min(BUFFER, end - at), self.path))
-        return digest.hexdigest()
+    def _digest_of(self, frame: _Frame) -> bytes:
+        return bytes(get(self._descriptor, frame.stop - _DIGEST, _DIGEST, self.path))
 
     def _read_frames(self) -> list[_Frame]:
         head = os.pread(self._descriptor, len(MAGIC), 0)

@@ -47,7 +47,7 @@ def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str
     spans = Spans(np.array(rows, np.int64).reshape(-1, 4))
     writer.frame(b"HEAD", new_head(edits, names, whole=True).to_bytes())
     seen = witness_of_rest(base, names)
-    writer.files([State(size, 0, "" if n else seen) for n, size in enumerate(sizes)])
+    writer.files([State(size, "" if n else seen) for n, size in enumerate(sizes)])
     with contextlib.closing(_OneOpen(files)) as descriptors:
         writer.spans(spans, descriptors, files, lambda count: None)
     writer.frame(b"DONE", b"".join(_digest_of(staged / name) for name in names))

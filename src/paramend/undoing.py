@@ -144,7 +144,8 @@ def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progres
         progress: called with an `Event` as bytes are written.
 
     Raises:
-        CannotWrite: there is nothing to take back, or the file was changed since; the message names what differs.
+        CannotWrite: there is nothing to take back, or the file was changed or exchanged since; the message names what
+            differs.
         BadCheckpoint: the undo record is damaged. Nothing was written.
 
     >>> import tempfile
@@ -657,8 +658,8 @@ def _row_of(record: Record) -> HistoryRow:
 
 def state_of(descriptor: int, spans: Spans, file: int) -> State:
     """How an open file can be known again; `spans` are those that change, `file` is its number in them."""
-    status = os.fstat(descriptor)
-    return State(status.st_size, status.st_ino, witness(descriptor, status.st_size, spans, file))
+    size = os.fstat(descriptor).st_size
+    return State(size, witness(descriptor, size, spans, file))
 
 
 def digests(descriptors: Sequence[int], files: Sequence[Path], spans: Spans, rows: int) -> list[bytes]:
