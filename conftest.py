@@ -1,7 +1,13 @@
-"""What docstring examples may use without importing it."""
+"""What docstring examples may use without importing it, and a state directory for whatever a run notes there."""
+
+import os
+import tempfile
 
 import numpy as np
 import pytest
+
+_STATE = tempfile.TemporaryDirectory(prefix="paramend-state-")
+os.environ["XDG_STATE_HOME"] = _STATE.name  # programs that tests start have it too
 
 
 @pytest.fixture(autouse=True)

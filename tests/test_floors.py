@@ -59,6 +59,7 @@ FLOORS = [
     {"growth.init"},
     # surgeries on disk
     {"copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry", "pieces"},
+    {"claims"},
     {"computing", "journal", "torch_layouts"},
     {"streaming"},
     {"layouts", "windows", "replacing"},

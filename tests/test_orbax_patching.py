@@ -508,8 +508,8 @@ def test_what_was_exchanged_after_a_crash_is_not_put_back_blindly(copy):
     path = copy("ocdbt")
     before = content(path)
     pm.patch(path, lambda t: pm.at(t, "**/embed").zero())
-    record = path / ".undo" / "000001.done"
-    record.rename(record.with_suffix(".pending"))
+    with journal.Record(path / ".undo" / "000001.done") as record:
+        record.become_pending()
     manifest = (path / "manifest.ocdbt").read_bytes()
     (path / "manifest.ocdbt").write_bytes(b"new")
     with pytest.raises(BadCheckpoint, match=r"manifest\.ocdbt is not the one that was patched"):

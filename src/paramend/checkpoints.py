@@ -251,14 +251,15 @@ class Checkpoint(Editable):
 def open(path: str | os.PathLike[str]) -> Checkpoint:
     """A checkpoint, opened: its leaves are read when they are asked for.
 
-    A patch of it that was cut short is taken back first.
+    A patch of yours that was cut short is taken back first.
 
     Args:
         path: a file or a directory; its content shows what format it is of.
 
     Raises:
         CannotRead: there is no such file.
-        BadCheckpoint: it is damaged, or of no known format.
+        BadCheckpoint: it is damaged, of no known format, or an undo record that is not yours says that a patch was cut
+            short.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
@@ -420,6 +421,7 @@ def load(path: str | os.PathLike[str], kind: str = "numpy", *, nested: bool = Tr
         near = _text.closest(kind, _KINDS, limit=1)
         raise BadArgument(f"{kind!r} is no kind of arrays", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
     convert = _converter(kind)
+    recover(path)
     source = open_source(path)
     try:
         paths, separator = source.index.paths, source.index.separator

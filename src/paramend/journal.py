@@ -4,31 +4,33 @@ Where records live: beside a file `model.safetensors` in the folder `.model.safe
 folder, in `.undo` inside it. A record is one file whose name is its number and its state:
 
     000003.partial   being written; no byte of the checkpoint has changed because of it; may be thrown away
-    000003.pending   durable; bytes may have changed; whoever finds it (and the lock free) puts the old ones back
+    000003.pending   durable; bytes may have changed; the next program of its user puts the old ones back
     000003.done      the change is whole and durable; `undo` takes back the one with the highest number
 
 `.partial` becomes `.pending` and that `.done` by renaming, so each step is atomic. `undo` makes `.done` into `.pending`
 again before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held meanwhile.
+Before a record becomes pending, `paramend.claims` notes elsewhere by which digests its frames can be known: one without
+such a note is not believed when a checkpoint is opened, only when its user asks for it.
 
 The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
 
     4 bytes    kind: HEAD, FILE, SPAN or DONE
     8 bytes    length of the payload, unsigned
     payload
-    32 bytes   SHA-256 of kind, length and payload; of a SPAN, its old bytes count as their checksums
+    32 bytes   SHA-256 of kind, length and payload
 
     HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
            "files": [[path relative to the checkpoint's folder]]}
            With "whole": true the files were exchanged whole for others. SPANs are then all of a file, sizes are -1
            where there was none, and DONE, which comes before the record is pending, has one digest for each new file.
-    FILE   JSON: [{"size", "inode", "witness"}], one for each file, as it was when the frame was written; the last such
-           frame counts. The witness is the SHA-256 of samples of bytes that no span covers.
+    FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
+           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of files that were
+           exchanged whole the first has one, of the other files that could have been.
     SPAN   old bytes: a count (8 bytes), so many quadruples of signed 8-byte integers (row, file, start, stop), row -1
-           being what a format keeps true by itself, such as checksums; then the bytes start to stop of each. The
-           checksums of these are CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
+           being what a format keeps true by itself, such as checksums; then the bytes start to stop of each.
            It is durable before the first byte that it covers changes.
     DONE   last, but for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of the checksums of
-           its new bytes.
+           its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
 
 The first three, HEAD, FILE and SPAN, were whole before the record was pending, and DONE before it was done; what comes
 after these may be cut short and then does not count. Anything else that does not fit is damage: `BadCheckpoint`, and
@@ -52,6 +54,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from paramend import claims
 from paramend.copying import WriteBack
 from paramend.errors import BadCheckpoint, Busy, CannotRead
 from paramend.publishing import sync_folder
@@ -66,6 +69,8 @@ _NAME = re.compile(r"([0-9]{6,18})\.(partial|pending|done)")
 _FRAME = struct.Struct("<4sQ")
 _COUNT = struct.Struct("<Q")
 _DIGEST = 32
+# Of a file with more free bytes than the first, so many samples of so many bytes are its witness.
+_WITNESSED, _SAMPLES, _SAMPLE = 1 << 22, 128, 4096
 # HEAD and FILE frames are held in memory: no record of ours has larger ones.
 _MAX_TEXT = 1 << 30
 
@@ -90,9 +95,9 @@ def records(store: Path, *states: str) -> list[Path]:
     Raises:
         CannotRead: there is no permission to look.
     """
-    found = []
+    found: list[tuple[int, Path]] = []
     try:
-        for path in store.iterdir():
+        for path in () if store.is_symlink() else store.iterdir():  # no store of ours is a link
             match = _NAME.fullmatch(path.name)
             if match and match[2] in states:
                 found.append((int(match[1]), path))
@@ -145,12 +150,10 @@ class State:
 
     Attributes:
         size: in bytes.
-        inode: its number in its file system.
         witness: the digest of samples of bytes that stay.
     """
 
     size: int
-    inode: int
     witness: str
 
 
@@ -221,14 +224,19 @@ def witness(descriptor: int, size: int, spans: Spans, file: int) -> str:
     own = spans.table[spans.table[:, 1] == file]
     own = own[np.argsort(own[:, 2], kind="stable")]
     starts = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(own[:, 3])])
-    stops = np.concatenate([own[:, 2], np.full(1, size, np.int64)])
-    free = np.flatnonzero(stops > starts)
+    lengths = np.concatenate([own[:, 2], np.full(1, size, np.int64)]) - starts
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    ends = np.cumsum(lengths)
+    total = int(lengths.sum())
+    if total > _WITNESSED:  # windows evenly laid over what is free; the first holds the header
+        places = np.linspace(0, total - _SAMPLE, _SAMPLES).astype(np.int64)
+        gaps = np.searchsorted(ends, places, "right")
+        starts = starts[gaps] + places - (ends - lengths)[gaps]
+        lengths = np.minimum(_SAMPLE, ends[gaps] - places)
     digest = hashlib.sha256()
-    # The first gap holds the header; of the others a few, evenly chosen.
-    for gap in dict.fromkeys(free[np.linspace(0, len(free) - 1, 16).astype(int)].tolist() if len(free) else []):
-        start, stop = int(starts[gap]), int(stops[gap])
-        for at in sorted({start, (start + stop) // 2, max(start, stop - 4096)}):
-            digest.update(os.pread(descriptor, min(4096, stop - at), at))
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        for at in range(start, start + length, BUFFER):
+            digest.update(os.pread(descriptor, min(BUFFER, start + length - at), at))
     return digest.hexdigest()
 
 
@@ -287,6 +295,7 @@ class Writer:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, mode)
         self.nbytes = 0
+        self._digests: list[bytes] = []
         self._back = WriteBack(self._descriptor)
         self._put(MAGIC)
 
@@ -299,7 +308,8 @@ class Writer:
     def frame(self, kind: bytes, payload: bytes) -> None:
         """Adds a short frame."""
         framed = _FRAME.pack(kind, len(payload)) + payload
-        self._put(framed + hashlib.sha256(framed).digest())
+        self._put(framed)
+        self._end(hashlib.sha256(framed))
 
     def files(self, states: Sequence[State]) -> None:
         """Adds how the files are now."""
@@ -325,15 +335,17 @@ class Writer:
                 filled = 0
             piece = buffer[filled : filled + count]
             get_into(piece, descriptors[file], start, names[file])
-            digest.update(checksum(piece))
+            digest.update(piece)
             filled += count
             heard(count)
         self._put(buffer[:filled])
-        self._put(digest.digest())
+        self._end(digest)
 
     def become(self, state: str) -> None:
         """Makes all that was written durable, and then gives the record a name that says so."""
         self.sync()
+        if state == PENDING:
+            claims.seal(self.path.parent, _seal_text(self.path, self._digests))
         new = self.path.with_suffix(f".{state}")
         self.path.rename(new)
         self.path = new
@@ -343,14 +355,23 @@ class Writer:
         """Makes all that was written durable."""
         os.fsync(self._descriptor)
 
+    def _end(self, digest: "hashlib._Hash") -> None:
+        self._digests.append(digest.digest())
+        self._put(self._digests[-1])
+
     def _put(self, data: bytes | memoryview | bytearray) -> None:
         put(self._descriptor, data)
         self.nbytes += len(data)
         self._back.advance(len(data))
 
 
+def _seal_text(path: Path, digests: Sequence[bytes]) -> str:
+    """What a record can be known by: its number, and how many frames it has with which digests."""
+    return f"{int(path.stem)} {len(digests)} {hashlib.sha256(b''.join(digests)).hexdigest()}"
+
+
 def _states_text(states: Sequence[State]) -> bytes:
-    rows = [{"size": state.size, "inode": state.inode, "witness": state.witness} for state in states]
+    rows = [{"size": state.size, "witness": state.witness} for state in states]
     return json.dumps(rows, separators=(",", ":")).encode()
 
 
@@ -434,7 +455,7 @@ class Record:
             if frame.kind == b"FILE":
                 rows = self._json(frame)
                 try:
-                    found = tuple(State(int(row["size"]), int(row["inode"]), str(row["witness"])) for row in rows)
+                    found = tuple(State(int(row["size"]), str(row["witness"])) for row in rows)
                 except (TypeError, KeyError, ValueError):
                     raise self.damaged("what it says of the files makes no sense") from None
                 if len(found) == len(self.head.files):
@@ -467,8 +488,8 @@ class Record:
         digest = hashlib.sha256(get(self._descriptor, frame.start - _FRAME.size, _FRAME.size + _COUNT.size, self.path))
         digest.update(np.ascontiguousarray(self.spans.table).reshape(-1).view(np.uint8).data)
         for _, _, _, data in self.old_bytes():
-            digest.update(checksum(data))
-        if digest.digest() != get(self._descriptor, frame.stop - _DIGEST, _DIGEST, self.path):
+            digest.update(data)
+        if digest.digest() != self._digest_of(frame):
             raise self.damaged("the old bytes do not fit their checksums")
 
     def old_bytes(self) -> Iterator[tuple[int, int, int, memoryview]]:
@@ -506,7 +527,31 @@ class Record:
         finally:
             os.close(descriptor)
 
+    def become_pending(self) -> Path:
+        """Its new path: old bytes are about to be written, and whoever is cut short, another finishes."""
+        with Record(self.path) as noted:  # with what was added to it
+            claims.seal(self.path.parent, _seal_text(self.path, [noted._digest_of(frame) for frame in noted._frames]))
+        new = self.path.with_suffix(f".{PENDING}")
+        self.path.rename(new)
+        sync_folder(new.parent)
+        return new
+
+    def is_own(self) -> bool:
+        """Whether this user made it pending here, as it is, if `check` is content with its old bytes.
+
+        What was added to it since then does not count any more.
+        """
+        said = claims.read(self.path.parent) or ""
+        match = re.fullmatch(r"[0-9]+ ([0-9]{1,9}) [0-9a-f]{64}", said)
+        if match is None:
+            return False
+        self._frames = self._frames[: int(match[1])]
+        return said == _seal_text(self.path, [self._digest_of(frame) for frame in self._frames])
+
     # -- how
+
+    def _digest_of(self, frame: _Frame) -> bytes:
+        return bytes(get(self._descriptor, frame.stop - _DIGEST, _DIGEST, self.path))
 
     def _read_frames(self) -> list[_Frame]:
         head = os.pread(self._descriptor, len(MAGIC), 0)

@@ -79,6 +79,23 @@ def locked(path: Path, *, name: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody has a lock file locked. It is neither made nor changed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        take(descriptor, path)
+    except Busy:
+        return True
+    except (CannotWrite, OSError):
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _is_still(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())

@@ -1,8 +1,8 @@
 """The patching engine: a plan carried out in the file itself, with an undo record that is durable first.
 
 Only the bytes of what was chosen are written. The order is: lock; old bytes into a record, made durable; new bytes,
-made durable; the record marked done. What is cut short anywhere in between is put back as it was by whoever opens the
-checkpoint next. `paramend.journal` says what a record holds.
+made durable; the record marked done. What is cut short anywhere in between is put back as it was when its user opens
+the checkpoint next. `paramend.journal` says what a record holds.
 """
 
 import contextlib

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
+from paramend.formats.orbax_store import MANIFEST, may_change
 from paramend.journal import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, get_into, new_head, put
 from paramend.locks import ELSEWHERE, linked
 from paramend.publishing import sync_file, sync_folder
@@ -45,7 +46,8 @@ def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str
     rows = [(-1, n, 0, size) for n, size in enumerate(sizes) if size >= 0]
     spans = Spans(np.array(rows, np.int64).reshape(-1, 4))
     writer.frame(b"HEAD", new_head(edits, names, whole=True).to_bytes())
-    writer.files([State(size, 0, "") for size in sizes])
+    seen = witness_of_rest(base, names)
+    writer.files([State(size, "" if n else seen) for n, size in enumerate(sizes)])
     with contextlib.closing(_OneOpen(files)) as descriptors:
         writer.spans(spans, descriptors, files, lambda count: None)
     writer.frame(b"DONE", b"".join(_digest_of(staged / name) for name in names))
@@ -94,10 +96,10 @@ def check_replaceable(base: Path, file: Path) -> None:
 
 def check_new(base: Path, record: Record) -> list[str]:
     """The names of the files of a record that do not hold what the patch put there any more."""
-    _check_inside(base, record)
-    return [
-        name for name, digest in zip(record.head.files, record.after, strict=True) if _digest_of(base / name) != digest
-    ]
+    names = record.head.files
+    _check_places(base, names)
+    differ = [name for name, digest in zip(names, record.after, strict=True) if _digest_of(base / name) != digest]
+    return differ or ([] if _rest_is_same(base, record) else ["what the patch left alone"])
 
 
 def put_files_back(base: Path, record: Record, *, force: bool = False) -> bool:
@@ -106,10 +108,13 @@ def put_files_back(base: Path, record: Record, *, force: bool = False) -> bool:
     Raises:
         BadCheckpoint: a file holds neither what was there nor what was put there, and force was not asked for.
     """
-    _check_inside(base, record)
     names = record.head.files
+    _check_places(base, names)
     new, old, now = record.after, _old_digests(record), [_digest_of(base / name) for name in names]
     strange = [name for n, name in enumerate(names) if now[n] not in (new[n], old[n])]
+    wanted = {n for n in range(len(names)) if now[n] != old[n]}
+    if wanted and not strange and not _rest_is_same(base, record):
+        strange = ["the checkpoint"]
     if strange and not force:
         raise BadCheckpoint(
             f"{base}: a patch of it was cut short, and {strange[0]} is not the one that was patched: it was exchanged "
@@ -117,23 +122,19 @@ def put_files_back(base: Path, record: Record, *, force: bool = False) -> bool:
             hint=f"paramend undo {base} --force puts the old bytes back, "
             f"paramend undo {base} --drop forgets them (right for files that came anew)",
         )
-    wanted = {n for n in range(len(names)) if now[n] != old[n]}
     scratch = record.path.with_suffix(f".{BACK}")
     for n, pieces in groupby(record.old_bytes(), key=lambda piece: piece[1]):
         if n in wanted:
             _write_file(scratch, (data for _, _, _, data in pieces))
-            _take_place(scratch, base / names[n])
+            _take_place(scratch, base, names[n])
     for n in sorted(wanted):
         if not record.states[n].size:
             _write_file(scratch, ())
-            _take_place(scratch, base / names[n])
+            _take_place(scratch, base, names[n])
     # Only now: what is still there of the old state never needed these.
     for n in sorted(wanted):
         if record.states[n].size < 0:
-            (base / names[n]).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a folder that holds others
-                if (base / names[n]).parent != base:
-                    (base / names[n]).parent.rmdir()
+            _take_away(base, names[n])
     _sync_folders(base, [base / name for name in names])
     return bool(wanted)
 
@@ -215,11 +216,42 @@ def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
         os.close(descriptor)
 
 
-def _take_place(file: Path, target: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        file.chmod(stat.S_IMODE(target.lstat().st_mode))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    file.rename(target)
+def _take_place(file: Path, base: Path, name: str) -> None:
+    with _folder_of(base, name, make=True) as (folder, last):
+        with contextlib.suppress(FileNotFoundError):
+            file.chmod(stat.S_IMODE(os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode))
+        os.rename(file, last, dst_dir_fd=folder)
+
+
+def _take_away(base: Path, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError), _folder_of(base, name) as (folder, last):
+        os.unlink(last, dir_fd=folder)
+    above, _, _ = name.rpartition("/")
+    if above:
+        with contextlib.suppress(OSError), _folder_of(base, above) as (folder, last):
+            os.rmdir(last, dir_fd=folder)  # refused of one that holds others
+
+
+@contextlib.contextmanager
+def _folder_of(base: Path, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+    """(descriptor of the folder that a file of a checkpoint lies in, the last part of its name).
+
+    It is reached part by part, so that no link leads out of the checkpoint, whoever puts one there at whatever moment.
+    """
+    *above, last = name.split("/")
+    descriptor = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in above:
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=descriptor)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            inner = os.open(part, flags, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor, last
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folders(base: Path, files: Sequence[Path]) -> None:
@@ -232,14 +264,39 @@ def _sync_folders(base: Path, files: Sequence[Path]) -> None:
             sync_folder(folder)
 
 
-def _check_inside(base: Path, record: Record) -> None:
-    """Names in a record may be anything: none may lead out of the checkpoint through a link."""
-    for name in record.head.files:
-        folder = (base / name).parent
-        while folder != base:
-            if folder.is_symlink():
-                raise linked(folder)
-            folder = folder.parent
+def _check_places(base: Path, names: Sequence[str]) -> None:
+    for name in names:
+        check_replaceable(base, base / name)
+
+
+def witness_of_rest(base: Path, names: Sequence[str]) -> str:
+    """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes.
+
+    Args:
+        base: the folder of the checkpoint.
+        names: the files that the patch exchanges. Of a database, whose manifest is no other's, they say it all.
+    """
+    if MANIFEST in names:
+        return ""
+    mine, rest = set(names), []
+    for folder, _, inside in os.walk(base):
+        for file in inside:
+            name = Path(folder, file).relative_to(base).as_posix()
+            if name not in mine and may_change(base, name):
+                rest.append(name)
+    rest.sort()
+    digest = hashlib.sha256()
+    for name in rest:
+        digest.update(f"{name}\0{(base / name).lstat().st_size}\0".encode("utf-8", "surrogateescape"))
+    for n in dict.fromkeys(np.linspace(0, len(rest) - 1, 128).astype(int).tolist() if rest else []):
+        for piece in _pieces(base / rest[n]):
+            digest.update(piece)
+            break
+    return digest.hexdigest()
+
+
+def _rest_is_same(base: Path, record: Record) -> bool:
+    return witness_of_rest(base, record.head.files) == record.states[0].witness
 
 
 def check_still(base: Path, stats: dict[Path, os.stat_result]) -> None:

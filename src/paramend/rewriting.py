@@ -35,6 +35,7 @@ from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason, sync_file
 from paramend.replacing import check_still
 from paramend.streaming import data
+from paramend.undoing import retiring
 
 Array = np.ndarray[Any, Any]
 
@@ -217,7 +218,8 @@ def write(
     run = _Run(made, progress, layout, note)
     names: tuple[str, ...] = ()
     try:
-        with published(out, force=force, mode=None if layout.folder else layout.files[0].mode) as temporary:
+        mode = None if layout.folder else layout.files[0].mode
+        with retiring(out), published(out, force=force, mode=mode) as temporary:
             if layout.format.folder:
                 run.fill(temporary / layout.tree)
             for file in layout.files:

@@ -2,17 +2,19 @@
 
 import contextlib
 import hashlib
-import importlib
 import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paramend import _text
+from paramend import _text, claims
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
-from paramend.formats.registry import home_of
+from paramend.formats.orbax_store import may_change
+from paramend.formats.registry import home_of, is_tree, weight_files
 from paramend.journal import (
     BUFFER,
     DONE,
@@ -30,7 +32,7 @@ from paramend.journal import (
     store_of,
     witness,
 )
-from paramend.locks import ELSEWHERE, explained, linked, locked, opened, reason
+from paramend.locks import ELSEWHERE, explained, is_held, linked, locked, opened, reason
 from paramend.progress import Meter, Progress
 from paramend.publishing import sync_folder
 from paramend.replacing import BACK, STAGED, check_new, put_files_back
@@ -142,7 +144,8 @@ def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progres
         progress: called with an `Event` as bytes are written.
 
     Raises:
-        CannotWrite: there is nothing to take back, or the file was changed since; the message names what differs.
+        CannotWrite: there is nothing to take back, or the file was changed or exchanged since; the message names what
+            differs.
         BadCheckpoint: the undo record is damaged. Nothing was written.
 
     >>> import tempfile
@@ -207,10 +210,12 @@ def history(path: str | os.PathLike[str]) -> list[HistoryRow]:
 def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
     """The patches that had been cut short, now taken back; usually none. Whatever opens a checkpoint calls this first.
 
-    A patch that is still being made by another program is left alone.
+    Only this user's own patches on this machine are taken back unasked: anyone can lay a record beside a file. A patch
+    that is still being made by another program is left alone.
 
     Raises:
-        BadCheckpoint: an undo record is damaged, or the file was exchanged since. Nothing was written.
+        BadCheckpoint: an undo record is damaged or not this user's own, or the file was exchanged since. Nothing was
+            written.
         CannotWrite: the old bytes cannot be put back, for want of permission for example.
     """
     base = base_of(Path(path))
@@ -220,15 +225,25 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
     except PermissionError:  # who may not look cannot read either, and hears of it then
         return rows
     for each, store in found:
-        if not records(store, PENDING):
-            if records(store, PARTIAL) or _leftovers(store):  # they take room, and do no harm
-                with contextlib.suppress(CannotWrite), explained(each), locked(lock_of(store), name=each):
-                    _tidy(store)
+        pending = records(store, PENDING)
+        if claims.read(store) is None:
+            if pending and not is_held(lock_of(store)) and records(store, PENDING):
+                raise _not_own(each, pending[0])
             continue
-        with contextlib.suppress(Busy), explained(each), locked(lock_of(store), name=each):
+        # What was left half written takes room and does no harm: that it cannot be removed is no reason to stop.
+        quiet = () if pending else (CannotWrite,)
+        with contextlib.suppress(Busy, *quiet), explained(each), locked(lock_of(store), name=each):
             rows += _recover_held(each, store)
-            _tidy(store)
+            _close(store)
     return rows
+
+
+def _not_own(base: Path, record: Path) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{base}: {record} says that a patch was cut short, and it is not known as a patch that you made here: it may "
+        "have come with the files, or from somebody else; nothing was written",
+        hint=f"paramend undo {base} puts the bytes that it holds back, paramend undo {base} --drop forgets it",
+    )
 
 
 def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Path]:
@@ -281,8 +296,8 @@ def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | 
         with explained(base):
             _undo_files(base, record, force=force)
         return
-    with explained(base), opened(_paths(base, record), links=False) as descriptors:
-        spans, files = record.spans, _paths(base, record)
+    files, spans = _paths(base, record), record.spans
+    with explained(base), opened(files) as descriptors:
         now = [state_of(descriptor, spans, n) for n, descriptor in enumerate(descriptors)]
         _check_sizes(base, record, now)
         if not force:
@@ -291,11 +306,16 @@ def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | 
             if differ:
                 rows = [record.head.rows[n][0] for n in differ if n < len(record.head.rows)]
                 raise _changed_since(base, record, rows or ["its checksums"])
-        # From here on the record says: put the old bytes back. Whoever is cut short, another finishes.
+            others = [name for name, one, then in _by_file(record, now) if one.witness != then.witness]
+            if others:
+                raise CannotWrite(
+                    f"{base}: {_text.listing(others)} is not the file of patch {record.number}: bytes that the patch "
+                    "left alone are others now; nothing was written",
+                    hint=f"paramend undo {base} --force puts the bytes from before the patch there all the same, "
+                    f"paramend undo {base} --drop forgets them",
+                )
         record.note(now)
-        record.path.rename(record.path.with_suffix(f".{PENDING}"))
-        sync_folder(record.path.parent)
-        with Record(record.path.with_suffix(f".{PENDING}")) as pending:
+        with Record(record.become_pending()) as pending:
             try:
                 _write_old(base, descriptors, pending, progress)
             except KeyboardInterrupt:
@@ -306,12 +326,11 @@ def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | 
 
 
 def _undo_files(base: Path, record: Record, *, force: bool) -> None:
-    differ = [] if force else check_new(base, record)
-    if differ:
+    _check_names(base, record)
+    differ = check_new(base, record)
+    if differ and not force:
         raise _changed_since(base, record, differ)
-    record.path.rename(record.path.with_suffix(f".{PENDING}"))
-    sync_folder(record.path.parent)
-    with Record(record.path.with_suffix(f".{PENDING}")) as pending:
+    with Record(record.become_pending()) as pending:
         put_files_back(base, pending, force=force)
         _forget(pending)
 
@@ -324,10 +343,14 @@ def _changed_since(base: Path, record: Record, what: Sequence[str]) -> CannotWri
 
 
 def _recover_held(base: Path, store: Path) -> list[HistoryRow]:
-    """Rolls back what was cut short; the lock is held."""
+    """Rolls back what was cut short of this user's own; the lock is held."""
     rows = []
     for found in records(store, PENDING):
+        if claims.read(store) is None:
+            raise _not_own(base, found)
         with Record(found) as record:
+            if not record.is_own():
+                raise _not_own(base, found)
             row = _row_of(record)
             if _roll_back(base, record):
                 rows.append(row)
@@ -353,26 +376,28 @@ def put_back(
         progress: called with an `Event` as bytes are written.
     """
     record.check()
+    if not own:
+        _check_names(base, record)
     if record.head.whole:
         changed = put_files_back(base, record, force=force)
         _forget(record)
         return changed
-    files = _paths(base, record)
+    files = [_folder(base) / name for name in record.head.files]
     if own:
         with opened(files, links=True, lock=False) as descriptors:
             _write_old(base, descriptors, record, progress)
         _forget(record)
         return True
-    with opened(files, links=True) as descriptors:
+    with opened(files) as descriptors:
         now = [state_of(descriptor, record.spans, n) for n, descriptor in enumerate(descriptors)]
         _check_sizes(base, record, now)
-        same = all(a == b for a, b in zip(now, record.states, strict=True))
+        same = all(one.witness == then.witness for _, one, then in _by_file(record, now))
         changed = not _holds_old(descriptors, files, record)
         if changed and not same and not force:
             raise BadCheckpoint(
-                f"{base}: a patch of it was cut short, and the file is not the one that was patched: it was copied or "
-                "exchanged since; nothing was written",
-                hint=f"paramend undo {base} --force puts the old bytes back (right for a copy), "
+                f"{base}: a patch of it was cut short, and the file is not the one that was patched: it was exchanged "
+                "since; nothing was written",
+                hint=f"paramend undo {base} --force puts the old bytes back, "
                 f"paramend undo {base} --drop forgets them (right for a file that came anew)",
             )
         if changed:
@@ -410,13 +435,18 @@ def _forget(record: Record) -> None:
 
 
 def _check_sizes(base: Path, record: Record, now: Sequence[State]) -> None:
-    for name, state, then in zip(record.head.files, now, record.states, strict=True):
+    for name, state, then in _by_file(record, now):
         if state.size != then.size:
             raise BadCheckpoint(
                 f"{base}: {name} has {state.size:,} bytes, and {then.size:,} when it was patched: it is another file; "
                 "nothing was written",
                 hint=f"paramend undo {base} --drop forgets the undo records",
             )
+
+
+def _by_file(record: Record, now: Sequence[State]) -> Iterator[tuple[str, State, State]]:
+    """(name, how it is now, how it was) of each file."""
+    return zip(record.head.files, now, record.states, strict=True)
 
 
 # ---- files and folders -------------------------------------------------------------------------------------
@@ -446,10 +476,23 @@ def name_in(base: Path, file: Path) -> str:
 
 
 def _paths(base: Path, record: Record) -> list[Path]:
-    folder = _folder(base)
-    if not base.is_dir() and any(name != base.name for name in record.head.files):
-        raise record.damaged(f"it is about {_text.listing(record.head.files)}, not about {base.name}")
-    return [folder / name for name in record.head.files]
+    """The files of a record, each one that a patch of the checkpoint can write."""
+    _check_names(base, record)
+    return [_folder(base) / name for name in record.head.files]
+
+
+def _check_names(base: Path, record: Record) -> None:
+    """Refuses a record about files that no patch of the checkpoint writes: it can say anything."""
+    names = record.head.files
+    if is_tree(base):
+        own = {name for name in names if record.head.whole and may_change(base, name)}
+    elif record.head.whole:
+        own = set()
+    else:
+        own = weight_files(base) if base.is_dir() else {base.name}
+    others = [name for name in names if name not in own]
+    if others:
+        raise record.damaged(f"it is about {_text.listing(others)}, and no patch of {base.name} writes there")
 
 
 def _related(base: Path) -> list[Path]:
@@ -457,7 +500,8 @@ def _related(base: Path) -> list[Path]:
     if base.is_dir():
         with contextlib.suppress(OSError):
             stores = [path.name for path in base.iterdir() if path.name.startswith(".") and path.suffix == ".undo"]
-            return [base / name[1:-5] for name in sorted(stores) if len(name) > 6]
+            found = [base / name[1:-5] for name in sorted(stores) if len(name) > 6]
+            return [path for path in found if not path.is_dir()]  # nor "..": only files have their records beside them
         return []
     # Only a folder has its records inside, so there is no need to look at what kind of thing the parent is.
     return [base.parent] if (base.parent / ".undo").is_dir() else []
@@ -496,13 +540,14 @@ def writing(base: Path, *, recovers: bool = True) -> Iterator[Path]:
             sync_folder(store.parent)
         lock = locked(lock_of(store), name=base)
         with lock:
+            claims.begin(store)
             try:
                 if recovers:
                     _recover_related(base)
                     _recover_held(base, store)
                 yield store
             finally:
-                _tidy(store)
+                _close(store)
 
 
 def _recover_related(base: Path) -> None:
@@ -511,7 +556,7 @@ def _recover_related(base: Path) -> None:
         if records(recover_one, PENDING):
             with locked(lock_of(recover_one), name=each):
                 _recover_held(each, recover_one)
-                _tidy(recover_one)
+                _close(recover_one)
 
 
 def check_nothing_pending(base: Path) -> None:
@@ -521,27 +566,81 @@ def check_nothing_pending(base: Path) -> None:
             raise Busy(f"{each}: a patch of it was cut short just now; nothing was changed", hint="try again")
 
 
-def _tidy(store: Path) -> None:
+@contextlib.contextmanager
+def retiring(out: Path) -> Iterator[None]:
+    """While it lasts a checkpoint gets its name, and when it ends without an error the records of what had it are gone.
+
+    Raises:
+        Busy: that is being patched.
+    """
+    base = base_of(out)
+    stores = [store_of(base)] if base.is_dir() else [store_of(base), store_of(base.parent)]
+    with contextlib.ExitStack() as stack:
+        held = []
+        for store in stores:
+            if not store.is_symlink() and store.is_dir():
+                try:
+                    stack.enter_context(locked(lock_of(store), name=out))
+                except Busy:
+                    raise
+                except OSError:  # records of somebody else
+                    continue
+                held.append(store)
+        yield
+        for store in held:
+            with contextlib.suppress(OSError):
+                _retire(store, None if store == store_of(base) else out.name)
+                _close(store)
+
+
+def _retire(store: Path, name: str | None) -> None:
+    """Forgets all records, or those of a folder that are about a file of this name."""
+    for found in records(store, DONE) if name else records(store, PENDING, DONE):
+        if name:
+            try:
+                with Record(found) as record:
+                    if name not in record.head.files:
+                        continue
+            except ParamendError:
+                continue
+        found.unlink()
+
+
+def _close(store: Path) -> None:
     """Removes what a killed program left half written, and the folder if it is empty; the lock is held."""
+    if not records(store, PENDING):
+        claims.end(store)
     with contextlib.suppress(OSError):
-        for path in records(store, PARTIAL):
-            path.unlink()
-        for path in _leftovers(store):
-            if path.is_dir() and not path.is_symlink():
-                shutil = importlib.import_module("shutil")  # slow to import, and rarely needed
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        if {path.name for path in store.iterdir()} <= {"lock"}:
-            lock_of(store).unlink(missing_ok=True)
-            store.rmdir()
+        folder = os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in filter(_LEFT.fullmatch, _names(folder)):
+                _remove(folder, name)
+            if set(_names(folder)) <= {"lock"}:
+                lock_of(store).unlink(missing_ok=True)
+                store.rmdir()
+        finally:
+            os.close(folder)
 
 
-def _leftovers(store: Path) -> list[Path]:
-    """New files that were never exchanged for old ones, and old ones that were put back in part."""
-    with contextlib.suppress(OSError):
-        return [path for path in store.iterdir() if path.suffix in (f".{STAGED}", f".{BACK}") and path.stem.isdigit()]
-    return []
+def _names(folder: int) -> list[str]:
+    with os.scandir(folder) as inside:
+        return [entry.name for entry in inside]
+
+
+# Records that were begun, new files that were never exchanged for old ones, and old ones that were put back in part.
+_LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
+
+
+def _remove(folder: int, name: str) -> None:
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if status.st_uid != os.geteuid():
+        return
+    if stat.S_ISDIR(status.st_mode):
+        import shutil  # slow to import, and rarely needed
+
+        shutil.rmtree(name, dir_fd=folder)
+    else:
+        os.unlink(name, dir_fd=folder)
 
 
 def _row_of(record: Record) -> HistoryRow:
@@ -559,8 +658,8 @@ def _row_of(record: Record) -> HistoryRow:
 
 def state_of(descriptor: int, spans: Spans, file: int) -> State:
     """How an open file can be known again; `spans` are those that change, `file` is its number in them."""
-    status = os.fstat(descriptor)
-    return State(status.st_size, status.st_ino, witness(descriptor, status.st_size, spans, file))
+    size = os.fstat(descriptor).st_size
+    return State(size, witness(descriptor, size, spans, file))
 
 
 def digests(descriptors: Sequence[int], files: Sequence[Path], spans: Spans, rows: int) -> list[bytes]:

@@ -25,8 +25,9 @@ from paramend.undoing import undo as take_back
 def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) -> None:
     """Take back the last edit that was made in place.
 
-    Edits stack: each call takes back one more. An edit that was cut short is taken back by itself. After --drop the
-    checkpoint stays as it is, and what was forgotten cannot be taken back any more.
+    Edits stack: each call takes back one more. An edit of yours that was cut short is taken back by itself. One that
+    somebody else made, or that came with the files, is taken back by this command alone. After --drop the checkpoint
+    stays as it is, and what was forgotten cannot be taken back any more.
 
     Exit status: 0 done; 2 there is nothing to take back, the checkpoint was changed since, or a record is damaged.
     """

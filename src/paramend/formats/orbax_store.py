@@ -5,6 +5,7 @@ tensorstore is imported when the first array is asked for.
 """
 
 import math
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Sequence
@@ -161,6 +162,30 @@ class Store:
         if len(chunks) != len(shape) or not all(chunks):
             raise bad(file, place, f"chunks of shape {chunks} do not make an array of shape {shape}")
         return Entry(Spec(shape, _dtype(dtype)), chunks, text)
+
+
+# Chunks below the folder of an array, as the drivers of zarr 2 and 3 name them, and what a database consists of.
+_CHUNK = re.compile(r"([0-9]+|c)([./][0-9]+)*")
+_OF_DATABASE = re.compile(r"manifest\.[0-9a-z]+|d/[0-9a-z-]+")
+
+
+def may_change(folder: Path, name: str) -> bool:
+    """Whether a file of a store, by its name relative to the folder, is one that a change of values exchanges.
+
+    >>> folder = Path("state")
+    >>> may_change(folder, "manifest.ocdbt"), may_change(folder, "d/12ab-34cd"), may_change(folder, "_METADATA")
+    (True, True, False)
+    """
+    if _OF_DATABASE.fullmatch(name):
+        return True
+    parts = name.split("/")
+    return any(
+        _CHUNK.fullmatch("/".join(parts[n:])) and _is_array(folder.joinpath(*parts[:n])) for n in range(1, len(parts))
+    )
+
+
+def _is_array(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (".zarray", "zarr.json"))
 
 
 class Stage:

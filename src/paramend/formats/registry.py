@@ -12,7 +12,7 @@ from typing import Any
 from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import near
-from paramend.formats.index import SUFFIX
+from paramend.formats.index import SUFFIX, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
 
@@ -232,6 +232,12 @@ def format_of(source: Any) -> Format | None:
     return next((row for row in FORMATS if row.module == type(first).__module__), None)
 
 
+def is_tree(path: Path) -> bool:
+    """Whether a path is a directory of a format that is one of its own, such as Orbax."""
+    row = find_format(path, b"") if path.is_dir() else None
+    return row is not None and row.folder
+
+
 def home_of(path: Path) -> Path:
     """The file or folder that stands for a checkpoint, whichever way it was named: of Orbax, that of the tree."""
     if not path.is_dir():
@@ -244,6 +250,24 @@ def home_of(path: Path) -> Path:
         return path
     found: Path = row._load().home(path)
     return found
+
+
+def weight_files(folder: Path) -> set[str]:
+    """The names of the files in a directory that opening it, or an index in it, reads as weights.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("a.safetensors", "b.safetensors", "notes.txt"):
+    ...     (folder / name).touch()
+    >>> sorted(weight_files(folder))
+    ['a.safetensors', 'b.safetensors']
+    """
+    names = sorted(entry.name for entry in os.scandir(folder))
+    indexes = [name for name in names if name.endswith(SUFFIX)]
+    if indexes:
+        return {file for name in indexes for file in read_index(folder / name).files}
+    found = {name for name in names if _holds_weights(name)}
+    return found or set(filter(_is_weights(folder), names))
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

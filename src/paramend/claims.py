@@ -1,0 +1,82 @@
+"""Claims: which undo records are this user's own, noted in the user's state directory while a patch is being made.
+
+Records lie beside the files that they are about, and anyone can put one there: it may come with a download, or from
+another user of a shared folder. So what a record says is carried out unasked only if a note outside of that folder
+vouches for it: a file in `$XDG_STATE_HOME/paramend/patches` (`~/.local/state` where that is not set), named after the
+place of the records and holding the digest of the one record that is pending. It is there from before the first byte
+changes until the patch is whole or taken back, so a record cannot be used again later, elsewhere or altered.
+
+Without such a directory everything works, but nothing is taken back unasked.
+"""
+
+import contextlib
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from paramend.publishing import sync_folder
+
+_LONGEST = 200
+
+
+def begin(store: Path) -> None:
+    """Notes that this user is writing into a folder of records. A note that is there already stays."""
+    with contextlib.suppress(OSError):  # without a note a record waits until it is asked for
+        path = _note(store)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+
+def seal(store: Path, record: str) -> None:
+    """Notes which record is about to become pending, durably.
+
+    Args:
+        store: the folder of records.
+        record: what it can be known by.
+    """
+    begin(store)
+    with contextlib.suppress(OSError):
+        path = _note(store)
+        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.write(descriptor, record.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_folder(path.parent)
+
+
+def read(store: Path) -> str | None:
+    """What was noted of a folder of records, "" if only that writing began; None if this user writes nothing there.
+
+    >>> import tempfile
+    >>> store = Path(tempfile.mkdtemp())
+    >>> read(store), seal(store, "1 300 abc"), read(store), end(store), read(store)
+    (None, None, '1 300 abc', None, None)
+    """
+    with contextlib.suppress(OSError):
+        path = _note(store)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+            return os.read(descriptor, _LONGEST).decode("ascii", "replace") if mine else None
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def end(store: Path) -> None:
+    """Removes the note: nothing of this user's is pending there."""
+    with contextlib.suppress(OSError):
+        _note(store).unlink()
+
+
+def _note(store: Path) -> Path:
+    said = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        state = said if said.is_absolute() else Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from None
+    return state / "paramend" / "patches" / hashlib.sha256(os.fsencode(os.path.realpath(store))).hexdigest()
