@@ -1,4 +1,7 @@
-"""Every fenced python block of the documents runs, page by page. What docs/cli.md shows, tests/test_cli.py runs."""
+"""Every fenced python block of the documents runs, page by page, and every link leads somewhere.
+
+What docs/cli.md shows, tests/test_cli.py runs.
+"""
 
 import re
 from pathlib import Path
@@ -7,6 +10,7 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+LINKING = [*PAGES, TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", TOP / "bench" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -23,3 +27,21 @@ def test_every_page_is_reachable_from_the_readme():
     readme = (TOP / "README.md").read_text()
     for page in PAGES[1:]:
         assert f"docs/{page.name}" in readme, f"README.md does not link docs/{page.name}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = FENCE.sub("", page.read_text())
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(TOP)))
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links {link}"
