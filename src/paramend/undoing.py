@@ -13,6 +13,7 @@ from typing import Any
 from paramend import _text
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
 from paramend.formats.registry import home_of
+from paramend.io import get, get_into, put
 from paramend.journal import (
     BUFFER,
     DONE,
@@ -22,10 +23,7 @@ from paramend.journal import (
     Spans,
     State,
     checksum,
-    get,
-    get_into,
     lock_of,
-    put,
     records,
     store_of,
     witness,

@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead
+from paramend.io import get, get_into
 from paramend.leaves import Index, entries
 
-_STEP = 1 << 26  # some systems read no more than 2 GB at once
+_SMALL = 1 << 20
 
 
 class OpenFile:
@@ -66,12 +67,10 @@ class OpenFile:
         Raises:
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        piece = os.pread(self.fileno(), min(nbytes, _STEP), start)
+        piece = os.pread(self.fileno(), min(nbytes, _SMALL), start)
         if len(piece) == nbytes:  # nearly always
             return piece
-        buffer = bytearray(nbytes)
-        self.read_into(memoryview(buffer), start)
-        return bytes(buffer)
+        return bytes(get(self.fileno(), start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
         """Fills a view of bytes.
@@ -79,12 +78,7 @@ class OpenFile:
         Raises:
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        at = 0
-        while at < len(view):
-            count = os.preadv(self.fileno(), [view[at : at + _STEP]], start + at)
-            if not count:
-                raise BadCheckpoint(f"{self.path}: the file became shorter while it was being read")
-            at += count
+        get_into(view, self.fileno(), start, self.path)
 
     @cached_property
     def map(self) -> mmap.mmap:

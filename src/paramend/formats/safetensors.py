@@ -21,6 +21,7 @@ from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.source import Extent
+from paramend.io import get, get_into
 from paramend.leaves import Index, entries, separator_of
 from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 
@@ -483,13 +484,7 @@ class SafetensorsFile:
         dtype = numpy_dtype(self.spec(number).dtype)
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         offset = self.header.nbytes + self.header.entries[number].start + start * dtype.itemsize
-        descriptor = self.fileno()
-        view, at = buffer.data, 0
-        while at < len(buffer):
-            count = os.preadv(descriptor, [view[at:]], offset + at)
-            if not count:
-                raise shrunk(self.path)
-            at += count
+        get_into(buffer.data, self.fileno(), offset, self.path)
         return buffer.view(dtype)
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
@@ -518,11 +513,6 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return os.path.samestat(one, other) and (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
 
-def shrunk(path: Path) -> BadCheckpoint:
-    """The error for a file that lost bytes while it was being read."""
-    return BadCheckpoint(f"{path}: data: the file became shorter while it was being read")
-
-
 def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
     size = status.st_size
     head = os.pread(descriptor, 64, 0)
@@ -545,10 +535,5 @@ def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
             f"the header is said to be {length:,} bytes long, and {size - 8:,} bytes follow",
             hint="copy or download it again, if it is a safetensors file",
         )
-    raw = bytearray()
-    while len(raw) < length:
-        piece = os.pread(descriptor, length - len(raw), 8 + len(raw))
-        if not piece:
-            raise bad(file, "header", "the file became shorter while it was being read")
-        raw += piece
+    raw = get(descriptor, 8, length, Path(file))
     return parse_header(bytes(raw), size - 8 - length, file=file)
