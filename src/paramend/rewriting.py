@@ -21,8 +21,8 @@ from paramend.changing import work_of
 from paramend.chunking import laid_flat, restage
 from paramend.copying import WINDOW, Copier, WriteBack
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
+from paramend.formats.files import same_file
 from paramend.formats.registry import find_format, home_of
-from paramend.formats.safetensors import same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item

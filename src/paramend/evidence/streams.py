@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
-from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import open_regular
-from paramend.formats.safetensors import same_file
+from paramend.errors import Unsupported
+from paramend.formats.files import changed, open_regular, same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.io import get_into
@@ -187,4 +186,4 @@ class Desk:
 
 def _check(path: Path, now: os.stat_result, before: os.stat_result) -> None:
     if not same_file(now, before):
-        raise BadCheckpoint(f"{path}: another program changed it since it was opened", hint="open the checkpoint again")
+        raise changed(path)
