@@ -1,6 +1,7 @@
 """Which format a path is of, and what is said of paths that are of none; directories read strictly."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import paramend as pm
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError, Unsupported
 from paramend.formats import registry
 from paramend.formats.index import read_index
@@ -45,9 +47,127 @@ def test_a_format_is_told_by_content_not_by_suffix(tmp_path):
         assert find_format(tmp_path / name, head).name == wanted
 
 
+LONG = "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"
+ARRAY = np.arange(2, dtype="float32")
+
+
+def npy(array=ARRAY):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def zipped(path, records, method=zipfile.ZIP_STORED):
+    """A zip file of records; one that is a `ZipInfo` may have extra fields, one that is text is written as it comes."""
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, data in records:
+            file.writestr(name, data, method)
+    return path
+
+
+def described(name, extra):
+    info = zipfile.ZipInfo(name)
+    info.extra = extra
+    return info
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [(f"{LONG}.npy", npy())],
+        [(f"{'x' * length}.npy", npy()) for length in range(20, 40)],
+        [("archive/data.pkl.npy", npy())],
+        [("x/data.pkl/y.npy", npy())],
+        [("readme.txt", b"hello"), ("w.npy", npy())],
+        [("x/data.pkl", b"hello"), ("w.npy", npy())],
+        [("größe/κ/核.npy", npy()), ("b.npy", npy())],
+        [(described("w.npy", b"FB\x08\0" + bytes(8)), npy()), ("v.npy", npy())],
+    ],
+    ids=["long name", "every length", "data.pkl", "folder data.pkl", "text first", "pickle first", "letters", "extra"],
+)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("name", ["w.npz", "w", "w.pt", "w.safetensors"])
+def test_whatever_numpy_reads_is_npz(tmp_path, records, method, name):
+    path = zipped(tmp_path / name, records, method)
+    with np.load(path) as theirs, open_source(path) as ours:
+        assert format_of(ours).name == "npz"
+        arrays = {key: theirs[key] for key in theirs.files if key + ".npy" in theirs.zip.namelist()}
+        found = {ours.index.name(number): ours.read(number) for number in ours.index.numbers}
+    assert found.keys() == arrays.keys() and all((found[key] == arrays[key]).all() for key in arrays)
+
+
+def test_a_long_name_saved_by_numpy_and_by_us(tmp_path):
+    np.savez(tmp_path / "theirs.npz", **{LONG: ARRAY})
+    np.savez_compressed(tmp_path / "packed.npz", **{LONG: ARRAY})
+    pm.save({LONG: ARRAY}, tmp_path / "ours.npz")
+    for path in tmp_path.iterdir():
+        assert pm.load(path, nested=False)[LONG].tolist() == np.load(path)[LONG].tolist() == [0, 1]
+
+
+def test_zip64_npz(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    zipped(tmp_path / "w", [(f"{LONG}.npy", npy())])
+    assert format_of(open_source(tmp_path / "w")).name == "npz"
+    assert np.load(tmp_path / "w")[LONG].tolist() == [0, 1]
+
+
+def test_an_empty_npz(tmp_path):
+    np.savez(tmp_path / "e.npz")
+    assert np.load(tmp_path / "e.npz").files == []
+    opened = open_source(tmp_path / "e.npz")
+    assert format_of(opened).name == "npz" and not opened.index.numbers
+
+
+@pytest.mark.parametrize("name", [f"{LONG.replace('/', '_')}.pt", "größe 核.pt", "x.npz", "x.safetensors", "x"])
+def test_whatever_torch_saves_is_torch(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    state = {"w": torch.ones(2)}
+    torch.save(state, tmp_path / name)
+    with zipfile.ZipFile(tmp_path / name) as old:
+        records = [(record, old.read(record)) for record in reversed(old.namelist())]
+    (tmp_path / "backwards").mkdir()
+    zipped(tmp_path / "backwards" / name, records)  # data.pkl comes last
+    again = io.BytesIO((tmp_path / "backwards" / name).read_bytes())  # torch believes some suffixes
+    assert torch.load(again)["w"].tolist() == [1, 1]
+    for path in (tmp_path / name, tmp_path / "backwards" / name):
+        opened = open_source(path)
+        assert format_of(opened).name == "torch" and opened.read(0).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "message"),
+    [
+        ("x.zip", [("readme.txt", b"hello")], "one record data.pkl in a folder, and here is none"),
+        ("x.pt", [("readme.txt", b"hello")], "one record data.pkl in a folder, and here is none"),
+        ("x.pt", [], "one record data.pkl in a folder, and here is none"),
+        ("x.pt", [("a/b/data.pkl", b"hello")], "one record data.pkl in a folder, and here is none"),
+    ],
+)
+def test_a_zip_file_without_a_checkpoint(tmp_path, name, records, message):
+    with pytest.raises(BadCheckpoint, match=message):
+        open_source(zipped(tmp_path / name, records))
+
+
+@pytest.mark.parametrize("name", ["x", "x.npz", "x.pt", "x.safetensors"])
+def test_a_zip_file_that_is_cut_short_says_so(tmp_path, name):
+    whole = zipped(tmp_path / name, [(f"{LONG}.npy", npy())]).read_bytes()
+    (tmp_path / name).write_bytes(whole[:-30])
+    with pytest.raises(BadCheckpoint, match="the end of the zip file is missing"):
+        open_source(tmp_path / name)
+
+
+def test_a_single_array_of_flax(tmp_path):
+    flax = pytest.importorskip("flax.serialization")
+    for size in (2, 100, 40_000):
+        (tmp_path / "x").write_bytes(flax.to_bytes(np.arange(size)))
+        opened = open_source(tmp_path / "x")
+        assert format_of(opened).name == "msgpack" and (opened.read(0) == np.arange(size)).all()
+
+
 @pytest.mark.parametrize(
     ("head", "name"),
     [
+        (b"\xc7\x02\x05ab", None),
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", None),
         (b"\x81\xa6params\x81", "msgpack"),
         (b"\xde\x00\x10\xa1a", "msgpack"),

@@ -10,7 +10,7 @@ from paramend import computing
 from paramend.computing import flat, step_of
 from paramend.formats.source import Extent, Source
 from paramend.initializers import Place
-from paramend.journal import put
+from paramend.io import put
 from paramend.ops import Call
 from paramend.plans import Row
 from paramend.progress import Meter

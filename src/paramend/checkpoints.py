@@ -1,7 +1,9 @@
 """`Checkpoint`: a model on disk as leaves that are read when asked for, and edits that are carried out when saved."""
 
+import copy
 import importlib
 import os
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -103,6 +105,14 @@ class Checkpoint(Editable):
         if len(numbers) > 1:
             raise BadArgument(f"{path!r} names {len(numbers)} leaves", hint="pm.at(checkpoint, selector).get()")
         return self.read(numbers[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Checkpoint":
+        return Checkpoint(copy.deepcopy(self.source, memo), copy.deepcopy(self._plan, memo), self.recipe)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._plan is not None:
+            _check_functions(self._plan)
+        return self.__dict__
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -246,6 +256,24 @@ class Checkpoint(Editable):
             progress=progress,
         )
         return report
+
+
+def _check_functions(plan: Plan) -> None:
+    """Refuses functions that no other process could find."""
+    checked: set[int] = set()
+    for row in plan.changed:
+        for function in (value for edit in row.calls for value in edit.args.values() if callable(value)):
+            if id(function) in checked:
+                continue
+            try:
+                pickle.dumps(function)
+            except Exception as error:
+                raise Unsupported(
+                    f"the checkpoint cannot be pickled: {row.path} is edited by {row.edit}, a function that another "
+                    f"process cannot import",
+                    hint="define it with `def` at the top of a module, or checkpoint.save(out) and pickle pm.open(out)",
+                ) from error
+            checked.add(id(function))
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paramend.errors import BadCheckpoint
+from paramend.io import put, shrunk
 
 # Bytes that the kernel copies at once: between two windows the listener hears of it and Ctrl-C is served.
 WINDOW = 1 << 25
@@ -56,7 +56,7 @@ class Copier:
                 if copied:
                     return copied
                 if len(self._ways) == 1:
-                    raise BadCheckpoint(f"{path}: data: the file became shorter while it was being read")
+                    raise shrunk(path)
             # Some file systems refuse, and some say "0 bytes" where there are bytes: the next way knows.
             del self._ways[0]
 
@@ -75,14 +75,6 @@ _NOT_THIS_WAY = frozenset(
         errno.EOVERFLOW,
     }
 )
-
-
-def put(target: int, data: bytes | memoryview) -> int:
-    """The number of bytes written to a descriptor: all of them."""
-    view, at = memoryview(data), 0
-    while at < len(view):
-        at += os.write(target, view[at:])
-    return at
 
 
 def _copy_in_kernel(source: int, target: int, start: int, count: int) -> int:

@@ -57,6 +57,7 @@ import numpy as np
 from paramend import claims
 from paramend.copying import WriteBack
 from paramend.errors import BadCheckpoint, Busy, CannotRead
+from paramend.io import get, get_into, put
 from paramend.publishing import sync_folder
 
 Array = np.ndarray[Any, Any]
@@ -241,38 +242,6 @@ def witness(descriptor: int, size: int, spans: Spans, file: int) -> str:
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
-
-
-def put(descriptor: int, data: bytes | bytearray | memoryview, at: int | None = None) -> None:
-    """Writes all of the bytes: at an offset, or where the file stands."""
-    view, done = memoryview(data).cast("B"), 0
-    while done < len(view):
-        done += os.write(descriptor, view[done:]) if at is None else os.pwrite(descriptor, view[done:], at + done)
-
-
-def get(descriptor: int, start: int, count: int, name: Path) -> bytearray:
-    """So many bytes of a file.
-
-    Raises:
-        BadCheckpoint: the file ends before.
-    """
-    data = bytearray(count)
-    get_into(memoryview(data), descriptor, start, name)
-    return data
-
-
-def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
-    """Fills memory with the bytes of a file.
-
-    Raises:
-        BadCheckpoint: the file ends before.
-    """
-    done, count = 0, len(view)
-    while done < count:
-        step = os.preadv(descriptor, [view[done:]], start + done)
-        if not step:
-            raise BadCheckpoint(f"{name}: it ends at byte {start + done:,}, and bytes to {start + count:,} are needed")
-        done += step
 
 
 def checksum(data: bytes | bytearray | memoryview) -> bytes:

@@ -17,6 +17,7 @@ from paramend.formats.gathered import Gathered, Part
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
+from paramend.io import put
 from paramend.layouts import Layout, set_to
 from paramend.pieces import Copy, File
 from paramend.plans import Plan, Row
@@ -211,10 +212,12 @@ class Note:
 
 def _put(path: Path, data: bytes) -> None:
     """Writes bytes over those that a file begins with, durably."""
-    with path.open("r+b") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        put(descriptor, data, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _name_of(source: Any) -> str:

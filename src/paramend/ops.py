@@ -60,6 +60,9 @@ class Op:
         """Whether `check` may refuse anything."""
         return self.check is not _same
 
+    def __reduce__(self) -> tuple[Callable[[str], "Op"], tuple[str]]:
+        return _row, (self.name,)  # there is one of each
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -380,6 +383,10 @@ def _run_reinit(library: Backend, x: Any, args: Args, place: Place) -> Any:
 
 def _same(spec: Spec, args: Args) -> Spec:
     return spec
+
+
+def _row(name: str) -> Op:
+    return OPS[name]
 
 
 OPS: dict[str, Op] = {

@@ -26,7 +26,8 @@ from paramend.chunking import is_chunked, laid_flat, nbytes_of, restage
 from paramend.copying import begin_write_back
 from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
 from paramend.formats.source import Extent, Source
-from paramend.journal import DONE, PENDING, Spans, State, Writer, new_head, next_path, put
+from paramend.io import put
+from paramend.journal import DONE, PENDING, Spans, State, Writer, new_head, next_path
 from paramend.locks import explained, linked, opened
 from paramend.plans import Plan
 from paramend.progress import Meter, Progress

@@ -22,6 +22,9 @@ class Pattern:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_machine", Machine(steps_of(self.segments)))
 
+    def __reduce__(self) -> tuple[type["Pattern"], tuple[tuple[Segment, ...]]]:
+        return Pattern, (self.segments,)
+
     def __str__(self) -> str:
         return self.write("/")
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 from paramend.formats.orbax_store import MANIFEST, may_change
-from paramend.journal import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, get_into, new_head, put
+from paramend.io import get_into, put
+from paramend.journal import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, new_head
 from paramend.locks import ELSEWHERE, linked
 from paramend.publishing import sync_file, sync_folder
 

@@ -10,6 +10,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import numpy as np
 from paramend import _text
 from paramend.changing import work_of
 from paramend.chunking import laid_flat, restage
-from paramend.copying import WINDOW, Copier, WriteBack, put
+from paramend.copying import WINDOW, Copier, WriteBack
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
+from paramend.formats.files import same_file
 from paramend.formats.registry import find_format, home_of
-from paramend.formats.safetensors import same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
+from paramend.io import Output, put
 from paramend.journal import records_beside
 from paramend.layouts import Layout, lay_out
 from paramend.leaves import Stored, keys_of
@@ -371,7 +373,7 @@ class _Run:
             assert file.reopen is not None
             with file.reopen(path) as new:
                 for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
-                    os.pwrite(target, data, at)
+                    put(target, data, at)
 
     def _note_reads(self, row: Row) -> None:
         for source, number in ((self.source, row.source), *((each.source, each.number) for each in _operands(row))):
@@ -404,7 +406,7 @@ class _Run:
         return chunks
 
     def _write_foreign(self, target: int) -> None:
-        with open(target, "wb", closefd=False) as file:
+        with BufferedWriter(Output(target)) as file:
             self.layout.format.writer().write(file, self._items(), dict(self.source.metadata))
 
 

@@ -15,6 +15,7 @@ from paramend import _text, claims
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax_store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
+from paramend.io import get, get_into, put
 from paramend.journal import (
     BUFFER,
     DONE,
@@ -24,10 +25,7 @@ from paramend.journal import (
     Spans,
     State,
     checksum,
-    get,
-    get_into,
     lock_of,
-    put,
     records,
     store_of,
     witness,

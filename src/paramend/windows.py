@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from paramend.formats.source import Extent
-from paramend.journal import get, put
+from paramend.io import get, put
 
 Array = np.ndarray[Any, Any]
 

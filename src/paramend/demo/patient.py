@@ -12,6 +12,7 @@ import safetensors.numpy
 from paramend.demo import digits, training
 from paramend.demo.network import Classifier
 from paramend.editing import at
+from paramend.io import write_file
 
 Array = np.ndarray[Any, Any]
 
@@ -73,4 +74,4 @@ def prepare(folder: Path, *, epochs: int, seed: int) -> Patient:
 def save(params: Any, file: Path) -> None:
     """Writes parameters as safetensors, each leaf under its path."""
     arrays = {path: np.asarray(leaf) for path, leaf in at(params, "**")}
-    file.write_bytes(safetensors.numpy.save(arrays))
+    write_file(file, safetensors.numpy.save(arrays))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
-from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import open_regular
-from paramend.formats.safetensors import same_file, shrunk
+from paramend.errors import Unsupported
+from paramend.formats.files import changed, open_regular, same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
+from paramend.io import get_into
 from paramend.leaves import Leaves
 from paramend.specs import BITS, Spec, numpy_dtype
 
@@ -170,13 +170,7 @@ class Desk:
         if len(self._buffers[slot]) < stop - start:
             self._buffers[slot] = np.empty(stop - start, np.uint8)
         buffer = self._buffers[slot][: stop - start]
-        descriptor = self._descriptor(extent.path, seen)
-        view, at = buffer.data, 0
-        while at < len(view):
-            count = os.preadv(descriptor, [view[at:]], extent.start + start + at)
-            if not count:
-                raise shrunk(extent.path)
-            at += count
+        get_into(buffer.data, self._descriptor(extent.path, seen), extent.start + start, extent.path)
         return buffer
 
     def _descriptor(self, path: Path, seen: Mapping[Path, os.stat_result]) -> int:
@@ -192,4 +186,4 @@ class Desk:
 
 def _check(path: Path, now: os.stat_result, before: os.stat_result) -> None:
     if not same_file(now, before):
-        raise BadCheckpoint(f"{path}: another program changed it since it was opened", hint="open the checkpoint again")
+        raise changed(path)

@@ -3,19 +3,22 @@
 import mmap
 import os
 import stat
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from paramend import _text
-from paramend.errors import BadCheckpoint, CannotRead
+from paramend.errors import BadArgument, BadCheckpoint, CannotRead
+from paramend.io import get, get_into
 from paramend.leaves import Index, entries
 
-_STEP = 1 << 26  # some systems read no more than 2 GB at once
+_SMALL = 1 << 20
 
 
 class OpenFile:
     """A regular file, open for reading. `close()` it; maps that were handed out stay valid.
+
+    A copy, also one that was pickled, opens the file again by its path when it is first read, and reads no other.
 
     Attributes:
         path: as the user gave it.
@@ -32,16 +35,17 @@ class OpenFile:
     b'cde'
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
         self.path = Path(path)
-        self._descriptor = open_regular(self.path)
-        self.stat = os.fstat(self._descriptor)
+        self._closed = False
+        self._map: mmap.mmap | None = None
+        self._handle: _Handle | None = _Handle(open_regular(self.path, holds=holds))
+        self._place = Path(os.path.abspath(self.path))  # noqa: PTH100 - the program may go to another folder
+        self.stat = os.fstat(self._handle.number)
 
-    def __del__(self) -> None:
-        try:  # noqa: SIM105
-            self.close()
-        except (AttributeError, TypeError):
-            pass  # at the end of the interpreter modules are gone, contextlib too
+    def __getstate__(self) -> dict[str, Any]:
+        # The number of a descriptor means nothing elsewhere, and soon another file here.
+        return {**self.__dict__, "_handle": None, "_map": None}
 
     @property
     def size(self) -> int:
@@ -50,15 +54,17 @@ class OpenFile:
 
     def close(self) -> None:
         """Gives the file back to the system."""
-        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self._closed = True
+        self._map = None
+        self.release()
+
+    def release(self) -> None:
+        """Gives the descriptor back until the file is read again: of many files few need to be open."""
+        self._handle = None
 
     def fileno(self) -> int:
         """The descriptor that the system knows the open file by."""
-        if self._descriptor < 0:
-            raise ValueError(f"{self.path} is closed")
-        return self._descriptor
+        return self._held().number
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Bytes of the file, as many as asked for.
@@ -66,12 +72,11 @@ class OpenFile:
         Raises:
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        piece = os.pread(self.fileno(), min(nbytes, _STEP), start)
+        handle = self._held()
+        piece = os.pread(handle.number, min(nbytes, _SMALL), start)
         if len(piece) == nbytes:  # nearly always
             return piece
-        buffer = bytearray(nbytes)
-        self.read_into(memoryview(buffer), start)
-        return bytes(buffer)
+        return bytes(get(handle.number, start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
         """Fills a view of bytes.
@@ -79,17 +84,55 @@ class OpenFile:
         Raises:
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        at = 0
-        while at < len(view):
-            count = os.preadv(self.fileno(), [view[at : at + _STEP]], start + at)
-            if not count:
-                raise BadCheckpoint(f"{self.path}: the file became shorter while it was being read")
-            at += count
+        handle = self._held()
+        get_into(view, handle.number, start, self.path)
 
-    @cached_property
+    @property
     def map(self) -> mmap.mmap:
         """The whole file as memory: pages are read when touched."""
-        return mmap.mmap(self.fileno(), 0, access=mmap.ACCESS_READ)
+        handle, found = self._held(), self._map
+        if found is None:
+            found = self._map = mmap.mmap(handle.number, 0, access=mmap.ACCESS_READ)
+        return found
+
+    def _held(self) -> "_Handle":
+        """The file as the system has it. Who reads holds it: a thread that closes the file waits for no other."""
+        if self._closed:
+            raise closed(self.path)
+        handle = self._handle
+        if handle is None:
+            handle = _Handle(open_regular(self._place))
+            if not same_file(os.fstat(handle.number), self.stat):
+                raise changed(self.path)
+            self._handle = handle
+        return handle
+
+
+class _Handle:
+    """A descriptor that is closed when nobody holds it any more: from then on its number may be another file's."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.number)
+
+
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether two looks at a file saw the same bytes, as far as the system tells."""
+    return os.path.samestat(one, other) and (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+
+
+def changed(path: Path) -> BadCheckpoint:
+    """The error for a file that is not the one that was opened."""
+    return BadCheckpoint(f"{path}: another program changed it since it was opened", hint="open the checkpoint again")
+
+
+def closed(path: Path) -> BadArgument:
+    """The error for what is read after it was closed."""
+    return BadArgument(f"{path} is closed", hint=f'pm.open("{path}")')
 
 
 class FileSource:
@@ -116,6 +159,11 @@ class FileSource:
     def stat(self) -> os.stat_result:
         """What the system said of the file when it was opened."""
         return self._file.stat
+
+    @property
+    def stats(self) -> Mapping[Path, os.stat_result]:
+        """The same, by the path of the file."""
+        return {self.path: self.stat}
 
     def close(self) -> None:
         """Gives the file back to the system."""

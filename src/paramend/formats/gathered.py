@@ -4,16 +4,19 @@ A model that is put together from others (deepened, warm-started, stacked) is a 
 the bytes from where they lie, as it does for a checkpoint that was only edited.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from paramend.errors import Unsupported
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent, Source
 from paramend.leaves import Index, entries, uncollected
@@ -92,6 +95,18 @@ class Made:
         self.spec = spec
         self._make = make
         self._values: Array | None = None
+
+    def __deepcopy__(self, memo: Any) -> "Made":
+        return Made(self.spec, copy.deepcopy(self._make, memo))
+
+    def __reduce__(self) -> tuple[type["Made"], tuple[Spec, Callable[[], Array]]]:
+        if isinstance(self._make, partial):  # of a function of a module
+            return Made, (self.spec, self._make)
+        raise Unsupported(
+            f"a leaf of this checkpoint, {self.spec}, is computed when it is read, from what is in memory here, and "
+            "cannot be pickled",
+            hint="checkpoint.save(out), and pickle pm.open(out)",
+        )
 
     @property
     def nbytes(self) -> int:

@@ -121,6 +121,9 @@ class NpzFile(FileSource):
             self.close()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": None}  # a copy begins anew
+
     # ---- what is there ---------------------------------------------------------------------------------------
 
     def spec(self, number: int) -> Spec:

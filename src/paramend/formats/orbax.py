@@ -15,6 +15,7 @@ import numpy as np
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.formats.files import changed, closed, same_file
 from paramend.formats.orbax_store import MANIFEST, Array, Blame, Box, Entry, Stage, Store, read_json
 from paramend.formats.orbax_tree import TREE, Walk
 from paramend.formats.orbax_writer import OrbaxWriter
@@ -46,7 +47,7 @@ class OrbaxCheckpoint:
         store: where the arrays are.
         walk: the rows of its table, for writing one like it.
         names: by number, what the store calls a leaf.
-        stats: what the system said of the manifest of a database when it was opened.
+        stats: what the system said of the table and of the manifest of a database when they were opened.
 
     Raises:
         CannotRead: there is no such directory, or no permission to read it.
@@ -83,7 +84,6 @@ class OrbaxCheckpoint:
             raise BadCheckpoint(
                 f"{self.folder}: {MANIFEST} is missing: the checkpoint was not finished, or not copied whole"
             )
-        self._manifest = self.folder / MANIFEST if database else None
         self.stats: dict[Path, os.stat_result] = {}
         self.store = Store(
             self.folder,
@@ -96,6 +96,9 @@ class OrbaxCheckpoint:
         self.index, self.keys, self.names = walk.index, walk.keys, walk.names
         self.metadata: Mapping[str, Any] = walk.others
         self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stores": {}, "_block": None}  # a copy opens them again
 
     def __repr__(self) -> str:
         step = f", step {self.steps[-1]} of {_text.listing([*map(str, self.steps)], 10)}" if self.steps else ""
@@ -194,7 +197,7 @@ class OrbaxCheckpoint:
         """Notes that files were exchanged: what is read from now on is what they hold now."""
         self._stores.clear()
         self._block = None
-        self.stats = {} if self._manifest is None else {self._manifest: self._manifest.stat()}
+        self.stats = {path: path.stat() for path in (self.folder / TREE, self.folder / MANIFEST) if path.is_file()}
 
     def stage(self, folder: Path, numbers: Iterable[int]) -> Stage:
         """What takes new chunks of some leaves and puts them into files in a folder.
@@ -230,7 +233,14 @@ class OrbaxCheckpoint:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ValueError(f"{self.path} is closed")
+            raise closed(self.path)
+        for path, then in self.stats.items():
+            try:
+                now = path.stat()
+            except OSError:
+                raise changed(path) from None
+            if not same_file(now, then):
+                raise changed(path)
 
     def _store(self, number: int) -> Any:
         store = self._stores.get(number)
@@ -239,8 +249,7 @@ class OrbaxCheckpoint:
         return store
 
     def _fetch(self, number: int, where: Any) -> Array:
-        if self._closed:
-            raise ValueError(f"{self.path} is closed")
+        self._check_open()
         spec = self.spec(number)
         if where is ...:
             elements = spec.size

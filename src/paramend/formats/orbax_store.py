@@ -7,7 +7,6 @@ tensorstore is imported when the first array is asked for.
 import math
 import re
 import secrets
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from paramend._optional import need
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
 from paramend.formats.files import OpenFile
 from paramend.formats.jsontext import bad, parse_object, shown
+from paramend.io import write_file
 from paramend.specs import BITS, Spec
 
 Array = np.ndarray[Any, Any]
@@ -217,7 +217,7 @@ class Stage:
             # Prefixes of nodes must differ, as those of one stage are looked for here and nowhere else.
             prefix = f"d/{secrets.token_hex(4)}-"
             for manifest in sorted(store.folder.glob("manifest.*")):
-                shutil.copyfile(manifest, folder / manifest.name)
+                write_file(folder / manifest.name, manifest.read_bytes())
             layers = [{"base": files(store.folder)}, {"prefix": prefix, "base": files(folder, prefix)}]
             kinds = ("btree_node", "version_tree_node", "value")
             self._base = {"driver": "ocdbt", "base": {"driver": "kvstack", "layers": layers}, "manifest": files(folder)}

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import RenameClash
-from paramend.formats.orbax_store import Box, Stage, read_json
+from paramend.formats.orbax_store import Box, Stage, content, read_json
 from paramend.formats.orbax_tree import STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item
+from paramend.io import write_file
 from paramend.specs import BITS, Spec, numpy_dtype
 
 # Bytes of a chunk at most: what is held in memory at once.
@@ -91,7 +91,7 @@ class OrbaxWriter:
             now = time.time_ns()
             said = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
             _put(folder / STEP, said | {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now})
-        (folder / "commit_success.txt").write_text("Checkpoint commit was successful")
+        write_file(folder / "commit_success.txt", b"Checkpoint commit was successful")
 
     def _carry(self, base: Any, folder: Path, names: Iterable[tuple[int | None, str]]) -> None:
         """Takes along what another Orbax checkpoint says of its leaves and of itself."""
@@ -100,7 +100,7 @@ class OrbaxWriter:
             found = {_code(name): old.get(_code(base.names[number])) for number, name in names if number is not None}
             _put(folder / _SHARDING, {code: text for code, text in found.items() if text is not None})
         if (base.folder / STEP).is_file():
-            shutil.copyfile(base.folder / STEP, folder / STEP)
+            write_file(folder / STEP, content(base.folder / STEP))
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
@@ -219,4 +219,4 @@ def _code(name: str) -> str:
 
 
 def _put(path: Path, table: dict[str, Any]) -> None:
-    path.write_text(json.dumps(table))
+    write_file(path, json.dumps(table).encode())

@@ -1,5 +1,6 @@
 """Which format a checkpoint is of, told by its content, and the table of formats that says how each is opened."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -11,10 +12,11 @@ from typing import Any
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
-from paramend.formats.files import near
+from paramend.formats.files import OpenFile, near
 from paramend.formats.index import SUFFIX, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
+from paramend.formats.zips import names_in
 
 _HEAD = 64
 
@@ -90,19 +92,27 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
     return head[8:].lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
-def _is_zip_of(*, torch: bool) -> Callable[[Path, bytes], bool]:
-    def recognise(path: Path, head: bytes) -> bool:
-        return head.startswith(b"PK\x03\x04") and _holds_pickle(path, head) == torch
-
-    return recognise
+def _is_torch(path: Path, head: bytes) -> bool:
+    return _is_zip(path, head) and _holds_pickle(path)
 
 
-def _holds_pickle(path: Path, head: bytes) -> bool:
-    """Whether a zip file is one of torch: its first record is `<name>/data.pkl`, and others are no arrays of numpy."""
-    if b"/data.pkl" in head:
-        return True
-    length = int.from_bytes(head[26:28], "little")
-    return not head[30 : 30 + length].endswith(b".npy")
+def _is_zip(path: Path, head: bytes) -> bool:
+    return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))  # a record, or the end of an archive without any
+
+
+def _holds_pickle(path: Path) -> bool:
+    """Whether a zip file is one of torch: it holds `<name>/data.pkl`, and no arrays of numpy beside that folder.
+
+    An archive that is damaged, or of neither kind, is what its name says.
+    """
+    with contextlib.suppress(BadCheckpoint), contextlib.closing(OpenFile(path)) as file:
+        names = [name for name in names_in(file) if name.endswith((".npy", "/data.pkl"))]
+        folders = tuple(name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl"))
+        folders = tuple(folder for folder in folders if folder.count("/") == 1)
+        arrays = any(name.endswith(".npy") and not name.startswith(folders) for name in names)
+        if arrays or folders:
+            return not arrays
+    return not path.name.lower().endswith(".npz")
 
 
 def _is_pickle(path: Path, head: bytes) -> bool:
@@ -112,6 +122,9 @@ def _is_pickle(path: Path, head: bytes) -> bool:
 
 def _is_msgpack(path: Path, head: bytes) -> bool:
     first = head[:1]
+    if first in (b"\xc7", b"\xc8", b"\xc9"):  # one array or scalar: the head of an extension, and its kind
+        width = 1 << (first[0] - 0xC7)
+        return head[1 + width : 2 + width] in (b"\x01", b"\x03")
     return bool(first) and (0x80 <= first[0] <= 0x8F or first in (b"\xde", b"\xdf")) and not _is_pickle(path, head)
 
 
@@ -149,7 +162,7 @@ FORMATS: tuple[Format, ...] = (
         "torch",
         "zip files of torch.save",
         (".pt", ".pth", ".bin", ".ckpt"),
-        _is_zip_of(torch=True),
+        _is_torch,
         "paramend.formats.pt",
         "TorchFile",
         writes=True,
@@ -160,7 +173,7 @@ FORMATS: tuple[Format, ...] = (
         "npz",
         "zip files of numpy.savez",
         (".npz",),
-        _is_zip_of(torch=False),
+        _is_zip,
         "paramend.formats.npz",
         "NpzFile",
         writes=True,
@@ -364,25 +377,11 @@ def _open_file(path: Path) -> Source:
 
 
 def _head(path: Path) -> bytes:
-    try:
-        # O_NONBLOCK: without it, opening a named pipe waits for ever.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        raise CannotRead(f"{path}: there is no such file", hint=near(path)) from None
-    except PermissionError:
-        raise CannotRead(f"{path}: no permission to read it", hint=f"ls -l {path}") from None
-    except OSError as error:
-        raise CannotRead(f"{path}: it cannot be opened: {error.strerror or error}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadCheckpoint(f"{path}: it is no regular file (a directory, a pipe, a device or a socket)")
-        return os.pread(descriptor, _HEAD, 0)
-    except OSError as error:
-        if isinstance(error, CannotRead):
-            raise
-        raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
-    finally:
-        os.close(descriptor)
+    with contextlib.closing(OpenFile(path)) as file:
+        try:
+            return file.read(0, min(_HEAD, file.size))
+        except OSError as error:
+            raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
 
 
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:

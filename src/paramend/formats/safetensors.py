@@ -5,7 +5,6 @@ refuses is refused here too, but for unknown dtypes: their bytes are listed and 
 """
 
 import json
-import mmap
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +17,10 @@ import numpy as np
 
 from paramend import _text
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
-from paramend.formats.files import open_regular
+from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.source import Extent
-from paramend.leaves import Index, entries, separator_of
+from paramend.leaves import Index, separator_of
 from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -333,7 +332,7 @@ def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
 # ---- the file as leaves ------------------------------------------------------------------------------------
 
 
-class SafetensorsFile:
+class SafetensorsFile(FileSource):
     """One safetensors file as `Leaves`. Opening reads the header; arrays are read when asked for.
 
     A leaf's number is its place in the order of the bytes. Use it as a context manager, or `close()` it;
@@ -344,7 +343,6 @@ class SafetensorsFile:
         header: names, specs, offsets and metadata.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
         ties: nothing: in a file each tensor has one name.
-        stat: what the system said of the file when it was opened.
 
     Raises:
         BadCheckpoint: there is no such file, or it is damaged, or of another format.
@@ -361,17 +359,15 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.ties: Mapping[int, int] = {}
-        self._closed = False
-        self._descriptor = open_regular(self.path, holds="*.safetensors")
+        self._file = OpenFile(self.path, holds="*.safetensors")
         try:
-            self.stat = os.fstat(self._descriptor)
-            self.header = _read_header(self._descriptor, self.stat, str(self.path))
+            self.header = _read_header(self._file)
         except BaseException:
             self.close()
             raise
 
     @cached_property
-    def index(self) -> Index:
+    def index(self) -> Index:  # type: ignore[override]  # made when first asked for
         """The names."""
         names = self.names
         return Index.of_names(names, separator_of(names))
@@ -386,52 +382,9 @@ class SafetensorsFile:
         """The strings under `__metadata__`."""
         return self.header.metadata or {}
 
-    @property
-    def stats(self) -> Mapping[Path, os.stat_result]:
-        """What the system said of each file when it was opened."""
-        return {self.path: self.stat}
-
-    def __repr__(self) -> str:
-        return f"<{self.path}: {_text.plural(len(self.header.entries), 'leaf', 'leaves')}>"
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        try:  # noqa: SIM105
-            self.close()
-        except (AttributeError, TypeError):
-            pass  # at the end of the interpreter modules are gone, contextlib too
-
-    def close(self) -> None:
-        """Gives the file back to the system."""
-        self._closed = True
-        self.release()
-
     def release(self) -> None:
         """Gives the descriptor back to the system until a leaf is read again: of many files few need to be open."""
-        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def fileno(self) -> int:
-        """The descriptor that the system knows the open file by.
-
-        Raises:
-            BadCheckpoint: it was released, and another file has its name now.
-        """
-        if self._descriptor < 0 and self._closed:
-            raise ValueError(f"{self.path} is closed")
-        if self._descriptor < 0:
-            self._descriptor = open_regular(self.path, holds="*.safetensors")
-            now = os.fstat(self._descriptor)
-            if not same_file(now, self.stat):
-                self.release()
-                raise BadCheckpoint(f"{self.path}: another program changed it since it was opened")
-        return self._descriptor
+        self._file.release()
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf."""
@@ -465,7 +418,7 @@ class SafetensorsFile:
         self._check_readable(number)
         if not entry.nbytes:
             return self._shaped(np.frombuffer(b"", numpy_dtype(spec.dtype)), number)
-        array = np.frombuffer(self._map, np.uint8, entry.nbytes, self.header.nbytes + entry.start)
+        array = np.frombuffer(self._file.map, np.uint8, entry.nbytes, self.header.nbytes + entry.start)
         array = array.view(numpy_dtype(spec.dtype))
         if not array.flags.aligned:
             array = array.copy()
@@ -483,22 +436,8 @@ class SafetensorsFile:
         dtype = numpy_dtype(self.spec(number).dtype)
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         offset = self.header.nbytes + self.header.entries[number].start + start * dtype.itemsize
-        descriptor = self.fileno()
-        view, at = buffer.data, 0
-        while at < len(buffer):
-            count = os.preadv(descriptor, [view[at:]], offset + at)
-            if not count:
-                raise shrunk(self.path)
-            at += count
+        self._file.read_into(buffer.data, offset)
         return buffer.view(dtype)
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
-        return entries(node)
-
-    @cached_property
-    def _map(self) -> mmap.mmap:
-        return mmap.mmap(self.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _check_readable(self, number: int) -> None:
         why = self.refusal(number)
@@ -513,19 +452,9 @@ class SafetensorsFile:
             raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
 
 
-def same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether two looks at a file saw the same bytes, as far as the system tells."""
-    return os.path.samestat(one, other) and (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
-
-
-def shrunk(path: Path) -> BadCheckpoint:
-    """The error for a file that lost bytes while it was being read."""
-    return BadCheckpoint(f"{path}: data: the file became shorter while it was being read")
-
-
-def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
-    size = status.st_size
-    head = os.pread(descriptor, 64, 0)
+def _read_header(opened: OpenFile) -> Header:
+    file, size = str(opened.path), opened.size
+    head = opened.read(0, min(size, 64))
     if size < 8:
         raise bad(
             file,
@@ -545,10 +474,4 @@ def _read_header(descriptor: int, status: os.stat_result, file: str) -> Header:
             f"the header is said to be {length:,} bytes long, and {size - 8:,} bytes follow",
             hint="copy or download it again, if it is a safetensors file",
         )
-    raw = bytearray()
-    while len(raw) < length:
-        piece = os.pread(descriptor, length - len(raw), 8 + len(raw))
-        if not piece:
-            raise bad(file, "header", "the file became shorter while it was being read")
-        raw += piece
-    return parse_header(bytes(raw), size - 8 - length, file=file)
+    return parse_header(opened.read(8, length), size - 8 - length, file=file)

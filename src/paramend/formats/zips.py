@@ -25,6 +25,7 @@ _END = struct.Struct("<IHHHHIIH")
 _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR = struct.Struct("<IIQI")
 _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+_LENGTHS = struct.Struct("<HHH")
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
 _END_MAGIC, _END64_MAGIC, _LOCATOR_MAGIC = 0x06054B50, 0x06064B50, 0x07064B50
 _CENTRAL_MAGIC, _LOCAL_MAGIC, _DESCRIPTOR_MAGIC = 0x02014B50, 0x04034B50, 0x08074B50
@@ -222,6 +223,23 @@ class Archive:
         """Where the next thing begins."""
         at = bisect_right(self._headers, record.header)
         return self._headers[at] if at < len(self._headers) else self._directory
+
+
+def names_in(file: OpenFile) -> Iterator[str]:
+    """The names in a central directory, in order and unchecked: what kind of archive it is, at a tenth of the cost.
+
+    Raises:
+        BadCheckpoint: there is no central directory.
+    """
+    start, size, count = _find_directory(file)
+    raw, at = file.read(start, size), 0
+    for _ in range(count):
+        if at + _CENTRAL.size > size:
+            return
+        name, extra, comment = _LENGTHS.unpack_from(raw, at + 28)
+        at += _CENTRAL.size
+        yield _decode(_cut(raw, at, name))
+        at += name + extra + comment
 
 
 def shown(text: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.errors import CannotWrite
+from paramend.io import write_file
 from paramend.leaves import separator_of
 from paramend.reports import Report
 
@@ -166,7 +167,7 @@ def _write(path: Path, text: str) -> None:
             with path.open("rb") as file:
                 if file.read(len(_DOCTYPE)).lower() != _DOCTYPE:
                     raise CannotWrite(f"{path} is there already, and no HTML page", hint=f"{path}.html")
-        path.write_text(text, "utf-8")
+        write_file(path, text.encode())
     except OSError as error:
         if isinstance(error, CannotWrite):
             raise

@@ -110,7 +110,7 @@ def _stack(parts: Sequence[Origin], axis: int) -> Origin:
         return Stacked(tuple(parts))
     spec = parts[0].spec
     shape = (*spec.shape[:axis], len(parts), *spec.shape[axis:])
-    return Made(Spec(shape, spec.dtype), lambda: np.stack([_whole(part) for part in parts], axis))
+    return Made(Spec(shape, spec.dtype), partial(_layers, parts, axis))
 
 
 def _take(origin: Origin, layer: int, axis: int) -> Origin:
@@ -119,6 +119,10 @@ def _take(origin: Origin, layer: int, axis: int) -> Origin:
     if prod(shape[:axis]) == 1:  # the elements of a layer are neighbours
         return Taken(origin, layer * prod(rest), rest)
     return Made(Spec(rest, origin.spec.dtype), partial(_layer, origin, layer, axis))
+
+
+def _layers(parts: Sequence[Origin], axis: int) -> Array:
+    return np.stack([_whole(part) for part in parts], axis)
 
 
 def _layer(origin: Origin, layer: int, axis: int) -> Array:
