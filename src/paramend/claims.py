@@ -15,6 +15,7 @@ import os
 import stat
 from pathlib import Path
 
+from paramend.io import put
 from paramend.publishing import sync_folder
 
 _LONGEST = 200
@@ -40,7 +41,7 @@ def seal(store: Path, record: str) -> None:
         path = _note(store)
         descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            os.write(descriptor, record.encode())
+            put(descriptor, record.encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
