@@ -1,6 +1,7 @@
 """Eight host devices for the sharding tests, set before JAX starts; examples that do not change; browsers on demand."""
 
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,14 @@ patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "p
 settings.register_profile("repeat", derandomize=True, database=None, **patient)
 settings.register_profile("search", derandomize=False, **patient)
 settings.load_profile("repeat")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws from torch does not depend on the tests before it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
 
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -8,7 +8,7 @@ import numpy as np
 
 SAFETY = 4
 
-# A file that gets a line for each comparison, for `tests/portable.py`: the share of its bound that it used, and the test.
+# A file that gets a line for each comparison, for `tests/portable.py`: the share of its bound it used, and the test.
 MARGINS = os.environ.get("PORTABLE_MARGINS")
 
 
