@@ -193,6 +193,7 @@ def test_exclude_moments_are_held_bit_for_bit_from_freeze_to_thaw():
     assert held[1] != held[2] == held[3] == held[4] != held[5]
 
 
+@pytest.mark.numeric
 def test_updates_moments_run_on():
     tx = freeze(optax.adam(0.1), "a/**", how="updates", until=3)
     _, states, _ = run(tx, steps=3)
@@ -203,7 +204,8 @@ def test_updates_moments_run_on():
     for _ in range(2):
         _, state = tx.update(ones, state, PARAMS)
         _, other = frozen.update(ones, other)
-    assert bits(moments(state)) == bits(moments(other))
+    for one, wanted in zip(jax.tree.leaves(moments(state)), jax.tree.leaves(moments(other)), strict=True):
+        assert_close(one, wanted, terms=2 * 4)  # a branch is compiled
 
 
 @pytest.mark.numeric
