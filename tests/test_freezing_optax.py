@@ -124,7 +124,7 @@ def way(name):
 
 @pytest.mark.numeric
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of optimizers that have a successor
-@pytest.mark.parametrize(("name", "make"), slow_except(COMMON | {"lbfgs"}, OPTIMIZERS))
+@pytest.mark.parametrize(("name", "make"), slow_except(COMMON, OPTIMIZERS))
 def test_excluded_leaves_are_constants_to_every_optimizer(name, make):
     after, _ = train(freeze(made(name, make), "a/**"), PARAMS, **way(name))
     alone, _ = train(made(name, make), PARAMS["b"], loss_of_rest, **way(name))
