@@ -30,7 +30,7 @@ def together(code, *arguments):
         subprocess.Popen([*command, *map(str, each)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for each in arguments
     ]
-    ends = [program.communicate(timeout=120) for program in programs]
+    ends = [program.communicate(timeout=600) for program in programs]
     for program, (_, said) in zip(programs, ends, strict=True):
         assert not program.returncode, said
     return [out.split() for out, _ in ends]

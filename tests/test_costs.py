@@ -13,7 +13,10 @@ from paramend.checkpoints import save
 from paramend.formats.safetensors import write_header
 from paramend.specs import Spec
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    pytest.mark.slow,
+]
 
 # What a command says, and then what it cost: the highest number of MB in memory, and the bytes that it wrote to files.
 RUN = """

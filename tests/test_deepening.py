@@ -15,6 +15,7 @@ import paramend as pm
 from paramend.demo import digits, training
 from paramend.demo.network import Classifier
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SpecMismatch, Unsupported
+from support.numerics import assert_close
 
 ORDERS = [[0, 1, 2], [0, 1, 1, 2], [2, 0], [1], [0, 1, 2, 0, 1, 2], [0, 0, 0]]
 
@@ -137,6 +138,7 @@ def test_moments_of_dropped_layers_are_left_behind():
     assert len(told.unused) == 2
 
 
+@pytest.mark.numeric
 def test_frozen_dicts_and_other_containers():
     tree = freeze({"layers_0": {"w": jnp.ones(1)}, "layers_1": {"w": jnp.zeros(1)}})
     new, _ = pm.deepen(tree, layers="layers_[*]", order=[1, 0, 0])
@@ -170,11 +172,13 @@ def classifier():
     return data, model, training.train(model, params, optax.adam(2e-3), data, epochs=5)
 
 
+@pytest.mark.numeric
 def test_a_deeper_classifier_of_digits(classifier):
     data, model, params = classifier
     order = pm.depth.blocks(1, count=2).each(2)
     new, report = pm.deepen(params, layers="params/Dense_[1:-1]", order=order, identity=["kernel", "bias"])
     deeper = Classifier(blocks=3)
+    # The same products on the same shapes, one by one, and x + 0 = x: no bit may differ.
     assert (deeper.apply(new, data.pixels) == model.apply(params, data.pixels)).all()
     assert str(report.new) == 'pm.sel("params/Dense_{3,4,5,6}/**")'
     trained = training.train(deeper, new, pm.freeze(optax.adamw(1e-3), report.frozen), data, epochs=1)
@@ -198,12 +202,14 @@ class Scanned(nn.Module):
         return nn.Dense(2)(scan(name="blocks")(x, None)[0])
 
 
+@pytest.mark.numeric
 def test_a_scanned_model_computes_the_same_and_only_new_slices_train():
     x = jax.random.normal(jax.random.key(0), (5, 4))
     params = Scanned(3).init(jax.random.key(1), x)
     layers = pm.sel("params/blocks/**")[:]
     new, report = pm.deepen(params, layers=layers, order=pm.depth.blocks(3, count=2), identity="out/*")
-    assert (Scanned(5).apply(new, x) == Scanned(3).apply(params, x)).all()
+    # Two loops are compiled, so nobody can ask for equal bits: 5 blocks of sums of 4 and 8 terms, and the head.
+    assert_close(Scanned(5).apply(new, x), Scanned(3).apply(params, x), terms=5 * 12 + 4, scale=8)
     tx = pm.freeze(optax.adamw(0.1), "**", until={report.new: 0})
     grads = jax.grad(lambda params: (Scanned(5).apply(params, x) ** 2).sum())(new)
     trained = optax.apply_updates(new, tx.update(grads, tx.init(new), new)[0])
@@ -248,6 +254,7 @@ class Network(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.numeric
 def test_nnx_modules():
     model, x = Network(12), jnp.arange(8.0).reshape(2, 4)
     before = model(x)

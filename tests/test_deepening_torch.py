@@ -12,7 +12,7 @@ import paramend as pm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from paramend.errors import BadArgument, Unsupported
-from tiny_models import MODELS, generated, kind, logits, make
+from tiny_models import FAMILIES, generated, kind, loaded, logits, make
 
 ORDER = pm.depth.blocks(3, count=2)
 
@@ -22,8 +22,9 @@ def loss_of(model, family):
     return nn.functional.cross_entropy(out, torch.arange(len(out)) % out.shape[-1])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_identity_layers_change_nothing(family, dtype, tmp_path):
     model = make(family, dtype)
@@ -37,10 +38,11 @@ def test_identity_layers_change_nothing(family, dtype, tmp_path):
         assert torch.equal(generated(deeper), generated(model))
     if dtype == torch.float32:  # rounding a model also rounds its rotary frequencies, and a file does not hold them
         deeper.save_pretrained(tmp_path)
-        assert torch.equal(logits(kind(family).from_pretrained(tmp_path).eval(), family), before)
+        assert torch.equal(logits(loaded(family, tmp_path), family), before)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.numeric
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_new_layers_train_from_the_first_step_and_do_not_jump(family):
     model = make(family)
     old = dict(model.named_parameters())
@@ -58,6 +60,7 @@ def test_the_new_layers_train_from_the_first_step_and_do_not_jump(family):
     assert 0 < jump <= 0.02
 
 
+@pytest.mark.numeric
 def test_the_wrong_place_for_a_zero_is_seen_by_that_step():
     model = make("olmo2")
     pm.deepen_(model, order=pm.depth.blocks(3, count=1), identity=["self_attn.o_proj.*", "mlp.down_proj.*"])
@@ -145,6 +148,7 @@ class Basic(nn.Module):
         return torch.relu(x + self.bn2(self.conv2(inner)))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("training", [False, True])
 def test_a_residual_network(training):
     torch.manual_seed(0)

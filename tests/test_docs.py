@@ -12,9 +12,16 @@ TOP = Path(__file__).parents[1]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
 LINKING = [*PAGES, TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", TOP / "bench" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Those that train and compile.
+LONG = {"README.md", "ablation.md", "freezing.md", "grafting.md", "growth.md", "lessons.md", "stacks.md"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def page_of(page):
+    return pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("page", list(map(page_of, PAGES)))
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import paramend as pm
 from paramend.errors import OutOfRange, SpecMismatch, Unsupported
+from support.numerics import assert_close
 
 
 class Mlp(nn.Module):
@@ -85,6 +86,7 @@ def hlo(function, *args):
     return re.sub(r"(?m)^(FileNames|FunctionNames|FileLocations|StackFrames)\n(?:\d.*\n)*", "", text)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_compiled_program_is_the_one_written_by_hand(name, params):
     ours, by_hand = BY_HAND[name]
@@ -95,6 +97,7 @@ def test_the_compiled_program_is_the_one_written_by_hand(name, params):
     jax.tree.map(np.testing.assert_array_equal, ours(params, value), by_hand(params, value))
 
 
+@pytest.mark.numeric
 def test_inside_grad_and_vmap(params):
     def loss(p):
         return jnp.sum(Mlp().apply(pm.at(p, LAST).multiply(2.0), jnp.ones((1, 3))) ** 2)
@@ -155,6 +158,7 @@ def test_whole_leaf_edits_keep_the_sharding(sharded):
             assert leaf.sharding == sharded[name].sharding
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("index", SLICES)
 def test_slice_edits_keep_the_sharding(sharded, index):
     at = SLICES[index]
@@ -169,14 +173,17 @@ def test_slice_edits_keep_the_sharding(sharded, index):
             "add": (lambda s, n=new: s.add(n), part + new),
             "apply": (lambda s: s.apply(jnp.square), part**2),
         }
+        # one program for all verbs
+        traced = jax.jit(
+            lambda tree, n=name, all=edits: {verb: edit(pm.at(tree, n)[at])[n] for verb, (edit, _) in all.items()}
+        )(sharded)
         for verb, (edit, wanted) in edits.items():
             expected = np.array(leaf)
             expected[at] = wanted
             eager = edit(pm.at(sharded, name)[at])[name]
             assert eager.sharding == leaf.sharding, verb
             np.testing.assert_array_equal(eager, expected, err_msg=verb)
-            traced = jax.jit(lambda tree, e=edit, n=name: e(pm.at(tree, n)[at])[n])(sharded)
-            np.testing.assert_array_equal(traced, expected, err_msg=verb)
+            np.testing.assert_array_equal(traced[verb], expected, err_msg=verb)
         np.testing.assert_array_equal(pm.at(sharded, name)[at].one(), part)
 
 
@@ -331,6 +338,7 @@ def test_random_edits_depend_on_seed_and_path_only(params):
     assert np.any(changed["params"]["Dense_2"]["kernel"] != alone["params"]["Dense_2"]["kernel"])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("seed", [3, jax.random.key(3), jax.random.PRNGKey(3)], ids=["int", "key", "old key"])
 def test_reinit_draws_with_the_right_spread(seed):
     tree = {"a": jnp.zeros((400, 300)), "b": jnp.zeros((3, 3, 40, 50))}
@@ -339,6 +347,7 @@ def test_reinit_draws_with_the_right_spread(seed):
     assert float(out["b"].std()) == pytest.approx((1 / 360) ** 0.5, rel=0.02)
     inside = jax.jit(lambda t, s: pm.at(t, "*").reinit("lecun_normal", seed=s))
     if not isinstance(seed, int):
-        np.testing.assert_allclose(inside(tree, seed)["a"], out["a"], rtol=1e-6)
+        # the inverse of erf by a polynomial of 9 terms, near 0 of what is left of 2 u - 1
+        assert_close(inside(tree, seed)["a"], out["a"], terms=9 + 3)
     own = pm.at(tree, "a").reinit(nn.initializers.constant(2.0), seed=seed)
     assert float(own["a"].min()) == 2.0

@@ -157,6 +157,7 @@ def test_every_dtype(dtype):
     assert sliced.to(torch.complex64).tolist()[1:] == [1, 1]
 
 
+@pytest.mark.numeric
 def test_the_same_numbers_in_every_library():
     import jax.numpy as jnp
 

@@ -57,6 +57,7 @@ PROGRAM = dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "midrun"])
 def test_two_processes(when, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
@@ -67,7 +68,7 @@ def test_two_processes(when, tmp_path):
                 [*command, str(rank), str(tmp_path / "meeting"), when],
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=600,
                 check=False,
             )
             for rank in range(2)

@@ -70,6 +70,7 @@ def test_rows_stay_in_every_optimizer(name, midrun):
     assert model[0].weight.requires_grad
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
 def test_the_other_rows_train_as_without(name):
     model, twin = net(), net()
@@ -219,6 +220,7 @@ def test_thawed_into_an_optimizer_of_all(name):
     train(model, frozen)
 
 
+@pytest.mark.numeric
 def test_trained_parameters_go_on_as_if_nothing_had_happened():
     model, twin = net(), net()
     one, other = made("AdamW", model[2].parameters()), made("AdamW", twin[2].parameters())

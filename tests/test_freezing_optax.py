@@ -23,6 +23,8 @@ from paramend.errors import BadArgument, NoMatch, SelectorError, Unsupported
 from paramend.freezing import optax as adapter
 from paramend.freezing.registry import HOW, freeze
 from paramend.selectors import sel
+from support.numerics import assert_close
+from support.slow import slow_except
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -49,6 +51,12 @@ def gradient(loss):
 
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def assert_trained_alike(found, wanted, steps):
+    """Parameters after steps of two programs: sums of 3, 4 and 4 terms, their gradients, and some 20 operations."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(one, other, terms=steps * (2 * (3 + 4 + 4) + 20), scale=2)
 
 
 def train(tx, params, loss=loss, steps=5, state=None, wrap=lambda step: step, examples=False, **extra):
@@ -93,6 +101,7 @@ EXTRA = {
 }
 COMPILED = {"galore", "lbfgs", "muon", "sophia"}  # loops inside: cheaper to compile than to walk
 MAIN = [(name, make) for name, make in optimizers(optax) if name != "lbfgs"]
+COMMON = {"adafactor", "adamw", "lion", "sgd"}
 OPTIMIZERS = [*MAIN, ("lbfgs", optax.lbfgs), *optimizers(contrib)]
 
 
@@ -113,19 +122,19 @@ def way(name):
     }
 
 
+@pytest.mark.numeric
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of optimizers that have a successor
-@pytest.mark.parametrize(("name", "make"), OPTIMIZERS, ids=[name for name, _ in OPTIMIZERS])
+@pytest.mark.parametrize(("name", "make"), slow_except(COMMON, OPTIMIZERS))
 def test_excluded_leaves_are_constants_to_every_optimizer(name, make):
     after, _ = train(freeze(made(name, make), "a/**"), PARAMS, **way(name))
     alone, _ = train(made(name, make), PARAMS["b"], loss_of_rest, **way(name))
     assert bits(after["a"]) == bits(PARAMS["a"])
     assert bits(after["b"]) != bits(PARAMS["b"])
-    for leaf, expected in zip(jax.tree.leaves(after["b"]), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(leaf, expected, rtol=1e-6, atol=1e-7)
+    assert_trained_alike(after["b"], alone, 5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("name", "make"), MAIN, ids=[name for name, _ in MAIN])
+@pytest.mark.parametrize(("name", "make"), slow_except(COMMON, MAIN))
 def test_leaves_frozen_in_mid_run_stop_at_once_in_every_optimizer(name, make):
     tx = made(name, make)
     params, state = train(tx, PARAMS, steps=3, **way(name))
@@ -182,6 +191,7 @@ def test_moments_are_kept_for_trained_leaves_only():
     assert sizes == [part, full, full]
 
 
+@pytest.mark.numeric
 def test_what_clipping_inside_sees():
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     huge = {"a": jax.tree.map(lambda g: g * 1e6, grads["a"]), "b": grads["b"]}
@@ -252,6 +262,7 @@ def step_of(tx, state, grads):
     return step
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("how", ["exclude", "updates"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "complex64"])
 def test_every_ordinary_bit_pattern_stays(dtype, how):
@@ -542,6 +553,7 @@ def test_extra_arguments_reach_the_optimizer(how):
     plain.update(PARAMS, plain.init(PARAMS), PARAMS, value=3.0)  # and none reach one that takes none
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("how", ["exclude", "gradients"])  # with "updates" the search believes that all leaves move
 def test_line_searches(how):
     def loss(params):
@@ -553,7 +565,7 @@ def test_line_searches(how):
     after, _ = train(freeze(tx, "a", how=how), {"a": a, "b": b}, loss, **told)
     alone, _ = train(tx, b, lambda b: loss({"a": a, "b": b}), **told)
     assert bits(after["a"]) == bits(a)
-    np.testing.assert_allclose(after["b"], alone, rtol=1e-6)
+    assert_trained_alike(after["b"], alone, 5)
     assert bits(alone) != bits(b)
 
 
@@ -588,6 +600,7 @@ def test_one_trace(how):
     assert (bits(params["a"]) == bits(PARAMS["a"])) == (how != "gradients")
 
 
+@pytest.mark.numeric
 def test_init_in_jit_and_steps_in_scan():
     tx = freeze(optax.adamw(0.1), "a/**")
 
@@ -602,7 +615,7 @@ def test_init_in_jit_and_steps_in_scan():
 
     scanned, looped = run(PARAMS), first(tx, steps=4)
     assert bits(scanned["a"]) == bits(PARAMS["a"])
-    np.testing.assert_allclose(scanned["b"]["kernel"], looped["b"]["kernel"], rtol=1e-5)
+    assert_trained_alike(scanned["b"], looped["b"], 4)
 
 
 def test_vmapped_over_models():

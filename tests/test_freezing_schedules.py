@@ -1,5 +1,6 @@
 """Leaves that thaw or freeze in the course of training, and slices of leaves: bitwise still, and one trace."""
 
+import functools
 import inspect
 from itertools import pairwise
 
@@ -14,6 +15,8 @@ from optax import contrib
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.freezing.registry import HOW, freeze
 from paramend.selectors import sel
+from support.numerics import assert_close
+from support.slow import slow_except
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -54,6 +57,12 @@ def run(tx, params=PARAMS, steps=6, state=None, loss_grad=GRADIENT, jit=True):
     return [p for p, _ in history], [s for _, s in history], len(traces)
 
 
+def assert_trained_alike(found, wanted, steps):
+    """Parameters after steps of two programs: sums of 3, 4, 4 and 4 terms, their gradients, and some 20 operations."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(one, other, terms=steps * (2 * (3 + 4 + 4 + 4) + 20), scale=2)
+
+
 def moved(history, *keys):
     """At which steps a leaf moved."""
 
@@ -89,26 +98,32 @@ SCHEDULES = {
 }
 
 
+@functools.cache
+def scheduled(case, how):
+    """A compiled run under one of the schedules."""
+    return run(freeze(CLIPPED, "a/**", how=how, **SCHEDULES[case][0]))
+
+
 @pytest.mark.parametrize("how", ["exclude", "updates"])
 @pytest.mark.parametrize("case", SCHEDULES)
 def test_a_leaf_moves_when_the_schedule_says_and_the_step_is_traced_once(case, how):
-    arguments, expected = SCHEDULES[case]
-    params, states, traces = run(freeze(CLIPPED, "a/**", how=how, **arguments))
+    _, expected = SCHEDULES[case]
+    params, states, traces = scheduled(case, how)
     assert moved(params, "a", "kernel") == moved(params, "a", "bias") == list(map(bool, expected))
     assert all(moved(params, "c", "kernel"))
     assert traces == 1
     assert int(states[-1].step) == 6
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
+@pytest.mark.numeric
+@pytest.mark.parametrize("case", slow_except({"a step", "alternating", "trained between"}, SCHEDULES))
 def test_without_jit_it_is_the_same(case):
     arguments, expected = SCHEDULES[case]
     tx = freeze(CLIPPED, "a/**", **arguments)
     eager, _, _ = run(tx, jit=False)
     assert moved(eager, "a", "kernel") == list(map(bool, expected))
-    jitted, _, _ = run(tx)
-    for one, other in zip(jax.tree.leaves(eager[-1]), jax.tree.leaves(jitted[-1]), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    jitted, _, _ = scheduled(case, "exclude")
+    assert_trained_alike(eager[-1], jitted[-1], 6)
 
 
 @pytest.mark.parametrize("how", ["exclude", "updates"])
@@ -156,6 +171,7 @@ def test_the_first_entry_that_names_a_leaf_counts():
 # ---- what the moments are at the thaw ------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 def test_exclude_moments_are_as_init_makes_them_at_the_thaw():
     tx = freeze(CLIPPED, "a/**", until=3)
     params, states, _ = run(tx, steps=4)
@@ -164,8 +180,10 @@ def test_exclude_moments_are_as_init_makes_them_at_the_thaw():
     mu, nu = moments(states[4])
     grads = GRADIENT(params[3])
     clip = min(1.0, 0.5 / float(optax.tree.norm(grads)))
-    np.testing.assert_allclose(mu["a"]["kernel"], 0.1 * clip * grads["a"]["kernel"], rtol=1e-4)
-    np.testing.assert_allclose(nu["a"]["kernel"], 0.001 * (clip * grads["a"]["kernel"]) ** 2, rtol=1e-4)
+    # a gradient of sums of 3, 4, 4 and 4 terms, clipped by a norm of 38 squares; 1 - 0.999 in float32 has lost 3 digits
+    mean, square = 0.1 * clip * grads["a"]["kernel"], 0.001 * (clip * grads["a"]["kernel"]) ** 2
+    assert_close(mu["a"]["kernel"], mean, terms=2 * 15 + 38 + 4)
+    assert_close(nu["a"]["kernel"], square, terms=2 * (2 * 15 + 38) + 1000)
     assert int(optax.tree.get(states[4][1], "count")) == 4
 
 
@@ -175,6 +193,7 @@ def test_exclude_moments_are_held_bit_for_bit_from_freeze_to_thaw():
     assert held[1] != held[2] == held[3] == held[4] != held[5]
 
 
+@pytest.mark.numeric
 def test_updates_moments_run_on():
     tx = freeze(optax.adam(0.1), "a/**", how="updates", until=3)
     _, states, _ = run(tx, steps=3)
@@ -185,9 +204,11 @@ def test_updates_moments_run_on():
     for _ in range(2):
         _, state = tx.update(ones, state, PARAMS)
         _, other = frozen.update(ones, other)
-    assert bits(moments(state)) == bits(moments(other))
+    for one, wanted in zip(jax.tree.leaves(moments(state)), jax.tree.leaves(moments(other)), strict=True):
+        assert_close(one, wanted, terms=2 * 4)  # a branch is compiled
 
 
+@pytest.mark.numeric
 def test_the_first_update_after_a_late_thaw_is_large():
     """As the documentation of `freeze` says of Adam: its bias correction is over by then."""
     tx = freeze(optax.adam(1.0), "a", until=2000)
@@ -195,7 +216,8 @@ def test_the_first_update_after_a_late_thaw_is_large():
     state = tx.init(params)
     state = jax.tree.map(lambda x: jnp.full_like(x, 2000) if x.dtype == jnp.int32 else x, state)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-    assert float(updates["a"][0]) == pytest.approx(-0.1 / 0.001**0.5 * (1 - 0.999**2001) ** 0.5, rel=1e-3)
+    # 0.999 is rounded, and taken to the power of 2001
+    assert_close(updates["a"][0], -0.1 / 0.001**0.5 * (1 - 0.999**2001) ** 0.5, terms=2001)
 
 
 # ---- as if frozen leaves were constants ----------------------------------------------------------------------------
@@ -222,8 +244,9 @@ def made(name):
     return optax.chain(optax.clip_by_global_norm(0.5), PLAIN[name](**given))
 
 
+@pytest.mark.numeric
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of optimizers that have a successor
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", slow_except({"adafactor", "adamw", "lion", "sgd"}, PLAIN))
 def test_frozen_from_the_start_and_again_in_every_optimizer(name):
     small = {"a": PARAMS["a"]["kernel"], "c": PARAMS["c"]["kernel"]}
 
@@ -237,7 +260,7 @@ def test_frozen_from_the_start_and_again_in_every_optimizer(name):
     assert thawed[3]  # some, such as rprop, only look around in their first step
     alone, _, _ = run(made(name), {"c": small["c"]}, 2, loss_grad=gradient, jit=False)
     for one, other in zip(params[:3], alone, strict=True):
-        np.testing.assert_allclose(one["c"], other["c"], rtol=1e-6, atol=1e-7)
+        assert_trained_alike(one["c"], other["c"], 2)
     assert all(moved(params, "c")[1:])
 
 
@@ -396,26 +419,35 @@ def pull(params):
     return jax.tree.map(lambda p: 2 * p - 1, params)
 
 
+ADAMW = optax.adamw(0.1, weight_decay=0.1)
+
+
+@functools.cache
+def free():
+    """A run of the stack in which nothing is frozen."""
+    return run(ADAMW, STACK, 5, loss_grad=pull)[0]
+
+
 def frozen_by(index):
     mask = np.zeros((6, 3, 4), bool)
     mask[np.asarray(index) if isinstance(index, jax.Array) else index] = True
     return mask
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("how", ["exclude", "updates"])
 @pytest.mark.parametrize("case", SLICES)
 def test_slices_do_not_move_and_the_rest_trains_as_before(case, how):
     index, mask = SLICES[case], frozen_by(SLICES[case])
-    tx = optax.adamw(0.1, weight_decay=0.1)
-    params, _, traces = run(freeze(tx, sel("w")[index], how=how), STACK, 5, loss_grad=pull)
-    free, _, _ = run(tx, STACK, 5, loss_grad=pull)
+    params, _, traces = run(freeze(ADAMW, sel("w")[index], how=how), STACK, 5, loss_grad=pull)
     before, after = np.asarray(STACK["w"]), np.asarray(params[-1]["w"])
     assert after[mask].tobytes() == before[mask].tobytes()
-    np.testing.assert_allclose(after[~mask], np.asarray(free[-1]["w"])[~mask], rtol=1e-6)
+    assert_trained_alike(after[~mask], np.asarray(free()[-1]["w"])[~mask], 5)
     assert (after[~mask] != before[~mask]).all()
     assert traces == 1
 
 
+@pytest.mark.numeric
 def test_frozen_slices_keep_zero_moments_and_do_not_count_in_the_norm():
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
     grads = {"w": jnp.ones((6, 3, 4)).at[:4].set(1e6), "b": jnp.ones(3)}
@@ -425,8 +457,7 @@ def test_frozen_slices_keep_zero_moments_and_do_not_count_in_the_norm():
     assert not np.asarray(mu["w"][:4]).any()
     assert not np.asarray(nu["w"][:4]).any()
     alone, _, _ = run(tx, {"w": STACK["w"][4:], "b": STACK["b"]}, 3, loss_grad=lambda p: {**grads, "w": grads["w"][4:]})
-    np.testing.assert_allclose(params[-1]["w"][4:], alone[-1]["w"], rtol=1e-6)
-    np.testing.assert_allclose(params[-1]["b"], alone[-1]["b"], rtol=1e-6)
+    assert_trained_alike({"w": params[-1]["w"][4:], "b": params[-1]["b"]}, alone[-1], 3)
 
 
 def test_moments_of_slices_are_held_when_frozen_in_mid_run():

@@ -17,6 +17,7 @@ from optax import contrib
 from paramend.errors import BadArgument, SpecMismatch, Unsupported
 from paramend.freezing.registry import carry_opt_state, freeze
 from paramend.selectors import sel
+from support.numerics import assert_close
 
 PARAMS = {
     "a": {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.ones(4)},
@@ -135,12 +136,14 @@ def test_thaw_refreeze_and_thaw_again():
     train(ADAM, params, thawed)
 
 
+@pytest.mark.numeric
 def test_trained_leaves_go_on_as_if_nothing_had_happened():
     """Frozen, carried and thawed: the other leaves are where they are without any of it."""
     params, state = train(freeze(ADAM, "a/**"))
     params, _ = train(ADAM, params, carry_opt_state(ADAM, params, state))
     alone, _ = train(ADAM, PARAMS["b"], steps=6)
-    assert bits(params["b"]) == bits(alone)
+    for one, other in zip(jax.tree.leaves(params["b"]), jax.tree.leaves(alone), strict=True):
+        assert_close(one, other, terms=6 * 20)
 
 
 def test_the_step_of_a_schedule_goes_on():
@@ -162,7 +165,7 @@ def test_schedules_and_hyperparameters_go_on():
     frozen = freeze(tx, "a/**")
     carried = carry_opt_state(frozen, params, state)
     assert int(carried.inner_state.count) == 3
-    assert float(carried.inner_state.hyperparams["learning_rate"]) == pytest.approx(0.1 / 3)
+    assert_close(carried.inner_state.hyperparams["learning_rate"], 0.1 / 3, terms=2)
     rate = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda step: -0.1 / (1 + step)))
     params, state = train(rate, steps=4)
     assert counts(carry_opt_state(freeze(optax.chain(optax.clip(1.0), rate), "a/**"), params, state)) == [4]

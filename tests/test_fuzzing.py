@@ -13,6 +13,7 @@ COUNTS = {"safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack":
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COUNTS)
 def test_damage_gives_errors_of_our_own_and_nothing_else(kind):
     seen = fuzzing.fuzz(kind, COUNTS[kind], seed=1)
@@ -22,9 +23,10 @@ def test_damage_gives_errors_of_our_own_and_nothing_else(kind):
 CASES = [("rewrite", "shards", 2), ("rewrite", "structure", 9), ("patch", "shards", 9), ("patch", "torch", 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "kind", "signum"), CASES)
 def test_a_stopped_writer_leaves_the_old_state_or_the_new_one(engine, kind, signum):
     command = [sys.executable, Path(__file__).with_name("killing.py"), engine, kind, "12", str(signum)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "12 rounds" in done.stdout

@@ -122,6 +122,7 @@ def test_an_abstract_source_has_nothing_to_give():
         pm.graft(PARAMS, ABSTRACT)
 
 
+@pytest.mark.numeric
 def test_nnx_modules_and_states(tmp_path):
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     abstract = nnx.eval_shape(lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
@@ -210,6 +211,7 @@ thread.start()
 with pm.open(sys.argv[1]) as source:
     tree, _ = pm.graft(target, source)
 jax.block_until_ready(tree)
+seen.append(anonymous())  # the watcher of a busy machine may have missed the end
 done.set()
 thread.join()
 total = float(sum(x.sum() for x in tree.values()))
@@ -217,6 +219,7 @@ print(json.dumps({"over": max(seen) - idle, "sum": total}))
 """
 
 
+@pytest.mark.slow
 def test_a_restore_costs_the_model_and_a_leaf(tmp_path):
     """256 MiB in 8 leaves."""
     tree = {f"layers_{i}": np.full((2048, 4096), i, "float32") for i in range(8)}

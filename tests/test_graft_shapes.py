@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm
 from paramend.errors import BadArgument, GraftRefused, SelectorError, Unsupported
+from support.numerics import assert_close
 
 
 def a(*shape, value=1.0, dtype="float32"):
@@ -176,6 +177,7 @@ def test_a_vision_transformer_for_larger_images():
     json.dumps(report.to_dict())
 
 
+@pytest.mark.numeric
 def test_larger_patches_of_larger_images_give_the_same_answers():
     """FlexiViT: as many patches, each twice as large, of an image twice as large."""
     small, big = Vit(32).double(), Vit(64, patch=16).double()
@@ -184,9 +186,11 @@ def test_larger_patches_of_larger_images_give_the_same_answers():
     patches = image.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
     larger = torch.nn.functional.interpolate(patches, size=(16, 16), mode="bicubic", antialias=True)
     larger = larger.reshape(2, 4, 4, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 64, 64)
-    assert (small(image) - big(larger)).abs().max() < 1e-10
+    # sums over 3 × 16 × 16 pixels, and a pseudo-inverse of a matrix whose condition is below 100
+    assert_close(big(larger), small(image), terms=3 * 16 * 16, scale=100)
 
 
+@pytest.mark.numeric
 def test_gray_images_for_a_model_of_colour():
     small = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
     big = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
@@ -195,7 +199,7 @@ def test_gray_images_for_a_model_of_colour():
     assert [row.did for row in report.mismatched] == ["resized 3 → 1 input channels, gray kept (detected: channels)"]
     assert big[0].weight is weight
     image = torch.randn(2, 1, 9, 9)
-    assert torch.allclose(big(image), small(image.expand(-1, 3, -1, -1)), atol=1e-6)
+    assert_close(big(image), small(image.expand(-1, 3, -1, -1)), terms=3 * 9 + 4 * 9, scale=4)
 
 
 class Language(torch.nn.Module):
@@ -207,6 +211,7 @@ class Language(torch.nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
 
+@pytest.mark.numeric
 def test_a_larger_vocabulary():
     small, big = Language(10), Language(13)
     report = pm.graft_(big, small, mismatch="resize")
@@ -218,11 +223,10 @@ def test_a_larger_vocabulary():
     assert torch.equal(big.embed_tokens.weight[:10], small.embed_tokens.weight)
     assert torch.equal(big.lm_head.bias[:10], small.lm_head.bias)
     mean = small.embed_tokens.weight.mean(0)
-    assert torch.allclose(big.embed_tokens.weight[10:], mean.expand(3, 4), atol=1e-3)
+    # drawn about the mean with a spread of 3e-5 of that of the rows
+    assert (big.embed_tokens.weight[10:] - mean).abs().max() < 1e-3
     hidden = torch.randn(4)
-    assert torch.equal(big.lm_head(hidden)[:10], small.lm_head(hidden)) or torch.allclose(
-        big.lm_head(hidden)[:10], small.lm_head(hidden), atol=1e-7
-    )
+    assert_close(big.lm_head(hidden)[:10], small.lm_head(hidden), terms=4 + 1, scale=4)
 
 
 def test_fresh_rows_are_the_same_everywhere(tmp_path):
@@ -253,6 +257,7 @@ def test_a_vocabulary_never_shrinks_in_silence():
     run_hint(error, {"wte": a(3, 2)}, {"wte": a(4, 2)})
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "float8_e4m3fn"])
 @pytest.mark.parametrize("kind", ["numpy", "jax", "torch"])
 def test_dtypes(dtype, kind):

@@ -15,7 +15,7 @@ import paramend as pm
 from paramend.errors import BadArgument, NoMatch, Unsupported
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import MODELS, make
+from tiny_models import FAMILIES, make
 
 
 def regression(model):
@@ -93,7 +93,7 @@ def test_frozen_parameters_are_not_asked():
 # ---- residual writers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_trying_finds_what_the_table_says(family):
     model = make(family)
     before = copy.deepcopy(model.state_dict())

@@ -614,6 +614,7 @@ KILLER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "signum", "rounds"),
     [("ocdbt", signal.SIGKILL, 30), ("zarr", signal.SIGKILL, 30), ("ocdbt", signal.SIGINT, 10)],
@@ -623,7 +624,7 @@ def test_stopped_at_random_moments(tmp_path, name, signum, rounds):
     path = tmp_path / "x"
     ocp.PyTreeCheckpointer(**LAYOUTS[name]).save(path, {f"w{n}": np.ones((64, 256), "float32") for n in range(6)})
     command = [sys.executable, "-c", textwrap.dedent(KILLER), str(path), str(rounds), str(int(signum))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
 

@@ -804,6 +804,7 @@ def mutated(data, rng):
     return bytes(out)
 
 
+@pytest.mark.slow
 def test_mutations_of_whole_files(tmp_path):
     rng, path = random.Random(0), tmp_path / "m.pt"
     found = seeds(tmp_path)
@@ -819,6 +820,7 @@ def test_mutations_of_whole_files(tmp_path):
     assert refused > 500
 
 
+@pytest.mark.slow
 def test_mutations_of_pickles_and_directories(tmp_path):
     """Checksums and lengths are put right again, so that the damage is not caught by them."""
     rng, path = random.Random(1), tmp_path / "m.pt"
@@ -901,6 +903,7 @@ class Holes(io.RawIOBase):
         return len(data)
 
 
+@pytest.mark.slow
 def test_tensors_of_more_than_4_gb(tmp_path, monkeypatch):
     zeros, crc32 = bytes(1 << 24), zlib.crc32
     count = 2**30 + 2**22

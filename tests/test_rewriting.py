@@ -539,6 +539,7 @@ pm.at(checkpoint, "b").multiply(2).save(sys.argv[2], force=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_at_any_moment_the_output_is_old_or_new(tmp_path, how):
     source, out = tmp_path / "in", tmp_path / "out"
@@ -612,6 +613,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("how", ["save", "patch"])
 @pytest.mark.parametrize(("verb", "args", "index"), LARGE, ids=lambda value: value if isinstance(value, str) else None)

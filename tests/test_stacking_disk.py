@@ -19,6 +19,7 @@ from flax import serialization
 import paramend as pm
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch
+from support.numerics import assert_close
 
 X = jnp.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -47,6 +48,11 @@ class Unrolled(nn.Module):
         for i in range(self.layers):
             x, _ = Block(name=f"layers_{i}")(x)
         return nn.Dense(2)(x)
+
+
+def assert_same_outputs(found, wanted):
+    """Of each of 3 blocks a mean and a variance over 4 values and a product of as many terms, and the head."""
+    assert_close(found, wanted, terms=3 * 12 + 4, scale=4)
 
 
 def bits(tree):
@@ -147,6 +153,7 @@ def test_edits_planned_before_and_after(tmp_path):
     assert in_file(tmp_path / "u.safetensors") == bits(expected)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", ["msgpack", "orbax"])
 def test_a_scanned_model_becomes_an_unrolled_one(tmp_path, kind, axis):
@@ -168,12 +175,13 @@ def test_a_scanned_model_becomes_an_unrolled_one(tmp_path, kind, axis):
     with pm.open(tmp_path / "u.safetensors") as source:
         unrolled, _ = pm.graft(target, source)
     for params in (unrolled, restored):
-        assert jnp.allclose(Unrolled(3).apply(params, X), scanned.apply(variables, X), atol=1e-6)
+        assert_same_outputs(Unrolled(3).apply(params, X), scanned.apply(variables, X))
     with pm.open(tmp_path / "u.safetensors") as source, pm.open(path) as like:
         pm.stack_layers(source, "params/layers_<n>", like=like).save(tmp_path / "s.safetensors")
     assert in_file(tmp_path / "s.safetensors") == bits(flat(variables))
 
 
+@pytest.mark.numeric
 def test_orbax_onto_orbax(tmp_path):
     variables = Unrolled(3).init(jax.random.key(0), X)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -182,7 +190,7 @@ def test_orbax_onto_orbax(tmp_path):
         pm.stack_layers(checkpoint, "params/layers_<n>").save(tmp_path / "out")
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "out", jax.eval_shape(Scanned(3).init, jax.random.key(0), X))
-    assert jnp.allclose(Scanned(3).apply(restored, X), Unrolled(3).apply(variables, X), atol=1e-6)
+    assert_same_outputs(Scanned(3).apply(restored, X), Unrolled(3).apply(variables, X))
 
 
 def test_a_torch_file_with_a_tie_outside_of_the_layers(tmp_path):
@@ -260,6 +268,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     """192 MB, of which one leaf is 16 MB, and a stack of them all 192 MB."""
     safetensors.numpy.save_file({f"h.{i}.w": np.full((4, 1 << 20), i, "f4") for i in range(12)}, tmp_path / "m.st")

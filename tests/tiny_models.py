@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from support.slow import slow_except
+
 BASE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -44,6 +46,9 @@ MODELS = {
 }
 
 
+FAMILIES = slow_except({"llama", "olmo2", "gpt2"}, MODELS)
+
+
 def make(family, dtype=torch.float32, **changes):
     """A model of a family, in evaluation mode."""
     config, model, says = MODELS[family]
@@ -57,6 +62,22 @@ def make(family, dtype=torch.float32, **changes):
 
 def kind(family):
     return getattr(transformers, MODELS[family][1])
+
+
+def loaded(family, folder):
+    """The model of a folder, in evaluation mode, each parameter in memory of its own.
+
+    As transformers gives them, parameters lie in the mapped file, at odd addresses, and on some processors a product
+    of matrices rounds otherwise there.
+    """
+    return settled(kind(family).from_pretrained(folder))
+
+
+def settled(model):
+    """The model in evaluation mode, each parameter copied to where torch would put it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()
 
 
 def logits(model, family):

@@ -1,0 +1,141 @@
+"""Runs the numeric tests as if on other processors: python tests/portable.py [--quick] [--only NAME]
+
+How a sum is rounded depends on what a processor can do, on the number of threads and on what a compiler fuses. Each row
+of the table is a run of the tests marked `numeric` in which XLA, torch, numpy, OpenBLAS, oneDNN, MKL and the C library
+are held to what an older, narrower or otherwise compiled processor would do. `of its bound` is the largest share of a
+bound of `support.numerics` that any comparison used.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+TESTS = Path(__file__).parent
+
+SSE = {
+    "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "MKL_CBWR": "COMPATIBLE",
+    "OPENBLAS_CORETYPE": "Nehalem",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F,-AVX512DQ,-AVX512VL",
+}
+AVX2 = {
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX512DQ,-AVX512VL",
+}
+
+
+def threads(count):
+    return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")}
+
+
+# What is set, by name; where nothing is, the machine decides.
+CONFIGURATIONS = {
+    "this machine": {},
+    "SSE4.2": SSE,
+    "AVX2": AVX2,
+    "XLA: SSE4.2": {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2"},
+    "XLA: AVX2": {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"},
+    "XLA: 128 bits wide": {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=128"},
+    "XLA: nothing fused": {"XLA_FLAGS": "--xla_disable_hlo_passes=fusion,cpu-instruction-fusion"},
+    "XLA: not optimized": {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    "torch: no vectors": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "OpenBLAS: Nehalem": {"OPENBLAS_CORETYPE": "Nehalem"},
+    "OpenBLAS: Sandybridge": {"OPENBLAS_CORETYPE": "Sandybridge"},
+    "OpenBLAS: Haswell": {"OPENBLAS_CORETYPE": "Haswell"},
+    "numpy: no vectors": {"NPY_DISABLE_CPU_FEATURES": SSE["NPY_DISABLE_CPU_FEATURES"]},
+    "one thread": threads(1) | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"},
+    "two threads": threads(2),
+    "sixteen threads": threads(16),
+}
+QUICK = {
+    "SSE4.2, one thread": SSE | threads(1) | {"XLA_FLAGS": f"{SSE['XLA_FLAGS']} --xla_cpu_multi_thread_eigen=false"},
+    "AVX2, two threads, nothing fused": AVX2
+    | threads(2)
+    | {"XLA_FLAGS": f"{AVX2['XLA_FLAGS']} --xla_disable_hlo_passes=fusion,cpu-instruction-fusion"},
+}
+
+
+@dataclass
+class Run:
+    """What came of the tests in a configuration."""
+
+    name: str
+    passed: int
+    failed: list[str]
+    share: float
+    seconds: float
+    output: str
+
+    @property
+    def good(self):
+        return bool(self.passed) and not self.failed
+
+    def row(self):
+        said = f"{self.passed} passed" + (f", {len(self.failed)} FAILED" if self.failed else "")
+        return f"{self.name:34}{said or 'nothing ran':26}{self.share:>8.0%} of its bound{self.seconds:>8.0f} s"
+
+
+def numeric_files():
+    return [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.numeric" in path.read_text()]
+
+
+def run(name, changes, chosen, files):
+    """The tests in a program that sees these variables beside those that are set, XLA's flags in addition."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {changes.get('XLA_FLAGS', '')}".strip()
+    began = monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        margins = Path(folder) / "margins"
+        margins.touch()
+        variables = os.environ | changes | {"XLA_FLAGS": flags, "PORTABLE_MARGINS": str(margins)}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, "-rfE", *files]
+        done = subprocess.run(command, cwd=TESTS.parent, env=variables, capture_output=True, text=True)
+        shares = [float(line.split()[0]) for line in margins.read_text().splitlines()]
+    output = done.stdout + done.stderr
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if done.returncode and not failed:
+        failed = [f"pytest ended with {done.returncode}"]
+    passed = re.search(r"(\d+) passed", output)
+    return Run(name, int(passed[1]) if passed else 0, failed, max(shares, default=0), monotonic() - began, output)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two configurations, without the slow tests")
+    parser.add_argument("--only", action="append", choices=[*CONFIGURATIONS, *QUICK], help="this configuration")
+    parser.add_argument("--jobs", type=int, default=2, help="how many run at once (2)")
+    parser.add_argument("--output", action="store_true", help="print what pytest said where tests fail")
+    parser.add_argument("files", nargs="*", help="test files; by default all with numeric tests")
+    given = parser.parse_args()
+    chosen = "numeric and not slow" if given.quick else "numeric"
+    named = {name: (CONFIGURATIONS | QUICK)[name] for name in given.only} if given.only else None
+    wanted = named or (QUICK if given.quick else CONFIGURATIONS)
+    files = given.files or numeric_files()
+    runs = []
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for done in pool.map(lambda name: run(name, wanted[name], chosen, files), wanted):
+            runs.append(done)
+            print(done.row(), flush=True)
+            for test in done.failed:
+                print(f"    {test}", flush=True)
+            if given.output and not done.good:
+                print(done.output)
+    return 0 if all(one.good for one in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
