@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from paramend.cli import _ui
 from paramend.cli.main import ROWS, cli
 from paramend.formats.safetensors import SafetensorsFile, write_header
-from paramend.progress import Meter
+from paramend.reports.progress import Meter
 from paramend.specs import Spec
 from support.numerics import assert_close
 

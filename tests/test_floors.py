@@ -7,8 +7,8 @@ import pytest
 
 FLOORS = [
     # words
-    {"errors", "_text", "tables", "progress", "containers", "resizing"},
-    {"io", "paths", "specs", "_optional", "reports"},
+    {"errors", "reports.wording", "reports.tables", "reports.progress", "containers", "resizing"},
+    {"io", "paths", "specs", "_optional", "reports.report"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "initializers", "trees.*"},
     {"matching", "fits", "values"},

@@ -24,7 +24,7 @@ from paramend.errors import BadArgument, GraftRefused, SelectorError
 from paramend.grafting import graft, graft_
 from paramend.grafts.alignment import propose
 from paramend.grafts.conversions import damage
-from paramend.reports import Line, fold, table
+from paramend.reports.report import Line, fold, table
 
 
 class MLP(nn.Module):

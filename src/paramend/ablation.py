@@ -6,7 +6,6 @@ from contextlib import suppress
 from itertools import combinations
 from typing import Any
 
-from paramend import _text
 from paramend.ablations.methods import How, calls, floating
 from paramend.ablations.report import AblationReport, AblationRow
 from paramend.ablations.stages import Calls, Compiled, Functional, InPlace
@@ -15,6 +14,7 @@ from paramend.errors import BadArgument, NoMatch
 from paramend.grammar import around_captures
 from paramend.leaves import Editable, unique
 from paramend.memory import Memory
+from paramend.reports import wording
 from paramend.selectors import resolve
 from paramend.trees.kinds import is_torch_module
 
@@ -146,7 +146,9 @@ def _chosen(leaves: Editable, name: str, selector: Any) -> tuple[int, ...]:
     numbers = unique(leaves, [leaves.ties.get(number, number) for number in resolve(selector, leaves)])
     found = floating(leaves, numbers)
     if not found:
-        raise BadArgument(f"target {name!r} holds no leaf of floating dtype: {_text.listing(_paths(leaves, numbers))}")
+        raise BadArgument(
+            f"target {name!r} holds no leaf of floating dtype: {wording.listing(_paths(leaves, numbers))}"
+        )
     return found
 
 

@@ -13,8 +13,8 @@ from paramend.initializers import Place
 from paramend.io import put
 from paramend.ops import Call
 from paramend.plans import Row
-from paramend.progress import Meter
 from paramend.regions import Region, region
+from paramend.reports.progress import Meter
 from paramend.specs import Spec, numpy_dtype
 from paramend.streaming import values
 from paramend.windows import GAP, Window, joined

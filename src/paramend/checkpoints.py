@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paramend import _text
 from paramend._optional import need
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
@@ -19,7 +18,8 @@ from paramend.formats.registry import format_of, home_of, open_source
 from paramend.leaves import Editable, Index, keys_of, plain
 from paramend.ops import Call
 from paramend.plans import Plan
-from paramend.progress import Progress
+from paramend.reports import wording
+from paramend.reports.progress import Progress
 from paramend.selectors import Selector, resolve
 from paramend.specs import Spec, numpy_dtype
 
@@ -88,7 +88,7 @@ class Checkpoint(Editable):
         return found
 
     def __repr__(self) -> str:
-        count = _text.plural(len(self), "leaf", "leaves")
+        count = wording.plural(len(self), "leaf", "leaves")
         edited = 0 if self._plan is None else len(self._plan.changed) + len(self._plan.deleted)
         return f"<{self.path}: {count}{f', {edited:,} edited' if edited else ''}>"
 
@@ -446,7 +446,7 @@ def load(path: str | os.PathLike[str], kind: str = "numpy", *, nested: bool = Tr
     {'fc': {'bias': array([1., 1.], dtype=float32)}}
     """
     if kind not in _KINDS:
-        near = _text.closest(kind, _KINDS, limit=1)
+        near = wording.closest(kind, _KINDS, limit=1)
         raise BadArgument(f"{kind!r} is no kind of arrays", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
     convert = _converter(kind)
     recover(path)

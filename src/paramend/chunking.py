@@ -16,7 +16,7 @@ from paramend.changing import Work, change
 from paramend.computing import flat
 from paramend.formats.source import Extent
 from paramend.plans import Row
-from paramend.progress import Meter
+from paramend.reports.progress import Meter
 from paramend.specs import Spec, numpy_dtype
 from paramend.streaming import steps_of
 

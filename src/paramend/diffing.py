@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
-from paramend import _text
 from paramend.checkpoints import open as open_checkpoint
 from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
 from paramend.evidence.comparisons import Comparer, Pair
@@ -18,7 +17,8 @@ from paramend.evidence.permutations import transposed
 from paramend.evidence.streams import nbytes_of
 from paramend.leaves import Editable
 from paramend.memory import Memory
-from paramend.progress import Meter, Progress
+from paramend.reports import wording
+from paramend.reports.progress import Meter, Progress
 from paramend.selectors import resolve
 from paramend.specs import BITS
 
@@ -130,7 +130,7 @@ def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
     changes = {path: said(kind, row) for kind, row in rows for path in (row.path, *row.also)}
     lines = [f"  {path}: {what}" for path, what in list(changes.items())[:20]]
     lines += [f"  and {len(changes) - 20:,} more"] if len(changes) > 20 else []
-    count = _text.plural(len(changes), "leaf", "leaves")
+    count = wording.plural(len(changes), "leaf", "leaves")
     return UnexpectedChange("\n".join([f"{count} changed that must not", *lines]), changes=changes)
 
 
@@ -208,7 +208,7 @@ def _check_readable(pairs: Sequence[Pair]) -> None:
         why = "" if pair.same else pair.hindrance
         problems += [f"{pair.new.index.path(pair.b)}: {why}"] * bool(why)
     if problems:
-        count = _text.plural(len(problems), "leaf", "leaves")
+        count = wording.plural(len(problems), "leaf", "leaves")
         raise Unsupported(
             "\n".join([f"{count} cannot be compared", *(f"  {line}" for line in problems[:20])]),
             hint='choose others: pm.diff(a, b, ~pm.sel("..."))',

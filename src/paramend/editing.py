@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
 from paramend.memory import editable, explain
 from paramend.ops import OPS, Call, sliced_shape
+from paramend.reports import wording
 from paramend.selectors import resolve, sel, slice_of, write_index
 
 T = TypeVar("T")
@@ -26,8 +26,8 @@ class Selection(Generic[T]):
         self._numbers = resolve(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
             raise WrongCount(
-                f"{self._selector!r} matches {_text.plural(len(self._numbers), 'leaf', 'leaves')}, and count={count} "
-                f"was demanded: {_text.listing(self.paths)}",
+                f"{self._selector!r} matches {wording.plural(len(self._numbers), 'leaf', 'leaves')}, and count={count} "
+                f"was demanded: {wording.listing(self.paths)}",
                 found=len(self._numbers),
                 wanted=count,
                 hint=f"count={len(self._numbers)}",
@@ -52,8 +52,8 @@ class Selection(Generic[T]):
 
     def __repr__(self) -> str:
         index = "" if self._index is None else f"[{write_index(self._index)}]"
-        count = _text.plural(len(self), "leaf", "leaves")
-        return f"<pm.at(..., {self._selector!r}){index}: {count}: {_text.listing(self.paths)}>"
+        count = wording.plural(len(self), "leaf", "leaves")
+        return f"<pm.at(..., {self._selector!r}){index}: {count}: {wording.listing(self.paths)}>"
 
     def __getitem__(self, index: Any) -> "Selection[T]":
         """The same slice of each chosen leaf, such as one layer of a scanned stack.
@@ -83,7 +83,7 @@ class Selection(Generic[T]):
         found = {path: self._read(number) for path, number in zip(self.paths, self._numbers, strict=True)}
         if len(found) != len(self._numbers):
             raise Unsupported(
-                f"two leaves have one path: {_text.listing(sorted(set(self.paths)))}",
+                f"two leaves have one path: {wording.listing(sorted(set(self.paths)))}",
                 hint="rename one of the keys",
             )
         return found
@@ -99,7 +99,7 @@ class Selection(Generic[T]):
         """
         if len(self) != 1:
             raise WrongCount(
-                f"{self._selector!r} matches {len(self)} leaves, and one() demands one: {_text.listing(self.paths)}",
+                f"{self._selector!r} matches {len(self)} leaves, and one() demands one: {wording.listing(self.paths)}",
                 found=len(self),
                 wanted=1,
                 hint=f'pm.at(tree, "{self.paths[0]}").one()',
@@ -318,8 +318,8 @@ def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
     if extra or missing:
         raise WrongCount(
             "set was given arrays by path"
-            + (f"; not selected: {_text.listing(extra)}" if extra else "")
-            + (f"; no array for: {_text.listing(missing)}" if missing else ""),
+            + (f"; not selected: {wording.listing(extra)}" if extra else "")
+            + (f"; no array for: {wording.listing(missing)}" if missing else ""),
             found=len(values),
             wanted=len(paths),
         )
@@ -369,7 +369,7 @@ def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
     left = [leaves.index.path(number) for number in leaves.index.numbers if number not in found]
     if left:
         raise NoMatch(
-            f"{_text.plural(len(left), 'leaf belongs', 'leaves belong')} to no group: {_text.listing(left)}",
+            f"{wording.plural(len(left), 'leaf belongs', 'leaves belong')} to no group: {wording.listing(left)}",
             hint='{..., "rest": "**"} as the last group takes what is left',
             near=left[:3],
         )

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text, resizing
+from paramend import resizing
 from paramend.errors import SpecMismatch
 from paramend.initializers import Place, generator
+from paramend.reports import wording
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
@@ -70,9 +71,9 @@ def positions(
         before, after = (old[axis] - kept, 1), (new[axis] - kept, 1)
         said = f"{old[axis]:,} → {new[axis]:,} positions"
         if min(before[0], after[0]) < 1:
-            raise SpecMismatch(f"{said} leave none after {_text.plural(kept, 'prefix token')}")
+            raise SpecMismatch(f"{said} leave none after {wording.plural(kept, 'prefix token')}")
     make = partial(resizing.grid, axis=axis, prefix=kept, old=before, new=after, cubic=cubic, antialias=antialias)
-    tokens = f", {_text.plural(kept, 'prefix token')}" if kept else ""
+    tokens = f", {wording.plural(kept, 'prefix token')}" if kept else ""
     return Fit(f"resized {said}{tokens}, {method}", math.prod(new), make)
 
 
@@ -183,7 +184,7 @@ def patches(
         sides = [_square(size // channels) for size in (old[axis], new[axis])]
         if None in sides or any(size % channels for size in (old[axis], new[axis])):
             raise SpecMismatch(
-                f"{old[axis]:,} → {new[axis]:,} inputs are no square patches of {_text.plural(channels, 'channel')}"
+                f"{old[axis]:,} → {new[axis]:,} inputs are no square patches of {wording.plural(channels, 'channel')}"
             )
         if flat is None and channels > 1:
             raise SpecMismatch(

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadArgument, NoMatch
 from paramend.grammar import around_captures
+from paramend.reports import wording
 from paramend.trees.kinds import is_torch_module
 
 
@@ -69,7 +69,7 @@ def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequenc
     if len(idle) == len(blocks):
         raise BadArgument("no block was called: there are no inputs, or the model does not use these blocks")
     if idle:
-        raise BadArgument(f"the model did not call {_text.listing(idle)}")
+        raise BadArgument(f"the model did not call {wording.listing(idle)}")
     return {name: 1 - total / counts[name] for name, total in sums.items()}
 
 
@@ -90,8 +90,8 @@ def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
         wrong = [] if layers in known else [layers]
         if not wrong:
             return {layers: known[layers]}
-    near = _text.closest("0".join(around_captures(wrong[0])), [name for name in known if name], limit=2)
+    near = wording.closest("0".join(around_captures(wrong[0])), [name for name in known if name], limit=2)
     raise NoMatch(
-        f"{wrong[0]!r} names none of {_text.plural(len(known), 'module')}",
+        f"{wrong[0]!r} names none of {wording.plural(len(known), 'module')}",
         hint=f"did you mean {' or '.join(map(repr, near))}?" if near else "dict(model.named_modules()) lists them",
     )

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadArgument, SpecMismatch
+from paramend.reports import wording
 from paramend.specs import Spec
 
 Array = np.ndarray[Any, Any]
@@ -82,7 +82,7 @@ def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> Array:
 def check_initializer(name: str, spec: Spec) -> None:
     """Refuses unknown names, and leaves that have no fans."""
     if name not in INITIALIZERS:
-        near = _text.closest(name, INITIALIZERS)
+        near = wording.closest(name, INITIALIZERS)
         raise BadArgument(
             f"{name!r} is no initializer: {', '.join(INITIALIZERS)}",
             hint=f'"{near[0] if near else "lecun_normal"}"',

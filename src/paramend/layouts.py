@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.index import SUFFIX, index_text
@@ -20,6 +19,7 @@ from paramend.formats.source import Extent
 from paramend.leaves import Stored
 from paramend.pieces import Copy, File, Piece, with_rows
 from paramend.plans import Plan, Row
+from paramend.reports import wording
 from paramend.specs import BITS, SAFETENSORS_CODES
 
 
@@ -86,7 +86,7 @@ def lay_out(
     elif wanted is not None:
         folder = False
     if wanted is None and Path(out).suffix.lower() in FOREIGN_SUFFIXES:
-        names = _text.listing([row.suffixes[0] for row in writable()])
+        names = wording.listing([row.suffixes[0] for row in writable()])
         raise Unsupported(
             f"{out}: {Path(out).suffix} files cannot be written", hint=f"a name that ends in {names}, or a directory"
         )
@@ -97,7 +97,7 @@ def lay_out(
     if wanted is None and own is not FORMATS[0]:
         wanted = FORMATS[0] if folder or own is None else own
     if wanted is not None and not wanted.writes:
-        names = _text.listing([row.suffixes[0] for row in writable()])
+        names = wording.listing([row.suffixes[0] for row in writable()])
         raise Unsupported(
             f"{out}: {wanted.says} cannot be written", hint=f"a name that ends in {names}, or a directory"
         )

@@ -14,7 +14,7 @@ from paramend.evidence.statistics import StatsReport, StatsRow
 from paramend.evidence.streams import nbytes_of, stream_of
 from paramend.leaves import Editable
 from paramend.memory import Memory
-from paramend.progress import Meter, Progress
+from paramend.reports.progress import Meter, Progress
 from paramend.selectors import resolve
 
 

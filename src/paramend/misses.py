@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import count, product
 
-from paramend import _text
 from paramend.errors import OutOfRange
 from paramend.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.matching import Names
 from paramend.paths import labels, text_of, write_path
 from paramend.patterns import Pattern, parse
+from paramend.reports import wording
 
 _SECONDS = 0.3  # what a search may take: on large trees a late hint is worse than a short one
 _WORST = 9  # repairs that cost more are no near misses
@@ -185,7 +185,7 @@ def _near_shapes(shape: str, shapes: Iterable[str]) -> Iterator[tuple[int, str]]
             ranks[found] = 1
         elif _squeezed(found) == _squeezed(shape) != "":
             ranks[found] = 2
-    for found in _text.closest(shape, [s for s in shapes[:2000] if s not in ranks]):
+    for found in wording.closest(shape, [s for s in shapes[:2000] if s not in ranks]):
         ranks[found] = 3
     yield from sorted(((rank, found) for found, rank in ranks.items()), key=lambda pair: pair[0])
 
@@ -282,10 +282,10 @@ def _near_ends(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple[
     match atoms:
         case (Literal(head), Star()):
             ends = (key[: len(head) + more] for key in known for more in (-1, 0, 1))
-            yield from ((3, Piece((Literal(text), Star()))) for text in _text.closest(head, _some(ends)))
+            yield from ((3, Piece((Literal(text), Star()))) for text in wording.closest(head, _some(ends)))
         case (Star(), Literal(tail)):
             ends = (key[-len(tail) - more :] for key in known for more in (-1, 0, 1) if len(tail) + more)
-            yield from ((3, Piece((Star(), Literal(text)))) for text in _text.closest(tail, _some(ends)))
+            yield from ((3, Piece((Star(), Literal(text)))) for text in wording.closest(tail, _some(ends)))
 
 
 def _some(texts: Iterable[str], limit: int = 2000) -> list[str]:

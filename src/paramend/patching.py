@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.changing import Work, change, work_of
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
@@ -30,8 +29,9 @@ from paramend.io import put
 from paramend.journal import DONE, PENDING, Spans, State, Writer, new_head, next_path
 from paramend.locks import explained, linked, opened
 from paramend.plans import Plan
-from paramend.progress import Meter, Progress
 from paramend.replacing import STAGED, check_replaceable, check_still, exchange
+from paramend.reports import wording
+from paramend.reports.progress import Meter, Progress
 from paramend.undoing import base_of, check_nothing_pending, digests, name_in, recover, state_of, take_back, writing
 
 Array = np.ndarray[Any, Any]
@@ -63,9 +63,9 @@ class PatchReport:
     @property
     def summary(self) -> str:
         """What was written, in one line."""
-        written = f"{_text.size(self.bytes_written)} written in place"
+        written = f"{wording.size(self.bytes_written)} written in place"
         if self.dry_run:
-            return f"dry run: {self.path} was not changed; {_text.size(self.bytes_written)} would be written in place"
+            return f"dry run: {self.path} was not changed; {wording.size(self.bytes_written)} would be written in place"
         if self.record is None:
             return f"{self.path} holds nothing that would change"
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
@@ -356,7 +356,7 @@ def _check_room(base: Path, store: Path, spans: Spans, states: Sequence[State]) 
     needed, free = spans.nbytes + spans.table.nbytes + (1 << 16), disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < needed:  # some network file systems count no blocks at all
         raise CannotWrite(
-            f"{base}: the undo record needs {_text.size(needed)}, and {_text.size(free)} are free in {store.parent}; "
+            f"{base}: the undo record needs {wording.size(needed)}, and {wording.size(free)} are free in {store.parent}; "
             "nothing was changed",
             hint=f"paramend undo {base} --drop frees what older records take",
         )

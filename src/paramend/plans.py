@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.initializers import NOWHERE, Place
 from paramend.leaves import Index, Leaves, keys_of, plain
 from paramend.ops import OPS, Call
 from paramend.paths import Label, labels, natural, write_path
+from paramend.reports import wording
+from paramend.reports.tables import aligned
 from paramend.selectors import resolve, slice_of, write_index
 from paramend.specs import Spec
-from paramend.tables import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +198,8 @@ class Plan:
                 clashes.append(f"{self.by_number[row.source].path} would go to {row.path} ({why})")
         if clashes:
             raise RenameClash(
-                f"{_text.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
-                f"{_text.listing(clashes, 4)}",
+                f"{wording.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
+                f"{wording.listing(clashes, 4)}",
                 hint="delete what stands there first, or rename to other paths",
             )
         return self._with(rows)
@@ -228,7 +228,7 @@ class Plan:
             spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
             table.append((row.path, spec, "deleted" if id(row) in deleted else row.edit))
         count, gone = len(rows) - len(self.deleted), len(self.deleted)
-        all_leaves = _text.plural(len(self.rows) + gone, "leaf", "leaves")
+        all_leaves = wording.plural(len(self.rows) + gone, "leaf", "leaves")
         said = [f"{count:,} of {all_leaves} {'changes' if count == 1 else 'change'}"] if count or not gone else []
         if gone:
             said.append(f"{gone:,}{'' if count else f' of {all_leaves}'} {'is' if gone == 1 else 'are'} deleted")
@@ -258,7 +258,7 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
     hint: "fill"
     """
     if op not in OPS:
-        near = [row.name for row in OPS.values() if op in row.also] or _text.closest(op, OPS, limit=1)
+        near = [row.name for row in OPS.values() if op in row.also] or wording.closest(op, OPS, limit=1)
         raise BadArgument(f"{op!r} is no edit", hint=f'"{near[0]}"' if near else ", ".join(OPS))
     parameters = OPS[op].parameters
     takes = ", ".join(parameters) or "no arguments"

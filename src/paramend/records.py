@@ -27,7 +27,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from paramend import _text
 from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
@@ -35,8 +34,9 @@ from paramend.formats.registry import format_of, open_source
 from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.plans import Row
-from paramend.progress import Meter, Progress
-from paramend.reports import Line, Report, Section
+from paramend.reports import wording
+from paramend.reports.progress import Meter, Progress
+from paramend.reports.report import Line, Report, Section
 from paramend.specs import Spec
 from paramend.streaming import data
 from paramend.undoing import HistoryRow, history, recover
@@ -217,7 +217,7 @@ def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = N
 
 
 def _not_as_written(path: Path, changes: Mapping[str, str], count: int) -> UnexpectedChange:
-    said = f"{path}: {len(changes):,} of {_text.plural(count, 'recorded leaf', 'recorded leaves')} "
+    said = f"{path}: {len(changes):,} of {wording.plural(count, 'recorded leaf', 'recorded leaves')} "
     lines = [f"{said}{'is' if len(changes) == 1 else 'are'} not as written"]
     lines += [f"  {name}: {what}" for name, what in islice(changes.items(), _SHOWN)]
     if len(changes) > _SHOWN:

@@ -14,9 +14,9 @@ from typing import Literal as OneOf
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadArgument
 from paramend.fits import METHODS, PLANS, Array, Fit, Shape
+from paramend.reports import wording
 
 __all__ = ["Resize", "channels", "patches", "positions", "vocabulary"]
 
@@ -201,6 +201,6 @@ def channels(*, keep: Keep = "gray") -> Resize:
 
 def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if given not in known:
-        near = _text.closest(str(given), known, 1) or known
-        said = _text.listing([repr(choice) for choice in known])
+        near = wording.closest(str(given), known, 1) or known
+        said = wording.listing([repr(choice) for choice in known])
         raise BadArgument(f"{name}={given!r} is none of {said}", hint=f'{name}="{near[0]}"')

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.changing import work_of
 from paramend.chunking import laid_flat, restage
 from paramend.copying import WINDOW, Copier, WriteBack
@@ -33,9 +32,10 @@ from paramend.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
 from paramend.plans import Plan, Row
-from paramend.progress import Meter, Progress
 from paramend.publishing import create_file, exists, published, reason, sync_file
 from paramend.replacing import check_still
+from paramend.reports import wording
+from paramend.reports.progress import Meter, Progress
 from paramend.streaming import data
 from paramend.undoing import retiring
 
@@ -76,9 +76,9 @@ class RewriteReport:
     @property
     def summary(self) -> str:
         """What was written, in one line, and what was left out in another."""
-        copied, computed = _text.size(self.bytes_copied), _text.size(self.bytes_computed)
-        linked = f", {_text.size(self.bytes_linked)} linked" if self.bytes_linked else ""
-        left = f"\nnot taken along: {_text.listing(self.left_out)}" if self.left_out else ""
+        copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
+        linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
+        left = f"\nnot taken along: {wording.listing(self.left_out)}" if self.left_out else ""
         record = ", with a record of edits" if self.record else ""
         return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
 
@@ -142,8 +142,8 @@ def check_output(
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < layout.nbytes:  # some network file systems count no blocks at all
-        needed = _text.size(layout.nbytes)
-        raise CannotWrite(f"{out}: {needed} are needed, and {_text.size(free)} are free in {folder}")
+        needed = wording.size(layout.nbytes)
+        raise CannotWrite(f"{out}: {needed} are needed, and {wording.size(free)} are free in {folder}")
     return layout
 
 
@@ -168,13 +168,13 @@ def _check_replaceable(out: Path) -> None:
         steps = [name for name in inside if name.rpartition("_")[2].isdigit()]
         if home_of(out) != out and len(steps) > 1:
             raise CannotWrite(
-                f"{out} holds {len(steps)} steps, and all would be lost: {_text.listing(steps, 4)}",
+                f"{out} holds {len(steps)} steps, and all would be lost: {wording.listing(steps, 4)}",
                 hint="write to another name",
             )
         return
     if inside and not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in inside):
         raise CannotWrite(
-            f"{out} is a directory that holds no checkpoint, and would be lost: {_text.listing(inside, 4)}",
+            f"{out} is a directory that holds no checkpoint, and would be lost: {wording.listing(inside, 4)}",
             hint="write to another name",
         )
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.containers import ELIDED
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
 from paramend.grammar import AnyPieces, Number, Piece, Positions
 from paramend.leaves import Index, Leaves, unique
 from paramend.paths import labels, text_of, write_path
 from paramend.patterns import Pattern, parse
+from paramend.reports import wording
 from paramend.specs import Spec, dtype_name
 
 
@@ -127,7 +127,7 @@ class Regex(Selector):
             raise NoMatch(
                 f"{self!r} matches none of {_count(leaves.index)}"
                 + (
-                    f"; it occurs within {_text.listing(searched, 3)}, but a match is of the whole path"
+                    f"; it occurs within {wording.listing(searched, 3)}, but a match is of the whole path"
                     if searched
                     else ""
                 ),
@@ -153,7 +153,7 @@ class Held(Selector):
         if not found:
             kinds = sorted({kind.__name__ for kind, start, stop in spans if stop > start})
             raise NoMatch(
-                f"no leaf is held by an instance of {self.kind.__qualname__}; this tree has {_text.listing(kinds)}",
+                f"no leaf is held by an instance of {self.kind.__qualname__}; this tree has {wording.listing(kinds)}",
                 hint=_examples(leaves.index),
             )
         return found
@@ -438,7 +438,7 @@ def _bracketed(selector: Selector) -> str:
 
 
 def _count(index: Index) -> str:
-    return _text.plural(len(index.numbers), "leaf", "leaves")
+    return wording.plural(len(index.numbers), "leaf", "leaves")
 
 
 # ---- what is said when nothing matches -------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
         if below:
             near = whole.write(separator)
             return NoMatch(
-                f"{_quote(text)} names a subtree of {_text.plural(below, 'leaf', 'leaves')}, not a leaf",
+                f"{_quote(text)} names a subtree of {wording.plural(below, 'leaf', 'leaves')}, not a leaf",
                 hint=f"write {_quote(near)}",
                 near=[near],
             )
@@ -470,7 +470,7 @@ def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
     offers = [near.write(separator) for near, _ in found]
     if found:
         others = f", or {' or '.join(map(_quote, offers[1:]))}" if offers[1:] else ""
-        hint = f"did you mean {_quote(offers[0])} ({_text.plural(found[0][1], 'leaf', 'leaves')}){others}?"
+        hint = f"did you mean {_quote(offers[0])} ({wording.plural(found[0][1], 'leaf', 'leaves')}){others}?"
     else:
         hint = _examples(index)
     return NoMatch(f"{_quote(text)} matches none of {_count(index)}", hint=hint, near=offers)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadArgument
+from paramend.reports import wording
 
 # One row a dtype: its name, its bits, its safetensors code (None: the format has none).
 _ROWS: tuple[tuple[str, int, str | None], ...] = (
@@ -124,7 +124,7 @@ def dtype_name(dtype: Any) -> str:
             name = str(dtype)
     if name in BITS or name.startswith("key<"):
         return name
-    near = _text.closest(name, BITS)
+    near = wording.closest(name, BITS)
     raise BadArgument(
         f"{dtype!r} is no dtype that Paramend knows",
         hint=f'"{near[0]}"' if near else 'one such as "float32", "bfloat16", "int8"',

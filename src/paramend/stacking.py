@@ -8,12 +8,12 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import RenameClash, Unsupported
 from paramend.leaves import Editable
 from paramend.nesting import depths as depths_in
 from paramend.renames import rename
+from paramend.reports import wording
 from paramend.selectors import resolve
 from paramend.stacks.plan import (
     REST,
@@ -218,8 +218,8 @@ def _left(child: Any) -> tuple[Path, Any] | None:
 def _closed(draft: Draft, members: Sequence[Member]) -> Any:
     if draft.clashes:
         raise RenameClash(
-            f"{_text.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
-            f"{_text.listing(draft.clashes, 4)}",
+            f"{wording.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{wording.listing(draft.clashes, 4)}",
             hint='into="stack" names another place',
         )
     for member in members:

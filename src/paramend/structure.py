@@ -8,13 +8,13 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paramend import _text
 from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves import Index
 from paramend.matching import Names
 from paramend.paths import Label, Part, labels, number_of
 from paramend.renames import Rename, keys, rename
+from paramend.reports import wording
 from paramend.selectors import Both, Selector, Text, Union, Where
 from paramend.trees.kinds import find_kind
 from paramend.trees.registry import Tree
@@ -66,8 +66,8 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
         draft.put(number, path, values[number])
     if draft.clashes:
         raise RenameClash(
-            f"{_text.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
-            f"{_text.listing(draft.clashes, 4)}",
+            f"{wording.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{wording.listing(draft.clashes, 4)}",
             hint="delete what stands there first, or rename to other paths",
         )
     for number in (*moved, *gone):
@@ -151,7 +151,7 @@ class _Container:
         if self.positional and not close_up and order != list(range(len(order))):
             hole = next(i for i in range(len(order) + 1) if i not in entries)
             raise RenameClash(
-                f"{name} is a list: it would have entries {_text.listing(list(map(str, order)))} and no entry {hole}",
+                f"{name} is a list: it would have entries {wording.listing(list(map(str, order)))} and no entry {hole}",
                 hint="rename the other entries too, or convert the list to a dict first",
             )
         if self.positional:

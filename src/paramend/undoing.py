@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paramend import _text, claims
+from paramend import claims
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax_store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
@@ -31,10 +31,11 @@ from paramend.journal import (
     witness,
 )
 from paramend.locks import ELSEWHERE, explained, is_held, linked, locked, opened, reason
-from paramend.progress import Meter, Progress
 from paramend.publishing import sync_folder
 from paramend.replacing import BACK, STAGED, check_new, put_files_back
-from paramend.tables import aligned
+from paramend.reports import wording
+from paramend.reports.progress import Meter, Progress
+from paramend.reports.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class HistoryRow:
         found: dict[str, list[str]] = {}
         for path, edit in self.leaves:
             found.setdefault(edit, []).append(path)
-        return "; ".join(f"{edit} at {_text.listing(paths, 2)}" for edit, paths in found.items())
+        return "; ".join(f"{edit} at {wording.listing(paths, 2)}" for edit, paths in found.items())
 
     def __str__(self) -> str:
-        return f"{self.number}  {self.time:%Y-%m-%d %H:%M:%S} UTC  {_text.size(self.nbytes)}  {self.edit}"
+        return f"{self.number}  {self.time:%Y-%m-%d %H:%M:%S} UTC  {wording.size(self.nbytes)}  {self.edit}"
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
@@ -99,7 +100,7 @@ class UndoReport:
     def summary(self) -> str:
         """What was taken back, in one line."""
         what = "took back an interrupted patch of" if self.interrupted else "took back the last patch of"
-        return f"{what} {self.path}: {self.undone.edit}; {_text.plural(self.left, 'patch', 'patches')} left"
+        return f"{what} {self.path}: {self.undone.edit}; {wording.plural(self.left, 'patch', 'patches')} left"
 
     def __str__(self) -> str:
         return self.summary
@@ -123,7 +124,7 @@ def table(rows: Sequence[HistoryRow]) -> list[str]:
     """
     if not rows:
         return ["no patches: nothing to take back"]
-    cells = [(str(row.number), f"{row.time:%Y-%m-%d %H:%M:%S}", _text.size(row.nbytes), row.edit) for row in rows]
+    cells = [(str(row.number), f"{row.time:%Y-%m-%d %H:%M:%S}", wording.size(row.nbytes), row.edit) for row in rows]
     return aligned([("", "when (UTC)", "record", "what was done"), *cells], right="rlr")
 
 
@@ -307,7 +308,7 @@ def _undo_done(base: Path, record: Record, *, force: bool, progress: Progress | 
             others = [name for name, one, then in _by_file(record, now) if one.witness != then.witness]
             if others:
                 raise CannotWrite(
-                    f"{base}: {_text.listing(others)} is not the file of patch {record.number}: bytes that the patch "
+                    f"{base}: {wording.listing(others)} is not the file of patch {record.number}: bytes that the patch "
                     "left alone are others now; nothing was written",
                     hint=f"paramend undo {base} --force puts the bytes from before the patch there all the same, "
                     f"paramend undo {base} --drop forgets them",
@@ -335,7 +336,7 @@ def _undo_files(base: Path, record: Record, *, force: bool) -> None:
 
 def _changed_since(base: Path, record: Record, what: Sequence[str]) -> CannotWrite:
     return CannotWrite(
-        f"{base}: {_text.listing(what)} changed since patch {record.number}; nothing was written",
+        f"{base}: {wording.listing(what)} changed since patch {record.number}; nothing was written",
         hint=f"paramend undo {base} --force puts the bytes from before the patch there all the same",
     )
 
@@ -490,7 +491,7 @@ def _check_names(base: Path, record: Record) -> None:
         own = weight_files(base) if base.is_dir() else {base.name}
     others = [name for name in names if name not in own]
     if others:
-        raise record.damaged(f"it is about {_text.listing(others)}, and no patch of {base.name} writes there")
+        raise record.damaged(f"it is about {wording.listing(others)}, and no patch of {base.name} writes there")
 
 
 def _related(base: Path) -> list[Path]:

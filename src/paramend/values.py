@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadArgument
 from paramend.initializers import INITIALIZERS
+from paramend.reports import wording
 from paramend.specs import ALIASES, BITS, dtype_name
 
 
@@ -134,9 +134,10 @@ def _one_of(choices: Iterable[str], says: str) -> Callable[[Any], str]:
     def read(data: Any) -> str:
         if data in known:
             return str(data)
-        near = _text.closest(data, known, limit=1) if isinstance(data, str) else []
+        near = wording.closest(data, known, limit=1) if isinstance(data, str) else []
         raise BadArgument(
-            f"{shown(data)} is no {says}", hint=f'"{near[0]}"' if near else _text.listing([f'"{n}"' for n in known], 12)
+            f"{shown(data)} is no {says}",
+            hint=f'"{near[0]}"' if near else wording.listing([f'"{n}"' for n in known], 12),
         )
 
     return read

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.arrays.registry import to_numpy
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import families, identities
@@ -14,6 +13,7 @@ from paramend.initializers import Place, generator, normal
 from paramend.leaves import Index, Leaves
 from paramend.ops import OPS, Call
 from paramend.patterns import parse
+from paramend.reports import wording
 from paramend.specs import numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +72,7 @@ def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict
     if callable(how):
         return dict.fromkeys(numbers, Call(OPS["apply"], {"fn": how}))
     if how not in METHODS:
-        near = _text.closest(str(how), METHODS, limit=1)
+        near = wording.closest(str(how), METHODS, limit=1)
         raise BadArgument(
             f"how={how!r} is no way to ablate", hint=f'how="{near[0]}"' if near else f"how= one of {', '.join(METHODS)}"
         )

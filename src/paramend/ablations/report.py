@@ -4,11 +4,11 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paramend import _text
 from paramend._optional import need
 from paramend.pages.page import Column, Page, Paged
-from paramend.reports import Line, Section
-from paramend.tables import aligned
+from paramend.reports import wording
+from paramend.reports.report import Line, Section
+from paramend.reports.tables import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ class AblationReport(Paged):
         """
         found = next((row for row in self.rows if row.name == name), None)
         if found is None:
-            near = _text.closest(name, [row.name for row in self.rows], limit=1)
+            near = wording.closest(name, [row.name for row in self.rows], limit=1)
             raise KeyError(f"{name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
         return found
 
     def headline(self) -> str:
         """The baseline, and what matters most."""
-        targets = _text.plural(len(self.rows), "ablation")
+        targets = wording.plural(len(self.rows), "ablation")
         said = f"{targets} ({self.how}), baseline {self.baseline:.6g}"
         if not self.rows:
             return said

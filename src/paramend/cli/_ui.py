@@ -13,8 +13,8 @@ from typing import IO, Any
 import click
 
 from paramend.errors import ParamendError
-from paramend.progress import Event, Progress
-from paramend.tables import printable
+from paramend.reports.progress import Event, Progress
+from paramend.reports.tables import printable
 
 # Shorter tasks show no bar: it would only flicker.
 _PATIENCE = 0.3

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from paramend import _text
 from paramend.ablation import ablate as ablate_tree
 from paramend.ablations.methods import METHODS
 from paramend.checkpoints import load
 from paramend.cli import _ui
 from paramend.errors import BadArgument, ParamendError
+from paramend.reports import wording
 
 
 @click.command()
@@ -93,7 +93,7 @@ def _function(file: Path) -> Callable[[Any], Any]:
         raise BadArgument(f"{file}: {place}{type(error).__name__}: {error}") from error
     score = names.get("score")
     if not callable(score):
-        near = _text.closest("score", [name for name, value in names.items() if callable(value)], limit=1)
+        near = wording.closest("score", [name for name, value in names.items() if callable(value)], limit=1)
         raise BadArgument(
             f"{file} has no function `score`", hint=f"did you mean {near[0]}?" if near else "def score(tree): ..."
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from paramend import _text
 from paramend._optional import need
 from paramend.cli import _ui
-from paramend.tables import aligned
+from paramend.reports import wording
+from paramend.reports.tables import aligned
 
 NEEDS = ("sklearn.model_selection", "safetensors.numpy", "flax.linen", "optax", "torch")
 
@@ -97,8 +97,8 @@ def _ending(report: Any) -> list[str]:
     claims = [held for row in report.rows for held in row.outcome.claims.values()]
     return [
         "",
-        f"{sum(claims)} of {_text.plural(len(claims), 'claim')} held, in {report.seconds:.0f} s",
-        f"{report.folder} holds {_text.listing(report.files)}",
+        f"{sum(claims)} of {wording.plural(len(claims), 'claim')} held, in {report.seconds:.0f} s",
+        f"{report.folder} holds {wording.listing(report.files)}",
         "",
         "try next:",
         *(f"    {command}" for command in report.next),
@@ -106,8 +106,8 @@ def _ending(report: Any) -> list[str]:
 
 
 def _changed(outcome: Any) -> str:
-    count = f"{len(outcome.changed)} of {_text.plural(outcome.leaves, 'leaf', 'leaves')}"
-    return f"{count}: {_text.listing(outcome.changed, 2)}" if outcome.changed else count
+    count = f"{len(outcome.changed)} of {wording.plural(outcome.leaves, 'leaf', 'leaves')}"
+    return f"{count}: {wording.listing(outcome.changed, 2)}" if outcome.changed else count
 
 
 def _accuracy(outcome: Any) -> str:

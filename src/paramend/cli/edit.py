@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.cli.writing import edit_checkpoint, options
 from paramend.errors import BadArgument, BadRecipe, SpecMismatch
@@ -19,6 +18,7 @@ from paramend.leaves import Stored
 from paramend.ops import OPS
 from paramend.plans import call
 from paramend.recipes.donors import Donors
+from paramend.reports import wording
 from paramend.selectors import resolve, sel
 from paramend.specs import Spec
 from paramend.values import read_number
@@ -104,7 +104,7 @@ def _set(checkpoint: Checkpoint, selector: str, numbers: Sequence[int], value: s
         cast = f"paramend cast {shlex.quote(str(of))} {shlex.quote(chosen)} {to} -o OUT"
         raise SpecMismatch(
             f"{checkpoint.index.path(wrong[0])} is {checkpoint.spec(wrong[0])}, and {value} has {given} for it"
-            + (f"; {_text.plural(len(wrong) - 1, 'more leaf does', 'more leaves do')} not fit" if wrong[1:] else ""),
+            + (f"; {wording.plural(len(wrong) - 1, 'more leaf does', 'more leaves do')} not fit" if wrong[1:] else ""),
             hint=cast if given.shape == shape else "",
         )
     return checkpoint.edited({number: call("set", {"value": array}) for number, array in found.items()})

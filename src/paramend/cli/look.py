@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paramend import _text
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.formats.registry import format_of
 from paramend.formats.safetensors import RECORD
 from paramend.formats.source import Source
 from paramend.paths import natural
-from paramend.progress import Meter
-from paramend.reports import Line, fold
+from paramend.reports import wording
+from paramend.reports.progress import Meter
+from paramend.reports.report import Line, fold
+from paramend.reports.tables import aligned
 from paramend.selectors import resolve
-from paramend.tables import aligned
 
 if TYPE_CHECKING:
     from paramend.evidence.measures import Measures
@@ -95,17 +95,17 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
     if not every:
         leaves = fold(leaves, limit=len(leaves))
     rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size")]
-    rows += [(*line.paths, *line.cells, _text.size(line.size)) for line in leaves]
+    rows += [(*line.paths, *line.cells, wording.size(line.size)) for line in leaves]
     if found:
         statistics = _evidence("statistics")
         rows[0] += statistics.MEASURES
         for place, number in enumerate(numbers, 1):
             rows[place] += tuple(statistics.shown(getattr(found[number], name, None)) for name in statistics.MEASURES)
-    count = _text.plural(len(numbers), "leaf", "leaves")
+    count = wording.plural(len(numbers), "leaf", "leaves")
     if len(numbers) < len(file.index.numbers):
-        count = f"{len(numbers):,} of {_text.plural(len(file.index.numbers), 'leaf', 'leaves')}"
-    scalars = _text.plural(sum(file.spec(number).size for number in numbers), "scalar")
-    total = f"{count}, {scalars}, {_text.size(sum(map(file.nbytes, numbers)))}"
+        count = f"{len(numbers):,} of {wording.plural(len(file.index.numbers), 'leaf', 'leaves')}"
+    scalars = wording.plural(sum(file.spec(number).size for number in numbers), "scalar")
+    total = f"{count}, {scalars}, {wording.size(sum(map(file.nbytes, numbers)))}"
     lines = [*aligned(rows, right="lll" + "r" * len(rows[0])), "", total]
     if file.metadata:
         told = {**file.metadata, **({RECORD: "(see paramend history)"} if RECORD in file.metadata else {})}

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from paramend import _text
 from paramend.cli import _ui
 from paramend.errors import MissingExtra, ParamendError
+from paramend.reports import wording
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class _Group(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.list_commands(ctx):
-            near = _text.closest(name, self.list_commands(ctx), limit=1)
+            near = wording.closest(name, self.list_commands(ctx), limit=1)
             did = f" Did you mean {near[0]!r}?" if near else ""
             ctx.fail(f"There is no command {name!r}.{did}")
         return super().resolve_command(ctx, args)

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.writing import makes, write_made
 from paramend.pages.page import Column, Page, Paged
-from paramend.reports import Line, Section
+from paramend.reports import wording
+from paramend.reports.report import Line, Section
 from paramend.specs import Spec
 from paramend.stacking import stack_layers, unstack_layers
 
@@ -27,7 +27,7 @@ class _Told(Paged):
 
     def headline(self) -> str:
         """How many there are before and after."""
-        before = _text.plural(len(self.old), "leaf", "leaves")
+        before = wording.plural(len(self.old), "leaf", "leaves")
         return f"{before} before, {len(self.new):,} after"
 
     def sections(self) -> list[Section]:

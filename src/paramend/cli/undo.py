@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from paramend import _text
 from paramend.cli import _ui
 from paramend.errors import BadCheckpoint, UnexpectedChange
 from paramend.records import record as record_of
 from paramend.records import verify_record
-from paramend.tables import printable
+from paramend.reports import wording
+from paramend.reports.tables import printable
 from paramend.undoing import drop, table
 from paramend.undoing import history as history_of
 from paramend.undoing import undo as take_back
@@ -39,7 +39,7 @@ def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) 
             _ui.emit(
                 {"path": str(path), "dropped": [str(row) if isinstance(row, Path) else row.to_dict() for row in gone]}
             )
-        _ui.say(f"forgot {_text.plural(len(gone), 'undo record')} of {path}")
+        _ui.say(f"forgot {wording.plural(len(gone), 'undo record')} of {path}")
         return
     with _ui.bar(f"restoring {path.name}") as progress:
         report = take_back(path, force=force, progress=progress)
@@ -90,7 +90,7 @@ def verify(path: Path, as_json: bool) -> None:
     try:
         with _ui.bar(f"reading {path.name}") as progress:
             leaves = verify_record(path, progress=progress)
-        said = f"{path}: {_text.plural(len(leaves), 'recorded leaf is', 'recorded leaves are')} as written"
+        said = f"{path}: {wording.plural(len(leaves), 'recorded leaf is', 'recorded leaves are')} as written"
     except UnexpectedChange as error:
         changes, hint = error.changes, error.hint
         said = str(error).partition("\n\nhint:")[0]

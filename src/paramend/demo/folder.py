@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from paramend import _text
 from paramend.errors import CannotWrite
+from paramend.reports import wording
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def _opened(folder: Path, *, force: bool) -> Path:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if names and not force:
         raise CannotWrite(
-            f"{folder} is there already and holds {_text.listing(names, 3)}",
+            f"{folder} is there already and holds {wording.listing(names, 3)}",
             hint=f"{_HINT}; or --force, which replaces the files of an earlier demo and no others",
         )
     try:

@@ -19,7 +19,7 @@ from paramend.formats.safetensors import SafetensorsFile
 from paramend.freezing.registry import freeze
 from paramend.grafting import graft
 from paramend.modules import init_zero_
-from paramend.tables import aligned
+from paramend.reports.tables import aligned
 
 
 def look(patient: Patient) -> Outcome:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paramend import _text
 from paramend.pages.page import Column, Histogram, Page, Paged
 from paramend.paths import natural
-from paramend.reports import Line, Section
+from paramend.reports import wording
+from paramend.reports.report import Line, Section
 from paramend.specs import Spec
 
 DIFFERENT = ("changed", "respecified", "renamed", "removed", "added")
@@ -157,14 +157,14 @@ class DiffReport(Paged):
         """One sentence that says it all."""
         counts = {name: len(getattr(self, name)) for name in PARTS}
         every = sum(counts.values())
-        nbytes = _text.size(sum(part["nbytes"] for part in self.totals.values()))
+        nbytes = wording.size(sum(part["nbytes"] for part in self.totals.values()))
         if not self:
-            said = f"no difference: {_text.plural(every, 'leaf is', 'leaves are')} identical, {nbytes}"
+            said = f"no difference: {wording.plural(every, 'leaf is', 'leaves are')} identical, {nbytes}"
         else:
             parts = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
             differ = every - counts["identical"]
             verb = "differs" if differ == 1 else "differ"
-            said = f"{differ:,} of {_text.plural(every, 'leaf', 'leaves')} {verb}: {parts}"
+            said = f"{differ:,} of {wording.plural(every, 'leaf', 'leaves')} {verb}: {parts}"
         if self.only is None:
             return said
         outside = len(self.unexpected)
@@ -218,7 +218,7 @@ def _section(name: str, title: str, rows: Sequence[DiffRow]) -> Section:
         paths = (row.path, row.was) if row.was else (row.path,)
         spec = f"{row.spec}" if row.shape_before is None else f"{row.spec_before} -> {row.spec}"
         note = "" if row.transposed is None else f"  transposed {row.transposed}"
-        note += f"  also {_text.listing(row.also, 3)}" * bool(row.also)
+        note += f"  also {wording.listing(row.also, 3)}" * bool(row.also)
         lines.append(Line(paths, (spec + note,), row.spec.size))
     if name not in ("changed", "respecified") or all(row.relative_l2 is None and not row.differing for row in rows):
         return Section(title, lines)

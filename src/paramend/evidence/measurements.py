@@ -6,7 +6,7 @@ from typing import Any
 from paramend.evidence.measures import Measures, Tally
 from paramend.evidence.reading import Span, looked
 from paramend.evidence.streams import Desk, hindrance, stream_of
-from paramend.progress import Meter
+from paramend.reports.progress import Meter
 
 
 def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Measures | str]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paramend import _text
 from paramend.pages.page import Column, Histogram, Page, Paged
-from paramend.reports import Line, Section
+from paramend.reports import wording
+from paramend.reports.report import Line, Section
 from paramend.specs import Spec
 
 MEASURES = ("min", "max", "mean", "std", "norm", "zeros", "nans", "infs")
@@ -103,8 +103,8 @@ class StatsReport(Paged):
         odd = [f"{totals[name]:,} {said}" for name, said in (("nans", "NaN"), ("infs", "inf")) if totals[name]]
         norm = "-" if totals["norm"] is None else f"{totals['norm']:.4g}"
         return (
-            f"{_text.plural(totals['leaves'], 'leaf', 'leaves')}, {_text.plural(totals['parameters'], 'parameter')}, "
-            f"{_text.size(totals['nbytes'])}; norm {norm}, {', '.join(odd) or 'all finite'}"
+            f"{wording.plural(totals['leaves'], 'leaf', 'leaves')}, {wording.plural(totals['parameters'], 'parameter')}, "
+            f"{wording.size(totals['nbytes'])}; norm {norm}, {', '.join(odd) or 'all finite'}"
         )
 
     def sections(self) -> list[Section]:

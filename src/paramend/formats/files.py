@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from paramend import _text
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
 from paramend.io import get, get_into
 from paramend.leaves import Index, entries
+from paramend.reports import wording
 
 _SMALL = 1 << 20
 
@@ -147,7 +147,7 @@ class FileSource:
     _file: OpenFile
 
     def __repr__(self) -> str:
-        return f"<{self.path}: {_text.plural(len(self.index.numbers), 'leaf', 'leaves')}>"
+        return f"<{self.path}: {wording.plural(len(self.index.numbers), 'leaf', 'leaves')}>"
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +215,7 @@ def open_regular(path: Path, *, holds: str = "") -> int:
 def near(path: Path) -> str:
     """The hint on a file that is not there: one beside it that may have been meant, or that the folder is missing."""
     try:
-        found = _text.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
+        found = wording.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
     except (OSError, ValueError):
         return "" if _is_there(path.parent) else f"there is no directory {path.parent} either"
     return f"did you mean {path.parent / found[0]}?" if found else ""

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, MsgpackWriter, Where
 from paramend.formats.source import Extent
 from paramend.leaves import Index
 from paramend.paths import labels, write_path
+from paramend.reports import wording
 from paramend.specs import BITS, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -219,7 +219,7 @@ class _Parser:
         found = self._value()
         if self.at != self.file.size:
             raise self._bad(
-                self.at, f"{_text.plural(self.file.size - self.at, 'byte')} after its end belong to nothing"
+                self.at, f"{wording.plural(self.file.size - self.at, 'byte')} after its end belong to nothing"
             )
         return found
 
@@ -243,7 +243,7 @@ class _Parser:
             reason = (
                 "the file is cut short" if self.stop == self.file.size else "a value runs out of the array it is in"
             )
-            raise self._bad(self.at, f"{reason}: {_text.plural(nbytes, 'byte')} should follow")
+            raise self._bad(self.at, f"{reason}: {wording.plural(nbytes, 'byte')} should follow")
         self.at += nbytes
 
     def _head(self) -> tuple[str, Any]:
@@ -326,7 +326,7 @@ class _Parser:
         found = self._complex() if code == COMPLEX else self._array()
         if self.at != self.stop:
             raise self._bad(
-                self.at, f"{_text.plural(self.stop - self.at, 'byte')} of the array at {start:,} are too many"
+                self.at, f"{wording.plural(self.stop - self.at, 'byte')} of the array at {start:,} are too many"
             )
         if code == SCALAR and isinstance(found, Entry) and found.spec.shape:
             raise self._bad(start, f"a scalar of shape {found.spec.shape} is none")
@@ -371,7 +371,7 @@ class _Parser:
         # A dtype of less than 8 bits takes a byte a value, as numpy has it in memory.
         takes = spec.size * max(BITS.get(spec.dtype, 0) // 8, 1)
         if spec.dtype in BITS and takes != length:
-            raise self._bad(start, f"{spec} takes {_text.plural(takes, 'byte')}, and {length:,} are there")
+            raise self._bad(start, f"{spec} takes {wording.plural(takes, 'byte')}, and {length:,} are there")
         return Entry(spec, ((place, length),))
 
     def _spec(self, start: int, shape: tuple[int, ...], dtype: str) -> Spec:
@@ -398,7 +398,7 @@ class _Parser:
         spec = Spec(spec.shape, flat[0].spec.dtype)
         size = sum(piece.spec.size for piece in flat)
         if spec.size != size:
-            raise self._bad(start, f"the pieces of {spec} have {_text.plural(size, 'element')}")
+            raise self._bad(start, f"the pieces of {spec} have {wording.plural(size, 'element')}")
         return Entry(spec, tuple(place for piece in flat for place in piece.pieces))
 
 

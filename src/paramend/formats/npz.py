@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.formats.zips import STORED, Archive, Record, shown
 from paramend.leaves import Index, separator_of
+from paramend.reports import wording
 from paramend.specs import BITS, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -367,7 +367,7 @@ def _entry(archive: Archive, record: Record) -> Entry:
     dtype, swapped, sealed = _dtype(fields["descr"])
     spec = Spec(shape, dtype)
     if dtype in BITS and spec.nbytes != nbytes:
-        raise archive.bad(record.name, f"{spec} takes {_text.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
+        raise archive.bad(record.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
     # Where at most one axis is longer than 1 both orders are the same.
     fortran = fortran and sum(axis != 1 for axis in shape) > 1
     return Entry(name, record.name, spec, start, nbytes, fortran, swapped, sealed)

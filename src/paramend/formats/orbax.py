@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import changed, closed, same_file
 from paramend.formats.orbax_store import MANIFEST, Array, Blame, Box, Entry, Stage, Store, read_json
 from paramend.formats.orbax_tree import TREE, Walk
 from paramend.formats.orbax_writer import OrbaxWriter
 from paramend.leaves import entries
+from paramend.reports import wording
 from paramend.specs import BITS, Spec, numpy_dtype
 
 _STEP = "_CHECKPOINT_METADATA"
@@ -101,8 +101,8 @@ class OrbaxCheckpoint:
         return {**self.__dict__, "_stores": {}, "_block": None}  # a copy opens them again
 
     def __repr__(self) -> str:
-        step = f", step {self.steps[-1]} of {_text.listing([*map(str, self.steps)], 10)}" if self.steps else ""
-        return f"<{self.path}: {_text.plural(len(self.keys), 'leaf', 'leaves')}{step}>"
+        step = f", step {self.steps[-1]} of {wording.listing([*map(str, self.steps)], 10)}" if self.steps else ""
+        return f"<{self.path}: {wording.plural(len(self.keys), 'leaf', 'leaves')}{step}>"
 
     def __enter__(self) -> "OrbaxCheckpoint":
         return self
@@ -318,7 +318,7 @@ def _find(path: Path) -> tuple[Path, tuple[int, ...]]:
         if found is not None:
             return found, tuple(step for step in sorted(steps) if step <= number)
     inside = [entry.name for entry in os.scandir(path)]
-    held = f"it holds {_text.listing(sorted(inside), 4)}" if inside else "it is empty"
+    held = f"it holds {wording.listing(sorted(inside), 4)}" if inside else "it is empty"
     raise BadCheckpoint(f"{path}: there is no tree of Orbax in it ({TREE} or {MANIFEST}): {held}")
 
 
@@ -331,7 +331,7 @@ def _item(path: Path) -> Path | None:
         return path / "default"
     trees = sorted(folder for folder in inner if _holds_tree(folder))
     if len(trees) > 1:
-        names = _text.listing([folder.name for folder in trees])
+        names = wording.listing([folder.name for folder in trees])
         raise BadCheckpoint(f"{path}: it holds {len(trees)} trees: {names}", hint=f"open one of them: {trees[0]}")
     return trees[0] if trees else None
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import OpenFile, near
 from paramend.formats.index import SUFFIX, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
 from paramend.formats.zips import names_in
+from paramend.reports import wording
 
 _HEAD = 64
 
@@ -71,7 +71,7 @@ class Format:
         """
         if not self.writes:
             raise Unsupported(
-                f"{self.says} cannot be written", hint=f"one of {_text.listing([row.name for row in writable()])}"
+                f"{self.says} cannot be written", hint=f"one of {wording.listing([row.name for row in writable()])}"
             )
         return self._load().WRITER
 
@@ -334,7 +334,7 @@ def _open_folder(path: Path) -> Source:
     if not inside:
         held = "it is empty"
     else:
-        held = f"it holds {_text.listing(inside, 4)}"
+        held = f"it holds {wording.listing(inside, 4)}"
     raise BadCheckpoint(
         f"{path}: it is a directory without a checkpoint: {held}",
         hint=f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax",
@@ -360,7 +360,7 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
         return lambda name: find_format(folder / name, _head(folder / name)) is not None
     if len(chosen) > 1:
         raise BadCheckpoint(
-            f"{folder}: it holds {len(chosen)} checkpoints: {_text.listing(sorted(chosen), 4)}",
+            f"{folder}: it holds {len(chosen)} checkpoints: {wording.listing(sorted(chosen), 4)}",
             hint=f"open one of them: {folder / sorted(chosen)[0]}",
         )
     return lambda name: False
@@ -392,5 +392,5 @@ def _unknown(path: Path, head: bytes) -> BadCheckpoint:
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)
     return BadCheckpoint(
         f"{path}: byte 0: it begins like no checkpoint that is known, and its name says nothing",
-        hint=f"what can be opened: {_text.listing([row.says for row in FORMATS if row.built])}",
+        hint=f"what can be opened: {wording.listing([row.says for row in FORMATS if row.built])}",
     )

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.source import Extent
 from paramend.leaves import Index, separator_of
+from paramend.reports import wording
 from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -303,8 +303,8 @@ def _checked_entry(name: str, row: Any, file: str) -> Entry:
     if bits % 8:
         raise flaw(", shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
     if stop - start != bits // 8:
-        said = f"{code} of shape ({_text.listing([*map(str, shape)], 10)})"
-        takes = _text.plural(bits // 8, "byte")
+        said = f"{code} of shape ({wording.listing([*map(str, shape)], 10)})"
+        takes = wording.plural(bits // 8, "byte")
         raise flaw(", data_offsets", f"{said} takes {takes}, and {start:,} to {stop:,} are {stop - start:,}")
     return Entry(name, Spec(tuple(shape), dtype), start, stop)
 
@@ -325,7 +325,7 @@ def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
             raise bad(file, f"tensor {shown(entry.name)}, data_offsets", reason)
         at = entry.stop
     if at != data_nbytes:
-        extra = _text.plural(data_nbytes - at, "byte")
+        extra = wording.plural(data_nbytes - at, "byte")
         raise bad(file, "data", f"{extra} after the last tensor belong to none")
 
 
@@ -459,7 +459,7 @@ def _read_header(opened: OpenFile) -> Header:
         raise bad(
             file,
             "byte 0",
-            "the file is empty" if not size else f"a file of {_text.plural(size, 'byte')} has no header",
+            "the file is empty" if not size else f"a file of {wording.plural(size, 'byte')} has no header",
         )
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER or length > size - 8:

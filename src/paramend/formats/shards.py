@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad, shown
 from paramend.formats.source import Extent, Source
 from paramend.leaves import Index, entries, separator_of, uncollected
+from paramend.reports import wording
 from paramend.specs import Spec
 
 Array = np.ndarray[Any, Any]
@@ -66,8 +66,8 @@ class Shards:
         self.metadata: Mapping[str, Any] = self._agreed()
 
     def __repr__(self) -> str:
-        leaves = _text.plural(len(self._homes), "leaf", "leaves")
-        return f"<{self.path}: {leaves} in {_text.plural(len(self.files), 'file')}>"
+        leaves = wording.plural(len(self._homes), "leaf", "leaves")
+        return f"<{self.path}: {leaves} in {wording.plural(len(self.files), 'file')}>"
 
     def __enter__(self) -> "Shards":
         return self
@@ -170,8 +170,8 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     if missing:
         assert shard_index is not None
         raise BadCheckpoint(
-            f"{shard_index.path}: weight_map: {_text.plural(len(missing), 'file is', 'files are')} missing: "
-            f"{_text.listing(missing, 3)}",
+            f"{shard_index.path}: weight_map: {wording.plural(len(missing), 'file is', 'files are')} missing: "
+            f"{wording.listing(missing, 3)}",
             hint="copy or download the model again",
         )
     files: list[Source] = []

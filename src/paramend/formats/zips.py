@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from paramend import _text
 from paramend.errors import BadArgument, BadCheckpoint
 from paramend.formats.files import OpenFile
+from paramend.reports import wording
 
 STORED = 0
 
@@ -175,7 +175,7 @@ class Archive:
     def _check_apart(self) -> None:
         """Records lie one after the other, as far as the central directory tells."""
         if self._order and self._order[0].header:
-            raise self.bad(self._order[0].name, f"{_text.plural(self._order[0].header, 'byte')} stand before it")
+            raise self.bad(self._order[0].name, f"{wording.plural(self._order[0].header, 'byte')} stand before it")
         for record, limit in zip(self._order, [*self._headers[1:], self._directory], strict=False):
             if record.header + _LOCAL.size + len(self._names[record.name]) + record.packed > limit:
                 raise self.bad(record.name, "it runs into the next record")
@@ -284,7 +284,7 @@ def _find_directory(file: OpenFile) -> tuple[int, int, int]:
     if start + size != end:
         raise bad("the central directory of the zip file is not where it is said to be")
     if count * _CENTRAL.size > size:
-        raise bad(f"its central directory cannot list {_text.plural(count, 'record')} in {size:,} bytes", "")
+        raise bad(f"its central directory cannot list {wording.plural(count, 'record')} in {size:,} bytes", "")
     return start, size, count
 
 

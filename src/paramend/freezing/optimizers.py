@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from paramend import _text
 from paramend.errors import BadArgument, SpecMismatch
+from paramend.reports import wording
 
 # How a step is carried out, which is the new optimizer's own choice.
 _OWN = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
@@ -35,7 +35,7 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
     found = [known.get(key) for key in keys]
     if not any(found):
         raise BadArgument(
-            f"the earlier state has nothing for the {_text.plural(len(new), 'parameter')} of this "
+            f"the earlier state has nothing for the {wording.plural(len(new), 'parameter')} of this "
             f"{type(optimizer).__name__}",
             hint="leave it: the first step makes a fresh state",
         )
@@ -71,7 +71,7 @@ def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None)
         if not keys or not old_keys:
             if len(new) != len(entries):
                 raise BadArgument(
-                    f"the earlier state is of {_text.plural(len(entries), 'parameter')} and this optimizer has "
+                    f"the earlier state is of {wording.plural(len(entries), 'parameter')} and this optimizer has "
                     f"{len(new)}: without names nobody can say which is which",
                     hint="name them: torch.optim.AdamW(model.named_parameters()) for both, or module=model here and "
                     "names=[...] for the parameters of the earlier one in their order",
@@ -79,7 +79,7 @@ def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None)
             keys, old_keys = list(range(len(new))), list(range(len(entries)))
     if len(old_keys) != len(entries):
         raise BadArgument(
-            f"{len(old_keys)} names for the {_text.plural(len(entries), 'parameter')} of the earlier state",
+            f"{len(old_keys)} names for the {wording.plural(len(entries), 'parameter')} of the earlier state",
             hint="names=[name for name, p in model.named_parameters() if p.requires_grad]",
         )
     known = {key: _Old(key, state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
@@ -105,7 +105,7 @@ def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found:
                 wrong.append(f"{name} of {who} is {list(value.shape)}, and the parameter {list(parameter.shape)}")
     if wrong:
         raise SpecMismatch(
-            f"{_text.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
+            f"{wording.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
             + "\n  ".join(wrong[:16]),
             hint='take the entries of these parameters out of the earlier state: state_dict["state"].pop(number)',
         )

@@ -4,11 +4,11 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from paramend import _text
 from paramend._optional import need
 from paramend.errors import BadArgument, Unsupported
 from paramend.freezing.report import FrozenReport
 from paramend.freezing.schedules import read_schedule
+from paramend.reports import wording
 from paramend.selectors import sel, slice_of, write_index
 from paramend.trees.kinds import is_torch_module
 
@@ -92,7 +92,7 @@ def freeze(
     [-0.5 -0.5]
     """
     if how not in HOW:
-        near = _text.closest(how, HOW, 1) if isinstance(how, str) else []
+        near = wording.closest(how, HOW, 1) if isinstance(how, str) else []
         raise BadArgument(
             f"how={how!r} is none of {', '.join(map(repr, HOW))}",
             hint=f'pm.freeze(tx, selector, how="{(near or HOW)[0]}")',

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from paramend import _text
-from paramend.reports import Line, Report, Section
+from paramend.reports import wording
+from paramend.reports.report import Line, Report, Section
 from paramend.specs import Spec
 
 TITLES = {"trained": "trained", "frozen": "frozen", "scheduled": "frozen for a while", "partly": "frozen in part"}
@@ -53,11 +53,11 @@ class FrozenReport(Report):
 
     def headline(self) -> str:
         def count(rows: Any) -> str:
-            return f"{_text.plural(sum(row.spec.size for row in rows), 'scalar')} in {len(rows)}"
+            return f"{wording.plural(sum(row.spec.size for row in rows), 'scalar')} in {len(rows)}"
 
         parts = [f"{TITLES[status]}: {count(self.of(status))}" for status in TITLES if self.of(status)]
-        state = "" if self.state_nbytes is None else f"; optimizer state: {_text.size(self.state_nbytes)}"
-        return f"{', '.join(parts)} of {_text.plural(len(self.rows), 'leaf', 'leaves')}{state}"
+        state = "" if self.state_nbytes is None else f"; optimizer state: {wording.size(self.state_nbytes)}"
+        return f"{', '.join(parts)} of {wording.plural(len(self.rows), 'leaf', 'leaves')}{state}"
 
     def sections(self) -> list[Section]:
         return [

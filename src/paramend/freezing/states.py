@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramend import _text
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.freezing.places import dtype_of, named
 from paramend.paths import write_path
+from paramend.reports import wording
 from paramend.specs import kind_of
 
 Path = tuple[str, ...]
@@ -72,7 +72,7 @@ def carry_opt_state(tx: Any, params: Any, state: Any, mismatch: str) -> Any:
             values[leaf.place] = _placed(source.value, leaf.value)
     if wrong:
         raise SpecMismatch(
-            f"{_text.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
+            f"{wording.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
             + "\n  ".join(wrong[:16])
             + (f"\n  and {len(wrong) - 16:,} more" if len(wrong) > 16 else ""),
             hint='pm.carry_opt_state(tx, params, state, mismatch="keep") starts these as tx.init makes them',
@@ -204,4 +204,4 @@ def _placed(old: Any, fresh: Any) -> Any:
 
 def _shown(leaves: list[Leaf]) -> str:
     fields = dict.fromkeys(write_path(leaf.record + leaf.field) for leaf in leaves)
-    return _text.listing(list(fields), 4) or "nothing"
+    return wording.listing(list(fields), 4) or "nothing"

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafts import alignment, conversions
@@ -14,7 +13,8 @@ from paramend.grafts.plan import KINDS, Move, Plan
 from paramend.grafts.report import GraftReport
 from paramend.leaves import Editable, Leaves
 from paramend.patterns import parse
-from paramend.reports import Line, fold, table
+from paramend.reports import wording
+from paramend.reports.report import Line, fold, table
 from paramend.trees.registry import Tree
 
 
@@ -118,7 +118,7 @@ def planned(target: Editable, source: Editable, options: Options) -> Plan:
     waiting = [row for row in report.fresh if row.path in plan.missed]
     if waiting and any(case.kind in ("unused", "nothing") for case in plan.cases) and options.missing == "fresh":
         lines = [Line((row.path,), (f"{row.dtype}[{','.join(map(str, row.shape))}]",)) for row in waiting]
-        leaves = _text.plural(len(lines), "leaf", "leaves")
+        leaves = wording.plural(len(lines), "leaf", "leaves")
         blocks.append(f"{leaves} of your model would stay fresh:\n{table(fold(lines))}")
     ways = _ways_out(plan)
     said = [f"{way.options.call()}{_outcome(way, plan)}" for way in ways] or [_advice(plan)]
@@ -142,7 +142,7 @@ def _ways_out(plan: Plan) -> list[Plan]:
 def _outcome(way: Plan, plan: Plan) -> str:
     if way.options.in_place != plan.options.in_place:
         return " gives a new tree instead"
-    return f"  # copies {_text.plural(len(way.moves), 'leaf', 'leaves')}"
+    return f"  # copies {wording.plural(len(way.moves), 'leaf', 'leaves')}"
 
 
 def _advice(plan: Plan) -> str:

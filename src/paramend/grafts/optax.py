@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.freezing.states import Leaf, Sources
@@ -23,6 +22,7 @@ from paramend.grafts.plan import Move, Plan
 from paramend.grafts.report import PARTS, GraftReport, GraftRow
 from paramend.paths import write_path
 from paramend.patterns import parse
+from paramend.reports import wording
 from paramend.specs import Spec, kind_of
 from paramend.trees.registry import Tree
 
@@ -237,7 +237,7 @@ class _Work:
             )
         for states, whose in ((new, "this"), (old, "the earlier")):
             if states.unknown:
-                some = _text.listing([write_path(path) for path in states.unknown], 4)
+                some = wording.listing([write_path(path) for path in states.unknown], 4)
                 raise GraftRefused(
                     f"{whose} state has moments of parameters of which the report does not tell: {some}",
                     report=GraftReport(refused=True),
@@ -382,4 +382,4 @@ def _left(leaf: Leaf, arrived: Collection[Path | None]) -> str:
 
 
 def _kept(kinds: Iterable[frozenset[str]]) -> str:
-    return _text.listing([" and ".join(sorted(kind)) for kind in kinds]) or "nothing"
+    return wording.listing([" and ".join(sorted(kind)) for kind in kinds]) or "nothing"

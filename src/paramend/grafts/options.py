@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 from typing import Literal as OneOf
 
-from paramend import _text
 from paramend.errors import BadArgument
+from paramend.reports import wording
 from paramend.resize import Resize
 from paramend.selectors import sel
 
@@ -93,9 +93,9 @@ BY_LEAF = ("mismatch", "place", "resize")
 
 def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if given not in known:
-        near = _text.closest(str(given), known, 1) or known
+        near = wording.closest(str(given), known, 1) or known
         raise BadArgument(
-            f"{name}={given!r} is none of {_text.listing([repr(choice) for choice in known])}",
+            f"{name}={given!r} is none of {wording.listing([repr(choice) for choice in known])}",
             hint=f"{name}={quoted(near[0])}",
         )
 

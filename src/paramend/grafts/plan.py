@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import (
     BadArgument,
@@ -25,6 +24,7 @@ from paramend.paths import text_of
 from paramend.patterns import parse
 from paramend.renames import pieces
 from paramend.renames import rename as parse_rename
+from paramend.reports import wording
 from paramend.resize import Resize
 from paramend.selectors import resolve, slice_of
 from paramend.specs import Spec
@@ -205,11 +205,11 @@ class Plan:
             if not here:
                 strays += numbers
             elif len(here) > 1 and len(here) != len(numbers):
-                alike = _text.listing([self.target.index.path(number) for number in here])
+                alike = wording.listing([self.target.index.path(number) for number in here])
                 self._case("place", self._source_paths(numbers), f"{len(here)} leaves there read alike: {alike}")
                 self._crowded |= {_unit(self.source, number) for number in numbers}
             elif len(here) == 1 and len({_unit(self.source, number) for number in numbers}) > 1:
-                origins = _text.listing(self._source_paths(numbers))
+                origins = wording.listing(self._source_paths(numbers))
                 self._case("collision", (self.target.index.path(here[0]),), f"from {origins}")
                 self._crowded |= {_unit(self.source, number) for number in numbers}
                 arrivals.setdefault(_unit(self.target, here[0]), []).append(numbers[0])

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paramend import _text
 from paramend.pages.page import Column, Page, Paged
-from paramend.reports import Line, Section
+from paramend.reports import wording
+from paramend.reports.report import Line, Section
 from paramend.specs import Spec
 
 PARTS = ("copied", "fresh", "mismatched", "unused")
@@ -92,8 +92,8 @@ class GraftReport(Paged):
         if self.refused:
             return f"graft refused, nothing was changed; {totals['copied']['leaves']:,} of {leaves:,} leaves have a fit"
         return (
-            f"graft: {totals['copied']['leaves']:,} of {_text.plural(leaves, 'leaf', 'leaves')} copied, {taken:,} of "
-            f"{_text.plural(size, 'parameter')}; {_text.plural(unused, 'leaf', 'leaves')} of the source unused"
+            f"graft: {totals['copied']['leaves']:,} of {wording.plural(leaves, 'leaf', 'leaves')} copied, {taken:,} of "
+            f"{wording.plural(size, 'parameter')}; {wording.plural(unused, 'leaf', 'leaves')} of the source unused"
         )
 
     def sections(self) -> list[Section]:

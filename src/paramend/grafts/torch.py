@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from paramend import _text
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafts.links import Link, Links, Path
 from paramend.grafts.report import GraftReport, GraftRow
+from paramend.reports import wording
 from paramend.specs import dtype_name
 from paramend.trees.registry import Tree
 
@@ -75,12 +75,12 @@ def graft_optimizer_(
     done.refused = bool(problems or (homeless and unused == "error"))
     if done.refused and not problems:
         raise GraftRefused(
-            f"the earlier state keeps {_text.listing(list(homeless))}, for which there is no place here",
+            f"the earlier state keeps {wording.listing(list(homeless))}, for which there is no place here",
             report=done,
             hint='unused="ok" leaves these behind',
         )
     if problems:
-        said = _text.listing(problems, 8)
+        said = wording.listing(problems, 8)
         raise GraftRefused(f"nothing was changed: {said}", report=done, hint="leave it: the first step starts anew")
     for parameter, made in new.items():
         optimizer.state[parameter] = made
@@ -112,7 +112,7 @@ def _refuse_kinds(optimizer: Any, old: Any) -> None:
         mine = set(optimizer.defaults) - _EVERYWHERE
         if all(set(group) - _EVERYWHERE == mine for group in old["param_groups"]):
             return
-        theirs = f"an optimizer with {_text.listing(sorted(set(old['param_groups'][0]) - _EVERYWHERE))}"
+        theirs = f"an optimizer with {wording.listing(sorted(set(old['param_groups'][0]) - _EVERYWHERE))}"
     else:
         raise Unsupported("this dict is no state dict of an optimizer", hint="old_optimizer.state_dict()")
     raise GraftRefused(
@@ -136,7 +136,7 @@ def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor
                 strange += 1
     if strange:
         raise BadArgument(
-            f"{_text.plural(strange, 'parameter')} of this {type(optimizer).__name__} are none of those in the report",
+            f"{wording.plural(strange, 'parameter')} of this {type(optimizer).__name__} are none of those in the report",
             hint="pm.graft_optimizer_(optimizer, old_optimizer, report, target=module, source=old_module), with an "
             "optimizer of module.parameters()",
         )

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from paramend import _text
 from paramend.errors import BadArgument
+from paramend.reports import wording
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def order_of(what: "Order | Iterable[int]", count: int) -> Order:
     if what.of != count:
         fix = Order(what.sources, what.identity, of=count) if what.of < count else blocks(count, count=1)
         raise BadArgument(
-            f"the order is for a model of {_text.plural(what.of, 'layer')}, and this one has {count}",
+            f"the order is for a model of {wording.plural(what.of, 'layer')}, and this one has {count}",
             hint=f"order={fix!r}",
         )
     return what

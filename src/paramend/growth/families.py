@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from paramend import _text
 from paramend.errors import BadArgument, Unsupported
 from paramend.paths import number_of
+from paramend.reports import wording
 
 Pieces = tuple[str, ...]
 
@@ -184,7 +184,7 @@ def find(modules: set[str], model_type: str | None = None, name: str | None = No
     if name is None:
         rows = [family for family in FAMILIES if model_type in family.model_types]
     elif not rows:
-        near = _text.closest(name, NAMES, limit=1)
+        near = wording.closest(name, NAMES, limit=1)
         raise BadArgument(
             f"{name!r} is no family that Paramend knows: {', '.join(NAMES)}",
             hint=f'identity="{(near or NAMES)[0]}"',
@@ -210,13 +210,13 @@ _WAY_OUT = (
 
 
 def _unknown(modules: set[str], model_type: str | None, name: str | None, rows: list[Family]) -> str:
-    have = _text.listing(sorted(modules), 20)
+    have = wording.listing(sorted(modules), 20)
     if rows:
         row = min(rows, key=lambda family: len(modules ^ {*family.writers, *family.others}))
         known = {*row.writers, *row.others, *row.norms}
         lacks, more = sorted({*row.writers, *row.others} - modules), sorted(modules - known)
-        differs = [f"{_text.listing(lacks, 6)} is missing"] if lacks else []
-        differs += [f"{_text.listing(more, 6)} is not known"] if more else []
+        differs = [f"{wording.listing(lacks, 6)} is missing"] if lacks else []
+        differs += [f"{wording.listing(more, 6)} is not known"] if more else []
         return f"the layers are not those of {name or model_type}: {'; '.join(differs) or have}"
     of = f" of a {model_type!r} model" if model_type else ""
     return f"which parameters make a layer{of} the identity is not known; its modules are {have}"

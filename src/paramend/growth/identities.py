@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import families
 from paramend.leaves import Leaves
 from paramend.matching import Names
 from paramend.ops import OPS, Call
 from paramend.patterns import parse
+from paramend.reports import wording
 
 Rules = Mapping[str, float]
 
@@ -61,9 +61,9 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         numbers = [number for names in layers for number in pattern.find(names)]
         if strict and not numbers:
             have = [leaves.index.path(n)[len(where) + 1 :] for names in layers for n in parse("**").find(names)]
-            near = _text.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
+            near = wording.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
             raise NoMatch(
-                f"identity={text!r} matches none of the leaves of {where}, which has {_text.listing(have, 6)}",
+                f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}",
                 hint="\n      ".join(f'identity="{name}"' for name in near),
                 near=near,
             )

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from paramend import _text
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import configs, identities, stacks
 from paramend.growth.deepening import configuration
@@ -17,6 +16,7 @@ from paramend.memory import Memory
 from paramend.ops import OPS, Call
 from paramend.paths import number_of
 from paramend.patterns import parse
+from paramend.reports import wording
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def zero(tree: T, scheme: str) -> T:
     """
     row = SCHEMES.get(scheme)
     if row is None:
-        near = _text.closest(scheme, SCHEMES, limit=1) if isinstance(scheme, str) else []
+        near = wording.closest(scheme, SCHEMES, limit=1) if isinstance(scheme, str) else []
         raise BadArgument(
             f"{scheme!r} is no scheme; there are {', '.join(SCHEMES)}", hint=f'"{(near or list(SCHEMES))[0]}"'
         )
@@ -106,7 +106,7 @@ def zero(tree: T, scheme: str) -> T:
         found += parse(text).reach(memory.index.names)[0]
     chosen = [n for n in found if row.size is None or memory.spec(n).size <= row.size]
     if not chosen:
-        looked = _text.listing(row.selectors) or "several numbered norms in one block, such as bn1 and bn2"
+        looked = wording.listing(row.selectors) or "several numbered norms in one block, such as bn1 and bn2"
         raise NoMatch(
             f'nothing in this tree is named as the scheme "{scheme}" knows it: {looked}',
             hint="pm.at(tree, selector).zero() takes any name",
@@ -203,7 +203,7 @@ def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T
         weights = [n for n in found if memory.spec(n).ndim >= 2]
         if len(weights) < 2:
             raise Unsupported(
-                f"{path} has {_text.plural(len(weights), 'weight')}, and Fixup scales blocks of two or more",
+                f"{path} has {wording.plural(len(weights), 'weight')}, and Fixup scales blocks of two or more",
                 hint=f'pm.at(tree, "{path}/**").zero()',
             )
         scale = len(blocks) ** (-1 / (2 * len(weights) - 2))

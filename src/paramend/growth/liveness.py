@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from paramend import _text
 from paramend._optional import need
 from paramend.errors import BadArgument
 from paramend.memory import Memory
 from paramend.pages.page import Column, Page, Paged
-from paramend.reports import Line, Section
+from paramend.reports import wording
+from paramend.reports.report import Line, Section
 from paramend.selectors import resolve
 from paramend.specs import Spec
 from paramend.trees.kinds import is_torch_module
@@ -58,8 +58,8 @@ class LiveReport(Paged):
     def headline(self) -> str:
         """One sentence that says it all."""
         dead = len(self.dead)
-        alive = _text.plural(len(self.rows) - dead, "leaf", "leaves")
-        return f"{alive} alive, {dead} dead after {_text.plural(self.steps, 'step')}"
+        alive = wording.plural(len(self.rows) - dead, "leaf", "leaves")
+        return f"{alive} alive, {dead} dead after {wording.plural(self.steps, 'step')}"
 
     def sections(self) -> list[Section]:
         """The leaves by the step of their first gradient."""

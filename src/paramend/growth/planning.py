@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadArgument
 from paramend.growth import configs, families, identities, stacks
 from paramend.growth.depth import Order, order_of
@@ -14,6 +13,7 @@ from paramend.leaves import Editable
 from paramend.matching import Names
 from paramend.ops import Call
 from paramend.patterns import parse
+from paramend.reports import wording
 from paramend.selectors import Union, sel
 
 # The path of the layers → the configuration of the model that they are in; None if there is none.
@@ -47,7 +47,7 @@ class Work:
         if config:
             self.config, self.said = configs.configured(config, self.order, self.stacks[0].parent)
             if not self.said:
-                self.said = [f"nothing in it counts {_text.plural(count, 'layer')}: not changed"]
+                self.said = [f"nothing in it counts {wording.plural(count, 'layer')}: not changed"]
         self.family = ""
         self.strict = True
         self.rules = self._rules(identity, configs.model_type(config, count, self.stacks[0].parent) if config else None)

@@ -4,13 +4,13 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadArgument
 from paramend.growth.depth import Order
 from paramend.pages.page import Column, Page, Paged
-from paramend.reports import Section
+from paramend.reports import wording
+from paramend.reports.report import Section
+from paramend.reports.tables import aligned
 from paramend.selectors import Selector, sel
-from paramend.tables import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class DeepenReport(Paged):
         parts = [f"{count // stacks} {did}" for did, count in said.items() if count]
         if self.order.dropped:
             parts.append(f"{len(self.order.dropped)} dropped")
-        return f"deepen: {_text.plural(self.order.of, 'layer')} -> {len(self.order)}{each}, {', '.join(parts)}"
+        return f"deepen: {wording.plural(self.order.of, 'layer')} -> {len(self.order)}{each}, {', '.join(parts)}"
 
     def sections(self) -> list[Section]:
         """None of leaves: the layers are listed by `__str__`."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-from paramend import _text
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.growth import families, identities, stacks
@@ -13,6 +12,7 @@ from paramend.growth.report import DeepenReport, LayerRow
 from paramend.memory import Memory
 from paramend.ops import Call
 from paramend.paths import write_path
+from paramend.reports import wording
 from paramend.selectors import Sliced, resolve
 
 
@@ -25,7 +25,7 @@ def deepened_stack(tree: Any, layers: Sliced, order: Any, identity: Any) -> tupl
     if len(lengths) != 1 or () in lengths:
         specs = [f"{memory.index.path(number)} {memory.spec(number)}" for number in chosen]
         raise SpecMismatch(
-            f"{layers!r}: axis {axis} is not as long in all of these leaves: {_text.listing(specs, 6)}",
+            f"{layers!r}: axis {axis} is not as long in all of these leaves: {wording.listing(specs, 6)}",
             hint="choose the leaves of the stack alone, and the axis that counts its layers",
         )
     count = lengths.pop()[0]

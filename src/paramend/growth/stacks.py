@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paramend import _text
 from paramend.errors import BadArgument, NoMatch, OutOfRange
 from paramend.grammar import Literal, Piece, Positions
 from paramend.growth.depth import Order
@@ -12,6 +11,7 @@ from paramend.leaves import Index
 from paramend.matching import Names
 from paramend.paths import Part, number_of, text_of, write_path, write_piece
 from paramend.patterns import Pattern, parse
+from paramend.reports import wording
 
 Pieces = tuple[str, ...]
 
@@ -124,7 +124,9 @@ def find(index: Index, text: str | None) -> list[Stack]:
                 )
     if len({len(stack.numbers) for stack in found}) > 1:
         counts = [f"{'/'.join((*stack.parent, stack.head))} has {len(stack.numbers)}" for stack in found]
-        raise BadArgument(f'layers="{text}" names stacks of several sizes: {_text.listing(counts)}', hint=_known(index))
+        raise BadArgument(
+            f'layers="{text}" names stacks of several sizes: {wording.listing(counts)}', hint=_known(index)
+        )
     return found
 
 
@@ -149,8 +151,8 @@ def _stack(parent: Pieces, head: str, tail: str, numbers: list[int], positions: 
     steps = {b - a for a, b in zip((*picked, *after), (*picked, *after)[1:], strict=False)}
     if len(steps) > 1:
         raise BadArgument(
-            f'the numbers of layers="{text}" rise by {_text.listing(sorted(map(str, steps)))}: '
-            f"{_text.listing(list(map(str, (*picked, *after))))}",
+            f'the numbers of layers="{text}" rise by {wording.listing(sorted(map(str, steps)))}: '
+            f"{wording.listing(list(map(str, (*picked, *after))))}",
             hint="rename them first, so that they rise evenly",
         )
     return Stack(parent, head, tail, picked, after, steps.pop() if steps else 1)
@@ -220,7 +222,7 @@ def _only(index: Index) -> Stack:
         return find(index, _written(index, path) if path else "[:]")[0]
     names = [_written(index, path) for path, _ in found]
     raise NoMatch(
-        f"which layers are meant? This tree has {_text.listing(names) if names else 'no numbered layers'}",
+        f"which layers are meant? This tree has {wording.listing(names) if names else 'no numbered layers'}",
         hint=_known(index),
     )
 

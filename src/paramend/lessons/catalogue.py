@@ -4,9 +4,9 @@ import importlib
 from dataclasses import dataclass
 
 from paramend._optional import need
-from paramend._text import closest, listing
 from paramend.errors import BadArgument
 from paramend.lessons.lesson import Lesson
+from paramend.reports.wording import closest, listing
 
 
 @dataclass(frozen=True)

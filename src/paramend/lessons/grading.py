@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from paramend._text import plural
 from paramend.errors import BadArgument
 from paramend.lessons.catalogue import find
 from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
 from paramend.lessons.observation import Observation, differences, sketch
+from paramend.reports.wording import plural
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from paramend._text import closest
 from paramend.errors import BadArgument
 from paramend.lessons.observation import place_in
+from paramend.reports.wording import closest
 
 _count = itertools.count()
 

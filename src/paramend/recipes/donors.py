@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
@@ -16,6 +15,7 @@ from paramend.formats.shards import stats_of
 from paramend.leaves import Editable, Index, Stored
 from paramend.paths import labels, text_of
 from paramend.renames import captures
+from paramend.reports import wording
 from paramend.selectors import Selector, resolve
 from paramend.structure import moves
 
@@ -88,9 +88,9 @@ class Donors:
         known = {donor.index.pieces(number): number for number in donor.index.numbers}
         missing = ["/".join(path) for path in paths.values() if path not in known]
         if missing:
-            near = _text.closest(missing[0], ["/".join(path) for path in known], limit=1)
+            near = wording.closest(missing[0], ["/".join(path) for path in known], limit=1)
             raise NoMatch(
-                f"{name} has no {_text.listing([each.replace('/', donor.index.separator) for each in missing], 4)}",
+                f"{name} has no {wording.listing([each.replace('/', donor.index.separator) for each in missing], 4)}",
                 hint=f'did you mean "{near[0].replace("/", donor.index.separator)}"?'
                 if near
                 else f"paramend show {name}",

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves import Editable, unique
 from paramend.memory import editable
@@ -15,6 +14,7 @@ from paramend.ops import Call, fitted, sliced_shape
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Notes, Step, problem_of
 from paramend.recipes.verbs import CONDITIONS
+from paramend.reports import wording
 from paramend.selectors import Selector, Union, Where, resolve, sel
 from paramend.specs import Spec
 from paramend.values import read_index
@@ -155,7 +155,7 @@ class _Attempt:
         paths = [self.leaves.index.path(number) for number in numbers]
         count = given.get("count", len(numbers))
         if len(numbers) != count:
-            are = f"{_text.plural(len(numbers), 'leaf is', 'leaves are')} chosen: {_text.listing(paths, 4)}"
+            are = f"{wording.plural(len(numbers), 'leaf is', 'leaves are')} chosen: {wording.listing(paths, 4)}"
             self.notes.add(f"{self.address}.count", f"{count} expected, and {are}", f"count: {len(numbers)}", "expect")
         for key in CONDITIONS:
             if key.name not in given:
@@ -215,4 +215,4 @@ def _literal(value: Any, spec: Spec) -> Any:
 
 
 def _more(count: int) -> str:
-    return f", and {_text.plural(count, 'more leaf', 'more leaves')} alike" if count else ""
+    return f", and {wording.plural(count, 'more leaf', 'more leaves')} alike" if count else ""

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from paramend import _text
 from paramend.errors import ParamendError, Problem
 from paramend.ops import OPS
 from paramend.recipes.text import below
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
 from paramend.renames import captures, rename
+from paramend.reports import wording
 from paramend.selectors import Selector, sel
 from paramend.values import shown
 
@@ -115,8 +115,8 @@ def _step(data: Any, address: str, notes: Notes) -> Step | None:
     verbs = [key for key in data if key in VERBS or key in CODE]
     if len(data) > 1 and verbs:
         lost = [key for key in data if key not in verbs]
-        hint = f"indent {_text.listing(lost)} below {verbs[0]}:" if lost else "each in a step of its own"
-        notes.add(address, f"a step has one key, and this has {_text.listing(list(map(str, data)))}", hint)
+        hint = f"indent {wording.listing(lost)} below {verbs[0]}:" if lost else "each in a step of its own"
+        notes.add(address, f"a step has one key, and this has {wording.listing(list(map(str, data)))}", hint)
         return None
     for name in data:
         if name in CODE:
@@ -138,7 +138,7 @@ def _given(verb: Verb, body: Any, address: str, notes: Notes) -> Step | None:
     if verb.short and body is not None and not isinstance(body, Mapping):
         body = {"at": body}
     if not isinstance(body, Mapping):
-        said = f"{verb.name} takes a map of {_text.listing([key.name for key in verb.keys])}"
+        said = f"{verb.name} takes a map of {wording.listing([key.name for key in verb.keys])}"
         notes.add(address, f"{said}, not {_kind(body)}", _example(verb))
         return None
     keys = {key.name: key for key in verb.keys}
@@ -198,7 +198,7 @@ def _conditions(data: Any, address: str, notes: Notes) -> Any:
 
 
 def _near(word: Any, known: Iterable[str]) -> str:
-    near = _text.closest(str(word), known, limit=1)
+    near = wording.closest(str(word), known, limit=1)
     return f"did you mean {near[0]}?" if near else ""
 
 

@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paramend import _text
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.grammar import Number, Piece
 from paramend.leaves import Editable, Leaves
 from paramend.paths import write_piece
 from paramend.patterns import parse
 from paramend.renames import Rename, keys, pieces
+from paramend.reports import wording
 from paramend.trees.registry import Tree
 
 Path = tuple[str, ...]
@@ -109,7 +109,7 @@ def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[M
     for stack, rests in stacks.items():
         numbers = sorted({layer for found in rests.values() for layer in found})
         if numbers != list(range(len(numbers))):
-            there = _text.listing(list(map(str, numbers)), 12)
+            there = wording.listing(list(map(str, numbers)), 12)
             name = "/".join(map(write_piece, stack))
             raise BadArgument(
                 f"the layers of {name} are numbered {there}, and not 0 to {len(numbers) - 1}",
@@ -119,7 +119,7 @@ def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[M
             name = "/".join(map(write_piece, rest)) or "the leaf itself"
             lacking = [layer for layer in numbers if layer not in found]
             if lacking:
-                wrong.append(f"{name} is not in layer {_text.listing(list(map(str, lacking)))}")
+                wrong.append(f"{name} is not in layer {wording.listing(list(map(str, lacking)))}")
                 continue
             specs: dict[str, int] = {}
             for layer in numbers:
@@ -148,7 +148,7 @@ def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int])
         sizes[member.stack][shape[at]].append(tree.index.path(member.number))
     for found in sizes.values():
         if len(found) > 1:
-            said = "; ".join(f"{size} in {_text.listing(paths, 2)}" for size, paths in found.items())
+            said = "; ".join(f"{size} in {wording.listing(paths, 2)}" for size, paths in found.items())
             raise BadArgument(
                 f"the leaves of one stack hold different numbers of layers: {said}",
                 hint="axis=1, or like=params with the layers that are wanted, says which axis counts them",
@@ -173,7 +173,7 @@ def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, ext
     if like is None:
         wrong = [path for path, length in lengths.items() if not -length <= axis < length]
         if wrong:
-            some = _text.listing([tree.index.path(members[path]) for path in wrong], 4)
+            some = wording.listing([tree.index.path(members[path]) for path in wrong], 4)
             raise BadArgument(f"axis={axis} is no axis of {some}", hint="axis=0")
         return {path: axis % length for path, length in lengths.items()}
     other: Any = like if isinstance(like, Editable) else Tree(like)

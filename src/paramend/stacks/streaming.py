@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from paramend import _text
 from paramend.assembling import Pick, assemble, origin_of
 from paramend.checkpoints import Checkpoint
 from paramend.errors import RenameClash, Unsupported
 from paramend.formats.gathered import Made, Origin, Stacked, Taken
 from paramend.leaves import plain
 from paramend.paths import Label, labels
+from paramend.reports import wording
 from paramend.specs import Spec
 from paramend.stacks.plan import Member, Path
 
@@ -95,8 +95,8 @@ def _replaced(tree: Checkpoint, places: Mapping[int, Sequence[Pick]]) -> Checkpo
     clashes = [name for name, count in Counter(names).items() if count > 1 or name in inside]
     if clashes:
         raise RenameClash(
-            f"{_text.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
-            f"{_text.listing(clashes, 4)}",
+            f"{wording.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{wording.listing(clashes, 4)}",
             hint='into="stack" names another place',
         )
     return assemble(tree, picks)

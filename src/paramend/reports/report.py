@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paramend import _text
-from paramend.tables import aligned
+from paramend.reports import wording
+from paramend.reports.tables import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Report:
             if not section.lines:
                 continue
             elsewhere = [line.paths[0] for other in sections if other is not section for line in other.lines]
-            leaves = _text.plural(len({line.paths[0] for line in section.lines}), "leaf", "leaves")
+            leaves = wording.plural(len({line.paths[0] for line in section.lines}), "leaf", "leaves")
             blocks.append(f"{section.title}: {leaves}\n{section.text(elsewhere=elsewhere)}")
         return "\n\n".join(blocks)
 
