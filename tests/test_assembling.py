@@ -16,11 +16,11 @@ import paramend as pm
 from paramend.assembling import assemble
 from paramend.formats.gathered import Made, Part, Stacked, Taken
 from paramend.layouts import Copy, lay_out
-from paramend.leaves import Index
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import labels
+from paramend.leaves.specs import Spec
 from paramend.memory import Memory
-from paramend.paths import labels
 from paramend.plans import Plan
-from paramend.specs import Spec
 
 
 def path_of(name):

@@ -35,7 +35,7 @@ from paramend.errors import (
 )
 from paramend.formats.safetensors import SafetensorsFile, write_header
 from paramend.layouts import parse_size
-from paramend.specs import Spec
+from paramend.leaves.specs import Spec
 
 
 def read(path):

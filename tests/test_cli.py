@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from paramend.cli import _ui
 from paramend.cli.main import ROWS, cli
 from paramend.formats.safetensors import SafetensorsFile, write_header
+from paramend.leaves.specs import Spec
 from paramend.reports.progress import Meter
-from paramend.specs import Spec
 from support.numerics import assert_close
 
 COMMAND = [sys.executable, "-m", "paramend"]

@@ -11,7 +11,7 @@ import pytest
 
 from paramend.checkpoints import save
 from paramend.formats.safetensors import write_header
-from paramend.specs import Spec
+from paramend.leaves.specs import Spec
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),

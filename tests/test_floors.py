@@ -8,12 +8,12 @@ import pytest
 FLOORS = [
     # words
     {"errors", "reports.wording", "reports.tables", "reports.progress", "containers", "resizing"},
-    {"io", "paths", "specs", "_optional", "reports.report"},
+    {"io", "leaves.paths", "leaves.specs", "_optional", "reports.report"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "initializers", "trees.*"},
     {"matching", "fits", "values"},
     {"patterns", "resize"},
-    {"leaves", "arrays.registry", "misses"},
+    {"leaves.leaves", "arrays.registry", "misses"},
     {
         "trees.kinds",
         "formats.source",
@@ -145,7 +145,7 @@ def test_imports_fall(name):
     ],
 )
 def test_an_upward_import_is_seen(source):
-    assert upward("paths", source)
+    assert upward("leaves.paths", source)
 
 
 def test_every_floor_names_a_file():

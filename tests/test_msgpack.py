@@ -20,7 +20,7 @@ from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
 from paramend.formats.msgpack import WRITER, MsgpackFile
 from paramend.formats.msgpack_writer import Extension
 from paramend.formats.writer import Item
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Spec, numpy_dtype
 
 DTYPES = ["bool", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
 DTYPES += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]

@@ -16,7 +16,7 @@ from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendErro
 from paramend.formats.npz import WRITER, NpzFile
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Spec, numpy_dtype
 
 DTYPES = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
 DTYPES += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]

@@ -18,7 +18,7 @@ import pytest
 from paramend.errors import BadCheckpoint, CannotRead, MissingExtra, ParamendError, Unsupported
 from paramend.formats import orbax
 from paramend.formats.orbax import OrbaxCheckpoint
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Spec, numpy_dtype
 
 LAYOUTS = {
     "ocdbt": {},

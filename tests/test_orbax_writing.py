@@ -20,7 +20,7 @@ from paramend.cli.main import cli
 from paramend.errors import BadArgument, CannotWrite, MissingExtra, RenameClash, Unsupported
 from paramend.formats import orbax_writer
 from paramend.formats.orbax_writer import chunk_shape
-from paramend.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
 LAYOUTS = {
     "ocdbt": {},

@@ -268,7 +268,7 @@ def test_progress_ends_at_the_total(model):
 
 def test_a_sparse_file(tmp_path):
     from paramend.formats.safetensors import write_header
-    from paramend.specs import Spec
+    from paramend.leaves.specs import Spec
 
     path = tmp_path / "m.safetensors"
     header = write_header({"a": Spec((1 << 20,), "float32"), "b": Spec((1 << 20,), "float32")})

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend.leaves import Index
-from paramend.paths import SPECIAL, labels, natural, number_of, text_of, write_path, write_piece
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import SPECIAL, labels, natural, number_of, text_of, write_path, write_piece
 from paramend.patterns import parse
 
 PIECES = [

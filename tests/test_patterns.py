@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from paramend.errors import OutOfRange, SelectorError
 from paramend.grammar import AnyPieces, Either, Literal, Number, Piece, Positions, Quoted, Star
-from paramend.leaves import Index
-from paramend.paths import SPECIAL, write_piece
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import SPECIAL, write_piece
 from paramend.patterns import Pattern, parse
 from paramend.selectors import resolve
 from paramend.trees.registry import Tree

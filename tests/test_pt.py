@@ -25,7 +25,7 @@ from paramend.formats.pt import WRITER, TorchFile
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.formats.zips import Archive
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Spec, numpy_dtype
 
 # ---- files of torch ----------------------------------------------------------------------------------------------
 

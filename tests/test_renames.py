@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
-from paramend.leaves import Index
+from paramend.leaves.leaves import Index
 from paramend.patterns import parse
 from paramend.renames import Pick, keys, pieces, rename
 

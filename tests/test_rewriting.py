@@ -26,10 +26,10 @@ from paramend.computing import step_of
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import SafetensorsFile, write_header
+from paramend.leaves.specs import Spec
 from paramend.ops import OPS, Call
 from paramend.plans import call, plan
 from paramend.rewriting import write
-from paramend.specs import Spec
 
 
 def rewrite(source, out, selector, op, args=None, **options):

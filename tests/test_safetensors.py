@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError, Unsupported
 from paramend.formats.safetensors import SafetensorsFile, parse_header, write_header
-from paramend.specs import SAFETENSORS_CODES, Spec
+from paramend.leaves.specs import SAFETENSORS_CODES, Spec
 
 # ---- files of the reference ------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.influence import block_influence as block_influence
+    from paramend.leaves.specs import Spec as Spec
     from paramend.measuring import stats as stats
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from paramend.records import verify_record as verify_record
     from paramend.selectors import Selector as Selector
     from paramend.selectors import sel as sel
-    from paramend.specs import Spec as Spec
     from paramend.stacking import stack_layers as stack_layers
     from paramend.stacking import unstack_layers as unstack_layers
     from paramend.undoing import history as history
@@ -126,7 +126,7 @@ _LATER = {
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.records": ("record", "verify_record"),
         "paramend.selectors": ("Selector", "sel"),
-        "paramend.specs": ("Spec",),
+        "paramend.leaves.specs": ("Spec",),
         "paramend.stacking": ("stack_layers", "unstack_layers"),
         "paramend.undoing": ("history", "undo"),
     }.items()

@@ -12,7 +12,7 @@ from paramend.ablations.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch
 from paramend.grammar import around_captures
-from paramend.leaves import Editable, unique
+from paramend.leaves.leaves import Editable, unique
 from paramend.memory import Memory
 from paramend.reports import wording
 from paramend.selectors import resolve

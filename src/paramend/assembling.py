@@ -9,10 +9,10 @@ import numpy as np
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints import Checkpoint
 from paramend.formats.gathered import Gathered, Made, Origin, Part
-from paramend.leaves import Editable
-from paramend.paths import Label
+from paramend.leaves.leaves import Editable
+from paramend.leaves.paths import Label
+from paramend.leaves.specs import numpy_dtype
 from paramend.plans import Plan, Row
-from paramend.specs import numpy_dtype
 from paramend.streaming import values
 
 Array = np.ndarray[Any, Any]
@@ -44,7 +44,7 @@ def assemble(
     >>> import numpy as np
     >>> from paramend.checkpoints import open, save
     >>> from paramend.editing import at
-    >>> from paramend.paths import labels
+    >>> from paramend.leaves.paths import labels
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"layers": {"0": np.ones(2, "int8")}}, path)
     >>> small = open(path)

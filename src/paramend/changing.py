@@ -11,11 +11,11 @@ from paramend.computing import flat, step_of
 from paramend.formats.source import Extent, Source
 from paramend.initializers import Place
 from paramend.io import put
+from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.ops import Call
 from paramend.plans import Row
 from paramend.regions import Region, region
 from paramend.reports.progress import Meter
-from paramend.specs import Spec, numpy_dtype
 from paramend.streaming import values
 from paramend.windows import GAP, Window, joined
 

@@ -15,13 +15,13 @@ from paramend._optional import need
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import format_of, home_of, open_source
-from paramend.leaves import Editable, Index, keys_of, plain
+from paramend.leaves.leaves import Editable, Index, keys_of, plain
+from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.ops import Call
 from paramend.plans import Plan
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 from paramend.selectors import Selector, resolve
-from paramend.specs import Spec, numpy_dtype
 
 if TYPE_CHECKING:
     from paramend.rewriting import RewriteReport

@@ -15,9 +15,9 @@ import numpy as np
 from paramend.changing import Work, change
 from paramend.computing import flat
 from paramend.formats.source import Extent
+from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.plans import Row
 from paramend.reports.progress import Meter
-from paramend.specs import Spec, numpy_dtype
 from paramend.streaming import steps_of
 
 Array = np.ndarray[Any, Any]

@@ -11,10 +11,10 @@ import numpy as np
 from paramend.arrays import numpy as numpy_backend
 from paramend.errors import SpecMismatch
 from paramend.initializers import Draws, Place, generator
-from paramend.leaves import Stored
+from paramend.leaves.leaves import Stored
+from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.ops import Call
 from paramend.regions import region
-from paramend.specs import Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Array, int], Array]

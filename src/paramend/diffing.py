@@ -15,12 +15,12 @@ from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
 from paramend.evidence.streams import nbytes_of
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
+from paramend.leaves.specs import BITS
 from paramend.memory import Memory
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.selectors import resolve
-from paramend.specs import BITS
 
 Sort = Literal["change", "path"]
 

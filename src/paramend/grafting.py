@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from paramend.errors import Unsupported
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
 from paramend.trees.registry import Tree
 
 if TYPE_CHECKING:

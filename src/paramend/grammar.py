@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from paramend.errors import SelectorError
-from paramend.paths import SPECIAL
+from paramend.leaves.paths import SPECIAL
 
 
 @dataclass(frozen=True, slots=True)

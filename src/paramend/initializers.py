@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
+from paramend.leaves.specs import Spec
 from paramend.reports import wording
-from paramend.specs import Spec
 
 Array = np.ndarray[Any, Any]
 

@@ -16,11 +16,11 @@ from paramend.formats.registry import FOREIGN_SUFFIXES, FORMATS, Format, format_
 from paramend.formats.safetensors import RECORD, Header, SafetensorsFile, layout
 from paramend.formats.shards import Shards, stats_of
 from paramend.formats.source import Extent
-from paramend.leaves import Stored
+from paramend.leaves.leaves import Stored
+from paramend.leaves.specs import BITS, SAFETENSORS_CODES
 from paramend.pieces import Copy, File, Piece, with_rows
 from paramend.plans import Plan, Row
 from paramend.reports import wording
-from paramend.specs import BITS, SAFETENSORS_CODES
 
 
 @dataclass(frozen=True, slots=True)

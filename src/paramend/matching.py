@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from paramend.grammar import AnyPieces, Atom, Either, Literal, Piece, Positions, Quoted, Segment, Star
-from paramend.paths import Label, Part, labels, number_of, text_of
+from paramend.leaves.paths import Label, Part, labels, number_of, text_of
 
 # A tree of names: label → subtree, or → the number of a leaf.
 Names = dict[Label, Any]

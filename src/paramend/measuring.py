@@ -12,7 +12,7 @@ from paramend.evidence.measures import Measures
 from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
 from paramend.evidence.streams import nbytes_of, stream_of
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
 from paramend.memory import Memory
 from paramend.reports.progress import Meter, Progress
 from paramend.selectors import resolve

@@ -7,7 +7,7 @@ from typing import Any
 from paramend.arrays.registry import backend
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
 from paramend.initializers import NOWHERE, Place
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
 from paramend.ops import Call
 from paramend.trees.registry import Tree
 

@@ -13,8 +13,8 @@ from itertools import count, product
 
 from paramend.errors import OutOfRange
 from paramend.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
+from paramend.leaves.paths import labels, text_of, write_path
 from paramend.matching import Names
-from paramend.paths import labels, text_of, write_path
 from paramend.patterns import Pattern, parse
 from paramend.reports import wording
 

@@ -12,8 +12,8 @@ from paramend.arrays.backend import Backend
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.initializers import Place
-from paramend.leaves import Stored
-from paramend.specs import Spec, dtype_name, numpy_dtype
+from paramend.leaves.leaves import Stored
+from paramend.leaves.specs import Spec, dtype_name, numpy_dtype
 from paramend.values import ARRAY, DEVIATION, DTYPE, INITIALIZER, NATURAL, NUMBER, OPERAND, Value
 
 Args = Mapping[str, Any]

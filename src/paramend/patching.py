@@ -156,7 +156,7 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
 
     >>> import tempfile
     >>> from paramend.formats.safetensors import SafetensorsFile, write_header
-    >>> from paramend.specs import Spec
+    >>> from paramend.leaves.specs import Spec
     >>> from paramend.plans import call, plan
     >>> from paramend.undoing import undo
     >>> path = Path(tempfile.mkdtemp(), "model.st")

@@ -10,13 +10,13 @@ import numpy as np
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.initializers import NOWHERE, Place
-from paramend.leaves import Index, Leaves, keys_of, plain
+from paramend.leaves.leaves import Index, Leaves, keys_of, plain
+from paramend.leaves.paths import Label, labels, natural, write_path
+from paramend.leaves.specs import Spec
 from paramend.ops import OPS, Call
-from paramend.paths import Label, labels, natural, write_path
 from paramend.reports import wording
 from paramend.reports.tables import aligned
 from paramend.selectors import resolve, slice_of, write_index
-from paramend.specs import Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from paramend.formats.writer import Item
 from paramend.io import Output, put
 from paramend.journal import records_beside
 from paramend.layouts import Layout, lay_out
-from paramend.leaves import Stored, keys_of
+from paramend.leaves.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
 from paramend.plans import Plan, Row

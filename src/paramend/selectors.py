@@ -13,11 +13,11 @@ import numpy as np
 from paramend.containers import ELIDED
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
 from paramend.grammar import AnyPieces, Number, Piece, Positions
-from paramend.leaves import Index, Leaves, unique
-from paramend.paths import labels, text_of, write_path
+from paramend.leaves.leaves import Index, Leaves, unique
+from paramend.leaves.paths import labels, text_of, write_path
+from paramend.leaves.specs import Spec, dtype_name
 from paramend.patterns import Pattern, parse
 from paramend.reports import wording
-from paramend.specs import Spec, dtype_name
 
 
 class Selector:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from paramend.arrays.registry import backend
 from paramend.errors import RenameClash, Unsupported
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
 from paramend.nesting import depths as depths_in
 from paramend.renames import rename
 from paramend.reports import wording

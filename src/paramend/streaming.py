@@ -7,8 +7,8 @@ import numpy as np
 
 from paramend.computing import CHUNK, Step, step_of
 from paramend.errors import SpecMismatch
+from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.plans import Row
-from paramend.specs import Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, RenameClash, Unsupported
-from paramend.leaves import Index
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import Label, Part, labels, number_of
 from paramend.matching import Names
-from paramend.paths import Label, Part, labels, number_of
 from paramend.renames import Rename, keys, rename
 from paramend.reports import wording
 from paramend.selectors import Both, Selector, Text, Union, Where

@@ -14,7 +14,7 @@ from paramend.formats.pt import TorchFile
 from paramend.formats.pt_writer import TorchWriter, retargeted
 from paramend.formats.recordings import pickled
 from paramend.formats.zip_writer import ALIGNMENT, ZipHeaders
-from paramend.leaves import keys_of
+from paramend.leaves.leaves import keys_of
 from paramend.pieces import File, Piece, with_rows
 from paramend.plans import Row
 from paramend.structure import relocate

@@ -7,8 +7,8 @@ from typing import Any
 
 from paramend.errors import BadArgument
 from paramend.initializers import INITIALIZERS
+from paramend.leaves.specs import ALIASES, BITS, dtype_name
 from paramend.reports import wording
-from paramend.specs import ALIASES, BITS, dtype_name
 
 
 @dataclass(frozen=True, slots=True)

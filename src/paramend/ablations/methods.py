@@ -10,11 +10,11 @@ from paramend.arrays.registry import to_numpy
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import families, identities
 from paramend.initializers import Place, generator, normal
-from paramend.leaves import Index, Leaves
+from paramend.leaves.leaves import Index, Leaves
+from paramend.leaves.specs import numpy_dtype
 from paramend.ops import OPS, Call
 from paramend.patterns import parse
 from paramend.reports import wording
-from paramend.specs import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
 from paramend.memory import Memory
 from paramend.ops import Call
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from paramend.specs import Spec
+from paramend.leaves.specs import Spec
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.errors import Unsupported
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Spec, numpy_dtype
 
 
 def owns(kind: type) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Spec, numpy_dtype
 
 # torch and numpy share no memory for these: they travel as integers of the same width.
 _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}

@@ -12,7 +12,7 @@ from paramend.cli import _ui
 from paramend.formats.registry import format_of
 from paramend.formats.safetensors import RECORD
 from paramend.formats.source import Source
-from paramend.paths import natural
+from paramend.leaves.paths import natural
 from paramend.reports import wording
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, fold

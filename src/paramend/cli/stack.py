@@ -11,10 +11,10 @@ import click
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.writing import makes, write_made
+from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
-from paramend.specs import Spec
 from paramend.stacking import stack_layers, unstack_layers
 
 

@@ -11,9 +11,9 @@ from paramend.errors import Unsupported
 from paramend.evidence.distances import Distance, Gap
 from paramend.evidence.reading import Span, Task, looked
 from paramend.evidence.streams import CHUNK, Desk, Stream, hindrance, nbytes_of, stream_of
-from paramend.leaves import Leaves
+from paramend.leaves.leaves import Leaves
+from paramend.leaves.specs import Spec
 from paramend.reports.progress import Meter
-from paramend.specs import Spec
 
 Array = np.ndarray[Any, Any]
 R = TypeVar("R")

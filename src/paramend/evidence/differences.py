@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paramend.leaves.paths import natural
+from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Histogram, Page, Paged
-from paramend.paths import natural
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
-from paramend.specs import Spec
 
 DIFFERENT = ("changed", "respecified", "renamed", "removed", "added")
 PARTS = (*DIFFERENT, "identical")

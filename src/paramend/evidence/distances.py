@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.evidence.widening import total, widened
-from paramend.specs import BITS, kind_of
+from paramend.leaves.specs import BITS, kind_of
 
 Array = np.ndarray[Any, Any]
 

@@ -5,8 +5,8 @@ from itertools import product
 
 from paramend.evidence.comparisons import Comparer, Pair
 from paramend.evidence.streams import Desk, hindrance, stream_of
-from paramend.leaves import Leaves
-from paramend.specs import Spec
+from paramend.leaves.leaves import Leaves
+from paramend.leaves.specs import Spec
 
 _SAMPLE = 1 << 10  # elements
 # Beyond so many candidates names are not weighed: leaves pair off in order.

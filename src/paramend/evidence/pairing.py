@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from paramend.leaves import Leaves
+from paramend.leaves.leaves import Leaves
 
 Name = tuple[tuple[str, ...], int]
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Histogram, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
-from paramend.specs import Spec
 
 MEASURES = ("min", "max", "mean", "std", "norm", "zeros", "nans", "infs")
 SPECTRAL = ("spectral_norm", "stable_rank", "dead", "units")

@@ -15,8 +15,8 @@ from paramend.formats.files import changed, open_regular, same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.io import get_into
-from paramend.leaves import Leaves
-from paramend.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.leaves import Leaves
+from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.specs import kind_of
+from paramend.leaves.specs import kind_of
 
 Array = np.ndarray[Any, Any]
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
 from paramend.io import get, get_into
-from paramend.leaves import Index, entries
+from paramend.leaves.leaves import Index, entries
 from paramend.reports import wording
 
 _SMALL = 1 << 20

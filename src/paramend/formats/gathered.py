@@ -19,9 +19,9 @@ import numpy as np
 from paramend.errors import Unsupported
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent, Source
-from paramend.leaves import Index, entries, uncollected
-from paramend.paths import Label
-from paramend.specs import BITS, Spec
+from paramend.leaves.leaves import Index, entries, uncollected
+from paramend.leaves.paths import Label
+from paramend.leaves.specs import BITS, Spec
 
 Array = np.ndarray[Any, Any]
 
@@ -221,7 +221,7 @@ class Gathered:
         index: the names; leaf `n` is the n-th of those given.
         ties: leaf number → the first number of the same leaf.
 
-    >>> from paramend.paths import labels
+    >>> from paramend.leaves.paths import labels
     >>> ramp = Made(Spec((2, 2), "int8"), lambda: np.arange(4, dtype="int8").reshape(2, 2))
     >>> both = Gathered(None, [(labels("w"), ramp), (labels("v"), Stacked((ramp, Taken(ramp, 0, (2, 2)))))])
     >>> both.index.path(1), both.spec(1), both.read(1)[1].tolist()

@@ -17,10 +17,10 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, MsgpackWriter, Where
 from paramend.formats.source import Extent
-from paramend.leaves import Index
-from paramend.paths import labels, write_path
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import labels, write_path
+from paramend.leaves.specs import BITS, Spec, numpy_dtype
 from paramend.reports import wording
-from paramend.specs import BITS, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from paramend.errors import RenameClash, Unsupported
 from paramend.formats.writer import Item
-from paramend.specs import BITS, Spec
+from paramend.leaves.specs import BITS, Spec
 
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
 # flax splits arrays of more than 1 GB into flat pieces, and writes a map in their place.

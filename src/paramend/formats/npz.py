@@ -21,9 +21,9 @@ from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.formats.zips import STORED, Archive, Record, shown
-from paramend.leaves import Index, separator_of
+from paramend.leaves.leaves import Index, separator_of
+from paramend.leaves.specs import BITS, Spec, numpy_dtype
 from paramend.reports import wording
-from paramend.specs import BITS, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

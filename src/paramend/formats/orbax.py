@@ -18,9 +18,9 @@ from paramend.formats.files import changed, closed, same_file
 from paramend.formats.orbax_store import MANIFEST, Array, Blame, Box, Entry, Stage, Store, read_json
 from paramend.formats.orbax_tree import TREE, Walk
 from paramend.formats.orbax_writer import OrbaxWriter
-from paramend.leaves import entries
+from paramend.leaves.leaves import entries
+from paramend.leaves.specs import BITS, Spec, numpy_dtype
 from paramend.reports import wording
-from paramend.specs import BITS, Spec, numpy_dtype
 
 _STEP = "_CHECKPOINT_METADATA"
 # Elements that are read at once at least: a request each would cost more than the bytes.

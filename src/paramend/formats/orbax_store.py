@@ -20,7 +20,7 @@ from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendErro
 from paramend.formats.files import OpenFile
 from paramend.formats.jsontext import bad, parse_object, shown
 from paramend.io import write_file
-from paramend.specs import BITS, Spec
+from paramend.leaves.specs import BITS, Spec
 
 Array = np.ndarray[Any, Any]
 Box = tuple[slice, ...]

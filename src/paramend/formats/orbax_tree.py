@@ -6,8 +6,8 @@ from typing import Any
 
 from paramend.formats.jsontext import bad, shown
 from paramend.formats.orbax_store import read_json
-from paramend.leaves import Index
-from paramend.paths import labels, write_path
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import labels, write_path
 
 # Keys from the root to a leaf, the pieces of dotted names counted: trees deeper than this cannot be walked.
 MAX_PIECES = 200

@@ -14,7 +14,7 @@ from paramend.formats.orbax_store import Box, Stage, content, read_json
 from paramend.formats.orbax_tree import STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item
 from paramend.io import write_file
-from paramend.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
 # Bytes of a chunk at most: what is held in memory at once.
 MAX_CHUNK = 1 << 26

@@ -21,9 +21,9 @@ from paramend.formats.rebuilds import Tensor, TorchWords
 from paramend.formats.recordings import Made, Recorder
 from paramend.formats.source import Extent
 from paramend.formats.zips import STORED, Archive, Record, shown
-from paramend.leaves import Index
-from paramend.paths import labels, write_path
-from paramend.specs import Spec, numpy_dtype
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import labels, write_path
+from paramend.leaves.specs import Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -14,7 +14,7 @@ from paramend.formats.pickles import Name
 from paramend.formats.recordings import Made, Stored, pickled
 from paramend.formats.writer import Item
 from paramend.formats.zip_writer import ALIGNMENT, ZipHeaders
-from paramend.specs import Spec, kind_of
+from paramend.leaves.specs import Spec, kind_of
 
 _STORAGES = {
     "float64": "Double",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from paramend.formats.pickles import Flaw, Name
-from paramend.specs import BITS, Spec, kind_of
+from paramend.leaves.specs import BITS, Spec, kind_of
 
 # Bits of an element of the dtypes that torch has and numpy has not: their bytes can only be copied.
 _RAW_BITS = {

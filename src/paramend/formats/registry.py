@@ -295,7 +295,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
     >>> import tempfile
     >>> from paramend.formats.safetensors import write_header
-    >>> from paramend.specs import Spec
+    >>> from paramend.leaves.specs import Spec
     >>> file = Path(tempfile.mkdtemp(), "weights")
     >>> _ = file.write_bytes(write_header({"w": Spec((2,), "int8")}).to_bytes() + bytes(2))
     >>> open_source(file).index.path(0), open_source(file.parent).spec(0)

@@ -19,9 +19,9 @@ from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.source import Extent
-from paramend.leaves import Index, separator_of
+from paramend.leaves.leaves import Index, separator_of
+from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 from paramend.reports import wording
-from paramend.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -12,9 +12,9 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad, shown
 from paramend.formats.source import Extent, Source
-from paramend.leaves import Index, entries, separator_of, uncollected
+from paramend.leaves.leaves import Index, entries, separator_of, uncollected
+from paramend.leaves.specs import Spec
 from paramend.reports import wording
-from paramend.specs import Spec
 
 Array = np.ndarray[Any, Any]
 

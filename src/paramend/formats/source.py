@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from paramend.leaves import Index
-from paramend.specs import Spec
+from paramend.leaves.leaves import Index
+from paramend.leaves.specs import Spec
 
 Array = np.ndarray[Any, Any]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from paramend.specs import Spec
+from paramend.leaves.specs import Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from paramend.errors import Unsupported
-from paramend.paths import labels, text_of
+from paramend.leaves.paths import labels, text_of
 from paramend.selectors import resolve, sel
 from paramend.trees.registry import Tree
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.reports.report import Line, Report, Section
-from paramend.specs import Spec
 
 TITLES = {"trained": "trained", "frozen": "frozen", "scheduled": "frozen for a while", "partly": "frozen in part"}
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.freezing.places import dtype_of, named
-from paramend.paths import write_path
+from paramend.leaves.paths import write_path
+from paramend.leaves.specs import kind_of
 from paramend.reports import wording
-from paramend.specs import kind_of
 
 Path = tuple[str, ...]
 

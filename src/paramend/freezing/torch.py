@@ -10,9 +10,9 @@ from torch import nn
 from paramend.errors import BadArgument
 from paramend.freezing.report import FrozenReport, Row
 from paramend.freezing.slices import release, withhold
-from paramend.leaves import Index
+from paramend.leaves.leaves import Index
+from paramend.leaves.specs import Spec, dtype_name
 from paramend.selectors import resolve, sel
-from paramend.specs import Spec, dtype_name
 from paramend.trees.registry import Tree
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})

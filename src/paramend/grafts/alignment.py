@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from paramend.errors import ParamendError
-from paramend.leaves import Index
-from paramend.paths import write_piece
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import write_piece
 from paramend.renames import pieces, rename
 
 Path = tuple[str, ...]

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from paramend.arrays.registry import backend
-from paramend.specs import kind_of, numpy_dtype
+from paramend.leaves.specs import kind_of, numpy_dtype
 
 
 def on_host(value: Any) -> Any:

@@ -11,7 +11,7 @@ from paramend.grafts.links import Ends as Ends
 from paramend.grafts.options import Options
 from paramend.grafts.plan import KINDS, Move, Plan
 from paramend.grafts.report import GraftReport
-from paramend.leaves import Editable, Leaves
+from paramend.leaves.leaves import Editable, Leaves
 from paramend.patterns import parse
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table

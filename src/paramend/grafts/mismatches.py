@@ -13,8 +13,8 @@ from paramend.errors import SpecMismatch, Unsupported
 from paramend.fits import Fit, Shape
 from paramend.grafts.conversions import on_host
 from paramend.grafts.detection import detected
+from paramend.leaves.specs import Spec
 from paramend.resize import Resize
-from paramend.specs import Spec
 
 Region = tuple[slice, ...]
 

@@ -13,7 +13,7 @@ from paramend.containers import ELIDED
 from paramend.freezing.places import named
 from paramend.freezing.states import Leaf, split, without_wrappers
 from paramend.grafts.links import Path, without
-from paramend.paths import labels, text_of
+from paramend.leaves.paths import labels, text_of
 from paramend.trees.kinds import find_kind
 from paramend.trees.registry import Tree
 

@@ -20,10 +20,10 @@ from paramend.grafts.moments import OWN, States, Survey, numbers_of, prefix_of
 from paramend.grafts.options import Options
 from paramend.grafts.plan import Move, Plan
 from paramend.grafts.report import PARTS, GraftReport, GraftRow
-from paramend.paths import write_path
+from paramend.leaves.paths import write_path
+from paramend.leaves.specs import Spec, kind_of
 from paramend.patterns import parse
 from paramend.reports import wording
-from paramend.specs import Spec, kind_of
 from paramend.trees.registry import Tree
 
 _ANEW = "tx.init(params) starts anew"

@@ -18,16 +18,16 @@ from paramend.grafts import detection, mismatches
 from paramend.grafts.mismatches import Meeting
 from paramend.grafts.options import BY_LEAF, Options, quoted
 from paramend.grafts.report import PARTS, GraftReport, GraftRow
-from paramend.leaves import Index, Leaves
+from paramend.leaves.leaves import Index, Leaves
+from paramend.leaves.paths import text_of
+from paramend.leaves.specs import Spec
 from paramend.matching import Names
-from paramend.paths import text_of
 from paramend.patterns import parse
 from paramend.renames import pieces
 from paramend.renames import rename as parse_rename
 from paramend.reports import wording
 from paramend.resize import Resize
 from paramend.selectors import resolve, slice_of
-from paramend.specs import Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
-from paramend.specs import Spec
 
 PARTS = ("copied", "fresh", "mismatched", "unused")
 

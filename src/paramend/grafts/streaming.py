@@ -16,10 +16,10 @@ from paramend.formats.gathered import Gathered, Made, Origin
 from paramend.grafts import conversions
 from paramend.grafts.engine import value_of
 from paramend.grafts.plan import Move, Plan
-from paramend.leaves import Stored
-from paramend.paths import labels
+from paramend.leaves.leaves import Stored
+from paramend.leaves.paths import labels
+from paramend.leaves.specs import Spec, kind_of
 from paramend.plans import call
-from paramend.specs import Spec, kind_of
 
 
 def grafted(plan: Plan) -> Checkpoint:

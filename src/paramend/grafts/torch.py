@@ -8,8 +8,8 @@ import torch
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafts.links import Link, Links, Path
 from paramend.grafts.report import GraftReport, GraftRow
+from paramend.leaves.specs import dtype_name
 from paramend.reports import wording
-from paramend.specs import dtype_name
 from paramend.trees.registry import Tree
 
 # Entries that are one number for a whole parameter.

@@ -12,7 +12,7 @@ from paramend.growth.planning import Work
 from paramend.growth.rebuilding import Rebuilder
 from paramend.growth.report import DeepenReport
 from paramend.growth.stacked import deepened_stack
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
 from paramend.memory import Memory
 from paramend.selectors import Sliced, sel
 from paramend.trees.kinds import find_kind, is_torch_module

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from paramend.errors import BadArgument, Unsupported
-from paramend.paths import number_of
+from paramend.leaves.paths import number_of
 from paramend.reports import wording
 
 Pieces = tuple[str, ...]

@@ -5,7 +5,7 @@ from typing import Any
 
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import families
-from paramend.leaves import Leaves
+from paramend.leaves.leaves import Leaves
 from paramend.matching import Names
 from paramend.ops import OPS, Call
 from paramend.patterns import parse

@@ -12,9 +12,9 @@ from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import configs, identities, stacks
 from paramend.growth.deepening import configuration
 from paramend.growth.families import modules_of, values
+from paramend.leaves.paths import number_of
 from paramend.memory import Memory
 from paramend.ops import OPS, Call
-from paramend.paths import number_of
 from paramend.patterns import parse
 from paramend.reports import wording
 

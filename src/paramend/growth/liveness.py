@@ -8,12 +8,12 @@ from typing import Any
 
 from paramend._optional import need
 from paramend.errors import BadArgument
+from paramend.leaves.specs import Spec
 from paramend.memory import Memory
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 from paramend.selectors import resolve
-from paramend.specs import Spec
 from paramend.trees.kinds import is_torch_module
 
 _RATE = 1e-2

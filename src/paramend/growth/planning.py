@@ -9,7 +9,7 @@ from paramend.growth.depth import Order, order_of
 from paramend.growth.families import modules_of
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.growth.stacks import Stack
-from paramend.leaves import Editable
+from paramend.leaves.leaves import Editable
 from paramend.matching import Names
 from paramend.ops import Call
 from paramend.patterns import parse

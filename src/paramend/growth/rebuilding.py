@@ -12,7 +12,7 @@ from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
 from paramend.growth.stacks import Pieces, Stack
-from paramend.paths import Part, labels, text_of
+from paramend.leaves.paths import Part, labels, text_of
 from paramend.trees.kinds import find_kind, is_torch_module
 from paramend.trees.registry import Tree
 

@@ -9,9 +9,9 @@ from paramend.growth import families, identities, stacks
 from paramend.growth.depth import order_of
 from paramend.growth.families import modules_of
 from paramend.growth.report import DeepenReport, LayerRow
+from paramend.leaves.paths import write_path
 from paramend.memory import Memory
 from paramend.ops import Call
-from paramend.paths import write_path
 from paramend.reports import wording
 from paramend.selectors import Sliced, resolve
 

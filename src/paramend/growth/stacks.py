@@ -7,9 +7,9 @@ from typing import Any
 from paramend.errors import BadArgument, NoMatch, OutOfRange
 from paramend.grammar import Literal, Piece, Positions
 from paramend.growth.depth import Order
-from paramend.leaves import Index
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import Part, number_of, text_of, write_path, write_piece
 from paramend.matching import Names
-from paramend.paths import Part, number_of, text_of, write_path, write_piece
 from paramend.patterns import Pattern, parse
 from paramend.reports import wording
 

@@ -12,7 +12,7 @@ from paramend.formats.gathered import Gathered
 from paramend.growth.planning import Work
 from paramend.growth.report import DeepenReport
 from paramend.growth.stacks import Stack
-from paramend.paths import Label, Part, text_of
+from paramend.leaves.paths import Label, Part, text_of
 from paramend.selectors import Selector, Sliced
 
 _CONFIG = "config.json"

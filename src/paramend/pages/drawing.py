@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paramend._optional import need
-from paramend.leaves import separator_of
+from paramend.leaves.leaves import separator_of
 from paramend.pages.page import Page
 
 # The colours of Okabe and Ito, and a texture for each: the same as on the page.

@@ -13,7 +13,7 @@ from typing import Any
 
 from paramend.errors import CannotWrite
 from paramend.io import write_file
-from paramend.leaves import separator_of
+from paramend.leaves.leaves import separator_of
 from paramend.reports.report import Report
 
 # Notebooks keep what they show in their files: larger pages are written to a file by `to_html`.

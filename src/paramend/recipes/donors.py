@@ -12,8 +12,8 @@ from paramend.checkpoints import open as open_checkpoint
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular
 from paramend.formats.shards import stats_of
-from paramend.leaves import Editable, Index, Stored
-from paramend.paths import labels, text_of
+from paramend.leaves.leaves import Editable, Index, Stored
+from paramend.leaves.paths import labels, text_of
 from paramend.renames import captures
 from paramend.reports import wording
 from paramend.selectors import Selector, resolve

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import NoMatch, ParamendError, Problem
-from paramend.leaves import Editable, unique
+from paramend.leaves.leaves import Editable, unique
+from paramend.leaves.specs import Spec
 from paramend.memory import editable
 from paramend.ops import Call, fitted, sliced_shape
 from paramend.recipes.donors import Donors
@@ -16,7 +17,6 @@ from paramend.recipes.steps import Notes, Step, problem_of
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors import Selector, Union, Where, resolve, sel
-from paramend.specs import Spec
 from paramend.values import read_index
 
 # What may be wrong only because a step before it could not be done: one that gives paths, or one that gives dtypes.

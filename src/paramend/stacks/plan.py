@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.grammar import Number, Piece
-from paramend.leaves import Editable, Leaves
-from paramend.paths import write_piece
+from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.paths import write_piece
 from paramend.patterns import parse
 from paramend.renames import Rename, keys, pieces
 from paramend.reports import wording

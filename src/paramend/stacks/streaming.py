@@ -12,10 +12,10 @@ from paramend.assembling import Pick, assemble, origin_of
 from paramend.checkpoints import Checkpoint
 from paramend.errors import RenameClash, Unsupported
 from paramend.formats.gathered import Made, Origin, Stacked, Taken
-from paramend.leaves import plain
-from paramend.paths import Label, labels
+from paramend.leaves.leaves import plain
+from paramend.leaves.paths import Label, labels
+from paramend.leaves.specs import Spec
 from paramend.reports import wording
-from paramend.specs import Spec
 from paramend.stacks.plan import Member, Path
 
 Array = np.ndarray[Any, Any]

@@ -7,7 +7,7 @@ from typing import Any
 
 from paramend.arrays.registry import backend_of
 from paramend.containers import ELIDED
-from paramend.leaves import Index
+from paramend.leaves.leaves import Index
 from paramend.trees import builtin
 from paramend.trees.kinds import array_types, find_kind, leaf_types
 
