@@ -466,7 +466,7 @@ def test_an_existing_directory_stays_without_force_and_is_exchanged_with_it(mode
 
 
 def test_without_an_exchange_of_names(model, tmp_path, monkeypatch):
-    from paramend import publishing
+    from paramend.disk import publishing
 
     monkeypatch.setattr(publishing, "_rename_at_once", lambda *args: False)
     pm.at(checkpoints.open(model), "**/bias").zero().save(tmp_path / "out")

@@ -8,7 +8,7 @@ import pytest
 FLOORS = [
     # words
     {"errors", "reports.wording", "reports.tables", "reports.progress", "containers", "resizing"},
-    {"io", "leaves.paths", "leaves.specs", "_optional", "reports.report"},
+    {"disk.io", "leaves.paths", "leaves.specs", "_optional", "reports.report"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "initializers", "trees.*"},
     {"matching", "fits", "values"},
@@ -58,7 +58,7 @@ FLOORS = [
     {"growth.deepening", "growth.liveness", "growth.writers"},
     {"growth.init"},
     # surgeries on disk
-    {"copying", "publishing", "regions", "locks", "formats.gathered", "formats.registry", "pieces"},
+    {"disk.copying", "disk.publishing", "regions", "disk.locks", "formats.gathered", "formats.registry", "pieces"},
     {"claims"},
     {"computing", "journal", "torch_layouts"},
     {"streaming"},

@@ -24,9 +24,9 @@ import paramend as pm
 from paramend import chunking, journal
 from paramend.chunking import cells
 from paramend.cli.main import cli
+from paramend.disk.locks import locked
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, SpecMismatch, Unsupported
 from paramend.journal import store_of
-from paramend.locks import locked
 from paramend.undoing import drop, recover
 
 LAYOUTS = {

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 import paramend as pm
 from paramend import claims
 from paramend.cli.main import cli
+from paramend.disk.locks import locked
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError
 from paramend.journal import DONE, PENDING, lock_of, records, store_of
-from paramend.locks import locked
 from paramend.undoing import base_of, drop, history, recover, undo
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of orbax, about itself

@@ -13,8 +13,8 @@ import safetensors.numpy
 import torch
 
 import paramend as pm
+from paramend.disk.io import put
 from paramend.errors import CannotWrite
-from paramend.io import put
 
 SOURCE = Path(__file__).parents[1] / "src" / "paramend"
 CALLS = ("write", "pwrite", "copy_file_range", "sendfile")

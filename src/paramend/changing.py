@@ -8,9 +8,9 @@ import numpy as np
 
 from paramend import computing
 from paramend.computing import flat, step_of
+from paramend.disk.io import put
 from paramend.formats.source import Extent, Source
 from paramend.initializers import Place
-from paramend.io import put
 from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.ops import Call
 from paramend.plans import Row

@@ -15,8 +15,8 @@ import os
 import stat
 from pathlib import Path
 
-from paramend.io import put
-from paramend.publishing import sync_folder
+from paramend.disk.io import put
+from paramend.disk.publishing import sync_folder
 
 _LONGEST = 200
 

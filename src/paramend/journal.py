@@ -55,10 +55,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from paramend import claims
-from paramend.copying import WriteBack
+from paramend.disk.copying import WriteBack
+from paramend.disk.io import get, get_into, put
+from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotRead
-from paramend.io import get, get_into, put
-from paramend.publishing import sync_folder
 
 Array = np.ndarray[Any, Any]
 

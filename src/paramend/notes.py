@@ -12,16 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.io import put
+from paramend.disk.publishing import create_file, published
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.gathered import Gathered, Part
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
-from paramend.io import put
 from paramend.layouts import Layout, set_to
 from paramend.pieces import Copy, File
 from paramend.plans import Plan, Row
-from paramend.publishing import create_file, published
 from paramend.records import FILE, EditRecord, RecordedLeaf, beside, contents, digest_of, record_of, sidecar, text_of
 
 # What a function says of itself: where it lay in memory.

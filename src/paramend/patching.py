@@ -22,12 +22,12 @@ from paramend.changing import Work, change, work_of
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
 from paramend.chunking import is_chunked, laid_flat, nbytes_of, restage
-from paramend.copying import begin_write_back
+from paramend.disk.copying import begin_write_back
+from paramend.disk.io import put
+from paramend.disk.locks import explained, linked, opened
 from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
 from paramend.formats.source import Extent, Source
-from paramend.io import put
 from paramend.journal import DONE, PENDING, Spans, State, Writer, new_head, next_path
-from paramend.locks import explained, linked, opened
 from paramend.plans import Plan
 from paramend.replacing import STAGED, check_replaceable, check_still, exchange
 from paramend.reports import wording

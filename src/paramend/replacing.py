@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from paramend.disk.io import get_into, put
+from paramend.disk.locks import ELSEWHERE, linked
+from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 from paramend.formats.orbax_store import MANIFEST, may_change
-from paramend.io import get_into, put
 from paramend.journal import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, new_head
-from paramend.locks import ELSEWHERE, linked
-from paramend.publishing import sync_file, sync_folder
 
 STAGED, BACK = "new", "back"
 

@@ -18,21 +18,21 @@ import numpy as np
 
 from paramend.changing import work_of
 from paramend.chunking import laid_flat, restage
-from paramend.copying import WINDOW, Copier, WriteBack
+from paramend.disk.copying import WINDOW, Copier, WriteBack
+from paramend.disk.io import Output, put
+from paramend.disk.publishing import create_file, exists, published, reason, sync_file
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.formats.files import same_file
 from paramend.formats.registry import find_format, home_of
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
-from paramend.io import Output, put
 from paramend.journal import records_beside
 from paramend.layouts import Layout, lay_out
 from paramend.leaves.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
 from paramend.plans import Plan, Row
-from paramend.publishing import create_file, exists, published, reason, sync_file
 from paramend.replacing import check_still
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from paramend import claims
+from paramend.disk.io import get, get_into, put
+from paramend.disk.locks import ELSEWHERE, explained, is_held, linked, locked, opened, reason
+from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax_store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
-from paramend.io import get, get_into, put
 from paramend.journal import (
     BUFFER,
     DONE,
@@ -30,8 +32,6 @@ from paramend.journal import (
     store_of,
     witness,
 )
-from paramend.locks import ELSEWHERE, explained, is_held, linked, locked, opened, reason
-from paramend.publishing import sync_folder
 from paramend.replacing import BACK, STAGED, check_new, put_files_back
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress

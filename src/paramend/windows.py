@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from paramend.disk.io import get, put
 from paramend.formats.source import Extent
-from paramend.io import get, put
 
 Array = np.ndarray[Any, Any]
 

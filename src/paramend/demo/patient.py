@@ -11,8 +11,8 @@ import safetensors.numpy
 
 from paramend.demo import digits, training
 from paramend.demo.network import Classifier
+from paramend.disk.io import write_file
 from paramend.editing import at
-from paramend.io import write_file
 
 Array = np.ndarray[Any, Any]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
+from paramend.disk.io import get_into
 from paramend.errors import Unsupported
 from paramend.formats.files import changed, open_regular, same_file
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
-from paramend.io import get_into
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from paramend.disk.io import get, get_into
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
-from paramend.io import get, get_into
 from paramend.leaves.leaves import Index, entries
 from paramend.reports import wording
 

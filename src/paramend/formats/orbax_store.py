@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from paramend._optional import need
+from paramend.disk.io import write_file
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
 from paramend.formats.files import OpenFile
 from paramend.formats.jsontext import bad, parse_object, shown
-from paramend.io import write_file
 from paramend.leaves.specs import BITS, Spec
 
 Array = np.ndarray[Any, Any]

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.io import write_file
 from paramend.errors import CannotWrite
-from paramend.io import write_file
 from paramend.leaves.leaves import separator_of
 from paramend.reports.report import Report
 

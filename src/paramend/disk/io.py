@@ -1,6 +1,6 @@
 """Whole reads and writes: the system may take or give less than was asked for, and says so only by a count.
 
-Every byte of an output goes through `put`, but for those that the kernel copies by itself (`paramend.copying`).
+Every byte of an output goes through `put`, but for those that the kernel copies by itself (`paramend.disk.copying`).
 """
 
 import errno

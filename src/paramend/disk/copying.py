@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paramend.io import put, shrunk
+from paramend.disk.io import put, shrunk
 
 # Bytes that the kernel copies at once: between two windows the listener hears of it and Ctrl-C is served.
 WINDOW = 1 << 25

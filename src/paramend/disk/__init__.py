@@ -1,0 +1,1 @@
+"""Bytes, locks, copies and renames that survive a crash."""
