@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from paramend.errors import BadCheckpoint, CannotRead, MissingExtra, ParamendError, Unsupported
-from paramend.formats import orbax
-from paramend.formats.orbax import OrbaxCheckpoint
+from paramend.formats.orbax import source as orbax
+from paramend.formats.orbax.source import OrbaxCheckpoint
 from paramend.leaves.specs import Spec, numpy_dtype
 
 LAYOUTS = {
@@ -198,7 +198,7 @@ def test_items_of_a_step(tmp_path):
 def test_opening_needs_no_framework(saved):
     code = """
 import sys
-from paramend.formats.orbax import OrbaxCheckpoint
+from paramend.formats.orbax.source import OrbaxCheckpoint
 with OrbaxCheckpoint(sys.argv[1]) as file:
     assert len(file.index.numbers) == 9
     if sys.argv[2]:

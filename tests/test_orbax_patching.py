@@ -659,7 +659,7 @@ def test_without_tensorstore(copy, monkeypatch):
 
 
 def test_a_full_disk_changes_nothing(copy, monkeypatch):
-    from paramend.formats.orbax_store import Stage
+    from paramend.formats.orbax.store import Stage
 
     for name, call in [("ocdbt", "flush"), ("zarr", "write")]:
         path = copy(name)

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 import paramend as pm
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, CannotWrite, MissingExtra, RenameClash, Unsupported
-from paramend.formats import orbax_writer
-from paramend.formats.orbax_writer import chunk_shape
+from paramend.formats.orbax import writer as orbax_writer
+from paramend.formats.orbax.writer import chunk_shape
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
 LAYOUTS = {
@@ -211,7 +211,7 @@ def test_every_dtype_or_a_clear_refusal(tmp_path, dtype):
 
 def test_leaves_are_written_in_bounded_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax_writer, "MAX_CHUNK", 1000)
-    monkeypatch.setattr("paramend.formats.orbax_store.BATCH", 3000)
+    monkeypatch.setattr("paramend.formats.orbax.store.BATCH", 3000)
     arrays = {"a": np.random.default_rng(0).normal(size=(7, 11, 13)), "b": np.arange(2000), "c": np.float32(3)}
     report = pm.save(arrays, tmp_path / "x.orbax")
     assert report.bytes_copied == sum(np.asarray(array).nbytes for array in arrays.values())

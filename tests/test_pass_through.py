@@ -10,7 +10,8 @@ import torch
 import paramend as pm
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats import index as index_module
-from paramend.formats import pt, zips
+from paramend.formats.torch import source as pt
+from paramend.formats.zips import archive
 
 # name → (dtype, shape, bytes); neither the names nor the dtypes are in an order that a writer would choose
 LEAVES = {
@@ -166,7 +167,7 @@ def test_headers_pickles_and_directories_are_of_bounded_length(tmp_path, monkeyp
     monkeypatch.setattr(pt, "MAX_PICKLE", 10)
     with pytest.raises(BadCheckpoint, match=r"x/data.pkl': a pickle of .* bytes is too long"):
         pm.open(tmp_path / "x.pt")
-    monkeypatch.setattr(zips, "MAX_DIRECTORY", 10)
+    monkeypatch.setattr(archive, "MAX_DIRECTORY", 10)
     with pytest.raises(BadCheckpoint, match=r"its central directory would be .* bytes long"):
         pm.open(tmp_path / "x.pt")
 

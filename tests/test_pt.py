@@ -19,12 +19,12 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendError, RenameClash, Unsupported
-from paramend.formats import zip_writer
 from paramend.formats.files import OpenFile
-from paramend.formats.pt import WRITER, TorchFile
 from paramend.formats.source import Extent
+from paramend.formats.torch.source import WRITER, TorchFile
 from paramend.formats.writer import Item
-from paramend.formats.zips import Archive
+from paramend.formats.zips import headers
+from paramend.formats.zips.archive import Archive
 from paramend.leaves.specs import Spec, numpy_dtype
 
 # ---- files of torch ----------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_opening_reads_little_and_closes_what_it_opens(tmp_path, monkeypatch):
 def test_torch_is_not_imported(tmp_path):
     path = save(tmp_path, {"w": torch.ones(2, dtype=torch.bfloat16)})
     code = f"""import sys
-from paramend.formats.pt import TorchFile
+from paramend.formats.torch.source import TorchFile
 print(TorchFile({str(path)!r}).read(0), "torch" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[1 1] False\n"
@@ -856,7 +856,7 @@ def item(keys, tensor):
 
 @pytest.mark.parametrize("wide", [0xFFFFFFFF, 500, 0])
 def test_a_written_file_is_read_by_torch(tmp_path, monkeypatch, wide):
-    monkeypatch.setattr(zip_writer, "WIDE", wide)
+    monkeypatch.setattr(headers, "WIDE", wide)
     tree = {f"{dtype}.{n}": tensor(dtype, shape) for dtype in DTYPES for n, shape in enumerate([(3, 4), (), (0, 2)])}
     tree["large"] = torch.arange(5000)
     items = [item((name,), leaf) for name, leaf in tree.items()] + [item(("nested", "ü", "w"), torch.ones(2))]

@@ -13,9 +13,9 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
-from paramend.formats import zip_writer
-from paramend.formats.pickles import Name
-from paramend.formats.recordings import Made, pickled
+from paramend.formats.torch.pickles import Name
+from paramend.formats.torch.recordings import Made, pickled
+from paramend.formats.zips import headers
 
 # ---- comparing -----------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ def test_a_tensor_alone(tmp_path):
 
 @pytest.mark.parametrize("wide", [0xFFFFFFFF, 500, 0])
 def test_long_files(tmp_path, monkeypatch, wide):
-    monkeypatch.setattr(zip_writer, "WIDE", wide)
+    monkeypatch.setattr(headers, "WIDE", wide)
     tree = {"a": torch.arange(300.0), "b": torch.arange(3), "n": {"epoch": 3, "d": torch.ones(1)}}
     torch.save(tree, tmp_path / "x.pt")
     pm.at(pm.at(pm.open(tmp_path / "x.pt"), "a").cast("float64"), "b").rename("n.c").save(tmp_path / "out.pt")

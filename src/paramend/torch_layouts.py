@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from paramend.errors import Unsupported
-from paramend.formats.pt import TorchFile
-from paramend.formats.pt_writer import TorchWriter, retargeted
-from paramend.formats.recordings import pickled
-from paramend.formats.zip_writer import ALIGNMENT, ZipHeaders
+from paramend.formats.torch.recordings import pickled
+from paramend.formats.torch.source import TorchFile
+from paramend.formats.torch.writer import TorchWriter, retargeted
+from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.leaves import keys_of
 from paramend.pieces import File, Piece, with_rows
 from paramend.plans import Row

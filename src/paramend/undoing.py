@@ -16,7 +16,7 @@ from paramend.disk.io import get, get_into, put
 from paramend.disk.locks import ELSEWHERE, explained, is_held, linked, locked, opened, reason
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
-from paramend.formats.orbax_store import may_change
+from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
 from paramend.journal import (
     BUFFER,

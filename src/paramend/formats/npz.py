@@ -20,7 +20,7 @@ from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
-from paramend.formats.zips import STORED, Archive, Record, shown
+from paramend.formats.zips.archive import STORED, Archive, Record, shown
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 from paramend.reports import wording

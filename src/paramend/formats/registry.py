@@ -15,7 +15,7 @@ from paramend.formats.files import OpenFile, near
 from paramend.formats.index import SUFFIX, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
-from paramend.formats.zips import names_in
+from paramend.formats.zips.archive import names_in
 from paramend.reports import wording
 
 _HEAD = 64
@@ -163,7 +163,7 @@ FORMATS: tuple[Format, ...] = (
         "zip files of torch.save",
         (".pt", ".pth", ".bin", ".ckpt"),
         _is_torch,
-        "paramend.formats.pt",
+        "paramend.formats.torch.source",
         "TorchFile",
         writes=True,
         patches=True,
@@ -196,7 +196,7 @@ FORMATS: tuple[Format, ...] = (
         "Orbax directories",
         (".orbax",),
         _is_orbax,
-        "paramend.formats.orbax",
+        "paramend.formats.orbax.source",
         "OrbaxCheckpoint",
         writes=True,
         patches=True,

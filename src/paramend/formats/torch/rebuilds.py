@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.formats.pickles import Flaw, Name
+from paramend.formats.torch.pickles import Flaw, Name
 from paramend.leaves.specs import BITS, Spec, kind_of
 
 # Bits of an element of the dtypes that torch has and numpy has not: their bytes can only be copied.

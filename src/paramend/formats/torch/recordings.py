@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import BadCheckpoint
-from paramend.formats.pickles import Flaw, Name, Vocabulary
+from paramend.formats.torch.pickles import Flaw, Name, Vocabulary
 
 # Deeper values than these would exhaust the stack of the writer.
 _DEPTH = 200
@@ -61,7 +61,7 @@ class Recorder:
         words: the other. What is recorded should have been read with it before, as it checks arguments.
 
     >>> import pickle
-    >>> from paramend.formats.pickles import unpickle
+    >>> from paramend.formats.torch.pickles import unpickle
     >>> class Words:
     ...     def names(self): return {"builtins.complex": Name("builtins.complex", complex)}
     >>> made = unpickle(pickle.dumps([1j], 2), Recorder(Words()), file="x", place="y")[0]

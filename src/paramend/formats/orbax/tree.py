@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.formats.jsontext import bad, shown
-from paramend.formats.orbax_store import read_json
+from paramend.formats.orbax.store import read_json
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from paramend.disk.io import write_file
 from paramend.errors import RenameClash
-from paramend.formats.orbax_store import Box, Stage, content, read_json
-from paramend.formats.orbax_tree import STRINGS, TREE, Keys, table_row
+from paramend.formats.orbax.store import Box, Stage, content, read_json
+from paramend.formats.orbax.tree import STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 

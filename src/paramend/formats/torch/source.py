@@ -1,6 +1,6 @@
 """The format of `torch.save`: a zip archive of storages, and a pickle that says which tensors look at them.
 
-Files are read without torch, and nothing in them is run: see `paramend.formats.pickles`. Opening reads the zip's
+Files are read without torch, and nothing in them is run: see `paramend.formats.torch.pickles`. Opening reads the zip's
 directory and the pickle; storages are read when asked for.
 """
 
@@ -15,12 +15,12 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
-from paramend.formats.pickles import unpickle
-from paramend.formats.pt_writer import TorchWriter
-from paramend.formats.rebuilds import Tensor, TorchWords
-from paramend.formats.recordings import Made, Recorder
 from paramend.formats.source import Extent
-from paramend.formats.zips import STORED, Archive, Record, shown
+from paramend.formats.torch.pickles import unpickle
+from paramend.formats.torch.rebuilds import Tensor, TorchWords
+from paramend.formats.torch.recordings import Made, Recorder
+from paramend.formats.torch.writer import TorchWriter
+from paramend.formats.zips.archive import STORED, Archive, Record, shown
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Spec, numpy_dtype
@@ -115,7 +115,7 @@ class TorchFile(FileSource):
         return build(self._structure)
 
     def recorded(self) -> tuple[Any, list[Any]]:
-        """What the pickle holds as it can be written again: see `paramend.formats.recordings`.
+        """What the pickle holds as it can be written again: see `paramend.formats.torch.recordings`.
 
         Returns:
             The structure, in which an array that holds its number stands for each leaf, and the call that rebuilds

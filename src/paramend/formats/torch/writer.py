@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from paramend.errors import RenameClash
-from paramend.formats.pickles import Name
-from paramend.formats.recordings import Made, Stored, pickled
+from paramend.formats.torch.pickles import Name
+from paramend.formats.torch.recordings import Made, Stored, pickled
 from paramend.formats.writer import Item
-from paramend.formats.zip_writer import ALIGNMENT, ZipHeaders
+from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.specs import Spec, kind_of
 
 _STORAGES = {
@@ -60,7 +60,7 @@ class TorchWriter:
         >>> import tempfile
         >>> import numpy as np
         >>> from pathlib import Path
-        >>> from paramend.formats.pt import TorchFile
+        >>> from paramend.formats.torch.source import TorchFile
         >>> path = Path(tempfile.mkdtemp(), "model.pt")
         >>> data = np.array([1, 2], "float32")
         >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8, lambda: iter([data.view("u1").data]))

@@ -1,0 +1,1 @@
+"""Orbax directories, read and written through tensorstore."""
