@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "reports.wording", "reports.tables", "reports.progress", "containers", "resizing"},
     {"disk.io", "leaves.paths", "leaves.specs", "_optional", "reports.report"},
     # the language of selectors, the verbs over arrays, the kinds of containers
-    {"grammar", "arrays.*", "initializers", "trees.*"},
+    {"grammar", "arrays.*", "arrays.initializers", "trees.*"},
     {"matching", "fits", "values"},
     {"patterns", "resize"},
     {"leaves.leaves", "arrays.registry", "misses"},

@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend import initializers, streaming
+from paramend import streaming
+from paramend.arrays import initializers
 from paramend.computing import step_of
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
 from paramend.formats.registry import open_source

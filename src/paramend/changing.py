@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from paramend import computing
+from paramend.arrays.initializers import Place
 from paramend.computing import flat, step_of
 from paramend.disk.io import put
 from paramend.formats.source import Extent, Source
-from paramend.initializers import Place
 from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.ops import Call
 from paramend.plans import Row

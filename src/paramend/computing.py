@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays import numpy as numpy_backend
+from paramend.arrays.initializers import Draws, Place, generator
 from paramend.errors import SpecMismatch
-from paramend.initializers import Draws, Place, generator
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.ops import Call
@@ -29,7 +29,7 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
     Pieces must come in order. Whole leaves are needed by functions, by keys of JAX, by indices that name an element
     twice, and by random values or arrays for a slice whose elements do not come in the order of the leaf.
 
-    >>> from paramend.initializers import NOWHERE
+    >>> from paramend.arrays.initializers import NOWHERE
     >>> from paramend.ops import OPS
     >>> step = step_of(Call(OPS["add"], {"value": np.array([10, 20])}), Spec((2, 2), "int64"), NOWHERE)
     >>> step(np.array([1, 2, 3]), 0).tolist(), step(np.array([4]), 3).tolist()

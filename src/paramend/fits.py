@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from paramend import resizing
+from paramend.arrays.initializers import Place, generator
 from paramend.errors import SpecMismatch
-from paramend.initializers import Place, generator
 from paramend.reports import wording
 
 Array = np.ndarray[Any, Any]

@@ -4,9 +4,9 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from paramend.arrays.initializers import NOWHERE, Place
 from paramend.arrays.registry import backend
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
-from paramend.initializers import NOWHERE, Place
 from paramend.leaves.leaves import Editable
 from paramend.ops import Call
 from paramend.trees.registry import Tree

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from paramend.arrays.initializers import NOWHERE, Place
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
-from paramend.initializers import NOWHERE, Place
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec

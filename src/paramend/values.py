@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from paramend.arrays.initializers import INITIALIZERS
 from paramend.errors import BadArgument
-from paramend.initializers import INITIALIZERS
 from paramend.leaves.specs import ALIASES, BITS, dtype_name
 from paramend.reports import wording
 

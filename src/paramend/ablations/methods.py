@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from paramend.arrays.initializers import Place, generator, normal
 from paramend.arrays.registry import to_numpy
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import families, identities
-from paramend.initializers import Place, generator, normal
 from paramend.leaves.leaves import Index, Leaves
 from paramend.leaves.specs import numpy_dtype
 from paramend.ops import OPS, Call
