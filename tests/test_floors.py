@@ -7,7 +7,7 @@ import pytest
 
 FLOORS = [
     # words
-    {"errors", "reports.wording", "reports.tables", "reports.progress", "containers", "resizing"},
+    {"errors", "reports.wording", "reports.tables", "reports.progress", "trees.kind", "resizing"},
     {"disk.io", "leaves.paths", "leaves.specs", "_optional", "reports.report"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "arrays.initializers", "trees.*"},
@@ -15,7 +15,7 @@ FLOORS = [
     {"patterns", "resize"},
     {"leaves.leaves", "arrays.registry", "misses"},
     {
-        "trees.kinds",
+        "trees.lookup",
         "formats.source",
         "nesting",
         "formats.files",
@@ -39,7 +39,7 @@ FLOORS = [
         "formats.orbax.source",
         "grafts.conversions",
         "grafts.detection",
-        "trees.registry",
+        "trees.tree",
     },
     {
         "filters",

@@ -15,7 +15,7 @@ from paramend.leaves.leaves import Index
 from paramend.leaves.paths import SPECIAL, write_piece
 from paramend.patterns import Pattern, parse
 from paramend.selectors import resolve
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reference_matcher as reference

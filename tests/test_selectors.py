@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import paramend as pm
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, WrongCount
 from paramend.selectors import resolve, slice_of
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 
 def ones(*shape):

@@ -16,7 +16,7 @@ from paramend.leaves.leaves import Editable, unique
 from paramend.memory import Memory
 from paramend.reports import wording
 from paramend.selectors import resolve
-from paramend.trees.kinds import is_torch_module
+from paramend.trees.lookup import is_torch_module
 
 Targets = str | Mapping[str, Any] | Sequence[Any]
 

@@ -528,7 +528,7 @@ def save(
     """
     if isinstance(tree, Checkpoint):
         return tree.save(path, force=force, max_shard_size=max_shard_size, progress=progress)
-    trees = importlib.import_module("paramend.trees.registry")
+    trees = importlib.import_module("paramend.trees.tree")
     made = Plan.of(_InMemory(trees.Tree(tree)))
     report: RewriteReport = _rewriting().write(
         made, path, force=force, max_shard_size=max_shard_size, progress=progress

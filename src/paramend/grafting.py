@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Editable
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
     from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Renames, Unused

@@ -9,7 +9,7 @@ from typing import Any
 from paramend.errors import BadArgument, NoMatch
 from paramend.grammar import around_captures
 from paramend.reports import wording
-from paramend.trees.kinds import is_torch_module
+from paramend.trees.lookup import is_torch_module
 
 
 def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequence[str]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from paramend.arrays.registry import backend
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.ops import Call
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
 

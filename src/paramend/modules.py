@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from paramend._optional import imported
 from paramend.arrays.registry import backend
 from paramend.errors import Unsupported
-from paramend.trees.kinds import is_torch_module
+from paramend.trees.lookup import is_torch_module
 
 Layer = TypeVar("Layer")
 

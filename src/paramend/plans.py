@@ -283,7 +283,7 @@ def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
         NoMatch: nothing is chosen.
         SpecMismatch: the edit does not fit a chosen leaf; the message names it.
 
-    >>> from paramend.trees.registry import Tree
+    >>> from paramend.trees.tree import Tree
     >>> tree = Tree({"a": np.ones((2, 3)), "b": np.ones(3)})
     >>> print(plan(tree, "b", call("fill", {"value": 0.5})))
     path  spec        edit

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend.containers import ELIDED
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
 from paramend.grammar import AnyPieces, Number, Piece, Positions
 from paramend.leaves.leaves import Index, Leaves, unique
@@ -18,6 +17,7 @@ from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.patterns import Pattern, parse
 from paramend.reports import wording
+from paramend.trees.kind import ELIDED
 
 
 class Selector:

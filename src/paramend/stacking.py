@@ -29,8 +29,8 @@ from paramend.stacks.plan import (
     without_number,
 )
 from paramend.structure import Draft, take_apart
-from paramend.trees.kinds import find_kind
-from paramend.trees.registry import Tree
+from paramend.trees.lookup import find_kind
+from paramend.trees.tree import Tree
 
 T = TypeVar("T")
 Path = tuple[str, ...]

@@ -8,7 +8,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Label, Part, labels, number_of
@@ -16,8 +15,9 @@ from paramend.matching import Names
 from paramend.renames import Rename, keys, rename
 from paramend.reports import wording
 from paramend.selectors import Both, Selector, Text, Union, Where
-from paramend.trees.kinds import find_kind
-from paramend.trees.registry import Tree
+from paramend.trees.kind import ELIDED, Kind
+from paramend.trees.lookup import find_kind
+from paramend.trees.tree import Tree
 
 
 def delete(tree: Tree, numbers: Collection[int]) -> Any:

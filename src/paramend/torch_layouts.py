@@ -18,7 +18,7 @@ from paramend.leaves.leaves import keys_of
 from paramend.pieces import File, Piece, with_rows
 from paramend.plans import Row
 from paramend.structure import relocate
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 _Rows = Sequence[tuple[int, Row]]
 _Places = Mapping[tuple[int, int], Row]

@@ -24,7 +24,7 @@ def histograms(streams: Mapping[str, tuple[Stream, ...]], bins: int = BINS) -> d
         bins: how many bins of one width there are, from the least value to the greatest.
 
     >>> from paramend.evidence.streams import stream_of
-    >>> from paramend.trees.registry import Tree
+    >>> from paramend.trees.tree import Tree
     >>> tree = Tree([np.array([0.0, 1.0, 1.0, 4.0]), np.array([2.0, 2.0, np.nan, 4.0])])
     >>> found = histograms({"w": (stream_of(tree, 0), stream_of(tree, 1))}, bins=4)["w"]
     >>> found.low, found.high, found.before, found.after

@@ -13,7 +13,7 @@ def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Mea
     """The measures of each leaf; of one whose values are no numbers, or cannot be had, why.
 
     >>> import numpy as np
-    >>> from paramend.trees.registry import Tree
+    >>> from paramend.trees.tree import Tree
     >>> tree = Tree([np.array([3.0, 4.0]), np.array(["a"])])
     >>> found = measured(tree, [0, 1], Meter(None, 0))
     >>> found[0].norm, found[1]

@@ -32,7 +32,7 @@ def matches(old: Leaves, new: Leaves) -> list[Match]:
     `fc.weight` in a state dict is fc → weight in a module. A leaf with several paths is looked for under all of them.
 
     >>> import numpy as np
-    >>> from paramend.trees.registry import Tree
+    >>> from paramend.trees.tree import Tree
     >>> for match in matches(Tree({"fc.weight": np.ones(1), "x": np.ones(1)}), Tree({"fc": {"weight": np.ones(1)}})):
     ...     print(match.path, match.a, match.b)
     fc/weight 0 0

@@ -24,7 +24,7 @@ _LIMIT = 64 << 20  # bytes of a leaf that is read whole where its file cannot be
 def transposed(pair: Pair) -> tuple[int, ...] | None:
     """The order of axes such that b is `a.transpose(order)`, bit by bit; None if there is none but that of a itself.
 
-    >>> from paramend.trees.registry import Tree
+    >>> from paramend.trees.tree import Tree
     >>> a = np.arange(6.0).reshape(2, 3)
     >>> transposed(Pair(Tree([a]), 0, Tree([a.T.copy()]), 0))
     (1, 0)

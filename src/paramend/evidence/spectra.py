@@ -42,7 +42,7 @@ def spectrum(stream: Stream, *, out_first: bool) -> Spectrum:
             axes together are one: so those of a convolution.
 
     >>> from paramend.evidence.streams import stream_of
-    >>> from paramend.trees.registry import Tree
+    >>> from paramend.trees.tree import Tree
     >>> stream = stream_of(Tree([np.array([[3.0, 0, 0], [0, 0, 4]])]), 0)
     >>> found = spectrum(stream, out_first=False)
     >>> round(found.spectral_norm, 6), found.units, found.dead

@@ -10,7 +10,7 @@ from paramend.errors import BadArgument, NoMatch, OutOfRange
 from paramend.freezing.regions import WHOLE, Region, both, is_empty, region_of
 from paramend.freezing.schedules import Clause, Schedule, Window
 from paramend.selectors import Held, resolve
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 
 @dataclass(frozen=True)

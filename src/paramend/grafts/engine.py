@@ -15,7 +15,7 @@ from paramend.leaves.leaves import Editable, Leaves
 from paramend.patterns import parse
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 
 def assign(tree: Tree, new: dict[int, Any]) -> None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paramend.containers import ELIDED
 from paramend.freezing.places import named
 from paramend.freezing.states import Leaf, split, without_wrappers
 from paramend.grafts.links import Path, without
 from paramend.leaves.paths import labels, text_of
-from paramend.trees.kinds import find_kind
-from paramend.trees.registry import Tree
+from paramend.trees.kind import ELIDED
+from paramend.trees.lookup import find_kind
+from paramend.trees.tree import Tree
 
 # Fields with trees that are none of moments: what the user set, and what a wrapper counts.
 OWN = "hyperparams"

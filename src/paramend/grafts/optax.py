@@ -24,7 +24,7 @@ from paramend.leaves.paths import write_path
 from paramend.leaves.specs import Spec, kind_of
 from paramend.patterns import parse
 from paramend.reports import wording
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 _ANEW = "tx.init(params) starts anew"
 

@@ -10,7 +10,7 @@ from paramend.grafts.links import Link, Links, Path
 from paramend.grafts.report import GraftReport, GraftRow
 from paramend.leaves.specs import dtype_name
 from paramend.reports import wording
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 # Entries that are one number for a whole parameter.
 _SCALARS = frozenset({"step", "eta", "mu", "mu_product"})

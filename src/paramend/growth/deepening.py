@@ -15,7 +15,7 @@ from paramend.growth.stacked import deepened_stack
 from paramend.leaves.leaves import Editable
 from paramend.memory import Memory
 from paramend.selectors import Sliced, sel
-from paramend.trees.kinds import find_kind, is_torch_module
+from paramend.trees.lookup import find_kind, is_torch_module
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 from paramend.selectors import resolve
-from paramend.trees.kinds import is_torch_module
+from paramend.trees.lookup import is_torch_module
 
 _RATE = 1e-2
 

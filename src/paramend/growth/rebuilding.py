@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
-from paramend.containers import ELIDED, Kind
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
 from paramend.growth.stacks import Pieces, Stack
 from paramend.leaves.paths import Part, labels, text_of
-from paramend.trees.kinds import find_kind, is_torch_module
-from paramend.trees.registry import Tree
+from paramend.trees.kind import ELIDED, Kind
+from paramend.trees.lookup import find_kind, is_torch_module
+from paramend.trees.tree import Tree
 
 # Where modules keep their own number: attention writes its cache there.
 _NUMBERED = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")

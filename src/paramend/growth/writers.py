@@ -9,7 +9,7 @@ from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import identities
 from paramend.memory import Memory
-from paramend.trees.kinds import is_torch_module
+from paramend.trees.lookup import is_torch_module
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 _Unit = list[tuple[str, float]]

@@ -12,7 +12,7 @@ from paramend.leaves.paths import write_piece
 from paramend.patterns import parse
 from paramend.renames import Rename, keys, pieces
 from paramend.reports import wording
-from paramend.trees.registry import Tree
+from paramend.trees.tree import Tree
 
 Path = tuple[str, ...]
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections import OrderedDict, defaultdict
 from typing import Any
 
-from paramend.containers import Kind
+from paramend.trees.kind import Kind
 
 
 def _close_mapping(node: Any, children: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from paramend.containers import Kind
+from paramend.trees.kind import Kind
 
 
 def _open(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:

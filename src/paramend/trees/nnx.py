@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from paramend.containers import ELIDED, Kind
+from paramend.trees.kind import ELIDED, Kind
 
 
 def _open_module(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from paramend.containers import ELIDED, Kind
+from paramend.trees.kind import ELIDED, Kind
 
 
 def _one_level(node: Any) -> Any:

@@ -6,10 +6,10 @@ from itertools import islice, repeat
 from typing import Any
 
 from paramend.arrays.registry import backend_of
-from paramend.containers import ELIDED
 from paramend.leaves.leaves import Index
 from paramend.trees import builtin
-from paramend.trees.kinds import array_types, find_kind, leaf_types
+from paramend.trees.kind import ELIDED
+from paramend.trees.lookup import array_types, find_kind, leaf_types
 
 
 class Walk:

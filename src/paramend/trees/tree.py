@@ -20,7 +20,7 @@ from paramend.arrays.registry import backend, backend_of
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index, uncollected
 from paramend.leaves.specs import Spec
-from paramend.trees.kinds import find_kind, is_torch_module, leaf_types
+from paramend.trees.lookup import find_kind, is_torch_module, leaf_types
 from paramend.trees.walks import Copier, Namer, Walk, rebuild, restore_order
 
 

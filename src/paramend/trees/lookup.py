@@ -7,8 +7,8 @@ import numpy as np
 
 from paramend._optional import imported
 from paramend.arrays.registry import backend_of
-from paramend.containers import Kind
 from paramend.trees import builtin
+from paramend.trees.kind import Kind
 
 # Adapters in the order of asking; each is opened once the user has imported its framework.
 _ADAPTERS = (("torch", "module"), ("flax", "nnx"))
