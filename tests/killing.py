@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import paramend as pm
-from paramend.journal import PENDING, records, store_of
+from paramend.journal.records import PENDING, records, store_of
 
 NAMES = [f"layers.{i}.w" for i in range(6)]
 

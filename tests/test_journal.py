@@ -11,9 +11,9 @@ import safetensors.numpy
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, ParamendError
-from paramend.journal import DONE, PENDING, Record, Spans, lock_of, next_path, records, store_of, witness
+from paramend.journal.records import DONE, PENDING, Record, Spans, lock_of, next_path, records, store_of, witness
+from paramend.journal.undo import drop, history, recover, undo
 from paramend.patching import patch
-from paramend.undoing import drop, history, recover, undo
 
 
 @pytest.fixture

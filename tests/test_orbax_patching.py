@@ -21,13 +21,14 @@ import pytest
 from click.testing import CliRunner
 
 import paramend as pm
-from paramend import chunking, journal
+from paramend import chunking
 from paramend.chunking import cells
 from paramend.cli.main import cli
 from paramend.disk.locks import locked
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, SpecMismatch, Unsupported
-from paramend.journal import store_of
-from paramend.undoing import drop, recover
+from paramend.journal import records
+from paramend.journal.records import store_of
+from paramend.journal.undo import drop, recover
 
 LAYOUTS = {
     "ocdbt": {},
@@ -508,7 +509,7 @@ def test_what_was_exchanged_after_a_crash_is_not_put_back_blindly(copy):
     path = copy("ocdbt")
     before = content(path)
     pm.patch(path, lambda t: pm.at(t, "**/embed").zero())
-    with journal.Record(path / ".undo" / "000001.done") as record:
+    with records.Record(path / ".undo" / "000001.done") as record:
         record.become_pending()
     manifest = (path / "manifest.ocdbt").read_bytes()
     (path / "manifest.ocdbt").write_bytes(b"new")
@@ -551,8 +552,8 @@ KILLER = """
     from pathlib import Path
     import numpy as np
     import paramend as pm
-    from paramend.journal import PENDING, records, store_of
-    from paramend.undoing import history, recover, undo
+    from paramend.journal.records import PENDING, records, store_of
+    from paramend.journal.undo import history, recover, undo
 
     path, rounds, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     edit = lambda t: pm.at(t, "**").add(1)
@@ -655,7 +656,7 @@ def test_without_tensorstore(copy, monkeypatch):
         pm.patch(path, lambda t: pm.at(t, "params/embed").zero())
     assert content(path) == before
     with contextlib.suppress(FileNotFoundError):
-        assert not journal.records(store_of(path), journal.PENDING)
+        assert not records.records(store_of(path), records.PENDING)
 
 
 def test_a_full_disk_changes_nothing(copy, monkeypatch):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import paramend as pm
-from paramend import computing, journal
+from paramend import computing
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.undo import history as history_command
 from paramend.cli.undo import undo as undo_command
@@ -37,11 +37,12 @@ from paramend.errors import (
     Unsupported,
 )
 from paramend.formats.registry import open_source
-from paramend.journal import store_of
+from paramend.journal import records
+from paramend.journal.records import store_of
+from paramend.journal.undo import drop, history, recover, undo
 from paramend.patching import patch, patch_plan
 from paramend.plans import call, plan
 from paramend.regions import region
-from paramend.undoing import drop, history, recover, undo
 
 INDEX = '{{"metadata": {{"total_size": {}}}, "weight_map": {}}}'
 
@@ -955,7 +956,7 @@ def cut_short(path, edit):
             Machine(monkeypatch, step, torn=True)
             edit(path)
         if content(path) != before:
-            assert journal.records(store_of(path), journal.PENDING)
+            assert records.records(store_of(path), records.PENDING)
             return
         recover(path)
 
@@ -964,9 +965,9 @@ KILLER = """
     import os, random, signal, sys, time
     from pathlib import Path
     import paramend as pm
-    from paramend.journal import PENDING, records, store_of
+    from paramend.journal.records import PENDING, records, store_of
     from paramend.patching import patch
-    from paramend.undoing import history, recover, undo
+    from paramend.journal.undo import history, recover, undo
 
     path, rounds, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     rng = random.Random(0)

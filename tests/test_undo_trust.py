@@ -17,12 +17,12 @@ import torch
 from click.testing import CliRunner
 
 import paramend as pm
-from paramend import claims
 from paramend.cli.main import cli
 from paramend.disk.locks import locked
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError
-from paramend.journal import DONE, PENDING, lock_of, records, store_of
-from paramend.undoing import base_of, drop, history, recover, undo
+from paramend.journal import claims
+from paramend.journal.records import DONE, PENDING, lock_of, records, store_of
+from paramend.journal.undo import base_of, drop, history, recover, undo
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of orbax, about itself
 
@@ -283,16 +283,16 @@ def test_names_of_stores_lead_nowhere(tmp_path):
 DIES = """
     import os, sys
     import paramend as pm
-    from paramend import journal
+    from paramend.journal import records
 
-    real = journal.Writer.become
+    real = records.Writer.become
 
     def become(self, state):
         if state == "done":
             os._exit(9)
         real(self, state)
 
-    journal.Writer.become = become
+    records.Writer.become = become
     pm.patch(sys.argv[1], lambda t: pm.at(t, "bias").fill(5))
 """
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.influence import block_influence as block_influence
+    from paramend.journal.undo import history as history
+    from paramend.journal.undo import undo as undo
     from paramend.leaves.specs import Spec as Spec
     from paramend.measuring import stats as stats
     from paramend.modules import init_zero_ as init_zero_
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
     from paramend.selectors import sel as sel
     from paramend.stacking import stack_layers as stack_layers
     from paramend.stacking import unstack_layers as unstack_layers
-    from paramend.undoing import history as history
-    from paramend.undoing import undo as undo
 
 __all__ = [
     "Checkpoint",
@@ -128,7 +128,7 @@ _LATER = {
         "paramend.selectors": ("Selector", "sel"),
         "paramend.leaves.specs": ("Spec",),
         "paramend.stacking": ("stack_layers", "unstack_layers"),
-        "paramend.undoing": ("history", "undo"),
+        "paramend.journal.undo": ("history", "undo"),
     }.items()
     for name in names
 }

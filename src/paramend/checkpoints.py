@@ -313,7 +313,7 @@ def recover(path: str | os.PathLike[str]) -> None:
     except (OSError, ValueError):  # what is wrong is said by what reads the checkpoint
         return
     if found:
-        importlib.import_module("paramend.undoing").recover(path)
+        importlib.import_module("paramend.journal.undo").recover(path)
 
 
 def _rewriting() -> Any:

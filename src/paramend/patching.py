@@ -2,7 +2,7 @@
 
 Only the bytes of what was chosen are written. The order is: lock; old bytes into a record, made durable; new bytes,
 made durable; the record marked done. What is cut short anywhere in between is put back as it was when its user opens
-the checkpoint next. `paramend.journal` says what a record holds.
+the checkpoint next. `paramend.journal.records` says what a record holds.
 """
 
 import contextlib
@@ -27,12 +27,21 @@ from paramend.disk.io import put
 from paramend.disk.locks import explained, linked, opened
 from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
 from paramend.formats.source import Extent, Source
-from paramend.journal import DONE, PENDING, Spans, State, Writer, new_head, next_path
+from paramend.journal.exchange import STAGED, check_replaceable, check_still, exchange
+from paramend.journal.records import DONE, PENDING, Spans, State, Writer, new_head, next_path
+from paramend.journal.undo import (
+    base_of,
+    check_nothing_pending,
+    digests,
+    name_in,
+    recover,
+    state_of,
+    take_back,
+    writing,
+)
 from paramend.plans import Plan
-from paramend.replacing import STAGED, check_replaceable, check_still, exchange
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.undoing import base_of, check_nothing_pending, digests, name_in, recover, state_of, take_back, writing
 
 Array = np.ndarray[Any, Any]
 
@@ -111,7 +120,7 @@ def patch(
     >>> import tempfile
     >>> from paramend.checkpoints import save
     >>> from paramend.editing import at
-    >>> from paramend.undoing import undo
+    >>> from paramend.journal.undo import undo
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"fc": {"weight": np.ones(2, "float32"), "bias": np.ones(1, "float32")}}, path)
     >>> patch(path, lambda t: at(t, "**/weight").zero()).bytes_written
@@ -158,7 +167,7 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     >>> from paramend.formats.safetensors import SafetensorsFile, write_header
     >>> from paramend.leaves.specs import Spec
     >>> from paramend.plans import call, plan
-    >>> from paramend.undoing import undo
+    >>> from paramend.journal.undo import undo
     >>> path = Path(tempfile.mkdtemp(), "model.st")
     >>> header = write_header({"fc.weight": Spec((2,), "float32"), "fc.bias": Spec((1,), "float32")})
     >>> _ = path.write_bytes(header.to_bytes() + np.ones(3, "float32").tobytes())

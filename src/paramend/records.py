@@ -33,13 +33,13 @@ from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.registry import format_of, open_source
 from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
+from paramend.journal.undo import HistoryRow, history, recover
 from paramend.leaves.specs import Spec
 from paramend.plans import Row
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Line, Report, Section
 from paramend.streaming import data
-from paramend.undoing import HistoryRow, history, recover
 
 FILE = f"{RECORD}.json"
 VERSION = 1

@@ -27,17 +27,17 @@ from paramend.formats.registry import find_format, home_of
 from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
-from paramend.journal import records_beside
+from paramend.journal.exchange import check_still
+from paramend.journal.records import records_beside
+from paramend.journal.undo import retiring
 from paramend.layouts import Layout, lay_out
 from paramend.leaves.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
 from paramend.plans import Plan, Row
-from paramend.replacing import check_still
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.streaming import data
-from paramend.undoing import retiring
 
 Array = np.ndarray[Any, Any]
 

@@ -7,13 +7,13 @@ import click
 
 from paramend.cli import _ui
 from paramend.errors import BadCheckpoint, UnexpectedChange
+from paramend.journal.undo import drop, table
+from paramend.journal.undo import history as history_of
+from paramend.journal.undo import undo as take_back
 from paramend.records import record as record_of
 from paramend.records import verify_record
 from paramend.reports import wording
 from paramend.reports.tables import printable
-from paramend.undoing import drop, table
-from paramend.undoing import history as history_of
-from paramend.undoing import undo as take_back
 
 
 @click.command()

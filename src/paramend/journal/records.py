@@ -9,7 +9,7 @@ folder, in `.undo` inside it. A record is one file whose name is its number and 
 
 `.partial` becomes `.pending` and that `.done` by renaming, so each step is atomic. `undo` makes `.done` into `.pending`
 again before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held meanwhile.
-Before a record becomes pending, `paramend.claims` notes elsewhere by which digests its frames can be known: one without
+Before a record becomes pending, `paramend.journal.claims` notes elsewhere by which digests its frames can be known: one without
 such a note is not believed when a checkpoint is opened, only when its user asks for it.
 
 The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
@@ -54,11 +54,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from paramend import claims
 from paramend.disk.copying import WriteBack
 from paramend.disk.io import get, get_into, put
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotRead
+from paramend.journal import claims
 
 Array = np.ndarray[Any, Any]
 

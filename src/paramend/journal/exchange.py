@@ -20,7 +20,7 @@ from paramend.disk.locks import ELSEWHERE, linked
 from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
-from paramend.journal import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, new_head
+from paramend.journal.records import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, new_head
 
 STAGED, BACK = "new", "back"
 

@@ -11,14 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paramend import claims
 from paramend.disk.io import get, get_into, put
 from paramend.disk.locks import ELSEWHERE, explained, is_held, linked, locked, opened, reason
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
-from paramend.journal import (
+from paramend.journal import claims
+from paramend.journal.exchange import BACK, STAGED, check_new, put_files_back
+from paramend.journal.records import (
     BUFFER,
     DONE,
     PARTIAL,
@@ -32,7 +33,6 @@ from paramend.journal import (
     store_of,
     witness,
 )
-from paramend.replacing import BACK, STAGED, check_new, put_files_back
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.tables import aligned

@@ -1,0 +1,1 @@
+"""What a file held before it was patched, and putting it back."""
