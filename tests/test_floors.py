@@ -7,12 +7,12 @@ import pytest
 
 FLOORS = [
     # words
-    {"errors", "reports.wording", "reports.tables", "reports.progress", "trees.kind", "resizing"},
+    {"errors", "reports.wording", "reports.tables", "reports.progress", "trees.kind", "resize.arithmetic"},
     {"disk.io", "leaves.paths", "leaves.specs", "_optional", "reports.report"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"grammar", "arrays.*", "arrays.initializers", "trees.*"},
-    {"matching", "fits", "values"},
-    {"patterns", "resize"},
+    {"matching", "resize.fits", "values"},
+    {"patterns", "resize.rules"},
     {"leaves.leaves", "arrays.registry", "misses"},
     {
         "trees.lookup",
@@ -38,7 +38,7 @@ FLOORS = [
         "formats.torch.source",
         "formats.orbax.source",
         "grafts.conversions",
-        "grafts.detection",
+        "resize.detection",
         "trees.tree",
     },
     {

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend import resizing
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.fits import grids
+from paramend.resize import arithmetic
+from paramend.resize.fits import grids
 from support.numerics import assert_close, bound
 
 pytestmark = pytest.mark.numeric
@@ -46,7 +46,7 @@ def assert_interpolated(found, wanted, size=17, scale=8):
 @given(SIZES, SIZES, SIZES, SIZES, st.sampled_from(["bicubic", "bilinear"]), st.booleans())
 def test_interpolation_is_that_of_torch(h, w, new_h, new_w, method, antialias):
     x = values(h, w, 3)
-    got = resizing.interpolated(x, {0: new_h, 1: new_w}, cubic=method == "bicubic", antialias=antialias)
+    got = arithmetic.interpolated(x, {0: new_h, 1: new_w}, cubic=method == "bicubic", antialias=antialias)
     assert_interpolated(got, by_torch(x, (new_h, new_w), mode=method, antialias=antialias))
 
 
@@ -64,7 +64,7 @@ def test_with_antialias_jax_agrees_and_without_it_does_not(old, new):
     x = values(old, old, 2, dtype="float32")
     by_jax = {on: np.asarray(jax.image.resize(x, (new, new, 2), "bicubic", antialias=on)) for on in (True, False)}
     ours = {
-        on: resizing.interpolated(x, {0: new, 1: new}, cubic=True, antialias=on).astype("float32")
+        on: arithmetic.interpolated(x, {0: new, 1: new}, cubic=True, antialias=on).astype("float32")
         for on in (True, False)
     }
     assert_interpolated(ours[True], by_jax[True])
@@ -74,14 +74,14 @@ def test_with_antialias_jax_agrees_and_without_it_does_not(old, new):
 @settings(max_examples=60, deadline=None)
 @given(SIZES, SIZES, st.booleans(), st.booleans())
 def test_constants_stay_and_equal_sizes_change_nothing(old, new, cubic, antialias):
-    matrix = resizing.weights(old, new, cubic=cubic, antialias=antialias)
+    matrix = arithmetic.weights(old, new, cubic=cubic, antialias=antialias)
     assert_interpolated(matrix.sum(axis=1), np.ones(new))
     assert_interpolated(matrix, matrix[::-1, ::-1])
-    assert np.array_equal(resizing.weights(old, old, cubic=cubic, antialias=antialias), np.eye(old))
+    assert np.array_equal(arithmetic.weights(old, old, cubic=cubic, antialias=antialias), np.eye(old))
 
 
 def test_large_arrays_are_computed_in_float32():
-    x = np.zeros((1, 5, resizing._SMALL // 4), "float32")
+    x = np.zeros((1, 5, arithmetic._SMALL // 4), "float32")
     assert pm.resize.positions().planned(x.shape, (1, 10, x.shape[2])).make(x).dtype == "float32"
     assert pm.resize.positions().planned((1, 5, 4), (1, 10, 4)).make(x[:, :, :4]).dtype == "float64"
 
@@ -247,7 +247,7 @@ def test_new_tokens_take_little_probability():
 def test_many_rows_are_read_in_pieces(monkeypatch):
     x = values(300, 4)
     whole = pm.resize.vocabulary(rows="mean")(x, (310, 4))
-    monkeypatch.setattr(resizing, "_SMALL", 70)
+    monkeypatch.setattr(arithmetic, "_SMALL", 70)
     assert_close(pm.resize.vocabulary(rows="mean")(x, (310, 4)), whole, terms=300)
     assert np.abs(pm.resize.vocabulary()(x, (310, 4))[300:] - whole[300:]).max() < 3e-4
 

@@ -15,7 +15,7 @@ from paramend.trees.tree import Tree
 if TYPE_CHECKING:
     from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Renames, Unused
     from paramend.grafts.report import GraftReport
-    from paramend.resize import Resize
+    from paramend.resize.rules import Resize
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from paramend.arrays.registry import backend
 from paramend.errors import SpecMismatch, Unsupported
-from paramend.fits import Fit, Shape
 from paramend.grafts.conversions import on_host
-from paramend.grafts.detection import detected
 from paramend.leaves.specs import Spec
-from paramend.resize import Resize
+from paramend.resize.detection import detected
+from paramend.resize.fits import Fit, Shape
+from paramend.resize.rules import Resize
 
 Region = tuple[slice, ...]
 

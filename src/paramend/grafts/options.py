@@ -8,7 +8,7 @@ from typing import Literal as OneOf
 
 from paramend.errors import BadArgument
 from paramend.reports import wording
-from paramend.resize import Resize
+from paramend.resize.rules import Resize
 from paramend.selectors import sel
 
 Renames = Mapping[str, str | None]

@@ -14,7 +14,7 @@ from paramend.errors import (
     SpecMismatch,
     Unsupported,
 )
-from paramend.grafts import detection, mismatches
+from paramend.grafts import mismatches
 from paramend.grafts.mismatches import Meeting
 from paramend.grafts.options import BY_LEAF, Options, quoted
 from paramend.grafts.report import PARTS, GraftReport, GraftRow
@@ -26,7 +26,8 @@ from paramend.patterns import parse
 from paramend.renames import pieces
 from paramend.renames import rename as parse_rename
 from paramend.reports import wording
-from paramend.resize import Resize
+from paramend.resize import detection
+from paramend.resize.rules import Resize
 from paramend.selectors import resolve, slice_of
 
 

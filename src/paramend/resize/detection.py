@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 
 from paramend.errors import SpecMismatch
-from paramend.fits import Shape, grids
 from paramend.leaves.specs import Spec
-from paramend.resize import Resize, channels, patches, positions, vocabulary
+from paramend.resize.fits import Shape, grids
+from paramend.resize.rules import Resize, channels, patches, positions, vocabulary
 
 # What the names of leaves say. Position tables of Hugging Face, timm, CLIP, GPT-2, Flax and big_vision; embeddings and
 # output layers of language models; first layers of vision transformers.

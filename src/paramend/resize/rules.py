@@ -15,8 +15,8 @@ from typing import Literal as OneOf
 import numpy as np
 
 from paramend.errors import BadArgument
-from paramend.fits import METHODS, PLANS, Array, Fit, Shape
 from paramend.reports import wording
+from paramend.resize.fits import METHODS, PLANS, Array, Fit, Shape
 
 __all__ = ["Resize", "channels", "patches", "positions", "vocabulary"]
 

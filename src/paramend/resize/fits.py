@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from paramend import resizing
 from paramend.arrays.initializers import Place, generator
 from paramend.errors import SpecMismatch
 from paramend.reports import wording
+from paramend.resize import arithmetic
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
@@ -72,7 +72,7 @@ def positions(
         said = f"{old[axis]:,} → {new[axis]:,} positions"
         if min(before[0], after[0]) < 1:
             raise SpecMismatch(f"{said} leave none after {wording.plural(kept, 'prefix token')}")
-    make = partial(resizing.grid, axis=axis, prefix=kept, old=before, new=after, cubic=cubic, antialias=antialias)
+    make = partial(arithmetic.grid, axis=axis, prefix=kept, old=before, new=after, cubic=cubic, antialias=antialias)
     tokens = f", {wording.plural(kept, 'prefix token')}" if kept else ""
     return Fit(f"resized {said}{tokens}, {method}", math.prod(new), make)
 
@@ -88,7 +88,7 @@ def _spread(
     if axes[-1] - axes[0] > 1:
         raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: axes {axes[0]} and {axes[1]} are no rows and columns")
     make = partial(
-        resizing.interpolated, sizes={axis: new[axis] for axis in axes}, cubic=METHODS[method][1], antialias=antialias
+        arithmetic.interpolated, sizes={axis: new[axis] for axis in axes}, cubic=METHODS[method][1], antialias=antialias
     )
     said = " and ".join(f"{old[axis]} → {new[axis]} on axis {axis}" for axis in axes)
     if len(axes) == 2:
@@ -167,7 +167,7 @@ def vocabulary(old: Shape, new: Shape, path: Path, *, rows: str, axis: int | Non
 
 
 def _rows(x: Array, *, axis: int, count: int, fresh: str, seed: int, path: Path) -> Array:
-    return resizing.rows(x, axis, count, fresh, generator(seed, Place(path)))
+    return arithmetic.rows(x, axis, count, fresh, generator(seed, Place(path)))
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def patches(
             )
         before, after = (side[0] for side in sides if side)
         make = partial(
-            resizing.flat_patches,
+            arithmetic.flat_patches,
             axis=axis,
             channels_first=flat == "chw",
             channels=channels,
@@ -212,7 +212,7 @@ def patches(
         if not axes or not set(axes) <= set(spread):
             raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: patches of ({layout}) differ in h and w only")
         both = (old[spread[0]], old[spread[1]]), (new[spread[0]], new[spread[1]])
-        make = partial(resizing.patches, sizes={axis: new[axis] for axis in axes}, cubic=cubic, antialias=antialias)
+        make = partial(arithmetic.patches, sizes={axis: new[axis] for axis in axes}, cubic=cubic, antialias=antialias)
     return Fit(f"resized {_by(both[0])} → {_by(both[1])} patches, pseudo-inverse, {method}", math.prod(new), make)
 
 
@@ -229,7 +229,7 @@ def channels(old: Shape, new: Shape, path: Path, *, keep: str) -> Fit:
         raise SpecMismatch(f"{before} → {after} channels cannot all stay", hint="pm.resize.channels()")
     said = f"resized {before:,} → {after:,} input channels, {keep} kept"
     taken = math.prod(new) if keep == "gray" else math.prod(old)
-    return Fit(said, taken, partial(resizing.channels, axis=axis, count=after, gray=keep == "gray"))
+    return Fit(said, taken, partial(arithmetic.channels, axis=axis, count=after, gray=keep == "gray"))
 
 
 def _layout(path: Path) -> str:
