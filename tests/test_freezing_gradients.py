@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from paramend.editing import at
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.freezing.registry import HOW, freeze, nnx_filter, value_and_grad
-from paramend.selectors import sel
+from paramend.selectors.selector import sel
 from support.numerics import assert_close
 
 WIDTH, DEPTH = 128, 6

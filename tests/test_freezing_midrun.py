@@ -10,7 +10,7 @@ from torch import nn
 
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.freezing.registry import carry_optimizer_, freeze_, unfreeze_
-from paramend.selectors import sel
+from paramend.selectors.selector import sel
 
 OPTIMIZERS = {
     name: make

@@ -22,7 +22,7 @@ from optax import contrib
 from paramend.errors import BadArgument, NoMatch, SelectorError, Unsupported
 from paramend.freezing import optax as adapter
 from paramend.freezing.registry import HOW, freeze
-from paramend.selectors import sel
+from paramend.selectors.selector import sel
 from support.numerics import assert_close
 from support.slow import slow_except
 

@@ -14,7 +14,7 @@ from optax import contrib
 
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.freezing.registry import HOW, freeze
-from paramend.selectors import sel
+from paramend.selectors.selector import sel
 from support.numerics import assert_close
 from support.slow import slow_except
 

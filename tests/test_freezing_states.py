@@ -16,7 +16,7 @@ from optax import contrib
 
 from paramend.errors import BadArgument, SpecMismatch, Unsupported
 from paramend.freezing.registry import carry_opt_state, freeze
-from paramend.selectors import sel
+from paramend.selectors.selector import sel
 from support.numerics import assert_close
 
 PARAMS = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from paramend.errors import BadArgument, NoMatch, SelectorError, Unsupported
 from paramend.freezing.registry import freeze, freeze_, unfreeze_
-from paramend.selectors import sel
+from paramend.selectors.selector import sel
 from support.numerics import assert_close
 
 OPTIMIZERS = {

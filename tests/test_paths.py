@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import paramend as pm
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import SPECIAL, labels, natural, number_of, text_of, write_path, write_piece
-from paramend.patterns import parse
+from paramend.selectors.patterns import parse
 
 PIECES = [
     ("kernel", ["kernel"]),

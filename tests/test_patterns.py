@@ -10,11 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paramend.errors import OutOfRange, SelectorError
-from paramend.grammar import AnyPieces, Either, Literal, Number, Piece, Positions, Quoted, Star
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import SPECIAL, write_piece
-from paramend.patterns import Pattern, parse
-from paramend.selectors import resolve
+from paramend.selectors.grammar import AnyPieces, Either, Literal, Number, Piece, Positions, Quoted, Star
+from paramend.selectors.patterns import Pattern, parse
+from paramend.selectors.selector import resolve
 from paramend.trees.tree import Tree
 
 sys.path.insert(0, str(Path(__file__).parent))

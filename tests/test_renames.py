@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves.leaves import Index
-from paramend.patterns import parse
-from paramend.renames import Pick, keys, pieces, rename
+from paramend.selectors.patterns import parse
+from paramend.selectors.renames import Pick, keys, pieces, rename
 
 
 def renamed(names, source, target, *, into=None):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import paramend as pm
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, WrongCount
-from paramend.selectors import resolve, slice_of
+from paramend.selectors.selector import resolve, slice_of
 from paramend.trees.tree import Tree
 
 
@@ -434,7 +434,7 @@ def test_in_a_large_tree_the_likeliest_repairs_are_tried_and_no_more(monkeypatch
     """The search for near misses ends at its deadline, here at once."""
     block = [f"Dense_{j}" for j in range(25)]
     tree = {f"block_{i}": {key: {"kernel": ones(), "bias": ones()} for key in block} for i in range(1000)}
-    monkeypatch.setattr("paramend.misses._SECONDS", 0.0)
+    monkeypatch.setattr("paramend.selectors.misses._SECONDS", 0.0)
     for text, near in [("block_1000/Dense_3/kernel", "block_999/Dense_3/kernel"), ("**/kernal", "**/kernel")]:
         with pytest.raises(NoMatch) as caught:
             pm.at(tree, text)

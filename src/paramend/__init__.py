@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.records import record as record
     from paramend.records import verify_record as verify_record
-    from paramend.selectors import Selector as Selector
-    from paramend.selectors import sel as sel
+    from paramend.selectors.selector import Selector as Selector
+    from paramend.selectors.selector import sel as sel
     from paramend.stacking import stack_layers as stack_layers
     from paramend.stacking import unstack_layers as unstack_layers
 
@@ -125,7 +125,7 @@ _LATER = {
         "paramend.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.records": ("record", "verify_record"),
-        "paramend.selectors": ("Selector", "sel"),
+        "paramend.selectors.selector": ("Selector", "sel"),
         "paramend.leaves.specs": ("Spec",),
         "paramend.stacking": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),

@@ -11,11 +11,11 @@ from paramend.ablations.report import AblationReport, AblationRow
 from paramend.ablations.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch
-from paramend.grammar import around_captures
 from paramend.leaves.leaves import Editable, unique
 from paramend.memory import Memory
 from paramend.reports import wording
-from paramend.selectors import resolve
+from paramend.selectors.grammar import around_captures
+from paramend.selectors.selector import resolve
 from paramend.trees.lookup import is_torch_module
 
 Targets = str | Mapping[str, Any] | Sequence[Any]

@@ -21,7 +21,7 @@ from paramend.ops import Call
 from paramend.plans import Plan
 from paramend.reports import wording
 from paramend.reports.progress import Progress
-from paramend.selectors import Selector, resolve
+from paramend.selectors.selector import Selector, resolve
 
 if TYPE_CHECKING:
     from paramend.rewriting import RewriteReport

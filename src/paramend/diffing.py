@@ -20,7 +20,7 @@ from paramend.leaves.specs import BITS
 from paramend.memory import Memory
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.selectors import resolve
+from paramend.selectors.selector import resolve
 
 Sort = Literal["change", "path"]
 

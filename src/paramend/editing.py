@@ -8,7 +8,7 @@ from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
 from paramend.memory import editable, explain
 from paramend.ops import OPS, Call, sliced_shape
 from paramend.reports import wording
-from paramend.selectors import resolve, sel, slice_of, write_index
+from paramend.selectors.selector import resolve, sel, slice_of, write_index
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument
-from paramend.grammar import Piece, Positions
 from paramend.leaves.leaves import Index, entries
 from paramend.leaves.specs import Spec
-from paramend.matching import Names
-from paramend.patterns import Pattern
-from paramend.selectors import Both, Predicate, Regex, Rest, Selector, Text, Union, Where, resolve
+from paramend.selectors.grammar import Piece, Positions
+from paramend.selectors.matching import Names
+from paramend.selectors.patterns import Pattern
+from paramend.selectors.selector import Both, Predicate, Regex, Rest, Selector, Text, Union, Where, resolve
 
 Path = tuple[Any, ...]
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from paramend.errors import BadArgument, NoMatch
-from paramend.grammar import around_captures
 from paramend.reports import wording
+from paramend.selectors.grammar import around_captures
 from paramend.trees.lookup import is_torch_module
 
 

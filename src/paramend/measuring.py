@@ -15,7 +15,7 @@ from paramend.evidence.streams import nbytes_of, stream_of
 from paramend.leaves.leaves import Editable
 from paramend.memory import Memory
 from paramend.reports.progress import Meter, Progress
-from paramend.selectors import resolve
+from paramend.selectors.selector import resolve
 
 
 def stats(

@@ -16,7 +16,7 @@ from paramend.leaves.specs import Spec
 from paramend.ops import OPS, Call
 from paramend.reports import wording
 from paramend.reports.tables import aligned
-from paramend.selectors import resolve, slice_of, write_index
+from paramend.selectors.selector import resolve, slice_of, write_index
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from paramend.arrays.registry import backend
 from paramend.errors import RenameClash, Unsupported
 from paramend.leaves.leaves import Editable
-from paramend.nesting import depths as depths_in
-from paramend.renames import rename
 from paramend.reports import wording
-from paramend.selectors import resolve
+from paramend.selectors.nesting import depths as depths_in
+from paramend.selectors.renames import rename
+from paramend.selectors.selector import resolve
 from paramend.stacks.plan import (
     REST,
     Member,

@@ -13,8 +13,8 @@ from paramend.growth import families, identities
 from paramend.leaves.leaves import Index, Leaves
 from paramend.leaves.specs import numpy_dtype
 from paramend.ops import OPS, Call
-from paramend.patterns import parse
 from paramend.reports import wording
+from paramend.selectors.patterns import parse
 
 Array = np.ndarray[Any, Any]
 

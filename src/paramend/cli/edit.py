@@ -20,7 +20,7 @@ from paramend.ops import OPS
 from paramend.plans import call
 from paramend.recipes.donors import Donors
 from paramend.reports import wording
-from paramend.selectors import resolve, sel
+from paramend.selectors.selector import resolve, sel
 from paramend.values import read_number
 
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)

@@ -17,7 +17,7 @@ from paramend.reports import wording
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, fold
 from paramend.reports.tables import aligned
-from paramend.selectors import resolve
+from paramend.selectors.selector import resolve
 
 if TYPE_CHECKING:
     from paramend.evidence.measures import Measures

@@ -7,7 +7,7 @@ from flax import nnx
 
 from paramend.errors import Unsupported
 from paramend.leaves.paths import labels, text_of
-from paramend.selectors import resolve, sel
+from paramend.selectors.selector import resolve, sel
 from paramend.trees.tree import Tree
 
 Filter = Callable[[tuple[Any, ...], Any], bool]

@@ -9,7 +9,7 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.freezing.report import FrozenReport
 from paramend.freezing.schedules import read_schedule
 from paramend.reports import wording
-from paramend.selectors import sel, slice_of, write_index
+from paramend.selectors.selector import sel, slice_of, write_index
 from paramend.trees.lookup import is_torch_module
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramend.errors import BadArgument
-from paramend.selectors import Selector, sel, slice_of
+from paramend.selectors.selector import Selector, sel, slice_of
 
 Event = int | Callable[[Any], Any]
 """A point of a training run: a step, or a function of the step that becomes true."""

@@ -10,7 +10,7 @@ import torch
 
 from paramend.errors import BadArgument, Unsupported
 from paramend.ops import sliced_shape
-from paramend.selectors import write_index
+from paramend.selectors.selector import write_index
 
 
 class _Withheld:

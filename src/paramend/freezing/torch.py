@@ -12,7 +12,7 @@ from paramend.freezing.report import FrozenReport, Row
 from paramend.freezing.slices import release, withhold
 from paramend.leaves.leaves import Index
 from paramend.leaves.specs import Spec, dtype_name
-from paramend.selectors import resolve, sel
+from paramend.selectors.selector import resolve, sel
 from paramend.trees.tree import Tree
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})

@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from paramend.errors import ParamendError
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import write_piece
-from paramend.renames import pieces, rename
+from paramend.selectors.renames import pieces, rename
 
 Path = tuple[str, ...]
 Shapes = Mapping[Path, tuple[int, ...]]

@@ -12,9 +12,9 @@ from paramend.grafts.options import Options
 from paramend.grafts.plan import KINDS, Move, Plan
 from paramend.grafts.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
-from paramend.patterns import parse
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table
+from paramend.selectors.patterns import parse
 from paramend.trees.tree import Tree
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramend.grafts.report import GraftReport
-from paramend.grammar import Literal, Piece, Quoted
-from paramend.patterns import parse
+from paramend.selectors.grammar import Literal, Piece, Quoted
+from paramend.selectors.patterns import parse
 
 Path = tuple[str, ...]
 

@@ -22,8 +22,8 @@ from paramend.grafts.plan import Move, Plan
 from paramend.grafts.report import PARTS, GraftReport, GraftRow
 from paramend.leaves.paths import write_path
 from paramend.leaves.specs import Spec, kind_of
-from paramend.patterns import parse
 from paramend.reports import wording
+from paramend.selectors.patterns import parse
 from paramend.trees.tree import Tree
 
 _ANEW = "tx.init(params) starts anew"

@@ -9,7 +9,7 @@ from typing import Literal as OneOf
 from paramend.errors import BadArgument
 from paramend.reports import wording
 from paramend.resize.rules import Resize
-from paramend.selectors import sel
+from paramend.selectors.selector import sel
 
 Renames = Mapping[str, str | None]
 Mismatch = OneOf["error", "keep", "overlap", "resize"]

@@ -21,14 +21,14 @@ from paramend.grafts.report import PARTS, GraftReport, GraftRow
 from paramend.leaves.leaves import Index, Leaves
 from paramend.leaves.paths import text_of
 from paramend.leaves.specs import Spec
-from paramend.matching import Names
-from paramend.patterns import parse
-from paramend.renames import pieces
-from paramend.renames import rename as parse_rename
 from paramend.reports import wording
 from paramend.resize import detection
 from paramend.resize.rules import Resize
-from paramend.selectors import resolve, slice_of
+from paramend.selectors.matching import Names
+from paramend.selectors.patterns import parse
+from paramend.selectors.renames import pieces
+from paramend.selectors.renames import rename as parse_rename
+from paramend.selectors.selector import resolve, slice_of
 
 
 @dataclass(frozen=True, slots=True)

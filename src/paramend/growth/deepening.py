@@ -14,7 +14,7 @@ from paramend.growth.report import DeepenReport
 from paramend.growth.stacked import deepened_stack
 from paramend.leaves.leaves import Editable
 from paramend.memory import Memory
-from paramend.selectors import Sliced, sel
+from paramend.selectors.selector import Sliced, sel
 from paramend.trees.lookup import find_kind, is_torch_module
 
 T = TypeVar("T")

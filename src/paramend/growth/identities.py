@@ -6,10 +6,10 @@ from typing import Any
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import families
 from paramend.leaves.leaves import Leaves
-from paramend.matching import Names
 from paramend.ops import OPS, Call
-from paramend.patterns import parse
 from paramend.reports import wording
+from paramend.selectors.matching import Names
+from paramend.selectors.patterns import parse
 
 Rules = Mapping[str, float]
 

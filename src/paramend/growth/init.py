@@ -15,8 +15,8 @@ from paramend.growth.families import modules_of, values
 from paramend.leaves.paths import number_of
 from paramend.memory import Memory
 from paramend.ops import OPS, Call
-from paramend.patterns import parse
 from paramend.reports import wording
+from paramend.selectors.patterns import parse
 
 T = TypeVar("T")
 

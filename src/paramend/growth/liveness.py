@@ -13,7 +13,7 @@ from paramend.memory import Memory
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
-from paramend.selectors import resolve
+from paramend.selectors.selector import resolve
 from paramend.trees.lookup import is_torch_module
 
 _RATE = 1e-2

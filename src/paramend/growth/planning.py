@@ -10,11 +10,11 @@ from paramend.growth.families import modules_of
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.growth.stacks import Stack
 from paramend.leaves.leaves import Editable
-from paramend.matching import Names
 from paramend.ops import Call
-from paramend.patterns import parse
 from paramend.reports import wording
-from paramend.selectors import Union, sel
+from paramend.selectors.matching import Names
+from paramend.selectors.patterns import parse
+from paramend.selectors.selector import Union, sel
 
 # The path of the layers → the configuration of the model that they are in; None if there is none.
 ConfigAt = Callable[[Sequence[str]], Mapping[str, Any] | None]

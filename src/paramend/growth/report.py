@@ -10,7 +10,7 @@ from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Section
 from paramend.reports.tables import aligned
-from paramend.selectors import Selector, sel
+from paramend.selectors.selector import Selector, sel
 
 
 @dataclass(frozen=True, slots=True)

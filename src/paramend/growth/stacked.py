@@ -13,7 +13,7 @@ from paramend.leaves.paths import write_path
 from paramend.memory import Memory
 from paramend.ops import Call
 from paramend.reports import wording
-from paramend.selectors import Sliced, resolve
+from paramend.selectors.selector import Sliced, resolve
 
 
 def deepened_stack(tree: Any, layers: Sliced, order: Any, identity: Any) -> tuple[Any, DeepenReport]:

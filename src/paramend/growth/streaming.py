@@ -13,7 +13,7 @@ from paramend.growth.planning import Work
 from paramend.growth.report import DeepenReport
 from paramend.growth.stacks import Stack
 from paramend.leaves.paths import Label, Part, text_of
-from paramend.selectors import Selector, Sliced
+from paramend.selectors.selector import Selector, Sliced
 
 _CONFIG = "config.json"
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from paramend.leaves.paths import Label, Part, labels, text_of, write_piece
 from paramend.leaves.specs import Spec
-from paramend.matching import Names
+from paramend.selectors.matching import Names
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from paramend.formats.files import open_regular
 from paramend.formats.shards import stats_of
 from paramend.leaves.leaves import Editable, Index, Stored
 from paramend.leaves.paths import labels, text_of
-from paramend.renames import captures
 from paramend.reports import wording
-from paramend.selectors import Selector, resolve
+from paramend.selectors.renames import captures
+from paramend.selectors.selector import Selector, resolve
 from paramend.structure import moves
 
 Array = np.ndarray[Any, Any]

@@ -16,7 +16,7 @@ from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Notes, Step, problem_of
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
-from paramend.selectors import Selector, Union, Where, resolve, sel
+from paramend.selectors.selector import Selector, Union, Where, resolve, sel
 from paramend.values import read_index
 
 # What may be wrong only because a step before it could not be done: one that gives paths, or one that gives dtypes.

@@ -8,9 +8,9 @@ from paramend.errors import ParamendError, Problem
 from paramend.ops import OPS
 from paramend.recipes.text import below
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
-from paramend.renames import captures, rename
 from paramend.reports import wording
-from paramend.selectors import Selector, sel
+from paramend.selectors.renames import captures, rename
+from paramend.selectors.selector import Selector, sel
 from paramend.values import shown
 
 T = TypeVar("T")

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.grammar import Number, Piece
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.paths import write_piece
-from paramend.patterns import parse
-from paramend.renames import Rename, keys, pieces
 from paramend.reports import wording
+from paramend.selectors.grammar import Number, Piece
+from paramend.selectors.patterns import parse
+from paramend.selectors.renames import Rename, keys, pieces
 from paramend.trees.tree import Tree
 
 Path = tuple[str, ...]

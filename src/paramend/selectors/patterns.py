@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from paramend.errors import OutOfRange
-from paramend.grammar import Piece, Positions, Reader, Segment
-from paramend.matching import Machine, Missing, Names, Walk, steps_of
+from paramend.selectors.grammar import Piece, Positions, Reader, Segment
+from paramend.selectors.matching import Machine, Missing, Names, Walk, steps_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Label, Part, number_of, text_of
-from paramend.matching import Names
+from paramend.selectors.matching import Names
 
 # What it costs to make one path another. To keep a piece is free; a container is the last to be taken away.
 _REPLACED = _ADDED = _OUT_OF_A_NAME = 2

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
-from paramend.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Label, labels, number_of, text_of, write_path
-from paramend.matching import Names, expression
-from paramend.nesting import Step, Tables, Word, closes, nest, opens, pair
-from paramend.patterns import Pattern, parse
+from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
+from paramend.selectors.matching import Names, expression
+from paramend.selectors.nesting import Step, Tables, Word, closes, nest, opens, pair
+from paramend.selectors.patterns import Pattern, parse
 
 
 class Pick(NamedTuple):

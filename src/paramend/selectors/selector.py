@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
-from paramend.grammar import AnyPieces, Number, Piece, Positions
 from paramend.leaves.leaves import Index, Leaves, unique
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import Spec, dtype_name
-from paramend.patterns import Pattern, parse
 from paramend.reports import wording
+from paramend.selectors.grammar import AnyPieces, Number, Piece, Positions
+from paramend.selectors.patterns import Pattern, parse
 from paramend.trees.kind import ELIDED
 
 
@@ -314,7 +314,7 @@ def sel(what: Any) -> Selector:
     """A selector value from text, a regular expression, a class, a predicate, a tree of bools, or a list of these.
 
     Args:
-        what: `"**/kernel"` (see the grammar in `paramend.patterns`); `re.compile(...)`, matched against the whole path;
+        what: `"**/kernel"` (see the grammar in `paramend.selectors.patterns`); `re.compile(...)`, matched against the whole path;
             a module class such as `torch.nn.Linear` or `nnx.Linear`; `f(path, spec) -> bool`; a tree of bools; or a
             list of selectors, each of which must match something.
 
@@ -464,7 +464,7 @@ def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
                 hint=f"write {_quote(near)}",
                 near=[near],
             )
-    from paramend.misses import nearest  # what only an error needs, no other program should pay for
+    from paramend.selectors.misses import nearest  # what only an error needs, no other program should pay for
 
     found = nearest(pattern, index.names)
     offers = [near.write(separator) for near, _ in found]

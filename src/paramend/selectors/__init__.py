@@ -1,0 +1,1 @@
+"""Which leaves: selectors are parsed, matched, and what to say when nothing does."""
