@@ -22,7 +22,7 @@ from paramend.demo.folder import workplace
 from paramend.demo.patient import prepare
 from paramend.demo.step import Outcome, command_in
 from paramend.demo.steps import STEPS
-from paramend.editing import Selection
+from paramend.edits.selection import Selection
 from paramend.errors import CannotWrite
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ FLOORS = [
     {"disk.io", "leaves.paths", "leaves.specs", "_optional", "reports.report"},
     # the language of selectors, the verbs over arrays, the kinds of containers
     {"selectors.grammar", "arrays.*", "arrays.initializers", "trees.*"},
-    {"selectors.matching", "resize.fits", "values"},
+    {"selectors.matching", "resize.fits", "edits.arguments"},
     {"selectors.patterns", "resize.rules"},
     {"leaves.leaves", "arrays.registry", "selectors.misses"},
     {
@@ -32,7 +32,7 @@ FLOORS = [
     {"formats.torch.writer", "formats.msgpack_writer", "formats.orbax.writer"},
     {
         "selectors.selector",
-        "ops",
+        "edits.ops",
         "selectors.renames",
         "formats.*",
         "formats.torch.source",
@@ -43,9 +43,9 @@ FLOORS = [
     },
     {
         "filters",
-        "structure",
-        "memory",
-        "plans",
+        "edits.structure",
+        "edits.memory",
+        "edits.plan",
         "formats.shards",
         "grafts.report",
         "grafts.alignment",
@@ -57,7 +57,7 @@ FLOORS = [
     {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
     {"freezing.places"},
     {"freezing.phases", "freezing.shares"},
-    {"editing", "freezing.*", "influence", "modules", "stacks.plan", "grafts.plan"},
+    {"edits.selection", "freezing.*", "influence", "modules", "stacks.plan", "grafts.plan"},
     {"freezing.registry", "grafts.engine", "grafts.moments"},
     {"grafts.optax", "grafts.torch"},
     {"growth.depth", "growth.families"},
@@ -150,7 +150,7 @@ def test_imports_fall(name):
     "source",
     [
         "import paramend",
-        "from paramend.editing import at",
+        "from paramend.edits.selection import at",
         "def f():\n    from paramend.cli.main import main",
     ],
 )

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from paramend.editing import at
+from paramend.edits.selection import at
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.freezing.registry import HOW, freeze, nnx_filter, value_and_grad
 from paramend.selectors.selector import sel

@@ -25,6 +25,7 @@ from paramend import computing
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.undo import history as history_command
 from paramend.cli.undo import undo as undo_command
+from paramend.edits.plan import call, plan
 from paramend.errors import (
     BadArgument,
     BadCheckpoint,
@@ -41,7 +42,6 @@ from paramend.journal import records
 from paramend.journal.records import store_of
 from paramend.journal.undo import drop, history, recover, undo
 from paramend.patching import patch, patch_plan
-from paramend.plans import call, plan
 from paramend.regions import region
 
 INDEX = '{{"metadata": {{"total_size": {}}}, "weight_map": {}}}'
@@ -625,7 +625,7 @@ def test_a_second_writer_is_told_and_readers_are_not_stopped(model):
         import sys
         from paramend.formats.registry import open_source
         from paramend.patching import patch, patch_plan
-        from paramend.plans import call, plan
+        from paramend.edits.plan import call, plan
         def wait(event):
             if event.done == event.total // 2:
                 print("half", flush=True); sys.stdin.readline()

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 import paramend as pm
 from paramend.cli.main import cli
+from paramend.edits.ops import OPS
 from paramend.errors import BadRecipe, CannotRead, SelectorError, Unsupported
-from paramend.ops import OPS
 from paramend.recipes.steps import _example
 from paramend.recipes.verbs import VERBS
 

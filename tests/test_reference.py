@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from paramend import errors
-from paramend.ops import OPS
+from paramend.edits.ops import OPS
 from paramend.recipes.verbs import VERBS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"

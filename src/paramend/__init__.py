@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from paramend.checkpoints import save as save
     from paramend.diffing import diff as diff
     from paramend.diffing import verify as verify
-    from paramend.editing import Selection as Selection
-    from paramend.editing import at as at
-    from paramend.editing import labels as labels
-    from paramend.editing import param_count as param_count
+    from paramend.edits.selection import Selection as Selection
+    from paramend.edits.selection import at as at
+    from paramend.edits.selection import labels as labels
+    from paramend.edits.selection import param_count as param_count
     from paramend.freezing.registry import carry_opt_state as carry_opt_state
     from paramend.freezing.registry import carry_optimizer_ as carry_optimizer_
     from paramend.freezing.registry import freeze as freeze
@@ -105,7 +105,7 @@ _LATER = {
         "paramend.influence": ("block_influence",),
         "paramend.checkpoints": ("Checkpoint", "load", "open", "save"),
         "paramend.diffing": ("diff", "verify"),
-        "paramend.editing": ("Selection", "at", "labels", "param_count"),
+        "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
         "paramend.freezing.registry": (
             "carry_opt_state",
             "carry_optimizer_",

@@ -10,9 +10,9 @@ from paramend.ablations.methods import How, calls, floating
 from paramend.ablations.report import AblationReport, AblationRow
 from paramend.ablations.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
+from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, NoMatch
 from paramend.leaves.leaves import Editable, unique
-from paramend.memory import Memory
 from paramend.reports import wording
 from paramend.selectors.grammar import around_captures
 from paramend.selectors.selector import resolve

@@ -8,11 +8,11 @@ import numpy as np
 
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints import Checkpoint
+from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered, Made, Origin, Part
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import Label
 from paramend.leaves.specs import numpy_dtype
-from paramend.plans import Plan, Row
 from paramend.streaming import values
 
 Array = np.ndarray[Any, Any]
@@ -43,7 +43,7 @@ def assemble(
     >>> from pathlib import Path
     >>> import numpy as np
     >>> from paramend.checkpoints import open, save
-    >>> from paramend.editing import at
+    >>> from paramend.edits.selection import at
     >>> from paramend.leaves.paths import labels
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"layers": {"0": np.ones(2, "int8")}}, path)

@@ -10,10 +10,10 @@ from paramend import computing
 from paramend.arrays.initializers import Place
 from paramend.computing import flat, step_of
 from paramend.disk.io import put
+from paramend.edits.ops import Call
+from paramend.edits.plan import Row
 from paramend.formats.source import Extent, Source
 from paramend.leaves.specs import Spec, numpy_dtype
-from paramend.ops import Call
-from paramend.plans import Row
 from paramend.regions import Region, region
 from paramend.reports.progress import Meter
 from paramend.streaming import values

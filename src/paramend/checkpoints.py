@@ -13,12 +13,12 @@ import numpy as np
 
 from paramend._optional import need
 from paramend.arrays.registry import backend_of, to_numpy
+from paramend.edits.ops import Call
+from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import format_of, home_of, open_source
 from paramend.leaves.leaves import Editable, Index, keys_of, plain
 from paramend.leaves.specs import Spec, numpy_dtype
-from paramend.ops import Call
-from paramend.plans import Plan
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 from paramend.selectors.selector import Selector, resolve
@@ -217,7 +217,7 @@ class Checkpoint(Editable):
 
     def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
         """The checkpoint with some leaves under other paths, as `structure.move` moves those of trees in memory."""
-        structure = importlib.import_module("paramend.structure")  # most programs rename nothing
+        structure = importlib.import_module("paramend.edits.structure")  # most programs rename nothing
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
         return Checkpoint(self.source, self.plan.renamed(structure.moves(self.index, selector, chosen, to)))
 

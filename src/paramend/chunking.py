@@ -14,9 +14,9 @@ import numpy as np
 
 from paramend.changing import Work, change
 from paramend.computing import flat
+from paramend.edits.plan import Row
 from paramend.formats.source import Extent
 from paramend.leaves.specs import Spec, numpy_dtype
-from paramend.plans import Row
 from paramend.reports.progress import Meter
 from paramend.streaming import steps_of
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from paramend.arrays import numpy as numpy_backend
 from paramend.arrays.initializers import Draws, Place, generator
+from paramend.edits.ops import Call
 from paramend.errors import SpecMismatch
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import Spec, numpy_dtype
-from paramend.ops import Call
 from paramend.regions import region
 
 Array = np.ndarray[Any, Any]
@@ -30,7 +30,7 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
     twice, and by random values or arrays for a slice whose elements do not come in the order of the leaf.
 
     >>> from paramend.arrays.initializers import NOWHERE
-    >>> from paramend.ops import OPS
+    >>> from paramend.edits.ops import OPS
     >>> step = step_of(Call(OPS["add"], {"value": np.array([10, 20])}), Spec((2, 2), "int64"), NOWHERE)
     >>> step(np.array([1, 2, 3]), 0).tolist(), step(np.array([4]), 3).tolist()
     ([11, 22, 13], [24])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from paramend.checkpoints import open as open_checkpoint
+from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
 from paramend.evidence.comparisons import Comparer, Pair
 from paramend.evidence.differences import PARTS, DiffReport, DiffRow, arranged, said
@@ -17,7 +18,6 @@ from paramend.evidence.permutations import transposed
 from paramend.evidence.streams import nbytes_of
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import BITS
-from paramend.memory import Memory
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.selectors.selector import resolve

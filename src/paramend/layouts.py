@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.edits.plan import Plan, Row
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.index import SUFFIX, index_text
@@ -19,7 +20,6 @@ from paramend.formats.source import Extent
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import BITS, SAFETENSORS_CODES
 from paramend.pieces import Copy, File, Piece, with_rows
-from paramend.plans import Plan, Row
 from paramend.reports import wording
 
 

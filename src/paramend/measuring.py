@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from paramend.checkpoints import open as open_checkpoint
+from paramend.edits.memory import Memory
 from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.measurements import measured
 from paramend.evidence.measures import Measures
@@ -13,7 +14,6 @@ from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
 from paramend.evidence.streams import nbytes_of, stream_of
 from paramend.leaves.leaves import Editable
-from paramend.memory import Memory
 from paramend.reports.progress import Meter, Progress
 from paramend.selectors.selector import resolve
 

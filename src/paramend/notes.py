@@ -14,6 +14,7 @@ from typing import Any
 
 from paramend.disk.io import put
 from paramend.disk.publishing import create_file, published
+from paramend.edits.plan import Plan, Row
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.gathered import Gathered, Part
 from paramend.formats.registry import open_source
@@ -21,7 +22,6 @@ from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
 from paramend.layouts import Layout, set_to
 from paramend.pieces import Copy, File
-from paramend.plans import Plan, Row
 from paramend.records import FILE, EditRecord, RecordedLeaf, beside, contents, digest_of, record_of, sidecar, text_of
 
 # What a function says of itself: where it lay in memory.

@@ -25,6 +25,7 @@ from paramend.chunking import is_chunked, laid_flat, nbytes_of, restage
 from paramend.disk.copying import begin_write_back
 from paramend.disk.io import put
 from paramend.disk.locks import explained, linked, opened
+from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
 from paramend.formats.source import Extent, Source
 from paramend.journal.exchange import STAGED, check_replaceable, check_still, exchange
@@ -39,7 +40,6 @@ from paramend.journal.undo import (
     take_back,
     writing,
 )
-from paramend.plans import Plan
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 
@@ -119,7 +119,7 @@ def patch(
 
     >>> import tempfile
     >>> from paramend.checkpoints import save
-    >>> from paramend.editing import at
+    >>> from paramend.edits.selection import at
     >>> from paramend.journal.undo import undo
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"fc": {"weight": np.ones(2, "float32"), "bias": np.ones(1, "float32")}}, path)
@@ -166,7 +166,7 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     >>> import tempfile
     >>> from paramend.formats.safetensors import SafetensorsFile, write_header
     >>> from paramend.leaves.specs import Spec
-    >>> from paramend.plans import call, plan
+    >>> from paramend.edits.plan import call, plan
     >>> from paramend.journal.undo import undo
     >>> path = Path(tempfile.mkdtemp(), "model.st")
     >>> header = write_header({"fc.weight": Spec((2,), "float32"), "fc.bias": Spec((1,), "float32")})

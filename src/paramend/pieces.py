@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend.plans import Row
+from paramend.edits.plan import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from paramend.edits.plan import Row
 from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
@@ -35,7 +36,6 @@ from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.journal.undo import HistoryRow, history, recover
 from paramend.leaves.specs import Spec
-from paramend.plans import Row
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Line, Report, Section
@@ -153,7 +153,7 @@ def record(path: str | os.PathLike[str]) -> EditRecord | None:
     >>> import tempfile
     >>> import numpy as np
     >>> from paramend.checkpoints import open, save
-    >>> from paramend.editing import at
+    >>> from paramend.edits.selection import at
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, folder / "model.safetensors")
     >>> _ = at(open(folder / "model.safetensors"), "a").zero().save(folder / "new.safetensors", record=True)
@@ -182,7 +182,7 @@ def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = N
     >>> import tempfile
     >>> import numpy as np
     >>> from paramend.checkpoints import open, save
-    >>> from paramend.editing import at
+    >>> from paramend.edits.selection import at
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, folder / "model.safetensors")
     >>> _ = at(open(folder / "model.safetensors"), "a").zero().save(folder / "new.safetensors", record=True)

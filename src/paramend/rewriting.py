@@ -21,6 +21,7 @@ from paramend.chunking import laid_flat, restage
 from paramend.disk.copying import WINDOW, Copier, WriteBack
 from paramend.disk.io import Output, put
 from paramend.disk.publishing import create_file, exists, published, reason, sync_file
+from paramend.edits.plan import Plan, Row
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.formats.files import same_file
 from paramend.formats.registry import find_format, home_of
@@ -34,7 +35,6 @@ from paramend.layouts import Layout, lay_out
 from paramend.leaves.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
-from paramend.plans import Plan, Row
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.streaming import data

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from paramend.arrays.registry import backend
+from paramend.edits.structure import Draft, take_apart
 from paramend.errors import RenameClash, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.reports import wording
@@ -28,7 +29,6 @@ from paramend.stacks.plan import (
     numbered,
     without_number,
 )
-from paramend.structure import Draft, take_apart
 from paramend.trees.lookup import find_kind
 from paramend.trees.tree import Tree
 

@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from paramend.edits.plan import Row
+from paramend.edits.structure import relocate
 from paramend.errors import Unsupported
 from paramend.formats.torch.recordings import pickled
 from paramend.formats.torch.source import TorchFile
@@ -16,8 +18,6 @@ from paramend.formats.torch.writer import TorchWriter, retargeted
 from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.leaves import keys_of
 from paramend.pieces import File, Piece, with_rows
-from paramend.plans import Row
-from paramend.structure import relocate
 from paramend.trees.tree import Tree
 
 _Rows = Sequence[tuple[int, Row]]

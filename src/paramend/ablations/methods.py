@@ -8,11 +8,11 @@ import numpy as np
 
 from paramend.arrays.initializers import Place, generator, normal
 from paramend.arrays.registry import to_numpy
+from paramend.edits.ops import OPS, Call
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import families, identities
 from paramend.leaves.leaves import Index, Leaves
 from paramend.leaves.specs import numpy_dtype
-from paramend.ops import OPS, Call
 from paramend.reports import wording
 from paramend.selectors.patterns import parse
 
@@ -64,7 +64,7 @@ def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict
     Raises:
         BadArgument: there is no such method.
 
-    >>> from paramend.memory import Memory
+    >>> from paramend.edits.memory import Memory
     >>> tree = Memory({"w": np.array([1.0, 3.0])})
     >>> tree.edited(calls(tree, (0,), "mean", 0))
     {'w': array([2., 2.])}

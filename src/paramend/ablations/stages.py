@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, backend_of, to_numpy
+from paramend.edits.memory import Memory
+from paramend.edits.ops import Call
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.leaves import Editable
-from paramend.memory import Memory
-from paramend.ops import Call
 
 Score = Callable[[Any], Any]
 Calls = Mapping[int, Call]

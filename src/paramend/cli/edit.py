@@ -13,15 +13,15 @@ import click
 
 from paramend.checkpoints import Checkpoint
 from paramend.cli.writing import edit_checkpoint, options
+from paramend.edits.arguments import read_number
+from paramend.edits.ops import OPS
+from paramend.edits.plan import call
 from paramend.errors import BadArgument, BadRecipe, SpecMismatch
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import Spec
-from paramend.ops import OPS
-from paramend.plans import call
 from paramend.recipes.donors import Donors
 from paramend.reports import wording
 from paramend.selectors.selector import resolve, sel
-from paramend.values import read_number
 
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 

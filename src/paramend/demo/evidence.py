@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import to_numpy
-from paramend.editing import at
+from paramend.edits.selection import at
 
 
 def moved(before: Any, after: Any) -> list[str]:

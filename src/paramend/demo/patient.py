@@ -12,7 +12,7 @@ import safetensors.numpy
 from paramend.demo import digits, training
 from paramend.demo.network import Classifier
 from paramend.disk.io import write_file
-from paramend.editing import at
+from paramend.edits.selection import at
 
 Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from paramend.demo.evidence import moved
 from paramend.demo.patient import Patient
-from paramend.editing import at
+from paramend.edits.selection import at
 
 # The folder as it stands in the code of the steps.
 FOLDER = "paramend-demo"

@@ -14,7 +14,7 @@ from paramend.demo.network import Classifier
 from paramend.demo.patient import Patient, save
 from paramend.demo.step import Outcome, Step, outcome
 from paramend.demo.twin import twin_logits, twin_of
-from paramend.editing import at, param_count
+from paramend.edits.selection import at, param_count
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.freezing.registry import freeze
 from paramend.grafting import graft

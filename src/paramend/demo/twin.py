@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from paramend.editing import at
+from paramend.edits.selection import at
 
 
 class Twin(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from paramend.edits.ops import sliced_shape
 from paramend.errors import BadArgument, Unsupported
-from paramend.ops import sliced_shape
 from paramend.selectors.selector import write_index
 
 

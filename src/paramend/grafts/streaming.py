@@ -12,6 +12,7 @@ from paramend.arrays.registry import to_numpy
 from paramend.assembling import assemble, origin_of
 from paramend.checkpoints import Checkpoint
 from paramend.computing import CHUNK
+from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered, Made, Origin
 from paramend.grafts import conversions
 from paramend.grafts.engine import value_of
@@ -19,7 +20,6 @@ from paramend.grafts.plan import Move, Plan
 from paramend.leaves.leaves import Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec, kind_of
-from paramend.plans import call
 
 
 def grafted(plan: Plan) -> Checkpoint:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from paramend.edits.memory import Memory
 from paramend.errors import Unsupported
 from paramend.growth.configs import configured
 from paramend.growth.depth import Order
@@ -13,7 +14,6 @@ from paramend.growth.rebuilding import Rebuilder
 from paramend.growth.report import DeepenReport
 from paramend.growth.stacked import deepened_stack
 from paramend.leaves.leaves import Editable
-from paramend.memory import Memory
 from paramend.selectors.selector import Sliced, sel
 from paramend.trees.lookup import find_kind, is_torch_module
 

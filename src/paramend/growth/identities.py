@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from paramend.edits.ops import OPS, Call
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import families
 from paramend.leaves.leaves import Leaves
-from paramend.ops import OPS, Call
 from paramend.reports import wording
 from paramend.selectors.matching import Names
 from paramend.selectors.patterns import parse

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from paramend.edits.memory import Memory
+from paramend.edits.ops import OPS, Call
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import configs, identities, stacks
 from paramend.growth.deepening import configuration
 from paramend.growth.families import modules_of, values
 from paramend.leaves.paths import number_of
-from paramend.memory import Memory
-from paramend.ops import OPS, Call
 from paramend.reports import wording
 from paramend.selectors.patterns import parse
 

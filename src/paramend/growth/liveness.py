@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paramend._optional import need
+from paramend.edits.memory import Memory
 from paramend.errors import BadArgument
 from paramend.leaves.specs import Spec
-from paramend.memory import Memory
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from paramend.edits.ops import Call
 from paramend.errors import BadArgument
 from paramend.growth import configs, families, identities, stacks
 from paramend.growth.depth import Order, order_of
@@ -10,7 +11,6 @@ from paramend.growth.families import modules_of
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.growth.stacks import Stack
 from paramend.leaves.leaves import Editable
-from paramend.ops import Call
 from paramend.reports import wording
 from paramend.selectors.matching import Names
 from paramend.selectors.patterns import parse

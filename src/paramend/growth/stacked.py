@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from paramend.arrays.registry import backend
+from paramend.edits.memory import Memory
+from paramend.edits.ops import Call
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.growth import families, identities, stacks
 from paramend.growth.depth import order_of
 from paramend.growth.families import modules_of
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.paths import write_path
-from paramend.memory import Memory
-from paramend.ops import Call
 from paramend.reports import wording
 from paramend.selectors.selector import Sliced, resolve
 

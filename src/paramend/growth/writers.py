@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from paramend.arrays.registry import backend, backend_of
+from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import identities
-from paramend.memory import Memory
 from paramend.trees.lookup import is_torch_module
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]

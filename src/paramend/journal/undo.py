@@ -149,7 +149,7 @@ def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progres
 
     >>> import tempfile
     >>> from paramend.checkpoints import save
-    >>> from paramend.editing import at
+    >>> from paramend.edits.selection import at
     >>> from paramend.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
@@ -188,7 +188,7 @@ def history(path: str | os.PathLike[str]) -> list[HistoryRow]:
 
     >>> import tempfile
     >>> from paramend.checkpoints import save
-    >>> from paramend.editing import at
+    >>> from paramend.edits.selection import at
     >>> from paramend.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
@@ -257,7 +257,7 @@ def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Pa
 
     >>> import tempfile
     >>> from paramend.checkpoints import save
-    >>> from paramend.editing import at
+    >>> from paramend.edits.selection import at
     >>> from paramend.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)

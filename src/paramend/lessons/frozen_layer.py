@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramend.editing import at
+from paramend.edits.selection import at
 from paramend.lessons.lesson import Case, Lesson, Mistake
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Picture, Witness, candidates, layer_names, observe, same

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramend.editing import at
+from paramend.edits.selection import at
 from paramend.lessons.lesson import Case, Lesson, Mistake
 from paramend.lessons.witness import applied_facts, observe
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramend.editing import param_count
+from paramend.edits.selection import param_count
 from paramend.grafting import graft
 from paramend.lessons.lesson import Case, Lesson, Mistake
 from paramend.lessons.observation import Observation

@@ -9,6 +9,7 @@ import numpy as np
 
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
+from paramend.edits.structure import moves
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular
 from paramend.formats.shards import stats_of
@@ -17,7 +18,6 @@ from paramend.leaves.paths import labels, text_of
 from paramend.reports import wording
 from paramend.selectors.renames import captures
 from paramend.selectors.selector import Selector, resolve
-from paramend.structure import moves
 
 Array = np.ndarray[Any, Any]
 

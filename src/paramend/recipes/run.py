@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from paramend.edits.arguments import read_index
+from paramend.edits.memory import editable
+from paramend.edits.ops import Call, fitted, sliced_shape
 from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
-from paramend.memory import editable
-from paramend.ops import Call, fitted, sliced_shape
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Notes, Step, problem_of
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
-from paramend.values import read_index
 
 # What may be wrong only because a step before it could not be done: one that gives paths, or one that gives dtypes.
 _FOLLOWS_PATHS = re.compile(r"\.(at(\[\d+\])?|where|to|count|from|leaf)$")

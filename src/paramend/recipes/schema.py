@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from paramend.edits.arguments import DEFINITIONS
 from paramend.recipes.verbs import VERBS, Key, Verb
-from paramend.values import DEFINITIONS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

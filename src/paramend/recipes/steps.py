@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from paramend.edits.arguments import shown
+from paramend.edits.ops import OPS
 from paramend.errors import ParamendError, Problem
-from paramend.ops import OPS
 from paramend.recipes.text import below
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
 from paramend.reports import wording
 from paramend.selectors.renames import captures, rename
 from paramend.selectors.selector import Selector, sel
-from paramend.values import shown
 
 T = TypeVar("T")
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from paramend.ops import OPS, Op
-from paramend.values import DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, TEXT, Value
+from paramend.edits.arguments import DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, TEXT, Value
+from paramend.edits.ops import OPS, Op
 
 
 @dataclass(frozen=True, slots=True)

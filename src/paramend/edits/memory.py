@@ -6,9 +6,9 @@ from typing import Any
 
 from paramend.arrays.initializers import NOWHERE, Place
 from paramend.arrays.registry import backend
+from paramend.edits.ops import Call
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Editable
-from paramend.ops import Call
 from paramend.trees.tree import Tree
 
 _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
@@ -85,4 +85,4 @@ def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> 
 
 def _structure() -> Any:
     """Edits of structure, opened when first asked for: most programs never ask, and all pay for imports."""
-    return importlib.import_module("paramend.structure")
+    return importlib.import_module("paramend.edits.structure")

@@ -9,11 +9,11 @@ import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Place
 from paramend.arrays.registry import backend_of, to_numpy
+from paramend.edits.ops import OPS, Call
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
-from paramend.ops import OPS, Call
 from paramend.reports import wording
 from paramend.reports.tables import aligned
 from paramend.selectors.selector import resolve, slice_of, write_index

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from paramend.arrays.registry import backend
+from paramend.edits.memory import editable, explain
+from paramend.edits.ops import OPS, Call, sliced_shape
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
-from paramend.memory import editable, explain
-from paramend.ops import OPS, Call, sliced_shape
 from paramend.reports import wording
 from paramend.selectors.selector import resolve, sel, slice_of, write_index
 

@@ -11,10 +11,10 @@ from paramend.arrays import initializers
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Place
 from paramend.arrays.registry import backend, backend_of
+from paramend.edits.arguments import ARRAY, DEVIATION, DTYPE, INITIALIZER, NATURAL, NUMBER, OPERAND, Value
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import Spec, dtype_name, numpy_dtype
-from paramend.values import ARRAY, DEVIATION, DTYPE, INITIALIZER, NATURAL, NUMBER, OPERAND, Value
 
 Args = Mapping[str, Any]
 

@@ -1,0 +1,1 @@
+"""The table of edits, their plan, and `pm.at`."""
