@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend import checkpoints, streaming
+from paramend import checkpoints
 from paramend.cli.main import cli
 from paramend.errors import (
     BadArgument,
@@ -36,6 +36,7 @@ from paramend.errors import (
 from paramend.formats.safetensors import SafetensorsFile, write_header
 from paramend.layouts import parse_size
 from paramend.leaves.specs import Spec
+from paramend.piecewise import rows as streaming
 
 
 def read(path):

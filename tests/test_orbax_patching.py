@@ -21,14 +21,14 @@ import pytest
 from click.testing import CliRunner
 
 import paramend as pm
-from paramend import chunking
-from paramend.chunking import cells
 from paramend.cli.main import cli
 from paramend.disk.locks import locked
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, SpecMismatch, Unsupported
 from paramend.journal import records
 from paramend.journal.records import store_of
 from paramend.journal.undo import drop, recover
+from paramend.piecewise import chunks
+from paramend.piecewise.chunks import cells
 
 LAYOUTS = {
     "ocdbt": {},
@@ -374,7 +374,7 @@ def test_a_second_writer_is_told(copy):
 def test_an_exchange_in_the_middle_is_noticed(copy, monkeypatch):
     path = copy("ocdbt")
     before = content(path)
-    real = chunking.restage
+    real = chunks.restage
 
     def meddled(*args):
         real(*args)

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import paramend as pm
-from paramend import computing
 from paramend.checkpoints import open as open_checkpoint
 from paramend.cli.undo import history as history_command
 from paramend.cli.undo import undo as undo_command
@@ -42,7 +41,8 @@ from paramend.journal import records
 from paramend.journal.records import store_of
 from paramend.journal.undo import drop, history, recover, undo
 from paramend.patching import patch, patch_plan
-from paramend.regions import region
+from paramend.piecewise import steps as computing
+from paramend.piecewise.regions import region
 
 INDEX = '{{"metadata": {{"total_size": {}}}, "weight_map": {}}}'
 

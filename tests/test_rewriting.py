@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend import streaming
 from paramend.arrays import initializers
-from paramend.computing import step_of
 from paramend.edits.ops import OPS, Call
 from paramend.edits.plan import call, plan
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import SafetensorsFile, write_header
 from paramend.leaves.specs import Spec
+from paramend.piecewise import rows as streaming
+from paramend.piecewise.steps import step_of
 from paramend.rewriting import write
 
 

@@ -13,7 +13,7 @@ from paramend.formats.gathered import Gathered, Made, Origin, Part
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import Label
 from paramend.leaves.specs import numpy_dtype
-from paramend.streaming import values
+from paramend.piecewise.rows import values
 
 Array = np.ndarray[Any, Any]
 

@@ -176,7 +176,7 @@ class Checkpoint(Editable):
         row = self.plan.by_number[number]
         out = np.empty(row.spec.size, numpy_dtype(row.spec.dtype))
         at = 0
-        for piece in importlib.import_module("paramend.streaming").values(self.source, row):
+        for piece in importlib.import_module("paramend.piecewise.rows").values(self.source, row):
             out[at : at + piece.size] = piece
             at += piece.size
         return out.reshape(row.spec.shape)

@@ -18,10 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from paramend.changing import Work, change, work_of
 from paramend.checkpoints import Checkpoint
 from paramend.checkpoints import open as open_checkpoint
-from paramend.chunking import is_chunked, laid_flat, nbytes_of, restage
 from paramend.disk.copying import begin_write_back
 from paramend.disk.io import put
 from paramend.disk.locks import explained, linked, opened
@@ -40,6 +38,8 @@ from paramend.journal.undo import (
     take_back,
     writing,
 )
+from paramend.piecewise.changes import Work, change, work_of
+from paramend.piecewise.chunks import is_chunked, laid_flat, nbytes_of, restage
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 

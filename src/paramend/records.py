@@ -36,10 +36,10 @@ from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.journal.undo import HistoryRow, history, recover
 from paramend.leaves.specs import Spec
+from paramend.piecewise.rows import data
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Line, Report, Section
-from paramend.streaming import data
 
 FILE = f"{RECORD}.json"
 VERSION = 1

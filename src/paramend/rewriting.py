@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend.changing import work_of
-from paramend.chunking import laid_flat, restage
 from paramend.disk.copying import WINDOW, Copier, WriteBack
 from paramend.disk.io import Output, put
 from paramend.disk.publishing import create_file, exists, published, reason, sync_file
@@ -35,9 +33,11 @@ from paramend.layouts import Layout, lay_out
 from paramend.leaves.leaves import Stored, keys_of
 from paramend.notes import Note
 from paramend.pieces import File
+from paramend.piecewise.changes import work_of
+from paramend.piecewise.chunks import laid_flat, restage
+from paramend.piecewise.rows import data
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.streaming import data
 
 Array = np.ndarray[Any, Any]
 

@@ -11,7 +11,6 @@ from typing import Any
 from paramend.arrays.registry import to_numpy
 from paramend.assembling import assemble, origin_of
 from paramend.checkpoints import Checkpoint
-from paramend.computing import CHUNK
 from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered, Made, Origin
 from paramend.grafts import conversions
@@ -20,6 +19,7 @@ from paramend.grafts.plan import Move, Plan
 from paramend.leaves.leaves import Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec, kind_of
+from paramend.piecewise.steps import CHUNK
 
 
 def grafted(plan: Plan) -> Checkpoint:

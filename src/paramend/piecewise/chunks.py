@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from paramend.changing import Work, change
-from paramend.computing import flat
 from paramend.edits.plan import Row
 from paramend.formats.source import Extent
 from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.piecewise.changes import Work, change
+from paramend.piecewise.rows import steps_of
+from paramend.piecewise.steps import flat
 from paramend.reports.progress import Meter
-from paramend.streaming import steps_of
 
 Array = np.ndarray[Any, Any]
 Box = tuple[slice, ...]

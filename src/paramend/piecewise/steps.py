@@ -14,7 +14,7 @@ from paramend.edits.ops import Call
 from paramend.errors import SpecMismatch
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import Spec, numpy_dtype
-from paramend.regions import region
+from paramend.piecewise.regions import region
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Array, int], Array]

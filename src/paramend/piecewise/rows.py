@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from paramend.computing import CHUNK, Step, step_of
 from paramend.edits.plan import Row
 from paramend.errors import SpecMismatch
 from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.piecewise.steps import CHUNK, Step, step_of
 
 Array = np.ndarray[Any, Any]
 

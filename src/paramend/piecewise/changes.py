@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from paramend import computing
 from paramend.arrays.initializers import Place
-from paramend.computing import flat, step_of
 from paramend.disk.io import put
 from paramend.edits.ops import Call
 from paramend.edits.plan import Row
 from paramend.formats.source import Extent, Source
 from paramend.leaves.specs import Spec, numpy_dtype
-from paramend.regions import Region, region
+from paramend.piecewise import steps as computing
+from paramend.piecewise.regions import Region, region
+from paramend.piecewise.rows import values
+from paramend.piecewise.steps import flat, step_of
+from paramend.piecewise.windows import GAP, Window, joined
 from paramend.reports.progress import Meter
-from paramend.streaming import values
-from paramend.windows import GAP, Window, joined
 
 Array = np.ndarray[Any, Any]
 

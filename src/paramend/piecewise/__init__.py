@@ -1,0 +1,1 @@
+"""One edit of one leaf in bounded memory."""
