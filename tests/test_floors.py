@@ -42,7 +42,7 @@ FLOORS = [
         "trees.tree",
     },
     {
-        "filters",
+        "freezing.filters",
         "edits.structure",
         "edits.memory",
         "edits.plan",
@@ -54,11 +54,11 @@ FLOORS = [
     },
     {"grafts.links"},
     # surgeries in memory
-    {"freezing.regions", "freezing.report", "freezing.schedules", "freezing.slices"},
+    {"freezing.masks", "freezing.report", "freezing.schedules", "freezing.slices"},
     {"freezing.places"},
     {"freezing.phases", "freezing.shares"},
     {"edits.selection", "freezing.*", "influence", "modules", "stacks.plan", "grafts.plan"},
-    {"freezing.registry", "grafts.engine", "grafts.moments"},
+    {"freezing.freeze", "grafts.engine", "grafts.moments"},
     {"grafts.optax", "grafts.torch"},
     {"growth.depth", "growth.families"},
     {"growth.stacks", "growth.configs", "growth.report", "growth.identities"},

@@ -15,7 +15,7 @@ PROGRAM = dedent(
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from paramend.freezing.registry import freeze_, unfreeze_
+    from paramend.freezing.freeze import freeze_, unfreeze_
 
     rank, file, when = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)

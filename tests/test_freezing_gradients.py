@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 
 from paramend.edits.selection import at
 from paramend.errors import BadArgument, NoMatch, Unsupported
-from paramend.freezing.registry import HOW, freeze, nnx_filter, value_and_grad
+from paramend.freezing.freeze import HOW, freeze, nnx_filter, value_and_grad
 from paramend.selectors.selector import sel
 from support.numerics import assert_close
 

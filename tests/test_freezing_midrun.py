@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
-from paramend.freezing.registry import carry_optimizer_, freeze_, unfreeze_
+from paramend.freezing.freeze import carry_optimizer_, freeze_, unfreeze_
 from paramend.selectors.selector import sel
 
 OPTIMIZERS = {

@@ -21,7 +21,7 @@ from optax import contrib
 
 from paramend.errors import BadArgument, NoMatch, SelectorError, Unsupported
 from paramend.freezing import optax as adapter
-from paramend.freezing.registry import HOW, freeze
+from paramend.freezing.freeze import HOW, freeze
 from paramend.selectors.selector import sel
 from support.numerics import assert_close
 from support.slow import slow_except
@@ -714,7 +714,7 @@ def test_no_transformation(wrong):
 
 def test_no_framework_is_imported_before_it_is_needed():
     code = (
-        "import sys; from paramend.freezing.registry import freeze, freeze_, unfreeze_;"
+        "import sys; from paramend.freezing.freeze import freeze, freeze_, unfreeze_;"
         "print(sorted({'jax', 'optax', 'torch', 'flax'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

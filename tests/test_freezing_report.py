@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from paramend.errors import NoMatch, Unsupported
-from paramend.freezing.registry import freeze, freeze_, frozen
+from paramend.freezing.freeze import freeze, freeze_, frozen
 from paramend.selectors.selector import sel
 
 PARAMS = {f"layers_{i}": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)} for i in range(12)}

@@ -13,7 +13,7 @@ from flax import nnx
 from optax import contrib
 
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
-from paramend.freezing.registry import HOW, freeze
+from paramend.freezing.freeze import HOW, freeze
 from paramend.selectors.selector import sel
 from support.numerics import assert_close
 from support.slow import slow_except

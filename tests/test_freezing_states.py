@@ -15,7 +15,7 @@ from flax import nnx
 from optax import contrib
 
 from paramend.errors import BadArgument, SpecMismatch, Unsupported
-from paramend.freezing.registry import carry_opt_state, freeze
+from paramend.freezing.freeze import carry_opt_state, freeze
 from paramend.selectors.selector import sel
 from support.numerics import assert_close
 

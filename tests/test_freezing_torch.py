@@ -13,7 +13,7 @@ from flax import nnx
 from torch import nn
 
 from paramend.errors import BadArgument, NoMatch, SelectorError, Unsupported
-from paramend.freezing.registry import freeze, freeze_, unfreeze_
+from paramend.freezing.freeze import freeze, freeze_, unfreeze_
 from paramend.selectors.selector import sel
 from support.numerics import assert_close
 

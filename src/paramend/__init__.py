@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from paramend.edits.selection import at as at
     from paramend.edits.selection import labels as labels
     from paramend.edits.selection import param_count as param_count
-    from paramend.freezing.registry import carry_opt_state as carry_opt_state
-    from paramend.freezing.registry import carry_optimizer_ as carry_optimizer_
-    from paramend.freezing.registry import freeze as freeze
-    from paramend.freezing.registry import freeze_ as freeze_
-    from paramend.freezing.registry import frozen as frozen
-    from paramend.freezing.registry import nnx_filter as nnx_filter
-    from paramend.freezing.registry import unfreeze_ as unfreeze_
-    from paramend.freezing.registry import value_and_grad as value_and_grad
+    from paramend.freezing.freeze import carry_opt_state as carry_opt_state
+    from paramend.freezing.freeze import carry_optimizer_ as carry_optimizer_
+    from paramend.freezing.freeze import freeze as freeze
+    from paramend.freezing.freeze import freeze_ as freeze_
+    from paramend.freezing.freeze import frozen as frozen
+    from paramend.freezing.freeze import nnx_filter as nnx_filter
+    from paramend.freezing.freeze import unfreeze_ as unfreeze_
+    from paramend.freezing.freeze import value_and_grad as value_and_grad
     from paramend.grafting import graft as graft
     from paramend.grafting import graft_ as graft_
     from paramend.grafting import graft_opt_state as graft_opt_state
@@ -106,7 +106,7 @@ _LATER = {
         "paramend.checkpoints": ("Checkpoint", "load", "open", "save"),
         "paramend.diffing": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
-        "paramend.freezing.registry": (
+        "paramend.freezing.freeze": (
             "carry_opt_state",
             "carry_optimizer_",
             "freeze",

@@ -16,7 +16,7 @@ from paramend.demo.step import Outcome, Step, outcome
 from paramend.demo.twin import twin_logits, twin_of
 from paramend.edits.selection import at, param_count
 from paramend.formats.safetensors import SafetensorsFile
-from paramend.freezing.registry import freeze
+from paramend.freezing.freeze import freeze
 from paramend.grafting import graft
 from paramend.modules import init_zero_
 from paramend.reports.tables import aligned

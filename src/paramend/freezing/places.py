@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from paramend.errors import BadArgument, NoMatch, OutOfRange
-from paramend.freezing.regions import WHOLE, Region, both, is_empty, region_of
+from paramend.freezing.masks import WHOLE, Region, both, is_empty, region_of
 from paramend.freezing.schedules import Clause, Schedule, Window
 from paramend.selectors.selector import Held, resolve
 from paramend.trees.tree import Tree

@@ -74,7 +74,7 @@ class Selector:
         Raises:
             NoMatch: nothing of what NNX sorts is chosen.
         """
-        filters = importlib.import_module("paramend.filters")
+        filters = importlib.import_module("paramend.freezing.filters")
         return filters.accepts(self, path, value)  # type: ignore[no-any-return]
 
     def _find(self, leaves: Leaves) -> set[int]:
