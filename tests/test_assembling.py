@@ -17,10 +17,10 @@ from paramend.assembling import assemble
 from paramend.edits.memory import Memory
 from paramend.edits.plan import Plan
 from paramend.formats.gathered import Made, Part, Stacked, Taken
-from paramend.layouts import Copy, lay_out
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec
+from paramend.rewriting.layouts import Copy, lay_out
 
 
 def path_of(name):

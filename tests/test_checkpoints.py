@@ -34,9 +34,9 @@ from paramend.errors import (
     Unsupported,
 )
 from paramend.formats.safetensors import SafetensorsFile, write_header
-from paramend.layouts import parse_size
 from paramend.leaves.specs import Spec
 from paramend.piecewise import rows as streaming
+from paramend.rewriting.layouts import parse_size
 
 
 def read(path):

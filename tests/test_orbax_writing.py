@@ -290,7 +290,7 @@ def test_the_commands(saved, tmp_path):
 def test_leaves_gathered_around_an_orbax_checkpoint_keep_its_tree(saved, tmp_path):
     from paramend.edits.plan import Plan
     from paramend.formats.gathered import Gathered, Made, Part
-    from paramend.rewriting import write
+    from paramend.rewriting.rewrite import write
 
     with pm.open(saved / "standard") as checkpoint:
         source, paths = checkpoint.source, checkpoint.index.paths

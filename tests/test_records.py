@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 import paramend as pm
 from paramend.cli.main import ROWS, cli
 from paramend.errors import BadCheckpoint, CannotRead, UnexpectedChange
-from paramend.records import parse
+from paramend.rewriting.provenance import parse
 
 KEY, FILE = "paramend.record", "paramend.record.json"
 

@@ -30,7 +30,7 @@ from paramend.formats.safetensors import SafetensorsFile, write_header
 from paramend.leaves.specs import Spec
 from paramend.piecewise import rows as streaming
 from paramend.piecewise.steps import step_of
-from paramend.rewriting import write
+from paramend.rewriting.rewrite import write
 
 
 def rewrite(source, out, selector, op, args=None, **options):
@@ -532,7 +532,7 @@ def test_a_source_that_shrinks_or_changes_meanwhile(tmp_path, monkeypatch):
 KILLED = """
 import sys
 import paramend as pm
-import paramend.rewriting
+import paramend.rewriting.rewrite
 checkpoint = pm.open(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

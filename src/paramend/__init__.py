@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from paramend.modules import init_zero_ as init_zero_
     from paramend.patching import patch as patch
     from paramend.recipes.recipe import Recipe as Recipe
-    from paramend.records import record as record
-    from paramend.records import verify_record as verify_record
+    from paramend.rewriting.provenance import record as record
+    from paramend.rewriting.provenance import verify_record as verify_record
     from paramend.selectors.selector import Selector as Selector
     from paramend.selectors.selector import sel as sel
     from paramend.stacking import stack_layers as stack_layers
@@ -124,7 +124,7 @@ _LATER = {
         "paramend.modules": ("init_zero_",),
         "paramend.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
-        "paramend.records": ("record", "verify_record"),
+        "paramend.rewriting.provenance": ("record", "verify_record"),
         "paramend.selectors.selector": ("Selector", "sel"),
         "paramend.leaves.specs": ("Spec",),
         "paramend.stacking": ("stack_layers", "unstack_layers"),

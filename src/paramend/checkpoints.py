@@ -24,7 +24,7 @@ from paramend.reports.progress import Progress
 from paramend.selectors.selector import Selector, resolve
 
 if TYPE_CHECKING:
-    from paramend.rewriting import RewriteReport
+    from paramend.rewriting.rewrite import RewriteReport
 
 Array = np.ndarray[Any, Any]
 
@@ -318,7 +318,7 @@ def recover(path: str | os.PathLike[str]) -> None:
 
 def _rewriting() -> Any:
     """The engine that writes, opened when first asked for: to look at a checkpoint needs none."""
-    return importlib.import_module("paramend.rewriting")
+    return importlib.import_module("paramend.rewriting.rewrite")
 
 
 # ---- whole trees -------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from paramend.errors import BadCheckpoint, UnexpectedChange
 from paramend.journal.undo import drop, table
 from paramend.journal.undo import history as history_of
 from paramend.journal.undo import undo as take_back
-from paramend.records import record as record_of
-from paramend.records import verify_record
 from paramend.reports import wording
 from paramend.reports.tables import printable
+from paramend.rewriting.provenance import record as record_of
+from paramend.rewriting.provenance import verify_record
 
 
 @click.command()

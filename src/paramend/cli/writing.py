@@ -12,7 +12,7 @@ from paramend.checkpoints import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
 from paramend.pages.page import Paged
-from paramend.rewriting import check_output, write
+from paramend.rewriting.rewrite import check_output, write
 
 RECORD = "Let OUT carry a record of what was done; `paramend verify OUT` checks it."
 

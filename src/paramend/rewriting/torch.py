@@ -17,7 +17,7 @@ from paramend.formats.torch.source import TorchFile
 from paramend.formats.torch.writer import TorchWriter, retargeted
 from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.leaves import keys_of
-from paramend.pieces import File, Piece, with_rows
+from paramend.rewriting.files import File, Piece, with_rows
 from paramend.trees.tree import Tree
 
 _Rows = Sequence[tuple[int, Row]]

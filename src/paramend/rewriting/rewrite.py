@@ -29,15 +29,15 @@ from paramend.formats.writer import Item
 from paramend.journal.exchange import check_still
 from paramend.journal.records import records_beside
 from paramend.journal.undo import retiring
-from paramend.layouts import Layout, lay_out
 from paramend.leaves.leaves import Stored, keys_of
-from paramend.notes import Note
-from paramend.pieces import File
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
+from paramend.rewriting.files import File
+from paramend.rewriting.layouts import Layout, lay_out
+from paramend.rewriting.note import Note
 
 Array = np.ndarray[Any, Any]
 

@@ -19,8 +19,8 @@ from paramend.formats.shards import Shards, stats_of
 from paramend.formats.source import Extent
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import BITS, SAFETENSORS_CODES
-from paramend.pieces import Copy, File, Piece, with_rows
 from paramend.reports import wording
+from paramend.rewriting.files import Copy, File, Piece, with_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +334,7 @@ def _again(file: Any, rows: list[tuple[int, Row]], name: str, *, link: bool) -> 
     """A file of the source, edited: what is no leaf stays as it is."""
     own = format_of(file)
     if own is not None and own.name == "torch":
-        torch = importlib.import_module("paramend.torch_layouts")  # most programs have no files of torch
+        torch = importlib.import_module("paramend.rewriting.torch")  # most programs have no files of torch
         if not torch.overlays(file, rows):
             found: File = torch.torch_file(file, rows, name)
             return found

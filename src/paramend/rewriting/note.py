@@ -20,9 +20,19 @@ from paramend.formats.gathered import Gathered, Part
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
-from paramend.layouts import Layout, set_to
-from paramend.pieces import Copy, File
-from paramend.records import FILE, EditRecord, RecordedLeaf, beside, contents, digest_of, record_of, sidecar, text_of
+from paramend.rewriting.files import Copy, File
+from paramend.rewriting.layouts import Layout, set_to
+from paramend.rewriting.provenance import (
+    FILE,
+    EditRecord,
+    RecordedLeaf,
+    beside,
+    contents,
+    digest_of,
+    record_of,
+    sidecar,
+    text_of,
+)
 
 # What a function says of itself: where it lay in memory.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
