@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend.assembling import assemble
+from paramend.checkpoints.assemble import assemble
 from paramend.edits.memory import Memory
 from paramend.edits.plan import Plan
 from paramend.formats.gathered import Made, Part, Stacked, Taken

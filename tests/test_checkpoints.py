@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend import checkpoints
+from paramend.checkpoints import checkpoint as checkpoints
 from paramend.cli.main import cli
 from paramend.errors import (
     BadArgument,
@@ -582,7 +582,7 @@ def test_many_shards_need_few_descriptors(tmp_path):
 KILLED = """
 import sys
 import paramend as pm
-from paramend import checkpoints
+from paramend.checkpoints import checkpoint as checkpoints
 print("ready", flush=True)
 for line in sys.stdin:
     value, out = line.split()
@@ -627,7 +627,7 @@ def test_killed_at_any_moment_a_directory_is_old_or_new(tmp_path):
 PEAK = """
 import resource, sys
 import paramend as pm
-from paramend import checkpoints
+from paramend.checkpoints import checkpoint as checkpoints
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 edited = pm.at(checkpoints.open(sys.argv[1]), "big").multiply(0.5)
 edited = pm.at(edited, "big")[-1:].noise(0.1)

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 import paramend as pm
+from paramend.checkpoints.patching import patch
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
-from paramend.patching import patch
 
 
 def write(path, value=0.0, size=200_000, leaves=3):

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from click.testing import CliRunner
 
-from paramend.checkpoints import Checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.main import cli
 from paramend.demo import steps, tour
 from paramend.demo.folder import workplace

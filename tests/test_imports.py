@@ -57,7 +57,7 @@ print(" ".join(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     got = set(done.stdout.splitlines()[-1].split())
-    assert "paramend.checkpoints" in got
+    assert "paramend.checkpoints.checkpoint" in got
     unneeded = {"editing", "memory", "trees.registry", "rewriting", "layouts", "undoing", "journal", "patching"}
     assert not got & ({f"paramend.{name}" for name in unneeded} | {"rich", "hashlib", "numpy.random"})
 

@@ -10,10 +10,10 @@ import pytest
 import safetensors.numpy
 
 import paramend as pm
+from paramend.checkpoints.patching import patch
 from paramend.errors import BadCheckpoint, ParamendError
 from paramend.journal.records import DONE, PENDING, Record, Spans, lock_of, next_path, records, store_of, witness
 from paramend.journal.undo import drop, history, recover, undo
-from paramend.patching import patch
 
 
 @pytest.fixture

@@ -380,7 +380,7 @@ def test_an_exchange_in_the_middle_is_noticed(copy, monkeypatch):
         real(*args)
         os.utime(path / "manifest.ocdbt", (1, 1))
 
-    monkeypatch.setattr("paramend.patching.restage", meddled)
+    monkeypatch.setattr("paramend.checkpoints.patching.restage", meddled)
     with pytest.raises(Busy, match="another program changed it"):
         pm.patch(path, lambda t: pm.at(t, "**/embed").zero())
     assert content(path) == before

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import paramend as pm
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.patching import patch, patch_plan
 from paramend.cli.undo import history as history_command
 from paramend.cli.undo import undo as undo_command
 from paramend.edits.plan import call, plan
@@ -40,7 +41,6 @@ from paramend.formats.registry import open_source
 from paramend.journal import records
 from paramend.journal.records import store_of
 from paramend.journal.undo import drop, history, recover, undo
-from paramend.patching import patch, patch_plan
 from paramend.piecewise import steps as computing
 from paramend.piecewise.regions import region
 
@@ -624,7 +624,7 @@ def test_a_second_writer_is_told_and_readers_are_not_stopped(model):
     code = f"""
         import sys
         from paramend.formats.registry import open_source
-        from paramend.patching import patch, patch_plan
+        from paramend.checkpoints.patching import patch, patch_plan
         from paramend.edits.plan import call, plan
         def wait(event):
             if event.done == event.total // 2:
@@ -966,7 +966,7 @@ KILLER = """
     from pathlib import Path
     import paramend as pm
     from paramend.journal.records import PENDING, records, store_of
-    from paramend.patching import patch
+    from paramend.checkpoints.patching import patch
     from paramend.journal.undo import history, recover, undo
 
     path, rounds, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

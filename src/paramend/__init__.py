@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paramend import resize as resize
     from paramend.ablation import ablate as ablate
-    from paramend.checkpoints import Checkpoint as Checkpoint
-    from paramend.checkpoints import load as load
-    from paramend.checkpoints import open as open
-    from paramend.checkpoints import save as save
+    from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
+    from paramend.checkpoints.checkpoint import load as load
+    from paramend.checkpoints.checkpoint import open as open
+    from paramend.checkpoints.checkpoint import save as save
+    from paramend.checkpoints.patching import patch as patch
     from paramend.diffing import diff as diff
     from paramend.diffing import verify as verify
     from paramend.edits.selection import Selection as Selection
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from paramend.leaves.specs import Spec as Spec
     from paramend.measuring import stats as stats
     from paramend.modules import init_zero_ as init_zero_
-    from paramend.patching import patch as patch
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.provenance import verify_record as verify_record
@@ -103,7 +103,7 @@ _LATER = {
     for module, names in {
         "paramend.ablation": ("ablate",),
         "paramend.influence": ("block_influence",),
-        "paramend.checkpoints": ("Checkpoint", "load", "open", "save"),
+        "paramend.checkpoints.checkpoint": ("Checkpoint", "load", "open", "save"),
         "paramend.diffing": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
         "paramend.freezing.freeze": (
@@ -122,7 +122,7 @@ _LATER = {
         "paramend.growth.liveness": ("check_live",),
         "paramend.growth.writers": ("residual_writers",),
         "paramend.modules": ("init_zero_",),
-        "paramend.patching": ("patch",),
+        "paramend.checkpoints.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.rewriting.provenance": ("record", "verify_record"),
         "paramend.selectors.selector": ("Selector", "sel"),

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
 from paramend.evidence.comparisons import Comparer, Pair

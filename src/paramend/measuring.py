@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.memory import Memory
 from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.measurements import measured

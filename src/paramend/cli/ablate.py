@@ -9,7 +9,7 @@ import click
 
 from paramend.ablation import ablate as ablate_tree
 from paramend.ablations.methods import METHODS
-from paramend.checkpoints import load
+from paramend.checkpoints.checkpoint import load
 from paramend.cli import _ui
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording

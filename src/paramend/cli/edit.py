@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from paramend.checkpoints import Checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.writing import edit_checkpoint, options
 from paramend.edits.arguments import read_number
 from paramend.edits.ops import OPS

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.formats.registry import format_of
 from paramend.formats.safetensors import RECORD

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from paramend.checkpoints import Checkpoint
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
 from paramend.pages.page import Paged
@@ -165,7 +165,9 @@ def edit_checkpoint(
             by = edited.recipe if record else None
             carry_out(edited.plan, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link, record=by)
         return
-    patching = importlib.import_module("paramend.patching")  # commands that write a new file need none of it
+    patching = importlib.import_module(
+        "paramend.checkpoints.patching"
+    )  # commands that write a new file need none of it
     with _ui.bar(f"patching {path.name}") as progress:
         report = patching.patch(path, edit, dry_run=dry_run, progress=progress)
     if as_json:

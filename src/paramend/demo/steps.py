@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.demo.evidence import data_digest, digest, moved, touched
 from paramend.demo.network import Classifier
 from paramend.demo.patient import Patient, save

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from paramend.arrays.registry import to_numpy
-from paramend.assembling import assemble, origin_of
-from paramend.checkpoints import Checkpoint
+from paramend.checkpoints.assemble import assemble, origin_of
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered, Made, Origin
 from paramend.grafts import conversions

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paramend.assembling import Pick, assemble
-from paramend.checkpoints import Checkpoint
+from paramend.checkpoints.assemble import Pick, assemble
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.growth.planning import Work

@@ -148,9 +148,9 @@ def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progres
         BadCheckpoint: the undo record is damaged. Nothing was written.
 
     >>> import tempfile
-    >>> from paramend.checkpoints import save
+    >>> from paramend.checkpoints.checkpoint import save
     >>> from paramend.edits.selection import at
-    >>> from paramend.patching import patch
+    >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
     >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
@@ -187,9 +187,9 @@ def history(path: str | os.PathLike[str]) -> list[HistoryRow]:
         BadCheckpoint: an undo record is damaged.
 
     >>> import tempfile
-    >>> from paramend.checkpoints import save
+    >>> from paramend.checkpoints.checkpoint import save
     >>> from paramend.edits.selection import at
-    >>> from paramend.patching import patch
+    >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
     >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
@@ -256,9 +256,9 @@ def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Pa
         A row for each record, or the path of one that is damaged.
 
     >>> import tempfile
-    >>> from paramend.checkpoints import save
+    >>> from paramend.checkpoints.checkpoint import save
     >>> from paramend.edits.selection import at
-    >>> from paramend.patching import patch
+    >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
     >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from paramend.checkpoints import Checkpoint
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.structure import moves
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular

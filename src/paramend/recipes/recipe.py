@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from paramend.checkpoints import Checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, Problem, Unsupported
 from paramend.formats.files import open_regular
 from paramend.recipes.donors import Donors

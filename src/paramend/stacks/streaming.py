@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from paramend.assembling import Pick, assemble, origin_of
-from paramend.checkpoints import Checkpoint
+from paramend.checkpoints.assemble import Pick, assemble, origin_of
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import RenameClash, Unsupported
 from paramend.formats.gathered import Made, Origin, Stacked, Taken
 from paramend.leaves.leaves import plain

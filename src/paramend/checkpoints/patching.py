@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from paramend.checkpoints import Checkpoint
-from paramend.checkpoints import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.disk.copying import begin_write_back
 from paramend.disk.io import put
 from paramend.disk.locks import explained, linked, opened
@@ -118,7 +118,7 @@ def patch(
         CannotWrite: a file is read-only, has several names, is being written, or the disk is full. Nothing was changed.
 
     >>> import tempfile
-    >>> from paramend.checkpoints import save
+    >>> from paramend.checkpoints.checkpoint import save
     >>> from paramend.edits.selection import at
     >>> from paramend.journal.undo import undo
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")

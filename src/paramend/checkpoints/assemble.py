@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import to_numpy
-from paramend.checkpoints import Checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered, Made, Origin, Part
 from paramend.leaves.leaves import Editable
@@ -42,7 +42,7 @@ def assemble(
     >>> import tempfile
     >>> from pathlib import Path
     >>> import numpy as np
-    >>> from paramend.checkpoints import open, save
+    >>> from paramend.checkpoints.checkpoint import open, save
     >>> from paramend.edits.selection import at
     >>> from paramend.leaves.paths import labels
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")

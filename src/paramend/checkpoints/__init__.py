@@ -1,0 +1,1 @@
+"""`open`, `load`, `save` and `patch`: a model on disk as a tree."""
