@@ -98,7 +98,7 @@ FLOORS = [
     {"evidence.distances", "evidence.measures", "evidence.reading", "evidence.spectra", "evidence.statistics"},
     {"evidence.comparisons"},
     {"evidence.*"},
-    {"diffing", "measuring"},
+    {"evidence.diff", "evidence.stats"},
     {"testing"},
     # the doors
     {"lessons.observation", "demo.digits", "demo.network", "demo.folder", "demo.evidence", "demo.twin"},

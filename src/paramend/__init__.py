@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from paramend.checkpoints.checkpoint import open as open
     from paramend.checkpoints.checkpoint import save as save
     from paramend.checkpoints.patching import patch as patch
-    from paramend.diffing import diff as diff
-    from paramend.diffing import verify as verify
     from paramend.edits.selection import Selection as Selection
     from paramend.edits.selection import at as at
     from paramend.edits.selection import labels as labels
     from paramend.edits.selection import param_count as param_count
+    from paramend.evidence.diff import diff as diff
+    from paramend.evidence.diff import verify as verify
+    from paramend.evidence.stats import stats as stats
     from paramend.freezing.freeze import carry_opt_state as carry_opt_state
     from paramend.freezing.freeze import carry_optimizer_ as carry_optimizer_
     from paramend.freezing.freeze import freeze as freeze
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
     from paramend.leaves.specs import Spec as Spec
-    from paramend.measuring import stats as stats
     from paramend.modules import init_zero_ as init_zero_
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
@@ -104,7 +104,7 @@ _LATER = {
         "paramend.ablation": ("ablate",),
         "paramend.influence": ("block_influence",),
         "paramend.checkpoints.checkpoint": ("Checkpoint", "load", "open", "save"),
-        "paramend.diffing": ("diff", "verify"),
+        "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
         "paramend.freezing.freeze": (
             "carry_opt_state",
@@ -117,7 +117,7 @@ _LATER = {
             "value_and_grad",
         ),
         "paramend.grafting": ("graft", "graft_", "graft_opt_state", "graft_optimizer_"),
-        "paramend.measuring": ("stats",),
+        "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.liveness": ("check_live",),
         "paramend.growth.writers": ("residual_writers",),

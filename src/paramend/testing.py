@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from paramend.diffing import diff
 from paramend.errors import UnexpectedChange
+from paramend.evidence.diff import diff
 
 
 def assert_only_changed(before: Any, after: Any, selector: Any, *, allow_noop: bool = False) -> None:

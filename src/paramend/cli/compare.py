@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from paramend.cli import _ui
-from paramend.diffing import Sort
-from paramend.diffing import diff as diff_of
+from paramend.evidence.diff import Sort
+from paramend.evidence.diff import diff as diff_of
 
 
 @click.command()
