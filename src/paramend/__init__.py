@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from paramend.rewriting.provenance import verify_record as verify_record
     from paramend.selectors.selector import Selector as Selector
     from paramend.selectors.selector import sel as sel
-    from paramend.stacking import stack_layers as stack_layers
-    from paramend.stacking import unstack_layers as unstack_layers
+    from paramend.stacking.stack import stack_layers as stack_layers
+    from paramend.stacking.stack import unstack_layers as unstack_layers
 
 __all__ = [
     "Checkpoint",
@@ -127,7 +127,7 @@ _LATER = {
         "paramend.rewriting.provenance": ("record", "verify_record"),
         "paramend.selectors.selector": ("Selector", "sel"),
         "paramend.leaves.specs": ("Spec",),
-        "paramend.stacking": ("stack_layers", "unstack_layers"),
+        "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),
     }.items()
     for name in names

@@ -15,7 +15,7 @@ from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
-from paramend.stacking import stack_layers, unstack_layers
+from paramend.stacking.stack import stack_layers, unstack_layers
 
 
 @dataclass(frozen=True, repr=False)

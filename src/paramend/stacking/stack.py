@@ -16,7 +16,7 @@ from paramend.reports import wording
 from paramend.selectors.nesting import depths as depths_in
 from paramend.selectors.renames import rename
 from paramend.selectors.selector import resolve
-from paramend.stacks.plan import (
+from paramend.stacking.plan import (
     REST,
     Member,
     axes_of,
@@ -148,7 +148,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: Any =
 
 def _on_disk() -> Any:
     """Opened when first asked for: trees in memory need none of it."""
-    return importlib.import_module("paramend.stacks.streaming")
+    return importlib.import_module("paramend.stacking.checkpoints")
 
 
 # ---- what is made -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from paramend.leaves.leaves import plain
 from paramend.leaves.paths import Label, labels
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
-from paramend.stacks.plan import Member, Path
+from paramend.stacking.plan import Member, Path
 
 Array = np.ndarray[Any, Any]
 # Of a leaf its new path, as `renames.keys` has it.

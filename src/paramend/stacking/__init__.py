@@ -1,0 +1,1 @@
+"""Layers side by side, or stacked along one axis."""
