@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from paramend.growth.deepening import deepen_ as deepen_
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.writers import residual_writers as residual_writers
+    from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.influence import block_influence as block_influence
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
     from paramend.leaves.specs import Spec as Spec
-    from paramend.modules import init_zero_ as init_zero_
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.provenance import verify_record as verify_record
@@ -121,7 +121,7 @@ _LATER = {
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.liveness": ("check_live",),
         "paramend.growth.writers": ("residual_writers",),
-        "paramend.modules": ("init_zero_",),
+        "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.rewriting.provenance": ("record", "verify_record"),

@@ -8,7 +8,7 @@ import click
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli.writing import makes, write_made
-from paramend.growth import depth, stacks
+from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of
 
@@ -81,6 +81,6 @@ def deepen(path: Path, layers: str | None, identity: Any, **options: Any) -> Non
         raise click.UsageError(f"One of {', '.join(f'--{name}' for name in _ORDERS)} is needed.")
     ((name, value),) = given.items()
     with open_checkpoint(path) as checkpoint:
-        count = len(stacks.find(checkpoint.index, layers)[0].numbers)
+        count = len(numbered.find(checkpoint.index, layers)[0].numbers)
         made, report = deepen_model(checkpoint, layers=layers, order=_ORDERS[name](count, value), identity=identity)
         write_made(made, path, report, **options)

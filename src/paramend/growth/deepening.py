@@ -12,7 +12,7 @@ from paramend.growth.depth import Order
 from paramend.growth.planning import Work
 from paramend.growth.rebuilding import Rebuilder
 from paramend.growth.report import DeepenReport
-from paramend.growth.stacked import deepened_stack
+from paramend.growth.scanned import deepened_stack
 from paramend.leaves.leaves import Editable
 from paramend.selectors.selector import Sliced, sel
 from paramend.trees.lookup import find_kind, is_torch_module
@@ -65,7 +65,7 @@ def deepen(
     """
     layers = layers if layers is None or isinstance(layers, str) else sel(layers)
     if isinstance(tree, Editable):
-        return importlib.import_module("paramend.growth.streaming").deepened(tree, layers, order, identity)  # type: ignore[no-any-return]
+        return importlib.import_module("paramend.growth.checkpoints").deepened(tree, layers, order, identity)  # type: ignore[no-any-return]
     if isinstance(layers, Sliced):
         return deepened_stack(tree, layers, order, identity)
     memory = Memory(tree)

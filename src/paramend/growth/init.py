@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from paramend.edits.memory import Memory
 from paramend.edits.ops import OPS, Call
 from paramend.errors import BadArgument, NoMatch, Unsupported
-from paramend.growth import configs, identities, stacks
+from paramend.growth import configs, identities, numbered
 from paramend.growth.deepening import configuration
 from paramend.growth.families import modules_of, values
 from paramend.leaves.paths import number_of
@@ -152,17 +152,17 @@ def zero_residual(tree: T, *, layers: str | None = None, family: Any = "auto") -
     memory = Memory(tree)
     given = identities.rules_of(family)
     calls: dict[int, Call] = {}
-    for stack in stacks.find(memory.index, layers):
+    for stack in numbered.find(memory.index, layers):
         config = configuration(tree, stack.parent)
         model_type = configs.model_type(config, len(stack.numbers), stack.parent) if config else None
         for number in stack.numbers:
             path = (*stack.parent, stack.piece(number))
-            names = stacks.under(memory.index.names, path)
+            names = numbered.under(memory.index.names, path)
             rules = given
             if rules is None:
                 leaves = [memory.index.pieces(n)[len(path) :] for below in names for n in parse("**").find(below)]
                 rules = values(identities.family_of(modules_of(leaves), family, model_type))
-            where = stack.path(number, stacks.separator_of(memory.index, stack))
+            where = stack.path(number, numbered.separator_of(memory.index, stack))
             calls |= identities.calls(memory, names, rules, where, strict=given is not None)
     return memory.edited(calls)  # type: ignore[no-any-return]
 
@@ -193,11 +193,11 @@ def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T
     texts = [layers] if isinstance(layers, str) else list(layers)
     blocks: dict[str, list[int]] = {}
     for text in texts:
-        for stack in stacks.find(memory.index, text):
+        for stack in numbered.find(memory.index, text):
             for number in stack.numbers:
-                names = stacks.under(memory.index.names, (*stack.parent, stack.piece(number)))
+                names = numbered.under(memory.index.names, (*stack.parent, stack.piece(number)))
                 found = memory.index.ordered(n for below in names for n in parse("**").find(below))
-                blocks[stack.path(number, stacks.separator_of(memory.index, stack))] = found
+                blocks[stack.path(number, numbered.separator_of(memory.index, stack))] = found
     calls: dict[int, Call] = {}
     for path, found in blocks.items():
         weights = [n for n in found if memory.spec(n).ndim >= 2]

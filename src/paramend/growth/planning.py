@@ -5,11 +5,11 @@ from typing import Any
 
 from paramend.edits.ops import Call
 from paramend.errors import BadArgument
-from paramend.growth import configs, families, identities, stacks
+from paramend.growth import configs, families, identities, numbered
 from paramend.growth.depth import Order, order_of
 from paramend.growth.families import modules_of
+from paramend.growth.numbered import Stack
 from paramend.growth.report import DeepenReport, LayerRow
-from paramend.growth.stacks import Stack
 from paramend.leaves.leaves import Editable
 from paramend.reports import wording
 from paramend.selectors.matching import Names
@@ -38,7 +38,7 @@ class Work:
                 raise BadArgument(f"layers={layers!r} is no text that ends in an index", hint='layers="layers[*]"')
             layers = text
         self.tree = tree
-        self.stacks = stacks.find(tree.index, layers)
+        self.stacks = numbered.find(tree.index, layers)
         count = len(self.stacks[0].numbers)
         self.order = order_of(order, count)
         self.config: dict[str, Any] | None = None
@@ -77,7 +77,7 @@ class Work:
         return found
 
     def _names(self, index: Any, stack: Stack, number: int) -> list[Any]:
-        return stacks.under(index.names, (*stack.parent, stack.piece(number)))
+        return numbered.under(index.names, (*stack.parent, stack.piece(number)))
 
     def _leaves(self, stack: Stack, source: int) -> list[tuple[str, ...]]:
         depth = len(stack.parent) + 1
@@ -89,7 +89,7 @@ class Work:
         for stack, rules in zip(self.stacks, self.rules, strict=False):
             for source, rule in rules.items():
                 number = stack.numbers[source]
-                where = stack.path(number, stacks.separator_of(self.tree.index, stack))
+                where = stack.path(number, numbered.separator_of(self.tree.index, stack))
                 names = self._names(self.tree.index, stack, number)
                 found = identities.calls(self.tree, names, rule, where, strict=self.strict)
                 within = {n for inner in names for n in _all(inner)}
@@ -103,7 +103,7 @@ class Work:
             for target in self.order.identity:
                 number = stack.target(target)
                 names = self._names(new.index, stack, number)
-                where = stack.path(number, stacks.separator_of(new.index, stack))
+                where = stack.path(number, numbered.separator_of(new.index, stack))
                 rule = rules[self.order.sources[target]]
                 made[i, target] = identities.calls(new, names, rule, where, strict=self.strict)
         calls = {number: call for found in made.values() for number, call in found.items()}
@@ -113,7 +113,7 @@ class Work:
         order = self.order
         report = DeepenReport(order, config=self.said, family=self.family)
         for i, stack in enumerate(self.stacks):
-            separator = stacks.separator_of(tree.index, stack)
+            separator = numbered.separator_of(tree.index, stack)
             for target, source in enumerate(order.sources):
                 calls = made.get((i, target), {})
                 identity = "identity" if calls else "copied"
@@ -126,7 +126,9 @@ class Work:
                 report.layers.append(LayerRow(path, stack.path(stack.numbers[source], separator), did, sets, size))
             report.rename |= _renames(stack, order, separator)
         if order.new:
-            parts = tuple(sel(stack.select(order.new, stacks.separator_of(tree.index, stack))) for stack in self.stacks)
+            parts = tuple(
+                sel(stack.select(order.new, numbered.separator_of(tree.index, stack))) for stack in self.stacks
+            )
             report.new = parts[0] if len(parts) == 1 else Union(parts)
         return report
 

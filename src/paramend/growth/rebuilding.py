@@ -10,7 +10,7 @@ from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
-from paramend.growth.stacks import Pieces, Stack
+from paramend.growth.numbered import Pieces, Stack
 from paramend.leaves.paths import Part, labels, text_of
 from paramend.trees.kind import ELIDED, Kind
 from paramend.trees.lookup import find_kind, is_torch_module

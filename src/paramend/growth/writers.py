@@ -112,7 +112,7 @@ def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, fl
 
 
 def _first_block(model: Any, layers: str | None) -> Any:
-    stacks: Any = importlib.import_module("paramend.growth.stacks")
+    stacks: Any = importlib.import_module("paramend.growth.numbered")
     stack = stacks.find(Memory(model).index, layers)[0]
     return model.get_submodule(".".join((*stack.parent, stack.piece(stack.numbers[0]))))
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from paramend.growth.zeroing import init_zero_
 from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
 from paramend.lessons.observation import Observation, observed
-from paramend.modules import init_zero_
 
 TEXT = """
 The problem. Given one torch layer, make its weight and its bias zero, in place. Called

@@ -7,7 +7,7 @@ from paramend.arrays.registry import backend
 from paramend.edits.memory import Memory
 from paramend.edits.ops import Call
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.growth import families, identities, stacks
+from paramend.growth import families, identities, numbered
 from paramend.growth.depth import order_of
 from paramend.growth.families import modules_of
 from paramend.growth.report import DeepenReport, LayerRow
@@ -85,6 +85,6 @@ def _stack_values(memory: Memory, chosen: Iterable[int], identity: Any) -> tuple
         row = identities.family_of(modules_of(path[shared:] for path in pieces.values()), identity, None)
         family, rules = row.name, families.values(row)
     start = next(iter(pieces.values()))[:shared]
-    names = stacks.under(memory.index.names, start)
+    names = numbered.under(memory.index.names, start)
     calls = identities.calls(memory, names, rules, write_path(start, memory.index.separator), strict=strict)
     return family, {n: float(call.args.get("value", 0.0)) for n, call in calls.items() if n in pieces}

@@ -9,9 +9,9 @@ from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
+from paramend.growth.numbered import Stack
 from paramend.growth.planning import Work
 from paramend.growth.report import DeepenReport
-from paramend.growth.stacks import Stack
 from paramend.leaves.paths import Label, Part, text_of
 from paramend.selectors.selector import Selector, Sliced
 
