@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm
 from paramend.errors import BadArgument, GraftRefused, SelectorError
-from paramend.grafting import graft, graft_
-from paramend.grafts.alignment import propose
-from paramend.grafts.conversions import damage
+from paramend.grafting.alignment import propose
+from paramend.grafting.conversions import damage
+from paramend.grafting.graft import graft, graft_
 from paramend.reports.report import Line, fold, table
 
 

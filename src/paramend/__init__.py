@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from paramend.freezing.freeze import nnx_filter as nnx_filter
     from paramend.freezing.freeze import unfreeze_ as unfreeze_
     from paramend.freezing.freeze import value_and_grad as value_and_grad
-    from paramend.grafting import graft as graft
-    from paramend.grafting import graft_ as graft_
-    from paramend.grafting import graft_opt_state as graft_opt_state
-    from paramend.grafting import graft_optimizer_ as graft_optimizer_
+    from paramend.grafting.graft import graft as graft
+    from paramend.grafting.graft import graft_ as graft_
+    from paramend.grafting.graft import graft_opt_state as graft_opt_state
+    from paramend.grafting.graft import graft_optimizer_ as graft_optimizer_
     from paramend.growth import depth as depth
     from paramend.growth import init as init
     from paramend.growth.deepening import deepen as deepen
@@ -116,7 +116,7 @@ _LATER = {
             "unfreeze_",
             "value_and_grad",
         ),
-        "paramend.grafting": ("graft", "graft_", "graft_opt_state", "graft_optimizer_"),
+        "paramend.grafting.graft": ("graft", "graft_", "graft_opt_state", "graft_optimizer_"),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.liveness": ("check_live",),

@@ -10,8 +10,8 @@ import click
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli.writing import RECORD, carry_out, makes, write_made
 from paramend.errors import GraftRefused
-from paramend.grafting import graft as graft_onto
-from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Unused
+from paramend.grafting.graft import graft as graft_onto
+from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
 @click.command()

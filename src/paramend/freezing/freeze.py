@@ -235,7 +235,7 @@ def carry_opt_state(tx: Any, params: Any, state: Any, *, mismatch: str = "error"
             hint='pm.carry_opt_state(tx, params, state, mismatch="keep")',
         )
     need("optax", extra="jax", to="carry an optimizer state")
-    return importlib.import_module("paramend.freezing.states").carry_opt_state(tx, params, state, mismatch)
+    return importlib.import_module("paramend.grafting.states.carry_optax").carry_opt_state(tx, params, state, mismatch)
 
 
 def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bool]:
@@ -373,7 +373,9 @@ def carry_optimizer_(optimizer: Any, old: Any, *, module: Any = None, names: Seq
             f"the earlier state is neither a torch optimizer nor the state dict of one, but {_described(old)}",
             hint="pm.carry_optimizer_(optimizer, old), or old.state_dict() as it was saved",
         )
-    return importlib.import_module("paramend.freezing.optimizers").carry_optimizer_(optimizer, old, module, names)
+    return importlib.import_module("paramend.grafting.states.carry_torch").carry_optimizer_(
+        optimizer, old, module, names
+    )
 
 
 def _torch(module: Any, selector: Any, verb: str) -> tuple[Any, Any, Any]:

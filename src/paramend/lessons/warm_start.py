@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.edits.selection import param_count
-from paramend.grafting import graft
+from paramend.grafting.graft import graft
 from paramend.lessons.lesson import Case, Lesson, Mistake
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Handed, Picture, Witness, candidates, layer_names, observe, same

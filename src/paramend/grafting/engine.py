@@ -6,11 +6,11 @@ from typing import Any
 
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
-from paramend.grafts import alignment, conversions
-from paramend.grafts.links import Ends as Ends
-from paramend.grafts.options import Options
-from paramend.grafts.plan import KINDS, Move, Plan
-from paramend.grafts.report import GraftReport
+from paramend.grafting import alignment, conversions
+from paramend.grafting.links import Ends as Ends
+from paramend.grafting.options import Options
+from paramend.grafting.plan import KINDS, Move, Plan
+from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table

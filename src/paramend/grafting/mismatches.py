@@ -10,7 +10,7 @@ import numpy as np
 
 from paramend.arrays.registry import backend
 from paramend.errors import SpecMismatch, Unsupported
-from paramend.grafts.conversions import on_host
+from paramend.grafting.conversions import on_host
 from paramend.leaves.specs import Spec
 from paramend.resize.detection import detected
 from paramend.resize.fits import Fit, Shape

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from paramend.errors import BadArgument, GraftRefused, Unsupported
-from paramend.grafts.links import Link, Links, Path
-from paramend.grafts.report import GraftReport, GraftRow
+from paramend.grafting.links import Link, Links, Path
+from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.specs import dtype_name
 from paramend.reports import wording
 from paramend.trees.tree import Tree

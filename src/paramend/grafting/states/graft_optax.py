@@ -12,14 +12,14 @@ import numpy as np
 
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, Unsupported
-from paramend.freezing.states import Leaf, Sources
-from paramend.grafts.engine import planned, values
-from paramend.grafts.links import Link, Links, Path
-from paramend.grafts.mismatches import overlapping
-from paramend.grafts.moments import OWN, States, Survey, numbers_of, prefix_of
-from paramend.grafts.options import Options
-from paramend.grafts.plan import Move, Plan
-from paramend.grafts.report import PARTS, GraftReport, GraftRow
+from paramend.grafting.engine import planned, values
+from paramend.grafting.links import Link, Links, Path
+from paramend.grafting.mismatches import overlapping
+from paramend.grafting.options import Options
+from paramend.grafting.plan import Move, Plan
+from paramend.grafting.report import PARTS, GraftReport, GraftRow
+from paramend.grafting.states.carry_optax import Leaf, Sources
+from paramend.grafting.states.moments import OWN, States, Survey, numbers_of, prefix_of
 from paramend.leaves.paths import write_path
 from paramend.leaves.specs import Spec, kind_of
 from paramend.reports import wording

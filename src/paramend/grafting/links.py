@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from paramend.grafts.report import GraftReport
+from paramend.grafting.report import GraftReport
 from paramend.selectors.grammar import Literal, Piece, Quoted
 from paramend.selectors.patterns import parse
 

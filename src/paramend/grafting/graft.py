@@ -13,8 +13,8 @@ from paramend.leaves.leaves import Editable
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
-    from paramend.grafts.options import Dtype, Mismatch, Missing, Place, Renames, Unused
-    from paramend.grafts.report import GraftReport
+    from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Renames, Unused
+    from paramend.grafting.report import GraftReport
     from paramend.resize.rules import Resize
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def graft(
         return tree.with_leaves(done.values), done.report
     plan = work.planned(tree, leaves, options)
     if not isinstance(tree, Tree):
-        return importlib.import_module("paramend.grafts.streaming").grafted(plan), plan.report()
+        return importlib.import_module("paramend.grafting.checkpoints").grafted(plan), plan.report()
     new, report = tree.with_leaves(work.values(plan)), plan.report()
     report.ends = work.Ends(new, source)
     return new, report
@@ -195,7 +195,9 @@ def graft_opt_state(
     """
     _work().Options(unused=unused)  # checks it
     tree = Tree(state)
-    done = importlib.import_module("paramend.grafts.optax").graft_state(tree, _leaves(old_state), report, unused)
+    done = importlib.import_module("paramend.grafting.states.graft_optax").graft_state(
+        tree, _leaves(old_state), report, unused
+    )
     _work().refuse_abstract(tree, done.values, done.report)
     return tree.with_leaves(done.values), done.report
 
@@ -244,13 +246,15 @@ def graft_optimizer_(
     """
     _work().Options(unused=unused)  # checks it
     if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
-        adapter = importlib.import_module("paramend.grafts.torch")
+        adapter = importlib.import_module("paramend.grafting.states.graft_torch")
         ends = getattr(report, "ends", None)
         new = target if target is not None or ends is None else ends.target
         earlier = source if source is not None or ends is None else ends.source
         return adapter.graft_optimizer_(optimizer, old, report, new, earlier, unused)  # type: ignore[no-any-return]
     tree = Tree(optimizer)
-    done = importlib.import_module("paramend.grafts.optax").graft_state(tree, _leaves(old), report, unused)
+    done = importlib.import_module("paramend.grafting.states.graft_optax").graft_state(
+        tree, _leaves(old), report, unused
+    )
     _assign(tree, done.values)
     return done.report  # type: ignore[no-any-return]
 
@@ -261,7 +265,7 @@ def _with_states(tree: Any, source: Any, options: Any) -> Any:
         start < stop and issubclass(kind, tuple) and kind.__module__.startswith("optax.")
         for kind, start, stop in tree.index.spans
     ):
-        done = importlib.import_module("paramend.grafts.optax").graft_whole(tree, source, options)
+        done = importlib.import_module("paramend.grafting.states.graft_optax").graft_whole(tree, source, options)
         if done is not None:
             _work().refuse_abstract(tree, done.values, done.report)
         return done
@@ -281,4 +285,4 @@ def _leaves(tree: Any) -> Any:
 
 def _work() -> Any:
     """Opened when first asked for: most programs graft nothing, and all pay for imports."""
-    return importlib.import_module("paramend.grafts.engine")
+    return importlib.import_module("paramend.grafting.engine")

@@ -13,9 +13,9 @@ from paramend.checkpoints.assemble import assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered, Made, Origin
-from paramend.grafts import conversions
-from paramend.grafts.engine import value_of
-from paramend.grafts.plan import Move, Plan
+from paramend.grafting import conversions
+from paramend.grafting.engine import value_of
+from paramend.grafting.plan import Move, Plan
 from paramend.leaves.leaves import Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec, kind_of

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from paramend.freezing.places import named
-from paramend.freezing.states import Leaf, split, without_wrappers
-from paramend.grafts.links import Path, without
+from paramend.grafting.links import Path, without
+from paramend.grafting.states.carry_optax import Leaf, split, without_wrappers
 from paramend.leaves.paths import labels, text_of
 from paramend.trees.kind import ELIDED
 from paramend.trees.lookup import find_kind

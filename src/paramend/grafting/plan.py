@@ -14,10 +14,10 @@ from paramend.errors import (
     SpecMismatch,
     Unsupported,
 )
-from paramend.grafts import mismatches
-from paramend.grafts.mismatches import Meeting
-from paramend.grafts.options import BY_LEAF, Options, quoted
-from paramend.grafts.report import PARTS, GraftReport, GraftRow
+from paramend.grafting import mismatches
+from paramend.grafting.mismatches import Meeting
+from paramend.grafting.options import BY_LEAF, Options, quoted
+from paramend.grafting.report import PARTS, GraftReport, GraftRow
 from paramend.leaves.leaves import Index, Leaves
 from paramend.leaves.paths import text_of
 from paramend.leaves.specs import Spec

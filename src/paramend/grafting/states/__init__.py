@@ -1,0 +1,1 @@
+"""Optimizer states that follow a model into its new shape."""
