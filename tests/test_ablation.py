@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from flax import nnx
 
 import paramend as pm
-from paramend.ablations.methods import METHODS
+from paramend.ablation.methods import METHODS
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
 from support.numerics import assert_close, bound

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paramend import resize as resize
-    from paramend.ablation import ablate as ablate
+    from paramend.ablation.ablate import ablate as ablate
+    from paramend.ablation.influence import block_influence as block_influence
     from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
     from paramend.checkpoints.checkpoint import load as load
     from paramend.checkpoints.checkpoint import open as open
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.growth.zeroing import init_zero_ as init_zero_
-    from paramend.influence import block_influence as block_influence
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
     from paramend.leaves.specs import Spec as Spec
@@ -101,8 +101,8 @@ __all__ = [
 _LATER = {
     name: module
     for module, names in {
-        "paramend.ablation": ("ablate",),
-        "paramend.influence": ("block_influence",),
+        "paramend.ablation.ablate": ("ablate",),
+        "paramend.ablation.influence": ("block_influence",),
         "paramend.checkpoints.checkpoint": ("Checkpoint", "load", "open", "save"),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from paramend.ablation import ablate as ablate_tree
-from paramend.ablations.methods import METHODS
+from paramend.ablation.ablate import ablate as ablate_tree
+from paramend.ablation.methods import METHODS
 from paramend.checkpoints.checkpoint import load
 from paramend.cli import _ui
 from paramend.errors import BadArgument, ParamendError

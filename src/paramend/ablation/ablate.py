@@ -6,9 +6,9 @@ from contextlib import suppress
 from itertools import combinations
 from typing import Any
 
-from paramend.ablations.methods import How, calls, floating
-from paramend.ablations.report import AblationReport, AblationRow
-from paramend.ablations.stages import Calls, Compiled, Functional, InPlace
+from paramend.ablation.methods import How, calls, floating
+from paramend.ablation.report import AblationReport, AblationRow
+from paramend.ablation.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, NoMatch

@@ -1,0 +1,1 @@
+"""What a model scores without each of its parts."""
