@@ -1,7 +1,7 @@
 """A slow matcher that is right at a glance, written from the description of the selector language alone.
 
-It shares no code with `paramend.selectors.patterns`: no regular expressions, no states, no caches. A tree here is nested dicts
-and lists whose array leaves are whatever `is_leaf` says.
+It shares no code with `paramend.selectors.patterns`: no regular expressions, no states, no caches. A tree here is
+nested dicts and lists whose array leaves are whatever `is_leaf` says.
 """
 
 from dataclasses import dataclass

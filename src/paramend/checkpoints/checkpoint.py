@@ -301,7 +301,7 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def recover(path: str | os.PathLike[str]) -> None:
-    """Takes back a patch of a checkpoint that was cut short, as `undoing.recover` does, which most opens need not load.
+    """Takes back a patch of a checkpoint that was cut short, by `journal.undo.recover`, which most opens need not load.
 
     Records lie in folders whose names end in `.undo`: in a folder of shards, or beside a file.
     """

@@ -365,8 +365,8 @@ def _check_room(base: Path, store: Path, spans: Spans, states: Sequence[State]) 
     needed, free = spans.nbytes + spans.table.nbytes + (1 << 16), disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < needed:  # some network file systems count no blocks at all
         raise CannotWrite(
-            f"{base}: the undo record needs {wording.size(needed)}, and {wording.size(free)} are free in {store.parent}; "
-            "nothing was changed",
+            f"{base}: the undo record needs {wording.size(needed)}, and {wording.size(free)} are free in "
+            f"{store.parent}; nothing was changed",
             hint=f"paramend undo {base} --drop frees what older records take",
         )
 

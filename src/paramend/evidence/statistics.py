@@ -103,8 +103,9 @@ class StatsReport(Paged):
         odd = [f"{totals[name]:,} {said}" for name, said in (("nans", "NaN"), ("infs", "inf")) if totals[name]]
         norm = "-" if totals["norm"] is None else f"{totals['norm']:.4g}"
         return (
-            f"{wording.plural(totals['leaves'], 'leaf', 'leaves')}, {wording.plural(totals['parameters'], 'parameter')}, "
-            f"{wording.size(totals['nbytes'])}; norm {norm}, {', '.join(odd) or 'all finite'}"
+            f"{wording.plural(totals['leaves'], 'leaf', 'leaves')}, "
+            f"{wording.plural(totals['parameters'], 'parameter')}, {wording.size(totals['nbytes'])}; "
+            f"norm {norm}, {', '.join(odd) or 'all finite'}"
         )
 
     def sections(self) -> list[Section]:

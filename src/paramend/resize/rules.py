@@ -1,7 +1,7 @@
 """Rules by which a leaf takes another shape: `pm.resize`. `pm.graft(..., resize={selector: rule})` asks for them.
 
-A rule knows from two shapes what it will do or why it cannot; the numbers are made in `resizing`. Called with an array
-and a shape, a rule gives the resized array.
+A rule knows from two shapes what it will do or why it cannot; the numbers are made in `arithmetic`. Called with an
+array and a shape, a rule gives the resized array.
 
 >>> patches()(np.ones((2, 3, 8, 8), "float32"), (2, 3, 16, 16)).shape
 (2, 3, 16, 16)

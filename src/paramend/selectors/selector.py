@@ -314,9 +314,9 @@ def sel(what: Any) -> Selector:
     """A selector value from text, a regular expression, a class, a predicate, a tree of bools, or a list of these.
 
     Args:
-        what: `"**/kernel"` (see the grammar in `paramend.selectors.patterns`); `re.compile(...)`, matched against the whole path;
-            a module class such as `torch.nn.Linear` or `nnx.Linear`; `f(path, spec) -> bool`; a tree of bools; or a
-            list of selectors, each of which must match something.
+        what: `"**/kernel"` (see the grammar in `paramend.selectors.patterns`); `re.compile(...)`, matched against the
+            whole path; a module class such as `torch.nn.Linear` or `nnx.Linear`; `f(path, spec) -> bool`; a tree of
+            bools; or a list of selectors, each of which must match something.
 
     Returns:
         A selector that `pm.at`, `pm.freeze` and all others take; combine with `|`, `&`, `~`, `.where(...)`, `[...]`.

@@ -136,7 +136,7 @@ def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor
                 strange += 1
     if strange:
         raise BadArgument(
-            f"{wording.plural(strange, 'parameter')} of this {type(optimizer).__name__} are none of those in the report",
+            f"{wording.plural(strange, 'parameter')} of this {type(optimizer).__name__} are not in the report",
             hint="pm.graft_optimizer_(optimizer, old_optimizer, report, target=module, source=old_module), with an "
             "optimizer of module.parameters()",
         )
