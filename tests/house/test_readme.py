@@ -5,7 +5,7 @@ import importlib
 import re
 from pathlib import Path
 
-TOP = Path(__file__).parents[1]
+TOP = Path(__file__).parents[2]
 
 
 def commands() -> list[str]:

@@ -1,6 +1,6 @@
 """Recipes: read strictly, all problems at once, the same edits in memory, in new files and in place.
 
-`python tests/test_recipes.py` writes docs/recipe.schema.json.
+`python tests/recipes/test_recipes.py` writes docs/recipe.schema.json.
 """
 
 import json
@@ -31,7 +31,7 @@ from paramend.errors import BadRecipe, CannotRead, SelectorError, Unsupported
 from paramend.recipes.steps import _example
 from paramend.recipes.verbs import VERBS
 
-SCHEMA = Path(__file__).parents[1] / "docs" / "recipe.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "recipe.schema.json"
 Recipe = pm.Recipe
 validator = jsonschema.Draft202012Validator(Recipe.schema())
 
@@ -320,7 +320,7 @@ def test_what_is_no_recipe(data):
 
 def test_the_schema_is_valid_and_the_file_is_true():
     jsonschema.Draft202012Validator.check_schema(Recipe.schema())
-    assert SCHEMA.read_text() == schema_text(), f"run `python tests/{Path(__file__).name}`"
+    assert SCHEMA.read_text() == schema_text(), f"run `python {Path(__file__).relative_to(SCHEMA.parents[1])}`"
 
 
 def test_every_op_that_data_can_say_is_a_step():

@@ -418,7 +418,7 @@ def test_names_beyond_the_encoding_of_stdout(tmp_path):
 @pytest.mark.slow
 def test_the_sessions_in_the_docs(tmp_path):
     """Runs every console block of docs/cli.md, in order, in one folder, and compares what is printed."""
-    text = (Path(__file__).parent.parent / "docs" / "cli.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "COLUMNS": "100", "NO_COLOR": "1"}
     ran = 0

@@ -16,7 +16,7 @@ import paramend as pm
 from paramend.disk.io import put
 from paramend.errors import CannotWrite
 
-SOURCE = Path(__file__).parents[1] / "src" / "paramend"
+SOURCE = Path(__file__).parents[2] / "src" / "paramend"
 CALLS = ("write", "pwrite", "copy_file_range", "sendfile")
 
 

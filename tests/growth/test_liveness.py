@@ -1,8 +1,6 @@
 """Which parameters receive a gradient, and which make a block the identity."""
 
 import copy
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,7 @@ from torch import nn
 
 import paramend as pm
 from paramend.errors import BadArgument, NoMatch, Unsupported
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import FAMILIES, make
+from support.tiny_models import FAMILIES, make
 
 
 def regression(model):

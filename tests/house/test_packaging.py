@@ -11,7 +11,7 @@ import yaml
 import paramend as pm
 from paramend.lessons.catalogue import ROWS
 
-TOP = Path(__file__).parents[1]
+TOP = Path(__file__).parents[2]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 FOR_USERS = set(EXTRAS) - {"test", "bench", "all"}  # `test` and `bench` are the project's own

@@ -1,4 +1,4 @@
-"""A slice of the random damage of tests/fuzzing.py, and of the random kills of tests/killing.py."""
+"""A slice of the random damage of tests/support/fuzzing.py, and of the random kills of tests/support/killing.py."""
 
 import subprocess
 import sys
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import fuzzing
+from support import fuzzing
 
 COUNTS = {"safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
 
@@ -26,7 +25,7 @@ CASES = [("rewrite", "shards", 2), ("rewrite", "structure", 9), ("patch", "shard
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "kind", "signum"), CASES)
 def test_a_stopped_writer_leaves_the_old_state_or_the_new_one(engine, kind, signum):
-    command = [sys.executable, Path(__file__).with_name("killing.py"), engine, kind, "12", str(signum)]
+    command = [sys.executable, Path(__file__).parents[1] / "support" / "killing.py", engine, kind, "12", str(signum)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "12 rounds" in done.stdout

@@ -25,7 +25,7 @@ HEAVY = {
     "matplotlib",
     "transformers",
 }
-REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
 
 
 def loaded(code: str) -> set[str]:

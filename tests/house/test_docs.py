@@ -1,6 +1,6 @@
 """Every fenced python block of the documents runs, page by page, and every link leads somewhere.
 
-What docs/cli.md shows, tests/test_cli.py runs.
+What docs/cli.md shows, tests/cli/test_cli.py runs.
 """
 
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).parents[1]
+TOP = Path(__file__).parents[2]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
 LINKING = [*PAGES, TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", TOP / "bench" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,8 +1,6 @@
 """`deepen` on checkpoints: what transformers loads is what deepening the loaded model gives, and nothing is read."""
 
 import json
-import sys
-from pathlib import Path
 
 import flax.serialization
 import ml_dtypes
@@ -15,9 +13,7 @@ from click.testing import CliRunner
 import paramend as pm
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import FAMILIES, loaded, logits, make
+from support.tiny_models import FAMILIES, loaded, logits, make
 
 ORDER = pm.depth.blocks(3, count=2)
 

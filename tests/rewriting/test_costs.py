@@ -46,7 +46,7 @@ def run(*args):
 
 @pytest.fixture(scope="module")
 def trillion(tmp_path_factory):
-    models = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "models.py"))
+    models = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "models.py"))
     folder = tmp_path_factory.mktemp("large") / "model"
     models["write_shards"](folder, models["mixture"](), 400, sparse=True)
     return folder

@@ -1,6 +1,6 @@
 """Writers that are stopped at random moments: what is left is the old state or the new one, never a third.
 
-    python tests/killing.py rewrite|patch KIND ROUNDS [SIGNAL] [SEED]        KIND: file, shards, torch, structure
+    python tests/support/killing.py rewrite|patch KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch, structure
 
 A child writes and is killed. Then the output is looked at, and the next writer must leave nothing of the killed one.
 """

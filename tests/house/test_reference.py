@@ -1,4 +1,4 @@
-"""The tables of docs/reference.md are what the code says. `python tests/test_reference.py` writes them."""
+"""The tables of docs/reference.md are what the code says. `python tests/house/test_reference.py` writes them."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from paramend import errors
 from paramend.edits.ops import OPS
 from paramend.recipes.verbs import VERBS
 
-PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
 
 
 def ops_table() -> str:
@@ -46,7 +46,7 @@ TABLES = {"ops": ops_table, "steps": steps_table, "errors": errors_table}
 def test_a_table_of_the_reference_is_true(name):
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", PAGE.read_text(), re.DOTALL)
     assert found, f"{PAGE.name} has no place for the table {name}"
-    assert found[1] == TABLES[name](), f"run `python {Path(__file__).name}` in tests/"
+    assert found[1] == TABLES[name](), f"run `python {Path(__file__).relative_to(PAGE.parents[1])}`"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The selector grammar: text ↔ pattern, errors that point at the character, and agreement with a slow matcher."""
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +14,7 @@ from paramend.selectors.grammar import AnyPieces, Either, Literal, Number, Piece
 from paramend.selectors.patterns import Pattern, parse
 from paramend.selectors.selector import resolve
 from paramend.trees.tree import Tree
-
-sys.path.insert(0, str(Path(__file__).parent))
-import reference_matcher as reference
+from support import reference_matcher as reference
 
 # ---- text ↔ pattern
 

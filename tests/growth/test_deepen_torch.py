@@ -1,18 +1,14 @@
 """`deepen` on torch modules: every family stays what it computes, bit for bit, and trains from the right place."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import paramend as pm
-
-sys.path.insert(0, str(Path(__file__).parent))
 from paramend.errors import BadArgument, Unsupported
-from tiny_models import FAMILIES, generated, kind, loaded, logits, make
+from support.tiny_models import FAMILIES, generated, kind, loaded, logits, make
 
 ORDER = pm.depth.blocks(3, count=2)
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import paramend as pm
 from paramend.cli.main import cli
-from tiny_models import settled
+from support.tiny_models import settled
 
 transformers.utils.logging.disable_progress_bar()
 

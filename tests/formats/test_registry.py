@@ -427,7 +427,7 @@ def test_zip_files_of_neither_kind(tmp_path):
 
 # ---- the docs ----------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 TABLE = re.compile(r"<!-- formats -->\n(.*?)<!-- /formats -->", re.DOTALL)
 
 
@@ -446,7 +446,7 @@ def formats_table() -> str:
 
 def test_the_table_of_formats_is_true():
     found = TABLE.search(PAGE.read_text())
-    assert found and found[1] == formats_table() + "\n", f"run `python {Path(__file__).name}` in tests/"
+    assert found and found[1] == formats_table() + "\n", f"run `python {Path(__file__).relative_to(PAGE.parents[1])}`"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Initial values that contribute nothing at first: exact, and alive."""
 
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +9,7 @@ from torch import nn
 import paramend as pm
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from support.numerics import assert_close
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import logits, make
+from support.tiny_models import logits, make
 
 
 def apply_(model, change):

@@ -121,7 +121,7 @@ FLOORS = [
     {"cli.*"},
     {"cli.main"},
 ]
-ROOT = Path(__file__).parents[1] / "src" / "paramend"
+ROOT = Path(__file__).parents[2] / "src" / "paramend"
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts): file
     for file in ROOT.rglob("*.py")
