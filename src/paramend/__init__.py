@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from paramend.evidence.diff import diff as diff
     from paramend.evidence.diff import verify as verify
     from paramend.evidence.stats import stats as stats
-    from paramend.freezing.freeze import carry_opt_state as carry_opt_state
-    from paramend.freezing.freeze import carry_optimizer_ as carry_optimizer_
     from paramend.freezing.freeze import freeze as freeze
     from paramend.freezing.freeze import freeze_ as freeze_
     from paramend.freezing.freeze import frozen as frozen
@@ -29,8 +27,10 @@ if TYPE_CHECKING:
     from paramend.freezing.freeze import value_and_grad as value_and_grad
     from paramend.grafting.graft import graft as graft
     from paramend.grafting.graft import graft_ as graft_
-    from paramend.grafting.graft import graft_opt_state as graft_opt_state
-    from paramend.grafting.graft import graft_optimizer_ as graft_optimizer_
+    from paramend.grafting.states.verbs import carry_opt_state as carry_opt_state
+    from paramend.grafting.states.verbs import carry_optimizer_ as carry_optimizer_
+    from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state
+    from paramend.grafting.states.verbs import graft_optimizer_ as graft_optimizer_
     from paramend.growth import depth as depth
     from paramend.growth import init as init
     from paramend.growth.deepening import deepen as deepen
@@ -107,8 +107,6 @@ _LATER = {
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
         "paramend.freezing.freeze": (
-            "carry_opt_state",
-            "carry_optimizer_",
             "freeze",
             "freeze_",
             "frozen",
@@ -116,7 +114,13 @@ _LATER = {
             "unfreeze_",
             "value_and_grad",
         ),
-        "paramend.grafting.graft": ("graft", "graft_", "graft_opt_state", "graft_optimizer_"),
+        "paramend.grafting.graft": ("graft", "graft_"),
+        "paramend.grafting.states.verbs": (
+            "carry_opt_state",
+            "carry_optimizer_",
+            "graft_opt_state",
+            "graft_optimizer_",
+        ),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.liveness": ("check_live",),

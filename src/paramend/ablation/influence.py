@@ -1,6 +1,5 @@
 """Block influence: how much each block of a torch module turns what passes through it."""
 
-import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,7 +38,8 @@ def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequenc
     """
     if not is_torch_module(module):
         raise BadArgument(f"the influence of blocks is seen in a torch module, and this is {type(module).__name__}")
-    torch: Any = importlib.import_module("torch")
+    import torch
+
     blocks = _blocks(module, layers)
     sums = dict.fromkeys(blocks, 0.0)
     counts = dict.fromkeys(blocks, 0)

@@ -1,6 +1,5 @@
 """Stages: how a score is taken of a tree of which some leaves are edited, and the tree is as before afterwards."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,7 +62,9 @@ class Compiled:
     def __init__(self, tree: Memory, score: Score, batch: int = 0) -> None:
         self._tree, self._batch = tree, batch
         self._numbers = [n for n in tree.index.numbers if tree.ties.get(n, n) == n]
-        self._jax: Any = importlib.import_module("jax")
+        import jax
+
+        self._jax: Any = jax
         self.traces = 0
 
         def scored(values: Sequence[Any]) -> Any:

@@ -176,7 +176,9 @@ class Checkpoint(Editable):
         row = self.plan.by_number[number]
         out = np.empty(row.spec.size, numpy_dtype(row.spec.dtype))
         at = 0
-        for piece in importlib.import_module("paramend.piecewise.rows").values(self.source, row):
+        from paramend.piecewise.rows import values  # to look at a checkpoint needs none of it
+
+        for piece in values(self.source, row):
             out[at : at + piece.size] = piece
             at += piece.size
         return out.reshape(row.spec.shape)
@@ -217,7 +219,8 @@ class Checkpoint(Editable):
 
     def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
         """The checkpoint with some leaves under other paths, as `structure.move` moves those of trees in memory."""
-        structure = importlib.import_module("paramend.edits.structure")  # most programs rename nothing
+        from paramend.edits import structure  # most programs rename nothing
+
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
         return Checkpoint(self.source, self.plan.renamed(structure.moves(self.index, selector, chosen, to)))
 
@@ -246,7 +249,9 @@ class Checkpoint(Editable):
         Raises:
             CannotWrite: the output exists, is the source, or has no place to go to. Nothing was written.
         """
-        report: RewriteReport = _rewriting().write(
+        from paramend.rewriting.rewrite import write  # to look at a checkpoint needs none of it
+
+        return write(
             self.plan,
             out,
             force=force,
@@ -255,7 +260,6 @@ class Checkpoint(Editable):
             record=self.recipe if record else None,
             progress=progress,
         )
-        return report
 
 
 def _check_functions(plan: Plan) -> None:
@@ -313,12 +317,9 @@ def recover(path: str | os.PathLike[str]) -> None:
     except (OSError, ValueError):  # what is wrong is said by what reads the checkpoint
         return
     if found:
-        importlib.import_module("paramend.journal.undo").recover(path)
+        from paramend.journal import undo  # most checkpoints have no undo records
 
-
-def _rewriting() -> Any:
-    """The engine that writes, opened when first asked for: to look at a checkpoint needs none."""
-    return importlib.import_module("paramend.rewriting.rewrite")
+        undo.recover(path)
 
 
 # ---- whole trees -------------------------------------------------------------------------------------------
@@ -528,9 +529,8 @@ def save(
     """
     if isinstance(tree, Checkpoint):
         return tree.save(path, force=force, max_shard_size=max_shard_size, progress=progress)
-    trees = importlib.import_module("paramend.trees.tree")
-    made = Plan.of(_InMemory(trees.Tree(tree)))
-    report: RewriteReport = _rewriting().write(
-        made, path, force=force, max_shard_size=max_shard_size, progress=progress
-    )
-    return report
+    from paramend.rewriting.rewrite import write  # to look at a checkpoint needs neither
+    from paramend.trees.tree import Tree
+
+    made = Plan.of(_InMemory(Tree(tree)))
+    return write(made, path, force=force, max_shard_size=max_shard_size, progress=progress)

@@ -7,7 +7,6 @@ the checkpoint next. `paramend.journal.records` says what a record holds.
 
 import contextlib
 import errno
-import importlib
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -329,7 +328,8 @@ def _check_chunks(base: Path, source: Any, work: Sequence[Work]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    shutil = importlib.import_module("shutil")  # slow to import
+    import shutil  # slow to import
+
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,6 +1,5 @@
 """`paramend demo`: the surgeries on a classifier of handwritten digits, with the evidence."""
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,8 @@ def demo(context: click.Context, out: Path, force: bool, seed: int, as_json: boo
         else:
             _ui.show_lines(_told(row))
 
-    tour = importlib.import_module("paramend.demo.tour").tour
+    from paramend.demo.tour import tour  # imports jax, flax, optax and torch
+
     report = tour(out, seed=seed, force=force, progress=progress)
     if as_json:
         _ui.emit(report.to_dict())

@@ -1,6 +1,5 @@
 """The commands that edit a checkpoint, made from the table of ops."""
 
-import importlib
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -125,12 +124,13 @@ def _split(value: str) -> tuple[str, str | None]:
 
 def _recipe(verb: Verb, selector: str, args: dict[str, Any]) -> str:
     """What was typed as a recipe, with files by their names alone; "" if it cannot be written as one."""
-    recipe = importlib.import_module("paramend.recipes.recipe")  # only records ask for it
+    from paramend.recipes.recipe import Recipe  # only records ask for it
+
     if verb.name == "set":
         name, leaf = _split(args["value"])
         args = {"from": Path(name).name} | ({} if leaf is None else {"leaf": leaf})
     with suppress(BadRecipe):
-        return str(recipe.Recipe([{verb.op or verb.name: {"at": selector, **args}}]))
+        return str(Recipe([{verb.op or verb.name: {"at": selector, **args}}]))
     return ""
 
 

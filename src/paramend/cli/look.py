@@ -1,6 +1,5 @@
 """`paramend show`: what a checkpoint holds."""
 
-import importlib
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +51,9 @@ def show(path: Path, selector: str | None, stats: bool, every: bool, as_json: bo
         found: dict[int, Measures | str] = {}
         if stats:
             with _ui.bar(f"reading {path.name}") as progress:
-                found = _evidence("measurements").measured(
-                    file, numbers, Meter(progress, sum(map(file.nbytes, numbers)))
-                )
+                from paramend.evidence.measurements import measured  # headers need none of it
+
+                found = measured(file, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
         if as_json:
             _ui.emit(_data(file, numbers, found))
         else:
@@ -97,7 +96,8 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
     rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size")]
     rows += [(*line.paths, *line.cells, wording.size(line.size)) for line in leaves]
     if found:
-        statistics = _evidence("statistics")
+        from paramend.evidence import statistics  # headers need none of it
+
         rows[0] += statistics.MEASURES
         for place, number in enumerate(numbers, 1):
             rows[place] += tuple(statistics.shown(getattr(found[number], name, None)) for name in statistics.MEASURES)
@@ -113,11 +113,6 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
         more = len(file.metadata) - len(said)
         lines += aligned([("metadata", *said, *([f"and {more:,} more"] if more else []))])
     return lines
-
-
-def _evidence(name: str) -> Any:
-    """A part of what measures values, opened when it is asked for: headers need none."""
-    return importlib.import_module(f"paramend.evidence.{name}")
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """How commands that write or change a checkpoint do it, and what they print of it."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,11 +164,10 @@ def edit_checkpoint(
             by = edited.recipe if record else None
             carry_out(edited.plan, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link, record=by)
         return
-    patching = importlib.import_module(
-        "paramend.checkpoints.patching"
-    )  # commands that write a new file need none of it
+    from paramend.checkpoints.patching import patch  # commands that write a new file need none of it
+
     with _ui.bar(f"patching {path.name}") as progress:
-        report = patching.patch(path, edit, dry_run=dry_run, progress=progress)
+        report = patch(path, edit, dry_run=dry_run, progress=progress)
     if as_json:
         _ui.emit(report.to_dict())
     else:

@@ -1,6 +1,5 @@
 """The memory engine: edits of a tree in memory, carried out at once."""
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -39,11 +38,15 @@ class Memory(Tree, Editable):
 
     def deleted(self, numbers: Iterable[int]) -> Any:
         """The tree without some leaves, under all their paths."""
-        return _structure().delete(self, {twin for number in numbers for twin in self.twins(number)})
+        from paramend.edits import structure  # most programs never ask, and all pay for imports
+
+        return structure.delete(self, {twin for number in numbers for twin in self.twins(number)})
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
         """The tree with the leaves that a selector chose under new paths."""
-        return _structure().move(self, selector, tuple(numbers), to)
+        from paramend.edits import structure  # as above
+
+        return structure.move(self, selector, tuple(numbers), to)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
         """The same containers holding labels; where there is none, and at leaves that are no arrays, the rest."""
@@ -81,8 +84,3 @@ def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> 
     except (SpecMismatch, NoMatch) as error:
         error.args = (f"{leaves.index.path(number)}: {error}",)
         raise
-
-
-def _structure() -> Any:
-    """Edits of structure, opened when first asked for: most programs never ask, and all pay for imports."""
-    return importlib.import_module("paramend.edits.structure")

@@ -1,7 +1,6 @@
 """The verbs of freezing. The adapter for the subject's framework is opened once that framework is there."""
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
@@ -9,6 +8,7 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.freezing.report import FrozenReport
 from paramend.freezing.schedules import read_schedule
 from paramend.reports import wording
+from paramend.reports.wording import described
 from paramend.selectors.selector import sel, slice_of, write_index
 from paramend.trees.lookup import is_torch_module
 
@@ -99,12 +99,13 @@ def freeze(
         )
     if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
         raise Unsupported(
-            f"freeze takes an optax transformation, which has `init` and `update`; this is {_described(tx)}",
+            f"freeze takes an optax transformation, which has `init` and `update`; this is {described(tx)}",
             hint=_torch_hint(selector) if is_torch_module(tx) else 'pm.freeze(optax.adamw(1e-3), "**/Dense_0/**")',
         )
     schedule = read_schedule(selector, until, since)
     need("optax", extra="jax", to="freeze")
-    adapter: Any = importlib.import_module("paramend.freezing.optax")
+    from paramend.freezing import optax as adapter  # imports jax
+
     return adapter.freeze(tx, schedule, how)
 
 
@@ -135,13 +136,17 @@ def frozen(subject: Any, tx: Any = None) -> FrozenReport:
       Dense_0/kernel  float32[2,3]
     """
     if is_torch_module(subject):
-        return importlib.import_module("paramend.freezing.torch").frozen(subject, tx)  # type: ignore[no-any-return]
+        from paramend.freezing import torch  # imports torch
+
+        return torch.frozen(subject, tx)
     if not hasattr(getattr(tx, "init", None), "finder"):
         raise Unsupported(
             "of parameters alone nobody can say what is frozen: the outermost transformation made by freeze knows",
             hint='pm.frozen(params, pm.freeze(optax.adamw(1e-3), "**/Dense_0/**"))',
         )
-    return importlib.import_module("paramend.freezing.optax").frozen(subject, tx)  # type: ignore[no-any-return]
+    from paramend.freezing import optax  # imports jax
+
+    return optax.frozen(subject, tx)
 
 
 def value_and_grad(
@@ -184,58 +189,9 @@ def value_and_grad(
             hint=f"jax.value_and_grad(loss), with pm.freeze(tx, {sel(frozen)!r}) to keep the slice where it is",
         )
     need("jax", extra="jax", to="differentiate")
-    adapter: Any = importlib.import_module("paramend.freezing.gradients")
-    return adapter.value_and_grad(loss, read_schedule(whole, None, None), argnum, has_aux, zeros)  # type: ignore[no-any-return]
+    from paramend.freezing import gradients as adapter  # imports jax
 
-
-def carry_opt_state(tx: Any, params: Any, state: Any, *, mismatch: str = "error") -> Any:
-    """The state of `tx` for these parameters, in which everything goes on that an earlier state has.
-
-    For thawing, refreezing and resuming: the earlier state may be that of `tx` before it was wrapped in
-    `pm.freeze`, or of a `pm.freeze` of other leaves, or be part of another chain, or come from a file as dicts
-    and lists.
-
-    - The moments of every leaf that both have are carried bit for bit, by path.
-    - The moments of a leaf that the earlier state does not have (None or a `MaskedNode`) are as `tx.init` makes them.
-    - Counts, schedules and injected hyperparameters go on. So does the step of `until=` and `since=`; in a state
-      that had none, it is 0.
-    - What only the earlier state has is left out.
-
-    A moment belongs to the record of fields that it is in, wherever that stands in a chain: where `mu`, `nu` and
-    `count` are together, as in Adam, in one place of each state.
-
-    Args:
-        tx: the transformation to go on with.
-        params: the parameters to go on with.
-        state: an earlier state of the same kind of optimizer.
-        mismatch: when a moment does not have the shape that `tx.init` gives it: "error"; "keep" keeps what
-            `tx.init` made.
-
-    Raises:
-        SpecMismatch: shapes differ; all of them are named.
-        BadArgument: nothing in the state belongs to this optimizer, or `mismatch` is neither of the two.
-
-    >>> import jax.numpy as jnp, optax
-    >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-    >>> adam = optax.adam(0.1)
-    >>> frozen = freeze(adam, "a")
-    >>> _, state = frozen.update(params, frozen.init(params), params)
-    >>> thawed = carry_opt_state(adam, params, state)
-    >>> thawed[0].count.tolist(), thawed[0].mu["a"].tolist(), bool((thawed[0].mu["b"] > 0).all())
-    (1, [0.0, 0.0], True)
-    """
-    if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
-        raise Unsupported(
-            f"carry_opt_state takes an optax transformation, which has `init` and `update`; this is {_described(tx)}",
-            hint="pm.carry_opt_state(tx, params, state)",
-        )
-    if mismatch not in ("error", "keep"):
-        raise BadArgument(
-            f"mismatch={mismatch!r} is neither 'error' nor 'keep'",
-            hint='pm.carry_opt_state(tx, params, state, mismatch="keep")',
-        )
-    need("optax", extra="jax", to="carry an optimizer state")
-    return importlib.import_module("paramend.grafting.states.carry_optax").carry_opt_state(tx, params, state, mismatch)
+    return adapter.value_and_grad(loss, read_schedule(whole, None, None), argnum, has_aux, zeros)
 
 
 def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bool]:
@@ -259,7 +215,9 @@ def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bo
     [('layers', 1, 'bias'), ('layers', 1, 'kernel')]
     """
     need("flax.nnx", extra="jax", to="filter")
-    return importlib.import_module("paramend.freezing.nnx").nnx_filter(model, selector)  # type: ignore[no-any-return]
+    from paramend.freezing import nnx  # imports flax
+
+    return nnx.nnx_filter(model, selector)
 
 
 def freeze_(
@@ -333,65 +291,16 @@ def unfreeze_(module: Any, selector: Any, *, optimizer: Any = None) -> list[str]
     return adapter.unfreeze_(module, whole, index, optimizer)  # type: ignore[no-any-return]
 
 
-def carry_optimizer_(optimizer: Any, old: Any, *, module: Any = None, names: Sequence[str] | None = None) -> Any:
-    """The same torch optimizer, after it took over what an earlier one has for its parameters.
-
-    For thawing, refreezing and resuming, where `load_state_dict` asks for the same parameters in the same groups and
-    takes moments of any shape. Moments of the parameters that both have are copied bit for bit; the others start in
-    their first step. A group takes the rate and the other hyperparameters of the earlier group, if all its parameters
-    come from one. L-BFGS has one history for all parameters: it is carried if these are the same, or else starts anew.
-
-    Args:
-        optimizer: the optimizer to go on with.
-        old: an earlier optimizer of the same class, or its state dict. Parameters of an optimizer are matched by
-            identity; else by names, if the optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
-            they are given; else by their order, if there are as many.
-        module: the module that names the parameters of `optimizer`.
-        names: the names of the parameters of `old`, in their order.
-
-    Raises:
-        SpecMismatch: moments do not have the shape of their parameter; nothing was changed.
-        BadArgument: nothing belongs together, or nobody can say what does.
-        Unsupported: no torch optimizer.
-
-    >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-    >>> old = torch.optim.AdamW(model[1].parameters(), lr=0.5)
-    >>> model(torch.ones(1, 2)).sum().backward()
-    >>> old.step()
-    >>> new = carry_optimizer_(torch.optim.AdamW(model.parameters()), old)
-    >>> [int(state["step"]) for state in new.state.values()], new.param_groups[0]["lr"]
-    ([1, 1], 0.5)
-    """
-    if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
-        raise Unsupported(
-            f"carry_optimizer_ takes a torch optimizer, and this is {_described(optimizer)}",
-            hint="of optax, pm.carry_opt_state(tx, params, state)",
-        )
-    if not hasattr(old, "param_groups") and not (isinstance(old, dict) and {"state", "param_groups"} <= old.keys()):
-        raise Unsupported(
-            f"the earlier state is neither a torch optimizer nor the state dict of one, but {_described(old)}",
-            hint="pm.carry_optimizer_(optimizer, old), or old.state_dict() as it was saved",
-        )
-    return importlib.import_module("paramend.grafting.states.carry_torch").carry_optimizer_(
-        optimizer, old, module, names
-    )
-
-
 def _torch(module: Any, selector: Any, verb: str) -> tuple[Any, Any, Any]:
     """The adapter for a torch module, the selector without its slice, and the slice."""
     if not is_torch_module(module):
         raise Unsupported(
-            f"{verb} takes a torch module, which changes in place; this is {_described(module)}",
+            f"{verb} takes a torch module, which changes in place; this is {described(module)}",
             hint=f"in JAX the optimizer is told: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
         )
-    return (importlib.import_module("paramend.freezing.torch"), *slice_of(sel(selector)))
+    from paramend.freezing import torch  # imports torch
 
-
-def _described(subject: Any) -> str:
-    kind = subject if isinstance(subject, type) else type(subject)
-    what = "the class" if isinstance(subject, type) else "a"
-    return f"{what} {kind.__module__}.{kind.__qualname__}".replace(" builtins.", " ")
+    return (torch, *slice_of(sel(selector)))
 
 
 def _torch_hint(selector: Any) -> str:

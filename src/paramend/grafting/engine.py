@@ -95,7 +95,7 @@ def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -
 # ---- refusing --------------------------------------------------------------------------------------------------
 
 
-def planned(target: Editable, source: Editable, options: Options) -> Plan:
+def planned(target: Leaves, source: Leaves, options: Options) -> Plan:
     """The plan of a graft.
 
     Raises:
@@ -226,3 +226,15 @@ def _better_rename(plan: Plan) -> Plan | None:
 
 def _shapes(leaves: Leaves) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {leaves.index.pieces(number): leaves.spec(number).shape for number in leaves.index.numbers}
+
+
+def put_in(tree: Tree, new: dict[int, Any]) -> None:
+    """Puts values into the leaves of a tree in place, once it is sure that all of them can be."""
+    for number in new:
+        tree.in_place(number)
+    assign(tree, dict(new))
+
+
+def leaves_of(tree: Any) -> Editable | Tree:
+    """A checkpoint is leaves already, each read when its turn comes; anything else is a tree in memory."""
+    return tree if isinstance(tree, Editable) else Tree(tree)

@@ -4,17 +4,19 @@ A graft is planned from names and specs; if nothing stands against it, every new
 change. So a refused graft changes nothing.
 """
 
-import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Editable
+from paramend.grafting import engine
+from paramend.grafting.links import Ends
+from paramend.grafting.options import Dtype, Mismatch, Missing, Options, Place, Renames, Unused
+from paramend.grafting.report import GraftReport
+from paramend.leaves.leaves import Editable, Leaves
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
-    from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Renames, Unused
-    from paramend.grafting.report import GraftReport
+    from paramend.grafting.states.graft_optax import Grafted
     from paramend.resize.rules import Resize
 
 T = TypeVar("T")
@@ -86,17 +88,17 @@ def graft(
     fresh: 1 leaf
       Dense_1/kernel  float64[2,2]  nothing in the source
     """
-    work = _work()
-    tree, leaves = _leaves(target), _leaves(source)
-    options = work.Options(rename, only, mismatch, place, resize, unused, missing, dtype)
-    done = _with_states(tree, leaves, options)
-    if done is not None:
+    tree, leaves = engine.leaves_of(target), engine.leaves_of(source)
+    options = Options(rename, only, mismatch, place, resize, unused, missing, dtype)
+    if isinstance(tree, Tree) and (done := _with_states(tree, leaves, options)) is not None:
         return tree.with_leaves(done.values), done.report
-    plan = work.planned(tree, leaves, options)
+    plan = engine.planned(tree, leaves, options)
     if not isinstance(tree, Tree):
-        return importlib.import_module("paramend.grafting.checkpoints").grafted(plan), plan.report()
-    new, report = tree.with_leaves(work.values(plan)), plan.report()
-    report.ends = work.Ends(new, source)
+        from paramend.grafting.checkpoints import grafted  # with it comes the rewriting engine
+
+        return cast(T, grafted(plan)), plan.report()
+    new, report = tree.with_leaves(engine.values(plan)), plan.report()
+    report.ends = Ends(new, source)
     return new, report
 
 
@@ -138,151 +140,33 @@ def graft_(
     >>> weights["w"], [row.path for row in report.copied]
     (array([1., 1.]), ['w'])
     """
-    work = _work()
     if isinstance(module, Editable):
         raise Unsupported(
             "the files of a checkpoint are not grafted in place",
             hint="tree, report = pm.graft(target, source); tree.save(out)",
         )
-    tree, leaves = Tree(module), _leaves(source)
-    options = work.Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True)
-    done = _with_states(tree, leaves, options)
-    if done is not None:
-        _assign(tree, done.values)
-        return done.report  # type: ignore[no-any-return]
-    plan = work.planned(tree, leaves, options)
-    work.assign(tree, work.values(plan))
+    tree, leaves = Tree(module), engine.leaves_of(source)
+    options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True)
+    if (done := _with_states(tree, leaves, options)) is not None:
+        engine.put_in(tree, done.values)
+        return done.report
+    plan = engine.planned(tree, leaves, options)
+    engine.assign(tree, engine.values(plan))
     report: GraftReport = plan.report()
-    report.ends = work.Ends(module, source)
+    report.ends = Ends(module, source)
     return report
 
 
-def graft_opt_state(
-    state: T, old_state: Any, report: "GraftReport", *, unused: "Unused" = "error"
-) -> "tuple[T, GraftReport]":
-    """The optimizer state with the moments of an earlier one, which follow their parameters, and the report of it.
-
-    Where a parameter was copied, its moments are; where the common corner was, theirs is; where it stayed fresh, or was
-    frozen before, they are as `tx.init` made them. Counts go on, so that schedules do; hyperparameters of
-    `optax.inject_hyperparams` stay those of the new state. All moments of a parameter are carried together or not at
-    all.
-
-    A count goes on for fresh parameters too: Adam then no longer corrects their young moments, and their first update
-    is (1 - b1) / sqrt(1 - b2) times the rate: 3.2 times it for b2=0.999, 0.4 times for b2=0.95.
-
-    Args:
-        state: the state to start warm, as `tx.init(params)` makes it for the new parameters: of optax, also under
-            `pm.freeze`, or an `nnx.Optimizer`.
-        old_state: the state of the earlier run: of the same kind of optimizer, also read from a file.
-        report: what `pm.graft` said of the parameters.
-        unused: when the earlier state keeps moments for which there is no place: "error" or "ok".
-
-    Returns:
-        A new state, and the report, whose rows are the leaves of the state.
-
-    Raises:
-        GraftRefused: the states are of different optimizers, or the report does not tell of these parameters.
-        Unsupported: the first argument is no optimizer state.
-
-    >>> import jax.numpy as jnp, optax
-    >>> tx = optax.adam(1e-3)
-    >>> old, new = {"a": jnp.ones(2)}, {"b": jnp.ones(2), "c": jnp.ones(3)}
-    >>> _, old_state = tx.update(old, tx.init(old))
-    >>> params, report = graft(new, old, rename={"a": "b"})
-    >>> state, report = graft_opt_state(tx.init(params), old_state, report)
-    >>> state[0].mu["b"], state[0].mu["c"], int(state[0].count)
-    (Array([0.1, 0.1], dtype=float32), Array([0., 0., 0.], dtype=float32), 1)
-    """
-    _work().Options(unused=unused)  # checks it
-    tree = Tree(state)
-    done = importlib.import_module("paramend.grafting.states.graft_optax").graft_state(
-        tree, _leaves(old_state), report, unused
-    )
-    _work().refuse_abstract(tree, done.values, done.report)
-    return tree.with_leaves(done.values), done.report
-
-
-def graft_optimizer_(
-    optimizer: Any,
-    old: Any,
-    report: "GraftReport",
-    *,
-    target: Any = None,
-    source: Any = None,
-    unused: "Unused" = "error",
-) -> "GraftReport":
-    """The report of a graft of a torch optimizer's state, or an `nnx.Optimizer`'s, in place.
-
-    The state of a copied parameter is copied with its step; around a common corner it is as the optimizer starts; and
-    a fresh parameter has no state, so that it has a first step of its own. Groups with their hyperparameters stay those
-    of the new optimizer. All or nothing.
-
-    Args:
-        optimizer: what to change, made for the parameters of the new module.
-        old: the optimizer of the old module, of the same class; or its state dict, if it was made of
-            `named_parameters()`.
-        report: what `pm.graft_(module, old_module)` or `pm.graft` said.
-        target: the new module, where the report does not know it: after pickling, or after a graft of a state dict.
-        source: the old module, likewise.
-        unused: when `old` keeps moments for which there is no place: "error" or "ok".
-
-    Returns:
-        The report, whose rows are the moments: `fc.weight.exp_avg`.
-
-    Raises:
-        GraftRefused: the optimizers are of different kinds.
-        BadArgument: nobody can say which parameters are meant.
-        Unsupported: L-BFGS, whose one history is of all parameters together; or no optimizer.
-
-    >>> import torch
-    >>> small, big = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-    >>> old = torch.optim.AdamW(small.parameters())
-    >>> small(torch.ones(1, 2)).sum().backward()
-    >>> old.step()
-    >>> report = graft_(big, small, rename={"**": "0/**"})
-    >>> new = torch.optim.AdamW(big.parameters(), lr=1e-4)
-    >>> print(graft_optimizer_(new, old, report).headline())
-    graft: 6 of 8 leaves copied, 14 of 17 parameters; 0 leaves of the source unused
-    """
-    _work().Options(unused=unused)  # checks it
-    if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
-        adapter = importlib.import_module("paramend.grafting.states.graft_torch")
-        ends = getattr(report, "ends", None)
-        new = target if target is not None or ends is None else ends.target
-        earlier = source if source is not None or ends is None else ends.source
-        return adapter.graft_optimizer_(optimizer, old, report, new, earlier, unused)  # type: ignore[no-any-return]
-    tree = Tree(optimizer)
-    done = importlib.import_module("paramend.grafting.states.graft_optax").graft_state(
-        tree, _leaves(old), report, unused
-    )
-    _assign(tree, done.values)
-    return done.report  # type: ignore[no-any-return]
-
-
-def _with_states(tree: Any, source: Any, options: Any) -> Any:
+def _with_states(tree: Tree, source: Leaves, options: Options) -> "Grafted | None":
     """What a graft comes to where there are optimizer states in both trees; else None."""
-    if isinstance(tree, Tree) and any(
+    if any(
         start < stop and issubclass(kind, tuple) and kind.__module__.startswith("optax.")
         for kind, start, stop in tree.index.spans
     ):
-        done = importlib.import_module("paramend.grafting.states.graft_optax").graft_whole(tree, source, options)
+        from paramend.grafting.states.graft_optax import graft_whole  # imports jax
+
+        done = graft_whole(tree, source, options)
         if done is not None:
-            _work().refuse_abstract(tree, done.values, done.report)
+            engine.refuse_abstract(tree, done.values, done.report)
         return done
     return None
-
-
-def _assign(tree: Tree, values: dict[int, Any]) -> None:
-    for number in values:
-        tree.in_place(number)
-    _work().assign(tree, dict(values))
-
-
-def _leaves(tree: Any) -> Any:
-    """A checkpoint is leaves already, each read when its turn comes; anything else is a tree in memory."""
-    return tree if isinstance(tree, Editable) else Tree(tree)
-
-
-def _work() -> Any:
-    """Opened when first asked for: most programs graft nothing, and all pay for imports."""
-    return importlib.import_module("paramend.grafting.engine")

@@ -1,9 +1,8 @@
 """Growth in depth: a model with more layers, or fewer, or others, made of the layers that it has."""
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from paramend.edits.memory import Memory
 from paramend.errors import Unsupported
@@ -65,7 +64,10 @@ def deepen(
     """
     layers = layers if layers is None or isinstance(layers, str) else sel(layers)
     if isinstance(tree, Editable):
-        return importlib.import_module("paramend.growth.checkpoints").deepened(tree, layers, order, identity)  # type: ignore[no-any-return]
+        from paramend.growth.checkpoints import deepened  # with it comes the rewriting engine
+
+        new, report = deepened(cast(Any, tree), layers, order, identity)
+        return cast(T, new), report
     if isinstance(layers, Sliced):
         return deepened_stack(tree, layers, order, identity)
     memory = Memory(tree)

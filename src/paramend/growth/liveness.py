@@ -1,7 +1,6 @@
 """Liveness: whether each parameter receives a gradient, and at which step the first."""
 
 import copy
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +118,8 @@ def check_live(model: Any, loss: Callable[[Any], Any], selector: Any = "**", *, 
 
 
 def _torch_steps(model: Any, loss: Callable[[Any], Any], steps: int) -> tuple[dict[int, int | None], Memory]:
-    torch: Any = importlib.import_module("torch")
+    import torch
+
     twin = copy.deepcopy(model)
     tree = Memory(twin)
     parameters = {id(parameter): parameter for parameter in twin.parameters() if parameter.requires_grad}

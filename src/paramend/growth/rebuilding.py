@@ -1,7 +1,6 @@
 """Rebuilding: a tree in memory whose numbered layers are rearranged by an order."""
 
 import copy
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -294,13 +293,15 @@ def _descend(node: Any, pieces: Pieces) -> Any:
 def _opened(holder: Any) -> tuple[list[tuple[Any, Any]] | None, Callable[[list[tuple[Any, Any]]], None]]:
     """The entries of a container of layers, and how to give it others in place; None if they are attributes."""
     if is_torch_module(holder):
-        torch = importlib.import_module("torch")
+        import torch
+
         if not isinstance(holder, torch.nn.ModuleList | torch.nn.Sequential | torch.nn.ModuleDict):
             return None, _nothing
         modules = holder._modules
         return list(modules.items()), lambda items: _put(modules, items)
     if imported("flax"):
-        nnx = importlib.import_module("flax.nnx")
+        from flax import nnx
+
         if isinstance(holder, nnx.List):
             return list(enumerate(holder)), lambda items: _fill(holder, items)
     if isinstance(holder, list):

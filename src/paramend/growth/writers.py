@@ -1,14 +1,13 @@
 """Residual writers: which parameters of a block, set to which values, make it the identity, found by trying."""
 
 import copy
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, Unsupported
-from paramend.growth import identities
+from paramend.growth import identities, numbered
 from paramend.trees.lookup import is_torch_module
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -90,7 +89,8 @@ def _least(units: Iterable[_Unit], is_identity: Callable[[Mapping[str, float]], 
 
 
 def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, float]:
-    torch: Any = importlib.import_module("torch")
+    import torch
+
     block = model if layers == "" else _first_block(model, layers)
     calls = _calls(torch, model, block, example)
     twin = copy.deepcopy(block).eval()
@@ -112,8 +112,7 @@ def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, fl
 
 
 def _first_block(model: Any, layers: str | None) -> Any:
-    stacks: Any = importlib.import_module("paramend.growth.numbered")
-    stack = stacks.find(Memory(model).index, layers)[0]
+    stack = numbered.find(Memory(model).index, layers)[0]
     return model.get_submodule(".".join((*stack.parent, stack.piece(stack.numbers[0]))))
 
 

@@ -1,6 +1,5 @@
 """Torch layers, initialised in place."""
 
-import importlib
 from typing import Any, TypeVar
 
 from paramend._optional import imported
@@ -86,8 +85,10 @@ _WAYS_OUT = {
 
 def _no_layer(layer: Any) -> Unsupported:
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("builtins.")
-    if imported("torch") and isinstance(layer, importlib.import_module("torch").Tensor):
-        hint = "torch.nn.init.zeros_(tensor)"
-    else:
-        hint = 'in JAX a new tree holds the zeros: params = pm.at(params, "**/Dense_0/**").zero()'
+    hint = 'in JAX a new tree holds the zeros: params = pm.at(params, "**/Dense_0/**").zero()'
+    if imported("torch"):
+        import torch
+
+        if isinstance(layer, torch.Tensor):
+            hint = "torch.nn.init.zeros_(tensor)"
     return Unsupported(f"init_zero_ takes a torch layer (an nn.Module), and this is a {kind}", hint=hint)

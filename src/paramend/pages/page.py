@@ -1,6 +1,5 @@
 """`Page`: a report as one HTML file that needs nothing else: a map of the tree, a table, a search box."""
 
-import importlib
 import json
 import math
 import os
@@ -86,17 +85,18 @@ class Page:
         >>> page.html().count("</html>"), page.html().count("src=")
         (1, 0)
         """
-        jinja: Any = importlib.import_module("jinja2")  # slow to import, and most programs write no page
+        import jinja2  # slow to import, and most programs write no page
+        from markupsafe import Markup
+
         folder = files("paramend.pages")
-        environment = jinja.Environment(autoescape=True, keep_trailing_newline=True)
+        environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
         template = environment.from_string(folder.joinpath("page.html.jinja").read_text("utf-8"))
-        safe = importlib.import_module("markupsafe").Markup
         text: str = template.render(
             title=self.title,
             headline=self.headline,
-            style=safe(folder.joinpath("page.css").read_text("utf-8")),
-            script=safe(folder.joinpath("page.js").read_text("utf-8")),
-            data=safe(_in_script(self._data())),
+            style=Markup(folder.joinpath("page.css").read_text("utf-8")),
+            script=Markup(folder.joinpath("page.js").read_text("utf-8")),
+            data=Markup(_in_script(self._data())),
         )
         return text
 
@@ -155,7 +155,9 @@ class Paged(Report):
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        return importlib.import_module("paramend.pages.drawing").draw(self.page())
+        from paramend.pages.drawing import draw  # most programs draw nothing
+
+        return draw(self.page())
 
     def _repr_html_(self) -> str:
         return self.page().notebook()

@@ -47,3 +47,14 @@ def size(nbytes: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1000
     return f"{amount:.1f} TB"
+
+
+def described(subject: object) -> str:
+    """What something is, with an article, for a message about an argument of the wrong kind.
+
+    >>> described(5), described("text"), described(dict)
+    ('an int', 'a str', 'the class dict')
+    """
+    kind = subject if isinstance(subject, type) else type(subject)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"the class {name}" if isinstance(subject, type) else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -1,6 +1,5 @@
 """Layouts: which files a rewrite makes, and what goes into each, byte by byte, before any is written."""
 
-import importlib
 import os
 import re
 import stat
@@ -334,10 +333,10 @@ def _again(file: Any, rows: list[tuple[int, Row]], name: str, *, link: bool) -> 
     """A file of the source, edited: what is no leaf stays as it is."""
     own = format_of(file)
     if own is not None and own.name == "torch":
-        torch = importlib.import_module("paramend.rewriting.torch")  # most programs have no files of torch
+        from paramend.rewriting import torch  # most programs have no files of torch
+
         if not torch.overlays(file, rows):
-            found: File = torch.torch_file(file, rows, name)
-            return found
+            return torch.torch_file(file, rows, name)
     return _overlaid_file(file, rows, name, link=link)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -102,11 +101,13 @@ class Note:
 
     def _begun(self, base: Any, recipe: str) -> bytes:
         """The new record, its digests blank."""
+        from importlib.metadata import version  # slow to import
+
         before = record_of(base)
         self._touched = dict(_touched(self._made))
         leaves = self._made.by_number
         self._record = EditRecord(
-            paramend=importlib.import_module("importlib.metadata").version("paramend"),
+            paramend=version("paramend"),
             time=datetime.now(UTC).replace(microsecond=0),
             source=_name_of(base),
             leaves=tuple(

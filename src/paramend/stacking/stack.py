@@ -4,9 +4,8 @@
 one form starts from one in the other when its layers are stacked or unstacked.
 """
 
-import importlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend
 from paramend.edits.structure import Draft, take_apart
@@ -75,7 +74,9 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     axes = axes_of(leaves, {(*m[0].stack, *m[0].rest): m[0].number for m in groups}, axis, like, extra=1)
     paths = keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
     if not isinstance(leaves, Tree):
-        return _on_disk().stacked(leaves, groups, axes, paths)  # type: ignore[no-any-return]
+        from paramend.stacking.checkpoints import stacked  # trees in memory need none of it
+
+        return cast(T, stacked(leaves, groups, axes, paths))
     draft = take_apart(leaves)
     boxes = {member.number: draft.take(member.number) for group in groups for member in group}
     _remove_layers(draft, members, lists=number_at(layers)[1])
@@ -127,7 +128,9 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: Any =
     layers = range(max(depths.values()))
     paths = [keys_of_leaves(leaves, rename(f"{stack}/**", f"{numbered(into, layer)}/**")) for layer in layers]
     if not isinstance(leaves, Tree):
-        return _on_disk().unstacked(leaves, members, depths, axes, paths)  # type: ignore[no-any-return]
+        from paramend.stacking.checkpoints import unstacked  # trees in memory need none of it
+
+        return cast(T, unstacked(leaves, members, depths, axes, paths))
     draft = take_apart(leaves)
     boxes = {member.number: draft.take(member.number) for member in members}
     _remove_layers(draft, members, lists=False)
@@ -144,11 +147,6 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: Any =
                 position = len(path) - len(member.rest) + place if alone else None
                 draft.put(member.number, path, box, position=position)
     return _closed(draft, members)  # type: ignore[no-any-return]
-
-
-def _on_disk() -> Any:
-    """Opened when first asked for: trees in memory need none of it."""
-    return importlib.import_module("paramend.stacking.checkpoints")
 
 
 # ---- what is made -------------------------------------------------------------------------------------------

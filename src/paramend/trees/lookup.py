@@ -38,7 +38,9 @@ def _ask_adapters(kind: type, node: Any) -> Kind | None:
         if found is None and imported(framework):
             found = importlib.import_module(f"paramend.trees.{adapter}").kind_of(kind)
     if found is None and imported("jax") and not (issubclass(kind, tuple) and hasattr(kind, "_fields")):
-        found = importlib.import_module("paramend.trees.pytree").kind_of(kind, node)
+        from paramend.trees import pytree  # imports jax
+
+        found = pytree.kind_of(kind, node)
     found = found or builtin.kind_of(kind)
     if found is not None:
         _kinds[kind] = found

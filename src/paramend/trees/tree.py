@@ -5,7 +5,6 @@ takes apart into the same leaves (plain dicts, lists, registered classes) go thr
 several times as fast; what that walk forgets, the order of dict keys, is put back.
 """
 
-import importlib
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +133,9 @@ class Tree:
         """
         first: dict[Hashable, int] = {}
         ties: dict[int, int] = {}
-        torch: Any = importlib.import_module("paramend.arrays.torch") if self._structure.torch else None
+        torch: Any = None
+        if self._structure.torch:
+            from paramend.arrays import torch  # imports torch
         for number in self.index.numbers:
             value, box = self.values[number], self.boxes.get(number)
             of_torch = torch is not None and backend_of(type(value)) is torch
@@ -236,7 +237,9 @@ def _holds_modules(root: Any) -> bool:
 
 @cache
 def _jax_flatten() -> Any:
-    return importlib.import_module("paramend.trees.pytree").flatten
+    from paramend.trees.pytree import flatten  # imports jax
+
+    return flatten
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:
