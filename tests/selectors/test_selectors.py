@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import paramend as pm
-from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, WrongCount
+from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported, WrongCount
 from paramend.selectors.selector import resolve, slice_of
 from paramend.trees.tree import Tree
 
@@ -458,7 +458,7 @@ def test_the_match_is_found_once_for_each_structure(monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_selector_is_a_filter_of_nnx():
+def test_a_selector_becomes_a_filter_of_nnx_with_the_model():
     from flax import nnx
 
     class Model(nnx.Module):
@@ -466,25 +466,31 @@ def test_a_selector_is_a_filter_of_nnx():
             self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)])
 
     model = Model(nnx.Rngs(0))
-    kernels = nnx.state(model, pm.sel("**/kernel"))
-    assert pm.at(kernels, "**").paths == ["layers/0/kernel", "layers/1/kernel"]
-    _, wide, rest = nnx.split(model, pm.sel("**").where(ndim=2) & ~pm.sel("layers/0/**"), ...)
-    assert pm.at(wide, "**").paths == ["layers/1/kernel"]
-    assert len(pm.at(rest, "**")) == 3
-    assert pm.at(nnx.state(model, pm.sel(re.compile(".*bias"))), "**").paths == ["layers/0/bias", "layers/1/bias"]
-    last = nnx.state(model, pm.sel("layers[-1]/**"))
-    assert sorted(pm.at(last, "**").paths) == ["layers/1/bias", "layers/1/kernel"]
-    _, first, rest = nnx.split(model, nnx.All(nnx.Param, pm.sel("layers[0]/**")), ...)
+
+    def state(selector):
+        return sorted(pm.at(nnx.state(model, pm.nnx_filter(model, selector)), "**").paths)
+
+    assert state("**/kernel") == ["layers/0/kernel", "layers/1/kernel"]
+    assert state(pm.sel("**").where(ndim=2) & ~pm.sel("layers/0/**")) == ["layers/1/kernel"]
+    assert state(re.compile(".*bias")) == ["layers/0/bias", "layers/1/bias"]
+    assert state("layers[-1]/**") == ["layers/1/bias", "layers/1/kernel"]
+    _, first, rest = nnx.split(model, nnx.All(nnx.Param, pm.nnx_filter(model, "layers[0]/**")), ...)
     assert sorted(pm.at(first, "**").paths) == ["layers/0/bias", "layers/0/kernel"]
     assert len(pm.at(rest, "**")) == 2
     with pytest.raises(NoMatch, match="did you mean"):
-        nnx.state(model, pm.sel("layer/0/**"))
+        pm.nnx_filter(model, "layer/0/**")
     with pytest.raises(OutOfRange):
-        nnx.state(model, pm.sel("layers[2]/**"))
-    assert pm.at(nnx.state(model, pm.nnx_filter(model, pm.sel("layers[-1]/**"))), "**").paths == pm.at(last, "**").paths
-    assert pm.sel("**/kernel")(("a", "kernel"), np.ones(2)) and not pm.sel("**/kernel")(("a", "bias"), np.ones(2))
-    with pytest.raises(BadArgument, match="needs the whole model"):
-        pm.sel("layers[-1]/**")(("layers", 0, "kernel"), np.ones(2))
+        pm.nnx_filter(model, "layers[2]/**")
+
+
+def test_a_selector_alone_is_not_a_filter_of_nnx():
+    from flax import nnx
+
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(Unsupported, match="one Variable at a time") as info:
+        nnx.state(model, pm.sel("kernel"))
+    kernel = eval(info.value.hint, {"nnx": nnx, "pm": pm, "model": model})
+    assert pm.at(kernel, "**").paths == ["kernel"]
 
 
 def test_a_selector_as_the_filter_of_a_training_step():
@@ -503,7 +509,6 @@ def test_a_selector_as_the_filter_of_a_training_step():
 
     model = Model(nnx.Rngs(0))
     before = nnx.clone(model)
-    # nnx.grad asks about one Variable at a time, and no caller holds them all: positions need the model.
     wrt = nnx.All(nnx.Param, pm.nnx_filter(model, "layers[-1]/**"))
     optimizer = nnx.Optimizer(model, optax.adamw(1e-1), wrt=wrt)
 

@@ -1,0 +1,1 @@
+"""The same verbs over numpy, JAX and torch arrays."""

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import Label, Part, labels, number_of
+from paramend.leaves.paths import Label, Names, Part, labels, number_of
 from paramend.reports import wording
-from paramend.selectors.matching import Names
 from paramend.selectors.renames import Rename, keys, rename
 from paramend.selectors.selector import Both, Selector, Text, Union, Where
 from paramend.trees.kind import ELIDED, Kind

@@ -1,0 +1,1 @@
+"""One checkpoint format each, and how a file is told to be of it."""

@@ -19,12 +19,11 @@ from paramend.grafting.mismatches import Meeting
 from paramend.grafting.options import BY_LEAF, Options, quoted
 from paramend.grafting.report import PARTS, GraftReport, GraftRow
 from paramend.leaves.leaves import Index, Leaves
-from paramend.leaves.paths import text_of
+from paramend.leaves.paths import Names, text_of
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.resize import detection
 from paramend.resize.rules import Resize
-from paramend.selectors.matching import Names
 from paramend.selectors.patterns import parse
 from paramend.selectors.renames import pieces
 from paramend.selectors.renames import rename as parse_rename

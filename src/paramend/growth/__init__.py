@@ -1,0 +1,1 @@
+"""More layers, fewer, or others, made of those there are."""

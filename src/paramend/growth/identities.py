@@ -7,8 +7,8 @@ from paramend.edits.ops import OPS, Call
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import families
 from paramend.leaves.leaves import Leaves
+from paramend.leaves.paths import Names
 from paramend.reports import wording
-from paramend.selectors.matching import Names
 from paramend.selectors.patterns import parse
 
 Rules = Mapping[str, float]

@@ -7,10 +7,9 @@ from typing import Any
 from paramend.errors import BadArgument, NoMatch, OutOfRange
 from paramend.growth.depth import Order
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import Part, number_of, text_of, write_path, write_piece
+from paramend.leaves.paths import Names, Part, number_of, text_of, write_path, write_piece
 from paramend.reports import wording
 from paramend.selectors.grammar import Literal, Piece, Positions
-from paramend.selectors.matching import Names
 from paramend.selectors.patterns import Pattern, parse
 
 Pieces = tuple[str, ...]

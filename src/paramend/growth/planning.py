@@ -11,8 +11,8 @@ from paramend.growth.families import modules_of
 from paramend.growth.numbered import Stack
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.leaves import Editable
+from paramend.leaves.paths import Names
 from paramend.reports import wording
-from paramend.selectors.matching import Names
 from paramend.selectors.patterns import parse
 from paramend.selectors.selector import Union, sel
 

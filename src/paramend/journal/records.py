@@ -9,8 +9,8 @@ folder, in `.undo` inside it. A record is one file whose name is its number and 
 
 `.partial` becomes `.pending` and that `.done` by renaming, so each step is atomic. `undo` makes `.done` into `.pending`
 again before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held meanwhile.
-Before a record becomes pending, `paramend.journal.claims` notes elsewhere by which digests its frames can be known: one without
-such a note is not believed when a checkpoint is opened, only when its user asks for it.
+Before a record becomes pending, `paramend.journal.claims` notes elsewhere by which digests its frames can be known: one
+without such a note is not believed when a checkpoint is opened, only when its user asks for it.
 
 The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
 

@@ -8,9 +8,8 @@ from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
-from paramend.leaves.paths import Label, Part, labels, text_of, write_piece
+from paramend.leaves.paths import Label, Names, Part, labels, text_of, write_piece
 from paramend.leaves.specs import Spec
-from paramend.selectors.matching import Names
 
 
 @contextmanager

@@ -10,7 +10,7 @@ key is a `Part`, which remembers the separator before it and whether the key end
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SPECIAL = frozenset('*{}[]<>,"\\/.')
 
@@ -31,6 +31,9 @@ class Part(NamedTuple):
 
 
 Label = str | Part
+
+# A tree of names: label → subtree, or → the number of a leaf.
+Names = dict[Label, Any]
 
 
 def labels(key: object) -> tuple[Label, ...]:

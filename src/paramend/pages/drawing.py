@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
 from paramend.leaves.leaves import separator_of
-from paramend.pages.page import Page
+
+if TYPE_CHECKING:
+    from paramend.pages.page import Page
 
 # The colours of Okabe and Ito, and a texture for each: the same as on the page.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
@@ -30,7 +32,7 @@ class _Node:
         return 1 + max((node.depth for node in self.inner.values()), default=0)
 
 
-def draw(page: Page) -> Any:
+def draw(page: "Page") -> Any:
     """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that it belongs to.
 
     Leaves are coloured by their groups, each with a texture of its own, or by the column that colours the page.
@@ -38,6 +40,7 @@ def draw(page: Page) -> Any:
     Raises:
         MissingExtra: matplotlib is not installed.
 
+    >>> from paramend.pages.page import Page
     >>> figure = draw(Page("t", "h", ["a/x", "a/y", "b"], [1, 1, 2], groups=["new", "old", "old"]))
     >>> [text.get_text() for text in figure.legends[0].get_texts()]
     ['new', 'old']
@@ -78,7 +81,7 @@ def draw(page: Page) -> Any:
     return figure
 
 
-def _tree(page: Page) -> _Node:
+def _tree(page: "Page") -> _Node:
     separator = separator_of(page.paths)
     root = _Node("all leaves")
     for place, (path, size) in enumerate(zip(page.paths, page.sizes, strict=True)):
@@ -105,7 +108,7 @@ def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple
         left += part
 
 
-def _shades(page: Page) -> list[str]:
+def _shades(page: "Page") -> list[str]:
     """A colour for each leaf by the column that colours the page; none where the groups do."""
     column = next((column for column in page.columns if column.name == page.colour), None)
     if column is None:

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from paramend.leaves.paths import Label, Part, labels, number_of, text_of
+from paramend.leaves.paths import Label, Names, Part, labels, number_of, text_of
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Piece, Positions, Quoted, Segment, Star
-
-# A tree of names: label → subtree, or → the number of a leaf.
-Names = dict[Label, Any]
-
 
 _REMEMBERED = 100_000  # labels a state remembers, lest a pattern that lives long hold the names of every tree it met
 

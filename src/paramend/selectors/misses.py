@@ -12,10 +12,9 @@ from heapq import heappop, heappush
 from itertools import count, product
 
 from paramend.errors import OutOfRange
-from paramend.leaves.paths import labels, text_of, write_path
+from paramend.leaves.paths import Names, labels, text_of, write_path
 from paramend.reports import wording
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
-from paramend.selectors.matching import Names
 from paramend.selectors.patterns import Pattern, parse
 
 _SECONDS = 0.3  # what a search may take: on large trees a late hint is worse than a short one

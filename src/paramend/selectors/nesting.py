@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import Label, Part, number_of, text_of
-from paramend.selectors.matching import Names
+from paramend.leaves.paths import Label, Names, Part, number_of, text_of
 
 # What it costs to make one path another. To keep a piece is free; a container is the last to be taken away.
 _REPLACED = _ADDED = _OUT_OF_A_NAME = 2

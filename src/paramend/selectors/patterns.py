@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from paramend.errors import OutOfRange
+from paramend.leaves.paths import Names
 from paramend.selectors.grammar import Piece, Positions, Reader, Segment
-from paramend.selectors.matching import Machine, Missing, Names, Walk, steps_of
+from paramend.selectors.matching import Machine, Missing, Walk, steps_of
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import Label, labels, number_of, text_of, write_path
+from paramend.leaves.paths import Label, Names, labels, number_of, text_of, write_path
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
-from paramend.selectors.matching import Names, expression
+from paramend.selectors.matching import expression
 from paramend.selectors.nesting import Step, Tables, Word, closes, nest, opens, pair
 from paramend.selectors.patterns import Pattern, parse
 

@@ -1,16 +1,15 @@
 """Selectors: which leaves. Text first, and values that print as what rebuilds them."""
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError
+from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
 from paramend.leaves.leaves import Index, Leaves, unique
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import Spec, dtype_name
@@ -68,14 +67,12 @@ class Selector:
 
     __iter__ = None  # or a loop over a selector would slice it for ever
 
-    def __call__(self, path: tuple[Any, ...], value: Any) -> bool:
-        """Whether a leaf is chosen: so a selector is a filter of Flax NNX, as in `nnx.state(model, pm.sel(...))`.
-
-        Raises:
-            NoMatch: nothing of what NNX sorts is chosen.
-        """
-        filters = importlib.import_module("paramend.freezing.filters")
-        return filters.accepts(self, path, value)  # type: ignore[no-any-return]
+    def __call__(self, path: object, value: object) -> NoReturn:
+        """Refuses to be a filter of Flax NNX, which shows one Variable at a time: none can tell which is the last."""
+        raise Unsupported(
+            "a selector needs the whole model, and NNX asks its filters about one Variable at a time",
+            hint=f"nnx.state(model, pm.nnx_filter(model, {self!r}))",
+        )
 
     def _find(self, leaves: Leaves) -> set[int]:
         """The leaf numbers, possibly none; of a leaf with several paths, any of its numbers."""

@@ -1,0 +1,1 @@
+"""Containers in memory: how each kind opens and closes."""
