@@ -33,7 +33,8 @@ from paramend.errors import (
     SpecMismatch,
     Unsupported,
 )
-from paramend.formats.safetensors import SafetensorsFile, write_header
+from paramend.formats.safetensors import SafetensorsFile
+from paramend.formats.safetensors_header import write_header
 from paramend.leaves.specs import Spec
 from paramend.piecewise import rows as streaming
 from paramend.rewriting.layouts import parse_size

@@ -268,7 +268,7 @@ def test_progress_ends_at_the_total(model):
 
 
 def test_a_sparse_file(tmp_path):
-    from paramend.formats.safetensors import write_header
+    from paramend.formats.safetensors_header import write_header
     from paramend.leaves.specs import Spec
 
     path = tmp_path / "m.safetensors"

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 
 from paramend.cli import _ui
 from paramend.cli.main import ROWS, cli
-from paramend.formats.safetensors import SafetensorsFile, write_header
+from paramend.formats.safetensors import SafetensorsFile
+from paramend.formats.safetensors_header import write_header
 from paramend.leaves.specs import Spec
 from paramend.reports.progress import Meter
 from support.numerics import assert_close

@@ -1,6 +1,5 @@
 """The reader and the writer of Flax msgpack files: files of flax bit for bit, and hostile bytes."""
 
-import io
 import random
 import subprocess
 import sys
@@ -19,8 +18,13 @@ from flax.serialization import msgpack_restore, msgpack_serialize, to_bytes
 from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
 from paramend.formats.msgpack import WRITER, MsgpackFile
 from paramend.formats.msgpack_writer import Extension
+from paramend.formats.registry import FORMATS
 from paramend.formats.writer import Item
 from paramend.leaves.specs import Spec, numpy_dtype
+from support.writing import write
+
+MSGPACK = next(row for row in FORMATS if row.name == "msgpack")
+
 
 DTYPES = ["bool", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
 DTYPES += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -219,28 +223,18 @@ def test_large_arrays_are_stepped_over(tmp_path):
 
 def items_of(tree):
     def item(name, leaf):
-        flat = np.frombuffer(leaf.tobytes(), np.uint8)
-        pieces = [flat[i : i + 7].data for i in range(0, len(flat), 7)]
-        return Item(name, tuple(name.split("/")), Spec(leaf.shape, leaf.dtype.name), len(flat), lambda: iter(pieces))
+        return Item(name, tuple(name.split("/")), Spec(leaf.shape, leaf.dtype.name), leaf.nbytes), leaf.tobytes()
 
     return [item(name, leaf) for name, leaf in flat(tree).items()]
-
-
-def write(path, items, metadata=None):
-    metadata = metadata or {}
-    with path.open("wb") as file:
-        WRITER.write(file, items, metadata)
-    assert path.stat().st_size <= WRITER.nbytes(items, metadata)
-    return path
 
 
 def test_writing_what_flax_reads(tmp_path):
     arrays = {d: {"a": array(d, (3, 4)), "b": array(d, ()), "c": array(d, (0, 2))} for d in DTYPES}
     arrays |= {f"layer_{i}": {"kernel": np.full((2, 200), i, "float32")} for i in range(40)}
-    path = write(tmp_path / "out.msgpack", items_of(arrays))
+    path = write(tmp_path / "out.msgpack", MSGPACK, items_of(arrays))
     check(path, flat(arrays))
     readable = {key: value for key, value in arrays.items() if not key.startswith("float8")}
-    restored = msgpack_restore(write(tmp_path / "out.msgpack", items_of(readable)).read_bytes())
+    restored = msgpack_restore(write(tmp_path / "out.msgpack", MSGPACK, items_of(readable)).read_bytes())
     assert list(restored) == list(readable)
     for name, leaf in flat(readable).items():
         found = flat(restored)[name]
@@ -252,7 +246,7 @@ def test_writing_arrays_in_pieces(tmp_path, monkeypatch):
     for limit in (20, 40, 48):
         monkeypatch.setattr("paramend.formats.msgpack_writer.MAX_CHUNK", limit)
         monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", limit)
-        path = write(tmp_path / "out.msgpack", items_of(tree))
+        path = write(tmp_path / "out.msgpack", MSGPACK, items_of(tree))
         check(path)
         assert {k: v.tolist() for k, v in flat(msgpack_restore(path.read_bytes())).items()} == {
             k: v.tolist() for k, v in flat(tree).items()
@@ -277,10 +271,8 @@ def test_other_entries_stay(tmp_path):
     path = save(tmp_path, pack(others))
     with MsgpackFile(path) as file:
         items = items_of({})
-        items.append(
-            Item("a.b/c/w", ("a.b/c", "w"), Spec((2,), "float64"), 16, lambda: iter([np.ones(2).view("u1").data]))
-        )
-        out = write(tmp_path / "out.msgpack", items, dict(file.metadata) | {"format": "pt"})
+        items.append((Item("a.b/c/w", ("a.b/c", "w"), Spec((2,), "float64"), 16), np.ones(2).tobytes()))
+        out = write(tmp_path / "out.msgpack", MSGPACK, items, dict(file.metadata) | {"format": "pt"})
     restored = msgpack_restore(out.read_bytes())
     assert restored.pop("a.b/c")["w"].tolist() == others["a.b/c"].pop("w").tolist()
     assert others.pop("a.b/c") == {"d": 5}
@@ -291,9 +283,8 @@ def test_an_empty_map_is_filled(tmp_path):
     path = save(tmp_path, pack({"empty": {}, "full": {"n": 1}}))
     with MsgpackFile(path) as file:
         metadata = dict(file.metadata)
-        out = write(
-            tmp_path / "out.msgpack", items_of({"empty": {"w": np.ones(1)}, "full": {"w": np.ones(2)}}), metadata
-        )
+        items = items_of({"empty": {"w": np.ones(1)}, "full": {"w": np.ones(2)}})
+        out = write(tmp_path / "out.msgpack", MSGPACK, items, metadata)
         assert file.metadata["empty"] == {}
     restored = msgpack_restore(out.read_bytes())
     assert restored["empty"]["w"].tolist() == [1]
@@ -301,9 +292,9 @@ def test_an_empty_map_is_filled(tmp_path):
 
 
 def test_writing_one_value(tmp_path):
-    item = Item("", ("",), Spec((2,), "int8"), 2, lambda: iter([memoryview(b"ab")]))
-    assert msgpack_restore(write(tmp_path / "out.msgpack", [item]).read_bytes()).tolist() == [97, 98]
-    assert msgpack_restore(write(tmp_path / "out.msgpack", []).read_bytes()) == {}
+    item = Item("", ("",), Spec((2,), "int8"), 2), b"ab"
+    assert msgpack_restore(write(tmp_path / "out.msgpack", MSGPACK, [item]).read_bytes()).tolist() == [97, 98]
+    assert msgpack_restore(write(tmp_path / "out.msgpack", MSGPACK, []).read_bytes()) == {}
 
 
 def test_what_cannot_be_written():
@@ -313,7 +304,7 @@ def test_what_cannot_be_written():
     for trees in ([{"a": np.ones(1)}, {"a": np.ones(1)}], [{"a": np.ones(1)}, {"a": {"b": np.ones(1)}}]):
         for order in (trees, trees[::-1]):
             with pytest.raises(RenameClash):
-                WRITER.write(io.BytesIO(), [item for tree in order for item in items_of(tree)], {})
+                list(WRITER.parts([item for tree in order for item, _ in items_of(tree)], {}))
 
 
 # ---- hostile files -----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError, Unsupported
-from paramend.formats.safetensors import SafetensorsFile, parse_header, write_header
+from paramend.formats.safetensors import SafetensorsFile
+from paramend.formats.safetensors_header import parse_header, write_header
 from paramend.leaves.specs import SAFETENSORS_CODES, Spec
 
 # ---- files of the reference ------------------------------------------------------------------------------------

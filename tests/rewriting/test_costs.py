@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paramend.checkpoints.checkpoint import save
-from paramend.formats.safetensors import write_header
+from paramend.formats.safetensors_header import write_header
 from paramend.leaves.specs import Spec
 
 pytestmark = [

@@ -16,7 +16,7 @@ from paramend.arrays.registry import backend_of, to_numpy
 from paramend.edits.ops import Call
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
-from paramend.formats.registry import format_of, home_of, open_source
+from paramend.formats.registry import home_of, open_source
 from paramend.leaves.leaves import Editable, Index, keys_of, plain
 from paramend.leaves.specs import Spec, numpy_dtype
 from paramend.reports import wording
@@ -78,8 +78,8 @@ class Checkpoint(Editable):
     @property
     def format(self) -> str:
         """The name of the format, as the table of formats has it."""
-        row = format_of(self.source)
-        return "" if row is None else row.name
+        found: str = self.source.format
+        return found
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -328,7 +328,9 @@ def recover(path: str | os.PathLike[str]) -> None:
 class _InMemory:
     """A tree in memory as a source: all of its leaves are in memory, none in a file."""
 
+    format = ""
     ties: Mapping[int, int] = {}
+    stats: Mapping[Path, os.stat_result] = {}
 
     def __init__(self, tree: Any) -> None:
         self._tree = tree

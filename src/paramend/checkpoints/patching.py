@@ -24,7 +24,8 @@ from paramend.disk.io import put
 from paramend.disk.locks import explained, linked, opened
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
-from paramend.formats.source import Extent, Source
+from paramend.formats.shards import Shards
+from paramend.formats.source import Chunked, Extent, Sealed, Source
 from paramend.journal.exchange import STAGED, check_replaceable, check_still, exchange
 from paramend.journal.records import DONE, PENDING, Spans, State, Writer, new_head, next_path
 from paramend.journal.undo import (
@@ -38,7 +39,7 @@ from paramend.journal.undo import (
     writing,
 )
 from paramend.piecewise.changes import Work, change, work_of
-from paramend.piecewise.chunks import is_chunked, laid_flat, nbytes_of, restage
+from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 
@@ -163,7 +164,8 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
         CannotWrite: a file is read-only, has several names, is being written, or the disk is full. Nothing was changed.
 
     >>> import tempfile
-    >>> from paramend.formats.safetensors import SafetensorsFile, write_header
+    >>> from paramend.formats.safetensors import SafetensorsFile
+    >>> from paramend.formats.safetensors_header import write_header
     >>> from paramend.leaves.specs import Spec
     >>> from paramend.edits.plan import call, plan
     >>> from paramend.journal.undo import undo
@@ -211,7 +213,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         why = source.refusal(row.source)
         if why:
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
-        extent = laid_flat(source, row) if is_chunked(source) else source.extent(row.source)
+        extent = laid_flat(source, row) if isinstance(source, Chunked) else source.extent(row.source)
         if extent is None:
             raise Unsupported(
                 f"{row.path}: its bytes do not lie in one piece in {name}, so they cannot be changed in place",
@@ -222,7 +224,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
             found = work_of(row, extent)
             work += [found] if len(found.ranges) else []  # of a slice that takes nothing there is nothing to write
         done.add(one)
-    if not is_chunked(source):
+    if not isinstance(source, Chunked):
         _check_apart(work)
     return work
 
@@ -249,7 +251,7 @@ def _carry_out(
 ) -> PatchReport:
     if not work:  # only leaves or slices without elements
         return PatchReport(str(source.path), plan, 0)
-    if is_chunked(source):
+    if isinstance(source, Chunked):
         return _carry_out_chunks(base, store, source, plan, work, progress)
     files = sorted({each.extent.path for each in work})
     with explained(base), opened(files) as descriptors:
@@ -391,14 +393,16 @@ def _is_sparse(status: os.stat_result) -> bool:
 
 def _followers(source: Any, work: Sequence[Work]) -> list[tuple[Any, list[Extent]]]:
     """The files whose format keeps something true by itself, such as checksums, with the leaves that change in each."""
-    if not hasattr(source, "after_patch"):
-        return [found for file in getattr(source, "files", ()) for found in _followers(file, work)]
+    if isinstance(source, Shards):
+        return [found for file in source.files for found in _followers(file, work)]
+    if not isinstance(source, Sealed):
+        return []
     extents = [each.extent for each in work if each.extent.path == source.path]
     return [(source, extents)] if extents else []
 
 
 def _dry(base: Path, source: Any, plan: Plan, work: Sequence[Work]) -> PatchReport:
-    if is_chunked(source):
+    if isinstance(source, Chunked):
         with explained(base):
             _check_chunks(base, source, work)
         return PatchReport(str(base), plan, sum(nbytes_of(source, each) for each in work), dry_run=True)

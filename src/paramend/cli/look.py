@@ -8,8 +8,7 @@ import click
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
-from paramend.formats.registry import format_of
-from paramend.formats.safetensors import RECORD
+from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
 from paramend.reports import wording
@@ -76,7 +75,7 @@ def _data(file: Source, numbers: list[int], found: "dict[int, Measures | str]") 
         leaves.append(leaf)
     return {
         "path": str(file.path),
-        "format": getattr(format_of(file), "name", None),
+        "format": file.format or None,
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "leaves": leaves,
         "count": len(numbers),

@@ -11,7 +11,8 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
 from paramend.pages.page import Paged
-from paramend.rewriting.rewrite import check_output, write
+from paramend.rewriting.output import check_output
+from paramend.rewriting.rewrite import write
 
 RECORD = "Let OUT carry a record of what was done; `paramend verify OUT` checks it."
 

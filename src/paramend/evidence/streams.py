@@ -13,7 +13,6 @@ from paramend.arrays.registry import backend, to_numpy
 from paramend.disk.io import get_into
 from paramend.errors import Unsupported
 from paramend.formats.files import changed, open_regular, same_file
-from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
@@ -98,11 +97,11 @@ def stream_of(leaves: Leaves, number: int) -> Stream:
         return Stream(spec, array.dtype, array.size, array=array)
     extent = home.extent(number)
     if home.refusal(number):
-        return Stream(spec, None, home.nbytes(number), extent, stats_of(home))
+        return Stream(spec, None, home.nbytes(number), extent, home.stats)
     dtype = numpy_dtype(spec.dtype)
     if extent is None:
         return Stream(spec, dtype, spec.size, source=home, number=number)
-    return Stream(spec, dtype, spec.size, extent, stats_of(home))
+    return Stream(spec, dtype, spec.size, extent, home.stats)
 
 
 def hindrance(leaves: Leaves, number: int) -> str:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from paramend.errors import Unsupported
-from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent, Source
 from paramend.leaves.leaves import Index, entries, uncollected
 from paramend.leaves.paths import Label
@@ -240,6 +239,7 @@ class Gathered:
         self.texts: Mapping[str, bytes] = texts or {}
         self.ties: Mapping[int, int] = ties or {}
         self.path: Path = Path() if base is None else base.path
+        self.format: str = "" if base is None else base.format
         self.metadata: Mapping[str, Any] = {} if base is None else base.metadata
         self.index = Index("/" if base is None else base.index.separator)
         self.origins: list[Origin] = []
@@ -270,7 +270,7 @@ class Gathered:
         """What the system said of each file when it was opened."""
         found: dict[Path, os.stat_result] = {}
         for source in self.sources:
-            found |= stats_of(source)
+            found |= source.stats
         return found
 
     def spec(self, number: int) -> Spec:

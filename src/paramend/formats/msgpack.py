@@ -79,6 +79,8 @@ class MsgpackFile(FileSource):
     w int8[2] [7, 8] {'step': 5}
     """
 
+    format = "msgpack"
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = OpenFile(path)
         self.path = self._file.path

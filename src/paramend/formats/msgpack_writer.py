@@ -1,11 +1,11 @@
-"""`MsgpackWriter`: writes arrays as `flax.serialization.to_bytes` does, without flax, in one pass and little memory."""
+"""`MsgpackWriter`: files as `flax.serialization.to_bytes` writes them, without flax."""
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from paramend.errors import RenameClash, Unsupported
-from paramend.formats.writer import Item
+from paramend.formats.writer import Item, Span
 from paramend.leaves.specs import BITS, Spec
 
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
@@ -34,11 +34,13 @@ class Extension(NamedTuple):
 
 
 class MsgpackWriter:
-    """Writes files that `flax.serialization.from_bytes` reads: nested maps of arrays, by their keys.
+    """Lays out files that `flax.serialization.from_bytes` reads: nested maps of arrays, by their keys.
 
     Entries of a msgpack file that are no arrays stay, each at its place. What other formats say besides their leaves is
     left out: flax would take it for parameters.
     """
+
+    seals = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
@@ -46,35 +48,18 @@ class MsgpackWriter:
             return f"flax has no way to write {spec.dtype}"
         return ""
 
-    def nbytes(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> int:
-        """How large the file will be at most."""
-        total = 5 + sum(map(len, _emit(_tree([], metadata), [])))
-        for item in items:
-            keys = sum(len(key.encode()) + 10 for key in item.keys)
-            pieces = item.nbytes // MAX_CHUNK + 1
-            total += item.nbytes + keys + 200 + (40 + 9 * len(item.spec.shape)) * pieces
-        return total
-
-    def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
-        """Writes the whole file.
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+        """The file from its first byte to its last.
 
         Raises:
             RenameClash: a leaf stands where others have their container.
 
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from paramend.formats.msgpack import MsgpackFile
-        >>> path = Path(tempfile.mkdtemp(), "model.msgpack")
-        >>> data = np.array([1, 2], "float32")
-        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8, lambda: iter([data.view("u1").data]))
-        >>> with path.open("wb") as file:
-        ...     MsgpackWriter().write(file, [item], {})
-        >>> with MsgpackFile(path) as file:
-        ...     print(file.index.path(0), file.read(0))
-        fc/bias [1. 2.]
+        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
+        >>> *head, bias = MsgpackWriter().parts([item], {})
+        >>> bias
+        Span(item=0, start=0, stop=8)
         """
-        for part in _emit(_tree(items, metadata), items):
-            file.write(part)
+        return _emit(_tree(items, metadata), items)
 
 
 class _Place(NamedTuple):
@@ -111,10 +96,10 @@ def _tree(items: Sequence[Item], metadata: Mapping[str, Any]) -> Any:
     return tree
 
 
-def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | memoryview]:
+def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | Span]:
     """The bytes of a value, in order."""
     if type(node) is _Place:
-        yield from _item(items[node.number])
+        yield from _item(node.number, items[node.number])
     elif isinstance(node, dict):
         yield _count(node, (0x80, 15), 0xDE)
         for key, child in node.items():
@@ -128,36 +113,22 @@ def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | memoryview]:
         yield _plain(node)
 
 
-def _item(item: Item) -> Iterator[bytes | memoryview]:
+def _item(place: int, item: Item) -> Iterator[bytes | Span]:
     shape, dtype = item.spec.shape, item.spec.dtype
     if item.nbytes <= MAX_CHUNK:
         yield _head(shape, dtype, item.nbytes)
-        yield from item.chunks()
+        yield Span(place, 0, item.nbytes)
         return
     width = BITS[dtype] // 8
-    most = max(MAX_CHUNK // width, 1)
-    counts = [min(most, item.spec.size - start) for start in range(0, item.spec.size, most)]
+    most = max(MAX_CHUNK // width, 1) * width
+    starts = range(0, item.nbytes, most)
     yield b"\x83" + _plain(CHUNKED) + _plain(True) + _plain("shape")
     yield from _emit({str(i): axis for i, axis in enumerate(shape)}, [])
-    yield _plain("chunks") + _count(counts, (0x80, 15), 0xDE)
-    data = _Cutter(item.chunks())
-    for i, count in enumerate(counts):
-        yield _plain(str(i)) + _head((count,), dtype, count * width)
-        yield from data.cut(count * width)
-
-
-class _Cutter:
-    """Bytes that come in pieces, taken in other pieces."""
-
-    def __init__(self, chunks: Iterator[memoryview]) -> None:
-        self._chunks, self._rest = chunks, memoryview(b"")
-
-    def cut(self, nbytes: int) -> Iterable[memoryview]:
-        while nbytes:
-            chunk = self._rest if len(self._rest) else next(self._chunks)
-            self._rest = chunk[nbytes:]
-            nbytes -= len(chunk[:nbytes])
-            yield chunk[: len(chunk) - len(self._rest)]
+    yield _plain("chunks") + _count(starts, (0x80, 15), 0xDE)
+    for i, start in enumerate(starts):
+        stop = min(start + most, item.nbytes)
+        yield _plain(str(i)) + _head(((stop - start) // width,), dtype, stop - start)
+        yield Span(place, start, stop)
 
 
 def _head(shape: tuple[int, ...], dtype: str, nbytes: int) -> bytes:

@@ -4,22 +4,21 @@ Opening reads the zip's directory and the header of each array; nothing is unpic
 they are lie in one piece and are memory-mapped. Those of `numpy.savez_compressed` are decompressed when asked for.
 """
 
+import ast
 import os
 import re
-import struct
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from paramend.errors import BadCheckpoint, RenameClash, Unsupported
+from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
 from paramend.formats.source import Extent
-from paramend.formats.writer import Item
 from paramend.formats.zips.archive import STORED, Archive, Record, shown
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
@@ -34,15 +33,11 @@ _DEFLATED = 8
 # Deflate makes at most 258 bytes of 2 bits; a record that claims more is a bomb or damaged.
 _MOST_DEFLATE = 1032
 _PIECE = 1 << 18
-_MAGIC = b"\x93NUMPY"
 _U64 = 2**64
 
-# The dtypes that numpy can name. It has no names for those of ml_dtypes and saves them as void, but for float8_e5m2,
-# which alone has a kind and a width that no other dtype has.
-_NATIVE = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
-_NATIVE += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-_DESCRS = {name: np.dtype(name).newbyteorder("<").str for name in _NATIVE}
-_CODES = {descr[1:]: name for name, descr in _DESCRS.items()} | {"f1": "float8_e5m2"}
+# numpy has no names for the dtypes of ml_dtypes and saves them as void, but for float8_e5m2, which alone has a kind and
+# a width that no other dtype has.
+_CODES = {descr[1:]: name for name, descr in DESCRS.items()} | {"f1": "float8_e5m2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +94,8 @@ class NpzFile(FileSource):
     ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())
     fc/kernel float32[2,1] [[1.0], [1.0]]
     """
+
+    format = "npz"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = OpenFile(path)
@@ -312,7 +309,7 @@ def _check_kind(file: OpenFile) -> None:
     if not file.size:
         raise BadCheckpoint(f"{file.path}: the file is empty")
     head = file.read(0, min(8, file.size))
-    if head.startswith(_MAGIC):
+    if head.startswith(MAGIC):
         hint = f"numpy.savez('arrays.npz', numpy.load({str(file.path)!r}))"
         raise BadCheckpoint(f"{file.path}: it is one array of numpy.save, not a file of numpy.savez", hint=hint)
     if not head.startswith(b"PK"):
@@ -345,7 +342,7 @@ def _entry(archive: Archive, record: Record) -> Entry:
         raise archive.bad(record.name, f"the name has more than {MAX_PIECES} pieces")
     head = _Head(archive, record)
     prefix = head.take(8)
-    if prefix[:6] != _MAGIC or prefix[6] not in (1, 2, 3) or prefix[7]:
+    if prefix[:6] != MAGIC or prefix[6] not in (1, 2, 3) or prefix[7]:
         raise archive.bad(record.name, "it does not begin as a .npy file of version 1, 2 or 3 does")
     width = 2 if prefix[6] == 1 else 4
     length = int.from_bytes(head.take(width), "little")
@@ -353,10 +350,9 @@ def _entry(archive: Archive, record: Record) -> Entry:
         raise archive.bad(record.name, f"a header of {length:,} bytes is too long")
     raw = head.take(length)
     try:
-        fields = _Literal(raw.decode("utf-8" if prefix[6] == 3 else "latin1")).parse()
-    except (ValueError, RecursionError) as error:
+        descr, fortran, shape = _fields(raw.decode("utf-8" if prefix[6] == 3 else "latin1"))
+    except ValueError as error:
         raise archive.bad(record.name, f"its header cannot be read: {error}") from None
-    shape, fortran = fields["shape"], fields["fortran_order"]
     start = 8 + width + length
     nbytes = record.nbytes - start
     elements = 1
@@ -364,7 +360,7 @@ def _entry(archive: Archive, record: Record) -> Entry:
         elements *= axis
         if axis >= _U64 or elements >= _U64:
             raise archive.bad(record.name, "its header, shape: the number of elements overflows 64 bits")
-    dtype, swapped, sealed = _dtype(fields["descr"])
+    dtype, swapped, sealed = _dtype(descr)
     spec = Spec(shape, dtype)
     if dtype in BITS and spec.nbytes != nbytes:
         raise archive.bad(record.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
@@ -411,182 +407,36 @@ class _Head:
         return data
 
 
-_TOKEN = re.compile(
-    r"""\s*(?: (?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
-             | (?P<number>-?[0-9]{1,20})L?
-             | (?P<word>True|False|None)
-             | (?P<mark>[\[\](){},:]) )""",
-    re.VERBOSE | re.DOTALL,
-)
-_MAX_DEPTH = 20
+_FIELDS = ("descr", "fortran_order", "shape")
 
 
-class _Literal:
-    """The header of a .npy file: a Python dict of text, whole numbers, bools, tuples and lists, and nothing else."""
+def _fields(text: str) -> tuple[Any, bool, tuple[int, ...]]:
+    """What the header of a .npy file says, a Python dict of constants: dtype, order and shape.
 
-    def __init__(self, text: str) -> None:
-        self.text = text.rstrip(" \n\0")
-        self.at = 0
-        self.depth = 0
-
-    def parse(self) -> dict[str, Any]:
-        fields = self._value()
-        if self.at != len(self.text):
-            raise ValueError("there is more after it")
-        if type(fields) is not dict or set(fields) != {"descr", "fortran_order", "shape"}:
-            raise ValueError("a dict of descr, fortran_order and shape is expected")
-        if type(fields["fortran_order"]) is not bool:
-            raise ValueError("fortran_order is neither True nor False")
-        shape = fields["shape"]
-        if type(shape) is not tuple or any(type(axis) is not int or axis < 0 for axis in shape):
-            raise ValueError("shape is no tuple of whole numbers")
-        if type(fields["descr"]) not in (str, list, tuple):
-            raise ValueError("descr names no dtype")
-        return fields
-
-    def _next(self) -> tuple[str, str]:
-        found = _TOKEN.match(self.text, self.at)
-        if found is None or found.lastgroup is None:
-            raise ValueError(f"character {self.at} makes no sense")
-        self.at = found.end()
-        return found.lastgroup, found[found.lastgroup]
-
-    def _value(self, closing: str = "") -> Any:
-        kind, token = self._next()
-        if kind == "text":
-            return token[1:-1]
-        if kind == "number":
-            return int(token)
-        if kind == "word":
-            return {"True": True, "False": False, "None": None}[token]
-        if closing and token == closing:
-            return _END
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise ValueError("brackets are nested too deeply")
-        try:
-            if token == "{":
-                return self._dict()
-            if token == "(":
-                return self._sequence(")")
-            if token == "[":
-                return list(self._sequence("]"))
-        finally:
-            self.depth -= 1
-        raise ValueError(f"{token!r} stands where a value is expected")
-
-    def _dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        while (key := self._value("}")) is not _END:
-            if type(key) is not str or key in found:
-                raise ValueError("its keys are not names, each once")
-            if self._next() != ("mark", ":"):
-                raise ValueError(f"':' is missing after {key!r}")
-            found[key] = self._value()
-            if self._more("}"):
-                break
-        return found
-
-    def _sequence(self, closing: str) -> Any:
-        found: list[Any] = []
-        while (value := self._value(closing)) is not _END:
-            found.append(value)
-            if self._more(closing):
-                # Brackets around one value and no comma are no tuple.
-                return found[0] if closing == ")" and len(found) == 1 and self._lone() else tuple(found)
-        return tuple(found)
-
-    def _lone(self) -> bool:
-        return not self.text[: self.at - 1].rstrip().endswith(",")
-
-    def _more(self, closing: str) -> bool:
-        """Whether the bracket closes here; else a comma follows."""
-        kind, token = self._next()
-        if kind == "mark" and token == closing:
-            return True
-        if (kind, token) != ("mark", ","):
-            raise ValueError(f"',' or {closing!r} is missing before {token!r}")
-        return False
-
-
-_END = object()
+    Raises:
+        ValueError: it says something else.
+    """
+    text = re.sub(r"(?<=[0-9])L(?=[,)])", "", text.strip(" \n\0"))  # whole numbers as Python 2 wrote them
+    try:
+        node = ast.parse(text, mode="eval").body
+        keys = [ast.literal_eval(key) for key in node.keys if key] if isinstance(node, ast.Dict) else []
+        found = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError("it is not a Python dict of constants") from None
+    if sorted(map(str, keys)) != list(_FIELDS):
+        raise ValueError(f"a dict of {wording.listing(_FIELDS)} is expected, each once")
+    descr, fortran, shape = (found[name] for name in _FIELDS)
+    if type(fortran) is not bool:
+        raise ValueError("fortran_order is neither True nor False")
+    if type(shape) is not tuple or any(type(axis) is not int or axis < 0 for axis in shape):
+        raise ValueError("shape is not a tuple of whole numbers")
+    if type(descr) not in (str, list, tuple):
+        raise ValueError("descr names no dtype")
+    return descr, fortran, shape
 
 
 def _ranges(extents: Sequence[Extent]) -> Iterator[tuple[int, int]]:
     return ((extent.start, extent.start + extent.nbytes) for extent in extents)
-
-
-# ---- writing -------------------------------------------------------------------------------------------------
-
-_ALIGNMENT = 64
-
-
-class NpzWriter:
-    """Writes files that `numpy.load` reads and maps: each leaf stored as it is, its bytes aligned.
-
-    Of what a source says besides its leaves, other files of an archive stay; the rest has no place, and is left out.
-    """
-
-    def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
-        return "" if spec.dtype in _DESCRS else f"numpy's files have no dtype {spec.dtype}"
-
-    def nbytes(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> int:
-        """How large the file will be at most."""
-        heads = 30 + 46 + 2 * 28 + _ALIGNMENT
-        arrays = sum(item.nbytes + heads + 2 * len(item.name.encode()) + len(_head(item.spec)) for item in items)
-        others = sum(heads + 2 * len(name.encode()) + len(data) for name, data in _others(metadata).items())
-        return arrays + others + 98
-
-    def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
-        """Writes the whole file.
-
-        Raises:
-            RenameClash: two leaves have one name, or one that is no path within an archive.
-
-        >>> import io
-        >>> data = np.array([1, 2], "float32")
-        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8, lambda: iter([data.view("u1").data]))
-        >>> file = io.BytesIO()
-        >>> NpzWriter().write(file, [item], {})
-        >>> _ = file.seek(0)
-        >>> np.load(file)["fc/bias"]
-        array([1., 2.], dtype=float32)
-        """
-        taken: set[str] = set()
-        with zipfile.ZipFile(file, "w") as archive:
-            for item in items:
-                _check_name(item.name, taken)
-                info = zipfile.ZipInfo(f"{item.name}.npy")  # of 1 January 1980: the same leaves give the same bytes
-                with archive.open(info, "w", force_zip64=True) as record:
-                    text = _head(item.spec)
-                    pad = -(file.tell() + 10 + len(text) + 1) % _ALIGNMENT
-                    record.write(_MAGIC + b"\1\0" + struct.pack("<H", len(text) + pad + 1) + text + b" " * pad + b"\n")
-                    for chunk in item.chunks():
-                        record.write(chunk)
-            for name, data in _others(metadata).items():
-                _check_name(name, taken)
-                archive.writestr(zipfile.ZipInfo(name), data)
-
-
-def _others(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of an archive that are no arrays."""
-    return {name: data for name, data in metadata.items() if type(data) is bytes and not name.endswith(".npy")}
-
-
-def _head(spec: Spec) -> bytes:
-    return f"{{'descr': '{_DESCRS[spec.dtype]}', 'fortran_order': False, 'shape': {spec.shape}, }}".encode()
-
-
-def _check_name(name: str, taken: set[str]) -> None:
-    pieces = name.split("/")
-    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name or ":" in pieces[0]:
-        raise RenameClash(f"{shown(name)} is no name within a zip file", hint="rename it first")
-    if len(name.encode()) > 60_000:
-        raise RenameClash(f"{shown(name)} is too long for a name in a zip file", hint="rename it first")
-    if name in taken:
-        raise RenameClash(f"two leaves would have one name, {shown(name)}", hint="rename or delete one of them first")
-    taken.add(name)
 
 
 WRITER = NpzWriter()

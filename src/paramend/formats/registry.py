@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -32,13 +31,15 @@ class Format:
         recognise: (path, the first bytes; none of a directory) → whether it is one.
         module: the module that reads it.
         reader: the name in there of what opens one.
-        writes: whether new files can be written; the module then has a `WRITER`, but for safetensors, which the
-            rewriting engine writes itself.
+        writes: whether new files can be written; the module then has a `WRITER`.
         patches: whether leaves can be changed in place.
         keeps: what besides the leaves survives an edit.
         extra: the extra that reading it needs; "" for none.
         folder: whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which
             finds the one that holds the tree, and its `WRITER` fills a directory.
+        framework: what the metadata of a safetensors file calls the library whose files these are.
+        padded: whether each leaf begins aligned, whatever comes before it.
+        structural: whether an edited file keeps what else it holds when leaves get other names or specs.
     """
 
     name: str
@@ -52,11 +53,9 @@ class Format:
     keeps: str
     extra: str = ""
     folder: bool = False
-
-    @property
-    def built(self) -> bool:
-        """Whether this installation has the module."""
-        return importlib.util.find_spec(self.module) is not None
+    framework: str = ""
+    padded: bool = True
+    structural: bool = False
 
     def open(self, path: Path) -> Source:
         """A checkpoint of this format, opened."""
@@ -76,12 +75,7 @@ class Format:
         return self._load().WRITER
 
     def _load(self) -> Any:
-        try:
-            return importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            if error.name != self.module:
-                raise
-            raise Unsupported(f"this version of Paramend does not know {self.says}") from None
+        return importlib.import_module(self.module)
 
 
 # ---- what each looks like ----------------------------------------------------------------------------------
@@ -157,6 +151,7 @@ FORMATS: tuple[Format, ...] = (
         writes=True,
         patches=True,
         keeps="metadata, order of tensors, unknown dtypes, index, sidecars",
+        padded=False,
     ),
     Format(
         "torch",
@@ -168,6 +163,8 @@ FORMATS: tuple[Format, ...] = (
         writes=True,
         patches=True,
         keeps="entries that are no tensors, shared storages",
+        framework="pt",
+        structural=True,
     ),
     Format(
         "npz",
@@ -179,6 +176,7 @@ FORMATS: tuple[Format, ...] = (
         writes=True,
         patches=True,
         keeps="other files in the archive",
+        framework="np",
     ),
     Format(
         "msgpack",
@@ -190,6 +188,7 @@ FORMATS: tuple[Format, ...] = (
         writes=True,
         patches=True,
         keeps="entries that are no arrays",
+        framework="flax",
     ),
     Format(
         "orbax",
@@ -203,8 +202,12 @@ FORMATS: tuple[Format, ...] = (
         keeps="layout, shardings, true key paths, custom metadata, other items of a step",
         extra="orbax",
         folder=True,
+        framework="flax",
     ),
 )
+
+# The format of new files whose name asks for none.
+DEFAULT = FORMATS[0]
 
 # What other files begin with, and what to say of them.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
@@ -222,7 +225,7 @@ FOREIGN_SUFFIXES = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", 
 
 def writable() -> list[Format]:
     """The formats that new files can be written in."""
-    return [row for row in FORMATS if row.writes and row.built]
+    return [row for row in FORMATS if row.writes]
 
 
 def find_format(path: Path, head: bytes) -> Format | None:
@@ -238,11 +241,9 @@ def format_for(path: Path) -> Format | None:
     return next((row for row in FORMATS if path.name.lower().endswith(row.suffixes)), None)
 
 
-def format_of(source: Any) -> Format | None:
-    """The format of an opened checkpoint; None of a tree in memory."""
-    source = getattr(source, "base", source)
-    first = source.files[0] if hasattr(source, "files") else source
-    return next((row for row in FORMATS if row.module == type(first).__module__), None)
+def format_of(source: Source) -> Format | None:
+    """The row of the table for an opened checkpoint; None of a tree in memory."""
+    return next((row for row in FORMATS if row.name == source.format), None)
 
 
 def is_tree(path: Path) -> bool:
@@ -294,7 +295,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         CannotRead: there is no such file, or no permission to read it.
 
     >>> import tempfile
-    >>> from paramend.formats.safetensors import write_header
+    >>> from paramend.formats.safetensors_header import write_header
     >>> from paramend.leaves.specs import Spec
     >>> file = Path(tempfile.mkdtemp(), "weights")
     >>> _ = file.write_bytes(write_header({"w": Spec((2,), "int8")}).to_bytes() + bytes(2))
@@ -392,5 +393,5 @@ def _unknown(path: Path, head: bytes) -> BadCheckpoint:
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)
     return BadCheckpoint(
         f"{path}: byte 0: it begins like no checkpoint that is known, and its name says nothing",
-        hint=f"what can be opened: {wording.listing([row.says for row in FORMATS if row.built])}",
+        hint=f"what can be opened: {wording.listing([row.says for row in FORMATS])}",
     )

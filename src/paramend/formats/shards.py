@@ -11,7 +11,7 @@ import numpy as np
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad, shown
-from paramend.formats.source import Extent, Source
+from paramend.formats.source import Extent, Flat, Released, Source
 from paramend.leaves.leaves import Index, entries, separator_of, uncollected
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
@@ -38,6 +38,7 @@ class Shards:
     def __init__(self, path: Path, folder: Path, files: Sequence[Source], shard_index: ShardIndex | None) -> None:
         self.path, self.folder, self.shard_index = path, folder, shard_index
         self.files: tuple[Any, ...] = tuple(files)
+        self.format: str = self.files[0].format
         ties: dict[int, int] = {}
         self._homes: list[tuple[int, int]] = []
         self._open: OrderedDict[int, None] = OrderedDict()
@@ -105,7 +106,7 @@ class Shards:
         """What the system said of each file when it was opened, where that is known."""
         found: dict[Path, os.stat_result] = {}
         for file in self.files:
-            found |= stats_of(file)
+            found |= file.stats
         return found
 
     def spec(self, number: int) -> Spec:
@@ -187,21 +188,13 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
         raise
 
 
-def _names(file: Any) -> Iterable[tuple[int, str]]:
+def _names(file: Source) -> Iterable[tuple[int, str]]:
     """The leaf numbers of a file, each with its name. A flat file knows its names without an index."""
-    if hasattr(file, "names"):
+    if isinstance(file, Flat):
         return enumerate(file.names)
     return ((number, file.index.name(number)) for number in file.index.numbers)
 
 
-def stats_of(source: Any) -> Mapping[Path, os.stat_result]:
-    """What the system said of the files of a source when they were opened, as far as the source remembers."""
-    if hasattr(source, "stats"):
-        found: Mapping[Path, os.stat_result] = source.stats
-        return found
-    return {Path(source.path): source.stat} if hasattr(source, "stat") else {}
-
-
 def _release(file: Any) -> None:
-    """Gives back a file's descriptor, where the format can take it again."""
-    getattr(file, "release", lambda: None)()
+    if isinstance(file, Released):
+        file.release()

@@ -1,9 +1,10 @@
 """`Source`: the leaves of a file on disk, which engines copy, compute and patch by where their bytes lie."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,7 +35,9 @@ class Source(Protocol):
     Opening reads headers only. Every format is one file of this folder that makes such objects.
 
     Attributes:
+        format: the name of its row in the table of formats; "" of a tree in memory.
         path: as the user wrote it.
+        stats: what the system said of each of its files when it was opened.
         index: the names.
         ties: leaf number → the first number of the same leaf, where a file says that two names are one tensor.
         metadata: what the file says of itself besides its leaves, as the format has it.
@@ -44,6 +47,14 @@ class Source(Protocol):
     index: Index
     ties: Mapping[int, int]
     metadata: Mapping[str, Any]
+
+    @property
+    def format(self) -> str:
+        """The name of its row in the table of formats."""
+
+    @property
+    def stats(self) -> Mapping[Path, os.stat_result]:
+        """What the system said of each of its files when it was opened."""
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf."""
@@ -67,4 +78,54 @@ class Source(Protocol):
         """The entries of a container, for trees of bools as selectors: `leaves.entries`."""
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Closes its files."""
+
+
+# ---- what some sources can do besides --------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Sealed(Protocol):
+    """A file that holds checksums of its leaves."""
+
+    path: Path
+
+    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
+        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them."""
+
+    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
+        """What to write, as (file, offset, bytes), so that checksums are true after these bytes changed."""
+
+
+@runtime_checkable
+class Chunked(Protocol):
+    """A checkpoint whose leaves are stored in chunks, each a value that is written whole."""
+
+    names: Sequence[str]
+    store: Any
+
+    def chunks(self, number: int) -> tuple[int, ...]:
+        """The lengths of a chunk of a leaf."""
+
+    def read_box(self, number: int, box: tuple[slice, ...]) -> Array:
+        """The values of a leaf within a box."""
+
+    def stage(self, folder: Path, numbers: Iterable[int]) -> Any:
+        """A store in a folder that takes new chunks of some leaves."""
+
+
+@runtime_checkable
+class Flat(Protocol):
+    """A file that is a table of names, and has them without making an index."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names, by leaf number."""
+
+
+@runtime_checkable
+class Released(Protocol):
+    """A file whose descriptor can be closed until a leaf is read again: of many files few need to be open."""
+
+    def release(self) -> None:
+        """Closes the descriptor."""

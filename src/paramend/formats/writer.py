@@ -1,9 +1,9 @@
-"""`Writer`: what a format offers that can be written leaf by leaf into a new file."""
+"""`Writer`: what a format says of a new file, before the first byte of it is written."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from paramend.leaves.specs import Spec
 
@@ -16,8 +16,7 @@ class Item:
         name: its path as plain text, keys joined by a separator.
         keys: its path key by key.
         spec: shape and dtype.
-        nbytes: how many bytes `chunks` will give.
-        chunks: reads or computes the leaf and gives its bytes in C order, little-endian, in pieces of bounded size.
+        nbytes: its bytes.
         number: that of the leaf in its source.
     """
 
@@ -25,34 +24,62 @@ class Item:
     keys: tuple[str, ...]
     spec: Spec
     nbytes: int
-    chunks: Callable[[], Iterator[memoryview]]
     number: int = -1
 
 
+class Span(NamedTuple):
+    """Bytes of a leaf, in C order and little-endian.
+
+    Attributes:
+        item: the place of the leaf among those that are written.
+        start: the first byte.
+        stop: the one after the last.
+    """
+
+    item: int
+    start: int
+    stop: int
+
+
 class Writer(Protocol):
-    """Writes files of one format. A format's module has one under the name `WRITER`."""
+    """Lays out files of one format. A format's module has one under the name `WRITER`.
+
+    The engine asks for the parts of a file, and then knows its length, copies by the kernel what lies in other files,
+    and computes the rest.
+
+    Attributes:
+        seals: whether such a file holds checksums of its leaves. They are written as 0, and put right by the
+            `after_patch` of the finished file.
+    """
+
+    seals: bool
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
 
-    def nbytes(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> int:
-        """How large the file will be; a little more is no harm."""
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+        """The file from its first byte to its last. The spans of a leaf follow each other, first to last.
 
-    def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
-        """Writes the whole file. The engine opens it, makes it durable and names it."""
+        Args:
+            items: the leaves.
+            metadata: what the source says of itself besides; a writer takes what its format can hold.
+        """
 
 
 class FolderWriter(Protocol):
-    """Writes directories of one format, as `Writer` writes files."""
+    """Writes directories of one format."""
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
 
-    def write(self, folder: Path, items: Sequence[Item], source: Any) -> None:
+    def write(
+        self, folder: Path, items: Sequence[Item], data: Callable[[int], Iterator[memoryview]], source: Any
+    ) -> None:
         """Fills an empty folder. The engine makes it, makes it durable and names it.
 
         Args:
             folder: the folder.
             items: the leaves.
+            data: the place of a leaf → its bytes, in pieces of bounded size.
             source: where they come from; what else it says of itself goes along if it is of this format.
         """

@@ -24,11 +24,6 @@ Array = np.ndarray[Any, Any]
 Box = tuple[slice, ...]
 
 
-def is_chunked(source: Any) -> bool:
-    """Whether the leaves of a source are stored in chunks, each a value that is written whole."""
-    return hasattr(source, "stage")
-
-
 def laid_flat(source: Any, row: Row) -> Extent:
     """Where the bytes of a leaf would lie if they lay in one piece, in a file of its own."""
     return Extent(Path(source.path), 0, row.before.size * numpy_dtype(row.before.dtype).itemsize)

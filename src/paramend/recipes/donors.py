@@ -12,7 +12,6 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.structure import moves
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular
-from paramend.formats.shards import stats_of
 from paramend.leaves.leaves import Editable, Index, Stored
 from paramend.leaves.paths import labels, text_of
 from paramend.reports import wording
@@ -118,8 +117,8 @@ def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> d
 
 
 def _share(one: Checkpoint, other: Checkpoint) -> bool:
-    files = {(stat.st_dev, stat.st_ino) for stat in stats_of(one.source).values()}
-    return any((stat.st_dev, stat.st_ino) in files for stat in stats_of(other.source).values())
+    files = {(stat.st_dev, stat.st_ino) for stat in one.source.stats.values()}
+    return any((stat.st_dev, stat.st_ino) in files for stat in other.source.stats.values())
 
 
 def _read_npy(path: Path) -> Array:

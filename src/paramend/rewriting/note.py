@@ -17,10 +17,10 @@ from paramend.edits.plan import Plan, Row
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.gathered import Gathered, Part
 from paramend.formats.registry import open_source
-from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated
+from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
-from paramend.rewriting.files import Copy, File
-from paramend.rewriting.layouts import Layout, set_to
+from paramend.rewriting.files import Copy, File, base_of, set_to
+from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,
     EditRecord,
@@ -67,7 +67,7 @@ class Note:
         self._record: EditRecord | None = None
         self._head = b""
         self.layout = layout
-        base = made.leaves.base if isinstance(made.leaves, Gathered) else made.leaves
+        base = base_of(made)
         self._text = self._carried(base) if recipe is None else self._begun(base, recipe)
         if self._text is not None:
             self._place()

@@ -32,7 +32,8 @@ from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsuppo
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object, shown
 from paramend.formats.registry import format_of, open_source
-from paramend.formats.safetensors import RECORD, SafetensorsFile
+from paramend.formats.safetensors import SafetensorsFile
+from paramend.formats.safetensors_header import RECORD
 from paramend.formats.shards import Shards
 from paramend.journal.undo import HistoryRow, history, recover
 from paramend.leaves.specs import Spec

@@ -6,38 +6,35 @@ state or the new one, never a third.
 """
 
 import os
-import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paramend.disk.copying import WINDOW, Copier, WriteBack
-from paramend.disk.io import Output, put
-from paramend.disk.publishing import create_file, exists, published, reason, sync_file
+from paramend.disk.io import put
+from paramend.disk.publishing import create_file, published, sync_file
 from paramend.edits.plan import Plan, Row
-from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
+from paramend.errors import BadCheckpoint, CannotRead
 from paramend.formats.files import same_file
-from paramend.formats.registry import find_format, home_of
-from paramend.formats.shards import stats_of
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.journal.exchange import check_still
 from paramend.journal.records import records_beside
 from paramend.journal.undo import retiring
-from paramend.leaves.leaves import Stored, keys_of
+from paramend.leaves.leaves import keys_of
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.rewriting.files import File
-from paramend.rewriting.layouts import Layout, lay_out
+from paramend.rewriting.files import Computed, File
+from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
+from paramend.rewriting.output import check_output, operands, sources
 
 Array = np.ndarray[Any, Any]
 
@@ -103,91 +100,6 @@ class RewriteReport:
         return data
 
 
-def check_output(
-    made: Plan,
-    out: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    link: bool = False,
-    max_shard_size: int | str | None = None,
-) -> Layout:
-    """The files that a rewrite will make. What could not be written is refused, as far as that is known beforehand.
-
-    Raises:
-        CannotWrite: the output exists, is the source, or has no place to go to.
-        Unsupported: the format of the output cannot hold a leaf.
-    """
-    layout = lay_out(made, out, link=link, max_shard_size=max_shard_size)
-    source: Any = made.leaves
-    out = Path(out)
-    found = _look(out)
-    if found is not None:
-        _check_other(out, found, _sources(made), folder=layout.folder)
-        if layout.folder and not stat.S_ISDIR(found.st_mode):
-            raise CannotWrite(f"{out} is a file, and the model needs a directory", hint="write to another name")
-        if not layout.folder and stat.S_ISDIR(found.st_mode):
-            raise CannotWrite(f"{out} is a directory", hint=f"{out / (Path(source.path).name or 'model.safetensors')}")
-        if not layout.folder and not stat.S_ISREG(found.st_mode):
-            raise CannotWrite(f"{out} is no regular file (a pipe, a device or a socket)")
-    if os.path.lexists(out) and not force:
-        raise exists(out)
-    if layout.folder and found is not None:
-        _check_replaceable(out)
-    folder = out.parent
-    if not folder.is_dir():
-        what = "is no directory" if os.path.lexists(folder) else "does not exist"
-        raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free < layout.nbytes:  # some network file systems count no blocks at all
-        needed = wording.size(layout.nbytes)
-        raise CannotWrite(f"{out}: {needed} are needed, and {wording.size(free)} are free in {folder}")
-    return layout
-
-
-def _check_other(out: Path, found: os.stat_result, sources: Sequence[Any], *, folder: bool) -> None:
-    """Refuses an output that is a source, a part of it, or a directory around the first."""
-    home = Path(sources[0].path)
-    paths = {home, *(path for source in sources for path in stats_of(source))}
-    for path in paths:
-        now = _look(path)
-        if now is not None and os.path.samestat(now, found):
-            what = "is the file that is being read" if path != home or path.is_file() else "is what is being read"
-            raise CannotWrite(f"{out} {what}", hint="write to another name, then rename it")
-    if folder and home.resolve().is_relative_to(out.resolve()):
-        raise CannotWrite(f"{out} holds the checkpoint that is being read", hint="write to another name")
-
-
-def _check_replaceable(out: Path) -> None:
-    """Refuses to replace a directory that is no checkpoint, however much force is asked for."""
-    inside = sorted(path.name for path in out.iterdir())
-    row = find_format(out, b"")
-    if row is not None and row.folder:
-        steps = [name for name in inside if name.rpartition("_")[2].isdigit()]
-        if home_of(out) != out and len(steps) > 1:
-            raise CannotWrite(
-                f"{out} holds {len(steps)} steps, and all would be lost: {wording.listing(steps, 4)}",
-                hint="write to another name",
-            )
-        return
-    if inside and not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in inside):
-        raise CannotWrite(
-            f"{out} is a directory that holds no checkpoint, and would be lost: {wording.listing(inside, 4)}",
-            hint="write to another name",
-        )
-
-
-def _look(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise CannotWrite(f"{path}: {reason(error)}") from None
-
-
 def write(
     made: Plan,
     out: str | os.PathLike[str],
@@ -247,7 +159,7 @@ class _Inputs:
     def __init__(self, sources: Iterable[Any]) -> None:
         self.seen: dict[Path, os.stat_result] = {}
         for source in sources:
-            self.seen |= stats_of(source)
+            self.seen |= source.stats
         self.touched: set[Path] = set()
         self._records = records_beside(self.seen, refuses=True)
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -301,7 +213,7 @@ class _Run:
         self.note = note
         self.layout = layout
         self.source: Any = made.leaves
-        self.inputs = _Inputs(_sources(made))
+        self.inputs = _Inputs(sources(made))
         self.copier = Copier()
         self.copied = self.computed = self.linked = 0
         self.meter = Meter(progress, layout.nbytes)
@@ -315,10 +227,7 @@ class _Run:
             return
         target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, file.mode)
         try:
-            if not file.pieces and self.layout.format.name != "safetensors":
-                self._write_foreign(target)
-            else:
-                self._write_pieces(file, target, path)
+            self._write_pieces(file, target, path)
             os.fsync(target)
         finally:
             os.close(target)
@@ -327,7 +236,9 @@ class _Run:
         """Writes the tree of a format that is a directory of its own, or what is not to be copied of another's."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.layout.fresh:
-            self.layout.format.writer().write(folder, self._items(), self.source)
+            rows = self.made.rows
+            items = [Item(self.made.name(r), keys_of(r.labels), r.spec, r.spec.nbytes, r.source) for r in rows]
+            self.layout.format.writer().write(folder, items, lambda place: self._data(rows[place]), self.source)
         else:
             work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
             restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
@@ -350,24 +261,22 @@ class _Run:
 
     def _write_pieces(self, file: File, target: int, path: Path) -> None:
         back = WriteBack(target)
-
-        def note(count: int, at: str = "") -> None:
-            back.advance(count)
-            self.meter.advance(count, at)
-
+        flow = _Flow(self.source, self.note)
         for piece in file.pieces:
+            name = ""
             if isinstance(piece, bytes):
-                note(put(target, piece))
-            elif isinstance(piece, Row):
-                self._note_reads(piece)
-                for nbytes in _put_row(self.source, piece, target, self.note):
-                    self.computed += nbytes
-                    note(nbytes, piece.path)
+                counts: Iterable[int] = [put(target, piece)]
+            elif isinstance(piece, Computed):
+                self._note_reads(piece.row)
+                counts, name = flow.put(piece, target), piece.row.path
+                self.computed += piece.stop - piece.start
             else:
                 descriptor = self.inputs.descriptor(piece.path)
-                for nbytes in self.copier.copy(descriptor, target, piece.start, piece.stop, path=piece.path):
-                    self.copied += nbytes
-                    note(nbytes)
+                counts = self.copier.copy(descriptor, target, piece.start, piece.stop, path=piece.path)
+                self.copied += piece.stop - piece.start
+            for count in counts:
+                back.advance(count)
+                self.meter.advance(count, name)
         os.ftruncate(target, file.nbytes)  # the last leaf may have been left out as a hole
         if file.patched:
             assert file.reopen is not None
@@ -376,61 +285,47 @@ class _Run:
                     put(target, data, at)
 
     def _note_reads(self, row: Row) -> None:
-        for source, number in ((self.source, row.source), *((each.source, each.number) for each in _operands(row))):
+        for source, number in ((self.source, row.source), *((each.source, each.number) for each in operands(row))):
             extent = source.extent(number)
             if extent is not None:
                 self.inputs.touched.add(extent.path)
 
-    # -- other formats
-
-    def _items(self) -> list[Item]:
-        items = []
-        for row in self.made.rows:
-            nbytes = row.spec.nbytes
-            items.append(
-                Item(self.made.name(row), keys_of(row.labels), row.spec, nbytes, self._chunks(row), row.source)
-            )
-        return items
-
-    def _chunks(self, row: Row) -> Callable[[], Iterator[memoryview]]:
-        def chunks() -> Iterator[memoryview]:
-            self._note_reads(row)
-            for piece in self.note.taking(row, data(self.source, row)):
-                yield piece
-                self.meter.advance(len(piece), row.path)
-                if row.calls:
-                    self.computed += len(piece)
-                else:
-                    self.copied += len(piece)
-
-        return chunks
-
-    def _write_foreign(self, target: int) -> None:
-        with BufferedWriter(Output(target)) as file:
-            self.layout.format.writer().write(file, self._items(), dict(self.source.metadata))
+    def _data(self, row: Row) -> Iterator[memoryview]:
+        """The bytes of a leaf for a format that writes its own directory."""
+        self._note_reads(row)
+        for piece in self.note.taking(row, data(self.source, row)):
+            yield piece
+            self.meter.advance(len(piece), row.path)
+            if row.calls:
+                self.computed += len(piece)
+            else:
+                self.copied += len(piece)
 
 
-def _operands(row: Row) -> list[Stored]:
-    """The leaves of other files that edits of a leaf read."""
-    return [value for edit in row.calls if isinstance(value := edit.args.get("value"), Stored)]
+class _Flow:
+    """The bytes of computed leaves, which a format may want span by span."""
 
+    def __init__(self, source: Any, note: Note) -> None:
+        self._source, self._note = source, note
+        self._row: Row | None = None
+        self._chunks: Iterator[memoryview] = iter(())
+        self._rest = memoryview(b"")
 
-def _sources(made: Plan) -> list[Any]:
-    """What a plan reads: the checkpoint that it edits, then the files of other leaves."""
-    found = [made.leaves, *(value.source for row in made.rows for value in _operands(row))]
-    return list({id(source): source for source in found}.values())
-
-
-def _put_row(source: Any, row: Row, target: int, note: Note) -> Iterator[int]:
-    """Writes a leaf and yields the number of bytes of each step."""
-    last = row.calls[-1] if row.calls else None
-    if last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE:
-        for piece in note.taking(row, _blank(row.spec.nbytes)):
-            os.lseek(target, len(piece), os.SEEK_CUR)
-            yield len(piece)
-        return
-    for piece in note.taking(row, data(source, row)):
-        yield put(target, piece)
+    def put(self, piece: Computed, target: int) -> Iterator[int]:
+        """Writes a span and yields the number of bytes of each step. The spans of a leaf come first to last."""
+        row, left = piece.row, piece.stop - piece.start
+        last = row.calls[-1] if row.calls else None
+        hole = last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE
+        if self._row is not row or not piece.start:
+            chunks = _blank(row.spec.nbytes) if hole else data(self._source, row)
+            self._row, self._chunks, self._rest = row, self._note.taking(row, chunks), memoryview(b"")
+        while left:
+            chunk = self._rest if len(self._rest) else next(self._chunks)
+            chunk, self._rest = chunk[:left], chunk[left:]
+            left -= len(chunk)
+            yield os.lseek(target, len(chunk), os.SEEK_CUR) and len(chunk) if hole else put(target, chunk)
+        if piece.stop == row.spec.nbytes:
+            next(self._chunks, None)  # its end says that all was taken
 
 
 def _blank(nbytes: int) -> Iterator[memoryview]:

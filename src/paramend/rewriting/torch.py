@@ -5,7 +5,6 @@ of which more than the values changes, or that shares bytes with another, gets a
 """
 
 import stat
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from paramend.formats.torch.source import TorchFile
 from paramend.formats.torch.writer import TorchWriter, retargeted
 from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.leaves import keys_of
-from paramend.rewriting.files import File, Piece, with_rows
+from paramend.rewriting.files import Computed, File, Piece, with_rows
 from paramend.trees.tree import Tree
 
 _Rows = Sequence[tuple[int, Row]]
@@ -117,8 +116,7 @@ def _zipped(
             followers.setdefault(after, []).append((key, row))
     for record in archive.records.values():
         if record.name == f"{file.folder}/data.pkl":
-            crc = zlib.crc32(data)
-            pieces += [zipped.open(record.name, len(data), crc), data, zipped.close(crc, len(data))]
+            pieces += zipped.record(record.name, data)
         elif not record.name.startswith(start) or record.name[len(start) :] in used:
             places = inside.get(record.name, {})
             crc = 0 if places else record.crc
@@ -126,12 +124,12 @@ def _zipped(
             first = archive.place(record.name).start
             pieces += with_rows(file.path, first, first + record.nbytes, places)
             patched += [(zipped.at + a - first, zipped.at + b - first) for a, b in places]
-            pieces.append(zipped.close(crc, record.nbytes))
+            pieces.append(zipped.close())
         for key, row in followers.get(record.name, ()):
             nbytes = row.spec.nbytes
-            pieces += [zipped.open(f"{start}{key}", nbytes, 0), row]
+            pieces += [zipped.open(f"{start}{key}", nbytes), Computed(row, 0, nbytes)]
             patched += [(zipped.at, zipped.at + nbytes)] if nbytes else []
-            pieces.append(zipped.close(0, nbytes))
+            pieces.append(zipped.close())
     pieces.append(zipped.finish())
     return [piece for piece in pieces if piece != b""], sorted(patched), zipped.at
 

@@ -64,6 +64,8 @@ class OrbaxCheckpoint:
     w bfloat16[2,3]
     """
 
+    format = "orbax"
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.ties: Mapping[int, int] = {}

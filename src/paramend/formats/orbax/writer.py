@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ class OrbaxWriter:
             return f"Orbax has no way to hold {spec.dtype}"
         return ""
 
-    def write(self, folder: Path, items: Sequence[Item], source: Any) -> None:
+    def write(
+        self, folder: Path, items: Sequence[Item], data: Callable[[int], Iterator[memoryview]], source: Any
+    ) -> None:
         """Fills an empty folder with a checkpoint.
 
         Raises:
@@ -48,17 +50,17 @@ class OrbaxWriter:
             CannotWrite: the disk is full, say.
         """
         base = getattr(source, "base", source)  # what the leaves were gathered around
-        orbax = hasattr(base, "walk")
+        orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
         olds = _numbers(items, source, base)
         rest = base.walk.rest if orbax else getattr(base, "rest", ())
         keys, others = _true_keys(items, olds, base, [key for key, _, _ in rest])
         names = _names(keys)
         stage = Stage(None, folder, database=database, zarr3=zarr3)
-        for name, item in zip(names, items, strict=True):
+        for place, (name, item) in enumerate(zip(names, items, strict=True)):
             chunks = chunk_shape(item.spec)
             stage.create(name, item.spec, chunks)
-            for box, values in _cut(item, chunks):
+            for box, values in _cut(item.spec, data(place), chunks):
                 stage.write(name, box, values)
         kinds = ["np.ndarray" if old is None or not orbax else base.walk.kinds[old] for old in olds]
         rows = dict(table_row(key, kind, item.spec.shape) for key, kind, item in zip(keys, kinds, items, strict=True))
@@ -117,15 +119,17 @@ def chunk_shape(spec: Spec) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def _cut(item: Item, chunks: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
+def _cut(
+    spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]
+) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
     """The values of a leaf chunk by chunk, each with its place."""
-    dtype, pieces, rest = numpy_dtype(item.spec.dtype), item.chunks(), memoryview(b"")
-    grid = [range(0, length, chunk) for length, chunk in zip(item.spec.shape, chunks, strict=True)]
+    dtype, rest = numpy_dtype(spec.dtype), memoryview(b"")
+    grid = [range(0, length, chunk) for length, chunk in zip(spec.shape, chunks, strict=True)]
     for corner in np.ndindex(*map(len, grid)):
         starts = [axis[n] for axis, n in zip(grid, corner, strict=True)]
         box = tuple(
             slice(start, min(start + chunk, length))
-            for start, chunk, length in zip(starts, chunks, item.spec.shape, strict=True)
+            for start, chunk, length in zip(starts, chunks, spec.shape, strict=True)
         )
         values = np.empty([part.stop - part.start for part in box], dtype)
         view, at = values.reshape(-1).view(np.uint8).data, 0

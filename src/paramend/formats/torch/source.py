@@ -68,6 +68,8 @@ class TorchFile(FileSource):
     weight float32[2] [1.0, 2.0] {'epoch': 3}
     """
 
+    format = "torch"
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = OpenFile(path)
         self.path = self._file.path

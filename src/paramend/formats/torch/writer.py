@@ -1,19 +1,17 @@
-"""`TorchWriter`: writes tensors as `torch.save` does, without torch, in one pass and in bounded memory.
+"""`TorchWriter`: files as `torch.save` writes them, without torch.
 
-The pickle holds names that `torch.load(weights_only=True)` knows. Checksums follow each record, so that a leaf is
-computed once and nothing is written twice.
+The pickle holds names that `torch.load(weights_only=True)` knows.
 """
 
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from paramend.errors import RenameClash
 from paramend.formats.torch.pickles import Name
 from paramend.formats.torch.recordings import Made, Stored, pickled
-from paramend.formats.writer import Item
-from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
+from paramend.formats.writer import Item, Span
+from paramend.formats.zips.headers import ZipHeaders
 from paramend.leaves.specs import Spec, kind_of
 
 _STORAGES = {
@@ -37,56 +35,36 @@ _FOLDER = "archive"
 
 
 class TorchWriter:
-    """Writes files that `torch.load(weights_only=True)` reads: nested dicts of tensors, by their keys.
+    """Lays out files that `torch.load(weights_only=True)` reads: nested dicts of tensors, by their keys.
 
     What a source says besides its leaves has no place in such a dict, and is left out.
     """
+
+    seals = True
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in _STORAGES or spec.dtype in _NEWER else f"torch has no dtype {spec.dtype}"
 
-    def nbytes(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> int:
-        """How large the file will be at most."""
-        header = 30 + 46 + 24 + 2 * 28 + 2 * len(f"{_FOLDER}/data/{len(items)}") + ALIGNMENT + 4
-        return sum(item.nbytes + header for item in items) + len(_pickle(items)) + 4 * header + 98
-
-    def write(self, file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, Any]) -> None:
-        """Writes the whole file.
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+        """The file from its first byte to its last.
 
         Raises:
             RenameClash: a leaf stands where others have their container.
 
-        >>> import tempfile
-        >>> import numpy as np
-        >>> from pathlib import Path
-        >>> from paramend.formats.torch.source import TorchFile
-        >>> path = Path(tempfile.mkdtemp(), "model.pt")
-        >>> data = np.array([1, 2], "float32")
-        >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8, lambda: iter([data.view("u1").data]))
-        >>> with path.open("wb") as file:
-        ...     TorchWriter().write(file, [item], {})
-        >>> with TorchFile(path) as file:
-        ...     print(file.index.path(0), file.read(0))
-        fc.weight [1. 2.]
+        >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
+        >>> [part for part in TorchWriter().parts([item], {}) if isinstance(part, Span)]
+        [Span(item=0, start=0, stop=8)]
         """
         zipped = ZipHeaders()
-
-        def add(name: str, chunks: Iterable[bytes | memoryview], nbytes: int = 0) -> None:
-            file.write(zipped.open(f"{_FOLDER}/{name}", nbytes))
-            crc = count = 0
-            for chunk in chunks:
-                crc = zlib.crc32(chunk, crc)
-                count += len(chunk)
-                file.write(chunk)
-            file.write(zipped.close(crc, count))
-
-        add("data.pkl", [_pickle(items)])
-        add("byteorder", [b"little"])
+        yield from zipped.record(f"{_FOLDER}/data.pkl", _pickle(items))
+        yield from zipped.record(f"{_FOLDER}/byteorder", b"little")
         for i, item in enumerate(items):
-            add(f"data/{i}", item.chunks(), item.nbytes)
-        add("version", [b"3\n"])
-        file.write(zipped.finish())
+            yield zipped.open(f"{_FOLDER}/data/{i}", item.nbytes)
+            yield Span(i, 0, item.nbytes)
+            yield zipped.close()
+        yield from zipped.record(f"{_FOLDER}/version", b"3\n")
+        yield zipped.finish()
 
 
 # ---- the pickle ----------------------------------------------------------------------------------------------

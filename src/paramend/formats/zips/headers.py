@@ -1,11 +1,13 @@
 """`ZipHeaders`: what stands in a zip file besides the bytes of its records, which lie one after the other."""
 
 import struct
+import zlib
+from collections.abc import Iterator
 
 # From here on, lengths and offsets need the wide fields of zip64; a test sets it low.
 WIDE = 0xFFFFFFFF
 ALIGNMENT = 64
-_UTF8, _DESCRIBED = 1 << 11, 1 << 3
+_UTF8 = 1 << 11
 _DAY = 0x21  # 1 January 1980, the first of zip's calendar
 
 
@@ -17,7 +19,7 @@ class ZipHeaders:
 
     >>> import io, zipfile
     >>> zipped = ZipHeaders()
-    >>> data = zipped.open("a", 3, crc=0x352441C2) + b"abc" + zipped.close(0x352441C2, 3) + zipped.finish()
+    >>> data = zipped.open("a", 3, crc=0x352441C2) + b"abc" + zipped.close() + zipped.finish()
     >>> zipfile.ZipFile(io.BytesIO(data)).read("a"), len(data) == zipped.at
     (b'abc', True)
     """
@@ -27,42 +29,44 @@ class ZipHeaders:
         self._alignment = alignment
         self._directory: list[bytes] = []
 
-    def open(self, name: str, nbytes: int, crc: int | None = None) -> bytes:
+    def record(self, name: str, data: bytes) -> Iterator[bytes]:
+        """A record of these bytes, with what stands around it."""
+        yield self.open(name, len(data), zlib.crc32(data))
+        yield data
+        yield self.close()
+
+    def open(self, name: str, nbytes: int, crc: int = 0) -> bytes:
         """What stands before a record.
 
         Args:
             name: the record's.
-            nbytes: its length; of one without a checksum, the least that it can have.
-            crc: its checksum; None if it will stand after the record.
+            nbytes: its length.
+            crc: its checksum; 0 where it is put right later.
         """
-        self._header, self._name = self.at, name.encode()
-        self._wide, self._described = nbytes >= WIDE, crc is None
-        sizes = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if self._wide else b""
+        self._header, self._name, self._nbytes, self._crc = self.at, name.encode(), nbytes, crc
+        wide = nbytes >= WIDE
+        sizes = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
         pad = -(self.at + 30 + len(self._name) + len(sizes) + 4) % self._alignment
         extra = sizes + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
-        length = 0xFFFFFFFF if self._wide else 0 if self._described else nbytes
-        flags = _UTF8 | (_DESCRIBED if self._described else 0)
-        self._fixed = (45 if self._wide else 20, flags, 0, 0, _DAY)
+        length = 0xFFFFFFFF if wide else nbytes
+        self._fixed = (45 if wide else 20, _UTF8, 0, 0, _DAY)
         lengths = (length, length, len(self._name), len(extra))
-        head = struct.pack("<I5H3I2H", 0x04034B50, *self._fixed, crc or 0, *lengths)
+        head = struct.pack("<I5H3I2H", 0x04034B50, *self._fixed, crc, *lengths)
         self.at += len(head) + len(self._name) + len(extra)
         return head + self._name + extra
 
-    def close(self, crc: int, nbytes: int) -> bytes:
-        """What stands after a record of this checksum and length."""
-        self.at += nbytes
-        form = "<IIQQ" if self._wide else "<IIII"
-        described = struct.pack(form, 0x08074B50, crc, nbytes, nbytes) if self._described else b""
-        self.at += len(described)
-        numbers = [nbytes, nbytes, self._header]
+    def close(self) -> bytes:
+        """What stands after the record: nothing, but the directory at the end of the file will list it."""
+        self.at += self._nbytes
+        numbers = [self._nbytes, self._nbytes, self._header]
         full = [number >= WIDE for number in numbers]
         wide = b"".join(struct.pack("<Q", number) for number, is_full in zip(numbers, full, strict=True) if is_full)
         extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
         packed, plain, offset = (0xFFFFFFFF if is_full else n for n, is_full in zip(numbers, full, strict=True))
-        head = struct.pack("<IH5H3I", 0x02014B50, 45, *self._fixed, crc, packed, plain)
+        head = struct.pack("<IH5H3I", 0x02014B50, 45, *self._fixed, self._crc, packed, plain)
         tail = struct.pack("<5H2I", len(self._name), len(extra), 0, 0, 0, 0, offset)
         self._directory.append(head + tail + self._name + extra)
-        return described
+        return b""
 
     def finish(self) -> bytes:
         """The central directory, which ends the file."""

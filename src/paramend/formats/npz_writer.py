@@ -1,0 +1,78 @@
+"""`NpzWriter`: files as `numpy.savez` writes them, each array aligned."""
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import RenameClash
+from paramend.formats.writer import Item, Span
+from paramend.formats.zips.archive import shown
+from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
+from paramend.leaves.specs import Spec
+
+MAGIC = b"\x93NUMPY"
+# The dtypes that numpy can name. It has no names for those of ml_dtypes and saves them as void.
+_NATIVE = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
+_NATIVE += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+DESCRS = {name: np.dtype(name).newbyteorder("<").str for name in _NATIVE}
+
+
+class NpzWriter:
+    """Lays out files that `numpy.load` reads and maps: each leaf stored as it is, its bytes aligned.
+
+    Of what a source says besides its leaves, other files of an archive stay; the rest has no place, and is left out.
+    """
+
+    seals = True
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+        return "" if spec.dtype in DESCRS else f"numpy's files have no dtype {spec.dtype}"
+
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+        """The file from its first byte to its last.
+
+        Raises:
+            RenameClash: two leaves have one name, or one that is no path within an archive.
+
+        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
+        >>> _, head, bias, *_ = NpzWriter().parts([item], {})
+        >>> bias, head[10:].strip()
+        (Span(item=0, start=0, stop=8), b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }")
+        """
+        taken: set[str] = set()
+        zipped = ZipHeaders()
+        for place, item in enumerate(items):
+            _check_name(item.name, taken)
+            head = _head(item.spec)
+            crc = 0 if item.nbytes else zlib.crc32(head)
+            yield zipped.open(f"{item.name}.npy", len(head) + item.nbytes, crc)
+            yield head
+            yield Span(place, 0, item.nbytes)
+            yield zipped.close()
+        for name, data in metadata.items():
+            if type(data) is bytes and not name.endswith(".npy"):
+                _check_name(name, taken)
+                yield from zipped.record(name, data)
+        yield zipped.finish()
+
+
+def _head(spec: Spec) -> bytes:
+    """What stands before the bytes of an array: version 1.0 of the format, padded so that these begin aligned."""
+    text = f"{{'descr': '{DESCRS[spec.dtype]}', 'fortran_order': False, 'shape': {spec.shape}, }}".encode()
+    pad = -(len(MAGIC) + 4 + len(text) + 1) % ALIGNMENT
+    return MAGIC + b"\1\0" + struct.pack("<H", len(text) + pad + 1) + text + b" " * pad + b"\n"
+
+
+def _check_name(name: str, taken: set[str]) -> None:
+    pieces = name.split("/")
+    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name or ":" in pieces[0]:
+        raise RenameClash(f"{shown(name)} is no name within a zip file", hint="rename it first")
+    if len(name.encode()) > 60_000:
+        raise RenameClash(f"{shown(name)} is too long for a name in a zip file", hint="rename it first")
+    if name in taken:
+        raise RenameClash(f"two leaves would have one name, {shown(name)}", hint="rename or delete one of them first")
+    taken.add(name)

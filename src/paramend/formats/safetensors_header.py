@@ -1,0 +1,341 @@
+"""The header of a safetensors file: it names every tensor and says where its bytes lie.
+
+The reader is stricter than the reference where that one is lax: a name stands once. What the reference
+refuses is refused here too, but for unknown dtypes: their bytes are listed and copied, never read or edited.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paramend.errors import BadCheckpoint, RenameClash, Unsupported
+from paramend.formats.jsontext import bad, json_type, parse_object, shown
+from paramend.formats.writer import Item, Span
+from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec
+from paramend.reports import wording
+
+MAX_HEADER = 100_000_000
+# Names are trees of pieces; a name of a million pieces would be a tree too deep to walk.
+MAX_PIECES = 200
+_U64 = 2**64
+_METADATA = "__metadata__"
+# Under this key the metadata of a file may hold the record of how it was made.
+RECORD = "paramend.record"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        name: as it stands in the header.
+        spec: shape and dtype; of a dtype that is unknown, such as code "I2", the dtype is "raw<I2>".
+        start: where its bytes begin, counted from the end of the header.
+        stop: where they end.
+    """
+
+    name: str
+    spec: Spec
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """The number of its bytes in the file."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header that keeps every rule of the format.
+
+    Attributes:
+        raw: the JSON text with its padding, as it stands in the file.
+        entries: the tensors in the order of their bytes, which need not be the order of their names in `raw`.
+        metadata: the strings under `__metadata__`; None if there are none.
+    """
+
+    raw: bytes
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The length of the header with the eight bytes that say how long it is; the data begins there."""
+        return 8 + len(self.raw)
+
+    @property
+    def data_nbytes(self) -> int:
+        """The number of bytes of all tensors."""
+        return self.entries[-1].stop if self.entries else 0
+
+    def to_bytes(self) -> bytes:
+        """What the file begins with."""
+        return len(self.raw).to_bytes(8, "little") + self.raw
+
+    def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
+        """The header of a file in which these tensors, by their places in `entries`, stay under these names and specs.
+
+        Metadata, unknown fields and both orders stay. Where nothing changes the header stays byte for byte.
+
+        Raises:
+            RenameClash: two tensors would have one name.
+            Unsupported: the format has no such dtype.
+
+        >>> before = write_header({"w": Spec((2,), "float32"), "b": Spec((1,), "float32")})
+        >>> [entry.name for entry in before.edited({1: ("bias", Spec((1,), "float32"))}).entries]
+        ['bias']
+        """
+        if len(kept) == len(self.entries) and all(
+            (entry.name, entry.spec) == kept.get(i) for i, entry in enumerate(self.entries)
+        ):
+            return self
+        rows: dict[str, tuple[str, Any]] = {}
+        before = json.loads(self.raw)
+        entries: list[Entry] = []
+        at = 0
+        for i, entry in enumerate(self.entries):
+            if i not in kept:
+                continue
+            name, spec = kept[i]
+            row = before[entry.name]
+            nbytes = entry.nbytes
+            if spec != entry.spec:
+                nbytes = spec.nbytes
+                row |= {"dtype": _code(spec), "shape": list(spec.shape)}
+            row["data_offsets"] = [at, at + nbytes]
+            entries.append(Entry(name, spec, at, at + nbytes))
+            rows[entry.name] = (name, row)
+            at += nbytes
+        table: dict[str, Any] = {}
+        for old, row in before.items():
+            if old == _METADATA:
+                table[old] = row
+            elif old in rows:
+                table[_fresh(rows[old][0], table)] = rows[old][1]
+        return Header(_encode(table), tuple(entries), self.metadata)
+
+
+def layout(fields: Iterable[tuple[str, Spec, int]], metadata: Mapping[str, str] | None = None) -> Header:
+    """The header of a new file that holds these tensors, given by name, spec and bytes, one after the other.
+
+    Raises:
+        RenameClash: two tensors have one name.
+        Unsupported: the format has no such dtype.
+    """
+    table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
+    entries: list[Entry] = []
+    at = 0
+    for name, spec, nbytes in fields:
+        row = {"dtype": _code(spec), "shape": list(spec.shape), "data_offsets": [at, at + nbytes]}
+        table[_fresh(name, table)] = row
+        entries.append(Entry(name, spec, at, at + nbytes))
+        at += nbytes
+    return Header(_encode(table), tuple(entries), metadata)
+
+
+def _fresh(name: str, table: Mapping[str, Any]) -> str:
+    """The name, which must be new to the table and no name of the format's own."""
+    if name == _METADATA:
+        raise RenameClash(f"{_METADATA!r} is no name for a leaf: a safetensors file keeps its metadata there")
+    if name in table:
+        raise RenameClash(f"two leaves would have one name, {shown(name)}", hint="rename or delete one of them first")
+    if name.count("/") + name.count(".") >= MAX_PIECES:
+        raise RenameClash(f"{shown(name)} has more than {MAX_PIECES} pieces")
+    return name
+
+
+def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> Header:
+    """The header of a new file that holds these tensors one after the other.
+
+    Raises:
+        Unsupported: the format has no such dtype.
+
+    >>> write_header({"w": Spec((2, 2), "bfloat16")}).raw
+    b'{"w":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}       '
+    """
+    return layout(((name, spec, spec.nbytes) for name, spec in specs.items()), metadata)
+
+
+def annotated(raw: bytes, key: str, text: str) -> bytes:
+    """The JSON text of a header with one more entry in its metadata.
+
+    >>> annotated(b'{"__metadata__":{"format":"pt"}}', "note", "1")
+    b'{"__metadata__":{"format":"pt","note":"1"}}     '
+    """
+    table = json.loads(raw)
+    # transformers takes a file that says nothing of itself for one of torch, and asks one that says something.
+    metadata = table.pop(_METADATA, None) or {"format": "pt"}
+    return _encode({_METADATA: {**metadata, key: text}, **table})
+
+
+def _code(spec: Spec) -> str:
+    if spec.dtype.startswith("raw<"):  # bytes that are only copied, under the code that they came with
+        return spec.dtype[4:-1]
+    code = SAFETENSORS_CODES.get(spec.dtype)
+    if code is None:
+        raise Unsupported(f"a safetensors file cannot hold {spec.dtype}", hint=", ".join(SAFETENSORS_CODES))
+    return code
+
+
+def _encode(table: dict[str, Any]) -> bytes:
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return text + b" " * (-len(text) % 8)  # so that the data begins aligned
+
+
+# ---- reading a header --------------------------------------------------------------------------------------
+
+
+def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
+    """The header, every rule checked.
+
+    Args:
+        raw: the JSON text.
+        data_nbytes: how many bytes follow it.
+        file: what messages call the file.
+
+    Raises:
+        BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
+
+    >>> parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12, file="x.st")
+    Traceback (most recent call last):
+    paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to none
+    """
+    table = parse_object(raw, file, "header")
+    metadata = _metadata(table.pop(_METADATA, None), file)
+    entries = [_entry(name, row, file) for name, row in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    _check_cover(entries, data_nbytes, file)
+    return Header(raw, tuple(entries), metadata)
+
+
+def _metadata(value: Any, file: str) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if type(value) is not dict:
+        raise bad(file, f"header, {_METADATA}", f"an object of strings is expected, not {json_type(value)}")
+    for key, text in value.items():
+        place = f"header, {_METADATA}, {shown(key)}"
+        if type(text) is not str:
+            raise bad(file, place, f"a string is expected, not {json_type(text)}")
+    return value
+
+
+def _entry(name: str, row: Any, file: str) -> Entry:
+    try:  # most tensors are like one before
+        code, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
+        spec, nbytes = _sound[(code, *shape)]
+        whole = {type(start), type(stop), *map(type, shape)} == {int}
+        if whole and start >= 0 and stop == start + nbytes < _U64 and name.count("/") + name.count(".") < MAX_PIECES:
+            return Entry(sys.intern(name), spec, start, stop)
+    except (KeyError, TypeError, ValueError):
+        pass
+    entry = _checked_entry(name, row, file)
+    if len(_sound) < _REMEMBERED and not entry.spec.dtype.startswith("raw<"):
+        _sound[(row["dtype"], *entry.spec.shape)] = entry.spec, entry.nbytes
+    return entry
+
+
+# The specs of tensors that kept every rule, with their bytes, by code and shape.
+_sound: dict[tuple[Any, ...], tuple[Spec, int]] = {}
+_REMEMBERED = 10_000
+
+
+def _checked_entry(name: str, row: Any, file: str) -> Entry:
+    def flaw(what: str, reason: str) -> BadCheckpoint:
+        return bad(file, f"tensor {shown(name)}{what}", reason)
+
+    if name.count("/") + name.count(".") >= MAX_PIECES:
+        raise flaw("", f"the name has more than {MAX_PIECES} pieces")
+    if type(row) is not dict:
+        raise flaw("", f"an object is expected, not {json_type(row)}")
+    missing = [field for field in ("dtype", "shape", "data_offsets") if field not in row]
+    if missing:
+        raise flaw("", f"{missing[0]} is missing")
+    code, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if type(code) is not str:
+        raise flaw(", dtype", f"a string is expected, not {json_type(code)}")
+    if type(shape) is not list:
+        raise flaw(", shape", f"an array is expected, not {json_type(shape)}")
+    if type(offsets) is not list or len(offsets) != 2:
+        raise flaw(", data_offsets", "an array of two integers is expected")
+    for what, numbers in ((", shape", shape), (", data_offsets", offsets)):
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < _U64:
+                found = f"{number:,}" if type(number) is int and abs(number) < 10**30 else json_type(number)
+                raise flaw(what, f"a whole number from 0 to 2**64 - 1 is expected, not {found}")
+    start, stop = offsets
+    if stop < start:
+        raise flaw(", data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
+    elements = 1
+    for length in shape:
+        elements *= length
+        if elements >= _U64:
+            raise flaw(", shape", "the number of elements overflows 64 bits")
+    dtype = FROM_SAFETENSORS.get(code)
+    if dtype is None:
+        return Entry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
+    bits = elements * BITS[dtype]
+    if bits >= _U64:
+        raise flaw(", shape", "the number of bits overflows 64 bits")
+    if bits % 8:
+        raise flaw(", shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
+    if stop - start != bits // 8:
+        said = f"{code} of shape ({wording.listing([*map(str, shape)], 10)})"
+        takes = wording.plural(bits // 8, "byte")
+        raise flaw(", data_offsets", f"{said} takes {takes}, and {start:,} to {stop:,} are {stop - start:,}")
+    return Entry(name, Spec(tuple(shape), dtype), start, stop)
+
+
+def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
+    """Every byte of the data belongs to exactly one tensor."""
+    needed = max((entry.stop for entry in entries), default=0)
+    if needed > data_nbytes:
+        reason = f"the file is cut short: its tensors take {needed:,} bytes, and {data_nbytes:,} are there"
+        raise bad(file, "data", reason, hint="copy or download it again")
+    at = 0
+    for before, entry in zip([None, *entries], entries, strict=False):
+        if entry.start > at:
+            reason = f"the bytes {at:,} to {entry.start:,} before it belong to no tensor"
+            raise bad(file, f"tensor {shown(entry.name)}, data_offsets", reason)
+        if entry.start < at and before is not None:
+            reason = f"it begins at {entry.start:,}, within tensor {shown(before.name)}, which ends at {at:,}"
+            raise bad(file, f"tensor {shown(entry.name)}, data_offsets", reason)
+        at = entry.stop
+    if at != data_nbytes:
+        extra = wording.plural(data_nbytes - at, "byte")
+        raise bad(file, "data", f"{extra} after the last tensor belong to none")
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+
+class SafetensorsWriter:
+    """Lays out files that `safetensors` reads. Of the metadata, texts stay."""
+
+    seals = False
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+        if spec.dtype not in SAFETENSORS_CODES:
+            return f"safetensors files have no dtype {spec.dtype}"
+        bits = BITS[spec.dtype]
+        return f"safetensors files pack {spec.dtype}, {bits} bits each, and its values here are not" if bits % 8 else ""
+
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+        """The file from its first byte to its last.
+
+        Raises:
+            RenameClash: two leaves have one name.
+
+        >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
+        >>> head, weight = SafetensorsWriter().parts([item], {})
+        >>> head[8:].strip(), weight
+        (b'{"fc.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', Span(item=0, start=0, stop=8))
+        """
+        texts = {key: value for key, value in metadata.items() if isinstance(key, str) and isinstance(value, str)}
+        yield layout(((item.name, item.spec, item.nbytes) for item in items), texts or None).to_bytes()
+        for place, item in enumerate(items):
+            yield Span(place, 0, item.nbytes)

@@ -1,0 +1,100 @@
+"""Copies of the files of a source in which some leaves have other values, names or specs; all else stays."""
+
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from paramend.edits.plan import Plan, Row
+from paramend.errors import Unsupported
+from paramend.formats.safetensors import SafetensorsFile
+from paramend.formats.shards import Shards
+from paramend.formats.source import Sealed
+from paramend.formats.writer import Span
+from paramend.rewriting.files import Copy, File, laid, with_rows
+
+
+def overlays(made: Plan) -> bool:
+    """Whether the result is a copy of the source in which the bytes of some leaves are others."""
+    source: Any = made.leaves
+    if made.restructured or not source.stats:
+        return False
+    changed = [row for row in made.rows if row.calls]
+    if any(row.spec != row.before for row in changed):
+        return False
+    # A new file takes any edit, and holds no more than the leaves.
+    return bool(source.metadata) or all(source.extent(row.source) is not None for row in changed)
+
+
+def rows_by_file(made: Plan, source: Shards) -> Iterator[tuple[Any, list[tuple[int, Row]]]]:
+    """The files of a source that go on being files, each with its leaves: (number in the file, row)."""
+    rows: list[list[tuple[int, Row]]] = [[] for _ in source.files]
+    for row in made.rows:
+        place, inner = source.home(row.source)
+        rows[place].append((inner, row))
+    for file, mine in zip(source.files, rows, strict=True):
+        if mine or not file.index.numbers:
+            yield file, mine
+
+
+def edited_file(made: Plan, file: Any, rows: list[tuple[int, Row]], name: str, *, link: bool) -> File:
+    """A file of the source, edited.
+
+    Args:
+        made: the plan.
+        file: the file.
+        rows: what becomes of its leaves: (number in the file, row).
+        name: the name of the new file.
+        link: whether it may be a second name of the old one.
+
+    Raises:
+        Unsupported: the format cannot hold a leaf, or has no place for it in a copy of the file.
+        RenameClash: two leaves would have one place.
+    """
+    if isinstance(file, SafetensorsFile):
+        return _with_header(made, file, rows, name, link=link)
+    if file.format == "torch":
+        from paramend.rewriting import torch  # most programs have no files of torch
+
+        if not torch.overlays(file, rows):
+            return torch.torch_file(file, rows, name)
+    return _overlaid(file, rows, name, link=link)
+
+
+def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]], name: str, *, link: bool) -> File:
+    """A file that keeps the header of another as far as it can: metadata, unknown fields, both orders."""
+    by_place: Mapping[int, Row] = dict(rows)
+    header = file.header.edited({place: (made.name(row), row.spec) for place, row in by_place.items()})
+    mode = stat.S_IMODE(file.stat.st_mode)
+    if header is file.header and not any(row.calls for row in by_place.values()):
+        size = file.stat.st_size
+        return File(name, size, mode, (Copy(file.path, 0, size),), file.path, link)
+    ordered = [by_place[place] for place in sorted(by_place)]
+
+    def parts() -> Iterator[bytes | Copy | Span]:
+        yield Copy(file.path, 0, header.nbytes) if header is file.header else header.to_bytes()
+        for place, entry in enumerate(header.entries):
+            yield Span(place, 0, entry.nbytes)
+
+    pieces, _, nbytes = laid(made, ordered, parts())
+    return File(name, nbytes, mode, pieces)
+
+
+def _overlaid(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, link: bool) -> File:
+    """A copy of a file with the edited leaves computed where they lie. Tied leaves are one, and edited once."""
+    size, mode = file.stat.st_size, stat.S_IMODE(file.stat.st_mode)
+    places: dict[tuple[int, int], Row] = {}
+    for number, row in rows:
+        if not row.calls:
+            continue
+        extent = file.extent(number)
+        if extent is None:
+            raise Unsupported(
+                f"{row.path} cannot take {row.edit} in a copy of the file: its bytes are not contiguous",
+                hint="-o OUT.safetensors",
+            )
+        places[extent.start, extent.start + extent.nbytes] = row
+    pieces = with_rows(file.path, 0, size, places)
+    ranges = tuple(sorted((start, stop) for start, stop in places if start < stop))
+    origin = None if ranges else file.path
+    sealed = ranges if isinstance(file, Sealed) else ()
+    return File(name, size, mode, tuple(pieces), origin, link=link and not ranges, patched=sealed, reopen=type(file))

@@ -1,0 +1,54 @@
+"""Directories of a format of their own, such as Orbax: a copy with other values, or a new one."""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from paramend.rewriting.files import Copy, File
+from paramend.rewriting.sidecars import is_of_hub_cache
+
+
+def tree_within(source: Any) -> Path:
+    """The folder that holds the tree, within that of the checkpoint."""
+    found: Path = source.folder.relative_to(source.path)
+    return found
+
+
+def own_files(source: Any, *, link: bool) -> tuple[list[File], list[str]]:
+    """The files of a directory, and what does not come along."""
+    home, inner = source.path, tree_within(source)
+    files: list[File] = []
+    left_out: list[str] = []
+    for entry in sorted(os.scandir(home), key=lambda entry: entry.name):
+        # Of the folder of a manager one step comes along, and what is said of them all.
+        step = source.steps and entry.is_dir() and entry.name != "metadata" and entry.name != inner.parts[0]
+        if step:
+            left_out.append(f"{entry.name} (another step)" if entry.name.isdigit() else entry.name)
+        else:
+            _gather(home, entry.name, files, left_out, link=link)
+    return files, left_out
+
+
+# What says which of the other files count: a second name of it could not be exchanged.
+_OWN = re.compile(r"_.*|\..*|manifest\..*|zarr\.json")
+
+
+def _gather(home: Path, name: str, files: list[File], left_out: list[str], *, link: bool) -> None:
+    """Adds a file, or those of a directory, hidden ones too: some stores have them."""
+    path = home / name
+    if path.name == ".undo" or path.name.endswith(".orbax-checkpoint-tmp"):
+        return
+    if path.is_symlink() and not (path.is_file() and is_of_hub_cache(home, path)):
+        left_out.append(f"{name} (a symbolic link)")
+    elif path.is_dir():
+        for inner in sorted(path.iterdir()):
+            _gather(home, f"{name}/{inner.name}", files, left_out, link=link)
+    elif path.is_file():
+        status = path.stat()
+        copy = (Copy(path, 0, status.st_size),) if status.st_size else ()
+        linked = link and _OWN.fullmatch(path.name) is None
+        files.append(File(name, status.st_size, stat.S_IMODE(status.st_mode), copy, path, linked))
+    else:
+        left_out.append(f"{name} (no regular file)")

@@ -1,0 +1,92 @@
+"""Models in several files: the shards of the source again, or new ones of a chosen size, and their index."""
+
+import re
+from typing import Any
+
+from paramend.edits.plan import Plan, Row
+from paramend.errors import BadArgument
+from paramend.formats.index import SUFFIX, index_text
+from paramend.formats.registry import Format
+from paramend.formats.safetensors_header import layout
+from paramend.formats.shards import Shards
+from paramend.rewriting.copies import edited_file, rows_by_file
+from paramend.rewriting.files import File, fresh_file, mode_of, nbytes_of, ordered, text_file
+
+
+def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
+    """The files of the source, each with what is left of it, and the index, true of what is left."""
+    files = [edited_file(made, file, rows, file.path.name, link=link) for file, rows in rows_by_file(made, source)]
+    if made.restructured or any(row.spec != row.before for row in made.rows):
+        return files + _index_file(made, source)
+    if source.shard_index is not None:
+        path = source.shard_index.path
+        files.append(text_file(path.name, path.read_bytes(), mode_of(source)))
+    return files
+
+
+def _index_file(made: Plan, source: Shards) -> list[File]:
+    """The index of the source, true of what is left; none if there was none."""
+    if source.shard_index is None:
+        return []
+    index, ties = made.leaves.index, source.ties
+    weight_map = {}
+    order = {name: place for place, name in enumerate(source.shard_index.weight_map)}
+    for row in sorted(made.rows, key=lambda row: order.get(index.name(row.source), len(order))):
+        if index.name(row.source) in order:
+            weight_map[made.name(row)] = source.files[source.home(row.source)[0]].path.name
+    once = {ties.get(row.source, row.source): row for row in made.rows}.values()
+    nbytes, size = sum(nbytes_of(made, row) for row in once), sum(row.spec.size for row in once)
+    text = source.shard_index.to_bytes(weight_map, nbytes=nbytes, size=size)
+    return [text_file(source.shard_index.path.name, text, mode_of(source))]
+
+
+def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
+    """As many files as the limit asks for, and their index if there are several."""
+    groups: list[list[Row]] = [[]]
+    filled = 0
+    for row in ordered(made, form):
+        nbytes = nbytes_of(made, row)
+        if limit is not None and groups[-1] and filled + nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(row)
+        filled += nbytes
+    if len(groups) == 1:
+        return [fresh_file(made, groups[0], form, "model.safetensors")]
+    files: list[File] = []
+    weight_map: dict[str, str] = {}
+    for place, group in enumerate(groups, 1):
+        name = f"model-{place:05}-of-{len(groups):05}.safetensors"
+        files.append(fresh_file(made, group, form, name))
+        for row in group:
+            if weight_map.setdefault(made.name(row), name) != name:
+                layout(((made.name(row), row.spec, 0) for row in made.rows), None)  # says which name stands twice
+    table = {"metadata": {"total_size": sum(nbytes_of(made, row) for row in made.rows)}, "weight_map": weight_map}
+    files.append(text_file("model.safetensors" + SUFFIX, index_text(table), mode_of(made.leaves)))
+    return files
+
+
+def largest(source: Any) -> int | None:
+    """The bytes of the tensors in the largest of several files."""
+    if not isinstance(source, Shards) or len(source.files) == 1:
+        return None
+    filled = [0] * len(source.files)
+    for number in source.index.numbers:
+        filled[source.home(number)[0]] += source.nbytes(number)
+    return max(filled)
+
+
+def parse_size(size: int | str) -> int:
+    """A number of bytes given as text, in powers of 1000, or of 1024 with an "i".
+
+    Raises:
+        BadArgument: the text is not a size.
+
+    >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(1000)
+    (5000000000, 1572864, 1000)
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?))?b?", str(size).strip().lower())
+    number = 0.0 if found is None else float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
+    if number < 1:
+        raise BadArgument(f"{size!r} is not a size", hint='one such as "5GB", "500MB", 1_000_000')
+    return int(number)
