@@ -20,7 +20,8 @@ from paramend.formats.gathered import Made, Part, Stacked, Taken
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec
-from paramend.rewriting.layouts import Copy, lay_out
+from paramend.rewriting.files import Copy
+from paramend.rewriting.layouts import lay_out
 
 
 def path_of(name):

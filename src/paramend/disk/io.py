@@ -4,10 +4,8 @@ Every byte of an output goes through `put`, but for those that the kernel copies
 """
 
 import errno
-import io
 import os
 from pathlib import Path
-from typing import Any
 
 from paramend.errors import BadCheckpoint
 
@@ -74,22 +72,3 @@ def write_file(path: Path, data: Bytes) -> None:
         put(descriptor, data)
     finally:
         os.close(descriptor)
-
-
-class Output(io.RawIOBase):
-    """An open file as what libraries write to. The descriptor stays open when this is closed."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return os.lseek(self._descriptor, offset, whence)
-
-    def write(self, data: Any, /) -> int:
-        return put(self._descriptor, data)

@@ -35,17 +35,22 @@ def seal(store: Path, record: str) -> None:
     Args:
         store: the folder of records.
         record: what it can be known by.
+
+    Raises:
+        OSError: the note could be begun and not written: the disk is full, say. Better now than when bytes have changed.
     """
     begin(store)
-    with contextlib.suppress(OSError):
+    try:
         path = _note(store)
         descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            put(descriptor, record.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        sync_folder(path.parent)
+    except OSError:
+        return
+    try:
+        put(descriptor, record.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def read(store: Path) -> str | None:
