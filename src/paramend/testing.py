@@ -6,13 +6,13 @@ from paramend.errors import UnexpectedChange
 from paramend.evidence.diff import diff
 
 
-def assert_only_changed(before: Any, after: Any, selector: Any, *, allow_noop: bool = False) -> None:
+def assert_only_changed(before: Any, after: Any, only: Any, *, allow_noop: bool = False) -> None:
     """Nothing, if some of the leaves that a selector chooses differ and no others do.
 
     Args:
         before: a tree of any kind, a checkpoint, or the path of one.
         after: likewise.
-        selector: what may differ: it counts in `before`, and for leaves that are new in `after`.
+        only: a selector of what may differ: it counts in `before`, and for leaves that are new in `after`.
         allow_noop: whether it is right that nothing differs at all.
 
     Raises:
@@ -21,22 +21,22 @@ def assert_only_changed(before: Any, after: Any, selector: Any, *, allow_noop: b
         NoMatch: the selector chooses nothing.
 
     >>> old = {"kernel": np.ones(2), "bias": np.zeros(2)}
-    >>> assert_only_changed(old, {**old, "bias": np.ones(2)}, "bias")
-    >>> assert_only_changed(old, dict(old), "bias")
+    >>> assert_only_changed(old, {**old, "bias": np.ones(2)}, only="bias")
+    >>> assert_only_changed(old, dict(old), only="bias")
     Traceback (most recent call last):
     paramend.errors.UnexpectedChange: no difference: 2 leaves are identical, 32 B; nothing in bias
     """
-    report = diff(before, after, only=selector)
+    report = diff(before, after, only=only)
     if report.unexpected or not (report or allow_noop):
         raise UnexpectedChange(str(report), changes=report.changes)
 
 
-def assert_identical(a: Any, b: Any, selector: Any = "**") -> None:
+def assert_identical(before: Any, after: Any, selector: Any = "**") -> None:
     """Nothing, if no leaf differs, bit by bit.
 
     Args:
-        a: a tree of any kind, a checkpoint, or the path of one.
-        b: likewise.
+        before: a tree of any kind, a checkpoint, or the path of one.
+        after: likewise.
         selector: what to compare.
 
     Raises:
@@ -49,6 +49,6 @@ def assert_identical(a: Any, b: Any, selector: Any = "**") -> None:
     paramend.errors.UnexpectedChange: 1 of 1 leaf differs: 1 changed
     ...
     """
-    report = diff(a, b, selector)
+    report = diff(before, after, selector)
     if report:
         raise UnexpectedChange(str(report), changes=report.changes)

@@ -77,9 +77,9 @@ def test_each_target_scores_as_the_tree_edited_by_hand_and_one_trace_does_it(fla
 @pytest.mark.numeric
 def test_a_batch_gives_the_same_scores_in_one_trace(flax_model):
     params, score = flax_model
-    one = pm.ablate(params, TARGETS, score, order=2, how="permuted", seed=3)
+    one = pm.ablate(params, TARGETS, score, pairs=True, how="permuted", seed=3)
     for batch in (2, 16):
-        many = pm.ablate(params, TARGETS, score, order=2, how="permuted", seed=3, batch=batch)
+        many = pm.ablate(params, TARGETS, score, pairs=True, how="permuted", seed=3, batch=batch)
         assert many.traces == 1
         assert [row.name for row in many.rows] == [row.name for row in one.rows]
         for row, alone in zip(many.rows, one.rows, strict=True):
@@ -89,7 +89,7 @@ def test_a_batch_gives_the_same_scores_in_one_trace(flax_model):
 @pytest.mark.numeric
 def test_pairs_and_how_far_they_act_together(flax_model):
     params, score = flax_model
-    table = pm.ablate(params, TARGETS, score, order=2)
+    table = pm.ablate(params, TARGETS, score, pairs=True)
     assert [row.targets for row in table.rows[3:]] == [
         ("block 0", "block 1"),
         ("block 0", "block 2"),
@@ -105,7 +105,7 @@ def test_pairs_and_how_far_they_act_together(flax_model):
         scale=max(abs(row.score) for row in table.rows),
     )
     linear = {"a": np.array([1.0]), "b": np.array([2.0])}
-    found = pm.ablate(linear, ["a", "b"], lambda p: p["a"][0] + p["b"][0], order=2)
+    found = pm.ablate(linear, ["a", "b"], lambda p: p["a"][0] + p["b"][0], pairs=True)
     assert found.rows[2].interaction == 0
 
 
@@ -190,7 +190,7 @@ def test_every_block_of_a_transformers_model():
     model, score = llama()
     before, objects = state(model), list(map(id, model.parameters()))
     grads = [p.requires_grad for p in model.parameters()]
-    table = pm.ablate(model, "model.layers.<n>.**", score, order=2)
+    table = pm.ablate(model, "model.layers.<n>.**", score, pairs=True)
     assert state(model) == before
     assert list(map(id, model.parameters())) == objects
     assert [p.requires_grad for p in model.parameters()] == grads
@@ -268,7 +268,7 @@ def test_a_score_that_changes_the_module_is_found_out():
 
 def test_a_tied_weight_is_taken_out_once_under_both_paths():
     model, score = llama()
-    table = pm.ablate(model, {"head": "lm_head.weight", "embedding": "model.embed_tokens.weight"}, score, order=2)
+    table = pm.ablate(model, {"head": "lm_head.weight", "embedding": "model.embed_tokens.weight"}, score, pairs=True)
     head, embedding, both = table.rows
     assert head.score == embedding.score == both.score
     assert both.parameters == head.parameters

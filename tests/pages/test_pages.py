@@ -304,7 +304,7 @@ def test_the_reports_open_without_complaint(browser, tmp_path):
     source = {f"Dense_{i}": {"kernel": np.ones((4, 4)), "bias": np.ones(4)} for i in range(2)}
     show(browser, pm.graft(target, source)[1].to_html(), tmp_path)
     assert count(browser) == "8 of 8 leaves"
-    table = pm.ablate(source, ["Dense_0/**", "Dense_1/**"], lambda p: p["Dense_0"]["bias"].sum(), order=2)
+    table = pm.ablate(source, ["Dense_0/**", "Dense_1/**"], lambda p: p["Dense_0"]["bias"].sum(), pairs=True)
     show(browser, table.to_html(), tmp_path)
     assert count(browser) == "3 of 3 leaves"
     before = {"layers": [{"w": np.full(3, float(i)), "b": np.arange(i + 1.0)} for i in range(3)], "h": np.ones(2)}

@@ -1,8 +1,8 @@
 """Ablation: what a model scores without each of its parts."""
 
-import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -11,10 +11,11 @@ from paramend.ablation.report import AblationReport, AblationRow
 from paramend.ablation.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
 from paramend.edits.memory import Memory
-from paramend.errors import BadArgument, NoMatch
+from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, unique
 from paramend.reports import wording
-from paramend.selectors.grammar import around_captures
+from paramend.selectors.grammar import captures_of
+from paramend.selectors.layers import notation, spelled, starred, whole, without_rest
 from paramend.selectors.selector import resolve
 from paramend.trees.lookup import is_torch_module
 
@@ -27,10 +28,11 @@ def ablate(
     score: Callable[[Any], Any],
     *,
     how: How = "zero",
-    order: int = 1,
+    pairs: bool = False,
     seed: int = 0,
     jit: bool | None = None,
     batch: int = 0,
+    order: int | None = None,
 ) -> AblationReport:
     """The report of what a model scores without each target in turn.
 
@@ -39,29 +41,32 @@ def ablate(
 
     Args:
         tree: any tree that `pm.at` takes, also an opened checkpoint.
-        targets: what to do without: name → selector, a list of selectors, or one text with `<n>`, such as
-            "layers/<n>/**", which stands for a target for each n. Of what a selector finds, leaves of floating dtype
-            are taken; steps and random states stay.
+        targets: what to do without: a selector, a list of them, or name → selector. A text with `<n>`, such as
+            "layers/<n>/attn/**", stands for a target for each n wherever it is written; so does one that names layers
+            by an index, as "layers[*]" or "Dense_[:-1]/**", except under a name of your own. Of what a selector finds,
+            leaves of floating dtype are taken; steps and random states stay.
         score: a function of the tree, of the module for modules, that gives one number.
         how: "zero", "mean" (each leaf its own mean), "noise" (of the leaf's own mean and standard deviation),
             "permuted", "identity" (each target is one layer of a family that `pm.deepen` knows, and passes its input
             on), or a function from leaf to leaf of the same spec.
-        order: 2 to take out each pair as well.
+        pairs: whether each pair is taken out as well.
         seed: of "noise" and "permuted".
         jit: whether the score is traced by JAX, once for the whole sweep. None: if the leaves are JAX arrays.
         batch: how many targets a traced score is mapped over at once by `vmap`; 0 for one after the other.
+        order: deprecated: `order=2` is `pairs=True`.
 
     Returns:
         The report: `baseline`, a row for each target with `score` and `delta`, `ranking`, `plot()`.
 
     Raises:
         NoMatch: a target selects nothing; nothing was scored.
-        BadArgument: a target holds no floating leaf, the score gives no number, or JAX cannot trace it.
+        BadArgument: a target holds no floating leaf, or a star in it stands for the numbers of several layers; the
+            score gives no number, or JAX cannot trace it.
         Unsupported: the score changes the module, as batch norms in training mode do.
 
     >>> import numpy as np
     >>> params = {"layers": [np.array([1.0, 2.0]), np.array([10.0])]}
-    >>> table = ablate(params, "layers/<n>", lambda p: sum(x.sum() for x in p["layers"]))
+    >>> table = ablate(params, "layers[*]", lambda p: sum(x.sum() for x in p["layers"]))
     >>> print(table)
     2 ablations (zero), baseline 13; most without layers/1: -10
     <BLANKLINE>
@@ -69,12 +74,17 @@ def ablate(
     layers/1      3    -10       1           1
     layers/0     10     -3       1           2
     """
-    if order not in (1, 2):
-        raise BadArgument(f"order={order!r}: targets are taken out one by one (1), or in pairs as well (2)")
+    if order is not None:
+        warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
+        if order not in (1, 2):
+            raise BadArgument(
+                f"order={order!r}: targets are taken out one by one, or in pairs as well", hint="pairs=True"
+            )
+        pairs = order == 2
     leaves = tree if isinstance(tree, Editable) else Memory(tree)
     chosen = {name: _chosen(leaves, name, selector) for name, selector in _named(leaves, targets).items()}
     stage = _stage(leaves, score, jit, batch)
-    groups = [(name,) for name in chosen] + (list(combinations(chosen, 2)) if order == 2 else [])
+    groups = [(name,) for name in chosen] + (list(combinations(chosen, 2)) if pairs else [])
     edits: dict[str, Calls] = {name: calls(leaves, numbers, how, seed) for name, numbers in chosen.items()}
     found = stage.run([{}, *({n: c for name in group for n, c in edits[name].items()} for group in groups)])
     baseline, alone = found[0], dict(zip(chosen, found[1:], strict=False))
@@ -117,29 +127,43 @@ def _stage(leaves: Editable, score: Callable[[Any], Any], jit: bool | None, batc
 
 
 def _named(leaves: Editable, targets: Targets) -> dict[str, Any]:
-    """Name → selector."""
+    """Name → selector; a text that stands for a target for each number is written out."""
     if isinstance(targets, Mapping):
-        named = dict(targets)
-    elif isinstance(targets, str) and len(around_captures(targets)) > 1:
-        named = {name: name for name in _numbered(leaves, targets)}
+        given = dict(targets)
     elif isinstance(targets, Sequence) and not isinstance(targets, str):
-        named = {str(target): target for target in targets}
+        given = {str(target): target for target in targets}
     else:
-        named = {str(targets): targets}
-    if not named:
+        given = {str(targets): targets}
+    if not given:
         raise BadArgument("there are no targets", hint='targets={"block 0": "block_0/**"}')
+    named: dict[str, Any] = {}
+    for name, selector in given.items():
+        named |= _each(leaves, name, selector) if isinstance(selector, str) else {name: selector}
     return named
 
 
-def _numbered(leaves: Editable, text: str) -> Iterable[str]:
-    """A text with a captured number, for each number for which it selects something, ascending."""
-    found = resolve(text, leaves)
-    numbers = {int(n) for number in found for n in re.findall(r"[0-9]+", leaves.index.path(number))}
-    for number in sorted(numbers):
-        name = str(number).join(around_captures(text))
-        with suppress(NoMatch):
-            resolve(name, leaves)
-            yield name
+def _each(leaves: Editable, name: str, text: str) -> dict[str, str]:
+    """The targets that a text stands for."""
+    index, bare = leaves.index, name == text
+    if captures_of(text):
+        found = spelled(index, whole(index, text))
+        labels = {selector: selector if bare else f"{name} {' '.join(n)}" for selector, n in found.items()}
+        return {label: selector for selector, label in labels.items()} or {name: text}  # an error that knows more
+    said = notation(text)
+    if bare and said is not None:
+        below = text[len(without_rest(text)) :]
+        layers = [(one, position) for one in said.find(index.names) for position in said.pick(one)]
+        if len(layers) > 1:
+            paths = (one.path(one.numbers[position], index.separator) + below for one, position in layers)
+            return {path: path for path in map(partial(whole, index), paths)}
+    numbered = starred(index, text) if bare else None
+    if numbered is not None:
+        raise BadArgument(
+            f"{text!r} takes out {wording.plural(len(spelled(index, numbered)), 'layer')} at once",
+            hint=f'pm.ablate(tree, "{numbered}", score) for each alone, or '
+            f'pm.ablate(tree, {{"all": "{whole(index, text)}"}}, score)',
+        )
+    return {name: whole(index, text) if said is not None else text}
 
 
 def _chosen(leaves: Editable, name: str, selector: Any) -> tuple[int, ...]:

@@ -1,13 +1,13 @@
 """Block influence: how much each block of a torch module turns what passes through it."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from paramend.errors import BadArgument, NoMatch
+from paramend.leaves.leaves import Index
 from paramend.reports import wording
-from paramend.selectors.grammar import around_captures
+from paramend.selectors.layers import hint_of, layers_of, notation
 from paramend.trees.lookup import is_torch_module
 
 
@@ -21,7 +21,7 @@ def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequenc
     Args:
         module: a torch module, in evaluation mode.
         inputs: batches: a mapping is passed as keywords, a tuple as arguments, anything else as the one argument.
-        layers: the names of the blocks, or one text with `<n>`, such as "model.layers.<n>".
+        layers: the blocks: "model.layers[*]", "model.layers.<n>", "Dense_[:-1]", or a list of names.
 
     Returns:
         The name of each block and its influence, between 0 and 2, in the order given.
@@ -33,7 +33,7 @@ def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequenc
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2, bias=False))
     >>> _ = torch.nn.init.eye_(model[1].weight).data.mul_(-1)
-    >>> block_influence(model, [torch.tensor([[3.0, 4.0]])], layers="<n>")
+    >>> block_influence(model, [torch.tensor([[3.0, 4.0]])], layers="[*]")
     {'0': 0.0, '1': 2.0}
     """
     if not is_torch_module(module):
@@ -76,22 +76,21 @@ def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequenc
 def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
     """The blocks by name."""
     known = dict(module.named_modules())
-    if not isinstance(layers, str):
-        wrong = [name for name in layers if name not in known]
-        if not wrong:
-            return {name: known[name] for name in layers}
-    elif len(parts := around_captures(layers)) > 1:
-        text = "([0-9]+)".join(map(re.escape, parts))
-        found = {name: match for name in known if (match := re.fullmatch(text, name))}
-        if found:
-            return {name: known[name] for name in sorted(found, key=lambda name: tuple(map(int, found[name].groups())))}
-        wrong = [layers]
-    else:
-        wrong = [] if layers in known else [layers]
-        if not wrong:
-            return {layers: known[layers]}
-    near = wording.closest("0".join(around_captures(wrong[0])), [name for name in known if name], limit=2)
-    raise NoMatch(
-        f"{wrong[0]!r} names none of {wording.plural(len(known), 'module')}",
-        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else "dict(model.named_modules()) lists them",
-    )
+    names = [layers] if isinstance(layers, str) else list(layers)
+    index = Index.of_names([name for name, inner in known.items() if name and not inner._modules])
+    found: dict[str, Any] = {}
+    for name in names:
+        if name in known:
+            found[name] = known[name]
+            continue
+        if notation(name) is None:
+            near = wording.closest(name, [other for other in known if other], limit=2)
+            raise NoMatch(
+                f"{name!r} names none of {wording.plural(len(known), 'module')}",
+                hint=f"layers={near}" if near else hint_of(index, "layers", name),
+                near=near,
+            )
+        said, numbered = layers_of(index, name)
+        paths = ((*one.parent, one.piece(one.numbers[place])) for one in numbered for place in said.pick(one))
+        found |= {(path := ".".join(keys)): known[path] for keys in paths}
+    return found

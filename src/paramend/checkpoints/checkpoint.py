@@ -7,12 +7,12 @@ import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from paramend._optional import need
-from paramend.arrays.registry import backend_of, to_numpy
+from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.ops import Call
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
@@ -96,7 +96,7 @@ class Checkpoint(Editable):
         return len(self.index.numbers)
 
     def __getitem__(self, path: str) -> Array:
-        """The leaf of this path.
+        """The leaf of this path: a copy, which no later patch of the file changes.
 
         Raises:
             NoMatch: there is none; the message holds the nearest.
@@ -104,7 +104,7 @@ class Checkpoint(Editable):
         numbers = resolve(path, self)
         if len(numbers) > 1:
             raise BadArgument(f"{path!r} names {len(numbers)} leaves", hint="pm.at(checkpoint, selector).get()")
-        return self.read(numbers[0])
+        return self.fetch(numbers[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Checkpoint":
         return Checkpoint(copy.deepcopy(self.source, memo), copy.deepcopy(self._plan, memo), self.recipe)
@@ -121,7 +121,7 @@ class Checkpoint(Editable):
         self.close()
 
     def close(self) -> None:
-        """Gives the files back to the system; edited checkpoints share them."""
+        """Close the files, which edited checkpoints share."""
         self.source.close()
 
     # -- as leaves
@@ -161,18 +161,20 @@ class Checkpoint(Editable):
         return found
 
     def read(self, number: int) -> Array:
-        """A leaf, edited: the values that `save` writes. One without edits is memory-mapped where the format allows."""
+        """A leaf, edited: the values that `save` writes. Without edits it is a view of the file where the format allows
+        it: a later patch shows in it. `fetch` gives a copy."""
         if self._untouched(number):
             found: Array = self.source.read(number)
             return found
         return self.fetch(number)
 
-    def fetch(self, number: int) -> Array:
-        """A leaf, edited, in memory of its own: nothing of the file stays mapped."""
+    def fetch(self, number: int, index: Any = None) -> Array:
+        """A leaf, edited, or a slice of it, in memory of its own: nothing of the file stays mapped."""
+        if index is not None:
+            leaf = self.read(number)
+            return np.array(backend(leaf).get(leaf, index))
         if self._untouched(number):
-            spec = self.spec(number)
-            found: Array = self.source.read_range(number, 0, spec.size)
-            return found.reshape(spec.shape)
+            return _copied(self.source, number)
         row = self.plan.by_number[number]
         out = np.empty(row.spec.size, numpy_dtype(row.spec.dtype))
         at = 0
@@ -204,10 +206,13 @@ class Checkpoint(Editable):
     def edited_(self, calls: Mapping[int, Call]) -> None:
         """Refuses: the files of a checkpoint are edited in place by `pm.patch`, which can undo it."""
         verb = next(iter(calls.values())).op.name
-        raise Unsupported(
-            f"{verb}_ edits in place, and the files of a checkpoint are not edited so",
-            hint=f"pm.at(checkpoint, ...).{verb}(...).save(out) writes a new one",
-        )
+        raise Unsupported(f"{verb}_ cannot edit an opened checkpoint in place", hint=self.patched_by.format("..."))
+
+    @property
+    def patched_by(self) -> str:
+        """How its files are edited in place: code, with `{}` for the edit."""
+        path = repr(str(self.path)).replace("{", "{{").replace("}", "}}")
+        return f"pm.patch({path}, lambda tree: {{}})"
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> dict[str, Any]:
         """A dict from paths to labels."""
@@ -281,7 +286,7 @@ def _check_functions(plan: Plan) -> None:
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:
-    """A checkpoint, opened: its leaves are read when they are asked for.
+    """A checkpoint, opened: its leaves are read when they are asked for, as copies.
 
     A patch of yours that was cut short is taken back first.
 
@@ -429,17 +434,28 @@ def _kind(tree: Any) -> str:
 _KINDS = ("numpy", "jax", "torch")
 
 
-def load(path: str | os.PathLike[str], kind: str = "numpy", *, nested: bool = True) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    kind: Literal["numpy", "jax", "torch"] = "numpy",
+    *,
+    nested: bool = True,
+    mmap: bool = False,
+) -> Any:
     """The arrays of a checkpoint, as nested dicts.
+
+    They are arrays of their own: what happens to the file later does not change them. Leaves that are tied in the file
+    are one array under several paths.
 
     Args:
         path: a file or a directory.
-        kind: "numpy" (memory-mapped and read-only where the format allows), "jax" or "torch".
+        kind: "numpy", "jax" or "torch".
         nested: whether names fall into keys at their separators, "/" if some name holds one and else "."; if not, a
             flat dict by name comes back, such as `load_state_dict` takes.
+        mmap: whether arrays of numpy are read-only views of the file where the format allows it. They cost no memory
+            before they are read, and **a later `pm.patch` or `pm.undo` of the file changes them**.
 
     Raises:
-        BadArgument: there is no such kind.
+        BadArgument: there is no such kind, or `mmap` is asked for another one than numpy.
         Unsupported: a leaf cannot be read, or that library has no such dtype.
 
     >>> import tempfile
@@ -450,13 +466,19 @@ def load(path: str | os.PathLike[str], kind: str = "numpy", *, nested: bool = Tr
     """
     if kind not in _KINDS:
         near = wording.closest(kind, _KINDS, limit=1)
-        raise BadArgument(f"{kind!r} is no kind of arrays", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
+        raise BadArgument(f"{kind!r} is not a kind of arrays", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
+    if mmap and kind != "numpy":
+        raise BadArgument(f"mmap=True gives views of the file, and arrays of {kind} are copies", hint="mmap=False")
     convert = _converter(kind)
     recover(path)
     source = open_source(path)
     try:
         paths, separator = source.index.paths, source.index.separator
-        flat = {plain(paths[number], separator): convert(source.read(number)) for number in source.index.numbers}
+        made: dict[int, Any] = {}
+        for number in source.index.numbers:
+            if (first := source.ties.get(number, number)) not in made:
+                made[first] = convert(source.read(first) if mmap else _copied(source, first))
+        flat = {plain(paths[n], separator): made[source.ties.get(n, n)] for n in source.index.numbers}
         given = source.metadata.get(_SEPARATOR)
         keys = {number: keys_of(paths[number]) for number in source.index.numbers}
     finally:
@@ -467,6 +489,17 @@ def load(path: str | os.PathLike[str], kind: str = "numpy", *, nested: bool = Tr
         separator = given or ("/" if any("/" in name for name in flat) else ".")
         return _nested((tuple(name.split(separator)), array) for name, array in flat.items())
     return _nested(zip(keys.values(), flat.values(), strict=True))
+
+
+def _copied(source: Any, number: int) -> Array:
+    """A leaf of a source in memory of its own, read without mapping the file."""
+    spec = source.spec(number)
+    flat: Array = source.read_range(number, 0, spec.size)
+    try:
+        found = flat.reshape(spec.shape)
+    except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+        raise Unsupported(f"numpy has no array of shape {spec.shape}: {error}") from error
+    return found if found.flags.writeable else found.copy()
 
 
 def _nested(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -28,7 +28,7 @@ from paramend.reports import wording
 )
 @click.option("--target", "named", multiple=True, metavar="NAME=SELECTOR", help="A target under a name of its own.")
 @click.option("--how", type=click.Choice(list(METHODS)), default="zero", show_default=True, help="What becomes of it.")
-@click.option("--order", type=click.IntRange(1, 2), default=1, show_default=True, help="2: pairs as well.")
+@click.option("--pairs", is_flag=True, help="Take out each pair as well.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of noise and permuted.")
 @click.option("--kind", type=click.Choice(["numpy", "jax", "torch"]), default="numpy", show_default=True)
 @click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
@@ -41,9 +41,9 @@ def ablate(
     file: Path,
     named: tuple[str, ...],
     how: str,
-    order: int,
+    pairs: bool,
     seed: int,
-    kind: str,
+    kind: Literal["numpy", "jax", "torch"],
     flat: bool,
     no_jit: bool,
     html: Path | None,
@@ -51,8 +51,8 @@ def ablate(
 ) -> None:
     """Score PATH without each TARGET in turn; PATH is only read.
 
-    A target is a selector; with <n> in it, as in 'model.layers.<n>.**', it stands for one target for each n. The score
-    file runs with your rights: use your own.
+    A target is a selector; 'model.layers[*]', or one with <n> in it, as 'model.layers.<n>.mlp.**', stands for one
+    target for each number. The score file runs with your rights: use your own.
 
     Exit status: 0 done; 2 an unreadable file, a target that chooses nothing, a score that fails.
     """
@@ -60,7 +60,7 @@ def ablate(
     score = _function(file)
     tree = load(path, kind, nested=not flat)
     try:
-        report = ablate_tree(tree, chosen, score, how=how, order=order, seed=seed, jit=False if no_jit else None)
+        report = ablate_tree(tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None)
     except (ParamendError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever the user's score does
@@ -75,7 +75,7 @@ def _targets(targets: tuple[str, ...], named: tuple[str, ...]) -> Any:
     for text in named:
         name, equals, selector = text.partition("=")
         if not (name and equals and selector):
-            raise click.BadParameter(f"{text!r} is no NAME=SELECTOR; write --target 'last=layers[-1]/**'")
+            raise click.BadParameter(f"{text!r} is not NAME=SELECTOR; write --target 'last=layers[-1]/**'")
         found[name] = selector
     if not found:
         raise click.UsageError("there are no targets; write 'model.layers.<n>.**', say.")

@@ -56,7 +56,7 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
 @click.option("--drop", callback=_numbers, metavar="LAYERS", help="Leave layers out: 3,4.")
 @click.option("--order", callback=_numbers, metavar="LAYERS", help="The old layer of each new one: 0,1,1,2.")
 @click.option(
-    "--layers", metavar="SELECTOR", help="Which layers, as 'model.layers[*]', where a model has several stacks."
+    "--layers", metavar="LAYERS", help="Which layers, as 'model.layers[*]', where a model has several lists of them."
 )
 @click.option(
     "--identity",
@@ -81,6 +81,6 @@ def deepen(path: Path, layers: str | None, identity: Any, **options: Any) -> Non
         raise click.UsageError(f"One of {', '.join(f'--{name}' for name in _ORDERS)} is needed.")
     ((name, value),) = given.items()
     with open_checkpoint(path) as checkpoint:
-        count = len(numbered.find(checkpoint.index, layers)[0].numbers)
+        count = len(numbered.find(checkpoint, layers)[0].numbers)
         made, report = deepen_model(checkpoint, layers=layers, order=_ORDERS[name](count, value), identity=identity)
         write_made(made, path, report, **options)

@@ -79,8 +79,8 @@ def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
 def stack(path: Path, layers: str, **options: Any) -> None:
     """Write a checkpoint whose numbered layers are one stack, as nn.scan holds them.
 
-    LAYERS is the path of the layers with a number in it: 'params/layers_<n>', 'model.layers.<n>'. Along axis 0 bytes
-    are copied; along any other one leaf at a time is put together in memory.
+    LAYERS are the layers: 'params/layers_<n>', 'model.layers[*]'. Along axis 0 bytes are copied; along any other one
+    leaf at a time is put together in memory.
 
     Exit status: 0 done; 2 there are no such layers, they differ, a file is unreadable or damaged, or OUT cannot be
     written.

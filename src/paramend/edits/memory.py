@@ -16,6 +16,11 @@ _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
 class Memory(Tree, Editable):
     """A tree in memory that carries edits out. Each gives a new tree; other leaves are the same objects."""
 
+    def fetch(self, number: int, index: Any = None) -> Any:
+        """A leaf, the object itself, or a slice of it."""
+        leaf = self.read(number)
+        return leaf if index is None else backend(leaf).get(leaf, index)
+
     def edited(self, calls: Mapping[int, Call]) -> Any:
         """The tree with calls of ops on some leaves. All are checked before the first is run."""
         self._check(calls)

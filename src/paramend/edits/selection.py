@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from paramend.arrays.registry import backend
 from paramend.edits.memory import editable, explain
 from paramend.edits.ops import OPS, Call, sliced_shape
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
@@ -17,7 +16,7 @@ class Selection(Generic[T]):
     """Chosen leaves of a tree, and the verbs that change them. Made by `pm.at`.
 
     Each verb returns a new tree with the same containers; leaves that were not chosen are the same objects. The verbs
-    whose names end in `_` change torch modules and tensors, NNX modules and numpy arrays in place, and return nothing.
+    whose names end in `_` change torch modules and tensors, NNX modules and numpy arrays in place and return None.
     """
 
     def __init__(self, tree: T, selector: Any, count: int | None = None) -> None:
@@ -77,10 +76,14 @@ class Selection(Generic[T]):
     def get(self) -> dict[str, Any]:
         """The chosen leaves, or slices of them, by path.
 
+        Of a tree in memory they are its own leaves; of a checkpoint they are copies, which no later patch changes.
+
         >>> at({"a": np.zeros(2), "b": np.ones(2)}, "b").get()
         {'b': array([1., 1.])}
         """
-        found = {path: self._read(number) for path, number in zip(self.paths, self._numbers, strict=True)}
+        found = {
+            path: self._tree.fetch(number, self._index) for path, number in zip(self.paths, self._numbers, strict=True)
+        }
         if len(found) != len(self._numbers):
             raise Unsupported(
                 f"two leaves have one path: {wording.listing(sorted(set(self.paths)))}",
@@ -89,7 +92,7 @@ class Selection(Generic[T]):
         return found
 
     def one(self) -> Any:
-        """The only chosen leaf, or the slice of it.
+        """The only chosen leaf, or the slice of it: the leaf itself, or of a checkpoint a copy.
 
         Raises:
             WrongCount: there are several.
@@ -104,7 +107,7 @@ class Selection(Generic[T]):
                 wanted=1,
                 hint=f'pm.at(tree, "{self.paths[0]}").one()',
             )
-        return self._read(self._numbers[0])
+        return self._tree.fetch(self._numbers[0], self._index)
 
     def mask(self) -> Any:
         """A tree of bools with the same containers, true at the chosen leaves: for optax.masked, eqx.partition ...
@@ -288,10 +291,6 @@ class Selection(Generic[T]):
 
     # -- how
 
-    def _read(self, number: int) -> Any:
-        leaf = self._tree.read(number)
-        return leaf if self._index is None else backend(leaf).get(leaf, self._index)
-
     def _whole(self, what: str) -> None:
         if self._index is not None:
             raise BadArgument(f"{what} is of whole leaves, not of slices [{write_index(self._index)}]")
@@ -309,7 +308,26 @@ class Selection(Generic[T]):
         return self._tree.edited(self._calls(name, args))  # type: ignore[no-any-return]
 
     def _edit_(self, name: str, **args: Any) -> None:
-        self._tree.edited_(self._calls(name, args))
+        calls = self._calls(name, args)
+        if self._tree.patched_by:
+            selector = repr(getattr(self._selector, "text", self._selector))
+            index = "" if self._index is None else f"[{write_index(self._index)}]"
+            raise Unsupported(
+                f"{name}_ cannot edit an opened checkpoint in place",
+                hint=self._tree.patched_by.format(f"pm.at(tree, {selector}){index}.{name}({_typed(args)})"),
+            )
+        self._tree.edited_(calls)
+
+
+def _typed(args: Mapping[str, Any]) -> str:
+    """Arguments of a verb as they are typed; arrays and functions by their names.
+
+    >>> _typed({"std": 0.1, "seed": 0}), _typed({"value": np.ones(2)})
+    ('0.1, seed=0', 'value')
+    """
+    plain = (bool, int, float, complex, str)
+    texts = {name: repr(value) if isinstance(value, plain) else name for name, value in args.items()}
+    return ", ".join(f"{name}={text}" if at else text for at, (name, text) in enumerate(texts.items()))
 
 
 def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:

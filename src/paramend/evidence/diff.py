@@ -26,8 +26,8 @@ Sort = Literal["change", "path"]
 
 
 def diff(
-    a: Any,
-    b: Any,
+    before: Any,
+    after: Any,
     selector: Any = "**",
     *,
     only: Any = None,
@@ -47,11 +47,11 @@ def diff(
     copied to the host, and those that an edit changes which is not saved yet are computed, one at a time.
 
     Args:
-        a: the first tree.
-        b: the second.
-        selector: what to compare: leaves that it chooses in a or in b.
-        only: a selector for what may differ. `report.unexpected` then lists the rows of all other leaves that do. It
-            counts in a; of leaves that are new, in b.
+        before: the first tree.
+        after: the second.
+        selector: what to compare: leaves that it chooses on either side.
+        only: a selector of what may differ. `report.unexpected` then lists the rows of all other leaves that do. It
+            counts in `before`; for leaves that are new, in `after`.
         sort: the order of `changed`: "change" puts the largest first, "path" goes by name.
         histograms: whether changed leaves are read twice more, for the histograms of the report's page.
         progress: called with an `Event` as bytes are compared.
@@ -80,8 +80,8 @@ def diff(
       head ◄─ h  int64[4]
     """
     if sort not in ("change", "path"):
-        raise BadArgument(f"sort={sort!r} is no order", hint='sort="change" or sort="path"')
-    with _leaves(a) as old, _leaves(b) as new:
+        raise BadArgument(f"sort={sort!r} is not an order", hint='sort="change" or sort="path"')
+    with _leaves(before) as old, _leaves(after) as new:
         found = matches(old, new)
         if not _is_all(selector):
             within = _chosen(selector, old, new)
@@ -93,13 +93,13 @@ def verify(before: Any, after: Any, *, only: Any = None) -> list[str]:
     """The paths of the leaves that changed, all of them allowed to.
 
     Leaves are compared as `pm.diff` compares them: bit by bit, and by name, piece by piece, so that a module can be
-    held against its state dict or against the file that it came from.
+    checked against its state dict or against the file that it came from.
 
     Args:
         before: any tree, a checkpoint as `pm.open` gives it, or the path of one.
         after: likewise.
-        only: a selector over `before`; leaves that it chooses may change, and in `after` those that are new. Without
-            it, nothing may.
+        only: a selector of what may differ: it counts in `before`, and for leaves that are new in `after`. Without it,
+            nothing may differ.
 
     Raises:
         UnexpectedChange: other leaves changed, came or went; each is named, with how far it moved.
@@ -211,7 +211,7 @@ def _check_readable(pairs: Sequence[Pair]) -> None:
         count = wording.plural(len(problems), "leaf", "leaves")
         raise Unsupported(
             "\n".join([f"{count} cannot be compared", *(f"  {line}" for line in problems[:20])]),
-            hint='choose others: pm.diff(a, b, ~pm.sel("..."))',
+            hint='choose others: pm.diff(before, after, ~pm.sel("..."))',
         )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
 from paramend.errors import BadArgument, Unsupported
-from paramend.freezing.report import FrozenReport
+from paramend.freezing.report import FreezeReport, FrozenReport
 from paramend.freezing.schedules import read_schedule
 from paramend.reports import wording
 from paramend.reports.wording import described
@@ -222,8 +222,8 @@ def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bo
 
 def freeze_(
     module: Any, selector: Any, *, optimizer: Any = None, norm_stats: bool = True, keep_state: bool = False
-) -> list[str]:
-    """The paths of the chosen leaves of a torch module, after they were frozen in place.
+) -> "FreezeReport":
+    """The report of the leaves of a torch module that were frozen in place: it is also the list of their paths.
 
     Parameters get `requires_grad=False`, and their `.grad` becomes None, so that an optimizer that holds them
     already, with whatever momentum and decay, passes over them.
@@ -264,8 +264,8 @@ def freeze_(
     return adapter.freeze_(module, whole, index, optimizer, norm_stats, keep_state)  # type: ignore[no-any-return]
 
 
-def unfreeze_(module: Any, selector: Any, *, optimizer: Any = None) -> list[str]:
-    """The paths of the chosen leaves of a torch module, after `freeze_` was taken back in place.
+def unfreeze_(module: Any, selector: Any, *, optimizer: Any = None) -> "FreezeReport":
+    """The report of the leaves of a torch module for which `freeze_` was taken back in place: the list of their paths.
 
     A parameter that `freeze_` froze gets the `requires_grad` that it had before. One that it never saw gets
     `requires_grad=True`, whoever froze it. A normalization layer updates its running statistics again, in train mode,
@@ -283,9 +283,13 @@ def unfreeze_(module: Any, selector: Any, *, optimizer: Any = None) -> list[str]
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    >>> paths = freeze_(model, "**")
-    >>> unfreeze_(model, "1.*")
-    ['1.weight', '1.bias']
+    >>> report = freeze_(model, "**")
+    >>> print(unfreeze_(model, "1.*"))
+    thawed: 2 leaves
+    <BLANKLINE>
+    thawed: 2 leaves
+      1.weight  float32[1,2]
+      1.bias    float32[1]
     """
     adapter, whole, index = _torch(module, selector, "unfreeze_")
     return adapter.unfreeze_(module, whole, index, optimizer)  # type: ignore[no-any-return]

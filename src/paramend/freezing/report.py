@@ -1,5 +1,6 @@
 """The report of what is frozen, what trains, and what the optimizer keeps for it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,37 @@ class Row:
     Attributes:
         path: its path.
         spec: its shape and dtype.
-        status: "trained", "frozen", "scheduled" (frozen for a while) or "partly" (slices of it).
+        status: "trained", "frozen", "thawed", "scheduled" (frozen for a while) or "partly" (slices of it).
     """
 
     path: str
     spec: Spec
     status: str
+
+
+class FreezeReport(list[str], Report):
+    """What was frozen or thawed in place: a list of the paths, and a report of them.
+
+    Attributes:
+        did: "frozen" or "thawed".
+        rows: one for each leaf, in the order of the paths.
+        sliced: the slice of each leaf that is meant, as it is typed between brackets; "" for whole leaves.
+    """
+
+    def __init__(self, did: str, rows: Iterable[Row], sliced: str = "") -> None:
+        self.did, self.rows, self.sliced = did, tuple(rows), sliced
+        super().__init__(row.path for row in self.rows)
+
+    def headline(self) -> str:
+        count = wording.plural(len(self.rows), "leaf", "leaves")
+        return f"{self.did}: {f'[{self.sliced}] of ' if self.sliced else ''}{count}"
+
+    def sections(self) -> list[Section]:
+        return [Section(self.did, [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.rows])]
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [{"path": r.path, "shape": list(r.spec.shape), "dtype": r.spec.dtype} for r in self.rows]
+        return {"did": self.did, "slice": self.sliced, "leaves": rows}
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from paramend.errors import BadArgument
-from paramend.freezing.report import FrozenReport, Row
+from paramend.freezing.report import FreezeReport, FrozenReport, Row
 from paramend.freezing.slices import release, withhold
 from paramend.leaves.leaves import Index
 from paramend.leaves.specs import Spec, dtype_name
-from paramend.selectors.selector import resolve, sel
+from paramend.selectors.selector import resolve, sel, write_index
 from paramend.trees.tree import Tree
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
@@ -20,13 +20,13 @@ _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 def freeze_(
     module: nn.Module, selector: Any, index: Any, optimizer: Any, norm_stats: bool, keep_state: bool
-) -> list[str]:
-    """The paths of the chosen leaves, after they were frozen."""
+) -> FreezeReport:
+    """The report of the chosen leaves, after they were frozen."""
     chosen = _Chosen.of(module, selector)
     chosen.refuse_halves(selector)
     if index is not None:
         withhold(chosen.parameters(), index, optimizer)
-        return chosen.paths
+        return chosen.report("frozen", index)
     if optimizer is not None:
         _forget(optimizer, chosen.parameters(), keep_state)
     for layer, name, parameter in chosen.places():
@@ -37,16 +37,16 @@ def freeze_(
     if norm_stats:
         for layer in chosen.owners():
             _hold(layer)
-    return chosen.paths
+    return chosen.report("frozen", index)
 
 
-def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> list[str]:
-    """The paths of the chosen leaves, after they became what they were before."""
+def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> FreezeReport:
+    """The report of the chosen leaves, after they became what they were before."""
     chosen = _Chosen.of(module, selector)
     if optimizer is not None or index is not None:
         release(chosen.parameters(), index, optimizer)
     if index is not None:
-        return chosen.paths
+        return chosen.report("thawed", index)
     for layer, name, parameter in chosen.places():
         before = vars(layer).get("_trained_before", {})
         # Whoever froze what `freeze_` never saw: it is thawed. Integers can have no gradient.
@@ -56,7 +56,7 @@ def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> l
             vars(layer).pop("_trained_before", None)
     for layer in chosen.owners():
         _release(layer)
-    return chosen.paths
+    return chosen.report("thawed", index)
 
 
 def frozen(module: nn.Module, optimizer: Any) -> FrozenReport:
@@ -94,10 +94,10 @@ class _Chosen:
         twins = {twin for number in numbers for twin in tree.twins(number)}
         return cls(module, tree, numbers, frozenset(id(tree.values[number]) for number in twins))
 
-    @property
-    def paths(self) -> list[str]:
-        """One path for each leaf."""
-        return [self.tree.index.path(number) for number in self.numbers]
+    def report(self, did: str, index: Any) -> FreezeReport:
+        """A row for each leaf."""
+        rows = (Row(self.tree.index.path(number), self.tree.spec(number), did) for number in self.numbers)
+        return FreezeReport(did, rows, "" if index is None else write_index(index))
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """The parameters by name, without buffers."""

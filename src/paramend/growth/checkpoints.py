@@ -1,7 +1,7 @@
 """Growth in depth on disk: the new checkpoint is a list of references to the old one, and is written when saved."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
-from paramend.growth.numbered import Stack
+from paramend.growth import numbered
+from paramend.growth.numbered import Layers
 from paramend.growth.planning import Work
 from paramend.growth.report import DeepenReport
-from paramend.leaves.paths import Label, Part, text_of
 from paramend.selectors.selector import Selector, Sliced
 
 _CONFIG = "config.json"
@@ -68,32 +68,28 @@ def _picks(checkpoint: Checkpoint, work: Work) -> tuple[list[Pick], dict[int, in
     """The leaves of the new checkpoint: where each will be, and which leaf it is. Ties within a layer, and of layers
     with the rest of the model, stay."""
     index, order = checkpoint.index, work.order
-    places: dict[int, tuple[Stack, int]] = {}
+    places: dict[int, tuple[Layers, int]] = {}
     for number in index.numbers:
-        pieces = index.pieces(number)
-        for stack in work.stacks:
-            depth = len(stack.parent)
-            if pieces[:depth] == stack.parent and len(pieces) > depth:
-                found = stack.number(pieces[depth])
-                if found is not None:
-                    places[number] = stack, found
+        found = numbered.place_in(work.runs, index.pieces(number))
+        if found is not None:
+            places[number] = found
     picks: list[Pick] = []
     units: list[Any] = []  # what tells leaves of the outcome that are one
     done: set[int] = set()
-    shared = _shared(checkpoint, places)
+    shared = numbered.shared(checkpoint, work.runs)
     for number in index.numbers:
         if number not in places:
             picks.append((index.paths[number], (checkpoint, number)))
             units.append(checkpoint.ties.get(number, number))
             continue
-        stack = places[number][0]
-        if id(stack) in done:
+        run = places[number][0]
+        if id(run) in done:
             continue
-        done.add(id(stack))
-        mine = [n for n in index.numbers if n in places and places[n][0] is stack]
-        moved = [(new, target, n) for n in mine for new, target in stack.moved(places[n][1], order)]
+        done.add(id(run))
+        mine = [n for n in index.numbers if n in places and places[n][0] is run]
+        moved = [(new, target, n) for n in mine for new, target in run.moved(places[n][1], order)]
         for new, target, n in sorted(moved, key=lambda entry: entry[0]):
-            picks.append((_renumbered(index.paths[n], len(stack.parent), stack.piece(new)), (checkpoint, n)))
+            picks.append((numbered.renumbered(index.paths[n], len(run.parent), run.piece(new)), (checkpoint, n)))
             first = checkpoint.ties.get(n, n)
             copied = target is not None and order.kept.get(order.sources[target]) != target and first not in shared
             units.append((first, target) if copied else first)
@@ -105,20 +101,3 @@ def _picks(checkpoint: Checkpoint, work: Work) -> tuple[list[Pick], dict[int, in
         several = {one for place, one in ties.items() if one != place}
         ties = {place: one for place, one in ties.items() if one in several}
     return picks, ties
-
-
-def _shared(checkpoint: Checkpoint, places: Mapping[int, tuple[Stack, int]]) -> set[int]:
-    """The leaves, by their first number, that have paths both in a layer and outside of it."""
-    found: dict[int, set[Any]] = {}
-    for number, first in checkpoint.ties.items():
-        stack, place = places.get(number, (None, 0))
-        found.setdefault(first, set()).add((id(stack), place))
-    return {first for first, where in found.items() if len(where) > 1}
-
-
-def _renumbered(path: Sequence[Label], at: int, text: str) -> tuple[Label, ...]:
-    """A path with one piece replaced."""
-    label = path[at]
-    new: Label = label._replace(text=text) if isinstance(label, Part) else text
-    assert text_of(new) == text
-    return (*path[:at], new, *path[at + 1 :])

@@ -35,9 +35,10 @@ def deepen(
     Args:
         tree: nested dicts, Flax parameters, an NNX state or module, a torch module or state dict, an optimizer state.
         order: for each new layer the old one that it is made of, or an `Order` of `pm.depth`.
-        layers: which layers: a selector that ends in an index, such as `model.layers[*]`; `params/Dense_[:-1]` leaves
+        layers: which layers: `model.layers[*]`, `model.layers.<n>` or `params/layers_<n>`; `params/Dense_[:-1]` leaves
             the last one out, which stays the last and is renumbered. May be left out if the tree has but one list of
-            numbered layers. For layers stacked along an axis of each leaf, as scanned, a slice of a selector:
+            numbered layers, or siblings such as `Dense_<n>` that are all alike. For layers
+            stacked along an axis of each leaf, as scanned, a slice of a selector:
             `pm.sel("params/blocks/**")[:]`, or `[:, :]` if the second axis counts layers.
         identity: how a layer becomes the identity: "auto"; a family's name; selectors relative to the layer, of leaves
             that become zero, or a dict from these to values; None copies layers as they are.
@@ -72,7 +73,7 @@ def deepen(
         return deepened_stack(tree, layers, order, identity)
     memory = Memory(tree)
     work = Work(memory, layers, order, identity, partial(configuration, tree))
-    new, report = _finished(work, Rebuilder(memory, work.stacks, work.order).rebuilt(tree))
+    new, report = _finished(work, Rebuilder(memory, work.runs, work.order).rebuilt(tree))
     for config, values in _configured(new, work):
         _enter(config, config.to_dict(), values)
     return new, report
@@ -120,7 +121,7 @@ def deepen_(
         raise Unsupported("stacked layers do not grow in place", hint="module, report = pm.deepen(module, ...)")
     memory = Memory(module)
     work = Work(memory, layers, order, identity, partial(configuration, module))
-    rebuilder = Rebuilder(memory, work.stacks, work.order)
+    rebuilder = Rebuilder(memory, work.runs, work.order)
     rebuilder.check()
     new = _configured(module, work)
     rebuilder.rebuild_(module)
@@ -166,7 +167,7 @@ def _configs(tree: Any, where: Sequence[str]) -> list[Any]:
 
 def _configured(tree: Any, work: Work) -> list[tuple[Any, dict[str, Any]]]:
     """The configurations that follow, with what they become."""
-    where = work.stacks[0].parent
+    where = work.runs[0].parent
     found = []
     for place, config in enumerate(_configs(tree, where)):
         old = config.to_dict()

@@ -14,9 +14,12 @@ from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import configs, identities, numbered
 from paramend.growth.deepening import configuration
 from paramend.growth.families import modules_of, values
+from paramend.growth.zeroing import zero_
 from paramend.leaves.paths import number_of
 from paramend.reports import wording
 from paramend.selectors.patterns import parse
+
+__all__ = ["SCHEMES", "Scheme", "fixup", "zero", "zero_", "zero_residual"]
 
 T = TypeVar("T")
 
@@ -81,7 +84,8 @@ SCHEMES: dict[str, Scheme] = {
 def zero(tree: T, scheme: str) -> T:
     """A new tree in which what a scheme names is zero; see `pm.init.SCHEMES` for what each does.
 
-    For a torch module in place: `module.load_state_dict(pm.init.zero(module.state_dict(), "lora"))`.
+    For a torch module in place: `module.load_state_dict(pm.init.zero(module.state_dict(), "lora"))`. `pm.init.zero_`
+    sets a whole torch layer to zero.
 
     Args:
         tree: any tree of parameters.
@@ -152,17 +156,17 @@ def zero_residual(tree: T, *, layers: str | None = None, family: Any = "auto") -
     memory = Memory(tree)
     given = identities.rules_of(family)
     calls: dict[int, Call] = {}
-    for stack in numbered.find(memory.index, layers):
-        config = configuration(tree, stack.parent)
-        model_type = configs.model_type(config, len(stack.numbers), stack.parent) if config else None
-        for number in stack.numbers:
-            path = (*stack.parent, stack.piece(number))
+    for run in numbered.find(memory, layers):
+        config = configuration(tree, run.parent)
+        model_type = configs.model_type(config, len(run.numbers), run.parent) if config else None
+        for number in run.numbers:
+            path = (*run.parent, run.piece(number))
             names = numbered.under(memory.index.names, path)
             rules = given
             if rules is None:
                 leaves = [memory.index.pieces(n)[len(path) :] for below in names for n in parse("**").find(below)]
                 rules = values(identities.family_of(modules_of(leaves), family, model_type))
-            where = stack.path(number, numbered.separator_of(memory.index, stack))
+            where = run.path(number, numbered.separator_of(memory.index, run))
             calls |= identities.calls(memory, names, rules, where, strict=given is not None)
     return memory.edited(calls)  # type: ignore[no-any-return]
 
@@ -193,11 +197,11 @@ def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T
     texts = [layers] if isinstance(layers, str) else list(layers)
     blocks: dict[str, list[int]] = {}
     for text in texts:
-        for stack in numbered.find(memory.index, text):
-            for number in stack.numbers:
-                names = numbered.under(memory.index.names, (*stack.parent, stack.piece(number)))
+        for run in numbered.find(memory, text):
+            for number in run.numbers:
+                names = numbered.under(memory.index.names, (*run.parent, run.piece(number)))
                 found = memory.index.ordered(n for below in names for n in parse("**").find(below))
-                blocks[stack.path(number, numbered.separator_of(memory.index, stack))] = found
+                blocks[run.path(number, numbered.separator_of(memory.index, run))] = found
     calls: dict[int, Call] = {}
     for path, found in blocks.items():
         weights = [n for n in found if memory.spec(n).ndim >= 2]

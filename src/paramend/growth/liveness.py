@@ -12,6 +12,7 @@ from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
+from paramend.selectors.layers import notation, whole
 from paramend.selectors.selector import resolve
 from paramend.trees.lookup import is_torch_module
 
@@ -97,7 +98,7 @@ def check_live(model: Any, loss: Callable[[Any], Any], selector: Any = "**", *, 
     Args:
         model: a torch module, or parameters of JAX.
         loss: model or parameters → a scalar.
-        selector: the leaves to ask about.
+        selector: the leaves to ask about; or the layers, as in `pm.deepen`.
         steps: how many steps to make.
 
     >>> import jax.numpy as jnp
@@ -112,6 +113,7 @@ def check_live(model: Any, loss: Callable[[Any], Any], selector: Any = "**", *, 
         first, tree = _torch_steps(model, loss, steps)
     else:
         first, tree = _jax_steps(model, loss, steps)
+    selector = whole(tree.index, selector) if isinstance(selector, str) and notation(selector) else selector
     chosen = [number for number in resolve(selector, tree) if tree.spec(number).kind == "float"]
     rows = [LiveRow(tree.index.path(n), tree.spec(n), first.get(n)) for n in chosen if n in first]
     return LiveReport(rows, steps)

@@ -1,53 +1,28 @@
-"""Stacks: the numbered layers under one parent that an order rearranges, found in the names of any tree."""
+"""Numbered layers: those under one parent that an order rearranges, found in the names of any tree."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from paramend.errors import BadArgument, NoMatch, OutOfRange
+from paramend.errors import BadArgument, NoMatch
 from paramend.growth.depth import Order
-from paramend.leaves.leaves import Index
-from paramend.leaves.paths import Names, Part, number_of, text_of, write_path, write_piece
+from paramend.leaves.leaves import Index, Leaves
+from paramend.leaves.paths import Label, Names, Part, text_of, write_piece
 from paramend.reports import wording
-from paramend.selectors.grammar import Literal, Piece, Positions
-from paramend.selectors.patterns import Pattern, parse
-
-Pieces = tuple[str, ...]
+from paramend.selectors.layers import Notation, Numbered, Pieces, candidates, known, layers_of
 
 
 @dataclass(frozen=True)
-class Stack:
+class Layers(Numbered):
     """Numbered layers under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`.
 
     Attributes:
-        parent: the pieces above the numbered one.
-        head: what stands before the number.
-        tail: what stands after it.
         numbers: the numbers of the layers, ascending.
         after: the numbers of the siblings that follow them; these move up or down.
         step: by how much the numbers rise. Where it is more than 1, what stands between belongs to the layer before.
     """
 
-    parent: Pieces
-    head: str
-    tail: str
-    numbers: tuple[int, ...]
     after: tuple[int, ...] = ()
     step: int = 1
-
-    def piece(self, number: int) -> str:
-        """The numbered piece."""
-        return f"{self.head}{number}{self.tail}"
-
-    def path(self, number: int, separator: str) -> str:
-        """The path of a numbered entry."""
-        return write_path((*self.parent, self.piece(number)), separator)
-
-    def number(self, text: str) -> int | None:
-        """The number of an entry of that name, or None if it is none of these."""
-        if not (text.startswith(self.head) and text.endswith(self.tail)):
-            return None
-        return number_of(text[len(self.head) : len(text) - len(self.tail)])
 
     def target(self, position: int) -> int:
         """The number of the new layer at a position."""
@@ -65,165 +40,120 @@ class Stack:
 
     def select(self, targets: Sequence[int], separator: str) -> str:
         """The leaves of some new layers, as a selector."""
-        numbers = [str(self.target(target)) for target in targets]
-        if self.step != 1:
-            numbers = [str(self.target(target) + i) for target in targets for i in range(self.step)]
+        numbers = [self.digits(self.target(target) + i) for target in targets for i in range(self.step)]
         inner = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
-        written = "".join(write_piece(part) if part else "" for part in (self.head,))
-        tail = write_piece(self.tail) if self.tail else ""
-        return separator.join((*map(write_piece, self.parent), f"{written}{inner}{tail}", "**"))
+        head, tail = (part and write_piece(part) for part in (self.head, self.tail))
+        return separator.join((*map(write_piece, self.parent), f"{head}{inner}{tail}", "**"))
 
 
-def find(index: Index, text: str | None) -> list[Stack]:
-    """The stacks that a selector of layers names; without one, the only stack of the tree.
+def find(leaves: Leaves, text: str | None) -> list[Layers]:
+    """The layers that a text names, those under one parent together; without one, the only layers of the tree.
 
     Args:
-        index: the names.
-        text: such as `model.layers[:]` or `params/Dense_[:-1]`.
+        leaves: the tree.
+        text: such as `model.layers[*]`, `model.layers.<n>` or `params/Dense_[:-1]`.
 
     Raises:
         NoMatch: there are none, or without a text there are several.
-        BadArgument: the text ends in no index, or chooses layers with gaps.
+        BadArgument: the text does not say where the number is, or chooses layers with gaps.
 
-    >>> index = Index.of_names([f"model.layers.{i}.w" for i in range(3)])
-    >>> find(index, "model.layers[:]")
-    [Stack(parent=('model', 'layers'), head='', tail='', numbers=(0, 1, 2), after=(), step=1)]
+    >>> from paramend.edits.memory import Memory
+    >>> tree = Memory({"layers": [{"w": np.ones(2)} for _ in range(3)]})
+    >>> find(tree, "layers[*]") == find(tree, "layers/<n>/**") == find(tree, None)
+    True
     """
+    index = leaves.index
     if text is None:
-        return [_only(index)]
-    pattern = parse(text)
-    *above, last = pattern.segments
-    if not _indexed(last):
-        raise BadArgument(
-            f'layers="{text}" does not end in an index of layers',
-            hint=f'layers="{text.rstrip("/.*")}[:]"; {_known(index)}',
-        )
-    assert isinstance(last, Piece)
-    at = next(i for i, atom in enumerate(last.atoms) if isinstance(atom, Positions))
-    rest = (*last.atoms[:at], *last.atoms[at + 1 :])
-    if not all(isinstance(atom, Literal) for atom in rest):
-        raise BadArgument(f'layers="{text}": the key before the index is written out', hint=_known(index))
-    head, tail = (
-        "".join(a.text for a in part if isinstance(a, Literal)) for part in (last.atoms[:at], last.atoms[at + 1 :])
-    )
-    positions = last.atoms[at]
-    assert isinstance(positions, Positions)
-    found: list[Stack] = []
-    for parent, names in _parents(index, Pattern(tuple(above)) if above else None):
-        for path, before, numbers in _families(names, parent, head, tail):
-            found.append(_stack(path, before, tail, numbers, positions, text))
-    if not found:
-        raise NoMatch(f'layers="{text}" names no numbered layers', hint=_known(index))
+        text = _only(leaves)
+    said, numbered = layers_of(index, text)
+    found = [_layers(said, one) for one in numbered]
     for one in found:
         for other in found:
-            if one is not other and other.parent[: len(one.parent)] == one.parent:
+            if one.place(other.parent) is not None:
                 raise BadArgument(
                     f'layers="{text}" names layers within layers: {"/".join(one.parent)} and {"/".join(other.parent)}',
-                    hint=_known(index),
+                    hint=known(index),
                 )
-    if len({len(stack.numbers) for stack in found}) > 1:
-        counts = [f"{'/'.join((*stack.parent, stack.head))} has {len(stack.numbers)}" for stack in found]
+    if len({len(one.numbers) for one in found}) > 1:
+        counts = [f"{'/'.join((*one.parent, one.head))} has {len(one.numbers)}" for one in found]
         raise BadArgument(
-            f'layers="{text}" names stacks of several sizes: {wording.listing(counts)}', hint=_known(index)
+            f'layers="{text}" names layers in several numbers: {wording.listing(counts)}', hint=known(index)
         )
     return found
 
 
-def _indexed(last: Any) -> bool:
-    return isinstance(last, Piece) and any(isinstance(atom, Positions) for atom in last.atoms)
-
-
-def _stack(parent: Pieces, head: str, tail: str, numbers: list[int], positions: Positions, text: str) -> Stack:
-    chosen, missing = positions.pick(len(numbers))
-    if missing:
-        raise OutOfRange(
-            f'layers="{text}": position {missing[0]} is out of range, there are {len(numbers)} layers',
-            hint=f"[{-len(numbers)}] to [{len(numbers) - 1}] exist",
-        )
-    places = sorted(chosen)
+def _layers(said: Notation, found: Numbered) -> Layers:
+    """The layers that a notation picks among numbered entries."""
+    places, numbers = said.pick(found), found.numbers
     if not places or places != list(range(places[0], places[-1] + 1)):
+        run = f"[{places[0]}:{places[-1] + 1}]" if places else "[*]"
         raise BadArgument(
-            f'layers="{text}" chooses {"no layers" if not places else "layers with gaps between them"}',
-            hint="the order says which layers are copied or left out; `layers` names a run of them",
+            f'layers="{said.text}" chooses {"no layers" if not places else "layers with gaps between them"}: the order '
+            "says which are copied or left out, and `layers` names a run of them",
+            hint=f'layers="{said.with_index(run)}"',
         )
-    picked, after = tuple(numbers[i] for i in places), tuple(numbers[places[-1] + 1 :])
+    picked, after = tuple(numbers[i] for i in places), numbers[places[-1] + 1 :]
     steps = {b - a for a, b in zip((*picked, *after), (*picked, *after)[1:], strict=False)}
     if len(steps) > 1:
         raise BadArgument(
-            f'the numbers of layers="{text}" rise by {wording.listing(sorted(map(str, steps)))}: '
+            f'the numbers of layers="{said.text}" rise by {wording.listing(sorted(map(str, steps)))}: '
             f"{wording.listing(list(map(str, (*picked, *after))))}",
             hint="rename them first, so that they rise evenly",
         )
-    return Stack(parent, head, tail, picked, after, steps.pop() if steps else 1)
+    step = steps.pop() if steps else 1
+    return Layers(found.parent, found.head, found.tail, picked, found.width, after, step)
 
 
-def _parents(index: Index, above: Pattern | None) -> Iterator[tuple[Pieces, Names]]:
-    """The subtrees that a pattern names, with their paths."""
-    if above is None:
-        yield (), index.names
-        return
-    wanted = {id(names) for names in above.reach(index.names)[1]}
-    for path, names in _subtrees(index.names, ()):
-        if id(names) in wanted:
-            yield path, names
-
-
-def _subtrees(names: Names, path: Pieces) -> Iterator[tuple[Pieces, Names]]:
-    yield path, names
-    for label, child in names.items():
-        if type(child) is not int:
-            yield from _subtrees(child, (*path, text_of(label)))
-
-
-def _families(names: Names, parent: Pieces, head: str, tail: str) -> Iterator[tuple[Pieces, str, list[int]]]:
-    """The numbered entries that `head[...]tail` means under one parent: children of `head`, else siblings."""
-    children: set[int] = set()
-    if head and not tail:
-        for label, child in names.items():
-            if text_of(label) == head and type(child) is not int:
-                children |= {n for inner in child if (n := number_of(text_of(inner))) is not None}
-    if children:
-        yield (*parent, head), "", sorted(children)
-        return
-    probe = Stack(parent, head, tail, (0,))
-    siblings = {n for label in names if (n := probe.number(text_of(label))) is not None}
-    if siblings:
-        yield parent, head, sorted(siblings)
-
-
-def _numbered(index: Index) -> list[tuple[Pieces, list[int]]]:
-    """The parents of entries that are numbers, the outermost only."""
-    found: list[tuple[Pieces, list[int]]] = []
-    for path, names in _subtrees(index.names, ()):
-        if any(path[: len(outer)] == outer for outer, _ in found):
-            continue
-        numbers = sorted(
-            {n for label, c in names.items() if type(c) is not int and (n := number_of(text_of(label))) is not None}
+def _only(leaves: Leaves) -> str:
+    """The text of the only layers of a tree. Lists come first; siblings such as `Dense_0` must also be alike."""
+    index = leaves.index
+    found = candidates(index)
+    lists = [one for one in found if not one.head]
+    names = [one.written(index.separator) for one in lists or found]
+    if len(names) != 1:
+        raise NoMatch(
+            f"which layers are meant? This tree has {wording.listing(names) if names else 'no numbered layers'}",
+            hint=known(index),
         )
-        if numbers:
-            found.append((path, numbers))
-    return found
+    if not lists:
+        _check_alike(leaves, found[0], names[0])
+    return names[0]
 
 
-def _known(index: Index) -> str:
-    found = [f'layers="{_written(index, path)}"' for path, _ in _numbered(index)]
-    return " or ".join(found[:3]) or 'layers="params/Dense_[:-1]", the layers before the last'
-
-
-def _written(index: Index, path: Pieces) -> str:
-    return write_path(path, index.separator) + "[:]"
-
-
-def _only(index: Index) -> Stack:
-    found = _numbered(index)
-    if len(found) == 1:
-        path, _ = found[0]
-        return find(index, _written(index, path) if path else "[:]")[0]
-    names = [_written(index, path) for path, _ in found]
-    raise NoMatch(
-        f"which layers are meant? This tree has {wording.listing(names) if names else 'no numbered layers'}",
-        hint=_known(index),
+def _check_alike(leaves: Leaves, found: Numbered, text: str) -> None:
+    """Refuses siblings of several shapes, as the first and the last Dense layer of a network mostly are."""
+    specs: dict[int, dict[Pieces, str]] = {number: {} for number in found.numbers}
+    for number in leaves.index.numbers:
+        pieces = leaves.index.pieces(number)
+        place = found.place(pieces)
+        if place in specs:
+            specs[place][pieces[len(found.parent) + 1 :]] = str(leaves.spec(number))
+    layers = list(specs.values())
+    if all(layer == layers[0] for layer in layers):
+        return
+    start, stop = _longest(layers)
+    if stop - start > 1:
+        text = text.replace("[*]", f"[{start or ''}:{stop - len(layers) or ''}]")
+    raise BadArgument(
+        f"which layers are meant? {wording.plural(len(layers), 'sibling')} {found.head}<n> are not alike",
+        hint=f'layers="{text}"',
     )
+
+
+def _longest(layers: Sequence[object]) -> tuple[int, int]:
+    """Where the longest run of equal entries starts and ends.
+
+    >>> _longest("abbbc")
+    (1, 4)
+    """
+    best = start = 0
+    longest = (0, 0)
+    for at in range(1, len(layers) + 1):
+        if at == len(layers) or layers[at] != layers[start]:
+            if at - start > best:
+                best, longest = at - start, (start, at)
+            start = at
+    return longest
 
 
 def under(names: Names, path: Pieces) -> list[Names]:
@@ -236,12 +166,43 @@ def under(names: Names, path: Pieces) -> list[Names]:
     return found
 
 
-def separator_of(index: Index, stack: Stack) -> str:
-    """What stands between the keys of a stack's paths: within the names of a flat state dict, or between its keys."""
+def separator_of(index: Index, layers: Layers) -> str:
+    """What stands between the keys of the layers' paths: within the names of a flat state dict, or between its keys."""
     for path in index.paths.values():
-        if tuple(map(text_of, path[: len(stack.parent)])) == stack.parent and len(path) > len(stack.parent):
-            label = path[len(stack.parent)]
-            inner = label.before if isinstance(label, Part) else ""
-            if stack.number(text_of(label)) is not None:
-                return inner or index.separator
+        if layers.place(tuple(map(text_of, path))) is not None:
+            label = path[len(layers.parent)]
+            return (label.before if isinstance(label, Part) else "") or index.separator
     return index.separator
+
+
+def place_in(runs: Iterable[Layers], path: Pieces) -> tuple[Layers, int] | None:
+    """The layers that a path leads into, and the number that it has there; None outside of all."""
+    for layers in runs:
+        number = layers.place(path)
+        if number is not None:
+            return layers, number
+    return None
+
+
+def shared(leaves: Leaves, runs: Sequence[Layers]) -> set[int]:
+    """The leaves, by their first number, that have paths both in a layer and outside of it."""
+    where: dict[int, set[object]] = {}
+    for number, first in leaves.ties.items():
+        place = place_in(runs, leaves.index.pieces(number))
+        layer: object = None
+        if place is not None and place[1] >= place[0].numbers[0]:
+            layers, found = place
+            layer = layers.parent, layers.head, max(n for n in (*layers.numbers, *layers.after) if n <= found)
+        where.setdefault(first, set()).add(layer)
+    return {first for first, layers in where.items() if len(layers) > 1}
+
+
+def renumbered(path: Sequence[Label], at: int, text: str) -> tuple[Label, ...]:
+    """A path with one piece replaced.
+
+    >>> renumbered(("layers", "0", "w"), 1, "5")
+    ('layers', '5', 'w')
+    """
+    label = path[at]
+    new: Label = label._replace(text=text) if isinstance(label, Part) else text
+    return (*path[:at], new, *path[at + 1 :])

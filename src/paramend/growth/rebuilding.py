@@ -9,8 +9,10 @@ from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
-from paramend.growth.numbered import Pieces, Stack
-from paramend.leaves.paths import Part, labels, text_of
+from paramend.growth.numbered import Layers, renumbered, shared
+from paramend.leaves.leaves import keys_of
+from paramend.leaves.paths import labels, text_of
+from paramend.selectors.layers import Pieces
 from paramend.trees.kind import ELIDED, Kind
 from paramend.trees.lookup import find_kind, is_torch_module
 from paramend.trees.tree import Tree
@@ -34,40 +36,23 @@ class Rebuilder:
     that share with it nothing but arrays of JAX, which never change, and what layers share with the rest of the model.
     """
 
-    def __init__(self, tree: Tree, stacks: Sequence[Stack], order: Order) -> None:
-        self.tree, self.stacks, self.order = tree, stacks, order
+    def __init__(self, tree: Tree, runs: Sequence[Layers], order: Order) -> None:
+        self.tree, self.runs, self.order = tree, runs, order
         self.numbers = {id(value): number for number, value in enumerate(tree.values)}
         self.boxes = {id(box): number for number, box in tree.boxes.items()}
-        self.shared = self._shared()
+        self.shared = shared(tree, runs)
         self.made: dict[tuple[int, Any], Any] = {}
-
-    def _shared(self) -> set[int]:
-        """The leaves, by their first number, that have paths both in a layer and outside of it."""
-        places: dict[int, set[Any]] = {}
-        for number, first in self.tree.ties.items():
-            pieces = self.tree.index.pieces(number)
-            places.setdefault(first, set()).add(self._layer(pieces))
-        return {first for first, found in places.items() if len(found) > 1}
-
-    def _layer(self, pieces: Pieces) -> Any:
-        for i, stack in enumerate(self.stacks):
-            depth = len(stack.parent)
-            if pieces[:depth] == stack.parent and len(pieces) > depth:
-                number = stack.number(pieces[depth])
-                if number is not None and number >= stack.numbers[0]:
-                    return i, max(start for start in (*stack.numbers, *stack.after) if start <= number)
-        return None
 
     # ---- trees ---------------------------------------------------------------------------------------------
 
     def rebuilt(self, node: Any, path: Pieces = ()) -> Any:
         """A new tree; what no layer is part of is the same."""
         kind = find_kind(node)
-        if kind is None or not any(stack.parent[: len(path)] == path for stack in self.stacks):
+        if kind is None or not any(run.parent[: len(path)] == path for run in self.runs):
             return node
         if kind.replace is not None:
             twin = kind.replace(node, {})
-            inside = [replace(s, parent=s.parent[len(path) :]) for s in self.stacks if s.parent[: len(path)] == path]
+            inside = [replace(s, parent=s.parent[len(path) :]) for s in self.runs if s.parent[: len(path)] == path]
             Rebuilder(Tree(twin), inside, self.order).rebuild_(twin)
             return twin
         keys, children, _ = kind.open(node)
@@ -109,29 +94,29 @@ class Rebuilder:
             raise BadArgument(f"two entries of {'/'.join(path)} would have one name", hint="rename one of them first")
         return kind.rekey(node, dict(new))
 
-    def _moved(self, path: Pieces, stack: Stack, entries: list[_Entry]) -> list[_Entry]:
-        """All entries of a stack at their new places, in order."""
+    def _moved(self, path: Pieces, run: Layers, entries: list[_Entry]) -> list[_Entry]:
+        """All entries of the layers at their new places, in order."""
         moved: list[_Entry] = []
         for entry in entries:
             place = self._place(path, entry.key)
-            if place is not None and place[0] is stack:
+            if place is not None and place[0] is run:
                 _, piece, number = place
-                for new, target in stack.moved(number, self.order):
-                    key = _renumbered(entry.key, piece, stack.piece(new), new)
+                for new, target in run.moved(number, self.order):
+                    key = _renumbered(entry.key, piece, run.piece(new), new)
                     source = 0 if target is None else self.order.sources[target]
                     moved.append(_Entry(key, entry.child, new, target, source))
         return sorted(moved, key=lambda entry: entry.number)
 
-    def _place(self, path: Pieces, key: Any) -> tuple[Stack, int, int] | None:
-        """The stack that an entry is numbered in, which piece of its key is the number, and the number."""
+    def _place(self, path: Pieces, key: Any) -> tuple[Layers, int, int] | None:
+        """The layers that an entry is numbered among, which piece of its key is the number, and the number."""
         texts = tuple(map(text_of, labels(key)))
-        for stack in self.stacks:
-            depth = len(stack.parent) - len(path)
+        for run in self.runs:
+            depth = len(run.parent) - len(path)
             whole = (*path, *texts)
-            if 0 <= depth < len(texts) and whole[: len(stack.parent)] == stack.parent:
-                number = stack.number(texts[depth])
+            if 0 <= depth < len(texts) and whole[: len(run.parent)] == run.parent:
+                number = run.number(texts[depth])
                 if number is not None:
-                    return stack, depth, number
+                    return run, depth, number
         return None
 
     def _child(self, entry: _Entry) -> Any:
@@ -165,25 +150,25 @@ class Rebuilder:
 
     def check(self) -> None:
         """Refuses a module whose layers cannot be rearranged, before anything changes."""
-        for stack in self.stacks:
-            _items(stack, _descend(self.tree.root, stack.parent))
+        for run in self.runs:
+            _items(run, _descend(self.tree.root, run.parent))
 
     def rebuild_(self, module: Any) -> None:
         """Rearranges the layers of a torch or NNX module in place."""
-        for stack in self.stacks:
-            self._rearrange_(module, stack, _descend(module, stack.parent))
+        for run in self.runs:
+            self._rearrange_(module, run, _descend(module, run.parent))
 
-    def _rearrange_(self, root: Any, stack: Stack, holder: Any) -> None:
-        items, put = _items(stack, holder)
+    def _rearrange_(self, root: Any, run: Layers, holder: Any) -> None:
+        items, put = _items(run, holder)
         torch = is_torch_module(root)
         numbered: list[tuple[int, Any]] = []
         kept: list[tuple[Any, Any]] = []
         for key, child in items:
-            number = stack.number(str(key))
+            number = run.number(str(key))
             if number is None:
                 kept.append((key, child))
                 continue
-            for new, target in stack.moved(number, self.order):
+            for new, target in run.moved(number, self.order):
                 layer = child
                 if target is not None:
                     source = self.order.sources[target]
@@ -191,12 +176,12 @@ class Rebuilder:
                         layer = _copied_torch(root, child) if torch else _copied_nnx(root, child)
                 numbered.append((new, (layer, target)))
         numbered.sort(key=lambda pair: pair[0])
-        if [new for new, _ in numbered] != list(range(len(numbered))) and stack.step != 1:
+        if [new for new, _ in numbered] != list(range(len(numbered))) and run.step != 1:
             raise BadArgument(
-                f"what stands between the layers of {'.'.join(stack.parent)} would not come out even",
+                f"what stands between the layers of {'.'.join(run.parent)} would not come out even",
                 hint="choose whole blocks with `layers`",
             )
-        put([*kept, *((stack.piece(new), layer) for new, (layer, _) in numbered)])
+        put([*kept, *((run.piece(new), layer) for new, (layer, _) in numbered)])
         for _, (layer, target) in numbered:
             if torch and target is not None and layer is not None:
                 _renumber_(layer, self.order.sources[target], target)
@@ -309,11 +294,11 @@ def _opened(holder: Any) -> tuple[list[tuple[Any, Any]] | None, Callable[[list[t
     return None, _nothing
 
 
-def _items(stack: Stack, holder: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[tuple[Any, Any]]], None]]:
+def _items(run: Layers, holder: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[tuple[Any, Any]]], None]]:
     items, put = _opened(holder)
     if items is None:
         raise Unsupported(
-            f"the layers of {'.'.join(stack.parent) or 'the module'} are attributes of a {type(holder).__name__}: it "
+            f"the layers of {'.'.join(run.parent) or 'the module'} are attributes of a {type(holder).__name__}: it "
             "knows them by name and would not call any more of them",
             hint="torch.nn.ModuleList, torch.nn.Sequential, nnx.List: these can be rearranged",
         )
@@ -346,13 +331,4 @@ def _renumber_(layer: Any, source: int, target: int) -> None:
 
 def _renumbered(key: Any, piece: int, text: str, number: int) -> Any:
     """A key with one piece replaced."""
-    if type(key) is int:
-        return number
-    parts = labels(key)
-    if len(parts) == 1:
-        return text
-    out = ""
-    for i, part in enumerate(parts):
-        assert isinstance(part, Part)
-        out += part.before + (text if i == piece else part.text)
-    return out
+    return number if type(key) is int else keys_of(renumbered(labels(key), piece, text))[0]

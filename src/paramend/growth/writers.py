@@ -112,8 +112,8 @@ def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, fl
 
 
 def _first_block(model: Any, layers: str | None) -> Any:
-    stack = numbered.find(Memory(model).index, layers)[0]
-    return model.get_submodule(".".join((*stack.parent, stack.piece(stack.numbers[0]))))
+    run = numbered.find(Memory(model), layers)[0]
+    return model.get_submodule(".".join((*run.parent, run.piece(run.numbers[0]))))
 
 
 def _calls(torch: Any, model: Any, block: Any, example: Any) -> _Call:

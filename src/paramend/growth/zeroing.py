@@ -5,13 +5,14 @@ from typing import Any, TypeVar
 from paramend._optional import imported
 from paramend.arrays.registry import backend
 from paramend.errors import Unsupported
+from paramend.reports import wording
 from paramend.trees.lookup import is_torch_module
 
 Layer = TypeVar("Layer")
 
 
-def init_zero_(layer: Layer) -> Layer:
-    """The same torch layer, after all its weights and biases became +0.0 in place.
+def zero_(layer: Any) -> None:
+    """Every weight and bias of a torch layer becomes +0.0, in place.
 
     Every parameter of the layer becomes zero, and of a container every parameter in it. Buffers, such as
     running statistics, stay as they are. The parameters remain the same objects with the same dtype, device
@@ -22,22 +23,21 @@ def init_zero_(layer: Layer) -> Layer:
         layer: a `torch.nn.Module`.
 
     Raises:
-        Unsupported: it is no torch module; its weight is computed from other parameters (weight norm,
+        Unsupported: it is not a torch module; its weight is computed from other parameters (weight norm,
             pruning); or it holds no values yet (on the meta device, a lazy layer).
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
     >>> for layer in model:
-    ...     _ = init_zero_(layer)
+    ...     zero_(layer)
     >>> model(torch.ones(1, 2)).tolist()
     [[0.0]]
     """
     if not is_torch_module(layer):
         raise _no_layer(layer)
-    module: Any = layer
-    for name, inner in module.named_modules():
+    for name, inner in layer.named_modules():
         _refuse_computed(name, inner)
-    parameters = dict(module.named_parameters())
+    parameters = dict(layer.named_parameters())
     for name, parameter in parameters.items():
         why = _refusal(parameter)
         if why:
@@ -47,6 +47,16 @@ def init_zero_(layer: Layer) -> Layer:
             )
     for parameter in parameters.values():
         parameter.detach().zero_()  # the same storage, outside the graph; autograd still sees that it changed
+
+
+def init_zero_(layer: Layer) -> Layer:
+    """`pm.init.zero_` under its earlier name, by which it also hands the layer back.
+
+    >>> import torch
+    >>> init_zero_(torch.nn.Linear(2, 1, bias=False)).weight.tolist()
+    [[0.0, 0.0]]
+    """
+    zero_(layer)
     return layer
 
 
@@ -84,11 +94,10 @@ _WAYS_OUT = {
 
 
 def _no_layer(layer: Any) -> Unsupported:
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("builtins.")
     hint = 'in JAX a new tree holds the zeros: params = pm.at(params, "**/Dense_0/**").zero()'
     if imported("torch"):
         import torch
 
         if isinstance(layer, torch.Tensor):
             hint = "torch.nn.init.zeros_(tensor)"
-    return Unsupported(f"init_zero_ takes a torch layer (an nn.Module), and this is a {kind}", hint=hint)
+    return Unsupported(f"zero_ takes a torch layer (an nn.Module), and this is {wording.described(layer)}", hint=hint)

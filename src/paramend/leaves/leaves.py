@@ -232,9 +232,18 @@ class Editable(Leaves):
     Each method gives the same thing anew, edited; of a checkpoint, the numbers of leaves stay.
     """
 
+    @property
+    def patched_by(self) -> str:
+        """Code that edits it where it lies, with `{}` for the edit; "" if the verbs that end in `_` do so."""
+        return ""
+
     @abstractmethod
     def twins(self, number: int) -> Sequence[int]:
         """The numbers of all paths of a leaf."""
+
+    @abstractmethod
+    def fetch(self, number: int, index: Any = None) -> Any:
+        """A leaf, or a slice of it, as users get it: of a file it is a copy, which no later patch changes."""
 
     @abstractmethod
     def edited(self, calls: Mapping[int, Any]) -> Any:

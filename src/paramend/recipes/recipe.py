@@ -178,7 +178,7 @@ class Recipe:
         """
         if isinstance(module, Checkpoint):
             raise Unsupported(
-                "the files of a checkpoint are not edited so", hint="pm.patch(path, recipe.apply) edits them in place"
+                "apply_ cannot edit an opened checkpoint in place", hint=module.patched_by.format("recipe.apply(tree)")
             )
         work, problems = check_in_place(self._steps, module, Donors(self._folder))
         self._refuse(problems)

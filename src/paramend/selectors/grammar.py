@@ -310,6 +310,15 @@ def around_captures(text: str) -> list[str]:
     return [*parts, text[at:]]
 
 
+def captures_of(text: str) -> list[str]:
+    """The names of the captured numbers in a text, in order.
+
+    >>> captures_of("stages.<s>.blocks.<n>.**")
+    ['s', 'n']
+    """
+    return [found[2] for found in _CAPTURE.finditer(text)]
+
+
 def _literals(atom: Atom) -> Iterator[str]:
     if isinstance(atom, Literal):
         yield atom.text

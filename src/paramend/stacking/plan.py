@@ -9,7 +9,8 @@ from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.paths import write_piece
 from paramend.reports import wording
-from paramend.selectors.grammar import Number, Piece
+from paramend.selectors.grammar import Number, Piece, around_captures, captures_of
+from paramend.selectors.layers import ALL, Numbered, layers_of, notation, without_rest
 from paramend.selectors.patterns import parse
 from paramend.selectors.renames import Rename, keys, pieces
 from paramend.trees.tree import Tree
@@ -42,10 +43,61 @@ def number_in(text: str, argument: str) -> str:
         raise BadArgument(
             f"{argument}={text!r} has {len(found) or 'no'} numbers, and one of them counts the layers"
             if len(found) != 1
-            else f"{argument}={text!r} reckons with the number of a layer",
-            hint=f'{argument}="params/layers_<n>"',
+            else f"{argument}={text!r} does arithmetic with the number of a layer",
+            hint=f'{argument}="{_one_number(text)}"',
         )
     return found[0].name
+
+
+def _one_number(text: str) -> str:
+    """A text in which just the last number is captured.
+
+    >>> _one_number("stage_<s>/block_<n+1>"), _one_number("layers_")
+    ('stage_*/block_<n>', 'layers_<n>')
+    """
+    *above, last, end = around_captures(text) if captures_of(text) else (text.rstrip("_/."), "")
+    number = f"<{captures_of(text)[-1]}>" if captures_of(text) else "_<n>"
+    return "*".join((*above, last)) + number + end
+
+
+def new_layers(into: str) -> str:
+    """The path of layers that are made, with `<n>` for their number; `layers[*]` is a list, `layers_[*]` are siblings.
+
+    >>> new_layers("params/layers_[*]"), new_layers("model.layers[*]"), new_layers("layers/<n>/**")
+    ('params/layers_<n>', 'model/layers/<n>', 'layers/<n>')
+    """
+    into = without_rest(into)
+    said = notation(into)
+    if said is None or said.captured or said.positions != ALL:
+        return into
+    beside = said.tail or not said.head or said.head[-1] in "_-"
+    return said.with_number(Numbered((), said.head if beside else "", said.tail, ()))
+
+
+def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
+    """The layers with `<n>` for their number; and where only some are meant, leaf number → which of these it is in.
+
+    Raises:
+        BadArgument: the text does not say where the number is, or means lists here and siblings there.
+        NoMatch: there are no such layers.
+    """
+    if captures_of(layers):
+        return without_rest(layers), None
+    said, found = layers_of(tree.index, layers)
+    texts = {said.with_number(one) for one in found}
+    if len(texts) > 1:
+        raise BadArgument(
+            f"layers={layers!r} means {wording.listing(sorted(texts))}",
+            hint=f'layers="{min(texts)}", one after the other',
+        )
+    places: dict[int, int] = {}
+    for one in found:
+        which: dict[int | None, int] = {one.numbers[position]: place for place, position in enumerate(said.pick(one))}
+        for number in tree.index.numbers:
+            place = which.get(one.place(tree.index.pieces(number)))
+            if place is not None:
+                places[number] = place
+    return texts.pop(), places
 
 
 def number_at(text: str) -> tuple[int, bool]:
@@ -84,13 +136,21 @@ def numbered(into: str, layer: int) -> str:
 # ---- what is there ------------------------------------------------------------------------------------------
 
 
-def members_of(tree: Leaves, rule: Rename) -> list[Member]:
-    """The leaves of layers; the rule writes the number of the layer, the stack, a mark and the rest."""
+def members_of(tree: Leaves, rule: Rename, places: Mapping[int, int] | None = None) -> list[Member]:
+    """The leaves of layers; the rule writes the number of the layer, the stack, a mark and the rest.
+
+    Args:
+        tree: the tree.
+        rule: the rule.
+        places: leaf number → the layer that it is in, where only some layers are meant.
+    """
     members = []
     for number, path in rule.over(tree.index).items():
         layer, *rest = pieces(path)
         mark = rest.index(REST)
-        members.append(Member(number, int(layer), tuple(rest[:mark]), tuple(rest[mark + 1 :])))
+        if places is None or number in places:
+            place = int(layer) if places is None else places[number]
+            members.append(Member(number, place, tuple(rest[:mark]), tuple(rest[mark + 1 :])))
     return members
 
 

@@ -12,6 +12,7 @@ from paramend.edits.structure import Draft, take_apart
 from paramend.errors import RenameClash, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.reports import wording
+from paramend.selectors.layers import without_rest
 from paramend.selectors.nesting import depths as depths_in
 from paramend.selectors.renames import rename
 from paramend.selectors.selector import resolve
@@ -23,9 +24,11 @@ from paramend.stacking.plan import (
     depths_of,
     keys_of_leaves,
     members_of,
+    new_layers,
     number_at,
     number_in,
     numbered,
+    picked,
     without_number,
 )
 from paramend.trees.lookup import find_kind
@@ -41,8 +44,9 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     Args:
         tree: nested dicts, FrozenDict, lists, an NNX State, a train state, a state dict; or a checkpoint as `pm.open`
             gives it: then a checkpoint comes back, to be written by its `.save(out)`.
-        layers: the path of the layers with a number in it: `"params/layers_<n>"`, `"model.layers.<n>"`. With wildcards,
-            as in `"**/layers_<n>"`, several stacks, also those in the moments of an optimizer's state.
+        layers: the layers: `"params/layers_<n>"`, `"model.layers[*]"`; `"Dense_[1:-1]"` leaves the first and the last
+            where they are. With wildcards, as in `"**/layers_<n>"`, several stacks, also those in the moments of an
+            optimizer's state.
         into: the path of the stack, with the same wildcards; by default that of the layers without the number.
         axis: where the new axis goes.
         like: a tree or a checkpoint with the stack that is wanted, such as the parameters of the scanned model: its
@@ -66,10 +70,11 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     ((2, 2, 3), ['layers', 'head'])
     """
     leaves: Any = tree if isinstance(tree, Editable) else Tree(tree)
+    layers, places = picked(leaves, layers)
     name = number_in(layers, "layers")
     into = without_number(layers) if into is None else into
     resolve(f"{layers}/**", leaves)  # for its error, which knows what comes close
-    members = members_of(leaves, rename(f"{layers}/**", f"<{name}>/{into}/{REST}/**"))
+    members = members_of(leaves, rename(f"{layers}/**", f"<{name}>/{into}/{REST}/**"), places)
     groups = checked(leaves, members, layers)
     axes = axes_of(leaves, {(*m[0].stack, *m[0].rest): m[0].number for m in groups}, axis, like, extra=1)
     paths = keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
@@ -97,7 +102,8 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: Any =
             it: then a checkpoint comes back, to be written by its `.save(out)`.
         stack: the path of the stack: `"params/layers"`. With wildcards, as in `"**/layers"`, several of them.
         into: the path of the layers, with the same wildcards and a number: `"params/layers_<n>"`. A number that is a
-            key of its own, as in `"layers/<n>"`, makes a list; in an NNX State, which has no lists, int keys.
+            key of its own, as in `"layers/<n>"` or `"layers[*]"`, makes a list; in an NNX State, which has no lists,
+            int keys.
         axis: which axis counts the layers.
         like: a tree or a checkpoint with the layers that are wanted: its shapes say which axis it is, and `axis` is not
             asked.
@@ -119,6 +125,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: Any =
     ((2, 3), ['layers_0', 'layers_1', 'head'])
     """
     leaves: Any = tree if isinstance(tree, Editable) else Tree(tree)
+    stack, into = without_rest(stack), new_layers(into)
     number_in(into, "into")
     resolve(f"{stack}/**", leaves)
     zeroth = numbered(into, 0)

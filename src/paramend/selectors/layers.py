@@ -1,0 +1,335 @@
+"""The layers of a model in every notation: `layers[*]`, `layers/<n>/**`, `layers_<n>`, `Dense_[:-1]`."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from paramend.errors import BadArgument, NoMatch, OutOfRange
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import Names, number_of, text_of, write_path, write_piece
+from paramend.selectors.grammar import (
+    AnyPieces,
+    Literal,
+    Number,
+    Piece,
+    Positions,
+    Segment,
+    Star,
+    around_captures,
+    captures_of,
+)
+from paramend.selectors.patterns import Pattern, parse
+from paramend.selectors.renames import Step, rename
+
+Pieces = tuple[str, ...]
+
+ALL = Positions(((None, None, None),))
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Numbered entries under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`.
+
+    Attributes:
+        parent: the pieces above the numbered one.
+        head: what stands before the number.
+        tail: what stands after it.
+        numbers: the numbers of the entries, ascending.
+        width: how many digits each number is written with, where zeros fill it up.
+    """
+
+    parent: Pieces
+    head: str
+    tail: str
+    numbers: tuple[int, ...]
+    width: int = 0
+
+    def piece(self, number: int) -> str:
+        """The numbered piece."""
+        return f"{self.head}{self.digits(number)}{self.tail}"
+
+    def digits(self, number: int) -> str:
+        """The number as it is written."""
+        return f"{number:0{self.width}d}"
+
+    def path(self, number: int, separator: str) -> str:
+        """The path of a numbered entry."""
+        return write_path((*self.parent, self.piece(number)), separator)
+
+    def number(self, text: str) -> int | None:
+        """The number of an entry of that name, or None if it is none of these."""
+        if not (text.startswith(self.head) and text.endswith(self.tail)):
+            return None
+        return number_of(text[len(self.head) : len(text) - len(self.tail)])
+
+    def place(self, path: Pieces) -> int | None:
+        """The number of the entry that a path leads to or into, or None."""
+        depth = len(self.parent)
+        return self.number(path[depth]) if len(path) > depth and path[:depth] == self.parent else None
+
+    def written(self, separator: str) -> str:
+        """All of these entries, as a text that `read` takes."""
+        keys = [*map(write_piece, self.parent)]
+        if self.head or self.tail:
+            keys.append("".join((self.head and write_piece(self.head), "[*]", self.tail and write_piece(self.tail))))
+        else:
+            keys = [*keys[:-1], f"{keys[-1]}[*]"] if keys else ["[*]"]
+        return separator.join(keys)
+
+
+@dataclass(frozen=True)
+class Notation:
+    """What a text says of layers.
+
+    Attributes:
+        text: the text.
+        above: the segments before the one with the number.
+        head: what stands before the number in its key.
+        tail: what stands after it.
+        positions: which of the numbered entries are meant.
+        captured: whether the number is written `<n>`: then it may not stand in a key of its own below `head`.
+    """
+
+    text: str
+    above: tuple[Segment, ...]
+    head: str
+    tail: str
+    positions: Positions
+    captured: bool
+
+    def find(self, names: Names) -> list[Numbered]:
+        """The numbered entries that are meant, with all their siblings; none if there are none."""
+        parents = _parents(names, Pattern(self.above) if self.above else None)
+        return [found for parent, inner in parents for found in _families(inner, parent, self)]
+
+    def pick(self, found: Numbered) -> list[int]:
+        """The positions of the layers that are meant among numbered entries, ascending.
+
+        Raises:
+            OutOfRange: a position does not exist.
+        """
+        count = len(found.numbers)
+        chosen, missing = self.positions.pick(count)
+        if missing:
+            raise OutOfRange(
+                f'"{self.text}": position {missing[0]} is out of range, there are {count} layers',
+                hint=f"[{-count}] to [{count - 1}] exist",
+            )
+        return sorted(chosen)
+
+    def with_index(self, index: str) -> str:
+        """The text with another index, such as `[1:-1]`."""
+        return re.sub(r"(\[[^\]]*\]|<\w+>)(?=[^\[<]*$)", lambda _: index, self.text)
+
+    def with_number(self, found: Numbered) -> str:
+        """The same layers by a captured number, as renames have it: `layers[*]` is `layers/<n>`, or `layers<n>`."""
+        if self.captured:
+            return without_rest(self.text)
+        keys = [*map(str, self.above)]
+        if found.head or not self.head:
+            keys.append(f"{self.head and write_piece(self.head)}<n>{self.tail and write_piece(self.tail)}")
+        else:
+            keys += [write_piece(self.head), "<n>"]
+        return "/".join(keys)
+
+
+def without_rest(text: str) -> str:
+    """A text without the `/**` that names all that is in a layer.
+
+    >>> without_rest("layers/<n>/**"), without_rest("layers[*]")
+    ('layers/<n>', 'layers[*]')
+    """
+    return re.sub(r"([/.]\*\*)+$", "", text)
+
+
+def notation(text: str) -> Notation | None:
+    """What a text says of layers; None if its last key, but for `**`, holds no number.
+
+    Raises:
+        SelectorError: it breaks the grammar.
+
+    >>> notation("model.layers.<n>.**").head, notation("Dense_[:-1]").head, notation("Dense_0")
+    ('', 'Dense_', None)
+    """
+    *above, last = parse(without_rest(text)).segments
+    atoms = last.atoms if isinstance(last, Piece) else ()
+    at = next((i for i, atom in enumerate(atoms) if isinstance(atom, Positions | Number)), None)
+    if at is None or not all(isinstance(atom, Literal) for atom in (*atoms[:at], *atoms[at + 1 :])):
+        return None
+    head, tail = ("".join(a.text for a in part if isinstance(a, Literal)) for part in (atoms[:at], atoms[at + 1 :]))
+    number = atoms[at]
+    positions = number if isinstance(number, Positions) else ALL
+    return Notation(text, tuple(above), head, tail, positions, isinstance(number, Number))
+
+
+def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
+    """What a text says of layers, and the numbered entries of a tree that it means.
+
+    Args:
+        index: the names of the tree.
+        text: what the user wrote.
+        argument: what the user calls it, for messages.
+
+    Raises:
+        BadArgument: it does not say where the number of a layer is.
+        NoMatch: there are no such layers.
+
+    >>> index = Index.of_names([f"model.layers.{i}.w" for i in range(3)])
+    >>> [layers_of(index, text)[1][0].numbers for text in ("model.layers[*]", "model.layers.<n>.**")]
+    [(0, 1, 2), (0, 1, 2)]
+    """
+    said = notation(text)
+    if said is None:
+        raise BadArgument(
+            f'{argument}="{text}" does not end in a key with the number of a layer', hint=hint_of(index, argument, text)
+        )
+    found = said.find(index.names)
+    if not found:
+        raise NoMatch(f'{argument}="{text}" names no numbered layers', hint=hint_of(index, argument))
+    return said, found
+
+
+def candidates(index: Index) -> list[Numbered]:
+    """The numbered subtrees of a tree, the outermost only: keys that are numbers, and then siblings such as `Dense_0`.
+
+    >>> [found.written("/") for found in candidates(Index.of_names(["l_0/w", "l_1/w", "head/w"], "/"))]
+    ['l_[*]']
+    """
+    return [*_children(index.names), *_siblings(index.names)]
+
+
+def known(index: Index, argument: str = "layers") -> str:
+    """The layers that a tree has, as a hint: code that works."""
+    found = [f'{argument}="{one.written(index.separator)}"' for one in candidates(index)]
+    return " or ".join(found[:3]) or 'pm.at(tree, "**").paths  # what there is'
+
+
+def spelled(index: Index, text: str) -> dict[str, tuple[str, ...]]:
+    """A text with captured numbers, filled in with each combination that is there, and these; in numeric order.
+
+    Raises:
+        NoMatch: nothing matches.
+
+    >>> spelled(Index.of_names(["h.0.w", "h.1.w", "h.1.b"]), "h.<n>.w")
+    {'h.0.w': ('0',), 'h.1.w': ('1',)}
+    """
+    names = captures_of(text)
+    rule = rename(text, "/".join((*(f"<{name}>" for name in names), text)), indexed=True)
+    found = {
+        tuple(step.text for step in path[: len(names)] if isinstance(step, Step)) for path in rule.over(index).values()
+    }
+    parts = around_captures(text)
+    filled: dict[str, tuple[str, ...]] = {}
+    for numbers in sorted(found, key=lambda numbers: [*map(int, numbers)]):
+        filled[parts[0] + "".join(n + part for n, part in zip(numbers, parts[1:], strict=True))] = numbers
+    return filled
+
+
+def whole(index: Index, text: str) -> str:
+    """A text as a selector of leaves: one that names subtrees, as `layers[*]` does, with `**` behind it."""
+    pattern = parse(text)
+    hits, subtrees = pattern.reach(index.names)
+    return f"{text}{_separator(text, index)}**" if subtrees and not hits else text
+
+
+def starred(index: Index, text: str) -> str | None:
+    """Of a text such as `block_*/**`, whose star stands for the numbers of several layers, the one with `<n>`."""
+    *above, last = parse(without_rest(text)).segments
+    if not isinstance(last, Piece) or sum(isinstance(atom, Star) for atom in last.atoms) != 1:
+        return None
+    atoms = tuple(Number("n") if isinstance(atom, Star) else atom for atom in last.atoms)
+    star, number = (Pattern((*above, piece, AnyPieces())) for piece in (last, Piece(atoms)))
+    found = number.find(index.names)
+    if not found or set(found) != set(star.find(index.names)):
+        return None
+    written = number.write(_separator(text, index))
+    return written if len(spelled(index, written)) > 1 else None
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------
+
+
+def hint_of(index: Index, argument: str, text: str = "") -> str:
+    """The layers that a text may mean, or else all that there are: code that works."""
+    base = without_rest(text).rstrip("/.*")
+    if base:
+        for near in (f"{base}[*]", f"{base}_[*]"):
+            try:
+                said = notation(near)
+            except ValueError:
+                continue
+            if said is not None and said.find(index.names):
+                return f'{argument}="{near}"'
+    return known(index, argument)
+
+
+def _separator(text: str, index: Index) -> str:
+    used = [char for char in "/." if char in text]
+    return used[0] if len(used) == 1 else index.separator
+
+
+def _parents(names: Names, above: Pattern | None) -> Iterator[tuple[Pieces, Names]]:
+    """The subtrees that a pattern names, with their paths."""
+    if above is None:
+        yield (), names
+        return
+    wanted = {id(inner) for inner in above.reach(names)[1]}
+    for path, inner in _subtrees(names, ()):
+        if id(inner) in wanted:
+            yield path, inner
+
+
+def _subtrees(names: Names, path: Pieces) -> Iterator[tuple[Pieces, Names]]:
+    yield path, names
+    for label, child in names.items():
+        if type(child) is not int:
+            yield from _subtrees(child, (*path, text_of(label)))
+
+
+def _families(names: Names, parent: Pieces, said: Notation) -> Iterator[Numbered]:
+    """The numbered entries that a notation means under one parent: of `head[...]` the children of `head`, else the
+    siblings `head<number>`."""
+    if said.head and not said.tail and not said.captured:
+        holders = [c for label, c in names.items() if text_of(label) == said.head and type(c) is not int]
+        children = _numbered((*parent, said.head), "", "", (text_of(inner) for holder in holders for inner in holder))
+        if children is not None:
+            yield children
+            return
+    siblings = _numbered(parent, said.head, said.tail, map(text_of, names))
+    if siblings is not None:
+        yield siblings
+
+
+def _numbered(parent: Pieces, head: str, tail: str, texts: Iterable[str]) -> Numbered | None:
+    """The entries of these names that are `head<number>tail`; None if there are none."""
+    inner = (t[len(head) : len(t) - len(tail)] for t in texts if t.startswith(head) and t.endswith(tail))
+    found = {number: text for text in inner if (number := number_of(text)) is not None}
+    if not found:
+        return None
+    padded = max((len(text) for text in found.values() if text[0] == "0" != text), default=0)
+    return Numbered(parent, head, tail, tuple(sorted(found)), padded)
+
+
+def _children(names: Names) -> list[Numbered]:
+    found: list[Numbered] = []
+    for path, inner in _subtrees(names, ()):
+        if any(path[: len(outer.parent)] == outer.parent for outer in found):
+            continue
+        one = _numbered(path, "", "", (text_of(label) for label, child in inner.items() if type(child) is not int))
+        if one is not None:
+            found.append(one)
+    return found
+
+
+_SIBLING = re.compile(r"(.*[^0-9])[0-9]{1,18}", re.DOTALL)
+
+
+def _siblings(names: Names, path: Pieces = ()) -> Iterator[Numbered]:
+    """The families of two or more siblings whose names end in a number; not those within others, or within lists."""
+    inner = {text_of(label): child for label, child in names.items() if type(child) is not int}
+    heads = dict.fromkeys(match[1] for text in inner if (match := _SIBLING.fullmatch(text)))
+    found = [one for head in heads if (one := _numbered(path, head, "", inner)) and len(one.numbers) > 1]
+    yield from found
+    for text, child in inner.items():
+        if number_of(text) is None and all(one.number(text) is None for one in found):
+            yield from _siblings(child, (*path, text))
