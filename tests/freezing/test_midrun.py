@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
-from paramend.freezing.freeze import carry_optimizer_, freeze_, unfreeze_
+from paramend.errors import BadArgument, GraftRefused, OutOfRange, SpecMismatch, Unsupported
+from paramend.freezing.freeze import freeze_, unfreeze_
+from paramend.grafting.states.verbs import carry_optimizer_, graft_optimizer_
 from paramend.selectors.selector import sel
 
 OPTIMIZERS = {
@@ -23,7 +24,13 @@ X = torch.linspace(-1, 1, 15).reshape(5, 3)
 
 
 class HINTS:  # what hints call `pm`
-    freeze_, unfreeze_, carry_optimizer_ = map(staticmethod, (freeze_, unfreeze_, carry_optimizer_))
+    freeze_, unfreeze_, graft_optimizer_ = map(staticmethod, (freeze_, unfreeze_, graft_optimizer_))
+
+
+def carried(optimizer, old, module=None, names=None):
+    """The optimizer, with what an earlier one has for its parameters."""
+    graft_optimizer_(optimizer, old, target=module, names=names)
+    return optimizer
 
 
 def net(bias=False):
@@ -210,12 +217,13 @@ def test_thawed_into_an_optimizer_of_all(name):
     train(model, old)
     unfreeze_(model, "0.*")
     new = made(name, model.parameters())
-    assert carry_optimizer_(new, old) is new
+    report = graft_optimizer_(new, old)
+    assert {row.path.rpartition(".")[0] for row in report.copied} <= {"#1"}
     if old.state[model[2].weight]:
         same(new.state[model[2].weight], old.state[model[2].weight])
     train(model, new)
     freeze_(model, "2.*")
-    frozen = carry_optimizer_(made(name, model[0].parameters()), new)
+    frozen = carried(made(name, model[0].parameters()), new)
     assert list(frozen.state) == [model[0].weight] or not frozen.state
     train(model, frozen)
 
@@ -225,7 +233,7 @@ def test_trained_parameters_go_on_as_if_nothing_had_happened():
     model, twin = net(), net()
     one, other = made("AdamW", model[2].parameters()), made("AdamW", twin[2].parameters())
     train(model, one)
-    train(model, carry_optimizer_(made("AdamW", model[2].parameters()), one))
+    train(model, carried(made("AdamW", model[2].parameters()), one))
     train(twin, other, 6)
     assert bits(model[2].weight) == bits(twin[2].weight)
 
@@ -241,11 +249,11 @@ def test_resumed_from_a_file(how):
     saved = torch.load(file, weights_only=True)
     resumed = copy.deepcopy(model)
     if how == "named":
-        new = carry_optimizer_(made("AdamW", resumed.named_parameters()), saved)
+        new = carried(made("AdamW", resumed.named_parameters()), saved)
     elif how == "module":
-        new = carry_optimizer_(made("AdamW", resumed.parameters()), saved, module=resumed, names=["2.weight"])
+        new = carried(made("AdamW", resumed.parameters()), saved, module=resumed, names=["2.weight"])
     else:
-        new = carry_optimizer_(made("AdamW", resumed[2].parameters()), saved)
+        new = carried(made("AdamW", resumed[2].parameters()), saved)
     same(new.state[resumed[2].weight], old.state[model[2].weight])
     train(resumed, new)
 
@@ -261,13 +269,13 @@ def test_groups():
     torch.optim.lr_scheduler.StepLR(old, 1)
     train(model, old, 1)
     new = torch.optim.AdamW([{"params": model[2].parameters()}, {"params": model[0].parameters()}], foreach=False)
-    carry_optimizer_(new, old)
+    carried(new, old)
     assert [group["lr"] for group in new.param_groups] == [0.25, 0.5]
     assert [group["initial_lr"] for group in new.param_groups] == [0.25, 0.5]
     assert new.param_groups[0]["weight_decay"] == 0.5
     assert new.param_groups[1]["betas"] == (0.8, 0.9)
     assert new.param_groups[0]["foreach"] is False
-    merged = carry_optimizer_(torch.optim.AdamW(model.parameters(), lr=0.125), old)
+    merged = carried(torch.optim.AdamW(model.parameters(), lr=0.125), old)
     assert merged.param_groups[0]["lr"] == 0.125  # of two groups: nobody can say whose rate is meant
     assert len(merged.state) == 4
 
@@ -276,18 +284,18 @@ def test_lbfgs_is_carried_whole_or_not_at_all():
     model = net()
     old = made("LBFGS", model.parameters())
     train(model, old)
-    new = carry_optimizer_(made("LBFGS", model.parameters()), old)
+    new = carried(made("LBFGS", model.parameters()), old)
     twin, other = copy.deepcopy(model), copy.deepcopy(old)
     train(model, new, 1)
     assert bits(twin[0].weight) != bits(model[0].weight)
     assert other.state
-    part = carry_optimizer_(made("LBFGS", model[2].parameters()), old)
+    part = carried(made("LBFGS", model[2].parameters()), old)
     assert not part.state
     train(model, part, 1)
 
 
 def test_torch_takes_moments_of_any_shape():
-    """The fact that `carry_optimizer_` is there for."""
+    """The fact that `graft_optimizer_` without a report is there for."""
     model, wide = nn.Linear(4, 2, bias=False), nn.Linear(4, 3, bias=False)
     old = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
@@ -296,11 +304,11 @@ def test_torch_takes_moments_of_any_shape():
     new = torch.optim.AdamW(wide.parameters(), lr=0.5)
     state_dict = old.state_dict()
     with pytest.raises(SpecMismatch, match=r"exp_avg of parameter 0 is \[2, 4\], and the parameter \[3, 4\]") as caught:
-        carry_optimizer_(new, state_dict)
+        carried(new, state_dict)
     assert not new.state
     assert new.param_groups[0]["lr"] == 0.5
     exec(caught.value.hint.partition(": ")[2], {"state_dict": state_dict, "number": 0})
-    carry_optimizer_(new, state_dict)
+    carried(new, state_dict)
 
 
 def test_nothing_belongs_together():
@@ -308,16 +316,16 @@ def test_nothing_belongs_together():
     old = made("AdamW", model.named_parameters())
     train(model, old, 1)
     with pytest.raises(BadArgument, match="nothing for the 2 parameters"):
-        carry_optimizer_(made("AdamW", net(bias=True)[0].named_parameters(prefix="other")), old)
+        carried(made("AdamW", net(bias=True)[0].named_parameters(prefix="other")), old)
     with pytest.raises(BadArgument, match="which is which"):
-        carry_optimizer_(made("AdamW", net(bias=True).parameters()), old)
+        carried(made("AdamW", net(bias=True).parameters()), old)
     with pytest.raises(BadArgument, match="3 names for the 2 parameters"):
-        carry_optimizer_(made("AdamW", net().parameters()), old, module=net(), names=["a", "b", "c"])
+        carried(made("AdamW", net().parameters()), old, module=net(), names=["a", "b", "c"])
     for wrong in (model, {"state": {}}, torch.optim.AdamW):
         with pytest.raises(Unsupported):
-            carry_optimizer_(old, wrong)
+            carried(old, wrong)
         with pytest.raises(Unsupported):
-            carry_optimizer_(wrong, old)
+            carried(wrong, old)
 
 
 # ---- compiled ----------------------------------------------------------------------------------------------------
@@ -335,3 +343,25 @@ def test_compiled_models_freeze_and_thaw():
     unfreeze_(model, "0.*")
     train(compiled, optimizer, 1)
     assert bits(model[0].weight) != before
+
+
+def test_the_earlier_name_still_works_and_names_the_new_call():
+    model = net()
+    old = made("AdamW", model.parameters())
+    train(model, old, 1)
+    new = made("AdamW", model.parameters())
+    with pytest.warns(DeprecationWarning, match=r"pm\.graft_optimizer_\(optimizer, old\)"):
+        assert carry_optimizer_(new, old) is new
+    same(new.state[model[2].weight], old.state[model[2].weight])
+
+
+def test_what_is_left_over_is_refused_if_asked_before_anything_changes():
+    model = net()
+    old = made("AdamW", model.parameters())
+    train(model, old, 1)
+    new = made("AdamW", model[2].parameters())
+    with pytest.raises(GraftRefused, match="no place here") as caught:
+        graft_optimizer_(new, old, unused="error")
+    assert not new.state
+    assert len(caught.value.report.unused) == 3
+    assert len(graft_optimizer_(new, old).unused) == 3

@@ -14,8 +14,9 @@ from flax import linen as nn
 from flax import nnx
 from optax import contrib
 
-from paramend.errors import BadArgument, SpecMismatch, Unsupported
-from paramend.freezing.freeze import carry_opt_state, freeze
+import paramend as pm
+from paramend.errors import BadArgument, GraftRefused, SpecMismatch, Unsupported
+from paramend.freezing.freeze import freeze
 from paramend.selectors.selector import sel
 from support.numerics import assert_close
 
@@ -24,6 +25,11 @@ PARAMS = {
     "b": {"kernel": jnp.arange(8.0).reshape(4, 2), "bias": jnp.ones(2)},
 }
 ADAM = optax.adamw(0.1)
+
+
+def carried(tx, params, state, **options):
+    """The state of `tx` for these parameters, in which everything goes on that an earlier state has."""
+    return pm.graft_opt_state(tx.init(params), state, **options)[0]
 
 
 def pull(params):
@@ -86,16 +92,16 @@ FORMS = {
 def test_moments_and_counts_go_from_form_to_form(old, new):
     params, state = trained(old)
     tx = FORMS[new]()
-    carried = carry_opt_state(tx, params, state)
+    new = carried(tx, params, state)
     fresh = tx.init(params)
-    assert jax.tree.structure(carried) == jax.tree.structure(fresh)
-    for mine, theirs, init in zip(all_moments(carried), all_moments(state), all_moments(fresh), strict=True):
+    assert jax.tree.structure(new) == jax.tree.structure(fresh)
+    for mine, theirs, init in zip(all_moments(new), all_moments(state), all_moments(fresh), strict=True):
         for path, value in mine.items():
             assert bits(value) == bits(theirs.get(path, init[path]))
     # The count of a schedule that the earlier optimizer did not have starts at 0.
-    assert set(counts(carried)) <= ({0, 3} if new in ("schedule", "hyperparameters") else {3})
+    assert set(counts(new)) <= ({0, 3} if new in ("schedule", "hyperparameters") else {3})
     if "plain" in (old, new):
-        train(tx, params, carried, 1)
+        train(tx, params, new, 1)
 
 
 def all_moments(state):
@@ -115,7 +121,7 @@ def counts(state):
 
 
 def test_thawed_by_hand_it_crashes():
-    """The fact that `carry_opt_state` is there for."""
+    """The fact that `graft_opt_state` without a report is there for."""
     _, state = train(freeze(ADAM, "a/**"))
     with pytest.raises((TypeError, ValueError, AttributeError)):
         ADAM.update(pull(PARAMS), state, PARAMS)
@@ -124,13 +130,13 @@ def test_thawed_by_hand_it_crashes():
 def test_thaw_refreeze_and_thaw_again():
     params, state = train(freeze(ADAM, "a/**"))
     assert bits(params["a"]) == bits(PARAMS["a"])
-    params, state = train(ADAM, params, carry_opt_state(ADAM, params, state))
+    params, state = train(ADAM, params, carried(ADAM, params, state))
     again = freeze(ADAM, "b/**")
     before = params
-    params, state = train(again, params, carry_opt_state(again, params, state))
+    params, state = train(again, params, carried(again, params, state))
     assert bits(params["b"]) == bits(before["b"])
     assert bits(params["a"]) != bits(before["a"])
-    thawed = carry_opt_state(ADAM, params, state)
+    thawed = carried(ADAM, params, state)
     assert count(thawed) == 9
     assert not np.asarray(moments(thawed)[0]["b"]["kernel"]).any()
     train(ADAM, params, thawed)
@@ -140,7 +146,7 @@ def test_thaw_refreeze_and_thaw_again():
 def test_trained_leaves_go_on_as_if_nothing_had_happened():
     """Frozen, carried and thawed: the other leaves are where they are without any of it."""
     params, state = train(freeze(ADAM, "a/**"))
-    params, _ = train(ADAM, params, carry_opt_state(ADAM, params, state))
+    params, _ = train(ADAM, params, carried(ADAM, params, state))
     alone, _ = train(ADAM, PARAMS["b"], steps=6)
     for one, other in zip(jax.tree.leaves(params["b"]), jax.tree.leaves(alone), strict=True):
         assert_close(one, other, terms=6 * 20)
@@ -150,36 +156,36 @@ def test_the_step_of_a_schedule_goes_on():
     tx = freeze(ADAM, "a/**", until=4)
     params, state = train(tx)
     other = freeze(optax.chain(optax.clip(1.0), ADAM), "a/**", until=4)
-    carried = carry_opt_state(other, params, state)
-    assert int(carried.step) == 3
-    params, after = train(other, params, carried, 1)
+    new = carried(other, params, state)
+    assert int(new.step) == 3
+    params, after = train(other, params, new, 1)
     assert bits(params["a"]) == bits(PARAMS["a"])
     params, _ = train(other, params, after, 1)
     assert bits(params["a"]) != bits(PARAMS["a"])
-    assert int(carry_opt_state(tx, params, train(ADAM)[1]).step) == 0  # a state without a schedule has no step
+    assert int(carried(tx, params, train(ADAM)[1]).step) == 0  # a state without a schedule has no step
 
 
 def test_schedules_and_hyperparameters_go_on():
     tx = optax.inject_hyperparams(optax.adamw)(learning_rate=lambda step: 0.1 / (1 + step))
     params, state = train(tx)
     frozen = freeze(tx, "a/**")
-    carried = carry_opt_state(frozen, params, state)
-    assert int(carried.inner_state.count) == 3
-    assert_close(carried.inner_state.hyperparams["learning_rate"], 0.1 / 3, terms=2)
+    new = carried(frozen, params, state)
+    assert int(new.inner_state.count) == 3
+    assert_close(new.inner_state.hyperparams["learning_rate"], 0.1 / 3, terms=2)
     rate = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda step: -0.1 / (1 + step)))
     params, state = train(rate, steps=4)
-    assert counts(carry_opt_state(freeze(optax.chain(optax.clip(1.0), rate), "a/**"), params, state)) == [4]
+    assert counts(carried(freeze(optax.chain(optax.clip(1.0), rate), "a/**"), params, state)) == [4]
 
 
 def test_an_optimizer_over_new_leaves_starts_them_fresh():
     params, state = train(ADAM)
     grown = {**params, "c": {"kernel": jnp.ones((2, 2))}}
-    carried = carry_opt_state(ADAM, grown, state)
-    assert bits(moments(carried)[0]["a"]) == bits(moments(state)[0]["a"])
-    assert not np.asarray(moments(carried)[0]["c"]["kernel"]).any()
+    new = carried(ADAM, grown, state)
+    assert bits(moments(new)[0]["a"]) == bits(moments(state)[0]["a"])
+    assert not np.asarray(moments(new)[0]["c"]["kernel"]).any()
     shrunk = {"b": params["b"]}
-    carried = carry_opt_state(ADAM, shrunk, state)
-    assert bits(moments(carried)) == bits([m["b"] for m in moments(state)])
+    new = carried(ADAM, shrunk, state)
+    assert bits(moments(new)) == bits([m["b"] for m in moments(state)])
 
 
 def optimizers():
@@ -206,10 +212,10 @@ def test_every_optimizer_frozen_and_thawed(name):
     tx = EVERY[name](learning_rate=0.1, **ARGUMENTS.get(name, {}))
     state = jax.tree.map(mark, tx.init(PARAMS))
     frozen = freeze(tx, "a/**")
-    part = carry_opt_state(frozen, PARAMS, state)
+    part = carried(frozen, PARAMS, state)
     for leaf, init in zip(jax.tree.leaves(part), jax.tree.leaves(frozen.init(PARAMS)), strict=True):
         assert bits(leaf) == bits(mark(init))  # all is carried
-    whole = carry_opt_state(tx, PARAMS, part)
+    whole = carried(tx, PARAMS, part)
     assert jax.tree.structure(whole) == jax.tree.structure(state)
     kept = sum(
         bits(one) == bits(other) for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True)
@@ -229,14 +235,14 @@ def test_params_of_other_containers():
     ones = jax.tree.map(jnp.ones_like, boxed)
     _, state = ADAM.update(ones, ADAM.init(boxed), boxed)
     raw = flax.serialization.to_state_dict(state)
-    carried = carry_opt_state(freeze(ADAM, "d/bias"), boxed, raw)
-    assert bits(moments(carried)[0]["d"]["kernel"]) == bits(moments(state)[0]["d"]["kernel"])
+    new = carried(freeze(ADAM, "d/bias"), boxed, raw)
+    assert bits(moments(new)[0]["d"]["kernel"]) == bits(moments(state)[0]["d"]["kernel"])
     one = jnp.ones(3)
     _, state = ADAM.update(one, ADAM.init(one), one)
-    assert bits(carry_opt_state(optax.chain(optax.clip(1.0), ADAM), one, state)) == bits(state)
+    assert bits(carried(optax.chain(optax.clip(1.0), ADAM), one, state)) == bits(state)
     flat = {"mlp/~/linear_0": {"w": one}, "mlp/~/linear_1": {"w": one}}
     _, state = ADAM.update(flat, ADAM.init(flat), flat)
-    assert bits(carry_opt_state(ADAM, flat, state)) == bits(state)
+    assert bits(carried(ADAM, flat, state)) == bits(state)
 
 
 def test_nnx_optimizer():
@@ -246,11 +252,11 @@ def test_nnx_optimizer():
     optimizer.update(model, grads)
     thawed = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
     state = nnx.as_pure(optimizer.opt_state)
-    carried = carry_opt_state(ADAM, nnx.as_pure(nnx.state(model, nnx.Param)), state)
+    new = carried(ADAM, nnx.as_pure(nnx.state(model, nnx.Param)), state)
     jax.tree.map(
         lambda variable, value: variable.set_raw_value(value),
         thawed.opt_state,
-        carried,
+        new,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
     assert int(thawed.opt_state[0].count[...]) == 1
@@ -295,7 +301,7 @@ def test_saved_while_frozen_and_thawed_after_loading(through, form, tmp_path):
     loaded = through(state, tmp_path)
     for name in ("plain", "a frozen", "scheduled", form):
         tx = FORMS[name]()
-        one, other = carry_opt_state(tx, params, loaded), carry_opt_state(tx, params, state)
+        one, other = carried(tx, params, loaded), carried(tx, params, state)
         assert jax.tree.structure(one) == jax.tree.structure(other)
         assert bits(one) == bits(other)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(one))
@@ -308,13 +314,13 @@ def test_what_comes_from_a_file_goes_where_the_parameters_are():
     sharding = jax.NamedSharding(mesh, jax.P("x"))
     params = {"a": jax.device_put(jnp.ones(8), sharding)}
     state = flax.serialization.to_state_dict(jax.device_get(ADAM.init(params)))
-    assert moments(carry_opt_state(ADAM, params, state))[0]["a"].sharding.is_equivalent_to(sharding, 1)
+    assert moments(carried(ADAM, params, state))[0]["a"].sharding.is_equivalent_to(sharding, 1)
 
 
 def test_under_jit():
     params, state = train(freeze(ADAM, "a/**"))
-    carried = jax.jit(lambda params, state: carry_opt_state(ADAM, params, state))(params, state)
-    assert bits(carried) == bits(carry_opt_state(ADAM, params, state))
+    carried = jax.jit(lambda params, state: carried(ADAM, params, state))(params, state)
+    assert bits(carried) == bits(carried(ADAM, params, state))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -324,15 +330,18 @@ def test_moments_of_another_shape_are_refused_with_their_paths():
     params, state = train(ADAM)
     wider = {**params, "b": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
     with pytest.raises(SpecMismatch) as caught:
-        carry_opt_state(ADAM, wider, state)
+        carried(ADAM, wider, state)
     for path in ("0/mu/b/kernel", "0/nu/b/kernel", "0/mu/b/bias"):
         assert f"{path} is [" in str(caught.value)
     assert "[4, 2] in the earlier state, and [4, 3] is needed" in str(caught.value)
 
     class Pm:  # what hints call `pm`
-        carry_opt_state = staticmethod(carry_opt_state)
+        graft_opt_state = staticmethod(pm.graft_opt_state)
 
-    kept = eval(caught.value.hint.partition(" starts")[0], {"pm": Pm, "tx": ADAM, "params": wider, "state": state})
+    kept = eval(
+        caught.value.hint.partition(" starts")[0],
+        {"pm": Pm, "tx": ADAM, "params": wider, "state": ADAM.init(wider), "old_state": state},
+    )[0]
     assert not np.asarray(moments(kept)[0]["b"]["kernel"]).any()
     assert bits(moments(kept)[0]["a"]) == bits(moments(state)[0]["a"])
     assert count(kept) == 3
@@ -342,18 +351,41 @@ def test_other_kinds_of_numbers_are_refused():
     params, state = train(ADAM)
     broken = jax.tree.map(lambda x: x.astype(jnp.int32), state)
     with pytest.raises(SpecMismatch, match="of the kind int"):
-        carry_opt_state(ADAM, params, broken)
+        carried(ADAM, params, broken)
 
 
 def test_a_state_of_something_else():
     for wrong in (train(optax.sgd(0.1, momentum=0.9))[1], {}, {"weights": jnp.ones(3)}):
         with pytest.raises(BadArgument, match="nothing in this state"):
-            carry_opt_state(ADAM, PARAMS, wrong)
-    assert carry_opt_state(optax.sgd(0.1), PARAMS, ()) == optax.sgd(0.1).init(PARAMS)  # has no state at all
+            carried(ADAM, PARAMS, wrong)
+    assert carried(optax.sgd(0.1), PARAMS, ()) == optax.sgd(0.1).init(PARAMS)  # has no state at all
 
 
 def test_arguments():
-    with pytest.raises(Unsupported, match="optax transformation"):
-        carry_opt_state(PARAMS, PARAMS, ADAM)
     with pytest.raises(BadArgument, match="neither"):
-        carry_opt_state(ADAM, PARAMS, ADAM.init(PARAMS), mismatch="skip")
+        carried(ADAM, PARAMS, ADAM.init(PARAMS), mismatch="skip")
+
+
+def test_the_report_says_what_went_on_and_what_did_not():
+    params, old = train(freeze(ADAM, "b/**"))
+    state, report = pm.graft_opt_state(ADAM.init(params), old)
+    assert {row.path for row in report.copied} == {
+        "0/count",
+        *(f"0/{m}/a/{n}" for m in ("mu", "nu") for n in ("bias", "kernel")),
+    }
+    assert {row.path for row in report.fresh} == {f"0/{m}/b/{n}" for m in ("mu", "nu") for n in ("bias", "kernel")}
+    assert not report.unused
+    _, report = pm.graft_opt_state(freeze(ADAM, "b/**").init(params), state)
+    assert {row.path for row in report.unused} == {f"0/{m}/b/{n}" for m in ("mu", "nu") for n in ("bias", "kernel")}
+    with pytest.raises(GraftRefused, match="no place here") as caught:
+        pm.graft_opt_state(freeze(ADAM, "b/**").init(params), state, unused="error")
+    assert len(caught.value.report.unused) == 4
+
+
+def test_the_earlier_name_still_works_and_names_the_new_call():
+    params, old = train(freeze(ADAM, "b/**"))
+    with pytest.warns(DeprecationWarning, match=r"pm\.graft_opt_state\(tx\.init\(params\), state\)"):
+        state = pm.carry_opt_state(ADAM, params, old)
+    assert bits(state) == bits(carried(ADAM, params, old))
+    with pytest.warns(DeprecationWarning), pytest.raises(Unsupported, match="optax transformation"):
+        pm.carry_opt_state(params, params, old)

@@ -112,6 +112,6 @@ def _at(values: dict[Any, Any], path: Any) -> Any:
     if path not in values:
         raise Unsupported(
             f"the optimizer state has nothing at {jax.tree_util.keystr(path)}: it is the state of something else",
-            hint="pm.carry_opt_state(tx, params, state) makes a state of tx out of an earlier one",
+            hint="state, report = pm.graft_opt_state(tx.init(params), old_state) goes on with an earlier one",
         )
     return values[path]

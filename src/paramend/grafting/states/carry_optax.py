@@ -16,6 +16,7 @@ import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.freezing.places import dtype_of, named
+from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.paths import write_path
 from paramend.leaves.specs import kind_of
 from paramend.reports import wording
@@ -49,40 +50,56 @@ class Leaf:
         return self.record, self.field, self.param
 
 
-def carry_opt_state(tx: Any, params: Any, state: Any, mismatch: str) -> Any:
-    """The state of `tx` for these parameters, with all that an earlier state has for it."""
-    tree, _, _ = named(params)
-    places = {tree.index.pieces(number) for number in tree.index.numbers}
-    fresh_state = tx.init(params)
-    fresh, old = _read(fresh_state, places), _read(state, places)
+def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> tuple[Any, GraftReport]:
+    """A fresh state with all that an earlier state has for it, and the report.
+
+    Args:
+        fresh_state: the state as `init` makes it.
+        state: the earlier state.
+        params: the paths of the parameters that the fresh state is for.
+        mismatch: "error", or "keep" for what `init` made where shapes differ.
+    """
+    fresh, old = _read(fresh_state, params), _read(state, params)
     sources = Sources(fresh, old)
     values, structure = jax.tree.flatten(fresh_state)
-    carried, wrong = 0, []
+    report, used = GraftReport(), set[int]()
     for leaf in fresh:
         source = sources.of(leaf)
         if source is None:
+            report.fresh.append(_row(leaf, None, "nothing in the earlier state"))
             continue
-        carried += 1
+        used.add(source.place)
         why = _misfit(leaf.value, source.value)
-        if why and mismatch == "keep":
-            continue
         if why:
-            wrong.append(f"{write_path(leaf.path)} {why}")
+            report.mismatched.append(_row(leaf, source, why))
         else:
             values[leaf.place] = _placed(source.value, leaf.value)
-    if wrong:
+            report.copied.append(_row(leaf, source, "copied"))
+    report.unused += [_row(leaf, leaf, "no place for it in the new state") for leaf in old if leaf.place not in used]
+    if report.mismatched and mismatch != "keep":
+        wrong = [f"{row.path} {row.did}" for row in report.mismatched]
         raise SpecMismatch(
             f"{wording.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
             + "\n  ".join(wrong[:16])
             + (f"\n  and {len(wrong) - 16:,} more" if len(wrong) > 16 else ""),
-            hint='pm.carry_opt_state(tx, params, state, mismatch="keep") starts these as tx.init makes them',
+            hint='pm.graft_opt_state(state, old_state, mismatch="keep") starts these as tx.init makes them',
         )
-    if fresh and not carried:
+    if fresh and not used:
         raise BadArgument(
             f"nothing in this state belongs to this optimizer: it has {_shown(old)}, and wanted is {_shown(fresh)}",
             hint="tx.init(params) starts anew",
         )
-    return structure.unflatten(values)
+    return structure.unflatten(values), report
+
+
+def _row(leaf: Leaf, source: Leaf | None, did: str) -> GraftRow:
+    shape, dtype = tuple(jnp.shape(leaf.value)), str(dtype_of(leaf.value))
+    if source is None:
+        return GraftRow(write_path(leaf.path), None, shape, None, dtype, None, did)
+    theirs = tuple(jnp.shape(source.value))
+    taken = int(np.prod(theirs)) if did == "copied" else 0
+    origin = write_path(source.path)
+    return GraftRow(write_path(leaf.path), origin, shape, theirs, dtype, str(dtype_of(source.value)), did, taken=taken)
 
 
 class Sources:

@@ -1,16 +1,15 @@
 """States of torch optimizers carried over: to other parameters, other groups, and from files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from paramend.errors import BadArgument, SpecMismatch
+from paramend.errors import BadArgument, GraftRefused, SpecMismatch
+from paramend.grafting.report import GraftReport
+from paramend.grafting.states.graft_torch import OWN, SCALARS, device_for, shape_for, state_row
 from paramend.reports import wording
-
-# How a step is carried out, which is the new optimizer's own choice.
-_OWN = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class _Old:
     group: Mapping[str, Any]
 
 
-def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None) -> Any:
-    """The optimizer, with what the earlier one has for its parameters."""
+def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: str) -> GraftReport:
+    """The report, after the optimizer took over what the earlier one has for the parameters that both have."""
     new = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     keys, known = _matched(optimizer, old, module, names)
     found = [known.get(key) for key in keys]
@@ -39,21 +38,48 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
             f"{type(optimizer).__name__}",
             hint="leave it: the first step makes a fresh state",
         )
+    report = GraftReport()
+    used = set(keys)
+    for name, (key, earlier) in zip(_written(known), known.items(), strict=True):
+        for entry, value in _tensors(earlier.state) if key not in used else ():
+            report.unused.append(state_row((name,), entry, value, "its parameter is not of this optimizer"))
+    if report.unused and unused == "error":
+        report.refused = True
+        raise GraftRefused(
+            f"the earlier state keeps what has no place here: {wording.listing([row.path for row in report.unused])}",
+            report=report,
+            hint='unused="ok" leaves it behind',
+        )
     of_all = isinstance(optimizer, torch.optim.LBFGS)  # one state for all parameters together
     if not of_all:
         _refuse_misfits(new, keys, found)
     elif all(found) and len(found) == len(known):
         optimizer.state[new[0][0]] = _copied(found[0].state, new[0][0], new[0][1])  # type: ignore[union-attr]
-    for (parameter, group), source in zip(new, found, strict=True):
-        if source is not None and source.state and not of_all:
-            optimizer.state[parameter] = _copied(source.state, parameter, group)
+    for key, (parameter, group), source in zip(_written(keys), new, found, strict=True):
+        if source is None or not source.state:
+            report.fresh.append(
+                state_row((key,), "", parameter, "starts in its first step (nothing in the earlier state)")
+            )
+        elif not of_all:
+            optimizer.state[parameter] = made = _copied(source.state, parameter, group)
+            for entry, value in _tensors(made):
+                report.copied.append(state_row((key,), entry, value, "copied", (key,), value))
     for group in optimizer.param_groups:
         ids = {id(p) for p in group["params"]}
         sources = {id(s.group): s.group for (p, _), s in zip(new, found, strict=True) if s is not None and id(p) in ids}
         if len(sources) == 1:  # parameters from several groups: nobody can say whose rate is meant
             (source_group,) = sources.values()
-            group |= {k: v for k, v in source_group.items() if k not in _OWN and (k in group or k == "initial_lr")}
-    return optimizer
+            group |= {k: v for k, v in source_group.items() if k not in OWN and (k in group or k == "initial_lr")}
+    return report
+
+
+def _tensors(state: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, value) for name, value in state.items() if isinstance(value, torch.Tensor)]
+
+
+def _written(keys: Iterable[Any]) -> list[str]:
+    """What parameters are called in a report: by name, or else by number."""
+    return [key if isinstance(key, str) else f"#{number}" for number, key in enumerate(keys)]
 
 
 def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None) -> tuple[list[Any], dict[Any, _Old]]:
@@ -73,7 +99,7 @@ def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None)
                 raise BadArgument(
                     f"the earlier state is of {wording.plural(len(entries), 'parameter')} and this optimizer has "
                     f"{len(new)}: without names nobody can say which is which",
-                    hint="name them: torch.optim.AdamW(model.named_parameters()) for both, or module=model here and "
+                    hint="name them: torch.optim.AdamW(model.named_parameters()) for both, or target=model here and "
                     "names=[...] for the parameters of the earlier one in their order",
                 )
             keys, old_keys = list(range(len(new))), list(range(len(entries)))
@@ -100,7 +126,7 @@ def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found:
     wrong = []
     for number, ((parameter, _), key, source) in enumerate(zip(new, keys, found, strict=True)):
         for name, value in source.state.items() if source is not None else ():
-            if isinstance(value, torch.Tensor) and tuple(value.shape) not in _shapes(name, tuple(parameter.shape)):
+            if isinstance(value, torch.Tensor) and not _fits(name, value, tuple(parameter.shape)):
                 who = key if isinstance(key, str) else f"parameter {number}"
                 wrong.append(f"{name} of {who} is {list(value.shape)}, and the parameter {list(parameter.shape)}")
     if wrong:
@@ -111,31 +137,18 @@ def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found:
         )
 
 
-def _shapes(name: str, shape: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """The shapes that an entry of the state of a parameter may have."""
-    shapes = {shape, (), (1,)}
-    if name == "row_var":  # Adafactor keeps means of rows and columns
-        shapes = {(*shape[:-1], 1)}
-    elif name == "col_var":
-        shapes = {(*shape[:-2], 1, *shape[-1:])}
-    elif name != "step":
-        shapes = {shape} if len(shape) else {shape, (1,)}
-        shapes |= {()} if name in _SCALARS else set()
-    return shapes
-
-
-# Entries that are one number for a whole parameter.
-_SCALARS = frozenset({"step", "eta", "mu", "mu_product", "lambd", "step_size", "ax"})
+def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether an entry of a state may belong to a parameter of this shape."""
+    single = value.numel() == 1 and (name in SCALARS or not shape)
+    return single or tuple(value.shape) == shape_for(name, shape)
 
 
 def _copied(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """The moments as tensors of their own, where the parameter is."""
-    counted_there = group.get("capturable") or group.get("fused")
 
     def copied(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return list(value) if isinstance(value, list) else value
-        device = parameter.device if name != "step" or counted_there else value.device
-        return value.detach().to(device, copy=True)
+        return value.detach().to(device_for(name, parameter, group), copy=True)
 
     return {name: copied(name, value) for name, value in state.items()}

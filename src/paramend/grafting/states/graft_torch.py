@@ -13,7 +13,7 @@ from paramend.reports import wording
 from paramend.trees.tree import Tree
 
 # Entries that are one number for a whole parameter.
-_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
+SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
 
 # What an optimizer starts from where that is not zero, by entry.
 _STARTS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], Any]] = {
@@ -28,11 +28,11 @@ _FACTORED = {"row_var": -1, "col_var": -2}
 # Entries that a hyperparameter asks for: without them the next step would fail.
 _ASKED = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 
-# Hyperparameters that say how a step is carried out, and those that came with later versions of torch.
-_EVERYWHERE = frozenset(
-    {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
-    | {"lr", "initial_lr", "maximize", "decoupled_weight_decay"}
-)
+# How a step is carried out, which is the new optimizer's own choice.
+OWN = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+
+# The same, and hyperparameters that came with later versions of torch.
+_EVERYWHERE = OWN | {"lr", "initial_lr", "maximize", "decoupled_weight_decay"}
 
 
 def graft_optimizer_(
@@ -52,26 +52,30 @@ def graft_optimizer_(
         state = states.get(link.source) if link.source is not None else None
         if not state or link.source is None:
             did = f"as its parameter: {link.did}" if link.source is None else "nothing in the earlier state"
-            done.fresh.append(_row(path, "", parameter, f"starts in its first step ({did})"))
+            done.fresh.append(state_row(path, "", parameter, f"starts in its first step ({did})"))
             continue
         carried.add(link.source)
         made: dict[str, Any] = {}
         complete = _complete(state, group)
         for name in state.keys() - complete.keys():
             homeless[name] = None
-            done.unused.append(_row(link.source, name, state[name], "no place for it in the new state"))
+            done.unused.append(state_row(link.source, name, state[name], "no place for it in the new state"))
         for name, value in complete.items():
             why, made[name] = _carried(name, value, parameter, group, link)
             if why:
                 problems.append(f"{name} of {'.'.join(path)} {why}")
             elif isinstance(value, torch.Tensor):
                 corner = tuple(made[name].shape) != tuple(value.shape)
-                (done.mismatched if corner else done.copied).append(_row(path, name, made[name], "copied", link, value))
+                (done.mismatched if corner else done.copied).append(
+                    state_row(path, name, made[name], "copied", link.source, value)
+                )
         new[parameter] = made
     for path, state in states.items():
         for name, value in state.items() if path not in carried else ():
             if isinstance(value, torch.Tensor):
-                done.unused.append(_row(path, name, value, "its parameter goes nowhere, or is not of this optimizer"))
+                done.unused.append(
+                    state_row(path, name, value, "its parameter goes nowhere, or is not of this optimizer")
+                )
     done.refused = bool(problems or (homeless and unused == "error"))
     if done.refused and not problems:
         raise GraftRefused(
@@ -204,18 +208,17 @@ def _carried(name: str, value: Any, parameter: torch.Tensor, group: Mapping[str,
     """Why an entry cannot be carried, or ""; and the entry for the new parameter, a copy."""
     if not isinstance(value, torch.Tensor):
         return "", list(value) if isinstance(value, list) else value
-    counted_there = group.get("capturable") or group.get("fused")
-    device = parameter.device if name != "step" or counted_there else torch.device("cpu")
-    dtype = parameter.dtype if parameter.is_floating_point() and name not in _SCALARS else value.dtype
+    device = device_for(name, parameter, group)
+    dtype = parameter.dtype if parameter.is_floating_point() and name not in SCALARS else value.dtype
     value = value.detach()
-    if name in _SCALARS and value.ndim == 0:
+    if name in SCALARS and value.ndim == 0:
         return "", value.to(device, copy=True)
     old_shape = link.source_shape or ()
-    if tuple(value.shape) != _shape(name, old_shape):
+    if tuple(value.shape) != shape_for(name, old_shape):
         if link.corner:
             return f"is {list(value.shape)} for a parameter {list(old_shape)}: its corner is unknown", None
         return "", value.to(device, dtype, copy=True)
-    wanted = _shape(name, tuple(parameter.shape))
+    wanted = shape_for(name, tuple(parameter.shape))
     if wanted == tuple(value.shape):
         made = torch.empty_like(parameter, dtype=dtype, device=device) if wanted == parameter.shape else None
         return "", value.to(device, dtype, copy=True) if made is None else made.copy_(value)
@@ -227,7 +230,13 @@ def _carried(name: str, value: Any, parameter: torch.Tensor, group: Mapping[str,
     return "", made
 
 
-def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def device_for(name: str, parameter: torch.Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where an entry is kept: with the parameter, and steps on the host unless they are counted there."""
+    counted_there = name != "step" or group.get("capturable") or group.get("fused")
+    return parameter.device if counted_there else torch.device("cpu")
+
+
+def shape_for(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of an entry for a parameter of a shape."""
     if name in _FACTORED and len(shape) > 1:
         axis = len(shape) + _FACTORED[name]
@@ -235,12 +244,13 @@ def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _row(
-    path: Path, name: str, value: torch.Tensor, did: str, link: Link | None = None, old: torch.Tensor | None = None
+def state_row(
+    path: Path, name: str, value: torch.Tensor, did: str, source: Path | None = None, old: torch.Tensor | None = None
 ) -> GraftRow:
+    """The row of an entry of a state."""
     where = ".".join((*path, name) if name else path)
     shape, dtype = tuple(value.shape), dtype_name(value.dtype)
-    if link is None or link.source is None or old is None:
+    if source is None or old is None:
         return GraftRow(where, None, shape, None, dtype, None, did)
     taken = old
     if shape != tuple(old.shape):
@@ -249,5 +259,5 @@ def _row(
         taken = old[tuple(map(slice, corner))]
     if old.dtype != value.dtype:
         did += f", cast from {dtype_name(old.dtype)}"
-    origin = ".".join((*link.source, name))
+    origin = ".".join((*source, name))
     return GraftRow(where, origin, shape, tuple(old.shape), dtype, dtype_name(old.dtype), did, taken=taken.numel())
