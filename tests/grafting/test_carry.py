@@ -92,16 +92,16 @@ FORMS = {
 def test_moments_and_counts_go_from_form_to_form(old, new):
     params, state = trained(old)
     tx = FORMS[new]()
-    new = carried(tx, params, state)
+    gone_on = carried(tx, params, state)
     fresh = tx.init(params)
-    assert jax.tree.structure(new) == jax.tree.structure(fresh)
-    for mine, theirs, init in zip(all_moments(new), all_moments(state), all_moments(fresh), strict=True):
+    assert jax.tree.structure(gone_on) == jax.tree.structure(fresh)
+    for mine, theirs, init in zip(all_moments(gone_on), all_moments(state), all_moments(fresh), strict=True):
         for path, value in mine.items():
             assert bits(value) == bits(theirs.get(path, init[path]))
     # The count of a schedule that the earlier optimizer did not have starts at 0.
-    assert set(counts(new)) <= ({0, 3} if new in ("schedule", "hyperparameters") else {3})
+    assert set(counts(gone_on)) <= ({0, 3} if new in ("schedule", "hyperparameters") else {3})
     if "plain" in (old, new):
-        train(tx, params, new, 1)
+        train(tx, params, gone_on, 1)
 
 
 def all_moments(state):
@@ -319,8 +319,8 @@ def test_what_comes_from_a_file_goes_where_the_parameters_are():
 
 def test_under_jit():
     params, state = train(freeze(ADAM, "a/**"))
-    carried = jax.jit(lambda params, state: carried(ADAM, params, state))(params, state)
-    assert bits(carried) == bits(carried(ADAM, params, state))
+    compiled = jax.jit(lambda params, state: carried(ADAM, params, state))(params, state)
+    assert bits(compiled) == bits(carried(ADAM, params, state))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -362,6 +362,10 @@ def test_a_state_of_something_else():
 
 
 def test_arguments():
+    with pytest.raises(BadArgument, match="the third argument is the report"):
+        pm.graft_opt_state(ADAM, PARAMS, ADAM.init(PARAMS))  # as `carry_opt_state` took them
+    with pytest.raises(Unsupported, match="not an optimizer state"):
+        pm.graft_opt_state(PARAMS, ADAM.init(PARAMS))
     with pytest.raises(BadArgument, match="neither"):
         carried(ADAM, PARAMS, ADAM.init(PARAMS), mismatch="skip")
 

@@ -84,6 +84,11 @@ def graft_opt_state(
     (1, [0.0, 0.0], True)
     """
     Options(unused=unused or "error")  # checks it
+    if not isinstance(report, GraftReport | None):
+        raise BadArgument(
+            f"the third argument is the report of a graft, and this is {described(report)}",
+            hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
+        )
     if report is None:
         return _by_path(state, old_state, unused or "ok", mismatch)
     if mismatch != "error":
@@ -115,6 +120,11 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
             hint="pm.graft_optimizer_(optimizer, old_optimizer, report)",
         )
     survey = Survey.of(tree)
+    if tree.values and not survey.roots:
+        raise Unsupported(
+            f"{described(state)} is not an optimizer state, as optax builds them",
+            hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
+        )
     new, report = carry_optax.carried(state, old_state, {*survey.parameters, *survey.absent}, mismatch)
     if report.unused and unused == "error":
         paths = [row.path for row in report.unused]
@@ -227,7 +237,13 @@ def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None
 
 
 def carry_opt_state(tx: Any, params: Any, state: Any, *, mismatch: Literal["error", "keep"] = "error") -> Any:
-    """Deprecated: `pm.graft_opt_state(tx.init(params), state)`, which also gives a report."""
+    """Deprecated: `pm.graft_opt_state(tx.init(params), state)`, which also gives a report.
+
+    >>> import optax, warnings
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     carry_opt_state(optax.sgd(0.1), {"w": np.ones(2)}, ())
+    (EmptyState(), EmptyState())
+    """
     call = "pm.graft_opt_state(tx.init(params), state)"
     warnings.warn(f"pm.carry_opt_state(tx, params, state) is now {call}", DeprecationWarning, stacklevel=2)
     if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
@@ -239,7 +255,14 @@ def carry_opt_state(tx: Any, params: Any, state: Any, *, mismatch: Literal["erro
 
 
 def carry_optimizer_(optimizer: Any, old: Any, *, module: Any = None, names: Sequence[str] | None = None) -> Any:
-    """Deprecated: `pm.graft_optimizer_(optimizer, old)`, which returns a report and not the optimizer."""
+    """Deprecated: `pm.graft_optimizer_(optimizer, old)`, which returns a report and not the optimizer.
+
+    >>> import torch, warnings
+    >>> one, other = (torch.optim.SGD([torch.ones(2)], lr=lr) for lr in (0.1, 0.2))
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     carry_optimizer_(one, other).param_groups[0]["lr"]
+    0.2
+    """
     call = "pm.graft_optimizer_(optimizer, old)"
     warnings.warn(f"pm.carry_optimizer_(optimizer, old) is now {call}", DeprecationWarning, stacklevel=2)
     graft_optimizer_(optimizer, old, target=module, names=names)
