@@ -75,11 +75,9 @@ def ablate(
     layers/0     10     -3       1           2
     """
     if order is not None:
-        warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
         if order not in (1, 2):
-            raise BadArgument(
-                f"order={order!r}: targets are taken out one by one, or in pairs as well", hint="pairs=True"
-            )
+            raise BadArgument(f"order={order!r} is neither 1 nor 2", hint="pairs=True")
+        warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
         pairs = order == 2
     leaves = tree if isinstance(tree, Editable) else Memory(tree)
     chosen = {name: _chosen(leaves, name, selector) for name, selector in _named(leaves, targets).items()}
