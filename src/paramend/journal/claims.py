@@ -37,7 +37,7 @@ def seal(store: Path, record: str) -> None:
         record: what it can be known by.
 
     Raises:
-        OSError: the note could be begun and not written: the disk is full, say. Better now than when bytes have changed.
+        OSError: the note can be begun and not written, on a full disk say. No byte has changed yet.
     """
     begin(store)
     try:

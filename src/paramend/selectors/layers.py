@@ -18,8 +18,9 @@ from paramend.selectors.grammar import (
     around_captures,
     captures_of,
 )
+from paramend.selectors.nesting import Step
 from paramend.selectors.patterns import Pattern, parse
-from paramend.selectors.renames import Step, rename
+from paramend.selectors.renames import rename
 
 Pieces = tuple[str, ...]
 
