@@ -15,10 +15,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from click.testing import CliRunner
 
+import paramend as pm
 from paramend.cli import _ui
-from paramend.cli.main import ROWS, cli
+from paramend.cli.main import ROWS, cli, edits
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.safetensors_header import write_header
 from paramend.leaves.specs import Spec
@@ -152,6 +154,9 @@ def test_names_cannot_command_the_terminal(tmp_path):
         (["fill", "layers.3.w", "-.5e1"], np.full((2, 3), -5, "float32")),
         (["fill", "layers.3.w", "-inf"], np.full((2, 3), -np.inf, "float32")),
         (["scale", "layers.3.w", "-2"], np.full((2, 3), -6, "float32")),
+        (["multiply", "layers.3.w", "-2"], np.full((2, 3), -6, "float32")),
+        (["add", "layers.3.w", "-2.5"], np.full((2, 3), 0.5, "float32")),
+        (["clip", "layers.3.w", "-1", "1"], np.full((2, 3), 1, "float32")),
         (["cast", "layers.3.w", "bfloat16"], np.full((2, 3), 3, ml_dtypes.bfloat16)),
         (["noise", "layers.3.w", "0", "--seed", "1"], np.full((2, 3), 3, "float32")),
     ],
@@ -165,6 +170,47 @@ def test_every_verb(model, tmp_path, args, expected):
     assert after.pop("layers.3.w").tobytes() == expected.tobytes()
     assert {k: v.tobytes() for k, v in after.items()} == {k: before[k].tobytes() for k in after}
     assert done.stderr.startswith(f"wrote {tmp_path / 'out'}: ")
+
+
+def test_reinit_draws_with_a_seed(model, tmp_path):
+    for name, more in [("a", []), ("b", ["--seed", "0"]), ("c", ["--seed", "2"])]:
+        done = run("reinit", model, "layers.3.w", "he_uniform", *more, "-o", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    a, b, c = (read(tmp_path / name)["layers.3.w"] for name in "abc")
+    assert (a == b).all() and not (a == c).any()
+    assert (abs(a) <= (6 / 3) ** 0.5).all() and len({*a.ravel().tolist()}) == 6
+    state = {"layers.3.w": torch.tensor(read(model)["layers.3.w"])}  # named as in torch, (out, in) as there
+    assert pm.at(state, "**").reinit("he_uniform")["layers.3.w"].numpy().tobytes() == a.tobytes()
+    done = run("reinit", model, "layers.3.w", "he", "-o", tmp_path / "d")
+    assert done.exit_code == 2 and "'he' is not an initializer; write" in done.stderr
+
+
+def test_arithmetic_takes_another_file(model, tmp_path):
+    """The sum of a model and what another holds under the same paths: task vectors, as they are called."""
+    before = read(model)
+    other = {name: np.full(leaf.shape, 0.5, leaf.dtype) for name, leaf in before.items() if name.endswith(".w")}
+    safetensors.numpy.save_file(other, tmp_path / "delta.safetensors")
+    done = run("add", model, "layers/*/w", tmp_path / "delta.safetensors", "-o", tmp_path / "out", "--record")
+    assert done.exit_code == 0, done.output
+    after = read(tmp_path / "out")
+    for name, leaf in before.items():
+        expected = leaf + np.float32(0.5) if re.fullmatch(r"layers\.\d+\.w", name) else leaf
+        assert after[name].tobytes() == expected.tobytes()
+    assert pm.record(tmp_path / "out").recipe.endswith('add: {at: "layers/*/w", from: "delta.safetensors"}')
+    np.save(tmp_path / "row.npy", np.array([1, 2, 3], "float32"))
+    assert run("multiply", model, "layers.3.w", tmp_path / "row.npy", "-o", tmp_path / "row").exit_code == 0
+    assert read(tmp_path / "row")["layers.3.w"].tolist() == (before["layers.3.w"] * [1, 2, 3]).tolist()
+    done = run("add", model, "layers.3.w", f"{tmp_path / 'delta.safetensors'}:layers.3.b", "-o", tmp_path / "no")
+    assert done.exit_code == 2 and "layers.3.b" in done.stderr
+
+
+def test_what_changes_specs_cannot_be_done_in_place(model):
+    before = model.read_bytes()
+    for args in (["cast", model, "layers.3.w", "float16"], ["delete", model, "layers.3.w"]):
+        assert "--in-place" not in run(args[0], "--help").stdout
+        done = run(*args, "--in-place")
+        assert done.exit_code == 2 and "hint: " in done.stderr, done.output
+    assert model.read_bytes() == before
 
 
 def test_noise_depends_on_the_seed(model, tmp_path):
@@ -259,13 +305,19 @@ def test_refusals_are_short_and_their_status_is_2(model, tmp_path, args, message
     ("args", "message"),
     [
         (["sohw", "x"], "There is no command 'sohw'. Did you mean 'show'?"),
-        (["frobnicate"], "There is no command 'frobnicate'.\n"),
+        (["frobnicate"], "There is no command 'frobnicate'. They are listed by: paramend help"),
         (["show"], "Missing argument 'PATH'"),
         (["show", "m", "--jsn"], "--json"),
         (["zero", "MODEL", "step"], "-o OUT or --in-place is needed"),
         (["fill", "MODEL", "step", "-o", "out"], "Missing argument"),
-        (["fill", "MODEL", "step", "three", "-o", "out"], "'three' is no number"),
-        (["noise", "MODEL", "step", "0.1", "--seed", "-1", "-o", "out"], "-1 is not in the range"),
+        (["fill", "MODEL", "step", "three", "-o", "out"], "'three' is not a number"),
+        (["scale", "MODEL", "step", "three", "-o", "out"], "'three' is not a number, nor a file that is there"),
+        (["clip", "MODEL", "step", "1", "-o", "out"], "Missing argument 'HI'"),
+        (["replace", "MODEL"], "There is no command 'replace'. Did you mean 'set'?"),
+        (["mutliply", "MODEL"], "There is no command 'mutliply'. Did you mean 'multiply'?"),
+        (["apple", "MODEL"], "Did you mean 'apply'?"),
+        (["help", "clmp"], "Did you mean 'clip'?"),
+        (["noise", "MODEL", "step", "0.1", "--seed", "-1", "-o", "out"], "-1 is negative"),
         (["zero", "MODEL", "step", "1", "-o", "out"], "unexpected extra argument"),
     ],
 )
@@ -298,10 +350,13 @@ def test_a_missing_framework_breaks_only_its_command(model, monkeypatch):
 
 def test_help_and_version():
     text = run("--help").stdout
-    for row in ROWS:
-        assert re.search(rf"^  {row.name} +{re.escape(row.says[:30])}", text, re.MULTILINE)
-    for name in ("show", "zero", "fill", "scale", "noise", "cast"):
+    assert run("help").stdout == text
+    for row in (*ROWS, *edits()):
+        name = ", ".join((row.name, *row.aliases))
+        assert re.search(rf"^  {name} +{re.escape(row.says[:30])}", text, re.MULTILINE)
+    for name in ("show", "zero", "fill", "scale", "multiply", "add", "clip", "reinit", "noise", "cast", "rename"):
         done = run(name, "-h")
+        assert run("help", name).stdout == done.stdout
         assert done.exit_code == 0
         assert "Exit status:" in done.stdout
     assert re.fullmatch(r"paramend, version \d+\.\d+.*\n", run("--version").stdout)

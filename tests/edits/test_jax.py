@@ -56,6 +56,10 @@ BY_HAND = {
         lambda p, v: pm.at(p, LAST).add(v),
         lambda p, v: spread(p, "Dense_2", "kernel", p["params"]["Dense_2"]["kernel"] + v),
     ),
+    "clip": (
+        lambda p, v: pm.at(p, LAST).clip(-0.1, 0.1),
+        lambda p, v: spread(p, "Dense_2", "kernel", jnp.clip(p["params"]["Dense_2"]["kernel"], -0.1, 0.1)),
+    ),
     "slice zero": (
         lambda p, v: pm.at(p, LAST)[-1].zero(),
         lambda p, v: spread(p, "Dense_2", "kernel", p["params"]["Dense_2"]["kernel"].at[-1].set(0)),
@@ -224,6 +228,8 @@ def test_arithmetic_keeps_the_dtype(dtype):
     assert pm.at({"w": leaf}, "w").multiply(2)["w"].dtype == leaf.dtype
     assert pm.at({"w": leaf}, "w").add(1)["w"].dtype == leaf.dtype
     assert pm.at({"w": leaf}, "w").fill(1)["w"].dtype == leaf.dtype
+    if dtype != "complex64":
+        assert pm.at({"w": leaf}, "w").clip(1, 1)["w"].dtype == leaf.dtype
 
 
 def test_weak_types_stay():

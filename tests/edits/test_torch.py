@@ -36,6 +36,7 @@ VERBS = {
     "set": lambda s, end: getattr(s, "set" + end)(np.full((3, 3), 2, np.float32)),
     "add": lambda s, end: getattr(s, "add" + end)(1.0),
     "multiply": lambda s, end: getattr(s, "multiply" + end)(0.5),
+    "clip": lambda s, end: getattr(s, "clip" + end)(-0.01, 0.01),
     "apply": lambda s, end: getattr(s, "apply" + end)(torch.tanh),
     "noise": lambda s, end: getattr(s, "noise" + end)(0.1, seed=2),
     "reinit": lambda s, end: getattr(s, "reinit" + end)("xavier_uniform", seed=2),
@@ -174,6 +175,7 @@ def test_the_same_numbers_in_every_library():
         edits = {
             "multiply": lambda s: s.multiply(0.3),
             "add": lambda s: s.add(0.3),
+            "clip": lambda s: s.clip(-0.3, 0.7),
             "noise": lambda s: s.noise(0.3, seed=5),
             "slice": lambda s: s[3:7].multiply(1.7),
             "fill": lambda s: s.fill(0.3),

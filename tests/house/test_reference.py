@@ -1,4 +1,4 @@
-"""The tables of docs/reference.md are what the code says. `python tests/house/test_reference.py` writes them."""
+"""The tables of the reference and of the command line are true. `python tests/house/test_reference.py` writes them."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from paramend import errors
+from paramend.cli.edit import arguments_of
 from paramend.edits.ops import OPS
 from paramend.recipes.verbs import VERBS
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def ops_table() -> str:
@@ -39,19 +40,38 @@ def steps_table() -> str:
     return "\n".join([*rows, *(f"| `{name}` | {key.says} |" for name, key in keys.items())])
 
 
-TABLES = {"ops": ops_table, "steps": steps_table, "errors": errors_table}
+def commands_table() -> str:
+    rows = ["| command | also | options | what it does to the chosen leaves |", "|---|---|---|---|"]
+    for op in OPS.values():
+        if not op.code:
+            command = " ".join([op.name, "PATH", "SELECTOR", *arguments_of(op)])
+            options = ", ".join(
+                [*(f"`--{name}`" for name in op.optional), *(["`--in-place`"] if op.keeps_spec else [])]
+            )
+            also = ", ".join(f"`{name}`" for name in op.aliases)
+            rows.append(f"| `{command} -o OUT` | {also} | {options} | {op.says} |")
+    return "\n".join(rows)
+
+
+TABLES = {
+    "ops": ("reference.md", ops_table),
+    "steps": ("reference.md", steps_table),
+    "errors": ("reference.md", errors_table),
+    "commands": ("cli.md", commands_table),
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_of_the_reference_is_true(name):
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", PAGE.read_text(), re.DOTALL)
-    assert found, f"{PAGE.name} has no place for the table {name}"
-    assert found[1] == TABLES[name](), f"run `python {Path(__file__).relative_to(PAGE.parents[1])}`"
+def test_a_table_is_true(name):
+    page, table = TABLES[name]
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", (DOCS / page).read_text(), re.DOTALL)
+    assert found, f"{page} has no place for the table {name}"
+    assert found[1] == table(), f"run `python {Path(__file__).relative_to(DOCS.parent)}`"
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text()
-    for name, table in TABLES.items():
+    for name, (page, table) in TABLES.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
-        text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
-    PAGE.write_text(text)
+        text = (DOCS / page).read_text()
+        found = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
+        (DOCS / page).write_text(found)

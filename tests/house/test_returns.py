@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import paramend as pm
+from paramend.edits.ops import OPS
 from paramend.reports.report import Report
 
 
@@ -21,23 +22,21 @@ def stepped(model):
     return optimizer
 
 
-EDITS = {
-    "zero_": (),
-    "fill_": (0.5,),
-    "set_": (torch.ones(2, 2),),
-    "add_": (1.0,),
-    "multiply_": (2.0,),
-    "apply_": (torch.abs,),
-    "noise_": (0.1,),
-    "reinit_": ("lecun_normal",),
-}
+GIVEN = {"set": {"value": torch.ones(2, 2)}, "apply": {"fn": torch.abs}}  # what only code can say
+
+
+def arguments(op):
+    return GIVEN.get(op.name) or {
+        name: each.typed(each.example) for name, each in zip(op.parameters, op.takes, strict=True)
+    }
 
 
 def test_edits_return_none():
-    assert set(EDITS) == {name for name in dir(pm.Selection) if name.endswith("_") and not name.startswith("_")}
+    twins = {f"{op.name}_": op for op in OPS.values() if op.keeps_spec}
+    assert set(twins) == {name for name in dir(pm.Selection) if name.endswith("_") and not name.startswith("_")}
     model = net()
-    for verb, args in EDITS.items():
-        assert getattr(pm.at(model, "0.weight"), verb)(*args) is None
+    for verb, op in twins.items():
+        assert getattr(pm.at(model, "0.weight"), verb)(**arguments(op)) is None
     assert pm.Recipe([{"zero": "**"}]).apply_(model) is None
     assert pm.init.zero_(model) is None
     assert not any(parameter.any() for parameter in model.parameters())

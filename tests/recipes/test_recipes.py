@@ -309,7 +309,8 @@ def test_the_schema_refuses_what_the_reader_refuses(step):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_example_in_a_hint_is_a_step(verb):
-    assert parse(_example(VERBS[verb])).to_dict()["steps"]
+    assert parse(_example(VERBS[verb])).to_dict()["steps"] == [VERBS[verb].example]
+    validator.validate({"version": 1, "steps": [VERBS[verb].example]})
 
 
 @pytest.mark.parametrize("data", [{"steps": [{"zero": "x"}]}, {"version": True, "steps": [{"zero": "x"}]}, [], 3, None])
@@ -630,6 +631,10 @@ def fitting(draw):
         body |= {"std": 0.5, "seed": draw(st.integers(0, 9))}
     if verb == "reinit":
         body |= {"init": "he_uniform", "seed": draw(st.integers(0, 9))}
+    if verb == "clip":
+        body |= {"lo": draw(st.floats(-4, 0, width=16)), "hi": draw(st.floats(0, 4, width=16))}
+    if len(body) == 1 and not VERBS[verb].short and verb != "expect":  # a row of the table that is new
+        body = {**VERBS[verb].example[verb], "at": at}
     return {verb: body}
 
 

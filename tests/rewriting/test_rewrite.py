@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 import paramend as pm
 from paramend.arrays import initializers
-from paramend.edits.ops import OPS, Call
+from paramend.edits.call import Call
+from paramend.edits.ops import OPS
 from paramend.edits.plan import call, plan
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
 from paramend.formats.registry import open_source
@@ -333,7 +334,7 @@ def test_a_listener_that_raises_stops_the_rewrite(model, tmp_path):
         ("**/weight", "cast", {"dtype": "float31"}, BadArgument, "no dtype"),
         ("step", "cast", {"dtype": "complex128"}, Unsupported, "no dtype complex128"),
         ("step", "cast", {"dtype": "int4"}, Unsupported, "no dtype int4"),
-        ("**", "zeros", {}, BadArgument, "'zeros' is no edit"),
+        ("**", "zeros", {}, BadArgument, "'zeros' is not an edit"),
         ("**", "fill", {}, BadArgument, "fill needs value"),
         ("**", "zero", {"value": 1}, BadArgument, "zero has no argument 'value'"),
         ("**", "apply", {"fn": abs, "keep_spec": False}, Unsupported, "known only when it runs"),

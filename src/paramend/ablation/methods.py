@@ -8,7 +8,8 @@ import numpy as np
 
 from paramend.arrays.initializers import Place, generator, normal
 from paramend.arrays.registry import to_numpy
-from paramend.edits.ops import OPS, Call
+from paramend.edits.call import Call
+from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import families, identities
 from paramend.leaves.leaves import Index, Leaves

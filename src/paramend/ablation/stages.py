@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, backend_of, to_numpy
+from paramend.edits.call import Call
 from paramend.edits.memory import Memory
-from paramend.edits.ops import Call
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.leaves import Editable
 

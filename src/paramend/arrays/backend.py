@@ -19,7 +19,7 @@ class Backend(Protocol):
         """Shape and dtype."""
 
     def refusal(self, x: Any) -> str:
-        """Why arithmetic on this array makes no sense ("a PRNG key is no number"), or ""."""
+        """Why arithmetic on this array makes no sense ("a PRNG key is not a number"), or ""."""
 
     def abstract(self, x: Any) -> bool:
         """Whether there is a spec and nothing else: no values, and perhaps no device."""
@@ -38,6 +38,9 @@ class Backend(Protocol):
 
     def multiply(self, x: Any, value: Any) -> Any:
         """x * value, in the dtype of x."""
+
+    def clip(self, x: Any, lo: Any, hi: Any) -> Any:
+        """x brought between two scalars, in the dtype of x; None, for one of them, is no bound. NaN stays."""
 
     def cast(self, x: Any, dtype: str) -> Any:
         """The array in another dtype."""

@@ -25,7 +25,7 @@ def refusal(x: Any) -> str:
     """Why arithmetic makes no sense, or ""."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return "it is abstract (a ShapeDtypeStruct) and holds no values"
-    return f"a PRNG key ({x.dtype}) is no number" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else ""
+    return f"a PRNG key ({x.dtype}) is not a number" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else ""
 
 
 def abstract(x: Any) -> bool:
@@ -103,6 +103,12 @@ def add(x: Any, value: Any) -> Any:
 def multiply(x: Any, value: Any) -> Any:
     """x * value, in the dtype of x."""
     return _placed(x * _operand(value, x), x)
+
+
+def clip(x: Any, lo: Any, hi: Any) -> Any:
+    """x between two bounds, in the dtype of x."""
+    low, high = (None if bound is None else _operand(bound, x) for bound in (lo, hi))
+    return _placed(jnp.clip(x, low, high), x)
 
 
 def cast(x: Any, dtype: str) -> Any:

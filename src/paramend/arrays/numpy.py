@@ -22,7 +22,7 @@ def spec(x: Any) -> Spec:
 
 def refusal(x: Any) -> str:
     """Why arithmetic makes no sense, or ""."""
-    return "" if x.dtype.kind in "biufcV" and x.dtype.names is None else f"{x.dtype} is no number"
+    return "" if x.dtype.kind in "biufcV" and x.dtype.names is None else f"{x.dtype} is not a number"
 
 
 def abstract(x: Any) -> bool:
@@ -55,6 +55,12 @@ def add(x: Any, value: Any) -> Any:
 def multiply(x: Any, value: Any) -> Any:
     """x * value, in the dtype of x."""
     return _same((x * np.asarray(value).astype(x.dtype)).astype(x.dtype, copy=False), x)
+
+
+def clip(x: Any, lo: Any, hi: Any) -> Any:
+    """x between two bounds, in the dtype of x."""
+    low, high = (None if bound is None else np.asarray(bound).astype(x.dtype) for bound in (lo, hi))
+    return _same(np.clip(x, low, high).astype(x.dtype, copy=False), x)
 
 
 def cast(x: Any, dtype: str) -> Any:

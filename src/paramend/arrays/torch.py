@@ -86,13 +86,13 @@ def from_numpy(array: Any) -> Any:
     return torch.from_numpy(array)
 
 
-def _wide(verb: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _wide(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The verb also for fp8, in which torch computes nothing: float32 holds operands and result."""
 
-    def run(x: Any, value: Any) -> Any:
+    def run(x: Any, *values: Any) -> Any:
         if x.dtype.itemsize == 1 and x.dtype.is_floating_point:
-            return verb(x.float(), value.float()).to(x.dtype)
-        return verb(x, value)
+            return verb(x.float(), *(None if value is None else value.float() for value in values)).to(x.dtype)
+        return verb(x, *values)
 
     return run
 
@@ -108,6 +108,12 @@ def add(x: Any, value: Any) -> Any:
 def multiply(x: Any, value: Any) -> Any:
     """x * value, in the dtype of x."""
     return _new(x, lambda: _VERBS["multiply"](x, _tensor(value, x)))
+
+
+def clip(x: Any, lo: Any, hi: Any) -> Any:
+    """x between two bounds, in the dtype of x."""
+    low, high = (None if bound is None else _tensor(bound, x) for bound in (lo, hi))
+    return _new(x, lambda: _wide(torch.clamp)(x, low, high))
 
 
 def cast(x: Any, dtype: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from paramend._optional import need
 from paramend.arrays.registry import backend, backend_of, to_numpy
-from paramend.edits.ops import Call
+from paramend.edits.call import Call
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import home_of, open_source

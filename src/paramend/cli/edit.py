@@ -1,10 +1,10 @@
-"""The commands that edit a checkpoint, made from the table of ops."""
+"""The commands that edit a checkpoint: one for each row of the table of edits, and those that change its structure."""
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.writing import edit_checkpoint, options
-from paramend.edits.arguments import read_number
+from paramend.edits.arguments import NUMBER, TEXT, Value
+from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.edits.plan import call
 from paramend.errors import BadArgument, BadRecipe, SpecMismatch
@@ -22,91 +23,90 @@ from paramend.recipes.donors import Donors
 from paramend.reports import wording
 from paramend.selectors.selector import resolve, sel
 
+Args = Mapping[str, Any]
+
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
-
-
-def _number(text: str) -> int | float | bool:
-    """A number as it is typed: 3 is an int, 0.5, inf and nan are floats, true and false are bools."""
-    try:
-        return read_number(text)
-    except BadArgument as error:
-        raise click.BadParameter(f"{text!r} is no number; write {error.hint}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One command.
-
-    Attributes:
-        name: as it is typed.
-        op: the row of the table of ops; "" for changes of structure.
-        argument: which argument of the op follows the selector, and how it is shown and read.
-        says: what it does, where no row of the table says it.
-    """
-
-    name: str
-    op: str
-    argument: tuple[str, str, Callable[[str], Any]] | None = None
-    says: str = ""
-
-
-VERBS = (
-    Verb("zero", "zero"),
-    Verb("fill", "fill", ("value", "VALUE", _number)),
-    Verb("scale", "multiply", ("value", "FACTOR", _number)),
-    Verb(
-        "set",
-        "set",
-        ("value", "VALUE", str),
-        "Replace the leaves that SELECTOR chooses. VALUE is a .npy file; another checkpoint, whose leaves of the same "
-        "paths are taken; or OTHER:PATH, one of its leaves. Shapes and dtypes must agree.",
-    ),
-    Verb("noise", "noise", ("std", "STD", _number)),
-    Verb("cast", "cast", ("dtype", "DTYPE", str)),
-    Verb("delete", "", says="Leave the leaves that SELECTOR chooses out of the checkpoint."),
-    Verb(
-        "rename",
-        "",
-        ("to", "TO", str),
-        "Give the leaves that SELECTOR chooses new paths: what its wildcards matched goes where the same wildcards "
-        "stand in TO, <n> also as <n+1>.",
-    ),
+_FILE = "a .npy file, another checkpoint, whose leaves of the same paths are taken, or OTHER:PATH, one of its leaves"
+_REST = (
+    "With -o, PATH, a file or a directory, is read and never changed; OUT gets the edited leaves and all other "
+    "bytes as they are. With --in-place only the bytes of the chosen leaves are written.\n\n"
+    "Exit status: 0 done; 2 an unreadable or damaged file, a selector that chooses nothing, an edit that does "
+    "not fit a chosen leaf, or an OUT that cannot be written."
 )
 
 
+def _typed(value: Value) -> Callable[[Any], Any]:
+    """What reads an argument as it is typed. Where arrays may stand, the name of a file may."""
+
+    def read(text: Any) -> Any:
+        if not isinstance(text, str):
+            return text
+        try:
+            return value.typed(text)
+        except BadArgument as error:
+            if value.array and (not value.example or Path(_split(text)[0]).exists()):
+                return _File(text)
+            message = f"{str(error).partition(chr(10))[0]}{', nor a file that is there' if value.array else ''}"
+            raise click.BadParameter(f"{message}; write {error.hint}" if error.hint else message) from None
+
+    return read
+
+
+class _File(str):
+    """The name of a file, perhaps with a leaf of it, in place of a number."""
+
+    __slots__ = ()
+
+
 class _Command(click.Command):
-    """A command whose last argument may be a negative number, which click would take for an option."""
+    """A command whose arguments may be negative numbers, which click would take for options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--" not in args:
-            takes = {name for p in self.params if isinstance(p, click.Option) and not p.is_flag for name in p.opts}
-            before = ["", *args]
-            last = [
-                arg for arg, prior in zip(args, before, strict=False) if _NEGATIVE.match(arg) and prior not in takes
-            ]
-            if last:
-                args = [arg for arg in args if arg not in last] + ["--", *last]
-        return super().parse_args(ctx, args)
+        takes = {name for p in self.params if isinstance(p, click.Option) and not p.is_flag for name in p.opts}
+        given, values = list[str](), list[str]()
+        rest = iter(args)
+        for arg in rest:
+            if arg == "--":
+                values += rest
+            elif arg in takes:
+                given += [arg, *islice(rest, 1)]
+            elif arg.startswith("-") and arg != "-" and not _NEGATIVE.match(arg):
+                given.append(arg)
+            else:
+                values.append(arg)
+        return super().parse_args(ctx, [*given, "--", *values])
 
 
-def _set(checkpoint: Checkpoint, selector: str, numbers: Sequence[int], value: str) -> Checkpoint:
-    """The checkpoint with leaves replaced by what VALUE names."""
-    path = checkpoint.path
-    name, leaf = _split(value)
+def _donated(
+    checkpoint: Checkpoint, op: Op, selector: str, numbers: Sequence[int], name: str, args: Args
+) -> Checkpoint:
+    """The checkpoint with an edit whose argument `name` says which file the arrays come from."""
+    value = args[name]
+    file, leaf = _split(value)
     by = sel(selector)
-    found = Donors().values(name, leaf, checkpoint, [(number, by) for number in numbers])
-    wrong = [number for number, array in found.items() if _spec(array) != checkpoint.spec(number)]
+    found = Donors().values(file, leaf, checkpoint, [(number, by) for number in numbers])
+    calls = {number: call(op.name, {**args, name: array}) for number, array in found.items()}
+    wrong = list(_refused(checkpoint, calls))
     if wrong:
-        shape, dtype = checkpoint.spec(wrong[0]).shape, checkpoint.spec(wrong[0]).dtype
-        given = _spec(found[wrong[0]])
-        of, chosen, to = (path, selector, given.dtype) if name.endswith(".npy") else (name, leaf or selector, dtype)
-        cast = f"paramend cast {shlex.quote(str(of))} {shlex.quote(chosen)} {to} -o OUT"
+        spec, given = checkpoint.spec(wrong[0]), _spec(found[wrong[0]])
+        of, chosen, to = str(checkpoint.path), selector, given.dtype
+        if not file.endswith(".npy"):
+            of, chosen, to = file, leaf or selector, spec.dtype
+        cast = f"paramend cast {shlex.quote(of)} {shlex.quote(chosen)} {to} -o OUT"
         raise SpecMismatch(
-            f"{checkpoint.index.path(wrong[0])} is {checkpoint.spec(wrong[0])}, and {value} has {given} for it"
+            f"{checkpoint.index.path(wrong[0])} is {spec}, and {value} has {given} for it"
             + (f"; {wording.plural(len(wrong) - 1, 'more leaf does', 'more leaves do')} not fit" if wrong[1:] else ""),
-            hint=cast if given.shape == shape else "",
+            hint=cast if given.shape == spec.shape else "",
         )
-    return checkpoint.edited({number: call("set", {"value": array}) for number, array in found.items()})
+    return checkpoint.edited(calls)
+
+
+def _refused(checkpoint: Checkpoint, calls: Mapping[int, Any]) -> Iterator[int]:
+    for number, each in calls.items():
+        try:
+            each.spec(checkpoint.spec(number))
+        except SpecMismatch:
+            yield number
 
 
 def _spec(value: Any) -> Spec:
@@ -122,30 +122,39 @@ def _split(value: str) -> tuple[str, str | None]:
     return value[:at], value[at + 1 :]
 
 
-def _recipe(verb: Verb, selector: str, args: dict[str, Any]) -> str:
+def _recipe(name: str, selector: str, args: Args) -> str:
     """What was typed as a recipe, with files by their names alone; "" if it cannot be written as one."""
     from paramend.recipes.recipe import Recipe  # only records ask for it
 
-    if verb.name == "set":
-        name, leaf = _split(args["value"])
-        args = {"from": Path(name).name} | ({} if leaf is None else {"leaf": leaf})
+    body: dict[str, Any] = {"at": selector}
+    for key, value in args.items():
+        if isinstance(value, _File):
+            file, leaf = _split(value)
+            body |= {"from": Path(file).name} | ({} if leaf is None else {"leaf": leaf})
+        else:
+            body[key] = value
     with suppress(BadRecipe):
-        return str(Recipe([{verb.op or verb.name: {"at": selector, **args}}]))
+        return str(Recipe([{name: body}]))
     return ""
 
 
-def _command(verb: Verb) -> click.Command:
-    op = OPS[verb.op] if verb.op else None
+def _command(
+    name: str,
+    says: str,
+    params: list[click.Parameter],
+    edited: Callable[[Checkpoint, str, Sequence[int], Args], Checkpoint],
+    *,
+    in_place: bool,
+) -> click.Command:
+    """A command that edits the leaves that a selector chooses.
 
-    def edited(checkpoint: Checkpoint, selector: str, args: dict[str, Any]) -> Checkpoint:
-        numbers = resolve(selector, checkpoint)
-        if verb.name == "delete":
-            return checkpoint.deleted(numbers)
-        if verb.name == "rename":
-            return checkpoint.moved(sel(selector), numbers, args["to"])
-        if verb.name == "set":
-            return _set(checkpoint, selector, numbers, args["value"])
-        return checkpoint.edited(dict.fromkeys(numbers, call(verb.op, args)))
+    Args:
+        name: its own, and that of the step of a recipe that does the same.
+        says: what it does.
+        params: what it takes besides PATH, SELECTOR and the options of all.
+        edited: (checkpoint, selector, chosen leaves, args) → the checkpoint edited.
+        in_place: whether the files themselves can be edited so; if not, the option is not shown.
+    """
 
     def run(
         path: Path,
@@ -160,8 +169,8 @@ def _command(verb: Verb) -> click.Command:
         **args: Any,
     ) -> None:
         def edit(checkpoint: Checkpoint) -> Checkpoint:
-            found = edited(checkpoint, selector, args)
-            return Checkpoint(found.source, found.plan, _recipe(verb, selector, args)) if record else found
+            found = edited(checkpoint, selector, resolve(selector, checkpoint), args)
+            return Checkpoint(found.source, found.plan, _recipe(name, selector, args)) if record else found
 
         edit_checkpoint(
             path,
@@ -175,25 +184,76 @@ def _command(verb: Verb) -> click.Command:
             as_json=as_json,
         )
 
-    params: list[click.Parameter] = [
-        click.Argument(["path"], type=click.Path(path_type=Path)),
-        click.Argument(["selector"]),
-    ]
-    if verb.argument is not None:
-        name, metavar, kind = verb.argument
-        params.append(click.Argument([name], metavar=metavar, type=kind))
-    if op is not None and "seed" in op.parameters:
-        seed = click.IntRange(min=0)
-        params.append(click.Option(["--seed"], type=seed, default=0, show_default=True, help="Seed of the noise."))
-    params += options()
-    says = verb.says or f"{OPS[verb.op].says[0].upper()}{OPS[verb.op].says[1:]}, in the leaves that SELECTOR chooses."
-    rest = (
-        "With -o, PATH, a file or a directory, is read and never changed; OUT gets the edited leaves and all other "
-        "bytes as they are. With --in-place only the bytes of the chosen leaves are written.\n\n"
-        "Exit status: 0 done; 2 an unreadable or damaged file, a selector that chooses nothing, an edit that does "
-        "not fit a chosen leaf, or an OUT that cannot be written."
+    first = [click.Argument(["path"], type=click.Path(path_type=Path)), click.Argument(["selector"])]
+    rest = options()
+    for option in rest:
+        if option.name == "in_place" and isinstance(option, click.Option):
+            option.hidden = not in_place  # asked for, it says why
+    whole = (
+        _REST if in_place else _REST.replace(" With --in-place only the bytes of the chosen leaves are written.", "")
     )
-    return _Command(verb.name, callback=run, params=params, help=f"{says}\n\n{rest}")
+    return _Command(name, callback=run, params=[*first, *params, *rest], help=f"{says}\n\n{whole}")
 
 
-zero, fill, scale, set, noise, cast, delete, rename = map(_command, VERBS)
+def arguments_of(op: Op) -> list[str]:
+    """The arguments of a command as its usage shows them, those that it needs: `["LO", "HI"]`."""
+    return [name.upper() for name in op.parameters if name not in op.optional]
+
+
+def edit_command(op: Op) -> click.Command:
+    """The command of a row of the table of edits."""
+    params: list[click.Parameter] = []
+    told = []
+    for name, value in op.arguments.items():
+        said = f"{value.says[0].upper()}{value.says[1:]}."
+        if name in op.optional:
+            params.append(
+                click.Option(
+                    [f"--{name}"],
+                    type=_typed(value),
+                    metavar=name.upper(),
+                    help=said,
+                    default=op.optional[name],
+                    show_default=True,
+                )
+            )
+        else:
+            params.append(click.Argument([name], metavar=name.upper(), type=_typed(value)))
+            # A list of numbers is not typed: it stands in a file.
+            takes = (
+                f"{NUMBER.says}, or {_FILE}" if value.array and value.example else _FILE if value.array else value.says
+            )
+            told.append(f"{name.upper()}: {takes}.")
+
+    def edited(checkpoint: Checkpoint, selector: str, numbers: Sequence[int], args: Args) -> Checkpoint:
+        files = [key for key, value in args.items() if isinstance(value, _File)]
+        if files:
+            return _donated(checkpoint, op, selector, numbers, files[0], args)
+        return checkpoint.edited(dict.fromkeys(numbers, call(op.name, args)))
+
+    says = f"In the leaves that SELECTOR chooses, {op.says}."
+    if told:
+        says += "\n\n\b\n" + "\n".join(told) if max(map(len, told)) < 70 else "\n\n" + " ".join(told)
+    return _command(op.name, says, params, edited, in_place=op.keeps_spec)
+
+
+delete = _command(
+    "delete",
+    "Leave the leaves that SELECTOR chooses out of the checkpoint.",
+    [],
+    lambda checkpoint, selector, numbers, args: checkpoint.deleted(numbers),
+    in_place=False,
+)
+rename = _command(
+    "rename",
+    "Give the leaves that SELECTOR chooses new paths: what its wildcards matched goes where the same wildcards stand "
+    "in TO, <n> also as <n+1>.",
+    [click.Argument(["to"], metavar="TO", type=_typed(TEXT))],
+    lambda checkpoint, selector, numbers, args: checkpoint.moved(sel(selector), numbers, args["to"]),
+    in_place=False,
+)
+
+
+def named(name: str) -> click.Command | None:
+    """The command of an edit, by its name or another that the table gives it."""
+    return next((edit_command(op) for op in OPS.values() if not op.code and name in (op.name, *op.aliases)), None)

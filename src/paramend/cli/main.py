@@ -1,9 +1,13 @@
 """The command `paramend`: its subcommands by name, each opened when it is called."""
 
+import ast
 import importlib
 import signal
 import sys
 from dataclasses import dataclass
+from functools import cache
+from importlib import util
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,25 +19,27 @@ from paramend.reports import wording
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A subcommand: its name, the module that holds it, and what it does.
+    """A subcommand: `paramend --help` reads these rows, so that it opens no framework.
 
-    `paramend --help` reads this table, so that it opens no framework.
+    Attributes:
+        name: as it is typed.
+        module: what holds it.
+        says: what it does.
+        aliases: other names under which it is there.
+        also: words under which it may be looked for.
     """
 
     name: str
     module: str
     says: str
+    aliases: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
+# The edits of values are not among them: `edits()` finds those.
 ROWS = (
     Row("show", "paramend.cli.look", "List the leaves of a checkpoint."),
     Row("diff", "paramend.cli.compare", "Compare two checkpoints leaf by leaf, or hold that only some leaves changed."),
-    Row("zero", "paramend.cli.edit", "Write a checkpoint with leaves set to 0."),
-    Row("fill", "paramend.cli.edit", "Write a checkpoint with leaves set to a number."),
-    Row("scale", "paramend.cli.edit", "Write a checkpoint with leaves multiplied by a number."),
-    Row("set", "paramend.cli.edit", "Write a checkpoint with leaves from another file."),
-    Row("noise", "paramend.cli.edit", "Write a checkpoint with noise added to leaves."),
-    Row("cast", "paramend.cli.edit", "Write a checkpoint with leaves in another dtype."),
     Row("delete", "paramend.cli.edit", "Write a checkpoint without some leaves."),
     Row("rename", "paramend.cli.edit", "Write a checkpoint with leaves under other paths."),
     Row("apply", "paramend.cli.recipe", "Carry out a recipe: edits as data, in a YAML or JSON file."),
@@ -48,37 +54,65 @@ ROWS = (
     Row("verify", "paramend.cli.undo", "Hold a checkpoint against the record that it carries."),
     Row("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),
     Row("lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer."),
+    Row("help", "paramend.cli.main", "Show this text, or that of a command."),
 )
+
+
+@cache
+def edits() -> tuple[Row, ...]:
+    """The rows of the table of edits that are commands.
+
+    The table is read and not imported: to import it opens numpy, and `--help` would take twice as long.
+    """
+    table = util.find_spec("paramend.edits.ops")
+    assert table is not None and table.origin is not None
+    found = []
+    tree = ast.parse(Path(table.origin).read_text(encoding="utf-8"))
+    for verb in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for row in verb.decorator_list:
+            if not (isinstance(row, ast.Call) and isinstance(row.func, ast.Name) and row.func.id == "edit"):
+                continue
+            given = {option.arg: option.value for option in row.keywords}
+            if "takes" not in given and len(verb.args.args) > 1:  # it takes code
+                continue
+            aliases, also = (ast.literal_eval(given[key]) if key in given else () for key in ("aliases", "also"))
+            says = str(ast.literal_eval(row.args[0]))
+            found.append(Row(verb.name, "paramend.cli.edit", f"{says[0].upper()}{says[1:]}.", aliases, also))
+    return tuple(found)
 
 
 class _Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [row.name for row in ROWS]
+        return [row.name for row in (*ROWS, *edits())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         row = next((row for row in ROWS if row.name == cmd_name), None)
-        if row is None:
-            return None
         try:
-            found: click.Command = getattr(importlib.import_module(row.module), row.name)
+            if row is not None:
+                found: click.Command = getattr(importlib.import_module(row.module), row.name)
+                return found
+            if any(cmd_name in (row.name, *row.aliases) for row in edits()):
+                from paramend.cli.edit import named  # opens the engines
+
+                return named(cmd_name)
         except ImportError as error:
             if isinstance(error, MissingExtra):
                 raise
             raise MissingExtra(
-                f"`paramend {row.name}` needs a package that cannot be imported: {error}",
+                f"`paramend {cmd_name}` needs a package that cannot be imported: {error}",
                 hint="pip install 'paramend[demo]'",
             ) from error
-        return found
+        return None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name not in self.list_commands(ctx):
-            near = wording.closest(name, self.list_commands(ctx), limit=1)
-            did = f" Did you mean {near[0]!r}?" if near else ""
-            ctx.fail(f"There is no command {name!r}.{did}")
+        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
+            ctx.fail(_unknown(name))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Edits of the leaves that a selector chooses"):
+            formatter.write_dl([(", ".join((row.name, *row.aliases)), row.says) for row in edits()])
         with formatter.section("Commands"):
             formatter.write_dl([(row.name, row.says) for row in ROWS])
 
@@ -103,6 +137,27 @@ def cli() -> None:
 
     Quote selectors, so that the shell leaves them alone: paramend show model.safetensors '**/bias'
     """
+
+
+@click.command()
+@click.argument("command", required=False)
+@click.pass_context
+def help(ctx: click.Context, command: str | None) -> None:
+    """Show what `paramend --help` shows, or `paramend COMMAND --help`."""
+    top = ctx.find_root()
+    found = cli if command is None else cli.get_command(top, command)
+    if found is None:
+        ctx.fail(_unknown(str(command)))
+    click.echo(found.get_help(top if command is None else click.Context(found, parent=top, info_name=command)))
+
+
+def _unknown(name: str) -> str:
+    rows = (*ROWS, *edits())
+    near = [row.name for row in rows if name in row.also]
+    near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
+    return (
+        f"There is no command {name!r}. {f'Did you mean {near[0]!r}?' if near else 'They are listed by: paramend help'}"
+    )
 
 
 def main() -> None:

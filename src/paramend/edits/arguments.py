@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paramend.arrays.initializers import INITIALIZERS
@@ -20,12 +20,36 @@ class Value:
         read: data → the argument; raises BadArgument.
         schema: the data as JSON Schema has it.
         array: whether an array may stand for it too.
+        scalar: whether it is one number, also in Python.
+        example: such data, as a recipe has it.
     """
 
     says: str
     read: Callable[[Any], Any]
     schema: Mapping[str, Any]
     array: bool = False
+    scalar: bool = False
+    example: str = ""
+
+    def named(self, says: str, example: str) -> "Value":
+        """The same kind of argument, as one edit speaks of it."""
+        return replace(self, says=says, example=example)
+
+    def typed(self, text: str) -> Any:
+        """The argument from the text that stands for it on a command line.
+
+        Raises:
+            BadArgument: it is not one.
+
+        >>> SEED.typed("3"), NUMBER.typed("-1e-3"), DTYPE.typed("bf16")
+        (3, -0.001, 'bfloat16')
+        """
+        try:
+            return self.read(text)
+        except BadArgument:
+            if not re.fullmatch("[-+]?[0-9]{1,4000}", text):
+                raise
+            return self.read(int(text))
 
 
 _INF, _NAN = r"\.?[iI][nN][fF]([iI][nN][iI][tT][yY])?", r"\.?[nN][aA][nN]"
@@ -40,7 +64,7 @@ def read_number(data: Any) -> int | float | bool:
     """A number, also as text: YAML 1.1 takes `1e-3` for text, and JSON has no infinity.
 
     Raises:
-        BadArgument: it is none.
+        BadArgument: it is not one.
 
     >>> read_number("3"), read_number("1e-3"), read_number("-inf"), read_number("true")
     (3, 0.001, -inf, True)
@@ -60,7 +84,7 @@ def read_number(data: Any) -> int | float | bool:
         return data
     if isinstance(data, float):
         return float(data)
-    raise BadArgument(f"{shown(data)} is no number", hint="3, 0.5, 1e-3, inf, nan, true or false")
+    raise BadArgument(f"{shown(data)} is not a number", hint="3, 0.5, 1e-3, inf, nan, true or false")
 
 
 def shown(data: Any) -> str:
@@ -77,7 +101,7 @@ def _integer(data: Any) -> int:
     if isinstance(data, float) and data.is_integer():
         return int(data)
     if isinstance(data, bool) or not isinstance(data, int):
-        raise BadArgument(f"{shown(data)} is no whole number")
+        raise BadArgument(f"{shown(data)} is not a whole number")
     return data
 
 
@@ -91,7 +115,7 @@ def _natural(data: Any) -> int:
 def _deviation(data: Any) -> float:
     number = read_number(data)
     if isinstance(data, bool) or not 0 <= number < float("inf"):
-        raise BadArgument(f"{shown(data)} is no standard deviation", hint="0.01")
+        raise BadArgument(f"{shown(data)} is not a standard deviation", hint="0.01")
     return float(number)
 
 
@@ -112,19 +136,19 @@ def _lengths(rows: Any) -> tuple[int, ...]:
 
 def _array(data: Any) -> Any:
     if not isinstance(data, list | tuple):
-        raise BadArgument(f"{shown(data)} is no list of numbers", hint="[0.5, 0.5]; for one scalar: fill")
+        raise BadArgument(f"{shown(data)} is not a list of numbers", hint="[0.5, 0.5]; for one scalar: fill")
     return _numbers(data)
 
 
 def _text_of(data: Any) -> str:
     if not isinstance(data, str) or not data:
-        raise BadArgument(f"{shown(data)} is no text", hint=f'"{data}"' if type(data) in (int, float, bool) else "")
+        raise BadArgument(f"{shown(data)} is not text", hint=f'"{data}"' if type(data) in (int, float, bool) else "")
     return data
 
 
 def _lengths_of_axes(data: Any) -> list[int]:
     if not isinstance(data, list | tuple):
-        raise BadArgument(f"{shown(data)} is no shape", hint="[4, 8]")
+        raise BadArgument(f"{shown(data)} is not a shape", hint="[4, 8]")
     return [_natural(length) for length in data]
 
 
@@ -136,7 +160,7 @@ def _one_of(choices: Iterable[str], says: str) -> Callable[[Any], str]:
             return str(data)
         near = wording.closest(data, known, limit=1) if isinstance(data, str) else []
         raise BadArgument(
-            f"{shown(data)} is no {says}",
+            f"{shown(data)} is not {says}",
             hint=f'"{near[0]}"' if near else wording.listing([f'"{n}"' for n in known], 12),
         )
 
@@ -147,7 +171,7 @@ def read_index(data: Any) -> Any:
     """A slice, from a position or from the text that stands between brackets.
 
     Raises:
-        BadArgument: it is none.
+        BadArgument: it is not one.
 
     >>> read_index(-1), read_index("0:4"), read_index("[0, ::2]")
     (-1, slice(0, 4, None), (0, slice(None, None, 2)))
@@ -166,7 +190,7 @@ def _axis(text: str) -> Any:
         return int(text)
     found = slice(*(int(part) if part.strip() else None for part in text.split(":")))
     if found.step == 0:
-        raise BadArgument(f"{text!r} is no slice: its step is 0")
+        raise BadArgument(f"{text!r} is not a slice: its step is 0")
     return found
 
 
@@ -181,7 +205,7 @@ def _index_text(data: Any) -> int | str:
         inner = inner[1:-1] if inner.startswith("[") and inner.endswith("]") else inner
         if re.fullmatch(_INDEX, inner):
             return inner
-    raise BadArgument(f"{shown(data)} is no slice", hint='-1, "0:4", "::2" or "0, :4"')
+    raise BadArgument(f"{shown(data)} is not a slice", hint='-1, "0:4", "::2" or "0, :4"')
 
 
 def _index(data: Any) -> int | str:
@@ -200,9 +224,16 @@ DEFINITIONS: Mapping[str, Any] = {
     "array": {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/number"}, _ARRAY_SCHEMA]}},
 }
 
-NUMBER = Value("a number", read_number, {"$ref": "#/$defs/number"})
+NUMBER = Value("a number", read_number, {"$ref": "#/$defs/number"}, scalar=True, example="0.5")
+BOUND = replace(NUMBER, says="a bound", scalar=False)  # in Python also None
 ARRAY = Value("a list of numbers", _array, _ARRAY_SCHEMA, array=True)
-OPERAND = Value("a number or a list of numbers", _numbers, {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]}, array=True)
+OPERAND = Value(
+    "a number or a list of numbers",
+    _numbers,
+    {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]},
+    array=True,
+    example="0.5",
+)
 DEVIATION = Value(
     "a standard deviation",
     _deviation,
@@ -212,11 +243,17 @@ DEVIATION = Value(
             {"type": "string", "pattern": rf"^\+?{_DECIMAL}$"},
         ]
     },
+    scalar=True,
+    example="0.01",
 )
-NATURAL = Value("a whole number", _natural, {"type": "integer", "minimum": 0})
+NATURAL = Value("a whole number", _natural, {"type": "integer", "minimum": 0}, example="1")
+SEED = NATURAL.named("the seed of the random values, a whole number", "1")
 TEXT = Value("text", _text_of, {"type": "string", "minLength": 1})
 DTYPE = Value(
-    "a dtype", lambda data: dtype_name(_one_of(_DTYPES, "dtype that Paramend knows")(data)), {"enum": _DTYPES}
+    "a dtype",
+    lambda data: dtype_name(_one_of(_DTYPES, "a dtype that Paramend knows")(data)),
+    {"enum": _DTYPES},
+    example="bfloat16",
 )
 DTYPE_OR_KIND = Value(
     "a dtype, or a kind of them",
@@ -224,7 +261,9 @@ DTYPE_OR_KIND = Value(
     {"enum": sorted({*_DTYPES, *_KINDS})},
 )
 SHAPE = Value("a shape", _lengths_of_axes, {"type": "array", "items": NATURAL.schema})
-INITIALIZER = Value("an initializer", _one_of(INITIALIZERS, "initializer"), {"enum": list(INITIALIZERS)})
+INITIALIZER = Value(
+    "an initializer", _one_of(INITIALIZERS, "an initializer"), {"enum": list(INITIALIZERS)}, example="lecun_normal"
+)
 INDEX = Value(
     "a slice",
     _index,

@@ -5,7 +5,7 @@ from typing import Any
 
 from paramend.arrays.initializers import NOWHERE, Place
 from paramend.arrays.registry import backend
-from paramend.edits.ops import Call
+from paramend.edits.call import Call
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.trees.tree import Tree
@@ -37,8 +37,10 @@ class Memory(Tree, Editable):
 
     def check_(self, calls: Mapping[int, Call]) -> None:
         """Refuses calls that cannot be carried out in place."""
-        for number in calls:
+        for number, call in calls.items():
             self.in_place(number)
+            if not call.args.get("keep_spec", True):
+                raise Unsupported(f"{call}: in place the spec of a leaf must stay", hint="leave keep_spec out")
         self._check(calls)
 
     def deleted(self, numbers: Iterable[int]) -> Any:

@@ -1,491 +1,314 @@
-"""The one table of edits. A row gives the verb of `pm.at`, the command, the dry-run text and the docs table."""
+"""The one table of edits: a row gives the verb of `pm.at`, the step of a recipe, the command and the docs tables."""
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import copyreg
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-import numpy as np
-
-from paramend.arrays import initializers
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Place
-from paramend.arrays.registry import backend, backend_of
-from paramend.edits.arguments import ARRAY, DEVIATION, DTYPE, INITIALIZER, NATURAL, NUMBER, OPERAND, Value
-from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
-from paramend.leaves.leaves import Stored
-from paramend.leaves.specs import Spec, dtype_name, numpy_dtype
+from paramend.edits import checks, runs
+from paramend.edits.arguments import ARRAY, BOUND, DEVIATION, DTYPE, INITIALIZER, NUMBER, OPERAND, SEED, Value
+from paramend.edits.call import Args, Op
+from paramend.leaves.specs import Spec
 
-Args = Mapping[str, Any]
+# mypy: disable-error-code="empty-body"
+# A row is a function without a body: its name, its arguments and its docstring are those of the verb, and the line
+# below it names the twin that works in place. So editors and type checkers see the verbs where the table says them.
+
+T = TypeVar("T")
+S = TypeVar("S")
+P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPS: dict[str, Op] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
-    """One edit.
+def op_of(name: str) -> Op:
+    """The row of the table.
 
-    Attributes:
-        name: the verb.
-        says: what it does, for the docs table and `--help`.
-        parameters: the names of its arguments.
-        takes: what data may stand for each of them; none where only code can say them.
-        optional: those that it can do without.
-        also: other words for it, under which it may be looked for.
-        check: (spec, args) → the spec after it; raises where the edit makes no sense.
-        run: (backend, array, args, place) → a new array.
-        slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
-        reads: whether the old values matter; if not, an engine need not read them.
-        keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
-        chunks: whether an array may be edited piece by piece, in order.
-        arithmetic: whether leaves that are no numbers (PRNG keys) must be refused.
-        placed: whether the outcome depends on where the leaf is.
+    >>> op_of("zero").says
+    'every element becomes +0.0'
     """
-
-    name: str
-    says: str
-    parameters: tuple[str, ...]
-    check: Callable[[Spec, Args], Spec]
-    run: Callable[[Backend, Any, Args, Place], Any]
-    slot: Callable[[Args], tuple[str, Any]] | None = None
-    reads: bool = True
-    keeps_spec: bool = True
-    chunks: bool = True
-    arithmetic: bool = True
-    placed: bool = False
-    takes: tuple[Value, ...] = ()
-    optional: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-
-    @property
-    def checks(self) -> bool:
-        """Whether `check` may refuse anything."""
-        return self.check is not _same
-
-    def __reduce__(self) -> tuple[Callable[[str], "Op"], tuple[str]]:
-        return _row, (self.name,)  # there is one of each
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """An op with its arguments, and the slice of the leaf that it is about (None: all of it)."""
-
-    op: Op
-    args: Args = field(default_factory=dict)
-    index: Any = None
-
-    def __str__(self) -> str:
-        from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
-        return f"{self.op.name}({from_args})"
-
-    def spec(self, spec: Spec) -> Spec:
-        """The spec after the call.
-
-        Raises:
-            SpecMismatch: the arguments do not fit the leaf.
-            OutOfRange: the slice does not.
-        """
-        if self.index is None:
-            return self.op.check(spec, self.args)
-        inner = Spec(sliced_shape(spec.shape, self.index), spec.dtype)
-        if self.op.check(inner, self.args) != inner:
-            raise SpecMismatch(f"{self} changes the spec, and a slice of a leaf must keep it")
-        return spec
-
-    def run(self, x: Any, place: Place) -> Any:
-        """A new array: the edit of x. `spec` has been asked before."""
-        library = backend(x)
-        if self.index is None:
-            return self.op.run(library, x, self.args, place)
-        if self.op.slot is not None:
-            verb, value = self.op.slot(self.args)
-            return library.put(x, self.index, verb, _native(library, value))
-        part = self.op.run(library, library.get(x, self.index), self.args, place)
-        return library.put(x, self.index, "set", part)
-
-
-def _short(value: Any) -> str:
-    if backend_of(type(value)) is None:
-        return repr(value)
-    spec = backend(value).spec(value)
-    return str(spec) if spec.ndim else "scalar"
-
-
-def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
-    """The shape of a slice of an array.
-
-    Raises:
-        OutOfRange: an integer is beyond an axis, or the axes are too few.
-
-    >>> sliced_shape((12, 4, 8), -1), sliced_shape((12, 4), (slice(0, 3), 0))
-    ((4, 8), (3,))
-    """
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(
-        part is not None and not isinstance(part, int | slice | type(...) | list | np.ndarray | np.integer)
-        for part in parts
-    ):
-        try:
-            index = tuple(np.asarray(p) if backend_of(type(p)) is not None else p for p in parts)
-        except Exception as error:
-            raise BadArgument(
-                "a slice must be known before the edit runs; this one holds a traced value",
-                hint="x.at[i] of jax.numpy takes traced indices",
-            ) from error
-    # A view of one scalar: numpy checks the index and no memory is taken.
-    blank = np.broadcast_to(np.empty(()), shape)
-    try:
-        inner: tuple[int, ...] = blank[index].shape
-    except IndexError as error:
-        raise OutOfRange(f"the slice does not fit a leaf of shape {shape}: {error}") from None
-    return inner
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float | complex | np.generic) or getattr(value, "shape", None) == ()
-
-
-def _concrete(value: Any) -> Any:
-    """A scalar as numpy has it, or None while it is traced."""
-    try:
-        return np.asarray(value if backend_of(type(value)) is None else backend(value).numpy(value))
-    except Exception:
-        return None  # a tracer: its value is not known yet
-
-
-_RANK = {"bool": 0, "int": 1, "float": 2, "complex": 3}
-
-
-def _fits(value: Any, spec: Spec, what: str) -> None:
-    """Refuses a scalar that the dtype cannot hold."""
-    number = _concrete(value)
-    if number is None or spec.kind == "other":
-        return
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
-        try:
-            stored = number.astype(numpy_dtype(spec.dtype))
-        except (TypeError, ValueError) as error:
-            raise SpecMismatch(f"{what} takes a number, and {value!r} is none") from error
-        except OverflowError as error:  # an int of Python beyond 64 bits
-            raise SpecMismatch(f"{what}: {spec.dtype} cannot hold {value!r}") from error
-    exact = number if spec.kind in ("bool", "int") else np.isfinite(number.astype(np.complex128))
-    held = stored.astype(number.dtype) if spec.kind in ("bool", "int") else np.isfinite(stored.astype(np.complex128))
-    lost = exact != held
-    if spec.kind == "float":
-        lost &= exact  # what is infinite stays so
-    if spec.kind != "complex" and np.iscomplexobj(number):
-        lost |= number.imag != 0
-    if lost.any():
-        raise SpecMismatch(
-            f"{what}: {spec.dtype} cannot hold {value if number.ndim == 0 else number[lost].reshape(-1)[0]!r}",
-            hint='cast the leaf first: pm.at(tree, selector).cast("float32")',
-        )
-
-
-def fitted(value: Any, spec: Spec) -> np.ndarray[Any, Any]:
-    """Numbers that stand in text, as an array of a leaf's dtype.
-
-    Raises:
-        SpecMismatch: the dtype cannot hold one of them.
-
-    >>> fitted([1, 0.5], Spec((2,), "float16"))
-    array([1. , 0.5], dtype=float16)
-    """
-    _fits(value, spec, "the array")
-    return np.asarray(value).astype(numpy_dtype(spec.dtype))
-
-
-def _check_zero(spec: Spec, args: Args) -> Spec:
-    if spec.dtype == "float8_e8m0fnu":  # a format of powers of two
-        raise SpecMismatch("float8_e8m0fnu has no zero")
-    return spec
-
-
-def _check_fill(spec: Spec, args: Args) -> Spec:
-    value = args["value"]
-    if not _is_scalar(value):
-        raise SpecMismatch(
-            f"fill takes a scalar, and this is {type(value).__name__} of shape {getattr(value, 'shape', '?')}",
-            hint="pm.at(tree, selector).set(array)",
-        )
-    _fits(value, spec, "fill")
-    return spec
-
-
-def _check_set(spec: Spec, args: Args) -> Spec:
-    value = args["value"]
-    library = backend_of(type(value))
-    if library is None and _is_scalar(value):
-        raise SpecMismatch(
-            f"set takes an array of spec {spec}, and {value!r} is a scalar",
-            hint=f"pm.at(tree, selector).fill({value!r})",
-        )
-    given = library.spec(value) if library is not None else _spec_of_list(value)
-    if given == spec:
-        return spec
-    if given.shape != spec.shape:
-        transposed = given.shape == spec.shape[::-1] and given.ndim > 1
-        raise SpecMismatch(
-            f"the leaf is {spec}, and the array is {given}",
-            hint=".set(array.T)" if transposed else f"an array of shape {spec.shape}",
-        )
-    raise SpecMismatch(
-        f"the leaf is {spec}, and the array is {given}",
-        hint=f'.set(array.astype("{spec.dtype}")), or cast the leaf first: .cast("{given.dtype}")',
-    )
-
-
-def _spec_of_list(value: Any) -> Spec:
-    if isinstance(value, Stored):
-        return value.spec
-    try:
-        array = np.asarray(value)
-    except Exception as error:
-        raise SpecMismatch(f"set takes an array, and this is {type(value).__name__}") from error
-    if array.dtype == object:
-        raise SpecMismatch(f"set takes an array, and this is {type(value).__name__}")
-    return Spec(array.shape, array.dtype.name)
-
-
-def _check_arithmetic(spec: Spec, args: Args) -> Spec:
-    value = args["value"]
-    if spec.kind == "bool":
-        raise SpecMismatch("a bool leaf has no sums and products", hint=".fill(True) or .set(array)")
-    if _is_scalar(value):
-        _fits(value, spec, "the operand")
-        return spec
-    library = backend_of(type(value))
-    given = library.spec(value) if library is not None else _spec_of_list(value)
-    try:
-        shape = np.broadcast_shapes(spec.shape, given.shape)
-    except ValueError:
-        shape = ()
-    if shape != spec.shape:
-        raise SpecMismatch(f"an operand of shape {given.shape} does not broadcast to the leaf, {spec}")
-    if _RANK.get(given.kind, 9) > _RANK.get(spec.kind, -1):
-        raise SpecMismatch(
-            f"an operand of dtype {given.dtype} would change the leaf, {spec}", hint=".cast(...) it first"
-        )
-    return spec
-
-
-def _check_float(spec: Spec, args: Args) -> Spec:
-    if spec.kind != "float":
-        raise SpecMismatch(f"random values are floats, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")')
-    return spec
-
-
-def _check_noise(spec: Spec, args: Args) -> Spec:
-    if _concrete(args["std"]) is not None and float(args["std"]) < 0:
-        raise BadArgument(f"std={args['std']!r} is negative")
-    return _check_float(spec, args)
-
-
-def _check_reinit(spec: Spec, args: Args) -> Spec:
-    if not callable(args["init"]):
-        initializers.check_initializer(args["init"], spec)
-    return _check_float(spec, args)
-
-
-def _check_cast(spec: Spec, args: Args) -> Spec:
-    dtype = dtype_name(args["dtype"])
-    after = Spec(spec.shape, dtype)
-    if spec.kind == "other" or after.kind == "other":
-        raise SpecMismatch(f"{spec} cannot be cast to {dtype}")
-    if spec.kind == "complex" and after.kind != "complex":
-        raise SpecMismatch(
-            f"a cast from {spec.dtype} to {dtype} drops the imaginary part",
-            hint=".apply(fn, keep_spec=False)",
-        )
-    return after
-
-
-# ---- runs ------------------------------------------------------------------------------------------------------
-
-
-def _native(library: Backend, value: Any) -> Any:
-    """A value that this library can read: arrays of another one pass through numpy, bit for bit."""
-    if isinstance(value, Stored):
-        value = value.read()
-    found = backend_of(type(value))
-    return value if found is None or found is library else found.numpy(value)
-
-
-def _run_set(library: Backend, x: Any, args: Args, place: Place) -> Any:
-    return library.like(_native(library, args["value"]), x)
-
-
-def _run_apply(library: Backend, x: Any, args: Args, place: Place) -> Any:
-    result = args["fn"](x)
-    found = backend_of(type(result))
-    if found is None:
-        raise SpecMismatch(
-            f"apply: the function gave {type(result).__name__}, not an array, for {'/'.join(place.pieces)}"
-        )
-    before, after = library.spec(x), found.spec(result)
-    if args.get("keep_spec", True) and before != after:
-        raise SpecMismatch(
-            f"apply: the function turned {before} into {after} at {'/'.join(place.pieces)}",
-            hint=".apply(fn, keep_spec=False) allows it",
-        )
-    return library.like(result, x) if before == after else result
-
-
-def _run_cast(library: Backend, x: Any, args: Args, place: Place) -> Any:
-    dtype = dtype_name(args["dtype"])
-    try:
-        result = library.cast(x, dtype)
-    except (AttributeError, TypeError) as error:
-        raise Unsupported(f"{type(x).__name__} has no dtype {dtype}") from error
-    if library.spec(result).dtype != dtype:
-        raise Unsupported(
-            f"JAX made {library.spec(result).dtype} of {dtype}",
-            hint='jax.config.update("jax_enable_x64", True)',
-        )
-    return result
-
-
-def _is_key(seed: Any) -> bool:
-    library = backend_of(type(seed))
-    return library is not None and bool(getattr(library, "is_key", lambda x: False)(seed))
-
-
-def _run_noise(library: Backend, x: Any, args: Args, place: Place) -> Any:
-    spec, seed, std = library.spec(x), args.get("seed", 0), args["std"]
-    if _is_key(seed):
-        keys: Any = backend(seed)
-        return library.add(x, keys.normal(keys.fold(seed, place.number), spec.shape, spec.dtype) * std)
-    values = initializers.normal(initializers.generator(int(seed), place), spec.shape, spec.dtype)
-    return library.add(x, library.like((values * values.dtype.type(std)).astype(numpy_dtype(spec.dtype)), x))
-
-
-def _run_reinit(library: Backend, x: Any, args: Args, place: Place) -> Any:
-    spec, seed, init = library.spec(x), args.get("seed", 0), args["init"]
-    if callable(init):
-        keys: Any = library
-        if not hasattr(keys, "fold"):
-            raise Unsupported(
-                "an initializer function (key, shape, dtype) needs a JAX leaf", hint='.reinit("lecun_normal")'
-            )
-        key = seed if _is_key(seed) else keys.key(int(seed))
-        return _run_set(library, x, {"value": init(keys.fold(key, place.number), spec.shape, x.dtype)}, place)
-    if _is_key(seed):
-        keys = backend(seed)
-        key = keys.fold(seed, place.number)
-        values = keys.initialize(init, initializers.INITIALIZERS[init], key, spec, place.out_first)
-        return library.like(values, x)
-    rng = initializers.generator(int(seed), place)
-    values = initializers.initialize(init, rng, spec, out_first=place.out_first)
-    return library.like(values.astype(numpy_dtype(spec.dtype)), x)
-
-
-def _same(spec: Spec, args: Args) -> Spec:
-    return spec
-
-
-def _row(name: str) -> Op:
     return OPS[name]
 
 
-OPS: dict[str, Op] = {
-    op.name: op
-    for op in (
-        Op(
-            "zero",
-            "every element becomes +0.0",
-            (),
-            _check_zero,
-            lambda library, x, args, place: library.zeros(x),
-            slot=lambda args: ("set", 0),
-            reads=False,
-        ),
-        Op(
-            "fill",
-            "every element becomes the scalar",
-            ("value",),
-            _check_fill,
-            lambda library, x, args, place: library.full(x, _native(library, args["value"])),
-            slot=lambda args: ("set", args["value"]),
-            takes=(NUMBER,),
-            reads=False,
-        ),
-        Op(
-            "set",
-            "the leaf becomes the array, of the same shape and dtype",
-            ("value",),
-            _check_set,
-            _run_set,
-            slot=lambda args: ("set", args["value"]),
-            takes=(ARRAY,),
-            also=("replace", "assign"),
-            reads=False,
-            chunks=False,
-            arithmetic=False,
-        ),
-        Op(
-            "add",
-            "the operand is added, in the dtype of the leaf",
-            ("value",),
-            _check_arithmetic,
-            lambda library, x, args, place: library.add(x, _native(library, args["value"])),
-            slot=lambda args: ("add", args["value"]),
-            takes=(OPERAND,),
-        ),
-        Op(
-            "multiply",
-            "every element is multiplied, in the dtype of the leaf",
-            ("value",),
-            _check_arithmetic,
-            lambda library, x, args, place: library.multiply(x, _native(library, args["value"])),
-            slot=lambda args: ("multiply", args["value"]),
-            takes=(OPERAND,),
-            also=("scale", "mul"),
-        ),
-        Op(
-            "apply",
-            "the leaf becomes fn(leaf)",
-            ("fn", "keep_spec"),
-            _same,
-            _run_apply,
-            optional=("keep_spec",),
-            chunks=False,
-            arithmetic=False,
-            placed=True,
-        ),
-        Op(
-            "cast",
-            "the leaf takes another dtype",
-            ("dtype",),
-            _check_cast,
-            _run_cast,
-            keeps_spec=False,
-            takes=(DTYPE,),
-            also=("astype", "convert"),
-        ),
-        Op(
-            "noise",
-            "normal noise of a standard deviation is added",
-            ("std", "seed"),
-            _check_noise,
-            _run_noise,
-            placed=True,
-            takes=(DEVIATION, NATURAL),
-            optional=("seed",),
-        ),
-        Op(
-            "reinit",
-            "the leaf is drawn anew by an initializer",
-            ("init", "seed"),
-            _check_reinit,
-            _run_reinit,
-            optional=("seed",),
-            reads=False,
-            chunks=False,
-            placed=True,
-            takes=(INITIALIZER, NATURAL),
-            also=("init", "initialize"),
-        ),
+# There is one of each: a pickle names it.
+copyreg.pickle(Op, lambda op: (op_of, (op.name,)))
+
+
+def edit(
+    says: str,
+    *,
+    run: Callable[[Backend, Any, Args, Place], Any],
+    check: Callable[[Spec, Args], Spec] | None = None,
+    takes: tuple[Value, ...] = (),
+    **how: Any,
+) -> Callable[[F], F]:
+    """Enters a verb into the table.
+
+    Args:
+        says: what it does.
+        run: as in `Op`, like all that follow.
+        check: what it refuses.
+        takes: what data may stand for each argument.
+        how: the other attributes of `Op`.
+    """
+
+    def entered(verb: F) -> F:
+        own = list(signature(verb).parameters.values())[1:]
+        optional = {each.name: each.default for each in own if each.default is not each.empty}
+        names = tuple(each.name for each in own)
+        op = Op(verb.__name__, says, names, run, check, takes=takes, optional=optional, **how)
+        if takes and len(takes) != len(names):
+            raise TypeError(f"the edit {op.name} has the arguments {names}, and takes= says what {len(takes)} are")
+        OPS[op.name] = op
+
+        @wraps(verb)
+        def made(self: "Edits[Any]", /, *args: Any, **kwargs: Any) -> Any:
+            verb(self, *args, **kwargs)  # Python itself says which argument is missing
+            return self._edit(op, {**op.optional, **dict(zip(names, args, strict=False)), **kwargs})
+
+        return made  # type: ignore[return-value]
+
+    return entered
+
+
+def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
+    """The twin of a verb that changes the leaves themselves."""
+    op = OPS[verb.__name__]
+    if not op.keeps_spec:
+        raise TypeError(f"{op.name} changes specs, and cannot be done in place")
+
+    def made(self: Any, /, *args: Any, **kwargs: Any) -> None:
+        verb.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
+        self._edit_(op, {**op.optional, **dict(zip(op.parameters, args, strict=False)), **kwargs})
+
+    made.__name__, made.__module__ = f"{op.name}_", verb.__module__
+    made.__qualname__ = f"{verb.__qualname__}_"
+    made.__doc__ = f"`{op.name}`, in place: the chosen leaves themselves change, and nothing is returned."
+    made.__signature__ = signature(verb).replace(return_annotation=None)  # type: ignore[attr-defined]
+    return made
+
+
+class Edits(Generic[T]):
+    """The verbs that change values, a row of the table each; `Selection` carries them out."""
+
+    def _edit(self, op: Op, args: Args) -> T:
+        raise NotImplementedError
+
+    def _edit_(self, op: Op, args: Args) -> None:
+        raise NotImplementedError
+
+    @edit(
+        "every element becomes +0.0",
+        check=checks.check_zero,
+        run=lambda library, x, args, place: library.zeros(x),
+        slot=lambda args: ("set", 0),
+        reads=False,
     )
-}
+    def zero(self) -> T:
+        """The tree with +0.0 in every chosen element, also where NaN, inf or negative numbers were.
+
+        >>> pm.at({"w": np.array([-1.0, np.nan]), "b": np.ones(1)}, "w").zero()
+        {'w': array([0., 0.]), 'b': array([1.])}
+        """
+
+    zero_ = in_place(zero)
+
+    @edit(
+        "every element becomes the scalar",
+        check=checks.check_fill,
+        run=lambda library, x, args, place: library.full(x, runs.native(library, args["value"])),
+        slot=lambda args: ("set", args["value"]),
+        takes=(NUMBER,),
+        reads=False,
+    )
+    def fill(self, value: Any) -> T:
+        """The tree with a scalar in every chosen element.
+
+        Raises:
+            SpecMismatch: the value is not a scalar, or the dtype cannot hold it.
+
+        >>> pm.at({"w": np.zeros(2)}, "w").fill(0.5)
+        {'w': array([0.5, 0.5])}
+        """
+
+    fill_ = in_place(fill)
+
+    @edit(
+        "the leaf becomes the array, of the same shape and dtype",
+        check=checks.check_set,
+        run=runs.set,
+        slot=lambda args: ("set", args["value"]),
+        takes=(ARRAY,),
+        also=("replace", "assign"),
+        reads=False,
+        chunks=False,
+        arithmetic=False,
+    )
+    def set(self, value: Any) -> T:
+        """The tree with the chosen leaves replaced by an array of the same shape and dtype.
+
+        Args:
+            value: an array of any library, for all chosen leaves; or a mapping from path to array, as `get` returns it,
+                with exactly the chosen paths.
+
+        Raises:
+            SpecMismatch: shape or dtype differ.
+
+        >>> pm.at({"w": np.zeros(2)}, "w").set(np.array([1.0, 2.0]))
+        {'w': array([1., 2.])}
+        """
+
+    set_ = in_place(set)
+
+    @edit(
+        "the operand is added, in the dtype of the leaf",
+        check=checks.check_arithmetic,
+        run=lambda library, x, args, place: library.add(x, runs.native(library, args["value"])),
+        slot=lambda args: ("add", args["value"]),
+        takes=(OPERAND,),
+        also=("plus", "sum"),
+    )
+    def add(self, value: Any) -> T:
+        """The tree with a scalar or a broadcastable array added to the chosen leaves, in their dtype.
+
+        >>> pm.at({"w": np.zeros(2)}, "w").add(1.5)
+        {'w': array([1.5, 1.5])}
+        """
+
+    add_ = in_place(add)
+
+    @edit(
+        "every element is multiplied, in the dtype of the leaf",
+        check=checks.check_arithmetic,
+        run=lambda library, x, args, place: library.multiply(x, runs.native(library, args["value"])),
+        slot=lambda args: ("multiply", args["value"]),
+        takes=(OPERAND,),
+        aliases=("scale",),
+        also=("mul",),
+    )
+    def multiply(self, value: Any) -> T:
+        """The tree with the chosen leaves multiplied by a scalar or a broadcastable array, in their dtype.
+
+        `multiply(0)` is not `zero()`: it leaves -0.0 and NaN behind.
+
+        >>> pm.at({"w": np.ones(2)}, "w").multiply(0.5)
+        {'w': array([0.5, 0.5])}
+        """
+
+    multiply_ = in_place(multiply)
+
+    @edit(
+        "every element is brought between two bounds; NaN stays",
+        check=checks.check_clip,
+        run=runs.clip,
+        takes=(BOUND.named("the least value", "-1"), BOUND.named("the greatest value", "1")),
+        also=("clamp", "limit"),
+    )
+    def clip(self, lo: Any, hi: Any) -> T:
+        """The tree with the chosen leaves brought between two bounds, as `clip` of numpy does it, in their dtype.
+
+        NaN stays NaN. In leaves of integers the bounds may be fractions: what is left are the integers between them.
+
+        Args:
+            lo: the least value, a scalar; None or -inf clips nothing below.
+            hi: the greatest value; None or inf clips nothing above.
+
+        Raises:
+            BadArgument: lo is above hi, or a bound is NaN.
+            SpecMismatch: the leaf holds bools or complex numbers, or its dtype has no value between the bounds.
+
+        >>> pm.at({"w": np.array([-3.0, 0.5, np.nan, 9.0])}, "w").clip(-1, 1)
+        {'w': array([-1. ,  0.5,  nan,  1. ])}
+        """
+
+    clip_ = in_place(clip)
+
+    @edit(
+        "the leaf becomes fn(leaf)",
+        run=runs.apply,
+        chunks=False,
+        arithmetic=False,
+        placed=True,
+    )
+    def apply(self, fn: Callable[[Any], Any], *, keep_spec: bool = True) -> T:
+        """The tree with each chosen leaf replaced by `fn(leaf)`.
+
+        On a checkpoint too the function sees a leaf, or a slice of it, whole: the largest one must fit into memory. All
+        other edits work in pieces.
+
+        Args:
+            fn: array → array.
+            keep_spec: whether a result of another shape or dtype is an error; in place it always is.
+
+        >>> pm.at({"w": np.array([1.0, -2.0])}, "w").apply(np.abs)
+        {'w': array([1., 2.])}
+        """
+
+    apply_ = in_place(apply)
+
+    @edit(
+        "the leaf takes another dtype",
+        check=checks.check_cast,
+        run=runs.cast,
+        keeps_spec=False,
+        takes=(DTYPE,),
+        also=("astype", "dtype"),
+    )
+    def cast(self, dtype: Any) -> T:
+        """The tree with the chosen leaves in another dtype, given by name or as numpy, JAX or torch has it.
+
+        >>> pm.at({"w": np.ones(2)}, "w").cast("float16")["w"].dtype
+        dtype('float16')
+        """
+
+    @edit(
+        "normal noise of a standard deviation is added",
+        check=checks.check_noise,
+        run=runs.noise,
+        placed=True,
+        takes=(DEVIATION, SEED),
+    )
+    def noise(self, std: float, *, seed: Any = 0) -> T:
+        """The tree with normal noise added to the chosen leaves.
+
+        Args:
+            std: the standard deviation.
+            seed: an int, the same numbers in every library and on disk; or a JAX PRNG key, for use inside `jit`. The
+                noise of a leaf depends on the seed and its path only.
+
+        >>> a = pm.at({"w": np.zeros(2), "v": np.zeros(2)}, "**").noise(0.1, seed=3)
+        >>> b = pm.at({"v": np.zeros(2), "w": np.zeros(2)}, "w").noise(0.1, seed=3)
+        >>> bool((a["w"] == b["w"]).all()), bool((a["w"] == a["v"]).any())
+        (True, False)
+        """
+
+    noise_ = in_place(noise)
+
+    @edit(
+        "the leaf is drawn anew by an initializer",
+        check=checks.check_reinit,
+        run=runs.reinit,
+        reads=False,
+        chunks=False,
+        placed=True,
+        takes=(INITIALIZER, SEED),
+        also=("init", "initialize"),
+    )
+    def reinit(self, init: Any, *, seed: Any = 0) -> T:
+        """The tree with the chosen leaves drawn anew.
+
+        Args:
+            init: "lecun_normal", "he_uniform", "xavier_normal" ...: fans are read from the shape, (..., in, out) in JAX
+                and numpy trees, (out, in, ...) in torch ones; or, for JAX leaves, a function (key, shape, dtype).
+            seed: an int or a JAX PRNG key. The values depend on the seed and the path only.
+
+        >>> kernel = pm.at({"w": np.zeros((100, 50))}, "w").reinit("lecun_normal", seed=1)["w"]
+        >>> round(float(kernel.std()), 2)
+        0.1
+        """
+
+    reinit_ = in_place(reinit)

@@ -9,7 +9,8 @@ import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Place
 from paramend.arrays.registry import backend_of, to_numpy
-from paramend.edits.ops import OPS, Call
+from paramend.edits.call import Call
+from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain
 from paramend.leaves.paths import Label, labels, natural, write_path
@@ -159,7 +160,7 @@ class Plan:
             place = Place(index.pieces(first), out_first=index.separator == ".") if edit.op.placed else NOWHERE
             for twin in self.twins(number):
                 row = self.by_number[twin]
-                why = "" if row.calls else _refusal(self.leaves, twin)
+                why = "" if row.calls else self.leaves.refusal(twin)
                 if why:
                     raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
                 after = _after(edit, row.spec, row.path)
@@ -253,13 +254,13 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
     fill(0.5)
     >>> call("fil", {"value": 0.5})
     Traceback (most recent call last):
-    paramend.errors.BadArgument: 'fil' is no edit
+    paramend.errors.BadArgument: 'fil' is not an edit
     <BLANKLINE>
     hint: "fill"
     """
     if op not in OPS:
-        near = [row.name for row in OPS.values() if op in row.also] or wording.closest(op, OPS, limit=1)
-        raise BadArgument(f"{op!r} is no edit", hint=f'"{near[0]}"' if near else ", ".join(OPS))
+        near = [row.name for row in OPS.values() if op in row.words] or wording.closest(op, OPS, limit=1)
+        raise BadArgument(f"{op!r} is not an edit", hint=f'"{near[0]}"' if near else ", ".join(OPS))
     parameters = OPS[op].parameters
     takes = ", ".join(parameters) or "no arguments"
     for name in args:
@@ -316,12 +317,6 @@ def _settled(edit: Call) -> Call:
     if type(value) is not np.ndarray and backend_of(type(value)) is not None:
         edit = replace(edit, args={**edit.args, "value": to_numpy(value)})
     return edit
-
-
-def _refusal(leaves: Any, number: int) -> str:
-    """Why the values of a leaf cannot be read, or ""; leaves in memory always can."""
-    ask = getattr(leaves, "refusal", None)
-    return "" if ask is None else ask(number)
 
 
 def _after(edit: Call, spec: Spec, path: str) -> Spec:

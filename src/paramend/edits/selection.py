@@ -1,10 +1,11 @@
 """`at`: the edit verbs over any tree, in the manner of `x.at[i]` in jax.numpy."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
+from paramend.edits.call import Args, Call, Op, sliced_shape
 from paramend.edits.memory import editable, explain
-from paramend.edits.ops import OPS, Call, sliced_shape
+from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
 from paramend.reports import wording
 from paramend.selectors.selector import resolve, sel, slice_of, write_index
@@ -12,7 +13,7 @@ from paramend.selectors.selector import resolve, sel, slice_of, write_index
 T = TypeVar("T")
 
 
-class Selection(Generic[T]):
+class Selection(Edits[T]):
     """Chosen leaves of a tree, and the verbs that change them. Made by `pm.at`.
 
     Each verb returns a new tree with the same containers; leaves that were not chosen are the same objects. The verbs
@@ -121,144 +122,6 @@ class Selection(Generic[T]):
         chosen = {twin: True for number in self._numbers for twin in self._tree.twins(number)}
         return self._tree.labelled(chosen, rest=False)
 
-    # -- changing values
-
-    def zero(self) -> T:
-        """The tree with +0.0 in every chosen element, also where NaN, inf or negative numbers were.
-
-        >>> at({"w": np.array([-1.0, np.nan]), "b": np.ones(1)}, "w").zero()
-        {'w': array([0., 0.]), 'b': array([1.])}
-        """
-        return self._edit("zero")
-
-    def zero_(self) -> None:
-        """`zero`, in place."""
-        self._edit_("zero")
-
-    def fill(self, value: Any) -> T:
-        """The tree with a scalar in every chosen element.
-
-        Raises:
-            SpecMismatch: the value is no scalar, or the dtype cannot hold it.
-
-        >>> at({"w": np.zeros(2)}, "w").fill(0.5)
-        {'w': array([0.5, 0.5])}
-        """
-        return self._edit("fill", value=value)
-
-    def fill_(self, value: Any) -> None:
-        """`fill`, in place."""
-        self._edit_("fill", value=value)
-
-    def set(self, value: Any) -> T:
-        """The tree with the chosen leaves replaced by an array of the same shape and dtype.
-
-        Args:
-            value: an array of any library, for all chosen leaves; or a mapping from path to array, as `get` returns it,
-                with exactly the chosen paths.
-
-        Raises:
-            SpecMismatch: shape or dtype differ.
-
-        >>> at({"w": np.zeros(2)}, "w").set(np.array([1.0, 2.0]))
-        {'w': array([1., 2.])}
-        """
-        return self._edit("set", value=value)
-
-    def set_(self, value: Any) -> None:
-        """`set`, in place."""
-        self._edit_("set", value=value)
-
-    def add(self, value: Any) -> T:
-        """The tree with a scalar or a broadcastable array added to the chosen leaves, in their dtype.
-
-        >>> at({"w": np.zeros(2)}, "w").add(1.5)
-        {'w': array([1.5, 1.5])}
-        """
-        return self._edit("add", value=value)
-
-    def add_(self, value: Any) -> None:
-        """`add`, in place."""
-        self._edit_("add", value=value)
-
-    def multiply(self, value: Any) -> T:
-        """The tree with the chosen leaves multiplied by a scalar or a broadcastable array, in their dtype.
-
-        `multiply(0)` is not `zero()`: it leaves -0.0 and NaN behind.
-
-        >>> at({"w": np.ones(2)}, "w").multiply(0.5)
-        {'w': array([0.5, 0.5])}
-        """
-        return self._edit("multiply", value=value)
-
-    def multiply_(self, value: Any) -> None:
-        """`multiply`, in place."""
-        self._edit_("multiply", value=value)
-
-    def apply(self, fn: Any, *, keep_spec: bool = True) -> T:
-        """The tree with each chosen leaf replaced by `fn(leaf)`.
-
-        On a checkpoint too the function sees a leaf, or a slice of it, whole: the largest one must fit into memory. All
-        other edits work in pieces.
-
-        Args:
-            fn: array → array.
-            keep_spec: whether a result of another shape or dtype is an error.
-
-        >>> at({"w": np.array([1.0, -2.0])}, "w").apply(np.abs)
-        {'w': array([1., 2.])}
-        """
-        return self._edit("apply", fn=fn, keep_spec=keep_spec)
-
-    def apply_(self, fn: Any) -> None:
-        """`apply`, in place; the spec must stay."""
-        self._edit_("apply", fn=fn)
-
-    def cast(self, dtype: Any) -> T:
-        """The tree with the chosen leaves in another dtype, given by name or as numpy, JAX or torch has it.
-
-        >>> at({"w": np.ones(2)}, "w").cast("float16")["w"].dtype
-        dtype('float16')
-        """
-        return self._edit("cast", dtype=dtype)
-
-    def noise(self, std: float, *, seed: Any = 0) -> T:
-        """The tree with normal noise added to the chosen leaves.
-
-        Args:
-            std: the standard deviation.
-            seed: an int, the same numbers in every library and on disk; or a JAX PRNG key, for use inside `jit`. The
-                noise of a leaf depends on the seed and its path only.
-
-        >>> a = at({"w": np.zeros(2), "v": np.zeros(2)}, "**").noise(0.1, seed=3)
-        >>> b = at({"v": np.zeros(2), "w": np.zeros(2)}, "w").noise(0.1, seed=3)
-        >>> bool((a["w"] == b["w"]).all()), bool((a["w"] == a["v"]).any())
-        (True, False)
-        """
-        return self._edit("noise", std=std, seed=seed)
-
-    def noise_(self, std: float, *, seed: Any = 0) -> None:
-        """`noise`, in place."""
-        self._edit_("noise", std=std, seed=seed)
-
-    def reinit(self, init: Any, *, seed: Any = 0) -> T:
-        """The tree with the chosen leaves drawn anew.
-
-        Args:
-            init: "lecun_normal", "he_uniform", "xavier_normal" ...: fans are read from the shape, (..., in, out) in JAX
-                and numpy trees, (out, in, ...) in torch ones; or, for JAX leaves, a function (key, shape, dtype).
-            seed: an int or a JAX PRNG key. The values depend on the seed and the path only.
-
-        >>> kernel = at({"w": np.zeros((100, 50))}, "w").reinit("lecun_normal", seed=1)["w"]
-        >>> round(float(kernel.std()), 2)
-        0.1
-        """
-        return self._edit("reinit", init=init, seed=seed)
-
-    def reinit_(self, init: Any, *, seed: Any = 0) -> None:
-        """`reinit`, in place."""
-        self._edit_("reinit", init=init, seed=seed)
-
     # -- changing the structure
 
     def delete(self) -> T:
@@ -295,26 +158,25 @@ class Selection(Generic[T]):
         if self._index is not None:
             raise BadArgument(f"{what} is of whole leaves, not of slices [{write_index(self._index)}]")
 
-    def _calls(self, name: str, args: dict[str, Any]) -> dict[int, Call]:
+    def _calls(self, op: Op, args: Args) -> dict[int, Call]:
         """One call for each chosen leaf."""
-        op = OPS[name]
-        if name == "set" and isinstance(args["value"], Mapping):
+        if op.name == "set" and isinstance(args["value"], Mapping):
             values = _by_path(args["value"], self.paths)
             calls = [Call(op, {"value": value}, self._index) for value in values]
             return dict(zip(self._numbers, calls, strict=True))
         return dict.fromkeys(self._numbers, Call(op, args, self._index))
 
-    def _edit(self, name: str, **args: Any) -> T:
-        return self._tree.edited(self._calls(name, args))  # type: ignore[no-any-return]
+    def _edit(self, op: Op, args: Args) -> T:
+        return self._tree.edited(self._calls(op, args))  # type: ignore[no-any-return]
 
-    def _edit_(self, name: str, **args: Any) -> None:
-        calls = self._calls(name, args)
+    def _edit_(self, op: Op, args: Args) -> None:
+        calls = self._calls(op, args)
         if self._tree.patched_by:
             selector = repr(getattr(self._selector, "text", self._selector))
             index = "" if self._index is None else f"[{write_index(self._index)}]"
             raise Unsupported(
-                f"{name}_ cannot edit an opened checkpoint in place",
-                hint=self._tree.patched_by.format(f"pm.at(tree, {selector}){index}.{name}({_typed(args)})"),
+                f"{op.name}_ cannot edit an opened checkpoint in place",
+                hint=self._tree.patched_by.format(f"pm.at(tree, {selector}){index}.{op.name}({_typed(args)})"),
             )
         self._tree.edited_(calls)
 

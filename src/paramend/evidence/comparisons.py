@@ -10,7 +10,7 @@ import numpy as np
 from paramend.errors import Unsupported
 from paramend.evidence.distances import Distance, Gap
 from paramend.evidence.reading import Span, Task, looked
-from paramend.evidence.streams import CHUNK, Desk, Stream, hindrance, nbytes_of, stream_of
+from paramend.evidence.streams import CHUNK, Desk, Stream, hindrance, stream_of
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import Spec
 from paramend.reports.progress import Meter
@@ -54,7 +54,7 @@ class Pair:
     @property
     def nbytes(self) -> int:
         """The bytes of both."""
-        return nbytes_of(self.old, self.a) + nbytes_of(self.new, self.b)
+        return self.old.nbytes(self.a) + self.new.nbytes(self.b)
 
     @property
     def hindrance(self) -> str:

@@ -15,7 +15,6 @@ from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
-from paramend.evidence.streams import nbytes_of
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import BITS
 from paramend.reports import wording
@@ -222,7 +221,7 @@ def _rows(old: Editable, new: Editable, found: Sequence[tuple[Match, str]], comp
         leaves, number = (old, match.a) if match.b is None else (new, match.b)
         assert number is not None
         spec = leaves.spec(number)
-        row = DiffRow(match.path, spec.shape, spec.dtype, nbytes_of(leaves, number), match.also)
+        row = DiffRow(match.path, spec.shape, spec.dtype, leaves.nbytes(number), match.also)
         if kind == "respecified" and match.a is not None:
             before = old.spec(match.a)
             row = replace(row, shape_before=before.shape, dtype_before=before.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 from paramend.evidence.measures import Measures, Tally
 from paramend.evidence.reading import Span, looked
 from paramend.evidence.streams import Desk, hindrance, stream_of
+from paramend.leaves.leaves import Leaves
 from paramend.reports.progress import Meter
 
 
@@ -17,7 +18,7 @@ def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Mea
     >>> tree = Tree([np.array([3.0, 4.0]), np.array(["a"])])
     >>> found = measured(tree, [0, 1], Meter(None, 0))
     >>> found[0].norm, found[1]
-    (5.0, 'str32 is no number')
+    (5.0, 'str32 is not a number')
     """
     found: dict[int, Measures | str] = {number: _obstacle(leaves, number) for number in numbers}
     tallies = {number: Tally() for number, why in found.items() if not why}
@@ -28,15 +29,10 @@ def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Mea
     return found | {number: tally.measures() for number, tally in tallies.items()}
 
 
-def _obstacle(leaves: Any, number: int) -> str:
-    why = hindrance(leaves, number)
-    if why:
-        return why
-    if hasattr(leaves, "refusal"):
-        found: str = leaves.refusal(number)
-        return found
+def _obstacle(leaves: Leaves, number: int) -> str:
+    why = hindrance(leaves, number) or leaves.refusal(number)
     spec = leaves.spec(number)
-    return f"{spec.dtype} is no number" if spec.kind == "other" else ""
+    return why or (f"{spec.dtype} is not a number" if spec.kind == "other" else "")
 
 
 def _tally(span: Span, desk: Desk) -> Tally:

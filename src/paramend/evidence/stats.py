@@ -12,7 +12,7 @@ from paramend.evidence.measurements import measured
 from paramend.evidence.measures import Measures
 from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
-from paramend.evidence.streams import nbytes_of, stream_of
+from paramend.evidence.streams import stream_of
 from paramend.leaves.leaves import Editable
 from paramend.reports.progress import Meter, Progress
 from paramend.selectors.selector import resolve
@@ -67,7 +67,7 @@ def stats(
     leaves = tree if isinstance(tree, Editable) else Memory(tree)
     numbers = resolve(selector, leaves)
     matrices = _matrices(leaves, numbers, spectral)
-    found = measured(leaves, numbers, Meter(progress, sum(nbytes_of(leaves, number) for number in numbers)))
+    found = measured(leaves, numbers, Meter(progress, sum(leaves.nbytes(number) for number in numbers)))
     report = StatsReport([_row(leaves, number, found[number], number in matrices) for number in numbers])
     if histograms:
         read = [number for number in numbers if not isinstance(found[number], str)]
@@ -78,7 +78,7 @@ def stats(
 def _row(leaves: Editable, number: int, measures: Measures | str, matrix: bool) -> StatsRow:
     spec, first = leaves.spec(number), leaves.index.path(number)
     also = [path for twin in leaves.twins(number) if (path := leaves.index.path(twin)) != first]
-    row = StatsRow(first, spec.shape, spec.dtype, nbytes_of(leaves, number), tuple(also))
+    row = StatsRow(first, spec.shape, spec.dtype, leaves.nbytes(number), tuple(also))
     if isinstance(measures, str):
         return replace(row, unread=measures)
     row = replace(row, **measures.to_dict())

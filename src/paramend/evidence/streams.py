@@ -118,12 +118,6 @@ def hindrance(leaves: Leaves, number: int) -> str:
     return "" if bare else backend(value).refusal(value)
 
 
-def nbytes_of(leaves: Any, number: int) -> int:
-    """The bytes of a leaf; in a file also of a dtype of unknown width."""
-    found: int = leaves.nbytes(number) if hasattr(leaves, "nbytes") else leaves.spec(number).nbytes
-    return found
-
-
 def _home(leaves: Any, number: int) -> Any:
     """What holds the values: the file of a checkpoint, unless an edit stands between (None), or the tree."""
     origin = getattr(leaves, "origin", None)

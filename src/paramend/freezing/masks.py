@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.edits.ops import sliced_shape
+from paramend.edits.call import sliced_shape
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Region = tuple[Mask, ...]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from paramend.edits.ops import sliced_shape
+from paramend.edits.call import sliced_shape
 from paramend.errors import BadArgument, Unsupported
 from paramend.selectors.selector import write_index
 

@@ -10,7 +10,6 @@ from torch import nn
 from paramend.errors import BadArgument
 from paramend.freezing.report import FreezeReport, FrozenReport, Row
 from paramend.freezing.slices import release, withhold
-from paramend.leaves.leaves import Index
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.selectors.selector import resolve, sel, write_index
 from paramend.trees.tree import Tree
@@ -118,7 +117,7 @@ class _Chosen:
 
     def refuse_halves(self, selector: Any) -> None:
         """Raises for a parameter with two names of which one is not chosen: it cannot be frozen and train on."""
-        named = set(resolve(selector, _Untied(self.tree)))
+        named = set(resolve(selector, _Untied(self.tree.root)))
         for number in sorted(named):
             others = [twin for twin in self.tree.twins(number) if twin not in named]
             if others:
@@ -140,26 +139,12 @@ class _Sharded(Tree):
         return {number: one for number, one in ones.items() if one in shared}
 
 
-class _Untied:
+class _Untied(Tree):
     """A tree in which every name is a leaf of its own: what a selector names, and not what it reaches."""
 
-    ties: Mapping[int, int] = {}
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-
     @property
-    def index(self) -> Index:
-        return self._tree.index
-
-    def spec(self, number: int) -> Spec:
-        return self._tree.spec(number)
-
-    def read(self, number: int) -> Any:
-        return self._tree.read(number)
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        return self._tree.children(node)
+    def ties(self) -> Mapping[int, int]:
+        return {}
 
 
 def _forget(optimizer: Any, parameters: dict[str, torch.Tensor], keep_state: bool) -> None:

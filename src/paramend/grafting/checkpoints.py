@@ -43,8 +43,7 @@ def _holds_more(plan: Plan) -> bool:
     target: Checkpoint = plan.target
     if isinstance(target.source, Gathered) or target.format in ("", "safetensors"):
         return False
-    refusal = getattr(plan.source, "refusal", lambda number: "")
-    if any(target.refusal(move.number) or refusal(move.origin) for move in plan.moves):
+    if any(target.refusal(move.number) or plan.source.refusal(move.origin) for move in plan.moves):
         return False
     # What was complex cannot be cast, be it only to make room.
     return plan.options.dtype != "source" or all(target.spec(m.number).kind != "complex" for m in plan.moves)

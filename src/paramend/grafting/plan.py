@@ -28,6 +28,7 @@ from paramend.selectors.patterns import parse
 from paramend.selectors.renames import pieces
 from paramend.selectors.renames import rename as parse_rename
 from paramend.selectors.selector import resolve, slice_of
+from paramend.trees.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +336,7 @@ class Plan:
             return f"{theirs.dtype} does not become {spec.dtype}"
         if theirs.kind == "complex" != spec.kind and self.options.dtype == "target":
             return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
-        as_it_is = spec == theirs and hasattr(self.target, "refusal") and hasattr(self.source, "refusal")  # files
+        as_it_is = spec == theirs and not isinstance(self.target, Tree) and not isinstance(self.source, Tree)
         for leaves, leaf, said in ((self.target, number, "in your model "), (self.source, origin, "in the source ")):
             abstract = _abstract(leaves, leaf)
             if abstract and leaves is self.target:
@@ -448,6 +449,14 @@ class _WithGuests:
         """Shape and dtype."""
         return self.target.spec(number) if number < self.first else self.source.spec(number - self.first)
 
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf."""
+        return self.target.nbytes(number) if number < self.first else self.source.nbytes(number - self.first)
+
+    def refusal(self, number: int) -> str:
+        """Why a leaf cannot be read."""
+        return self.target.refusal(number) if number < self.first else self.source.refusal(number - self.first)
+
     def read(self, number: int) -> Any:
         """The array."""
         return self.target.read(number) if number < self.first else self.source.read(number - self.first)
@@ -461,18 +470,18 @@ def _copied(names: Names) -> Names:
     return {label: _copied(child) if type(child) is dict else child for label, child in names.items()}
 
 
-def _abstract(leaves: Any, number: int) -> bool:
+def _abstract(leaves: Leaves, number: int) -> bool:
     """Whether a leaf is a shape and a dtype without values. Those of a checkpoint have values."""
-    if hasattr(leaves, "refusal"):
+    if not isinstance(leaves, Tree):
         return False
     leaf = leaves.read(number)
     return backend(leaf).abstract(leaf)
 
 
-def _refusal(leaves: Any, number: int) -> str:
+def _refusal(leaves: Leaves, number: int) -> str:
     """Why arithmetic on a leaf makes no sense, or ""; a checkpoint says it without reading the leaf."""
-    if hasattr(leaves, "refusal"):
-        return str(leaves.refusal(number))
+    if not isinstance(leaves, Tree):
+        return leaves.refusal(number)
     leaf = leaves.read(number)
     return backend(leaf).refusal(leaf)
 

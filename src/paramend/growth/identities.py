@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from paramend.edits.ops import OPS, Call
+from paramend.edits.call import Call
+from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import families
 from paramend.leaves.leaves import Leaves

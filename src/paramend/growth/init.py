@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from paramend.edits.call import Call
 from paramend.edits.memory import Memory
-from paramend.edits.ops import OPS, Call
+from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import configs, identities, numbered
 from paramend.growth.deepening import configuration

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from paramend.edits.ops import Call
+from paramend.edits.call import Call
 from paramend.errors import BadArgument
 from paramend.growth import configs, families, identities, numbered
 from paramend.growth.depth import Order, order_of

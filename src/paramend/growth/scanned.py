@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from paramend.arrays.registry import backend
+from paramend.edits.call import Call
 from paramend.edits.memory import Memory
-from paramend.edits.ops import Call
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.growth import families, identities, numbered
 from paramend.growth.depth import order_of

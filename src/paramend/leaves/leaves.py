@@ -196,6 +196,12 @@ class Leaves(Protocol):
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf, without reading it."""
 
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf; on disk also of a dtype of unknown width."""
+
+    def refusal(self, number: int) -> str:
+        """Why a leaf cannot be read as an array, or ""; leaves in memory always can."""
+
     def read(self, number: int) -> Any:
         """The array."""
 

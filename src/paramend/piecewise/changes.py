@@ -8,7 +8,7 @@ import numpy as np
 
 from paramend.arrays.initializers import Place
 from paramend.disk.io import put
-from paramend.edits.ops import Call
+from paramend.edits.call import Call
 from paramend.edits.plan import Row
 from paramend.formats.source import Extent, Source
 from paramend.leaves.specs import Spec, numpy_dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.edits.ops import sliced_shape
+from paramend.edits.call import sliced_shape
 
 Array = np.ndarray[Any, Any]
 

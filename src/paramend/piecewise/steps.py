@@ -10,7 +10,7 @@ import numpy as np
 
 from paramend.arrays import numpy as numpy_backend
 from paramend.arrays.initializers import Draws, Place, generator
-from paramend.edits.ops import Call
+from paramend.edits.call import Call
 from paramend.errors import SpecMismatch
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import Spec, numpy_dtype

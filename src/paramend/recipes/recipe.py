@@ -11,7 +11,7 @@ from paramend.formats.files import open_regular
 from paramend.recipes.donors import Donors
 from paramend.recipes.run import check_in_place, run
 from paramend.recipes.schema import make_schema
-from paramend.recipes.steps import VERSION, Notes, parse_steps
+from paramend.recipes.steps import VERSION, Problems, parse_steps
 from paramend.recipes.text import MAX_BYTES, Document, read, write_scalar
 
 T = TypeVar("T")
@@ -43,11 +43,11 @@ class Recipe:
         self._read(Document({"version": version, "steps": steps}), "recipe", Path())
 
     def _read(self, document: Document, name: str, folder: Path) -> None:
-        notes = Notes(document.problems)
-        self._steps = parse_steps(document.data, notes)
+        problems = Problems(document.problems)
+        self._steps = parse_steps(document.data, problems)
         self._name, self._folder, self._lines = name, folder, document.lines
-        self._flaws: Sequence[Problem] = notes
-        self._refuse(notes)
+        self._flaws: Sequence[Problem] = problems
+        self._refuse(problems)
 
     @classmethod
     def apply_file(cls, path: str | os.PathLike[str], tree: T) -> T:

@@ -8,42 +8,44 @@ from typing import Any
 import numpy as np
 
 from paramend.edits.arguments import read_index
+from paramend.edits.call import Call, sliced_shape
+from paramend.edits.checks import fitted
 from paramend.edits.memory import editable
-from paramend.edits.ops import Call, fitted, sliced_shape
+from paramend.edits.ops import OPS
 from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
 from paramend.recipes.donors import Donors
-from paramend.recipes.steps import Notes, Step, problem_of
+from paramend.recipes.steps import Problems, Step, problem_of
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
 
 # What may be wrong only because a step before it could not be done: one that gives paths, or one that gives dtypes.
 _FOLLOWS_PATHS = re.compile(r"\.(at(\[\d+\])?|where|to|count|from|leaf)$")
-_FOLLOWS_SPECS = re.compile(r"\.(at|where|value|from|dtype)$")
+_FOLLOWS_SPECS = re.compile(rf"\.(at|where|from|{'|'.join({name for op in OPS.values() for name in op.parameters})})$")
 
 
 def run(steps: Sequence[Step], tree: Any, donors: Donors) -> tuple[Any, list[Problem]]:
     """The edited tree, and all that is wrong; then the tree holds the steps that could be done."""
-    notes = Notes()
+    problems = Problems()
     broken: list[_Attempt] = []
     for step in steps:
         at = _Attempt(step, editable(tree), donors, f"$.steps[{step.number}]")
         found = at.carry_out()
-        if not at.notes:
+        if not at.problems:
             tree = tree if found is None else found
-        notes += [_following(problem, broken) for problem in at.notes]
-        if at.notes and step.verb.changes:
+        problems += [_following(problem, broken) for problem in at.problems]
+        if at.problems and step.verb.changes:
             broken.append(at)
-    return tree, notes
+    return tree, problems
 
 
 def check_in_place(
     steps: Sequence[Step], module: Any, donors: Donors
 ) -> tuple[list[Callable[[], None]], list[Problem]]:
     """What carries the steps out in place, one after the other, and all that is wrong."""
-    notes = Notes()
+    problems = Problems()
     work: list[Callable[[], None]] = []
     leaves: Any = editable(module)
     for step in steps:
@@ -51,14 +53,14 @@ def check_in_place(
         if step.verb.changes:
             what = "shape and dtype stay" if step.verb.op else "the structure stays"
             hint = "recipe.apply(tree) gives a new tree"
-            at.notes.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
+            at.problems.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
         calls = at.calls()
-        if calls and not at.notes:
-            at.notes.tried(f"{at.address}.at", leaves.check_, calls)
+        if calls and not at.problems:
+            at.problems.tried(f"{at.address}.at", leaves.check_, calls)
             # The leaves of this step are those of all others; only their values will have changed.
             work.append(lambda calls=calls: editable(module).edited_(calls))  # type: ignore[misc]
-        notes += at.notes
-    return work, notes
+        problems += at.problems
+    return work, problems
 
 
 def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:
@@ -75,34 +77,34 @@ class _Attempt:
     """One step on a tree.
 
     Attributes:
-        notes: what is wrong.
+        problems: what is wrong.
     """
 
     step: Step
     leaves: Editable
     donors: Donors
     address: str
-    notes: Notes = field(default_factory=Notes)
+    problems: Problems = field(default_factory=Problems)
 
     def carry_out(self) -> Any:
         """The tree after the step; None if nothing changes or something is wrong."""
         if self.step.verb.op is not None:
             calls = self.calls()
-            return self.notes.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
+            return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         numbers = [number for number, _ in self._chosen()]
-        if self.notes or self.step.verb.name == "expect":
+        if self.problems or self.step.verb.name == "expect":
             return None
         if self.step.verb.name == "delete":
-            return self.notes.tried(f"{self.address}.at", self.leaves.deleted, numbers)
+            return self.problems.tried(f"{self.address}.at", self.leaves.deleted, numbers)
         # What the leaves were chosen by says what the wildcards of the new path mean.
         by = Union(tuple(self.step.selectors()))
-        return self.notes.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
+        return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
 
     def calls(self) -> dict[int, Call]:
         """The call of the step's op on each chosen leaf, checked against its spec; none if something is wrong."""
         op, given = self.step.verb.op, self.step.given
         chosen = self._chosen()
-        if op is None or self.notes:
+        if op is None or self.problems:
             return {}
         index = read_index(given["index"]) if "index" in given else None
         specs = {number: self.leaves.spec(number) for number, _ in chosen}
@@ -116,12 +118,12 @@ class _Attempt:
             values = self._donated(chosen)
         elif isinstance(args.get("value"), list):
             values = self._each("value", inner, lambda number: _literal(args["value"], inner[number]))
-        if self.notes:
+        if self.problems:
             return {}
         calls = {n: Call(op, args if value is None else {**args, "value": value}, index) for n, value in values.items()}
         about = next((key for key in ("from", *op.parameters) if key in given), "at")
         self._each(about, specs, lambda number: calls[number].spec(specs[number]))
-        return {} if self.notes else calls
+        return {} if self.problems else calls
 
     def _chosen(self) -> list[tuple[int, Selector]]:
         """The chosen leaves, each with the selector that chose it, in the order of the tree."""
@@ -137,12 +139,12 @@ class _Attempt:
                     if self.step.verb.name == "expect" and isinstance(error, NoMatch):
                         problem = problem._replace(code="expect")
                     if not (absent and problem.code == "expect"):
-                        self.notes.append(problem)
+                        self.problems.append(problem)
                     numbers = ()
                     break
             found |= {number: found.get(number, selector) for number in numbers}
         order = unique(self.leaves, self.leaves.index.ordered(found))
-        if self.step.verb.name == "expect" and not self.notes:
+        if self.step.verb.name == "expect" and not self.problems:
             self._expect(order)
         return [(number, found[number]) for number in order]
 
@@ -156,7 +158,9 @@ class _Attempt:
         count = given.get("count", len(numbers))
         if len(numbers) != count:
             are = f"{wording.plural(len(numbers), 'leaf is', 'leaves are')} chosen: {wording.listing(paths, 4)}"
-            self.notes.add(f"{self.address}.count", f"{count} expected, and {are}", f"count: {len(numbers)}", "expect")
+            self.problems.add(
+                f"{self.address}.count", f"{count} expected, and {are}", f"count: {len(numbers)}", "expect"
+            )
         for key in CONDITIONS:
             if key.name not in given:
                 continue
@@ -167,7 +171,7 @@ class _Attempt:
             if bad:
                 is_not = f"{self.leaves.index.path(bad[0])} is {self.leaves.spec(bad[0])}"
                 message = f"{want} expected, and {is_not}{_more(len(bad) - 1)}"
-                self.notes.add(f"{self.address}.{key.name}", message, code="expect")
+                self.problems.add(f"{self.address}.{key.name}", message, code="expect")
 
     def _donated(self, chosen: Sequence[tuple[int, Selector]]) -> dict[int, Any]:
         name, leaf = self.step.given["from"], self.step.given.get("leaf")
@@ -175,7 +179,7 @@ class _Attempt:
             return {**self.donors.values(name, leaf, self.leaves, chosen)}
         except ParamendError as error:
             about = "leaf" if leaf is not None and isinstance(error, LookupError | ValueError) else "from"
-            self.notes.append(problem_of(error, f"{self.address}.{about}"))
+            self.problems.append(problem_of(error, f"{self.address}.{about}"))
             return {}
 
     def _each(self, key: str, specs: dict[int, Spec], check: Callable[[int], Any]) -> dict[int, Any]:
@@ -191,15 +195,15 @@ class _Attempt:
             number, problem = refused[0]
             message = f"{self.leaves.index.path(number)}: {problem.message}{_more(len(refused) - 1)}"
             hint = self._hint(problem.hint, self.leaves.spec(number))
-            self.notes.append(problem._replace(message=message, hint=hint))
+            self.problems.append(problem._replace(message=message, hint=hint))
         return found
 
     def _hint(self, hint: str, spec: Spec) -> str:
         """The hint of an edit in Python, as a recipe says it."""
-        verb = self.step.verb.name
-        if verb in ("noise", "reinit"):
-            return "where: {dtype: float, ndim: 2}" if verb == "reinit" else "where: {dtype: float}"
-        if verb == "set" and ".cast(" in hint:
+        where = re.search(r"\.where\((.*?)\)", hint)
+        if where:
+            return f"where: {{{where[1].replace('=', ': ').replace(chr(34), '')}}}"
+        if self.step.verb.name == "set" and ".cast(" in hint:
             dtype = hint.rpartition('.cast("')[2].removesuffix('")')
             at = self.step.texts[0]
             return f'cast: {{at: "{at}", dtype: {dtype}}} in a step before it, and back to {spec.dtype} in one after it'

@@ -36,7 +36,10 @@ def make_schema() -> dict[str, Any]:
 
 
 def _verbs() -> dict[str, Any]:
-    return {verb.name: {"description": verb.says, **_body(verb)} for verb in VERBS.values()}
+    return {
+        verb.name: {"description": verb.says, **_body(verb), "examples": [*verb.example.values()]}
+        for verb in VERBS.values()
+    }
 
 
 def _body(verb: Verb) -> dict[str, Any]:

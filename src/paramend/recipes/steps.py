@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
 from paramend.errors import ParamendError, Problem
-from paramend.recipes.text import below
+from paramend.recipes.text import below, write_scalar
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
 from paramend.reports import wording
 from paramend.selectors.renames import captures, rename
@@ -49,15 +49,15 @@ class Step:
         return {self.verb.name: dict(self.given)}
 
 
-class Notes(list[Problem]):
-    """Problems as they are found."""
+class Problems(list[Problem]):
+    """What is wrong, as it is found."""
 
     def add(self, address: str, message: str, hint: str = "", code: str = "recipe") -> None:
-        """Notes one."""
+        """Enters one."""
         self.append(Problem(address, message, hint, code))
 
     def tried(self, address: str, make: Callable[..., T], *args: Any) -> T | None:
-        """What a function gives; None, and a note, if it raises an error of the library."""
+        """What a function gives; None, and a problem, if it raises an error of the library."""
         try:
             return make(*args)
         except ParamendError as error:
@@ -71,17 +71,17 @@ def problem_of(error: ParamendError, address: str) -> Problem:
     return Problem(address, str(error).removesuffix(tail), error.hint, error.code)
 
 
-def parse_steps(data: Any, notes: Notes) -> tuple[Step, ...]:
-    """The steps of a recipe, and notes on everything that is wrong with it.
+def parse_steps(data: Any, problems: Problems) -> tuple[Step, ...]:
+    """The steps of a recipe, and everything that is wrong with it among the problems.
 
-    >>> notes = Notes()
-    >>> parse_steps({"version": 1, "steps": [{"fill": {"at": "w", "valeu": 1}}]}, notes)
+    >>> problems = Problems()
+    >>> parse_steps({"version": 1, "steps": [{"fill": {"at": "w", "valeu": 1}}]}, problems)
     ()
-    >>> [problem.address for problem in notes]
+    >>> [problem.address for problem in problems]
     ['$.steps[0].valeu', '$.steps[0]']
     """
     if not isinstance(data, Mapping):
-        notes.add(
+        problems.add(
             "$",
             f"a recipe is a map with version and steps, not {_kind(data)}",
             '{version: 1, steps: [zero: "**/bias"]}',
@@ -89,109 +89,113 @@ def parse_steps(data: Any, notes: Notes) -> tuple[Step, ...]:
         return ()
     for key in data:
         if key not in ("version", "steps"):
-            notes.add(below("$", str(key)), f"there is no key {key!r}", _near(str(key), ["version", "steps"]))
+            problems.add(below("$", str(key)), f"there is no key {key!r}", _near(str(key), ["version", "steps"]))
     if "version" not in data:
-        notes.add("$", "there is no version", f"version: {VERSION}")
+        problems.add("$", "there is no version", f"version: {VERSION}")
     elif type(data["version"]) is not int or data["version"] != VERSION:
-        notes.add("$.version", f"{shown(data['version'])} is no version that is read here", f"version: {VERSION}")
+        problems.add("$.version", f"{shown(data['version'])} is no version that is read here", f"version: {VERSION}")
     if "steps" not in data:
-        notes.add("$", "there are no steps", 'steps: [zero: "**/bias"]')
+        problems.add("$", "there are no steps", 'steps: [zero: "**/bias"]')
         return ()
     steps = data["steps"]
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         empty = steps is None or (isinstance(steps, Sequence) and not steps)
         message = "there are no steps" if empty else f"steps are a list, not {_kind(steps)}"
-        notes.add("$.steps", message, "one step is a list too: begin it with a dash" if not empty else "")
+        problems.add("$.steps", message, "one step is a list too: begin it with a dash" if not empty else "")
         return ()
-    parsed = [_step(step, f"$.steps[{n}]", notes) for n, step in enumerate(steps)]
+    parsed = [_step(step, f"$.steps[{n}]", problems) for n, step in enumerate(steps)]
     return tuple(replace(step, number=n) for n, step in enumerate(parsed) if step is not None)
 
 
-def _step(data: Any, address: str, notes: Notes) -> Step | None:
+def _step(data: Any, address: str, problems: Problems) -> Step | None:
     if not isinstance(data, Mapping) or not data:
         hint = f"{data}: ..." if isinstance(data, str) and data in VERBS else 'zero: "**/bias"'
-        notes.add(address, f"a step is a map with one key, its verb, not {_kind(data)}", hint)
+        problems.add(address, f"a step is a map with one key, its verb, not {_kind(data)}", hint)
         return None
     verbs = [key for key in data if key in VERBS or key in CODE]
     if len(data) > 1 and verbs:
         lost = [key for key in data if key not in verbs]
         hint = f"indent {wording.listing(lost)} below {verbs[0]}:" if lost else "each in a step of its own"
-        notes.add(address, f"a step has one key, and this has {wording.listing(list(map(str, data)))}", hint)
+        problems.add(address, f"a step has one key, and this has {wording.listing(list(map(str, data)))}", hint)
         return None
     for name in data:
         if name in CODE:
-            notes.add(
+            problems.add(
                 below(address, name), f"{name} takes code, and nothing in a recipe runs code", _verbs_beside(name)
             )
         elif name not in VERBS:
-            also = [op.name for op in OPS.values() if name in op.also]
-            notes.add(below(address, str(name)), f"there is no step {name!r}", also[0] if also else _near(name, VERBS))
+            also = [op.name for op in OPS.values() if name in op.words]
+            problems.add(
+                below(address, str(name)), f"there is no step {name!r}", also[0] if also else _near(name, VERBS)
+            )
     if not verbs or verbs[0] in CODE:
         return None
     verb = VERBS[verbs[0]]
-    return _given(verb, data[verb.name], address, notes)
+    return _given(verb, data[verb.name], address, problems)
 
 
-def _given(verb: Verb, body: Any, address: str, notes: Notes) -> Step | None:
+def _given(verb: Verb, body: Any, address: str, problems: Problems) -> Step | None:
     """The step, if nothing is wrong with what stands below its verb."""
-    before = len(notes)
+    before = len(problems)
     if verb.short and body is not None and not isinstance(body, Mapping):
         body = {"at": body}
     if not isinstance(body, Mapping):
         said = f"{verb.name} takes a map of {wording.listing([key.name for key in verb.keys])}"
-        notes.add(address, f"{said}, not {_kind(body)}", _example(verb))
+        problems.add(address, f"{said}, not {_kind(body)}", _example(verb))
         return None
     keys = {key.name: key for key in verb.keys}
     for name in body:
         if name not in keys:
-            notes.add(
+            problems.add(
                 below(address, str(name)), f"{verb.name} has no key {name!r}", _near(str(name), keys) or _example(verb)
             )
-    given = {name: _read(key, body[name], below(address, name), notes) for name, key in keys.items() if name in body}
+    given = {name: _read(key, body[name], below(address, name), problems) for name, key in keys.items() if name in body}
     missing = [key.name for key in verb.keys if key.required and key.name not in body]
     if missing:
-        notes.add(address, f"{verb.name} needs {' and '.join(missing)}", _example(verb))
+        problems.add(address, f"{verb.name} needs {' and '.join(missing)}", _example(verb))
     alternatives = [name for name in verb.one_of if name in body]
     if verb.one_of and len(alternatives) != 1:
         needed = " or ".join(verb.one_of)
-        notes.add(address, f"{verb.name} needs {needed}{', not both' if alternatives else ''}", _example(verb))
+        problems.add(address, f"{verb.name} needs {needed}{', not both' if alternatives else ''}", _example(verb))
     if "leaf" in body and "from" not in body:
-        notes.add(below(address, "leaf"), "leaf says which leaf of another file, and there is no from", _example(verb))
-    if len(notes) > before:
+        problems.add(
+            below(address, "leaf"), "leaf says which leaf of another file, and there is no from", _example(verb)
+        )
+    if len(problems) > before:
         return None
     step = Step(verb, given)
     target = given.get("to") or given.get("leaf", "")
     if "to" in given or captures(target):
         for text in step.texts:
-            notes.tried(below(address, "to" if "to" in given else "leaf"), rename, text, target)
+            problems.tried(below(address, "to" if "to" in given else "leaf"), rename, text, target)
     elif target:
-        notes.tried(below(address, "leaf"), sel, target)
-    return step if len(notes) == before else None
+        problems.tried(below(address, "leaf"), sel, target)
+    return step if len(problems) == before else None
 
 
-def _read(key: Key, data: Any, address: str, notes: Notes) -> Any:
+def _read(key: Key, data: Any, address: str, problems: Problems) -> Any:
     if key.name == "at" and isinstance(data, list | tuple):
         if not data:
-            notes.add(address, "an empty list chooses nothing", '"**" chooses every leaf')
-        return [_read(key, text, below(address, n), notes) for n, text in enumerate(data)]
+            problems.add(address, "an empty list chooses nothing", '"**" chooses every leaf')
+        return [_read(key, text, below(address, n), problems) for n, text in enumerate(data)]
     if key.name == "where":
-        return _conditions(data, address, notes)
-    found = notes.tried(address, key.value.read, data)
+        return _conditions(data, address, problems)
+    found = problems.tried(address, key.value.read, data)
     if key.name == "at" and found:
-        notes.tried(address, sel, found)
+        problems.tried(address, sel, found)
     return found
 
 
-def _conditions(data: Any, address: str, notes: Notes) -> Any:
+def _conditions(data: Any, address: str, problems: Problems) -> Any:
     known = {key.name: key for key in CONDITIONS}
     if not isinstance(data, Mapping) or not data:
-        notes.add(address, f"where is a map of {', '.join(known)}, not {_kind(data)}", "where: {dtype: float}")
+        problems.add(address, f"where is a map of {', '.join(known)}, not {_kind(data)}", "where: {dtype: float}")
         return None
     for name in data:
         if name not in known:
             hint = _near(str(name), known) or ", ".join(known)
-            notes.add(below(address, str(name)), f"there is no condition {name!r}", hint)
-    return {name: _read(key, data[name], below(address, name), notes) for name, key in known.items() if name in data}
+            problems.add(below(address, str(name)), f"there is no condition {name!r}", hint)
+    return {name: _read(key, data[name], below(address, name), problems) for name, key in known.items() if name in data}
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
@@ -207,15 +211,9 @@ def _verbs_beside(name: str) -> str:
 
 
 def _example(verb: Verb) -> str:
-    """The verb as a step that holds what it needs."""
-    values = {"value": "0.5", "to": '"layers/<n>/w"', "dtype": "bfloat16", "std": "0.01", "init": "lecun_normal"}
-    selector = '"h/<n>/w"' if verb.name == "rename" else '"**/kernel"'
-    needed = [f"{key.name}: {values[key.name]}" for key in verb.keys if key.required and key.name != "at"]
-    if verb.one_of:
-        needed.append("from: values.safetensors" if verb.name == "set" else "value: 0.5")
-    if not needed:
-        return f"{verb.name}: {selector}"
-    return f"{verb.name}: {{at: {selector}, {', '.join(needed)}}}"
+    """The verb as a step that holds what it needs, as a recipe has it."""
+    ((name, body),) = verb.example.items()
+    return f"{name}: {write_scalar(body)}"
 
 
 def _kind(data: Any) -> str:

@@ -1,9 +1,11 @@
 """The table of steps: verbs with the keys that each takes. Those of edits come from the table of ops."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from paramend.edits.arguments import DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, TEXT, Value
-from paramend.edits.ops import OPS, Op
+from paramend.edits.call import Op
+from paramend.edits.ops import OPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,19 @@ class Verb:
     changes: bool = False
 
     @property
+    def example(self) -> dict[str, Any]:
+        """The verb as a step that holds what it needs."""
+        selector = "h/<n>/w" if self.name == "rename" else "**/kernel"
+        if self.short:
+            return {self.name: selector}
+        values = {key.name: key.value.typed(key.value.example) for key in self.keys if key.value.example}
+        given = {key.name: values[key.name] for key in self.keys if key.required and key.name != "at"}
+        if self.one_of:
+            name = next((name for name in self.one_of if name in values), "from")
+            given[name] = values.get(name, "values.safetensors")
+        return {self.name: {"at": selector, **given}}
+
+    @property
     def short(self) -> bool:
         """Whether a selector alone says all: `zero: "**/bias"`."""
         return not self.one_of and [key.name for key in self.keys if key.required] == ["at"]
@@ -67,6 +82,8 @@ WHERE = Value(
     },
 )
 
+NEW_PATH = TEXT.named("a path", "layers/<n>/w")
+
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
 _WHERE = Key("where", WHERE, "only those whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
@@ -78,8 +95,8 @@ def _of_op(op: Op) -> Verb:
     keys = [_AT, _WHERE]
     if op.keeps_spec:
         keys.append(_INDEX)
-    arrays = [name for name, value in zip(op.parameters, op.takes, strict=True) if value.array]
-    for name, value in zip(op.parameters, op.takes, strict=True):
+    arrays = [name for name, value in op.arguments.items() if value.array]
+    for name, value in op.arguments.items():
         keys.append(Key(name, value, value.says, required=name not in (*op.optional, *arrays)))
     if arrays:
         keys += [_FROM, _LEAF]
@@ -89,11 +106,11 @@ def _of_op(op: Op) -> Verb:
 VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in (
-        *(_of_op(op) for op in OPS.values() if op.takes or not op.parameters),
+        *(_of_op(op) for op in OPS.values() if not op.code),
         Verb(
             "rename",
             "the leaves get new paths",
-            (_AT, _WHERE, Key("to", TEXT, "the new path, with the wildcards of `at`", required=True)),
+            (_AT, _WHERE, Key("to", NEW_PATH, "the new path, with the wildcards of `at`", required=True)),
             changes=True,
         ),
         Verb("delete", "the leaves are left out", (_AT, _WHERE), changes=True),
@@ -105,4 +122,4 @@ VERBS: dict[str, Verb] = {
     )
 }
 # Ops that only code can say.
-CODE = {op.name for op in OPS.values() if op.name not in VERBS}
+CODE = {op.name for op in OPS.values() if op.code}

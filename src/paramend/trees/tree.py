@@ -153,6 +153,14 @@ class Tree:
         value = self.values[number]
         return backend(value).spec(value)
 
+    def nbytes(self, number: int) -> int:
+        """The bytes of a leaf."""
+        return self.spec(number).nbytes
+
+    def refusal(self, number: int) -> str:
+        """Nothing: every leaf in memory can be read."""
+        return ""
+
     def read(self, number: int) -> Any:
         """The leaf itself."""
         return self.values[number]

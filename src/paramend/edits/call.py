@@ -1,0 +1,163 @@
+"""A call: one edit of the table with its arguments, checked by specs alone and then run on an array."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from paramend.arrays.backend import Backend
+from paramend.arrays.initializers import Place
+from paramend.arrays.registry import backend, backend_of
+from paramend.edits.arguments import Value
+from paramend.edits.checks import check_scalar
+from paramend.edits.runs import native
+from paramend.errors import BadArgument, OutOfRange, SpecMismatch
+from paramend.leaves.specs import Spec
+
+Args = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One edit. `edits.ops` is the table of them.
+
+    Attributes:
+        name: the verb.
+        says: what it does, for the docs table and `--help`.
+        parameters: the names of its arguments.
+        run: (backend, array, args, place) → a new array.
+        check: (spec, args) → the spec after it; raises where the edit makes no sense. None: it always does.
+        slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
+        reads: whether the old values matter; if not, an engine need not read them.
+        keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
+        chunks: whether an array may be edited piece by piece, in order.
+        arithmetic: whether leaves that are not numbers (PRNG keys) must be refused.
+        placed: whether the result depends on where the leaf is.
+        takes: what data may stand for each argument; none where only code can say them.
+        optional: the arguments that it can do without, and what stands for them then.
+        aliases: other names that the command line takes for it.
+        also: other words for it, under which it may be looked for.
+    """
+
+    name: str
+    says: str
+    parameters: tuple[str, ...]
+    run: Callable[[Backend, Any, Args, Place], Any]
+    check: Callable[[Spec, Args], Spec] | None = None
+    slot: Callable[[Args], tuple[str, Any]] | None = None
+    reads: bool = True
+    keeps_spec: bool = True
+    chunks: bool = True
+    arithmetic: bool = True
+    placed: bool = False
+    takes: tuple[Value, ...] = ()
+    optional: Args = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Other words for it."""
+        return (*self.aliases, *self.also)
+
+    @property
+    def code(self) -> bool:
+        """Whether only code can say its arguments: then it is neither a command nor a step of a recipe."""
+        return bool(self.parameters) and not self.takes
+
+    @property
+    def arguments(self) -> dict[str, Value]:
+        """What may stand for each argument, by its name; empty where only code can."""
+        return {} if self.code else dict(zip(self.parameters, self.takes, strict=True))
+
+    @property
+    def checks(self) -> bool:
+        """Whether `after` may refuse anything."""
+        return self.check is not None or any(value.scalar for value in self.takes)
+
+    def after(self, spec: Spec, args: Args) -> Spec:
+        """The spec after the edit.
+
+        Raises:
+            SpecMismatch: the arguments do not fit the leaf.
+        """
+        for name, value in zip(self.parameters, self.takes, strict=False):
+            if value.scalar and name in args:
+                check_scalar(self.name, name, args[name])
+        return spec if self.check is None else self.check(spec, args)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An op with its arguments, and the slice of the leaf that it is about (None: all of it)."""
+
+    op: Op
+    args: Args = field(default_factory=dict)
+    index: Any = None
+
+    def __str__(self) -> str:
+        from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
+        return f"{self.op.name}({from_args})"
+
+    def spec(self, spec: Spec) -> Spec:
+        """The spec after the call.
+
+        Raises:
+            SpecMismatch: the arguments do not fit the leaf.
+            OutOfRange: the slice does not.
+        """
+        if self.index is None:
+            return self.op.after(spec, self.args)
+        inner = Spec(sliced_shape(spec.shape, self.index), spec.dtype)
+        if self.op.after(inner, self.args) != inner:
+            raise SpecMismatch(f"{self} changes the spec, and a slice of a leaf must keep it")
+        return spec
+
+    def run(self, x: Any, place: Place) -> Any:
+        """A new array: the edit of x. `spec` has been asked before."""
+        library = backend(x)
+        if self.index is None:
+            return self.op.run(library, x, self.args, place)
+        if self.op.slot is not None:
+            verb, value = self.op.slot(self.args)
+            return library.put(x, self.index, verb, native(library, value))
+        part = self.op.run(library, library.get(x, self.index), self.args, place)
+        return library.put(x, self.index, "set", part)
+
+
+def _short(value: Any) -> str:
+    if backend_of(type(value)) is None:
+        return repr(value)
+    spec = backend(value).spec(value)
+    return str(spec) if spec.ndim else "scalar"
+
+
+def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
+    """The shape of a slice of an array.
+
+    Raises:
+        OutOfRange: an integer is beyond an axis, or the axes are too few.
+
+    >>> sliced_shape((12, 4, 8), -1), sliced_shape((12, 4), (slice(0, 3), 0))
+    ((4, 8), (3,))
+    """
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(
+        part is not None and not isinstance(part, int | slice | type(...) | list | np.ndarray | np.integer)
+        for part in parts
+    ):
+        try:
+            index = tuple(np.asarray(p) if backend_of(type(p)) is not None else p for p in parts)
+        except Exception as error:
+            raise BadArgument(
+                "a slice must be known before the edit runs; this one holds a traced value",
+                hint="x.at[i] of jax.numpy takes traced indices",
+            ) from error
+    # A view of one scalar: numpy checks the index and no memory is taken.
+    blank = np.broadcast_to(np.empty(()), shape)
+    try:
+        inner: tuple[int, ...] = blank[index].shape
+    except IndexError as error:
+        raise OutOfRange(f"the slice does not fit a leaf of shape {shape}: {error}") from None
+    return inner

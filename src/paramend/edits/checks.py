@@ -1,0 +1,273 @@
+"""What the table of edits refuses, by specs and arguments alone: before any value is read."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paramend.arrays import initializers
+from paramend.arrays.registry import backend, backend_of
+from paramend.edits.arguments import shown
+from paramend.errors import BadArgument, SpecMismatch
+from paramend.leaves.leaves import Stored
+from paramend.leaves.specs import BITS, Spec, dtype_name, numpy_dtype
+
+Args = Mapping[str, Any]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | complex | np.generic) or getattr(value, "shape", None) == ()
+
+
+def _concrete(value: Any) -> Any:
+    """A scalar as numpy has it, or None while it is traced."""
+    try:
+        return np.asarray(value if backend_of(type(value)) is None else backend(value).numpy(value))
+    except Exception:
+        return None  # a tracer: its value is not known yet
+
+
+_RANK = {"bool": 0, "int": 1, "float": 2, "complex": 3}
+
+
+def _fits(value: Any, spec: Spec, what: str) -> None:
+    """Refuses a scalar that the dtype cannot hold."""
+    number = _concrete(value)
+    if number is None or spec.kind == "other":
+        return
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
+        try:
+            stored = number.astype(numpy_dtype(spec.dtype))
+        except (TypeError, ValueError) as error:
+            raise SpecMismatch(f"{what} takes a number, and {value!r} is not one") from error
+        except OverflowError as error:  # an int of Python beyond 64 bits
+            raise SpecMismatch(f"{what}: {spec.dtype} cannot hold {value!r}") from error
+    exact = number if spec.kind in ("bool", "int") else np.isfinite(number.astype(np.complex128))
+    held = stored.astype(number.dtype) if spec.kind in ("bool", "int") else np.isfinite(stored.astype(np.complex128))
+    lost = exact != held
+    if spec.kind == "float":
+        lost &= exact  # what is infinite stays so
+    if spec.kind != "complex" and np.iscomplexobj(number):
+        lost |= number.imag != 0
+    if lost.any():
+        raise SpecMismatch(
+            f"{what}: {spec.dtype} cannot hold {value if number.ndim == 0 else number[lost].reshape(-1)[0]!r}",
+            hint='cast the leaf first: pm.at(tree, selector).cast("float32")',
+        )
+
+
+def fitted(value: Any, spec: Spec) -> np.ndarray[Any, Any]:
+    """Numbers that stand in text, as an array of a leaf's dtype.
+
+    Raises:
+        SpecMismatch: the dtype cannot hold one of them.
+
+    >>> fitted([1, 0.5], Spec((2,), "float16"))
+    array([1. , 0.5], dtype=float16)
+    """
+    _fits(value, spec, "the array")
+    return np.asarray(value).astype(numpy_dtype(spec.dtype))
+
+
+def check_zero(spec: Spec, args: Args) -> Spec:
+    """The dtype must have a zero."""
+    if spec.dtype == "float8_e8m0fnu":  # a format of powers of two
+        raise SpecMismatch("float8_e8m0fnu has no zero")
+    return spec
+
+
+def check_scalar(verb: str, name: str, value: Any) -> None:
+    """Refuses what is not a number, or more than one."""
+    if _is_scalar(value) and not isinstance(value, np.flexible):
+        return
+    shape = getattr(value, "shape", None) or (np.shape(value) if isinstance(value, list | tuple) else ())
+    if shape:
+        instead = "pm.at(tree, selector).set(array)" if verb == "fill" else ""
+        raise SpecMismatch(f"{verb} takes a scalar, and {name} is an array of shape {tuple(shape)}", hint=instead)
+    raise SpecMismatch(f"{verb} takes a number, and {name} is {shown(value)}, of type {type(value).__name__}")
+
+
+def check_fill(spec: Spec, args: Args) -> Spec:
+    """The scalar must fit."""
+    _fits(args["value"], spec, "fill")
+    return spec
+
+
+def check_set(spec: Spec, args: Args) -> Spec:
+    """Shape and dtype must be those of the leaf."""
+    value = args["value"]
+    if backend_of(type(value)) is None and _is_scalar(value):
+        raise SpecMismatch(
+            f"set takes an array of spec {spec}, and {value!r} is a scalar",
+            hint=f"pm.at(tree, selector).fill({value!r})",
+        )
+    given = _spec_of(value, "set takes an array")
+    if given == spec:
+        return spec
+    if given.shape != spec.shape:
+        transposed = given.shape == spec.shape[::-1] and given.ndim > 1
+        raise SpecMismatch(
+            f"the leaf is {spec}, and the array is {given}",
+            hint=".set(array.T)" if transposed else f"an array of shape {spec.shape}",
+        )
+    raise SpecMismatch(
+        f"the leaf is {spec}, and the array is {given}",
+        hint=f'.set(array.astype("{spec.dtype}")), or cast the leaf first: .cast("{given.dtype}")',
+    )
+
+
+def _spec_of(value: Any, takes: str) -> Spec:
+    """The spec of an array of any library, of a list, or of a leaf on disk."""
+    if isinstance(value, Stored):
+        return value.spec
+    library = backend_of(type(value))
+    if library is not None:
+        return library.spec(value)
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise SpecMismatch(f"{takes}, and this is {type(value).__name__}") from error
+    if array.dtype.kind not in "biufc":
+        raise SpecMismatch(f"{takes}, and this is {shown(value)}, of type {type(value).__name__}")
+    return Spec(array.shape, array.dtype.name)
+
+
+def check_arithmetic(spec: Spec, args: Args) -> Spec:
+    """The operand must broadcast to the leaf, and must not change its dtype."""
+    value = args["value"]
+    if spec.kind == "bool":
+        raise SpecMismatch("a bool leaf has no sums and products", hint=".fill(True) or .set(array)")
+    if _is_scalar(value):
+        _fits(value, spec, "the operand")
+        return spec
+    given = _spec_of(value, "the operand is a number or an array")
+    try:
+        shape = np.broadcast_shapes(spec.shape, given.shape)
+    except ValueError:
+        shape = ()
+    if shape != spec.shape:
+        raise SpecMismatch(f"an operand of shape {given.shape} does not broadcast to the leaf, {spec}")
+    if _RANK.get(given.kind, 9) > _RANK.get(spec.kind, -1):
+        raise SpecMismatch(
+            f"an operand of dtype {given.dtype} would change the leaf, {spec}", hint=".cast(...) it first"
+        )
+    return spec
+
+
+def _check_float(spec: Spec, args: Args) -> Spec:
+    if spec.kind != "float":
+        raise SpecMismatch(f"random values are floats, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")')
+    return spec
+
+
+def check_noise(spec: Spec, args: Args) -> Spec:
+    """A float leaf, a standard deviation, and a seed."""
+    if _concrete(args["std"]) is not None and float(args["std"]) < 0:
+        raise BadArgument(f"std={args['std']!r} is negative")
+    _check_seed(args.get("seed", 0))
+    return _check_float(spec, args)
+
+
+def check_reinit(spec: Spec, args: Args) -> Spec:
+    """A float leaf that the initializer can fill, and a seed."""
+    if not callable(args["init"]):
+        initializers.check_initializer(args["init"], spec)
+    _check_seed(args.get("seed", 0))
+    return _check_float(spec, args)
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int | np.integer) and backend_of(type(seed)) is None:
+        raise BadArgument(f"seed={shown(seed)} is not a seed", hint="seed=0 or another whole number, or a JAX PRNG key")
+
+
+def check_clip(spec: Spec, args: Args) -> Spec:
+    """A leaf of real numbers, and bounds between which the dtype has values."""
+    if spec.kind not in ("int", "float"):
+        raise SpecMismatch(
+            f"clip needs numbers that have an order, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")'
+        )
+    lo, hi = _number(args["lo"], "lo"), _number(args["hi"], "hi")
+    if lo is not None and hi is not None and lo > hi:
+        raise BadArgument(f"clip: lo={args['lo']!r} is above hi={args['hi']!r}", hint=f".clip({hi!r}, {lo!r})")
+    bounds(spec, args)
+    return spec
+
+
+def _number(value: Any, name: str) -> int | float | None:
+    """A bound as Python has it; None if there is none, or while it is traced."""
+    if value is None:
+        return None
+    check_scalar("clip", name, value)
+    array = _concrete(value)
+    if array is None:
+        return None
+    if np.iscomplexobj(array):
+        raise SpecMismatch(f"clip: {name}={value!r} is complex, and has no order")
+    number = int(array) if array.dtype.kind in "biuO" else float(array)
+    if number != number:
+        raise BadArgument(f"clip: {name} is NaN", hint=f"{name}=None clips nothing on that side")
+    return number
+
+
+def bounds(spec: Spec, args: Args) -> tuple[Any, Any]:
+    """The bounds of a clip as the dtype can hold them; None on a side where every value of the dtype is within.
+
+    Raises:
+        SpecMismatch: the dtype has no value between them.
+
+    >>> bounds(Spec((2,), "int8"), {"lo": -0.5, "hi": 1e6}), bounds(Spec((2,), "float16"), {"lo": -1e6, "hi": 1})
+    ((0, None), (None, 1))
+    """
+    lo, hi = _number(args["lo"], "lo"), _number(args["hi"], "hi")
+    held = _int_bounds if spec.kind == "int" else _float_bounds
+    low, high = held(spec.dtype, lo, hi)
+    # Traced bounds pass as they are; so do numbers of Python, which do not promote a leaf of JAX.
+    return (args["lo"] if lo is None else low), (args["hi"] if hi is None else high)
+
+
+def _int_bounds(dtype: str, lo: float | None, hi: float | None) -> tuple[int | None, int | None]:
+    bits, unsigned = BITS[dtype], dtype.startswith("uint")
+    least, most = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    low = least if lo is None or lo == -math.inf else most + 1 if lo == math.inf else math.ceil(lo)
+    high = most if hi is None or hi == math.inf else least - 1 if hi == -math.inf else math.floor(hi)
+    if max(low, least) > min(high, most):
+        raise SpecMismatch(f"clip: no {dtype} lies between {lo} and {hi}")
+    return (low if low > least else None), (high if high < most else None)
+
+
+def _float_bounds(dtype: str, lo: float | None, hi: float | None) -> tuple[float | None, float | None]:
+    return _float_bound(dtype, lo, -1), _float_bound(dtype, hi, 1)
+
+
+def _float_bound(dtype: str, bound: float | None, side: int) -> float | None:
+    """A bound, or None if it lies beyond all that the dtype holds; `side` is -1 for the lower one."""
+    if bound is None:
+        return None
+    with np.errstate(all="ignore"):
+        try:
+            held = np.isfinite(np.float64(bound).astype(numpy_dtype(dtype)).astype(np.float64))
+        except OverflowError:  # an int of Python beyond float64
+            held = np.False_
+    if held:
+        return bound
+    if (1 if bound > 0 else -1) == side:
+        return None
+    raise SpecMismatch(f"clip: {dtype} cannot hold {bound!r}")
+
+
+def check_cast(spec: Spec, args: Args) -> Spec:
+    """A dtype that keeps what the numbers mean."""
+    dtype = dtype_name(args["dtype"])
+    after = Spec(spec.shape, dtype)
+    if spec.kind == "other" or after.kind == "other":
+        raise SpecMismatch(f"{spec} cannot be cast to {dtype}")
+    if spec.kind == "complex" and after.kind != "complex":
+        raise SpecMismatch(
+            f"a cast from {spec.dtype} to {dtype} drops the imaginary part",
+            hint=".apply(fn, keep_spec=False)",
+        )
+    return after
