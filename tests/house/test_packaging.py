@@ -32,6 +32,7 @@ def test_all_versions_are_one():
     assert PROJECT["version"] == citation["version"] == pm.__version__
     assert f"## {PROJECT['version']}" in (TOP / "CHANGELOG.md").read_text()
     assert citation["license"] == PROJECT["license"]
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
 
 
 @pytest.mark.parametrize("extra", sorted(FOR_USERS))
