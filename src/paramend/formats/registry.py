@@ -208,6 +208,8 @@ FORMATS: tuple[Format, ...] = (
 
 # The format of new files whose name asks for none.
 DEFAULT = FORMATS[0]
+# How the names of checkpoints end.
+SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 # What other files begin with, and what to say of them.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (

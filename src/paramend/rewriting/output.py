@@ -9,7 +9,7 @@ from typing import Any
 from paramend.disk.publishing import exists, reason
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotWrite
-from paramend.formats.registry import find_format, home_of
+from paramend.formats.registry import SUFFIXES, find_format, home_of
 from paramend.leaves.leaves import Stored
 from paramend.reports import wording
 from paramend.rewriting.layouts import Layout, lay_out
@@ -84,7 +84,7 @@ def _check_replaceable(out: Path) -> None:
                 hint="write to another name",
             )
         return
-    if inside and not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in inside):
+    if inside and not any(name.lower().endswith(SUFFIXES) for name in inside):
         raise CannotWrite(
             f"{out} is a directory that holds no checkpoint, and would be lost: {wording.listing(inside, 4)}",
             hint="write to another name",

@@ -5,13 +5,14 @@ import stat
 from pathlib import Path
 
 from paramend.formats.index import SUFFIX
+from paramend.formats.registry import FOREIGN_SUFFIXES, SUFFIXES
 from paramend.formats.shards import Shards
 from paramend.rewriting.files import Copy, File
 
 # Weights of the same model in another form would contradict the edited ones.
 _OTHER_WEIGHTS = re.compile(
     r"(?:pytorch_model|tf_model|flax_model|rust_model|model|consolidated|diffusion_pytorch_model|adapter_model)"
-    r"[-_.0-9a-z]*\.(?:bin|pt|pth|h5|msgpack|ot|gguf|onnx|npz|ckpt)",
+    rf"[-_.0-9a-z]*(?:{'|'.join(map(re.escape, (*SUFFIXES, *FOREIGN_SUFFIXES)))})",
     re.IGNORECASE,
 )
 
