@@ -158,34 +158,35 @@ def test_every_dtype(dtype):
     assert sliced.to(torch.complex64).tolist()[1:] == [1, 1]
 
 
-@pytest.mark.numeric
-def test_the_same_numbers_in_every_library():
+# XLA cannot compile float16, and float8 that goes through it, for a processor that does not convert float16.
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", "float8_e4m3fn", *(pytest.param(name, marks=pytest.mark.numeric) for name in ("float32", "bfloat16"))],
+)
+def test_the_same_numbers_in_every_library(dtype):
     import jax.numpy as jnp
 
     rng = np.random.default_rng(0)
-    for dtype in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
-        host = np.asarray(jnp.asarray(rng.normal(size=(40, 30)), dtype))
-        trees = {
-            "numpy": {"fc": {"weight": host}},
-            "jax": {"fc": {"weight": jnp.asarray(host)}},
-            "torch": {
-                "fc": {"weight": pm.at({"w": torch.zeros(40, 30, dtype=getattr(torch, dtype))}, "w").set(host)["w"]}
-            },
-        }
-        edits = {
-            "multiply": lambda s: s.multiply(0.3),
-            "add": lambda s: s.add(0.3),
-            "clip": lambda s: s.clip(-0.3, 0.7),
-            "noise": lambda s: s.noise(0.3, seed=5),
-            "slice": lambda s: s[3:7].multiply(1.7),
-            "fill": lambda s: s.fill(0.3),
-        }
-        for name, edit in edits.items():
-            results = {}
-            for library, tree in trees.items():
-                out = edit(pm.at(tree, "**"))
-                results[library] = pm.at({"w": host}, "w").set(out["fc"]["weight"])["w"].tobytes()
-            assert results["numpy"] == results["jax"] == results["torch"], (dtype, name)
+    host = np.asarray(jnp.asarray(rng.normal(size=(40, 30)), dtype))
+    trees = {
+        "numpy": {"fc": {"weight": host}},
+        "jax": {"fc": {"weight": jnp.asarray(host)}},
+        "torch": {"fc": {"weight": pm.at({"w": torch.zeros(40, 30, dtype=getattr(torch, dtype))}, "w").set(host)["w"]}},
+    }
+    edits = {
+        "multiply": lambda s: s.multiply(0.3),
+        "add": lambda s: s.add(0.3),
+        "clip": lambda s: s.clip(-0.3, 0.7),
+        "noise": lambda s: s.noise(0.3, seed=5),
+        "slice": lambda s: s[3:7].multiply(1.7),
+        "fill": lambda s: s.fill(0.3),
+    }
+    for name, edit in edits.items():
+        results = {}
+        for library, tree in trees.items():
+            out = edit(pm.at(tree, "**"))
+            results[library] = pm.at({"w": host}, "w").set(out["fc"]["weight"])["w"].tobytes()
+        assert results["numpy"] == results["jax"] == results["torch"], (dtype, name)
 
 
 def test_reinit_reads_fans_as_torch_lays_kernels_out():

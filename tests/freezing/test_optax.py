@@ -262,7 +262,6 @@ def step_of(tx, state, grads):
     return step
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("how", ["exclude", "updates"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "complex64"])
 def test_every_ordinary_bit_pattern_stays(dtype, how):
