@@ -513,7 +513,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("how", ["exclude", "updates"])
+@pytest.mark.parametrize("how", ["exclude", pytest.param("updates", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", COMPOSED)
 def test_composed(case, how):
     after = first(COMPOSED[case](how))

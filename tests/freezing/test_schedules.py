@@ -104,7 +104,7 @@ def scheduled(case, how):
     return run(freeze(CLIPPED, "a/**", how=how, **SCHEDULES[case][0]))
 
 
-@pytest.mark.parametrize("how", ["exclude", "updates"])
+@pytest.mark.parametrize("how", ["exclude", pytest.param("updates", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", SCHEDULES)
 def test_a_leaf_moves_when_the_schedule_says_and_the_step_is_traced_once(case, how):
     _, expected = SCHEDULES[case]
@@ -265,6 +265,7 @@ def test_frozen_from_the_start_and_again_in_every_optimizer(name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "lion", "muon", "schedule_free_adamw", "prodigy", "adan"])
 def test_compiled_schedules_of_special_optimizers(name):
     make = getattr(optax, name, None) or getattr(contrib, name)
@@ -435,7 +436,7 @@ def frozen_by(index):
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("how", ["exclude", "updates"])
+@pytest.mark.parametrize("how", ["exclude", pytest.param("updates", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", SLICES)
 def test_slices_do_not_move_and_the_rest_trains_as_before(case, how):
     index, mask = SLICES[case], frozen_by(SLICES[case])

@@ -19,6 +19,7 @@ from paramend.errors import BadArgument, GraftRefused, SpecMismatch, Unsupported
 from paramend.freezing.freeze import freeze
 from paramend.selectors.selector import sel
 from support.numerics import assert_close
+from support.slow import slow_except
 
 PARAMS = {
     "a": {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.ones(4)},
@@ -295,7 +296,10 @@ FILES = [through_msgpack, through_msgpack_with_target, through_orbax, through_or
 
 @pytest.mark.filterwarnings("ignore")  # of Orbax
 @pytest.mark.parametrize("through", FILES)
-@pytest.mark.parametrize("form", ["a frozen", "scheduled", "chain frozen", "hyperparameters", "partition"])
+@pytest.mark.parametrize(
+    "form",
+    slow_except({"a frozen", "scheduled"}, ["a frozen", "scheduled", "chain frozen", "hyperparameters", "partition"]),
+)
 def test_saved_while_frozen_and_thawed_after_loading(through, form, tmp_path):
     params, state = trained(form)
     loaded = through(state, tmp_path)

@@ -172,6 +172,7 @@ def peak_mb(*args):
     return int(done.stdout) / 1024
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_on_disk_and_by_the_target_and_one_leaf_in_memory(tmp_path):
     leaf = 1 << 25  # bytes
     for name in ("target", "source"):
@@ -335,6 +336,7 @@ def saved_llama(folder, layers, vocabulary, seed):
     return model
 
 
+@pytest.mark.slow
 def test_models_of_two_sizes_as_transformers_saves_them(tmp_path):
     small, big = (
         saved_llama(tmp_path / name, layers, vocabulary, seed=layers)

@@ -154,6 +154,7 @@ def test_the_reference_passes(name):
     assert f"{name}: passed on" in str(verdict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mistake", "form"), FORMS, ids=[f"{n}-{f.__name__}" for n, _, f in FORMS])
 def test_every_mistake_fails_and_is_named(name, mistake, form):
     verdict = grade(TAUGHT[name], form, trials=2, seed=1)
@@ -337,6 +338,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), [(n, i) for n, codes in RIGHT.items() for i in range(len(codes))])
 def test_right_answers_of_other_kinds_pass(name, number, tmp_path):
     file = tmp_path / "answer.py"
@@ -406,6 +408,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number", "edit"),
     [(n, i, edit) for (n, i), edits in WRONG.items() for edit in range(len(edits))],

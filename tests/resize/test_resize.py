@@ -117,6 +117,7 @@ def test_positions_over_a_grid(prefix, old, new, options):
     assert_interpolated(rule(table[0], got.shape[1:]), got[0], size=101)
 
 
+@pytest.mark.slow
 def test_positions_as_transformers_interpolates_them():
     import transformers
     from transformers.models.vit.modeling_vit import ViTEmbeddings
@@ -175,6 +176,7 @@ def test_fresh_rows_have_the_moments_of_the_old():
     assert np.abs(np.cov(fresh.T) - want).max() < 0.05 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_the_same_moments_as_transformers():
     import transformers
 

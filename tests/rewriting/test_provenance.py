@@ -490,6 +490,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path, name):
 # ---- real models -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_carries_a_record(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import transformers

@@ -154,7 +154,7 @@ def test_edits_planned_before_and_after(tmp_path):
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["msgpack", "orbax"])
 def test_a_scanned_model_becomes_an_unrolled_one(tmp_path, kind, axis):
     scanned = Scanned(3, axis)
