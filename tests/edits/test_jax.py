@@ -90,7 +90,6 @@ def hlo(function, *args):
     return re.sub(r"(?m)^(FileNames|FunctionNames|FileLocations|StackFrames)\n(?:\d.*\n)*", "", text)
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_compiled_program_is_the_one_written_by_hand(name, params):
     ours, by_hand = BY_HAND[name]
@@ -162,7 +161,6 @@ def test_whole_leaf_edits_keep_the_sharding(sharded):
             assert leaf.sharding == sharded[name].sharding
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("index", SLICES)
 def test_slice_edits_keep_the_sharding(sharded, index):
     at = SLICES[index]

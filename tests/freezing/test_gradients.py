@@ -87,7 +87,6 @@ def nbytes(state):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("options", [{}, pytest.param({"zeros": True}, marks=pytest.mark.slow)], ids=["none", "zeros"])
 @pytest.mark.parametrize("case", slow_except({"first layers", "one leaf"}, SELECTORS))
 def test_a_step_costs_no_more_than_by_hand(case, options):

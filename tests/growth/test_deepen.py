@@ -172,7 +172,6 @@ def classifier():
     return data, model, training.train(model, params, optax.adam(2e-3), data, epochs=5)
 
 
-@pytest.mark.numeric
 def test_a_deeper_classifier_of_digits(classifier):
     data, model, params = classifier
     order = pm.depth.blocks(1, count=2).each(2)
