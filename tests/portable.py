@@ -1,4 +1,4 @@
-"""Runs the numeric tests as if on other processors: python tests/portable.py [--quick] [--only NAME]
+"""Runs the numeric tests as if on other processors: python tests/portable.py [--quick] [--slow] [--only NAME]
 
 How a sum is rounded depends on what a processor can do, on the number of threads and on what a compiler fuses. Each row
 of the table is a run of the tests marked `numeric` in which XLA, torch, numpy, OpenBLAS, oneDNN, MKL and the C library
@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+import numpy as np
+
 TESTS = Path(__file__).parent
+VECTORS = np.show_config(mode="dicts")["SIMD Extensions"]["found"]  # that numpy would use here, by its own names
 
 SSE = {
     "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
@@ -25,7 +28,7 @@ SSE = {
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "MKL_CBWR": "COMPATIBLE",
     "OPENBLAS_CORETYPE": "Nehalem",
-    "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
+    "NPY_DISABLE_CPU_FEATURES": " ".join(VECTORS),
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F,-AVX512DQ,-AVX512VL",
 }
 AVX2 = {
@@ -34,7 +37,7 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_CBWR": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
-    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
+    "NPY_DISABLE_CPU_FEATURES": " ".join(name for name in VECTORS if "V4" in name or "512" in name),
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX512DQ,-AVX512VL",
 }
 
@@ -43,21 +46,24 @@ def threads(count):
     return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")}
 
 
-# What is set, by name; where nothing is, the machine decides.
+# What is set, by name; where nothing is, the machine decides. Libraries that do not meet share a row.
 CONFIGURATIONS = {
     "this machine": {},
     "SSE4.2": SSE,
     "AVX2": AVX2,
-    "XLA: SSE4.2": {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2"},
-    "XLA: AVX2": {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"},
-    "XLA: 128 bits wide": {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=128"},
-    "XLA: nothing fused": {"XLA_FLAGS": "--xla_disable_hlo_passes=fusion,cpu-instruction-fusion"},
-    "XLA: not optimized": {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    "torch: no vectors": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
-    "OpenBLAS: Nehalem": {"OPENBLAS_CORETYPE": "Nehalem"},
-    "OpenBLAS: Sandybridge": {"OPENBLAS_CORETYPE": "Sandybridge"},
-    "OpenBLAS: Haswell": {"OPENBLAS_CORETYPE": "Haswell"},
-    "numpy: no vectors": {"NPY_DISABLE_CPU_FEATURES": SSE["NPY_DISABLE_CPU_FEATURES"]},
+    "XLA fuses nothing, OpenBLAS as on Sandybridge": {
+        "XLA_FLAGS": "--xla_disable_hlo_passes=fusion,cpu-instruction-fusion",
+        "OPENBLAS_CORETYPE": "Sandybridge",
+    },
+    "XLA optimizes nothing, numpy without vectors": {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "NPY_DISABLE_CPU_FEATURES": SSE["NPY_DISABLE_CPU_FEATURES"],
+    },
+    "XLA 128 bits wide, torch without vectors": {
+        "XLA_FLAGS": "--xla_cpu_prefer_vector_width=128",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+    },
     "one thread": threads(1) | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"},
     "two threads": threads(2),
     "sixteen threads": threads(16),
@@ -90,7 +96,7 @@ class Run:
 
     def row(self):
         said = f"{self.passed} passed" + (f", {len(self.failed)} FAILED" if self.failed else "")
-        return f"{self.name:34}{said or 'nothing ran':26}{self.share:>8.0%} of its bound{self.seconds:>8.0f} s"
+        return f"{self.name:47}{said or 'nothing ran':26}{self.share:>8.0%} of its bound{self.seconds:>8.0f} s"
 
 
 def numeric_files():
@@ -119,13 +125,14 @@ def run(name, changes, chosen, files, workers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one configuration, without the slow tests")
+    parser.add_argument("--quick", action="store_true", help="one configuration, far from this machine")
+    parser.add_argument("--slow", action="store_true", help="the slow tests too")
     parser.add_argument("--only", action="append", choices=[*CONFIGURATIONS, *QUICK], help="this configuration")
     parser.add_argument("--jobs", type=int, default=2, help="how many programs run at once (2)")
     parser.add_argument("--output", action="store_true", help="print what pytest said where tests fail")
     parser.add_argument("files", nargs="*", help="test files; by default all with numeric tests")
     given = parser.parse_args()
-    chosen = "numeric and not slow" if given.quick else "numeric"
+    chosen = "numeric" if given.slow else "numeric and not slow"
     named = {name: (CONFIGURATIONS | QUICK)[name] for name in given.only} if given.only else None
     wanted = named or (QUICK if given.quick else CONFIGURATIONS)
     files = given.files or numeric_files()
