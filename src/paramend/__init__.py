@@ -1,10 +1,13 @@
 """Surgery for model parameters: pick leaves by path, change exactly those, know that nothing else moved."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+# What tools read. `_LATER` and `_MODULES` say the same to the interpreter; a test compares them.
 if TYPE_CHECKING:
+    from paramend import errors as errors
     from paramend import resize as resize
+    from paramend import testing as testing
     from paramend.ablation.ablate import ablate as ablate
     from paramend.ablation.influence import block_influence as block_influence
     from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
@@ -45,57 +48,12 @@ if TYPE_CHECKING:
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.provenance import verify_record as verify_record
     from paramend.selectors.selector import Selector as Selector
+    from paramend.selectors.selector import SelectorLike as SelectorLike
     from paramend.selectors.selector import sel as sel
     from paramend.stacking.stack import stack_layers as stack_layers
     from paramend.stacking.stack import unstack_layers as unstack_layers
 
-__all__ = [
-    "Checkpoint",
-    "Recipe",
-    "Selection",
-    "Selector",
-    "Spec",
-    "__version__",
-    "ablate",
-    "at",
-    "block_influence",
-    "carry_opt_state",
-    "carry_optimizer_",
-    "check_live",
-    "deepen",
-    "deepen_",
-    "depth",
-    "diff",
-    "freeze",
-    "freeze_",
-    "frozen",
-    "graft",
-    "graft_",
-    "graft_opt_state",
-    "graft_optimizer_",
-    "history",
-    "init",
-    "init_zero_",
-    "labels",
-    "load",
-    "nnx_filter",
-    "open",
-    "param_count",
-    "patch",
-    "record",
-    "residual_writers",
-    "resize",
-    "save",
-    "sel",
-    "stack_layers",
-    "stats",
-    "undo",
-    "unfreeze_",
-    "unstack_layers",
-    "value_and_grad",
-    "verify",
-    "verify_record",
-]
+    __version__: str
 
 # A name's module is opened when the name is first asked for: no program pays for what it does not use.
 _LATER = {
@@ -129,7 +87,7 @@ _LATER = {
         "paramend.checkpoints.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.rewriting.provenance": ("record", "verify_record"),
-        "paramend.selectors.selector": ("Selector", "sel"),
+        "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.specs": ("Spec",),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),
@@ -137,18 +95,26 @@ _LATER = {
     for name in names
 }
 # Names that are modules of their own, as in `pm.depth.blocks`.
-_MODULES = {"depth": "paramend.growth.depth", "init": "paramend.growth.init", "resize": "paramend.resize"}
+_MODULES = {
+    "depth": "paramend.growth.depth",
+    "errors": "paramend.errors",
+    "init": "paramend.growth.init",
+    "resize": "paramend.resize",
+    "testing": "paramend.testing",
+}
+__all__ = sorted([*_LATER, *_MODULES, "__version__"])
 
+if not TYPE_CHECKING:  # or any name at all would do for type checkers
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
-        return found
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
-    if name == "__version__":  # the standard library's reader takes half as long to import as numpy
-        return importlib.import_module("importlib.metadata").version("paramend")
-    raise AttributeError(f"module 'paramend' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _LATER:
+            found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+            return found
+        if name in _MODULES:
+            return importlib.import_module(_MODULES[name])
+        if name == "__version__":  # the standard library's reader takes half as long to import as numpy
+            return importlib.import_module("importlib.metadata").version("paramend")
+        raise AttributeError(f"module 'paramend' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

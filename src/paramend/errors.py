@@ -41,6 +41,17 @@ class ParamendError(Exception):
         super().__init__(f"{message}\n\nhint: {hint}" if hint else message)
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By what it holds: workers send errors home, and `__init__` wants the parts that the message was made of."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[ParamendError], args: tuple[Any, ...], state: dict[str, Any]) -> ParamendError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class SelectorError(ParamendError, ValueError):
     """A selector's text breaks the grammar; `text[span[0]:span[1]]` is the place."""
@@ -127,7 +138,7 @@ class BadRecipe(ParamendError, ValueError):
 
     code = "bad-recipe"
 
-    def __init__(self, name: str, problems: Sequence[Problem], *, recipe: Any = None) -> None:
+    def __init__(self, name: str, problems: Sequence[Problem], *, recipe: object = None) -> None:
         count = f"{len(problems):,} problem{'' if len(problems) == 1 else 's'}"
         super().__init__("\n".join([f"{name}: {count}", "", *map(str, problems)]))
         self.problems = tuple(problems)

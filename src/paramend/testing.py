@@ -1,12 +1,12 @@
 """Assertions for your own tests: what may change, and that nothing else does."""
 
-from typing import Any
-
 from paramend.errors import UnexpectedChange
 from paramend.evidence.diff import diff
+from paramend.leaves.specs import AnyTree
+from paramend.selectors.selector import SelectorLike
 
 
-def assert_only_changed(before: Any, after: Any, only: Any, *, allow_noop: bool = False) -> None:
+def assert_only_changed(before: AnyTree, after: AnyTree, only: SelectorLike, *, allow_noop: bool = False) -> None:
     """Nothing, if some of the leaves that a selector chooses differ and no others do.
 
     Args:
@@ -31,7 +31,7 @@ def assert_only_changed(before: Any, after: Any, only: Any, *, allow_noop: bool 
         raise UnexpectedChange(str(report), changes=report.changes)
 
 
-def assert_identical(before: Any, after: Any, selector: Any = "**") -> None:
+def assert_identical(before: AnyTree, after: AnyTree, selector: SelectorLike = "**") -> None:
     """Nothing, if no leaf differs, bit by bit.
 
     Args:

@@ -1,5 +1,6 @@
 """What `import paramend` loads, and what its root shows."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,31 @@ def test_every_public_name_has_a_docstring_with_an_example_and_stands_in_the_ref
 def test_the_public_names_are_sorted_and_there():
     assert pm.__all__ == sorted(pm.__all__)
     assert all(hasattr(pm, name) for name in pm.__all__)
+
+
+def test_what_tools_read_is_what_the_interpreter_finds():
+    tree = ast.parse(Path(pm.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    said = {
+        alias.asname: (node.module, alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    later = {name: (module, name) for name, module in pm._LATER.items()}
+    modules = {name: tuple(module.rsplit(".", 1)) for name, module in pm._MODULES.items()}
+    assert said == later | modules
+    assert {node.target.id for node in block.body if isinstance(node, ast.AnnAssign)} == {"__version__"}
+    assert set(pm.__all__) == {*said, "__version__"}
+
+
+def test_modules_of_the_root_are_attributes_before_anything_loads_them():
+    code = "import paramend as pm\nprint(pm.errors.NoMatch.code, pm.testing.assert_identical.__name__, *dir(pm))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[:2] == ["no-match", "assert_identical"]
+    assert done.stdout.split()[2:] == pm.__all__
+    assert not loaded("import paramend") & {"numpy"}
+
+
+def test_a_name_that_is_not_there_is_an_error():
+    assert not hasattr(pm, "opne")

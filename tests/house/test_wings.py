@@ -25,7 +25,7 @@ FLOORS = [
     {"cli"},
 ]
 AT_THE_ROOT = {"__init__.py", "__main__.py", "_optional.py", "errors.py", "py.typed", "testing.py"}
-PUBLIC_MODULES = {"resize"}  # `pm.resize` is a wing, `pm.depth` and `pm.init` are files of one
+PUBLIC_MODULES = {"errors", "resize", "testing"}  # `pm.depth` and `pm.init` are files of a wing
 ROOT = Path(__file__).parents[2] / "src" / "paramend"
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts): file

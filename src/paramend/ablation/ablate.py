@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from paramend.ablation.methods import How, calls, floating
 from paramend.ablation.report import AblationReport, AblationRow
@@ -13,19 +13,21 @@ from paramend.arrays.registry import backend
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, unique
+from paramend.leaves.specs import Scalar
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
 from paramend.selectors.layers import notation, spelled, starred, whole, without_rest
-from paramend.selectors.selector import resolve
+from paramend.selectors.selector import SelectorLike, resolve
 from paramend.trees.lookup import is_torch_module
 
-Targets = str | Mapping[str, Any] | Sequence[Any]
+T = TypeVar("T")
+Targets: TypeAlias = str | Mapping[str, SelectorLike] | Sequence[SelectorLike]
 
 
 def ablate(
-    tree: Any,
+    tree: T,
     targets: Targets,
-    score: Callable[[Any], Any],
+    score: Callable[[T], Scalar],
     *,
     how: How = "zero",
     pairs: bool = False,

@@ -2,16 +2,22 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paramend.errors import BadArgument, NoMatch
 from paramend.leaves.leaves import Index
+from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.selectors.layers import hint_of, layers_of, notation
 from paramend.trees.lookup import is_torch_module
 
+if TYPE_CHECKING:
+    import torch
 
-def block_influence(module: Any, inputs: Iterable[Any], *, layers: str | Sequence[str]) -> dict[str, float]:
+
+def block_influence(
+    module: "torch.nn.Module", inputs: Iterable[AnyTree], *, layers: str | Sequence[str]
+) -> dict[str, float]:
     """The influence of each block: one less the mean cosine similarity between what goes in and what comes out.
 
     It is 0 for a block that only scales its input, and a low one says that the model may do without. Blocks are

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -13,11 +13,9 @@ from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import families, identities
 from paramend.leaves.leaves import Index, Leaves
-from paramend.leaves.specs import numpy_dtype
+from paramend.leaves.specs import AnyArray, Array, numpy_dtype
 from paramend.reports import wording
 from paramend.selectors.patterns import parse
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-How = str | Callable[[Any], Any]
+How: TypeAlias = Literal["zero", "mean", "noise", "permuted", "identity"] | Callable[[AnyArray], AnyArray]
 
 
 def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict[int, Call]:

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 from paramend.reports.tables import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +118,14 @@ class AblationReport(Paged):
             colour="delta",
         )
 
-    def plot(self) -> Any:
+    def plot(self) -> "Figure":
         """A matplotlib figure: a bar for the delta of each row, in the order of the rows.
 
         Raises:
             MissingExtra: matplotlib is not installed.
         """
         figures: Any = need("matplotlib.figure", extra="plot", to="plot an ablation")
-        figure = figures.Figure(figsize=(7, 1.2 + 0.28 * len(self.rows)), layout="constrained")
+        figure: Figure = figures.Figure(figsize=(7, 1.2 + 0.28 * len(self.rows)), layout="constrained")
         axes = figure.subplots()
         axes.barh([row.name for row in self.rows], [row.delta for row in self.rows], color="#4269d0")
         axes.axvline(0, color="#555555", linewidth=0.8)

@@ -5,15 +5,12 @@ from __future__ import annotations  # numpy.random is slow to import, and annota
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

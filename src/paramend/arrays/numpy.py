@@ -5,9 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.leaves.specs import Spec, numpy_dtype
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 
 def _same(result: Any, x: Any) -> Any:

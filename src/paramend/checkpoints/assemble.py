@@ -12,10 +12,8 @@ from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered, Made, Origin, Part
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import Label
-from paramend.leaves.specs import numpy_dtype
+from paramend.leaves.specs import Array, numpy_dtype
 from paramend.piecewise.rows import values
-
-Array = np.ndarray[Any, Any]
 
 # A leaf of the outcome: where it will be, and where it comes from: an origin, or a tree and the number of its leaf.
 Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]

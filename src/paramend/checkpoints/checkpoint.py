@@ -1,13 +1,11 @@
 """`Checkpoint`: a model on disk as leaves that are read when asked for, and edits that are carried out when saved."""
 
-import copy
 import importlib
 import os
-import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args, overload
 
 import numpy as np
 
@@ -17,17 +15,20 @@ from paramend.edits.call import Call
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import home_of, open_source
+from paramend.formats.source import Source
 from paramend.leaves.leaves import Editable, Index, keys_of, plain
-from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.leaves.specs import AnyTree, Array, Slice, Spec, numpy_dtype
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 from paramend.selectors.selector import Selector, resolve
 
 if TYPE_CHECKING:
+    import jax
+    import torch
+
     from paramend.rewriting.rewrite import RewriteReport
 
-Array = np.ndarray[Any, Any]
-
+L = TypeVar("L")
 # Under this key the metadata of a file says what separates keys, where its names alone would mislead.
 _SEPARATOR = "paramend.separator"
 
@@ -53,7 +54,7 @@ class Checkpoint(Editable):
     [1.0, 1.0]
     """
 
-    def __init__(self, source: Any, plan: Plan | None = None, recipe: str = "") -> None:
+    def __init__(self, source: Source, plan: Plan | None = None, recipe: str = "") -> None:
         self.source = source
         self.recipe = recipe
         self._plan = plan
@@ -84,8 +85,7 @@ class Checkpoint(Editable):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """What the file says of itself besides its leaves."""
-        found: Mapping[str, Any] = self.source.metadata
-        return found
+        return self.source.metadata
 
     def __repr__(self) -> str:
         count = wording.plural(len(self), "leaf", "leaves")
@@ -106,14 +106,6 @@ class Checkpoint(Editable):
             raise BadArgument(f"{path!r} names {len(numbers)} leaves", hint="pm.at(checkpoint, selector).get()")
         return self.fetch(numbers[0])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Checkpoint":
-        return Checkpoint(copy.deepcopy(self.source, memo), copy.deepcopy(self._plan, memo), self.recipe)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._plan is not None:
-            _check_functions(self._plan)
-        return self.__dict__
-
     def __enter__(self) -> "Checkpoint":
         return self
 
@@ -129,13 +121,12 @@ class Checkpoint(Editable):
     @property
     def index(self) -> Index:
         """The names, after the edits."""
-        found: Index = self.source.index if self._plan is None else self._plan.index
-        return found
+        return self.source.index if self._plan is None else self._plan.index
 
     @property
     def ties(self) -> Mapping[int, int]:
         """Leaf number → the first number of the same leaf, for leaves with several paths."""
-        found: Mapping[int, int] = self.source.ties
+        found = self.source.ties
         if found and self._plan is not None and self._plan.deleted:
             return {number: one for number, one in found.items() if number in self._plan.by_number}
         return found
@@ -147,28 +138,24 @@ class Checkpoint(Editable):
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf, after the edits."""
-        found: Spec = self.source.spec(number) if self._plan is None else self._plan.by_number[number].spec
-        return found
+        return self.source.spec(number) if self._plan is None else self._plan.by_number[number].spec
 
     def nbytes(self, number: int) -> int:
         """The bytes of a leaf, after the edits."""
-        found: int = self.source.nbytes(number) if self._untouched(number) else self.spec(number).nbytes
-        return found
+        return self.source.nbytes(number) if self._untouched(number) else self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
         """Why a leaf cannot be read as an array, or ""."""
-        found: str = self.source.refusal(number) if self._untouched(number) else ""
-        return found
+        return self.source.refusal(number) if self._untouched(number) else ""
 
     def read(self, number: int) -> Array:
         """A leaf, edited: the values that `save` writes. Without edits it is a view of the file where the format allows
         it: a later patch shows in it. `fetch` gives a copy."""
         if self._untouched(number):
-            found: Array = self.source.read(number)
-            return found
+            return self.source.read(number)
         return self.fetch(number)
 
-    def fetch(self, number: int, index: Any = None) -> Array:
+    def fetch(self, number: int, index: Slice | None = None) -> Array:
         """A leaf, edited, or a slice of it, in memory of its own: nothing of the file stays mapped."""
         if index is not None:
             leaf = self.read(number)
@@ -185,17 +172,16 @@ class Checkpoint(Editable):
             at += piece.size
         return out.reshape(row.spec.shape)
 
-    def origin(self, number: int) -> Any:
+    def origin(self, number: int) -> Source | None:
         """The source, if it holds the values of a leaf as they are; None if an edit stands between."""
         return self.source if self._untouched(number) else None
 
     def _untouched(self, number: int) -> bool:
         return self._plan is None or not self._plan.by_number[number].calls
 
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+    def children(self, node: object) -> list[tuple[Hashable, object]] | None:
         """The entries of a dict, list or tuple, of which masks are made; None for a leaf."""
-        found: list[tuple[Any, Any]] | None = self.source.children(node)
-        return found
+        return self.source.children(node)
 
     # -- edits
 
@@ -214,7 +200,7 @@ class Checkpoint(Editable):
         path = repr(str(self.path)).replace("{", "{{").replace("}", "}}")
         return f"pm.patch({path}, lambda tree: {{}})"
 
-    def labelled(self, labels: Mapping[int, Any], rest: Any) -> dict[str, Any]:
+    def labelled(self, labels: Mapping[int, L], rest: L) -> dict[str, L]:
         """A dict from paths to labels."""
         return {self.index.path(number): labels.get(number, rest) for number in self.index.numbers}
 
@@ -265,24 +251,6 @@ class Checkpoint(Editable):
             record=self.recipe if record else None,
             progress=progress,
         )
-
-
-def _check_functions(plan: Plan) -> None:
-    """Refuses functions that no other process could find."""
-    checked: set[int] = set()
-    for row in plan.changed:
-        for function in (value for edit in row.calls for value in edit.args.values() if callable(value)):
-            if id(function) in checked:
-                continue
-            try:
-                pickle.dumps(function)
-            except Exception as error:
-                raise Unsupported(
-                    f"the checkpoint cannot be pickled: {row.path} is edited by {row.edit}, a function that another "
-                    f"process cannot import",
-                    hint="define it with `def` at the top of a module, or checkpoint.save(out) and pickle pm.open(out)",
-                ) from error
-            checked.add(id(function))
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:
@@ -431,16 +399,33 @@ def _kind(tree: Any) -> str:
     return "np"
 
 
-_KINDS = ("numpy", "jax", "torch")
+Kind: TypeAlias = Literal["numpy", "jax", "torch"]
+_KINDS = get_args(Kind)
 
 
+@overload
 def load(
-    path: str | os.PathLike[str],
-    kind: Literal["numpy", "jax", "torch"] = "numpy",
-    *,
-    nested: bool = True,
-    mmap: bool = False,
-) -> Any:
+    path: str | os.PathLike[str], kind: Literal["numpy"] = ..., *, nested: Literal[False], mmap: bool = ...
+) -> dict[str, Array]: ...
+@overload
+def load(
+    path: str | os.PathLike[str], kind: Literal["jax"], *, nested: Literal[False], mmap: Literal[False] = ...
+) -> "dict[str, jax.Array]": ...
+@overload
+def load(
+    path: str | os.PathLike[str], kind: Literal["torch"], *, nested: Literal[False], mmap: Literal[False] = ...
+) -> "dict[str, torch.Tensor]": ...
+@overload
+def load(
+    path: str | os.PathLike[str], kind: Literal["numpy"] = ..., *, nested: bool = ..., mmap: bool = ...
+) -> dict[str, AnyTree]: ...
+@overload
+def load(
+    path: str | os.PathLike[str], kind: Kind, *, nested: bool = ..., mmap: Literal[False] = ...
+) -> dict[str, AnyTree]: ...
+def load(
+    path: str | os.PathLike[str], kind: Kind = "numpy", *, nested: bool = True, mmap: bool = False
+) -> dict[str, AnyTree]:
     """The arrays of a checkpoint, as nested dicts.
 
     They are arrays of their own: what happens to the file later does not change them. Leaves that are tied in the file
@@ -532,7 +517,7 @@ def _converter(kind: str) -> Any:
 
 
 def save(
-    tree: Any,
+    tree: AnyTree,
     path: str | os.PathLike[str],
     *,
     force: bool = False,

@@ -42,15 +42,13 @@ from paramend.piecewise.changes import Work, change, work_of
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-
-Array = np.ndarray[Any, Any]
-
+from paramend.reports.report import Report, Section
 
 # ---- the report -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PatchReport:
+@dataclass(frozen=True, repr=False)
+class PatchReport(Report):
     """What a patch has done.
 
     Attributes:
@@ -68,6 +66,17 @@ class PatchReport:
     bytes_recorded: int = 0
     record: str | None = None
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", self.plan.told())
+
+    def headline(self) -> str:
+        """What was written, in one line."""
+        return self.summary
+
+    def sections(self) -> list[Section]:
+        """None: the rows are those of the plan."""
+        return []
 
     @property
     def summary(self) -> str:
@@ -99,7 +108,7 @@ class PatchReport:
 
 def patch(
     path: str | os.PathLike[str],
-    edit: Callable[[Checkpoint], Any],
+    edit: Callable[[Checkpoint], Checkpoint],
     *,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -140,7 +149,7 @@ def patch(
         return _carry_out(base, store, checkpoint.source, plan, work, progress)
 
 
-def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Any]) -> Plan:
+def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) -> Plan:
     found = edit(checkpoint)
     if not isinstance(found, Checkpoint) or found.source is not checkpoint.source:
         raise BadArgument(

@@ -3,13 +3,13 @@
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from paramend.ablation.ablate import ablate as ablate_tree
-from paramend.ablation.methods import METHODS
-from paramend.checkpoints.checkpoint import load
+from paramend.ablation.methods import METHODS, How
+from paramend.checkpoints.checkpoint import Kind, load
 from paramend.cli import _ui
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording
@@ -40,10 +40,10 @@ def ablate(
     targets: tuple[str, ...],
     file: Path,
     named: tuple[str, ...],
-    how: str,
+    how: How,
     pairs: bool,
     seed: int,
-    kind: Literal["numpy", "jax", "torch"],
+    kind: Kind,
     flat: bool,
     no_jit: bool,
     html: Path | None,

@@ -1,13 +1,12 @@
 """The data: 1,797 handwritten digits of 8 by 8 pixels that ship with scikit-learn, a quarter of them held out."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from paramend.demo import digits, training
 from paramend.demo.network import Classifier
 from paramend.disk.io import write_file
 from paramend.edits.selection import at
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 
 @dataclass(frozen=True)

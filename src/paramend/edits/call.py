@@ -18,7 +18,7 @@ from paramend.leaves.specs import Spec
 Args = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Op:
     """One edit. `edits.ops` is the table of them.
 
@@ -55,6 +55,9 @@ class Op:
     optional: Args = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -100,6 +103,11 @@ class Call:
         from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
         return f"{self.op.name}({from_args})"
 
+    def told(self) -> "Call":
+        """The call for a report: in place of arrays and functions, what is said of them."""
+        args = {name: value if isinstance(value, _PLAIN) else _Said(_short(value)) for name, value in self.args.items()}
+        return Call(self.op, args, self.index)
+
     def spec(self, spec: Spec) -> Spec:
         """The spec after the call.
 
@@ -124,6 +132,18 @@ class Call:
             return library.put(x, self.index, verb, native(library, value))
         part = self.op.run(library, library.get(x, self.index), self.args, place)
         return library.put(x, self.index, "set", part)
+
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+
+
+class _Said(str):
+    """What is said of a value."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _short(value: Any) -> str:

@@ -1,17 +1,17 @@
 """The one table of edits: a row gives the verb of `pm.at`, the step of a recipe, the command and the docs tables."""
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
 
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Place
 from paramend.edits import checks, runs
 from paramend.edits.arguments import ARRAY, BOUND, DEVIATION, DTYPE, INITIALIZER, NUMBER, OPERAND, SEED, Value
 from paramend.edits.call import Args, Op
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed, Spec
 
 # mypy: disable-error-code="empty-body"
 # A row is a function without a body: its name, its arguments and its docstring are those of the verb, and the line
@@ -21,6 +21,8 @@ T = TypeVar("T")
 S = TypeVar("S")
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
+# A function (key, shape, dtype), as JAX has them.
+Initializer: TypeAlias = Callable[[AnyArray, tuple[int, ...], AnyArray], AnyArray]
 
 OPS: dict[str, Op] = {}
 
@@ -28,8 +30,8 @@ OPS: dict[str, Op] = {}
 def op_of(name: str) -> Op:
     """The row of the table.
 
-    >>> op_of("zero").says
-    'every element becomes +0.0'
+    >>> op_of("zero")
+    <op zero>
     """
     return OPS[name]
 
@@ -125,7 +127,7 @@ class Edits(Generic[T]):
         takes=(NUMBER,),
         reads=False,
     )
-    def fill(self, value: Any) -> T:
+    def fill(self, value: Scalar) -> T:
         """The tree with a scalar in every chosen element.
 
         Raises:
@@ -148,7 +150,7 @@ class Edits(Generic[T]):
         chunks=False,
         arithmetic=False,
     )
-    def set(self, value: Any) -> T:
+    def set(self, value: AnyArray | Mapping[str, AnyArray]) -> T:
         """The tree with the chosen leaves replaced by an array of the same shape and dtype.
 
         Args:
@@ -172,7 +174,7 @@ class Edits(Generic[T]):
         takes=(OPERAND,),
         also=("plus", "sum"),
     )
-    def add(self, value: Any) -> T:
+    def add(self, value: Scalar | AnyArray) -> T:
         """The tree with a scalar or a broadcastable array added to the chosen leaves, in their dtype.
 
         >>> pm.at({"w": np.zeros(2)}, "w").add(1.5)
@@ -190,7 +192,7 @@ class Edits(Generic[T]):
         aliases=("scale",),
         also=("mul",),
     )
-    def multiply(self, value: Any) -> T:
+    def multiply(self, value: Scalar | AnyArray) -> T:
         """The tree with the chosen leaves multiplied by a scalar or a broadcastable array, in their dtype.
 
         `multiply(0)` is not `zero()`: it leaves -0.0 and NaN behind.
@@ -208,7 +210,7 @@ class Edits(Generic[T]):
         takes=(BOUND.named("the least value", "-1"), BOUND.named("the greatest value", "1")),
         also=("clamp", "limit"),
     )
-    def clip(self, lo: Any, hi: Any) -> T:
+    def clip(self, lo: Scalar | None, hi: Scalar | None) -> T:
         """The tree with the chosen leaves brought between two bounds, as `clip` of numpy does it, in their dtype.
 
         NaN stays NaN. In leaves of integers the bounds may be fractions: what is left are the integers between them.
@@ -234,7 +236,7 @@ class Edits(Generic[T]):
         arithmetic=False,
         placed=True,
     )
-    def apply(self, fn: Callable[[Any], Any], *, keep_spec: bool = True) -> T:
+    def apply(self, fn: Callable[[AnyArray], AnyArray], *, keep_spec: bool = True) -> T:
         """The tree with each chosen leaf replaced by `fn(leaf)`.
 
         On a checkpoint too the function sees a leaf, or a slice of it, whole: the largest one must fit into memory. All
@@ -258,7 +260,7 @@ class Edits(Generic[T]):
         takes=(DTYPE,),
         also=("astype", "dtype"),
     )
-    def cast(self, dtype: Any) -> T:
+    def cast(self, dtype: DtypeLike) -> T:
         """The tree with the chosen leaves in another dtype, given by name or as numpy, JAX or torch has it.
 
         >>> pm.at({"w": np.ones(2)}, "w").cast("float16")["w"].dtype
@@ -272,7 +274,7 @@ class Edits(Generic[T]):
         placed=True,
         takes=(DEVIATION, SEED),
     )
-    def noise(self, std: float, *, seed: Any = 0) -> T:
+    def noise(self, std: float, *, seed: Seed = 0) -> T:
         """The tree with normal noise added to the chosen leaves.
 
         Args:
@@ -298,7 +300,7 @@ class Edits(Generic[T]):
         takes=(INITIALIZER, SEED),
         also=("init", "initialize"),
     )
-    def reinit(self, init: Any, *, seed: Any = 0) -> T:
+    def reinit(self, init: str | Initializer, *, seed: Seed = 0) -> T:
         """The tree with the chosen leaves drawn anew.
 
         Args:

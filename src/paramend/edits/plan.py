@@ -1,5 +1,6 @@
 """Plans: what an edit will do, one row for each leaf of the result, known before anything is done."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,9 @@ from paramend.arrays.registry import backend_of, to_numpy
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
+from paramend.leaves.described import Described
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain
+from paramend.leaves.names import by_name
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
@@ -79,7 +82,7 @@ def _said(edit: Call) -> str:
     return str(edit) if edit.index is None else f"[{write_index(edit.index)}] {edit}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What an edit of some leaves will do. Its text is the table of a dry run.
 
@@ -94,6 +97,20 @@ class Plan:
     leaves: Leaves
     rows: tuple[Row, ...]
     deleted: tuple[Row, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        calls = [(row, edit) for row in self.changed for edit in row.calls]
+        functions = {id(f): (f, row, edit) for row, edit in calls for f in edit.args.values() if callable(f)}
+        for function, row, edit in functions.values():
+            where = f"{row.path} is edited by {edit}, a function, and "
+            by_name(function, "the plan", where, ", or checkpoint.save(out) and pickle pm.open(out)")
+        return Plan, (self.leaves, self.rows, self.deleted)
+
+    def __copy__(self) -> "Plan":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
+        return Plan(*copy.deepcopy((self.leaves, self.rows, self.deleted), memo))
 
     @classmethod
     def of(cls, leaves: Leaves) -> "Plan":
@@ -213,11 +230,22 @@ class Plan:
         depths = tuple(row.depths[depth] if depth and row.depths else depth for _, depth in keys)
         return replace(row, path=path, labels=new, was="" if path == was else was, depths=depths)
 
+    def told(self) -> "Plan":
+        """The plan for a report, which neither holds arrays nor keeps files open."""
+        rows, deleted = (
+            tuple(replace(row, calls=tuple(each.told() for each in row.calls)) if row.calls else row for row in part)
+            for part in (self.rows, self.deleted)
+        )
+        return Plan(Described(self.leaves), rows, deleted)
+
     def _with(self, rows: tuple[Row, ...]) -> "Plan":
         return Plan(self.leaves, rows, self.deleted)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def __repr__(self) -> str:
+        return f"<plan: {self.lines()[-1]}>"
 
     def lines(self) -> list[str]:
         """The table line by line, a header first."""

@@ -7,8 +7,9 @@ from paramend.edits.call import Args, Call, Op, sliced_shape
 from paramend.edits.memory import editable, explain
 from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
+from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
-from paramend.selectors.selector import resolve, sel, slice_of, write_index
+from paramend.selectors.selector import SelectorLike, resolve, sel, slice_of, write_index
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ class Selection(Edits[T]):
     whose names end in `_` change torch modules and tensors, NNX modules and numpy arrays in place and return None.
     """
 
-    def __init__(self, tree: T, selector: Any, count: int | None = None) -> None:
+    def __init__(self, tree: T, selector: SelectorLike, count: int | None = None) -> None:
         self._selector, self._index = slice_of(selector)
         self._tree = editable(tree)
         self._numbers = resolve(self._selector, self._tree)
@@ -47,7 +48,7 @@ class Selection(Edits[T]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, AnyArray]]:
         return iter(list(self.get().items()))
 
     def __repr__(self) -> str:
@@ -55,7 +56,7 @@ class Selection(Edits[T]):
         count = wording.plural(len(self), "leaf", "leaves")
         return f"<pm.at(..., {self._selector!r}){index}: {count}: {wording.listing(self.paths)}>"
 
-    def __getitem__(self, index: Any) -> "Selection[T]":
+    def __getitem__(self, index: Slice) -> "Selection[T]":
         """The same slice of each chosen leaf, such as one layer of a scanned stack.
 
         >>> at({"wo": np.ones((3, 2))}, "wo")[-1].zero()["wo"]
@@ -74,7 +75,7 @@ class Selection(Edits[T]):
             explain(self._tree, number, sliced_shape, self._tree.spec(number).shape, index)
         return new
 
-    def get(self) -> dict[str, Any]:
+    def get(self) -> dict[str, AnyArray]:
         """The chosen leaves, or slices of them, by path.
 
         Of a tree in memory they are its own leaves; of a checkpoint they are copies, which no later patch changes.
@@ -92,7 +93,7 @@ class Selection(Edits[T]):
             )
         return found
 
-    def one(self) -> Any:
+    def one(self) -> AnyArray:
         """The only chosen leaf, or the slice of it: the leaf itself, or of a checkpoint a copy.
 
         Raises:
@@ -110,7 +111,7 @@ class Selection(Edits[T]):
             )
         return self._tree.fetch(self._numbers[0], self._index)
 
-    def mask(self) -> Any:
+    def mask(self) -> AnyTree:
         """A tree of bools with the same containers, true at the chosen leaves: for optax.masked, eqx.partition ...
 
         Of a torch module or a checkpoint, a dict from paths to bools.
@@ -206,7 +207,7 @@ def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
     return [values[path] for path in paths]
 
 
-def at(tree: T, selector: Any, *, count: int | None = None) -> Selection[T]:
+def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selection[T]:
     """The chosen leaves of a tree, ready to be read or edited.
 
     Args:
@@ -227,7 +228,7 @@ def at(tree: T, selector: Any, *, count: int | None = None) -> Selection[T]:
     return Selection(tree, selector, count)
 
 
-def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
+def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
     """A tree of strings with the same containers, for optax.partition: for each leaf the first group that matches it.
 
     Args:
@@ -257,7 +258,7 @@ def labels(tree: Any, groups: Mapping[str, Any]) -> Any:
     return leaves.labelled(found, rest=list(groups)[-1])
 
 
-def param_count(tree: Any, selector: Any = "**") -> int:
+def param_count(tree: AnyTree, selector: SelectorLike = "**") -> int:
     """The number of scalars in the chosen leaves; a leaf with several paths counts once.
 
     >>> param_count({"kernel": np.ones((3, 4)), "bias": np.ones(4)}), param_count({"w": np.ones(2)}, "w")

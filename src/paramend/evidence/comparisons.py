@@ -3,19 +3,16 @@
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TypeVar
 
 from paramend.errors import Unsupported
 from paramend.evidence.distances import Distance, Gap
 from paramend.evidence.reading import Span, Task, looked
 from paramend.evidence.streams import CHUNK, Desk, Stream, hindrance, stream_of
 from paramend.leaves.leaves import Leaves
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import Array, Spec
 from paramend.reports.progress import Meter
 
-Array = np.ndarray[Any, Any]
 R = TypeVar("R")
 
 _SMALL = 1 << 14

@@ -16,20 +16,20 @@ from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
 from paramend.leaves.leaves import Editable
-from paramend.leaves.specs import BITS
+from paramend.leaves.specs import BITS, AnyTree
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.selectors.selector import resolve
+from paramend.selectors.selector import SelectorLike, resolve
 
 Sort = Literal["change", "path"]
 
 
 def diff(
-    before: Any,
-    after: Any,
-    selector: Any = "**",
+    before: AnyTree,
+    after: AnyTree,
+    selector: SelectorLike = "**",
     *,
-    only: Any = None,
+    only: SelectorLike | None = None,
     sort: Sort = "change",
     histograms: bool = False,
     progress: Progress | None = None,
@@ -88,7 +88,7 @@ def diff(
         return _report(old, new, found, only, sort, histograms, progress)
 
 
-def verify(before: Any, after: Any, *, only: Any = None) -> list[str]:
+def verify(before: AnyTree, after: AnyTree, *, only: SelectorLike | None = None) -> list[str]:
     """The paths of the leaves that changed, all of them allowed to.
 
     Leaves are compared as `pm.diff` compares them: bit by bit, and by name, piece by piece, so that a module can be

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.evidence.widening import total, widened
-from paramend.leaves.specs import BITS, kind_of
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import BITS, Array, kind_of
 
 # Elements looked at once: in float64 they fit the processor's cache.
 _RUN = 1 << 15

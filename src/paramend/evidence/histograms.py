@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from paramend.evidence.reading import Span, looked
 from paramend.evidence.streams import Desk, Stream
 from paramend.evidence.widening import widened
+from paramend.leaves.specs import Array
 from paramend.pages.page import Histogram
-
-Array = np.ndarray[Any, Any]
 
 BINS = 48
 

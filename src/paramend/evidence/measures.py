@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.evidence.widening import total, widened
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 # Elements looked at once: in float64 they fit the processor's cache.
 _RUN = 1 << 15

@@ -4,7 +4,6 @@ import mmap
 import os
 from collections.abc import Iterator
 from itertools import permutations, product
-from typing import Any
 
 import numpy as np
 
@@ -12,8 +11,7 @@ from paramend.evidence.comparisons import Pair
 from paramend.evidence.distances import bits
 from paramend.evidence.streams import Stream
 from paramend.formats.files import open_regular
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 _AXES = 4  # of more axes no orders are tried
 _TILE = 512

@@ -4,14 +4,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TypeVar
 
 from paramend.evidence.streams import CHUNK, Desk, Stream
 from paramend.evidence.work import spread
+from paramend.leaves.specs import Array
 
-Array = np.ndarray[Any, Any]
 R = TypeVar("R")
 Task = tuple[int, tuple[Stream, ...]]
 

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from paramend.evidence.streams import CHUNK, Desk, Stream
 from paramend.evidence.widening import widened
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 # The singular value is as good as this, relatively; more passes than that are not made.
 TOLERANCE = 1e-6

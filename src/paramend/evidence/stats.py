@@ -14,15 +14,16 @@ from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
 from paramend.evidence.streams import stream_of
 from paramend.leaves.leaves import Editable
+from paramend.leaves.specs import AnyTree
 from paramend.reports.progress import Meter, Progress
-from paramend.selectors.selector import resolve
+from paramend.selectors.selector import SelectorLike, resolve
 
 
 def stats(
-    tree: Any,
-    selector: Any = "**",
+    tree: AnyTree,
+    selector: SelectorLike = "**",
     *,
-    spectral: Any = False,
+    spectral: bool | SelectorLike = False,
     histograms: bool = False,
     progress: Progress | None = None,
 ) -> StatsReport:

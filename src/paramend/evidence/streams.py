@@ -15,9 +15,7 @@ from paramend.errors import Unsupported
 from paramend.formats.files import changed, open_regular, same_file
 from paramend.formats.source import Extent
 from paramend.leaves.leaves import Leaves
-from paramend.leaves.specs import BITS, Spec, numpy_dtype
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
 # Bytes read at once: they fit the processor's cache. A multiple of 3, so that elements of 6 bits stay whole.
 CHUNK = 3 << 17

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.leaves.specs import kind_of
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array, kind_of
 
 
 @cache

@@ -20,9 +20,7 @@ from paramend.errors import Unsupported
 from paramend.formats.source import Extent, Source
 from paramend.leaves.leaves import Index, entries, uncollected
 from paramend.leaves.paths import Label
-from paramend.leaves.specs import BITS, Spec
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import BITS, Array, Spec
 
 
 class Origin(Protocol):

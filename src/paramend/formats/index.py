@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from paramend.errors import BadCheckpoint, CannotRead
-from paramend.formats.jsontext import bad, json_type, parse_object, shown
+from paramend.formats.jsontext import bad, json_type, parse_object
+from paramend.formats.limits import shown
 
 SUFFIX = ".index.json"
 _MAX = 100_000_000

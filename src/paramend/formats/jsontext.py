@@ -1,9 +1,11 @@
 """JSON text of a checkpoint, read strictly: what the reference readers refuse is refused, and nothing stands twice."""
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from paramend.errors import BadCheckpoint
+from paramend.formats.limits import shown
 
 
 class _Flaw(ValueError):
@@ -13,11 +15,6 @@ class _Flaw(ValueError):
 def bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
     """The error for a file in which something is wrong at a place."""
     return BadCheckpoint(f"{file}: {place}: {reason}", hint=hint)
-
-
-def shown(text: str) -> str:
-    """A name from a file in a message: no control characters, no hundred megabytes."""
-    return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"
 
 
 def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
@@ -39,8 +36,7 @@ def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             raise _Flaw(f"{shown(twice)} stands twice")
         return found
 

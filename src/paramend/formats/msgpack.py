@@ -15,22 +15,18 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.limits import MAX_PIECES, U64
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, MsgpackWriter, Where
 from paramend.formats.source import Extent
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
-from paramend.leaves.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
-Array = np.ndarray[Any, Any]
-
-# Keys from the root to a leaf, the pieces of dotted names counted: trees deeper than this cannot be walked.
-MAX_PIECES = 200
 _MAX_DEPTH = 100
 # A file of a hundred million empty lists would be as many objects.
 _MAX_VALUES = 4_000_000
 _WINDOW = 1 << 16
-_U64 = 2**64
 
 WRITER = MsgpackWriter()
 
@@ -380,7 +376,7 @@ class _Parser:
         elements = 1
         for axis in shape:
             elements *= axis
-            if elements * 16 >= _U64:
+            if elements * 16 >= U64:
                 raise self._bad(start, "the number of elements overflows 64 bits")
         return Spec(shape, dtype if dtype in BITS else f"raw<{dtype}>")
 
@@ -396,7 +392,7 @@ class _Parser:
         flat = [piece for piece in pieces if type(piece) is Entry and len(piece.spec.shape) == 1]
         if not flat or len(flat) != len(pieces) or len({piece.spec.dtype for piece in flat}) != 1:
             raise self._bad(start, "flat pieces of one dtype, by position, are expected")
-        spec = self._spec(start, tuple(axes), "")  # type: ignore[arg-type]
+        spec = self._spec(start, tuple(axis for axis in axes if axis is not None), "")
         spec = Spec(spec.shape, flat[0].spec.dtype)
         size = sum(piece.spec.size for piece in flat)
         if spec.size != size:

@@ -17,23 +17,20 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.limits import MAX_PIECES, U64, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
 from paramend.formats.source import Extent
-from paramend.formats.zips.archive import STORED, Archive, Record, shown
+from paramend.formats.zips.archive import STORED, Archive, Record
 from paramend.leaves.leaves import Index, separator_of
-from paramend.leaves.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
-Array = np.ndarray[Any, Any]
-
 MAX_HEADER = 1 << 16
-MAX_PIECES = 200
 _MAX_OTHER = 1 << 20
 _DEFLATED = 8
 # Deflate makes at most 258 bytes of 2 bits; a record that claims more is a bomb or damaged.
 _MOST_DEFLATE = 1032
 _PIECE = 1 << 18
-_U64 = 2**64
 
 # numpy has no names for the dtypes of ml_dtypes and saves them as void, but for float8_e5m2, which alone has a kind and
 # a width that no other dtype has.
@@ -358,7 +355,7 @@ def _entry(archive: Archive, record: Record) -> Entry:
     elements = 1
     for axis in shape:
         elements *= axis
-        if axis >= _U64 or elements >= _U64:
+        if axis >= U64 or elements >= U64:
             raise archive.bad(record.name, "its header, shape: the number of elements overflows 64 bits")
     dtype, swapped, sealed = _dtype(descr)
     spec = Spec(shape, dtype)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import RenameClash
+from paramend.formats.limits import shown
 from paramend.formats.writer import Item, Span
-from paramend.formats.zips.archive import shown
 from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.specs import Spec
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,8 @@ from paramend.formats.jsontext import bad
 from paramend.formats.safetensors_header import MAX_HEADER, Header, SafetensorsWriter, parse_header
 from paramend.formats.source import Extent
 from paramend.leaves.leaves import Index, separator_of
-from paramend.leaves.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
-
-Array = np.ndarray[Any, Any]
 
 WRITER = SafetensorsWriter()
 

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
-from paramend.formats.jsontext import bad, json_type, parse_object, shown
+from paramend.formats.jsontext import bad, json_type, parse_object
+from paramend.formats.limits import MAX_PIECES, U64, shown
 from paramend.formats.writer import Item, Span
 from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec
 from paramend.reports import wording
 
 MAX_HEADER = 100_000_000
-# Names are trees of pieces; a name of a million pieces would be a tree too deep to walk.
-MAX_PIECES = 200
-_U64 = 2**64
 _METADATA = "__metadata__"
 # Under this key the metadata of a file may hold the record of how it was made.
 RECORD = "paramend.record"
@@ -228,7 +226,7 @@ def _entry(name: str, row: Any, file: str) -> Entry:
         code, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
         spec, nbytes = _sound[(code, *shape)]
         whole = {type(start), type(stop), *map(type, shape)} == {int}
-        if whole and start >= 0 and stop == start + nbytes < _U64 and name.count("/") + name.count(".") < MAX_PIECES:
+        if whole and start >= 0 and stop == start + nbytes < U64 and name.count("/") + name.count(".") < MAX_PIECES:
             return Entry(sys.intern(name), spec, start, stop)
     except (KeyError, TypeError, ValueError):
         pass
@@ -263,7 +261,7 @@ def _checked_entry(name: str, row: Any, file: str) -> Entry:
         raise flaw(", data_offsets", "an array of two integers is expected")
     for what, numbers in ((", shape", shape), (", data_offsets", offsets)):
         for number in numbers:
-            if type(number) is not int or not 0 <= number < _U64:
+            if type(number) is not int or not 0 <= number < U64:
                 found = f"{number:,}" if type(number) is int and abs(number) < 10**30 else json_type(number)
                 raise flaw(what, f"a whole number from 0 to 2**64 - 1 is expected, not {found}")
     start, stop = offsets
@@ -272,13 +270,13 @@ def _checked_entry(name: str, row: Any, file: str) -> Entry:
     elements = 1
     for length in shape:
         elements *= length
-        if elements >= _U64:
+        if elements >= U64:
             raise flaw(", shape", "the number of elements overflows 64 bits")
     dtype = FROM_SAFETENSORS.get(code)
     if dtype is None:
         return Entry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
     bits = elements * BITS[dtype]
-    if bits >= _U64:
+    if bits >= U64:
         raise flaw(", shape", "the number of bits overflows 64 bits")
     if bits % 8:
         raise flaw(", shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")

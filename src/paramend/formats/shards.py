@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
-from paramend.formats.jsontext import bad, shown
+from paramend.formats.jsontext import bad
+from paramend.formats.limits import shown
 from paramend.formats.source import Extent, Flat, Released, Source
 from paramend.leaves.leaves import Index, entries, separator_of, uncollected
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
-
-Array = np.ndarray[Any, Any]
 
 # Systems let a program hold a few hundred files open; the largest models have more.
 _OPEN = 64

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
 from paramend.leaves.leaves import Index
-from paramend.leaves.specs import Spec
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array, Spec
 
 
 @dataclass(frozen=True, slots=True)

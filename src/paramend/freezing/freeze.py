@@ -1,25 +1,38 @@
 """The verbs of freezing. The adapter for the subject's framework is opened once that framework is there."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar, get_args
 
 from paramend._optional import need
 from paramend.errors import BadArgument, Unsupported
 from paramend.freezing.report import FreezeReport, FrozenReport
-from paramend.freezing.schedules import read_schedule
+from paramend.freezing.schedules import When, read_schedule
+from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.reports.wording import described
-from paramend.selectors.selector import sel, slice_of, write_index
+from paramend.selectors.selector import SelectorLike, sel, slice_of, write_index
 from paramend.trees.lookup import is_torch_module
 
 if TYPE_CHECKING:
     import optax
+    import torch
+    from flax import nnx
 
-HOW = ("exclude", "updates", "gradients")
+P = ParamSpec("P")
+R = TypeVar("R")
+How: TypeAlias = Literal["exclude", "updates", "gradients"]
+# The path of a Variable, and the Variable.
+Filter: TypeAlias = Callable[[tuple[Any, ...], Any], bool]
+HOW = get_args(How)
 
 
 def freeze(
-    tx: Any, selector: Any = None, *, how: str = "exclude", until: Any = None, since: Any = None
+    tx: "optax.GradientTransformation",
+    selector: SelectorLike | None = None,
+    *,
+    how: How = "exclude",
+    until: When | None = None,
+    since: When | None = None,
 ) -> "optax.GradientTransformationExtraArgs":
     """A transformation that trains as `tx` does and leaves the selected parameters where they are.
 
@@ -109,7 +122,7 @@ def freeze(
     return adapter.freeze(tx, schedule, how)
 
 
-def frozen(subject: Any, tx: Any = None) -> FrozenReport:
+def frozen(subject: AnyTree, tx: "optax.GradientTransformation | torch.optim.Optimizer | None" = None) -> FrozenReport:
     """A report of what is frozen and what trains, by subtree, with the bytes of optimizer state.
 
     Args:
@@ -150,8 +163,8 @@ def frozen(subject: Any, tx: Any = None) -> FrozenReport:
 
 
 def value_and_grad(
-    loss: Callable[..., Any], frozen: Any, *, argnum: int = 0, has_aux: bool = False, zeros: bool = False
-) -> Callable[..., Any]:
+    loss: Callable[P, R], frozen: SelectorLike, *, argnum: int = 0, has_aux: bool = False, zeros: bool = False
+) -> Callable[P, tuple[R, AnyTree]]:
     """A function that returns the loss and its gradient with respect to the parameters that are not frozen.
 
     As `jax.value_and_grad`, but frozen leaves are constants: no gradient of them is reckoned or stored, and the
@@ -194,7 +207,7 @@ def value_and_grad(
     return adapter.value_and_grad(loss, read_schedule(whole, None, None), argnum, has_aux, zeros)
 
 
-def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bool]:
+def nnx_filter(model: "nnx.Module | nnx.State[Any, Any]", selector: SelectorLike) -> Filter:
     """A filter of NNX that is true of the chosen Variables of this model.
 
     NNX asks a filter about one Variable at a time, so nobody could tell which layer is the last, or that nothing
@@ -221,8 +234,13 @@ def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bo
 
 
 def freeze_(
-    module: Any, selector: Any, *, optimizer: Any = None, norm_stats: bool = True, keep_state: bool = False
-) -> "FreezeReport":
+    module: "torch.nn.Module",
+    selector: SelectorLike,
+    *,
+    optimizer: "torch.optim.Optimizer | None" = None,
+    norm_stats: bool = True,
+    keep_state: bool = False,
+) -> FreezeReport:
     """The report of the leaves of a torch module that were frozen in place: it is also the list of their paths.
 
     Parameters get `requires_grad=False`, and their `.grad` becomes None, so that an optimizer that holds them
@@ -260,11 +278,15 @@ def freeze_(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['2.weight', '2.bias']
     """
-    adapter, whole, index = _torch(module, selector, "freeze_")
-    return adapter.freeze_(module, whole, index, optimizer, norm_stats, keep_state)  # type: ignore[no-any-return]
+    _check_torch(module, selector, "freeze_")
+    from paramend.freezing import torch as adapter  # imports torch
+
+    return adapter.freeze_(module, *slice_of(sel(selector)), optimizer, norm_stats, keep_state)
 
 
-def unfreeze_(module: Any, selector: Any, *, optimizer: Any = None) -> "FreezeReport":
+def unfreeze_(
+    module: "torch.nn.Module", selector: SelectorLike, *, optimizer: "torch.optim.Optimizer | None" = None
+) -> FreezeReport:
     """The report of the leaves of a torch module for which `freeze_` was taken back in place: the list of their paths.
 
     A parameter that `freeze_` froze gets the `requires_grad` that it had before. One that it never saw gets
@@ -291,25 +313,23 @@ def unfreeze_(module: Any, selector: Any, *, optimizer: Any = None) -> "FreezeRe
       1.weight  float32[1,2]
       1.bias    float32[1]
     """
-    adapter, whole, index = _torch(module, selector, "unfreeze_")
-    return adapter.unfreeze_(module, whole, index, optimizer)  # type: ignore[no-any-return]
+    _check_torch(module, selector, "unfreeze_")
+    from paramend.freezing import torch as adapter  # imports torch
+
+    return adapter.unfreeze_(module, *slice_of(sel(selector)), optimizer)
 
 
-def _torch(module: Any, selector: Any, verb: str) -> tuple[Any, Any, Any]:
-    """The adapter for a torch module, the selector without its slice, and the slice."""
+def _check_torch(module: object, selector: SelectorLike, verb: str) -> None:
     if not is_torch_module(module):
         raise Unsupported(
             f"{verb} takes a torch module, which changes in place; this is {described(module)}",
             hint=f"in JAX the optimizer is told: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
         )
-    from paramend.freezing import torch  # imports torch
-
-    return (torch, *slice_of(sel(selector)))
 
 
-def _torch_hint(selector: Any) -> str:
+def _torch_hint(selector: SelectorLike | None) -> str:
     return f"pm.freeze_(module, {_written(selector)})"
 
 
-def _written(selector: Any) -> str:
+def _written(selector: SelectorLike | None) -> str:
     return f'"{selector}"' if isinstance(selector, str) else repr(selector)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,20 @@ import jax.numpy as jnp
 from paramend.errors import BadArgument, Unsupported
 from paramend.freezing.places import Finder, dtype_of
 from paramend.freezing.schedules import Schedule
+from paramend.leaves.specs import AnyTree
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def value_and_grad(
-    loss: Callable[..., Any], schedule: Schedule, argnum: int, has_aux: bool, zeros: bool
-) -> Callable[..., Any]:
+    loss: Callable[P, R], schedule: Schedule, argnum: int, has_aux: bool, zeros: bool
+) -> Callable[P, tuple[R, AnyTree]]:
     """The loss with its gradient, as a function of what the loss is a function of."""
     finder = Finder(schedule)
 
     @wraps(loss)
-    def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+    def value_and_gradient(*args: Any, **kwargs: Any) -> tuple[R, AnyTree]:
         if not -len(args) <= argnum < len(args):
             raise BadArgument(
                 f"argnum={argnum}, and the loss was called with {len(args)} positional arguments",

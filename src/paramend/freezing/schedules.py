@@ -3,13 +3,17 @@
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 from paramend.errors import BadArgument
-from paramend.selectors.selector import Selector, sel, slice_of
+from paramend.leaves.specs import AnyArray
+from paramend.selectors.selector import Selector, SelectorLike, sel, slice_of
 
-Event = int | Callable[[Any], Any]
-"""A point of a training run: a step, or a function of the step that becomes true."""
+# A point of a training run: a step, or a function of the step, which may be traced, that becomes true.
+Event: TypeAlias = int | Callable[[AnyArray], AnyArray]
+# An event for all leaves that are chosen, or one for each selector.
+_At: TypeAlias = SupportsIndex | Callable[[AnyArray], AnyArray]
+When: TypeAlias = _At | Mapping[Any, _At]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Schedule:
         return bool(self.until or self.since)
 
 
-def read_schedule(selector: Any, until: Any, since: Any) -> Schedule:
+def read_schedule(selector: SelectorLike | None, until: When | None, since: When | None) -> Schedule:
     """The schedule that arguments of `freeze` describe.
 
     Raises:
@@ -105,10 +109,10 @@ def read_schedule(selector: Any, until: Any, since: Any) -> Schedule:
         )
     for thaw in schedule.until:
         for stop in schedule.since:
-            if thaw.event == stop.event:
+            if thaw.event == stop.event and isinstance(thaw.event, int):
                 raise BadArgument(
                     f"until and since are both {thaw.event}, so nothing ever thaws",
-                    hint=f"since={stop.event}, until={int(thaw.event) + 100} freezes for 100 steps",  # type: ignore[arg-type]
+                    hint=f"since={stop.event}, until={thaw.event + 100} freezes for 100 steps",
                 )
     return schedule
 
@@ -125,11 +129,11 @@ def _clauses(name: str, given: Any) -> tuple[Clause, ...]:
     return tuple(Clause(*slice_of(sel(key)), _event(name, event)) for key, event in given.items())
 
 
-def _event(name: str, given: Any) -> Event:
+def _event(name: str, given: object) -> Event:
     if callable(given) and not isinstance(given, type):
-        return given  # type: ignore[no-any-return]
+        return given
     try:
-        step = -1 if isinstance(given, bool) else operator.index(given)
+        step = -1 if isinstance(given, bool) else operator.index(cast(SupportsIndex, given))
     except TypeError:
         step = -1
     if step < 0:

@@ -54,7 +54,7 @@ class Shares:
 
     def __init__(self, trained: Callable[[Any], Any]) -> None:
         self._trained = trained
-        self._known: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[dict[Any, Any], Any]] = {}
 
     def of(self, gone: tuple[bool, ...], always: tuple[bool, ...], like: Any) -> Share:
         """The share of the leaves that are not gone, in the state for all that are not always gone.
@@ -105,7 +105,7 @@ class Shares:
             specs = jax.eval_shape(self._trained(structure.unflatten(gone)).init, like)
             pairs, found = _flatten(specs)
             self._known[key] = ({path: (spec.shape,) for path, spec in pairs}, found)
-        return self._known[key]  # type: ignore[no-any-return]
+        return self._known[key]
 
 
 def _at(values: dict[Any, Any], path: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafting import alignment, conversions
-from paramend.grafting.links import Ends as Ends
 from paramend.grafting.options import Options
 from paramend.grafting.plan import KINDS, Move, Plan
 from paramend.grafting.report import GraftReport

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from paramend.errors import Unsupported
 from paramend.grafting import engine
-from paramend.grafting.links import Ends
+from paramend.grafting.ends import Ends
 from paramend.grafting.options import Dtype, Mismatch, Missing, Options, Place, Renames, Unused
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.specs import AnyTree
+from paramend.selectors.selector import SelectorLike
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
@@ -24,17 +26,17 @@ T = TypeVar("T")
 
 def graft(
     target: T,
-    source: Any,
+    source: AnyTree,
     *,
-    rename: "Renames | None" = None,
-    only: Any = "**",
-    mismatch: "Mismatch | Mapping[Any, Mismatch]" = "error",
-    place: "Place | Mapping[Any, Place]" = "corner",
+    rename: Renames | None = None,
+    only: SelectorLike = "**",
+    mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
+    place: Place | Mapping[Any, Place] = "corner",
     resize: "Mapping[Any, Resize] | None" = None,
-    unused: "Unused" = "error",
-    missing: "Missing" = "fresh",
-    dtype: "Dtype" = "target",
-) -> "tuple[T, GraftReport]":
+    unused: Unused = "error",
+    missing: Missing = "fresh",
+    dtype: Dtype = "target",
+) -> tuple[T, GraftReport]:
     """The target with the values of the source where their names agree, and the report of it.
 
     Names are compared piece by piece: `fc.weight` in a state dict is fc → weight in a module. Values arrive in the
@@ -103,18 +105,18 @@ def graft(
 
 
 def graft_(
-    module: Any,
-    source: Any,
+    module: AnyTree,
+    source: AnyTree,
     *,
-    rename: "Renames | None" = None,
-    only: Any = "**",
-    mismatch: "Mismatch | Mapping[Any, Mismatch]" = "error",
-    place: "Place | Mapping[Any, Place]" = "corner",
+    rename: Renames | None = None,
+    only: SelectorLike = "**",
+    mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
+    place: Place | Mapping[Any, Place] = "corner",
     resize: "Mapping[Any, Resize] | None" = None,
-    unused: "Unused" = "error",
-    missing: "Missing" = "fresh",
-    dtype: "Dtype" = "target",
-) -> "GraftReport":
+    unused: Unused = "error",
+    missing: Missing = "fresh",
+    dtype: Dtype = "target",
+) -> GraftReport:
     """The report of a graft in place: a torch or NNX module, or a tree of numpy arrays, takes values of the source.
 
     Parameters stay the objects that they are, so that optimizers go on working. All or nothing: on an error the module

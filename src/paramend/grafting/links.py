@@ -1,10 +1,8 @@
 """Links: where the values of each parameter came from, as the report of a graft tells it."""
 
 import re
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from paramend.grafting.report import GraftReport
 from paramend.selectors.grammar import Literal, Piece, Quoted
@@ -76,30 +74,3 @@ def pieces_of(text: str) -> Path:
         elif isinstance(segment, Piece):
             out.append("".join(atom.text for atom in segment.atoms if isinstance(atom, Literal)))
     return tuple(out)
-
-
-class Ends:
-    """The models that a graft was between, for as long as someone else holds them."""
-
-    def __init__(self, target: Any = None, source: Any = None) -> None:
-        self._refs = tuple(map(_weak, (target, source)))
-
-    @property
-    def target(self) -> Any:
-        """What was grafted into, or None."""
-        return self._refs[0]()
-
-    @property
-    def source(self) -> Any:
-        """What was grafted from, or None."""
-        return self._refs[1]()
-
-    def __reduce__(self) -> Any:
-        return Ends, ()
-
-
-def _weak(subject: Any) -> Any:
-    try:
-        return weakref.ref(subject)
-    except TypeError:  # dicts
-        return lambda: None

@@ -397,7 +397,7 @@ class Plan:
         rows = {name: moved[name] + self.rows[name] for name in PARTS}
         for name in ("copied", "fresh", "mismatched"):
             rows[name].sort(key=lambda row: places[row.path])
-        return GraftReport(**rows, refused=bool(self.cases))
+        return GraftReport(**rows, refused=bool(self.cases), ends=None)
 
 
 def _sentence(error: ParamendError) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paramend.grafting.ends import Ends
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
@@ -70,7 +71,7 @@ class GraftReport(Paged):
     mismatched: list[GraftRow] = field(default_factory=list)
     unused: list[GraftRow] = field(default_factory=list)
     refused: bool = False
-    ends: Any = field(default=None, compare=False)
+    ends: Ends | None = field(default=None, compare=False)
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:

@@ -8,12 +8,14 @@ from paramend.edits.memory import Memory
 from paramend.errors import Unsupported
 from paramend.growth.configs import configured
 from paramend.growth.depth import Order
+from paramend.growth.identities import Identity
 from paramend.growth.planning import Work
 from paramend.growth.rebuilding import Rebuilder
 from paramend.growth.report import DeepenReport
 from paramend.growth.scanned import deepened_stack
 from paramend.leaves.leaves import Editable
-from paramend.selectors.selector import Sliced, sel
+from paramend.leaves.specs import AnyTree
+from paramend.selectors.selector import SelectorLike, Sliced, sel
 from paramend.trees.lookup import find_kind, is_torch_module
 
 T = TypeVar("T")
@@ -22,10 +24,10 @@ T = TypeVar("T")
 def deepen(
     tree: T,
     *,
-    order: "Order | Iterable[int]",
-    layers: Any = None,
-    identity: Any = "auto",
-) -> "tuple[T, DeepenReport]":
+    order: Order | Iterable[int],
+    layers: SelectorLike | None = None,
+    identity: Identity = "auto",
+) -> tuple[T, DeepenReport]:
     """The same model with its layers in another order, repeated or left out, and the report of it.
 
     With an order such as `pm.depth.blocks(12, count=4)` some layers become the identity: copies whose last projections
@@ -80,12 +82,12 @@ def deepen(
 
 
 def deepen_(
-    module: Any,
+    module: AnyTree,
     *,
-    order: "Order | Iterable[int]",
-    layers: Any = None,
-    identity: Any = "auto",
-) -> "DeepenReport":
+    order: Order | Iterable[int],
+    layers: SelectorLike | None = None,
+    identity: Identity = "auto",
+) -> DeepenReport:
     """The report of a change of depth in place, of a torch or NNX module.
 
     Layers that stay are the same objects with the same parameters, so that an optimizer goes on with them; new ones

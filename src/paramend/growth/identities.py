@@ -1,7 +1,7 @@
 """Identities: which leaves of a layer are set to which values, so that the layer leaves its input as it is."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
@@ -13,9 +13,13 @@ from paramend.reports import wording
 from paramend.selectors.patterns import parse
 
 Rules = Mapping[str, float]
+# "auto", a family, selectors of leaves that become zero, or these with their values.
+Writers: TypeAlias = str | Iterable[str] | Rules
+# None: layers are only copied.
+Identity: TypeAlias = Writers | None
 
 
-def rules_of(identity: Any) -> Rules | None:
+def rules_of(identity: Identity) -> Rules | None:
     """The rules that the user gave: selectors relative to a layer, with values; None for "auto" or a family's name.
 
     >>> rules_of(["mlp.down_proj.*", "self_attn.o_proj.*"])

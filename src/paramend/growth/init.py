@@ -6,7 +6,7 @@ what moves first, and `pm.check_live` shows it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from paramend.edits.call import Call
 from paramend.edits.memory import Memory
@@ -15,6 +15,7 @@ from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import configs, identities, numbered
 from paramend.growth.deepening import configuration
 from paramend.growth.families import modules_of, values
+from paramend.growth.identities import Writers
 from paramend.growth.zeroing import zero_
 from paramend.leaves.paths import number_of
 from paramend.reports import wording
@@ -134,7 +135,7 @@ def _last_norms(memory: Memory) -> list[int]:
     return [number for found in norms.values() if len(found) > 1 for number in found[max(found)]]
 
 
-def zero_residual(tree: T, *, layers: str | None = None, family: Any = "auto") -> T:
+def zero_residual(tree: T, *, layers: str | None = None, family: Writers = "auto") -> T:
     """A new tree in which every layer of a residual network leaves its input as it is.
 
     What becomes zero is the last of each branch: the projection that writes to the residual stream, with its bias, or
@@ -165,6 +166,7 @@ def zero_residual(tree: T, *, layers: str | None = None, family: Any = "auto") -
             names = numbered.under(memory.index.names, path)
             rules = given
             if rules is None:
+                assert isinstance(family, str)
                 leaves = [memory.index.pieces(n)[len(path) :] for below in names for n in parse("**").find(below)]
                 rules = values(identities.family_of(modules_of(leaves), family, model_type))
             where = run.path(number, numbered.separator_of(memory.index, run))

@@ -3,19 +3,20 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from paramend._optional import need
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import AnyArray, Spec
 from paramend.pages.page import Column, Page, Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 from paramend.selectors.layers import notation, whole
-from paramend.selectors.selector import resolve
+from paramend.selectors.selector import SelectorLike, resolve
 from paramend.trees.lookup import is_torch_module
 
+M = TypeVar("M")
 _RATE = 1e-2
 
 
@@ -88,7 +89,7 @@ class LiveReport(Paged):
         return {"steps": self.steps, "dead": [row.path for row in self.dead], "leaves": rows}
 
 
-def check_live(model: Any, loss: Callable[[Any], Any], selector: Any = "**", *, steps: int = 2) -> LiveReport:
+def check_live(model: M, loss: Callable[[M], AnyArray], selector: SelectorLike = "**", *, steps: int = 2) -> LiveReport:
     """A report of the step at which each parameter receives its first gradient.
 
     A copy of the model is trained by plain gradient descent; the model stays as it is. What is hidden by a zero comes

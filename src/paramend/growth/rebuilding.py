@@ -187,7 +187,10 @@ class Rebuilder:
                 _renumber_(layer, self.order.sources[target], target)
 
     def _copied_module(self, node: Any, kind: Kind) -> Any:
-        return copy.deepcopy(node) if is_torch_module(node) else kind.replace(node, {})  # type: ignore[misc]
+        if is_torch_module(node):
+            return copy.deepcopy(node)
+        assert kind.replace is not None
+        return kind.replace(node, {})
 
 
 def _copied_torch(root: Any, child: Any) -> Any:

@@ -2,13 +2,17 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import identities, numbered
+from paramend.leaves.specs import AnyArray, AnyTree
 from paramend.trees.lookup import is_torch_module
+
+if TYPE_CHECKING:
+    import torch
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 _Unit = list[tuple[str, float]]
@@ -17,7 +21,13 @@ _Unit = list[tuple[str, float]]
 _TRIALS = 3
 
 
-def residual_writers(model: Any, example: Any, *, layers: str | None = None, params: Any = None) -> dict[str, float]:
+def residual_writers(
+    model: "torch.nn.Module | Callable[[AnyTree, AnyArray], AnyArray]",
+    example: AnyTree,
+    *,
+    layers: str | None = None,
+    params: AnyTree | None = None,
+) -> dict[str, float]:
     """The leaves of a block that make it the identity, with their values: what `identity=` of `pm.deepen` takes.
 
     The block is run on random inputs with all of its parameters at zero (at -1 for the gain of a norm that computes

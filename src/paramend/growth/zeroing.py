@@ -1,6 +1,6 @@
 """Torch layers, initialised in place."""
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from paramend._optional import imported
 from paramend.arrays.registry import backend
@@ -8,7 +8,10 @@ from paramend.errors import Unsupported
 from paramend.reports import wording
 from paramend.trees.lookup import is_torch_module
 
-Layer = TypeVar("Layer")
+if TYPE_CHECKING:
+    import torch
+
+Layer = TypeVar("Layer", bound="torch.nn.Module")
 
 
 def zero_(layer: Any) -> None:

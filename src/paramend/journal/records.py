@@ -59,8 +59,7 @@ from paramend.disk.io import get, get_into, put
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotRead
 from paramend.journal import claims
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 MAGIC = b"PMUNDO1\n"
 # Bytes that are read and written at once.

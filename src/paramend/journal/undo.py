@@ -35,6 +35,7 @@ from paramend.journal.records import (
 )
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
+from paramend.reports.report import Report, Section
 from paramend.reports.tables import aligned
 
 
@@ -78,8 +79,8 @@ class HistoryRow:
         }
 
 
-@dataclass(frozen=True)
-class UndoReport:
+@dataclass(frozen=True, repr=False)
+class UndoReport(Report):
     """What an undo has done.
 
     Attributes:
@@ -95,6 +96,14 @@ class UndoReport:
     bytes_written: int
     left: int
     interrupted: bool = False
+
+    def headline(self) -> str:
+        """What was taken back, in one line."""
+        return self.summary
+
+    def sections(self) -> list[Section]:
+        """None: what was done to which leaves stands in `undone`."""
+        return []
 
     @property
     def summary(self) -> str:

@@ -45,6 +45,11 @@ class Index:
         self.spans: list[tuple[type, int, int]] = []
         self.found: dict[Hashable, tuple[int, ...]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is found out again when it is wanted."""
+        kept = ("names", "numbers", "separator", "spans")
+        return {name: getattr(self, name) for name in kept} | {"found": {}}
+
     @classmethod
     def of_names(cls, names: Iterable[str], separator: str = ".") -> "Index":
         """The index of a flat table of names, as a checkpoint file holds."""
@@ -227,6 +232,9 @@ class Stored:
         self.source, self.number = source, number
         self.read: Callable[[], Any] = partial(source.read, number)
         self.read_range: Callable[[int, int], Any] = partial(source.read_range, number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stored, (self.source, self.number)
 
     def __repr__(self) -> str:
         return str(self.spec)

@@ -1,13 +1,38 @@
 """Specs: what is known of an array without reading it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
+from typing import Any, Protocol, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 
 from paramend.errors import BadArgument
 from paramend.reports import wording
+
+Array: TypeAlias = np.ndarray[Any, Any]
+# An array of any library, and any tree of arrays: no type names them all, and type checkers take both as they come.
+AnyArray: TypeAlias = Any
+AnyTree: TypeAlias = Any
+# A number, also one of numpy or a traced one: arrays without axes are numbers.
+Scalar: TypeAlias = complex | np.number[Any] | np.bool_ | SupportsIndex
+# An int, or a key of JAX.
+Seed: TypeAlias = SupportsIndex
+# What stands between brackets.
+Axis: TypeAlias = SupportsIndex | slice | EllipsisType | Sequence[int] | Array | None
+Slice: TypeAlias = Axis | tuple[Axis, ...]
+
+
+class TorchDtype(Protocol):
+    """A dtype of torch, which need not be there."""
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is one of floats."""
+
+
+DtypeLike: TypeAlias = str | type | np.dtype[Any] | TorchDtype
 
 # One row a dtype: its name, its bits, its safetensors code (None: the format has none).
 _ROWS: tuple[tuple[str, int, str | None], ...] = (
@@ -104,7 +129,7 @@ def kind_of(dtype: str) -> str:
     return "complex" if dtype.startswith("complex") else "bool"
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: DtypeLike) -> str:
     """The name of a dtype given as text or as an object of numpy, JAX or torch.
 
     Raises:
@@ -119,7 +144,7 @@ def dtype_name(dtype: Any) -> str:
         name = str(dtype).removeprefix("torch.")
     else:
         try:
-            name = np.dtype(dtype).name
+            name = np.dtype(cast(type, dtype)).name
         except TypeError:
             name = str(dtype)
     if name in BITS or name.startswith("key<"):

@@ -9,6 +9,8 @@ from paramend._optional import need
 from paramend.leaves.leaves import separator_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from paramend.pages.page import Page
 
 # The colours of Okabe and Ito, and a texture for each: the same as on the page.
@@ -32,7 +34,7 @@ class _Node:
         return 1 + max((node.depth for node in self.inner.values()), default=0)
 
 
-def draw(page: "Page") -> Any:
+def draw(page: "Page") -> "Figure":
     """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that it belongs to.
 
     Leaves are coloured by their groups, each with a texture of its own, or by the column that colours the page.
@@ -49,7 +51,7 @@ def draw(page: "Page") -> Any:
     patches: Any = need("matplotlib.patches", extra="plot", to="draw a report")
     root = _tree(page)
     depth = min(root.depth, 8)
-    figure = figures.Figure(figsize=(10, 1.2 + 0.5 * depth), layout="constrained")
+    figure: Figure = figures.Figure(figsize=(10, 1.2 + 0.5 * depth), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(depth, 0))
     axes.axis("off")

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paramend.disk.io import write_file
 from paramend.errors import CannotWrite
 from paramend.leaves.leaves import separator_of
 from paramend.reports.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Notebooks keep what they show in their files: larger pages are written to a file by `to_html`.
 _MOST_IN_A_NOTEBOOK = 20_000
@@ -149,7 +152,7 @@ class Paged(Report):
             _write(Path(path), text)
         return text
 
-    def plot(self) -> Any:
+    def plot(self) -> "Figure":
         """A matplotlib figure of the page's map: `report.plot().savefig("report.svg")`.
 
         Raises:

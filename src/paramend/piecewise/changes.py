@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -11,15 +10,13 @@ from paramend.disk.io import put
 from paramend.edits.call import Call
 from paramend.edits.plan import Row
 from paramend.formats.source import Extent, Source
-from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise import steps as computing
 from paramend.piecewise.regions import Region, region
 from paramend.piecewise.rows import values
 from paramend.piecewise.steps import flat, step_of
 from paramend.piecewise.windows import GAP, Window, joined
 from paramend.reports.progress import Meter
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

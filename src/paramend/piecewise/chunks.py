@@ -14,13 +14,12 @@ import numpy as np
 
 from paramend.edits.plan import Row
 from paramend.formats.source import Extent
-from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.changes import Work, change
 from paramend.piecewise.rows import steps_of
 from paramend.piecewise.steps import flat
 from paramend.reports.progress import Meter
 
-Array = np.ndarray[Any, Any]
 Box = tuple[slice, ...]
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from paramend.edits.call import sliced_shape
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,8 @@ import numpy as np
 
 from paramend.edits.plan import Row
 from paramend.errors import SpecMismatch
-from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.steps import CHUNK, Step, step_of
-
-Array = np.ndarray[Any, Any]
 
 
 def values(source: Any, row: Row) -> Iterator[Array]:

@@ -13,10 +13,9 @@ from paramend.arrays.initializers import Draws, Place, generator
 from paramend.edits.call import Call
 from paramend.errors import SpecMismatch
 from paramend.leaves.leaves import Stored
-from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.regions import region
 
-Array = np.ndarray[Any, Any]
 Step = Callable[[Array, int], Array]
 
 # Elements computed at once: they fit the processor's cache; whole tensors are two to three times slower.
@@ -65,7 +64,8 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
 
     def step(x: Array, start: int) -> Array:
         part = {**edit.args, "value": operand(start, start + x.size)}
-        return edit.op.run(numpy_backend, x, part, place)  # type: ignore[no-any-return]
+        found: Array = edit.op.run(numpy_backend, x, part, place)
+        return found
 
     return step
 
@@ -80,7 +80,8 @@ def _bfloat16_step(verb: np.ufunc, value: Array) -> Step:
 
     def step(x: Array, start: int) -> Array:
         wide = x.astype(np.float32)
-        return verb(wide, operand, out=wide).astype(dtype)  # type: ignore[no-any-return]
+        verb(wide, operand, out=wide)
+        return wide.astype(dtype)
 
     return step
 

@@ -6,8 +6,7 @@ import numpy as np
 
 from paramend.disk.io import get, put
 from paramend.formats.source import Extent
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 # Runs that are nearer to each other than so many bytes are recorded and written as one range: one more range would cost
 # more than the bytes between them.

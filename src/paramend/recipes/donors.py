@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,11 +13,10 @@ from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, Wr
 from paramend.formats.files import open_regular
 from paramend.leaves.leaves import Editable, Index, Stored
 from paramend.leaves.paths import labels, text_of
+from paramend.leaves.specs import Array
 from paramend.reports import wording
 from paramend.selectors.renames import captures
 from paramend.selectors.selector import Selector, resolve
-
-Array = np.ndarray[Any, Any]
 
 
 class Donors:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, Problem, Unsupported
 from paramend.formats.files import open_regular
+from paramend.leaves.specs import AnyTree
 from paramend.recipes.donors import Donors
 from paramend.recipes.run import check_in_place, run
 from paramend.recipes.schema import make_schema
@@ -39,7 +40,7 @@ class Recipe:
       - fill: {at: "**/kernel", value: 0.5}
     """
 
-    def __init__(self, steps: Sequence[Mapping[str, Any]], *, version: int = VERSION) -> None:
+    def __init__(self, steps: Sequence[Mapping[str, object]], *, version: int = VERSION) -> None:
         self._read(Document({"version": version, "steps": steps}), "recipe", Path())
 
     def _read(self, document: Document, name: str, folder: Path) -> None:
@@ -162,7 +163,7 @@ class Recipe:
             found = Checkpoint(found.source, found.plan, self._told() if alone else "")
         return found  # type: ignore[no-any-return]
 
-    def apply_(self, module: Any) -> None:
+    def apply_(self, module: AnyTree) -> None:
         """Carries all steps out in place, on a torch or NNX module. Everything is checked before the first change.
 
         Args:

@@ -1,8 +1,9 @@
 """Runs of recipes: step after step on a tree, each on what the steps before it left, all problems collected."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from paramend.edits.memory import editable
 from paramend.edits.ops import OPS
 from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import AnyTree, Spec
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Problems, Step, problem_of
 from paramend.recipes.verbs import CONDITIONS
@@ -58,9 +59,13 @@ def check_in_place(
         if calls and not at.problems:
             at.problems.tried(f"{at.address}.at", leaves.check_, calls)
             # The leaves of this step are those of all others; only their values will have changed.
-            work.append(lambda calls=calls: editable(module).edited_(calls))  # type: ignore[misc]
+            work.append(partial(_edit_, module, calls))
         problems += at.problems
     return work, problems
+
+
+def _edit_(module: AnyTree, calls: Mapping[int, Call]) -> None:
+    editable(module).edited_(calls)
 
 
 def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:

@@ -38,6 +38,9 @@ class Verb:
     one_of: tuple[str, ...] = ()
     changes: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return verb_of, (self.name,)
+
     @property
     def example(self) -> dict[str, Any]:
         """The verb as a step that holds what it needs."""
@@ -121,5 +124,16 @@ VERBS: dict[str, Verb] = {
         ),
     )
 }
+
+
+def verb_of(name: str) -> Verb:
+    """The row of the table.
+
+    >>> verb_of("delete").says
+    'the leaves are left out'
+    """
+    return VERBS[name]
+
+
 # Ops that only code can say.
 CODE = {op.name for op in OPS.values() if op.code}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array
 
 # Elements up to which float64 costs little, and the size of the pieces in which more are read.
 _SMALL = 1 << 22

@@ -4,16 +4,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from paramend.arrays.initializers import Place, generator
 from paramend.errors import SpecMismatch
+from paramend.leaves.specs import Array
 from paramend.reports import wording
 from paramend.resize import arithmetic
 
-Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
 Grid = tuple[int, int]
 Path = tuple[str, ...]

@@ -15,8 +15,9 @@ from typing import Literal as OneOf
 import numpy as np
 
 from paramend.errors import BadArgument
+from paramend.leaves.specs import AnyArray, Array
 from paramend.reports import wording
-from paramend.resize.fits import METHODS, PLANS, Array, Fit, Shape
+from paramend.resize.fits import METHODS, PLANS, Fit, Shape
 
 __all__ = ["Resize", "channels", "patches", "positions", "vocabulary"]
 
@@ -45,7 +46,7 @@ class Resize:
         given = (f"{name}={_code(value)}" for name, value in self.options.items() if value != usual[name])
         return f"pm.resize.{self.kind}({', '.join(given)})"
 
-    def __call__(self, array: Any, shape: Sequence[int], *, path: Sequence[str] = ()) -> Array:
+    def __call__(self, array: AnyArray, shape: Sequence[int], *, path: Sequence[str] = ()) -> Array:
         """The array resized, in its own dtype.
 
         Args:

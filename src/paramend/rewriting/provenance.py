@@ -30,7 +30,8 @@ from typing import Any
 from paramend.edits.plan import Row
 from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsupported
 from paramend.formats.files import open_regular
-from paramend.formats.jsontext import bad, json_type, parse_object, shown
+from paramend.formats.jsontext import bad, json_type, parse_object
+from paramend.formats.limits import shown
 from paramend.formats.registry import format_of, open_source
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.safetensors_header import RECORD

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from paramend.disk.copying import WINDOW, Copier, WriteBack
 from paramend.disk.io import put
 from paramend.disk.publishing import create_file, published, sync_file
@@ -31,12 +29,11 @@ from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
+from paramend.reports.report import Report, Section
 from paramend.rewriting.files import Computed, File
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output, operands, sources
-
-Array = np.ndarray[Any, Any]
 
 # Zeros of fewer bytes are written; longer runs are left out of the file, which reads the same.
 _HOLE = 1 << 20
@@ -44,8 +41,8 @@ _HOLE = 1 << 20
 _OPEN = 64
 
 
-@dataclass(frozen=True)
-class RewriteReport:
+@dataclass(frozen=True, repr=False)
+class RewriteReport(Report):
     """What a rewrite has done.
 
     Attributes:
@@ -69,6 +66,17 @@ class RewriteReport:
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     record: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", self.plan.told())
+
+    def headline(self) -> str:
+        """What was written, in one line."""
+        return self.summary
+
+    def sections(self) -> list[Section]:
+        """None: the rows are those of the plan."""
+        return []
 
     @property
     def summary(self) -> str:

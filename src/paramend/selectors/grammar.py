@@ -163,8 +163,9 @@ class Reader:
             atom = self.atom()
             if isinstance(atom, Positions) and any(isinstance(a, Positions) for a in atoms):
                 raise self.fail("one key takes one index", here, self.at, hint="[0,3] or [1:4] picks several")
-            if isinstance(atom, Literal) and atoms and isinstance(atoms[-1], Literal):
-                atom = Literal(atoms.pop().text + atom.text)  # type: ignore[union-attr]
+            if isinstance(atom, Literal) and atoms and isinstance(last := atoms[-1], Literal):
+                atom = Literal(last.text + atom.text)
+                del atoms[-1]
             atoms.append(atom)
         if not atoms:
             raise self.fail(
@@ -248,8 +249,9 @@ class Reader:
                     return Either(tuple(options))
             else:
                 piece = self.simple()
-                if isinstance(piece, Literal) and option and isinstance(option[-1], Literal):
-                    piece = Literal(option.pop().text + piece.text)  # type: ignore[union-attr]
+                if isinstance(piece, Literal) and option and isinstance(last := option[-1], Literal):
+                    piece = Literal(last.text + piece.text)
+                    del option[-1]
                 option.append(piece)
 
     def positions(self) -> Positions:

@@ -2,17 +2,18 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
 
 import numpy as np
 
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
 from paramend.leaves.leaves import Index, Leaves, unique
+from paramend.leaves.names import by_name
 from paramend.leaves.paths import labels, text_of, write_path
-from paramend.leaves.specs import Spec, dtype_name
+from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
 from paramend.selectors.grammar import AnyPieces, Number, Piece, Positions
 from paramend.selectors.patterns import Pattern, parse
@@ -22,29 +23,29 @@ from paramend.trees.kind import ELIDED
 class Selector:
     """A choice of leaves, made by `pm.sel` and combined with `|`, `&`, `~`, `.where(...)` and a slice `[...]`."""
 
-    def __or__(self, other: Any) -> "Selector":
+    def __or__(self, other: "SelectorLike") -> "Selector":
         return Union((*_parts(self), *_parts(sel(other))))
 
-    def __ror__(self, other: Any) -> "Selector":
+    def __ror__(self, other: "SelectorLike") -> "Selector":
         return sel(other) | self
 
-    def __and__(self, other: Any) -> "Selector":
+    def __and__(self, other: "SelectorLike") -> "Selector":
         return Both(self, sel(other))
 
-    def __rand__(self, other: Any) -> "Selector":
+    def __rand__(self, other: "SelectorLike") -> "Selector":
         return sel(other) & self
 
     def __invert__(self) -> "Selector":
         return Rest(self)
 
-    def __getitem__(self, index: Any) -> "Selector":
+    def __getitem__(self, index: Slice) -> "Selector":
         return Sliced(self, index)
 
     def where(
         self,
         *,
         ndim: int | None = None,
-        dtype: Any = None,
+        dtype: DtypeLike | None = None,
         shape: tuple[int, ...] | None = None,
         min_size: int | None = None,
         max_size: int | None = None,
@@ -61,9 +62,12 @@ class Selector:
         >>> sel("**").where(ndim=2, dtype="float32")
         pm.sel("**").where(ndim=2, dtype="float32")
         """
-        if dtype is not None and dtype not in ("float", "int", "bool", "complex"):
-            dtype = dtype_name(dtype)
-        return Where(self, ndim, dtype, None if shape is None else tuple(shape), min_size, max_size)
+        # A dtype of numpy equals the text "float" too, where it is that of float64.
+        kind = isinstance(dtype, str) and dtype in ("float", "int", "bool", "complex")
+        name = str(dtype) if kind or dtype is None else dtype_name(dtype)
+        return Where(
+            self, ndim, None if dtype is None else name, None if shape is None else tuple(shape), min_size, max_size
+        )
 
     __iter__ = None  # or a loop over a selector would slice it for ever
 
@@ -79,12 +83,22 @@ class Selector:
         raise NotImplementedError
 
 
+_One: TypeAlias = str | re.Pattern[str] | type | Callable[[str, Spec], object] | Selector
+_Bools: TypeAlias = bool | np.bool_ | Mapping[Any, Any]
+# What `sel` takes: one of these, a tree of bools, or a list of them. A tree of bools that is neither a mapping nor a
+# list, such as an Equinox module, is typed as its own library has it: `pm.at(...).mask()` gives it as `AnyTree`.
+SelectorLike: TypeAlias = _One | _Bools | Sequence[_One | _Bools | Sequence[Any]]
+
+
 @dataclass(frozen=True)
 class Text(Selector):
     """Leaves whose path matches a pattern."""
 
     text: str
     pattern: Pattern
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _text_selector, (self.text,)
 
     def __repr__(self) -> str:
         return f"pm.sel({_quote(self.text)})"
@@ -134,11 +148,24 @@ class Regex(Selector):
         return found
 
 
+class _Named(Selector):
+    """A choice by a function or a class, which is pickled by its name; a copy within a process needs no name."""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
 @dataclass(frozen=True)
-class Held(Selector):
+class Held(_Named):
     """Leaves held by instances of a class of modules or containers, at any depth below them."""
 
     kind: type
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, (by_name(self.kind, "this selector"),)
 
     def __repr__(self) -> str:
         return f"pm.sel({self.kind.__module__}.{self.kind.__qualname__})"
@@ -156,14 +183,23 @@ class Held(Selector):
         return found
 
 
-@dataclass(frozen=True)
-class Predicate(Selector):
+@dataclass(frozen=True, eq=False)
+class Predicate(_Named):
     """Leaves for which `f(path, spec)` is true."""
 
-    function: Callable[[str, Spec], Any]
+    function: Callable[[str, Spec], object]
+
+    def __eq__(self, other: object) -> bool:
+        return _bound(self.function) == _bound(other.function) if isinstance(other, Predicate) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(_bound(self.function)[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Predicate, (by_name(self.function, "this selector"),)
 
     def __repr__(self) -> str:
-        return f"pm.sel({getattr(self.function, '__qualname__', repr(self.function))})"
+        return f"pm.sel({_called(self.function)})"
 
     def _find(self, leaves: Leaves) -> set[int]:
         return {n for n in leaves.index.numbers if self.function(leaves.index.path(n), leaves.spec(n))}
@@ -174,6 +210,12 @@ class Mask(Selector):
     """Leaves at which a tree of bools, of the same structure or a prefix of it, is true."""
 
     tree: Any
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.tree == other.tree) if isinstance(other, Mask) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(Mask)  # the tree may change, and has no hash
 
     def __repr__(self) -> str:
         return f"pm.sel({self.tree!r})"
@@ -297,6 +339,14 @@ class Sliced(Selector):
     part: Selector
     index: Any
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sliced):
+            return NotImplemented
+        return self.part == other.part and _plain(self.index) == _plain(other.index)
+
+    def __hash__(self) -> int:
+        return hash((self.part, _plain(self.index)))
+
     def __repr__(self) -> str:
         return f"{_tight(self.part)}[{write_index(self.index)}]"
 
@@ -307,7 +357,7 @@ class Sliced(Selector):
         )
 
 
-def sel(what: Any) -> Selector:
+def sel(what: SelectorLike) -> Selector:
     """A selector value from text, a regular expression, a class, a predicate, a tree of bools, or a list of these.
 
     Args:
@@ -361,7 +411,7 @@ def _text_selector(text: str) -> Text:
     return Text(text, pattern)
 
 
-def resolve(selector: Any, leaves: Leaves) -> tuple[int, ...]:
+def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
     """The numbers of the chosen leaves in the order of the tree, one for each leaf however many paths it has.
 
     Raises:
@@ -374,7 +424,7 @@ def resolve(selector: Any, leaves: Leaves) -> tuple[int, ...]:
     return unique(leaves, leaves.index.ordered(_some(selector, leaves)) if known is None else known)
 
 
-def slice_of(selector: Any) -> tuple[Selector, Any]:
+def slice_of(selector: SelectorLike) -> tuple[Selector, Any]:
     """A selector without its slice, and the slice, or None."""
     selector = sel(selector)
     return (selector.part, selector.index) if isinstance(selector, Sliced) else (selector, None)
@@ -394,10 +444,35 @@ def write_index(index: Any) -> str:
     return "..." if index is Ellipsis else repr(index)
 
 
+def _bound(function: Any) -> tuple[Any, ...]:
+    """What a function is compared by: partial ones compare by identity, which no copy shares."""
+    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function,)
+
+
+def _called(function: Any) -> str:
+    """A function as it is written."""
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"functools.partial({', '.join([_called(function.func), *given])})"
+    return str(getattr(function, "__qualname__", repr(function)))
+
+
+def _plain(index: Any) -> Hashable:
+    """A slice that can be compared and hashed, which slices of Python 3.11 and arrays cannot."""
+    if isinstance(index, tuple):
+        return tuple(map(_plain, index))
+    if isinstance(index, slice):
+        return slice, index.start, index.stop, index.step
+    if isinstance(index, list) or hasattr(index, "__array__"):
+        return str(np.asarray(index).tolist())
+    found: Hashable = index
+    return found
+
+
 # ---- the parts -------------------------------------------------------------------------------------------------
 
 
-def _is_function(what: Any) -> bool:
+def _is_function(what: object) -> TypeGuard[Callable[[str, Spec], object]]:
     return inspect.isroutine(what) or isinstance(what, partial)
 
 

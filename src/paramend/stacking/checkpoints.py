@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -14,11 +13,10 @@ from paramend.errors import RenameClash, Unsupported
 from paramend.formats.gathered import Made, Origin, Stacked, Taken
 from paramend.leaves.leaves import plain
 from paramend.leaves.paths import Label, labels
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 from paramend.stacking.plan import Member, Path
 
-Array = np.ndarray[Any, Any]
 # Of a leaf its new path, as `renames.keys` has it.
 Keys = Mapping[int, Sequence[tuple[str, int | None]]]
 

@@ -11,6 +11,7 @@ from paramend.arrays.registry import backend
 from paramend.edits.structure import Draft, take_apart
 from paramend.errors import RenameClash, Unsupported
 from paramend.leaves.leaves import Editable
+from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.selectors.layers import without_rest
 from paramend.selectors.nesting import depths as depths_in
@@ -38,7 +39,7 @@ T = TypeVar("T")
 Path = tuple[str, ...]
 
 
-def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0, like: Any = None) -> T:
+def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0, like: AnyTree | None = None) -> T:
     """The tree with its numbered layers as one: each leaf holds those of all layers, along a new axis.
 
     Args:
@@ -94,7 +95,7 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     return _closed(draft, members)  # type: ignore[no-any-return]
 
 
-def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: Any = None) -> T:
+def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTree | None = None) -> T:
     """The tree with the layers of a stack one by one, under numbered names: the way back from `stack_layers`.
 
     Args:

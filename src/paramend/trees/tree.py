@@ -40,10 +40,10 @@ class _Structure:
     torch: bool = False
 
 
-class _Cache(OrderedDict[Hashable, Any]):
+class _Cache(OrderedDict[Hashable, _Structure]):
     """The structures met last."""
 
-    def remember(self, key: Hashable, structure: Any) -> Any:
+    def remember(self, key: Hashable, structure: _Structure) -> _Structure:
         if len(self) >= 128:
             self.popitem(last=False)
         self[key] = structure
@@ -70,6 +70,9 @@ class Tree:
         self._ties: Mapping[int, int] | None = None
         self._structure: _Structure = self._compiled() or self._walked()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root,)
+
     def _compiled(self) -> _Structure | None:
         """The structure by JAX's own walk, or None if that would take another view of the tree."""
         if not imported("jax") or type(self.root) in leaf_types or _holds_modules(self.root):
@@ -85,7 +88,7 @@ class Tree:
         if not structure.compiled:
             return None
         self.values, self._treedef = values, treedef
-        return structure  # type: ignore[no-any-return]
+        return structure
 
     def _compile(self, values: list[Any], treedef: Any) -> _Structure:
         torch = _holds_torch(values)
@@ -110,7 +113,7 @@ class Tree:
             with uncollected():
                 namer.name(self.root, None)
             structure = _structures.remember(key, _Structure(namer.index, torch=torch))
-        return structure  # type: ignore[no-any-return]
+        return structure
 
     @property
     def index(self) -> Index:

@@ -15,11 +15,11 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import changed, closed, same_file
-from paramend.formats.orbax.store import MANIFEST, Array, Blame, Box, Entry, Stage, Store, read_json
+from paramend.formats.orbax.store import MANIFEST, Blame, Box, Entry, Stage, Store, read_json
 from paramend.formats.orbax.tree import TREE, Walk
 from paramend.formats.orbax.writer import OrbaxWriter
 from paramend.leaves.leaves import entries
-from paramend.leaves.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _STEP = "_CHECKPOINT_METADATA"

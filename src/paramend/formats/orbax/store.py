@@ -13,23 +13,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from paramend._optional import need
 from paramend.disk.io import write_file
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
 from paramend.formats.files import OpenFile
-from paramend.formats.jsontext import bad, parse_object, shown
-from paramend.leaves.specs import BITS, Spec
+from paramend.formats.jsontext import bad, parse_object
+from paramend.formats.limits import U64, shown
+from paramend.leaves.specs import BITS, Array, Spec
 
-Array = np.ndarray[Any, Any]
 Box = tuple[slice, ...]
 
 MANIFEST = "manifest.ocdbt"
 MAX_JSON = 256_000_000
 # Bytes of chunks that a database holds back before it writes them and a new tree of nodes.
 BATCH = 1 << 27
-_U64 = 2**64
 
 # How zarr 2 writes the dtypes that it shares with numpy; others have their names.
 _CODES = {"b1": "bool", "f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
@@ -338,12 +335,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shape(value: Any, file: str, place: str) -> tuple[int, ...]:
-    if type(value) is not list or any(type(axis) is not int or not 0 <= axis < _U64 for axis in value):
+    if type(value) is not list or any(type(axis) is not int or not 0 <= axis < U64 for axis in value):
         raise bad(file, place, "an array of whole numbers is expected")
     elements = 1
     for axis in value:
         elements *= axis
-        if elements * 16 >= _U64:
+        if elements * 16 >= U64:
             raise bad(file, place, "the number of elements overflows 64 bits")
     return tuple(value)
 

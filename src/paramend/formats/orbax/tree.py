@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paramend.formats.jsontext import bad, shown
+from paramend.formats.jsontext import bad
+from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.orbax.store import read_json
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
 
-# Keys from the root to a leaf, the pieces of dotted names counted: trees deeper than this cannot be walked.
-MAX_PIECES = 200
 Keys = tuple[str | int, ...]
 
 TREE, STRINGS = "_METADATA", "_strings.json"

@@ -15,21 +15,18 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.source import Extent
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Made, Recorder
 from paramend.formats.torch.writer import TorchWriter
-from paramend.formats.zips.archive import STORED, Archive, Record, shown
+from paramend.formats.zips.archive import STORED, Archive, Record
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
-from paramend.leaves.specs import Spec, numpy_dtype
-
-Array = np.ndarray[Any, Any]
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 MAX_PICKLE = 256_000_000
-# Keys from the root to a leaf, the pieces of dotted names counted: trees deeper than this cannot be walked.
-MAX_PIECES = 200
 _MAX_DEPTH = 100
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"

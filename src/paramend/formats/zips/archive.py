@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from paramend.errors import BadArgument, BadCheckpoint
 from paramend.formats.files import OpenFile
+from paramend.formats.limits import shown
 from paramend.reports import wording
 
 STORED = 0
@@ -240,11 +241,6 @@ def names_in(file: OpenFile) -> Iterator[str]:
         at += _CENTRAL.size
         yield _decode(_cut(raw, at, name))
         at += name + extra + comment
-
-
-def shown(text: str) -> str:
-    """A name from a file in a message: no control characters, no thousand letters."""
-    return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"
 
 
 def _find_directory(file: OpenFile) -> tuple[int, int, int]:

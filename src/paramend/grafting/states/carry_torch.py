@@ -53,8 +53,8 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
     of_all = isinstance(optimizer, torch.optim.LBFGS)  # one state for all parameters together
     if not of_all:
         _refuse_misfits(new, keys, found)
-    elif all(found) and len(found) == len(known):
-        optimizer.state[new[0][0]] = _copied(found[0].state, new[0][0], new[0][1])  # type: ignore[union-attr]
+    elif found[0] is not None and all(found) and len(found) == len(known):
+        optimizer.state[new[0][0]] = _copied(found[0].state, new[0][0], new[0][1])
     for key, (parameter, group), source in zip(_written(keys), new, found, strict=True):
         if source is None or not source.state:
             report.fresh.append(

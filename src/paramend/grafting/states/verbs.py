@@ -1,29 +1,37 @@
 """Optimizer states that follow a model: by the report of a graft, or by the names of their parameters."""
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from paramend._optional import need
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import engine
 from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
+from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.reports.wording import described
 from paramend.trees.tree import Tree
 
+if TYPE_CHECKING:
+    import optax
+    import torch
+    from flax import nnx
+
 T = TypeVar("T")
+Optimizer = TypeVar("Optimizer", bound="torch.optim.Optimizer")
+Carried: TypeAlias = Literal["error", "keep"]
 
 
 def graft_opt_state(
     state: T,
-    old_state: Any,
-    report: "GraftReport | None" = None,
+    old_state: AnyTree,
+    report: GraftReport | None = None,
     *,
-    unused: "Unused | None" = None,
-    mismatch: Literal["error", "keep"] = "error",
-) -> "tuple[T, GraftReport]":
+    unused: Unused | None = None,
+    mismatch: Carried = "error",
+) -> tuple[T, GraftReport]:
     """The optimizer state with the moments of an earlier one, which follow their parameters, and the report of it.
 
     **After a graft**, by its report: where a parameter was copied, its moments are; where the common corner was, theirs
@@ -138,15 +146,15 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
 
 
 def graft_optimizer_(
-    optimizer: Any,
-    old: Any,
-    report: "GraftReport | None" = None,
+    optimizer: "torch.optim.Optimizer | nnx.Optimizer[Any]",
+    old: "torch.optim.Optimizer | nnx.Optimizer[Any] | Mapping[str, object]",
+    report: GraftReport | None = None,
     *,
-    target: Any = None,
-    source: Any = None,
+    target: AnyTree | None = None,
+    source: AnyTree | None = None,
     names: Sequence[str] | None = None,
-    unused: "Unused | None" = None,
-) -> "GraftReport":
+    unused: Unused | None = None,
+) -> GraftReport:
     """The report of a graft of a torch optimizer's state, or an `nnx.Optimizer`'s, in place.
 
     **Without a report** the parameters are the same: for thawing, refreezing and resuming, where `load_state_dict` asks
@@ -219,7 +227,7 @@ def graft_optimizer_(
     return done.report
 
 
-def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: "Unused") -> "GraftReport":
+def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: Unused) -> GraftReport:
     """The report, after a torch optimizer took over what an earlier one has for the same parameters."""
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
         raise Unsupported(
@@ -236,7 +244,9 @@ def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None
     return carry_torch.carry_optimizer_(optimizer, old, module, names, unused)
 
 
-def carry_opt_state(tx: Any, params: Any, state: Any, *, mismatch: Literal["error", "keep"] = "error") -> Any:
+def carry_opt_state(
+    tx: "optax.GradientTransformation", params: AnyTree, state: AnyTree, *, mismatch: Carried = "error"
+) -> AnyTree:
     """Deprecated: `pm.graft_opt_state(tx.init(params), state)`, which also gives a report.
 
     >>> import optax, warnings
@@ -254,7 +264,13 @@ def carry_opt_state(tx: Any, params: Any, state: Any, *, mismatch: Literal["erro
     return graft_opt_state(tx.init(params), state, mismatch=mismatch)[0]
 
 
-def carry_optimizer_(optimizer: Any, old: Any, *, module: Any = None, names: Sequence[str] | None = None) -> Any:
+def carry_optimizer_(
+    optimizer: Optimizer,
+    old: "torch.optim.Optimizer | Mapping[str, object]",
+    *,
+    module: "torch.nn.Module | None" = None,
+    names: Sequence[str] | None = None,
+) -> Optimizer:
     """Deprecated: `pm.graft_optimizer_(optimizer, old)`, which returns a report and not the optimizer.
 
     >>> import torch, warnings

@@ -1,0 +1,14 @@
+"""Limits of what is read from files, and how their names stand in messages."""
+
+# Names of more pieces are refused: a walk down one must not use up the interpreter's stack.
+MAX_PIECES = 200
+U64 = 2**64
+
+
+def shown(text: str) -> str:
+    """A name from a file in a message: no control characters, no hundred megabytes.
+
+    >>> shown("a\\n"), shown("x" * 2000)[-20:]
+    ("'a\\\\n'", '...  (2,000 characters)')
+    """
+    return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"

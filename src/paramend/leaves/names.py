@@ -1,0 +1,42 @@
+"""Functions and classes in values that are pickled: by their names, as pickle does it."""
+
+import pickle
+import sys
+from types import FrameType
+from typing import Any
+
+from paramend.errors import Unsupported
+
+
+def by_name(thing: Any, what: str, where: str = "", hint: str = "") -> Any:
+    """The function or class, if another process finds it by its name, or the pickler sends its code.
+
+    Args:
+        thing: the function or class.
+        what: what is pickled.
+        where: what it is there for, which goes before the reason and names it.
+        hint: another way out, which goes behind the first one.
+
+    Raises:
+        Unsupported: it cannot be found: a lambda, or what was defined inside a function.
+
+    >>> by_name(len, "this selector")
+    <built-in function len>
+    """
+    try:
+        pickle.dumps(thing)
+    except Exception as error:
+        if not _sends_code(sys._getframe()):
+            it = "it" if where else repr(thing)
+            raise Unsupported(
+                f"{what} cannot be pickled: {where}another process does not find {it} by its name",
+                hint=f"define it with `def` or `class` at the top level of a module{hint}",
+            ) from error
+    return thing
+
+
+def _sends_code(frame: FrameType | None) -> bool:
+    """Whether the pickler at work is cloudpickle, as Ray and joblib use it, which sends lambdas as code."""
+    while frame is not None and not frame.f_globals.get("__name__", "").endswith("cloudpickle"):
+        frame = frame.f_back
+    return frame is not None
