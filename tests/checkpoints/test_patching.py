@@ -39,7 +39,7 @@ from paramend.errors import (
 )
 from paramend.formats.registry import open_source
 from paramend.journal import records
-from paramend.journal.records import store_of
+from paramend.journal.store import UndoStore
 from paramend.journal.undo import drop, history, recover, undo
 from paramend.piecewise import steps as computing
 from paramend.piecewise.regions import region
@@ -249,7 +249,7 @@ def test_a_file_of_torch_keeps_its_checksums(tmp_path):
 def test_leaves_without_elements_need_no_record(model):
     before = model.read_bytes()
     assert patched(model, "empty", "fill", value=1).bytes_written == 0
-    assert model.read_bytes() == before and not store_of(model).exists()
+    assert model.read_bytes() == before and not UndoStore(model).folder.exists()
 
 
 def test_a_dry_run_writes_nothing(model):
@@ -305,7 +305,7 @@ def test_patching_gives_what_memory_gives(model, monkeypatch, index, verb, small
     except ParamendError as error:
         with pytest.raises(type(error)):
             patched(model, chosen, name, **args)
-        assert model.read_bytes() == before and not store_of(model).exists()
+        assert model.read_bytes() == before and not UndoStore(model).folder.exists()
         return
     patched(model, chosen, name, **args)
     assert bits(read(model)) == bits(expected)
@@ -476,7 +476,7 @@ TestStack.settings = settings(
 def test_what_changes_the_spec_is_refused_with_the_command_that_does_it(model):
     with pytest.raises(Unsupported, match=r"paramend cast .*model.safetensors 'layers.0.bias' float32 -o OUT"):
         patched(model, "layers.0.bias", "cast", dtype="float32")
-    assert not store_of(model).exists()
+    assert not UndoStore(model).folder.exists()
 
 
 def test_what_changes_the_structure_is_refused(model):
@@ -485,14 +485,14 @@ def test_what_changes_the_structure_is_refused(model):
         patch(model, lambda t: pm.at(t, "layers.0.bias").delete())
     with pytest.raises(Unsupported, match=r"paramend rename .* 'layers.0.bias' 'layers.0.b' -o OUT"):
         patch(model, lambda t: pm.at(t, "layers.0.bias").rename("layers.0.b"))
-    assert model.read_bytes() == before and not store_of(model).exists()
+    assert model.read_bytes() == before and not UndoStore(model).folder.exists()
 
 
 @pytest.mark.parametrize("edit", [lambda t: None, lambda t: 3, lambda t: pm.at(open_checkpoint(t.path), "**").zero()])
 def test_an_edit_gives_the_checkpoint_back(model, edit):
-    with pytest.raises(BadArgument, match="is expected back, edited"):
+    with pytest.raises(BadArgument, match="must return the edited checkpoint"):
         patch(model, edit)
-    assert not store_of(model).exists()
+    assert not UndoStore(model).folder.exists()
 
 
 def test_several_edits_in_one_patch(model, tmp_path):
@@ -514,7 +514,7 @@ def test_several_edits_in_one_patch(model, tmp_path):
     edit(open_checkpoint(model)).save(tmp_path / "out.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes() == after
     undone = patch(model, lambda t: t)
-    assert undone.bytes_written == 0 and not store_of(model).exists()
+    assert undone.bytes_written == 0 and not UndoStore(model).folder.exists()
 
 
 def test_a_cast_there_and_back(model, tmp_path):
@@ -604,7 +604,17 @@ def test_errors_of_the_system_change_nothing(model, monkeypatch, where):
         patched(model, "**/weight", "zero")
     monkeypatch.undo()
     assert model.read_bytes() == before
-    assert history(model) == [] and not store_of(model).exists()
+    assert history(model) == [] and not UndoStore(model).folder.exists()
+
+
+def test_what_was_cut_short_is_looked_for_once(model, monkeypatch):
+    patch(model, lambda t: pm.at(t, "**/bias").zero())
+    looks = []
+    for name in ("recover", "recover_held"):
+        real = getattr(UndoStore, name)
+        monkeypatch.setattr(UndoStore, name, lambda store, real=real: looks.append(store.base) or real(store))
+    patch(model, lambda t: pm.at(t, "**/weight").zero())
+    assert looks == [model]
 
 
 def test_no_room_for_the_record(model, monkeypatch):
@@ -617,7 +627,7 @@ def test_no_room_for_the_record(model, monkeypatch):
     monkeypatch.setattr(os, "statvfs", full)
     with pytest.raises(CannotWrite, match=r"the undo record needs .* and 0 B are free"):
         patched(model, "**/weight", "zero")
-    assert not store_of(model).exists()
+    assert not UndoStore(model).folder.exists()
 
 
 def test_a_second_writer_is_told_and_readers_are_not_stopped(model):
@@ -706,7 +716,7 @@ def test_a_copy_with_its_records_can_be_taken_back(model, tmp_path):
     away = tmp_path / "away"
     away.mkdir()
     shutil.copy(model, away)
-    shutil.copytree(store_of(model), away / store_of(model).name)
+    shutil.copytree(UndoStore(model).folder, away / UndoStore(model).folder.name)
     undo(away / model.name)
     assert bits(read(away / model.name)) == bits(tree())
 
@@ -718,7 +728,7 @@ def test_records_can_be_dropped(model):
     assert [row.number for row in drop(model, keep=1)] == [1, 2]
     assert drop(model, keep=5) == []
     assert len(history(model)) == 1 and content(model) == after
-    assert len(drop(model)) == 1 and drop(model) == [] and not store_of(model).exists()
+    assert len(drop(model)) == 1 and drop(model) == [] and not UndoStore(model).folder.exists()
     assert content(model) == after
 
 
@@ -738,7 +748,7 @@ def test_ctrl_c_puts_the_old_bytes_back(model):
 
     with open_source(model) as source, pytest.raises(KeyboardInterrupt):
         patch_plan(source, plan(source, "**", call("zero", {})), progress=stop)
-    assert model.read_bytes() == before and not store_of(model).exists()
+    assert model.read_bytes() == before and not UndoStore(model).folder.exists()
 
 
 def test_a_function_that_raises_changes_nothing(model):
@@ -752,7 +762,7 @@ def test_a_function_that_raises_changes_nothing(model):
 
     with pytest.raises(ZeroDivisionError):
         patched(model, "**/weight", "apply", fn=fn)
-    assert model.read_bytes() == before and not store_of(model).exists()
+    assert model.read_bytes() == before and not UndoStore(model).folder.exists()
     with pytest.raises(SpecMismatch):
         patched(model, "**/weight", "apply", fn=lambda x: x[:1])
     assert model.read_bytes() == before
@@ -956,7 +966,7 @@ def cut_short(path, edit):
             Machine(monkeypatch, step, torn=True)
             edit(path)
         if content(path) != before:
-            assert records.records(store_of(path), records.PENDING)
+            assert UndoStore(path).records(records.PENDING)
             return
         recover(path)
 
@@ -965,7 +975,8 @@ KILLER = """
     import os, random, signal, sys, time
     from pathlib import Path
     import paramend as pm
-    from paramend.journal.records import PENDING, records, store_of
+    from paramend.journal.records import PENDING
+    from paramend.journal.store import UndoStore
     from paramend.checkpoints.patching import patch
     from paramend.journal.undo import history, recover, undo
 
@@ -990,7 +1001,7 @@ KILLER = """
         time.sleep(rng.random() * took * 1.3)
         os.kill(child, signum)
         os.waitpid(child, 0)
-        pending = len(records(store_of(path), PENDING))
+        pending = len(UndoStore(path).records(PENDING))
         if signum == signal.SIGINT:
             assert not pending, "Ctrl-C left a half"
         else:
@@ -1042,7 +1053,7 @@ def test_the_original_that_came_back_needs_no_rolling_back(tmp_path):
     cut_short(path, lambda path: patched(path, "layers/**", "add", value=1))
     path.unlink()
     safetensors.numpy.save_file(tree(), path)
-    assert recover(path) == [] and not store_of(path).exists()
+    assert recover(path) == [] and not UndoStore(path).folder.exists()
 
 
 def test_a_shard_opened_alone_takes_back_the_patch_of_its_folder(sharded):
@@ -1077,4 +1088,4 @@ def test_the_commands(model):
     patched(model, "layers/**", "zero")
     assert runner.invoke(undo_command, [str(model), "--keep", "1"]).exit_code == 2
     assert "forgot 1 undo record" in runner.invoke(undo_command, [str(model), "--drop"]).stderr
-    assert not store_of(model).exists()
+    assert not UndoStore(model).folder.exists()

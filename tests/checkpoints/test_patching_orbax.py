@@ -25,7 +25,7 @@ from paramend.cli.main import cli
 from paramend.disk.locks import locked
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, SpecMismatch, Unsupported
 from paramend.journal import records
-from paramend.journal.records import store_of
+from paramend.journal.store import UndoStore
 from paramend.journal.undo import drop, recover
 from paramend.piecewise import chunks
 from paramend.piecewise.chunks import cells
@@ -381,7 +381,7 @@ def test_an_exchange_in_the_middle_is_noticed(copy, monkeypatch):
         os.utime(path / "manifest.ocdbt", (1, 1))
 
     monkeypatch.setattr("paramend.checkpoints.patching.restage", meddled)
-    with pytest.raises(Busy, match="another program changed it"):
+    with pytest.raises(BadCheckpoint, match="another program changed it"):
         pm.patch(path, lambda t: pm.at(t, "**/embed").zero())
     assert content(path) == before
     assert pm.history(path) == []
@@ -552,7 +552,8 @@ KILLER = """
     from pathlib import Path
     import numpy as np
     import paramend as pm
-    from paramend.journal.records import PENDING, records, store_of
+    from paramend.journal.records import PENDING
+    from paramend.journal.store import UndoStore
     from paramend.journal.undo import history, recover, undo
 
     path, rounds, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -598,7 +599,7 @@ KILLER = """
         time.sleep(rng.random() * took)
         os.kill(number, signum)
         os.waitpid(number, 0)
-        pending = len(records(store_of(path), PENDING))
+        pending = len(UndoStore(path).records(PENDING))
         assert not (pending and signum == signal.SIGINT), "Ctrl-C left a half"
         recover(path)
         if not history(path):
@@ -656,7 +657,7 @@ def test_without_tensorstore(copy, monkeypatch):
         pm.patch(path, lambda t: pm.at(t, "params/embed").zero())
     assert content(path) == before
     with contextlib.suppress(FileNotFoundError):
-        assert not records.records(store_of(path), records.PENDING)
+        assert not UndoStore(path).records(records.PENDING)
 
 
 def test_a_full_disk_changes_nothing(copy, monkeypatch):

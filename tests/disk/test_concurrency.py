@@ -1,9 +1,12 @@
 """Several programs at one checkpoint: one writer at a time, readers see the old state or the new one."""
 
 import contextlib
+import fcntl
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ import safetensors.numpy
 
 import paramend as pm
 from paramend.checkpoints.patching import patch
+from paramend.disk import publishing
+from paramend.disk.locks import hold
+from paramend.disk.publishing import published
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 
 
@@ -159,6 +165,72 @@ def test_programs_that_write_one_output(tmp_path, folder):
     assert len(values(out / "model.safetensors" if folder else out)) == 1
     pm.at(pm.open(path), "**").fill(4.0).save(target, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, "x.safetensors"])
+
+
+@pytest.mark.parametrize("mode", [None, 0o644], ids=["folder", "file"])
+@pytest.mark.parametrize("moment", ["open", "flock", "locked"])
+def test_a_temporary_that_is_swept_away_before_it_is_locked_is_made_anew(tmp_path, monkeypatch, mode, moment):
+    """Between the making of a temporary and its lock another writer takes it for what a killed one left behind."""
+    out, turns, held = tmp_path / "out", [], []
+
+    def whole(text):
+        with published(out, force=True, mode=mode) as temporary:
+            (temporary / "x" if mode is None else temporary).write_text(text)
+
+    def another():
+        """The other writer, from its sweep to its end, or only to the moment in which it has the lock."""
+        if turns or not (found := list(tmp_path.glob(".paramend-*.tmp"))):
+            return
+        turns.append(found)
+        if moment == "locked":
+            held.append(os.open(found[0], os.O_RDONLY))
+            assert hold(held[0])
+        else:
+            whole("other")
+            assert not found[0].exists()
+
+    def before(call):
+        def wrapped(*args, **kwargs):
+            another()
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    if moment == "open":
+        monkeypatch.setattr(os, "open", before(os.open))
+    else:
+        monkeypatch.setattr(fcntl, "flock", before(fcntl.flock))
+    whole("mine")
+    monkeypatch.undo()
+    assert len(turns) == (0 if (mode, moment) == (0o644, "open") else 1)  # a file is made and opened at once
+    assert (out / "x" if mode is None else out).read_text() == "mine"
+    for descriptor in held:
+        os.close(descriptor)
+    whole("last")  # sweeps what the other writer, had it been killed, would have left
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_state_that_a_living_writer_put_aside_stays_its_own(tmp_path, monkeypatch):
+    """Where names cannot be exchanged, nothing has the name for a moment. What a killed writer left then is mended."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "x").write_text("old")
+    monkeypatch.setattr(publishing, "_rename_at_once", lambda *args: False)
+    rename, told = Path.rename, []
+
+    def renamed(path, target):
+        if Path(target) == out and not told:
+            assert not out.exists()
+            with pytest.raises(Busy) as error, published(out, force=True, mode=None):
+                pass
+            told.append(error.value)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with published(out, force=True, mode=None) as temporary:
+        (temporary / "x").write_text("new")
+    assert told and (out / "x").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ---- hub cache -----------------------------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ def test_bytes_that_are_not_aligned_are_read_aligned(tmp_path):
             new.writestr(name, old.read(name))
         new.writestr("model/x", b"")
     with TorchFile(tmp_path / "new.pt") as file:
-        places = {file.extent(0).start % 4, file.archive.place("model/data/1").start % 4}
+        places = {file.extent(0).start % 4, file.archive.offsets("model/data/1").start % 4}
         assert places != {0}
     check(tmp_path / "new.pt")
 
@@ -459,13 +459,13 @@ ZIPS = {
     "another method": (patched(GOOD_ZIP, (LOCAL + 8, b"\x08")), "differ in flags or compression"),
     "no header": (patched(GOOD_ZIP, (LOCAL, b"XX")), "no local header"),
     "bomb": (patched(GOOD_ZIP, (SECOND + 24, b"\xff\xff\xff\x7f")), "bytes would lie in 4"),
-    "bomb, both": (patched(GOOD_ZIP, (SECOND + 20, b"\xff\xff\xff\x7f" * 2)), "runs into the next record"),
-    "too long": (patched(GOOD_ZIP, (SECOND + 20, b"\5\0\0\0\5\0\0\0")), "runs into the next record"),
+    "bomb, both": (patched(GOOD_ZIP, (SECOND + 20, b"\xff\xff\xff\x7f" * 2)), "runs into the next member"),
+    "too long": (patched(GOOD_ZIP, (SECOND + 20, b"\5\0\0\0\5\0\0\0")), "runs into the next member"),
     "zip64 missing": (patched(GOOD_ZIP, (SECOND + 24, b"\xff" * 4)), "zip64 field is missing"),
-    "header far away": (patched(GOOD_ZIP, (SECOND + 42, b"\xff\xff\xff\x7f")), "after the end of the records"),
-    "one header for two": (patched(GOOD_ZIP, (SECOND + 42, bytes(4))), "runs into the next record"),
+    "header far away": (patched(GOOD_ZIP, (SECOND + 42, b"\xff\xff\xff\x7f")), "after the end of the members"),
+    "one header for two": (patched(GOOD_ZIP, (SECOND + 42, bytes(4))), "runs into the next member"),
     "too many": (patched(GOOD_ZIP, (END + 8, b"\xff\xfe\xff\xfe")), "cannot list"),
-    "too few": (patched(GOOD_ZIP, (END + 8, b"\1\0\1\0")), "more than the 1 records"),
+    "too few": (patched(GOOD_ZIP, (END + 8, b"\1\0\1\0")), "more than the 1 members"),
     "in parts": (patched(GOOD_ZIP, (END + 4, b"\1")), "several parts"),
     "directory elsewhere": (patched(GOOD_ZIP, (END + 16, b"\0")), "not where it is said to be"),
     "damaged directory": (patched(GOOD_ZIP, (SECOND, b"XX")), "damaged"),
@@ -480,8 +480,8 @@ def test_zip_tricks(tmp_path, case):
     path = tmp_path / "m.pt"
     path.write_bytes(data)
     with pytest.raises(BadCheckpoint, match=message) as error, TorchFile(path) as file:
-        for name in file.archive.records:
-            file.archive.place(name)
+        for name in file.archive.members:
+            file.archive.offsets(name)
     assert str(error.value).startswith(str(path))
 
 
@@ -490,7 +490,7 @@ def test_good_zips(tmp_path):
         (tmp_path / "m.pt").write_bytes(data)
         with TorchFile(tmp_path / "m.pt") as file:
             assert file.structure == {}
-            assert "m/" not in file.archive.records
+            assert "m/" not in file.archive.members
 
 
 @pytest.mark.parametrize("limit", [3, 60])
@@ -502,8 +502,8 @@ def test_zip64(tmp_path, monkeypatch, limit):
     assert b"PK\6\6" in path.read_bytes()
     with TorchFile(path) as file:
         assert file.archive.read("m/data/0") == b"abcd" * 4
-        for name in file.archive.records:
-            for at in file.archive.place(name).crcs:
+        for name in file.archive.members:
+            for at in file.archive.offsets(name).crcs:
                 assert path.read_bytes()[at : at + 4] == zlib.crc32(file.archive.read(name)).to_bytes(4, "little")
 
 
@@ -590,7 +590,7 @@ def test_patches_of_what_is_no_storage(tmp_path):
     with TorchFile(path) as file:
         a, b = file.extent(0), file.extent(1)
         for start, nbytes in [(0, 4), (a.start - 1, 4), (a.start, b.start - a.start), (path.stat().st_size - 4, 4)]:
-            with pytest.raises(BadArgument, match="not within one record"):
+            with pytest.raises(BadArgument, match="not within one member"):
                 file.after_patch([Extent(path, start, nbytes)])
         assert file.after_patch([]) == file.after_patch([Extent(path, 0, 0)]) == []
 
@@ -770,8 +770,8 @@ def walk_through(path):
                     continue
                 found.reshape(-1)[:3].tobytes() if found.size < 10_000 else found.flat[:3].tobytes()
                 file.read_range(number, 0, min(file.spec(number).size, 5))
-        for name in file.archive.records:
-            file.archive.place(name)
+        for name in file.archive.members:
+            file.archive.offsets(name)
 
 
 def seeds(folder):
@@ -876,7 +876,7 @@ def test_a_written_file_is_read_by_torch(tmp_path, monkeypatch, wide):
     assert torch.equal(torch.load(path, weights_only=True, mmap=True)["large"], tree["large"])
     check(path, loaded)
     with TorchFile(path) as file:
-        assert {file.archive.place(name).start % 64 for name in file.archive.records} == {0}
+        assert {file.archive.offsets(name).start % 64 for name in file.archive.members} == {0}
 
 
 @pytest.mark.slow
@@ -919,7 +919,7 @@ def test_archives_in_general(tmp_path):
     path = tmp_path / "x.zip"
     path.write_bytes(zipped({"a": b"x" * 100, "b": b"y" * 100}, compression=zipfile.ZIP_DEFLATED))
     archive = Archive(OpenFile(path))
-    assert [(r.name, r.method, r.nbytes) for r in archive.records.values()] == [("a", 8, 100), ("b", 8, 100)]
+    assert [(r.name, r.method, r.nbytes) for r in archive.members.values()] == [("a", 8, 100), ("b", 8, 100)]
     with pytest.raises(BadCheckpoint, match="compressed"):
         archive.read("a")
 

@@ -261,7 +261,7 @@ def test_long_files(tmp_path, monkeypatch, wide):
     same(load(tmp_path / "out.pt"), {"a": tree["a"].double(), "n": tree["n"] | {"c": tree["b"]}})
     with pm.open(tmp_path / "out.pt") as again:
         archive = again.source.archive
-        assert {archive.place(name).start % 64 for name in archive.records} == {0}
+        assert {archive.offsets(name).start % 64 for name in archive.members} == {0}
 
 
 def test_what_torch_lacks_is_refused(tmp_path):

@@ -12,7 +12,9 @@ import safetensors.numpy
 import paramend as pm
 from paramend.checkpoints.patching import patch
 from paramend.errors import BadCheckpoint, ParamendError
-from paramend.journal.records import DONE, PENDING, Record, Spans, lock_of, next_path, records, store_of, witness
+from paramend.journal.ranges import Ranges, witness
+from paramend.journal.records import DONE, PENDING, Record
+from paramend.journal.store import UndoStore
 from paramend.journal.undo import drop, history, recover, undo
 
 
@@ -27,7 +29,7 @@ def model(tmp_path):
 def record(model):
     """A model with one patch, and the record of that."""
     patch(model, lambda t: pm.at(pm.at(t, "b").fill(2), "c")[:, 0].zero())
-    (path,) = records(store_of(model), DONE)
+    (path,) = UndoStore(model).records(DONE)
     return path
 
 
@@ -45,7 +47,7 @@ def test_a_record_says_what_was_done(model, record):
         at_b = names.index("b")
         assert [data for (row, _), data in old.items() if row == at_b] == [np.arange(4.0).tobytes()]
         assert [data for (row, _), data in old.items() if row != at_b] == [np.float32(1).tobytes()] * 3
-        assert found.spans.nbytes == 32 + 12
+        assert found.ranges.nbytes == 32 + 12
         (state,) = found.states
         assert state.size == model.stat().st_size
         assert len(found.after) == 3
@@ -60,7 +62,7 @@ def test_a_record_is_small_and_lies_beside_the_file(model, record):
 def test_a_record_has_the_permissions_of_the_file(model):
     model.chmod(0o600)
     patch(model, lambda t: pm.at(t, "a").zero())
-    assert records(store_of(model), DONE)[0].stat().st_mode & 0o777 == 0o600
+    assert UndoStore(model).records(DONE)[0].stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("state", [DONE, PENDING])
@@ -93,7 +95,7 @@ def test_a_record_that_is_cut_short_is_found(model, record, state):
         with pytest.raises(BadCheckpoint):
             action(model)
     assert drop(model) == [path]
-    assert not store_of(model).exists() and model.read_bytes() == before
+    assert not UndoStore(model).folder.exists() and model.read_bytes() == before
 
 
 def framed(kind, payload):
@@ -124,7 +126,7 @@ HEAD = {"time": 0, "edits": ["zero()"], "rows": [["a", 0]], "files": ["model.saf
 )
 def test_hostile_heads_are_refused(model, change):
     before = model.read_bytes()
-    store = store_of(model)
+    store = UndoStore(model).folder
     store.mkdir()
     files = json.dumps([{"size": len(before), "witness": ""}]).encode()
     span = struct.pack("<Q4q", 1, 0, 0, 8, 16) + b"hostile!"
@@ -151,7 +153,7 @@ def test_hostile_heads_are_refused(model, change):
 )
 def test_hostile_ranges_are_refused(model, table):
     before = model.read_bytes()
-    store = store_of(model)
+    store = UndoStore(model).folder
     store.mkdir()
     files = json.dumps([{"size": len(before), "witness": ""}]).encode()
     span = struct.pack("<Q4q", 1, *table) + b"hostile!"
@@ -164,7 +166,7 @@ def test_hostile_ranges_are_refused(model, table):
 
 
 def test_random_bytes_are_no_record(model):
-    store = store_of(model)
+    store = UndoStore(model).folder
     store.mkdir()
     before, rng = model.read_bytes(), random.Random(1)
     for n in range(200):
@@ -186,15 +188,15 @@ def test_a_record_that_is_a_link_or_a_pipe_is_refused(model, record, tmp_path):
         undo(model)
     record.unlink()
     os.mkfifo(record)
-    with pytest.raises(BadCheckpoint, match="no regular file"):
+    with pytest.raises(BadCheckpoint, match="not a regular file"):
         undo(model)
     assert model.read_bytes() == before
 
 
 def test_a_store_that_is_a_link_is_refused(model, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    store_of(model).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ParamendError, match="is no folder"):
+    UndoStore(model).folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ParamendError, match="is not a folder"):
         patch(model, lambda t: pm.at(t, "a").zero())
 
 
@@ -202,11 +204,11 @@ def test_other_files_in_the_store_are_left_alone(model, record):
     (record.parent / "notes.txt").write_text("mine")
     (record.parent / "000002.partial").write_text("half a record")
     undo(model)
-    assert [file.name for file in record.parent.iterdir() if file != lock_of(record.parent)] == ["notes.txt"]
+    assert [file.name for file in record.parent.iterdir() if file != record.parent / "lock"] == ["notes.txt"]
 
 
 def test_numbers_go_up(model, record):
-    assert next_path(record.parent).name == "000002.partial"
+    assert UndoStore(model).next_path().name == "000002.partial"
     record.rename(record.with_name("000999.done"))
     patch(model, lambda t: pm.at(t, "a").zero())
     assert [row.number for row in history(model)] == [999, 1000]
@@ -216,12 +218,12 @@ def test_the_witness_sees_what_is_around_the_spans(tmp_path):
     path = tmp_path / "f"
     data = bytes(random.Random(0).randbytes(1 << 16))
     path.write_bytes(data)
-    spans = Spans(np.array([[0, 0, 100, 300], [0, 0, 250, 4000], [0, 1, 0, 50], [1, 0, 9000, 60000]]))
+    ranges = Ranges(np.array([[0, 0, 100, 300], [0, 0, 250, 4000], [0, 1, 0, 50], [1, 0, 9000, 60000]]))
 
     def seen(data):
         path.write_bytes(data)
         with path.open("rb") as file:
-            return witness(file.fileno(), len(data), spans, 0)
+            return witness(file.fileno(), len(data), ranges, 0)
 
     before = seen(data)
     for at in (100, 299, 3999, 9000, 59999):

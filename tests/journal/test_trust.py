@@ -21,8 +21,9 @@ from paramend.cli.main import cli
 from paramend.disk.locks import locked
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError
 from paramend.journal import claims
-from paramend.journal.records import DONE, PENDING, lock_of, records, store_of
-from paramend.journal.undo import base_of, drop, history, recover, undo
+from paramend.journal.records import DONE, PENDING
+from paramend.journal.store import UndoStore
+from paramend.journal.undo import drop, history, recover, undo
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of orbax, about itself
 
@@ -82,7 +83,7 @@ def everything(folder):
 
 
 def only_record(path, state):
-    (record,) = records(store_of(base_of(path)), state)
+    (record,) = UndoStore.of(path).records(state)
     return record
 
 
@@ -97,7 +98,7 @@ def as_if_downloaded(tmp_path, kind):
     (record.parent / "000009.partial").write_bytes(b"half a record")
     (record.parent / "000009.new").mkdir()
     (record.parent / "000009.new" / "file").write_bytes(b"mine")
-    lock_of(record.parent).unlink()
+    (record.parent / "lock").unlink()
     shutil.copytree(origin, tmp_path / "downloads")
     shutil.rmtree(origin)
     return named(tmp_path / "downloads", kind)
@@ -207,7 +208,7 @@ def test_a_planted_record_writes_nowhere(shared, state, whole, name):
     path, home = shared
     name = str(home / ".bashrc") if name == "absolute" else name
     target = path / name
-    planted(store_of(path), [name], [target.stat().st_size if target.exists() else 8], state, whole=whole)
+    planted(UndoStore(path).folder, [name], [target.stat().st_size if target.exists() else 8], state, whole=whole)
     before = everything(path.parent)
     with contextlib.suppress(ParamendError):
         pm.open(path).close()
@@ -224,7 +225,7 @@ def test_a_planted_record_writes_nowhere(shared, state, whole, name):
 def test_a_planted_record_of_a_file_writes_into_no_other(tmp_path):
     path = write(tmp_path / "model.safetensors", "safetensors")
     (tmp_path / "other.safetensors").write_bytes(path.read_bytes())
-    planted(store_of(path), ["other.safetensors"], [path.stat().st_size], PENDING, whole=False)
+    planted(UndoStore(path).folder, ["other.safetensors"], [path.stat().st_size], PENDING, whole=False)
     before = everything(tmp_path)
     for force in (False, True):
         with pytest.raises(BadCheckpoint, match=r"no patch of model\.safetensors writes there"):
@@ -255,7 +256,7 @@ def test_a_store_that_is_a_link_is_left_alone(tmp_path):
     (victim / "000002.new").mkdir()
     path = write(tmp_path / "model.safetensors", "safetensors")
     planted(victim, [path.name], [path.stat().st_size], PENDING, whole=False)
-    store_of(path).symlink_to(victim)
+    UndoStore(path).folder.symlink_to(victim)
     before = everything(tmp_path)
     pm.open(path).close()
     assert history(path) == []
@@ -283,16 +284,16 @@ def test_names_of_stores_lead_nowhere(tmp_path):
 DIES = """
     import os, sys
     import paramend as pm
-    from paramend.journal import records
+    from paramend.journal import writer
 
-    real = records.Writer.become
+    real = writer.Writer.become
 
     def become(self, state):
         if state == "done":
             os._exit(9)
         real(self, state)
 
-    records.Writer.become = become
+    writer.Writer.become = become
     pm.patch(sys.argv[1], lambda t: pm.at(t, "bias").fill(5))
 """
 
@@ -320,7 +321,7 @@ def test_ones_own_patch_is_taken_back_unasked(tmp_path, kind):
     assert weights(path) != before
     pm.open(path).close()
     assert weights(path) == before
-    assert claims.read(store_of(base_of(path))) is None and not store_of(base_of(path)).exists()
+    assert claims.read(UndoStore.of(path).folder) is None and not UndoStore.of(path).folder.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -431,7 +432,7 @@ def test_undo_does_not_mix_two_models(tmp_path, kind):
     """The second has the first one's size, and its bytes where these were patched."""
     path = write(named(tmp_path, kind), kind)
     pm.patch(path, silence)
-    store = store_of(base_of(path))
+    store = UndoStore.of(path).folder
     kept = tmp_path / "kept"
     shutil.move(store, kept)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -452,8 +453,8 @@ def test_undo_does_not_mix_two_models(tmp_path, kind):
 def test_a_pending_patch_is_not_taken_back_in_another_model(tmp_path, kind):
     path = write(named(tmp_path, kind), kind)
     killed(path)
-    said = claims.read(store_of(base_of(path)))
-    store, kept = store_of(base_of(path)), tmp_path / "kept"
+    said = claims.read(UndoStore.of(path).folder)
+    store, kept = UndoStore.of(path).folder, tmp_path / "kept"
     shutil.move(store, kept)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     write(path, kind, seed=1)
@@ -531,7 +532,7 @@ def test_what_replaces_a_checkpoint_retires_its_records(tmp_path, kind, writer):
         assert done.exit_code == 0, done.output
     else:
         pm.at(pm.open(other), "bias").fill(5).save(path, force=True)
-    assert history(path) == [] and not store_of(base_of(path)).exists()
+    assert history(path) == [] and not UndoStore.of(path).folder.exists()
     with pytest.raises(CannotWrite, match="nothing to take back"):
         undo(path)
     assert pm.load(path)["bias"].tolist() == [5] * 8
@@ -562,7 +563,7 @@ def test_a_save_over_a_file_that_is_being_patched_is_refused(tmp_path):
     path = write(tmp_path / "model.safetensors", "safetensors")
     pm.patch(path, silence)
     before = path.read_bytes()
-    with locked(lock_of(store_of(path)), name=path), pytest.raises(Busy, match="another program is writing"):
+    with locked(UndoStore(path).lock, name=path), pytest.raises(Busy, match="another program is writing"):
         pm.save(tree(1), path, force=True)
     assert path.read_bytes() == before and len(history(path)) == 1
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import paramend as pm
-from paramend.journal.records import PENDING, records, store_of
+from paramend.journal.records import PENDING
+from paramend.journal.store import UndoStore
 
 NAMES = [f"layers.{i}.w" for i in range(6)]
 
@@ -137,7 +138,7 @@ def patches(folder, kind, rounds, signum, rng):
     pm.undo(path)
     for _ in range(rounds):
         at_work = stopped(patch, rng.random() * took * 1.2, signum)
-        pending = len(records(store_of(path), PENDING))
+        pending = len(UndoStore(path).records(PENDING))
         assert signum == signal.SIGKILL or not pending, "Ctrl-C left a half"
         pm.open(path).close()
         found = content(path)
@@ -149,7 +150,7 @@ def patches(folder, kind, rounds, signum, rng):
         if found == new:
             pm.undo(path)
             assert content(path) == old
-        assert not store_of(path).exists() or at_work
+        assert not UndoStore(path).folder.exists() or at_work
     patch()
     assert content(path) == new
     return seen

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -20,24 +20,20 @@ import numpy as np
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.disk.copying import begin_write_back
+from paramend.disk.failures import check_room, explained, linked
+from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
-from paramend.disk.locks import explained, linked, opened
+from paramend.disk.locks import opened
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, BadCheckpoint, Busy, CannotWrite, Unsupported
+from paramend.errors import BadArgument, BadCheckpoint, Unsupported
+from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Extent, Sealed, Source
-from paramend.journal.exchange import STAGED, check_replaceable, check_still, exchange
-from paramend.journal.records import DONE, PENDING, Spans, State, Writer, new_head, next_path
-from paramend.journal.undo import (
-    base_of,
-    check_nothing_pending,
-    digests,
-    name_in,
-    recover,
-    state_of,
-    take_back,
-    writing,
-)
+from paramend.journal.exchange import STAGED, check_replaceable, exchange
+from paramend.journal.ranges import OpenRanges, Ranges, State
+from paramend.journal.records import DONE, PENDING
+from paramend.journal.store import UndoStore
+from paramend.journal.writer import Writer, new_head
 from paramend.piecewise.changes import Work, change, work_of
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.reports import wording
@@ -138,22 +134,20 @@ def patch(
     ([0.0, 0.0, 1.0], 0)
     """
     path = Path(path)
-    base = base_of(path)
-    if dry_run or not os.path.lexists(base):
-        recover(base)
+    store = UndoStore.of(path)
+    if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path) as checkpoint:
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
-    with writing(base) as store, open_checkpoint(path) as checkpoint:
+    with store.writing(), Checkpoint(open_source(path)) as checkpoint:  # nothing is cut short any more
         plan = _edited(checkpoint, edit)
-        work = check_patch(checkpoint.source, plan)
-        return _carry_out(base, store, checkpoint.source, plan, work, progress)
+        return _Patch(store, checkpoint.source, plan, progress).carry_out()
 
 
 def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) -> Plan:
     found = edit(checkpoint)
     if not isinstance(found, Checkpoint) or found.source is not checkpoint.source:
         raise BadArgument(
-            f"the edit gave {type(found).__name__}, and the checkpoint that it was given is expected back, edited",
+            f"the edit function must return the edited checkpoint; it returned {type(found).__name__}",
             hint='pm.patch(path, lambda t: pm.at(t, "**/bias").zero())',
         )
     return found.plan
@@ -188,12 +182,11 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     >>> undo(path).left, np.fromfile(path, "float32")[-3:].tolist()
     (0, [1.0, 1.0, 1.0])
     """
-    base = base_of(source.path)
-    work = check_patch(source, plan)
+    patch = _Patch(UndoStore.of(source.path), source, plan, progress)
     if dry_run:
-        return _dry(base, source, plan, work)
-    with writing(base) as store:
-        return _carry_out(base, store, source, plan, work, progress)
+        return patch.rehearse()
+    with patch.store.writing():
+        return patch.carry_out()
 
 
 # ---- what can be patched -----------------------------------------------------------------------------------
@@ -225,7 +218,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         extent = laid_flat(source, row) if isinstance(source, Chunked) else source.extent(row.source)
         if extent is None:
             raise Unsupported(
-                f"{row.path}: its bytes do not lie in one piece in {name}, so they cannot be changed in place",
+                f"{row.path}: its bytes are not contiguous in {name}, so they cannot be changed in place",
                 hint=f"paramend {row.calls[0].op.name} {name} '{row.path}' -o OUT",
             )
         one = source.ties.get(row.source, row.source)
@@ -255,87 +248,147 @@ def _check_apart(work: Sequence[Work]) -> None:
 # ---- carrying out ------------------------------------------------------------------------------------------
 
 
-def _carry_out(
-    base: Path, store: Path, source: Source, plan: Plan, work: Sequence[Work], progress: Progress | None
-) -> PatchReport:
-    if not work:  # only leaves or slices without elements
-        return PatchReport(str(source.path), plan, 0)
-    if isinstance(source, Chunked):
-        return _carry_out_chunks(base, store, source, plan, work, progress)
-    files = sorted({each.extent.path for each in work})
-    with explained(base), opened(files) as descriptors:
-        check_nothing_pending(base)
-        _check_same(base, source, files, descriptors)
-        places = {file: n for n, file in enumerate(files)}
-        followers = _followers(source, work)
-        spans = _spans(work, followers, places)
-        states = [state_of(descriptor, spans, n) for n, descriptor in enumerate(descriptors)]
-        _check_room(base, store, spans, states)
-        _allocate(descriptors, spans)
-        meter = Meter(progress, spans.nbytes + sum(each.steps for each in work))
-        modes = (os.fstat(descriptor).st_mode for descriptor in descriptors)
-        mode = reduce(operator.and_, modes, 0o666)  # a record is shown to nobody who may not see all files
-        head = new_head([(each.row.path, each.row.edit) for each in work], [name_in(base, file) for file in files])
-        path = next_path(store)
-        with contextlib.closing(Writer(path, mode)) as writer:
-            try:
-                writer.frame(b"HEAD", head.to_bytes())
-                writer.files(states)
-                writer.spans(spans, descriptors, files, meter.advance)
-                writer.become(PENDING)
-                # Until here no byte of the checkpoint has changed, and from here on the record can bring it back.
-                for each in work:
-                    change(descriptors[places[each.extent.path]], source, each, meter)
-                for file, extents in followers:
-                    for name, start, data in file.after_patch(extents):
-                        put(descriptors[places[name]], data, start)
-                for descriptor in descriptors:
-                    begin_write_back(descriptor)
-                after = b"".join(digests(descriptors, files, spans, len(work)))  # while the disk is at work
-                for descriptor in descriptors:
-                    os.fsync(descriptor)
-                writer.frame(b"DONE", after)
-                writer.become(DONE)
-            except BaseException as error:
-                take_back(base, path, error)
-                raise
-            return PatchReport(str(source.path), plan, spans.nbytes, writer.nbytes, str(writer.path))
+class _Patch:
+    """A plan that is carried out in the files of its source, with the store of its undo record."""
 
+    def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
+        self.store, self.source, self.plan, self.progress = store, source, plan, progress
+        self.work = check_patch(source, plan)
+        self.files = [] if isinstance(source, Chunked) else sorted({each.extent.path for each in self.work})
+        self.edits = [(each.row.path, each.row.edit) for each in self.work]
 
-def _carry_out_chunks(
-    base: Path, store: Path, source: Any, plan: Plan, work: Sequence[Work], progress: Progress | None
-) -> PatchReport:
-    """Chunks are not written in place: files with the new ones take the places of the old files."""
-    with explained(base):
-        _check_chunks(base, source, work)
-        path = next_path(store)
+    def rehearse(self) -> PatchReport:
+        """What would be done, if nothing that can be known beforehand stands against it."""
+        base = self.store.base
+        with explained(base):
+            if isinstance(self.source, Chunked):
+                self._check_chunks()
+                written = sum(nbytes_of(self.source, each) for each in self.work)
+            else:
+                with opened(self.files, lock=False):
+                    pass
+                if base.is_symlink():
+                    raise linked(base)
+                written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in self.work)
+        return PatchReport(str(base), self.plan, written, dry_run=True)
+
+    def carry_out(self) -> PatchReport:
+        """Writes; the lock of the store is held."""
+        if not self.work:  # only leaves or slices without elements
+            return PatchReport(str(self.source.path), self.plan, 0)
+        with explained(self.store.base):
+            written, record = self._exchange() if isinstance(self.source, Chunked) else self._write()
+        return PatchReport(str(self.source.path), self.plan, written, record.nbytes, str(record.path))
+
+    # ---- in place --------------------------------------------------------------------------------------------
+
+    def _write(self) -> tuple[int, Writer]:
+        """(bytes written, the record) of a format whose elements lie in files that stay."""
+        with opened(self.files) as descriptors:
+            self.store.check_nothing_pending()
+            self._check_same(descriptors)
+            followers = _followers(self.source, self.work)
+            target = OpenRanges(self.files, descriptors, self._ranges(followers))
+            states = target.states()
+            self._check_room(target.ranges, states)
+            _allocate(descriptors, target.ranges)
+            modes = (os.fstat(descriptor).st_mode for descriptor in descriptors)
+            mode = reduce(operator.and_, modes, 0o666)  # a record is shown to nobody who may not see all files
+            path = self.store.next_path()
+            with contextlib.closing(Writer(path, mode)) as writer:
+                try:
+                    self._record_and_write(writer, target, states, followers)
+                except BaseException as error:
+                    self.store.take_back(path, error)
+                    raise
+            return target.ranges.nbytes, writer
+
+    def _record_and_write(
+        self, writer: Writer, target: OpenRanges, states: Sequence[State], followers: "list[_Follower]"
+    ) -> None:
+        meter = Meter(self.progress, target.ranges.nbytes + sum(each.steps for each in self.work))
+        descriptors = dict(zip(target.files, target.descriptors, strict=True))
+        names = [self.store.name_of(file) for file in target.files]
+        writer.frame(b"HEAD", new_head(self.edits, names).to_bytes())
+        writer.files(states)
+        writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
+        writer.become(PENDING)
+        # Until here no byte of the checkpoint has changed, and from here on the record can bring it back.
+        for each in self.work:
+            change(descriptors[each.extent.path], self.source, each, meter)
+        for file, extents in followers:
+            for name, start, data in file.after_patch(extents):
+                put(descriptors[name], data, start)
+        for descriptor in target.descriptors:
+            begin_write_back(descriptor)
+        after = b"".join(target.digests(len(self.work)))  # while the disk is at work
+        target.sync()
+        writer.frame(b"DONE", after)
+        writer.become(DONE)
+
+    def _ranges(self, followers: "list[_Follower]") -> Ranges:
+        """All ranges that will be written: those of each leaf, and then what follows from these."""
+        places = {file: n for n, file in enumerate(self.files)}
+        parts = []
+        for row, each in enumerate(self.work):
+            part = np.empty((len(each.ranges), 4), np.int64)
+            part[:, 0], part[:, 1], part[:, 2:] = row, places[each.extent.path], each.ranges
+            parts.append(part)
+        for file, extents in followers:
+            found = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
+            parts.append(np.array(found, np.int64).reshape(-1, 4))
+        return Ranges(np.concatenate(parts))
+
+    def _check_same(self, descriptors: Sequence[int]) -> None:
+        """The plan is about the files that were opened for it; others may have taken their names since."""
+        stats = self.source.stats
+        for file, descriptor in zip(self.files, descriptors, strict=True):
+            now = os.fstat(descriptor)
+            check_unchanged(file, stats.get(file, now), now)
+
+    def _check_room(self, ranges: Ranges, states: Sequence[State]) -> None:
+        base = self.store.base
+        sizes = np.array([state.size for state in states])
+        if (ranges.table[:, 3] > sizes[ranges.table[:, 1]]).any():
+            raise BadCheckpoint(f"{base}: it became shorter since it was opened; nothing was changed")
+        needed = ranges.nbytes + ranges.table.nbytes + (1 << 16)
+        hint = f"paramend undo {base} --drop frees what older records take"
+        check_room(self.store.folder.parent, needed, f"{base}: the undo record", hint=hint)
+
+    # ---- chunks ----------------------------------------------------------------------------------------------
+
+    def _exchange(self) -> tuple[int, Writer]:
+        """The same of chunks, which are not written in place: files with the new ones take the places of the old."""
+        self._check_chunks()
+        base, path = self.store.base, self.store.next_path()
         staged = path.with_suffix(f".{STAGED}")
         staged.mkdir()
         writer: Writer | None = None
         try:
-            restage(source, work, staged, Meter(progress, sum(nbytes_of(source, each) for each in work)))
-            check_still(base, source.stats)
+            nbytes = sum(nbytes_of(self.source, each) for each in self.work)
+            restage(self.source, self.work, staged, Meter(self.progress, nbytes))
+            check_still(self.source.stats)
             writer = Writer(path, 0o666 & base.stat().st_mode)
-            written = exchange(base, staged, writer, [(each.row.path, each.row.edit) for each in work])
+            return exchange(base, staged, writer, self.edits), writer
         except BaseException as error:
-            take_back(base, path, error)
+            self.store.take_back(path, error)
             raise
         finally:
             if writer is not None:
                 writer.close()
             _remove(staged)
-            source.forget()
-        return PatchReport(str(source.path), plan, written, writer.nbytes, str(writer.path))
+            self.source.forget()
 
-
-def _check_chunks(base: Path, source: Any, work: Sequence[Work]) -> None:
-    for path in (source.path, base):
-        if path.is_symlink():
-            raise linked(path)
-    check_still(base, source.stats)
-    for file in dict.fromkeys(file for each in work for file in source.store.files_of(source.names[each.row.source])):
-        if file.is_symlink() or not file.is_dir():
-            check_replaceable(base, file)
+    def _check_chunks(self) -> None:
+        source = self.source
+        for path in (source.path, self.store.base):
+            if path.is_symlink():
+                raise linked(path)
+        check_still(source.stats)
+        names = [source.names[each.row.source] for each in self.work]
+        for file in dict.fromkeys(file for name in names for file in source.store.files_of(name)):
+            if file.is_symlink() or not file.is_dir():
+                check_replaceable(self.store.base, file)
 
 
 def _remove(folder: Path) -> None:
@@ -344,50 +397,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _spans(work: Sequence[Work], followers: Sequence[tuple[Any, list[Extent]]], places: Mapping[Path, int]) -> Spans:
-    """All ranges that will be written: those of each leaf, and then what follows from these."""
-    parts = []
-    for row, each in enumerate(work):
-        part = np.empty((len(each.ranges), 4), np.int64)
-        part[:, 0], part[:, 1], part[:, 2:] = row, places[each.extent.path], each.ranges
-        parts.append(part)
-    for file, extents in followers:
-        found = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
-        parts.append(np.array(found, np.int64).reshape(-1, 4))
-    return Spans(np.concatenate(parts))
-
-
-def _check_same(base: Path, source: Any, files: Sequence[Path], descriptors: Sequence[int]) -> None:
-    """The plan is about the files that were opened for it; others may have taken their names since."""
-    stats = getattr(source, "stats", {})
-    for file, descriptor in zip(files, descriptors, strict=True):
-        then, now = stats.get(file), os.fstat(descriptor)
-        if then is not None and (then.st_ino, then.st_size) != (now.st_ino, now.st_size):
-            raise Busy(
-                f"{base}: another program replaced it since it was opened; nothing was changed", hint="try again"
-            )
-
-
-def _check_room(base: Path, store: Path, spans: Spans, states: Sequence[State]) -> None:
-    sizes = np.array([state.size for state in states])
-    if (spans.table[:, 3] > sizes[spans.table[:, 1]]).any():
-        raise BadCheckpoint(f"{base}: it became shorter since it was opened; nothing was changed")
-    disk = os.statvfs(store)
-    needed, free = spans.nbytes + spans.table.nbytes + (1 << 16), disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free < needed:  # some network file systems count no blocks at all
-        raise CannotWrite(
-            f"{base}: the undo record needs {wording.size(needed)}, and {wording.size(free)} are free in "
-            f"{store.parent}; nothing was changed",
-            hint=f"paramend undo {base} --drop frees what older records take",
-        )
-
-
-def _allocate(descriptors: Sequence[int], spans: Spans) -> None:
+def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:
     """Takes the room for holes of a sparse file before anything is recorded: a full disk is then no half way."""
     sparse = {n for n, descriptor in enumerate(descriptors) if _is_sparse(os.fstat(descriptor))}
     if not sparse or not hasattr(os, "posix_fallocate"):
         return
-    for _, file, start, stop in spans:
+    for _, file, start, stop in ranges:
         if file in sparse:
             try:
                 os.posix_fallocate(descriptors[file], start, stop - start)
@@ -400,25 +415,14 @@ def _is_sparse(status: os.stat_result) -> bool:
     return status.st_blocks * 512 < status.st_size
 
 
-def _followers(source: Any, work: Sequence[Work]) -> list[tuple[Any, list[Extent]]]:
-    """The files whose format keeps something true by itself, such as checksums, with the leaves that change in each."""
+# A file whose format keeps something true by itself, such as checksums, with the leaves that change in it.
+_Follower = tuple[Any, list[Extent]]
+
+
+def _followers(source: Any, work: Sequence[Work]) -> list[_Follower]:
     if isinstance(source, Shards):
         return [found for file in source.files for found in _followers(file, work)]
     if not isinstance(source, Sealed):
         return []
     extents = [each.extent for each in work if each.extent.path == source.path]
     return [(source, extents)] if extents else []
-
-
-def _dry(base: Path, source: Any, plan: Plan, work: Sequence[Work]) -> PatchReport:
-    if isinstance(source, Chunked):
-        with explained(base):
-            _check_chunks(base, source, work)
-        return PatchReport(str(base), plan, sum(nbytes_of(source, each) for each in work), dry_run=True)
-    files = sorted({each.extent.path for each in work})
-    with explained(base), opened(files, lock=False):
-        pass
-    if base.is_symlink():
-        raise linked(base)
-    written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in work)
-    return PatchReport(str(base), plan, written, dry_run=True)

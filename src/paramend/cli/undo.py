@@ -7,7 +7,8 @@ import click
 
 from paramend.cli import _ui
 from paramend.errors import BadCheckpoint, UnexpectedChange
-from paramend.journal.undo import drop, table
+from paramend.journal.history import table
+from paramend.journal.undo import drop
 from paramend.journal.undo import history as history_of
 from paramend.journal.undo import undo as take_back
 from paramend.reports import wording

@@ -5,17 +5,35 @@ A lock belongs to an open file and ends with it, also when its program is killed
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from paramend.errors import Busy, CannotRead, CannotWrite, ParamendError
-
-ELSEWHERE = "write a new file instead: -o OUT"
+from paramend.disk.failures import ELSEWHERE, linked
+from paramend.errors import Busy, CannotRead, CannotWrite
 
 _HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK})
-_NONE_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+# EBADF: over NFS a lock that keeps others out needs a file that is open for writing.
+_NONE_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF})
+
+
+def hold(descriptor: int) -> bool:
+    """Whether an open file could be locked; not all file systems can. The lock ends when the file is closed.
+
+    Raises:
+        BlockingIOError: somebody else has the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            raise BlockingIOError(error.errno, error.strerror) from None
+        if error.errno in _NONE_HERE:
+            return False
+        raise
+    return True
 
 
 def take(descriptor: int, path: Path) -> None:
@@ -29,22 +47,18 @@ def take(descriptor: int, path: Path) -> None:
         Busy: another writer has it.
         CannotWrite: there are no locks on this file system.
     """
-    import fcntl  # not everywhere; what only reads runs without it
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD:
-            raise Busy(
-                f"{path}: another program is writing to it; nothing was changed",
-                hint="try again when it is done, or write a new file: -o OUT",
-            ) from None
-        if error.errno in _NONE_HERE:
-            raise CannotWrite(
-                f"{path}: its file system has no locks, so two programs could write at once; nothing was changed",
-                hint=ELSEWHERE,
-            ) from None
-        raise
+        taken = hold(descriptor)
+    except BlockingIOError:
+        raise Busy(
+            f"{path}: another program is writing to it; nothing was changed",
+            hint="try again when it is done, or write a new file: -o OUT",
+        ) from None
+    if not taken:
+        raise CannotWrite(
+            f"{path}: its file system has no locks, so two programs could write at once; nothing was changed",
+            hint=ELSEWHERE,
+        )
 
 
 @contextlib.contextmanager
@@ -113,7 +127,7 @@ def opened(files: Sequence[Path], *, links: bool = False, lock: bool = True) -> 
             stack.callback(os.close, descriptor)
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise CannotWrite(f"{file} is no regular file; nothing was changed")
+                raise CannotWrite(f"{file} is not a regular file; nothing was changed")
             if status.st_nlink > 1 and not links:
                 raise CannotWrite(
                     f"{file} has {status.st_nlink} names (hard links), and a change would show under all of them; "
@@ -137,32 +151,3 @@ def _open(file: Path) -> int:
         if error.errno == errno.ELOOP:
             raise linked(file) from None
         raise
-
-
-def linked(path: Path) -> CannotWrite:
-    """The error for a symbolic link."""
-    return CannotWrite(
-        f"{path} is a symbolic link, as in a hub cache, and what it leads to may be shared; nothing was changed",
-        hint=ELSEWHERE,
-    )
-
-
-@contextlib.contextmanager
-def explained(base: Path) -> Iterator[None]:
-    """Errors of the system as those of the library."""
-    try:
-        yield
-    except ParamendError:
-        raise
-    except OSError as error:
-        hint = ELSEWHERE if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else ""
-        where = f" ({error.filename})" if error.filename else ""
-        raise CannotWrite(f"{base}: {reason(error)}{where}; nothing was changed", hint=hint) from error
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in a few words."""
-    words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-    if isinstance(error, OSError) and not isinstance(error, ParamendError):
-        return words.get(error.errno or 0) or error.strerror or str(error)
-    return str(error).split("\n", maxsplit=1)[0] or type(error).__name__

@@ -7,7 +7,6 @@ still at work, which it leaves alone, from what a killed one left behind, which 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import secrets
 import stat
@@ -15,11 +14,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from paramend.disk.failures import reason
+from paramend.disk.locks import hold
 from paramend.errors import Busy, CannotWrite
 
 _FOLDER_MODE = 0o777
 _ASIDE = ".old"
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF})
+# How many temporaries may be swept away by others before they are locked.
+_TRIES = 100
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -37,11 +39,13 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
         Busy: another writer is at work on it.
     """
     prefix = f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
-    temporary = out.parent / f"{prefix}{secrets.token_hex(6)}.tmp"
-    lock = -1
+    temporary, lock, tries = _fresh(out, prefix), None, 1
     try:
         _sweep(out, prefix)
-        lock = _create(temporary, mode)
+        while (lock := _create(temporary, mode)) is None:
+            if tries == _TRIES:
+                raise _busy(out, "sweeps away what this one begins")  # noqa: TRY301
+            temporary, tries = _fresh(out, prefix), tries + 1
         yield temporary
         if mode is None:
             _sync_tree(temporary)
@@ -54,7 +58,7 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
             raise CannotWrite(f"{out}: {reason(error)}; nothing was written") from error
         raise
     finally:
-        if lock >= 0:
+        if lock is not None:
             os.close(lock)
     try:
         sync_folder(out.parent)
@@ -65,12 +69,6 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
 def exists(out: Path) -> CannotWrite:
     """The error for a name that is taken."""
     return CannotWrite(f"{out} exists already", hint="--force on the command line, force=True in Python, replaces it")
-
-
-def reason(error: OSError) -> str:
-    """What went wrong, in words."""
-    words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-    return words.get(error.errno or 0) or error.strerror or str(error)
 
 
 def create_file(path: Path, mode: int) -> int:
@@ -102,36 +100,33 @@ def sync_folder(folder: Path) -> None:
 # ---- temporaries -------------------------------------------------------------------------------------------
 
 
-def _create(temporary: Path, mode: int | None) -> int:
-    """The lock on a new temporary: a descriptor."""
+def _fresh(out: Path, prefix: str) -> Path:
+    return out.parent / f"{prefix}{secrets.token_hex(6)}.tmp"
+
+
+def _create(temporary: Path, mode: int | None) -> int | None:
+    """The lock on a new temporary, a descriptor; None if it is gone.
+
+    Until it is locked, the sweep of another writer takes it for what a killed one left behind, locks it and removes it.
+    One that is locked and still has its name is safe: no sweep can lock it any more.
+    """
     if mode is None:
         temporary.mkdir(_FOLDER_MODE)
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
     else:
         descriptor = create_file(temporary, mode)
+    kept = False
     try:
-        _lock(descriptor)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether a temporary could be locked; not all file systems can.
-
-    Raises:
-        BlockingIOError: its writer is at work.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            hold(descriptor)
+            kept = os.path.samestat(os.fstat(descriptor), temporary.lstat())
+        return descriptor if kept else None
+    finally:
+        if not kept:
+            os.close(descriptor)
 
 
 def _sweep(out: Path, prefix: str) -> None:
@@ -140,10 +135,10 @@ def _sweep(out: Path, prefix: str) -> None:
     Raises:
         Busy: a writer is at work on it.
     """
-    for entry in list(os.scandir(out.parent)):
-        if not entry.name.startswith(prefix):
-            continue
-        path = out.parent / entry.name
+    names = [entry.name for entry in os.scandir(out.parent) if entry.name.startswith(prefix)]
+    # Whoever puts an old state aside holds the lock of the new one, which is to be found first.
+    for name in sorted(names, key=lambda name: name.endswith(_ASIDE)):
+        path = out.parent / name
         if path.suffix == _ASIDE and not os.path.lexists(out):  # killed in the moment in which none had the name
             path.rename(out)
             continue
@@ -156,17 +151,20 @@ def _sweep(out: Path, prefix: str) -> None:
                 path.unlink()
             continue
         try:
-            if _lock(descriptor):
+            if hold(descriptor):
                 with contextlib.suppress(OSError):
                     _remove(path)
         except BlockingIOError:
-            raise Busy(
-                f"{out}: another program is writing it at this moment (it holds the lock of {path.name}); nothing was "
-                "written",
-                hint="try again when it is done, or write to another name",
-            ) from None
+            raise _busy(out, f"holds the lock of {name}") from None
         finally:
             os.close(descriptor)
+
+
+def _busy(out: Path, sign: str) -> Busy:
+    return Busy(
+        f"{out}: another program is writing it at this moment (it {sign}); nothing was written",
+        hint="try again when it is done, or write to another name",
+    )
 
 
 def _clear(temporary: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
+from paramend.disk.identity import check_unchanged, unchanged
 from paramend.disk.io import get_into
 from paramend.errors import Unsupported
-from paramend.formats.files import changed, open_regular, same_file
+from paramend.formats.files import open_regular
 from paramend.formats.source import Extent
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
@@ -64,7 +65,7 @@ class Stream:
         if self.extent is None or other.extent is None or self.extent.start != other.extent.start:
             return False
         one, two = ((side.seen or {}).get(side.extent.path) for side in (self, other) if side.extent)
-        return one is not None and two is not None and same_file(one, two)
+        return one is not None and two is not None and unchanged(one, two)
 
     def piece(self, desk: "Desk", slot: int, start: int, stop: int) -> Array:
         """Some elements, as an array with one axis that is valid until the desk fills this slot again."""
@@ -142,7 +143,7 @@ class Desk:
         try:
             if kind is None:
                 for path, (descriptor, before) in self._files.items():
-                    _check(path, os.fstat(descriptor), before)
+                    check_unchanged(path, before, os.fstat(descriptor))
         finally:
             self._close()
 
@@ -171,10 +172,5 @@ class Desk:
             descriptor = open_regular(path)
             now = os.fstat(descriptor)
             self._files[path] = descriptor, now
-            _check(path, now, seen.get(path, now))
+            check_unchanged(path, seen.get(path, now), now)
         return self._files[path][0]
-
-
-def _check(path: Path, now: os.stat_result, before: os.stat_result) -> None:
-    if not same_file(now, before):
-        raise changed(path)

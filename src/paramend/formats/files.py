@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from paramend.disk.identity import check_unchanged
 from paramend.disk.io import get, get_into
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
 from paramend.leaves.leaves import Index, entries
@@ -102,8 +103,7 @@ class OpenFile:
         handle = self._handle
         if handle is None:
             handle = _Handle(open_regular(self._place))
-            if not same_file(os.fstat(handle.number), self.stat):
-                raise changed(self.path)
+            check_unchanged(self.path, self.stat, os.fstat(handle.number))
             self._handle = handle
         return handle
 
@@ -118,16 +118,6 @@ class _Handle:
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.number)
-
-
-def same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether two looks at a file saw the same bytes, as far as the system tells."""
-    return os.path.samestat(one, other) and (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
-
-
-def changed(path: Path) -> BadCheckpoint:
-    """The error for a file that is not the one that was opened."""
-    return BadCheckpoint(f"{path}: another program changed it since it was opened", hint="open the checkpoint again")
 
 
 def closed(path: Path) -> BadArgument:

@@ -17,7 +17,7 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.limits import MAX_PIECES, U64
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, MsgpackWriter, Where
-from paramend.formats.source import Extent
+from paramend.formats.source import Extent, check_readable
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
@@ -126,7 +126,7 @@ class MsgpackFile(FileSource):
             Unsupported: the dtype is one that other libraries have not.
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        self._check_readable(number)
+        check_readable(self, number)
         entry = self.arrays[number]
         dtype = numpy_dtype(entry.spec.dtype)
         flat: Array
@@ -149,7 +149,7 @@ class MsgpackFile(FileSource):
             Unsupported: the dtype is one that other libraries have not.
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        self._check_readable(number)
+        check_readable(self, number)
         entry = self.arrays[number]
         dtype = numpy_dtype(entry.spec.dtype)
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
@@ -161,11 +161,6 @@ class MsgpackFile(FileSource):
                 at += count
             first = max(first - length, 0)
         return buffer.view(dtype)
-
-    def _check_readable(self, number: int) -> None:
-        why = self.refusal(number)
-        if why:
-            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
 
 
 # ---- values of msgpack -----------------------------------------------------------------------------------------

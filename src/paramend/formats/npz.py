@@ -8,19 +8,19 @@ import ast
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, U64, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
-from paramend.formats.source import Extent
-from paramend.formats.zips.archive import STORED, Archive, Record
+from paramend.formats.source import Extent, check_readable
+from paramend.formats.zips.archive import STORED, Archive, Member
+from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
@@ -28,7 +28,7 @@ from paramend.reports import wording
 MAX_HEADER = 1 << 16
 _MAX_OTHER = 1 << 20
 _DEFLATED = 8
-# Deflate makes at most 258 bytes of 2 bits; a record that claims more is a bomb or damaged.
+# Deflate makes at most 258 bytes of 2 bits; a member that claims more is a bomb or damaged.
 _MOST_DEFLATE = 1032
 _PIECE = 1 << 18
 
@@ -43,9 +43,9 @@ class Entry:
 
     Attributes:
         name: as `numpy.load` has it.
-        record: the name of its record in the zip.
+        member: the name of its member in the zip.
         spec: shape and dtype; of a dtype that numpy alone has, such as text, the dtype is "raw<U3>".
-        head: the bytes before the array in its record.
+        head: the bytes before the array in its member.
         nbytes: the bytes of the array.
         fortran: whether the first axis runs fastest in the file.
         swapped: whether numbers begin with their highest byte.
@@ -53,7 +53,7 @@ class Entry:
     """
 
     name: str
-    record: str
+    member: str
     spec: Spec
     head: int
     nbytes: int
@@ -63,11 +63,11 @@ class Entry:
 
     @property
     def straight(self) -> bool:
-        """Whether the bytes in the record are those of the array in C order, little-endian."""
+        """Whether the bytes in the member are those of the array in C order, little-endian."""
         return not self.fortran and not self.swapped
 
 
-class NpzFile(FileSource):
+class NpzFile(ZipSource):
     """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
 
     Use it as a context manager, or `close()` it; arrays that were read stay valid.
@@ -78,13 +78,14 @@ class NpzFile(FileSource):
         ties: nothing: in a file each array has one name.
         metadata: what else lies in the archive, by name, as bytes.
         arrays: of each leaf, where it lies and how.
-        archive: the records of the zip.
+        archive: the members of the zip.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.
         BadCheckpoint: it is damaged, or of another format.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp(), "model.npz")
     >>> np.savez(path, **{"fc/kernel": np.ones((2, 1), "float32")})
     >>> with NpzFile(path) as file:
@@ -102,14 +103,14 @@ class NpzFile(FileSource):
         try:
             _check_kind(self._file)
             self.archive = Archive(self._file)
-            records = self.archive.records.values()
-            for record in records:
-                _check_record(self.archive, record)
-            self.arrays = [_entry(self.archive, record) for record in records if record.name.endswith(".npy")]
+            members = self.archive.members.values()
+            for member in members:
+                _check_member(self.archive, member)
+            self.arrays = [_entry(self.archive, member) for member in members if member.name.endswith(".npy")]
             names = [entry.name for entry in self.arrays]
             self.index = Index.of_names(names, separator_of(names))
             self.metadata: Mapping[str, Any] = {
-                record.name: _other(self.archive, record) for record in records if not record.name.endswith(".npy")
+                member.name: _other(self.archive, member) for member in members if not member.name.endswith(".npy")
             }
         except BaseException:
             self.close()
@@ -136,12 +137,12 @@ class NpzFile(FileSource):
         """Where the bytes of a leaf lie; None if they are compressed, big-endian, or in Fortran's order.
 
         Raises:
-            BadCheckpoint: the record's two headers in the zip disagree.
+            BadCheckpoint: the member's two headers in the zip disagree.
         """
         entry = self.arrays[number]
-        if not entry.straight or self.archive.records[entry.record].method != STORED:
+        if not entry.straight or self.archive.members[entry.member].method != STORED:
             return None
-        return Extent(self.path, self.archive.place(entry.record).start + entry.head, entry.nbytes)
+        return Extent(self.path, self.archive.offsets(entry.member).start + entry.head, entry.nbytes)
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
@@ -153,11 +154,11 @@ class NpzFile(FileSource):
             BadCheckpoint: the bytes cannot be decompressed, or have another checksum.
         """
         entry = self.arrays[number]
-        self._check_readable(number)
+        check_readable(self, number)
         dtype = numpy_dtype(entry.spec.dtype)
-        stored = self.archive.records[entry.record].method == STORED
+        stored = self.archive.members[entry.member].method == STORED
         if stored and entry.nbytes:
-            start = self.archive.place(entry.record).start + entry.head
+            start = self.archive.offsets(entry.member).start + entry.head
             flat = np.frombuffer(self._file.map, np.uint8, entry.nbytes, start).view(dtype)
             if not flat.flags.aligned:
                 flat = flat.copy()
@@ -182,37 +183,18 @@ class NpzFile(FileSource):
             BadCheckpoint: the file has become shorter, the bytes cannot be decompressed, or have another checksum.
         """
         entry = self.arrays[number]
-        self._check_readable(number)
+        check_readable(self, number)
         if entry.fortran:
             return self.read(number).flat[start:stop]
         dtype = numpy_dtype(entry.spec.dtype)
         first, nbytes = start * dtype.itemsize, (stop - start) * dtype.itemsize
-        if self.archive.records[entry.record].method == STORED:
+        if self.archive.members[entry.member].method == STORED:
             buffer = np.empty(nbytes, np.uint8)
-            self._file.read_into(buffer.data, self.archive.place(entry.record).start + entry.head + first)
+            self._file.read_into(buffer.data, self.archive.offsets(entry.member).start + entry.head + first)
         else:
             buffer = self._inflated(entry, first, nbytes)
         found = buffer.view(dtype)
         return found.byteswap() if entry.swapped else found
-
-    # ---- after bytes were patched ----------------------------------------------------------------------------
-
-    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
-        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them.
-
-        Raises:
-            BadArgument: an extent is not within one array.
-        """
-        records = self.archive.touched(_ranges(extents))
-        return [Extent(self.path, at, 4) for record in records for at in self.archive.place(record.name).crcs]
-
-    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
-        """What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
-
-        Raises:
-            BadArgument: an extent is not within one array.
-        """
-        return [(self.path, at, data) for at, data in self.archive.checksums(_ranges(extents))]
 
     # ---- behind the scenes -----------------------------------------------------------------------------------
 
@@ -222,32 +204,27 @@ class NpzFile(FileSource):
             return np.empty(0, np.uint8)
         start += entry.head
         stream = self._stream
-        if stream is None or stream.record.name != entry.record or stream.at > start:
-            stream = self._stream = _Stream(self.archive, self.archive.records[entry.record])
+        if stream is None or stream.member.name != entry.member or stream.at > start:
+            stream = self._stream = _Stream(self.archive, self.archive.members[entry.member])
         try:
             stream.skip(start - stream.at)
             buffer = np.empty(nbytes, np.uint8)
             stream.read_into(buffer.data)
-            if stream.at == stream.record.nbytes:
+            if stream.at == stream.member.nbytes:
                 stream.finish()
         except BaseException:
             self._stream = None  # where it stands is not known
             raise
         return buffer
 
-    def _check_readable(self, number: int) -> None:
-        why = self.refusal(number)
-        if why:
-            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
-
 
 class _Stream:
-    """A compressed record, decompressed from its first byte to its last in bounded memory."""
+    """A compressed member, decompressed from its first byte to its last in bounded memory."""
 
-    def __init__(self, archive: Archive, record: Record) -> None:
-        self.archive, self.record = archive, record
+    def __init__(self, archive: Archive, member: Member) -> None:
+        self.archive, self.member = archive, member
         self.at = 0
-        self._next, self._left = archive.place(record.name).start, record.packed
+        self._next, self._left = archive.offsets(member.name).start, member.packed
         self._inflater = zlib.decompressobj(-15)
         self._crc = 0
 
@@ -259,7 +236,7 @@ class _Stream:
                 packed = self.archive.file.read(self._next, min(self._left, _PIECE))
                 self._next, self._left = self._next + len(packed), self._left - len(packed)
             if not packed or self._inflater.eof:
-                raise self.archive.bad(self.record.name, "it decompresses to fewer bytes than the file says")
+                raise self.archive.bad(self.member.name, "it decompresses to fewer bytes than the file says")
             data = self._decompress(packed, most)
             if data:
                 self.at += len(data)
@@ -278,28 +255,28 @@ class _Stream:
             nbytes -= len(self.pull(min(nbytes, _PIECE)))
 
     def finish(self) -> None:
-        """Checks that the record ends here, and that its bytes have their checksum."""
+        """Checks that the member ends here, and that its bytes have their checksum."""
         while not self._inflater.eof:
             packed = self._inflater.unconsumed_tail or self.archive.file.read(self._next, min(self._left, _PIECE))
             if not packed:
-                raise self.archive.bad(self.record.name, "its compressed bytes are cut short")
+                raise self.archive.bad(self.member.name, "its compressed bytes are cut short")
             if not self._inflater.unconsumed_tail:
                 self._next, self._left = self._next + len(packed), self._left - len(packed)
             if self._decompress(packed, 1):
-                raise self.archive.bad(self.record.name, "it decompresses to more bytes than the file says")
-        if self._crc != self.record.crc:
+                raise self.archive.bad(self.member.name, "it decompresses to more bytes than the file says")
+        if self._crc != self.member.crc:
             raise self.archive.bad(
-                self.record.name, "its bytes do not have the checksum (CRC32) that the file says they have"
+                self.member.name, "its bytes do not have the checksum (CRC32) that the file says they have"
             )
 
     def _decompress(self, packed: bytes, most: int) -> bytes:
         try:
             return self._inflater.decompress(packed, most)
         except zlib.error as error:
-            raise self.archive.bad(self.record.name, f"its compressed bytes are damaged: {error}") from None
+            raise self.archive.bad(self.member.name, f"its compressed bytes are damaged: {error}") from None
 
 
-# ---- what a record is ----------------------------------------------------------------------------------------
+# ---- what a member is ----------------------------------------------------------------------------------------
 
 
 def _check_kind(file: OpenFile) -> None:
@@ -313,57 +290,57 @@ def _check_kind(file: OpenFile) -> None:
         raise BadCheckpoint(f"{file.path}: it is no file of numpy.savez (no zip file)")
 
 
-def _check_record(archive: Archive, record: Record) -> None:
-    if record.method not in (STORED, _DEFLATED):
-        raise archive.bad(record.name, f"it is compressed by method {record.method}, and numpy uses deflate only")
-    if record.method == _DEFLATED and record.nbytes > _MOST_DEFLATE * record.packed:
+def _check_member(archive: Archive, member: Member) -> None:
+    if member.method not in (STORED, _DEFLATED):
+        raise archive.bad(member.name, f"it is compressed by method {member.method}, and numpy uses deflate only")
+    if member.method == _DEFLATED and member.nbytes > _MOST_DEFLATE * member.packed:
         most = "more than deflate can make of them"
-        raise archive.bad(record.name, f"{record.packed:,} bytes would become {record.nbytes:,}, {most}")
+        raise archive.bad(member.name, f"{member.packed:,} bytes would become {member.nbytes:,}, {most}")
 
 
-def _other(archive: Archive, record: Record) -> bytes:
-    """The bytes of a record that is no array: `numpy.load` gives these too."""
-    if record.nbytes > _MAX_OTHER:
-        raise archive.bad(record.name, f"it is no array (.npy), and {record.nbytes:,} bytes long")
-    if record.method == STORED:
-        return archive.read(record.name)
-    stream, buffer = _Stream(archive, record), bytearray(record.nbytes)
+def _other(archive: Archive, member: Member) -> bytes:
+    """The bytes of a member that is no array: `numpy.load` gives these too."""
+    if member.nbytes > _MAX_OTHER:
+        raise archive.bad(member.name, f"it is no array (.npy), and {member.nbytes:,} bytes long")
+    if member.method == STORED:
+        return archive.read(member.name)
+    stream, buffer = _Stream(archive, member), bytearray(member.nbytes)
     stream.read_into(memoryview(buffer))
     stream.finish()
     return bytes(buffer)
 
 
-def _entry(archive: Archive, record: Record) -> Entry:
-    name = record.name.removesuffix(".npy")
+def _entry(archive: Archive, member: Member) -> Entry:
+    name = member.name.removesuffix(".npy")
     if name.count("/") + name.count(".") >= MAX_PIECES:
-        raise archive.bad(record.name, f"the name has more than {MAX_PIECES} pieces")
-    head = _Head(archive, record)
+        raise archive.bad(member.name, f"the name has more than {MAX_PIECES} pieces")
+    head = _Head(archive, member)
     prefix = head.take(8)
     if prefix[:6] != MAGIC or prefix[6] not in (1, 2, 3) or prefix[7]:
-        raise archive.bad(record.name, "it does not begin as a .npy file of version 1, 2 or 3 does")
+        raise archive.bad(member.name, "it does not begin as a .npy file of version 1, 2 or 3 does")
     width = 2 if prefix[6] == 1 else 4
     length = int.from_bytes(head.take(width), "little")
     if length > MAX_HEADER:
-        raise archive.bad(record.name, f"a header of {length:,} bytes is too long")
+        raise archive.bad(member.name, f"a header of {length:,} bytes is too long")
     raw = head.take(length)
     try:
         descr, fortran, shape = _fields(raw.decode("utf-8" if prefix[6] == 3 else "latin1"))
     except ValueError as error:
-        raise archive.bad(record.name, f"its header cannot be read: {error}") from None
+        raise archive.bad(member.name, f"its header cannot be read: {error}") from None
     start = 8 + width + length
-    nbytes = record.nbytes - start
+    nbytes = member.nbytes - start
     elements = 1
     for axis in shape:
         elements *= axis
         if axis >= U64 or elements >= U64:
-            raise archive.bad(record.name, "its header, shape: the number of elements overflows 64 bits")
+            raise archive.bad(member.name, "its header, shape: the number of elements overflows 64 bits")
     dtype, swapped, sealed = _dtype(descr)
     spec = Spec(shape, dtype)
     if dtype in BITS and spec.nbytes != nbytes:
-        raise archive.bad(record.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
+        raise archive.bad(member.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
     # Where at most one axis is longer than 1 both orders are the same.
     fortran = fortran and sum(axis != 1 for axis in shape) > 1
-    return Entry(name, record.name, spec, start, nbytes, fortran, swapped, sealed)
+    return Entry(name, member.name, spec, start, nbytes, fortran, swapped, sealed)
 
 
 def _dtype(descr: Any) -> tuple[str, bool, str]:
@@ -385,17 +362,17 @@ def _dtype(descr: Any) -> tuple[str, bool, str]:
 
 
 class _Head:
-    """The first bytes of a record, taken in order."""
+    """The first bytes of a member, taken in order."""
 
-    def __init__(self, archive: Archive, record: Record) -> None:
-        self.archive, self.record, self.at = archive, record, 0
-        self.stream = None if record.method == STORED else _Stream(archive, record)
+    def __init__(self, archive: Archive, member: Member) -> None:
+        self.archive, self.member, self.at = archive, member, 0
+        self.stream = None if member.method == STORED else _Stream(archive, member)
 
     def take(self, nbytes: int) -> bytes:
-        if nbytes > self.record.nbytes - self.at:
-            raise self.archive.bad(self.record.name, "it is cut short, within the header of its array")
+        if nbytes > self.member.nbytes - self.at:
+            raise self.archive.bad(self.member.name, "it is cut short, within the header of its array")
         if self.stream is None:
-            data = self.archive.file.read(self.archive.place(self.record.name).start + self.at, nbytes)
+            data = self.archive.file.read(self.archive.offsets(self.member.name).start + self.at, nbytes)
         else:
             buffer = bytearray(nbytes)
             self.stream.read_into(memoryview(buffer))
@@ -430,10 +407,6 @@ def _fields(text: str) -> tuple[Any, bool, tuple[int, ...]]:
     if type(descr) not in (str, list, tuple):
         raise ValueError("descr names no dtype")
     return descr, fortran, shape
-
-
-def _ranges(extents: Sequence[Extent]) -> Iterator[tuple[int, int]]:
-    return ((extent.start, extent.start + extent.nbytes) for extent in extents)
 
 
 WRITER = NpzWriter()

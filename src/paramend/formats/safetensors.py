@@ -15,7 +15,7 @@ from paramend.errors import Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors_header import MAX_HEADER, Header, SafetensorsWriter, parse_header
-from paramend.formats.source import Extent
+from paramend.formats.source import Extent, check_readable
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
@@ -120,7 +120,7 @@ class SafetensorsFile(FileSource):
             Unsupported: the dtype is unknown or packed.
         """
         spec, entry = self.spec(number), self.header.entries[number]
-        self._check_readable(number)
+        check_readable(self, number)
         if not entry.nbytes:
             return self._shaped(np.frombuffer(b"", numpy_dtype(spec.dtype)), number)
         array = np.frombuffer(self._file.map, np.uint8, entry.nbytes, self.header.nbytes + entry.start)
@@ -137,17 +137,12 @@ class SafetensorsFile(FileSource):
             Unsupported: the dtype is unknown or packed.
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        self._check_readable(number)
+        check_readable(self, number)
         dtype = numpy_dtype(self.spec(number).dtype)
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         offset = self.header.nbytes + self.header.entries[number].start + start * dtype.itemsize
         self._file.read_into(buffer.data, offset)
         return buffer.view(dtype)
-
-    def _check_readable(self, number: int) -> None:
-        why = self.refusal(number)
-        if why:
-            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
 
     def _shaped(self, array: Array, number: int) -> Array:
         shape = self.spec(number).shape

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index
 from paramend.leaves.specs import Array, Spec
 
@@ -40,9 +41,15 @@ class Source(Protocol):
     """
 
     path: Path
-    index: Index
     ties: Mapping[int, int]
-    metadata: Mapping[str, Any]
+
+    @property
+    def index(self) -> Index:
+        """The names."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says of itself besides its leaves, as the format has it."""
 
     @property
     def format(self) -> str:
@@ -125,3 +132,14 @@ class Released(Protocol):
 
     def release(self) -> None:
         """Closes the descriptor."""
+
+
+def check_readable(source: Source, number: int) -> None:
+    """Refuses a leaf that cannot be read as an array.
+
+    Raises:
+        Unsupported: it cannot; the message says why.
+    """
+    why = source.refusal(number)
+    if why:
+        raise Unsupported(f"{source.index.path(number)} cannot be read: {why}")

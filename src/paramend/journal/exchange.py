@@ -1,4 +1,4 @@
-"""Replacing: files of a checkpoint exchanged whole for new ones, and the old ones put back.
+"""Exchange: files of a checkpoint exchanged whole for new ones, and the old ones put back.
 
 Formats whose files are never written in place, such as databases that are copied on write, are changed so. The new
 files are complete and durable in a folder beside the undo records before the first of them takes its place by renaming.
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from paramend.disk.failures import ELSEWHERE, linked
 from paramend.disk.io import get_into, put
-from paramend.disk.locks import ELSEWHERE, linked
 from paramend.disk.publishing import sync_file, sync_folder
-from paramend.errors import BadCheckpoint, Busy, CannotWrite
+from paramend.errors import BadCheckpoint, CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
-from paramend.journal.records import BUFFER, DONE, PENDING, Record, Spans, State, Writer, checksum, new_head
+from paramend.journal.ranges import BUFFER, Ranges, State, checksum
+from paramend.journal.records import DONE, PENDING, Record
+from paramend.journal.writer import Writer, new_head
 
 STAGED, BACK = "new", "back"
 
@@ -37,32 +39,145 @@ def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str
     names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
     # The manifest of a database comes last: it is what makes the others count.
     names.sort(key=lambda name: (os.path.lexists(base / name), name))
+    whole = WholeFiles(base, names)
+    whole.check()
     for name in names:
-        check_replaceable(base, base / name)
         sync_file(staged / name)
     for folder in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
         sync_folder(folder)
-    files = [base / name for name in names]
-    sizes = [file.lstat().st_size if os.path.lexists(file) else -1 for file in files]
+    sizes = [file.lstat().st_size if os.path.lexists(file) else -1 for file in whole.files]
     rows = [(-1, n, 0, size) for n, size in enumerate(sizes) if size >= 0]
-    spans = Spans(np.array(rows, np.int64).reshape(-1, 4))
+    ranges = Ranges(np.array(rows, np.int64).reshape(-1, 4))
     writer.frame(b"HEAD", new_head(edits, names, whole=True).to_bytes())
-    seen = witness_of_rest(base, names)
+    seen = whole.witness_of_rest()
     writer.files([State(size, "" if n else seen) for n, size in enumerate(sizes)])
-    with contextlib.closing(_OneOpen(files)) as descriptors:
-        writer.spans(spans, descriptors, files, lambda count: None)
-    writer.frame(b"DONE", b"".join(_digest_of(staged / name) for name in names))
+    with contextlib.closing(_OneOpen(whole.files)) as descriptors:
+        writer.old_bytes(ranges, descriptors, whole.files, lambda count: None)
+    writer.frame(b"DONE", b"".join(WholeFiles(staged, names).digests()))
     written = sum((staged / name).stat().st_size for name in names)
     writer.become(PENDING)
     # Until here nothing of the checkpoint has changed, and from here on the record can bring it back.
-    for name, file, size in zip(names, files, sizes, strict=True):
+    for name, file, size in zip(names, whole.files, sizes, strict=True):
         if size >= 0:
             (staged / name).chmod(stat.S_IMODE(file.lstat().st_mode))
         file.parent.mkdir(parents=True, exist_ok=True)
         (staged / name).rename(file)
-    _sync_folders(base, files)
+    whole.sync()
     writer.become(DONE)
     return written
+
+
+class WholeFiles:
+    """Files of a checkpoint that a patch exchanges, or has exchanged, whole.
+
+    Attributes:
+        base: the folder of the checkpoint.
+        names: of the files, relative to it.
+        files: their paths.
+    """
+
+    def __init__(self, base: Path, names: Sequence[str]) -> None:
+        self.base, self.names = base, names
+        self.files = [base / name for name in names]
+
+    def check(self) -> None:
+        """Refuses places that must not be exchanged: see `check_replaceable`."""
+        for file in self.files:
+            check_replaceable(self.base, file)
+
+    def digests(self) -> list[bytes]:
+        """What stands for the content of each in a record."""
+        return [_digest_of(file) for file in self.files]
+
+    def changed_since(self, record: Record) -> list[str]:
+        """The names of those that do not hold what the patch of a record put there any more."""
+        self.check()
+        differ = [name for name, now, new in zip(self.names, self.digests(), record.after, strict=True) if now != new]
+        return differ or ([] if self._rest_is_same(record) else ["what the patch left alone"])
+
+    def put_back(self, record: Record, *, force: bool = False) -> bool:
+        """Exchanges the new files of a pending record for the old ones. False: these were all there still.
+
+        Raises:
+            BadCheckpoint: a file holds neither what was there nor what was put there, and force was not asked for.
+        """
+        self.check()
+        new, old, now = record.after, _old_digests(record), self.digests()
+        strange = [name for n, name in enumerate(self.names) if now[n] not in (new[n], old[n])]
+        wanted = {n for n in range(len(self.names)) if now[n] != old[n]}
+        if wanted and not strange and not self._rest_is_same(record):
+            strange = ["the checkpoint"]
+        if strange and not force:
+            raise BadCheckpoint(
+                f"{self.base}: a patch of it was cut short, and {strange[0]} is not the one that was patched: it was "
+                "exchanged since; nothing was written",
+                hint=f"paramend undo {self.base} --force puts the old bytes back, "
+                f"paramend undo {self.base} --drop forgets them (right for files that came anew)",
+            )
+        scratch = record.path.with_suffix(f".{BACK}")
+        for n, pieces in groupby(record.old_bytes(), key=lambda piece: piece[1]):
+            if n in wanted:
+                _write_file(scratch, (data for _, _, _, data in pieces))
+                self._take_place(scratch, self.names[n])
+        for n in sorted(wanted):
+            if not record.states[n].size:
+                _write_file(scratch, ())
+                self._take_place(scratch, self.names[n])
+        # Only now: what is still there of the old state never needed these.
+        for n in sorted(wanted):
+            if record.states[n].size < 0:
+                self._take_away(self.names[n])
+        self.sync()
+        return bool(wanted)
+
+    def sync(self) -> None:
+        """Makes names durable, also those of folders that were made for them."""
+        folders = {self.base}
+        for file in self.files:
+            folders |= {folder for folder in file.parents if folder.is_relative_to(self.base)}
+        for folder in folders:
+            if folder.is_dir():
+                sync_folder(folder)
+
+    def witness_of_rest(self) -> str:
+        """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes.
+
+        Of a database, whose manifest is no other's, the files that are exchanged say it all.
+        """
+        if MANIFEST in self.names:
+            return ""
+        mine, rest = set(self.names), []
+        for folder, _, inside in os.walk(self.base):
+            for file in inside:
+                name = Path(folder, file).relative_to(self.base).as_posix()
+                if name not in mine and may_change(self.base, name):
+                    rest.append(name)
+        rest.sort()
+        digest = hashlib.sha256()
+        for name in rest:
+            digest.update(f"{name}\0{(self.base / name).lstat().st_size}\0".encode("utf-8", "surrogateescape"))
+        for n in dict.fromkeys(np.linspace(0, len(rest) - 1, 128).astype(int).tolist() if rest else []):
+            for piece in _pieces(self.base / rest[n]):
+                digest.update(piece)
+                break
+        return digest.hexdigest()
+
+    def _rest_is_same(self, record: Record) -> bool:
+        return self.witness_of_rest() == record.states[0].witness
+
+    def _take_place(self, file: Path, name: str) -> None:
+        with _folder_of(self.base, name, make=True) as (folder, last):
+            with contextlib.suppress(FileNotFoundError):
+                file.chmod(stat.S_IMODE(os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode))
+            os.rename(file, last, dst_dir_fd=folder)
+
+    def _take_away(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), _folder_of(self.base, name) as (folder, last):
+            os.unlink(last, dir_fd=folder)
+        above, _, _ = name.rpartition("/")
+        if above:
+            with contextlib.suppress(OSError), _folder_of(self.base, above) as (folder, last):
+                os.rmdir(last, dir_fd=folder)  # refused of one that holds others
 
 
 def check_replaceable(base: Path, file: Path) -> None:
@@ -83,7 +198,7 @@ def check_replaceable(base: Path, file: Path) -> None:
     if stat.S_ISLNK(status.st_mode):
         raise linked(file)
     if not stat.S_ISREG(status.st_mode):
-        raise CannotWrite(f"{file} is no regular file; nothing was changed")
+        raise CannotWrite(f"{file} is not a regular file; nothing was changed")
     if status.st_nlink > 1:
         raise CannotWrite(
             f"{file} has {status.st_nlink} names (hard links), and a change would show under one of them only; "
@@ -93,51 +208,6 @@ def check_replaceable(base: Path, file: Path) -> None:
     for path in file, file.parent:
         if not os.access(path, os.W_OK):
             raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)
-
-
-def check_new(base: Path, record: Record) -> list[str]:
-    """The names of the files of a record that do not hold what the patch put there any more."""
-    names = record.head.files
-    _check_places(base, names)
-    differ = [name for name, digest in zip(names, record.after, strict=True) if _digest_of(base / name) != digest]
-    return differ or ([] if _rest_is_same(base, record) else ["what the patch left alone"])
-
-
-def put_files_back(base: Path, record: Record, *, force: bool = False) -> bool:
-    """Exchanges the new files of a pending record for the old ones. False: these were all there still.
-
-    Raises:
-        BadCheckpoint: a file holds neither what was there nor what was put there, and force was not asked for.
-    """
-    names = record.head.files
-    _check_places(base, names)
-    new, old, now = record.after, _old_digests(record), [_digest_of(base / name) for name in names]
-    strange = [name for n, name in enumerate(names) if now[n] not in (new[n], old[n])]
-    wanted = {n for n in range(len(names)) if now[n] != old[n]}
-    if wanted and not strange and not _rest_is_same(base, record):
-        strange = ["the checkpoint"]
-    if strange and not force:
-        raise BadCheckpoint(
-            f"{base}: a patch of it was cut short, and {strange[0]} is not the one that was patched: it was exchanged "
-            "since; nothing was written",
-            hint=f"paramend undo {base} --force puts the old bytes back, "
-            f"paramend undo {base} --drop forgets them (right for files that came anew)",
-        )
-    scratch = record.path.with_suffix(f".{BACK}")
-    for n, pieces in groupby(record.old_bytes(), key=lambda piece: piece[1]):
-        if n in wanted:
-            _write_file(scratch, (data for _, _, _, data in pieces))
-            _take_place(scratch, base, names[n])
-    for n in sorted(wanted):
-        if not record.states[n].size:
-            _write_file(scratch, ())
-            _take_place(scratch, base, names[n])
-    # Only now: what is still there of the old state never needed these.
-    for n in sorted(wanted):
-        if record.states[n].size < 0:
-            _take_away(base, names[n])
-    _sync_folders(base, [base / name for name in names])
-    return bool(wanted)
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -217,22 +287,6 @@ def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
         os.close(descriptor)
 
 
-def _take_place(file: Path, base: Path, name: str) -> None:
-    with _folder_of(base, name, make=True) as (folder, last):
-        with contextlib.suppress(FileNotFoundError):
-            file.chmod(stat.S_IMODE(os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode))
-        os.rename(file, last, dst_dir_fd=folder)
-
-
-def _take_away(base: Path, name: str) -> None:
-    with contextlib.suppress(FileNotFoundError), _folder_of(base, name) as (folder, last):
-        os.unlink(last, dir_fd=folder)
-    above, _, _ = name.rpartition("/")
-    if above:
-        with contextlib.suppress(OSError), _folder_of(base, above) as (folder, last):
-            os.rmdir(last, dir_fd=folder)  # refused of one that holds others
-
-
 @contextlib.contextmanager
 def _folder_of(base: Path, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
     """(descriptor of the folder that a file of a checkpoint lies in, the last part of its name).
@@ -253,60 +307,3 @@ def _folder_of(base: Path, name: str, *, make: bool = False) -> Iterator[tuple[i
         yield descriptor, last
     finally:
         os.close(descriptor)
-
-
-def _sync_folders(base: Path, files: Sequence[Path]) -> None:
-    """Makes names durable, also those of folders that were made for them."""
-    folders = {base}
-    for file in files:
-        folders |= {folder for folder in file.parents if folder.is_relative_to(base)}
-    for folder in folders:
-        if folder.is_dir():
-            sync_folder(folder)
-
-
-def _check_places(base: Path, names: Sequence[str]) -> None:
-    for name in names:
-        check_replaceable(base, base / name)
-
-
-def witness_of_rest(base: Path, names: Sequence[str]) -> str:
-    """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes.
-
-    Args:
-        base: the folder of the checkpoint.
-        names: the files that the patch exchanges. Of a database, whose manifest is no other's, they say it all.
-    """
-    if MANIFEST in names:
-        return ""
-    mine, rest = set(names), []
-    for folder, _, inside in os.walk(base):
-        for file in inside:
-            name = Path(folder, file).relative_to(base).as_posix()
-            if name not in mine and may_change(base, name):
-                rest.append(name)
-    rest.sort()
-    digest = hashlib.sha256()
-    for name in rest:
-        digest.update(f"{name}\0{(base / name).lstat().st_size}\0".encode("utf-8", "surrogateescape"))
-    for n in dict.fromkeys(np.linspace(0, len(rest) - 1, 128).astype(int).tolist() if rest else []):
-        for piece in _pieces(base / rest[n]):
-            digest.update(piece)
-            break
-    return digest.hexdigest()
-
-
-def _rest_is_same(base: Path, record: Record) -> bool:
-    return witness_of_rest(base, record.head.files) == record.states[0].witness
-
-
-def check_still(base: Path, stats: dict[Path, os.stat_result]) -> None:
-    """Refuses a checkpoint whose files were exchanged since it was opened.
-
-    Raises:
-        Busy: they were.
-    """
-    for file, then in stats.items():
-        now = file.stat()
-        if (then.st_ino, then.st_size, then.st_mtime_ns) != (now.st_ino, now.st_size, now.st_mtime_ns):
-            raise Busy(f"{base}: another program changed it since it was opened; nothing was changed", hint="try again")

@@ -44,69 +44,48 @@ import os
 import re
 import stat
 import struct
-import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from paramend.disk.copying import WriteBack
 from paramend.disk.io import get, get_into, put
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotRead
 from paramend.journal import claims
-from paramend.leaves.specs import Array
+from paramend.journal.ranges import BUFFER, Ranges, State
 
 MAGIC = b"PMUNDO1\n"
-# Bytes that are read and written at once.
-BUFFER = 1 << 20
 PARTIAL, PENDING, DONE = "partial", "pending", "done"
 _NAME = re.compile(r"([0-9]{6,18})\.(partial|pending|done)")
-_FRAME = struct.Struct("<4sQ")
-_COUNT = struct.Struct("<Q")
+FRAME = struct.Struct("<4sQ")
+COUNT = struct.Struct("<Q")
 _DIGEST = 32
-# Of a file with more free bytes than the first, so many samples of so many bytes are its witness.
-_WITNESSED, _SAMPLES, _SAMPLE = 1 << 22, 128, 4096
 # HEAD and FILE frames are held in memory: no record of ours has larger ones.
 _MAX_TEXT = 1 << 30
 
 
-def store_of(path: Path) -> Path:
-    """The folder of the undo records of a checkpoint, which need not exist.
-
-    >>> print(store_of(Path("models/model.safetensors")))
-    models/.model.safetensors.undo
-    """
-    return path / ".undo" if path.is_dir() else path.with_name(f".{path.name}.undo")
-
-
-def lock_of(store: Path) -> Path:
-    """The lock file of a folder of records."""
-    return store / "lock"
-
-
-def records(store: Path, *states: str) -> list[Path]:
-    """The records of a folder in these states, the oldest first.
+def records_in(folder: Path, *states: str) -> list[Path]:
+    """The records in a folder of these states, the oldest first.
 
     Raises:
         CannotRead: there is no permission to look.
     """
     found: list[tuple[int, Path]] = []
     try:
-        for path in () if store.is_symlink() else store.iterdir():  # no store of ours is a link
+        for path in () if folder.is_symlink() else folder.iterdir():  # no folder of ours is a link
             match = _NAME.fullmatch(path.name)
             if match and match[2] in states:
                 found.append((int(match[1]), path))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except PermissionError:
-        folder = store if os.access(store.parent, os.R_OK | os.X_OK) else store.parent
-        why = ", so nobody can say whether a patch was cut short" if folder == store else ""
-        raise CannotRead(f"{folder}: no permission to read it{why}", hint=f"ls -ld {folder}") from None
+        closed = folder if os.access(folder.parent, os.R_OK | os.X_OK) else folder.parent
+        why = ", so it is not known whether a patch was cut short" if closed == folder else ""
+        raise CannotRead(f"{closed}: no permission to read it{why}", hint=f"ls -ld {closed}") from None
     return [path for _, path in sorted(found)]
 
 
@@ -124,7 +103,7 @@ def records_beside(files: Iterable[Path], *, refuses: bool = False) -> list[Path
     for folder in {path.parent for path in files}:
         with contextlib.suppress(OSError):
             stores = [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".undo")]
-            found += [record for store in stores for record in records(store, PENDING, DONE)]
+            found += [record for store in stores for record in records_in(store, PENDING, DONE)]
     for record in found:
         if refuses and record.suffix == f".{PENDING}":
             raise Busy(
@@ -134,27 +113,7 @@ def records_beside(files: Iterable[Path], *, refuses: bool = False) -> list[Path
     return sorted(found)
 
 
-def next_path(store: Path) -> Path:
-    """The name of a record that is about to be written."""
-    last = records(store, PARTIAL, PENDING, DONE)
-    number = int(last[-1].stem) + 1 if last else 1
-    return store / f"{number:06}.{PARTIAL}"
-
-
 # ---- what a record says ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """How a file can be known again.
-
-    Attributes:
-        size: in bytes.
-        witness: the digest of samples of bytes that stay.
-    """
-
-    size: int
-    witness: str
 
 
 @dataclass(frozen=True)
@@ -183,171 +142,15 @@ class Head:
         return json.dumps(data, separators=(",", ":")).encode()
 
 
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """Byte ranges of files: a table of (row, file, start, stop), one line each.
-
-    Attributes:
-        table: int64, four columns.
-    """
-
-    table: Array
-
-    @property
-    def nbytes(self) -> int:
-        """The number of bytes covered."""
-        return int((self.table[:, 3] - self.table[:, 2]).sum())
-
-    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        for at in range(0, len(self.table), 1 << 14):
-            yield from self.table[at : at + (1 << 14)].tolist()
-
-    def pieces(self) -> Iterator[tuple[int, int, int, int]]:
-        """The same, no line longer than a buffer."""
-        for row, file, start, stop in self:
-            for at in range(start, stop, BUFFER):
-                yield row, file, at, min(at + BUFFER, stop)
-
-
-def witness(descriptor: int, size: int, spans: Spans, file: int) -> str:
-    """The digest of samples of a file's bytes, taken where no span lies: it stays while these are changed.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryFile() as file:
-    ...     spans = Spans(np.array([[0, 0, 2, 4]]))
-    ...     before = file.write(b"abcdef"), file.flush(), witness(file.fileno(), 6, spans, 0)
-    ...     between = os.pwrite(file.fileno(), b"XY", 2), witness(file.fileno(), 6, spans, 0)
-    ...     after = os.pwrite(file.fileno(), b"Z", 1), witness(file.fileno(), 6, spans, 0)
-    >>> before[2] == between[1], between[1] == after[1]
-    (True, False)
-    """
-    own = spans.table[spans.table[:, 1] == file]
-    own = own[np.argsort(own[:, 2], kind="stable")]
-    starts = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(own[:, 3])])
-    lengths = np.concatenate([own[:, 2], np.full(1, size, np.int64)]) - starts
-    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
-    ends = np.cumsum(lengths)
-    total = int(lengths.sum())
-    if total > _WITNESSED:  # windows evenly laid over what is free; the first holds the header
-        places = np.linspace(0, total - _SAMPLE, _SAMPLES).astype(np.int64)
-        gaps = np.searchsorted(ends, places, "right")
-        starts = starts[gaps] + places - (ends - lengths)[gaps]
-        lengths = np.minimum(_SAMPLE, ends[gaps] - places)
-    digest = hashlib.sha256()
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        for at in range(start, start + length, BUFFER):
-            digest.update(os.pread(descriptor, min(BUFFER, start + length - at), at))
-    return digest.hexdigest()
-
-
-# ---- writing -----------------------------------------------------------------------------------------------
-
-
-def checksum(data: bytes | bytearray | memoryview) -> bytes:
-    """What stands for a piece of bytes in a digest. It takes a fifth of the time of SHA-256."""
-    return zlib.crc32(data).to_bytes(4, "little")
-
-
-class Descriptors(Protocol):
-    """Open files by number."""
-
-    def __getitem__(self, file: int, /) -> int:
-        """The descriptor of a file."""
-
-
-class Writer:
-    """A record that is being written. The file is made when this is."""
-
-    def __init__(self, path: Path, mode: int) -> None:
-        self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(path, flags, mode)
-        self.nbytes = 0
-        self._digests: list[bytes] = []
-        self._back = WriteBack(self._descriptor)
-        self._put(MAGIC)
-
-    def close(self) -> None:
-        """Gives the file back."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def frame(self, kind: bytes, payload: bytes) -> None:
-        """Adds a short frame."""
-        framed = _FRAME.pack(kind, len(payload)) + payload
-        self._put(framed)
-        self._end(hashlib.sha256(framed))
-
-    def files(self, states: Sequence[State]) -> None:
-        """Adds how the files are now."""
-        self.frame(b"FILE", _states_text(states))
-
-    def spans(
-        self, spans: Spans, descriptors: Descriptors, names: Sequence[Path], heard: Callable[[int], None]
-    ) -> None:
-        """Adds the bytes that the files hold now."""
-        table = np.ascontiguousarray(spans.table, "<i8")
-        head = _FRAME.pack(b"SPAN", _COUNT.size + table.nbytes + spans.nbytes) + _COUNT.pack(len(table))
-        rows = table.reshape(-1).view(np.uint8).data
-        digest = hashlib.sha256(head)
-        digest.update(rows)
-        self._put(head)
-        self._put(rows)
-        # Thousands of short ranges need not be thousands of writes.
-        buffer, filled = memoryview(bytearray(BUFFER)), 0
-        for _, file, start, stop in spans.pieces():
-            count = stop - start
-            if filled + count > BUFFER:
-                self._put(buffer[:filled])
-                filled = 0
-            piece = buffer[filled : filled + count]
-            get_into(piece, descriptors[file], start, names[file])
-            digest.update(piece)
-            filled += count
-            heard(count)
-        self._put(buffer[:filled])
-        self._end(digest)
-
-    def become(self, state: str) -> None:
-        """Makes all that was written durable, and then gives the record a name that says so."""
-        self.sync()
-        if state == PENDING:
-            claims.seal(self.path.parent, _seal_text(self.path, self._digests))
-        new = self.path.with_suffix(f".{state}")
-        self.path.rename(new)
-        self.path = new
-        sync_folder(new.parent)
-
-    def sync(self) -> None:
-        """Makes all that was written durable."""
-        os.fsync(self._descriptor)
-
-    def _end(self, digest: "hashlib._Hash") -> None:
-        self._digests.append(digest.digest())
-        self._put(self._digests[-1])
-
-    def _put(self, data: bytes | memoryview | bytearray) -> None:
-        put(self._descriptor, data)
-        self.nbytes += len(data)
-        self._back.advance(len(data))
-
-
-def _seal_text(path: Path, digests: Sequence[bytes]) -> str:
+def seal_text(path: Path, digests: Sequence[bytes]) -> str:
     """What a record can be known by: its number, and how many frames it has with which digests."""
     return f"{int(path.stem)} {len(digests)} {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
 
-def _states_text(states: Sequence[State]) -> bytes:
+def states_text(states: Sequence[State]) -> bytes:
+    """How files can be known again, as it stands in a record."""
     rows = [{"size": state.size, "witness": state.witness} for state in states]
     return json.dumps(rows, separators=(",", ":")).encode()
-
-
-def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
-    """The head of a record of what is done now: (leaf, edit) for each row."""
-    numbers: dict[str, int] = {}
-    rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
-    return Head(time.time(), tuple(numbers), rows, tuple(files), whole)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -375,7 +178,7 @@ class Record:
         head: what was done.
 
     Raises:
-        BadCheckpoint: it is damaged, or no record.
+        BadCheckpoint: it is damaged, or not a record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -389,7 +192,7 @@ class Record:
         try:
             status = os.fstat(self._descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise self.damaged("it is no regular file")  # noqa: TRY301
+                raise self.damaged("it is not a regular file")  # noqa: TRY301
             self.nbytes = status.st_size
             self._frames = self._read_frames()
             self.head = self._read_head()
@@ -404,7 +207,7 @@ class Record:
         self.close()
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Closes the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -431,20 +234,20 @@ class Record:
         raise self.damaged("it does not say how the files were")
 
     @cached_property
-    def spans(self) -> Spans:
+    def ranges(self) -> Ranges:
         """All ranges that are recorded."""
         frame = self._frames[2]
-        (count,) = _COUNT.unpack(get(self._descriptor, frame.start, _COUNT.size, self.path))
-        if count > (frame.length - _COUNT.size) // 32:
+        (count,) = COUNT.unpack(get(self._descriptor, frame.start, COUNT.size, self.path))
+        if count > (frame.length - COUNT.size) // 32:
             raise self.damaged("its table of ranges is cut short")
-        data = get(self._descriptor, frame.start + _COUNT.size, count * 32, self.path)
+        data = get(self._descriptor, frame.start + COUNT.size, count * 32, self.path)
         table = np.frombuffer(data, "<i8").reshape(count, 4)
         row, file, start, stop = table.T
         sound = (row >= -1) & (row < len(self.head.rows)) & (file >= 0) & (file < len(self.head.files))
         sound &= (start >= 0) & (start <= stop) & (stop - start <= frame.length)  # so that the sum cannot overflow
-        if not sound.all() or _COUNT.size + table.nbytes + sum((stop - start).tolist()) != frame.length:
+        if not sound.all() or COUNT.size + table.nbytes + sum((stop - start).tolist()) != frame.length:
             raise self.damaged("its table of ranges makes no sense")
-        return Spans(table)
+        return Ranges(table)
 
     def check(self) -> None:
         """Reads all of the record.
@@ -453,8 +256,8 @@ class Record:
             BadCheckpoint: a digest does not fit.
         """
         frame = self._frames[2]
-        digest = hashlib.sha256(get(self._descriptor, frame.start - _FRAME.size, _FRAME.size + _COUNT.size, self.path))
-        digest.update(np.ascontiguousarray(self.spans.table).reshape(-1).view(np.uint8).data)
+        digest = hashlib.sha256(get(self._descriptor, frame.start - FRAME.size, FRAME.size + COUNT.size, self.path))
+        digest.update(np.ascontiguousarray(self.ranges.table).reshape(-1).view(np.uint8).data)
         for _, _, _, data in self.old_bytes():
             digest.update(data)
         if digest.digest() != self._digest_of(frame):
@@ -462,9 +265,9 @@ class Record:
 
     def old_bytes(self) -> Iterator[tuple[int, int, int, memoryview]]:
         """(row, file, start, bytes), no piece longer than a buffer, which the next piece fills again."""
-        at = self._frames[2].start + _COUNT.size + self.spans.table.nbytes
+        at = self._frames[2].start + COUNT.size + self.ranges.table.nbytes
         buffer = memoryview(bytearray(BUFFER))
-        for row, file, start, stop in self.spans.pieces():
+        for row, file, start, stop in self.ranges.pieces():
             view = buffer[: stop - start]
             get_into(view, self._descriptor, at, self.path)
             yield row, file, start, view
@@ -484,8 +287,8 @@ class Record:
 
     def note(self, states: Sequence[State]) -> None:
         """Adds how the files are now, durably."""
-        payload = _states_text(states)
-        framed = _FRAME.pack(b"FILE", len(payload)) + payload
+        payload = states_text(states)
+        framed = FRAME.pack(b"FILE", len(payload)) + payload
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             end = self._frames[-1].stop
@@ -498,7 +301,7 @@ class Record:
     def become_pending(self) -> Path:
         """Its new path: old bytes are about to be written, and whoever is cut short, another finishes."""
         with Record(self.path) as noted:  # with what was added to it
-            claims.seal(self.path.parent, _seal_text(self.path, [noted._digest_of(frame) for frame in noted._frames]))
+            claims.seal(self.path.parent, seal_text(self.path, [noted._digest_of(frame) for frame in noted._frames]))
         new = self.path.with_suffix(f".{PENDING}")
         self.path.rename(new)
         sync_folder(new.parent)
@@ -514,7 +317,7 @@ class Record:
         if match is None:
             return False
         self._frames = self._frames[: int(match[1])]
-        return said == _seal_text(self.path, [self._digest_of(frame) for frame in self._frames])
+        return said == seal_text(self.path, [self._digest_of(frame) for frame in self._frames])
 
     # -- how
 
@@ -529,15 +332,15 @@ class Record:
         found: list[_Frame] = []
         at = len(MAGIC)
         while at < self.nbytes:
-            raw = os.pread(self._descriptor, _FRAME.size, at)
-            if len(raw) < _FRAME.size:
+            raw = os.pread(self._descriptor, FRAME.size, at)
+            if len(raw) < FRAME.size:
                 break
-            kind, length = _FRAME.unpack(raw)
-            frame = _Frame(kind, at + _FRAME.size, length)
+            kind, length = FRAME.unpack(raw)
+            frame = _Frame(kind, at + FRAME.size, length)
             if kind not in {b"HEAD", b"FILE", b"SPAN", b"DONE"} or frame.stop > self.nbytes:
                 break
             # Old bytes are many, and `check` reads them when they are needed.
-            if (length > _MAX_TEXT or not self._fits(frame)) if kind != b"SPAN" else length < _COUNT.size:
+            if (length > _MAX_TEXT or not self._fits(frame)) if kind != b"SPAN" else length < COUNT.size:
                 break
             found.append(frame)
             at = frame.stop
@@ -549,7 +352,7 @@ class Record:
 
     def _fits(self, frame: _Frame) -> bool:
         digest = hashlib.sha256()
-        start = frame.start - _FRAME.size
+        start = frame.start - FRAME.size
         stop = frame.stop - _DIGEST
         for at in range(start, stop, BUFFER):
             digest.update(get(self._descriptor, at, min(BUFFER, stop - at), self.path))
@@ -562,7 +365,7 @@ class Record:
         try:
             return json.loads(self._payload(frame))
         except (ValueError, RecursionError):
-            raise self.damaged(f"the {frame.kind.decode()} frame is no JSON") from None
+            raise self.damaged(f"the {frame.kind.decode()} frame is not JSON") from None
 
     def _read_head(self) -> Head:
         data = self._json(self._frames[0])

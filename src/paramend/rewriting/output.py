@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.publishing import exists, reason
+from paramend.disk.failures import check_room, reason
+from paramend.disk.publishing import exists
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotWrite
 from paramend.formats.registry import SUFFIXES, find_format, home_of
@@ -51,11 +52,7 @@ def check_output(
         raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free < layout.nbytes:  # some network file systems count no blocks at all
-        needed = wording.size(layout.nbytes)
-        raise CannotWrite(f"{out}: {needed} are needed, and {wording.size(free)} are free in {folder}")
+    check_room(folder, layout.nbytes, str(out))
     return layout
 
 

@@ -36,7 +36,8 @@ from paramend.formats.registry import format_of, open_source
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.shards import Shards
-from paramend.journal.undo import HistoryRow, history, recover
+from paramend.journal.history import HistoryRow
+from paramend.journal.undo import history, recover
 from paramend.leaves.specs import Spec
 from paramend.piecewise.rows import data
 from paramend.reports import wording

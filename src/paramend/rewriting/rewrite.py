@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.copying import WINDOW, Copier, WriteBack
+from paramend.disk.identity import changed, check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.publishing import create_file, published, sync_file
 from paramend.edits.plan import Plan, Row
-from paramend.errors import BadCheckpoint, CannotRead
-from paramend.formats.files import same_file
+from paramend.errors import CannotRead
 from paramend.formats.source import Extent
 from paramend.formats.writer import Item
-from paramend.journal.exchange import check_still
 from paramend.journal.records import records_beside
-from paramend.journal.undo import retiring
+from paramend.journal.store import retiring
 from paramend.leaves.leaves import keys_of
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
@@ -181,8 +180,7 @@ class _Inputs:
                 raise CannotRead(f"{path}: {error.strerror or error}") from None
             self._open[path] = descriptor
             now = os.fstat(descriptor)
-            if not same_file(now, self.seen.setdefault(path, now)):
-                raise _changed(path)
+            check_unchanged(path, self.seen.setdefault(path, now), now)
             self.touched.add(path)
             if len(self._open) > _OPEN:
                 os.close(self._open.popitem(last=False)[1])
@@ -192,25 +190,18 @@ class _Inputs:
     def check(self) -> None:
         """Refuses what another program changed in the meantime."""
         if records_beside(self.seen) != self._records:  # a patch, of which times alone may not tell
-            raise _changed(next(iter(self.seen)))
+            raise changed(next(iter(self.seen)))
         for path in self.touched:
             try:
                 now = os.fstat(self._open[path]) if path in self._open else path.stat()
             except OSError:
-                raise _changed(path) from None
-            if path in self.seen and not same_file(now, self.seen[path]):
-                raise _changed(path)
+                raise changed(path) from None
+            check_unchanged(path, self.seen.get(path, now), now)
 
     def close(self) -> None:
         """Closes the files."""
         while self._open:
             os.close(self._open.popitem()[1])
-
-
-def _changed(path: Path) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"{path}: another program changed it since it was opened; nothing was written", hint="open the checkpoint again"
-    )
 
 
 class _Run:
@@ -251,15 +242,14 @@ class _Run:
             work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
             restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
             self.computed += sum(each.row.spec.nbytes for each in work)
-            check_still(Path(self.source.path), self.source.stats)
+            check_still(self.source.stats)
         for path in folder.rglob("*"):
             if path.is_file():
                 sync_file(path)
 
     def _link(self, origin: Path, path: Path) -> bool:
         now = origin.stat()
-        if not same_file(now, self.inputs.seen.setdefault(origin, now)):
-            raise _changed(origin)
+        check_unchanged(origin, self.inputs.seen.setdefault(origin, now), now)
         try:
             os.link(origin.resolve(), path)
         except OSError:  # another file system, or one without links: a copy does it

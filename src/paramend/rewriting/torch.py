@@ -57,7 +57,7 @@ def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
     keys = _unused_keys(file)
     there = {number for number, _ in rows}
     for number, row in rows:
-        record, extent = file.record(number), file.extent(number)
+        record, extent = file.member(number), file.extent(number)
         if not row.calls or record is None:
             continue
         if _stays(file, number, row, there):
@@ -94,7 +94,7 @@ def _relocated(structure: Any, count: int, rows: _Rows) -> Any:
 
 def _unused_keys(file: TorchFile) -> Any:
     start = f"{file.folder}/data/"
-    taken = {name[len(start) :] for name in file.archive.records if name.startswith(start)}
+    taken = {name[len(start) :] for name in file.archive.members if name.startswith(start)}
     return (key for key in map(str, range(1 << 62)) if key not in taken)
 
 
@@ -114,14 +114,14 @@ def _zipped(
     for key, (after, row) in fresh.items():
         if key in used:
             followers.setdefault(after, []).append((key, row))
-    for record in archive.records.values():
+    for record in archive.members.values():
         if record.name == f"{file.folder}/data.pkl":
             pieces += zipped.record(record.name, data)
         elif not record.name.startswith(start) or record.name[len(start) :] in used:
             places = inside.get(record.name, {})
             crc = 0 if places else record.crc
             pieces.append(zipped.open(record.name, record.nbytes, crc))
-            first = archive.place(record.name).start
+            first = archive.offsets(record.name).start
             pieces += with_rows(file.path, first, first + record.nbytes, places)
             patched += [(zipped.at + a - first, zipped.at + b - first) for a, b in places]
             pieces.append(zipped.close())
@@ -136,7 +136,7 @@ def _zipped(
 
 def _alignment(file: TorchFile) -> int:
     """What torch aligned records to: the file says so, since some version of torch."""
-    record = file.archive.records.get(f"{file.folder}/.storage_alignment")
+    record = file.archive.members.get(f"{file.folder}/.storage_alignment")
     text = file.archive.read(record.name) if record is not None and record.nbytes < 8 else b""
     number = int(text) if text.isdigit() else 0
     return number if 0 < number <= 1 << 15 and not number & (number - 1) else ALIGNMENT

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from paramend.errors import BadCheckpoint, CannotRead, Unsupported
-from paramend.formats.files import changed, closed, same_file
+from paramend.disk.identity import check_still
+from paramend.errors import BadCheckpoint, CannotRead
+from paramend.formats.files import closed
 from paramend.formats.orbax.store import MANIFEST, Blame, Box, Entry, Stage, Store, read_json
 from paramend.formats.orbax.tree import TREE, Walk
 from paramend.formats.orbax.writer import OrbaxWriter
+from paramend.formats.source import check_readable
 from paramend.leaves.leaves import entries
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
@@ -156,7 +158,7 @@ class OrbaxCheckpoint:
             Unsupported: the dtype is unknown.
             BadCheckpoint: a piece is missing or damaged.
         """
-        self._check_readable(number)
+        check_readable(self, number)
         array = self._fetch(number, ...)
         array.flags.writeable = False
         return array
@@ -172,7 +174,7 @@ class OrbaxCheckpoint:
             Unsupported: the dtype is unknown.
             BadCheckpoint: a piece is missing or damaged.
         """
-        self._check_readable(number)
+        check_readable(self, number)
         spec, step = self.spec(number), self._arrays[number].rows
         inner = math.prod(spec.shape[1:]) if spec.shape else 1
         if stop <= start:
@@ -192,7 +194,7 @@ class OrbaxCheckpoint:
 
     def read_box(self, number: int, box: Box) -> Array:
         """A part of a leaf, one slice for each axis: a new array."""
-        self._check_readable(number)
+        check_readable(self, number)
         return self._fetch(number, box)
 
     def forget(self) -> None:
@@ -236,13 +238,7 @@ class OrbaxCheckpoint:
     def _check_open(self) -> None:
         if self._closed:
             raise closed(self.path)
-        for path, then in self.stats.items():
-            try:
-                now = path.stat()
-            except OSError:
-                raise changed(path) from None
-            if not same_file(now, then):
-                raise changed(path)
+        check_still(self.stats)
 
     def _store(self, number: int) -> Any:
         store = self._stores.get(number)
@@ -284,11 +280,6 @@ class OrbaxCheckpoint:
             where = slice(first, stop) if self.spec(number).shape else ...
             self._block = (number, first, self._fetch(number, where).reshape(-1))
         return self._block[2]
-
-    def _check_readable(self, number: int) -> None:
-        why = self.refusal(number)
-        if why:
-            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
 
 
 # ---- where the tree is ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ directory and the pickle; storages are read when asked for.
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, shown
-from paramend.formats.source import Extent
+from paramend.formats.source import Extent, check_readable
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Made, Recorder
 from paramend.formats.torch.writer import TorchWriter
-from paramend.formats.zips.archive import STORED, Archive, Record
+from paramend.formats.zips.archive import STORED, Archive, Member
+from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Array, Spec, numpy_dtype
@@ -34,7 +35,7 @@ _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 WRITER = TorchWriter()
 
 
-class TorchFile(FileSource):
+class TorchFile(ZipSource):
     r"""One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
 
     Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure. Use it as
@@ -47,7 +48,7 @@ class TorchFile(FileSource):
             elements of one storage, in one order.
         metadata: what else stands in the structure, by path: epochs, learning rates, lists of plain values.
         tensors: of each leaf, which elements of which storage it is.
-        archive: the records of the zip.
+        archive: the members of the zip.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.
@@ -142,10 +143,10 @@ class TorchFile(FileSource):
         seen = unpickle(self.archive.read(self._pickle.name), words, file=str(self.path), place="data.pkl")
         return build(self._structure, seen), calls
 
-    def record(self, number: int) -> Record | None:
-        """The record of the zip that holds the elements of a leaf; None if they are in several, or nowhere."""
+    def member(self, number: int) -> Member | None:
+        """The member of the zip that holds the elements of a leaf; None if they are in several, or nowhere."""
         storage = self.tensors[number].storage
-        return None if storage is None else self.archive.records[f"{self._root}/data/{storage.key}"]
+        return None if storage is None else self.archive.members[f"{self._root}/data/{storage.key}"]
 
     @property
     def folder(self) -> str:
@@ -168,7 +169,7 @@ class TorchFile(FileSource):
         """Where the bytes of a leaf lie; None if they are strided, sparse, or are not the values themselves.
 
         Raises:
-            BadCheckpoint: the record's two headers in the zip disagree.
+            BadCheckpoint: the member's two headers in the zip disagree.
         """
         tensor = self.tensors[number]
         if tensor.storage is None or not tensor.contiguous or tensor.conj or tensor.neg:
@@ -196,7 +197,7 @@ class TorchFile(FileSource):
             Unsupported: the tensor is quantized, sparse or of a dtype that numpy has not.
         """
         tensor = self.tensors[number]
-        self._check_readable(number)
+        check_readable(self, number)
         assert tensor.storage is not None
         dtype = numpy_dtype(tensor.dtype)
         strides = tuple(step * dtype.itemsize for step in tensor.stride)
@@ -229,7 +230,7 @@ class TorchFile(FileSource):
             Unsupported: the tensor is quantized, sparse or of a dtype that numpy has not.
             BadCheckpoint: the file has become shorter since it was opened.
         """
-        self._check_readable(number)
+        check_readable(self, number)
         extent = self.extent(number)
         if extent is None:
             return self.read(number).flat[start:stop]
@@ -238,57 +239,23 @@ class TorchFile(FileSource):
         self._file.read_into(buffer.data, extent.start + start * dtype.itemsize)
         return buffer.view(dtype)
 
-    # ---- after bytes were patched ------------------------------------------------------------------------------
-
-    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
-        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them.
-
-        Raises:
-            BadArgument: an extent is not within one storage.
-        """
-        records = self.archive.touched(_ranges(extents))
-        return [Extent(self.path, at, 4) for record in records for at in self.archive.place(record.name).crcs]
-
-    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
-        r"""What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
-
-        The storages concerned are read once, in chunks.
-
-        Raises:
-            BadArgument: an extent is not within one storage.
-
-        >>> import tempfile, zipfile
-        >>> path = Path(tempfile.mkdtemp(), "model.pt")
-        >>> with zipfile.ZipFile(path, "w") as made:
-        ...     made.writestr("model/data.pkl", b"\x80\2}.")
-        ...     made.writestr("model/data/0", b"abcd")
-        >>> with TorchFile(path) as file, path.open("r+b") as raw:
-        ...     changed = Extent(path, file.archive.place("model/data/0").start + 1, 2)
-        ...     _ = raw.seek(changed.start), raw.write(b"XY"), raw.flush()
-        ...     for _, offset, data in file.after_patch([changed]):
-        ...         _ = raw.seek(offset), raw.write(data)
-        >>> zipfile.ZipFile(path).read("model/data/0")
-        b'aXYd'
-        """
-        return [(self.path, at, data) for at, data in self.archive.checksums(_ranges(extents))]
-
     # ---- behind the scenes -------------------------------------------------------------------------------------
 
     @property
-    def _pickle(self) -> Record:
-        return self.archive.records[f"{self._root}/data.pkl"]
+    def _pickle(self) -> Member:
+        return self.archive.members[f"{self._root}/data.pkl"]
 
     def _unpickled(self) -> Any:
         if self._pickle.nbytes > MAX_PICKLE:
             raise self.archive.bad(self._pickle.name, f"a pickle of {self._pickle.nbytes:,} bytes is too long")
         folder = f"{self._root}/data/"
-        records = self.archive.records.values()
-        storages = {record.name[len(folder) :]: record.nbytes for record in records if record.name.startswith(folder)}
+        members = self.archive.members.values()
+        storages = {member.name[len(folder) :]: member.nbytes for member in members if member.name.startswith(folder)}
         data = self.archive.read(self._pickle.name)
         return unpickle(data, TorchWords(storages), file=str(self.path), place="data.pkl")
 
     def _place(self, key: str) -> int:
-        return self.archive.place(f"{self._root}/data/{key}").start
+        return self.archive.offsets(f"{self._root}/data/{key}").start
 
     @cached_property
     def _sharing(self) -> dict[str, list[int]]:
@@ -308,11 +275,6 @@ class TorchFile(FileSource):
         width = tensor.bits // 8
         strides = tuple(step * width for step in tensor.stride)
         return np.ndarray(tensor.shape, f"V{width}", self._file.map, start, strides)
-
-    def _check_readable(self, number: int) -> None:
-        why = self.refusal(number)
-        if why:
-            raise Unsupported(f"{self.index.path(number)} cannot be read: {why}")
 
 
 # ---- what kind of file it is ---------------------------------------------------------------------------------
@@ -347,22 +309,22 @@ def _resave(path: Path) -> str:
 def _root(archive: Archive) -> str:
     """The folder of an archive that holds everything, after the archive was found to be one of `torch.save`."""
     path = archive.file.path
-    roots = [name.removesuffix("/data.pkl") for name in archive.records if name.endswith("/data.pkl")]
+    roots = [name.removesuffix("/data.pkl") for name in archive.members if name.endswith("/data.pkl")]
     roots = [root for root in roots if "/" not in root]
     if len(roots) != 1:
         what = "two of them" if roots else "none"
-        raise BadCheckpoint(f"{path}: a file of torch.save has one record data.pkl in a folder, and here is {what}")
+        raise BadCheckpoint(f"{path}: a file of torch.save has one member data.pkl in a folder, and here is {what}")
     root = roots[0]
-    if f"{root}/constants.pkl" in archive.records or any(name.startswith(f"{root}/code/") for name in archive.records):
+    if f"{root}/constants.pkl" in archive.members or any(name.startswith(f"{root}/code/") for name in archive.members):
         new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
         hint = f"torch.save(torch.jit.load({str(path)!r}).state_dict(), {new!r})"
         raise BadCheckpoint(f"{path}: it is a TorchScript archive, a program with its tensors", hint=hint)
-    for record in archive.records.values():
-        if not record.name.startswith(f"{root}/"):
-            raise archive.bad(record.name, f"it lies outside the folder {shown(root)} that holds the rest")
-        if record.method != STORED:
-            raise archive.bad(record.name, "it is compressed, which torch.save never does", _resave(path))
-    order = archive.records.get(f"{root}/byteorder")
+    for member in archive.members.values():
+        if not member.name.startswith(f"{root}/"):
+            raise archive.bad(member.name, f"it lies outside the folder {shown(root)} that holds the rest")
+        if member.method != STORED:
+            raise archive.bad(member.name, "it is compressed, which torch.save never does", _resave(path))
+    order = archive.members.get(f"{root}/byteorder")
     if order and (order.nbytes > 16 or archive.read(order.name) != b"little"):
         raise archive.bad(order.name, "only little-endian files are read", _resave(path))
     return root
@@ -461,10 +423,6 @@ def _is_plain(node: Any) -> bool:
     if type(node) in (list, tuple):
         return not any(type(child) in _CONTAINERS or type(child) is Tensor for child in node)
     return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
-
-
-def _ranges(extents: Sequence[Extent]) -> Iterator[tuple[int, int]]:
-    return ((extent.start, extent.start + extent.nbytes) for extent in extents)
 
 
 def _share(a: Array, b: Array) -> bool:

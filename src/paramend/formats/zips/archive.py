@@ -1,8 +1,8 @@
-"""A zip archive, read strictly: its records, where their bytes lie, and where their checksums stand.
+"""A zip archive, read strictly: its members, where their bytes lie, and where their checksums stand.
 
-A zip file says everything twice, in the central directory at its end and in a header before each record. Readers
+A zip file says everything twice, in the central directory at its end and in a header before each member. Readers
 that believe one or the other see different files in the same bytes; here the two must agree. The local headers lie
-all over the file, so each is read when its record is first asked for: opening reads the end of the file only.
+all over the file, so each is read when its member is first asked for: opening reads the end of the file only.
 """
 
 import struct
@@ -33,13 +33,13 @@ _CENTRAL_MAGIC, _LOCAL_MAGIC, _DESCRIPTOR_MAGIC = 0x02014B50, 0x04034B50, 0x0807
 _U16, _U32 = 0xFFFF, 0xFFFFFFFF
 
 _ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13
-_DESCRIBED = 1 << 3  # checksum and sizes stand after the record
+_DESCRIBED = 1 << 3  # checksum and sizes stand after the member
 _UTF8 = 1 << 11
 _KNOWN = _DESCRIBED | _UTF8 | 1 << 1 | 1 << 2  # the last two say how hard a compressor tried
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Member:
     """One file in an archive, as the central directory has it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Record:
         nbytes: its length.
         packed: its length in the archive.
         crc: the CRC32 of its bytes.
-        flags: the bits that the format has for each record.
+        flags: the bits that the format has for each member.
         header: where its local header begins.
         central: where its CRC32 stands in the central directory.
     """
@@ -63,19 +63,19 @@ class Record:
     central: int
 
 
-class Place(NamedTuple):
-    """Where a record lies: its first byte, and the offsets at which its CRC32 stands, four bytes each."""
+class Offsets(NamedTuple):
+    """Where a member lies: its first byte, and the offsets at which its CRC32 stands, four bytes each."""
 
     start: int
     crcs: tuple[int, ...]
 
 
 class Archive:
-    """The records of a zip file.
+    """The members of a zip file.
 
     Attributes:
         file: the open file.
-        records: by name, in the order of the central directory. Folders are left out.
+        members: by name, in the order of the central directory. Folders are left out.
 
     Raises:
         BadCheckpoint: it is no zip file, or one that readers could see in two ways.
@@ -86,143 +86,143 @@ class Archive:
     >>> with zipfile.ZipFile(path, "w") as made:
     ...     made.writestr("folder/a.txt", "hello")
     >>> archive = Archive(OpenFile(path))
-    >>> archive.read("folder/a.txt"), archive.place("folder/a.txt")
-    (b'hello', Place(start=42, crcs=(14, 63)))
+    >>> archive.read("folder/a.txt"), archive.offsets("folder/a.txt")
+    (b'hello', Offsets(start=42, crcs=(14, 63)))
     """
 
     def __init__(self, file: OpenFile) -> None:
         self.file = file
         start, size, count = _find_directory(file)
         self._directory = start
-        self._places: dict[str, Place] = {}
+        self._offsets: dict[str, Offsets] = {}
         self._names: dict[str, bytes] = {}
-        self.records: dict[str, Record] = {}
+        self.members: dict[str, Member] = {}
         every = list(_parse_directory(file, start, size, count, self._names))
-        for record in every:
-            if record.name in self.records:
-                raise self.bad(record.name, "the name stands twice")
-            self.records[record.name] = record
-        self._order = sorted(self.records.values(), key=lambda record: record.header)
-        self._headers = [record.header for record in self._order]
+        for member in every:
+            if member.name in self.members:
+                raise self.bad(member.name, "the name stands twice")
+            self.members[member.name] = member
+        self._order = sorted(self.members.values(), key=lambda member: member.header)
+        self._headers = [member.header for member in self._order]
         self._check_apart()
-        for record in every:
-            if record.name.endswith("/"):
-                del self.records[record.name]
+        for member in every:
+            if member.name.endswith("/"):
+                del self.members[member.name]
 
     def bad(self, name: str, reason: str, hint: str = "") -> BadCheckpoint:
-        """The error for a record of this archive."""
-        return BadCheckpoint(f"{self.file.path}: record {shown(name)}: {reason}", hint=hint)
+        """The error for a member of this archive."""
+        return BadCheckpoint(f"{self.file.path}: member {shown(name)}: {reason}", hint=hint)
 
-    def place(self, name: str) -> Place:
-        """Where a record lies, after its local header was found to agree with the central directory.
+    def offsets(self, name: str) -> Offsets:
+        """Where a member lies, after its local header was found to agree with the central directory.
 
         Raises:
             BadCheckpoint: they disagree.
         """
-        found = self._places.get(name)
+        found = self._offsets.get(name)
         if found is None:
-            found = self._places[name] = self._look(self.records[name])
+            found = self._offsets[name] = self._look(self.members[name])
         return found
 
     def read(self, name: str) -> bytes:
-        """The bytes of a record that is not compressed, their checksum verified.
+        """The bytes of a member that is not compressed, their checksum verified.
 
         Raises:
             BadCheckpoint: the checksum is another.
         """
-        record = self.records[name]
-        if record.method != STORED:
+        member = self.members[name]
+        if member.method != STORED:
             raise self.bad(name, "it is compressed")
-        data = self.file.read(self.place(name).start, record.nbytes)
-        if zlib.crc32(data) != record.crc:
+        data = self.file.read(self.offsets(name).start, member.nbytes)
+        if zlib.crc32(data) != member.crc:
             raise self.bad(name, "its bytes do not have the checksum (CRC32) that the file says they have")
         return data
 
-    def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Record]:
-        """The records that hold these ranges of bytes (start, stop) of the file, each record once.
+    def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Member]:
+        """The members that hold these ranges of bytes (start, stop) of the file, each member once.
 
         Raises:
-            BadArgument: a range holds bytes of no record, or of two.
+            BadArgument: a range holds bytes of no member, or of two.
         """
-        found: dict[str, Record] = {}
+        found: dict[str, Member] = {}
         for start, stop in ranges:
             if start >= stop:
                 continue
             at = bisect_right(self._headers, start) - 1
-            record = self.records.get(self._order[at].name) if at >= 0 else None
-            first = self.place(record.name).start if record else 0
-            if record is None or not first <= start < stop <= first + record.packed:
-                raise BadArgument(f"{self.file.path}: the bytes {start:,} to {stop:,} are not within one record")
-            found[record.name] = record
+            member = self.members.get(self._order[at].name) if at >= 0 else None
+            first = self.offsets(member.name).start if member else 0
+            if member is None or not first <= start < stop <= first + member.packed:
+                raise BadArgument(f"{self.file.path}: the bytes {start:,} to {stop:,} are not within one member")
+            found[member.name] = member
         return list(found.values())
 
     def checksums(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, bytes]]:
         """What to write, as (offset, bytes), so that checksums are true again after these ranges of bytes changed.
 
-        Each record that was touched is read once, in chunks.
+        Each member that was touched is read once, in chunks.
 
         Raises:
-            BadArgument: a range holds bytes of no record, or of two.
+            BadArgument: a range holds bytes of no member, or of two.
         """
         out: list[tuple[int, bytes]] = []
-        for record in self.touched(ranges):
-            place = self.place(record.name)
+        for member in self.touched(ranges):
+            place = self.offsets(member.name)
             crc = 0
-            for at in range(place.start, place.start + record.packed, _CHUNK):
-                crc = zlib.crc32(self.file.read(at, min(_CHUNK, place.start + record.packed - at)), crc)
+            for at in range(place.start, place.start + member.packed, _CHUNK):
+                crc = zlib.crc32(self.file.read(at, min(_CHUNK, place.start + member.packed - at)), crc)
             out += [(offset, crc.to_bytes(4, "little")) for offset in place.crcs]
         return out
 
     def _check_apart(self) -> None:
-        """Records lie one after the other, as far as the central directory tells."""
+        """Members lie one after the other, as far as the central directory tells."""
         if self._order and self._order[0].header:
             raise self.bad(self._order[0].name, f"{wording.plural(self._order[0].header, 'byte')} stand before it")
-        for record, limit in zip(self._order, [*self._headers[1:], self._directory], strict=False):
-            if record.header + _LOCAL.size + len(self._names[record.name]) + record.packed > limit:
-                raise self.bad(record.name, "it runs into the next record")
+        for member, limit in zip(self._order, [*self._headers[1:], self._directory], strict=False):
+            if member.header + _LOCAL.size + len(self._names[member.name]) + member.packed > limit:
+                raise self.bad(member.name, "it runs into the next member")
 
-    def _look(self, record: Record) -> Place:
-        name = self._names[record.name]
-        head = self.file.read(record.header, _LOCAL.size)
+    def _look(self, member: Member) -> Offsets:
+        name = self._names[member.name]
+        head = self.file.read(member.header, _LOCAL.size)
         magic, _, flags, method, _, _, crc, packed, nbytes, name_length, extra_length = _LOCAL.unpack(head)
         if magic != _LOCAL_MAGIC:
-            raise self.bad(record.name, "there is no local header where it should begin")
-        start = record.header + _LOCAL.size + name_length + extra_length
-        limit = self._limit(record)
-        if start + record.packed > limit:
-            raise self.bad(record.name, "it runs into the next record")
-        more = self.file.read(record.header + _LOCAL.size, name_length + extra_length)
+            raise self.bad(member.name, "there is no local header where it should begin")
+        start = member.header + _LOCAL.size + name_length + extra_length
+        limit = self._limit(member)
+        if start + member.packed > limit:
+            raise self.bad(member.name, "it runs into the next member")
+        more = self.file.read(member.header + _LOCAL.size, name_length + extra_length)
         if more[:name_length] != name:
-            raise self.bad(record.name, f"its local header has another name, {shown(_decode(more[:name_length]))}")
-        if (flags, method) != (record.flags, record.method):
-            raise self.bad(record.name, "its local header and the central directory differ in flags or compression")
-        nbytes, packed, _ = _widen(more[name_length:], nbytes, packed, 0, self.file, record.name, lax=True)
-        said, true = (crc, nbytes, packed), (record.crc, record.nbytes, record.packed)
-        here = record.header + 14
+            raise self.bad(member.name, f"its local header has another name, {shown(_decode(more[:name_length]))}")
+        if (flags, method) != (member.flags, member.method):
+            raise self.bad(member.name, "its local header and the central directory differ in flags or compression")
+        nbytes, packed, _ = _widen(more[name_length:], nbytes, packed, 0, self.file, member.name, lax=True)
+        said, true = (crc, nbytes, packed), (member.crc, member.nbytes, member.packed)
+        here = member.header + 14
         if not flags & _DESCRIBED:
             if said != true:
-                raise self.bad(record.name, "its local header and the central directory differ in sizes or checksum")
-            return Place(start, (here, record.central))
-        # With a descriptor after the record the header's own fields are empty, or (from some writers) already true.
-        if crc not in (0, record.crc) or any(a not in (0, b, _U32) for a, b in zip(said[1:], true[1:], strict=True)):
-            raise self.bad(record.name, "its local header and the central directory differ in sizes or checksum")
-        crcs = (here,) if crc and crc == record.crc else ()
-        return Place(start, (*crcs, self._descriptor(record, start + record.packed, limit), record.central))
+                raise self.bad(member.name, "its local header and the central directory differ in sizes or checksum")
+            return Offsets(start, (here, member.central))
+        # With a descriptor after the member the header's own fields are empty, or (from some writers) already true.
+        if crc not in (0, member.crc) or any(a not in (0, b, _U32) for a, b in zip(said[1:], true[1:], strict=True)):
+            raise self.bad(member.name, "its local header and the central directory differ in sizes or checksum")
+        crcs = (here,) if crc and crc == member.crc else ()
+        return Offsets(start, (*crcs, self._descriptor(member, start + member.packed, limit), member.central))
 
-    def _descriptor(self, record: Record, at: int, limit: int) -> int:
-        """Where the checksum stands after a record. The format leaves open which of four forms it has."""
+    def _descriptor(self, member: Member, at: int, limit: int) -> int:
+        """Where the checksum stands after a member. The format leaves open which of four forms it has."""
         raw = self.file.read(at, min(24, limit - at))
-        for size in ("<III", "<IQQ") if record.packed <= _U32 and record.nbytes <= _U32 else ("<IQQ",):
-            plain = struct.pack(size, record.crc, record.packed, record.nbytes)
+        for size in ("<III", "<IQQ") if member.packed <= _U32 and member.nbytes <= _U32 else ("<IQQ",):
+            plain = struct.pack(size, member.crc, member.packed, member.nbytes)
             if raw.startswith(struct.pack("<I", _DESCRIPTOR_MAGIC) + plain):
                 return at + 4
             if raw.startswith(plain):
                 return at
-        raise self.bad(record.name, "the sizes and checksum after it are not those of the central directory")
+        raise self.bad(member.name, "the sizes and checksum after it are not those of the central directory")
 
-    def _limit(self, record: Record) -> int:
+    def _limit(self, member: Member) -> int:
         """Where the next thing begins."""
-        at = bisect_right(self._headers, record.header)
+        at = bisect_right(self._headers, member.header)
         return self._headers[at] if at < len(self._headers) else self._directory
 
 
@@ -244,7 +244,7 @@ def names_in(file: OpenFile) -> Iterator[str]:
 
 
 def _find_directory(file: OpenFile) -> tuple[int, int, int]:
-    """Where the central directory begins, its length, and how many records it lists."""
+    """Where the central directory begins, its length, and how many members it lists."""
 
     def bad(reason: str, hint: str = "copy or download it again") -> BadCheckpoint:
         return BadCheckpoint(f"{file.path}: {reason}", hint=hint)
@@ -280,15 +280,15 @@ def _find_directory(file: OpenFile) -> tuple[int, int, int]:
     if start + size != end:
         raise bad("the central directory of the zip file is not where it is said to be")
     if count * _CENTRAL.size > size:
-        raise bad(f"its central directory cannot list {wording.plural(count, 'record')} in {size:,} bytes", "")
+        raise bad(f"its central directory cannot list {wording.plural(count, 'member')} in {size:,} bytes", "")
     return start, size, count
 
 
-def _parse_directory(file: OpenFile, start: int, size: int, count: int, names: dict[str, bytes]) -> Iterator[Record]:
+def _parse_directory(file: OpenFile, start: int, size: int, count: int, names: dict[str, bytes]) -> Iterator[Member]:
     raw = file.read(start, size)
     at = 0
     for i in range(count):
-        place = f"record {i + 1} of {count:,}"
+        place = f"member {i + 1} of {count:,}"
         if at + _CENTRAL.size > size:
             raise BadCheckpoint(f"{file.path}: {place}: the central directory is cut short")
         fields = _CENTRAL.unpack_from(raw, at)
@@ -303,16 +303,16 @@ def _parse_directory(file: OpenFile, start: int, size: int, count: int, names: d
         nbytes, packed, header = _widen(extra, nbytes, packed, header, file, name)
         reason = _refusal(flags, method, disk, packed, nbytes)
         if not reason and header + _LOCAL.size > start:
-            reason = "it would begin after the end of the records"
+            reason = "it would begin after the end of the members"
         if not reason and name.endswith("/") and (nbytes or packed):
             reason = "a folder has no bytes"
         if reason:
-            raise BadCheckpoint(f"{file.path}: record {shown(name)}: {reason}")
+            raise BadCheckpoint(f"{file.path}: member {shown(name)}: {reason}")
         names[name] = encoded
-        yield Record(name, method, nbytes, packed, crc, flags, header, start + at + 16)
+        yield Member(name, method, nbytes, packed, crc, flags, header, start + at + 16)
         at = stop
     if at != size:
-        raise BadCheckpoint(f"{file.path}: the central directory holds more than the {count:,} records it lists")
+        raise BadCheckpoint(f"{file.path}: the central directory holds more than the {count:,} members it lists")
 
 
 def _cut(raw: bytes, start: int, length: int) -> bytes:
@@ -358,7 +358,7 @@ def _widen(
         header: the narrow offset; 0 in a local header, which has none.
         file: for messages.
         name: for messages.
-        lax: whether bytes that are no extra field may stand there: some writers align records with them.
+        lax: whether bytes that are no extra field may stand there: some writers align members with them.
     """
     wide: bytes | None = None
     at = 0
@@ -368,19 +368,19 @@ def _widen(
             break
         if kind == 1:
             if wide is not None:
-                raise BadCheckpoint(f"{file.path}: record {shown(name)}: it has two zip64 fields")
+                raise BadCheckpoint(f"{file.path}: member {shown(name)}: it has two zip64 fields")
             wide = extra[at + 4 : at + 4 + length]
         at += 4 + length
     if at != len(extra) and not lax:
-        raise BadCheckpoint(f"{file.path}: record {shown(name)}: its extra fields are damaged")
+        raise BadCheckpoint(f"{file.path}: member {shown(name)}: its extra fields are damaged")
     full = [nbytes == _U32, packed == _U32, header == _U32]
     if not any(full):
         return nbytes, packed, header
     values: Sequence[int] = [int.from_bytes((wide or b"")[i : i + 8], "little") for i in range(0, len(wide or b""), 8)]
     if wide is None or len(wide) < 8 * sum(full):
-        if lax:  # the header stands before a record whose length was not yet known
+        if lax:  # the header stands before a member whose length was not yet known
             return nbytes, packed, header
-        raise BadCheckpoint(f"{file.path}: record {shown(name)}: its zip64 field is missing or too short")
+        raise BadCheckpoint(f"{file.path}: member {shown(name)}: its zip64 field is missing or too short")
     numbers = iter(values)
     return (
         next(numbers) if full[0] else nbytes,

@@ -1,4 +1,4 @@
-"""`ZipHeaders`: what stands in a zip file besides the bytes of its records, which lie one after the other."""
+"""`ZipHeaders`: what stands in a zip file besides the bytes of its members, which lie one after the other."""
 
 import struct
 import zlib
@@ -30,16 +30,16 @@ class ZipHeaders:
         self._directory: list[bytes] = []
 
     def record(self, name: str, data: bytes) -> Iterator[bytes]:
-        """A record of these bytes, with what stands around it."""
+        """A member of these bytes, with what stands around it."""
         yield self.open(name, len(data), zlib.crc32(data))
         yield data
         yield self.close()
 
     def open(self, name: str, nbytes: int, crc: int = 0) -> bytes:
-        """What stands before a record.
+        """What stands before a member.
 
         Args:
-            name: the record's.
+            name: the member's.
             nbytes: its length.
             crc: its checksum; 0 where it is put right later.
         """
@@ -56,7 +56,7 @@ class ZipHeaders:
         return head + self._name + extra
 
     def close(self) -> bytes:
-        """What stands after the record: nothing, but the directory at the end of the file will list it."""
+        """What stands after the member: nothing, but the directory at the end of the file will list it."""
         self.at += self._nbytes
         numbers = [self._nbytes, self._nbytes, self._header]
         full = [number >= WIDE for number in numbers]

@@ -1,0 +1,66 @@
+"""Failures: why the system refused to write, or would, as errors of the library."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from paramend.errors import CannotWrite, ParamendError
+from paramend.reports import wording
+
+ELSEWHERE = "write a new file instead: -o OUT"
+
+
+@contextlib.contextmanager
+def explained(base: Path) -> Iterator[None]:
+    """Errors of the system as those of the library."""
+    try:
+        yield
+    except ParamendError:
+        raise
+    except OSError as error:
+        hint = ELSEWHERE if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else ""
+        where = f" ({error.filename})" if error.filename else ""
+        raise CannotWrite(f"{base}: {reason(error)}{where}; nothing was changed", hint=hint) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a few words.
+
+    >>> reason(OSError(errno.ENOSPC, "No space left on device"))
+    'the disk is full'
+    """
+    words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+    if isinstance(error, OSError) and not isinstance(error, ParamendError):
+        return words.get(error.errno or 0) or error.strerror or str(error)
+    return str(error).split("\n", maxsplit=1)[0] or type(error).__name__
+
+
+def linked(path: Path) -> CannotWrite:
+    """The error for a symbolic link."""
+    return CannotWrite(
+        f"{path} is a symbolic link, as in a hub cache, and what it leads to may be shared; nothing was changed",
+        hint=ELSEWHERE,
+    )
+
+
+def check_room(folder: Path, nbytes: int, what: str, *, hint: str = "") -> None:
+    """Refuses what a disk has no room for.
+
+    Args:
+        folder: where it would go.
+        nbytes: how large it would be.
+        what: what messages call it.
+        hint: what to do about it.
+
+    Raises:
+        CannotWrite: there are fewer bytes free.
+    """
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < nbytes:  # some network file systems count no blocks at all
+        raise CannotWrite(
+            f"{what} needs {wording.size(nbytes)}, and {wording.size(free)} are free in {folder}; nothing was written",
+            hint=hint,
+        )

@@ -1,0 +1,62 @@
+"""Identity: whether the files that were opened are still there as they were."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from paramend.errors import BadCheckpoint
+
+
+def unchanged(then: os.stat_result, now: os.stat_result) -> bool:
+    """Whether two looks at a file saw the same bytes, as far as the system can tell.
+
+    Size and time of modification are not enough: whoever overwrites a file can put its time back. The time of its last
+    change of any kind cannot be put back. But permissions, owner and names (hard links, as `--link` makes them) move it
+    too, so it counts only where these are the same and the file has one name. If a second name came and went in
+    between, the file passes for changed.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "x")
+    >>> _ = path.write_bytes(b"ab")
+    >>> then, _ = path.stat(), path.write_bytes(b"abc")
+    >>> unchanged(then, then), unchanged(then, path.stat())
+    (True, False)
+    """
+    if not os.path.samestat(then, now) or (then.st_size, then.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+        return False
+    return then.st_ctime_ns == now.st_ctime_ns or then.st_nlink > 1 or _access(then) != _access(now)
+
+
+def _access(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_mode, status.st_uid, status.st_gid, status.st_nlink
+
+
+def check_unchanged(path: Path, then: os.stat_result, now: os.stat_result) -> None:
+    """Refuses a file that another program changed.
+
+    Raises:
+        BadCheckpoint: the two looks at it differ.
+    """
+    if not unchanged(then, now):
+        raise changed(path)
+
+
+def check_still(stats: Mapping[Path, os.stat_result]) -> None:
+    """Refuses files that are no longer what they were when they were opened.
+
+    Raises:
+        BadCheckpoint: another program changed, replaced or removed one.
+    """
+    for path, then in stats.items():
+        try:
+            now = path.stat()
+        except OSError:
+            raise changed(path) from None
+        check_unchanged(path, then, now)
+
+
+def changed(path: Path) -> BadCheckpoint:
+    """The error for a file that another program changed."""
+    return BadCheckpoint(
+        f"{path}: another program changed it since it was opened; nothing was written", hint="open the checkpoint again"
+    )

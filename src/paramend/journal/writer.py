@@ -1,0 +1,109 @@
+"""Writing an undo record: it is durable before the first byte changes that it can bring back."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from paramend.disk.copying import WriteBack
+from paramend.disk.io import get_into, put
+from paramend.disk.publishing import sync_folder
+from paramend.journal import claims
+from paramend.journal.ranges import BUFFER, Ranges, State
+from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, seal_text, states_text
+
+
+def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
+    """The head of a record of what is done now: (leaf, edit) for each row."""
+    numbers: dict[str, int] = {}
+    rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
+    return Head(time.time(), tuple(numbers), rows, tuple(files), whole)
+
+
+class Descriptors(Protocol):
+    """Open files by number."""
+
+    def __getitem__(self, file: int, /) -> int:
+        """The descriptor of a file."""
+
+
+class Writer:
+    """A record that is being written. The file is made when this is."""
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self.path = path
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, mode)
+        self.nbytes = 0
+        self._digests: list[bytes] = []
+        self._back = WriteBack(self._descriptor)
+        self._put(MAGIC)
+
+    def close(self) -> None:
+        """Closes the file."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def frame(self, kind: bytes, payload: bytes) -> None:
+        """Adds a short frame."""
+        framed = FRAME.pack(kind, len(payload)) + payload
+        self._put(framed)
+        self._end(hashlib.sha256(framed))
+
+    def files(self, states: Sequence[State]) -> None:
+        """Adds how the files are now."""
+        self.frame(b"FILE", states_text(states))
+
+    def old_bytes(
+        self, ranges: Ranges, descriptors: Descriptors, names: Sequence[Path], meter: Callable[[int], None]
+    ) -> None:
+        """Adds the bytes that the files hold now."""
+        table = np.ascontiguousarray(ranges.table, "<i8")
+        head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))
+        rows = table.reshape(-1).view(np.uint8).data
+        digest = hashlib.sha256(head)
+        digest.update(rows)
+        self._put(head)
+        self._put(rows)
+        # Thousands of short ranges need not be thousands of writes.
+        buffer, filled = memoryview(bytearray(BUFFER)), 0
+        for _, file, start, stop in ranges.pieces():
+            count = stop - start
+            if filled + count > BUFFER:
+                self._put(buffer[:filled])
+                filled = 0
+            piece = buffer[filled : filled + count]
+            get_into(piece, descriptors[file], start, names[file])
+            digest.update(piece)
+            filled += count
+            meter(count)
+        self._put(buffer[:filled])
+        self._end(digest)
+
+    def become(self, state: str) -> None:
+        """Makes all that was written durable, and then gives the record a name that says so."""
+        self.sync()
+        if state == PENDING:
+            claims.seal(self.path.parent, seal_text(self.path, self._digests))
+        new = self.path.with_suffix(f".{state}")
+        self.path.rename(new)
+        self.path = new
+        sync_folder(new.parent)
+
+    def sync(self) -> None:
+        """Makes all that was written durable."""
+        os.fsync(self._descriptor)
+
+    def _end(self, digest: "hashlib._Hash") -> None:
+        self._digests.append(digest.digest())
+        self._put(self._digests[-1])
+
+    def _put(self, data: bytes | memoryview | bytearray) -> None:
+        put(self._descriptor, data)
+        self.nbytes += len(data)
+        self._back.advance(len(data))
