@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from paramend.ablation.ablate import ablate as ablate
     from paramend.ablation.influence import block_influence as block_influence
     from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
-    from paramend.checkpoints.checkpoint import load as load
     from paramend.checkpoints.checkpoint import open as open
-    from paramend.checkpoints.checkpoint import save as save
     from paramend.checkpoints.patching import patch as patch
+    from paramend.checkpoints.whole import load as load
+    from paramend.checkpoints.whole import save as save
     from paramend.edits.selection import Selection as Selection
     from paramend.edits.selection import at as at
     from paramend.edits.selection import labels as labels
@@ -61,7 +61,8 @@ _LATER = {
     for module, names in {
         "paramend.ablation.ablate": ("ablate",),
         "paramend.ablation.influence": ("block_influence",),
-        "paramend.checkpoints.checkpoint": ("Checkpoint", "load", "open", "save"),
+        "paramend.checkpoints.checkpoint": ("Checkpoint", "open"),
+        "paramend.checkpoints.whole": ("load", "save"),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
         "paramend.freezing.freeze": (

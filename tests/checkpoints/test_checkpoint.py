@@ -676,22 +676,22 @@ def same(a, b):
     ],
 )
 def test_load_gives_back_what_save_took(tmp_path, tree):
-    checkpoints.save(tree, tmp_path / "x.safetensors")
-    assert same(checkpoints.load(tmp_path / "x.safetensors"), tree)
+    pm.save(tree, tmp_path / "x.safetensors")
+    assert same(pm.load(tmp_path / "x.safetensors"), tree)
     safetensors.deserialize((tmp_path / "x.safetensors").read_bytes())
-    checkpoints.save(tree, tmp_path / "folder", max_shard_size="10B")
-    assert same(checkpoints.load(tmp_path / "folder"), tree)
+    pm.save(tree, tmp_path / "folder", max_shard_size="10B")
+    assert same(pm.load(tmp_path / "folder"), tree)
 
 
 def test_what_no_name_can_tell_is_refused(tmp_path):
     with pytest.raises(Unsupported, match="keys hold both separators"):
-        checkpoints.save({"a/b": {"c.d": np.ones(1)}}, tmp_path / "x.safetensors")
+        pm.save({"a/b": {"c.d": np.ones(1)}}, tmp_path / "x.safetensors")
     safetensors.numpy.save_file({"a": np.ones(1), "a.b": np.ones(1)}, tmp_path / "m")
     with pytest.raises(Unsupported, match="nested=False"):
-        checkpoints.load(tmp_path / "m")
-    assert set(checkpoints.load(tmp_path / "m", nested=False)) == {"a", "a.b"}
+        pm.load(tmp_path / "m")
+    assert set(pm.load(tmp_path / "m", nested=False)) == {"a", "a.b"}
     with pytest.raises(BadArgument, match='"torch"'):
-        checkpoints.load(tmp_path / "m", "pytorch")
+        pm.load(tmp_path / "m", "pytorch")
 
 
 def test_kinds_of_arrays(tmp_path):
@@ -699,24 +699,24 @@ def test_kinds_of_arrays(tmp_path):
     import jax.numpy as jnp
 
     state = {"fc.weight": torch.randn(2, 3).bfloat16(), "e": torch.ones(3).to(torch.float8_e5m2)}
-    checkpoints.save(state, tmp_path / "x.safetensors")
+    pm.save(state, tmp_path / "x.safetensors")
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
         assert torch.equal(file.get_tensor("fc.weight"), state["fc.weight"])
-    after = checkpoints.load(tmp_path / "x.safetensors", kind="torch", nested=False)
+    after = pm.load(tmp_path / "x.safetensors", kind="torch", nested=False)
     assert {name: leaf.dtype for name, leaf in after.items()} == {name: leaf.dtype for name, leaf in state.items()}
     assert torch.equal(after["fc.weight"], state["fc.weight"])
-    checkpoints.save({"params": {"k": jnp.ones((2, 2), jnp.bfloat16)}}, tmp_path / "j.safetensors")
-    loaded = checkpoints.load(tmp_path / "j.safetensors", kind="jax")["params"]["k"]
+    pm.save({"params": {"k": jnp.ones((2, 2), jnp.bfloat16)}}, tmp_path / "j.safetensors")
+    loaded = pm.load(tmp_path / "j.safetensors", kind="jax")["params"]["k"]
     assert isinstance(loaded, jax.Array) and loaded.dtype == jnp.bfloat16
     safetensors.numpy.save_file({"n": np.array([2**40])}, tmp_path / "i")
     with pytest.raises(Unsupported, match="jax_enable_x64"):
-        checkpoints.load(tmp_path / "i", kind="jax")
+        pm.load(tmp_path / "i", kind="jax")
 
 
 def test_a_module_is_saved_as_its_state_dict(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-    checkpoints.save(module, tmp_path / "m.safetensors")
+    pm.save(module, tmp_path / "m.safetensors")
     module.load_state_dict(safetensors.torch.load_file(tmp_path / "m.safetensors"))
 
 
@@ -841,8 +841,8 @@ def test_files_of_numpy(tmp_path, pack):
     checkpoints.open(tmp_path / "out.npz").save(tmp_path / "y.safetensors")
     assert safetensors.numpy.load_file(tmp_path / "y.safetensors")["fc/bias"].tolist() == [0, 2, 4]
     nested = {"a": {"kernel": np.ones((2, 3), "float16"), "bias": np.zeros(3, "float32")}, "step": np.array(3)}
-    checkpoints.save(nested, tmp_path / "n.npz")
-    assert same(checkpoints.load(tmp_path / "n.npz"), nested)
+    pm.save(nested, tmp_path / "n.npz")
+    assert same(pm.load(tmp_path / "n.npz"), nested)
 
 
 def test_files_of_flax(tmp_path):
@@ -855,7 +855,7 @@ def test_files_of_flax(tmp_path):
     assert after["params"]["bias"].tolist() == [0, 2, 4] and after["step"] == 5
     report = checkpoint.save(tmp_path / "y.safetensors")
     assert report.left_out == ("step (no tensor)",)
-    assert same(checkpoints.load(tmp_path / "y.safetensors"), {"params": tree["params"]})
+    assert same(pm.load(tmp_path / "y.safetensors"), {"params": tree["params"]})
 
 
 def test_what_a_format_cannot_hold_is_said_before_writing(model, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paramend.checkpoints.checkpoint import save
+from paramend.checkpoints.whole import save
 from paramend.formats.safetensors_header import write_header
 from paramend.leaves.specs import Spec
 

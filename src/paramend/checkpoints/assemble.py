@@ -40,7 +40,8 @@ def assemble(
     >>> import tempfile
     >>> from pathlib import Path
     >>> import numpy as np
-    >>> from paramend.checkpoints.checkpoint import open, save
+    >>> from paramend.checkpoints.checkpoint import open
+    >>> from paramend.checkpoints.whole import save
     >>> from paramend.edits.selection import at
     >>> from paramend.leaves.paths import labels
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")

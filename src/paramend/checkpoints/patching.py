@@ -123,7 +123,7 @@ def patch(
         CannotWrite: a file is read-only, has several names, is being written, or the disk is full. Nothing was changed.
 
     >>> import tempfile
-    >>> from paramend.checkpoints.checkpoint import save
+    >>> from paramend.checkpoints.whole import save
     >>> from paramend.edits.selection import at
     >>> from paramend.journal.undo import undo
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")

@@ -9,7 +9,7 @@ import click
 
 from paramend.ablation.ablate import ablate as ablate_tree
 from paramend.ablation.methods import METHODS, How
-from paramend.checkpoints.checkpoint import Kind, load
+from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording

@@ -28,7 +28,7 @@ def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progres
         BadCheckpoint: the undo record is damaged. Nothing was written.
 
     >>> import tempfile
-    >>> from paramend.checkpoints.checkpoint import save
+    >>> from paramend.checkpoints.whole import save
     >>> from paramend.edits.selection import at
     >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
@@ -66,7 +66,7 @@ def history(path: str | os.PathLike[str]) -> list[HistoryRow]:
         BadCheckpoint: an undo record is damaged.
 
     >>> import tempfile
-    >>> from paramend.checkpoints.checkpoint import save
+    >>> from paramend.checkpoints.whole import save
     >>> from paramend.edits.selection import at
     >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
@@ -114,7 +114,7 @@ def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Pa
         A row for each record, or the path of one that is damaged.
 
     >>> import tempfile
-    >>> from paramend.checkpoints.checkpoint import save
+    >>> from paramend.checkpoints.whole import save
     >>> from paramend.edits.selection import at
     >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")

@@ -155,7 +155,8 @@ def record(path: str | os.PathLike[str]) -> EditRecord | None:
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from paramend.checkpoints.checkpoint import open, save
+    >>> from paramend.checkpoints.checkpoint import open
+    >>> from paramend.checkpoints.whole import save
     >>> from paramend.edits.selection import at
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, folder / "model.safetensors")
@@ -184,7 +185,8 @@ def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = N
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from paramend.checkpoints.checkpoint import open, save
+    >>> from paramend.checkpoints.checkpoint import open
+    >>> from paramend.checkpoints.whole import save
     >>> from paramend.edits.selection import at
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, folder / "model.safetensors")
