@@ -183,7 +183,7 @@ def test_anchors_are_written_out():
         ("version: 1\nsteps:\n - fill: {at: a, value: 1, at: b}", 3, "twice", ""),
         ("version: 1\nsteps: [zero: w]\nsteps: [zero: x]", 3, "twice", ""),
         ("version: 1\nsteps: [zero: w]\n? [a]\n: 1", 3, "a key is text", ""),
-        ('version: 1\nsteps:\n - zero: "\\UFFFFFFFF"', 0, "no character", ""),
+        ('version: 1\nsteps:\n - zero: "\\UFFFFFFFF"', 0, "not a character", ""),
         ("version: 1\nsteps:\n - zero: \x00", 3, "not allowed", ""),
     ],
 )
@@ -570,7 +570,7 @@ def test_a_checkpoint_gives_values_to_itself(tmp_path, model):
         ("from: broken.safetensors", "from", "broken.safetensors"),
         ("from: broken.npy", "from", "no array"),
         ("from: objects.npy", "from", "no array"),
-        ("from: text.npy", "from", "no numbers"),
+        ("from: text.npy", "from", "not numbers"),
         ("from: .", "from", "."),
         ("from: b.npy", "from", "the array is float32[3]"),
         ("from: b.npy, leaf: x", "leaf", "without a name"),
