@@ -274,7 +274,7 @@ WRONG = {
     "zero: {at: x, where: 2}": ("$.steps[0].where", "where:"),
     "expect: {at: x, count: -1}": ("$.steps[0].count", ""),
     "expect: {at: x, shape: 4}": ("$.steps[0].shape", "[4, 8]"),
-    "{zero: x, fill: {at: y, value: 1}}": ("$.steps[0]", "each in a step of its own"),
+    "{zero: x, fill: {at: y, value: 1}}": ("$.steps[0]", "make each a step of its own"),
     "{fill: , at: x, value: 1}": ("$.steps[0]", "indent at, value below fill:"),
 }
 
