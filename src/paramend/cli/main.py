@@ -155,9 +155,7 @@ def _unknown(name: str) -> str:
     rows = (*ROWS, *edits())
     near = [row.name for row in rows if name in row.also]
     near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
-    return (
-        f"There is no command {name!r}. {f'Did you mean {near[0]!r}?' if near else 'To list them: paramend help'}"
-    )
+    return f"There is no command {name!r}. {f'Did you mean {near[0]!r}?' if near else 'To list them: paramend help'}"
 
 
 def main() -> None:

@@ -158,9 +158,7 @@ def _given(verb: Verb, body: Any, address: str, problems: Problems) -> Step | No
         needed = " or ".join(verb.one_of)
         problems.add(address, f"{verb.name} needs {needed}{', not both' if alternatives else ''}", _example(verb))
     if "leaf" in body and "from" not in body:
-        problems.add(
-            below(address, "leaf"), "leaf names a leaf of another file, and there is no from", _example(verb)
-        )
+        problems.add(below(address, "leaf"), "leaf names a leaf of another file, and there is no from", _example(verb))
     if len(problems) > before:
         return None
     step = Step(verb, given)
