@@ -11,7 +11,7 @@ from paramend.leaves.leaves import separator_of
 if TYPE_CHECKING:
     from paramend.pages.page import Page
 
-# The colours of Okabe and Ito, and a texture for each: the same as on the page.
+# The same colours (Okabe and Ito) and textures as on the page.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
 _TEXTURES = ("", "//", "\\\\", "xx", "--", "..")
 # Boxes narrower than this share of the whole are left out.
@@ -20,7 +20,7 @@ _LEAST = 1 / 1500
 
 @dataclass(slots=True)
 class _Node:
-    """A subtree or a leaf: its name, its size, what is below it, and its place in the page."""
+    """A subtree or a leaf: its name, its size, what is below it, and its place in the page; -1 for a subtree."""
 
     name: str
     size: int = 0
@@ -33,9 +33,9 @@ class _Node:
 
 
 def draw(page: "Page") -> Any:
-    """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that it belongs to.
+    """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that contain it.
 
-    Leaves are coloured by their groups, each with a texture of its own, or by the column that colours the page.
+    Leaves are coloured by their groups, which also have textures, or by the column that colours the page.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -90,14 +90,14 @@ def _tree(page: "Page") -> _Node:
         for key in path.split(separator):
             node = node.inner.setdefault(key, _Node(key))
             node.size += max(size, 1)
-        if node.leaf >= 0:  # two of one path, as in two parts of a report
+        if node.leaf >= 0:  # two leaves with one path, as in two parts of a report
             node = node.inner.setdefault(place, _Node(node.name, max(size, 1)))
         node.leaf = place
     return root
 
 
 def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple[_Node, float, float, int]]:
-    """Nodes with where they begin, how wide they are and how deep they lie."""
+    """Nodes with their left edges, widths and depths."""
     yield node, left, width, level
     if level == 7:
         return
@@ -109,7 +109,7 @@ def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple
 
 
 def _shades(page: "Page") -> list[str]:
-    """A colour for each leaf by the column that colours the page; none where the groups do."""
+    """A colour for each leaf by the column that colours the page; empty if the groups colour it."""
     column = next((column for column in page.columns if column.name == page.colour), None)
     if column is None:
         return []
