@@ -1,4 +1,4 @@
-"""Optional dependencies: opened by name, missing ones with the line that installs them."""
+"""Optional dependencies, imported by name; the error for a missing one says how to install it."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ def need(module: str, *, extra: str, to: str) -> ModuleType:
     """The module, imported.
 
     Raises:
-        MissingExtra: it is not installed; the hint is the command that installs it.
+        MissingExtra: it cannot be imported; the hint is the command that installs it.
 
     >>> need("math", extra="none", to="count").sqrt(4)
     2.0
@@ -27,5 +27,5 @@ def need(module: str, *, extra: str, to: str) -> ModuleType:
 
 
 def imported(module: str) -> bool:
-    """Whether the user has imported this framework: only then can an object of it exist."""
+    """Whether this framework has been imported: only then can its objects exist."""
     return sys.modules.get(module) is not None

@@ -1,4 +1,4 @@
-"""Assertions for your own tests: what may change, and that nothing else does."""
+"""Assertions for your own tests: only what may change does."""
 
 from paramend.errors import UnexpectedChange
 from paramend.evidence.diff import diff
@@ -7,18 +7,18 @@ from paramend.selectors.selector import SelectorLike
 
 
 def assert_only_changed(before: AnyTree, after: AnyTree, only: SelectorLike, *, allow_noop: bool = False) -> None:
-    """Nothing, if some of the leaves that a selector chooses differ and no others do.
+    """Assert that some of the leaves that a selector matches differ, and no others.
 
     Args:
         before: a tree of any kind, a checkpoint, or the path of one.
         after: likewise.
-        only: a selector of what may differ: it counts in `before`, and for leaves that are new in `after`.
-        allow_noop: whether it is right that nothing differs at all.
+        only: a selector of what may differ; it is resolved in `before`, and in `after` for new leaves.
+        allow_noop: whether it passes if nothing differs at all.
 
     Raises:
         UnexpectedChange: other leaves differ, or nothing does. It is an `AssertionError`; its text is the table of
-            `pm.diff`, its `changes` maps each path to what happened.
-        NoMatch: the selector chooses nothing.
+            `pm.diff`, and its `changes` maps each path to what happened.
+        NoMatch: the selector matches nothing.
 
     >>> old = {"kernel": np.ones(2), "bias": np.zeros(2)}
     >>> assert_only_changed(old, {**old, "bias": np.ones(2)}, only="bias")
@@ -32,7 +32,7 @@ def assert_only_changed(before: AnyTree, after: AnyTree, only: SelectorLike, *, 
 
 
 def assert_identical(before: AnyTree, after: AnyTree, selector: SelectorLike = "**") -> None:
-    """Nothing, if no leaf differs, bit by bit.
+    """Assert that no leaf differs in any bit.
 
     Args:
         before: a tree of any kind, a checkpoint, or the path of one.
@@ -41,7 +41,7 @@ def assert_identical(before: AnyTree, after: AnyTree, selector: SelectorLike = "
 
     Raises:
         UnexpectedChange: a leaf differs. It is an `AssertionError`; its text is the table of `pm.diff`.
-        NoMatch: the selector chooses nothing on either side.
+        NoMatch: the selector matches nothing on either side.
 
     >>> assert_identical({"w": np.array([np.nan])}, {"w": np.array([np.nan])})
     >>> assert_identical({"w": np.array([0.0])}, {"w": np.array([-0.0])})

@@ -229,7 +229,7 @@ def test_a_folder_that_holds_files_is_refused(ran, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in ran.out.iterdir()}
     result = run("--out", ran.out)
     assert result.exit_code == 2
-    assert "is there already and holds deeper.safetensors" in result.stderr
+    assert "already exists and holds deeper.safetensors" in result.stderr
     assert "--force" in result.stderr
     assert result.stdout == ""
     assert {path: path.stat().st_mtime_ns for path in ran.out.iterdir()} == before
@@ -257,7 +257,7 @@ def test_no_folder_at_all_is_refused(tmp_path):
     file.write_text("mine")
     result = run("--out", file)
     assert result.exit_code == 2
-    assert "file is no folder" in result.stderr
+    assert "file is not a folder" in result.stderr
     assert run("--out", file / "below").exit_code == 2
     assert file.read_text() == "mine"
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

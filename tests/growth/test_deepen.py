@@ -157,7 +157,7 @@ def test_what_stands_between_layers_goes_with_the_layer_before():
     sequential = eqx.nn.Sequential([part for layer in linear for part in (eqx.nn.Lambda(jnp.tanh), layer)])
     new, _ = pm.deepen(sequential, layers="layers[:-1]", order=[0, 1, 0, 1])
     assert [type(layer).__name__ for layer in new.layers] == ["Lambda", "Linear"] * 5
-    with pytest.raises(BadArgument, match="come out even"):
+    with pytest.raises(BadArgument, match="leave gaps"):
         pm.deepen({"l": [{"w": np.ones(1)}, None, {"w": np.ones(1)}]}, layers="l[*]", order=[1, 0])
 
 
@@ -307,7 +307,7 @@ def test_layers_that_are_attributes_are_refused():
 
     model = Named()
     for verb in (pm.deepen, pm.deepen_):
-        with pytest.raises(Unsupported, match="attributes of a Named"):
+        with pytest.raises(Unsupported, match=r"attributes of a \S*Named"):
             verb(model, layers="block_[*]", order=[0, 1, 1])
 
 
@@ -357,13 +357,13 @@ ONE = pm.depth.blocks(4, count=1)
         (OutOfRange, {"layers": "params/Dense_[4]", "order": [0]}, "out of range"),
         (BadArgument, {"layers": "params/Dense_[*]", "order": [4]}, "names layer 4"),
         (BadArgument, {"layers": "params/Dense_[*]", "order": pm.depth.stack(3)}, "3 layers, and this one has 4"),
-        (BadArgument, {"layers": "params/Dense_[*]", "order": ONE}, "not known; its modules are kernel"),
-        (BadArgument, {"layers": "params/Dense_[*]", "order": ONE, "identity": 3}, "none of"),
-        (BadArgument, {"layers": "params/Dense_[*]", "order": [0], "identity": "kernel"}, "names none"),
+        (BadArgument, {"layers": "params/Dense_[*]", "order": ONE}, "the identity; its modules are kernel"),
+        (BadArgument, {"layers": "params/Dense_[*]", "order": ONE, "identity": 3}, "identity=3 is not"),
+        (BadArgument, {"layers": "params/Dense_[*]", "order": [0], "identity": "kernel"}, "has no identity"),
         (NoMatch, {"layers": "params/Dense_[*]", "order": ONE, "identity": "kernl"}, "none of the leaves"),
         (BadArgument, {"layers": 3, "order": [0]}, "no selector"),
-        (BadArgument, {"layers": pm.sel("params/**")[1], "order": [0]}, "names all of them"),
-        (SpecMismatch, {"layers": pm.sel("**")[:], "order": [0]}, "not as long"),
+        (BadArgument, {"layers": pm.sel("params/**")[1], "order": [0]}, "must select all layers"),
+        (SpecMismatch, {"layers": pm.sel("**")[:], "order": [0]}, "differs in length"),
     ],
 )
 def test_refused(error, options, says):
@@ -384,7 +384,7 @@ def test_numbers_that_rise_unevenly():
 
 
 def test_a_tree_does_not_change_in_place():
-    with pytest.raises(Unsupported, match="does not change in place"):
+    with pytest.raises(Unsupported, match="cannot be changed in place"):
         pm.deepen_({"layers": layers(2)}, order=[0])
 
 

@@ -106,7 +106,7 @@ def test_one_file_says_that_the_configuration_stays(folder, tmp_path):
         deeper, report = pm.deepen(checkpoint, order=ORDER)
         deeper.save(tmp_path / "out.safetensors")
     assert len(pm.load(tmp_path / "out.safetensors", nested=False)) == 5 * 9 + 1
-    assert "stays as it is" in report.config[0]
+    assert "is not changed" in report.config[0]
     assert "config: " in str(report)
 
 
@@ -144,7 +144,7 @@ def test_refusals_write_nothing(folder, tmp_path):
     with pm.open(path) as checkpoint:
         with pytest.raises(Unsupported, match="in memory"):
             pm.deepen(checkpoint, layers=pm.sel("**")[:], order=[0])
-        with pytest.raises(Unsupported, match="does not change in place"):
+        with pytest.raises(Unsupported, match="cannot be changed in place"):
             pm.deepen_(checkpoint, order=[0])
         with pytest.raises(NoMatch, match="names no numbered layers"):
             pm.deepen(checkpoint, layers="h[*]", order=[0])
@@ -206,10 +206,10 @@ def test_the_command(folder, tmp_path, options, order):
         (["--blocks", "1", "--stack", "2", "-o", "OUT"], "One of --blocks"),
         (["--blocks", "1"], "-o OUT is needed"),
         (["--blocks", "0", "-o", "OUT"], "count=0"),
-        (["--order", "0,x", "-o", "OUT"], "no list of layers"),
+        (["--order", "0,x", "-o", "OUT"], "not a list of layers"),
         (["--order", "0,7", "-o", "OUT"], "names layer 7"),
         (["--drop", "9", "-o", "OUT"], "no layer 9"),
-        (["--blocks", "1", "--identity", "a=b", "-o", "OUT"], "no SELECTOR=VALUE"),
+        (["--blocks", "1", "--identity", "a=b", "-o", "OUT"], "not SELECTOR=VALUE"),
         (["--blocks", "1", "--layers", "h[*]", "-o", "OUT"], "names no numbered layers"),
         (["--blocks", "1", "-o", "FOLDER"], "exists"),
     ],

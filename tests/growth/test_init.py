@@ -152,7 +152,7 @@ def test_fixup_keeps_the_variance():
 
 def test_refusals():
     tree = {"blocks": [{"w": np.ones((2, 2))}]}
-    with pytest.raises(BadArgument, match="no scheme"):
+    with pytest.raises(BadArgument, match="not a scheme"):
         pm.init.zero(tree, "lorra")
     for scheme in pm.init.SCHEMES:
         with pytest.raises(NoMatch, match=scheme):

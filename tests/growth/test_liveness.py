@@ -74,7 +74,7 @@ def test_parameters_of_jax():
     params = {"gate": jnp.zeros(()), "w": jnp.ones(3), "count": jnp.zeros((), int)}
     report = pm.check_live(params, loss)
     assert (report.at(1), report.at(2)) == (["gate"], ["w"])
-    with pytest.raises(BadArgument, match="no step"):
+    with pytest.raises(BadArgument, match="steps=0 is not"):
         pm.check_live(params, loss, steps=0)
     with pytest.raises(NoMatch):
         pm.check_live(params, loss, "x")

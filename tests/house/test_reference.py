@@ -41,7 +41,7 @@ def steps_table() -> str:
 
 
 def commands_table() -> str:
-    rows = ["| command | also | options | what it does to the chosen leaves |", "|---|---|---|---|"]
+    rows = ["| command | also | options | what it does to the selected leaves |", "|---|---|---|---|"]
     for op in OPS.values():
         if not op.code:
             command = " ".join([op.name, "PATH", "SELECTOR", *arguments_of(op)])

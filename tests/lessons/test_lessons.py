@@ -445,7 +445,7 @@ def test_an_unheard_of_answer_is_like_none():
         trials=1,
     )
     assert not verdict.likeness
-    assert "none of the known mistakes" in str(verdict)
+    assert "like any known mistake" in str(verdict)
 
 
 def test_whole_numbers_for_floats_and_wrong_shapes_are_differences():
@@ -495,7 +495,7 @@ PARAMETERS = ("seed", "x")
         ("import sys\nsys.exit()", "answer.py, line 2: SystemExit"),
         ("\ndef solved(seed, x): pass", "answer.py has no function `solve`; solved is on line 2"),
         ("", "answer.py has no function `solve`"),
-        ("solve = 3", "answer.py: `solve` is no function but int"),
+        ("solve = 3", "answer.py: `solve` is an int, not a function"),
         ("\n\ndef solve(seed): pass", "answer.py, line 3: solve(seed) cannot be called as solve(seed, x)"),
         ("def solve(seed, x, y): pass", "missing a required argument: 'y'"),
     ],

@@ -66,7 +66,7 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
     text = report.to_html(tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text() == text == report.to_html(tmp_path / "r.html")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(CannotWrite, match="no HTML page"):
+    with pytest.raises(CannotWrite, match="not an HTML page"):
         report.to_html(tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
     with pytest.raises(CannotWrite, match="No such file"):

@@ -183,7 +183,7 @@ def test_anchors_are_written_out():
         ("version: 1\nsteps:\n - fill: {at: a, value: 1, at: b}", 3, "twice", ""),
         ("version: 1\nsteps: [zero: w]\nsteps: [zero: x]", 3, "twice", ""),
         ("version: 1\nsteps: [zero: w]\n? [a]\n: 1", 3, "a key is text", ""),
-        ('version: 1\nsteps:\n - zero: "\\UFFFFFFFF"', 0, "no character", ""),
+        ('version: 1\nsteps:\n - zero: "\\UFFFFFFFF"', 0, "not a character", ""),
         ("version: 1\nsteps:\n - zero: \x00", 3, "not allowed", ""),
     ],
 )
@@ -274,7 +274,7 @@ WRONG = {
     "zero: {at: x, where: 2}": ("$.steps[0].where", "where:"),
     "expect: {at: x, count: -1}": ("$.steps[0].count", ""),
     "expect: {at: x, shape: 4}": ("$.steps[0].shape", "[4, 8]"),
-    "{zero: x, fill: {at: y, value: 1}}": ("$.steps[0]", "each in a step of its own"),
+    "{zero: x, fill: {at: y, value: 1}}": ("$.steps[0]", "make each a step of its own"),
     "{fill: , at: x, value: 1}": ("$.steps[0]", "indent at, value below fill:"),
 }
 
@@ -570,7 +570,7 @@ def test_a_checkpoint_gives_values_to_itself(tmp_path, model):
         ("from: broken.safetensors", "from", "broken.safetensors"),
         ("from: broken.npy", "from", "no array"),
         ("from: objects.npy", "from", "no array"),
-        ("from: text.npy", "from", "no numbers"),
+        ("from: text.npy", "from", "not numbers"),
         ("from: .", "from", "."),
         ("from: b.npy", "from", "the array is float32[3]"),
         ("from: b.npy, leaf: x", "leaf", "without a name"),

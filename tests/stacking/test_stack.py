@@ -238,7 +238,7 @@ W = np.ones((2, 2), "float32")
         ({"params": {"h_0": {"w": W}}}, "h_<n>", NoMatch, "matches none"),
         ({"h_0": {"w": W}}, "h_0", BadArgument, "the number of a layer"),
         ({"h_0": {"w": W}}, "h_<n>_<m>", BadArgument, "2 numbers"),
-        ({"0": {"w": W}}, "<n>", BadArgument, "is no path"),
+        ({"0": {"w": W}}, "<n>", BadArgument, "is not a path"),
         ({"h_0": {"w": W}, "h": W}, "h_<n>", RenameClash, "is a leaf"),
         ({"h_0": {"w": W, "x": None}}, "h_<n>", Unsupported, "h_0/x is a NoneType"),
     ],
@@ -253,7 +253,7 @@ def test_what_cannot_be_stacked(tree, layers, error, said):
     ("tree", "options", "error", "said"),
     [
         ({"h": {"w": W, "b": np.ones(3)}}, {"into": "h_<n>"}, BadArgument, "2 in h/w; 3 in h/b"),
-        ({"h": {"w": W, "b": np.ones(())}}, {"into": "h_<n>"}, BadArgument, "axis=0 is no axis of h/b"),
+        ({"h": {"w": W, "b": np.ones(())}}, {"into": "h_<n>"}, BadArgument, "axis=0 is not an axis of h/b"),
         ({"h": {"w": W}}, {"into": "layers"}, BadArgument, "no numbers"),
         ({"h": {"w": W}}, {"into": "h_<n+1>"}, BadArgument, "does arithmetic"),
         ({"h": {"w": W}, "h_1": W}, {"into": "h_<n>"}, RenameClash, "is a leaf"),

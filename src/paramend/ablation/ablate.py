@@ -36,34 +36,34 @@ def ablate(
     batch: int = 0,
     order: int | None = None,
 ) -> AblationReport:
-    """The report of what a model scores without each target in turn.
+    """The report of the model's score without each target in turn.
 
-    The tree is never copied as a whole, and it is bit for bit as before afterwards: a torch module is edited in place
-    and put back, also when the score raises; of other trees each edit is a new tree that shares what stays.
+    The tree is never copied as a whole, and afterwards it is bit for bit what it was: a torch module is edited in place
+    and restored, even if the score raises; for other trees each edit makes a new tree that shares the leaves that stay.
 
     Args:
-        tree: any tree that `pm.at` takes, also an opened checkpoint.
-        targets: what to do without: a selector, a list of them, or name → selector. A text with `<n>`, such as
-            "layers/<n>/attn/**", stands for a target for each n wherever it is written; so does one that names layers
-            by an index, as "layers[*]" or "Dense_[:-1]/**", except under a name of your own. Of what a selector finds,
-            leaves of floating dtype are taken; steps and random states stay.
-        score: a function of the tree, of the module for modules, that gives one number.
+        tree: any tree that `pm.at` takes, or an opened checkpoint.
+        targets: what to take out: a selector, a list of them, or name → selector. A text with `<n>`, such as
+            "layers/<n>/attn/**", is one target for each n, under any name; so is one that indexes layers, such as
+            "layers[*]" or "Dense_[:-1]/**", unless you name it. Only matched leaves of floating dtype are ablated; step
+            counts and random states stay.
+        score: a function from the tree (for modules, the module) to one number.
         how: "zero", "mean" (each leaf its own mean), "noise" (of the leaf's own mean and standard deviation),
             "permuted", "identity" (each target is one layer of a family that `pm.deepen` knows, and passes its input
-            on), or a function from leaf to leaf of the same spec.
+            through), or a function from leaf to leaf of the same spec.
         pairs: whether each pair is taken out as well.
-        seed: of "noise" and "permuted".
-        jit: whether the score is traced by JAX, once for the whole sweep. None: if the leaves are JAX arrays.
-        batch: how many targets a traced score is mapped over at once by `vmap`; 0 for one after the other.
+        seed: the seed of "noise" and "permuted".
+        jit: whether JAX traces the score, once for the whole sweep. None: only if the leaves are JAX arrays.
+        batch: how many targets `vmap` maps a traced score over at once; 0 for one after the other.
         order: deprecated: `order=2` is `pairs=True`.
 
     Returns:
         The report: `baseline`, a row for each target with `score` and `delta`, `ranking`, `plot()`.
 
     Raises:
-        NoMatch: a target selects nothing; nothing was scored.
-        BadArgument: a target holds no floating leaf, or a star in it stands for the numbers of several layers; the
-            score gives no number, or JAX cannot trace it.
+        NoMatch: a target matches nothing; nothing was scored.
+        BadArgument: a target holds no floating leaf, or a star in it matches the numbers of several layers; the score
+            does not return one number, or JAX cannot trace it.
         Unsupported: the score changes the module, as batch norms in training mode do.
 
     >>> import numpy as np
@@ -113,11 +113,11 @@ def _stage(leaves: Editable, score: Callable[[Any], Any], jit: bool | None, batc
     )
     if batch < 0 or (batch and (not in_jax or jit is False)):
         raise BadArgument(
-            f"batch={batch}: targets are scored at once for trees of JAX arrays, when the score is traced",
+            f"batch={batch}: targets are scored in batches only if the leaves are JAX arrays and the score is traced",
             hint="batch=0",
         )
     if jit and not in_jax:
-        raise BadArgument("jit=True: the leaves of this tree are no JAX arrays", hint="jit=None")
+        raise BadArgument("jit=True: the leaves of this tree are not JAX arrays", hint="jit=None")
     if in_jax and jit is not False:
         assert isinstance(leaves, Memory)
         return Compiled(leaves, score, batch)
@@ -127,7 +127,7 @@ def _stage(leaves: Editable, score: Callable[[Any], Any], jit: bool | None, batc
 
 
 def _named(leaves: Editable, targets: Targets) -> dict[str, Any]:
-    """Name → selector; a text that stands for a target for each number is written out."""
+    """Name → selector; a text that is one target for each number is expanded."""
     if isinstance(targets, Mapping):
         given = dict(targets)
     elif isinstance(targets, Sequence) and not isinstance(targets, str):
@@ -143,12 +143,12 @@ def _named(leaves: Editable, targets: Targets) -> dict[str, Any]:
 
 
 def _each(leaves: Editable, name: str, text: str) -> dict[str, str]:
-    """The targets that a text stands for."""
+    """The targets that a text expands to."""
     index, bare = leaves.index, name == text
     if captures_of(text):
         found = spelled(index, whole(index, text))
         labels = {selector: selector if bare else f"{name} {' '.join(n)}" for selector, n in found.items()}
-        return {label: selector for selector, label in labels.items()} or {name: text}  # an error that knows more
+        return {label: selector for selector, label in labels.items()} or {name: text}  # resolving it raises
     said = notation(text)
     if bare and said is not None:
         below = text[len(without_rest(text)) :]
@@ -160,7 +160,7 @@ def _each(leaves: Editable, name: str, text: str) -> dict[str, str]:
     if numbered is not None:
         raise BadArgument(
             f"{text!r} takes out {wording.plural(len(spelled(index, numbered)), 'layer')} at once",
-            hint=f'pm.ablate(tree, "{numbered}", score) for each alone, or '
+            hint=f'pm.ablate(tree, "{numbered}", score) for each by itself, or '
             f'pm.ablate(tree, {{"all": "{whole(index, text)}"}}, score)',
         )
     return {name: whole(index, text) if said is not None else text}

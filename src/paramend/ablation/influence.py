@@ -1,4 +1,4 @@
-"""Block influence: how much each block of a torch module turns what passes through it."""
+"""Block influence: how much each block of a torch module rotates its input."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 def block_influence(
     module: "torch.nn.Module", inputs: Iterable[AnyTree], *, layers: str | Sequence[str]
 ) -> dict[str, float]:
-    """The influence of each block: one less the mean cosine similarity between what goes in and what comes out.
+    """The influence of each block: one minus the mean cosine similarity of its input and output.
 
-    It is 0 for a block that only scales its input, and a low one says that the model may do without. Blocks are
-    hooked, so that the last one is seen before the norm that follows it. Source: Men et al. 2024, ShortGPT
+    It is 0 for a block that only scales its input; a low influence suggests that the model may not need the block.
+    Forward hooks see the output of the last block before the norm that follows it. Source: Men et al. 2024, ShortGPT
     (arXiv 2403.03853), over all tokens.
 
     Args:
         module: a torch module, in evaluation mode.
-        inputs: batches: a mapping is passed as keywords, a tuple as arguments, anything else as the one argument.
+        inputs: batches: a mapping is passed as keyword arguments, a tuple as arguments, anything else as one argument.
         layers: the blocks: "model.layers[*]", "model.layers.<n>", "Dense_[:-1]", or a list of names.
 
     Returns:
-        The name of each block and its influence, between 0 and 2, in the order given.
+        Name of block → influence, between 0 and 2, in the given order.
 
     Raises:
         NoMatch: there is no such block.
-        BadArgument: a block changes the shape, was not called, or there are no inputs.
+        BadArgument: a block changes the shape or was not called, or there are no inputs.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2, bias=False))
@@ -43,7 +43,7 @@ def block_influence(
     {'0': 0.0, '1': 2.0}
     """
     if not is_torch_module(module):
-        raise BadArgument(f"the influence of blocks is seen in a torch module, and this is {type(module).__name__}")
+        raise BadArgument(f"block influence is measured in a torch module, and this is {type(module).__name__}")
     import torch
 
     blocks = _blocks(module, layers)
@@ -92,7 +92,7 @@ def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
         if notation(name) is None:
             near = wording.closest(name, [other for other in known if other], limit=2)
             raise NoMatch(
-                f"{name!r} names none of {wording.plural(len(known), 'module')}",
+                f"{name!r} is not among the names of {wording.plural(len(known), 'module')}",
                 hint=f"layers={near}" if near else hint_of(index, "layers", name),
                 near=near,
             )

@@ -1,4 +1,4 @@
-"""Methods of ablation: what becomes of a leaf that a model is to do without."""
+"""Methods of ablation: what replaces the values of an ablated leaf."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from paramend.selectors.patterns import parse
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to take a leaf out of a model.
+    """One way to ablate a leaf.
 
     Attributes:
         says: what becomes of the leaf, for the docs.
-        run: (the values, random numbers of this leaf) → the new values; None where an op of the table does it.
+        run: (the values, a random generator for this leaf) → the new values; None if an op of the table does it.
     """
 
     says: str
@@ -47,10 +47,10 @@ def _permuted(x: Array, rng: np.random.Generator) -> Array:
 METHODS: dict[str, Method] = {
     "zero": Method("every element becomes +0.0"),
     "mean": Method("every element becomes the mean of the leaf", _mean),
-    "noise": Method("normal noise of the leaf's own mean and standard deviation takes its place", _noise),
-    "permuted": Method("the elements change places at random", _permuted),
+    "noise": Method("normal noise with the leaf's own mean and standard deviation replaces it", _noise),
+    "permuted": Method("the elements are permuted at random", _permuted),
     "identity": Method(
-        "of a layer of a known family, what it adds to the residual stream becomes 0: it passes its input on"
+        "what a layer of a known family adds to the residual stream becomes 0: the layer passes its input through"
     ),
 }
 
@@ -58,7 +58,7 @@ How: TypeAlias = Literal["zero", "mean", "noise", "permuted", "identity"] | Call
 
 
 def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict[int, Call]:
-    """The edits that ablate some leaves. Random ones depend on the seed and the path alone.
+    """The edits that ablate some leaves. Random ones depend only on the seed and the path.
 
     Raises:
         BadArgument: there is no such method.
@@ -73,7 +73,8 @@ def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict
     if how not in METHODS:
         near = wording.closest(str(how), METHODS, limit=1)
         raise BadArgument(
-            f"how={how!r} is no way to ablate", hint=f'how="{near[0]}"' if near else f"how= one of {', '.join(METHODS)}"
+            f"how={how!r} is not a method of ablation",
+            hint=f'how="{near[0]}"' if near else f"how= one of {', '.join(METHODS)}",
         )
     if how == "identity":
         return _identity(leaves, numbers)
@@ -84,7 +85,7 @@ def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict
 
 
 def _identity(leaves: Leaves, numbers: tuple[int, ...]) -> dict[int, Call]:
-    """What makes one layer the identity, by the row of its family."""
+    """The edits that make one layer the identity, by the row of its family."""
     pieces = {number: leaves.index.pieces(number) for number in numbers}
     shared = next((at for at, keys in enumerate(zip(*pieces.values(), strict=False)) if len(set(keys)) > 1), 0)
     inner = {number: path[shared:] or path[-1:] for number, path in pieces.items()}
@@ -119,5 +120,5 @@ def _applied(run: Callable[[Array, np.random.Generator], Array], place: Place, s
 
 
 def floating(leaves: Leaves, numbers: Mapping[int, Any] | tuple[int, ...]) -> tuple[int, ...]:
-    """The leaves of floating or complex dtype: the others count steps and hold random states."""
+    """The leaves of floating or complex dtype; the others are step counts and random states."""
     return tuple(number for number in numbers if leaves.spec(number).kind in ("float", "complex"))

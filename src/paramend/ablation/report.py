@@ -19,13 +19,13 @@ class AblationRow:
     """The score without one target, or without two.
 
     Attributes:
-        name: the name of the target; of two, both.
+        name: the name of the target, or of both.
         targets: the names of the targets that were taken out.
-        score: what the score function gave.
-        delta: the score less the baseline.
+        score: what the score function returned.
+        delta: the score minus the baseline.
         leaves: how many leaves were changed.
         parameters: how many scalars.
-        interaction: of two targets, the delta less those of each alone: 0 if they act independently.
+        interaction: for two targets, the delta minus those of each alone: 0 if they act independently.
     """
 
     name: str
@@ -39,13 +39,13 @@ class AblationRow:
 
 @dataclass(repr=False)
 class AblationReport(Paged):
-    """What a model scores without each of some targets.
+    """The scores of a model without each of some targets.
 
     Attributes:
         how: the method.
         baseline: the score of the model as it is.
-        rows: one for each target, in the order given, then one for each pair.
-        traces: how often JAX traced the score; None where it was called as it is.
+        rows: one for each target, in the given order, then one for each pair.
+        traces: how often JAX traced the score; None if it was called untraced.
     """
 
     how: str
@@ -55,14 +55,14 @@ class AblationReport(Paged):
 
     @property
     def ranking(self) -> list[AblationRow]:
-        """The rows, those that move the score the most first; scores that are NaN before all."""
+        """The rows by how far they move the score, largest first; NaN scores come before all others."""
         return sorted(self.rows, key=lambda row: -math.inf if math.isnan(row.delta) else -abs(row.delta))
 
     def __getitem__(self, name: str) -> AblationRow:
         """The row of a target.
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is no such target.
         """
         found = next((row for row in self.rows if row.name == name), None)
         if found is None:
@@ -71,7 +71,7 @@ class AblationReport(Paged):
         return found
 
     def headline(self) -> str:
-        """The baseline, and what matters most."""
+        """The baseline, and the target that matters most."""
         targets = wording.plural(len(self.rows), "ablation")
         said = f"{targets} ({self.how}), baseline {self.baseline:.6g}"
         if not self.rows:
@@ -80,7 +80,7 @@ class AblationReport(Paged):
         return f"{said}; most without {first.name}: {first.delta:+.6g}"
 
     def sections(self) -> list[Section]:
-        """The rows, the most telling first."""
+        """The rows in the order of the ranking."""
         lines = [Line((row.name,), tuple(_cells(row)), row.parameters) for row in self.ranking]
         return [Section("targets", lines)]
 
@@ -97,7 +97,7 @@ class AblationReport(Paged):
         return {"how": self.how, "baseline": self.baseline, "rows": rows, "traces": self.traces}
 
     def page(self) -> Page:
-        """A map of the targets, coloured by how far they move the score; pairs are in the table alone."""
+        """A map of the targets, coloured by how far they move the score; pairs are only in the table."""
         return Page(
             f"ablation: {self.how}",
             self.headline(),
@@ -119,7 +119,7 @@ class AblationReport(Paged):
         )
 
     def plot(self) -> "Figure":
-        """A matplotlib figure: a bar for the delta of each row, in the order of the rows.
+        """A matplotlib figure with a bar for the delta of each row, in the order of the rows.
 
         Raises:
             MissingExtra: matplotlib is not installed.
@@ -130,7 +130,7 @@ class AblationReport(Paged):
         axes.barh([row.name for row in self.rows], [row.delta for row in self.rows], color="#4269d0")
         axes.axvline(0, color="#555555", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"score less baseline ({self.baseline:.4g})")
+        axes.set_xlabel(f"score minus baseline ({self.baseline:.4g})")
         axes.set_title(f"ablation: {self.how}")
         return figure
 

@@ -1,4 +1,4 @@
-"""Stages: how a score is taken of a tree of which some leaves are edited, and the tree is as before afterwards."""
+"""Stages: how a tree is scored with some leaves edited, and left as it was."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ Calls = Mapping[int, Call]
 
 
 def number_of(result: Any) -> float:
-    """A score as a number.
+    """A score as a float.
 
     Raises:
-        BadArgument: the score function gave something else.
+        BadArgument: the score function returned something else.
 
     >>> number_of(np.float32(0.5))
     0.5
@@ -31,13 +31,13 @@ def number_of(result: Any) -> float:
     except (TypeError, ValueError):
         pass
     raise BadArgument(
-        f"the score gave {type(result).__name__} {getattr(result, 'shape', result)!r}, and one number is expected",
-        hint="return the mean of it",
+        f"the score returned {type(result).__name__} {getattr(result, 'shape', result)!r}, not one number",
+        hint="return its mean",
     )
 
 
 class Functional:
-    """A tree whose edits give new trees, of which the leaves that stay are the same objects."""
+    """A tree whose edits make new trees that share the leaves that stay."""
 
     traces: int | None = None
 
@@ -45,7 +45,7 @@ class Functional:
         self._tree, self._score = tree, score
 
     def run(self, edits: Sequence[Calls]) -> list[float]:
-        """The score under each of some edits; of the tree as it is under none."""
+        """The score under each of some edits; with no calls, that of the tree itself."""
         root = getattr(self._tree, "root", self._tree)
         return [number_of(self._score(self._tree.edited(calls) if calls else root)) for calls in edits]
 
@@ -107,14 +107,14 @@ class Compiled:
         found: list[float] = []
         for start in range(0, len(edits), self._batch):
             part = list(edits[start : start + self._batch])
-            full = part + [{}] * (self._batch - len(part))  # every batch has one size: one compilation
+            full = part + [{}] * (self._batch - len(part))  # batches of one size need one compilation
             flags = {places[n]: np.array([n in calls for calls in full]) for n in every}
             found += map(number_of, self._many(values, others, flags)[: len(part)])
         return found
 
 
 class InPlace:
-    """A module whose leaves are edited where they lie, and put back bit for bit, also after an exception."""
+    """A module whose leaves are edited in place and restored bit for bit, even after an exception."""
 
     traces: int | None = None
 
@@ -142,17 +142,17 @@ class InPlace:
                 tree.assign(number, value)
         if moved:
             raise Unsupported(
-                f"the score changes {tree.index.path(moved[0])}, so that no two scores are of the same module",
+                f"the score changes {tree.index.path(moved[0])}, so no two scores would be of the same module",
                 hint="model.eval() first",
             )
         return found
 
     def _versions(self) -> dict[int, Any]:
-        """How often each leaf was written, as far as it tells."""
+        """How often each leaf was written, where torch counts it."""
         found = {}
         for number in self._tree.index.numbers:
             try:
                 found[number] = getattr(self._tree.values[number], "_version", 0)
-            except RuntimeError:  # tensors of inference mode do not count
+            except RuntimeError:  # inference tensors have no version counter
                 found[number] = 0
         return found

@@ -1,4 +1,4 @@
-"""The terminal: data goes to stdout, talk, progress and errors go to stderr."""
+"""The terminal: data goes to stdout; other messages, progress and errors go to stderr."""
 
 import json
 import math
@@ -21,12 +21,12 @@ _PATIENCE = 0.3
 
 
 class Refusal(click.ClickException):
-    """An error that was foreseen, as the command line says it: exit status 2, no traceback."""
+    """An expected error as the command line reports it: exit status 2, no traceback."""
 
     exit_code = 2
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Prints the message to stderr."""
+        """Print the message to stderr."""
         label = click.style("error:", fg="red", bold=True) if _colour(sys.stderr) else "error:"
         lines = "\n".join(map(printable, self.message.split("\n")))
         click.echo(f"{label} {lines}", file=file, err=True)
@@ -41,12 +41,12 @@ def refusal(error: Exception) -> Refusal:
 
 
 def emit(data: Any) -> None:
-    """Prints data as JSON. Numbers that JSON lacks become the strings "NaN", "Infinity" and "-Infinity"."""
+    """Print data as JSON. Numbers that JSON lacks become the strings "NaN", "Infinity" and "-Infinity"."""
     click.echo(json.dumps(_jsonable(data), indent=2, allow_nan=False))
 
 
 def tell(report: Any, *, page: Path | None, as_json: bool) -> None:
-    """Prints a report, as a table or as JSON, and writes it as an HTML page where one is asked for."""
+    """Print a report as a table or as JSON, and write it as an HTML page if `page` is given."""
     if page is not None:
         report.to_html(page)
     if as_json:
@@ -56,15 +56,15 @@ def tell(report: Any, *, page: Path | None, as_json: bool) -> None:
 
 
 def show_lines(lines: Sequence[str], *, header: bool = False) -> None:
-    """Prints lines of data; the first may be a table's header."""
+    """Print lines of data; the first may be a table's header."""
     if header and lines and _colour(sys.stdout):
         lines = [click.style(lines[0], bold=True), *lines[1:]]
-    for at in range(0, len(lines), 1000):  # of a hundred thousand lines no second copy
+    for at in range(0, len(lines), 1000):  # no second copy of a hundred thousand lines
         click.echo("\n".join(lines[at : at + 1000]))
 
 
 def say(text: str) -> None:
-    """Tells the user something that is no data."""
+    """Print a message that is not data to stderr."""
     click.echo(printable(text), err=True)
 
 
@@ -72,13 +72,13 @@ stopped: list[int] = []
 
 
 def stop(number: int, frame: object) -> None:
-    """Ends the program when a signal says so: by an exception, so that what was half done is undone on the way out."""
+    """End the program on a signal, by an exception, so that half-done work is undone on the way out."""
     stopped.append(number)
     _heed()
 
 
 def _heed(event: Event | None = None) -> None:
-    """Raises the exception of a signal: again, if it was lost in a compiled module that was just being imported."""
+    """Raise the exception of a signal, again if a compiled module lost it while being imported."""
     if stopped:
         raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
 
@@ -111,7 +111,7 @@ def bar(what: str) -> Iterator[Progress]:
 
 
 def _rich_bar() -> Any:
-    # Opened only when there is something to draw: most runs end before.
+    # Imported only when there is something to draw: most runs end sooner.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
@@ -141,7 +141,7 @@ def _jsonable(data: Any) -> Any:
 
 
 def nobody_reads() -> None:
-    """Lets the program end quietly after the reader of stdout has gone, as in `paramend show f | head`."""
-    # What is still buffered has nowhere to go, and Python would complain of it at exit.
+    """Let the program end quietly after the reader of stdout has closed it, as in `paramend show f | head`."""
+    # Otherwise Python complains at exit that it cannot flush what is still buffered.
     with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

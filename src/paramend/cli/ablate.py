@@ -24,16 +24,16 @@ from paramend.reports import wording
     required=True,
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="A Python file that defines score(tree), which gives one number.",
+    help="A Python file that defines score(tree), which returns one number.",
 )
-@click.option("--target", "named", multiple=True, metavar="NAME=SELECTOR", help="A target under a name of its own.")
-@click.option("--how", type=click.Choice(list(METHODS)), default="zero", show_default=True, help="What becomes of it.")
+@click.option("--target", "named", multiple=True, metavar="NAME=SELECTOR", help="A target with a name.")
+@click.option("--how", type=click.Choice(list(METHODS)), default="zero", show_default=True, help="How to ablate it.")
 @click.option("--pairs", is_flag=True, help="Take out each pair as well.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of noise and permuted.")
 @click.option("--kind", type=click.Choice(["numpy", "jax", "torch"]), default="numpy", show_default=True)
 @click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
-@click.option("--no-jit", is_flag=True, help="Call the score as it is, where JAX would trace it.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
+@click.option("--no-jit", is_flag=True, help="Call the score directly instead of letting JAX trace it.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def ablate(
     path: Path,
@@ -51,10 +51,10 @@ def ablate(
 ) -> None:
     """Score PATH without each TARGET in turn; PATH is only read.
 
-    A target is a selector; 'model.layers[*]', or one with <n> in it, as 'model.layers.<n>.mlp.**', stands for one
-    target for each number. The score file runs with your rights: use your own.
+    A target is a selector; 'model.layers[*]', or one with <n> in it, such as 'model.layers.<n>.mlp.**', is one target
+    for each number. The score file runs with your rights: use only files you trust.
 
-    Exit status: 0 done; 2 an unreadable file, a target that chooses nothing, a score that fails.
+    Exit status: 0 done; 2 an unreadable file, a target that matches nothing, a score that fails.
     """
     chosen: Any = _targets(targets, named)
     score = _function(file)
@@ -63,7 +63,7 @@ def ablate(
         report = ablate_tree(tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None)
     except (ParamendError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever the user's score does
+    except Exception as error:  # the user's score may raise anything
         raise BadArgument(f"{file}: score(tree) raised {type(error).__name__}: {error}") from error
     _ui.tell(report, page=html, as_json=as_json)
 
@@ -78,14 +78,14 @@ def _targets(targets: tuple[str, ...], named: tuple[str, ...]) -> Any:
             raise click.BadParameter(f"{text!r} is not NAME=SELECTOR; write --target 'last=layers[-1]/**'")
         found[name] = selector
     if not found:
-        raise click.UsageError("there are no targets; write 'model.layers.<n>.**', say.")
+        raise click.UsageError("There are no targets; write 'model.layers.<n>.**', for example.")
     return found
 
 
 def _function(file: Path) -> Callable[[Any], Any]:
     """The function `score` of a Python file."""
     if not file.is_file():
-        raise BadArgument(f"{file}: there is no such file")
+        raise BadArgument(f"{file}: no such file")
     try:
         names = runpy.run_path(str(file))
     except Exception as error:

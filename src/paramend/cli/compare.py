@@ -1,4 +1,4 @@
-"""`paramend diff`: what differs between two checkpoints, and whether it is only what may."""
+"""`paramend diff`: what differs between two checkpoints, and whether only what may differ does."""
 
 from pathlib import Path
 
@@ -13,30 +13,30 @@ from paramend.evidence.diff import diff as diff_of
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.argument("selector", default="**")
-@click.option("--only", metavar="SELECTOR", help="Hold that leaves which SELECTOR chooses differ, and no others.")
-@click.option("--allow-noop", is_flag=True, help="With --only: it is right too if nothing differs.")
+@click.option("--only", metavar="SELECTOR", help="Check that leaves that SELECTOR matches differ, and no others.")
+@click.option("--allow-noop", is_flag=True, help="With --only: also pass if nothing differs.")
 @click.option(
     "--sort",
     type=click.Choice(["change", "path"]),
     default="change",
-    help="The order of changed leaves: largest first.",
+    help="The order of changed leaves; by change, largest first.",
 )
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page to look at.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def diff(
     a: Path, b: Path, selector: str, only: str | None, allow_noop: bool, sort: str, html: Path | None, as_json: bool
 ) -> None:
     """Compare two checkpoints leaf by leaf and bit by bit: what was added, removed, renamed, respecified or changed.
 
-    A and B are files or directories, of any formats. SELECTOR chooses what is compared; that of --only counts in A, and
-    of leaves that are new, in B.
+    A and B are files or directories of any format. SELECTOR selects what is compared; that of --only is resolved in A,
+    and for new leaves in B.
 
-    Exit status without --only: 0 nothing differs; 1 something does. With --only: 0 some of the chosen leaves differ and
-    no others; 1 another leaf differs, or nothing does. 2 an unreadable or damaged file, or a selector that chooses
+    Exit status without --only: 0 nothing differs; 1 something does. With --only: 0 some of the selected leaves differ
+    and no others; 1 another leaf differs, or nothing does. 2 an unreadable or damaged file, or a selector that matches
     nothing.
     """
     if allow_noop and only is None:
-        raise click.UsageError("--allow-noop goes with --only.")
+        raise click.UsageError("--allow-noop needs --only.")
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
         order: Sort = "path" if sort == "path" else "change"
         report = diff_of(a, b, selector, only=only, sort=order, histograms=html is not None, progress=progress)

@@ -21,7 +21,7 @@ NEEDS = ("sklearn.model_selection", "safetensors.numpy", "flax.linen", "optax", 
     default="paramend-demo",
     show_default=True,
     metavar="DIR",
-    help="Where to leave the files.",
+    help="Where to write the files.",
 )
 @click.option("--force", is_flag=True, help="Replace the files of an earlier demo in DIR.")
 @click.option(
@@ -29,7 +29,7 @@ NEEDS = ("sklearn.model_selection", "safetensors.numpy", "flax.linen", "optax", 
     type=click.IntRange(min=0, max=2**31),
     default=0,
     show_default=True,
-    help="Seed of everything random.",
+    help="Seed of all randomness.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 @click.pass_context
@@ -37,12 +37,12 @@ def demo(context: click.Context, out: Path, force: bool, seed: int, as_json: boo
     """Run the five surgeries on a classifier of handwritten digits.
 
     Trains a small Flax network on the digits that ship with scikit-learn, edits it in memory, on disk and in
-    torch, and checks each time that what was asked has happened, and nothing else.
+    torch, and checks each time that the requested edit was made, and nothing else.
 
-    Exit status: 0 all that is claimed held; 1 something did not; 2 DIR holds files or cannot be written to, or
-    a package is missing.
+    Exit status: 0 all claims held; 1 a claim failed; 2 DIR holds other files or cannot be written to, or a package
+    is missing.
     """
-    # Before JAX starts: accelerators round in their own ways, and the demo claims equal bits.
+    # Before JAX starts: accelerators round differently, and the demo claims equal bits.
     os.environ["JAX_PLATFORMS"] = "cpu"
     for module in NEEDS:
         need(module, extra="demo", to="run the demo")
@@ -66,7 +66,7 @@ def demo(context: click.Context, out: Path, force: bool, seed: int, as_json: boo
 
 
 def _told(row: Any) -> list[str]:
-    """One step: what was asked, what changed, what it did to accuracy, and the evidence."""
+    """One step: the code, what changed, the effect on accuracy, and the evidence."""
     outcome = row.outcome
     facts = [("changed", _changed(outcome)), ("accuracy", _accuracy(outcome))]
     facts += [(_verdict(held), claim) for claim, held in outcome.claims.items()]

@@ -1,4 +1,4 @@
-"""The commands that edit a checkpoint: one for each row of the table of edits, and those that change its structure."""
+"""The commands that edit a checkpoint: one for each row of the table of edits, and `delete` and `rename`."""
 
 import re
 import shlex
@@ -26,17 +26,17 @@ from paramend.selectors.selector import resolve, sel
 Args = Mapping[str, Any]
 
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
-_FILE = "a .npy file, another checkpoint, whose leaves of the same paths are taken, or OTHER:PATH, one of its leaves"
+_FILE = "a .npy file, another checkpoint, whose leaves at the same paths are taken, or OTHER:PATH, one of its leaves"
 _REST = (
-    "With -o, PATH, a file or a directory, is read and never changed; OUT gets the edited leaves and all other "
-    "bytes as they are. With --in-place only the bytes of the chosen leaves are written.\n\n"
-    "Exit status: 0 done; 2 an unreadable or damaged file, a selector that chooses nothing, an edit that does "
-    "not fit a chosen leaf, or an OUT that cannot be written."
+    "With -o, PATH, a file or a directory, is only read; OUT gets the edited leaves and all other bytes as they "
+    "are. With --in-place only the bytes of the selected leaves are written.\n\n"
+    "Exit status: 0 done; 2 an unreadable or damaged file, a selector that matches nothing, an edit that does "
+    "not fit a selected leaf, or an OUT that cannot be written."
 )
 
 
 def _typed(value: Value) -> Callable[[Any], Any]:
-    """What reads an argument as it is typed. Where arrays may stand, the name of a file may."""
+    """The parser of a typed argument. Where an array is allowed, so is the name of a file."""
 
     def read(text: Any) -> Any:
         if not isinstance(text, str):
@@ -46,14 +46,14 @@ def _typed(value: Value) -> Callable[[Any], Any]:
         except BadArgument as error:
             if value.array and (not value.example or Path(_split(text)[0]).exists()):
                 return _File(text)
-            message = f"{str(error).partition(chr(10))[0]}{', nor a file that is there' if value.array else ''}"
+            message = f"{str(error).partition(chr(10))[0]}{', nor an existing file' if value.array else ''}"
             raise click.BadParameter(f"{message}; write {error.hint}" if error.hint else message) from None
 
     return read
 
 
 class _File(str):
-    """The name of a file, perhaps with a leaf of it, in place of a number."""
+    """The name of a file, perhaps with one of its leaves, in place of a number."""
 
     __slots__ = ()
 
@@ -80,7 +80,7 @@ class _Command(click.Command):
 def _donated(
     checkpoint: Checkpoint, op: Op, selector: str, numbers: Sequence[int], name: str, args: Args
 ) -> Checkpoint:
-    """The checkpoint with an edit whose argument `name` says which file the arrays come from."""
+    """The checkpoint with an edit whose argument `name` names the file that the arrays come from."""
     value = args[name]
     file, leaf = _split(value)
     by = sel(selector)
@@ -123,8 +123,8 @@ def _split(value: str) -> tuple[str, str | None]:
 
 
 def _recipe(name: str, selector: str, args: Args) -> str:
-    """What was typed as a recipe, with files by their names alone; "" if it cannot be written as one."""
-    from paramend.recipes.recipe import Recipe  # only records ask for it
+    """The command as a recipe, with file names without folders; "" if it cannot be written as one."""
+    from paramend.recipes.recipe import Recipe  # only for records
 
     body: dict[str, Any] = {"at": selector}
     for key, value in args.items():
@@ -146,14 +146,14 @@ def _command(
     *,
     in_place: bool,
 ) -> click.Command:
-    """A command that edits the leaves that a selector chooses.
+    """A command that edits the leaves that a selector matches.
 
     Args:
-        name: its own, and that of the step of a recipe that does the same.
+        name: its name, and that of the recipe step that does the same.
         says: what it does.
-        params: what it takes besides PATH, SELECTOR and the options of all.
-        edited: (checkpoint, selector, chosen leaves, args) → the checkpoint edited.
-        in_place: whether the files themselves can be edited so; if not, the option is not shown.
+        params: what it takes besides PATH, SELECTOR and the common options.
+        edited: (checkpoint, selector, selected leaves, args) → the edited checkpoint.
+        in_place: whether the files themselves can be edited; if not, the option is hidden.
     """
 
     def run(
@@ -188,15 +188,15 @@ def _command(
     rest = options()
     for option in rest:
         if option.name == "in_place" and isinstance(option, click.Option):
-            option.hidden = not in_place  # asked for, it says why
+            option.hidden = not in_place  # using it raises an error that says why
     whole = (
-        _REST if in_place else _REST.replace(" With --in-place only the bytes of the chosen leaves are written.", "")
+        _REST if in_place else _REST.replace(" With --in-place only the bytes of the selected leaves are written.", "")
     )
     return _Command(name, callback=run, params=[*first, *params, *rest], help=f"{says}\n\n{whole}")
 
 
 def arguments_of(op: Op) -> list[str]:
-    """The arguments of a command as its usage shows them, those that it needs: `["LO", "HI"]`."""
+    """The required arguments of a command as its usage shows them: `["LO", "HI"]`."""
     return [name.upper() for name in op.parameters if name not in op.optional]
 
 
@@ -219,7 +219,7 @@ def edit_command(op: Op) -> click.Command:
             )
         else:
             params.append(click.Argument([name], metavar=name.upper(), type=_typed(value)))
-            # A list of numbers is not typed: it stands in a file.
+            # A list of numbers is not typed; it comes from a file.
             takes = (
                 f"{NUMBER.says}, or {_FILE}" if value.array and value.example else _FILE if value.array else value.says
             )
@@ -231,7 +231,7 @@ def edit_command(op: Op) -> click.Command:
             return _donated(checkpoint, op, selector, numbers, files[0], args)
         return checkpoint.edited(dict.fromkeys(numbers, call(op.name, args)))
 
-    says = f"In the leaves that SELECTOR chooses, {op.says}."
+    says = f"In the leaves that SELECTOR matches, {op.says}."
     if told:
         says += "\n\n\b\n" + "\n".join(told) if max(map(len, told)) < 70 else "\n\n" + " ".join(told)
     return _command(op.name, says, params, edited, in_place=op.keeps_spec)
@@ -239,15 +239,15 @@ def edit_command(op: Op) -> click.Command:
 
 delete = _command(
     "delete",
-    "Leave the leaves that SELECTOR chooses out of the checkpoint.",
+    "Delete the leaves that SELECTOR matches.",
     [],
     lambda checkpoint, selector, numbers, args: checkpoint.deleted(numbers),
     in_place=False,
 )
 rename = _command(
     "rename",
-    "Give the leaves that SELECTOR chooses new paths: what its wildcards matched goes where the same wildcards stand "
-    "in TO, <n> also as <n+1>.",
+    "Give the leaves that SELECTOR matches new paths: what its wildcards matched replaces the same wildcards in TO, "
+    "where <n> may be <n+1>.",
     [click.Argument(["to"], metavar="TO", type=_typed(TEXT))],
     lambda checkpoint, selector, numbers, args: checkpoint.moved(sel(selector), numbers, args["to"]),
     in_place=False,
@@ -255,5 +255,5 @@ rename = _command(
 
 
 def named(name: str) -> click.Command | None:
-    """The command of an edit, by its name or another that the table gives it."""
+    """The command of an edit, by its name or an alias."""
     return next((edit_command(op) for op in OPS.values() if not op.code and name in (op.name, *op.aliases)), None)

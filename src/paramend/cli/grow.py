@@ -19,11 +19,11 @@ def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> l
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of layers; write 0,1,1,2") from None
+        raise click.BadParameter(f"{text!r} is not a list of layers; write 0,1,1,2") from None
 
 
 def _values(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
-    """Selectors, each with the value that its leaves get, 0 unless it is given."""
+    """Selector → the value that its leaves get, 0 by default; or the name of a family."""
     if len(given) <= 1 and not any("=" in text for text in given):
         return given[0] if given else "auto"
     found: dict[str, float] = {}
@@ -32,11 +32,11 @@ def _values(ctx: click.Context, option: click.Parameter, given: tuple[str, ...])
         try:
             found[selector] = float(value or 0)
         except ValueError:
-            raise click.BadParameter(f"{text!r} is no SELECTOR=VALUE") from None
+            raise click.BadParameter(f"{text!r} is not SELECTOR=VALUE; write 'mlp.down_proj.*=0'") from None
     return found
 
 
-# Each option that names an order, and how it makes one for a model of n layers.
+# Option → the order that it makes for a model of n layers.
 _ORDERS: dict[str, Callable[[int, Any], Order]] = {
     "blocks": lambda n, count: depth.blocks(n, count=count),
     "stack": lambda n, times: depth.stack(n, times),
@@ -49,14 +49,14 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--blocks", type=int, metavar="COUNT", help="Put in COUNT identity layers, spread evenly (LLaMA-Pro).")
-@click.option("--stack", type=int, metavar="TIMES", help="Put the whole stack on itself (G_stack).")
-@click.option("--interleave", type=int, metavar="TIMES", help="Repeat each layer in its place.")
+@click.option("--blocks", type=int, metavar="COUNT", help="Insert COUNT identity layers, spread evenly (LLaMA-Pro).")
+@click.option("--stack", type=int, metavar="TIMES", help="Put TIMES copies of the whole stack on each other (G_stack).")
+@click.option("--interleave", type=int, metavar="TIMES", help="Put TIMES copies of each layer in its place.")
 @click.option("--overlap", type=int, metavar="DROP", help="All but the last DROP, then all but the first (SOLAR).")
 @click.option("--drop", callback=_numbers, metavar="LAYERS", help="Leave layers out: 3,4.")
 @click.option("--order", callback=_numbers, metavar="LAYERS", help="The old layer of each new one: 0,1,1,2.")
 @click.option(
-    "--layers", metavar="LAYERS", help="Which layers, as 'model.layers[*]', where a model has several lists of them."
+    "--layers", metavar="LAYERS", help="Which layers, such as 'model.layers[*]', if the model has several lists."
 )
 @click.option(
     "--identity",
@@ -64,14 +64,14 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
     callback=_values,
     metavar="NAME|SELECTOR[=VALUE]",
     help="How a layer becomes the identity: the name of a family, or leaves of a layer with the value that they get, "
-    "as 'mlp.down_proj.*'; may be given several times. Known families need none.",
+    "such as 'mlp.down_proj.*'; may be repeated. Known families do not need it.",
 )
 @makes("what each layer would be made of")
 def deepen(path: Path, layers: str | None, identity: Any, **options: Any) -> None:
     """Write the model in PATH with its layers repeated, left out, or in another order.
 
     With --blocks the new layers are the identity: the model computes what it did, and has more to train. With the other
-    orders it computes something else. config.json follows; all other files go along.
+    orders it computes something else. config.json is adapted; all other files are copied.
 
     Exit status: 0 done; 2 an unreadable or damaged file, an order that does not fit, a family in which no layer can be
     the identity, or an OUT that cannot be written.

@@ -33,8 +33,8 @@ from paramend.lessons.solutions import load
 def lesson(context: click.Context, name: str | None, file: Path | None, seed: int, as_json: bool) -> None:
     """Learn the five surgeries: list the lessons, show one, or grade an answer.
 
-    Exit status: 0 done, or the answer passed; 1 the answer did not pass; 2 no such lesson, or a file that
-    cannot be run.
+    Exit status: 0 done, or the answer passed; 1 the answer failed; 2 no such lesson, or a file that cannot be
+    run.
     """
     if name is None:
         if file is not None:
@@ -46,7 +46,7 @@ def lesson(context: click.Context, name: str | None, file: Path | None, seed: in
         if file is None:
             _print(_shown(chosen, seed), as_json, _shown_text)
             return
-        with redirect_stdout(sys.stderr):  # what the learner prints is talk; the verdict is the data
+        with redirect_stdout(sys.stderr):  # only the verdict is data, not what the learner prints
             verdict = grade(chosen, load(file, chosen.parameters), seed=seed)
     except ParamendError as error:
         click.echo(f"error: {error}", err=True)
@@ -80,7 +80,7 @@ def _shown(lesson: Lesson, seed: int) -> dict[str, Any]:
     """The lesson as data, with a run of the reference on the first random input."""
     case = draw(lesson, trials=1, seed=seed)[0]
     inputs = summary(lesson, case)
-    result = lesson.reference(*copy.deepcopy(case.args))  # as it is: without the biases that the grader makes up
+    result = lesson.reference(*copy.deepcopy(case.args))  # without the biases that the grader adds
     facts = dict(lesson.observe(lesson.reference, case).facts)
     return {
         "name": lesson.name,

@@ -20,7 +20,7 @@ from paramend.selectors.selector import resolve
 if TYPE_CHECKING:
     from paramend.evidence.measures import Measures
 
-# Of metadata as many entries, and of each as many characters, are shown in a table.
+# A table shows at most this many entries of metadata, and this many characters of each.
 _ENTRIES, _WIDTH = 20, 200
 
 
@@ -28,29 +28,29 @@ _ENTRIES, _WIDTH = 20, 200
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("selector", required=False)
 @click.option(
-    "--stats", is_flag=True, help="Read the values, and add their min, max, mean, std, L2 norm, zeros, NaNs and infs."
+    "--stats", is_flag=True, help="Read the values and show their min, max, mean, std, L2 norm, zeros, NaNs and infs."
 )
-@click.option("--all", "every", is_flag=True, help="A line for each leaf: layers that agree are not one line.")
+@click.option("--all", "every", is_flag=True, help="Print a line for each leaf, even if layers agree.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def show(path: Path, selector: str | None, stats: bool, every: bool, as_json: bool) -> None:
-    """List the leaves of a checkpoint, or those that SELECTOR chooses; layers that agree are one line.
+    """List the leaves of a checkpoint, or those that SELECTOR matches; layers that agree share a line.
 
-    PATH is a file or a directory; its content shows what format it is of.
+    PATH is a file or a directory; the format is detected from its content.
 
-    Only the header is read, unless --stats is given. Mean, std and norm are those of the finite values. Numbers that
-    JSON lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
+    Only the header is read, unless --stats is given. Mean, std and norm are of the finite values. Numbers that JSON
+    lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
 
-    Exit status: 0 done; 2 an unreadable or damaged file, or a selector that chooses nothing.
+    Exit status: 0 done; 2 an unreadable or damaged file, or a selector that matches nothing.
     """
     with open_checkpoint(path) as checkpoint:
         file = checkpoint.source
         numbers = file.index.numbers if selector is None else resolve(selector, file)
-        # In the file `layers.10` stands before `layers.2`.
+        # In the file `layers.10` comes before `layers.2`.
         numbers = sorted(numbers, key=lambda number: natural(file.index.path(number)))
         found: dict[int, Measures | str] = {}
         if stats:
             with _ui.bar(f"reading {path.name}") as progress:
-                from paramend.evidence.measurements import measured  # headers need none of it
+                from paramend.evidence.measurements import measured  # only for --stats
 
                 found = measured(file, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
         if as_json:
@@ -95,7 +95,7 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
     rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size")]
     rows += [(*line.paths, *line.cells, wording.size(line.size)) for line in leaves]
     if found:
-        from paramend.evidence import statistics  # headers need none of it
+        from paramend.evidence import statistics  # only for --stats
 
         rows[0] += statistics.MEASURES
         for place, number in enumerate(numbers, 1):
@@ -115,7 +115,7 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
 
 
 def _plain(value: Any) -> Any:
-    """A value of a file's metadata as JSON has it; what it has not, as text."""
+    """A value of a file's metadata as JSON can hold it; others as text."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, list | tuple):

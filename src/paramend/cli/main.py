@@ -1,4 +1,4 @@
-"""The command `paramend`: its subcommands by name, each opened when it is called."""
+"""The command `paramend`: its subcommands by name, each imported when it is called."""
 
 import ast
 import importlib
@@ -19,14 +19,14 @@ from paramend.reports import wording
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A subcommand: `paramend --help` reads these rows, so that it opens no framework.
+    """A subcommand: `paramend --help` reads these rows, so that it imports no framework.
 
     Attributes:
-        name: as it is typed.
-        module: what holds it.
+        name: its name, as it is typed.
+        module: the module that defines it.
         says: what it does.
-        aliases: other names under which it is there.
-        also: words under which it may be looked for.
+        aliases: its other names.
+        also: words that users may look for it by.
     """
 
     name: str
@@ -36,22 +36,22 @@ class Row:
     also: tuple[str, ...] = ()
 
 
-# The edits of values are not among them: `edits()` finds those.
+# Without the edits of values, which `edits()` finds.
 ROWS = (
     Row("show", "paramend.cli.look", "List the leaves of a checkpoint."),
-    Row("diff", "paramend.cli.compare", "Compare two checkpoints leaf by leaf, or hold that only some leaves changed."),
+    Row("diff", "paramend.cli.compare", "Compare two checkpoints leaf by leaf; check that only some leaves changed."),
     Row("delete", "paramend.cli.edit", "Write a checkpoint without some leaves."),
     Row("rename", "paramend.cli.edit", "Write a checkpoint with leaves under other paths."),
-    Row("apply", "paramend.cli.recipe", "Carry out a recipe: edits as data, in a YAML or JSON file."),
+    Row("apply", "paramend.cli.recipe", "Apply a recipe: edits as data, in a YAML or JSON file."),
     Row("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
     Row("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
     Row("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
-    Row("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack side by side."),
+    Row("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack under numbered names."),
     Row("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
-    Row("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made of those it has."),
+    Row("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
     Row("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
-    Row("history", "paramend.cli.undo", "List the edits that a checkpoint's record tells of, and those made in place."),
-    Row("verify", "paramend.cli.undo", "Hold a checkpoint against the record that it carries."),
+    Row("history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place."),
+    Row("verify", "paramend.cli.undo", "Check a checkpoint against the record that it carries."),
     Row("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),
     Row("lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer."),
     Row("help", "paramend.cli.main", "Show this text, or that of a command."),
@@ -62,7 +62,7 @@ ROWS = (
 def edits() -> tuple[Row, ...]:
     """The rows of the table of edits that are commands.
 
-    The table is read and not imported: to import it opens numpy, and `--help` would take twice as long.
+    The table is parsed, not imported: importing it imports numpy, and `--help` would take twice as long.
     """
     table = util.find_spec("paramend.edits.ops")
     assert table is not None and table.origin is not None
@@ -92,7 +92,7 @@ class _Group(click.Group):
                 found: click.Command = getattr(importlib.import_module(row.module), row.name)
                 return found
             if any(cmd_name in (row.name, *row.aliases) for row in edits()):
-                from paramend.cli.edit import named  # opens the engines
+                from paramend.cli.edit import named  # imports the engines
 
                 return named(cmd_name)
         except ImportError as error:
@@ -111,7 +111,7 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Edits of the leaves that a selector chooses"):
+        with formatter.section("Edits of the leaves that a selector matches"):
             formatter.write_dl([(", ".join((row.name, *row.aliases)), row.says) for row in edits()])
         with formatter.section("Commands"):
             formatter.write_dl([(row.name, row.says) for row in ROWS])
@@ -133,7 +133,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="paramend")
 def cli() -> None:
-    """Surgery for model parameters: pick leaves by path, change exactly those, know that nothing else moved.
+    """Surgery for model parameters: select leaves by path, change exactly those, and know that nothing else moved.
 
     Quote selectors, so that the shell leaves them alone: paramend show model.safetensors '**/bias'
     """
@@ -155,21 +155,19 @@ def _unknown(name: str) -> str:
     rows = (*ROWS, *edits())
     near = [row.name for row in rows if name in row.also]
     near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
-    return (
-        f"There is no command {name!r}. {f'Did you mean {near[0]!r}?' if near else 'They are listed by: paramend help'}"
-    )
+    return f"There is no command {name!r}. {f'Did you mean {near[0]!r}?' if near else 'To list them: paramend help'}"
 
 
 def main() -> None:
-    """Runs the command line and ends the process."""
+    """Run the command line and end the process."""
     for stream in (sys.stdout, sys.stderr):
-        # Names may hold what the terminal's encoding lacks.
+        # Names may contain characters that the terminal's encoding lacks.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ui.stop)
     try:
         cli(prog_name="paramend")
     except BaseException:
-        if _ui.stopped:  # a compiled module that is just being imported turns the exception into an ImportError
+        if _ui.stopped:  # a compiled module being imported turns the exception into an ImportError
             raise SystemExit(128 + _ui.stopped[0]) from None
         raise

@@ -27,8 +27,8 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, as one file, or as several.
 
-    IN is a file or a directory. The suffix of OUT says the format (model.safetensors, model.pt ...); a slash at its
-    end, or --max-shard-size, asks for a directory of safetensors files. Every value stays bit for bit.
+    IN is a file or a directory. The suffix of OUT selects the format (model.safetensors, model.pt ...); a trailing
+    slash, or --max-shard-size, selects a directory of safetensors files. Every value is kept bit for bit.
 
     Exit status: 0 done; 2 an unreadable or damaged file, a leaf that the format cannot hold, or an OUT that cannot
     be written.
@@ -52,7 +52,7 @@ def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) 
     for rule in given:
         old, equals, new = rule.partition("=")
         if not (old and equals):
-            raise click.BadParameter(f"{rule!r} is no OLD=NEW; write --rename 'h/<n>/**=layers/<n>/**'")
+            raise click.BadParameter(f"{rule!r} is not OLD=NEW; write --rename 'h/<n>/**=layers/<n>/**'")
         rules[old] = new or None
     return rules
 
@@ -67,7 +67,7 @@ def _by_leaf(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
         return given[0]
     choices = dict(text.rpartition("=")[::2] for text in given)
     if "" in choices:
-        raise click.BadParameter(f"{choices['']!r} is for all leaves; write '**={choices['']}' after the others")
+        raise click.BadParameter(f"{choices['']!r} applies to all leaves; write '**={choices['']}' after the others")
     return choices
 
 
@@ -77,15 +77,15 @@ _OPTIONS = ("rename", "only", "mismatch", "place", "unused", "missing", "dtype")
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
-    "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What to warm."
+    "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What gets the values."
 )
 @click.option(
     "--rename",
     multiple=True,
     callback=_rules,
     metavar="OLD=NEW",
-    help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be given several times. "
-    "'OLD=' leaves them behind.",
+    help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be repeated. 'OLD=' leaves them "
+    "behind.",
 )
 @click.option("--only", metavar="SELECTOR", help="The leaves of TARGET that may change.")
 @click.option(
@@ -103,14 +103,14 @@ _OPTIONS = ("rename", "only", "mismatch", "place", "unused", "missing", "dtype")
     help=f"Where leaves overlap: {', '.join(get_args(Place))}.",
 )
 @_choice("unused", Unused, "When a leaf of SOURCE goes nowhere.")
-@_choice("missing", Missing, "When a leaf of TARGET has nothing in SOURCE.")
+@_choice("missing", Missing, "When a leaf of TARGET gets nothing from SOURCE.")
 @_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
 @makes("what would go where")
 def graft(source: Path, target: Path, **options: Any) -> None:
     """Write TARGET with the values of SOURCE where their names agree.
 
-    Neither of the two changes. Strict unless told otherwise: a leaf of SOURCE that goes nowhere, a shape that differs,
-    two sources for one leaf are errors, all of them listed at once with the options that allow them.
+    Neither changes. By default a leaf of SOURCE that goes nowhere, a shape that differs, and two sources for one leaf
+    are errors, all listed at once with the options that allow them.
 
     Exit status: 0 done; 2 the two do not fit, a file is unreadable or damaged, or OUT cannot be written.
     """
@@ -128,7 +128,7 @@ def graft(source: Path, target: Path, **options: Any) -> None:
 
 
 def _typed(options: Mapping[str, Any]) -> str:
-    """Options of a graft as they are typed."""
+    """The options of a graft as they are typed."""
     said = []
     for name, value in options.items():
         many = [f"{old}={new or ''}" for old, new in value.items()] if isinstance(value, Mapping) else [str(value)]

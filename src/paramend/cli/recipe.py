@@ -1,4 +1,4 @@
-"""`paramend apply`: a recipe carried out on a checkpoint."""
+"""`paramend apply`: a recipe applied to a checkpoint."""
 
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,20 @@ from paramend.recipes.recipe import Recipe
 
 
 class _Unmet(_ui.Refusal):
-    """Nothing is wrong but that the checkpoint is not as the recipe expects."""
+    """Only expectations of the recipe failed."""
 
     exit_code = 1
 
 
 def _run(recipe: Path, path: Path, **given: Any) -> None:
-    """Carry out a recipe on a checkpoint.
+    """Apply a recipe to a checkpoint.
 
-    RECIPE is a YAML or JSON file of steps; PATH, a file or a directory, is what they are carried out on. With -o, PATH
-    is read and never changed; OUT gets the edited leaves and all other bytes as they are. With --in-place only the
-    bytes of the chosen leaves are written, and steps must keep shape, dtype and path. Every step is checked before
-    anything is written, and all that is wrong is listed with its address in the recipe.
+    RECIPE is a YAML or JSON file of steps; PATH is a file or a directory. With -o, PATH is only read; OUT gets the
+    edited leaves and all other bytes as they are. With --in-place only the bytes of the selected leaves are written,
+    and steps must keep shape, dtype and path. Every step is checked before anything is written, and all problems are
+    listed with their addresses in the recipe.
 
-    Exit status: 0 done; 1 only expectations of the recipe did not hold; 2 anything else is wrong with the recipe, an
+    Exit status: 0 done; 1 only expectations of the recipe failed; 2 anything else is wrong with the recipe, an
     unreadable or damaged file, or an OUT that cannot be written.
     """
     try:

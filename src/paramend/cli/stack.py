@@ -20,13 +20,13 @@ from paramend.stacking.stack import stack_layers, unstack_layers
 
 @dataclass(frozen=True, repr=False)
 class _Told(Paged):
-    """What becomes of the leaves: those that go, and those that come in their place."""
+    """What becomes of the leaves: those that are removed, and those that replace them."""
 
     old: Checkpoint
     new: Checkpoint
 
     def headline(self) -> str:
-        """How many there are before and after."""
+        """The number of leaves before and after."""
         before = wording.plural(len(self.old), "leaf", "leaves")
         return f"{before} before, {len(self.new):,} after"
 
@@ -35,7 +35,7 @@ class _Told(Paged):
         return [_section("from", _alone(self.old, self.new)), _section("to", _alone(self.new, self.old))]
 
     def page(self) -> Page:
-        """The outcome as a map: what is new in it, and what stayed."""
+        """The result as a map: what is new in it, and what was kept."""
         index, come = self.new.index, _alone(self.new, self.old)
         paths = {index.path(number): self.new.spec(number) for number in index.numbers}
         specs = Column("spec", list(map(str, paths.values())), "text")
@@ -43,14 +43,14 @@ class _Told(Paged):
         return Page("layers", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The paths, with what is known of the new ones."""
+        """The old paths, and the new ones with their specs."""
         gone, come = _alone(self.old, self.new), _alone(self.new, self.old)
         made = [{"path": path, "dtype": spec.dtype, "shape": list(spec.shape)} for path, spec in come.items()]
         return {"from": list(gone), "to": made, "kept": len(self.new) - len(made)}
 
 
 def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, Spec]:
-    """The leaves that one of two checkpoints has and the other has not: path → spec."""
+    """The leaves that only the first of two checkpoints has: path → spec."""
     other = {there.index.path(number) for number in there.index.numbers}
     paths = {here.index.path(number): number for number in here.index.numbers}
     return {path: here.spec(number) for path, number in paths.items() if path not in other}
@@ -61,10 +61,10 @@ def _section(title: str, leaves: Mapping[str, Spec]) -> Section:
 
 
 def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say where the layers are in a leaf, and those of all commands that make a checkpoint."""
+    """Add the options for the axis of the layers, and those of all commands that make a checkpoint."""
     for option in (
         makes("what would be made"),
-        click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes tell the axis."),
+        click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes determine the axis."),
         click.option("--axis", type=int, default=0, show_default=True, help="The axis of the layers."),
     ):
         command = option(command)
@@ -77,10 +77,10 @@ def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--into", metavar="PATH", help="The path of the stack, by default that of the layers without the number.")
 @_axis
 def stack(path: Path, layers: str, **options: Any) -> None:
-    """Write a checkpoint whose numbered layers are one stack, as nn.scan holds them.
+    """Write a checkpoint whose numbered layers are one stack, as in nn.scan.
 
-    LAYERS are the layers: 'params/layers_<n>', 'model.layers[*]'. Along axis 0 bytes are copied; along any other one
-    leaf at a time is put together in memory.
+    LAYERS are the layers: 'params/layers_<n>', 'model.layers[*]'. Along axis 0 bytes are copied; along any other axis
+    one leaf at a time is assembled in memory.
 
     Exit status: 0 done; 2 there are no such layers, they differ, a file is unreadable or damaged, or OUT cannot be
     written.
@@ -96,12 +96,12 @@ def stack(path: Path, layers: str, **options: Any) -> None:
 )
 @_axis
 def unstack(path: Path, layers: str, **options: Any) -> None:
-    """Write a checkpoint in which the layers of a stack are side by side under numbered names.
+    """Write a checkpoint with the layers of a stack under numbered names.
 
-    STACK is the path of the stack: 'params/layers'. Along axis 0 bytes are copied; along any other each layer is cut
-    in memory out of its leaf.
+    STACK is the path of the stack: 'params/layers'. Along axis 0 bytes are copied; along any other axis each layer is
+    sliced from its leaf in memory.
 
-    Exit status: 0 done; 2 there is no such stack, its leaves do not hold as many layers each, a file is unreadable or
+    Exit status: 0 done; 2 there is no such stack, its leaves hold different numbers of layers, a file is unreadable or
     damaged, or OUT cannot be written.
     """
     _write(path, unstack_layers, layers, **options)

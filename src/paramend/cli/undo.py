@@ -1,4 +1,4 @@
-"""`paramend undo`, `history`, `verify`: what was done to a checkpoint, listed, taken back, held against its bytes."""
+"""`paramend undo`, `history`, `verify`: edits of a checkpoint taken back, listed, and checked against its bytes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,21 +19,21 @@ from paramend.rewriting.provenance import verify_record
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Put the old bytes back although those places were changed since.")
-@click.option("--drop", "drops", is_flag=True, help="Forget undo records instead, to free the space that they take.")
+@click.option("--force", is_flag=True, help="Restore the old bytes even if they were changed since.")
+@click.option("--drop", "drops", is_flag=True, help="Delete undo records instead, to free their space.")
 @click.option("--keep", type=click.IntRange(min=0), metavar="N", help="With --drop: keep the N latest records.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) -> None:
     """Take back the last edit that was made in place.
 
-    Edits stack: each call takes back one more. An edit of yours that was cut short is taken back by itself. One that
-    somebody else made, or that came with the files, is taken back by this command alone. After --drop the checkpoint
-    stays as it is, and what was forgotten cannot be taken back any more.
+    Each call takes back one more edit. An interrupted edit of your own is taken back automatically; one that somebody
+    else made, or that came with the files, only by this command. --drop leaves the checkpoint as it is, and the edits
+    whose records are deleted can no longer be taken back.
 
     Exit status: 0 done; 2 there is nothing to take back, the checkpoint was changed since, or a record is damaged.
     """
     if keep is not None and not drops:
-        raise click.UsageError("--keep goes with --drop.")
+        raise click.UsageError("--keep needs --drop.")
     if drops:
         gone = drop(path, keep=keep or 0)
         if as_json:
@@ -55,15 +55,15 @@ def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) 
 def history(path: Path, as_json: bool) -> None:
     """List what was done to a checkpoint: the record that it carries, and the edits made in place, the latest last.
 
-    The record tells of the edits under which it was written with --record, the oldest first. Edits made in place can be
-    taken back. With --json each is an object; those of the record have "record".
+    The record lists the edits by which the checkpoint was written with --record, oldest first. Edits made in place can
+    be taken back. With --json each is an object; those of the record have "record".
 
     Exit status: 0 done; 2 there is no such checkpoint, or a record is damaged.
     """
     rows, record, damage = history_of(path), None, None
     try:
         record = record_of(path)
-    except BadCheckpoint as error:  # what can be taken back is shown all the same
+    except BadCheckpoint as error:  # the edits that can be taken back are shown anyway
         damage = error
     if as_json:
         recorded = [] if record is None else [*record.earlier, replace(record, earlier=())]
@@ -80,10 +80,10 @@ def history(path: Path, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def verify(path: Path, as_json: bool) -> None:
-    """Hold a checkpoint against the record that it carries: shape, dtype and bytes of every leaf that was edited.
+    """Check a checkpoint against the record that it carries: shape, dtype and bytes of every edited leaf.
 
-    Exit status: 0 all are as they were written; 1 a leaf differs or is gone; 2 there is no record, or something is
-    damaged or cannot be read.
+    Exit status: 0 all are as written; 1 a leaf differs or is missing; 2 there is no record, or something is damaged or
+    cannot be read.
     """
     changes: dict[str, str] = {}
     leaves: list[str] = []

@@ -1,4 +1,4 @@
-"""How commands that write or change a checkpoint do it, and what they print of it."""
+"""How commands write or change a checkpoint, and what they print."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from paramend.pages.page import Paged
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
-RECORD = "Let OUT carry a record of what was done; `paramend verify OUT` checks it."
+RECORD = "Add a record of what was done to OUT; `paramend verify OUT` checks it."
 
 
 def carry_out(
@@ -32,21 +32,21 @@ def carry_out(
     told: Paged | None = None,
     page: Path | None = None,
 ) -> None:
-    """Writes the outcome of a plan, or only shows it in a dry run.
+    """Write the result of a plan, or only show it in a dry run.
 
     Args:
         made: the plan.
         path: the checkpoint, as it was typed.
-        out: what to write; None in a dry run that names nothing.
+        out: what to write; may be None in a dry run.
         force: whether it may exist.
         dry_run: whether nothing is written.
         as_json: whether data is printed as JSON.
-        link: whether shards that stay are linked.
+        link: whether unchanged shards are linked.
         max_shard_size: the most bytes of tensors in one file.
-        record: what the plan was made by, as a recipe, or "", if the output is to carry a record of it.
+        record: the recipe that made the plan, or "", if the output carries a record of it; None for no record.
         quiet: whether no table is printed.
         told: a report that is printed instead of the plan's table.
-        page: where to write it as an HTML page.
+        page: where to write the report as an HTML page.
     """
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     if out is not None:
@@ -74,7 +74,7 @@ def carry_out(
 
 
 def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a command that makes a checkpoint from others; `write_made` takes what they give.
+    """The options of a command that makes a checkpoint from others; `write_made` takes their values.
 
     Args:
         shows: what a dry run shows.
@@ -86,7 +86,7 @@ def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         (("--force",), {"is_flag": True, "help": "Replace OUT if it exists."}),
         (("--record",), {"is_flag": True, "help": RECORD}),
         (("--dry-run",), {"is_flag": True, "help": f"Show {shows}, and write no checkpoint."}),
-        (("--html",), {"type": page, "metavar": "FILE", "help": "Write the report as a page to look at."}),
+        (("--html",), {"type": page, "metavar": "FILE", "help": "Write the report as an HTML page."}),
         (("--json", "as_json"), {"is_flag": True, "help": "Print data as JSON."}),
     ]
 
@@ -101,7 +101,7 @@ def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def write_made(
     made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, html: Path | None, **given: Any
 ) -> None:
-    """Writes a checkpoint that was made from others, or only shows its report in a dry run.
+    """Write a checkpoint that was made from others, or only show its report in a dry run.
 
     Args:
         made: the checkpoint.
@@ -109,7 +109,7 @@ def write_made(
         told: the report.
         out: what to write.
         record: whether it carries a record of what was done.
-        html: where to write the report as a page.
+        html: where to write the report as an HTML page.
         given: the other options of `makes`, as `carry_out` takes them.
     """
     if out is None and not given["dry_run"]:
@@ -122,10 +122,10 @@ def options() -> list[click.Parameter]:
     return [
         click.Option(["-o", "--out"], metavar="OUT", help="The file or directory to write."),
         click.Option(["--in-place"], is_flag=True, help="Change PATH itself; `paramend undo PATH` takes it back."),
-        click.Option(["--link"], is_flag=True, help="Hard-link the shards in which nothing changes."),
+        click.Option(["--link"], is_flag=True, help="Hard-link unchanged shards."),
         click.Option(["--force"], is_flag=True, help="Replace OUT if it exists."),
         click.Option(["--record"], is_flag=True, help=RECORD),
-        click.Option(["--dry-run"], is_flag=True, help="Show the table of what would change, and write nothing."),
+        click.Option(["--dry-run"], is_flag=True, help="Show what would change, and write nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print data as JSON."),
     ]
 
@@ -142,21 +142,21 @@ def edit_checkpoint(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Writes a checkpoint edited, or changes its own files, or only shows it in a dry run.
+    """Write an edited checkpoint, or change its own files, or only show the edit in a dry run.
 
     Args:
         path: the checkpoint.
-        edit: takes it opened, and gives it back edited.
+        edit: (opened checkpoint) → edited checkpoint.
         out: what to write.
         in_place: whether its own files change.
-        link: whether shards that stay are linked.
+        link: whether unchanged shards are linked.
         force: whether `out` may exist.
         record: whether it carries a record of what was done.
         dry_run: whether nothing is written.
         as_json: whether data is printed as JSON.
     """
     if in_place and (out is not None or link or force or record):
-        raise click.UsageError("--in-place changes PATH itself: it goes with no -o, --link, --force or --record.")
+        raise click.UsageError("--in-place changes PATH itself: it excludes -o, --link, --force and --record.")
     if out is None and not (dry_run or in_place):
         raise click.UsageError("-o OUT or --in-place is needed.")
     if not in_place:
@@ -165,7 +165,7 @@ def edit_checkpoint(
             by = edited.recipe if record else None
             carry_out(edited.plan, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link, record=by)
         return
-    from paramend.checkpoints.patching import patch  # commands that write a new file need none of it
+    from paramend.checkpoints.patching import patch  # only for --in-place
 
     with _ui.bar(f"patching {path.name}") as progress:
         report = patch(path, edit, dry_run=dry_run, progress=progress)

@@ -1,4 +1,4 @@
-"""The data: 1,797 handwritten digits of 8 by 8 pixels that ship with scikit-learn, a quarter of them held out."""
+"""The data: the 1,797 handwritten digits of 8 by 8 pixels that ship with scikit-learn, a quarter of them held out."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from paramend.leaves.specs import Array
 
 @dataclass(frozen=True)
 class Digits:
-    """Pixels between 0 and 1, one row for each digit, and which digit it is.
+    """Pixels between 0 and 1, one row for each digit, and labels.
 
     Attributes:
-        train_pixels: what the network learns from.
-        train_labels: the digits they show.
-        pixels: those held out, which accuracies are measured on.
-        labels: the digits they show.
+        train_pixels: the training set.
+        train_labels: its digits.
+        pixels: the held-out set, on which accuracies are measured.
+        labels: its digits.
     """
 
     train_pixels: Array
@@ -27,7 +27,7 @@ class Digits:
 
 
 def load(seed: int = 0) -> Digits:
-    """The digits, split by the seed; each digit has its share in both parts."""
+    """The digits, split by the seed, with equal shares of each digit in both parts."""
     pixels, labels = load_digits(return_X_y=True)
     pixels = (pixels / 16).astype(np.float32)
     train_pixels, held_out, train_labels, held_out_labels = train_test_split(

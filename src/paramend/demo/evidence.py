@@ -1,4 +1,4 @@
-"""Evidence: what moved between two trees, told from their bytes."""
+"""Evidence: what changed between two trees, determined from their bytes."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ def moved(before: Any, after: Any) -> list[str]:
 
 
 def touched(before: Any, after: Any) -> list[str]:
-    """The paths of the leaves that are other objects, whatever they hold."""
+    """The paths of the leaves that are different objects, whatever they hold."""
     new = at(after, "**").get()
     return [path for path, leaf in at(before, "**") if leaf is not new[path]]
 
@@ -32,6 +32,6 @@ def digest(leaf: Any) -> str:
 
 
 def data_digest(file: Path) -> str:
-    """The same of the tensors of a safetensors file, which stand after its header."""
+    """The same digest of the tensors of a safetensors file, without its header."""
     raw = file.read_bytes()
     return hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""The folder that the demo leaves its files in: all of them, or none."""
+"""The folder that the demo writes its files to: all of them, or none."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ from paramend.reports import wording
 
 @contextlib.contextmanager
 def workplace(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """An empty folder inside of `folder`. What is in it at the end moves up; if an exception flies, all of it goes.
+    """An empty folder inside `folder`. At the end its files move up; on an exception they are deleted.
 
     Args:
-        folder: it is made if it is not there.
-        force: whether it may hold files already; those with the names of new ones are replaced.
+        folder: created if it does not exist.
+        force: whether it may already hold files; those with the names of new ones are replaced.
 
     Raises:
-        CannotWrite: it holds files, or is none that can be written to.
+        CannotWrite: it holds files, or is not a folder that can be written to.
     """
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     place = None
@@ -41,12 +41,12 @@ def workplace(folder: Path, *, force: bool = False) -> Iterator[Path]:
 
 def _opened(folder: Path, *, force: bool) -> Path:
     if os.path.lexists(folder) and not folder.is_dir():
-        raise CannotWrite(f"{folder} is no folder", hint=_HINT)
+        raise CannotWrite(f"{folder} is not a folder", hint=_HINT)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if names and not force:
         raise CannotWrite(
-            f"{folder} is there already and holds {wording.listing(names, 3)}",
-            hint=f"{_HINT}; or --force, which replaces the files of an earlier demo and no others",
+            f"{folder} already exists and holds {wording.listing(names, 3)}",
+            hint=f"{_HINT}, or --force, which replaces only the files of an earlier demo",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

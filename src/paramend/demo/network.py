@@ -1,13 +1,13 @@
-"""The network, a residual one in Flax, as small as a digit needs."""
+"""The network: a small residual network in Flax."""
 
 import flax.linen as nn
 import jax
 
 
 class Classifier(nn.Module):
-    """Ten logits from 64 pixels: a first layer, residual blocks of two layers each, a last layer.
+    """Ten logits from 64 pixels: a first layer, residual blocks of two layers each, and a last layer.
 
-    Flax numbers the layers in the order in which they are made: `Dense_0` comes first, `Dense_[-1]` is the last.
+    Flax numbers the layers in the order of their creation: `Dense_0` is the first, `Dense_[-1]` the last.
     """
 
     blocks: int = 1

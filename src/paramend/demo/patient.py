@@ -1,4 +1,4 @@
-"""The patient: a trained classifier, in memory and on disk. The steps operate on it, and none of them changes it."""
+"""The patient: a trained classifier, in memory and on disk. The steps edit copies of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ class Patient:
     """A trained classifier and what is needed to try an edit on it.
 
     Attributes:
-        folder: where the steps leave their files.
+        folder: where the steps write their files.
         digits: the data.
         model: the network.
         fresh: its parameters before training.
         params: its parameters.
-        epochs: how long a step trains that trains on.
-        seed: of everything random.
+        epochs: how many epochs a step trains that continues training.
+        seed: the seed of all randomness.
     """
 
     folder: Path
@@ -44,19 +44,19 @@ class Patient:
         return self.folder / "digits.safetensors"
 
     def logits(self, params: Any, model: Classifier | None = None) -> Array:
-        """What the network makes of the held-out digits with these parameters."""
+        """The logits of the held-out digits with these parameters."""
         return np.asarray((model or self.model).apply(params, self.digits.pixels))
 
     def accuracy(self, params: Any, model: Classifier | None = None) -> float:
-        """The share of the held-out digits that the network reads right with these parameters."""
+        """The share of the held-out digits that the network classifies correctly with these parameters."""
         return self.score(self.logits(params, model))
 
     def score(self, logits: Array) -> float:
-        """The share of the held-out digits whose own logit is the largest."""
+        """The share of the held-out digits whose logit is the largest."""
         return float((logits.argmax(axis=-1) == self.digits.labels).mean())
 
     def trained_on(self, tx: Any) -> Any:
-        """The parameters after more training under this optimizer."""
+        """The parameters after more training with this optimizer."""
         return training.train(self.model, self.params, tx, self.digits, epochs=self.epochs, seed=self.seed + 1)
 
 
@@ -71,6 +71,6 @@ def prepare(folder: Path, *, epochs: int, seed: int) -> Patient:
 
 
 def save(params: Any, file: Path) -> None:
-    """Writes parameters as safetensors, each leaf under its path."""
+    """Write parameters as safetensors, each leaf under its path."""
     arrays = {path: np.asarray(leaf) for path, leaf in at(params, "**")}
     write_file(file, safetensors.numpy.save(arrays))

@@ -1,4 +1,4 @@
-"""One step of the demo, and what came of it."""
+"""One step of the demo, and its outcome."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from paramend.demo.evidence import moved
 from paramend.demo.patient import Patient
 from paramend.edits.selection import at
 
-# The folder as it stands in the code of the steps.
+# The folder in the code of the steps.
 FOLDER = "paramend-demo"
 
 
@@ -19,12 +19,12 @@ class Outcome:
     """What a step did.
 
     Attributes:
-        changed: the paths of the leaves whose bytes are others now.
-        leaves: the number of leaves there are.
+        changed: the paths of the leaves whose bytes changed.
+        leaves: the number of leaves.
         before: the accuracy without it.
         after: the accuracy with it.
-        claims: what the step shows, and whether it held.
-        detail: lines of evidence for those who read on.
+        claims: what the step claims → whether it held.
+        detail: more lines of evidence.
     """
 
     changed: Sequence[str]
@@ -43,7 +43,7 @@ def outcome(
     claims: Mapping[str, bool],
     detail: Sequence[str] = (),
 ) -> Outcome:
-    """The outcome of an edit that turned one tree into another."""
+    """The outcome of an edit from one tree to another."""
     return Outcome(moved(before, after), len(at(after, "**")), accuracy(before), accuracy(after), claims, detail)
 
 
@@ -54,8 +54,8 @@ class Step:
     Attributes:
         name: a short name, for programs.
         title: what is done, for people.
-        code: the line that a user would type for it.
-        run: does it.
+        code: the line that a user would type.
+        run: performs the step.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Step:
     run: Callable[[Patient], Outcome]
 
     def code_in(self, folder: Path) -> str:
-        """The code with the folder that the files are in."""
+        """The code for the folder that the files are in."""
         return command_in(self.code, folder)
 
 
 def command_in(command: str, folder: Path) -> str:
-    """A command about the demo's own folder, said of another.
+    """A command for the demo's default folder, rewritten for another folder.
 
     >>> command_in("paramend show paramend-demo/digits.safetensors", Path("my demo"))
     "paramend show 'my demo'/digits.safetensors"

@@ -1,4 +1,4 @@
-"""The steps of the demo. Each is one line of Paramend, and the evidence that it did what it says."""
+"""The steps of the demo. Each is one line of Paramend, and evidence that it did what it claims."""
 
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ def look(patient: Patient) -> Outcome:
         params,
         patient.accuracy,
         claims={
-            "it reads more than 9 of 10 digits that it never saw": patient.accuracy(params) > 0.9,
+            "it reads more than 9 of 10 digits that it has never seen": patient.accuracy(params) > 0.9,
             "the file holds every leaf, byte for byte": not moved(params, loaded),
         },
         detail=[*aligned(table), f"{param_count(params):,} parameters in {len(table)} leaves"],
@@ -41,7 +41,7 @@ def look(patient: Patient) -> Outcome:
 
 
 def replace_kernel(patient: Patient) -> Outcome:
-    """Another first kernel: the old one at rank 8."""
+    """The first kernel, replaced by its approximation of rank 8."""
     params = patient.params
     kernel = low_rank(at(params, "**/Dense_0/kernel").one(), rank=8)
     edited = at(params, "**/Dense_0/kernel").set(kernel)
@@ -64,7 +64,7 @@ def low_rank(kernel: Any, rank: int) -> np.ndarray[Any, Any]:
 
 
 def zero_last_kernel(patient: Patient) -> Outcome:
-    """A last layer that does not hear what comes before it."""
+    """A last layer that ignores its input."""
     params = patient.params
     edited = at(params, "**/Dense_[-1]/kernel").zero()
     logits, bias = patient.logits(edited), np.asarray(at(edited, "**/Dense_[-1]/bias").one())
@@ -76,7 +76,7 @@ def zero_last_kernel(patient: Patient) -> Outcome:
         patient.accuracy,
         claims={
             "only that kernel changed": moved(params, edited) == ["params/Dense_3/kernel"],
-            "the bias alone speaks: the logits of every digit are the bias": bool((logits == bias).all()),
+            "only the bias is left: the logits of every digit are the bias": bool((logits == bias).all()),
             "all predictions are one class": set(logits.argmax(axis=-1)) == {loudest},
             "accuracy falls to chance, the share of that class": patient.accuracy(edited) == share,
         },
@@ -101,7 +101,7 @@ def restore(patient: Patient) -> Outcome:
 
 
 def freeze_first_layer(patient: Patient) -> Outcome:
-    """Training that passes over the first layer."""
+    """Training that skips the first layer."""
     params, adamw = patient.params, optax.adamw(1e-3, weight_decay=1e-2)
     tx = freeze(adamw, "**/Dense_0/**")
     trained = patient.trained_on(tx)
@@ -127,7 +127,7 @@ def digests(before: Any, after: Any) -> list[str]:
 
 
 def zero_gradients(patient: Patient) -> Outcome:
-    """The freeze that is none: AdamW decays what has no gradient, too."""
+    """A freeze that does not work: AdamW also decays what has no gradient."""
     params, adamw = patient.params, optax.adamw(1e-3, weight_decay=1e-2)
     tx = freeze(adamw, "**/Dense_0/**", how="gradients")
     trained = patient.trained_on(tx)
@@ -139,15 +139,15 @@ def zero_gradients(patient: Patient) -> Outcome:
         trained,
         patient.accuracy,
         claims={
-            "the first layer moved, though it had no gradient": digest(kernel) != digest(decayed),
-            "weight decay did it: its kernel is the old one, but smaller": bool(less < norm and same_direction),
+            "the first layer moved, although it had no gradient": digest(kernel) != digest(decayed),
+            "weight decay did it: its kernel is the old one, scaled down": bool(less < norm and same_direction),
         },
         detail=[f"the norm of its kernel went from {norm:.4f} to {less:.4f}"],
     )
 
 
 def warm_start(patient: Patient) -> Outcome:
-    """A deeper model that begins with the layers of the trained one."""
+    """A deeper model that starts from the layers of the trained one."""
     params, deeper = patient.params, Classifier(blocks=2)
     fresh = first_params(deeper, patient)
     grafted, report = graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})
@@ -157,7 +157,7 @@ def warm_start(patient: Patient) -> Outcome:
         grafted,
         partial(patient.accuracy, model=deeper),
         claims={
-            "every leaf of the small model has its place": len(report.copied) == len(at(params, "**")),
+            "every leaf of the small model was copied": len(report.copied) == len(at(params, "**")),
             "only the new block is fresh": sorted(row.path for row in report.fresh) == sorted(new_block),
         },
         detail=str(report).splitlines(),
@@ -165,7 +165,7 @@ def warm_start(patient: Patient) -> Outcome:
 
 
 def new_block_to_identity(patient: Patient) -> Outcome:
-    """The deeper model, begun exactly where the trained one stands."""
+    """The deeper model, started so that it computes exactly what the trained one does."""
     params, deeper = patient.params, Classifier(blocks=2)
     fresh = first_params(deeper, patient)
     grafted, _ = graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})
@@ -177,12 +177,12 @@ def new_block_to_identity(patient: Patient) -> Outcome:
         started,
         partial(patient.accuracy, model=deeper),
         claims={"the logits are those of the small model: the largest difference is 0.0": bool(distance == 0.0)},
-        detail=["the new block adds Dense_4(relu(Dense_3(x))) to x, and that is nothing now"],
+        detail=["the new block adds Dense_4(relu(Dense_3(x))) to x, which is now zero"],
     )
 
 
 def first_params(model: Classifier, patient: Patient) -> Any:
-    """The parameters of another model before it learned anything."""
+    """The initial parameters of another model."""
     return model.init(jax.random.key(patient.seed + 2), patient.digits.pixels)
 
 
@@ -200,7 +200,7 @@ def edit_file(patient: Patient) -> Outcome:
         patient.accuracy,
         claims={
             "file and tree end up with the same bytes": data_digest(streamed) == data_digest(in_memory),
-            "the file that was read is as it was": data_digest(file) == original,
+            "the file that was read is unchanged": data_digest(file) == original,
         },
         detail=aligned((f"sha256 {data_digest(path)}", path.name) for path in (file, streamed, in_memory)),
     )
@@ -229,7 +229,7 @@ def edit_torch(patient: Patient) -> Outcome:
 
 
 def zero_torch_layer(patient: Patient) -> Outcome:
-    """A layer that says nothing at all."""
+    """A layer that outputs only zeros."""
     params, pixels = patient.params, patient.digits.pixels
     before, twin = twin_of(params), twin_of(params)
     init_zero_(twin.layers[-1])

@@ -1,4 +1,4 @@
-"""The demo from start to end: the steps one after the other, and a report."""
+"""The demo from start to end: the steps in order, and a report."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ NEXT = (
 
 @dataclass(frozen=True)
 class Row:
-    """A step that was done.
+    """A step that was run.
 
     Attributes:
         number: counted from 1.
-        step: what was asked.
-        code: the line that a user would type for it.
-        outcome: what came of it.
+        step: the step.
+        code: the line that a user would type.
+        outcome: its outcome.
         seconds: how long it took.
     """
 
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def held(self) -> bool:
-        """Whether all that the step claims was so."""
+        """Whether all claims of the step held."""
         return all(self.outcome.claims.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,10 +66,10 @@ class Report:
 
     Attributes:
         folder: where its files are.
-        seed: of everything random.
+        seed: the seed of all randomness.
         rows: the steps.
-        files: what it left in the folder.
-        seconds: how long all of it took.
+        files: the files that it wrote to the folder.
+        seconds: how long it took in all.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ class Report:
 
     @property
     def held(self) -> bool:
-        """Whether all that was claimed was so."""
+        """Whether all claims held."""
         return all(row.held for row in self.rows)
 
     @property
@@ -110,15 +110,15 @@ def tour(
     steps: Sequence[Step] = STEPS,
     progress: Callable[[Row], object] | None = None,
 ) -> Report:
-    """A report of the steps, done on a classifier that is trained first. The files are left in the folder.
+    """Train a classifier, run the steps on it, write the files to the folder, and return the report.
 
     Args:
         folder: where the files go, all of them at the end.
-        seed: of the split, the first parameters and the order of the minibatches.
-        force: whether the folder may hold files already.
-        epochs: how long to train.
-        steps: what to do.
-        progress: called with each row when it is done.
+        seed: the seed of the split, the initial parameters and the order of the minibatches.
+        force: whether the folder may already hold files.
+        epochs: how many epochs to train.
+        steps: the steps to run.
+        progress: called with each row when its step is done.
 
     Raises:
         CannotWrite: the folder holds files, or cannot be written to. Nothing was done.

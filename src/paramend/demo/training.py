@@ -1,4 +1,4 @@
-"""Training: minibatches and an optimizer, nothing more."""
+"""Training with minibatches and an optimizer."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ BATCH = 64
 
 
 def train(model: Any, params: Any, tx: Any, digits: Digits, *, epochs: int, seed: int = 0) -> Any:
-    """The parameters after some epochs under an optax optimizer."""
+    """The parameters after some epochs with an optax optimizer."""
     pixels, labels = jnp.asarray(digits.train_pixels), jnp.asarray(digits.train_labels)
     batches = len(pixels) // BATCH
 

@@ -10,7 +10,7 @@ from paramend.edits.selection import at
 
 
 class Twin(nn.Module):
-    """Ten logits from 64 pixels, by the arithmetic of `Classifier`."""
+    """Ten logits from 64 pixels, computed like those of `Classifier`."""
 
     def __init__(self, sizes: list[tuple[int, int]]) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Twin(nn.Module):
 
 
 def twin_of(params: Any) -> Twin:
-    """The torch twin of a Flax classifier. Where Flax multiplies by a kernel, torch does by its transpose."""
+    """The torch twin of a Flax classifier. A torch weight is the transpose of a Flax kernel."""
     layers = [params["params"][f"Dense_{n}"] for n in range(len(params["params"]))]
     twin = Twin([layer["kernel"].shape for layer in layers])
     for n, layer in enumerate(layers):
@@ -35,6 +35,6 @@ def twin_of(params: Any) -> Twin:
 
 
 def twin_logits(twin: Twin, pixels: Any) -> np.ndarray[Any, Any]:
-    """What the twin makes of some digits."""
+    """The logits that the twin computes for some digits."""
     with torch.no_grad():
         return twin(torch.from_numpy(pixels)).numpy()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Growth in depth on disk: the new checkpoint is a list of references to the old one, and is written when saved."""
+"""Growth in depth on disk: the new checkpoint consists of references to the old one until it is saved."""
 
 import json
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from paramend.growth import numbered
 from paramend.growth.numbered import Layers
 from paramend.growth.planning import Work
 from paramend.growth.report import DeepenReport
+from paramend.reports import wording
 from paramend.selectors.selector import Selector, Sliced
 
 _CONFIG = "config.json"
@@ -21,14 +22,14 @@ _CONFIG = "config.json"
 def deepened(
     checkpoint: Checkpoint, layers: str | Selector | None, order: Any, identity: Any
 ) -> tuple[Checkpoint, DeepenReport]:
-    """A checkpoint with the layers of another in an order, and the report; nothing is written.
+    """A checkpoint with the layers of another in a given order, and the report; nothing is written.
 
     Raises:
         BadCheckpoint: `config.json` is damaged.
     """
     if isinstance(layers, Sliced):
         raise Unsupported(
-            "stacked layers of a checkpoint grow in memory",
+            "stacked layers of a checkpoint can be deepened only in memory",
             hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)",
         )
     config, file = _config(checkpoint)
@@ -39,7 +40,7 @@ def deepened(
         if Path(checkpoint.path).is_dir():
             texts[_CONFIG] = (json.dumps(work.config, indent=2, ensure_ascii=False) + "\n").encode()
         else:
-            work.said = [f"{file} stays as it is; the directory, {file.parent}/, would take it along"]
+            work.said = [f"{file} is not changed; open {file.parent}/, the directory, to include it"]
     new = assemble(checkpoint, picks, texts=texts, ties=ties)
     calls, report = work.finished(new)
     return (new.edited(calls) if calls else new), report
@@ -58,15 +59,15 @@ def _config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any] | None, Path | No
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{file}: it is no JSON: {error}", hint=f"python -m json.tool {file}") from None
+        raise BadCheckpoint(f"{file} is not JSON: {error}", hint=f"python -m json.tool {file}") from None
     if not isinstance(config, dict):
-        raise BadCheckpoint(f"{file}: it holds no object, but {type(config).__name__}")
+        raise BadCheckpoint(f"{file} holds {wording.described(config)}, not an object")
     return config, file
 
 
 def _picks(checkpoint: Checkpoint, work: Work) -> tuple[list[Pick], dict[int, int]]:
-    """The leaves of the new checkpoint: where each will be, and which leaf it is. Ties within a layer, and of layers
-    with the rest of the model, stay."""
+    """The path and origin of each leaf of the new checkpoint, and its ties: those within a layer, and of layers with
+    the rest of the model, are kept."""
     index, order = checkpoint.index, work.order
     places: dict[int, tuple[Layers, int]] = {}
     for number in index.numbers:
@@ -74,7 +75,7 @@ def _picks(checkpoint: Checkpoint, work: Work) -> tuple[list[Pick], dict[int, in
         if found is not None:
             places[number] = found
     picks: list[Pick] = []
-    units: list[Any] = []  # what tells leaves of the outcome that are one
+    units: list[Any] = []  # equal for leaves of the result that are tied
     done: set[int] = set()
     shared = numbered.shared(checkpoint, work.runs)
     for number in index.numbers:

@@ -1,4 +1,4 @@
-"""Configurations: what says how many layers a model has, and of what kind each is, follows an order of layers."""
+"""Configurations: the number and the kinds of layers in them are adapted to an order of layers."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -7,19 +7,19 @@ from typing import Any
 from paramend.errors import Unsupported
 from paramend.growth.depth import Order
 
-# What counts layers. Of several names in one configuration all are changed.
+# Keys that count layers. If a configuration has several, all are changed.
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# The same where there are two: what has an encoder and a decoder.
+# The same for models with an encoder and a decoder.
 _SIDES = {
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
-# One entry for each layer.
+# Lists with one entry for each layer.
 LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_types", "sparse_layers")
-# The numbers of the layers that are special.
+# Lists of the numbers of special layers.
 NUMBERS = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices")
 
-# What scales each layer by its number or by the number of layers: a copy would get another scale than its source.
+# Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
 SCALED: Mapping[str, str] = {
     "scale_attn_by_inverse_layer_idx": "the scores of layer i are divided by i + 1",
     "use_deepnorm": "residuals are scaled by the number of layers",
@@ -50,8 +50,8 @@ def _beyond(config: Mapping[str, Any], n: int) -> list[str] | None:
     return ["sliding_attention" if layer >= first else "full_attention" for layer in range(n)]
 
 
-# The kinds of the layers where a configuration leaves them to a rule by number. They are written out: the rule would
-# give other kinds to the layers that move.
+# The kinds of layers where a configuration leaves them to a rule by number. They are written out, because the rule
+# would give other kinds to the layers that move.
 _UNWRITTEN: Mapping[str, Callable[[Mapping[str, Any], int], list[str] | None]] = {
     "gemma2": _alternating,
     "gemma3_text": _every,
@@ -68,7 +68,7 @@ def section_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> 
     Args:
         config: the configuration.
         n: how many layers.
-        where: the path of the layers in the model, which tells one of several parts from the others.
+        where: the path of the layers in the model, which selects one of several parts.
 
     >>> section_of({"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 4}}, 4)
     ('text_config',)
@@ -87,7 +87,7 @@ def section_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> 
 
 
 def _words(key: str) -> tuple[str, ...]:
-    """What paths of models hold where a part of the configuration has this name."""
+    """The words in paths of models that correspond to a part of the configuration."""
     name = key.removesuffix("_config")
     return ("text", "language") if name in ("text", "llm", "language") else (name,)
 
@@ -102,16 +102,16 @@ def model_type(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> 
 
 
 def configured(config: Mapping[str, Any], order: Order, where: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """The configuration of the model that an order makes, and what was changed in it, in words.
+    """The configuration of the model that an order makes, and a description of the changes.
 
     Args:
-        config: as `config.json` of Hugging Face has it; it stays as it is.
+        config: the data of Hugging Face's `config.json`; it is not changed.
         order: the order of the layers.
-        where: the path of the layers in the model, which tells one of several counts from the others.
+        where: the path of the layers in the model, which selects one of several counts.
 
     Returns:
-        A new configuration: the number of layers, lists with an entry for each layer, and lists of layer numbers. The
-        words are empty if it counts no layers.
+        A new configuration, in which the number of layers, lists with an entry for each layer, and lists of layer
+        numbers are adapted. The description is empty if it counts no layers.
 
     Raises:
         Unsupported: it scales layers by their number.
@@ -155,12 +155,12 @@ def configured(config: Mapping[str, Any], order: Order, where: Sequence[str] = (
 
 
 def _counts(part: dict[str, Any], where: Sequence[str]) -> Sequence[str]:
-    """What counts the layers at a path."""
+    """The keys that count the layers at a path."""
     if not part.get("is_encoder_decoder"):
         return COUNTS
     if "decoder" not in where:
         return _SIDES["encoder"]
-    if "num_layers" in part:  # T5 counts both sides by one number, unless told otherwise
+    if "num_layers" in part:  # T5's count of both sides, unless the decoder has its own
         part.setdefault("num_decoder_layers", part["num_layers"])
     return _SIDES["decoder"]
 
@@ -169,19 +169,19 @@ def _refuse_scaled(part: Mapping[str, Any]) -> None:
     for name, why in SCALED.items():
         if part.get(name):
             raise Unsupported(
-                f"the configuration has {name}={part[name]!r}: {why}, so a layer would compute something else at "
-                "another place",
-                hint=f"set {name} to what turns it off, if the model does not use it",
+                f"the configuration has {name}={part[name]!r}: {why}, so a layer would compute something else in "
+                "another position",
+                hint=f"if the model does not use {name}, turn it off in the configuration",
             )
 
 
 def _write_sparse(part: dict[str, Any], order: Order, said: list[str], prefix: str) -> None:
-    """Every how many layers one has experts: written out as the list of layers that have none."""
+    """Replace the interval at which layers have experts by the list of layers without experts."""
     step = part.get("decoder_sparse_step")
     if not isinstance(step, int) or step <= 1:
         return
     only = set(part.get("mlp_only_layers") or ())
-    # `mlp_only_layers` has been mapped already; of the old layers those are dense that the step leaves out.
+    # `mlp_only_layers` has been mapped already; the old layers that the step leaves out are dense too.
     dense = {layer for layer in range(order.of) if (layer + 1) % step}
     part["mlp_only_layers"] = sorted(only | {j for j, source in enumerate(order.sources) if source in dense})
     part["decoder_sparse_step"] = 1

@@ -1,4 +1,4 @@
-"""Growth in depth: a model with more layers, or fewer, or others, made of the layers that it has."""
+"""Growth in depth: a model with more layers, or fewer, made from the layers that it has."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -15,6 +15,7 @@ from paramend.growth.report import DeepenReport
 from paramend.growth.scanned import deepened_stack
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyTree
+from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, Sliced, sel
 from paramend.trees.lookup import find_kind, is_torch_module
 
@@ -28,32 +29,32 @@ def deepen(
     layers: SelectorLike | None = None,
     identity: Identity = "auto",
 ) -> tuple[T, DeepenReport]:
-    """The same model with its layers in another order, repeated or left out, and the report of it.
+    """The model with its layers in another order, repeated or left out, and the report.
 
     With an order such as `pm.depth.blocks(12, count=4)` some layers become the identity: copies whose last projections
-    are zero, so that the model computes what it did, bit for bit, and has more to train. Which leaves these are
-    depends on the family of the model; where it is known (`pm.depth` names them), `identity="auto"` finds them.
+    are zero, so that the model computes what it did, bit for bit, and has more to train. Which leaves these are depends
+    on the family of the model; for known families `identity="auto"` finds them.
 
     Args:
         tree: nested dicts, Flax parameters, an NNX state or module, a torch module or state dict, an optimizer state.
         order: for each new layer the old one that it is made of, or an `Order` of `pm.depth`.
-        layers: which layers: `model.layers[*]`, `model.layers.<n>` or `params/layers_<n>`; `params/Dense_[:-1]` leaves
-            the last one out, which stays the last and is renumbered. May be left out if the tree has but one list of
-            numbered layers, or siblings such as `Dense_<n>` that are all alike. For layers
-            stacked along an axis of each leaf, as scanned, a slice of a selector:
-            `pm.sel("params/blocks/**")[:]`, or `[:, :]` if the second axis counts layers.
-        identity: how a layer becomes the identity: "auto"; a family's name; selectors relative to the layer, of leaves
-            that become zero, or a dict from these to values; None copies layers as they are.
+        layers: which layers: `model.layers[*]`, `model.layers.<n>` or `params/layers_<n>`; `params/Dense_[:-1]`
+            excludes the last one, which stays last and is renumbered. May be left out if the tree has only one list of
+            numbered layers, or siblings such as `Dense_<n>` with equal specs. For layers stacked along an axis of each
+            leaf, as in scanned models, a slice of a selector: `pm.sel("params/blocks/**")[:]`, or `[:, :]` if the
+            second axis counts layers.
+        identity: how a layer becomes the identity: "auto"; the name of a family; selectors, relative to the layer, of
+            leaves that become zero, or a dict from these to values; None copies layers as they are.
 
     Returns:
-        A new tree of the same type, and the report. Layers that stay are the same objects. A torch module's
-        configuration, if it has one, and the layer numbers in its modules follow.
+        A new tree of the same type, and the report. Layers that stay are the same objects. The configuration of a torch
+        module, if it has one, and the layer numbers in its modules are updated.
 
     Raises:
         NoMatch: there are no such layers, or no such leaves in them.
-        BadArgument: the order does not fit, or which leaves make a layer the identity is not known.
-        Unsupported: no leaves do (post-LN), the model scales layers by their number, or the entries of the container
-            are fixed.
+        BadArgument: the order does not fit, or it is unknown which leaves make a layer the identity.
+        Unsupported: no leaves do (post-LN), the model scales layers by their number, or the container has fixed
+            entries.
 
     >>> params = {"Dense_0": {"w": np.ones(2)}, "Dense_1": {"w": np.full(2, 5.0)}, "Dense_2": {"w": np.ones(1)}}
     >>> tree, report = deepen(params, layers="Dense_[:-1]", order=[0, 1, 1])
@@ -67,7 +68,7 @@ def deepen(
     """
     layers = layers if layers is None or isinstance(layers, str) else sel(layers)
     if isinstance(tree, Editable):
-        from paramend.growth.checkpoints import deepened  # with it comes the rewriting engine
+        from paramend.growth.checkpoints import deepened  # imports the rewriting engine
 
         new, report = deepened(cast(Any, tree), layers, order, identity)
         return cast(T, new), report
@@ -88,11 +89,10 @@ def deepen_(
     layers: SelectorLike | None = None,
     identity: Identity = "auto",
 ) -> DeepenReport:
-    """The report of a change of depth in place, of a torch or NNX module.
+    """Change the depth of a torch or NNX module in place, and return the report.
 
-    Layers that stay are the same objects with the same parameters, so that an optimizer goes on with them; new ones
-    are to be added to it. The configuration and the layer numbers in the modules follow. On an error the module is as
-    it was.
+    Layers that stay are the same objects with the same parameters, so an optimizer can go on with them; add the new
+    ones to it. The configuration and the layer numbers in the modules are updated. On an error the module is unchanged.
 
     Args:
         module: what to change; its layers are in a ModuleList, a Sequential, an nnx.List.
@@ -103,7 +103,7 @@ def deepen_(
     Raises:
         NoMatch: as in `deepen`.
         BadArgument: as in `deepen`.
-        Unsupported: as in `deepen`, or it is no module.
+        Unsupported: as in `deepen`, or it is not a module.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
@@ -116,11 +116,11 @@ def deepen_(
     kind = find_kind(module)
     if kind is None or kind.replace is None:
         raise Unsupported(
-            f"a {type(module).__name__} does not change in place",
+            f"{wording.described(module)} cannot be changed in place",
             hint="tree, report = pm.deepen(tree, layers=..., order=...)",
         )
     if isinstance(layers, Sliced):
-        raise Unsupported("stacked layers do not grow in place", hint="module, report = pm.deepen(module, ...)")
+        raise Unsupported("stacked layers cannot be deepened in place", hint="module, report = pm.deepen(module, ...)")
     memory = Memory(module)
     work = Work(memory, layers, order, identity, partial(configuration, module))
     rebuilder = Rebuilder(memory, work.runs, work.order)
@@ -139,7 +139,7 @@ def _finished(work: Work, new: Any) -> tuple[Any, DeepenReport]:
     calls, report = work.finished(tree)
     kind = find_kind(new)
     if calls and kind is not None and kind.replace is not None:
-        tree.edited_(calls)  # on copies alone: an identity is never a layer of the old model
+        tree.edited_(calls)  # edits only copies: an identity is never a layer of the old model
     elif calls:
         new = tree.edited(calls)
     return new, report
@@ -152,7 +152,7 @@ def configuration(tree: Any, where: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _configs(tree: Any, where: Sequence[str]) -> list[Any]:
-    """The configurations of the modules on the way to the layers, but those that are parts of one before."""
+    """The configurations of the modules on the path to the layers, except those that are parts of an outer one."""
     if not is_torch_module(tree):
         return []
     found: list[Any] = []
@@ -168,13 +168,13 @@ def _configs(tree: Any, where: Sequence[str]) -> list[Any]:
 
 
 def _configured(tree: Any, work: Work) -> list[tuple[Any, dict[str, Any]]]:
-    """The configurations that follow, with what they become."""
+    """The configurations to update, each with its new values."""
     where = work.runs[0].parent
     found = []
     for place, config in enumerate(_configs(tree, where)):
         old = config.to_dict()
         new = configured(old, work.order, where)[0]
-        if place:  # of one side of an encoder-decoder model, which also counts the layers of that side as its own
+        if place:  # that of one side of an encoder-decoder model also counts the layers of that side as its own
             own = configured({**old, "is_encoder_decoder": False}, work.order, where)[0]
             new |= {key: value for key, value in own.items() if key != "is_encoder_decoder" and value != old.get(key)}
         found.append((config, new))
@@ -182,7 +182,7 @@ def _configured(tree: Any, work: Work) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Enters what changed into the configuration of a model."""
+    """Write what changed into the configuration of a model."""
     for key, value in new.items():
         if key in old and old[key] == value:
             continue

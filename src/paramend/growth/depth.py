@@ -1,4 +1,4 @@
-"""Orders of layers: for each layer of the deeper model the layer that it is made of, and which become the identity."""
+"""Orders of layers: for each new layer the old layer that it is made of, and which become the identity."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from paramend.reports import wording
 
 @dataclass(frozen=True)
 class Order:
-    """Which layer each layer of the new model is made of, and which of them become the identity.
+    """Which old layer each new layer is made of, and which new layers become the identity.
 
     Attributes:
         sources: for each new layer the old layer that it is a copy of, from 0.
-        identity: the new layers that leave their input as it is.
-        of: how many layers the old model has; one more than the highest source, unless it is given.
+        identity: the new layers that return their input unchanged.
+        of: how many layers the old model has; by default one more than the highest source.
 
     >>> print(Order((0, 1, 1, 2), (2,), of=3))
     0 1 1* 2
@@ -33,7 +33,7 @@ class Order:
         object.__setattr__(self, "identity", tuple(sorted(set(map(int, self.identity)))))
         object.__setattr__(self, "of", int(self.of) or max(sources, default=-1) + 1)
         if not sources:
-            raise BadArgument("an order of no layers would leave no model", hint="pm.depth.drop(12, layers=[3, 4])")
+            raise BadArgument("the order is empty", hint="order=[0, 1], or pm.depth.drop(12, layers=[3, 4])")
         wrong = [source for source in sources if not 0 <= source < self.of]
         if wrong:
             raise BadArgument(
@@ -49,7 +49,7 @@ class Order:
 
     @cached_property
     def kept(self) -> dict[int, int]:
-        """Old layer → the new layer that it becomes: the first made of it that is no identity."""
+        """Old layer → the new layer that it becomes: the first one made of it that is not an identity."""
         kept: dict[int, int] = {}
         for target, source in enumerate(self.sources):
             if target not in self.identity:
@@ -58,18 +58,18 @@ class Order:
 
     @property
     def new(self) -> tuple[int, ...]:
-        """The new layers that are no old ones: identities and further copies."""
+        """The new layers that are not old ones: identities and further copies."""
         return tuple(target for target, source in enumerate(self.sources) if self.kept.get(source) != target)
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """The old layers of which nothing is left as it was."""
+        """The old layers that no new layer keeps."""
         return tuple(source for source in range(self.of) if source not in self.kept)
 
     def each(self, size: int) -> "Order":
-        """The order for blocks that are `size` numbered layers each: of an identity block the last layer is zeroed.
+        """The order for blocks of `size` numbered layers each; the last layer of an identity block is zeroed.
 
-        Two Dense layers of a residual block in Flax are numbered one after the other:
+        Flax numbers the two Dense layers of a residual block consecutively:
 
         >>> print(blocks(1, count=1).each(2))
         0 1 0 1*
@@ -88,10 +88,10 @@ class Order:
 
 
 def order_of(what: "Order | Iterable[int]", count: int) -> Order:
-    """An order as the user gave it, for a model of `count` layers; numbers below 0 count from the end.
+    """The order that a user gave, for a model of `count` layers; negative numbers count from the end.
 
     Raises:
-        BadArgument: it is for another number of layers, or names layers that are not there.
+        BadArgument: it is for another number of layers, or names layers that do not exist.
 
     >>> order_of([0, -1], 3)
     pm.depth.Order([0, 2], identity=[], of=3)
@@ -101,7 +101,7 @@ def order_of(what: "Order | Iterable[int]", count: int) -> Order:
             sources = [int(source) for source in what]
         except (TypeError, ValueError):
             raise BadArgument(
-                f"{what!r} is no order of layers", hint="order=[0, 1, 1, 2], or pm.depth.blocks(12, count=4)"
+                f"{what!r} is not an order of layers", hint="order=[0, 1, 1, 2], or pm.depth.blocks(12, count=4)"
             ) from None
         return Order(tuple(s + count if -count <= s < 0 else s for s in sources), of=count)
     if what.of != count:
@@ -118,8 +118,8 @@ def blocks(n: int, *, count: int | None = None, every: int | None = None) -> Ord
 
     Args:
         n: how many layers the model has.
-        count: how many copies; the last of them stands at the end.
-        every: instead of `count`: one copy after every so many layers.
+        count: how many copies; the last one is at the end.
+        every: instead of `count`: one copy after every `every` layers.
 
     Raises:
         BadArgument: both are given, or neither, or one is not positive.
@@ -164,7 +164,7 @@ def stack(n: int, times: int = 2) -> Order:
 
 
 def interleave(n: int, times: int = 2) -> Order:
-    """The order that repeats each layer in its place (interpolation). The function changes.
+    """The order that repeats each layer in place (interpolation). The function changes.
 
     >>> print(interleave(3))
     0 0 1 1 2 2
@@ -187,7 +187,7 @@ def overlap(n: int, drop: int) -> Order:
 
 
 def splice(n: int, *, at: int, count: int = 1) -> Order:
-    """The order with `count` identity layers put in before layer `at`, copies of the layer that they follow.
+    """The order with `count` identity layers inserted before layer `at`, copies of the layer that they follow.
 
     >>> print(splice(3, at=1))
     0 0* 1 2
@@ -197,7 +197,7 @@ def splice(n: int, *, at: int, count: int = 1) -> Order:
     _positive(n, "n")
     _positive(count, "count")
     if not 0 <= at <= n:
-        raise BadArgument(f"at={at} is no place among {n} layers", hint=f"at=0 is before the first, at={n} at the end")
+        raise BadArgument(f"at={at} is not between 0 and {n}", hint=f"at=0, before the first layer, or at={n}, the end")
     sources = (*range(at), *[max(at - 1, 0)] * count, *range(at, n))
     return Order(sources, tuple(range(at, at + count)), of=n)
 
@@ -218,4 +218,4 @@ def drop(n: int, *, layers: Iterable[int]) -> Order:
 
 def _positive(value: int, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadArgument(f"{name}={value!r} is no positive number", hint=f"{name}=2")
+        raise BadArgument(f"{name}={value!r} is not a positive integer", hint=f"{name}=2")

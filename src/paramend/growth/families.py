@@ -1,4 +1,4 @@
-"""Families of models: which parameters of a layer make it the identity, one row each."""
+"""Families of models, one row each: which parameters of a layer make it the identity."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ Pieces = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How the layers of a family of models are named, and what makes one of them the identity.
+    """How a family of models names the modules of a layer, and what makes a layer the identity.
 
-    Names are those of modules, relative to a layer; `*` is a number, as of an expert.
+    Names of modules are relative to the layer; `*` is a number, such as that of an expert.
 
     Attributes:
-        name: what `identity=` calls it.
-        model_types: as Hugging Face configurations have them.
-        writers: the modules whose output is added to the residual stream. Their weights and biases become `value`.
+        name: its name for `identity=`.
+        model_types: its model types in Hugging Face configurations.
+        writers: the modules whose output is added to the residual stream. Their weights become `value`, their biases 0.
         others: the other projections.
         norms: the norms that a layer may have.
-        value: what makes a writer give zeros: 0, or -1 for the gain of a norm that computes (1 + w).
-        by_name: whether the names alone tell that `value` is right.
+        value: the weight with which a writer returns zeros: 0, or -1 for the gain of a norm that computes (1 + w).
+        by_name: whether the names alone show that `value` is right.
         refused: why no parameters make a layer of this family the identity, or "".
     """
 
@@ -37,7 +37,7 @@ class Family:
     refused: str = ""
 
     def fits(self, modules: Iterable[str]) -> bool:
-        """Whether a layer with these modules is of this family: exactly its projections, and no norm but its own."""
+        """Whether a layer with these modules is of this family: it has its projections and no unknown modules."""
         named = set(modules)
         writers = set(self.writers)
         return writers <= named and named - set(self.norms) - writers == set(self.others)
@@ -48,7 +48,7 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj")
 _BEFORE = ("input_layernorm", "post_attention_layernorm")
 _HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 _SUBLAYERS = ("self_attn.o_proj", "mlp.down_proj")
-# Buffers that old checkpoints hold beside the weights; their names end in the name of the module alone.
+# Buffers that old checkpoints hold beside the weights; their names end in the name of the module.
 _MASKS = ("attn", "attention", "attn.masked_bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
 
 FAMILIES: tuple[Family, ...] = (
@@ -59,8 +59,8 @@ FAMILIES: tuple[Family, ...] = (
         (*_QKV, *_GATED),
         (*_BEFORE, *_HEADS, "self_attn.rotary_emb.inv_freq"),
     ),
-    # A norm stands between the projection and the residual stream. Zero projections would be the identity too, but at
-    # zero the slope of a norm is gain / sqrt(eps): one optimizer step would destroy what the model does.
+    # A norm comes between the projection and the residual stream. Zero projections would be the identity too, but at
+    # zero the slope of a norm is gain / sqrt(eps): one optimizer step would destroy what the model computes.
     Family(
         "olmo2",
         ("olmo2", "olmo3"),
@@ -130,10 +130,10 @@ FAMILIES: tuple[Family, ...] = (
         ("layernorm_before", "layernorm_after"),
     ),
     Family("timm_vit", (), ("attn.proj", "mlp.fc2"), ("attn.qkv", "mlp.fc1"), ("norm1", "norm2")),
-    # The last norm of the branch: exact where a ReLU stands before every block, as in torchvision's.
+    # The last norm of the branch: exact if a ReLU precedes every block, as in torchvision.
     Family("resnet", (), ("bn2",), ("conv1", "conv2"), ("bn1",)),
     Family("bottleneck", (), ("bn3",), ("conv1", "conv2", "conv3"), ("bn1", "bn2")),
-    # Whether x + fc2(act(fc1(x))) or fc2(act(fc1(x))) is meant cannot be told from names.
+    # Names do not show whether the layer is x + fc2(act(fc1(x))) or fc2(act(fc1(x))).
     Family("mlp", (), ("fc2",), ("fc1",), ("norm", "norm1", "ln"), by_name=False),
     Family(
         "bert",
@@ -146,8 +146,8 @@ FAMILIES: tuple[Family, ...] = (
             "output.dense",
         ),
         ("attention.output.LayerNorm",),
-        refused="its layers end in a norm over the residual stream (post-LN), and no gain or bias makes that norm give "
-        "back its input",
+        refused="its layers end in a norm over the residual stream (post-LN), and no gain or bias makes that norm "
+        "return its input",
     ),
 )
 NAMES = tuple(dict.fromkeys(family.name for family in FAMILIES))
@@ -172,8 +172,8 @@ def find(modules: set[str], model_type: str | None = None, name: str | None = No
     """The row for a layer with these modules.
 
     Args:
-        modules: as `modules_of` has them.
-        model_type: what the configuration says, if there is one.
+        modules: as `modules_of` returns them.
+        model_type: the model type in the configuration, if there is one.
         name: the family that the user named.
 
     Raises:
@@ -186,7 +186,7 @@ def find(modules: set[str], model_type: str | None = None, name: str | None = No
     elif not rows:
         near = wording.closest(name, NAMES, limit=1)
         raise BadArgument(
-            f"{name!r} is no family that Paramend knows: {', '.join(NAMES)}",
+            f"{name!r} is not a known family: {', '.join(NAMES)}",
             hint=f'identity="{(near or NAMES)[0]}"',
         )
     fitting = [family for family in rows or FAMILIES if family.fits(modules)]
@@ -196,7 +196,7 @@ def find(modules: set[str], model_type: str | None = None, name: str | None = No
         if family.refused:
             raise Unsupported(
                 f"a {family.name} layer cannot be made the identity: {family.refused}",
-                hint="identity=None copies layers as they are; the model computes something else then",
+                hint="identity=None copies layers as they are; the model then computes something else",
             )
     if fitting:
         return fitting[0]
@@ -219,7 +219,7 @@ def _unknown(modules: set[str], model_type: str | None, name: str | None, rows: 
         differs += [f"{wording.listing(more, 6)} is not known"] if more else []
         return f"the layers are not those of {name or model_type}: {'; '.join(differs) or have}"
     of = f" of a {model_type!r} model" if model_type else ""
-    return f"which parameters make a layer{of} the identity is not known; its modules are {have}"
+    return f"it is not known which parameters make a layer{of} the identity; its modules are {have}"
 
 
 def values(family: Family) -> Mapping[str, float]:
@@ -231,6 +231,6 @@ def values(family: Family) -> Mapping[str, float]:
     found: dict[str, float] = {}
     for writer in family.writers:
         path = writer.replace(".", "/")
-        # The third is a parameter of its own, as fused experts are.
+        # The third is a parameter without a module, as in fused experts.
         found |= {f"{path}/{{weight,kernel,scale}}": family.value, f"{path}/bias": 0.0, path: family.value}
     return found

@@ -1,4 +1,4 @@
-"""Identities: which leaves of a layer are set to which values, so that the layer leaves its input as it is."""
+"""Identities: which leaves of a layer are set to which values, so that the layer returns its input unchanged."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ Identity: TypeAlias = Writers | None
 
 
 def rules_of(identity: Identity) -> Rules | None:
-    """The rules that the user gave: selectors relative to a layer, with values; None for "auto" or a family's name.
+    """The rules that the user gave: selector relative to a layer → value; None for "auto" or the name of a family.
 
     >>> rules_of(["mlp.down_proj.*", "self_attn.o_proj.*"])
     {'mlp.down_proj.*': 0.0, 'self_attn.o_proj.*': 0.0}
@@ -36,24 +36,24 @@ def rules_of(identity: Identity) -> Rules | None:
         if listed and all(isinstance(text, str) for text in listed):
             return dict.fromkeys(listed, 0.0)
     raise BadArgument(
-        f'identity={identity!r} is none of: "auto", a family\'s name, selectors relative to a layer, a dict from these '
-        "to values, None",
+        f'identity={identity!r} is not "auto", the name of a family, selectors relative to a layer, a dict from these '
+        "to values, or None",
         hint='identity=["mlp.down_proj.*", "self_attn.o_proj.*"]',
     )
 
 
 def family_of(modules: set[str], identity: str, model_type: str | None) -> families.Family:
-    """The family whose row says what makes a layer with these modules the identity."""
+    """The family of a layer with these modules."""
     return families.find(modules, model_type, None if identity == "auto" else identity)
 
 
 def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, strict: bool) -> dict[int, Call]:
-    """What is to be done to the leaves of one layer.
+    """The edits that make one layer the identity.
 
     Args:
         leaves: the tree.
         layers: the names below the layer.
-        rules: selectors relative to it, with values.
+        rules: selector relative to the layer → value.
         where: the layer, for messages.
         strict: whether each rule must match something.
 
@@ -75,7 +75,7 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         for number in numbers:
             found[number] = call(value)
     if not found:
-        raise NoMatch(f"nothing of {where} makes it the identity", hint='identity=["mlp.down_proj.*"]')
+        raise NoMatch(f"no leaf of {where} matches the identity rules", hint='identity=["mlp.down_proj.*"]')
     return found
 
 
@@ -91,10 +91,10 @@ def call(value: float, index: Any = None) -> Call:
 
 
 def check_untied(leaves: Leaves, numbers: Iterable[int], within: set[int]) -> None:
-    """Refuses to set leaves that are also leaves of something else.
+    """Check that no leaf is tied to a leaf outside the layer.
 
     Raises:
-        Unsupported: one of them has a path outside of the layer.
+        Unsupported: a leaf has a path outside the layer.
     """
     for number in numbers:
         first = leaves.ties.get(number)
@@ -102,6 +102,6 @@ def check_untied(leaves: Leaves, numbers: Iterable[int], within: set[int]) -> No
         if others:
             raise Unsupported(
                 f"{leaves.index.path(number)} is the same leaf as {leaves.index.path(others[0])}: it cannot be set in "
-                "one layer alone",
+                "only one layer",
                 hint="identity=None copies layers as they are",
             )

@@ -1,7 +1,7 @@
-"""Initial values that make a branch, or a part that was added, contribute nothing at first, and yet come alive.
+"""Initial values with which a branch, or an added part, contributes nothing at first but is trained from there.
 
-A zero in the right place keeps what a model computes; a second zero behind it keeps it for ever. So each scheme says
-what moves first, and `pm.check_live` shows it.
+A zero in the right place keeps what a model computes; a second zero behind it keeps it forever. So each scheme says
+what receives gradients first, and `pm.check_live` shows it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A way to let something added contribute nothing at first.
+    """A way to make an added part contribute nothing at first.
 
     Attributes:
-        name: what it is called.
+        name: its name.
         says: what becomes zero.
-        selectors: where, by the names that are in use; those that match nothing are passed over.
+        selectors: selectors of the names in use; those that match nothing are skipped.
         alive: what receives a gradient, and when.
         size: the most scalars that such a leaf may have; None for any.
     """
@@ -84,9 +84,9 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def zero(tree: T, scheme: str) -> T:
-    """A new tree in which what a scheme names is zero; see `pm.init.SCHEMES` for what each does.
+    """A new tree in which the leaves that a scheme names are zero; `pm.init.SCHEMES` describes the schemes.
 
-    For a torch module in place: `module.load_state_dict(pm.init.zero(module.state_dict(), "lora"))`. `pm.init.zero_`
+    In place for a torch module: `module.load_state_dict(pm.init.zero(module.state_dict(), "lora"))`. `pm.init.zero_`
     sets a whole torch layer to zero.
 
     Args:
@@ -95,7 +95,7 @@ def zero(tree: T, scheme: str) -> T:
 
     Raises:
         BadArgument: there is no such scheme.
-        NoMatch: nothing in the tree has one of the names that the scheme knows.
+        NoMatch: no leaf has a name that the scheme knows.
 
     >>> zero({"q": {"lora_A": np.ones(2), "lora_B": np.ones(2)}}, "lora")["q"]
     {'lora_A': array([1., 1.]), 'lora_B': array([0., 0.])}
@@ -103,9 +103,7 @@ def zero(tree: T, scheme: str) -> T:
     row = SCHEMES.get(scheme)
     if row is None:
         near = wording.closest(scheme, SCHEMES, limit=1) if isinstance(scheme, str) else []
-        raise BadArgument(
-            f"{scheme!r} is no scheme; there are {', '.join(SCHEMES)}", hint=f'"{(near or list(SCHEMES))[0]}"'
-        )
+        raise BadArgument(f"{scheme!r} is not a scheme: {', '.join(SCHEMES)}", hint=f'"{(near or list(SCHEMES))[0]}"')
     memory = Memory(tree)
     found = _last_norms(memory) if scheme == "gamma" else []
     for text in row.selectors:
@@ -114,8 +112,8 @@ def zero(tree: T, scheme: str) -> T:
     if not chosen:
         looked = wording.listing(row.selectors) or "several numbered norms in one block, such as bn1 and bn2"
         raise NoMatch(
-            f'nothing in this tree is named as the scheme "{scheme}" knows it: {looked}',
-            hint="pm.at(tree, selector).zero() takes any name",
+            f'no leaf of this tree has a name that the scheme "{scheme}" knows: {looked}',
+            hint='pm.at(tree, "**/gate").zero() works for any name',
         )
     return memory.edited(dict.fromkeys(chosen, Call(OPS["zero"])))  # type: ignore[no-any-return]
 
@@ -136,10 +134,10 @@ def _last_norms(memory: Memory) -> list[int]:
 
 
 def zero_residual(tree: T, *, layers: str | None = None, family: Writers = "auto") -> T:
-    """A new tree in which every layer of a residual network leaves its input as it is.
+    """A new tree in which every layer of a residual network returns its input unchanged.
 
-    What becomes zero is the last of each branch: the projection that writes to the residual stream, with its bias, or
-    the gain of the norm behind it. It receives a gradient at step 1, what is before it at step 2.
+    The last module of each branch becomes zero: the projection that writes to the residual stream, with its bias, or
+    the gain of the norm that follows it. It receives a gradient at step 1, what is before it at step 2.
 
     Args:
         tree: the parameters of a network before training.
@@ -148,7 +146,7 @@ def zero_residual(tree: T, *, layers: str | None = None, family: Writers = "auto
 
     Raises:
         NoMatch: there are no such layers.
-        BadArgument: which leaves make a layer the identity is not known.
+        BadArgument: it is not known which leaves make a layer the identity.
         Unsupported: none do (post-LN).
 
     >>> tree = {"blocks": [{"fc1": np.ones(2), "fc2": np.ones(2)}, {"fc1": np.ones(2), "fc2": np.ones(2)}]}
@@ -175,16 +173,16 @@ def zero_residual(tree: T, *, layers: str | None = None, family: Writers = "auto
 
 
 def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T:
-    """A new tree with the weights of a residual network without norms, scaled by Fixup (arXiv:1901.09321).
+    """A new tree in which the weights of a residual network without norms are scaled by Fixup (arXiv:1901.09321).
 
-    With L blocks, and m weights in a block: the last weight of a block is zero, the others are multiplied by
-    L ** (-1 / (2 m - 2)), biases of blocks are zero, and so is the classifier. Weights are leaves of two axes or more,
-    in the order of the tree. The scalar biases and multipliers of Fixup are parts of the network: leaves of one scalar
-    stay as they are. The last weights and the classifier receive gradients first, the others once these have moved.
+    With L blocks and m weights in each block: the last weight of a block is zero, the others are multiplied by
+    L ** (-1 / (2 m - 2)), and biases of blocks and the classifier are zero. Weights are leaves of two or more axes, in
+    tree order. The scalar biases and multipliers of Fixup are parts of the network: leaves of one scalar stay as they
+    are. The last weights and the classifier receive gradients first, the others once these have moved.
 
     Args:
-        tree: the parameters as they were drawn (He).
-        layers: the blocks, as in `pm.deepen`, or several such selectors, whose blocks count together.
+        tree: the initial parameters (He initialization).
+        layers: the blocks, as in `pm.deepen`, or several such selectors, whose blocks are counted together.
         head: a selector of the leaves of the classifier.
 
     Raises:

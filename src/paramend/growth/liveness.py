@@ -1,4 +1,4 @@
-"""Liveness: whether each parameter receives a gradient, and at which step the first."""
+"""Liveness: whether each parameter receives a gradient, and at which step first."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class LiveRow:
     Attributes:
         path: the leaf.
         spec: its shape and dtype.
-        step: the first step at which its gradient was not zero, from 1; None if it never was.
+        step: the first step, from 1, at which its gradient was not zero; None if it always was.
     """
 
     path: str
@@ -37,11 +37,11 @@ class LiveRow:
 
 @dataclass(repr=False)
 class LiveReport(Paged):
-    """Which leaves receive a gradient. One behind a zero waits until that has moved: step 2 is alive, never is dead.
+    """Which leaves receive a gradient. One behind a zero waits until that has moved: it comes alive at step 2.
 
     Attributes:
         rows: one for each leaf.
-        steps: how many steps were made.
+        steps: how many steps were taken.
     """
 
     rows: list[LiveRow] = field(default_factory=list)
@@ -57,7 +57,7 @@ class LiveReport(Paged):
         return [row.path for row in self.rows if row.step == step]
 
     def headline(self) -> str:
-        """One sentence that says it all."""
+        """How many leaves are alive, and how many dead."""
         dead = len(self.dead)
         alive = wording.plural(len(self.rows) - dead, "leaf", "leaves")
         return f"{alive} alive, {dead} dead after {wording.plural(self.steps, 'step')}"
@@ -92,15 +92,15 @@ class LiveReport(Paged):
 def check_live(model: M, loss: Callable[[M], AnyArray], selector: SelectorLike = "**", *, steps: int = 2) -> LiveReport:
     """A report of the step at which each parameter receives its first gradient.
 
-    A copy of the model is trained by plain gradient descent; the model stays as it is. What is hidden by a zero comes
-    alive one step after it has moved. Two zeros in a row, such as a gate and the layer that it scales, never move:
-    what they hide is dead, though the model computes the right thing.
+    A copy of the model is trained by plain gradient descent; the model stays as it is. Leaves behind a zero come alive
+    one step after it has moved. Two zeros in a row, such as a gate and the layer that it scales, never move: the leaves
+    behind them are dead, although the model computes the right thing.
 
     Args:
-        model: a torch module, or parameters of JAX.
+        model: a torch module, or JAX parameters.
         loss: model or parameters → a scalar.
-        selector: the leaves to ask about; or the layers, as in `pm.deepen`.
-        steps: how many steps to make.
+        selector: the leaves to report; or the layers, as in `pm.deepen`.
+        steps: how many steps to take.
 
     >>> import jax.numpy as jnp
     >>> params = {"gate": jnp.zeros(()), "w": jnp.zeros(3), "head": jnp.ones(3)}
@@ -109,7 +109,7 @@ def check_live(model: M, loss: Callable[[M], AnyArray], selector: SelectorLike =
     (['head'], ['gate', 'w'])
     """
     if steps < 1:
-        raise BadArgument(f"steps={steps} makes no step", hint="steps=2")
+        raise BadArgument(f"steps={steps} is not a positive integer", hint="steps=2")
     if is_torch_module(model):
         first, tree = _torch_steps(model, loss, steps)
     else:
@@ -142,7 +142,7 @@ def _torch_steps(model: Any, loss: Callable[[Any], Any], steps: int) -> tuple[di
 
 
 def _jax_steps(params: Any, loss: Callable[[Any], Any], steps: int) -> tuple[dict[int, int | None], Memory]:
-    jax: Any = need("jax", extra="jax", to="ask which parameters are alive")
+    jax: Any = need("jax", extra="jax", to="check which parameters are alive")
     tree = Memory(params)
     first: dict[int, int | None] = {n: None for n in tree.index.numbers if tree.spec(n).kind == "float"}
     now = params

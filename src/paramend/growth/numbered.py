@@ -1,4 +1,4 @@
-"""Numbered layers: those under one parent that an order rearranges, found in the names of any tree."""
+"""Numbered layers under one parent, which an order rearranges, found in the names of any tree."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Layers(Numbered):
 
     Attributes:
         numbers: the numbers of the layers, ascending.
-        after: the numbers of the siblings that follow them; these move up or down.
-        step: by how much the numbers rise. Where it is more than 1, what stands between belongs to the layer before.
+        after: the numbers of the siblings that follow them and are renumbered.
+        step: the difference of consecutive numbers. If it is more than 1, entries between belong to the layer before.
     """
 
     after: tuple[int, ...] = ()
@@ -29,7 +29,7 @@ class Layers(Numbered):
         return self.numbers[0] + position * self.step
 
     def moved(self, number: int, order: Order) -> list[tuple[int, int | None]]:
-        """Where an entry of this number goes: (new number, which new layer it is in, None outside of them)."""
+        """Where an entry of this number goes: (new number, the new layer that it is in, None outside of layers)."""
         if number < self.numbers[0]:
             return [(number, None)]
         if self.after and number >= self.after[0]:
@@ -39,7 +39,7 @@ class Layers(Numbered):
         return [(self.target(j) + offset, j) for j, source in enumerate(order.sources) if source == layer]
 
     def select(self, targets: Sequence[int], separator: str) -> str:
-        """The leaves of some new layers, as a selector."""
+        """A selector of the leaves of some new layers."""
         numbers = [self.digits(self.target(target) + i) for target in targets for i in range(self.step)]
         inner = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
         head, tail = (part and write_piece(part) for part in (self.head, self.tail))
@@ -47,15 +47,15 @@ class Layers(Numbered):
 
 
 def find(leaves: Leaves, text: str | None) -> list[Layers]:
-    """The layers that a text names, those under one parent together; without one, the only layers of the tree.
+    """The layers that a text names, grouped by parent; without a text, the only layers of the tree.
 
     Args:
         leaves: the tree.
         text: such as `model.layers[*]`, `model.layers.<n>` or `params/Dense_[:-1]`.
 
     Raises:
-        NoMatch: there are none, or without a text there are several.
-        BadArgument: the text does not say where the number is, or chooses layers with gaps.
+        NoMatch: there are no such layers, or without a text there are several lists of layers.
+        BadArgument: the text does not say where the number is, or selects layers with gaps.
 
     >>> from paramend.edits.memory import Memory
     >>> tree = Memory({"layers": [{"w": np.ones(2)} for _ in range(3)]})
@@ -77,7 +77,7 @@ def find(leaves: Leaves, text: str | None) -> list[Layers]:
     if len({len(one.numbers) for one in found}) > 1:
         counts = [f"{'/'.join((*one.parent, one.head))} has {len(one.numbers)}" for one in found]
         raise BadArgument(
-            f'layers="{text}" names layers in several numbers: {wording.listing(counts)}', hint=known(index)
+            f'layers="{text}" matches different numbers of layers: {wording.listing(counts)}', hint=known(index)
         )
     return found
 
@@ -88,8 +88,8 @@ def _layers(said: Notation, found: Numbered) -> Layers:
     if not places or places != list(range(places[0], places[-1] + 1)):
         run = f"[{places[0]}:{places[-1] + 1}]" if places else "[*]"
         raise BadArgument(
-            f'layers="{said.text}" chooses {"no layers" if not places else "layers with gaps between them"}: the order '
-            "says which are copied or left out, and `layers` names a run of them",
+            f'layers="{said.text}" selects {"no layers" if not places else "layers with gaps between them"}: `layers` '
+            "must select consecutive ones; the order says which of them are copied or left out",
             hint=f'layers="{said.with_index(run)}"',
         )
     picked, after = tuple(numbers[i] for i in places), numbers[places[-1] + 1 :]
@@ -98,21 +98,23 @@ def _layers(said: Notation, found: Numbered) -> Layers:
         raise BadArgument(
             f'the numbers of layers="{said.text}" rise by {wording.listing(sorted(map(str, steps)))}: '
             f"{wording.listing(list(map(str, (*picked, *after))))}",
-            hint="rename them first, so that they rise evenly",
+            hint="rename the layers first, so that their numbers rise evenly",
         )
     step = steps.pop() if steps else 1
     return Layers(found.parent, found.head, found.tail, picked, found.width, after, step)
 
 
 def _only(leaves: Leaves) -> str:
-    """The text of the only layers of a tree. Lists come first; siblings such as `Dense_0` must also be alike."""
+    """The text of the only layers of a tree. Lists come first; siblings such as `Dense_0` must have equal specs."""
     index = leaves.index
     found = candidates(index)
     lists = [one for one in found if not one.head]
     names = [one.written(index.separator) for one in lists or found]
     if len(names) != 1:
         raise NoMatch(
-            f"which layers are meant? This tree has {wording.listing(names) if names else 'no numbered layers'}",
+            f"`layers` is ambiguous: this tree has {wording.listing(names)}"
+            if names
+            else "this tree has no numbered layers",
             hint=known(index),
         )
     if not lists:
@@ -121,7 +123,7 @@ def _only(leaves: Leaves) -> str:
 
 
 def _check_alike(leaves: Leaves, found: Numbered, text: str) -> None:
-    """Refuses siblings of several shapes, as the first and the last Dense layer of a network mostly are."""
+    """Refuse siblings of different specs, as the first and the last Dense layer of a network often have."""
     specs: dict[int, dict[Pieces, str]] = {number: {} for number in found.numbers}
     for number in leaves.index.numbers:
         pieces = leaves.index.pieces(number)
@@ -135,7 +137,7 @@ def _check_alike(leaves: Leaves, found: Numbered, text: str) -> None:
     if stop - start > 1:
         text = text.replace("[*]", f"[{start or ''}:{stop - len(layers) or ''}]")
     raise BadArgument(
-        f"which layers are meant? {wording.plural(len(layers), 'sibling')} {found.head}<n> are not alike",
+        f"`layers` is ambiguous: {wording.plural(len(layers), 'sibling')} {found.head}<n> are not alike",
         hint=f'layers="{text}"',
     )
 
@@ -167,7 +169,7 @@ def under(names: Names, path: Pieces) -> list[Names]:
 
 
 def separator_of(index: Index, layers: Layers) -> str:
-    """What stands between the keys of the layers' paths: within the names of a flat state dict, or between its keys."""
+    """The separator in the paths of the layers: that within the names of a flat state dict, or between keys."""
     for path in index.paths.values():
         if layers.place(tuple(map(text_of, path))) is not None:
             label = path[len(layers.parent)]
@@ -176,7 +178,7 @@ def separator_of(index: Index, layers: Layers) -> str:
 
 
 def place_in(runs: Iterable[Layers], path: Pieces) -> tuple[Layers, int] | None:
-    """The layers that a path leads into, and the number that it has there; None outside of all."""
+    """The layers that a path leads into, and its number there; None outside of all."""
     for layers in runs:
         number = layers.place(path)
         if number is not None:
@@ -185,7 +187,7 @@ def place_in(runs: Iterable[Layers], path: Pieces) -> tuple[Layers, int] | None:
 
 
 def shared(leaves: Leaves, runs: Sequence[Layers]) -> set[int]:
-    """The leaves, by their first number, that have paths both in a layer and outside of it."""
+    """The leaves, by their first number, that have paths both inside a layer and outside of it."""
     where: dict[int, set[object]] = {}
     for number, first in leaves.ties.items():
         place = place_in(runs, leaves.index.pieces(number))

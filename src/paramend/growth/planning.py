@@ -1,4 +1,4 @@
-"""Plans of a change of depth: everything that can be refused is, before anything changes."""
+"""Plans of a change of depth: everything is checked before anything changes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from paramend.selectors.layers import known
 from paramend.selectors.patterns import parse
 from paramend.selectors.selector import Union, sel
 
-# The path of the layers → the configuration of the model that they are in; None if there is none.
+# Path of the layers → the configuration of the model that they are in; None if it has none.
 ConfigAt = Callable[[Sequence[str]], Mapping[str, Any] | None]
 
 
@@ -29,14 +29,14 @@ class Work:
         runs: its layers.
         order: the order of the new ones.
         config: the new configuration; None if there is none.
-        said: what was changed in it, in words.
+        said: a description of its changes.
     """
 
     def __init__(self, tree: Editable, layers: Any, order: Any, identity: Any, config_at: ConfigAt) -> None:
         if layers is not None and not isinstance(layers, str):
             text = getattr(layers, "text", None)
             if text is None:
-                raise BadArgument(f"layers={layers!r} is not text that names layers", hint=known(tree.index))
+                raise BadArgument(f"layers={layers!r} is not a text that names layers", hint=known(tree.index))
             layers = text
         self.tree = tree
         self.runs = numbered.find(tree, layers)
@@ -48,7 +48,7 @@ class Work:
         if config:
             self.config, self.said = configs.configured(config, self.order, self.runs[0].parent)
             if not self.said:
-                self.said = [f"nothing in it counts {wording.plural(count, 'layer')}: not changed"]
+                self.said = [f"not changed: nothing in it counts {wording.plural(count, 'layer')}"]
         self.family = ""
         self.strict = True
         self.rules = self._rules(identity, configs.model_type(config, count, self.runs[0].parent) if config else None)
@@ -60,7 +60,7 @@ class Work:
             if self.order.identity or identity in (None, "auto"):
                 return []
             raise BadArgument(
-                f"identity={identity!r} says how a layer becomes the identity, and the order {self.order} names none",
+                f"identity={identity!r} is given, and the order {self.order} has no identity layers",
                 hint=f"order=pm.depth.Order({list(self.order.sources)}, identity=[{len(self.order) - 1}])",
             )
         given = identities.rules_of(identity)
@@ -97,7 +97,7 @@ class Work:
                 identities.check_untied(self.tree, found, within)
 
     def finished(self, new: Editable) -> tuple[dict[int, Call], DeepenReport]:
-        """What is left to do to the leaves of the rearranged tree, and the report."""
+        """The edits still to be made to the rearranged tree, and the report."""
         made: dict[tuple[int, int], dict[int, Call]] = {}
         for i, rules in enumerate(self.rules):
             run = self.runs[i]
@@ -137,7 +137,7 @@ def _all(names: Names) -> list[int]:
 
 
 def _renames(run: Layers, order: Order, separator: str) -> dict[str, str | None]:
-    """The rules that carry what belongs to old layers to their new places, for `pm.graft`."""
+    """Rules for `pm.graft` that carry what belongs to old layers to their new places."""
     rules: dict[str, str | None] = {}
 
     def rule(number: int) -> str:

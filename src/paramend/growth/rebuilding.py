@@ -12,17 +12,18 @@ from paramend.growth.depth import Order
 from paramend.growth.numbered import Layers, renumbered, shared
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.paths import labels, text_of
+from paramend.reports import wording
 from paramend.selectors.layers import Pieces
 from paramend.trees.kind import ELIDED, Kind
 from paramend.trees.lookup import find_kind, is_torch_module
 from paramend.trees.tree import Tree
 
-# Where modules keep their own number: attention writes its cache there.
+# Attributes in which modules keep their own number; attention uses it to index its cache.
 _NUMBERED = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 
 
 class _Entry(NamedTuple):
-    """An entry of a container: its key, what it holds, its new number, and the new layer that it is in, if any."""
+    """An entry of a container: its key, its child, its new number, and the new and the old layer it is in, if any."""
 
     key: Any
     child: Any
@@ -32,8 +33,8 @@ class _Entry(NamedTuple):
 
 
 class Rebuilder:
-    """Rebuilds one tree. The first copy of each layer that is no identity is the layer itself; the others are copies
-    that share with it nothing but arrays of JAX, which never change, and what layers share with the rest of the model.
+    """Rebuilds one tree. The first copy of each layer that is not an identity is the layer itself; the others are
+    copies that share with it only JAX arrays, which are immutable, and what layers share with the rest of the model.
     """
 
     def __init__(self, tree: Tree, runs: Sequence[Layers], order: Order) -> None:
@@ -46,7 +47,7 @@ class Rebuilder:
     # ---- trees ---------------------------------------------------------------------------------------------
 
     def rebuilt(self, node: Any, path: Pieces = ()) -> Any:
-        """A new tree; what no layer is part of is the same."""
+        """A new tree; subtrees that contain no layers are the same objects."""
         kind = find_kind(node)
         if kind is None or not any(run.parent[: len(path)] == path for run in self.runs):
             return node
@@ -72,8 +73,8 @@ class Rebuilder:
     def _rekeyed(self, node: Any, kind: Kind, path: Pieces, entries: list[_Entry], *, positional: bool) -> Any:
         if kind.rekey is None:
             raise Unsupported(
-                f"{'/'.join(path) or 'the tree'} is a {type(node).__name__}, whose entries are fixed",
-                hint="layers in a list, a tuple or a dict can be rearranged",
+                f"{'/'.join(path) or 'the tree'} is {wording.described(node)}, whose entries are fixed",
+                hint="put the layers in a list, a tuple or a dict",
             )
         new: list[tuple[Any, Any]] = []
         done: set[int] = set()
@@ -87,15 +88,15 @@ class Rebuilder:
         listed = positional or (isinstance(node, list | tuple) and not hasattr(node, "_fields"))
         if listed and [key for key, _ in new] != list(range(len(new))):
             raise BadArgument(
-                f"{'/'.join(path)} is a list, and what stands between its layers would not come out even",
-                hint="choose whole blocks with `layers`, or convert the list to a dict",
+                f"{'/'.join(path)} is a list, and the entries between its layers would leave gaps in it",
+                hint="select whole blocks with `layers`, or convert the list to a dict",
             )
         if len(dict(new)) != len(new):
-            raise BadArgument(f"two entries of {'/'.join(path)} would have one name", hint="rename one of them first")
+            raise BadArgument(f"two entries of {'/'.join(path)} would have the same name", hint="rename one first")
         return kind.rekey(node, dict(new))
 
     def _moved(self, path: Pieces, run: Layers, entries: list[_Entry]) -> list[_Entry]:
-        """All entries of the layers at their new places, in order."""
+        """All entries of the layers in their new order."""
         moved: list[_Entry] = []
         for entry in entries:
             place = self._place(path, entry.key)
@@ -149,12 +150,12 @@ class Rebuilder:
     # ---- modules -------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuses a module whose layers cannot be rearranged, before anything changes."""
+        """Refuse a module whose layers cannot be rearranged, before anything changes."""
         for run in self.runs:
             _items(run, _descend(self.tree.root, run.parent))
 
     def rebuild_(self, module: Any) -> None:
-        """Rearranges the layers of a torch or NNX module in place."""
+        """Rearrange the layers of a torch or NNX module in place."""
         for run in self.runs:
             self._rearrange_(module, run, _descend(module, run.parent))
 
@@ -178,8 +179,8 @@ class Rebuilder:
         numbered.sort(key=lambda pair: pair[0])
         if [new for new, _ in numbered] != list(range(len(numbered))) and run.step != 1:
             raise BadArgument(
-                f"what stands between the layers of {'.'.join(run.parent)} would not come out even",
-                hint="choose whole blocks with `layers`",
+                f"the entries between the layers of {'.'.join(run.parent)} would leave gaps",
+                hint="select whole blocks with `layers`",
             )
         put([*kept, *((run.piece(new), layer) for new, (layer, _) in numbered)])
         for _, (layer, target) in numbered:
@@ -194,7 +195,7 @@ class Rebuilder:
 
 
 def _copied_torch(root: Any, child: Any) -> Any:
-    """A deep copy of a layer. What it shares with the rest of the model, such as the configuration, stays so."""
+    """A deep copy of a layer. What it shares with the rest of the model, such as the configuration, stays shared."""
     inside = {id(module) for module in child.modules()}
     memo: dict[int, Any] = {}
     outside: set[int] = set()
@@ -223,7 +224,7 @@ def _copied_nnx(root: Any, child: Any) -> Any:
 
 
 def _share(old: Any, new: Any, shared: set[int], met: set[int]) -> None:
-    """Gives a copy of a module what the module shares."""
+    """Make a copy of a module share what the module shares."""
     if id(old) in met:
         return
     met.add(id(old))
@@ -238,7 +239,7 @@ def _share(old: Any, new: Any, shared: set[int], met: set[int]) -> None:
 
 
 def _objects(node: Any, without: int, met: set[int] | None = None) -> list[Any]:
-    """The modules and Variables that can be reached from a node without passing through another one."""
+    """The modules and Variables that can be reached from a node without passing through a given one."""
     met = set() if met is None else met
     kind = find_kind(node)
     if kind is None or id(node) == without or id(node) in met:
@@ -266,20 +267,20 @@ def _modules(root: Any, child: Any) -> list[Any]:
 
 
 def _descend(node: Any, pieces: Pieces) -> Any:
-    """What stands at a path below a module."""
+    """The object at a path below a module."""
     for piece in pieces:
         kind = find_kind(node)
         assert kind is not None
         keys, children, _ = kind.open(node)
         by_text = {str(key): child for key, child in zip(keys or range(len(children)), children, strict=True)}
         if piece not in by_text:
-            raise Unsupported(f"{piece} of {type(node).__name__} is no container of its own", hint="layers=...")
+            raise Unsupported(f"{piece} of {type(node).__name__} is not a container", hint='layers="model.layers[*]"')
         node = by_text[piece]
     return node
 
 
 def _opened(holder: Any) -> tuple[list[tuple[Any, Any]] | None, Callable[[list[tuple[Any, Any]]], None]]:
-    """The entries of a container of layers, and how to give it others in place; None if they are attributes."""
+    """The entries of a container of layers, and a function that replaces them in place; None if they are attributes."""
     if is_torch_module(holder):
         import torch
 
@@ -301,9 +302,9 @@ def _items(run: Layers, holder: Any) -> tuple[list[tuple[Any, Any]], Callable[[l
     items, put = _opened(holder)
     if items is None:
         raise Unsupported(
-            f"the layers of {'.'.join(run.parent) or 'the module'} are attributes of a {type(holder).__name__}: it "
-            "knows them by name and would not call any more of them",
-            hint="torch.nn.ModuleList, torch.nn.Sequential, nnx.List: these can be rearranged",
+            f"the layers of {'.'.join(run.parent) or 'the module'} are attributes of {wording.described(holder)}, "
+            "which calls them by name and would not call new ones",
+            hint="put the layers in a torch.nn.ModuleList, a torch.nn.Sequential or an nnx.List",
         )
     return items, put
 
@@ -325,7 +326,7 @@ def _fill(holder: Any, items: list[tuple[Any, Any]]) -> None:
 
 
 def _renumber_(layer: Any, source: int, target: int) -> None:
-    """Tells the modules of a layer its new number, where they know the old one."""
+    """Set the number that modules of a layer keep, where it is the old one."""
     for module in layer.modules():
         for name in _NUMBERED:
             if type(vars(module).get(name)) is int and vars(module)[name] == source:

@@ -18,10 +18,10 @@ class LayerRow:
     """What one layer of the new model is.
 
     Attributes:
-        path: where it is.
-        source: the layer that it was made of.
+        path: its path.
+        source: the path of the old layer that it was made of.
         did: "kept", "copied", or "identity".
-        set: for an identity the leaves that were set, with their values.
+        set: for an identity, leaf that was set → its value.
         parameters: the number of scalars.
     """
 
@@ -33,7 +33,7 @@ class LayerRow:
 
     @property
     def new(self) -> bool:
-        """Whether this is no layer of the old model."""
+        """Whether the old model does not have this layer."""
         return self.did != "kept"
 
 
@@ -44,12 +44,12 @@ class DeepenReport(Paged):
     Attributes:
         order: the order of the layers.
         layers: one row for each layer of the new model, for each stack.
-        new: a selector of the leaves of the new layers, None if there are none.
-        config: what was changed in the model's configuration, in words.
-        rename: the rules by which `pm.graft` carries what belongs to the old layers, such as moments, to their new
+        new: a selector of the leaves of the new layers; None if there are no new layers.
+        config: descriptions of the changes to the model's configuration.
+        rename: rules with which `pm.graft` carries what belongs to the old layers, such as moments, to their new
             places: `pm.graft(tx.init(params), old_state, rename=report.rename)`.
-        family: the family whose rule says which leaves make a layer the identity, or "".
-        stacked: of layers stacked along an axis the selector of their leaves; else "".
+        family: the family that determined which leaves make a layer the identity, or "".
+        stacked: for layers stacked along an axis, the selector of their leaves; else "".
     """
 
     order: Order
@@ -62,10 +62,10 @@ class DeepenReport(Paged):
 
     @property
     def frozen(self) -> Selector:
-        """A selector of all leaves but those of the new layers, to be frozen while these are trained.
+        """A selector of all leaves except those of the new layers, to freeze while these are trained.
 
         Raises:
-            BadArgument: the layers are slices of leaves, and no selector has whole leaves and slices.
+            BadArgument: the layers are slices of leaves, and no selector combines whole leaves and slices.
         """
         if self.stacked and self.new is not None:
             raise BadArgument(
@@ -75,7 +75,7 @@ class DeepenReport(Paged):
         return sel("**") if self.new is None else ~self.new
 
     def headline(self) -> str:
-        """One sentence that says it all."""
+        """The numbers of layers before and after, and what became of them."""
         said = {did: sum(row.did == did for row in self.layers) for did in ("kept", "copied", "identity")}
         stacks = len(self.layers) // len(self.order)
         each = f" in each of {stacks} stacks" if stacks > 1 else ""
@@ -85,7 +85,7 @@ class DeepenReport(Paged):
         return f"deepen: {wording.plural(self.order.of, 'layer')} -> {len(self.order)}{each}, {', '.join(parts)}"
 
     def sections(self) -> list[Section]:
-        """None of leaves: the layers are listed by `__str__`."""
+        """No sections: `__str__` lists the layers."""
         return []
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ class DeepenReport(Paged):
 
 
 def _runs(rows: list[LayerRow]) -> list[list[LayerRow]]:
-    """Rows in runs: layers that follow each other, made in the same way of layers that follow each other."""
+    """Rows grouped into runs of consecutive layers that were made in the same way from consecutive layers."""
     runs: list[list[LayerRow]] = []
     for row in rows:
         run = runs[-1] if runs else []
@@ -138,7 +138,7 @@ def _runs(rows: list[LayerRow]) -> list[list[LayerRow]]:
 
 
 def _step(one: LayerRow, other: LayerRow) -> int | None:
-    """By how much the numbers of two rows rise, if those of their paths and sources rise alike."""
+    """By how much the numbers of two rows rise, if their paths and sources rise equally."""
     numbers = []
     for first, second in ((one.path, other.path), (one.source, other.source)):
         (before, a, after), (before_too, b, after_too) = _parts(first), _parts(second)
@@ -164,7 +164,7 @@ def _line(run: list[LayerRow]) -> tuple[str, ...]:
 
 
 def _written(paths: list[str]) -> str:
-    """Numbered paths as one: `layers.{0..11}`."""
+    """Numbered paths as one text: `layers.{0..11}`."""
     if len(paths) == 1:
         return paths[0]
     parts = [_parts(path) for path in paths]

@@ -1,4 +1,4 @@
-"""Layers stacked along an axis of each leaf, as scanned: an order takes slices of the leaves."""
+"""Layers stacked along an axis of each leaf, as in scanned models: an order takes slices of the leaves."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,8 +25,8 @@ def deepened_stack(tree: Any, layers: Sliced, order: Any, identity: Any) -> tupl
     if len(lengths) != 1 or () in lengths:
         specs = [f"{memory.index.path(number)} {memory.spec(number)}" for number in chosen]
         raise SpecMismatch(
-            f"{layers!r}: axis {axis} is not as long in all of these leaves: {wording.listing(specs, 6)}",
-            hint="choose the leaves of the stack alone, and the axis that counts its layers",
+            f"{layers!r}: axis {axis} differs in length among these leaves: {wording.listing(specs, 6)}",
+            hint="select only the leaves of the stack, and the axis that counts its layers",
         )
     count = lengths.pop()[0]
     order = order_of(order, count)
@@ -64,14 +64,14 @@ def _axis(index: Any) -> int:
     parts = index if isinstance(index, tuple) else (index,)
     if not parts or any(part != slice(None) for part in parts):
         raise BadArgument(
-            "the order says which layers of the stack are taken, and `layers` names all of them",
+            "`layers` must select all layers of the stack; the order says which of them are taken",
             hint='layers=pm.sel("params/blocks/**")[:], or [:, :] if the second axis counts layers',
         )
     return len(parts) - 1
 
 
 def _stack_values(memory: Memory, chosen: Iterable[int], identity: Any) -> tuple[str, dict[int, float]]:
-    """The leaves of a stack that make its layers the identity, with their values, and the family that says so."""
+    """The family that determines the identity, or "", and leaf of the stack → value that makes layers the identity."""
     numbers = list(chosen)
     pieces = {number: memory.index.pieces(number) for number in numbers}
     shared = 0

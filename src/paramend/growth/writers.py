@@ -1,4 +1,4 @@
-"""Residual writers: which parameters of a block, set to which values, make it the identity, found by trying."""
+"""Residual writers: which parameters of a block, set to which values, make it the identity, found by trial."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +9,7 @@ from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth import identities, numbered
 from paramend.leaves.specs import AnyArray, AnyTree
+from paramend.reports import wording
 from paramend.trees.lookup import is_torch_module
 
 if TYPE_CHECKING:
@@ -28,25 +29,25 @@ def residual_writers(
     layers: str | None = None,
     params: AnyTree | None = None,
 ) -> dict[str, float]:
-    """The leaves of a block that make it the identity, with their values: what `identity=` of `pm.deepen` takes.
+    """The leaves of a block that make it the identity, with their values, as `identity=` of `pm.deepen` takes them.
 
     The block is run on random inputs with all of its parameters at zero (at -1 for the gain of a norm that computes
-    1 + w), which makes it the identity if anything does. Then they are put back one module after the other, in the
-    order in which the block uses them, as long as it stays the identity. What cannot be put back is the last of each
-    branch: the projection that writes to the residual stream or, if a norm follows it, the gain of that norm.
+    1 + w), which makes it the identity if anything does. Then they are restored module by module, in the order in which
+    the block uses them, as long as it stays the identity. What cannot be restored is the last module of each branch:
+    the projection that writes to the residual stream or, if a norm follows it, the gain of that norm.
 
     Args:
         model: a torch model, whose block `layers[0]` is tried, or a function `(params, x) -> y` of one block.
-        example: what the model takes: a tensor, or a dict of arguments by name; of a function, one input of the block.
-        layers: as in `pm.deepen`; may be left out if the model has but one list of numbered layers. An empty text means
-            that the model is the block.
-        params: the parameters of the block, of a function.
+        example: an input of the model: a tensor, or a dict of keyword arguments; for a function, an input of the block.
+        layers: as in `pm.deepen`; may be left out if the model has only one list of numbered layers. An empty text
+            means that the model is the block.
+        params: the parameters of the block, if `model` is a function.
 
     Returns:
-        Selectors relative to the block, with the values that make it the identity.
+        Selector relative to the block → the value that makes it the identity.
 
     Raises:
-        Unsupported: nothing makes the block the identity: there is no residual connection, or a norm stands behind it.
+        Unsupported: nothing makes the block the identity: it has no residual connection, or a norm follows it.
         BadArgument: the model never calls the block.
 
     >>> import jax, jax.numpy as jnp
@@ -58,14 +59,17 @@ def residual_writers(
         return _torch_writers(model, example, layers)
     if params is None or not callable(model):
         raise BadArgument(
-            "residual_writers takes a torch model, or a function of one block with its parameters",
+            "residual_writers takes a torch model, or a function of one block with params=",
             hint="pm.residual_writers(lambda params, x: block.apply(params, x), x, params=params)",
         )
     tree = Memory(params)
     library: Any = backend(example)
     spec = library.spec(example)
     if not hasattr(library, "key"):
-        raise Unsupported("the example of a function is an array of JAX", hint="jnp.asarray(x)")
+        raise Unsupported(
+            f"a function takes a JAX array as its example, and this is {wording.described(example)}",
+            hint="jnp.asarray(x)",
+        )
     inputs = [library.normal(library.key(seed), spec.shape, spec.dtype) for seed in range(_TRIALS)]
     numbers = [number for number in tree.index.numbers if tree.spec(number).kind == "float"]
     units = [[(tree.index.path(number), 0.0)] for number in numbers]
@@ -79,13 +83,12 @@ def residual_writers(
 
 
 def _least(units: Iterable[_Unit], is_identity: Callable[[Mapping[str, float]], bool]) -> dict[str, float]:
-    """What is left when all units are put back, in order, that the identity can do without."""
+    """What is left when all units that the identity does not need are restored, in order."""
     left = [dict(unit) for unit in units]
     merged = {path: value for unit in left for path, value in unit.items()}
     if not left or not is_identity(merged):
         raise Unsupported(
-            "no parameters make this block the identity: it has no residual connection, or a norm stands behind it "
-            "(post-LN)",
+            "no parameters make this block the identity: it has no residual connection, or a norm follows it (post-LN)",
             hint="identity=None copies layers as they are",
         )
     for unit in left:
@@ -147,7 +150,7 @@ def _calls(torch: Any, model: Any, block: Any, example: Any) -> _Call:
 
 
 def _random(torch: Any, call: _Call, seed: int) -> _Call:
-    """The call with random values in place of the residual stream, and without a cache."""
+    """The call with random values for the residual stream, and without a cache."""
     args, options = call
     generator = torch.Generator().manual_seed(seed)
 
@@ -162,7 +165,7 @@ def _random(torch: Any, call: _Call, seed: int) -> _Call:
 
 
 def _stream(value: Any) -> Any:
-    """The residual stream: the first of what a block takes or gives."""
+    """The residual stream: the first input or output of a block."""
     if isinstance(value, Mapping):
         return next(v for v in value.values() if backend_of(type(v)) is not None)
     return value[0] if isinstance(value, tuple) else value
@@ -176,7 +179,7 @@ def _units(torch: Any, block: Any, call: _Call) -> list[_Unit]:
     for name, module in block.named_modules():
         own = list(module.named_parameters(recurse=False))
         if own:
-            # After the call: a module that holds parameters and modules uses its own last, as a layer scale does.
+            # Noted after the call: a module with parameters and submodules uses its own last, as a layer scale does.
             def note(_: Any, args: Any, __: Any, name: str = name, module: Any = module) -> None:
                 if name not in inputs:
                     order.append((name, module))

@@ -1,4 +1,4 @@
-"""Torch layers, initialised in place."""
+"""Zero initialization of torch layers, in place."""
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,19 +15,18 @@ Layer = TypeVar("Layer", bound="torch.nn.Module")
 
 
 def zero_(layer: Any) -> None:
-    """Every weight and bias of a torch layer becomes +0.0, in place.
+    """Set every parameter of a torch layer or container to +0.0, in place.
 
-    Every parameter of the layer becomes zero, and of a container every parameter in it. Buffers, such as
-    running statistics, stay as they are. The parameters remain the same objects with the same dtype, device
-    and `requires_grad`, so optimizers and tied layers go on with them. In a layer without a weight, such as
-    `nn.ReLU()`, there is nothing to do.
+    Buffers, such as running statistics, stay as they are. The parameters remain the same objects with the same dtype,
+    device and `requires_grad`, so optimizers and tied layers go on with them. A layer without parameters, such as
+    `nn.ReLU()`, is left as it is.
 
     Args:
         layer: a `torch.nn.Module`.
 
     Raises:
-        Unsupported: it is not a torch module; its weight is computed from other parameters (weight norm,
-            pruning); or it holds no values yet (on the meta device, a lazy layer).
+        Unsupported: it is not a torch module; a weight is computed from other parameters (weight norm, pruning); or it
+            holds no values yet (on the meta device, a lazy layer).
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
@@ -49,11 +48,11 @@ def zero_(layer: Any) -> None:
                 hint='first layer.to_empty(device="cpu"), or run a batch through a lazy layer',
             )
     for parameter in parameters.values():
-        parameter.detach().zero_()  # the same storage, outside the graph; autograd still sees that it changed
+        parameter.detach().zero_()  # the same storage, outside the graph; autograd still sees the change
 
 
 def init_zero_(layer: Layer) -> Layer:
-    """`pm.init.zero_` under its earlier name, by which it also hands the layer back.
+    """`pm.init.zero_` under its earlier name, under which it also returns the layer.
 
     >>> import torch
     >>> init_zero_(torch.nn.Linear(2, 1, bias=False)).weight.tolist()
@@ -71,7 +70,7 @@ def _refusal(parameter: Any) -> str:
 
 
 def _refuse_computed(name: str, module: Any) -> None:
-    """Raises for a weight that is computed from parameters: of their zeros it may make NaN, or no zero."""
+    """Refuse a weight that is computed from parameters: zero parameters may make it NaN, or not zero."""
     where = f"{type(module).__name__}{f' {name!r}' if name else ''}"
     of = f'dict(layer.named_modules())["{name}"]' if name else "layer"
     for tensor in getattr(module, "parametrizations", ()):
@@ -97,7 +96,7 @@ _WAYS_OUT = {
 
 
 def _no_layer(layer: Any) -> Unsupported:
-    hint = 'in JAX a new tree holds the zeros: params = pm.at(params, "**/Dense_0/**").zero()'
+    hint = 'in JAX: params = pm.at(params, "**/Dense_0/**").zero()'
     if imported("torch"):
         import torch
 

@@ -1,7 +1,7 @@
 """Five small worked problems that teach the five surgeries: replace, zero, freeze, warm-start, init to zero.
 
 Each function solves one problem with Paramend. `paramend lesson NAME` prints its text, and `paramend lesson
-NAME --grade FILE.py` tries your own answer; from Python that is `paramend.lessons.grading.grade`.
+NAME --grade FILE.py` grades your own answer; from Python, call `paramend.lessons.grading.grade`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -48,16 +48,16 @@ def zero_last_layer(seed: float, x: Any, num_layers: float, features: float) -> 
 
 
 def freeze_first_dense(seed: float, x: Any, y: Any, lr: float) -> "jax.Array":
-    """The numbers [loss, norm_after, norm_before] of one step in which the first of two layers is frozen.
+    """[loss, norm_after, norm_before] of one step in which the first of two layers is frozen.
 
-    The model is `Dense(8)`, relu, `Dense(1)`. The loss is the mean square error before the step; the norms
-    are the Frobenius norms of the kernel of `Dense_0`, and equal.
+    The model is `Dense(8)`, relu, `Dense(1)`. The loss is the mean squared error before the step; the norms
+    are the Frobenius norms of the kernel of `Dense_0` and are equal.
 
     Args:
         seed: seeds the initialisation; cast to int.
         x: inputs, (N, D).
         y: targets, (N,).
-        lr: the rate of the step of plain gradient descent.
+        lr: the learning rate of the step of plain gradient descent.
 
     Example:
         >>> loss, after, before = freeze_first_dense(0.0, [[1.0, 2.0], [3.0, 4.0]], [0.0, 1.0], 0.1)
@@ -68,13 +68,13 @@ def freeze_first_dense(seed: float, x: Any, y: Any, lr: float) -> "jax.Array":
 
 
 def partial_init(seed: float, x: Any, num_full_layers: float, num_extra_layers: float, features: float) -> "jax.Array":
-    """The numbers [parameters, layers] of a model whose first layers come from a smaller one.
+    """[parameters, layers] of a model whose first layers come from a smaller one.
 
     Args:
         seed: seeds the initialisation, split into a key for each model; cast to int.
         x: inputs, (N, in_dim).
-        num_full_layers: the layers of the smaller model, all of which are copied; cast to int.
-        num_extra_layers: how many more the bigger model has; cast to int.
+        num_full_layers: the number of layers of the smaller model, which are all copied; cast to int.
+        num_extra_layers: how many more layers the bigger model has; cast to int.
         features: the width of every layer; cast to int.
 
     Example:
@@ -85,10 +85,10 @@ def partial_init(seed: float, x: Any, num_full_layers: float, num_extra_layers: 
 
 
 def init_zero(layer: "nn.Module") -> Any:
-    """The torch layer, after its weight and bias became zero in place; what a layer lacks is passed over.
+    """Set the weight and bias of a torch layer, if it has them, to zero in place, and return the layer.
 
     Args:
-        layer: one layer. Go through an `nn.Sequential` layer by layer.
+        layer: one layer. Call this on each layer of an `nn.Sequential`.
 
     Example:
         >>> from torch import nn

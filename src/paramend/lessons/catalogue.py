@@ -1,4 +1,4 @@
-"""The lessons there are: one row for each, read without opening any framework."""
+"""The lessons, one row each, listed without importing any framework."""
 
 import importlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from paramend.reports.wording import closest, listing
 
 @dataclass(frozen=True)
 class Row:
-    """Where a lesson is, and what must be installed for it.
+    """Where a lesson is, and what it needs installed.
 
     Attributes:
         needs: the packages that the lesson imports.
@@ -27,7 +27,7 @@ class Row:
 
 ROWS = (
     Row("kernel_replace", "Replace one kernel, keep its bias", "kernel", ("jax", "flax"), "jax"),
-    Row("zero_last_layer", "Zero the last kernel, let the bias speak", "last_layer", ("jax", "flax"), "jax"),
+    Row("zero_last_layer", "Zero the last kernel, keep its bias", "last_layer", ("jax", "flax"), "jax"),
     Row("freeze_first_dense", "Freeze the first layer for one step", "frozen_layer", ("jax", "flax"), "jax"),
     Row("partial_init", "Start a bigger model from a smaller one", "warm_start", ("jax", "flax"), "jax"),
     Row("init_zero", "Zero one torch layer in place", "torch_layer", ("torch",), "torch"),
@@ -35,7 +35,7 @@ ROWS = (
 
 
 def find(name: str) -> Lesson:
-    """The lesson of that name; `kernel-replace` is read as `kernel_replace`.
+    """The lesson of that name; `kernel-replace` means `kernel_replace`.
 
     Raises:
         BadArgument: there is no such lesson; the hint has the nearest name.

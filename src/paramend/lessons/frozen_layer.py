@@ -21,29 +21,29 @@ TEXT = """
 The problem. A network `nn.Dense(8)`, relu, `nn.Dense(1)` is initialised with
 `PRNGKey(seed)` on `x`; its loss is the mean square of `prediction[:, 0] - y`. Take one
 step of gradient descent with rate `lr` in which `Dense_0`, kernel and bias, does not
-move: its gradients are made zero, chosen by path. Return [loss, norm_after,
+move: select its gradients by path and make them zero. Return [loss, norm_after,
 norm_before], of shape (3,): the loss before the step, and the Frobenius norm of the
 kernel of `Dense_0` after the step and before it. The norms are equal.
 
-The idea. Gradients are a tree with the same paths as the parameters. What selects a
-layer selects its gradients.
+The idea. Gradients are a tree with the same paths as the parameters. A selector of a
+layer also selects its gradients.
 
-The pitfall. Zero the gradient, not the parameter, and both leaves of the layer, not the
-kernel alone. Work out the norm before from the old parameters. A layer gets its number
-when it is made: nn.Dense(1)(nn.relu(nn.Dense(8)(x))) makes the last one first. And mind y:
-a prediction of shape (N, 1) minus a y of shape (N,) is a table of (N, N).
+The pitfall. Zero the gradient, not the parameter, and both leaves of the layer, not
+only the kernel. Compute norm_before from the old parameters. A layer gets its number
+when it is created: nn.Dense(1)(nn.relu(nn.Dense(8)(x))) creates the last one first. And
+mind y: a prediction of shape (N, 1) minus a y of shape (N,) is a table of (N, N).
 
 The Paramend way.
 
     grads = pm.at(grads, "params/Dense_0/**").zero()
 
-This holds for plain gradient descent. AdamW would still decay the layer, and momentum
-would carry it on: then use `pm.freeze(tx, "**/Dense_0/**")`, which keeps the layer
-bitwise unmoved under any optimizer.
+This works for plain gradient descent. AdamW would still decay the layer, and momentum
+would keep moving it: then use `pm.freeze(tx, "**/Dense_0/**")`, which keeps every bit
+of the layer under any optimizer.
 
 How it is graded. Each input is also tried with an infinite lr: infinity times zero is
-nan. So a gradient that was made zero shows as nan after the step and as the old norm
-before it, and an update that was made zero does not.
+nan. So a zeroed gradient shows as nan after the step and as the old norm before it, and
+a zeroed update does not.
 """
 
 
@@ -57,7 +57,7 @@ class Regressor(nn.Module):
 
 
 class Reversed(nn.Module):
-    """The same layers in one expression, which makes the outer one first, so that it is `Dense_0`."""
+    """The same layers in one expression, which creates the outer one first, so that it is `Dense_0`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -94,7 +94,7 @@ def _sgd(params: Any, grads: Any, lr: float) -> Any:
 
 
 def _with_grads(edit: Callable[[Any], Any], seed: float, x: Any, y: Any, lr: float) -> Any:
-    """The lesson's step, but with another edit of the gradients."""
+    """The lesson's step with another edit of the gradients."""
     params, mean_square = _start(seed, x, y)
     loss, grads = jax.value_and_grad(mean_square)(params)
     stepped = _sgd(params, edit(grads), lr)
@@ -282,12 +282,12 @@ def step_facts(witness: Witness, seen: Observation) -> dict[str, str]:
 
 
 def cases(rng: np.random.Generator) -> list[Case]:
-    """An ordinary step, and the same step with an infinite rate."""
+    """An ordinary step, and the same step with an infinite learning rate."""
     count, width = int(rng.integers(4, 8)), int(rng.integers(2, 6))
     x = rng.normal(size=(count, width)).astype(np.float32)
     y = rng.normal(size=count).astype(np.float32)
     seed, lr = float(rng.integers(1000)), float(rng.uniform(0.02, 0.2))
-    infinite = "lr is infinite: where a gradient was made zero, infinity times zero gives nan"
+    infinite = "lr is infinite: where a gradient is zero, infinity times zero gives nan"
     return [Case((seed, x, y, lr)), Case((seed, x, y, math.inf), note=infinite)]
 
 
@@ -298,32 +298,31 @@ LESSON = Lesson(
     reference=freeze_first_dense,
     cases=cases,
     observe=partial(observe, facts=step_facts),
-    unseen="Whether the bias of Dense_0 stayed and Dense_1 moved is not in the three numbers. It is "
-    "checked on the tree after the step, where `solve` holds that tree in a variable or passes it to a "
+    unseen="The three numbers do not show whether the bias of Dense_0 stayed and Dense_1 moved. That is "
+    "checked on the tree after the step, if `solve` holds that tree in a variable or passes it to a "
     "function, outside of `jit`.",
     mistakes=(
         Mistake(
             "off by one in the layer name",
-            "Layers are numbered from zero: the first is Dense_0. With the gradients of Dense_1 made "
-            "zero, Dense_0 moves.",
+            "Layers are numbered from zero: the first is Dense_0. If the gradients of Dense_1 are zero, Dense_0 moves.",
             (_second,),
         ),
         Mistake(
             "the layers made inside out",
-            "A layer gets its number when it is made. In nn.Dense(1)(nn.relu(nn.Dense(8)(x))) Python makes "
-            "the outer layer first, so that Dense_0 is the last layer. Give each layer a line of its own.",
+            "A layer gets its number when it is created. In nn.Dense(1)(nn.relu(nn.Dense(8)(x))) Python "
+            "creates the outer layer first, so Dense_0 is the last layer. Give each layer its own line.",
             (_numbered_inside_out,),
         ),
         Mistake(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
-            "comparing paths with it is never true, and then nothing is frozen.",
+            "comparing paths with it is never true, so nothing is frozen.",
             (_wrong_case_read, _wrong_case_selected, _wrong_case_added, _wrong_case_compared),
         ),
         Mistake(
             "the outer `params` level lost",
             'Gradients have the paths of the parameters: grads["params"]["Dense_0"]. Reading without the '
-            "outer level fails; comparing paths without it is never true, and then nothing is frozen.",
+            "outer level fails; comparing paths without it is never true, so nothing is frozen.",
             (_inner_read, _inner_selected, _inner_added, _inner_compared),
         ),
         Mistake(
@@ -333,13 +332,12 @@ LESSON = Lesson(
         ),
         Mistake(
             "every kernel replaced instead of one",
-            "More than Dense_0 was frozen: the gradient of Dense_1 was made zero too, and then the step "
-            "teaches nothing.",
+            "More than Dense_0 was frozen: the gradient of Dense_1 was made zero too, so the step teaches nothing.",
             (_every_kernel, _everything),
         ),
         Mistake(
             "a scalar where an array belongs",
-            "One number in place of a layer's gradients: the two trees no longer have the same structure. "
+            "One number instead of a layer's gradients: the two trees no longer have the same structure. "
             "Zero each leaf.",
             (_scalar_layer, _scalar_array),
         ),
@@ -356,21 +354,21 @@ LESSON = Lesson(
         ),
         Mistake(
             "updates zeroed where gradients were asked",
-            "With an infinite lr the layer still stood, so no zero gradient went through the step: the "
+            "With an infinite lr the layer did not move, so no zero gradient went through the step: the "
             "updates were made zero, the layer was left out of the step, or norm_after was taken before "
-            "it. For plain gradient descent the numbers agree; with an optimizer that looks at the size "
-            "of all gradients (a global clip) they do not.",
+            "it. For plain gradient descent the numbers agree; with an optimizer that uses the size of "
+            "all gradients (a global clip) they do not.",
             (_updates_zeroed,),
         ),
         Mistake(
             "the prediction not squeezed",
             "A prediction of shape (N, 1) minus a y of shape (N,) broadcasts to (N, N), and the loss is "
-            "the mean of that.",
+            "the mean of all of it.",
             (_table_of_errors,),
         ),
         Mistake(
             "the original dict mutated",
-            "The numbers are right, but the dict that `init` returned was stepped in place: the old "
+            "The numbers are right, but the dict that `init` returned was updated in place: the old "
             "parameters are gone. `jax.tree.map` makes a new tree.",
             (_mutated,),
         ),

@@ -1,4 +1,4 @@
-"""Grading: a solution beside the reference on random inputs, and beside every known mistake."""
+"""Grading: a solution compared with the reference on random inputs, and with every known mistake."""
 
 import textwrap
 import zlib
@@ -21,9 +21,9 @@ class Failure:
 
     Attributes:
         number: which input, from 1.
-        inputs: the arguments by name, in words.
+        inputs: name of argument → its value as text.
         note: what is unusual about this input, or an empty string.
-        got, want: what the solution and the reference gave or did, line by line.
+        got, want: what the solution and the reference returned or did, line by line.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Likeness:
 
     Attributes:
         on: the inputs on which it does, from 1.
-        everywhere: it does on all inputs, not only on some of those that failed.
+        everywhere: whether it does on all inputs, not only on some of those that failed.
     """
 
     mistake: Mistake
@@ -52,12 +52,12 @@ class Grade:
     """The verdict on a solution.
 
     Attributes:
-        passed: it did what the reference does on every input.
+        passed: whether it did what the reference does on every input.
         trials: how many times inputs were drawn; a trial may hold several inputs.
         inputs: how many inputs were tried in all.
         failures: the inputs on which it did not.
-        likeness: the known mistakes it behaves like, the likeliest first.
-        unseen: what cannot be seen from outside in this lesson, or an empty string.
+        likeness: the known mistakes it behaves like, likeliest first.
+        unseen: what the grader cannot see in this lesson, or an empty string.
     """
 
     lesson: str
@@ -99,7 +99,7 @@ class Grade:
         if len(self.failures) > len(shown):
             blocks.append(f"and {plural(len(self.failures) - len(shown), 'more input')} of these kinds")
         if not self.likeness:
-            blocks.append("It behaves like none of the known mistakes.")
+            blocks.append("It does not behave like any known mistake.")
         for like in self.likeness:
             where = "" if like.everywhere else f" on {'input' if len(like.on) == 1 else 'inputs'} {_numbers(like.on)}"
             why = textwrap.fill(like.mistake.why, 96, initial_indent="  ", subsequent_indent="  ")
@@ -108,11 +108,11 @@ class Grade:
 
 
 def grade(lesson: Lesson | str, solve: Solve, *, trials: int = 5, seed: int = 0) -> Grade:
-    """The verdict on a solution: right on random inputs, or which known mistake it behaves like.
+    """The verdict on a solution: right on random inputs, or the known mistakes it behaves like.
 
     Args:
         lesson: a lesson, or its name.
-        solve: takes what the lesson's reference takes, by position.
+        solve: a function with the positional arguments of the lesson's reference.
         trials: how many times inputs are drawn.
         seed: the same seed draws the same inputs.
 
@@ -150,7 +150,7 @@ def draw(lesson: Lesson, *, trials: int, seed: int) -> list[Case]:
 
 
 def summary(lesson: Lesson, case: Case) -> dict[str, str]:
-    """The arguments of a case by name, each in one line.
+    """Name of each argument of a case → its value in one line.
 
     >>> lesson = find("partial_init")
     >>> list(summary(lesson, draw(lesson, trials=1, seed=0)[0]))
@@ -169,7 +169,7 @@ def _likeness(
     want: Sequence[Observation],
     failed: Sequence[int],
 ) -> tuple[Likeness, ...]:
-    """The mistakes it behaves like on all inputs; if there is none, the few that explain most failures."""
+    """The mistakes it behaves like on all inputs; if there are none, the few that explain most failures."""
     order = [*failed, *(i for i in range(len(cases)) if i not in failed)]
     everywhere: list[tuple[Mistake, bool]] = []
     for mistake in lesson.mistakes:
@@ -185,7 +185,7 @@ def _likeness(
         if exact:
             everywhere.append((mistake, any(exact)))
     if everywhere:
-        # Two mistakes may give one result by two ways; where the way was seen, it decides.
+        # Two mistakes may reach one result in two ways; if the way was seen, it decides.
         decided = any(exact for _, exact in everywhere)
         numbers = tuple(range(1, len(cases) + 1))
         return tuple(Likeness(m, numbers, everywhere=True) for m, exact in everywhere if exact or not decided)
@@ -199,7 +199,7 @@ def _cover(
     want: Sequence[Observation],
     failed: Sequence[int],
 ) -> tuple[Likeness, ...]:
-    """The fewest mistakes that each explain some of the inputs that failed, the one that explains most first."""
+    """The fewest mistakes that explain the failed inputs, the one that explains most first."""
     explains = [
         (mistake, {i for i in failed if _alike(got[i], lesson.observe(form, cases[i]), want[i])})
         for mistake in lesson.mistakes
@@ -220,8 +220,7 @@ def _cover(
 def _alike(got: Observation, mistaken: Observation, want: Observation) -> bool:
     """Whether the solution did what the mistake does.
 
-    A wrong result speaks for itself. Only where the result is right do the other facts tell one mistake
-    from another.
+    A wrong result is compared alone. Only if the result is right do other facts distinguish mistakes.
     """
     wrong_result = bool(differences(Observation(got.result, got.raised), Observation(want.result, want.raised)))
     if wrong_result:

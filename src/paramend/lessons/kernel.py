@@ -19,12 +19,12 @@ output for `x`, of shape (N, features). `seed` and `features` arrive as floats. 
 answer can be checked by hand: y[n, j] = value * x[n].sum() + bias[j].
 
 The idea. A model's parameters are a tree of arrays: {"params": {"kernel": ..., "bias":
-...}}. Surgery gives a new tree in which one leaf is another and all the rest are the
+...}}. An edit makes a new tree in which one leaf is replaced and all others are the
 same objects.
 
 The pitfall. The new kernel must be an array of the old one's shape and dtype, at the
-old one's place, below "params", with the bias still beside it. And the tree from `init`
-may have other readers: change a copy, not the dict itself.
+old path, below "params", with the bias still beside it. And others may hold the tree
+from `init`: change a copy, not the dict itself.
 
 The Paramend way.
 
@@ -117,7 +117,7 @@ def _mutated(seed: float, x: Any, features: float, value: float) -> Any:
 
 
 def cases(rng: np.random.Generator) -> list[Case]:
-    """An ordinary model and one in bfloat16; of unlike widths, so that no compiled program serves both."""
+    """An ordinary model and one in bfloat16, of different widths, so that they share no compiled program."""
 
     def args(width: int) -> tuple[Any, ...]:
         x = rng.normal(size=(int(rng.integers(2, 6)), width)).astype(np.float32)
@@ -144,19 +144,19 @@ LESSON = Lesson(
         ),
         Mistake(
             "the bias dropped or zeroed as well",
-            "Only the kernel was to change. Build the new dict from the old one, {**old, 'kernel': new}, "
+            "Only the kernel should change. Build the new dict from the old one, {**old, 'kernel': new}, "
             "so that the bias stays beside it.",
             (_bias_dropped, _bias_forgotten, _bias_zeroed),
         ),
         Mistake(
             "every leaf replaced instead of one",
-            "A map over the whole tree fills the bias too. Choose the leaf by its path.",
+            "A map over the whole tree fills the bias too. Select the leaf by its path.",
             (_all_filled,),
         ),
         Mistake(
             "the outer `params` level lost",
             "Flax keeps the tree below a key for the collection: the kernel is at "
-            'params["params"]["kernel"], and `apply` wants that outer level too.',
+            'params["params"]["kernel"], and `apply` needs that outer level too.',
             (_inner_read, _inner_selected, _inner_applied),
         ),
         Mistake(
@@ -167,8 +167,8 @@ LESSON = Lesson(
         ),
         Mistake(
             "the original dict mutated",
-            "The answer is right, but the dict that `init` returned was edited in place, and whoever else "
-            "holds it now has other parameters. Make a new dict for each level on the way to the leaf.",
+            "The answer is right, but the dict that `init` returned was edited in place, so others that "
+            "hold it now have other parameters. Make a new dict for each level on the path to the leaf.",
             (_mutated,),
         ),
     ),

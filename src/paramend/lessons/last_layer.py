@@ -18,19 +18,19 @@ TEXT = """
 The problem. A network has `num_layers` layers `nn.Dense(features)` with relu between
 them, and the last one is made with `bias_init=nn.initializers.ones`. Initialise it with
 `PRNGKey(seed)` on `x`, make the last kernel zero, keep the last bias, and return the
-output for `x`, of shape (N, features). All counts arrive as floats. With no kernel the
-bias alone speaks, so every number of the answer is one.
+output for `x`, of shape (N, features). All counts arrive as floats. With a zero kernel
+the output is the bias, so every number of the answer is one.
 
-The idea. Flax numbers the layers in order of use, from `Dense_0`; so the last one is
-`Dense_<num_layers - 1>`.
+The idea. Flax numbers the layers in the order of their creation, from `Dense_0`, so the
+last one is `Dense_<num_layers - 1>`.
 
-The pitfall. Counting from one reaches past the end. A dict takes any key without
-complaint: a kernel written to `Dense_<num_layers>` or to `dense_2` is added, never
-read, and nothing is zeroed. And zeroing every kernel gives the same ones, from a
-network that lost all it knew.
+The pitfall. Counting from one goes past the end. A dict takes any key without an
+error: a kernel written to `Dense_<num_layers>` or to `dense_2` is added, never read,
+and nothing is zeroed. And zeroing every kernel also returns ones, from a network that
+lost all it had learned.
 
-The Paramend way. A position in brackets counts the numbered layers that are there, and
-an unmatched path is an error.
+The Paramend way. A position in brackets counts the numbered layers that exist, and a
+path that matches nothing is an error.
 
     params = pm.at(params, "params/Dense_[-1]/kernel").zero()
 """
@@ -188,11 +188,11 @@ def _mutated(*args: Any) -> Any:
 
 
 def cases(rng: np.random.Generator) -> list[Case]:
-    """An ordinary model and one in bfloat16; of unlike widths, so that no compiled program serves both."""
+    """An ordinary model and one in bfloat16, of different widths, so that they share no compiled program."""
 
     def args(width: int) -> tuple[Any, ...]:
         x = rng.normal(size=(int(rng.integers(2, 6)), width)).astype(np.float32)
-        # From three layers on, the first, the last and the one before it are three different layers.
+        # With three layers or more, the first, the last and the one before it are three different layers.
         return float(rng.integers(1000)), x, float(rng.integers(3, 6)), float(rng.integers(3, 6))
 
     odd, even = args(int(rng.choice([3, 5, 7]))), args(int(rng.choice([2, 4, 6])))
@@ -201,7 +201,7 @@ def cases(rng: np.random.Generator) -> list[Case]:
 
 LESSON = Lesson(
     name="zero_last_layer",
-    title="Zero the last kernel, let the bias speak",
+    title="Zero the last kernel, keep its bias",
     text=TEXT,
     reference=zero_last_layer,
     cases=cases,
@@ -209,7 +209,7 @@ LESSON = Lesson(
     mistakes=(
         Mistake(
             "off by one in the layer name",
-            "Layers are numbered from zero, so the last of N is Dense_<N-1>: Dense_<N> is not there (and "
+            "Layers are numbered from zero, so the last of N is Dense_<N-1>: Dense_<N> does not exist (and "
             "is silently added if written to), Dense_<N-2> is the one before.",
             (_read_past, _added_past, _selected_past, _position_past, _one_early),
         ),
@@ -220,7 +220,7 @@ LESSON = Lesson(
         ),
         Mistake(
             "the bias dropped or zeroed as well",
-            "Only the kernel was to become zero. The bias of the last layer is what the answer shows: it "
+            "Only the kernel should become zero. The bias of the last layer is what the answer shows: it "
             "must stay ones.",
             (_bias_zeroed, _bias_dropped),
         ),
@@ -233,7 +233,7 @@ LESSON = Lesson(
         Mistake(
             "the outer `params` level lost",
             'Flax keeps the layers below a key for the collection: params["params"]["Dense_0"], and '
-            "`apply` wants that outer level too.",
+            "`apply` needs that outer level too.",
             (_inner_read, _inner_selected, _inner_applied),
         ),
         Mistake(
@@ -244,20 +244,20 @@ LESSON = Lesson(
         ),
         Mistake(
             "every kernel replaced instead of one",
-            "Zero all kernels and ones still come out, but the network lost what it knew; zero all leaves "
-            "and nothing comes out. Only the last kernel was to change.",
+            "With all kernels zero the output is still ones, but the network lost what it had learned; "
+            "with all leaves zero the output is zero. Only the last kernel should change.",
             (_every_kernel, _every_leaf),
         ),
         Mistake(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
-            "writing to it adds a layer that nobody reads.",
+            "writing to it adds a layer that nothing reads.",
             (_wrong_case_read, _wrong_case_added, _wrong_case_selected),
         ),
         Mistake(
             "the original dict mutated",
-            "The answer is right, but the dict that `init` returned was edited in place, and whoever else "
-            "holds it now has other parameters. Make a new dict for each level on the way to the leaf.",
+            "The answer is right, but the dict that `init` returned was edited in place, so others that "
+            "hold it now have other parameters. Make a new dict for each level on the path to the leaf.",
             (_mutated,),
         ),
     ),

@@ -19,7 +19,7 @@ class Case:
     Attributes:
         args: what `solve` is called with, in order.
         note: why this case is tried, or an empty string for an ordinary one.
-        half: the model's parameters are handed out in bfloat16.
+        half: whether `init` returns the model's parameters in bfloat16.
     """
 
     args: tuple[Any, ...]
@@ -29,10 +29,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake that many make: its name, why it is one, and code that makes it.
+    """A common mistake: its name, why it is one, and code that makes it.
 
     Attributes:
-        forms: solutions that contain the mistake, one for each way in which it is usually written.
+        forms: solutions with the mistake, one for each way in which it is usually written.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Lesson:
     Attributes:
         name: the name of the reference function, and of the lesson on the command line.
         text: the problem, the idea, the pitfall and the Paramend way.
-        reference: solves it as it should be solved.
+        reference: the right solution.
         cases: makes the random cases of one trial.
-        observe: calls a solution on a case, and says what it gave and what it did.
-        mistakes: the known mistakes, each told from the reference by what `observe` sees.
-        unseen: what `observe` cannot see, said to the learner who passes.
+        observe: calls a solution on a case and returns what it returned and did.
+        mistakes: the known mistakes; `observe` distinguishes each from the reference.
+        unseen: what `observe` cannot see; shown to learners who pass.
     """
 
     name: str
@@ -65,5 +65,5 @@ class Lesson:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of what `solve` is called with, in order."""
+        """The names of the arguments of `solve`, in order."""
         return tuple(inspect.signature(self.reference).parameters)

@@ -1,4 +1,4 @@
-"""What one call of a solution was seen to do, and how two such observations are told apart."""
+"""Observations of what one call of a solution did, and their differences."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import numpy as np
 
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
 
-# What an exception is about: a layer's name, else a quoted name. The rest depends on versions.
+# What an exception is about: the name of a layer, else a quoted name. The rest of its text depends on versions.
 _layer = re.compile(r"\b[A-Za-z]\w*_\d+\b")
 _quoted = re.compile(r"['\"](\w+)['\"]")
 
@@ -22,8 +22,8 @@ class Raised:
 
     Attributes:
         says: the first line of its text.
-        place: file and line of the solution's own code where it happened, or an empty string.
-        about: the names in its first line, of layers or in quotes; if that has none, the line and the names in
+        place: file and line of the solution's own code where it was raised, or an empty string.
+        about: the names in its first line, of layers or in quotes; if it has none, the line and the names in
             the rest.
     """
 
@@ -42,9 +42,9 @@ class Raised:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a call gave or raised, with facts about what it did, by name.
+    """What a call returned or raised, with facts about what it did, by name.
 
-    A fact that was not to be seen (a value inside `jit`, say) is left out, and is then not compared.
+    Facts that could not be seen, such as values inside `jit`, are missing and not compared.
     """
 
     result: Any = None
@@ -72,13 +72,13 @@ def _names(text: str) -> frozenset[str]:
 
 
 def _as_flax(name: str) -> str:
-    """The name, or `Dense_<n>` for layer n of a solution that calls its layers otherwise."""
+    """The name, or `Dense_<n>` for layer n of a solution that names its layers otherwise."""
     base, _, number = name.rpartition("_")
     return f"Dense_{number}" if base and number.isdigit() and base.casefold() != "dense" else name
 
 
 def file_of(solve: Callable[..., Any]) -> str:
-    """The file that holds a function's code, also through `jax.jit` and `functools.wraps`; "" if it has none.
+    """The file of a function's code, even wrapped by `jax.jit` or `functools.wraps`; "" if it has none.
 
     >>> file_of(file_of).endswith("observation.py"), file_of(len)
     (True, '')
@@ -111,7 +111,7 @@ def place_in(error: BaseException, file: str) -> str:
 
 
 def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
-    """What differs, as pairs of sentences (got, want); an empty list when both did the same.
+    """What differs, as pairs of texts (got, want); empty if both did the same.
 
     >>> differences(Observation(result=[1, 2]), Observation(result=[1.0, 3.0]))
     [('integers (2,): [1 2]', 'floats (2,): [1. 3.]')]
@@ -131,7 +131,7 @@ def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
 
 
 def outcome(observation: Observation) -> str:
-    """The result in words, or the exception.
+    """The result or the exception as text.
 
     >>> outcome(Observation(result=np.zeros((2, 2))))
     'floats (2, 2): [[0. 0.] [0. 0.]]'
@@ -146,7 +146,7 @@ def _ending(observation: Observation) -> str:
 
 
 def sketch(value: Any) -> str:
-    """A value in one line: the kind of number, the shape, and the numbers, or their ends.
+    """A value in one line: the kind of numbers, the shape, and the numbers, abbreviated if there are many.
 
     >>> sketch(np.arange(3)), sketch("text"), sketch(None)
     ('integers (3,): [0 1 2]', "'text'", 'None')
@@ -165,9 +165,9 @@ def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
         return None
     try:
         array = np.asarray(value)
-    except Exception:  # whatever a stranger's `__array__` raises, it is no array of numbers
+    except Exception:  # whatever a foreign `__array__` raises, the value is not an array of numbers
         return None
-    # bfloat16 and its kin are floats to a learner, though not to numpy (kind "V")
+    # bfloat16 and float8 are floats to a learner, but not to numpy (kind "V")
     if array.dtype.name.startswith(("bfloat", "float8")):
         array = array.astype(np.float32)
     return array if array.dtype.kind in "iufcb" else None
@@ -183,5 +183,5 @@ def _agree(got: Any, want: Any) -> bool:
         return False
     if wanted.dtype.kind != "f":
         return bool(np.array_equal(given, wanted))
-    # whole numbers where the reference gives floats: a dtype was lost on the way
+    # integers where the reference returns floats mean that a dtype was lost
     return given.dtype.kind == "f" and bool(np.allclose(given, wanted, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True))

@@ -1,4 +1,4 @@
-"""A learner's file, opened: the function `solve` in it, or an error that names file and line."""
+"""The function `solve` of a learner's file, or an error that names file and line."""
 
 import inspect
 import itertools
@@ -11,22 +11,21 @@ from typing import Any
 
 from paramend.errors import BadArgument
 from paramend.lessons.observation import place_in
-from paramend.reports.wording import closest
+from paramend.reports.wording import closest, described
 
 _count = itertools.count()
 
 
 def load(path: str | Path, parameters: Sequence[str]) -> Callable[..., Any]:
-    """The function `solve` of a Python file, which is run for that.
+    """The function `solve` of a Python file, which is executed.
 
     Args:
-        path: the file; it is run as a module, so code under `if __name__ == "__main__"` is not.
-        parameters: what `solve` will be called with, in order.
+        path: the file; it is run as a module, without code under `if __name__ == "__main__"`.
+        parameters: the names of the arguments that `solve` is called with, in order.
 
     Raises:
-        BadArgument: the file is missing, is no Python, fails when run, or has no `solve` that takes these
-        arguments. The
-            message names the file and, where there is one, the line.
+        BadArgument: the file is missing, is not Python, fails when run, or has no `solve` that takes these
+            arguments. The message names the file and, if known, the line.
 
     Example:
         >>> import tempfile
@@ -45,12 +44,10 @@ def load(path: str | Path, parameters: Sequence[str]) -> Callable[..., Any]:
         there = f"; {near[0]} is on line {functions[near[0]].__code__.co_firstlineno}" if near else ""
         raise BadArgument(f"{path.name} has no function `solve`{there}", hint=f"write  def {call}: ...")
     if not callable(solve):
-        raise BadArgument(
-            f"{path.name}: `solve` is no function but {type(solve).__name__}", hint=f"write  def {call}: ..."
-        )
+        raise BadArgument(f"{path.name}: `solve` is {described(solve)}, not a function", hint=f"write  def {call}: ...")
     try:
         signature = inspect.signature(solve)
-    except (TypeError, ValueError):  # a callable that does not tell is tried as it is
+    except (TypeError, ValueError):  # a callable without a signature is tried as it is
         return solve  # type: ignore[no-any-return]
     try:
         signature.bind(*parameters)
@@ -82,9 +79,9 @@ def _run(path: Path, source: bytes) -> ModuleType:
         line = f"\n\n    {error.text.strip()}" if error.text else ""
         raise BadArgument(f"{at}: {type(error).__name__}: {error.msg}{line}") from error
     except ValueError as error:  # null bytes
-        raise BadArgument(f"{path.name} is no Python source: {error}") from error
+        raise BadArgument(f"{path.name} is not Python source: {error}") from error
     linecache.checkcache(file)
-    # Dataclasses, and so Flax modules, look their module up by name; its own name keeps two gradings apart.
+    # Dataclasses, and so Flax modules, look up their module by name; a unique name separates gradings.
     module = ModuleType(f"_paramend_solution_{next(_count)}")
     module.__file__ = file
     sys.modules[module.__name__] = module

@@ -15,17 +15,17 @@ from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
 from paramend.lessons.observation import Observation, observed
 
 TEXT = """
-The problem. Given one torch layer, make its weight and its bias zero, in place. Called
-on each layer of an `nn.Sequential` in turn it must go through: layers without a weight
-(`nn.ReLU`) and layers with `bias=None` are left as they are.
+The problem. Given one torch layer, make its weight and its bias zero, in place. It must
+also work when called on each layer of an `nn.Sequential`: layers without a weight
+(`nn.ReLU`) are left as they are, and so is `bias=None`.
 
 The idea. A torch module holds its parameters, and others hold them too: the optimizer,
-a tied layer, a captured graph. So the numbers are to change, and the `Parameter`
-objects are to stay: same dtype, same device, same `requires_grad`.
+a tied layer, a captured graph. So change the numbers and keep the `Parameter` objects:
+same dtype, same device, same `requires_grad`.
 
-The pitfall. `torch.zeros(shape)` is float32 whatever the layer was. A new
-`nn.Parameter` is one the optimizer has never seen. Times zero is not zero: nan stays
-nan, and -1 becomes -0.0. Buffers such as `running_var` are no weights.
+The pitfall. `torch.zeros(shape)` is float32 whatever the layer was. The optimizer does
+not know a new `nn.Parameter`. Multiplying by zero does not always give zero: nan stays
+nan, and -1 becomes -0.0. Buffers such as `running_var` are not weights.
 
 The Paramend way.
 
@@ -34,7 +34,7 @@ The Paramend way.
 
 
 def init_zero(layer: nn.Module) -> Any:
-    """The layer, after its weight and bias became zero in place."""
+    """The layer, with its weight and bias set to zero in place."""
     return init_zero_(layer)
 
 
@@ -174,7 +174,7 @@ def _frozen(layer: Any) -> None:
 
 
 def observe(solve: Solve, case: Case) -> Observation:
-    """What became of the layer's parameters and buffers; of a Sequential, after a call for each layer."""
+    """What became of the layer's parameters and buffers; for a Sequential, after a call for each layer."""
     (layer,) = copy.deepcopy(case.args)
     names = [name for name, _ in layer.named_parameters(remove_duplicate=False)]
     before = dict(layer.named_parameters(remove_duplicate=False))
@@ -220,7 +220,7 @@ def _content(parameter: nn.Parameter) -> str:
 def cases(rng: np.random.Generator) -> list[Case]:
     """Layers of several kinds and dtypes, one with nan, one frozen, and a Sequential with gaps."""
     a, b = (int(n) for n in rng.integers(2, 6, size=2))
-    with torch.random.fork_rng(devices=[]):  # making layers draws from torch's generator, which is the learner's
+    with torch.random.fork_rng(devices=[]):  # creating layers draws from torch's global generator, which learners use
         layers: list[tuple[str, nn.Module]] = [
             ("a Linear layer", nn.Linear(a, b)),
             ("a bfloat16 layer", nn.Conv1d(a, b, 2).to(torch.bfloat16)),
@@ -254,7 +254,7 @@ LESSON = Lesson(
         ),
         Mistake(
             "a layer without weight or bias is not expected",
-            "nn.ReLU has no weight, and bias=None is a bias that is no tensor. Ask before you touch: "
+            "nn.ReLU has no weight, and with bias=None the bias is not a tensor. Check before you write: "
             "getattr(layer, 'bias', None) is not None.",
             (
                 _unguarded,
@@ -268,7 +268,7 @@ LESSON = Lesson(
         ),
         Mistake(
             "a scalar where an array belongs",
-            "The weight became one number. Write zeros into the tensor that is there: its shape is the layer's.",
+            "The weight became one number. Write zeros into the existing tensor, which has the layer's shape.",
             (_scalar, _scalar_data, _scalar_number, _scalar_parameter),
         ),
         Mistake(
@@ -290,22 +290,23 @@ LESSON = Lesson(
         ),
         Mistake(
             "a copy zeroed instead of the layer",
-            "The layer that was given is as it was: the zeros are in another object. In place means in this one.",
+            "The given layer is unchanged: the zeros are in another object. In place means in this one.",
             (_a_copy,),
         ),
         Mistake(
             "multiplied by zero",
-            "Times zero keeps nan and inf as nan, and makes -0.0 of what was negative. `zero_()` writes zeros.",
+            "Multiplied by zero, nan and inf become nan, and negative numbers -0.0. `zero_()` writes zeros.",
             (_times_zero,),
         ),
         Mistake(
             "the edit recorded by autograd",
-            "A parameter that requires a gradient takes no edit in place outside of torch.no_grad().",
+            "A parameter that requires a gradient cannot be edited in place outside of torch.no_grad().",
             (_under_autograd,),
         ),
         Mistake(
             "requires_grad changed",
-            "The layer was switched off to get at its numbers, and stayed so: it will not train. Use torch.no_grad().",
+            "requires_grad was switched off for the edit and stayed off: the layer will not train. Use "
+            "torch.no_grad().",
             (_frozen,),
         ),
     ),

@@ -19,20 +19,20 @@ from paramend.lessons.witness import Handed, Picture, Witness, candidates, layer
 TEXT = """
 The problem. A small network has `num_full_layers` layers `nn.Dense(features)`, a bigger
 one has `num_extra_layers` more. Split `PRNGKey(seed)` in two, initialise the small one
-with the first key and the bigger one with the second, both on `x`. Then the first
-`num_full_layers` layers of the bigger one, kernels and biases, come from the small one;
-the rest stay as they were initialised. Return [number of parameters of the bigger
+with the first key and the bigger one with the second, both on `x`. Then copy the layers
+of the small one, kernels and biases, to the first `num_full_layers` layers of the
+bigger one; the rest stay as initialised. Return [number of parameters of the bigger
 model, number of its layers], of shape (2,). All counts arrive as floats.
 
-The idea. A warm start is a graft: the leaves of one tree take the place of the leaves
-at the same paths of another.
+The idea. A warm start is a graft: the leaves of one tree replace the leaves at the same
+paths of another.
 
-The pitfall. Initialise both with one key and their first layers are equal from the
-start: then the copy does nothing, and a wrong copy is never noticed. Copy by layer,
-below "params": a merge one level higher throws the extra layers away.
+The pitfall. If both are initialised with one key, their first layers are equal from the
+start: the copy does nothing, and a wrong copy is never noticed. Copy by layer, below
+"params": a merge one level higher drops the extra layers.
 
 The Paramend way. The report says what was copied and what stayed fresh, and a layer
-that has no place is an error.
+that goes nowhere is an error.
 
     params, report = pm.graft(big, small, only="params/Dense_[:3]/**")
 
@@ -157,7 +157,7 @@ def _tail_of_last(*args: Any) -> Any:
 
 def _tail_in_turn(*args: Any) -> Any:
     small, big, full, extra = _start(*args)
-    # Layer 0 reads x and fits nowhere else, so the turn goes on with layer 1.
+    # Layer 0 reads x and fits nowhere else, so the cycle skips it.
     turn = {i: i if i < full else 1 + (i - full) % (full - 1) for i in range(full + extra)}
     return _answer(_copied(small, big, turn), full, extra)
 
@@ -187,7 +187,7 @@ def _mutated(*args: Any) -> Any:
 
 
 def copy_facts(witness: Witness, seen: Observation) -> dict[str, str]:
-    """Where each leaf of the counted tree comes from, and whether the two inits had keys of their own."""
+    """Where each leaf of the counted tree comes from, and whether the two inits had different keys."""
     if not witness.handed:
         return {}
     small = min(witness.handed, key=lambda handed: len(handed.picture))
@@ -219,7 +219,7 @@ def _key(handed: Handed) -> bytes:
 
 
 def cases(rng: np.random.Generator) -> list[Case]:
-    """Inputs whose width is not that of the layers, so that the first layer fits nowhere else."""
+    """Inputs whose width differs from that of the layers, so that the first layer fits nowhere else."""
     features, width = (int(n) for n in rng.choice(np.arange(2, 7), size=2, replace=False))
     x = rng.normal(size=(int(rng.integers(1, 5)), width)).astype(np.float32)
     full, extra = rng.integers(2, 5), rng.integers(1, 4)
@@ -233,8 +233,8 @@ LESSON = Lesson(
     reference=partial_init,
     cases=cases,
     observe=partial(observe, facts=copy_facts),
-    unseen="The copy is not in the two numbers. It is checked on the tree that `solve` holds in a "
-    "variable or passes to a function; nothing of it is seen if the models are initialised inside `jit`.",
+    unseen="The two numbers do not show the copy. It is checked on the tree that `solve` holds in a "
+    "variable or passes to a function; it cannot be seen if the models are initialised inside `jit`.",
     mistakes=(
         Mistake(
             "off by one in the layer name",
@@ -255,7 +255,7 @@ LESSON = Lesson(
         Mistake(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
-            "writing to it adds a layer that nobody reads.",
+            "writing to it adds a layer that nothing reads.",
             (_wrong_case_read, _wrong_case_added),
         ),
         Mistake(
@@ -266,8 +266,8 @@ LESSON = Lesson(
         ),
         Mistake(
             "both inits from one key",
-            "With one key the two models start with the same first layers, so that the copy changes "
-            "nothing and proves nothing. Split the key.",
+            "With one key the two models start with the same first layers, so the copy changes nothing "
+            "and proves nothing. Split the key.",
             (_one_key,),
         ),
         Mistake(
@@ -277,8 +277,8 @@ LESSON = Lesson(
         ),
         Mistake(
             "the original dict mutated",
-            "The tree is right, but the dict that `init` returned was edited in place, and whoever else "
-            "holds it now has other parameters. Make a new dict.",
+            "The tree is right, but the dict that `init` returned was edited in place, so others that hold "
+            "it now have other parameters. Make a new dict.",
             (_mutated,),
         ),
     ),

@@ -1,14 +1,14 @@
-"""A witness of what a solution does with the trees that Flax hands to it.
+"""A witness of what a solution does with the trees that Flax returns to it.
 
-A few numbers at the end do not tell a kernel that lost its dtype from one that kept it, or a copied layer
-from a fresh one. So while a solution is graded the witness
+The few numbers of a result do not distinguish a kernel that lost its dtype from one that kept it, or a copied
+layer from a fresh one. So while a solution is graded the witness
 
-- makes the biases that Flax starts at zero random, as training would, so that a lost bias shows in the
-  result; and on request gives the parameters in bfloat16, so that a lost dtype shows;
-- keeps a picture of every tree that `init` hands out, so that an edit in place shows;
-- keeps the tree that `apply` is given, and every tree that the solution's own code holds or passes on.
+- makes biases that Flax initialises to zero random, as training would, so that a lost bias shows in the
+  result; and on request makes the parameters bfloat16, so that a lost dtype shows;
+- keeps a picture of every tree that `init` returns, so that an edit in place shows;
+- keeps the last tree passed to `apply`, and every tree that the solution's own code holds or passes on.
 
-Nothing of this is needed for a right answer to pass: what was not seen is not compared.
+A right answer passes without any of this: what was not seen is not compared.
 """
 
 import copy
@@ -36,7 +36,7 @@ Picture = dict[Path, Any]
 
 @dataclass
 class Handed:
-    """A tree that `init` handed out, with the picture of it at that moment."""
+    """A tree that `init` returned, with a picture of it at that moment."""
 
     rng: Any
     tree: Any
@@ -44,7 +44,7 @@ class Handed:
 
     @property
     def edited(self) -> bool:
-        """Whether a leaf of the tree was replaced or added since, in the very dict that was handed out."""
+        """Whether a leaf of the tree was replaced or added since, in the returned dict itself."""
         now = picture(self.tree)
         return any(path not in self.picture or leaf is not self.picture[path] for path, leaf in now.items())
 
@@ -54,10 +54,10 @@ class Witness:
     """What was seen during one call of a solution.
 
     Attributes:
-        handed: every tree that `init` handed out, in order.
-        applied: the picture of the last tree that `apply` was given.
-        held: every tree that the solution's code held when a function of it ended, or passed to a call,
-            or got from one.
+        handed: every tree that `init` returned, in order.
+        applied: the picture of the last tree that was passed to `apply`.
+        held: every tree that the solution's code held when one of its functions returned, or passed to a
+            call, or got from one.
     """
 
     handed: list[Handed] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Witness:
 
 
 def picture(tree: Any) -> Picture:
-    """The leaves of a nested mapping by path, also of one that was flattened to tuple keys or "a/b" keys.
+    """Path → leaf of a nested mapping, which may be flattened to tuple keys or "a/b" keys.
 
     >>> picture({"params": {"Dense_0/bias": 1}, ("params", "Dense_1", "bias"): 2})
     {('params', 'Dense_0', 'bias'): 1, ('params', 'Dense_1', 'bias'): 2}
@@ -86,7 +86,7 @@ def picture(tree: Any) -> Picture:
 
 
 def layer_names(paths: Iterable[Path]) -> dict[Path, str]:
-    """A name for each leaf that does not depend on what the solution called its layers: "layer 0 kernel".
+    """Path → a name that does not depend on how the solution named its layers: "layer 0 kernel".
 
     >>> layer_names([("params", "out_10", "bias"), ("params", "out_9", "bias")])
     {('params', 'out_10', 'bias'): 'layer 1 bias', ('params', 'out_9', 'bias'): 'layer 0 bias'}
@@ -102,7 +102,7 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 
 def same(left: Any, right: Any) -> bool | None:
-    """Whether two leaves are one, or equal in dtype and every bit; None where a tracer hides the value.
+    """Whether two leaves are the same object, or equal in dtype and every bit; None if a tracer hides a value.
 
     >>> same(np.zeros(2), np.zeros(2)), same(np.zeros(2), np.zeros(2, "float32"))
     (True, False)
@@ -120,8 +120,8 @@ def watching(file: str, *, half: bool = False) -> Iterator[Witness]:
     """A witness that watches while the `with` block runs.
 
     Args:
-        file: the file of the solution's own code, whose variables and calls are looked at.
-        half: parameters are handed out in bfloat16.
+        file: the file of the solution's own code, whose variables and calls are inspected.
+        half: whether `init` returns parameters in bfloat16.
     """
     witness = Witness()
     init, apply = nn.Module.init_with_output, nn.Module.apply  # `init` goes through `init_with_output`
@@ -169,7 +169,7 @@ def _trees(values: Iterable[Any]) -> Iterator[Any]:
 def _as_trained(variables: Any, rngs: Any, *, half: bool) -> Any:
     """The same tree with random values in biases that are zero; all floats in bfloat16 if `half`.
 
-    The values depend on the key and the path alone, so that calling `init` twice gives the same tree twice.
+    The values depend only on the key and the path, so that `init` called twice returns the same tree.
     """
     key = rngs.get("params") if isinstance(rngs, Mapping) else rngs
 
@@ -186,7 +186,7 @@ def _as_trained(variables: Any, rngs: Any, *, half: bool) -> Any:
 
 
 def observe(solve: Solve, case: Case, facts: Callable[[Witness, Observation], dict[str, str]]) -> Observation:
-    """What `solve` gave on a case, with the facts that a lesson draws from the witness."""
+    """What `solve` returned on a case, with the facts that a lesson derives from the witness."""
     args = copy.deepcopy(case.args)
     with watching(file_of(solve), half=case.half) as witness, np.errstate(all="ignore"):
         seen = observed(lambda: solve(*args), solve)
@@ -218,7 +218,7 @@ def applied_facts(witness: Witness, _: Observation) -> dict[str, str]:
 
 
 def place_facts(witness: Witness) -> dict[str, str]:
-    """Whether a tree was edited in place after `init` handed it out."""
+    """Whether a tree was edited in place after `init` returned it."""
     edited = any(handed.edited for handed in witness.handed)
     return {"the tree from init": "edited in place" if edited else "left as it was"} if witness.handed else {}
 
@@ -229,10 +229,10 @@ def _content(leaf: Any) -> str:
 
 
 def candidates(witness: Witness, fits: Callable[[Picture], bool]) -> Iterator[Picture]:
-    """The pictures of held trees that fit and are not just what `init` handed out, the latest first."""
+    """The pictures of held trees that fit and are not just what `init` returned, latest first."""
     for tree in reversed(witness.held):
         leaves = picture(tree)
-        if not any(path[0] == "params" for path in leaves):  # many go on with the inner dict alone
+        if not any(path[0] == "params" for path in leaves):  # many use only the inner dict
             leaves = {("params", *path): leaf for path, leaf in leaves.items()}
         pristine = any(
             leaves.keys() == handed.picture.keys() and all(leaves[p] is handed.picture[p] for p in leaves)

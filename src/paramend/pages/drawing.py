@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from paramend.pages.page import Page
 
-# The colours of Okabe and Ito, and a texture for each: the same as on the page.
+# The same colours (Okabe and Ito) and textures as on the page.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
 _TEXTURES = ("", "//", "\\\\", "xx", "--", "..")
 # Boxes narrower than this share of the whole are left out.
@@ -22,7 +22,7 @@ _LEAST = 1 / 1500
 
 @dataclass(slots=True)
 class _Node:
-    """A subtree or a leaf: its name, its size, what is below it, and its place in the page."""
+    """A subtree or a leaf: its name, its size, what is below it, and its place in the page; -1 for a subtree."""
 
     name: str
     size: int = 0
@@ -35,9 +35,9 @@ class _Node:
 
 
 def draw(page: "Page") -> "Figure":
-    """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that it belongs to.
+    """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that contain it.
 
-    Leaves are coloured by their groups, each with a texture of its own, or by the column that colours the page.
+    Leaves are coloured by their groups, which also have textures, or by the column that colours the page.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -92,14 +92,14 @@ def _tree(page: "Page") -> _Node:
         for key in path.split(separator):
             node = node.inner.setdefault(key, _Node(key))
             node.size += max(size, 1)
-        if node.leaf >= 0:  # two of one path, as in two parts of a report
+        if node.leaf >= 0:  # two leaves with one path, as in two parts of a report
             node = node.inner.setdefault(place, _Node(node.name, max(size, 1)))
         node.leaf = place
     return root
 
 
 def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple[_Node, float, float, int]]:
-    """Nodes with where they begin, how wide they are and how deep they lie."""
+    """Nodes with their left edges, widths and depths."""
     yield node, left, width, level
     if level == 7:
         return
@@ -111,7 +111,7 @@ def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple
 
 
 def _shades(page: "Page") -> list[str]:
-    """A colour for each leaf by the column that colours the page; none where the groups do."""
+    """A colour for each leaf by the column that colours the page; empty if the groups colour it."""
     column = next((column for column in page.columns if column.name == page.colour), None)
     if column is None:
         return []

@@ -4,8 +4,7 @@ const $ = (id) => document.getElementById(id);
 const { paths, sizes, groups, group, columns, histograms, separator } = data;
 const ROW = 26;
 
-// Colours that people who do not tell red from green tell apart (Okabe and Ito), and a texture for each, for those who
-// see none.
+// Colours that people with colour vision deficiency can distinguish (Okabe and Ito); groups also have textures.
 const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a"];
 const RAMP = ["#fde725", "#7ad151", "#22a884", "#2a788e", "#414487", "#440154"];
 
@@ -354,7 +353,7 @@ function picture(found) {
   return svg;
 }
 
-// ---- the doors
+// ---- the controls
 
 groups.forEach((name, index) => {
   const button = document.createElement("button");

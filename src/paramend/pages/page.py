@@ -1,4 +1,4 @@
-"""`Page`: a report as one HTML file that needs nothing else: a map of the tree, a table, a search box."""
+"""`Page`: a report as one self-contained HTML file with a map of the tree, a table and a search box."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from paramend.reports.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Notebooks keep what they show in their files: larger pages are written to a file by `to_html`.
+# Notebooks store what they show: with more leaves they show only the headline, and `to_html` writes a file.
 _MOST_IN_A_NOTEBOOK = 20_000
 _DOCTYPE = b"<!doctype html"
 
@@ -29,7 +29,7 @@ class Column:
 
     Attributes:
         name: its title.
-        values: one for each leaf; None where there is none.
+        values: one for each leaf; None if a leaf has none.
         kind: "number" or "text".
     """
 
@@ -40,13 +40,13 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How the values of a leaf are spread.
+    """The distribution of the values of a leaf.
 
     Attributes:
         low: where the first bin begins.
         high: where the last one ends.
         before: the count of each bin.
-        after: the same of the other tree, in the same bins; None where there is none.
+        after: the counts of the other tree, in the same bins; None if there is none.
     """
 
     low: float
@@ -60,13 +60,13 @@ class Page:
     """What a page shows.
 
     Attributes:
-        title: what it is.
-        headline: one sentence that says it all.
+        title: its title.
+        headline: a one-sentence summary.
         paths: the leaves.
         sizes: the number of scalars of each.
-        columns: what is said of each.
-        groups: the name of the group that each leaf belongs to; empty where there are none.
-        group_title: what the groups are.
+        columns: the columns of the table.
+        groups: the name of the group of each leaf; empty if there are no groups.
+        group_title: the title of the groups.
         histograms: place in `paths` → histogram.
         colour: the name of the column that colours the map at first; "" for the groups.
     """
@@ -82,7 +82,7 @@ class Page:
     colour: str = ""
 
     def html(self) -> str:
-        """The page as the text of one file: no network, no other file.
+        """The page as the text of one file that needs no network and no other file.
 
         >>> page = Page("diff", "1 leaf", ["a/w"], [4], groups=["changed"])
         >>> page.html().count("</html>"), page.html().count("src=")
@@ -104,7 +104,7 @@ class Page:
         return text
 
     def notebook(self) -> str:
-        """The page as a frame in a notebook; the text alone where it would be too large."""
+        """The page as a frame in a notebook; only the headline if it would be too large."""
         if len(self.paths) > _MOST_IN_A_NOTEBOOK:
             return f"<pre>{escape(self.headline)}</pre>"
         style = "width:100%;height:900px;border:0"
@@ -132,17 +132,17 @@ class Page:
 
 
 class Paged(Report):
-    """A report that can be looked at as a page."""
+    """A report that can be shown as a page."""
 
     def page(self) -> Page:
-        """What the page shows."""
+        """The contents of the page."""
         raise NotImplementedError
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as one HTML file that needs no network: its text.
+        """The text of the report as one HTML file that needs no network.
 
         Args:
-            path: where to write it as well. A page that is there already is replaced, any other file is not.
+            path: where to write it, if given. An existing page is replaced; any other file is not.
 
         Raises:
             CannotWrite: something else is there, or there is no such folder.
@@ -171,7 +171,7 @@ def _write(path: Path, text: str) -> None:
         if path.exists():
             with path.open("rb") as file:
                 if file.read(len(_DOCTYPE)).lower() != _DOCTYPE:
-                    raise CannotWrite(f"{path} is there already, and no HTML page", hint=f"{path}.html")
+                    raise CannotWrite(f"{path} already exists and is not an HTML page", hint=f"{path}.html")
         write_file(path, text.encode())
     except OSError as error:
         if isinstance(error, CannotWrite):
@@ -180,13 +180,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value that JSON can hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 def _in_script(data: Any) -> str:
-    """Data as JSON that can stand in a script element, whatever the names of leaves are."""
+    """Data as JSON that is safe in a script element, whatever the names of leaves are."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

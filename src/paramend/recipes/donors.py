@@ -1,4 +1,4 @@
-"""Values that come from other files: `.npy` files and checkpoints, of which nothing is read before it is needed."""
+"""Values from other files: `.npy` files and checkpoints, read only when needed."""
 
 import os
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from paramend.selectors.selector import Selector, resolve
 
 
 class Donors:
-    """Files that values come from, each opened once. They are closed when nothing refers to their values any more.
+    """Files that values come from, each opened once and closed when nothing refers to its values any more.
 
     Args:
-        folder: what relative names are relative to.
+        folder: the folder that relative names start from.
     """
 
     def __init__(self, folder: str | os.PathLike[str] = "") -> None:
@@ -35,7 +35,7 @@ class Donors:
 
         Raises:
             CannotRead: there is no such file.
-            BadCheckpoint: it is damaged, or of no known format.
+            BadCheckpoint: it is damaged or its format is unknown.
         """
         path = self._folder / name
         if path not in self._open:
@@ -45,20 +45,20 @@ class Donors:
     def values(
         self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
     ) -> dict[int, Array | Stored]:
-        """One array for each chosen leaf, or a reference to it.
+        """Leaf number → an array, or a reference to one.
 
-        A checkpoint that is edited gets references. Trees in memory get copies, which become leaves and outlive the
-        file; so do checkpoints that take leaves of their own: a patch writes one leaf before it reads the next.
+        An edited checkpoint gets references. Trees in memory get copies, which become leaves and outlive the file; so
+        do checkpoints that take leaves from their own file, because a patch writes one leaf before it reads the next.
 
         Args:
             name: the file.
             leaf: the path of its leaf; its wildcards stand for what those of the selectors matched. None: the leaf of
-                the same path, whichever separator either side has.
+                the same path, whatever the separators.
             leaves: the tree.
-            chosen: leaf numbers, each with the selector that chose it.
+            chosen: numbers of selected leaves, each with the selector that matched it.
 
         Raises:
-            NoMatch: the file has no such leaf; the message names all that are missing.
+            NoMatch: the file has no such leaf; the message lists all that are missing.
         """
         donor = self.open(name)
         if not isinstance(donor, Checkpoint):
@@ -105,7 +105,7 @@ def _named(leaf: str, donor: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> dict[int, tuple[str, ...]]:
-    """The paths that a template gives to the chosen leaves, piece by piece."""
+    """The paths that a template gives to the selected leaves, as pieces."""
     found: dict[int, tuple[str, ...]] = {}
     for selector in dict.fromkeys(selector for _, selector in chosen):
         numbers = {number for number, by in chosen if by == selector}
@@ -120,17 +120,17 @@ def _share(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _read_npy(path: Path) -> Array:
-    os.close(open_regular(path))  # numpy would wait for ever at a pipe
+    os.close(open_regular(path))  # numpy would wait forever on a pipe
     try:
         try:
             array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError:  # nothing can be mapped of an array without elements
+        except ValueError:  # an array without elements cannot be mapped
             array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError) as error:
         raise BadCheckpoint(f"{path}: no array can be read from it: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
         raise BadCheckpoint(
-            f"{path}: it holds {getattr(array, 'dtype', type(array).__name__)}, and no numbers of a known dtype",
+            f"{path} holds {getattr(array, 'dtype', type(array).__name__)}, not numbers of a known dtype",
             hint='pm.save({"w": array}, "values.safetensors")',
         )
     return np.asarray(array).astype(array.dtype.newbyteorder("="), copy=False)

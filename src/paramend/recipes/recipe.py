@@ -1,4 +1,4 @@
-"""`Recipe`: edits as data, carried out on any tree."""
+"""`Recipe`: edits as data, applied to any tree."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 
 class Recipe:
-    """Edits as data: steps that are carried out in order, each on what the steps before it left.
+    """Edits as data: steps that run in order, each on the tree that the previous steps left.
 
-    `str(recipe)` is the recipe as YAML, which reads back as an equal one. Nothing in a recipe can run code.
+    `str(recipe)` is the recipe as YAML, which parses to an equal recipe. Nothing in a recipe can run code.
 
     Args:
-        steps: maps of one key each, as `docs/recipes.md` lists them.
-        version: of the form; there is one.
+        steps: maps of one key each, as listed in `docs/recipes.md`.
+        version: the version of the format; there is one.
 
     Raises:
-        BadRecipe: keys or values are wrong; `problems` lists all of them, each with its address.
+        BadRecipe: keys or values are wrong; `problems` lists them all, each with its address.
 
     >>> recipe = Recipe([{"zero": "head/bias"}, {"fill": {"at": "**/kernel", "value": 0.5}}])
     >>> recipe.apply({"head": {"kernel": np.zeros(2), "bias": np.ones(1)}})
@@ -52,8 +52,8 @@ class Recipe:
 
     @classmethod
     def apply_file(cls, path: str | os.PathLike[str], tree: T) -> T:
-        """The tree with the recipe of a file carried out: `Recipe.load(path).apply(tree)`, but what is wrong with the
-        recipe itself and what does not fit the tree are listed together.
+        """The tree with the recipe of a file applied: `Recipe.load(path).apply(tree)`, except that problems of the
+        recipe and of its fit to the tree are reported together.
 
         Raises:
             CannotRead: there is no such file.
@@ -84,11 +84,11 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
-        """The recipe in a YAML or JSON file. Files that it names are looked for beside it.
+        """The recipe in a YAML or JSON file. Files that it names are relative to its folder.
 
         Raises:
             CannotRead: there is no such file.
-            BadRecipe: it is no recipe; `problems` lists all that is wrong, each with its address and line.
+            BadRecipe: it is not a recipe; `problems` lists all that is wrong, each with its address and line.
 
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "fix.yaml")
@@ -105,10 +105,10 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
-        """The recipe of a YAML or JSON text. Files that it names are looked for in the current folder.
+        """The recipe in a YAML or JSON text. Files that it names are relative to the current folder.
 
         Raises:
-            BadRecipe: it is no recipe; `problems` lists all that is wrong, each with its address and line.
+            BadRecipe: it is not a recipe; `problems` lists all that is wrong, each with its address and line.
 
         >>> Recipe.parse('{"version": 1, "steps": [{"zero": "w"}]}') == Recipe([{"zero": "w"}])
         True
@@ -129,7 +129,7 @@ class Recipe:
 
     @staticmethod
     def schema() -> dict[str, Any]:
-        """The form of recipes as JSON Schema (2020-12), for editors and other programs.
+        """The JSON Schema (2020-12) of recipes, for editors and other programs.
 
         >>> sorted(Recipe.schema()["properties"])
         ['steps', 'version']
@@ -137,23 +137,23 @@ class Recipe:
         return make_schema()
 
     def apply(self, tree: T) -> T:
-        """The tree with all steps carried out, of the same type; the tree that was given stays as it is.
+        """A new tree of the same type with all steps applied; the given tree stays as it is.
 
-        Of an opened checkpoint, the checkpoint with a longer plan, for `.save(out)`; so `pm.patch(path, recipe.apply)`
-        carries the recipe out in place.
+        For an opened checkpoint, the checkpoint with a longer plan, for `.save(out)`; `pm.patch(path, recipe.apply)`
+        applies the recipe in place.
 
         Args:
             tree: anything that `pm.at` takes.
 
         Raises:
-            BadRecipe: steps do not fit the tree. All that do not are listed; nothing was changed.
+            BadRecipe: steps do not fit the tree; all of them are listed, and nothing was changed.
 
         >>> Recipe([{"rename": {"at": "a/w", "to": "b/w"}}, {"zero": "b/w"}]).apply({"a": {"w": np.ones(1)}})
         {'b': {'w': array([0.])}}
         """
         if isinstance(tree, str | os.PathLike):
             raise Unsupported(
-                f"{str(tree)!r} is a path, and a recipe is applied to a tree",
+                f"{str(tree)!r} is a path, not a tree",
                 hint="recipe.apply(pm.open(path)).save(out)",
             )
         found, problems = run(self._steps, tree, Donors(self._folder))
@@ -164,10 +164,10 @@ class Recipe:
         return found  # type: ignore[no-any-return]
 
     def apply_(self, module: AnyTree) -> None:
-        """Carries all steps out in place, on a torch or NNX module. Everything is checked before the first change.
+        """Apply all steps in place to a torch or NNX module. Everything is checked before the first change.
 
         Args:
-            module: what the verbs of `pm.at` that end in `_` take.
+            module: anything that the verbs of `pm.at` that end in `_` take.
 
         Raises:
             BadRecipe: steps do not fit, or change shapes, dtypes or structure; nothing was changed.
@@ -187,11 +187,11 @@ class Recipe:
             carry_out()
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as data: `Recipe(**recipe.to_dict())` is equal to it."""
+        """The recipe as data: `Recipe(**recipe.to_dict())` equals it."""
         return {"version": VERSION, "steps": [step.to_dict() for step in self._steps]}
 
     def _told(self) -> str:
-        """The recipe as a record of what was done has it: files by their names, without the folders of this machine."""
+        """The recipe as a record stores it: file names without the folders of this machine."""
         steps = self.to_dict()["steps"]
         bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
         for body in bodies:
@@ -230,5 +230,5 @@ def _bytes_of(path: Path) -> bytes:
     except BadCheckpoint as error:
         raise CannotRead(str(error)) from None
     if len(data) > MAX_BYTES:
-        raise BadRecipe(path.name, [Problem("$", f"more than {MAX_BYTES:,} bytes are too many for a recipe")])
+        raise BadRecipe(path.name, [Problem("$", f"a recipe has at most {MAX_BYTES:,} bytes, and this has too many")])
     return data

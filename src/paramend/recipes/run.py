@@ -1,4 +1,4 @@
-"""Runs of recipes: step after step on a tree, each on what the steps before it left, all problems collected."""
+"""Runs of recipes: step after step on a tree, with all problems collected."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
 
-# What may be wrong only because a step before it could not be done: one that gives paths, or one that gives dtypes.
+# Addresses of problems that may follow from an earlier step that failed: one that changes paths, or specs.
 _FOLLOWS_PATHS = re.compile(r"\.(at(\[\d+\])?|where|to|count|from|leaf)$")
 _FOLLOWS_SPECS = re.compile(rf"\.(at|where|from|{'|'.join({name for op in OPS.values() for name in op.parameters})})$")
 
 
 def run(steps: Sequence[Step], tree: Any, donors: Donors) -> tuple[Any, list[Problem]]:
-    """The edited tree, and all that is wrong; then the tree holds the steps that could be done."""
+    """The edited tree and all problems; if there are any, the tree has only the steps that could be done."""
     problems = Problems()
     broken: list[_Attempt] = []
     for step in steps:
@@ -45,7 +45,7 @@ def run(steps: Sequence[Step], tree: Any, donors: Donors) -> tuple[Any, list[Pro
 def check_in_place(
     steps: Sequence[Step], module: Any, donors: Donors
 ) -> tuple[list[Callable[[], None]], list[Problem]]:
-    """What carries the steps out in place, one after the other, and all that is wrong."""
+    """The functions that carry out the steps in place, in order, and all problems."""
     problems = Problems()
     work: list[Callable[[], None]] = []
     leaves: Any = editable(module)
@@ -58,7 +58,7 @@ def check_in_place(
         calls = at.calls()
         if calls and not at.problems:
             at.problems.tried(f"{at.address}.at", leaves.check_, calls)
-            # The leaves of this step are those of all others; only their values will have changed.
+            # All steps have the same leaves: only values change.
             work.append(partial(_edit_, module, calls))
         problems += at.problems
     return work, problems
@@ -69,7 +69,7 @@ def _edit_(module: AnyTree, calls: Mapping[int, Call]) -> None:
 
 
 def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:
-    """The problem, with a word on the last broken step that it may follow from."""
+    """The problem, with the last broken step that it may follow from added to its message."""
     for other in reversed(broken):
         follows = _FOLLOWS_SPECS if other.step.verb.op else _FOLLOWS_PATHS
         if follows.search(problem.address) and problem.code not in ("cannot-read", "bad-checkpoint"):
@@ -101,12 +101,12 @@ class _Attempt:
             return None
         if self.step.verb.name == "delete":
             return self.problems.tried(f"{self.address}.at", self.leaves.deleted, numbers)
-        # What the leaves were chosen by says what the wildcards of the new path mean.
+        # The wildcards of the new path refer to the selectors that matched the leaves.
         by = Union(tuple(self.step.selectors()))
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
 
     def calls(self) -> dict[int, Call]:
-        """The call of the step's op on each chosen leaf, checked against its spec; none if something is wrong."""
+        """The call of the step's op on each selected leaf, checked against its spec; none if something is wrong."""
         op, given = self.step.verb.op, self.step.given
         chosen = self._chosen()
         if op is None or self.problems:
@@ -131,7 +131,7 @@ class _Attempt:
         return {} if self.problems else calls
 
     def _chosen(self) -> list[tuple[int, Selector]]:
-        """The chosen leaves, each with the selector that chose it, in the order of the tree."""
+        """The selected leaves, each with the selector that matched it, in tree order."""
         found: dict[int, Selector] = {}
         absent = self.step.given.get("count") == 0
         for n, selector in enumerate(self.step.selectors()):
@@ -162,7 +162,7 @@ class _Attempt:
         paths = [self.leaves.index.path(number) for number in numbers]
         count = given.get("count", len(numbers))
         if len(numbers) != count:
-            are = f"{wording.plural(len(numbers), 'leaf is', 'leaves are')} chosen: {wording.listing(paths, 4)}"
+            are = f"{wording.plural(len(numbers), 'leaf is', 'leaves are')} selected: {wording.listing(paths, 4)}"
             self.problems.add(
                 f"{self.address}.count", f"{count} expected, and {are}", f"count: {len(numbers)}", "expect"
             )
@@ -188,7 +188,7 @@ class _Attempt:
             return {}
 
     def _each(self, key: str, specs: dict[int, Spec], check: Callable[[int], Any]) -> dict[int, Any]:
-        """What a check gives for each leaf. The first leaf that it refuses is described, the others are counted."""
+        """Leaf number → the result of a check. The first leaf that fails is described, the others are counted."""
         found: dict[int, Any] = {}
         refused: list[tuple[int, Problem]] = []
         for number in specs:
@@ -204,7 +204,7 @@ class _Attempt:
         return found
 
     def _hint(self, hint: str, spec: Spec) -> str:
-        """The hint of an edit in Python, as a recipe says it."""
+        """A hint for Python, rewritten for recipes."""
         where = re.search(r"\.where\((.*?)\)", hint)
         if where:
             return f"where: {{{where[1].replace('=', ': ').replace(chr(34), '')}}}"

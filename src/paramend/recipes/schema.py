@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes, made from the table of steps: editors complete and check a recipe by it."""
+"""The JSON Schema of recipes, made from the table of steps, for completion and checks in editors."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def make_schema() -> dict[str, Any]:
-    """The schema, in the dialect of 2020-12."""
+    """The schema, in the 2020-12 dialect."""
     return {
         "$schema": DIALECT,
         "title": "Paramend recipe",
         "description": "Edits of model parameters, carried out in order.",
         "type": "object",
         "properties": {
-            "version": {"const": 1, "description": "the version of this form"},
+            "version": {"const": 1, "description": "the version of the format"},
             "steps": {
                 "type": "array",
                 "minItems": 1,

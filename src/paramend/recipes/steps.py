@@ -1,4 +1,4 @@
-"""Steps: the data of a recipe, checked as far as it can be without a tree. All that is wrong is found at once."""
+"""Steps: the data of a recipe, checked as far as possible without a tree. All problems are found at once."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Step:
 
     Attributes:
         verb: its row of the table.
-        given: its keys, read: numbers are numbers, dtypes have their full names.
+        given: its keys with their values read: numbers are numbers, dtypes have their full names.
         number: its place in the recipe.
     """
 
@@ -43,21 +43,21 @@ class Step:
         return list(map(sel, self.texts))
 
     def to_dict(self) -> dict[str, Any]:
-        """The step as a recipe has it."""
+        """The step as data of a recipe."""
         if self.verb.short and list(self.given) == ["at"]:
             return {self.verb.name: self.given["at"]}
         return {self.verb.name: dict(self.given)}
 
 
 class Problems(list[Problem]):
-    """What is wrong, as it is found."""
+    """Problems, in the order in which they are found."""
 
     def add(self, address: str, message: str, hint: str = "", code: str = "recipe") -> None:
-        """Enters one."""
+        """Append a problem."""
         self.append(Problem(address, message, hint, code))
 
     def tried(self, address: str, make: Callable[..., T], *args: Any) -> T | None:
-        """What a function gives; None, and a problem, if it raises an error of the library."""
+        """The result of a function; None, and a problem, if it raises an error of the library."""
         try:
             return make(*args)
         except ParamendError as error:
@@ -72,7 +72,7 @@ def problem_of(error: ParamendError, address: str) -> Problem:
 
 
 def parse_steps(data: Any, problems: Problems) -> tuple[Step, ...]:
-    """The steps of a recipe, and everything that is wrong with it among the problems.
+    """The steps of a recipe; everything that is wrong with it is added to the problems.
 
     >>> problems = Problems()
     >>> parse_steps({"version": 1, "steps": [{"fill": {"at": "w", "valeu": 1}}]}, problems)
@@ -93,15 +93,15 @@ def parse_steps(data: Any, problems: Problems) -> tuple[Step, ...]:
     if "version" not in data:
         problems.add("$", "there is no version", f"version: {VERSION}")
     elif type(data["version"]) is not int or data["version"] != VERSION:
-        problems.add("$.version", f"{shown(data['version'])} is no version that is read here", f"version: {VERSION}")
+        problems.add("$.version", f"{shown(data['version'])} is not a known version", f"version: {VERSION}")
     if "steps" not in data:
         problems.add("$", "there are no steps", 'steps: [zero: "**/bias"]')
         return ()
     steps = data["steps"]
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         empty = steps is None or (isinstance(steps, Sequence) and not steps)
-        message = "there are no steps" if empty else f"steps are a list, not {_kind(steps)}"
-        problems.add("$.steps", message, "one step is a list too: begin it with a dash" if not empty else "")
+        message = "there are no steps" if empty else f"steps is a list, not {_kind(steps)}"
+        problems.add("$.steps", message, "begin each step with a dash, even a single one" if not empty else "")
         return ()
     parsed = [_step(step, f"$.steps[{n}]", problems) for n, step in enumerate(steps)]
     return tuple(replace(step, number=n) for n, step in enumerate(parsed) if step is not None)
@@ -115,7 +115,7 @@ def _step(data: Any, address: str, problems: Problems) -> Step | None:
     verbs = [key for key in data if key in VERBS or key in CODE]
     if len(data) > 1 and verbs:
         lost = [key for key in data if key not in verbs]
-        hint = f"indent {wording.listing(lost)} below {verbs[0]}:" if lost else "each in a step of its own"
+        hint = f"indent {wording.listing(lost)} below {verbs[0]}:" if lost else "make each a step of its own"
         problems.add(address, f"a step has one key, and this has {wording.listing(list(map(str, data)))}", hint)
         return None
     for name in data:
@@ -135,7 +135,7 @@ def _step(data: Any, address: str, problems: Problems) -> Step | None:
 
 
 def _given(verb: Verb, body: Any, address: str, problems: Problems) -> Step | None:
-    """The step, if nothing is wrong with what stands below its verb."""
+    """The step, if nothing is wrong with the body below its verb."""
     before = len(problems)
     if verb.short and body is not None and not isinstance(body, Mapping):
         body = {"at": body}
@@ -158,9 +158,7 @@ def _given(verb: Verb, body: Any, address: str, problems: Problems) -> Step | No
         needed = " or ".join(verb.one_of)
         problems.add(address, f"{verb.name} needs {needed}{', not both' if alternatives else ''}", _example(verb))
     if "leaf" in body and "from" not in body:
-        problems.add(
-            below(address, "leaf"), "leaf says which leaf of another file, and there is no from", _example(verb)
-        )
+        problems.add(below(address, "leaf"), "leaf names a leaf of another file, and there is no from", _example(verb))
     if len(problems) > before:
         return None
     step = Step(verb, given)
@@ -176,7 +174,7 @@ def _given(verb: Verb, body: Any, address: str, problems: Problems) -> Step | No
 def _read(key: Key, data: Any, address: str, problems: Problems) -> Any:
     if key.name == "at" and isinstance(data, list | tuple):
         if not data:
-            problems.add(address, "an empty list chooses nothing", '"**" chooses every leaf')
+            problems.add(address, "an empty list matches nothing", '"**" matches every leaf')
         return [_read(key, text, below(address, n), problems) for n, text in enumerate(data)]
     if key.name == "where":
         return _conditions(data, address, problems)
@@ -211,7 +209,7 @@ def _verbs_beside(name: str) -> str:
 
 
 def _example(verb: Verb) -> str:
-    """The verb as a step that holds what it needs, as a recipe has it."""
+    """A step of the verb with all that it needs, as text of a recipe."""
     ((name, body),) = verb.example.items()
     return f"{name}: {write_scalar(body)}"
 

@@ -1,7 +1,7 @@
-"""The text of recipes, as data: JSON, or YAML by the rules of YAML 1.2, of which JSON is a part.
+"""The text of recipes as data: JSON, or YAML by the rules of YAML 1.2, which includes JSON.
 
-Under these rules `on`, `off`, `yes` and `no` are text, `1e-3` is a number and `1:30` is text, which YAML 1.1 has
-otherwise. Tags are refused, so nothing but maps, lists and scalars comes out, and what comes out is bounded.
+Unlike in YAML 1.1, `on`, `off`, `yes`, `no` and `1:30` are text and `1e-3` is a number. Tags are refused, so the result
+holds only maps, lists and scalars, and its size is bounded.
 """
 
 import json
@@ -15,18 +15,18 @@ import yaml
 
 from paramend.errors import BadRecipe, Problem
 
-# A recipe of this size takes the reader seconds; one for each tensor of the largest models has a tenth of it.
+# Reading a recipe of this size takes seconds; one with a step for each tensor of the largest models has a tenth of it.
 MAX_BYTES = 1_000_000
-_MAX_GROWN = 2 * MAX_BYTES  # what aliases may make of it
+_MAX_GROWN = 2 * MAX_BYTES  # with aliases expanded
 _MAX_DEPTH = 64
 _DEFAULT = {
     kind: f"tag:yaml.org,2002:{tag}" for kind, tag in (("scalar", "str"), ("sequence", "seq"), ("mapping", "map"))
 }
-_QUOTE = 'a selector that begins with * or holds [ ] { } goes into quotes: zero: "**/bias"'
+_QUOTE = 'quote a selector that begins with * or contains [ ] { }: zero: "**/bias"'
 
 
 def finite(text: str) -> float | str:
-    """A number with a point; one that is too large stays text, which is then refused where a number must be."""
+    """A float; one that is too large stays text, which is refused where a number is required."""
     number = float(text)
     return number if math.isfinite(number) else text
 
@@ -48,12 +48,12 @@ _SCALARS: tuple[tuple[str, Callable[[str], Any]], ...] = (
 
 @dataclass(slots=True)
 class Document:
-    """A text that was read.
+    """The result of reading a text.
 
     Attributes:
         data: maps, lists and scalars.
-        problems: what is wrong with it though it can be read, such as a key that stands twice.
-        lines: address → the line on which it begins, counted from 1; empty for JSON.
+        problems: what is wrong although the text can be read, such as a duplicate key.
+        lines: address → the line where it begins, counted from 1; empty for JSON.
     """
 
     data: Any = None
@@ -77,16 +77,16 @@ def read(text: str, name: str) -> Document:
 
     Args:
         text: YAML or JSON.
-        name: what messages call it.
+        name: the name of the recipe in messages.
 
     Raises:
-        BadRecipe: it is neither, or too large.
+        BadRecipe: the text is neither, or too large.
 
     >>> read("version: 1\\nsteps: [zero: w]", "recipe").data
     {'version': 1, 'steps': [{'zero': 'w'}]}
     """
     if len(text) > MAX_BYTES:
-        raise _refused(name, f"{len(text):,} characters are too many: at most {MAX_BYTES:,} are read")
+        raise _refused(name, f"{len(text):,} characters are too many: a recipe has at most {MAX_BYTES:,}")
     if text.lstrip().startswith("{") or name.endswith(".json"):
         try:
             return _read_json(text)
@@ -107,7 +107,7 @@ def _read_json(text: str) -> Document:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                document.problems.append(Problem("$", f"the key {key!r} stands twice in one map"))
+                document.problems.append(Problem("$", f"the key {key!r} appears twice in one map"))
             found.setdefault(key, value)
         return found
 
@@ -120,7 +120,7 @@ def _refused(name: str, message: str, hint: str = "", line: int = 0) -> BadRecip
 
 
 class _Reader:
-    """A YAML text at work."""
+    """A reader of one YAML text."""
 
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text = name, text
@@ -129,7 +129,7 @@ class _Reader:
 
     def read(self) -> Document:
         try:
-            # The base loader makes no objects and gives plain scalars no type: both are done here.
+            # The base loader constructs no objects and gives plain scalars no type: both are done here.
             node: Any = yaml.compose(self.text, Loader=yaml.BaseLoader)
         except yaml.MarkedYAMLError as error:
             raise self._wrong(error) from None
@@ -139,7 +139,7 @@ class _Reader:
         except RecursionError:
             raise _refused(self.name, "the data is nested too deeply") from None
         except (ValueError, OverflowError) as error:
-            raise _refused(self.name, f"an escape is no character: {error}") from None
+            raise _refused(self.name, f"an escape is not a character: {error}") from None
         self.document.data = None if node is None else self.data(node, "$", 0)
         return self.document
 
@@ -148,7 +148,7 @@ class _Reader:
         self.document.lines.setdefault(address, line)
         self.grown += 16 + (len(node.value) if node.id == "scalar" else 0)
         if self.grown > _MAX_GROWN or depth > _MAX_DEPTH:
-            what = "is nested too deeply" if depth > _MAX_DEPTH else "is too much, aliases written out"
+            what = "is nested too deeply" if depth > _MAX_DEPTH else "is too large with aliases expanded"
             raise _refused(self.name, f"the data {what}", line=line)
         if node.tag != _DEFAULT[node.id]:
             self.problem(address, f"{node.tag!r}: a recipe has no tags", line)
@@ -163,7 +163,8 @@ class _Reader:
                 continue
             key = key_node.value
             if key in found:
-                self.problem(below(address, key), f"the key {key!r} stands twice in one map", child.start_mark.line + 1)
+                line = child.start_mark.line + 1
+                self.problem(below(address, key), f"the key {key!r} appears twice in one map", line)
                 continue
             found[key] = self.data(child, below(address, key), depth + 1)
         return found
@@ -181,18 +182,18 @@ class _Reader:
             message += f"\n\n    {line}\n    {' ' * mark.column}^"
         hint = ""
         if "unknown escape" in said:
-            hint = r"in single quotes a backslash stands for itself: zero: 'a\*b/w'"
+            hint = r"use single quotes, which keep backslashes: zero: 'a\*b/w'"
         elif "\\t" in said:
             hint = "indent with spaces"
         elif "single document" in said:
-            hint = "one file holds one recipe: leave out the line ---"
+            hint = "a file holds one recipe: remove the line ---"
         elif any(char in line for char in "*[]{}"):
             hint = _QUOTE
         return _refused(self.name, message, hint, 0 if mark is None else mark.line + 1)
 
 
 def _scalar(text: str) -> Any:
-    """A scalar without quotes, by the core schema of YAML 1.2 (section 10.3.2)."""
+    """The value of an unquoted scalar, by the core schema of YAML 1.2 (section 10.3.2)."""
     for pattern, make in _SCALARS:
         if re.fullmatch(pattern, text):
             return make(text)
@@ -200,7 +201,7 @@ def _scalar(text: str) -> Any:
 
 
 def write_scalar(data: Any) -> str:
-    """A scalar, or a list of them, as `read` takes it back.
+    """A scalar, or a list or map of them, as text that `read` can read.
 
     >>> print(write_scalar(["a\\u0085b", 0.5, float("inf"), True]))
     ["a\\x85b", 0.5, .inf, true]

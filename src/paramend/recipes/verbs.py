@@ -1,4 +1,4 @@
-"""The table of steps: verbs with the keys that each takes. Those of edits come from the table of ops."""
+"""The table of steps: verbs with the keys that each takes. Edits come from the table of ops."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from paramend.edits.ops import OPS
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of a step: its name, what may stand there, what it says, whether it must be there."""
+    """A key of a step: its name, what value it takes, what it means, whether it is required."""
 
     name: str
     value: Value
@@ -23,12 +23,12 @@ class Verb:
     """A kind of step.
 
     Attributes:
-        name: its one key.
+        name: its key in a step.
         says: what it does.
         keys: what the map below it may hold.
-        op: the row of the table of ops; None for changes of structure and for expectations.
-        one_of: keys of which exactly one must be there.
-        changes: whether the steps after it see other paths or specs.
+        op: its row of the table of ops; None for changes of structure and for expectations.
+        one_of: keys, exactly one of which is required.
+        changes: whether the steps after it see different paths or specs.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Verb:
 
     @property
     def example(self) -> dict[str, Any]:
-        """The verb as a step that holds what it needs."""
+        """A step of the verb with all that it needs, as data."""
         selector = "h/<n>/w" if self.name == "rename" else "**/kernel"
         if self.short:
             return {self.name: selector}
@@ -56,7 +56,7 @@ class Verb:
 
     @property
     def short(self) -> bool:
-        """Whether a selector alone says all: `zero: "**/bias"`."""
+        """Whether a selector alone is enough: `zero: "**/bias"`."""
         return not self.one_of and [key.name for key in self.keys if key.required] == ["at"]
 
 
@@ -68,7 +68,7 @@ CONDITIONS = (
     Key("min_size", NATURAL, "the least number of scalars"),
     Key("max_size", NATURAL, "the greatest number of scalars"),
 )
-# `at` and `where` are read by `recipes.steps`: they hold lists and maps whose parts have addresses of their own.
+# `recipes.steps` reads `at` and `where`: they hold lists and maps whose parts have their own addresses.
 SELECTOR = Value(
     "a selector",
     TEXT.read,
@@ -88,10 +88,10 @@ WHERE = Value(
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
-_WHERE = Key("where", WHERE, "only those whose specs fit: ndim, dtype, shape, min_size, max_size")
+_WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
-_FROM = Key("from", TEXT, "a .npy file or a checkpoint that the values come from, relative to the recipe's folder")
-_LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; the wildcards of `at` stand in it as in a rename")
+_FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
+_LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; it takes the wildcards of `at`, as in a rename")
 
 
 def _of_op(op: Op) -> Verb:
@@ -119,8 +119,8 @@ VERBS: dict[str, Verb] = {
         Verb("delete", "the leaves are left out", (_AT, _WHERE), changes=True),
         Verb(
             "expect",
-            "nothing changes; all chosen leaves must be as said",
-            (_AT, _WHERE, Key("count", NATURAL, "how many are chosen, also 0"), *CONDITIONS),
+            "nothing changes; all selected leaves must be as described",
+            (_AT, _WHERE, Key("count", NATURAL, "how many leaves are selected; may be 0"), *CONDITIONS),
         ),
     )
 }
@@ -135,5 +135,5 @@ def verb_of(name: str) -> Verb:
     return VERBS[name]
 
 
-# Ops that only code can say.
+# Ops that take code.
 CODE = {op.name for op in OPS.values() if op.code}

@@ -1,4 +1,4 @@
-"""Stacks in checkpoints: layers are stacked and unstacked by reference, and nothing is read before it is saved."""
+"""Stacks in checkpoints: layers are stacked and unstacked by reference; values are read only when saved."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 from paramend.stacking.plan import Member, Path
 
-# Of a leaf its new path, as `renames.keys` has it.
+# Leaf number → its new path, as `renames.keys` returns it.
 Keys = Mapping[int, Sequence[tuple[str, int | None]]]
 
 
 def stacked(tree: Checkpoint, groups: Sequence[Sequence[Member]], axes: Mapping[Path, int], paths: Keys) -> Checkpoint:
-    """The checkpoint with each group of leaves as one, where the first of them was.
+    """The checkpoint with each group of leaves as one leaf, in the position of the first.
 
     Args:
         tree: the checkpoint.
-        groups: the leaves that become one, in the order of the layers.
-        axes: path of the stack and in the layer → the new axis.
+        groups: the leaves that become one, in layer order.
+        axes: path of the stack and within the layer → the new axis.
         paths: the new path of the first leaf of each group.
     """
     places: dict[int, list[Pick]] = {member.number: [] for group in groups for member in group}
@@ -46,14 +46,14 @@ def unstacked(
     axes: Mapping[Path, int],
     paths: Sequence[Keys],
 ) -> Checkpoint:
-    """The checkpoint with the layers of stacks one after the other, where the first leaf of each stack was.
+    """The checkpoint with the layers of stacks one after the other, from the position of each stack's first leaf.
 
     Args:
         tree: the checkpoint.
         members: the leaves of the stacks.
         depths: path of a stack → how many layers it holds.
-        axes: path of the stack and in the layer → the axis of the layers.
-        paths: layer by layer, the new path of each leaf.
+        axes: path of the stack and within the layer → the axis of the layers.
+        paths: the new path of each leaf, layer by layer.
     """
     places: dict[int, list[Pick]] = {member.number: [] for member in members}
     firsts: dict[Path, int] = {}
@@ -69,11 +69,11 @@ def unstacked(
 
 
 def _readable(tree: Checkpoint, number: int, axis: int) -> Origin:
-    """A leaf as part of another; along the first axis also one that nobody can read, as its bytes stay together."""
+    """A leaf as part of another; along axis 0 even an unreadable one, because its bytes stay contiguous."""
     why = tree.refusal(number)
     if axis and why:
         raise Unsupported(
-            f"{tree.index.path(number)} cannot be read: {why}", hint="axis=0, along which bytes stay as they are"
+            f"{tree.index.path(number)} cannot be read: {why}", hint="axis=0 copies bytes without reading them"
         )
     return origin_of(tree, number)
 
@@ -83,7 +83,7 @@ def _labels(path: Sequence[tuple[str, int | None]]) -> tuple[Label, ...]:
 
 
 def _replaced(tree: Checkpoint, places: Mapping[int, Sequence[Pick]]) -> Checkpoint:
-    """The checkpoint with other leaves in place of some."""
+    """The checkpoint with some leaves replaced by others."""
     index = tree.index
     picks: list[Pick] = []
     for number in index.numbers:
@@ -95,7 +95,7 @@ def _replaced(tree: Checkpoint, places: Mapping[int, Sequence[Pick]]) -> Checkpo
         raise RenameClash(
             f"{wording.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
             f"{wording.listing(clashes, 4)}",
-            hint='into="stack" names another place',
+            hint='into="stack", a path that is free',
         )
     return assemble(tree, picks)
 
@@ -114,7 +114,7 @@ def _stack(parts: Sequence[Origin], axis: int) -> Origin:
 def _take(origin: Origin, layer: int, axis: int) -> Origin:
     shape = origin.spec.shape
     rest = (*shape[:axis], *shape[axis + 1 :])
-    if prod(shape[:axis]) == 1:  # the elements of a layer are neighbours
+    if prod(shape[:axis]) == 1:  # the elements of a layer are contiguous
         return Taken(origin, layer * prod(rest), rest)
     return Made(Spec(rest, origin.spec.dtype), partial(_layer, origin, layer, axis))
 

@@ -1,4 +1,4 @@
-"""Stacks by names and specs alone: which leaves belong to which layer of which stack, and along which axis."""
+"""Stacks, from names and specs alone: which leaves belong to which layer of which stack, and along which axis."""
 
 import re
 from collections import defaultdict
@@ -17,11 +17,11 @@ from paramend.trees.tree import Tree
 
 Path = tuple[str, ...]
 
-REST = "\u2026"  # stands between the path of a stack and that of a leaf in it
+REST = "\u2026"  # separates the path of a stack from that of a leaf in it
 
 
 class Member(NamedTuple):
-    """A leaf of one layer: its number in the tree, the layer, the stack, and its path in the layer."""
+    """A leaf of one layer: its number in the tree, the layer, the stack, and its path within the layer."""
 
     number: int
     layer: int
@@ -41,7 +41,7 @@ def number_in(text: str, argument: str) -> str:
     found = [atom for part in parse(text).segments if isinstance(part, Piece) for atom in _numbers(part)]
     if len(found) != 1 or str(found[0]) != f"<{found[0].name}>":
         raise BadArgument(
-            f"{argument}={text!r} has {len(found) or 'no'} numbers, and one of them counts the layers"
+            f"{argument}={text!r} has {len(found) or 'no'} numbers instead of one that counts the layers"
             if len(found) != 1
             else f"{argument}={text!r} does arithmetic with the number of a layer",
             hint=f'{argument}="{_one_number(text)}"',
@@ -50,7 +50,7 @@ def number_in(text: str, argument: str) -> str:
 
 
 def _one_number(text: str) -> str:
-    """A text in which just the last number is captured.
+    """A text in which only the last number is captured.
 
     >>> _one_number("stage_<s>/block_<n+1>"), _one_number("layers_")
     ('stage_*/block_<n>', 'layers_<n>')
@@ -61,7 +61,7 @@ def _one_number(text: str) -> str:
 
 
 def new_layers(into: str) -> str:
-    """The path of layers that are made, with `<n>` for their number; `layers[*]` is a list, `layers_[*]` are siblings.
+    """The path of new layers, with `<n>` for their number; `layers[*]` is a list, `layers_[*]` are siblings.
 
     >>> new_layers("params/layers_[*]"), new_layers("model.layers[*]"), new_layers("layers/<n>/**")
     ('params/layers_<n>', 'model/layers/<n>', 'layers/<n>')
@@ -75,10 +75,10 @@ def new_layers(into: str) -> str:
 
 
 def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
-    """The layers with `<n>` for their number; and where only some are meant, leaf number → which of these it is in.
+    """The layers with `<n>` for their number; and if only some are selected, leaf number → its place among them.
 
     Raises:
-        BadArgument: the text does not say where the number is, or means lists here and siblings there.
+        BadArgument: the text does not say where the number is, or matches both lists and siblings.
         NoMatch: there are no such layers.
     """
     if captures_of(layers):
@@ -87,7 +87,7 @@ def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
     texts = {said.with_number(one) for one in found}
     if len(texts) > 1:
         raise BadArgument(
-            f"layers={layers!r} means {wording.listing(sorted(texts))}",
+            f"layers={layers!r} matches {wording.listing(sorted(texts))}",
             hint=f'layers="{min(texts)}", one after the other',
         )
     places: dict[int, int] = {}
@@ -101,7 +101,7 @@ def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
 
 
 def number_at(text: str) -> tuple[int, bool]:
-    """The place of the segment with the number, counted from the end, and whether the number is all of it.
+    """The place of the segment with the number, counted from the end, and whether the number is the whole segment.
 
     >>> number_at("layers/<n>"), number_at("h_<n>/inner")
     ((-1, True), (-2, False))
@@ -112,7 +112,7 @@ def number_at(text: str) -> tuple[int, bool]:
 
 
 def without_number(layers: str) -> str:
-    """The path of the stack, by default.
+    """The default path of the stack: that of the layers without the number.
 
     >>> without_number("params/layers_<n>"), without_number("model.layers.<n>"), without_number("h<n>")
     ('params/layers', 'model/layers', 'h')
@@ -124,7 +124,7 @@ def without_number(layers: str) -> str:
             text = re.sub(r"[_-]?<\w+>", "", text)
         out.append(text)
     if not any(out):
-        raise BadArgument(f"{layers!r} without its number is no path", hint=f'into="layers" beside {layers!r}')
+        raise BadArgument(f"{layers!r} without its number is not a path", hint=f'{layers!r}, into="layers"')
     return "/".join(filter(None, out))
 
 
@@ -137,12 +137,12 @@ def numbered(into: str, layer: int) -> str:
 
 
 def members_of(tree: Leaves, rule: Rename, places: Mapping[int, int] | None = None) -> list[Member]:
-    """The leaves of layers; the rule writes the number of the layer, the stack, a mark and the rest.
+    """The leaves of layers.
 
     Args:
         tree: the tree.
-        rule: the rule.
-        places: leaf number → the layer that it is in, where only some layers are meant.
+        rule: makes of a path the number of the layer, the stack, a mark and the rest.
+        places: leaf number → the layer that it is in, if only some layers are selected.
     """
     members = []
     for number, path in rule.over(tree.index).items():
@@ -172,7 +172,7 @@ def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[M
             there = wording.listing(list(map(str, numbers)), 12)
             name = "/".join(map(write_piece, stack))
             raise BadArgument(
-                f"the layers of {name} are numbered {there}, and not 0 to {len(numbers) - 1}",
+                f"the layers of {name} are numbered {there}, not 0 to {len(numbers) - 1}",
                 hint=f"rename them first: pm.at(tree, {layers + '/**'!r}).rename(...)",
             )
         for rest, found in rests.items():
@@ -194,7 +194,7 @@ def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[M
     if differ:
         raise SpecMismatch(
             f"the layers {layers} differ:\n  " + "\n  ".join(differ[:16]),
-            hint="stack those that are alike, under names of their own",
+            hint="stack only layers of equal specs, one stack for each spec",
         )
     return [[found[i] for i in range(len(found))] for rests in stacks.values() for found in rests.values()]
 
@@ -211,22 +211,22 @@ def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int])
             said = "; ".join(f"{size} in {wording.listing(paths, 2)}" for size, paths in found.items())
             raise BadArgument(
                 f"the leaves of one stack hold different numbers of layers: {said}",
-                hint="axis=1, or like=params with the layers that are wanted, says which axis counts them",
+                hint="axis=1, or like=params of the model with the wanted layers",
             )
         if 0 in found:
-            raise BadArgument("a stack without layers cannot be unstacked", hint="pm.at(tree, path).delete()")
+            raise BadArgument("a stack without layers cannot be unstacked", hint='pm.at(tree, "layers/**").delete()')
     return {stack: next(iter(found)) for stack, found in sizes.items()}
 
 
 def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, extra: int) -> dict[Path, int]:
-    """The axis of each new leaf, or of each old one if axes go: counted from the front.
+    """The axis of each new leaf, or of each old one if axes are removed, counted from the front.
 
     Args:
         tree: the tree.
         members: new path → number of a leaf.
-        axis: the axis, if there is no other tree to tell.
-        like: a tree or a checkpoint that tells by its shapes, or None.
-        extra: how many axes more the new leaves have.
+        axis: the axis, if `like` is None.
+        like: a tree or a checkpoint whose shapes determine the axis, or None.
+        extra: how many more axes the new leaves have.
     """
     shapes = {path: tree.spec(number).shape for path, number in members.items()}
     lengths = {path: len(shape) + max(extra, 0) for path, shape in shapes.items()}
@@ -234,7 +234,7 @@ def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, ext
         wrong = [path for path, length in lengths.items() if not -length <= axis < length]
         if wrong:
             some = wording.listing([tree.index.path(members[path]) for path in wrong], 4)
-            raise BadArgument(f"axis={axis} is no axis of {some}", hint="axis=0")
+            raise BadArgument(f"axis={axis} is not an axis of {some}", hint="axis=0")
         return {path: axis % length for path, length in lengths.items()}
     other: Any = like if isinstance(like, Editable) else Tree(like)
     wanted = {other.index.pieces(number): other.spec(number).shape for number in other.index.numbers}
@@ -246,10 +246,10 @@ def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, ext
             said = "is not in `like`" if there is None else f"is {list(there)} in `like`"
             raise BadArgument(
                 f"{'/'.join(path)} {said}, and here {list(shape)}",
-                hint="axis=0 instead of like= says where the layers are",
+                hint="axis=0 instead of like=",
             )
         fits[path] = [at for at in range(len(long)) if (*long[:at], *long[at + 1 :]) == short]
-    # One axis for all leaves, from the front or from the back, is likelier than one for each.
+    # One axis for all leaves, counted from the front or from the back, is likelier than one for each.
     longest = max(lengths.values())
     ways: list[dict[Path, int]] = []
     for at in range(-longest, longest):
@@ -260,5 +260,5 @@ def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, ext
         ways = [{path: found[0] for path, found in fits.items()}]
     if len(ways) != 1:
         said = "several axes fit" if ways else "no axis fits"
-        raise BadArgument(f"{said} the shapes in `like`", hint="axis=0 instead of like= says where the layers are")
+        raise BadArgument(f"{said} the shapes in `like`", hint="axis=0 instead of like=")
     return ways[0]

@@ -1,7 +1,7 @@
-"""Stacks of layers: layers side by side under numbered names become one subtree with an axis of layers, and back.
+"""Stacks of layers: layers under numbered names become one subtree with an axis of layers, and back.
 
-`nn.scan` and `nnx.vmap` keep the layers of a model in one subtree, in which every leaf has one axis more. A model in
-one form starts from one in the other when its layers are stacked or unstacked.
+`nn.scan` and `nnx.vmap` keep the layers of a model in one subtree, in which every leaf has one more axis. Stacking and
+unstacking let a model in one form start from one in the other.
 """
 
 from collections.abc import Sequence
@@ -40,30 +40,30 @@ Path = tuple[str, ...]
 
 
 def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0, like: AnyTree | None = None) -> T:
-    """The tree with its numbered layers as one: each leaf holds those of all layers, along a new axis.
+    """The tree with its numbered layers as one: each leaf holds that of every layer, along a new axis.
 
     Args:
-        tree: nested dicts, FrozenDict, lists, an NNX State, a train state, a state dict; or a checkpoint as `pm.open`
-            gives it: then a checkpoint comes back, to be written by its `.save(out)`.
+        tree: nested dicts, FrozenDict, lists, an NNX State, a train state, a state dict; or a checkpoint opened by
+            `pm.open`: then the result is a checkpoint, written by its `.save(out)`.
         layers: the layers: `"params/layers_<n>"`, `"model.layers[*]"`; `"Dense_[1:-1]"` leaves the first and the last
-            where they are. With wildcards, as in `"**/layers_<n>"`, several stacks, also those in the moments of an
-            optimizer's state.
+            where they are. With wildcards, as in `"**/layers_<n>"`, several stacks, including those in the moments of
+            an optimizer state.
         into: the path of the stack, with the same wildcards; by default that of the layers without the number.
         axis: where the new axis goes.
-        like: a tree or a checkpoint with the stack that is wanted, such as the parameters of the scanned model: its
-            shapes say which axis it is, and `axis` is not asked.
+        like: a tree or a checkpoint with the wanted stack, such as the parameters of the scanned model: its shapes
+            determine the axis, and `axis` is ignored.
 
     Returns:
-        A new tree of the same containers. Leaves outside of the layers are the same objects. Of a checkpoint, nothing
-        is read before it is saved; along axis 0 bytes are then copied, in bounded memory, and along any other axis one
-        leaf at a time is computed in memory.
+        A new tree of the same containers. Leaves outside the layers are the same objects. A checkpoint is read only
+        when it is saved: along axis 0 bytes are copied in bounded memory, along any other axis one leaf at a time is
+        computed in memory.
 
     Raises:
         NoMatch: there are no such layers.
         BadArgument: the numbers are not 0, 1, 2 and so on, or the layers have different leaves, or no axis fits.
         SpecMismatch: leaves differ in shape or dtype from layer to layer.
-        RenameClash: something stands at the new path.
-        Unsupported: a module, whose class says what it holds.
+        RenameClash: something is already at the new path.
+        Unsupported: the tree is a module, whose class determines what it holds.
 
     >>> unrolled = {"layers_0": {"w": np.zeros((2, 3))}, "layers_1": {"w": np.ones((2, 3))}, "head": np.ones(3)}
     >>> scanned = stack_layers(unrolled, "layers_<n>")
@@ -74,13 +74,13 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     layers, places = picked(leaves, layers)
     name = number_in(layers, "layers")
     into = without_number(layers) if into is None else into
-    resolve(f"{layers}/**", leaves)  # for its error, which knows what comes close
+    resolve(f"{layers}/**", leaves)  # for its error, which names near matches
     members = members_of(leaves, rename(f"{layers}/**", f"<{name}>/{into}/{REST}/**"), places)
     groups = checked(leaves, members, layers)
     axes = axes_of(leaves, {(*m[0].stack, *m[0].rest): m[0].number for m in groups}, axis, like, extra=1)
     paths = keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
     if not isinstance(leaves, Tree):
-        from paramend.stacking.checkpoints import stacked  # trees in memory need none of it
+        from paramend.stacking.checkpoints import stacked  # only for checkpoints
 
         return cast(T, stacked(leaves, groups, axes, paths))
     draft = take_apart(leaves)
@@ -96,29 +96,28 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
 
 
 def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTree | None = None) -> T:
-    """The tree with the layers of a stack one by one, under numbered names: the way back from `stack_layers`.
+    """The tree with the layers of a stack under numbered names: the inverse of `stack_layers`.
 
     Args:
-        tree: nested dicts, FrozenDict, an NNX State, a train state, a state dict; or a checkpoint as `pm.open` gives
-            it: then a checkpoint comes back, to be written by its `.save(out)`.
-        stack: the path of the stack: `"params/layers"`. With wildcards, as in `"**/layers"`, several of them.
+        tree: nested dicts, FrozenDict, an NNX State, a train state, a state dict; or a checkpoint opened by `pm.open`:
+            then the result is a checkpoint, written by its `.save(out)`.
+        stack: the path of the stack: `"params/layers"`. With wildcards, as in `"**/layers"`, several stacks.
         into: the path of the layers, with the same wildcards and a number: `"params/layers_<n>"`. A number that is a
-            key of its own, as in `"layers/<n>"` or `"layers[*]"`, makes a list; in an NNX State, which has no lists,
-            int keys.
+            whole key, as in `"layers/<n>"` or `"layers[*]"`, makes a list; in an NNX State, which has no lists, int
+            keys.
         axis: which axis counts the layers.
-        like: a tree or a checkpoint with the layers that are wanted: its shapes say which axis it is, and `axis` is not
-            asked.
+        like: a tree or a checkpoint with the wanted layers: its shapes determine the axis, and `axis` is ignored.
 
     Returns:
-        A new tree of the same containers. Leaves outside of the stack are the same objects. Of a checkpoint, nothing is
-        read before it is saved; along axis 0 bytes are then copied, in bounded memory, and along any other axis each
-        layer is cut in memory out of the whole leaf.
+        A new tree of the same containers. Leaves outside the stack are the same objects. A checkpoint is read only when
+        it is saved: along axis 0 bytes are copied in bounded memory, along any other axis each layer is sliced in
+        memory from the whole leaf.
 
     Raises:
         NoMatch: there is no such stack.
-        BadArgument: the leaves of a stack do not hold as many layers each, or no axis fits.
-        RenameClash: something stands at a new path.
-        Unsupported: a module, whose class says what it holds.
+        BadArgument: the leaves of a stack hold different numbers of layers, or no axis fits.
+        RenameClash: something is already at a new path.
+        Unsupported: the tree is a module, whose class determines what it holds.
 
     >>> scanned = {"layers": {"w": np.zeros((2, 2, 3))}, "head": np.ones(3)}
     >>> unrolled = unstack_layers(scanned, "layers", into="layers_<n>")
@@ -136,7 +135,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     layers = range(max(depths.values()))
     paths = [keys_of_leaves(leaves, rename(f"{stack}/**", f"{numbered(into, layer)}/**")) for layer in layers]
     if not isinstance(leaves, Tree):
-        from paramend.stacking.checkpoints import unstacked  # trees in memory need none of it
+        from paramend.stacking.checkpoints import unstacked  # only for checkpoints
 
         return cast(T, unstacked(leaves, members, depths, axes, paths))
     draft = take_apart(leaves)
@@ -151,7 +150,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
                 piece = backend(value).get(value, (*[slice(None)] * at, layer))
                 box = _boxed(boxes[member.number], piece, at, grows=False)
                 path = paths[layer][member.number]
-                # The number's key, counted from the end: wildcards before it may stand for any number of keys.
+                # The number's key is counted from the end: wildcards before it may match any number of keys.
                 position = len(path) - len(member.rest) + place if alone else None
                 draft.put(member.number, path, box, position=position)
     return _closed(draft, members)  # type: ignore[no-any-return]
@@ -161,11 +160,11 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
 
 
 def _boxed(box: Any, value: Any, axis: int, *, grows: bool) -> Any:
-    """A value in a box like the one that a leaf was in, if there was one; names of its axes follow."""
+    """A value in a box like the leaf's old one, if it had one, with the names of its axes adapted."""
     kind = find_kind(box)
     if kind is None:
         return value
-    for attribute in ("names", "out_sharding"):  # of Flax linen, of NNX
+    for attribute in ("names", "out_sharding"):  # Flax linen, NNX
         names = getattr(box, attribute, None)
         if isinstance(names, tuple):
             names = (*names[:axis], None, *names[axis:]) if grows else (*names[:axis], *names[axis + 1 :])
@@ -174,15 +173,15 @@ def _boxed(box: Any, value: Any, axis: int, *, grows: bool) -> Any:
 
 
 def _remove_layers(draft: Draft, members: Sequence[Member], *, lists: bool) -> None:
-    """Removes the containers of layers from which all leaves were taken.
+    """Remove the containers of layers from which all leaves were taken.
 
     Args:
         draft: the tree.
         members: the leaves that were taken.
-        lists: whether the layers stand in a container of their own, which goes too.
+        lists: whether the layers have a container of their own, which is removed too.
 
     Raises:
-        Unsupported: something that is no array is left.
+        Unsupported: something that is not an array is left.
     """
     for number, _, _, rest in members:
         chain, path, _ = draft.places[number]
@@ -193,13 +192,13 @@ def _remove_layers(draft: Draft, members: Sequence[Member], *, lists: bool) -> N
             name = "/".join((*chain[top].path, *left[0]))
             raise Unsupported(
                 f"{name} is a {type(left[1]).__name__}, and only arrays have an axis of layers",
-                hint="of an optimizer with masks, pm.graft_opt_state(tx.init(params), state, report)",
+                hint="for an optimizer with masks: pm.graft_opt_state(tx.init(params), state, report)",
             )
         _sweep(chain[max(top - lists, 1) - 1 :], path[max(top - lists, 1) - 1 :])
 
 
 def _sweep(chain: Sequence[Any], path: Sequence[Any]) -> None:
-    """Removes the containers of a chain that are empty, the innermost first, and the outermost never."""
+    """Remove the empty containers of a chain, innermost first, except the outermost."""
     for depth in range(len(chain) - 1, 0, -1):
         parent, key = chain[depth - 1], path[depth - 1]
         if chain[depth].entries or parent.fixed:
@@ -209,7 +208,7 @@ def _sweep(chain: Sequence[Any], path: Sequence[Any]) -> None:
 
 
 def _left(child: Any) -> tuple[Path, Any] | None:
-    """Something in a container that is neither an array that was taken nor a container that held some; its path."""
+    """The path and value of something left in a container: not a taken array, nor a container that held only those."""
     if not hasattr(child, "entries"):
         return (), child
     if not child.before:
@@ -226,7 +225,7 @@ def _closed(draft: Draft, members: Sequence[Member]) -> Any:
         raise RenameClash(
             f"{wording.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
             f"{wording.listing(draft.clashes, 4)}",
-            hint='into="stack" names another place',
+            hint='into="stack", a path that is free',
         )
     for member in members:
         _sweep(*draft.places[member.number][:2])
