@@ -1,4 +1,4 @@
-"""Freezing in optax: a transformation wrapped so that chosen leaves stay where they are."""
+"""Freezing in optax: a transformation wrapped so that selected leaves do not move."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -18,7 +18,7 @@ def on_host(value: Any) -> Any:
 
 
 def converted(value: Any, dtype: str) -> Any:
-    """An array in another dtype, of its own library where that has the dtype.
+    """An array in another dtype: of its own library for floats and complex numbers, else of numpy.
 
     >>> converted(np.array([1.5, 2.0]), "int32")
     array([1, 2], dtype=int32)
