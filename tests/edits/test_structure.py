@@ -178,7 +178,7 @@ def test_selectors_that_narrow_a_text():
     assert pm.at(after, "**").paths == ["a/kernel", "a/b", "c/w"]
     after = pm.at(tree, pm.sel("a/*").where(ndim=1)).rename("x/*")
     assert pm.at(after, "**").paths == ["a/w", "x/b", "c/w"]
-    with pytest.raises(BadArgument, match="needs a selector in text"):
+    with pytest.raises(BadArgument, match="needs a selector of text"):
         pm.at(tree, lambda path, spec: True).rename("x/**")
 
 

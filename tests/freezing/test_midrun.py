@@ -167,7 +167,7 @@ def test_the_state_of_frozen_parameters_is_dropped_or_kept(name, keep):
 
 
 def test_the_optimizer_of_another_model():
-    with pytest.raises(BadArgument, match=r"holds none of the chosen parameters: 0\.weight"):
+    with pytest.raises(BadArgument, match=r"holds none of the selected parameters: 0\.weight"):
         freeze_(net(), "0.*", optimizer=made("SGD", net().parameters()))
 
 
@@ -276,7 +276,7 @@ def test_groups():
     assert new.param_groups[1]["betas"] == (0.8, 0.9)
     assert new.param_groups[0]["foreach"] is False
     merged = carried(torch.optim.AdamW(model.parameters(), lr=0.125), old)
-    assert merged.param_groups[0]["lr"] == 0.125  # of two groups: nobody can say whose rate is meant
+    assert merged.param_groups[0]["lr"] == 0.125  # of two groups: it is ambiguous whose rate to take
     assert len(merged.state) == 4
 
 

@@ -684,7 +684,7 @@ def test_a_broken_selector_is_an_error_at_once():
 
 
 def test_a_class_needs_modules():
-    with pytest.raises(NoMatch, match="keep no module classes") as caught:
+    with pytest.raises(NoMatch, match="do not keep module classes") as caught:
         freeze(optax.adam(0.1), nnx.Linear).init(PARAMS)
     assert caught.value.hint == 'select by path, such as "a/bias"'
 

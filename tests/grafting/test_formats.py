@@ -1,4 +1,4 @@
-"""Grafts onto checkpoints of formats that hold more than leaves: what is no leaf of the graft stays as it is."""
+"""Grafts onto checkpoints of formats that hold more than leaves: what is not a leaf of the graft stays as it is."""
 
 import os
 

@@ -424,13 +424,13 @@ def test_a_rule_that_does_not_fit():
 def test_options_that_make_no_sense():
     tree = {"w": a(1)}
     for options, said, hint in [
-        ({"mismatch": "resise"}, "none of 'error', 'keep', 'overlap', 'resize'", 'mismatch="resize"'),
-        ({"mismatch": {"w": "kep"}}, "mismatch='kep' is none of", 'mismatch="keep"'),
-        ({"place": "centre"}, "place='centre' is none of 'corner', 'center', 'tile'", 'place="center"'),
-        ({"place": {"w": "top"}}, "place='top' is none of", 'place="corner"'),
-        ({"place": "center"}, "none may", 'mismatch="overlap", place="center"'),
-        ({"resize": pm.resize.channels()}, "no mapping of selectors to rules", "pm.resize.positions()"),
-        ({"resize": {"w": "channels"}}, "no mapping of selectors to rules", "pm.resize.positions()"),
+        ({"mismatch": "resise"}, "not one of 'error', 'keep', 'overlap', 'resize'", 'mismatch="resize"'),
+        ({"mismatch": {"w": "kep"}}, "mismatch='kep' is not one of", 'mismatch="keep"'),
+        ({"place": "centre"}, "place='centre' is not one of 'corner', 'center', 'tile'", 'place="center"'),
+        ({"place": {"w": "top"}}, "place='top' is not one of", 'place="corner"'),
+        ({"place": "center"}, "mismatch= does not allow overlap", 'mismatch="overlap", place="center"'),
+        ({"resize": pm.resize.channels()}, "not a mapping of selectors to rules", "pm.resize.positions()"),
+        ({"resize": {"w": "channels"}}, "not a mapping of selectors to rules", "pm.resize.positions()"),
         ({"resize": {pm.sel("w")[0]: pm.resize.channels()}}, "whole leaves", ""),
     ]:
         with pytest.raises(BadArgument, match=re.escape(said)) as caught:

@@ -260,13 +260,13 @@ def test_a_function_sees_path_and_spec_of_array_leaves_only():
 
 
 REFUSED = [
-    (None, "is no selector"),
-    (3, "is no selector"),
-    ([], "is no selector"),
-    ({"w": True}, "says nothing of steps"),
+    (None, "is not a selector"),
+    (3, "is not a selector"),
+    ([], "is not a selector"),
+    ({"w": True}, "has nothing at steps"),
     ({"w": 1, "steps": True, "half": True, "on": True}, "holds bools"),
-    ({"w": {"v": True}, "steps": True, "half": True, "on": True}, "says nothing of w"),
-    ({"w": True, "steps": True, "half": True, "on": True, "more": True}, "names more"),
+    ({"w": {"v": True}, "steps": True, "half": True, "on": True}, "has nothing at w"),
+    ({"w": True, "steps": True, "half": True, "on": True, "more": True}, "has more, which is not a leaf"),
     (np.ones(3), "holds bools"),
 ]
 

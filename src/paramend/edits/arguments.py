@@ -1,4 +1,4 @@
-"""What data may stand for the arguments of edits: a row for each kind, with how it is read and its JSON Schema."""
+"""The kinds of arguments of edits as data: how each is read, and its JSON Schema."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,12 +16,12 @@ class Value:
     """A kind of argument.
 
     Attributes:
-        says: what it is.
+        says: a description.
         read: data → the argument; raises BadArgument.
-        schema: the data as JSON Schema has it.
-        array: whether an array may stand for it too.
+        schema: the JSON Schema of the data.
+        array: whether it may be an array too.
         scalar: whether it is one number, also in Python.
-        example: such data, as a recipe has it.
+        example: an example, as in a recipe.
     """
 
     says: str
@@ -32,14 +32,14 @@ class Value:
     example: str = ""
 
     def named(self, says: str, example: str) -> "Value":
-        """The same kind of argument, as one edit speaks of it."""
+        """The same kind of argument, with the description and example of one edit."""
         return replace(self, says=says, example=example)
 
     def typed(self, text: str) -> Any:
-        """The argument from the text that stands for it on a command line.
+        """The argument from text on a command line.
 
         Raises:
-            BadArgument: it is not one.
+            BadArgument: the text is not such an argument.
 
         >>> SEED.typed("3"), NUMBER.typed("-1e-3"), DTYPE.typed("bf16")
         (3, -0.001, 'bfloat16')
@@ -61,10 +61,10 @@ _MAX_DEPTH = 32
 
 
 def read_number(data: Any) -> int | float | bool:
-    """A number, also as text: YAML 1.1 takes `1e-3` for text, and JSON has no infinity.
+    """A number, also from text: YAML 1.1 reads `1e-3` as text, and JSON has no infinity.
 
     Raises:
-        BadArgument: it is not one.
+        BadArgument: the data is not a number.
 
     >>> read_number("3"), read_number("1e-3"), read_number("-inf"), read_number("true")
     (3, 0.001, -inf, True)
@@ -88,7 +88,7 @@ def read_number(data: Any) -> int | float | bool:
 
 
 def shown(data: Any) -> str:
-    """Data in a message, cut where it is long.
+    """Data in a message, cut if it is long.
 
     >>> shown({"a": 1}), shown("x" * 99)[-8:]
     ("{'a': 1}", 'xxxxx...')
@@ -168,10 +168,10 @@ def _one_of(choices: Iterable[str], says: str) -> Callable[[Any], str]:
 
 
 def read_index(data: Any) -> Any:
-    """A slice, from a position or from the text that stands between brackets.
+    """A slice, from a position or from the text between brackets.
 
     Raises:
-        BadArgument: it is not one.
+        BadArgument: the data is not a slice.
 
     >>> read_index(-1), read_index("0:4"), read_index("[0, ::2]")
     (-1, slice(0, 4, None), (0, slice(None, None, 2)))
@@ -195,7 +195,7 @@ def _axis(text: str) -> Any:
 
 
 def _index_text(data: Any) -> int | str:
-    """A slice as data: a position, or text without brackets. A list has an entry for each axis."""
+    """A slice as data: a position, or text without brackets; from a list with an entry for each axis too."""
     if isinstance(data, list | tuple) and data and all(type(part) in (int, str) for part in data):
         data = ", ".join(map(str, data))
     if type(data) is int:
@@ -218,7 +218,7 @@ _ARRAY_SCHEMA = {"$ref": "#/$defs/array"}
 _KINDS = ("float", "int", "bool", "complex")
 _DTYPES = sorted({*BITS, *ALIASES})
 
-# What `#/$defs/...` in the rows means: an array is a list of numbers or of arrays.
+# The targets of `#/$defs/...` in the rows: an array is a list of numbers or of arrays.
 DEFINITIONS: Mapping[str, Any] = {
     "number": _NUMBER_SCHEMA,
     "array": {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/number"}, _ARRAY_SCHEMA]}},

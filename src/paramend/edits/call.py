@@ -1,4 +1,4 @@
-"""A call: one edit of the table with its arguments, checked by specs alone and then run on an array."""
+"""A call: one edit of the table with its arguments, checked against specs and then run on an array."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,17 +27,17 @@ class Op:
         says: what it does, for the docs table and `--help`.
         parameters: the names of its arguments.
         run: (backend, array, args, place) → a new array.
-        check: (spec, args) → the spec after it; raises where the edit makes no sense. None: it always does.
+        check: (spec, args) → the spec after it; raises if the edit makes no sense. None if it always does.
         slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
-        reads: whether the old values matter; if not, an engine need not read them.
+        reads: whether the result depends on the old values; if not, an engine need not read them.
         keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
         chunks: whether an array may be edited piece by piece, in order.
         arithmetic: whether leaves that are not numbers (PRNG keys) must be refused.
         placed: whether the result depends on where the leaf is.
-        takes: what data may stand for each argument; none where only code can say them.
-        optional: the arguments that it can do without, and what stands for them then.
-        aliases: other names that the command line takes for it.
-        also: other words for it, under which it may be looked for.
+        takes: the kind of each argument as data; empty if arguments can only be code.
+        optional: the optional arguments and their defaults.
+        aliases: other names for it on the command line.
+        also: other words that users may search for.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Op:
 
     @property
     def code(self) -> bool:
-        """Whether only code can say its arguments: then it is neither a command nor a step of a recipe."""
+        """Whether its arguments can only be code: then it is neither a command nor a step of a recipe."""
         return bool(self.parameters) and not self.takes
 
     @property
     def arguments(self) -> dict[str, Value]:
-        """What may stand for each argument, by its name; empty where only code can."""
+        """The kind of each argument by its name; empty if arguments can only be code."""
         return {} if self.code else dict(zip(self.parameters, self.takes, strict=True))
 
     @property
@@ -93,7 +93,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An op with its arguments, and the slice of the leaf that it is about (None: all of it)."""
+    """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf)."""
 
     op: Op
     args: Args = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Call:
 
         Raises:
             SpecMismatch: the arguments do not fit the leaf.
-            OutOfRange: the slice does not.
+            OutOfRange: the slice does not fit the leaf.
         """
         if self.index is None:
             return self.op.after(spec, self.args)
@@ -123,7 +123,7 @@ class Call:
         return spec
 
     def run(self, x: Any, place: Place) -> Any:
-        """A new array: the edit of x. `spec` has been asked before."""
+        """The edited array, a new one. `spec` must have checked the call before."""
         library = backend(x)
         if self.index is None:
             return self.op.run(library, x, self.args, place)
@@ -174,7 +174,7 @@ def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
                 "a slice must be known before the edit runs; this one holds a traced value",
                 hint="x.at[i] of jax.numpy takes traced indices",
             ) from error
-    # A view of one scalar: numpy checks the index and no memory is taken.
+    # A view of one scalar: numpy checks the index without allocating memory.
     blank = np.broadcast_to(np.empty(()), shape)
     try:
         inner: tuple[int, ...] = blank[index].shape

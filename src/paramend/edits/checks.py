@@ -1,4 +1,4 @@
-"""What the table of edits refuses, by specs and arguments alone: before any value is read."""
+"""The checks of the table of edits: from specs and arguments alone, before any value is read."""
 
 import math
 import warnings
@@ -22,7 +22,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _concrete(value: Any) -> Any:
-    """A scalar as numpy has it, or None while it is traced."""
+    """A scalar as a numpy array, or None while it is traced."""
     try:
         return np.asarray(value if backend_of(type(value)) is None else backend(value).numpy(value))
     except Exception:
@@ -33,7 +33,7 @@ _RANK = {"bool": 0, "int": 1, "float": 2, "complex": 3}
 
 
 def _fits(value: Any, spec: Spec, what: str) -> None:
-    """Refuses a scalar that the dtype cannot hold."""
+    """Raise if the dtype cannot hold a scalar."""
     number = _concrete(value)
     if number is None or spec.kind == "other":
         return
@@ -43,13 +43,13 @@ def _fits(value: Any, spec: Spec, what: str) -> None:
             stored = number.astype(numpy_dtype(spec.dtype))
         except (TypeError, ValueError) as error:
             raise SpecMismatch(f"{what} takes a number, and {value!r} is not one") from error
-        except OverflowError as error:  # an int of Python beyond 64 bits
+        except OverflowError as error:  # a Python int beyond 64 bits
             raise SpecMismatch(f"{what}: {spec.dtype} cannot hold {value!r}") from error
     exact = number if spec.kind in ("bool", "int") else np.isfinite(number.astype(np.complex128))
     held = stored.astype(number.dtype) if spec.kind in ("bool", "int") else np.isfinite(stored.astype(np.complex128))
     lost = exact != held
     if spec.kind == "float":
-        lost &= exact  # what is infinite stays so
+        lost &= exact  # infinite values stay infinite
     if spec.kind != "complex" and np.iscomplexobj(number):
         lost |= number.imag != 0
     if lost.any():
@@ -60,7 +60,7 @@ def _fits(value: Any, spec: Spec, what: str) -> None:
 
 
 def fitted(value: Any, spec: Spec) -> np.ndarray[Any, Any]:
-    """Numbers that stand in text, as an array of a leaf's dtype.
+    """Numbers from text as an array of a leaf's dtype.
 
     Raises:
         SpecMismatch: the dtype cannot hold one of them.
@@ -80,7 +80,7 @@ def check_zero(spec: Spec, args: Args) -> Spec:
 
 
 def check_scalar(verb: str, name: str, value: Any) -> None:
-    """Refuses what is not a number, or more than one."""
+    """Raise if a value is not one number."""
     if _is_scalar(value) and not isinstance(value, np.flexible):
         return
     shape = getattr(value, "shape", None) or (np.shape(value) if isinstance(value, list | tuple) else ())
@@ -139,7 +139,7 @@ def check_arithmetic(spec: Spec, args: Args) -> Spec:
     """The operand must broadcast to the leaf, and must not change its dtype."""
     value = args["value"]
     if spec.kind == "bool":
-        raise SpecMismatch("a bool leaf has no sums and products", hint=".fill(True) or .set(array)")
+        raise SpecMismatch("a bool leaf cannot be added to or multiplied", hint=".fill(True) or .set(array)")
     if _is_scalar(value):
         _fits(value, spec, "the operand")
         return spec
@@ -164,7 +164,7 @@ def _check_float(spec: Spec, args: Args) -> Spec:
 
 
 def check_noise(spec: Spec, args: Args) -> Spec:
-    """A float leaf, a standard deviation, and a seed."""
+    """The leaf must hold floats, `std` must not be negative, and the seed must be one."""
     if _concrete(args["std"]) is not None and float(args["std"]) < 0:
         raise BadArgument(f"std={args['std']!r} is negative")
     _check_seed(args.get("seed", 0))
@@ -172,7 +172,7 @@ def check_noise(spec: Spec, args: Args) -> Spec:
 
 
 def check_reinit(spec: Spec, args: Args) -> Spec:
-    """A float leaf that the initializer can fill, and a seed."""
+    """The leaf must hold floats that the initializer can fill, and the seed must be one."""
     if not callable(args["init"]):
         initializers.check_initializer(args["init"], spec)
     _check_seed(args.get("seed", 0))
@@ -185,10 +185,10 @@ def _check_seed(seed: Any) -> None:
 
 
 def check_clip(spec: Spec, args: Args) -> Spec:
-    """A leaf of real numbers, and bounds between which the dtype has values."""
+    """The leaf must hold real numbers, and the dtype must have values between the bounds."""
     if spec.kind not in ("int", "float"):
         raise SpecMismatch(
-            f"clip needs numbers that have an order, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")'
+            f"clip needs ordered numbers, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")'
         )
     lo, hi = _number(args["lo"], "lo"), _number(args["hi"], "hi")
     if lo is not None and hi is not None and lo > hi:
@@ -198,7 +198,7 @@ def check_clip(spec: Spec, args: Args) -> Spec:
 
 
 def _number(value: Any, name: str) -> int | float | None:
-    """A bound as Python has it; None if there is none, or while it is traced."""
+    """A bound as a Python number; None if there is none, or while it is traced."""
     if value is None:
         return None
     check_scalar("clip", name, value)
@@ -206,7 +206,7 @@ def _number(value: Any, name: str) -> int | float | None:
     if array is None:
         return None
     if np.iscomplexobj(array):
-        raise SpecMismatch(f"clip: {name}={value!r} is complex, and has no order")
+        raise SpecMismatch(f"clip: {name}={value!r} is complex, and complex numbers have no order")
     number = int(array) if array.dtype.kind in "biuO" else float(array)
     if number != number:
         raise BadArgument(f"clip: {name} is NaN", hint=f"{name}=None clips nothing on that side")
@@ -214,7 +214,7 @@ def _number(value: Any, name: str) -> int | float | None:
 
 
 def bounds(spec: Spec, args: Args) -> tuple[Any, Any]:
-    """The bounds of a clip as the dtype can hold them; None on a side where every value of the dtype is within.
+    """The bounds of a clip that the dtype can hold; None on a side where every value of the dtype is within.
 
     Raises:
         SpecMismatch: the dtype has no value between them.
@@ -225,7 +225,7 @@ def bounds(spec: Spec, args: Args) -> tuple[Any, Any]:
     lo, hi = _number(args["lo"], "lo"), _number(args["hi"], "hi")
     held = _int_bounds if spec.kind == "int" else _float_bounds
     low, high = held(spec.dtype, lo, hi)
-    # Traced bounds pass as they are; so do numbers of Python, which do not promote a leaf of JAX.
+    # Traced bounds pass as they are; so do Python numbers, which do not promote a JAX leaf.
     return (args["lo"] if lo is None else low), (args["hi"] if hi is None else high)
 
 
@@ -244,13 +244,13 @@ def _float_bounds(dtype: str, lo: float | None, hi: float | None) -> tuple[float
 
 
 def _float_bound(dtype: str, bound: float | None, side: int) -> float | None:
-    """A bound, or None if it lies beyond all that the dtype holds; `side` is -1 for the lower one."""
+    """A bound, or None if it is beyond the range of the dtype; `side` is -1 for the lower one."""
     if bound is None:
         return None
     with np.errstate(all="ignore"):
         try:
             held = np.isfinite(np.float64(bound).astype(numpy_dtype(dtype)).astype(np.float64))
-        except OverflowError:  # an int of Python beyond float64
+        except OverflowError:  # a Python int beyond float64
             held = np.False_
     if held:
         return bound
@@ -260,7 +260,7 @@ def _float_bound(dtype: str, bound: float | None, side: int) -> float | None:
 
 
 def check_cast(spec: Spec, args: Args) -> Spec:
-    """A dtype that keeps what the numbers mean."""
+    """The dtype must keep the meaning of the numbers."""
     dtype = dtype_name(args["dtype"])
     after = Spec(spec.shape, dtype)
     if spec.kind == "other" or after.kind == "other":

@@ -1,4 +1,4 @@
-"""The memory engine: edits of a tree in memory, carried out at once."""
+"""The memory engine: edits of a tree in memory, carried out immediately."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,53 +14,53 @@ _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
 
 
 class Memory(Tree, Editable):
-    """A tree in memory that carries edits out. Each gives a new tree; other leaves are the same objects."""
+    """A tree in memory that carries out edits. Each returns a new tree; other leaves are the same objects."""
 
     def fetch(self, number: int, index: Any = None) -> Any:
-        """A leaf, the object itself, or a slice of it."""
+        """A leaf, as the object itself, or a slice of it."""
         leaf = self.read(number)
         return leaf if index is None else backend(leaf).get(leaf, index)
 
     def edited(self, calls: Mapping[int, Call]) -> Any:
-        """The tree with calls of ops on some leaves. All are checked before the first is run."""
+        """The tree with calls of edits on some leaves. All are checked before the first runs."""
         self._check(calls)
         return self.with_leaves(dict(self.computed(calls)))
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
-        """Carries the calls out in place. On an error nothing has changed."""
+        """Carry out calls in place. An error leaves everything unchanged."""
         self.check_(calls)
         new = self.computed(calls)
-        if any(call.op.name == "apply" for call in calls.values()):  # the user's function may raise half way
+        if any(call.op.name == "apply" for call in calls.values()):  # the user's function may raise halfway
             new = iter(list(new))
         for number, value in new:
             self.assign(number, value)
 
     def check_(self, calls: Mapping[int, Call]) -> None:
-        """Refuses calls that cannot be carried out in place."""
+        """Raise if calls cannot be carried out in place."""
         for number, call in calls.items():
             self.in_place(number)
             if not call.args.get("keep_spec", True):
-                raise Unsupported(f"{call}: in place the spec of a leaf must stay", hint="leave keep_spec out")
+                raise Unsupported(f"{call}: in place a leaf must keep its spec", hint="leave out keep_spec")
         self._check(calls)
 
     def deleted(self, numbers: Iterable[int]) -> Any:
         """The tree without some leaves, under all their paths."""
-        from paramend.edits import structure  # most programs never ask, and all pay for imports
+        from paramend.edits import structure  # rarely needed, and imports take time
 
         return structure.delete(self, {twin for number in numbers for twin in self.twins(number)})
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
-        """The tree with the leaves that a selector chose under new paths."""
+        """The tree with the leaves that a selector found under new paths."""
         from paramend.edits import structure  # as above
 
         return structure.move(self, selector, tuple(numbers), to)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
-        """The same containers holding labels; where there is none, and at leaves that are no arrays, the rest."""
+        """The same containers with labels, and with `rest` at other leaves and at values that are not arrays."""
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])
 
     def computed(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:
-        """The new values of leaves, one after the other."""
+        """The new values of leaves, one at a time."""
         for number, call in calls.items():
             yield number, call.run(self.values[number], self._place(number) if call.op.placed else NOWHERE)
 
@@ -75,17 +75,17 @@ class Memory(Tree, Editable):
                 explain(self, number, call.spec, library.spec(leaf))
 
     def _place(self, number: int) -> Place:
-        """Of a leaf with several paths the first counts, whichever was selected."""
+        """The place of a leaf; of several paths the first counts, whichever was selected."""
         return Place(self.index.pieces(self.ties.get(number, number)), out_first=self.index.separator == ".")
 
 
 def editable(tree: Any) -> Editable:
-    """A checkpoint carries edits out itself; anything else is a tree in memory."""
+    """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory."""
     return tree if isinstance(tree, Editable) else Memory(tree)
 
 
 def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:
-    """Runs a check; its error names the leaf."""
+    """Run a check, and add the path of the leaf to its error."""
     try:
         check(*args)
     except (SpecMismatch, NoMatch) as error:

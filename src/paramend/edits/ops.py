@@ -15,7 +15,7 @@ from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed, Spec
 
 # mypy: disable-error-code="empty-body"
 # A row is a function without a body: its name, its arguments and its docstring are those of the verb, and the line
-# below it names the twin that works in place. So editors and type checkers see the verbs where the table says them.
+# below it makes the twin that works in place. So editors and type checkers see the verbs in the table itself.
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -36,7 +36,7 @@ def op_of(name: str) -> Op:
     return OPS[name]
 
 
-# There is one of each: a pickle names it.
+# Each op exists once: a pickle holds its name.
 copyreg.pickle(Op, lambda op: (op_of, (op.name,)))
 
 
@@ -48,13 +48,13 @@ def edit(
     takes: tuple[Value, ...] = (),
     **how: Any,
 ) -> Callable[[F], F]:
-    """Enters a verb into the table.
+    """A decorator that enters a verb into the table.
 
     Args:
-        says: what it does.
-        run: as in `Op`, like all that follow.
-        check: what it refuses.
-        takes: what data may stand for each argument.
+        says: as in `Op`.
+        run: as in `Op`.
+        check: as in `Op`.
+        takes: as in `Op`.
         how: the other attributes of `Op`.
     """
 
@@ -64,12 +64,12 @@ def edit(
         names = tuple(each.name for each in own)
         op = Op(verb.__name__, says, names, run, check, takes=takes, optional=optional, **how)
         if takes and len(takes) != len(names):
-            raise TypeError(f"the edit {op.name} has the arguments {names}, and takes= says what {len(takes)} are")
+            raise TypeError(f"the edit {op.name} has the arguments {names}, and takes= describes {len(takes)}")
         OPS[op.name] = op
 
         @wraps(verb)
         def made(self: "Edits[Any]", /, *args: Any, **kwargs: Any) -> Any:
-            verb(self, *args, **kwargs)  # Python itself says which argument is missing
+            verb(self, *args, **kwargs)  # Python itself reports a missing argument
             return self._edit(op, {**op.optional, **dict(zip(names, args, strict=False)), **kwargs})
 
         return made  # type: ignore[return-value]
@@ -78,7 +78,7 @@ def edit(
 
 
 def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
-    """The twin of a verb that changes the leaves themselves."""
+    """The twin of a verb that changes the leaves in place."""
     op = OPS[verb.__name__]
     if not op.keeps_spec:
         raise TypeError(f"{op.name} changes specs, and cannot be done in place")
@@ -89,13 +89,13 @@ def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, 
 
     made.__name__, made.__module__ = f"{op.name}_", verb.__module__
     made.__qualname__ = f"{verb.__qualname__}_"
-    made.__doc__ = f"`{op.name}`, in place: the chosen leaves themselves change, and nothing is returned."
+    made.__doc__ = f"`{op.name}` in place: the selected leaves themselves change, and nothing is returned."
     made.__signature__ = signature(verb).replace(return_annotation=None)  # type: ignore[attr-defined]
     return made
 
 
 class Edits(Generic[T]):
-    """The verbs that change values, a row of the table each; `Selection` carries them out."""
+    """The verbs that change values, each a row of the table; `Selection` carries them out."""
 
     def _edit(self, op: Op, args: Args) -> T:
         raise NotImplementedError
@@ -111,7 +111,7 @@ class Edits(Generic[T]):
         reads=False,
     )
     def zero(self) -> T:
-        """The tree with +0.0 in every chosen element, also where NaN, inf or negative numbers were.
+        """The tree with +0.0 in every selected element, even for NaN, inf and negative numbers.
 
         >>> pm.at({"w": np.array([-1.0, np.nan]), "b": np.ones(1)}, "w").zero()
         {'w': array([0., 0.]), 'b': array([1.])}
@@ -154,8 +154,8 @@ class Edits(Generic[T]):
         """The tree with the chosen leaves replaced by an array of the same shape and dtype.
 
         Args:
-            value: an array of any library, for all chosen leaves; or a mapping from path to array, as `get` returns it,
-                with exactly the chosen paths.
+            value: an array of any library, for all selected leaves; or a mapping from path to array, as `get` returns
+                it, with exactly the selected paths.
 
         Raises:
             SpecMismatch: shape or dtype differ.
@@ -213,7 +213,7 @@ class Edits(Generic[T]):
     def clip(self, lo: Scalar | None, hi: Scalar | None) -> T:
         """The tree with the chosen leaves brought between two bounds, as `clip` of numpy does it, in their dtype.
 
-        NaN stays NaN. In leaves of integers the bounds may be fractions: what is left are the integers between them.
+        NaN stays NaN. For leaves of integers the bounds may be fractions: values are clipped to the integers between.
 
         Args:
             lo: the least value, a scalar; None or -inf clips nothing below.
@@ -239,8 +239,8 @@ class Edits(Generic[T]):
     def apply(self, fn: Callable[[AnyArray], AnyArray], *, keep_spec: bool = True) -> T:
         """The tree with each chosen leaf replaced by `fn(leaf)`.
 
-        On a checkpoint too the function sees a leaf, or a slice of it, whole: the largest one must fit into memory. All
-        other edits work in pieces.
+        On a checkpoint too the function gets a whole leaf, or a whole slice of it: the largest one must fit in memory.
+        All other edits work in pieces.
 
         Args:
             fn: array → array.
@@ -279,8 +279,8 @@ class Edits(Generic[T]):
 
         Args:
             std: the standard deviation.
-            seed: an int, the same numbers in every library and on disk; or a JAX PRNG key, for use inside `jit`. The
-                noise of a leaf depends on the seed and its path only.
+            seed: an int, which gives the same numbers in every library and on disk; or a JAX PRNG key, for use inside
+                `jit`. The noise of a leaf depends only on the seed and its path.
 
         >>> a = pm.at({"w": np.zeros(2), "v": np.zeros(2)}, "**").noise(0.1, seed=3)
         >>> b = pm.at({"v": np.zeros(2), "w": np.zeros(2)}, "w").noise(0.1, seed=3)
@@ -306,7 +306,7 @@ class Edits(Generic[T]):
         Args:
             init: "lecun_normal", "he_uniform", "xavier_normal" ...: fans are read from the shape, (..., in, out) in JAX
                 and numpy trees, (out, in, ...) in torch ones; or, for JAX leaves, a function (key, shape, dtype).
-            seed: an int or a JAX PRNG key. The values depend on the seed and the path only.
+            seed: an int or a JAX PRNG key. The values depend only on the seed and the path.
 
         >>> kernel = pm.at({"w": np.zeros((100, 50))}, "w").reinit("lecun_normal", seed=1)["w"]
         >>> round(float(kernel.std()), 2)

@@ -1,4 +1,4 @@
-"""Plans: what an edit will do, one row for each leaf of the result, known before anything is done."""
+"""Plans: what an edit will do, one row for each leaf of the result, known before it runs."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,16 +28,15 @@ class Row:
     """One leaf of the result: `path, spec ◄─ source, calls`.
 
     Attributes:
-        path: where the leaf will be.
-        spec: what it will be.
+        path: the path of the leaf after the edits.
+        spec: its spec after the edits.
         source: the number of the leaf that it comes from.
         before: the spec of that leaf.
-        calls: the edits on the way, first to last; none for a leaf whose values stay.
-        places: where the leaf was when each call was made: what random values depend on.
+        calls: the edits, first to last; empty if the values stay.
+        places: where the leaf was when each call was made, which random values depend on.
         labels: the path, label by label.
-        was: the path in the source, where that is another.
-        depths: of a leaf that moved, for each key the depth in the source of the container that its own is like, or
-            None.
+        was: the path in the source, if it is another.
+        depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
     """
 
     path: str
@@ -57,7 +56,7 @@ class Row:
 
     @property
     def edit(self) -> str:
-        """The calls as text, each after the slice that it is about.
+        """The calls as text, each after its slice.
 
         >>> Row("wo", Spec((3, 2), "float32"), 0, Spec((3, 2), "float32"), (Call(OPS["zero"], {}, -1),)).edit
         '[-1] zero()'
@@ -86,12 +85,12 @@ def _said(edit: Call) -> str:
 class Plan:
     """What an edit of some leaves will do. Its text is the table of a dry run.
 
-    A plan is never changed: edits of it give new plans, whose numbers are those of the same leaves.
+    A plan never changes: editing it returns a new plan, in which leaves keep their numbers.
 
     Attributes:
-        leaves: what the numbers in the rows refer to.
+        leaves: the leaves that the numbers in the rows refer to.
         rows: one for each leaf of the result, in order.
-        deleted: the leaves that will be gone, as rows.
+        deleted: the rows of the deleted leaves.
     """
 
     leaves: Leaves
@@ -130,7 +129,7 @@ class Plan:
 
     @cached_property
     def restructured(self) -> bool:
-        """Whether leaves go or move."""
+        """Whether leaves are deleted or moved."""
         return bool(self.deleted) or any(row.was for row in self.rows)
 
     @cached_property
@@ -153,13 +152,13 @@ class Plan:
         return {row.source: row for row in self.rows}
 
     def twins(self, number: int) -> list[int]:
-        """The numbers of all paths of a leaf that are left."""
+        """The numbers of all paths of a leaf that are not deleted."""
         ties = self.leaves.ties
         one = ties.get(number)
         return [number] if one is None else [n for n, o in ties.items() if o == one and n in self.by_number]
 
     def name(self, row: Row) -> str:
-        """The path of a row as plain text: what a file calls the leaf."""
+        """The path of a row as plain text: the name of the leaf in a file."""
         return plain(row.labels, self.leaves.index.separator)
 
     def edited(self, calls: Mapping[int, Call]) -> "Plan":
@@ -167,7 +166,7 @@ class Plan:
 
         Raises:
             SpecMismatch: a call does not fit its leaf; the message names it.
-            Unsupported: the values cannot be read, or what the call gives is not known before it runs.
+            Unsupported: the values cannot be read, or the result of the call is not known before it runs.
         """
         index = self.index
         new: dict[int, Row] = {}
@@ -195,15 +194,15 @@ class Plan:
         """The plan that moves some leaves to other paths.
 
         Args:
-            moved: the new paths, as `structure.moves` has them.
+            moved: the new paths, from `structure.moves`.
 
         Raises:
-            RenameClash: two leaves would have one path, or one would stand where others have their container.
+            RenameClash: two leaves would have one path, or one would have the path of a container of others.
         """
         rows = tuple(self._moved(row, moved[row.source]) if row.source in moved else row for row in self.rows)
         taken: dict[tuple[str, ...], Row] = {}
         inside: set[tuple[str, ...]] = set()
-        for row in sorted(rows, key=lambda row: row.source in moved):  # those that stay come first
+        for row in sorted(rows, key=lambda row: row.source in moved):  # unmoved leaves come first
             keys = keys_of(row.labels)
             inside.update(keys[:depth] for depth in range(1, len(keys)))
             taken.setdefault(keys, row)
@@ -218,12 +217,12 @@ class Plan:
             raise RenameClash(
                 f"{wording.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
                 f"{wording.listing(clashes, 4)}",
-                hint="delete what stands there first, or rename to other paths",
+                hint="delete what is there first, or rename to other paths",
             )
         return self._with(rows)
 
     def _moved(self, row: Row, keys: Sequence[tuple[str, int | None]]) -> Row:
-        """A row at another path. Depths in a path that was new itself lead back to the source; the root stays."""
+        """A row at another path. Depths in a path that was itself moved are traced back to the source."""
         before = self.leaves.index
         new = tuple(label for key, _ in keys for label in labels(key))
         path, was = write_path(new, before.separator), before.path(row.source)
@@ -264,7 +263,7 @@ class Plan:
         return [*aligned(table), "", ", ".join(said)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as data that JSON can hold: the rows that edit something, and how many leaves stay."""
+        """The plan as data that JSON can hold: the rows that change something, and how many leaves stay."""
         changed = self.changed
         data: dict[str, Any] = {"changed": [row.to_dict() for row in changed]}
         if self.deleted:
@@ -273,10 +272,10 @@ class Plan:
 
 
 def call(op: str, args: Mapping[str, Any]) -> Call:
-    """An op of the table with its arguments; an array of any library becomes one of numpy.
+    """An edit of the table with its arguments; an array of any library becomes a numpy array.
 
     Raises:
-        BadArgument: there is no such op, or its arguments are others.
+        BadArgument: there is no such edit, or it has other arguments.
 
     >>> print(call("fill", {"value": 0.5}))
     fill(0.5)
@@ -301,16 +300,16 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
 
 
 def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
-    """The plan of one edit of the chosen leaves. Everything that can be known without data is checked here.
+    """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
 
     Args:
         leaves: a checkpoint or a tree.
         selector: text, or anything that `pm.sel` takes, also with a slice.
-        edit: as `call` makes it.
+        edit: the edit, from `call`.
 
     Raises:
-        NoMatch: nothing is chosen.
-        SpecMismatch: the edit does not fit a chosen leaf; the message names it.
+        NoMatch: nothing matches.
+        SpecMismatch: the edit does not fit a selected leaf; the message names it.
 
     >>> from paramend.trees.tree import Tree
     >>> tree = Tree({"a": np.ones((2, 3)), "b": np.ones(3)})
@@ -330,15 +329,15 @@ _LEAVE_OUT = "leave it out of the selection"
 
 
 def _settled(edit: Call) -> Call:
-    """A call whose outcome a plan can know, with arrays of numpy in place of those of other libraries."""
+    """A call whose result a plan can know, with numpy arrays in place of those of other libraries."""
     if edit.op.name == "apply" and not edit.args.get("keep_spec", True):
         raise Unsupported(
-            "what a function makes of a leaf is known only when it runs, and a plan must know it before",
+            "the spec of a function's result is known only when it runs, and a plan must know it before",
             hint="keep_spec=True, with a .cast(...) before or after",
         )
     if edit.op.name == "reinit" and callable(edit.args.get("init")):
         raise Unsupported(
-            "an initializer function (key, shape, dtype) needs a JAX leaf, and those on disk are arrays of numpy",
+            "an initializer function (key, shape, dtype) needs a JAX leaf, and leaves on disk are numpy arrays",
             hint='.reinit("lecun_normal")',
         )
     value = edit.args.get("value")

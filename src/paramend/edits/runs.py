@@ -1,4 +1,4 @@
-"""What the edits of the table do to an array, where that is more than one verb of its library."""
+"""The functions of edits that need more than one verb of an array's library."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,13 @@ from paramend.edits.checks import bounds
 from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.leaves import Stored
 from paramend.leaves.specs import dtype_name, numpy_dtype
+from paramend.reports.wording import described
 
 Args = Mapping[str, Any]
 
 
 def native(library: Backend, value: Any) -> Any:
-    """A value that this library can read: arrays of another one pass through numpy, bit for bit."""
+    """A value that this library can read: arrays of other libraries are converted through numpy, bit for bit."""
     if isinstance(value, Stored):
         value = value.read()
     found = backend_of(type(value))
@@ -42,7 +43,7 @@ def apply(library: Backend, x: Any, args: Args, place: Place) -> Any:
     found = backend_of(type(result))
     if found is None:
         raise SpecMismatch(
-            f"apply: the function gave {type(result).__name__}, not an array, for {'/'.join(place.pieces)}"
+            f"apply: the function returned {described(result)}, not an array, for {'/'.join(place.pieces)}"
         )
     before, after = library.spec(x), found.spec(result)
     if args.get("keep_spec", True) and before != after:
@@ -74,7 +75,7 @@ def _is_key(seed: Any) -> bool:
 
 
 def noise(library: Backend, x: Any, args: Args, place: Place) -> Any:
-    """The leaf with noise on it."""
+    """The leaf with noise added."""
     spec, seed, std = library.spec(x), args.get("seed", 0), args["std"]
     if _is_key(seed):
         keys: Any = backend(seed)

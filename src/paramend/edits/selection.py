@@ -1,4 +1,4 @@
-"""`at`: the edit verbs over any tree, in the manner of `x.at[i]` in jax.numpy."""
+"""`at`: the edit verbs for any tree, like `x.at[i]` in jax.numpy."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class Selection(Edits[T]):
-    """Chosen leaves of a tree, and the verbs that change them. Made by `pm.at`.
+    """Selected leaves of a tree, and the verbs that change them. Made by `pm.at`.
 
-    Each verb returns a new tree with the same containers; leaves that were not chosen are the same objects. The verbs
-    whose names end in `_` change torch modules and tensors, NNX modules and numpy arrays in place and return None.
+    Each verb returns a new tree with the same containers; other leaves are the same objects. The verbs whose names end
+    in `_` change torch modules and tensors, NNX modules and numpy arrays in place and return None.
     """
 
     def __init__(self, tree: T, selector: SelectorLike, count: int | None = None) -> None:
@@ -27,18 +27,18 @@ class Selection(Edits[T]):
         self._numbers = resolve(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
             raise WrongCount(
-                f"{self._selector!r} matches {wording.plural(len(self._numbers), 'leaf', 'leaves')}, and count={count} "
-                f"was demanded: {wording.listing(self.paths)}",
+                f"{self._selector!r} matches {wording.plural(len(self._numbers), 'leaf', 'leaves')}, not {count}: "
+                f"{wording.listing(self.paths)}",
                 found=len(self._numbers),
                 wanted=count,
                 hint=f"count={len(self._numbers)}",
             )
 
-    # -- looking
+    # -- reading
 
     @property
     def paths(self) -> list[str]:
-        """The paths of the chosen leaves, in the order of the tree; each is a selector for its leaf.
+        """The paths of the selected leaves, in the order of the tree; each is a selector for its leaf.
 
         >>> at({"a": {"kernel": np.ones(2), "bias": np.ones(2)}}, "**").paths
         ['a/kernel', 'a/bias']
@@ -78,7 +78,7 @@ class Selection(Edits[T]):
     def get(self) -> dict[str, AnyArray]:
         """The chosen leaves, or slices of them, by path.
 
-        Of a tree in memory they are its own leaves; of a checkpoint they are copies, which no later patch changes.
+        For a tree in memory they are its own leaves; for a checkpoint, copies that later patches do not change.
 
         >>> at({"a": np.zeros(2), "b": np.ones(2)}, "b").get()
         {'b': array([1., 1.])}
@@ -97,14 +97,14 @@ class Selection(Edits[T]):
         """The only chosen leaf, or the slice of it: the leaf itself, or of a checkpoint a copy.
 
         Raises:
-            WrongCount: there are several.
+            WrongCount: several leaves are selected.
 
         >>> at({"a": np.zeros(2), "b": np.ones(2)}, "b").one()
         array([1., 1.])
         """
         if len(self) != 1:
             raise WrongCount(
-                f"{self._selector!r} matches {len(self)} leaves, and one() demands one: {wording.listing(self.paths)}",
+                f"{self._selector!r} matches {len(self)} leaves, and one() takes one: {wording.listing(self.paths)}",
                 found=len(self),
                 wanted=1,
                 hint=f'pm.at(tree, "{self.paths[0]}").one()',
@@ -114,7 +114,7 @@ class Selection(Edits[T]):
     def mask(self) -> AnyTree:
         """A tree of bools with the same containers, true at the chosen leaves: for optax.masked, eqx.partition ...
 
-        Of a torch module or a checkpoint, a dict from paths to bools.
+        For a torch module or a checkpoint, a dict from paths to bools.
 
         >>> at({"a": {"kernel": np.ones(2), "bias": np.ones(2)}}, "**/bias").mask()
         {'a': {'kernel': False, 'bias': True}}
@@ -126,10 +126,10 @@ class Selection(Edits[T]):
     # -- changing the structure
 
     def delete(self) -> T:
-        """The tree without the chosen leaves; dicts and lists that became empty go too, list positions close up.
+        """The tree without the selected leaves, or dicts and lists that became empty; list positions close up.
 
         Raises:
-            Unsupported: a container whose entries are fixed (a dataclass, a module) holds a chosen leaf.
+            Unsupported: a container whose entries are fixed (a dataclass, a module) holds a selected leaf.
 
         >>> at({"a": {"w": np.ones(1)}, "b": np.ones(1)}, "a/**").delete()
         {'b': array([1.])}
@@ -138,8 +138,8 @@ class Selection(Edits[T]):
         return self._tree.deleted(self._numbers)  # type: ignore[no-any-return]
 
     def rename(self, to: str) -> T:
-        """The tree with the chosen leaves under other paths; what the selector's wildcards matched goes where the
-        same wildcards stand in `to`.
+        """The tree with the selected leaves under other paths; the wildcards in `to` take what those of the selector
+        matched.
 
         Args:
             to: the new path: `*`, `**`, `{a,b}` are filled in order, `<n>` by name, also as `<n+1>` or `<2*n>`.
@@ -153,14 +153,14 @@ class Selection(Edits[T]):
         self._whole("rename")
         return self._tree.moved(self._selector, self._numbers, to)  # type: ignore[no-any-return]
 
-    # -- how
+    # -- the parts
 
     def _whole(self, what: str) -> None:
         if self._index is not None:
-            raise BadArgument(f"{what} is of whole leaves, not of slices [{write_index(self._index)}]")
+            raise BadArgument(f"{what} takes whole leaves, not slices [{write_index(self._index)}]")
 
     def _calls(self, op: Op, args: Args) -> dict[int, Call]:
-        """One call for each chosen leaf."""
+        """One call for each selected leaf."""
         if op.name == "set" and isinstance(args["value"], Mapping):
             values = _by_path(args["value"], self.paths)
             calls = [Call(op, {"value": value}, self._index) for value in values]
@@ -183,7 +183,7 @@ class Selection(Edits[T]):
 
 
 def _typed(args: Mapping[str, Any]) -> str:
-    """Arguments of a verb as they are typed; arrays and functions by their names.
+    """Arguments of a verb as they are written; arrays and functions by their names.
 
     >>> _typed({"std": 0.1, "seed": 0}), _typed({"value": np.ones(2)})
     ('0.1, seed=0', 'value')
@@ -217,7 +217,7 @@ def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selectio
         count: the number of leaves that must match.
 
     Raises:
-        NoMatch: nothing matches; the message holds the nearest paths.
+        NoMatch: nothing matches; the message names the nearest paths.
         WrongCount: more or fewer than `count` match.
 
     >>> params = {"params": {"Dense_0": {"kernel": np.ones((2, 2)), "bias": np.ones(2)}}}
@@ -233,10 +233,10 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
 
     Args:
         tree: any tree.
-        groups: label → selector. Each selector must match something, though an earlier one may have taken it all.
+        groups: label → selector. Each selector must match something, even if earlier ones take all of it.
 
     Raises:
-        NoMatch: a selector matches nothing, or a leaf belongs to no group.
+        NoMatch: a selector matches nothing, or a leaf is in no group.
 
     >>> labels({"a": np.ones(1), "b": np.ones(1)}, {"frozen": "a", "train": "**"})
     {'a': 'frozen', 'b': 'train'}
@@ -250,11 +250,11 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
     left = [leaves.index.path(number) for number in leaves.index.numbers if number not in found]
     if left:
         raise NoMatch(
-            f"{wording.plural(len(left), 'leaf belongs', 'leaves belong')} to no group: {wording.listing(left)}",
-            hint='{..., "rest": "**"} as the last group takes what is left',
+            f"{wording.plural(len(left), 'leaf is', 'leaves are')} in no group: {wording.listing(left)}",
+            hint='{..., "rest": "**"} as the last group takes the rest',
             near=left[:3],
         )
-    # Leaves that are no arrays (functions of Equinox modules) need some label, or the structures would differ.
+    # Leaves that are not arrays (functions of Equinox modules) need some label, or the structures would differ.
     return leaves.labelled(found, rest=list(groups)[-1])
 
 

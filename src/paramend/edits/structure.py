@@ -1,7 +1,7 @@
 """Changes of structure: leaves deleted from a tree, leaves moved to other paths.
 
-The containers are taken apart into drafts, entries go and come, and the drafts are closed again. A container in which
-nothing changed comes back as the same object; the tree that was given is never written to.
+The containers are opened as drafts, entries are removed and added, and the drafts are closed again. A container in
+which nothing changed stays the same object; the given tree is never written to.
 """
 
 import math
@@ -20,7 +20,7 @@ from paramend.trees.tree import Tree
 
 
 def delete(tree: Tree, numbers: Collection[int]) -> Any:
-    """A tree without these leaves; dicts and lists that became empty go too, list positions close up.
+    """A tree without these leaves, or dicts and lists that became empty; list positions close up.
 
     Raises:
         Unsupported: the container of a leaf has fixed entries.
@@ -29,17 +29,17 @@ def delete(tree: Tree, numbers: Collection[int]) -> Any:
 
 
 def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any:
-    """A tree with these leaves under new paths. All move at once, so that paths may be swapped.
+    """A tree with these leaves under new paths. All move at once, so paths may be swapped.
 
     Args:
         tree: the tree.
-        selector: what chose the leaves; its text says what the wildcards of `to` mean.
-        numbers: the chosen leaves.
+        selector: the selector of the leaves; its text says what the wildcards of `to` mean.
+        numbers: the selected leaves.
         to: the new path.
 
     Raises:
-        BadArgument: the selector is no text, or its wildcards are not those of `to`.
-        RenameClash: two leaves would have one path, or a list a hole.
+        BadArgument: the selector is not text, or its wildcards are not those of `to`.
+        RenameClash: two leaves would have one path, or a list would have a hole.
         Unsupported: a container on the way has fixed entries.
     """
     return relocate(tree, moves(tree.index, selector, {twin for n in numbers for twin in tree.twins(n)}, to), ())
@@ -50,11 +50,11 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
 
     Args:
         tree: the tree.
-        moved: the new paths of leaves, as `moves` has them.
+        moved: the new paths of leaves, from `moves`.
         gone: the leaves to delete. If there are any, list positions close up.
 
     Raises:
-        RenameClash: two leaves would have one path, or a list a hole.
+        RenameClash: two leaves would have one path, or a list would have a hole.
         Unsupported: a container on the way has fixed entries.
     """
     draft = take_apart(tree)
@@ -67,7 +67,7 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
         raise RenameClash(
             f"{wording.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
             f"{wording.listing(draft.clashes, 4)}",
-            hint="delete what stands there first, or rename to other paths",
+            hint="delete what is there first, or rename to other paths",
         )
     for number in (*moved, *gone):
         draft.prune(number)
@@ -77,7 +77,7 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
 def moves(
     index: Index, selector: Selector, chosen: Collection[int], to: str
 ) -> dict[int, list[tuple[str, int | None]]]:
-    """The new paths of the chosen leaves that the selector's text names, by leaf number, as `renames.keys` has them."""
+    """The new paths of the chosen leaves that the selector's text names, by number, in the form of `renames.keys`."""
     found: dict[int, list[tuple[str, int | None]]] = {}
     for rule in _rules(selector, to):
         for number, path in rule.over(index).items():
@@ -87,7 +87,7 @@ def moves(
 
 
 def _rules(selector: Selector, to: str) -> list[Rename]:
-    """One rename for each text in a selector. `&` and `.where` narrow what their left side names."""
+    """One rename for each text in a selector; for `&` and `.where`, that of their left side."""
     match selector:
         case Text():
             return [rename(selector.text, to)]
@@ -97,15 +97,15 @@ def _rules(selector: Selector, to: str) -> list[Rename]:
             return _rules(selector.part, to)
         case Both():
             return _rules(selector.left, to)
-    raise BadArgument(f"rename needs a selector in text, and this is {selector!r}", hint='pm.at(tree, "h_<n>/**")')
+    raise BadArgument(f"rename needs a selector of text, and this is {selector!r}", hint='pm.at(tree, "h_<n>/**")')
 
 
 class _Container:
-    """A container taken apart: its entries by key, so that they can go and come.
+    """An opened container: its entries by key, which can be removed and added.
 
     Attributes:
-        entries: key → a container, or whatever else stands there.
-        rank: key → its place. A new key stands where the first leaf moved to it stood, or at the end.
+        entries: key → a container, or any other value.
+        rank: key → its place. A new key takes the place of the first leaf moved to it, or the end.
     """
 
     def __init__(self, node: Any, kind: Kind, path: tuple[str, ...], *, empty: bool = False) -> None:
@@ -117,24 +117,24 @@ class _Container:
         self.numbered = self.positional or (bool(names) and all(type(name) is int for name in names))
         self.before: dict[Any, Any] = {} if empty else dict(zip(names, children, strict=True))
         self.entries: dict[Any, Any] = dict(self.before)
-        # Frameworks open some mappings in sorted order; what the user sees is the order of iteration.
+        # Frameworks open some mappings in sorted order; the user sees the order of iteration.
         listed = list(node) if isinstance(node, Mapping) and len(node) == len(names) else names
         self.rank: dict[Any, float] = {} if empty else {name: place for place, name in enumerate(listed)}
 
     @property
     def fixed(self) -> bool:
-        """Whether entries can neither go nor come."""
+        """Whether entries cannot be removed or added."""
         return self.kind.rekey is None
 
     def key(self, text: str) -> Any:
-        """The key that a text means here: a position in a list, an int among ints. A list takes no other text."""
+        """The key that a text means here: in a list a position, among ints an int, else the text."""
         if text in self.by_text:
             return self.by_text[text]
         number = number_of(text)
         return number if self.numbered and number is not None else text
 
     def close(self, *, close_up: bool) -> Any:
-        """The container with its entries. List positions close up, or else must have no holes."""
+        """The container with its entries. List positions close up if `close_up`; else they must have no holes."""
         entries = {key: self._closed(child, close_up=close_up) for key, child in self.entries.items()}
         if entries.keys() == self.before.keys():
             if all(child is self.before[key] for key, child in entries.items()):
@@ -144,7 +144,7 @@ class _Container:
         if self.kind.rekey is None:
             raise Unsupported(
                 f"{name} is a {type(self.node).__name__}, whose entries are fixed",
-                hint="only dicts and lists lose or gain entries",
+                hint="only dicts and lists can lose or gain entries",
             )
         order = sorted(entries) if self.positional else sorted(entries, key=self._rank)
         if self.positional and not close_up and order != list(range(len(order))):
@@ -165,12 +165,12 @@ class _Container:
 
 
 def _vacated(child: Any) -> bool:
-    """Whether all that a container held was taken out of it."""
+    """Whether everything that a container held was taken out of it."""
     return isinstance(child, _Container) and bool(child.before) and all(map(_vacated, child.entries.values()))
 
 
 class _Place(NamedTuple):
-    """Where a leaf stands: the containers from the root to its own, the key in each, and what seals it in or None."""
+    """The place of a leaf: the containers from the root to its own, the key in each, and what seals it in, or None."""
 
     chain: tuple[_Container, ...]
     keys: tuple[Any, ...]
@@ -178,12 +178,12 @@ class _Place(NamedTuple):
 
 
 class Draft:
-    """A tree taken apart, to be closed again by `root.close`.
+    """An opened tree, closed again by `root.close`.
 
     Attributes:
         root: its outermost container.
-        places: leaf number → where it stands.
-        clashes: sentences on leaves that found their new place taken.
+        places: leaf number → its place.
+        clashes: a sentence on each leaf whose new place is taken.
     """
 
     def __init__(self, tree: Tree, kind: Kind) -> None:
@@ -201,7 +201,7 @@ class Draft:
             entry = _entry(names, key, met)
             kind = find_kind(child)
             if kind is None or ELIDED in kind.open(child)[0]:
-                # A box goes with its content. One that holds several leaves cannot be split.
+                # A box moves with its content. A box of several leaves cannot be split.
                 sealed = child if type(entry) is dict else None
                 self.places |= dict.fromkeys(_numbers(entry), _Place(chain, here, sealed))
             elif kind.replace is not None:
@@ -211,7 +211,7 @@ class Draft:
                 self._open(inner, chain, here, entry or {})
 
     def take(self, number: int) -> Any:
-        """Takes a leaf out of its container, with its box if it has one."""
+        """Take a leaf out of its container, with its box if it has one."""
         chain, path, sealed = self.places[number]
         if sealed is not None:
             raise Unsupported(
@@ -224,12 +224,12 @@ class Draft:
     def put(
         self, number: int, path: Sequence[tuple[str, int | None]], value: Any, *, position: int | None = None
     ) -> None:
-        """Puts a leaf under new keys; containers that are not there yet are made like those that the keys come from.
+        """Put a leaf under new keys; missing containers are made like those that the keys come from.
 
         Args:
-            number: the leaf whose old place says what containers are like.
-            path: the keys, each with the depth in the old path of the container that its own is made like, or None.
-            value: what to put there.
+            number: the leaf whose old containers serve as templates.
+            path: the keys, each with the depth in the old path of the template of its container, or None.
+            value: the value to put there.
             position: which of the keys is a position, for which a list is made if there is no container yet.
         """
         old = self.places[number]
@@ -265,7 +265,7 @@ class Draft:
         self.clashes.append(f"{self.index.path(number)} would go to {'/'.join(text for text, _ in path)} ({why})")
 
     def prune(self, number: int) -> None:
-        """Removes the containers that the departure of a leaf left empty."""
+        """Remove the containers that became empty when a leaf was taken."""
         chain, path, _ = self.places[number]
         for depth in range(len(chain) - 1, 0, -1):
             container, parent = chain[depth], chain[depth - 1]
@@ -275,7 +275,7 @@ class Draft:
 
 
 def take_apart(tree: Tree) -> Draft:
-    """A tree taken apart.
+    """The draft of a tree.
 
     Raises:
         Unsupported: the class of the tree fixes its entries.
@@ -286,19 +286,19 @@ def take_apart(tree: Tree) -> Draft:
     if kind.replace is not None or ELIDED in kind.open(tree.root)[0]:
         name = type(tree.root).__name__
         raise Unsupported(
-            f"the parts of a {name} are fixed by its class: nothing can be deleted or renamed in it",
+            f"the parts of a {name} are fixed by its class: they cannot be deleted or renamed",
             hint="edit its state: pm.at(module.state_dict(), ...) in torch, pm.at(nnx.state(module), ...) in NNX",
         )
     return Draft(tree, kind)
 
 
 def _entry(names: Names, key: Any, met: set[Label]) -> Any:
-    """What an index holds for a key: a leaf number, the names below it, or None where there are no arrays.
+    """The entry of an index for a key: a leaf number, the names below it, or None if there are no arrays.
 
     Args:
         names: the names of the container.
         key: one of its keys.
-        met: the last labels of the keys before; a further key that reads the same has a label with a serial.
+        met: the last labels of the keys before; a further key with the same text has a label with a serial.
     """
     *first, last = labels(key)
     for label in first:
@@ -319,7 +319,7 @@ def _numbers(entry: Any) -> Iterator[int]:
 
 
 def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:
-    """An empty list; in an NNX State, which holds no lists, a dict with ints for keys."""
+    """An empty list; in an NNX State, which holds no lists, a dict with int keys."""
     in_state = type(root.node).__name__ == "State"
     node: Any = {} if in_state else []
     kind = find_kind(node)
@@ -330,7 +330,7 @@ def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:
 
 
 def _like(template: _Container | None, first: str, path: tuple[str, ...]) -> _Container:
-    """An empty container of the kind of another, if that kind can hold a key of this text; else a dict."""
+    """An empty container of the same kind as another, if that kind can hold a key of this text; else a dict."""
     if template is None or template.fixed or (template.positional and number_of(first) is None):
         node: Any = {}
         kind = find_kind(node)

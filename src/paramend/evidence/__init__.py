@@ -1,1 +1,1 @@
-"""What differs between trees, and what their values are like: the work behind `diff`, `verify` and `stats`."""
+"""Differences between trees and statistics of their values: the work behind `diff`, `verify` and `stats`."""

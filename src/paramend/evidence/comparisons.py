@@ -1,4 +1,4 @@
-"""Comparisons of pairs of leaves: equal bit by bit or not, and how far apart, in bounded memory."""
+"""Comparisons of pairs of leaves: whether they are equal bit by bit, and how far apart, in bounded memory."""
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from paramend.reports.progress import Meter
 R = TypeVar("R")
 
 _SMALL = 1 << 14
-# Bytes of a side that are compared at once: figures take memory, and comparing takes none, so that more is quicker.
+# Bytes of a side that are compared at once: unlike distances, comparing takes no memory, so more is faster.
 _AT_ONCE = 8 * CHUNK
 
 
@@ -55,14 +55,14 @@ class Pair:
 
     @property
     def hindrance(self) -> str:
-        """Why the values of one of them cannot be had, or ""."""
+        """Why the values of one of them are not available, or ""."""
         return hindrance(self.old, self.a) or hindrance(self.new, self.b)
 
     def streams(self) -> tuple[Stream, Stream]:
         """The streams of both.
 
         Raises:
-            Unsupported: the values of one cannot be had, or one has packed what the other has not.
+            Unsupported: the values of one are not available, or are packed on one side only.
         """
         a, b = stream_of(self.old, self.a), stream_of(self.new, self.b)
         if a.size != b.size or (a.dtype is None) != (b.dtype is None):
@@ -73,7 +73,7 @@ class Pair:
 
 
 class Comparer:
-    """Compares pairs of leaves on two threads, and tells a meter of the bytes."""
+    """Comparisons of pairs of leaves on two threads, whose bytes advance a meter."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -136,5 +136,5 @@ def same_bytes(a: Array, b: Array) -> bool:
     """
     if a.nbytes < _SMALL:
         return a.tobytes() == b.tobytes()
-    # Unlike comparisons of numpy and of bytes, ctypes lets other threads run, and nothing is allocated.
+    # Unlike comparisons in numpy or of bytes, ctypes lets other threads run and allocates nothing.
     return not _memcmp(a.ctypes.data, b.ctypes.data, a.nbytes)

@@ -1,4 +1,4 @@
-"""Differences between two trees, leaf by leaf and bit by bit, wherever they lie."""
+"""Differences between two trees, leaf by leaf and bit by bit, in memory or on disk."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -34,24 +34,23 @@ def diff(
     histograms: bool = False,
     progress: Progress | None = None,
 ) -> DiffReport:
-    """What differs between two trees: a report that is true if anything does, and prints as a table.
+    """The differences between two trees: a report that is true if there are any, and prints as a table.
 
-    Each side is a tree of any kind (a Flax, NNX, Equinox or torch module, a state dict, nested dicts), a checkpoint as
-    `pm.open` gives it, or the path of one. Names are compared piece by piece, so that `fc.weight` in a file is fc →
-    weight in a module; a tied leaf is found under any of its paths and counts once. Values are compared bit by bit: NaN
-    equals itself, -0.0 differs from +0.0. A leaf with the same bytes under another name is renamed, not removed and
-    added.
+    Each side is a tree of any kind (a Flax, NNX, Equinox or torch module, a state dict, nested dicts), a checkpoint
+    from `pm.open`, or the path of one. Names are compared piece by piece, so `fc.weight` in a file is fc → weight in a
+    module; a tied leaf is found under any of its paths and counts once. Values are compared bit by bit: NaN equals
+    itself, -0.0 differs from +0.0. A leaf with the same bytes under another name is renamed, not removed and added.
 
-    Files are read in pieces on two threads: memory is bounded whatever their size. Leaves that lie on a device are
-    copied to the host, and those that an edit changes which is not saved yet are computed, one at a time.
+    Files are read in pieces on two threads: memory is bounded whatever their size. Leaves on a device are copied to the
+    host, and leaves with unsaved edits are computed, one at a time.
 
     Args:
         before: the first tree.
         after: the second.
-        selector: what to compare: leaves that it chooses on either side.
-        only: a selector of what may differ. `report.unexpected` then lists the rows of all other leaves that do. It
-            counts in `before`; for leaves that are new, in `after`.
-        sort: the order of `changed`: "change" puts the largest first, "path" goes by name.
+        selector: what to compare: leaves that it selects on either side.
+        only: a selector of what may differ, resolved in `before`, and for new leaves in `after`. `report.unexpected`
+            then lists the rows of all other leaves that differ.
+        sort: the order of `changed`: "change" puts the largest first, "path" sorts by name.
         histograms: whether changed leaves are read twice more, for the histograms of the report's page.
         progress: called with an `Event` as bytes are compared.
 
@@ -59,9 +58,9 @@ def diff(
         A `DiffReport`: lists of rows `changed`, `respecified`, `renamed`, `removed`, `added` and `identical`.
 
     Raises:
-        NoMatch: a selector chooses nothing on either side.
-        Unsupported: the values of a leaf cannot be had, as those of an abstract array.
-        CannotRead: a path leads nowhere.
+        NoMatch: a selector matches nothing on either side.
+        Unsupported: the values of a leaf are not available, as for an abstract array.
+        CannotRead: a path does not exist.
 
     >>> old = {"fc": {"kernel": np.ones((2, 3), "float32"), "bias": np.zeros(3)}, "h": np.arange(4)}
     >>> new = {"fc": {"kernel": np.full((2, 3), 1.5, "float32"), "bias": np.zeros(3)}, "head": np.arange(4)}
@@ -91,18 +90,18 @@ def diff(
 def verify(before: AnyTree, after: AnyTree, *, only: SelectorLike | None = None) -> list[str]:
     """The paths of the leaves that changed, all of them allowed to.
 
-    Leaves are compared as `pm.diff` compares them: bit by bit, and by name, piece by piece, so that a module can be
-    checked against its state dict or against the file that it came from.
+    Leaves are compared as in `pm.diff`: bit by bit, and by name, piece by piece, so a module can be checked against its
+    state dict or against the file that it came from.
 
     Args:
-        before: any tree, a checkpoint as `pm.open` gives it, or the path of one.
+        before: any tree, a checkpoint from `pm.open`, or the path of one.
         after: likewise.
-        only: a selector of what may differ: it counts in `before`, and for leaves that are new in `after`. Without it,
-            nothing may differ.
+        only: a selector of what may differ, resolved in `before`, and for new leaves in `after`. Without it, nothing
+            may differ.
 
     Raises:
-        UnexpectedChange: other leaves changed, came or went; each is named, with how far it moved.
-        NoMatch: `only` chooses nothing.
+        UnexpectedChange: other leaves changed, were added or removed; each is named, with how far it moved.
+        NoMatch: `only` matches nothing.
 
     >>> old = {"kernel": np.ones(2), "bias": np.zeros(2)}
     >>> verify(old, {**old, "bias": np.ones(2)}, only="bias")
@@ -138,7 +137,7 @@ def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
 
 @contextmanager
 def _leaves(tree: Any) -> Iterator[Editable]:
-    """Any tree as leaves; a checkpoint that is given by its path is open meanwhile."""
+    """Any tree as leaves; a checkpoint given by its path is open meanwhile."""
     if isinstance(tree, str | os.PathLike):
         with open_checkpoint(tree) as checkpoint:
             yield checkpoint
@@ -151,17 +150,17 @@ def _is_all(selector: Any) -> bool:
 
 
 def _chosen(selector: Any, old: Editable, new: Editable) -> tuple[set[int], set[int]]:
-    """The leaves that a selector chooses on either side, by their first numbers.
+    """The leaves that a selector finds on either side, by their first numbers.
 
     Raises:
-        NoMatch: it chooses none at all.
+        NoMatch: it matches nothing on either side.
     """
     found: list[set[int]] = []
     errors: list[ParamendError] = []
     for leaves in (old, new):
         try:
             numbers = resolve(selector, leaves)
-        except (NoMatch, BadArgument) as error:  # a tree of bools may fit one side alone
+        except (NoMatch, BadArgument) as error:  # a tree of bools may fit only one side
             numbers = ()
             errors.append(error)
         found.append({leaves.ties.get(number, number) for number in numbers})
@@ -171,7 +170,7 @@ def _chosen(selector: Any, old: Editable, new: Editable) -> tuple[set[int], set[
 
 
 def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str], bool]:
-    """Whether a leaf may differ: `only` counts in the old tree, and for what is new or has moved in the new one."""
+    """Whether a leaf may differ: `only` is resolved in the old tree; for added and renamed leaves, in the new one."""
     if only is None:
         return lambda match, kind: True
     before, after = _chosen(only, old, new)
@@ -183,7 +182,7 @@ def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str]
 
 
 def _kinds(old: Editable, new: Editable, found: Sequence[Match], comparer: Comparer) -> list[str]:
-    """Which of the lists of a report each leaf belongs in, names taken as they are."""
+    """The list of the report that each leaf belongs in, before renamed leaves are found."""
     kinds = ["added" if match.a is None else "removed" if match.b is None else "" for match in found]
     places, pairs = [], []
     for place, match in enumerate(found):
@@ -201,7 +200,7 @@ def _kinds(old: Editable, new: Editable, found: Sequence[Match], comparer: Compa
 
 
 def _check_readable(pairs: Sequence[Pair]) -> None:
-    """Refuses leaves without values, all at once: to leave them out would be to say that they are equal."""
+    """Raise for leaves without values, naming all of them: leaving them out would mean that they are equal."""
     problems = []
     for pair in pairs:
         why = "" if pair.same else pair.hindrance
@@ -210,12 +209,12 @@ def _check_readable(pairs: Sequence[Pair]) -> None:
         count = wording.plural(len(problems), "leaf", "leaves")
         raise Unsupported(
             "\n".join([f"{count} cannot be compared", *(f"  {line}" for line in problems[:20])]),
-            hint='choose others: pm.diff(before, after, ~pm.sel("..."))',
+            hint='leave them out: pm.diff(before, after, ~pm.sel("..."))',
         )
 
 
 def _rows(old: Editable, new: Editable, found: Sequence[tuple[Match, str]], comparer: Comparer) -> list[DiffRow]:
-    """The rows of leaves whose kinds are known, in order, with figures where there are two arrays of one shape."""
+    """The rows of leaves whose kinds are known, in order, with figures if there are two arrays of one shape."""
     rows = []
     for match, kind in found:
         leaves, number = (old, match.a) if match.b is None else (new, match.b)
@@ -243,7 +242,7 @@ def _rows(old: Editable, new: Editable, found: Sequence[tuple[Match, str]], comp
 
 
 def _comparable(pair: Pair) -> bool:
-    """Whether distances make sense: one spec, or one shape and two dtypes of numbers, none of them packed."""
+    """Whether distances make sense: the specs are equal, or the shapes are and neither dtype is packed."""
     one, two = pair.specs
     return one == two or (one.shape == two.shape and not any(BITS.get(spec.dtype, 1) % 8 for spec in (one, two)))
 

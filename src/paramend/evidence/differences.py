@@ -19,25 +19,25 @@ _HEADER = ("differ", "max abs", "rel l2", "cosine", "ulp")
 
 @dataclass(frozen=True, slots=True)
 class DiffRow:
-    """What became of one leaf. Figures are None where they say nothing: of leaves that were not compared.
+    """What became of one leaf. The figures of leaves that were not compared are None.
 
     Attributes:
-        path: the path in b; of a removed leaf, the path in a.
-        shape: the shape in b; of a removed leaf, that in a.
+        path: the path in b; for a removed leaf, the path in a.
+        shape: the shape in b; for a removed leaf, that in a.
         dtype: likewise.
         nbytes: likewise.
         also: the other paths of a tied leaf.
         was: the path in a of a renamed leaf, or "".
         shape_before: the shape in a of a respecified leaf, or None.
         dtype_before: likewise.
-        differing: how many elements differ; None where they have no known width.
-        nonfinite: how many of these are NaN or inf on a side. All that follows is of the others.
+        differing: how many elements differ; None if their width is unknown.
+        nonfinite: how many of these are NaN or inf on a side. The figures below leave them out.
         max_abs: the greatest |b - a|.
         relative_l2: ‖b - a‖ / ‖a‖.
-        cosine: of the angle between a and b as vectors.
+        cosine: the cosine of the angle between a and b as vectors.
         max_ulp: the greatest distance in units in the last place.
-        transposed: the order of axes with which b is `a.transpose(order)`, bit by bit; None if there is none.
-        allowed: whether `only` chose the leaf; True without `only`.
+        transposed: the order of axes for which b is `a.transpose(order)`, bit by bit; None if there is none.
+        allowed: whether `only` selects the leaf; True without `only`.
     """
 
     path: str
@@ -89,14 +89,14 @@ class DiffRow:
 
 
 def said(kind: str, row: DiffRow) -> str:
-    """What happened to a leaf, in words, by the list that it is in."""
+    """What happened to a leaf in one of the lists, in words."""
     if kind == "respecified":
         return f"{row.spec_before} became {row.spec}"
     return {"removed": "gone", "added": "new", "renamed": f"renamed from {row.was}"}.get(kind, row.says)
 
 
 def weight(row: DiffRow) -> tuple[float, float]:
-    """How large a change is, for sorting: NaN and inf first, then by the share of the norm that moved."""
+    """The size of a change, for sorting: NaN and inf first, then by the share of the norm that moved."""
     moved = math.inf if row.nonfinite or row.relative_l2 is None else row.relative_l2
     return moved, float(row.max_abs or 0)
 
@@ -105,17 +105,17 @@ def weight(row: DiffRow) -> tuple[float, float]:
 class DiffReport(Paged):
     """What differs between two trees, a and b. It is true if anything does.
 
-    Every leaf of either is in exactly one of the lists; one with several paths counts once.
+    Every leaf of either is in exactly one of the lists; a leaf with several paths counts once.
 
     Attributes:
         changed: leaves of the same name and spec with other bits, the largest change first, or by path.
         respecified: leaves of the same name with another shape or dtype.
         renamed: leaves with the same bytes under another name.
-        removed: leaves of a alone.
-        added: leaves of b alone.
+        removed: leaves that only a has.
+        added: leaves that only b has.
         identical: leaves that are equal bit by bit.
-        only: the selector that was to choose all that differs, as text, or None.
-        histograms: path of a changed leaf → how its values are spread in a and in b, if that was asked for.
+        only: the selector of what may differ, as text, or None.
+        histograms: path of a changed leaf → the histograms of its values in a and in b, if requested.
     """
 
     changed: list[DiffRow] = field(default_factory=list)
@@ -132,12 +132,12 @@ class DiffReport(Paged):
 
     @property
     def unexpected(self) -> list[DiffRow]:
-        """The rows of leaves that differ and that `only` did not choose."""
+        """The rows of leaves that differ and that `only` does not select."""
         return [row for name in DIFFERENT for row in getattr(self, name) if not row.allowed]
 
     @property
     def expected(self) -> list[DiffRow]:
-        """The rows of leaves that differ and that `only` chose; without `only`, all that differ."""
+        """The rows of leaves that differ and that `only` selects; without `only`, all that differ."""
         return [row for name in DIFFERENT for row in getattr(self, name) if row.allowed]
 
     @property
@@ -154,7 +154,7 @@ class DiffReport(Paged):
         }
 
     def headline(self) -> str:
-        """One sentence that says it all."""
+        """The summary in one sentence."""
         counts = {name: len(getattr(self, name)) for name in PARTS}
         every = sum(counts.values())
         nbytes = wording.size(sum(part["nbytes"] for part in self.totals.values()))
@@ -172,7 +172,7 @@ class DiffReport(Paged):
         return f"{said}; {f'{outside:,} ' * bool(outside)}{where}"
 
     def sections(self) -> list[Section]:
-        """The parts in which leaves differ; with `only`, first those that it did not choose."""
+        """The parts with leaves that differ; with `only`, first those that it does not select."""
         found = []
         for allowed in (False, True):
             place = "" if self.only is None else f" within {self.only}" if allowed else f" outside {self.only}"
@@ -182,7 +182,7 @@ class DiffReport(Paged):
         return found
 
     def page(self) -> Page:
-        """The tree b as a map, coloured by what became of each leaf; what b lacks beside it."""
+        """The tree b as a map, coloured by what became of each leaf, beside the leaves that b lacks."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
         paths = [row.path for _, row in rows]
         return Page(
@@ -227,7 +227,7 @@ def _section(name: str, title: str, rows: Sequence[DiffRow]) -> Section:
 
 
 def _cells(rows: Sequence[DiffRow]) -> tuple[str, ...]:
-    """The figures of some rows: counts together, of the others the worst."""
+    """The figures of some rows: the sums of the counts, and the worst of the others."""
     compared = [row for row in rows if row.differing is not None]
     if not compared:
         return ()

@@ -1,4 +1,4 @@
-"""Distances between two arrays of values that differ, in one pass and in bounded memory."""
+"""Distances between two arrays, in one pass and in bounded memory."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,25 +9,24 @@ import numpy as np
 from paramend.evidence.widening import total, widened
 from paramend.leaves.specs import BITS, Array, kind_of
 
-# Elements looked at once: in float64 they fit the processor's cache.
+# Elements processed at once: in float64 they fit the processor's cache.
 _RUN = 1 << 15
 _UNSIGNED = frozenset({"float8_e8m0fnu"})  # floats without a sign
 
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far two arrays of one shape are from each other, reckoned in float64.
+    """How far apart two arrays of one shape are, computed in float64.
 
     Attributes:
-        differing: how many elements differ bit by bit (of two dtypes: in value); None where elements have no known
-            width.
-        nonfinite: how many of these are NaN or inf on a side. All that follows is of the elements that are finite on
-            both.
-        max_abs: the greatest |b - a|; of integers exact. None if no finite element differs, or they are no numbers.
+        differing: how many elements differ bit by bit (for two dtypes: in value); None if their width is unknown.
+        nonfinite: how many of these are NaN or inf on a side. The figures below are of the elements that are finite on
+            both sides.
+        max_abs: the greatest |b - a|, exact for integers; None if no finite element differs, or they are not numbers.
         relative_l2: ‖b - a‖ / ‖a‖; inf if a is 0.
-        cosine: of the angle between the two as vectors; None if one of them is 0.
-        max_ulp: the greatest distance in units in the last place: how many floats of this dtype lie between, plus one;
-            0 between -0.0 and +0.0. None of what is no float.
+        cosine: the cosine of the angle between the two as vectors; None if one of them is 0.
+        max_ulp: the greatest distance in units in the last place: the number of floats of this dtype between, plus one;
+            0 between -0.0 and +0.0. None if they are not floats.
     """
 
     differing: int | None
@@ -43,7 +42,7 @@ class Distance:
 
 
 class Gap:
-    """The distance of values that come in parts, in any order: the outcome is the same.
+    """The distance of values that come in parts; the order of the parts does not change the result.
 
     >>> gap = Gap()
     >>> gap.add(np.array([3.0, 4.0]), np.array([3.0, 4.0]))
@@ -57,7 +56,8 @@ class Gap:
         self.nonfinite = 0
         self.max_abs: float | int | None = None
         self.max_ulp: int | None = None
-        # Sums of squares: of what agrees; of what moved, before, after and between; and of its products.
+        # Sums of squares of equal values, and of the others before, after and of their differences; then sums of the
+        # products of the others.
         self.same: list[float] = []
         self.old: list[float] = []
         self.new: list[float] = []
@@ -65,13 +65,13 @@ class Gap:
         self.dots: list[float] = []
 
     def add(self, a: Array, b: Array) -> None:
-        """Takes further elements in: flat arrays of one length. Of two dtypes, values are compared."""
+        """Add further elements: flat arrays of one length. If their dtypes differ, values are compared."""
         with np.errstate(all="ignore"):
             for start in range(0, a.size, _RUN):
                 self._add(a[start : start + _RUN], b[start : start + _RUN])
 
     def add_opaque(self, a: Array, b: Array, bits: int) -> None:
-        """Takes further bytes in, of elements that are no numbers to numpy; 0 bits: of unknown width."""
+        """Add further bytes of elements that are not numbers to numpy; `bits` is 0 if their width is unknown."""
         if not bits:
             self.differing = None
         elif self.differing is not None:
@@ -79,7 +79,7 @@ class Gap:
             self.differing += int(np.count_nonzero(flags[: flags.size // bits * bits].reshape(-1, bits).any(axis=1)))
 
     def merge(self, other: "Gap") -> None:
-        """Takes in what another has seen."""
+        """Add what another gap has seen."""
         unknown = self.differing is None or other.differing is None
         self.differing = None if unknown else (self.differing or 0) + (other.differing or 0)
         self.nonfinite += other.nonfinite
@@ -111,7 +111,7 @@ class Gap:
             self.same.append(_squares(x))
             return
         y = widened(b)
-        assert y is not None  # two dtypes are compared if both are of numbers
+        assert y is not None  # two dtypes are compared only if both are numeric
         if differ is None:
             differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))
             count = int(np.count_nonzero(differ))
@@ -146,7 +146,7 @@ def _differ(a: Array, b: Array) -> Array:
 
 
 def bits(x: Array) -> Array:
-    """The elements of a flat array as unsigned integers; a row of them each where they are wide.
+    """The elements of a flat array as unsigned integers; as one row of bytes each if no integer is as wide.
 
     >>> bits(np.array([-0.0], "float32"))
     array([2147483648], dtype=uint32)
@@ -159,9 +159,9 @@ def bits(x: Array) -> Array:
 
 
 def ulps(a: Array, b: Array) -> Array:
-    """How many steps lie between floats of one dtype, from each to the next; none of them NaN.
+    """How many steps from one float to the next separate floats of one dtype without NaN.
 
-    Floats are in the order of their bits, taken as sign and magnitude.
+    Floats are in the order of their bits, read as sign and magnitude.
 
     >>> one = np.float32(1)
     >>> ulps(np.array([one, -0.0, -1e-45], "float32"), np.array([np.nextafter(one, 2), 0.0, 1e-45], "float32"))
@@ -172,20 +172,20 @@ def ulps(a: Array, b: Array) -> Array:
     lift = width - BITS[name]  # a float of 4 bits has its sign there
     if name not in _UNSIGNED:
         x, y = (_ordered(side.view(f"i{width // 8}") << lift, width) for side in (x, y))
-    # The difference of signed integers wraps around to what is right as an unsigned one.
+    # The difference of signed integers wraps around to the right value as an unsigned integer.
     found = np.subtract(np.maximum(x, y), np.minimum(x, y)).view(f"u{width // 8}")
     return found >> lift if lift else found
 
 
 def _ordered(bits: Array, width: int) -> Array:
-    """Sign and magnitude as the two's complement: integers in the order of the floats."""
+    """Sign and magnitude as two's complement: integers in the order of the floats."""
     sign = bits >> (width - 1)
     found: Array = (bits ^ (sign & ((1 << (width - 1)) - 1))) - sign
     return found
 
 
 def _product(x: Array, y: Array) -> float:
-    """The real part of the inner product. Unlike BLAS, einsum starts no threads of its own."""
+    """The real part of the inner product. Unlike BLAS, einsum does not start threads."""
     return float(np.einsum("i,i->", x, y.conj() if y.dtype.kind == "c" else y).real)
 
 
@@ -201,7 +201,7 @@ def _squares(x: Array) -> float:
 def _integer_gap(a: Array, b: Array) -> int:
     if a.dtype.num >= 256 or a.dtype.kind == "b":  # bools, and the narrow integers of ml_dtypes
         a, b = a.astype(np.int64), b.astype(np.int64)
-    gaps = np.where(b > a, b - a, a - b)  # wraps around as unsigned integers do, which is right
+    gaps = np.where(b > a, b - a, a - b)  # wraps around to the right value as an unsigned integer
     return int(gaps.view(f"u{gaps.dtype.itemsize}").max())
 
 

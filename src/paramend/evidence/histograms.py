@@ -1,4 +1,4 @@
-"""Histograms of leaves, one or two at a time in the same bins: read twice, in bounded memory."""
+"""Histograms of leaves, or of pairs of leaves in the same bins: read twice, in bounded memory."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ BINS = 48
 
 
 def histograms(streams: Mapping[str, tuple[Stream, ...]], bins: int = BINS) -> dict[str, Histogram]:
-    """How the finite values of some leaves are spread; those that are no numbers are left out.
+    """The histograms of the finite values of some leaves; leaves without such values are left out.
 
     Args:
-        streams: a stream for each leaf, or two of one size that are to be compared.
-        bins: how many bins of one width there are, from the least value to the greatest.
+        streams: a stream for each leaf, or two of one size to compare.
+        bins: the number of bins of equal width, from the least value to the greatest.
 
     >>> from paramend.evidence.streams import stream_of
     >>> from paramend.trees.tree import Tree
@@ -73,7 +73,7 @@ def _finite(piece: Array) -> Array:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """The range of the bins: a leaf of one value needs some width too."""
+    """The range of the bins, widened if there is only one value."""
     return (low, high) if low < high else (low - 0.5 * max(1.0, abs(low)), high + 0.5 * max(1.0, abs(high)))
 
 

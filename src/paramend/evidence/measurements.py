@@ -11,7 +11,7 @@ from paramend.reports.progress import Meter
 
 
 def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Measures | str]:
-    """The measures of each leaf; of one whose values are no numbers, or cannot be had, why.
+    """The measures of each leaf, or the reason why its values are not available or not numbers.
 
     >>> import numpy as np
     >>> from paramend.trees.tree import Tree

@@ -9,20 +9,20 @@ import numpy as np
 from paramend.evidence.widening import total, widened
 from paramend.leaves.specs import Array
 
-# Elements looked at once: in float64 they fit the processor's cache.
+# Elements processed at once: in float64 they fit the processor's cache.
 _RUN = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """What the values of a leaf are like, reckoned in float64. Of complex values, their absolute values.
+    """Statistics of the values of a leaf, computed in float64; of complex values, those of their absolute values.
 
     Attributes:
-        min: the least value that is no NaN; None if there is none.
-        max: the greatest value that is no NaN; None if there is none.
-        mean: of the finite values; None if there are none.
-        std: the standard deviation of the finite values, by their number, not less one; None if there are none.
-        norm: the L2 norm of the finite values; None if there are none.
+        min: the least value that is not NaN; None if all are NaN.
+        max: the greatest value that is not NaN; None if all are NaN.
+        mean: the mean of the finite values; None if no value is finite.
+        std: the standard deviation of the finite values, divided by their number; None if no value is finite.
+        norm: the L2 norm of the finite values; None if no value is finite.
         zeros: how many values are 0.
         nans: how many are NaN.
         infs: how many are infinite.
@@ -43,7 +43,7 @@ class Measures:
 
 
 class Tally:
-    """The measures of values that come in parts, in any order: the outcome is the same.
+    """The measures of values that come in parts; the order of the parts does not change the result.
 
     >>> tally = Tally()
     >>> tally.add(np.array([3.0, np.nan]))
@@ -55,13 +55,13 @@ class Tally:
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
         self.zeros = self.nans = self.infs = self.size = 0
-        # Of each run of finite values: how many, their sum, and the sum of squares about their mean.
+        # For each run of finite values: their number, their sum, and the sum of squares about their mean.
         self.counts: list[int] = []
         self.sums: list[float] = []
         self.squares: list[float] = []
 
     def add(self, values: Array) -> None:
-        """Takes further values in; those that are no numbers are only counted."""
+        """Add further values; those that are not numbers are only counted."""
         for start in range(0, values.size, _RUN):
             self._add(values[start : start + _RUN])
 
@@ -89,7 +89,7 @@ class Tally:
                 self.squares.append(float(np.einsum("i,i->", gaps, gaps)))
 
     def merge(self, other: "Tally") -> None:
-        """Takes in what another tally has counted."""
+        """Add what another tally has counted."""
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         for name in ("size", "zeros", "nans", "infs", "counts", "sums", "squares"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

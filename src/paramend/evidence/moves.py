@@ -9,16 +9,16 @@ from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import Spec
 
 _SAMPLE = 1 << 10  # elements
-# Beyond so many candidates names are not weighed: leaves pair off in order.
+# With more candidates than this, names are not compared: leaves are paired in order.
 _MANY = 250_000
 
 Side = tuple[Leaves, int]
 
 
 def moves(old: Leaves, gone: Sequence[int], new: Leaves, come: Sequence[int], comparer: Comparer) -> dict[int, int]:
-    """Of the leaves that are gone those that are there again, as old number → new number: of the same spec and bytes.
+    """The removed leaves that were added again with the same spec and bytes, as old number → new number.
 
-    Where several hold the same bytes, as zero biases do, those pair off whose names have most in common.
+    Where several hold the same bytes, as zero biases do, those whose names have most in common are paired.
     """
     groups: dict[tuple[Spec, bytes], list[Side]] = {}
     specs = {old.spec(number) for number in gone} & {new.spec(number) for number in come}
@@ -30,7 +30,7 @@ def moves(old: Leaves, gone: Sequence[int], new: Leaves, come: Sequence[int], co
     found: dict[int, int] = {}
     waiting = [group for group in groups.values() if _both(group, old, new)]
     while waiting:
-        # In each round the first leaf of every group is held against the others; those that agree are a class.
+        # In each round the first leaf of every group is compared with the others; those that agree form a class.
         pairs = [(place, side) for place, group in enumerate(waiting) for side in group[1:]]
         agree = comparer.equal([Pair(*waiting[place][0], *side) for place, side in pairs])
         classes = [[group[0]] for group in waiting]
@@ -50,7 +50,7 @@ def _both(group: Sequence[Side], old: Leaves, new: Leaves) -> bool:
 
 
 def _sample(leaves: Leaves, number: int) -> bytes:
-    """Some of the bytes of a leaf: two that differ here need not be compared."""
+    """Some of the bytes of a leaf: leaves that differ here need not be compared."""
     stream = stream_of(leaves, number)
     places = (0,) if stream.source is not None else (0, stream.size // 2, max(stream.size - _SAMPLE, 0))
     with Desk() as desk:
@@ -73,7 +73,7 @@ def _paired(old: Leaves, gone: list[int], new: Leaves, come: list[int]) -> dict[
 
 
 def _likeness(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[int, int]:
-    """How many pieces at the end, and how many at all, two names have in common.
+    """How many pieces two names have in common at the end, and in total.
 
     >>> _likeness(("h", "0", "ln", "w"), ("layers", "0", "ln", "w")), _likeness(("a", "w"), ("w", "b"))
     ((3, 3), (0, 1))

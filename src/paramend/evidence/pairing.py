@@ -1,4 +1,4 @@
-"""Which leaf of one tree is which of another: by name, piece by piece; tied leaves by any of their names."""
+"""Pairs of leaves of two trees: matched by name, piece by piece; tied leaves by any of their names."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Match:
     """A leaf on either side, or on both.
 
     Attributes:
-        a: its first number in the old tree; None if it is new.
-        b: its first number in the new tree; None if it is gone.
-        path: its path in the new tree; of one that is gone, in the old.
+        a: its first number in the old tree; None if it was added.
+        b: its first number in the new tree; None if it was removed.
+        path: its path in the new tree; for a removed leaf, in the old one.
         also: its other paths.
     """
 
@@ -27,7 +27,7 @@ class Match:
 
 
 def matches(old: Leaves, new: Leaves) -> list[Match]:
-    """The leaves of two trees, each with the one of its name, in the order of the old tree; what is new comes last.
+    """The leaves of two trees paired by name, in the order of the old tree; added leaves come last.
 
     `fc.weight` in a state dict is fc → weight in a module. A leaf with several paths is looked for under all of them.
 
@@ -59,7 +59,7 @@ def _one(leaves: Leaves, number: int) -> int:
 
 
 def _named(leaves: Leaves) -> dict[Name, int]:
-    """Leaf numbers by their pieces; of several that read the same, the first, the second and so on."""
+    """Leaf numbers by their pieces, and by a serial number among leaves with the same pieces."""
     seen: Counter[tuple[str, ...]] = Counter()
     found: dict[Name, int] = {}
     for number in leaves.index.numbers:

@@ -1,4 +1,4 @@
-"""Axes in another order: whether a leaf is another one transposed, element by element, in bounded memory."""
+"""Permutations of axes: whether a leaf is another one transposed, checked element by element in bounded memory."""
 
 import mmap
 import os
@@ -13,14 +13,14 @@ from paramend.evidence.streams import Stream
 from paramend.formats.files import open_regular
 from paramend.leaves.specs import Array
 
-_AXES = 4  # of more axes no orders are tried
+_AXES = 4  # with more axes, orders are not tried
 _TILE = 512
 _PROBES = 64
 _LIMIT = 64 << 20  # bytes of a leaf that is read whole where its file cannot be mapped
 
 
 def transposed(pair: Pair) -> tuple[int, ...] | None:
-    """The order of axes such that b is `a.transpose(order)`, bit by bit; None if there is none but that of a itself.
+    """The order of axes for which b is `a.transpose(order)`, bit by bit, other than that of a; None if there is none.
 
     >>> from paramend.trees.tree import Tree
     >>> a = np.arange(6.0).reshape(2, 3)
@@ -54,7 +54,7 @@ def transposed(pair: Pair) -> tuple[int, ...] | None:
 
 
 class _View:
-    """The values of a stream as an array: those of a file are mapped, and let go of tile by tile."""
+    """The values of a stream as an array: those of a file are mapped, and their pages released tile by tile."""
 
     def __init__(self, stream: Stream) -> None:
         self.array: Array | None = None
@@ -73,7 +73,7 @@ class _View:
             self.array = flat.reshape(stream.spec.shape)
 
     def forget(self) -> None:
-        """Lets the system take the pages back that were read."""
+        """Let the system reclaim the pages that were read."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -86,7 +86,7 @@ def _agree(a: Array, b: Array) -> bool:
 
 
 def _tiles(shape: tuple[int, ...], order: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """The parts of b that touch few pages of either side: its last axis and the last one of a are cut."""
+    """Parts of b that touch few pages of either side: its first and last axes and the last one of a are cut."""
     cut = {len(shape) - 1, order.index(len(shape) - 1), 0}
     steps = [
         [slice(at, at + _TILE) for at in range(0, length, _TILE)] if axis in cut else [slice(None)]

@@ -1,4 +1,4 @@
-"""Reading: a look at all elements of some streams, on two threads, in pieces that are made as they are needed."""
+"""Reading: one pass over all elements of some streams, on two threads, in pieces made as they are needed."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,21 +13,21 @@ from paramend.leaves.specs import Array
 R = TypeVar("R")
 Task = tuple[int, tuple[Stream, ...]]
 
-# Bytes that one thread takes on at a time.
+# The bytes that one thread takes at a time.
 _SPAN = 32 << 20
 
 
 def looked(tasks: Iterable[Task], look: Callable[["Span", Desk], R]) -> Iterator[tuple["Span", R]]:
-    """What `look` gives for each span of the streams of some tasks, in order.
+    """The result of `look` for each span of the streams of some tasks, in order.
 
     Args:
-        tasks: a number for each, and its streams, of one size.
-        look: what to do with a span, on any thread.
+        tasks: the number of each task and its streams, of one size.
+        look: a function of a span, called on any thread.
     """
     turn = threading.Lock()
 
     def run(batch: Sequence[Span]) -> list[tuple[Span, R]]:
-        # What decompresses a file serves one reader at a time, from the beginning of a leaf to its end.
+        # A decompressor serves one reader at a time, from the beginning of a leaf to its end.
         with turn if batch[0].in_turn else nullcontext(), Desk() as desk:
             return [(span, look(span, desk)) for span in batch]
 
@@ -40,10 +40,10 @@ class Span:
     """Some elements of streams that are read together.
 
     Attributes:
-        index: which of the tasks they belong to.
+        index: the number of the task.
         streams: the streams, of one size.
         start: the first element.
-        stop: the one after the last.
+        stop: the element after the last.
     """
 
     index: int
@@ -58,11 +58,11 @@ class Span:
 
     @property
     def in_turn(self) -> bool:
-        """Whether they are read by an object that serves one reader at a time."""
+        """Whether they must be read by one thread at a time."""
         return any(stream.source is not None for stream in self.streams)
 
     def pieces(self, desk: Desk, nbytes: int = CHUNK) -> Iterator[tuple[Array, ...]]:
-        """The elements, in pieces of so many bytes: an array for each stream."""
+        """The elements, in pieces of at most so many bytes: an array for each stream."""
         step = nbytes // max(max(stream.width for stream in self.streams), 1)
         for start in range(self.start, self.stop, step):
             stop = min(start + step, self.stop)
@@ -70,14 +70,14 @@ class Span:
 
 
 def _batches(tasks: Iterable[Task]) -> Iterator[Sequence[Span]]:
-    """All elements of some streams in batches, each enough for a thread to take on."""
+    """All elements of some streams in batches, each large enough for a thread."""
     batch: list[Span] = []
     nbytes = 0
     for index, streams in tasks:
         size = streams[0].size
         piece = CHUNK // max(max(stream.width for stream in streams), 1)  # spans are of whole pieces
         step = max(_SPAN // max(sum(stream.width for stream in streams), 1) // piece, 1) * piece
-        if Span(index, streams, 0, size).in_turn:  # what decompresses goes through a leaf once, from its beginning
+        if Span(index, streams, 0, size).in_turn:  # a decompressor reads a leaf once, from its beginning
             yield [Span(index, streams, 0, size)]
             continue
         for start in range(0, size, step):

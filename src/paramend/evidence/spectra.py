@@ -1,4 +1,4 @@
-"""Spectra: the spectral norm of a matrix, from passes over its rows, and which of its output units are dead."""
+"""Spectra: the spectral norm of a matrix, from passes over its rows, and the number of its dead output units."""
 
 import math
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from paramend.evidence.streams import CHUNK, Desk, Stream
 from paramend.evidence.widening import widened
 from paramend.leaves.specs import Array
 
-# The singular value is as good as this, relatively; more passes than that are not made.
+# The relative error of the singular value, and the most passes made to reach it.
 TOLERANCE = 1e-6
 PASSES = 300
-_HELD = 1 << 23  # elements of a matrix that is held in float64 rather than read again in every pass
+_HELD = 1 << 23  # a matrix of so many elements is kept in float64, not read again in every pass
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """What a leaf is like as a matrix.
+    """Properties of a leaf as a matrix.
 
     Attributes:
         spectral_norm: its greatest singular value; None if it holds NaN or inf.
-        units: its output units.
-        dead: how many of them have no weight but 0.
+        units: the number of its output units.
+        dead: how many of them have only weights of 0.
     """
 
     spectral_norm: float | None
@@ -32,12 +32,12 @@ class Spectrum:
 
 
 def spectrum(stream: Stream, *, out_first: bool) -> Spectrum:
-    """The spectrum of a leaf with two axes or more, as a matrix of output units by all that comes in.
+    """The spectrum of a leaf with two or more axes, as a matrix of output units by inputs.
 
     Args:
         stream: the leaf.
-        out_first: whether the first axis is that of the output units, as in torch; if not, the last one is. All other
-            axes together are one: so those of a convolution.
+        out_first: whether the output units are the first axis, as in torch, or the last one. All other axes, such as
+            those of a convolution, are flattened into one.
 
     >>> from paramend.evidence.streams import stream_of
     >>> from paramend.trees.tree import Tree
@@ -59,7 +59,7 @@ class _Matrix:
     def __init__(self, stream: Stream, rows: int) -> None:
         self.stream, self.rows = stream, rows
         self.columns = stream.size // rows if rows else 0
-        # Copies, for a block of float64 is the desk's own buffer.
+        # Copies, because a block of float64 is the desk's own buffer.
         self._held = [block.copy() for block in self._blocks()] if stream.size <= _HELD else None
 
     def blocks(self) -> Iterator[Array]:
@@ -75,7 +75,7 @@ class _Matrix:
                 yield found.reshape(stop - start, self.columns)
 
     def survey(self, *, rows: bool) -> tuple[Array, bool]:
-        """Which rows, or else columns, hold anything but 0; and whether all values are finite."""
+        """Which rows, or columns, have values other than 0; and whether all values are finite."""
         alive, finite = [np.zeros(0 if rows else self.columns, bool)], True
         for block in self.blocks():
             nonzero = (block != 0).any(axis=1 if rows else 0)
@@ -92,7 +92,7 @@ class _Matrix:
 
 
 def _greatest(matrix: _Matrix) -> float | None:
-    """The greatest singular value, by Lanczos' iteration on AᴴA, kept orthogonal (Golub & Van Loan, 10.1)."""
+    """The greatest singular value, by Lanczos iteration on AᴴA with reorthogonalization (Golub & Van Loan, 10.1)."""
     if not matrix.rows or not matrix.columns:
         return 0.0
     dtype = np.complex128 if matrix.stream.spec.kind == "complex" else np.float64

@@ -1,4 +1,4 @@
-"""The report of what the values of leaves are like."""
+"""The report of the statistics of leaves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ SPECTRAL = ("spectral_norm", "stable_rank", "dead", "units")
 
 @dataclass(frozen=True, slots=True)
 class StatsRow:
-    """What the values of one leaf are like, reckoned in float64. Of complex values, their absolute values.
+    """Statistics of the values of one leaf, computed in float64; of complex values, those of their absolute values.
 
     Attributes:
         path: the path.
@@ -25,18 +25,18 @@ class StatsRow:
         nbytes: the bytes.
         also: the other paths of a tied leaf.
         unread: why the values could not be read, or "".
-        min: the least value that is no NaN; None if there is none.
-        max: the greatest value that is no NaN; None if there is none.
-        mean: of the finite values; None if there are none.
-        std: the standard deviation of the finite values, by their number, not less one.
+        min: the least value that is not NaN; None if all are NaN.
+        max: the greatest value that is not NaN; None if all are NaN.
+        mean: the mean of the finite values; None if no value is finite.
+        std: the standard deviation of the finite values, divided by their number.
         norm: the L2 norm of the finite values.
         zeros: how many values are 0.
         nans: how many are NaN.
         infs: how many are infinite.
-        spectral_norm: the greatest singular value of the leaf as a matrix, if it was asked for.
+        spectral_norm: the greatest singular value of the leaf as a matrix, if requested.
         stable_rank: the square of norm / spectral_norm: at most the rank, and less where few directions dominate.
-        dead: how many output units have no weight but 0, if it was asked for.
-        units: how many output units there are, if it was asked for.
+        dead: how many output units have only weights of 0, if requested.
+        units: how many output units there are, if requested.
     """
 
     path: str
@@ -77,11 +77,11 @@ class StatsRow:
 
 @dataclass(repr=False)
 class StatsReport(Paged):
-    """What the values of a tree's leaves are like.
+    """Statistics of the values of a tree's leaves.
 
     Attributes:
-        leaves: a row for each leaf, in the order of the tree; one with several paths counts once.
-        histograms: path → how the values of the leaf are spread, if that was asked for.
+        leaves: a row for each leaf, in the order of the tree; a leaf with several paths counts once.
+        histograms: path → the histogram of the leaf, if requested.
     """
 
     leaves: list[StatsRow] = field(default_factory=list)
@@ -98,7 +98,7 @@ class StatsReport(Paged):
         }
 
     def headline(self) -> str:
-        """One sentence that says it all."""
+        """The summary in one sentence."""
         totals = self.totals
         odd = [f"{totals[name]:,} {said}" for name, said in (("nans", "NaN"), ("infs", "inf")) if totals[name]]
         norm = "-" if totals["norm"] is None else f"{totals['norm']:.4g}"
@@ -165,7 +165,7 @@ def together(rows: Sequence[StatsRow]) -> dict[str, Any]:
 
 
 def _spectral(rows: Sequence[StatsRow]) -> tuple[str, str, str]:
-    """Of several matrices the greatest norm, the least stable rank, and all dead units."""
+    """The greatest norm, the least stable rank and all dead units of several matrices, as cells."""
     asked = [row for row in rows if row.units is not None]
     norms = [row.spectral_norm for row in asked if row.spectral_norm is not None]
     ranks = [row.stable_rank for row in asked if row.stable_rank is not None]

@@ -1,4 +1,4 @@
-"""What the values of a tree's leaves are like, wherever they lie."""
+"""`stats`: statistics of the values of a tree's leaves, in memory or on disk."""
 
 import os
 from collections.abc import Sequence
@@ -27,28 +27,28 @@ def stats(
     histograms: bool = False,
     progress: Progress | None = None,
 ) -> StatsReport:
-    """What the values of the chosen leaves are like: a report that prints as a table, repeated layers folded.
+    """Statistics of the values of the selected leaves: a report that prints as a table, with repeated layers folded.
 
-    For each leaf: min, max, mean, std, L2 norm, and how many values are zero, NaN and infinite, reckoned in float64.
+    For each leaf: min, max, mean, std, L2 norm, and how many values are zero, NaN and infinite, computed in float64.
     Mean, std and norm are those of the finite values. Files are read in pieces on two threads, in bounded memory.
 
     Args:
-        tree: a tree of any kind, a checkpoint as `pm.open` gives it, or the path of one.
+        tree: a tree of any kind, a checkpoint from `pm.open`, or the path of one.
         selector: which leaves.
-        spectral: whether to look at leaves of floats with two axes or more as matrices too; or a selector for those
-            that are wanted. The output units are the first axis in trees of torch (whose paths hold "."), the last in
-            others; all other axes are taken together, as those of a convolution. Adds the spectral norm, to a relative
-            error of 1e-6, the stable rank ‖A‖² / σ₁², and the number of output units whose weights are all 0. A matrix
-            of more than 8 Mi elements is read once for each of some ten to thirty passes, in bounded memory.
+        spectral: whether leaves of floats with two or more axes are analysed as matrices too; or a selector for those.
+            The output units are the first axis in torch trees (whose paths contain "."), the last in others; all other
+            axes are flattened into one, as for a convolution. Adds the spectral norm, to a relative error of 1e-6, the
+            stable rank ‖A‖² / σ₁², and the number of output units whose weights are all 0. A matrix of more than 8 Mi
+            elements is read once for each of some ten to thirty passes, in bounded memory.
         histograms: whether the values are read twice more, for the histograms of the report's page.
         progress: called with an `Event` as bytes are read.
 
     Returns:
-        A `StatsReport`: `leaves` is a list of rows, `totals` the figures of all together.
+        A `StatsReport`: `leaves` is a list of rows, `totals` has the figures of all leaves together.
 
     Raises:
-        NoMatch: nothing is chosen.
-        CannotRead: a path leads nowhere.
+        NoMatch: nothing is selected.
+        CannotRead: a path does not exist.
 
     >>> params = {"fc": {"kernel": np.array([[3.0, 0.0], [0.0, 4.0]]), "bias": np.array([0.0, np.nan])}}
     >>> report = stats(params, spectral=True)
@@ -91,7 +91,7 @@ def _row(leaves: Editable, number: int, measures: Measures | str, matrix: bool) 
 
 
 def _matrices(leaves: Editable, numbers: Sequence[int], wanted: Any) -> set[int]:
-    """The leaves that are to be looked at as matrices."""
+    """The leaves to analyse as matrices."""
     if wanted is False:
         return set()
     chosen = set(numbers) if wanted is True else set(resolve(wanted, leaves)) & set(numbers)

@@ -1,4 +1,4 @@
-"""`Stream`: the elements of a leaf, piece by piece, from memory or from a file, into buffers that are used again."""
+"""`Stream`: the elements of a leaf, piece by piece, from memory or from a file, in buffers that are reused."""
 
 import os
 import threading
@@ -29,12 +29,12 @@ class Stream:
 
     Attributes:
         spec: shape and dtype of the leaf.
-        dtype: what a piece is of; None: of bytes, since numpy has no such dtype or they are packed.
-        size: how many elements there are, or else bytes.
-        extent: where the bytes lie, if in one piece in a file.
-        seen: what the system said of the files when they were opened.
-        array: the values, if they are in memory: one axis.
-        source: what reads ranges of elements, where neither holds.
+        dtype: the dtype of a piece; None if it holds bytes, because numpy has no such dtype or elements are packed.
+        size: the number of elements, or of bytes where `dtype` is None.
+        extent: where the bytes are, if they are contiguous in a file.
+        seen: the stat results of the files when they were opened.
+        array: the values with one axis, if they are in memory.
+        source: the reader of ranges of elements, if there is neither an extent nor an array.
         number: the leaf in the source.
     """
 
@@ -49,12 +49,12 @@ class Stream:
 
     @property
     def width(self) -> int:
-        """Bytes of an element."""
+        """The bytes of an element."""
         return 1 if self.dtype is None else self.dtype.itemsize
 
     @property
     def bits(self) -> int:
-        """Of a stream of bytes, the bits of one element of the leaf; 0 if unknown, or if pieces would cut elements."""
+        """The bits of one element in a stream of bytes; 0 if unknown, or if pieces would cut elements."""
         bits = BITS.get(self.spec.dtype, 0)
         if not bits and self.spec.size and self.size % self.spec.size == 0:
             bits = self.size // self.spec.size * 8
@@ -68,7 +68,7 @@ class Stream:
         return one is not None and two is not None and unchanged(one, two)
 
     def piece(self, desk: "Desk", slot: int, start: int, stop: int) -> Array:
-        """Some elements, as an array with one axis that is valid until the desk fills this slot again."""
+        """Some elements as an array with one axis, valid until the desk fills this slot again."""
         if self.array is not None:
             return self.array[start:stop]
         if self.extent is None:
@@ -79,11 +79,10 @@ class Stream:
 
 
 def stream_of(leaves: Leaves, number: int) -> Stream:
-    """The stream of a leaf. One that an edit changes which is not saved yet is computed whole; one that lies on a
-    device is copied to the host.
+    """The stream of a leaf. A leaf with an unsaved edit is computed whole; one on a device is copied to the host.
 
     Raises:
-        Unsupported: its values cannot be had.
+        Unsupported: its values are not available.
     """
     spec = leaves.spec(number)
     why = hindrance(leaves, number)
@@ -104,7 +103,7 @@ def stream_of(leaves: Leaves, number: int) -> Stream:
 
 
 def hindrance(leaves: Leaves, number: int) -> str:
-    """Why the values of a leaf cannot be had, not even as bytes, or ""."""
+    """Why the values of a leaf are not available, not even as bytes, or ""."""
     home = _home(leaves, number)
     if home is None:
         return ""
@@ -112,22 +111,22 @@ def hindrance(leaves: Leaves, number: int) -> str:
         return home.refusal(number) if home.extent(number) is None else ""
     value = home.read(number)
     spec = home.spec(number)
-    # Strings and PRNG keys are no numbers, but their bytes can be compared.
+    # Strings and PRNG keys are not numbers, but their bytes can be compared.
     bare = spec.kind == "other" and not spec.dtype.startswith("q") and spec.dtype != "object"
     return "" if bare else backend(value).refusal(value)
 
 
 def _home(leaves: Any, number: int) -> Any:
-    """What holds the values: the file of a checkpoint, unless an edit stands between (None), or the tree."""
+    """The holder of the values: the file of a checkpoint, or None if the leaf is edited; else the tree."""
     origin = getattr(leaves, "origin", None)
     return leaves if origin is None else origin(number)
 
 
 class Desk:
-    """What one thread reads with: a buffer for each slot, and files, open for as long as the desk is entered.
+    """The buffers, one per slot, and the open files of one thread; files are closed when the desk is left.
 
-    Bytes are copied into the buffers, not mapped, though maps are faster: the process would end with SIGBUS when
-    another program makes a file shorter meanwhile.
+    Bytes are copied into the buffers, not mapped, though maps are faster: the process would end with SIGBUS if another
+    program truncated a file meanwhile.
     """
 
     _here = threading.local()
@@ -152,7 +151,7 @@ class Desk:
             os.close(self._files.popitem()[1][0])
 
     def read(self, slot: int, extent: Extent, seen: Mapping[Path, os.stat_result], start: int, stop: int) -> Array:
-        """Bytes of an extent.
+        """Some bytes of an extent.
 
         Raises:
             BadCheckpoint: another program changed the file.

@@ -1,4 +1,4 @@
-"""Values of any dtype as float64 or complex128, by the quickest way for each."""
+"""Values of any dtype as float64 or complex128, converted in the fastest way for each."""
 
 import math
 from functools import cache
@@ -11,13 +11,13 @@ from paramend.leaves.specs import Array, kind_of
 
 @cache
 def _values(dtype: np.dtype[Any]) -> Array:
-    """What each bit pattern of a dtype of one byte stands for."""
+    """The value of each bit pattern of a dtype of one byte."""
     with np.errstate(invalid="ignore"):  # signalling NaN
         return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
 
 
 def widened(x: Array) -> Array | None:
-    """The same values as float64, or as complex128 if they are complex; None if they are no numbers.
+    """The same values as float64, or as complex128 if they are complex; None if they are not numbers.
 
     >>> import ml_dtypes
     >>> widened(np.array([1.5, -0.0], ml_dtypes.float8_e5m2))
@@ -31,7 +31,7 @@ def widened(x: Array) -> Array | None:
     if kind == "complex":
         with np.errstate(invalid="ignore"):
             return x.astype(np.complex128, copy=False)
-    if x.dtype.itemsize == 1 and x.dtype.num >= 256:  # of ml_dtypes, whose own conversion is several times slower
+    if x.dtype.itemsize == 1 and x.dtype.num >= 256:  # the conversion of ml_dtypes is several times slower
         return _values(x.dtype).take(x.view(np.uint8))
     with np.errstate(invalid="ignore"):
         if x.dtype.name == "bfloat16":
@@ -40,13 +40,13 @@ def widened(x: Array) -> Array | None:
 
 
 def total(parts: list[float]) -> float:
-    """The sum of some numbers, rounded once, whatever their order.
+    """The sum of some numbers, rounded once, so independent of their order.
 
     >>> total([1e16, 1.0, -1e16]), total([1e308, 1e308])
     (1.0, inf)
     """
     try:
         return math.fsum(parts)
-    except (OverflowError, ValueError):  # beyond the floats, or inf less inf
+    except (OverflowError, ValueError):  # beyond float64, or inf - inf
         with np.errstate(all="ignore"):
             return float(np.sum(parts))

@@ -1,4 +1,4 @@
-"""Work in pieces, on two threads: numpy, the system's reads and comparisons of memory let Python run meanwhile."""
+"""Work in pieces, on two threads: numpy, file reads and memory comparisons release the GIL."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,14 +7,14 @@ from itertools import chain, islice
 from typing import TypeVar
 
 _THREADS = 2
-_WAITING = 4  # pieces that are made before the first of them is done: their arrays are in memory meanwhile
+_WAITING = 4  # pieces in flight: their arrays are in memory
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def spread(pieces: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
-    """What `run` gives for each piece, in order. Pieces are made as they are needed.
+    """The result of `run` for each piece, in order. Pieces are made as they are needed.
 
     >>> list(spread(range(5), lambda n: n * n))
     [0, 1, 4, 9, 16]

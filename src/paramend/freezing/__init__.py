@@ -1,1 +1,1 @@
-"""Freezing: leaves that training leaves where they are, in optax and in torch."""
+"""Freezing: leaves that training does not move, in optax and in torch."""

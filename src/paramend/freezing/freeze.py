@@ -1,4 +1,4 @@
-"""The verbs of freezing. The adapter for the subject's framework is opened once that framework is there."""
+"""The verbs of freezing. The adapter for a framework is imported after checking that the framework is there."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar, get_args
@@ -34,10 +34,10 @@ def freeze(
     until: When | None = None,
     since: When | None = None,
 ) -> "optax.GradientTransformationExtraArgs":
-    """A transformation that trains as `tx` does and leaves the selected parameters where they are.
+    """A transformation that trains as `tx` does and does not move the selected parameters.
 
     The selector is resolved against the parameters when `init` is called, and the same leaves stay frozen in
-    every `update`. What comes after it in a chain is not under its control: make `freeze` the outermost.
+    every `update`. It does not control what follows it in a chain: make `freeze` the outermost.
 
     | how | a frozen leaf | its moments | its gradient, when `tx` clips by the global norm |
     |---|---|---|---|
@@ -45,9 +45,9 @@ def freeze(
     | `"updates"` | never moves | run on | counts |
     | `"gradients"` | moves, if `tx` decays weights or carries momentum | fade | counts as zero |
 
-    With `until=` leaves are thawed in the course of training, as in gradual unfreezing (ULMFiT, arXiv:1801.06146),
-    and with `since=` they are frozen in its course. The step is a counter in the optimizer state, so one compiled
-    step serves the whole schedule. A leaf that will thaw has its moments from the start. What they are at its thaw:
+    With `until=` leaves are thawed during training, as in gradual unfreezing (ULMFiT, arXiv:1801.06146), and with
+    `since=` they are frozen during training. The step is a counter in the optimizer state, so one compiled step
+    serves the whole schedule. A leaf that will thaw has its moments from the start. At the thaw they are:
 
     | how | moments at the thaw |
     |---|---|
@@ -59,34 +59,34 @@ def freeze(
     with moments of zero, and its first update is up to `(1 - b1) / sqrt(1 - b2)`, by default 3.2, times the rate.
 
     A slice, as in `pm.sel("layers/mlp/wo/kernel")[:4]`, freezes those elements of each leaf. They do not move, and
-    with "exclude" their gradients are zero to `tx` and their moments stay what they are. `tx` still sees a whole
-    leaf: what it reckons over a leaf, such as a trust ratio or row statistics, counts all elements.
+    with "exclude" their gradients are zero to `tx` and their moments do not change. `tx` still sees the whole leaf:
+    what it computes over a leaf, such as a trust ratio or row statistics, counts all elements.
 
     Args:
         tx: an optax transformation, such as `optax.adamw(1e-3)`.
         selector: text such as `"**/Dense_0/**"`, or anything that `pm.sel` takes, also a slice. A module
-            class needs parameters that are modules (Equinox); a dict of parameters knows no classes. May be left
-            out when a mapping of `until` or `since` names the leaves.
+            class needs parameters that are modules (Equinox); a dict of parameters has no classes. May be left
+            out when a mapping of `until` or `since` selects the leaves.
         how: what freezing means, from the table. "updates" keeps the moments warm for a later thaw; with it
             and with "gradients" the optimizer state is that of `tx`.
         until: when the leaves thaw: 1000 freezes the updates 0 to 999. Or a function of the step, which thaws them
-            while it is true. Or a mapping of selectors to either; of several that name a leaf the first counts, and
-            a leaf that none names stays frozen.
+            while it is true. Or a mapping of selectors to either; if several select a leaf, the first counts, and
+            a leaf that none selects stays frozen.
         since: when the leaves are frozen, in the same ways: 1000 trains in the updates 0 to 999. With
             `since=100, until=200` the updates 100 to 199 are frozen; with `since=200, until=100` all but these.
 
     Returns:
-        A transformation whose `update` hands extra arguments on to `tx`. The updates of frozen leaves are
-        -0.0, because x + -0.0 is x for every x, where x + 0.0 turns -0.0 into 0.0. A gradient may be None
+        A transformation whose `update` passes extra arguments on to `tx`. The updates of frozen leaves are
+        -0.0, because x + -0.0 is x for every x, but x + 0.0 turns -0.0 into 0.0. A gradient may be None
         where a leaf is frozen. With a schedule the state is `(step, inner_state)`.
 
     Raises:
         NoMatch: from `init`, a selector matches none of the parameters.
-        BadArgument: `how` is none of the three; `until` or `since` hold no steps, or from `init`, they name leaves
+        BadArgument: `how` is not one of the three; `until` or `since` have no steps, or from `init`, they select leaves
             that the selector does not, or, with "exclude", make more than 64 phases.
         OutOfRange: from `init`, a slice does not fit a leaf.
-        Unsupported: `tx` is no optax transformation; or from `update`, with "exclude" and a schedule, the state
-            of `tx` does not come apart by leaf (`optax.flatten`).
+        Unsupported: `tx` is not an optax transformation; or from `update`, with "exclude" and a schedule, the state
+            of `tx` cannot be split by leaf (`optax.flatten`).
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Dense_1": {"kernel": jnp.ones(2)}}
@@ -107,7 +107,7 @@ def freeze(
     if how not in HOW:
         near = wording.closest(how, HOW, 1) if isinstance(how, str) else []
         raise BadArgument(
-            f"how={how!r} is none of {', '.join(map(repr, HOW))}",
+            f"how={how!r} is not one of {', '.join(map(repr, HOW))}",
             hint=f'pm.freeze(tx, selector, how="{(near or HOW)[0]}")',
         )
     if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
@@ -126,8 +126,8 @@ def frozen(subject: AnyTree, tx: "optax.GradientTransformation | torch.optim.Opt
     """A report of what is frozen and what trains, by subtree, with the bytes of optimizer state.
 
     Args:
-        subject: parameters of JAX, or a torch module.
-        tx: the transformation that `freeze` made; for a torch module its optimizer, or nothing.
+        subject: JAX parameters, or a torch module.
+        tx: the transformation that `freeze` made; for a torch module its optimizer, or None.
 
     Returns:
         A report: `str(report)` is a table, `report.frozen` and `report.trained` are lists of rows with `.path` and
@@ -135,7 +135,7 @@ def frozen(subject: AnyTree, tx: "optax.GradientTransformation | torch.optim.Opt
 
     Raises:
         NoMatch: the selector of `tx` matches none of the parameters.
-        Unsupported: parameters of JAX without the transformation that `freeze` made: only it knows.
+        Unsupported: JAX parameters without the transformation that `freeze` made, which alone knows what is frozen.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3))}, "Dense_1": {"kernel": jnp.ones((3, 1))}}
@@ -154,7 +154,7 @@ def frozen(subject: AnyTree, tx: "optax.GradientTransformation | torch.optim.Opt
         return torch.frozen(subject, tx)
     if not hasattr(getattr(tx, "init", None), "finder"):
         raise Unsupported(
-            "of parameters alone nobody can say what is frozen: the outermost transformation made by freeze knows",
+            "parameters do not tell what is frozen: the transformation that freeze made, the outermost one, does",
             hint='pm.frozen(params, pm.freeze(optax.adamw(1e-3), "**/Dense_0/**"))',
         )
     from paramend.freezing import optax  # imports jax
@@ -167,12 +167,12 @@ def value_and_grad(
 ) -> Callable[P, tuple[R, AnyTree]]:
     """A function that returns the loss and its gradient with respect to the parameters that are not frozen.
 
-    As `jax.value_and_grad`, but frozen leaves are constants: no gradient of them is reckoned or stored, and the
-    backward pass ends where nothing trained lies below.
+    As `jax.value_and_grad`, but frozen leaves are constants: their gradients are not computed or stored, and the
+    backward pass ends where nothing trained is below.
 
     The gradient has the containers of the parameters, with None at frozen leaves. `pm.freeze(tx, frozen)` takes it
-    as it is; so do `jax.tree.map` over the gradient, `optax.clip_by_global_norm`, `eqx.apply_updates`. What walks
-    over gradient and parameters together, such as `optax.MultiSteps` around `pm.freeze`, wants `zeros=True`.
+    as it is; so do `jax.tree.map` over the gradient, `optax.clip_by_global_norm`, `eqx.apply_updates`. A function of
+    gradient and parameters together, such as `optax.MultiSteps` around `pm.freeze`, needs `zeros=True`.
 
     Args:
         loss: a function that returns a scalar.
@@ -180,12 +180,12 @@ def value_and_grad(
             against the parameters at the first call with leaves of these names and shapes.
         argnum: which positional argument holds the parameters.
         has_aux: whether the loss returns `(value, aux)`.
-        zeros: zeros at frozen leaves instead of None. In one compiled step with the update they cost nothing.
+        zeros: zeros at frozen leaves instead of None. Compiled in one step with the update they cost nothing.
 
     Raises:
         NoMatch: when called, the selector matches none of the parameters.
-        BadArgument: `argnum` is none of the arguments.
-        Unsupported: the selector names slices, of which no leaf can be differentiated by half; or when called, the
+        BadArgument: `argnum` is not one of the arguments.
+        Unsupported: the selector is a slice, because a leaf cannot be differentiated in part; or when called, the
             parameters are an NNX module.
 
     >>> import jax.numpy as jnp
@@ -197,9 +197,9 @@ def value_and_grad(
     whole, index = slice_of(sel(frozen))
     if index is not None:
         raise Unsupported(
-            f"value_and_grad takes whole leaves, and {sel(frozen)!r} names a slice [{write_index(index)}] of each: "
+            f"value_and_grad takes whole leaves, and {sel(frozen)!r} selects a slice [{write_index(index)}] of each: "
             "a gradient is of the whole array",
-            hint=f"jax.value_and_grad(loss), with pm.freeze(tx, {sel(frozen)!r}) to keep the slice where it is",
+            hint=f"jax.value_and_grad(loss), with pm.freeze(tx, {sel(frozen)!r}) to freeze the slice",
         )
     need("jax", extra="jax", to="differentiate")
     from paramend.freezing import gradients as adapter  # imports jax
@@ -210,8 +210,8 @@ def value_and_grad(
 def nnx_filter(model: "nnx.Module | nnx.State[Any, Any]", selector: SelectorLike) -> Filter:
     """A filter of NNX that is true of the chosen Variables of this model.
 
-    NNX asks a filter about one Variable at a time, so nobody could tell which layer is the last, or that nothing
-    matched. Here the selector is resolved against the model first. The filter goes where NNX takes one:
+    NNX calls a filter with one Variable at a time, which does not tell which layer is the last, or that nothing
+    matched. So the selector is resolved against the model first. The filter works wherever NNX takes one:
     `nnx.state`, `nnx.split`, `nnx.Optimizer(wrt=...)`, `nnx.DiffState`, within `nnx.All`, `nnx.Any` and `nnx.Not`.
 
     Args:
@@ -219,8 +219,8 @@ def nnx_filter(model: "nnx.Module | nnx.State[Any, Any]", selector: SelectorLike
         selector: text such as `"layers[-1]/**"`, or anything that `pm.sel` takes, except a slice.
 
     Raises:
-        NoMatch: the selector matches nothing, where NNX would give an empty State.
-        Unsupported: no NNX module.
+        NoMatch: the selector matches nothing, where NNX would return an empty State.
+        Unsupported: the model is not an NNX module or State.
 
     >>> from flax import nnx
     >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(0)))
@@ -243,33 +243,33 @@ def freeze_(
 ) -> FreezeReport:
     """The report of the leaves of a torch module that were frozen in place: it is also the list of their paths.
 
-    Parameters get `requires_grad=False`, and their `.grad` becomes None, so that an optimizer that holds them
-    already, with whatever momentum and decay, passes over them.
+    Parameters get `requires_grad=False`, and their `.grad` becomes None, so an optimizer that already holds them skips
+    them, whatever its momentum and decay.
 
-    When running statistics of a normalization layer are chosen, by `"bn1.**"` or `"**"`, that layer
+    When running statistics of a normalization layer are selected, by `"bn1.**"` or `"**"`, that layer
     normalizes with them and does not update them, in train mode too, until `unfreeze_`. When only its weight
-    and bias are chosen, the statistics move on. Other buffers take no gradients: nothing is done to them.
+    and bias are selected, the statistics are still updated. Other buffers have no gradients and are left alone.
 
     A slice, as in `pm.sel("embed.weight")[:100]`, is frozen in the steps of `optimizer=`: its gradient is zero there,
-    and what the step did to it is undone, bit for bit. The rest of the tensor trains on.
+    and changes of the step to it are undone, bit for bit. The rest of the tensor trains on.
 
     Classes, modes and state dicts stay as they are.
 
     Args:
         module: a `torch.nn.Module`.
         selector: text such as `"encoder.**"`, or anything that `pm.sel` takes.
-        optimizer: the optimizer in use, when frozen in mid-run: it forgets the moments of what is frozen. L-BFGS,
-            which keeps one history of curvature for all parameters, forgets all; without this it would go on moving
-            what is frozen. Needed for slices; these hold for this optimizer object, and not for copies of it.
-        norm_stats: whether chosen running statistics are held.
+        optimizer: the optimizer in use, when freezing during a run: it drops the moments of frozen leaves. L-BFGS,
+            which keeps one history of curvature for all parameters, drops all of it; otherwise it would go on moving
+            frozen parameters. Needed for slices, which are frozen for this optimizer object and not for copies of it.
+        norm_stats: whether selected running statistics are held.
         keep_state: whether the optimizer keeps the moments for a later thaw.
 
     Raises:
         NoMatch: the selector matches nothing.
-        BadArgument: a tied parameter is chosen by some of its names and not by all; the optimizer does not hold what
-            is chosen.
+        BadArgument: a tied parameter is selected by some but not all of its names; the optimizer does not hold the
+            selected parameters.
         OutOfRange: the slice does not fit.
-        Unsupported: no torch module, or a slice without an optimizer.
+        Unsupported: not a torch module, or a slice without an optimizer.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
@@ -289,9 +289,9 @@ def unfreeze_(
 ) -> FreezeReport:
     """The report of the leaves of a torch module for which `freeze_` was taken back in place: the list of their paths.
 
-    A parameter that `freeze_` froze gets the `requires_grad` that it had before. One that it never saw gets
+    A parameter that `freeze_` froze gets the `requires_grad` that it had before. One that `freeze_` never saw gets
     `requires_grad=True`, whoever froze it. A normalization layer updates its running statistics again, in train mode,
-    as soon as one of them is chosen.
+    if one of them is selected.
 
     Args:
         module: a `torch.nn.Module`.
@@ -301,7 +301,7 @@ def unfreeze_(
 
     Raises:
         NoMatch: the selector matches nothing.
-        Unsupported: no torch module, or a slice without an optimizer.
+        Unsupported: not a torch module, or a slice without an optimizer.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -323,7 +323,7 @@ def _check_torch(module: object, selector: SelectorLike, verb: str) -> None:
     if not is_torch_module(module):
         raise Unsupported(
             f"{verb} takes a torch module, which changes in place; this is {described(module)}",
-            hint=f"in JAX the optimizer is told: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
+            hint=f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
         )
 
 

@@ -1,4 +1,4 @@
-"""Gradients with respect to the trained leaves alone: of the frozen ones none is ever reckoned."""
+"""Gradients with respect to the trained leaves alone: those of frozen leaves are never computed."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -33,7 +33,7 @@ def value_and_grad(
         _refuse_modules(params)
         leaves, structure = jax.tree.flatten(params)
         frozen = [not place.free for place in finder.find_again(params)]
-        # Functions and counts of an Equinox module take no part, as in `eqx.filter_value_and_grad`.
+        # Functions and counts of an Equinox module are left out, as in `eqx.filter_value_and_grad`.
         trained = [not flag and _is_inexact(leaf) for leaf, flag in zip(leaves, frozen, strict=True)]
 
         def of_trained(chosen: list[Any]) -> Any:
@@ -66,8 +66,8 @@ def _is_inexact(leaf: Any) -> bool:
 def _refuse_modules(params: Any) -> None:
     if any(base.__module__.startswith("flax.nnx") and base.__name__ == "Module" for base in type(params).__mro__):
         raise Unsupported(
-            f"value_and_grad takes parameters, and this is the NNX module {type(params).__name__}, which its "
-            "own transformations take",
+            f"value_and_grad takes parameters, and this is the NNX module {type(params).__name__}, which needs "
+            "the transformations of NNX",
             hint="nnx.value_and_grad(loss, argnums=nnx.DiffState(0, trained)) with "
             "trained = nnx.All(nnx.Param, nnx.Not(pm.nnx_filter(model, selector)))",
         )

@@ -9,7 +9,7 @@ from paramend.edits.call import sliced_shape
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Region = tuple[Mask, ...]
-"""Masks whose conjunction is the region. One vector an axis says all of most slices, where one mask of the leaf's
+"""Masks whose conjunction is the region. One vector per axis describes most slices, where one mask of the leaf's
 shape would be a constant as large as a quarter of the leaf in every compiled step. `()` is the whole leaf."""
 
 WHOLE: Region = ()
@@ -48,7 +48,7 @@ def both(one: Region, other: Region) -> Region:
 
 
 def is_empty(region: Region) -> bool:
-    """Whether there is no element in it."""
+    """Whether a region has no elements."""
     if not all(mask.any() for mask in region):
         return True
     # Vectors along different axes always meet; only a mask of several axes can miss the others.
@@ -61,7 +61,7 @@ def _part(part: Any) -> Any:
 
 
 def _by_axis(parts: tuple[Any, ...]) -> bool:
-    """Whether each part is about an axis of its own. Two lists go in pairs, and bools count axes in their own way."""
+    """Whether each part indexes a separate axis. Two lists index in pairs, and a bool array may span several axes."""
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     return (
         len(arrays) <= 1
@@ -78,7 +78,7 @@ def _spread(parts: tuple[Any, ...], ndim: int) -> list[Any]:
 
 
 def _reduced(masks: list[Mask]) -> Region:
-    """Without masks that leave nothing out; those of one shape as one."""
+    """The region of masks, without those that are all true; masks of equal shape are merged."""
     merged: dict[tuple[int, ...], Mask] = {}
     for mask in masks:
         merged[mask.shape] = merged[mask.shape] & mask if mask.shape in merged else mask

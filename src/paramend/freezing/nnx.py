@@ -7,6 +7,7 @@ from flax import nnx
 
 from paramend.errors import Unsupported
 from paramend.leaves.paths import labels, text_of
+from paramend.reports.wording import described
 from paramend.selectors.selector import resolve, sel
 from paramend.trees.tree import Tree
 
@@ -14,15 +15,15 @@ Filter = Callable[[tuple[Any, ...], Any], bool]
 
 
 def nnx_filter(model: Any, selector: Any) -> Filter:
-    """A filter that is true of the chosen Variables of this model."""
+    """A filter that is true for the selected Variables of this model."""
     if not isinstance(model, nnx.Module | nnx.State):
         raise Unsupported(
-            f"nnx_filter takes an NNX module or State, and this is {type(model).__name__}",
-            hint='of other trees, a mask: pm.at(params, "**/Dense_0/**").mask()',
+            f"nnx_filter takes an NNX module or State, and this is {described(model)}",
+            hint='for other trees take a mask: pm.at(params, "**/Dense_0/**").mask()',
         )
     tree = Tree(model)
     chosen = resolve(selector, tree)
-    # NNX names a shared Variable by one of its paths, and which one is not ours to say.
+    # NNX names a shared Variable by one of its paths, and may choose any of them.
     paths = frozenset(tree.index.pieces(twin) for number in chosen for twin in tree.twins(number))
 
     def is_chosen(path: tuple[Any, ...], value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Freezing in optax: a transformation wrapped so that chosen leaves stay where they are."""
+"""Freezing in optax: a transformation wrapped so that selected leaves do not move."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from paramend.freezing.report import FrozenReport, Row
 from paramend.freezing.schedules import Schedule
 from paramend.freezing.shares import Shares
 
-# The extra arguments by which optax optimizers are handed the loss itself: functions of the parameters.
+# The extra arguments that pass the loss itself to optax optimizers: functions of the parameters.
 _LOSSES = ("value_fn", "obj_fn")
 
 
@@ -55,7 +55,7 @@ def freeze(tx: Any, schedule: Schedule, how: str) -> Any:
 
 
 def frozen(params: Any, tx: Any) -> FrozenReport:
-    """What `tx`, which `freeze` made, leaves where it is."""
+    """The report of what is frozen by `tx`, which `freeze` made."""
     finder: Finder = tx.init.finder
     names, _, numbers = named(params)
     places = finder.find_again(params)
@@ -70,7 +70,7 @@ def frozen(params: Any, tx: Any) -> FrozenReport:
 
 
 class _Way(NamedTuple):
-    """One meaning of freezing: its `init`, and its `update`, which is told the places and the step."""
+    """One meaning of freezing: its `init`, and its `update`, which also takes the places and the step."""
 
     init: Callable[[Any], Any]
     update: Callable[..., Any]
@@ -80,10 +80,10 @@ class _Way(NamedTuple):
 
 
 def _exclude(tx: Any, finder: Finder) -> _Way:
-    """Only the other leaves exist for `tx`.
+    """Freezing in which only the other leaves exist for `tx`.
 
-    A leaf that is thawed some day has its moments from the start, since the state of one compiled step cannot
-    grow. While the leaf is frozen they are put aside: `tx` is handed the state that it would have without it.
+    A leaf that will thaw has its moments from the start, since the state of one compiled step cannot grow. While the
+    leaf is frozen they are put aside: `tx` is given the state that it would have without the leaf.
     """
     shares = Shares(lambda flags: _trained(tx, flags))
 
@@ -123,7 +123,7 @@ def _exclude(tx: Any, finder: Finder) -> _Way:
 
 
 def _keep_updates(tx: Any, finder: Finder) -> _Way:
-    """All leaves exist for `tx`; what it would do to the frozen ones is dropped."""
+    """Freezing in which all leaves exist for `tx`, and its updates of the frozen ones are dropped."""
 
     def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
         now = _tree(_now(places, step), updates)
@@ -134,11 +134,11 @@ def _keep_updates(tx: Any, finder: Finder) -> _Way:
 
 
 def _zero_gradients(tx: Any, finder: Finder) -> _Way:
-    """All leaves exist for `tx`, which sees no gradient of the frozen ones."""
+    """Freezing in which all leaves exist for `tx`, with gradients of zero for the frozen ones."""
 
     def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
         now = _tree(_now(places, step), updates)
-        if "grad" in extra:  # line searches are told the gradient once more
+        if "grad" in extra:  # line searches take the gradient as an argument too
             extra = {**extra, "grad": _zeroed(now, extra["grad"])}
         return tx.update(_zeroed(now, updates), state, params, **extra)
 
@@ -154,7 +154,7 @@ _WAYS: dict[str, Callable[[Any, Finder], _Way]] = {
 
 def _trained(tx: Any, gone: Any) -> Any:
     """The transformation of the leaves that are not gone."""
-    # Gradients among the extra arguments are cut to the trained leaves, too.
+    # Gradients among the extra arguments are cut to the trained leaves too.
     return optax.masked(tx, jax.tree.map(lambda flag: not flag, gone), mask_compatible_extra_args=True)
 
 
@@ -162,7 +162,7 @@ def _trained(tx: Any, gone: Any) -> Any:
 
 
 def _now(places: list[Place], step: Any) -> list[Any]:
-    """For each leaf whether it is frozen: a bool, traced or not, or one for each element."""
+    """Whether each leaf is frozen: a bool, traced or not, or an array with one for each element."""
     passed = passed_at(step)
     return [_when(place, passed) for place in places]
 
@@ -194,7 +194,7 @@ def _tree(leaves: list[Any], like: Any) -> Any:
 
 
 def _is_stand_in(params: Any) -> bool:
-    """Whether `optax.tree.map_params` asks for the state of one nameless tree instead of parameters."""
+    """Whether these are the placeholder of `optax.tree.map_params` and not parameters."""
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
@@ -203,7 +203,7 @@ def _is_absent(update: Any) -> bool:
 
 
 def _without_functions(params: Any, updates: Any) -> Any:
-    """The parameters with None where there is no array and no update: an Equinox module may come with its functions."""
+    """The parameters with None where there is neither array nor update, as for the functions of an Equinox module."""
     if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
         return params
     return jax.tree.map(
@@ -212,14 +212,14 @@ def _without_functions(params: Any, updates: Any) -> Any:
 
 
 def _fitted(params: Any, updates: Any) -> Any:
-    """The parameters as far as there are updates."""
+    """The parameters where there are updates; elsewhere what the updates have."""
     if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
         return params
     return jax.tree.map(lambda u, p: u if _is_absent(u) else p, updates, params, is_leaf=_is_absent)
 
 
 def _completed(updates: Any, params: Any, finder: Finder) -> Any:
-    """The updates with zeros for frozen leaves of which there is no gradient; nothing reads these zeros."""
+    """The updates with zeros for frozen leaves without a gradient; nothing reads these zeros."""
     if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
         return updates
     places = _tree(finder.find_again(params), params)
@@ -231,7 +231,7 @@ def _completed(updates: Any, params: Any, finder: Finder) -> Any:
 
 
 def _of_all(loss: Callable[..., Any], frozen: Any, params: Any) -> Callable[..., Any]:
-    """The loss as a function of parameters from which the frozen leaves were cut."""
+    """The loss as a function of parameters without the frozen leaves."""
 
     def of_all(trained: Any, *args: Any, **kwargs: Any) -> Any:
         def pick(now: Any, t: Any, p: Any) -> Any:
@@ -243,7 +243,7 @@ def _of_all(loss: Callable[..., Any], frozen: Any, params: Any) -> Callable[...,
 
 
 def _zeroed(now: Any, gradients: Any) -> Any:
-    """The gradients, zero where frozen; also where they are NaN."""
+    """The gradients, with zero where frozen, even for NaN."""
 
     def zeroed(now: Any, g: Any) -> Any:
         if now is False or is_void(g):
@@ -254,7 +254,7 @@ def _zeroed(now: Any, gradients: Any) -> Any:
 
 
 def _still(now: Any, updates: Any, params: Any) -> Any:
-    """The updates, with nothing to add to what is frozen."""
+    """The updates, with those of frozen elements adding nothing."""
 
     def still(now: Any, u: Any, p: Any) -> Any:
         if now is False or is_void(u):
@@ -265,18 +265,18 @@ def _still(now: Any, updates: Any, params: Any) -> Any:
 
 
 def _nothing(update: Any, param: Any) -> Any:
-    """What leaves a parameter as it is when added: x + -0.0 is x for every x, and -0.0 + 0.0 is 0.0.
+    """An update that leaves a parameter as it is: x + -0.0 is x for every x, but -0.0 + 0.0 is 0.0.
 
-    Of the parameter's shape, because gradients may still have an axis of examples.
+    It has the parameter's shape, because gradients may still have an axis of examples.
     """
     if jnp.issubdtype(dtype_of(param), jnp.inexact):
         minus_zero = complex(-0.0, -0.0) if jnp.issubdtype(dtype_of(update), jnp.complexfloating) else -0.0
         return jnp.full_like(param, minus_zero, dtype=dtype_of(update))
-    # The gradient of an integer is a float0, which optax cannot add to anything: an integer zero it can.
+    # The gradient of an integer is a float0, which optax cannot add; an integer zero it can.
     return update if is_void(param) else jnp.zeros_like(param)
 
 
 def is_void(x: Any) -> bool:
-    """Whether it is of a dtype without arithmetic: float0, the gradient of an integer, or a PRNG key."""
+    """Whether the dtype has no arithmetic: float0 (the gradient of an integer) or a PRNG key."""
     dtype = dtype_of(x)
     return bool(dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended))

@@ -15,11 +15,11 @@ from paramend.freezing.places import Place, dtype_of
 from paramend.freezing.schedules import Event, Window
 
 LIMIT = 64
-"""More phases than this in one step would make compiling it a matter of minutes."""
+"""With more phases than this, compiling one step would take minutes."""
 
 
 def passed_at(step: Any) -> Callable[[Event], Any]:
-    """A function that says whether an event has passed at this step: a bool, traced if the step is."""
+    """A function that tells whether an event has passed at this step: a bool, traced if the step is."""
     known: dict[Any, Any] = {}
 
     def passed(event: Event) -> Any:
@@ -35,7 +35,7 @@ def _has_passed(event: Event, step: Any) -> Any:
     found = jnp.asarray(event(step) if callable(event) else step >= event)
     if found.shape:
         raise BadArgument(
-            f"the schedule {event!r} gives an array of shape {found.shape} where one bool belongs",
+            f"the schedule {event!r} returns an array of shape {found.shape}, not one bool",
             hint="until=lambda step: step >= 1000",
         )
     found = found.astype(bool)
@@ -50,8 +50,8 @@ class Phases:
         windows: the windows of leaves that are frozen as a whole, for a while.
         steps: the steps at which a phase begins.
         functions: the functions of the step that begin one.
-        patterns: for each phase which windows hold.
-        phase_of: the phase by the number of steps passed and by which functions say so.
+        patterns: for each phase, which windows hold.
+        phase_of: the phase by the number of steps passed and by which functions are true.
     """
 
     windows: tuple[Window, ...]
@@ -74,7 +74,7 @@ class Phases:
         if (len(steps) + 1) * 2 ** min(len(functions), 30) > LIMIT:
             raise BadArgument(
                 f"this schedule has {len(steps)} steps and {len(functions)} functions of the step: "
-                f"more than {LIMIT} different sets of frozen leaves, each of which is compiled",
+                f"more than {LIMIT} different sets of frozen leaves, each compiled separately",
                 hint='how="updates" takes any number; or thaw several layers at a time, by step numbers',
             )
         found: dict[tuple[bool, ...], int] = {}
@@ -89,13 +89,13 @@ class Phases:
     def run(
         self, run: Callable[[tuple[bool, ...]], Any], places: list[Place], passed: Callable[[Event], Any], held: Any
     ) -> Any:
-        """What `run` gives when it is told which leaves are frozen as a whole now.
+        """The result of `run` for the leaves that are frozen as a whole now.
 
         Args:
-            run: of bools, one a leaf; what it gives has the structure of `held`.
+            run: a function of bools, one per leaf; its result has the structure of `held`.
             places: the place of each leaf.
             passed: whether an event has passed.
-            held: what stands for the result where a leaf is frozen; for its dtypes.
+            held: the result where a leaf is frozen; for its dtypes.
         """
         gone = [self._gone(pattern, places) for pattern in self.patterns]
         if len(gone) == 1:
@@ -103,7 +103,7 @@ class Phases:
         number: Any = sum((passed(step) * 1 for step in self.steps), 0)
         flags = [passed(function) for function in self.functions]
         if not any(isinstance(found, jax.core.Tracer) for found in (number, *flags)):
-            # Outside of a compiled step only what is needed now runs; a switch would be compiled anew each time.
+            # Outside a compiled step only the branch needed now runs; a switch would be compiled each time.
             return run(gone[int(self.phase_of[(int(number), *map(int, flags))])])
         phase = jnp.asarray(self.phase_of)[(number, *(flag * 1 for flag in flags))]
         return _switch(phase, [partial(run, flags) for flags in gone], gone, held)
@@ -118,15 +118,15 @@ def _said(flags: dict[Any, bool]) -> Callable[[Event], bool]:
 
 
 def _key(event: Event) -> Any:
-    """What tells events apart: functions need not be hashable."""
+    """A hashable key for an event: functions need not be hashable."""
     return (id(event),) if callable(event) else event
 
 
 def _switch(phase: Any, branches: list[Callable[[], Any]], gone: list[tuple[bool, ...]], held: Any) -> Any:
     """The result of the branch of this phase, from a compiled switch.
 
-    All branches of a switch must agree on dtypes, and a moment that is held in bfloat16 becomes float32 when it is
-    updated with a float32 gradient: so both become what they have in common, which holds either exactly.
+    All branches of a switch must agree on dtypes, and a moment in bfloat16 becomes float32 when it is updated with a
+    float32 gradient: so both become their common dtype, which holds either exactly.
     """
     left = {place for flags in gone for place, flag in enumerate(flags) if flag}
     seen: list[Any] = []
@@ -163,7 +163,7 @@ class _Kind:
     def cast(self, x: Any) -> Any:
         if dtype_of(x) != self.dtype:
             x = jnp.asarray(x).astype(self.dtype)
-        # Only on a mesh with explicit axes is the sharding part of the type.
+        # The sharding is part of the type only on a mesh with explicit axes.
         if self.sharding is not None and jax.typeof(x).sharding != self.sharding:
             x = jax.sharding.reshard(x, self.sharding)
         return x
@@ -174,5 +174,5 @@ def _is_float0(x: Any) -> bool:
 
 
 def _plain(tree: Any) -> Any:
-    """The tree without float0, which no switch can return."""
+    """The tree without float0, which a switch cannot return."""
     return jax.tree.map(lambda x: jnp.zeros([], bool) if _is_float0(x) else x, tree)

@@ -15,10 +15,10 @@ from paramend.trees.tree import Tree
 
 @dataclass(frozen=True)
 class Place:
-    """What is frozen of one leaf: elements in a region during a window; of several that name one element the first.
+    """What is frozen of one leaf: elements in a region during a window; where regions overlap the first counts.
 
     Attributes:
-        pieces: regions with their windows; none: the leaf is trained.
+        pieces: regions with their windows; empty if the leaf is trained.
     """
 
     pieces: tuple[tuple[Region, Window], ...] = ()
@@ -30,7 +30,7 @@ class Place:
 
     @property
     def window(self) -> Window | None:
-        """When all of it is frozen at once, or None if slices are frozen, or nothing."""
+        """When all of it is frozen together, or None if slices or nothing are frozen."""
         return self.pieces[0][1] if len(self.pieces) == 1 and not self.pieces[0][0] else None
 
     @property
@@ -40,7 +40,7 @@ class Place:
 
     @property
     def partial(self) -> bool:
-        """Whether its slices have fates of their own."""
+        """Whether its slices are frozen separately."""
         return not self.free and self.window is None
 
 
@@ -55,8 +55,8 @@ class _Found:
 class Finder:
     """The places of a schedule in trees of parameters.
 
-    What `init` finds holds for every update of leaves with the same names and shapes: gradients need not
-    have the dtypes, nor the pure arrays of an NNX module the classes, that a selector asks about.
+    What `init` finds holds for every update of leaves with the same names and shapes: a selector may ask for dtypes
+    that gradients do not have, or for classes that the pure arrays of an NNX module do not have.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -64,7 +64,7 @@ class Finder:
         self._known: dict[Any, _Found] = {}
 
     def find(self, params: Any) -> list[Place]:
-        """The place of each leaf of the parameters, in JAX's order; resolved anew.
+        """The place of each leaf of the parameters, in JAX's order, resolved again.
 
         Raises:
             NoMatch: nothing is selected.
@@ -78,7 +78,7 @@ class Finder:
         found = self._known.get(_key(names))
         if found is not None:
             return found.places
-        if params is None:  # gradients of trained leaves alone name some of the leaves that `init` saw
+        if params is None:  # gradients of the trained leaves alone have only some of the names that `init` saw
             key = set(_key(names))
             for found in self._known.values():
                 if key <= found.by_name.keys():
@@ -101,7 +101,7 @@ class Finder:
             if clause.selector is not None and found - chosen:
                 stray = tree.index.path(min(found - chosen))
                 raise BadArgument(
-                    f"the schedule names {stray} by {clause.selector!r}, and {schedule.selector!r} does not freeze it",
+                    f"the schedule selects {stray} ({clause.selector!r}), but {schedule.selector!r} does not freeze it",
                     hint=f"freeze both: [{schedule.selector!r}, {clause.selector!r}]",
                 )
         places = [Place()] * structure.num_leaves
@@ -109,13 +109,13 @@ class Finder:
             place = self._place(tree, number, until, since)
             places[numbers[id(tree.values[number])]] = place
         if all(place.free for place in places):
-            raise NoMatch(f"the slice of {schedule.selector!r} names no element of any leaf")
+            raise NoMatch(f"the slice of {schedule.selector!r} selects no element of any leaf")
         by_name = {_name(tree, n): places[numbers[id(tree.values[n])]] for n in tree.index.numbers}
         self._known[_key(tree)] = _Found(places, by_name)
         return places
 
     def _chosen(self, selector: Any, tree: Tree) -> set[int]:
-        """The numbers of the chosen leaves; all of them for a clause without a selector."""
+        """The numbers of the selected leaves; all of them for a clause without a selector."""
         if selector is None:
             return set(tree.index.numbers)
         try:
@@ -124,8 +124,8 @@ class Finder:
             if not isinstance(selector, Held):
                 raise
             raise NoMatch(
-                f"{str(error).partition(chr(10))[0]}; an optimizer sees the parameters, and of Flax models these "
-                "keep no module classes",
+                f"{str(error).partition(chr(10))[0]}; an optimizer sees only the parameters, and those of Flax models "
+                "do not keep module classes",
                 hint=f'select by path, such as "{tree.index.path(tree.index.numbers[0])}"',
             ) from None
 
@@ -155,7 +155,7 @@ class Finder:
 
 
 def _regions(clauses: list[tuple[Clause, set[int]]], number: int, shape: tuple[int, ...]) -> list[tuple[Region, Any]]:
-    """The regions of a leaf that clauses name, with their events; at the end what none names."""
+    """The regions of a leaf that clauses select, with their events; the last is the rest of the leaf."""
     found = [(region_of(clause.index, shape), clause.event) for clause, chosen in clauses if number in chosen]
     return [*found, (WHOLE, None)]
 
@@ -163,8 +163,8 @@ def _regions(clauses: list[tuple[Clause, set[int]]], number: int, shape: tuple[i
 def named(params: Any) -> tuple[Tree, Any, dict[int, int]]:
     """The leaves with their names, the structure, and the place of each leaf in JAX's order.
 
-    A spec stands in for each leaf. So numbers that Python holds are leaves here, as they are to JAX, and one
-    array at two places is two parameters, as it is to an optimizer, and as it would be under `jit`.
+    Each leaf is replaced by its spec. So Python numbers are leaves here, as they are in JAX, and one array at two
+    places is two parameters, as it is to an optimizer and under `jit`.
     """
     leaves, structure = jax.tree.flatten(params)
     specs = [_spec(leaf) for leaf in leaves]

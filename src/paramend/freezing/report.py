@@ -32,7 +32,7 @@ class FreezeReport(list[str], Report):
     Attributes:
         did: "frozen" or "thawed".
         rows: one for each leaf, in the order of the paths.
-        sliced: the slice of each leaf that is meant, as it is typed between brackets; "" for whole leaves.
+        sliced: the slice of each leaf, as it is written between brackets; "" for whole leaves.
     """
 
     def __init__(self, did: str, rows: Iterable[Row], sliced: str = "") -> None:
@@ -74,7 +74,7 @@ class FrozenReport(Report):
 
     @property
     def trained(self) -> list[Row]:
-        """The leaves of which nothing is ever frozen."""
+        """The leaves that are never frozen, not even in part."""
         return self.of("trained")
 
     def headline(self) -> str:

@@ -21,8 +21,8 @@ class Window:
     """The steps at which a leaf is frozen.
 
     Attributes:
-        since: when it is frozen; None: from the beginning.
-        until: when it is thawed; None: never.
+        since: when it is frozen; None means from the beginning.
+        until: when it is thawed; None means never.
     """
 
     since: Event | None = None
@@ -35,11 +35,11 @@ class Window:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """The events on which it depends."""
+        """The events that it depends on."""
         return tuple(event for event in (self.since, self.until) if event is not None)
 
     def holds(self, passed: Callable[[Event], Any]) -> Any:
-        """Whether it is frozen, once it is known (as a bool, or as a traced one) which events have passed.
+        """Whether it is frozen, given which events have passed (as bools, traced or not).
 
         >>> [Window(since=2, until=4).holds(lambda event: step >= event) for step in range(6)]
         [False, False, True, True, False, False]
@@ -70,7 +70,7 @@ class Schedule:
     """Which leaves are frozen, as they were written, and when.
 
     Attributes:
-        selector: the leaves; None: those that the clauses name.
+        selector: the leaves; None means those that the clauses select.
         index: the slice of them, or None.
         until: when they are thawed.
         since: when they are frozen.
@@ -91,7 +91,7 @@ def read_schedule(selector: SelectorLike | None, until: When | None, since: When
     """The schedule that arguments of `freeze` describe.
 
     Raises:
-        BadArgument: a step that is none, or nothing that says which leaves.
+        BadArgument: something is not a step, or nothing selects leaves.
         SelectorError: the text of a selector breaks the grammar.
     """
     whole, index = (None, None) if selector is None else slice_of(sel(selector))
@@ -99,12 +99,12 @@ def read_schedule(selector: SelectorLike | None, until: When | None, since: When
     clauses = schedule.until + schedule.since
     if selector is None and not (clauses and all(clause.selector for clause in clauses)):
         raise BadArgument(
-            "freeze is not told which leaves",
+            "neither a selector nor a mapping in until= or since= says which leaves to freeze",
             hint='pm.freeze(tx, "**/Dense_0/**"), or pm.freeze(tx, until={"**/Dense_0/**": 1000})',
         )
     if schedule.until and schedule.since and any(callable(clause.event) for clause in clauses):
         raise BadArgument(
-            "until= and since= together take steps: of functions nobody can say which comes first",
+            "until= and since= together take steps, not functions: the order of functions is unknown",
             hint="one function says it all: until=lambda step: (step < 100) | (step >= 200)",
         )
     for thaw in schedule.until:
@@ -124,7 +124,7 @@ def _clauses(name: str, given: Any) -> tuple[Clause, ...]:
         return (Clause(None, None, _event(name, given)),)
     if not given:
         raise BadArgument(
-            f"{name}={{}} names no leaves", hint=f'{name}={{"**/Dense_0/**": 1000}}, or no {name}= at all'
+            f"{name}={{}} selects no leaves", hint=f'{name}={{"**/Dense_0/**": 1000}}, or leave out {name}='
         )
     return tuple(Clause(*slice_of(sel(key)), _event(name, event)) for key, event in given.items())
 
@@ -138,7 +138,7 @@ def _event(name: str, given: object) -> Event:
         step = -1
     if step < 0:
         raise BadArgument(
-            f"{name}={given!r} is no step: a whole number from 0 on, or a function of the step",
+            f"{name}={given!r} is not a step: an int from 0 on, or a function of the step",
             hint=f'{name}=1000, {name}={{"**/Dense_0/**": 1000}} or {name}=lambda step: step >= 1000',
         )
     return step

@@ -1,7 +1,7 @@
-"""Shares: what of an optimizer state belongs to which leaves.
+"""Shares: which parts of an optimizer state belong to which leaves.
 
 Nothing is assumed about the optimizer. Its state for all leaves is compared with the state that it makes when some
-of them are masked away: what is gone was theirs, and what stays, such as a count, belongs to all.
+of them are masked: what disappears belongs to these, and what stays, such as a count, belongs to all.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ _flatten = jax.tree_util.tree_flatten_with_path
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a state that is there when some leaves are not.
+    """The part of a state that remains when some leaves are left out.
 
     Attributes:
-        paths: the paths in the part, in its order; None: the part is all.
+        paths: the paths in the part, in its order; None: the part is the whole state.
         structure: the structure of the part.
     """
 
@@ -49,7 +49,7 @@ class Shares:
     """The shares in the state of one transformation.
 
     Args:
-        trained: the transformation of those leaves at which a tree of bools is false.
+        trained: a tree of bools → the transformation of the leaves where it is false.
     """
 
     def __init__(self, trained: Callable[[Any], Any]) -> None:
@@ -60,7 +60,7 @@ class Shares:
         """The share of the leaves that are not gone, in the state for all that are not always gone.
 
         Raises:
-            Unsupported: the state does not come apart by leaf.
+            Unsupported: the state cannot be split by leaf.
         """
         if gone == always:
             return Share()
@@ -69,7 +69,7 @@ class Shares:
         for path, spec in part.items():
             if whole.get(path) != spec:
                 raise Unsupported(
-                    f"the state of this transformation does not come apart by leaf: {jax.tree_util.keystr(path)} "
+                    f"the state of this transformation cannot be split by leaf: {jax.tree_util.keystr(path)} "
                     "differs when leaves are left out",
                     hint='pm.freeze(tx, selector, how="updates", until=...) leaves the state as it is',
                 )
@@ -80,8 +80,8 @@ class Shares:
     ) -> Any:
         """The state after an update, in which the moments of frozen slices are what they were before.
 
-        These are the arrays that belong to the leaf and have its shape. What mixes the elements of a leaf, such
-        as the row and column statistics of factored optimizers, is of the leaf as a whole.
+        These are the arrays that belong to the leaf and have its shape. Arrays that mix the elements of a leaf, such
+        as the row and column statistics of factored optimizers, belong to the whole leaf.
         """
         whole, _ = self._paths(always, like)
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(like)]
@@ -89,7 +89,7 @@ class Shares:
         for number, place in enumerate(places):
             if place.partial:
                 without = tuple(flag or i == number for i, flag in enumerate(always))
-                rest = {} if all(without) else self._paths(without, like)[0]  # some need one leaf at least
+                rest = {} if all(without) else self._paths(without, like)[0]  # some optimizers need at least one leaf
                 owner |= {path: number for path in whole if path not in rest and whole[path][0] == shapes[number]}
         old = dict(_flatten(before)[0])
         pairs, structure = _flatten(after)
@@ -98,7 +98,7 @@ class Shares:
         )
 
     def _paths(self, gone: tuple[bool, ...], like: Any) -> tuple[dict[Any, Any], Any]:
-        """The paths of the state without some leaves, with shapes, and its structure."""
+        """The paths and shapes of the state without some leaves, and its structure."""
         leaves, structure = jax.tree.flatten(like)
         key = (structure, tuple(jnp.shape(leaf) for leaf in leaves), gone)
         if key not in self._known:
@@ -111,7 +111,7 @@ class Shares:
 def _at(values: dict[Any, Any], path: Any) -> Any:
     if path not in values:
         raise Unsupported(
-            f"the optimizer state has nothing at {jax.tree_util.keystr(path)}: it is the state of something else",
-            hint="state, report = pm.graft_opt_state(tx.init(params), old_state) goes on with an earlier one",
+            f"the optimizer state has nothing at {jax.tree_util.keystr(path)}: it belongs to another transformation",
+            hint="state, report = pm.graft_opt_state(tx.init(params), old_state) continues from an earlier state",
         )
     return values[path]

@@ -1,6 +1,6 @@
-"""Slices of torch parameters that an optimizer leaves where they are.
+"""Slices of torch parameters that an optimizer does not move.
 
-A gradient of zero is no protection: weight decay and momentum move what has one. So the elements are remembered before
+A gradient of zero is not enough: weight decay and momentum still move such elements. So the elements are saved before
 each step and put back after it, whatever the optimizer does in between.
 """
 
@@ -14,7 +14,7 @@ from paramend.selectors.selector import write_index
 
 
 class _Withheld:
-    """The slices that one optimizer must not move, and the hooks that see to it."""
+    """The slices that one optimizer must not move, and the hooks that ensure it."""
 
     def __init__(self, optimizer: Any) -> None:
         self.slices: list[tuple[torch.Tensor, Any]] = []
@@ -39,7 +39,7 @@ class _Withheld:
 
 
 def withhold(parameters: dict[str, torch.Tensor], index: Any, optimizer: Any) -> None:
-    """Keeps the same slice of each parameter where it is in every step of the optimizer."""
+    """Keep the same slice of each parameter unchanged in every step of the optimizer."""
     _need(optimizer, index, "freeze_")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in parameters.items():
@@ -59,7 +59,7 @@ def withhold(parameters: dict[str, torch.Tensor], index: Any, optimizer: Any) ->
 
 
 def release(parameters: dict[str, torch.Tensor], index: Any, optimizer: Any) -> None:
-    """Lets the optimizer move this slice of each parameter again; without an index, all slices of them."""
+    """Let the optimizer move this slice of each parameter again; without an index, all their slices."""
     _need(optimizer, index, "unfreeze_")
     withheld = getattr(optimizer, "_withheld", None)
     if withheld is None:
@@ -80,7 +80,7 @@ def release(parameters: dict[str, torch.Tensor], index: Any, optimizer: Any) -> 
 def _need(optimizer: Any, index: Any, verb: str) -> None:
     if optimizer is None:
         raise Unsupported(
-            f"a slice [{write_index(index)}] is frozen in the steps of an optimizer, as requires_grad is of the whole "
-            "tensor",
+            f"a slice [{write_index(index)}] is frozen in the steps of an optimizer, since requires_grad holds for the "
+            "whole tensor",
             hint=f"pm.{verb}(module, selector, optimizer=optimizer)",
         )

@@ -20,7 +20,7 @@ _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 def freeze_(
     module: nn.Module, selector: Any, index: Any, optimizer: Any, norm_stats: bool, keep_state: bool
 ) -> FreezeReport:
-    """The report of the chosen leaves, after they were frozen."""
+    """The report of the selected leaves, after freezing them."""
     chosen = _Chosen.of(module, selector)
     chosen.refuse_halves(selector)
     if index is not None:
@@ -32,7 +32,7 @@ def freeze_(
         vars(layer).setdefault("_trained_before", {}).setdefault(name, parameter.requires_grad)
     for parameter in chosen.parameters().values():
         parameter.requires_grad_(False)
-        parameter.grad = None  # one that is left from an earlier step would be applied in the next
+        parameter.grad = None  # a gradient left from an earlier step would be applied in the next
     if norm_stats:
         for layer in chosen.owners():
             _hold(layer)
@@ -40,7 +40,7 @@ def freeze_(
 
 
 def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> FreezeReport:
-    """The report of the chosen leaves, after they became what they were before."""
+    """The report of the selected leaves, after thawing them."""
     chosen = _Chosen.of(module, selector)
     if optimizer is not None or index is not None:
         release(chosen.parameters(), index, optimizer)
@@ -48,7 +48,7 @@ def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> F
         return chosen.report("thawed", index)
     for layer, name, parameter in chosen.places():
         before = vars(layer).get("_trained_before", {})
-        # Whoever froze what `freeze_` never saw: it is thawed. Integers can have no gradient.
+        # A parameter that `freeze_` never saw is thawed too, whoever froze it. Integers cannot have a gradient.
         if before.pop(name, parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_()
         if not before:
@@ -59,7 +59,7 @@ def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> F
 
 
 def frozen(module: nn.Module, optimizer: Any) -> FrozenReport:
-    """Which parameters have no gradient."""
+    """The report of which parameters are frozen."""
     withheld = getattr(optimizer, "_withheld", None)
     sliced = {id(parameter) for parameter, _ in withheld.slices} if withheld is not None else set()
     rows = [
@@ -78,7 +78,7 @@ def frozen(module: nn.Module, optimizer: Any) -> FrozenReport:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What a selector chooses of a module: leaves under all their names."""
+    """The leaves of a module that a selector chooses, under all their names."""
 
     module: nn.Module
     tree: Tree
@@ -116,7 +116,7 @@ class _Chosen:
                 yield layer
 
     def refuse_halves(self, selector: Any) -> None:
-        """Raises for a parameter with two names of which one is not chosen: it cannot be frozen and train on."""
+        """Raise for a parameter with two names if only one is selected: it cannot both be frozen and train on."""
         named = set(resolve(selector, _Untied(self.tree.root)))
         for number in sorted(named):
             others = [twin for twin in self.tree.twins(number) if twin not in named]
@@ -129,7 +129,7 @@ class _Chosen:
 
 
 class _Sharded(Tree):
-    """A module with DTensors (FSDP2), which have no storage to compare: tied is what is one object."""
+    """A module with DTensors (FSDP2), which have no storage to compare: leaves are tied if they are one object."""
 
     @property
     def ties(self) -> Mapping[int, int]:
@@ -140,7 +140,7 @@ class _Sharded(Tree):
 
 
 class _Untied(Tree):
-    """A tree in which every name is a leaf of its own: what a selector names, and not what it reaches."""
+    """A tree in which every name is a separate leaf: a selector finds the names it matches, without their twins."""
 
     @property
     def ties(self) -> Mapping[int, int]:
@@ -148,12 +148,12 @@ class _Untied(Tree):
 
 
 def _forget(optimizer: Any, parameters: dict[str, torch.Tensor], keep_state: bool) -> None:
-    """Drops what an optimizer remembers of parameters."""
+    """Drop the state that an optimizer keeps for parameters."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in parameters.values()):
         one = next(iter(parameters), "no parameter")
         raise BadArgument(
-            f"this {type(optimizer).__name__} holds none of the chosen parameters: {one}",
+            f"this {type(optimizer).__name__} holds none of the selected parameters: {one}",
             hint="the optimizer of this module: torch.optim.AdamW(module.parameters())",
         )
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -166,8 +166,8 @@ def _forget(optimizer: Any, parameters: dict[str, torch.Tensor], keep_state: boo
 # ---- statistics that stay ---------------------------------------------------------------------------------
 #
 # A normalization layer updates its statistics while its `training` is true, and `model.train()` makes it true
-# in all layers. So it is made false for just as long as the layer runs. Hooks, and the handles that remove
-# them, belong to the module and not to its state dict: copies and pickles of it stay frozen.
+# in all layers. So it is made false only while the layer runs. Hooks, and the handles that remove them, belong
+# to the module and not to its state dict: copies and pickles of it stay frozen.
 
 
 def _hold(layer: nn.Module) -> None:

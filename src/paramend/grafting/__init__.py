@@ -1,1 +1,1 @@
-"""A model, and its optimizer, that start from the leaves of another."""
+"""Models and optimizers that start from the leaves of others."""

@@ -1,6 +1,6 @@
 """Alignment: the renames that would make the names of one tree agree with those of another, guessed by shape and order.
 
-What comes out are guesses, best first; whoever asks tries them before showing them.
+The guesses come best first; the caller tries each before showing it.
 """
 
 import re
@@ -26,8 +26,8 @@ def propose(source: Shapes, target: Shapes) -> Iterator[Rules]:
     """Renames, `{source pattern: target template}`, that may make the source fit the target; each at most once.
 
     Args:
-        source: path piece by piece → shape, of every leaf.
-        target: the same of the other tree.
+        source: path as pieces → shape, for every leaf.
+        target: the same for the other tree.
 
     >>> source = {("h", str(i), "w"): (4, 4) for i in range(3)}
     >>> target = {("layers", str(i), "kernel"): (4, 4) for i in range(3)}
@@ -44,7 +44,7 @@ def propose(source: Shapes, target: Shapes) -> Iterator[Rules]:
 
 
 def _outer_levels(source: Shapes, target: Shapes) -> list[Rules]:
-    """Outer levels taken away, put around or exchanged, where that makes names agree; the most names first."""
+    """Outer levels removed, added or exchanged where that makes names agree; those that fit most names first."""
     prefixes, others = _prefixes(source), _prefixes(target)
     found: list[tuple[int, int, Rules]] = []
     for old in ((), *prefixes):
@@ -57,7 +57,7 @@ def _outer_levels(source: Shapes, target: Shapes) -> list[Rules]:
 
 
 def _prefixes(paths: Shapes) -> list[Path]:
-    """The outer levels that may be too much: the first keys, and what all paths have in common."""
+    """The outer levels that may be superfluous: the first keys, and what all paths have in common."""
     tops = list(dict.fromkeys(path[:1] for path in paths if len(path) > 1))
     if len(tops) == 1:
         common = min((len(path) for path in paths), default=1) - 1
@@ -73,7 +73,7 @@ def _under(prefix: Path) -> str:
 
 
 def _last_to_last(source: Shapes, target: Shapes) -> Rules:
-    """The last numbered layer to the last, where the trees have different depths: the head of a model."""
+    """The last numbered layer to the last one, where the trees have different depths: the head of a model."""
     theirs = {family.texts: family.numbers for family in _families(target)}
     rules: Rules = {}
     for family in _families(source):
@@ -97,13 +97,13 @@ def _last_to_last(source: Shapes, target: Shapes) -> Rules:
 
 @dataclass(frozen=True)
 class _Family:
-    """Leaves whose paths differ in numbers only.
+    """Leaves whose paths differ only in numbers.
 
     Attributes:
         texts: the path with "\\0" for each number.
         members: the paths.
-        numbers: for each slot the numbers met.
-        shapes: the shapes met.
+        numbers: for each slot, the numbers that occur.
+        shapes: the shapes that occur.
     """
 
     texts: Path
@@ -114,7 +114,7 @@ class _Family:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A family of the source, and the one of the target that it seems to be; each slot shifted by a number."""
+    """A family of the source, and the family of the target that it seems to be; each slot shifted by a number."""
 
     old: Path
     new: Path
@@ -126,7 +126,7 @@ class _Pair:
 
         Args:
             stop: how many pieces at the end become `**`.
-            middle: (place in old, place in new, size) of the pieces in between that become `**`.
+            middle: (place in old, place in new, size) of the inner pieces that become `**`.
         """
         at_old, at_new, size = middle or (0, 0, 0)
         old_end, new_end = len(self.old) - stop, len(self.new) - stop
@@ -162,7 +162,7 @@ def _written(texts: Path, shifts: Sequence[int], stretch: range) -> str:
 
 
 def _by_families(source: Shapes, target: Shapes) -> list[Rules]:
-    """Renames by pairing families: first as few and general rules as do it, then one for each family."""
+    """Renames by pairing families: first with as few and as general rules as possible, then with one per family."""
     if any("/" in piece or "." in piece or not piece for path in (*source, *target) for piece in path):
         return []
     homeless = {path: shape for path, shape in source.items() if path not in target}
@@ -194,7 +194,7 @@ def _families(leaves: Shapes) -> list[_Family]:
 
 
 def _paired(old: list[_Family], new: list[_Family]) -> list[_Pair]:
-    """Families that may be the same: equal shapes, names most alike first, then by order."""
+    """Families that may be the same: those with equal shapes; the most similar names first, then by order."""
     if max(len(old), len(new)) > _MOST_FAMILIES:
         return []
     scores: list[tuple[float, int, int, int]] = []
@@ -223,7 +223,7 @@ def _shift(old: frozenset[int], new: frozenset[int]) -> int:
 
 
 def _in_order(homeless: Shapes, empty: Shapes, pairs: Sequence[_Pair]) -> list[_Pair]:
-    """What is left on both sides, leaf by leaf, if it has the same shapes in the same order."""
+    """The leaves left on both sides, paired one by one, if they have the same shapes in the same order."""
     members = {path for pair in pairs for path in pair.members}
     taken = {pair.wanted(path) for pair in pairs for path in pair.members}
     old = [path for path in homeless if path not in members]
@@ -234,7 +234,7 @@ def _in_order(homeless: Shapes, empty: Shapes, pairs: Sequence[_Pair]) -> list[_
 
 
 def _generalised(pairs: Sequence[_Pair], source: Shapes, target: Shapes, wanted: Mapping[Path, Path]) -> Rules:
-    """Rules that hold for many families at once, after an exact rule for each family that they would send astray."""
+    """Rules that each cover many families, after an exact rule for every family that they would send astray."""
     chosen: Rules = {}
     for (old, new), _ in Counter(map(_general, pairs)).most_common():
         chosen.setdefault(old, new)
@@ -254,12 +254,12 @@ def _generalised(pairs: Sequence[_Pair], source: Shapes, target: Shapes, wanted:
     }
     first = dict(pair.rule() for pair in pairs if any(path in astray or path not in found for path in pair.members))
     astray -= {path for pair in pairs for path in pair.members}
-    # A leaf that agrees already and would be sent astray has no exact rule that keeps it.
+    # No exact rule keeps a leaf that already agrees and would be sent astray.
     return {} if astray else {**first, **dict(order)}
 
 
 def _general(pair: _Pair) -> tuple[str, str]:
-    """The rule of a pair in which the longest stretch that both sides have in common is `**`."""
+    """The rule of a pair, with `**` for the longest stretch that both sides have in common."""
     same, slots = 0, len(pair.shifts)
     for a, b in zip(reversed(pair.old), reversed(pair.new), strict=False):
         within = slots - a.count("\0")

@@ -1,7 +1,7 @@
-"""Grafts onto checkpoints: what is copied stays a reference until it is saved; the rest is made leaf by leaf.
+"""Grafts onto checkpoints: a copied leaf stays a reference until it is saved; the rest is made leaf by leaf.
 
-A safetensors file holds leaves alone: the outcome is put together from those of both. Files of other formats hold more
-than leaves, and know their own structure: there a graft is an edit, which sets leaves to those of the source.
+A safetensors file holds only leaves: the result is assembled from those of both. Files of other formats hold more than
+leaves and have a structure: there a graft is an edit that sets leaves to those of the source.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ from paramend.piecewise.steps import CHUNK
 
 
 def grafted(plan: Plan) -> Checkpoint:
-    """The target of a plan, a checkpoint, with what the plan moves into it; nothing is written.
+    """The target of a plan, a checkpoint, with the values that the plan moves into it; nothing is written.
 
-    Values that change their dtype are read once now, in chunks, to count what that costs them.
+    Values that change their dtype are read once now, in chunks, to count those that overflow or are lost.
     """
     target: Checkpoint = plan.target
     if _holds_more(plan):
@@ -45,12 +45,12 @@ def _holds_more(plan: Plan) -> bool:
         return False
     if any(target.refusal(move.number) or plan.source.refusal(move.origin) for move in plan.moves):
         return False
-    # What was complex cannot be cast, be it only to make room.
+    # A complex leaf cannot be cast, not even to make room.
     return plan.options.dtype != "source" or all(target.spec(m.number).kind != "complex" for m in plan.moves)
 
 
 def _edited(target: Checkpoint, taken: Mapping[int, Origin | tuple[Any, int]]) -> Checkpoint:
-    """The target with leaves set to those that were taken, read when they are written."""
+    """The target with leaves set to the taken ones, which are read when they are written."""
     origins = {number: origin_of(*each) if isinstance(each, tuple) else each for number, each in taken.items()}
     operands = Gathered(None, ((labels(str(number)), origin) for number, origin in origins.items()))
     others = {n: call("cast", {"dtype": o.spec.dtype}) for n, o in origins.items() if o.spec != target.spec(n)}
@@ -70,7 +70,7 @@ def _taken(plan: Plan, move: Move) -> Origin | tuple[Any, int]:
         move.row = replace(move.row, overflowed=overflowed, lost=lost)
         if isinstance(plan.source, Checkpoint):
             return plan.source.edited({move.origin: call("cast", {"dtype": ours.dtype})}), move.origin
-    value_of(plan, move)  # which enters in the report what it costs
+    value_of(plan, move)  # enters in the report what overflows or is lost
     spec = Spec(ours.shape, theirs.dtype if plan.options.dtype == "source" else ours.dtype)
     return Made(spec, lambda: to_numpy(value_of(plan, move)))
 

@@ -1,4 +1,4 @@
-"""Conversions: values in another dtype, and what they lose by it."""
+"""Conversions: values in another dtype, and what they lose."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from paramend.leaves.specs import kind_of, numpy_dtype
 
 
 def on_host(value: Any) -> Any:
-    """The values of an array as numpy has them; traced ones as they are."""
+    """The values of an array as a numpy array; a traced array as it is."""
     try:
         return backend(value).numpy(value)
     except TypeError:
@@ -18,7 +18,7 @@ def on_host(value: Any) -> Any:
 
 
 def converted(value: Any, dtype: str) -> Any:
-    """An array in another dtype, in its own library where that library can.
+    """An array in another dtype: of its own library for floats and complex numbers, else of numpy.
 
     >>> converted(np.array([1.5, 2.0]), "int32")
     array([1, 2], dtype=int32)
@@ -26,7 +26,7 @@ def converted(value: Any, dtype: str) -> Any:
     if kind_of(dtype) in ("float", "complex"):
         with np.errstate(over="ignore"):
             return backend(value).cast(value, dtype)
-    # A torch Parameter cannot become an integer one; on the host it is no Parameter.
+    # A torch Parameter cannot hold integers; on the host it is a plain array.
     with np.errstate(invalid="ignore"):
         return on_host(value).astype(numpy_dtype(dtype))
 
@@ -34,7 +34,7 @@ def converted(value: Any, dtype: str) -> Any:
 def damage(value: Any, dtype: str) -> tuple[int, int]:
     """How many values overflow in another dtype (become inf, NaN or another number), and how many are lost in it.
 
-    Lost is what becomes zero or loses its fraction; rounding is not counted, nor are values that are traced.
+    A value is lost if it becomes zero or loses its fraction; rounding is not counted, nor are traced values.
 
     >>> damage(np.array([1e5, 1e-9, 1.0], "float32"), "float16")
     (1, 1)
@@ -61,7 +61,7 @@ def damage(value: Any, dtype: str) -> tuple[int, int]:
 
 
 def holds(dtype: str, other: str) -> bool:
-    """Whether a dtype has the range of another: no value of it overflows or is lost."""
+    """Whether a dtype covers the range of another: no value overflows or is lost."""
     kinds = kind_of(dtype), kind_of(other)
     if "other" in kinds or kinds[1] == "bool":
         return True

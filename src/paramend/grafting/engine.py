@@ -1,4 +1,4 @@
-"""The work of a graft: planned, refused with a way out, or carried out."""
+"""The work of a graft: a plan that is carried out, or refused with a way out."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ from paramend.trees.tree import Tree
 
 
 def assign(tree: Tree, new: dict[int, Any]) -> None:
-    """Puts all values into their leaves; if one of them fails, those before it are put back."""
+    """Assign all values to their leaves; if one of them fails, restore those before it."""
     old: dict[int, Any] = {}
     try:
         for number in list(new):
@@ -33,12 +33,12 @@ def assign(tree: Tree, new: dict[int, Any]) -> None:
 
 
 def values(plan: Plan) -> dict[int, Any]:
-    """The new leaves by number; what they cost is entered in the rows of the moves."""
+    """The new leaves by number; what overflows or is lost is entered in the rows of the moves."""
     return {move.number: value_of(plan, move) for move in plan.moves}
 
 
 def value_of(plan: Plan, move: Move) -> Any:
-    """The new value of a leaf; what it costs is entered in the row of the move."""
+    """The new value of a leaf; what overflows or is lost is entered in the row of the move."""
     leaf = plan.target.read(move.number)
     value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
     ours, theirs = backend(leaf), backend(value)
@@ -66,13 +66,13 @@ def value_of(plan: Plan, move: Move) -> Any:
         return ours.put(leaf, meeting.into, "set", conversions.on_host(value))
     if backend(value) is not ours:
         value = backend(value).numpy(value)
-        if ours.abstract(leaf) and not hasattr(plan.source, "fetch"):  # what the user has may change later
+        if ours.abstract(leaf) and not hasattr(plan.source, "fetch"):  # the user's array may change later
             value = value.copy()
     return ours.like(value, leaf)
 
 
 def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
-    """Raises where leaves of a tree have no values, and are given none.
+    """Raise if leaves of a tree have no values and are given none.
 
     Args:
         tree: the target.
@@ -98,7 +98,7 @@ def planned(target: Leaves, source: Leaves, options: Options) -> Plan:
     """The plan of a graft.
 
     Raises:
-        GraftRefused: something stands against it.
+        GraftRefused: the source does not fit the target.
     """
     for tree, name in ((target, "your model"), (source, "the source")):
         if not tree.index.numbers:
@@ -127,7 +127,7 @@ def planned(target: Leaves, source: Leaves, options: Options) -> Plan:
 
 
 def _ways_out(plan: Plan) -> list[Plan]:
-    """Plans that would work: with a rename that makes more names agree, with the options that allow the rest."""
+    """Plans that would work: with a rename that makes more names agree, and with options that allow the rest."""
     better = _better_rename(plan)
     tries = [trial for start in (better, plan) if start is not None and (trial := _allowing(start)) is not None]
     if any(len(case.ways) > 1 for case in plan.cases) and (other := _allowing(plan, 1)):
@@ -149,14 +149,14 @@ def _advice(plan: Plan) -> str:
     return next((text for kind, text in _ADVICE.items() if kind in kinds), _ADVICE["nothing"])
 
 
-# What to say where no option helps, the most telling first.
+# The hint where no option helps; of several kinds the first here counts.
 _ADVICE = {
     "only": "`only` selects leaves of your model: pm.at(target, selector).paths lists what a selector finds",
     "rule": "leave the rule out or correct it: pm.at(source, pattern).paths lists what a pattern finds",
-    "place": "the right side of a rule counts in your model: pm.at(target, pattern).paths lists what is there",
+    "place": "the right side of a rule is resolved in your model: pm.at(target, pattern).paths lists what is there",
     "collision": 'rename={"name/in/source": None, ...} leaves one of them behind',
     "tied": 'rename={"name/in/source": None, ...} leaves one of them behind',
-    "abstract": "values come from the source, or are made first: params = model.init(key, x)",
+    "abstract": "take the values from the source, or make them first: params = model.init(key, x)",
     "choice": "correct the selector or leave it out: pm.at(target, selector).paths lists what a selector finds",
     "resize": 'mismatch={"name/in/your/model": "keep"}, without a rule in `resize`, leaves it as it is',
     "unfit": 'rename={"name/in/source": None, ...} leaves it behind',
@@ -165,7 +165,7 @@ _ADVICE = {
 
 
 def _allowing(plan: Plan, choice: int = 0) -> Plan | None:
-    """The plan with the options that allow what stands against it, or None if none do.
+    """The plan with options that allow its cases, or None if no options do.
 
     Args:
         plan: the plan.
@@ -196,12 +196,12 @@ def _allowing(plan: Plan, choice: int = 0) -> Plan | None:
     return None
 
 
-# Of how many leaves an option is proposed by name.
+# Up to this many leaves are named in a proposed option.
 _MOST_NAMED = 4
 
 
 def _better_rename(plan: Plan) -> Plan | None:
-    """The plan with the rename under which the most leaves agree, if that is more than now."""
+    """The plan with the rename under which the most leaves agree, if they are more than without it."""
     kinds = {case.kind for case in plan.cases}
     wrong = {"only", "rule", "place", "choice", "collision"}
     if not kinds & {"unused", "missing", "abstract", "mismatch", "nothing"} or kinds & wrong:
@@ -228,12 +228,12 @@ def _shapes(leaves: Leaves) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def put_in(tree: Tree, new: dict[int, Any]) -> None:
-    """Puts values into the leaves of a tree in place, once it is sure that all of them can be."""
+    """Assign values to the leaves of a tree in place, after checking that all of them can change."""
     for number in new:
         tree.in_place(number)
     assign(tree, dict(new))
 
 
 def leaves_of(tree: Any) -> Editable | Tree:
-    """A checkpoint is leaves already, each read when its turn comes; anything else is a tree in memory."""
+    """A checkpoint as it is, whose leaves are read one at a time; anything else as a tree in memory."""
     return tree if isinstance(tree, Editable) else Tree(tree)

@@ -1,6 +1,6 @@
-"""Grafts: a model starts from the leaves of another, and a report says which is which.
+"""Grafts: a model starts from the leaves of another, and a report lists what became of each leaf.
 
-A graft is planned from names and specs; if nothing stands against it, every new value is made; only then does anything
+A graft is planned from names and specs; if the plan has no conflicts, every new value is made; only then does anything
 change. So a refused graft changes nothing.
 """
 
@@ -45,35 +45,34 @@ def graft(
 
     Args:
         target: the tree to start warm: nested dicts, Flax, NNX, Equinox or torch modules, train states, state dicts; or
-            a checkpoint as `pm.open` gives it: then a checkpoint comes back, to be written by its `.save(out)`. Leaves
-            may be abstract, as `jax.eval_shape(model.init, ...)`, `nnx.eval_shape` or torch's meta device give them:
-            then each must get its values from the source, and memory holds the model once.
-        source: the tree to start from, of any of these kinds, or a checkpoint as `pm.open` gives it.
-        rename: source pattern → target path, as in `{"h/<n>/**": "layers/<n>/**"}`. Of several rules that match a leaf
-            the first counts; a leaf that none matches keeps its name. All names change at once, so that rules may
-            rotate or swap. An index counts in the tree on whose side it stands:
-            `{"Dense_[-1]/**": "Dense_[-1]/**"}` takes the last layer to the last. None instead of a path leaves a
-            source leaf behind, on purpose.
+            a checkpoint from `pm.open`: then a checkpoint is returned, to be written by its `.save(out)`. Leaves may be
+            abstract, from `jax.eval_shape(model.init, ...)`, `nnx.eval_shape` or torch's meta device: then each must
+            get its values from the source, and memory holds the model once.
+        source: the tree to start from, of any of these kinds, or a checkpoint from `pm.open`.
+        rename: source pattern → target path, as in `{"h/<n>/**": "layers/<n>/**"}`. If several rules match a leaf, the
+            first counts; an unmatched leaf keeps its name. All names change at once, so rules may rotate or swap. An
+            index on the left counts in the source, one on the right in the target: `{"Dense_[-1]/**": "Dense_[-1]/**"}`
+            takes the last layer to the last. None instead of a path leaves a source leaf behind on purpose.
         only: a selector over the target. Other leaves stay as they are, and source leaves for them are left behind.
-        mismatch: when shapes differ: "error"; "keep" leaves the target's leaf as it is; "overlap" copies what both have
-            room for and leaves the rest as it is; "resize" makes a value of the target's shape by the rule of
-            `pm.resize` that the leaf's name and shapes speak for, and refuses where they leave doubt. Or selector →
-            one of these, for leaves of the target: the first that matches counts, and other leaves are as by "error".
-        place: where leaves overlap: in the "corner" where indices begin; in the "center", the smaller half of an odd
-            difference before; or as a "tile" that is repeated to fill the target. Or selector → one of these, which
-            asks for "overlap" there.
-        resize: selector → rule of `pm.resize`, which asks for "resize" there. It comes before `place` and `mismatch`.
+        mismatch: when shapes differ: "error"; "keep" leaves the target's leaf as it is; "overlap" copies what fits both
+            shapes and leaves the rest as it is; "resize" makes a value of the target's shape by the rule of `pm.resize`
+            that the leaf's name and shapes suggest, and raises if the choice is ambiguous. Or selector → one of these,
+            for leaves of the target: the first that matches counts, and "error" applies to other leaves.
+        place: where leaves overlap: in the "corner" where indices begin; in the "center", with the smaller half of an
+            odd difference before; or as a "tile" that is repeated to fill the target. Or selector → one of these, which
+            implies "overlap" there.
+        resize: selector → rule of `pm.resize`, which implies "resize" there. It comes before `place` and `mismatch`.
         unused: when a source leaf goes nowhere: "error" or "ok".
         missing: when a target leaf has no source: "fresh" leaves it as it is; "error".
-        dtype: when dtypes differ: "target" converts to the target's, and values that overflow or are lost are counted;
-            "source" takes the source's dtype over; "error".
+        dtype: when dtypes differ: "target" converts to the target's dtype, and values that overflow or are lost are
+            counted; "source" adopts the source's dtype; "error".
 
     Returns:
         A new tree of the target's type, and the report. Leaves that were not grafted are the same objects.
 
     Raises:
-        GraftRefused: the two do not fit, nothing at all would be copied, or an abstract leaf would get no values; every
-            case is listed, and `report` on the error tells of every leaf. Nothing was changed.
+        GraftRefused: the two do not fit, nothing would be copied, or an abstract leaf would get no values; every case
+            is listed, and `report` on the error covers every leaf. Nothing was changed.
 
     >>> small = {"Dense_0": {"kernel": np.ones((2, 2))}, "Dense_1": {"kernel": np.full((2, 1), 5.0)}}
     >>> big = {f"Dense_{i}": {"kernel": np.zeros((2, 1 if i == 2 else 2))} for i in range(3)}
@@ -96,7 +95,7 @@ def graft(
         return tree.with_leaves(done.values), done.report
     plan = engine.planned(tree, leaves, options)
     if not isinstance(tree, Tree):
-        from paramend.grafting.checkpoints import grafted  # with it comes the rewriting engine
+        from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
 
         return cast(T, grafted(plan)), plan.report()
     new, report = tree.with_leaves(engine.values(plan)), plan.report()
@@ -119,8 +118,7 @@ def graft_(
 ) -> GraftReport:
     """The report of a graft in place: a torch or NNX module, or a tree of numpy arrays, takes values of the source.
 
-    Parameters stay the objects that they are, so that optimizers go on working. All or nothing: on an error the module
-    is as it was.
+    Parameters stay the same objects, so optimizers go on working. All or nothing: on an error the module is as it was.
 
     Args:
         module: what to change.
@@ -160,7 +158,7 @@ def graft_(
 
 
 def _with_states(tree: Tree, source: Leaves, options: Options) -> "Grafted | None":
-    """What a graft comes to where there are optimizer states in both trees; else None."""
+    """The result of a graft if there are optimizer states in both trees; else None."""
     if any(
         start < stop and issubclass(kind, tuple) and kind.__module__.startswith("optax.")
         for kind, start, stop in tree.index.spans

@@ -1,4 +1,4 @@
-"""Links: where the values of each parameter came from, as the report of a graft tells it."""
+"""Links: where the values of each parameter came from, according to the report of a graft."""
 
 import re
 from collections.abc import Iterable
@@ -19,8 +19,8 @@ class Link:
     """Where the values of one parameter came from.
 
     Attributes:
-        source: the path of the parameter that it continues, or None if it started otherwise.
-        corner: whether it continues in the common corner only.
+        source: the path of the parameter that it continues, or None if it does not continue one.
+        corner: whether it continues only in the common corner.
         did: what was done, in words.
         shape: its shape.
         source_shape: the shape of the parameter that it continues.
@@ -34,7 +34,7 @@ class Link:
 
 
 class Links:
-    """What a report says of each parameter.
+    """What a report says about each parameter.
 
     Attributes:
         targets: path in the target → its link.
@@ -45,7 +45,7 @@ class Links:
         self.targets: dict[Path, Link] = {}
         for corner, rows in ((False, report.copied), (True, report.mismatched), (False, report.fresh)):
             for row in rows:
-                # Of other ways to fit a shape nobody knows here what they mean for a moment.
+                # What the other ways to fit a shape mean for a moment is not known here.
                 known = None if corner and row.fit != "corner" else row.source
                 source = None if known is None else pieces_of(known)
                 link = Link(source, corner, row.did, row.shape, row.source_shape)
@@ -60,7 +60,7 @@ def without(paths: Iterable[Path], prefix: Path) -> set[Path]:
 
 
 def pieces_of(text: str) -> Path:
-    """A path as reports write it, piece by piece.
+    """The pieces of a path as reports write it.
 
     >>> pieces_of("params/Dense_0/kernel"), pieces_of('a\\\\*b."x/y"')
     (('params', 'Dense_0', 'kernel'), ('a*b', 'x/y'))

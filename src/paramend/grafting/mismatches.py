@@ -25,9 +25,9 @@ class Meeting:
 
     Attributes:
         did: the same in words.
-        taken: how many of the values stand for values of the source.
+        taken: how many of the values represent values of the source.
         make: the leaf of the source, of any library → the values.
-        into: where they go in the target; None: they are all of it.
+        into: where they go in the target; None: they fill it.
         kind: "corner", "center" or "tile", for old numbers in other places; "resize", for new ones.
     """
 
@@ -47,9 +47,9 @@ class Meeting:
 
 
 def overlapping(place: str, old: Shape, new: Shape) -> Meeting:
-    """The values that both shapes have room for, at a place.
+    """The values that fit both shapes, at a place.
 
-    Of an odd difference the smaller half stands before, as in `(n - m) // 2`.
+    The smaller half of an odd difference comes before, as in `(n - m) // 2`.
 
     Raises:
         SpecMismatch: the shapes have different numbers of axes, or there is nothing to repeat.
@@ -100,10 +100,10 @@ def _tiled(value: Any, shape: Shape) -> Any:
 
 
 def resizing(rule: Resize | None, path: Sequence[str], old: Spec, new: Spec) -> Meeting:
-    """The values by a rule of `pm.resize`; without one, by the rule that name and shapes speak for.
+    """The values by a rule of `pm.resize`; without one, by the rule that the name and the shapes suggest.
 
     Raises:
-        SpecMismatch: these leaves are not what the rule is for, or there is no such rule.
+        SpecMismatch: the rule is not for these leaves, or there is no such rule.
     """
     if (old.kind, new.kind) != ("float", "float"):
         raise SpecMismatch("only floating point values can be resized")

@@ -1,4 +1,4 @@
-"""The options of a graft: checked, changed, and written as the call that has them."""
+"""The options of a graft: checked, changed, and written as a call."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -41,12 +41,12 @@ class Options:
         rules = {} if self.resize is None else self.resize
         if not isinstance(rules, Mapping) or not all(isinstance(rule, Resize) for rule in rules.values()):
             raise BadArgument(
-                f"resize={rules!r} is no mapping of selectors to rules of pm.resize",
+                f"resize={rules!r} is not a mapping of selectors to rules of pm.resize",
                 hint='resize={"**/pos_embed": pm.resize.positions()}',
             )
         if self.place != "corner" and isinstance(self.place, str) and not self._overlaps(self.mismatch):
             raise BadArgument(
-                f"place={self.place!r} says where leaves overlap, and none may",
+                f"place={self.place!r} says where leaves overlap, and mismatch= does not allow overlap",
                 hint=f'mismatch="overlap", place="{self.place}"',
             )
 
@@ -54,7 +54,7 @@ class Options:
         return "overlap" in (mismatch.values() if isinstance(mismatch, Mapping) else [mismatch])
 
     def changed(self, **changes: Any) -> "Options":
-        """The options with some of them changed. What is said of single leaves comes before what was said of them."""
+        """The options with some of them changed. New choices for single leaves come before the earlier ones."""
         if "mismatch" in changes and isinstance(self.mismatch, Mapping):
             changes["mismatch"] = {**self.mismatch, "**": changes["mismatch"]}
         for name in ("mismatch", "resize"):
@@ -68,7 +68,7 @@ class Options:
         return replace(self, **changes)
 
     def given(self) -> dict[str, Any]:
-        """The options that are not as they are by default, by name."""
+        """The options that differ from the defaults, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "in_place"}
         return {
             name: value
@@ -81,13 +81,13 @@ class Options:
         after = self.changed(**changes)
         given = after.given()
         if not isinstance(after.only, str):
-            given["only"] = sel(after.only)  # a tree of bools is a mapping, but not one of options
+            given["only"] = sel(after.only)  # a tree of bools is a mapping, but not of options
         verb = "pm.graft_(module" if after.in_place else "pm.graft(target"
         return f"{verb}, {', '.join(['source', *(f'{name}={_code(value)}' for name, value in given.items())])})"
 
 
 _CHOICES = {"mismatch": Mismatch, "place": Place, "unused": Unused, "missing": Missing, "dtype": Dtype}
-# Options that may be said for single leaves, as a mapping of selectors.
+# Options that may be given for single leaves, as a mapping of selectors.
 BY_LEAF = ("mismatch", "place", "resize")
 
 
@@ -95,7 +95,7 @@ def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if given not in known:
         near = wording.closest(str(given), known, 1) or known
         raise BadArgument(
-            f"{name}={given!r} is none of {wording.listing([repr(choice) for choice in known])}",
+            f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}",
             hint=f"{name}={quoted(near[0])}",
         )
 

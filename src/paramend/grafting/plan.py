@@ -33,12 +33,12 @@ from paramend.trees.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing that stands against a graft.
+    """One reason against a graft.
 
     Attributes:
-        kind: which list it belongs to, a key of `KINDS`.
+        kind: the list that it belongs to, a key of `KINDS`.
         paths: the path in the target, or in the source, and one that belongs to it.
-        said: what there is to say of it.
+        said: the details.
         ways: rules that would resize the leaf.
     """
 
@@ -48,7 +48,7 @@ class Case:
     ways: tuple[Resize, ...] = ()
 
 
-# One row a kind of case: the sentence over its list for one and for several, and the options that allow it, the
+# One row per kind of case: the sentence above its list for one and for several, and the options that allow it, the
 # gentlest first.
 KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
     "only": ("`only` selects nothing", "", ()),
@@ -90,7 +90,7 @@ KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
 
 @dataclass(slots=True)
 class Move:
-    """One value on its way: from a leaf of the source to a leaf of the target, both by number."""
+    """The move of one value from a leaf of the source to a leaf of the target, both by number."""
 
     row: GraftRow
     number: int
@@ -99,7 +99,7 @@ class Move:
 
     @property
     def part(self) -> str:
-        """The part of the report that tells of it."""
+        """The part of the report that lists it."""
         return "copied" if self.meeting is None else "mismatched"
 
 
@@ -107,10 +107,10 @@ class Plan:
     """Which leaf goes where, from names and specs alone.
 
     Attributes:
-        cases: what stands against it.
+        cases: the reasons against it.
         moves: what is to be done.
-        rows: the rows of the report that stand for no move, by its four parts.
-        missed: the paths of the target for which the source was searched in vain.
+        rows: the rows of the report that do not belong to a move, by its four parts.
+        missed: the paths of the target for which the source has nothing.
     """
 
     def __init__(self, target: Any, source: Leaves, options: Options) -> None:
@@ -130,14 +130,14 @@ class Plan:
             used |= self._decide(number)
         self._leave_behind(used, strays, names)
         if not self.moves and not any(case.kind in ("only", "rule", "place") for case in self.cases):
-            self._case("nothing", (), "a graft that takes nothing is a mistake, whatever the options allow")
+            self._case("nothing", (), "a graft that copies nothing is a mistake, whatever the options allow")
 
     # -- who goes where
 
     def _chosen(self) -> set[int]:
         """The leaves of the target that `only` selects."""
         if slice_of(self.options.only)[1] is not None:
-            raise BadArgument(f"only={self.options.only!r}: a graft is of whole leaves, not of slices")
+            raise BadArgument(f"only={self.options.only!r}: a graft takes whole leaves, not slices")
         try:
             return {_unit(self.target, number) for number in resolve(self.options.only, self.target)}
         except NoMatch as error:
@@ -145,14 +145,14 @@ class Plan:
             return set(_units(self.target))
 
     def _choices(self, name: str) -> dict[int, Any]:
-        """What an option says of each leaf of the target; of several selectors that match one the first counts."""
+        """The choice of an option for each leaf of the target; if several selectors match one, the first counts."""
         given = getattr(self.options, name)
         if not isinstance(given, Mapping):
             return dict.fromkeys(_units(self.target), given) if name == "mismatch" else {}
         found: dict[int, Any] = {}
         for selector, choice in given.items():
             if slice_of(selector)[1] is not None:
-                raise BadArgument(f"{name}={given!r}: a graft is of whole leaves, not of slices")
+                raise BadArgument(f"{name}={given!r}: a graft takes whole leaves, not slices")
             try:
                 for number in resolve(selector, self.target):
                     found.setdefault(_unit(self.target, number), choice)
@@ -168,7 +168,7 @@ class Plan:
             rule = f"{quoted(old)}: {'None' if new is None else quoted(new)}"
             checked = None if new is None else parse_rename(old, new, indexed=True)
             try:
-                resolve(old, self.source)  # for its error, which knows what comes close
+                resolve(old, self.source)  # for its error, which names near misses
                 paths = None if checked is None else checked.over(index)
             except (NoMatch, RenameClash) as error:
                 self._case("rule", (), f"{rule}: {_in_one_line(error)}")
@@ -207,7 +207,7 @@ class Plan:
                 strays += numbers
             elif len(here) > 1 and len(here) != len(numbers):
                 alike = wording.listing([self.target.index.path(number) for number in here])
-                self._case("place", self._source_paths(numbers), f"{len(here)} leaves there read alike: {alike}")
+                self._case("place", self._source_paths(numbers), f"{len(here)} leaves there have this name: {alike}")
                 self._crowded |= {_unit(self.source, number) for number in numbers}
             elif len(here) == 1 and len({_unit(self.source, number) for number in numbers}) > 1:
                 origins = wording.listing(self._source_paths(numbers))
@@ -228,7 +228,7 @@ class Plan:
     # -- what becomes of each leaf
 
     def _decide(self, number: int) -> set[int]:
-        """Decides on a leaf of the target; the source leaves that it uses."""
+        """The source leaves that a leaf of the target uses, after deciding what becomes of it."""
         path, spec = self.target.index.path(number), self.target.spec(number)
         arrived: dict[int, int] = {}
         for guest in self._arrivals.get(number, ()):
@@ -267,7 +267,7 @@ class Plan:
         return set(arrived)
 
     def _pair(self, number: int, origin: int, path: str, spec: Spec) -> str:
-        """Decides on a leaf of the target and the one that arrives at it; the part of the report that tells of them."""
+        """The part of the report for a leaf of the target and the one that arrives, after deciding what is done."""
         theirs = self.source.spec(origin)
         name = self.source.index.path(origin)
         both = (path,) if name == path else (path, name)
@@ -285,7 +285,7 @@ class Plan:
         return self.moves[-1].part
 
     def _shape(self, number: int, both: tuple[str, ...], spec: Spec, theirs: Spec) -> tuple[str, Meeting | None]:
-        """Decides on a leaf by its shape: what to say of it, and how the two meet where shapes differ."""
+        """What is done with a leaf by its shape, in words, and how the two meet where shapes differ."""
         rule = self._by_leaf["resize"].get(number)
         if spec.shape == theirs.shape and not (rule and rule.acts(theirs.shape, spec.shape)):
             return "copied", None
@@ -331,9 +331,9 @@ class Plan:
         return f"{row.did}, cast from {theirs.dtype}"
 
     def _unfit(self, number: int, origin: int, spec: Spec, theirs: Spec) -> str:
-        """Why a value cannot go from here to there at all, or ""."""
+        """Why a value cannot be moved from one leaf to the other, or ""."""
         if "other" in (spec.kind, theirs.kind) and spec.dtype != theirs.dtype:
-            return f"{theirs.dtype} does not become {spec.dtype}"
+            return f"{theirs.dtype} cannot become {spec.dtype}"
         if theirs.kind == "complex" != spec.kind and self.options.dtype == "target":
             return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
         as_it_is = spec == theirs and not isinstance(self.target, Tree) and not isinstance(self.source, Tree)
@@ -346,7 +346,7 @@ class Plan:
                 return said + reason
         if self.options.in_place:
             if _abstract(self.target, number) and number not in self.target.boxes:
-                return "it has no values that could change in place"
+                return "it has no values to change in place"
             try:
                 self.target.in_place(number)
             except Unsupported as error:
@@ -354,7 +354,7 @@ class Plan:
         return ""
 
     def _leave_behind(self, used: set[int], strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> None:
-        """Decides on the leaves of the source that no leaf of the target uses."""
+        """Enter the leaves of the source that no leaf of the target uses."""
         minded = {_unit(self.source, number) for number in self._minded(strays, names)}
         for number in _units(self.source):
             if number in used:
@@ -373,13 +373,13 @@ class Plan:
             self.rows["unused"].append(GraftRow(path, path, spec.shape, spec.shape, spec.dtype, spec.dtype, did))
 
     def _minded(self, strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> Sequence[int]:
-        """Those strays whose names `only` would select if your model had them: for the others no place is missed."""
+        """Those strays whose names `only` would select if your model had them; the others need no place."""
         if not strays or (isinstance(self.options.only, str) and self.options.only == "**"):
             return strays
         both = _WithGuests(self.target, {number: names[number] for number in strays}, self.source)
         try:
             chosen = set(resolve(self.options.only, both))
-        except ParamendError:  # such as a tree of bools, which says nothing of them
+        except ParamendError:  # such as a tree of bools, which says nothing about them
             return strays
         return [number for number in strays if both.guest(number) in chosen]
 
@@ -387,11 +387,11 @@ class Plan:
 
     @property
     def score(self) -> tuple[int, int]:
-        """How good the plan is: more leaves copied whole, then fewer cases."""
+        """How good the plan is: how many leaves are copied whole, then how few cases there are."""
         return sum(move.meeting is None for move in self.moves), -len(self.cases)
 
     def report(self) -> GraftReport:
-        """The report, in the order of the trees, of the moves as they stand."""
+        """The report of the moves so far, in the order of the trees."""
         places = {self.target.index.path(number): i for i, number in enumerate(_units(self.target))}
         moved = {name: [move.row for move in self.moves if move.part == name] for name in PARTS}
         rows = {name: moved[name] + self.rows[name] for name in PARTS}
@@ -412,7 +412,7 @@ def _in_one_line(error: ParamendError) -> str:
 
 
 def _unit(leaves: Leaves, number: int) -> int:
-    """The number that stands for a leaf with several paths."""
+    """The number that represents a leaf with several paths."""
     return leaves.ties.get(number, number)
 
 
@@ -421,7 +421,7 @@ def _units(leaves: Leaves) -> list[int]:
 
 
 class _WithGuests:
-    """The leaves of a target and those of a source that found no place in it, under the names that they looked for."""
+    """The leaves of a target, and those of a source that found no place in it under the names they would have there."""
 
     def __init__(self, target: Leaves, guests: Mapping[int, tuple[str, ...]], source: Leaves) -> None:
         self.target, self.source = target, source
@@ -471,7 +471,7 @@ def _copied(names: Names) -> Names:
 
 
 def _abstract(leaves: Leaves, number: int) -> bool:
-    """Whether a leaf is a shape and a dtype without values. Those of a checkpoint have values."""
+    """Whether a leaf is a shape and a dtype without values. Leaves of a checkpoint have values."""
     if not isinstance(leaves, Tree):
         return False
     leaf = leaves.read(number)
@@ -479,7 +479,7 @@ def _abstract(leaves: Leaves, number: int) -> bool:
 
 
 def _refusal(leaves: Leaves, number: int) -> str:
-    """Why arithmetic on a leaf makes no sense, or ""; a checkpoint says it without reading the leaf."""
+    """Why arithmetic on a leaf makes no sense, or ""; a leaf of a checkpoint is not read for this."""
     if not isinstance(leaves, Tree):
         return leaves.refusal(number)
     leaf = leaves.read(number)
@@ -493,5 +493,5 @@ def _equal(leaves: Leaves, one: int, other: int) -> bool:
     a, b = leaves.read(one), leaves.read(other)
     try:
         return bool(backend(a).numpy(a).tobytes() == backend(b).numpy(b).tobytes())
-    except TypeError:  # traced: not known yet
+    except TypeError:  # traced: the values are not known yet
         return False

@@ -17,14 +17,14 @@ class GraftRow:
     """What became of one leaf.
 
     Attributes:
-        path: the path in the target; of an unused leaf, the path in the source.
-        source: the path in the source, or None for a leaf that nothing came to.
+        path: the path in the target; for an unused leaf, the path in the source.
+        source: the path in the source, or None for a leaf that received nothing.
         shape: the shape of the leaf at `path`.
         source_shape: the shape of the source leaf, or None.
         dtype: the dtype that the leaf at `path` had.
         source_dtype: the dtype of the source leaf, or None.
         did: what was done, in words.
-        fit: how shapes that differ met: "corner", "center", "tile" or "resize"; "" where they did not.
+        fit: how different shapes were fitted: "corner", "center", "tile" or "resize"; "" if they were not.
         taken: how many scalars came from the source.
         overflowed: how many finite values became inf, NaN or another number, because the dtype cannot hold them.
         lost: how many values became zero, or lost their fraction, because the dtype is too coarse.
@@ -53,8 +53,8 @@ class GraftReport(Paged):
     """Which leaves of the target were copied and which not, and which leaves of the source went nowhere.
 
     Every leaf of the target is in exactly one of `copied`, `fresh` and `mismatched`; every leaf of the source is the
-    `source` of a row in `copied` or `mismatched`, or else it is in `unused`. A leaf with several paths counts as one,
-    under the first of them.
+    `source` of a row in `copied` or `mismatched`, or is in `unused`. A leaf with several paths counts once, under the
+    first of them.
 
     Attributes:
         copied: leaves whose values come from the source.
@@ -63,7 +63,7 @@ class GraftReport(Paged):
         unused: leaves of the source that went nowhere.
         refused: whether the graft was refused: then nothing was changed, and the rows say what would have become of
             each leaf.
-        ends: the models that the graft was between, as long as they live, for `pm.graft_optimizer_`.
+        ends: the two models of the graft, as long as they are alive, for `pm.graft_optimizer_`.
     """
 
     copied: list[GraftRow] = field(default_factory=list)
@@ -75,7 +75,7 @@ class GraftReport(Paged):
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
-        """Leaves, parameters and parameters taken from the source, of each of the four."""
+        """The number of leaves, parameters and parameters taken from the source, for each part."""
         found: dict[str, dict[str, int]] = {}
         for name in PARTS:
             rows = {row.path: row for row in reversed(getattr(self, name))}.values()
@@ -84,7 +84,7 @@ class GraftReport(Paged):
         return found
 
     def headline(self) -> str:
-        """One sentence that says it all."""
+        """The summary in one sentence."""
         totals = self.totals
         ours = [totals[name] for name in ("copied", "fresh", "mismatched")]
         leaves, size = sum(one["leaves"] for one in ours), sum(one["parameters"] for one in ours)
@@ -102,7 +102,7 @@ class GraftReport(Paged):
         return [Section(name, [_line(row) for row in getattr(self, name)]) for name in PARTS]
 
     def page(self) -> Page:
-        """The target as a map, coloured by what became of each leaf; what the source has left over beside it."""
+        """The target as a map, coloured by what became of each leaf, beside the unused leaves of the source."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
         cells = [(str(Spec(row.shape, row.dtype)), row.source or "", _line(row).cells[1]) for _, row in rows]
         return Page(

@@ -1,1 +1,1 @@
-"""Which leaves: selectors are parsed, matched, and what to say when nothing does."""
+"""Selectors: their grammar, how they match, renames, and near misses when nothing matches."""

@@ -1,7 +1,7 @@
 """The selector grammar: text to segments and back.
 
 selector  :=  segment (("/" | ".") segment)*
-segment   :=  "**"                     any number of pieces, also none
+segment   :=  "**"                     any number of pieces, including none
            |  '"' text '"'             exactly this one key
            |  atom+                    one piece
 atom      :=  text | "\\" char         a literal
@@ -21,7 +21,7 @@ from paramend.leaves.paths import SPECIAL
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Text that stands for itself."""
+    """Text that matches itself."""
 
     text: str
 
@@ -89,7 +89,7 @@ Atom = Literal | Star | Either | Number | Positions
 
 @dataclass(frozen=True, slots=True)
 class AnyPieces:
-    """`**`: any number of pieces, also none."""
+    """`**`: any number of pieces, including none."""
 
     def __str__(self) -> str:
         return "**"
@@ -126,7 +126,7 @@ _POSITION = re.compile(rf"\s*({_INT})?\s*(?:(:)\s*({_INT})?\s*(?:(:)\s*({_INT})?
 
 
 class Reader:
-    """Reads one selector from left to right; every complaint knows its place."""
+    """Reads one selector from left to right; every error points at its place."""
 
     def __init__(self, text: str) -> None:
         self.text = text

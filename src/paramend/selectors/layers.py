@@ -33,10 +33,10 @@ class Numbered:
 
     Attributes:
         parent: the pieces above the numbered one.
-        head: what stands before the number.
-        tail: what stands after it.
+        head: the text before the number.
+        tail: the text after it.
         numbers: the numbers of the entries, ascending.
-        width: how many digits each number is written with, where zeros fill it up.
+        width: the number of digits if numbers are padded with zeros, else 0.
     """
 
     parent: Pieces
@@ -58,7 +58,7 @@ class Numbered:
         return write_path((*self.parent, self.piece(number)), separator)
 
     def number(self, text: str) -> int | None:
-        """The number of an entry of that name, or None if it is none of these."""
+        """The number of the entry of that name, or None if there is no such entry."""
         if not (text.startswith(self.head) and text.endswith(self.tail)):
             return None
         return number_of(text[len(self.head) : len(text) - len(self.tail)])
@@ -69,7 +69,7 @@ class Numbered:
         return self.number(path[depth]) if len(path) > depth and path[:depth] == self.parent else None
 
     def written(self, separator: str) -> str:
-        """All of these entries, as a text that `read` takes."""
+        """All of these entries, as a text that `notation` takes."""
         keys = [*map(write_piece, self.parent)]
         if self.head or self.tail:
             keys.append("".join((self.head and write_piece(self.head), "[*]", self.tail and write_piece(self.tail))))
@@ -80,15 +80,15 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Notation:
-    """What a text says of layers.
+    """A text that names layers, parsed.
 
     Attributes:
         text: the text.
         above: the segments before the one with the number.
-        head: what stands before the number in its key.
-        tail: what stands after it.
+        head: the text before the number in its key.
+        tail: the text after it.
         positions: which of the numbered entries are meant.
-        captured: whether the number is written `<n>`: then it may not stand in a key of its own below `head`.
+        captured: whether the number is written `<n>`: then it may not be a separate key below `head`.
     """
 
     text: str
@@ -99,7 +99,7 @@ class Notation:
     captured: bool
 
     def find(self, names: Names) -> list[Numbered]:
-        """The numbered entries that are meant, with all their siblings; none if there are none."""
+        """The numbered entries that are meant, with all their siblings; may be empty."""
         parents = _parents(names, Pattern(self.above) if self.above else None)
         return [found for parent, inner in parents for found in _families(inner, parent, self)]
 
@@ -123,7 +123,7 @@ class Notation:
         return re.sub(r"(\[[^\]]*\]|<\w+>)(?=[^\[<]*$)", lambda _: index, self.text)
 
     def with_number(self, found: Numbered) -> str:
-        """The same layers by a captured number, as renames have it: `layers[*]` is `layers/<n>`, or `layers<n>`."""
+        """The same layers with a captured number, as in renames: `layers[*]` becomes `layers/<n>` or `layers<n>`."""
         if self.captured:
             return without_rest(self.text)
         keys = [*map(str, self.above)]
@@ -135,7 +135,7 @@ class Notation:
 
 
 def without_rest(text: str) -> str:
-    """A text without the `/**` that names all that is in a layer.
+    """A text without a final `/**`, which names everything in a layer.
 
     >>> without_rest("layers/<n>/**"), without_rest("layers[*]")
     ('layers/<n>', 'layers[*]')
@@ -144,10 +144,10 @@ def without_rest(text: str) -> str:
 
 
 def notation(text: str) -> Notation | None:
-    """What a text says of layers; None if its last key, but for `**`, holds no number.
+    """A text that names layers, parsed; None if its last key, ignoring `**`, holds no number.
 
     Raises:
-        SelectorError: it breaks the grammar.
+        SelectorError: the text breaks the grammar.
 
     >>> notation("model.layers.<n>.**").head, notation("Dense_[:-1]").head, notation("Dense_0")
     ('', 'Dense_', None)
@@ -164,15 +164,15 @@ def notation(text: str) -> Notation | None:
 
 
 def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
-    """What a text says of layers, and the numbered entries of a tree that it means.
+    """The notation of a text, and the numbered entries of a tree that it means.
 
     Args:
         index: the names of the tree.
         text: what the user wrote.
-        argument: what the user calls it, for messages.
+        argument: the name of the argument, for messages.
 
     Raises:
-        BadArgument: it does not say where the number of a layer is.
+        BadArgument: the text does not say where the number of a layer is.
         NoMatch: there are no such layers.
 
     >>> index = Index.of_names([f"model.layers.{i}.w" for i in range(3)])
@@ -191,7 +191,7 @@ def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Not
 
 
 def candidates(index: Index) -> list[Numbered]:
-    """The numbered subtrees of a tree, the outermost only: keys that are numbers, and then siblings such as `Dense_0`.
+    """The outermost numbered subtrees of a tree: keys that are numbers, then siblings such as `Dense_0`.
 
     >>> [found.written("/") for found in candidates(Index.of_names(["l_0/w", "l_1/w", "head/w"], "/"))]
     ['l_[*]']
@@ -202,11 +202,11 @@ def candidates(index: Index) -> list[Numbered]:
 def known(index: Index, argument: str = "layers") -> str:
     """The layers that a tree has, as a hint: code that works."""
     found = [f'{argument}="{one.written(index.separator)}"' for one in candidates(index)]
-    return " or ".join(found[:3]) or 'pm.at(tree, "**").paths  # what there is'
+    return " or ".join(found[:3]) or 'pm.at(tree, "**").paths  # all paths'
 
 
 def spelled(index: Index, text: str) -> dict[str, tuple[str, ...]]:
-    """A text with captured numbers, filled in with each combination that is there, and these; in numeric order.
+    """A text filled in with each combination of captured numbers that exists → the numbers; in numeric order.
 
     Raises:
         NoMatch: nothing matches.
@@ -227,14 +227,14 @@ def spelled(index: Index, text: str) -> dict[str, tuple[str, ...]]:
 
 
 def whole(index: Index, text: str) -> str:
-    """A text as a selector of leaves: one that names subtrees, as `layers[*]` does, with `**` behind it."""
+    """A text as a selector of leaves: `**` is appended if it names subtrees, as `layers[*]` does."""
     pattern = parse(text)
     hits, subtrees = pattern.reach(index.names)
     return f"{text}{_separator(text, index)}**" if subtrees and not hits else text
 
 
 def starred(index: Index, text: str) -> str | None:
-    """Of a text such as `block_*/**`, whose star stands for the numbers of several layers, the one with `<n>`."""
+    """A text such as `block_*/**` with `<n>` for its star, if that matches the numbers of several layers; else None."""
     *above, last = parse(without_rest(text)).segments
     if not isinstance(last, Piece) or sum(isinstance(atom, Star) for atom in last.atoms) != 1:
         return None
@@ -251,7 +251,7 @@ def starred(index: Index, text: str) -> str | None:
 
 
 def hint_of(index: Index, argument: str, text: str = "") -> str:
-    """The layers that a text may mean, or else all that there are: code that works."""
+    """The layers that a text may mean, or else all layers: code that works."""
     base = without_rest(text).rstrip("/.*")
     if base:
         for near in (f"{base}[*]", f"{base}_[*]"):
@@ -288,7 +288,7 @@ def _subtrees(names: Names, path: Pieces) -> Iterator[tuple[Pieces, Names]]:
 
 
 def _families(names: Names, parent: Pieces, said: Notation) -> Iterator[Numbered]:
-    """The numbered entries that a notation means under one parent: of `head[...]` the children of `head`, else the
+    """The numbered entries that a notation means under one parent: for `head[...]` the children of `head`, else the
     siblings `head<number>`."""
     if said.head and not said.tail and not said.captured:
         holders = [c for label, c in names.items() if text_of(label) == said.head and type(c) is not int]
@@ -302,7 +302,7 @@ def _families(names: Names, parent: Pieces, said: Notation) -> Iterator[Numbered
 
 
 def _numbered(parent: Pieces, head: str, tail: str, texts: Iterable[str]) -> Numbered | None:
-    """The entries of these names that are `head<number>tail`; None if there are none."""
+    """The entries among these names of the form `head<number>tail`; None if there are none."""
     inner = (t[len(head) : len(t) - len(tail)] for t in texts if t.startswith(head) and t.endswith(tail))
     found = {number: text for text in inner if (number := number_of(text)) is not None}
     if not found:
@@ -326,7 +326,7 @@ _SIBLING = re.compile(r"(.*[^0-9])[0-9]{1,18}", re.DOTALL)
 
 
 def _siblings(names: Names, path: Pieces = ()) -> Iterator[Numbered]:
-    """The families of two or more siblings whose names end in a number; not those within others, or within lists."""
+    """The families of two or more siblings whose names end in a number, except those within others or within lists."""
     inner = {text_of(label): child for label, child in names.items() if type(child) is not int}
     heads = dict.fromkeys(match[1] for text in inner if (match := _SIBLING.fullmatch(text)))
     found = [one for head in heads if (one := _numbered(path, head, "", inner)) and len(one.numbers) > 1]

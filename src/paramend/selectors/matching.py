@@ -1,7 +1,7 @@
 """Matching: the segments of a selector against a tree of names.
 
 Segments are compiled once into steps. A walk over the tree carries the set of steps that may come next, and the machine
-remembers each (set, name) → set it has met, so that a large tree costs one dictionary look-up a node.
+caches each (set, name) → set, so a large tree costs one dictionary look-up per node.
 """
 
 import re
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from paramend.leaves.paths import Label, Names, Part, labels, number_of, text_of
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Piece, Positions, Quoted, Segment, Star
 
-_REMEMBERED = 100_000  # labels a state remembers, lest a pattern that lives long hold the names of every tree it met
+_REMEMBERED = 100_000  # labels cached per state, so that a long-lived pattern does not keep the names of every tree
 
-# At most 18 digits: longer runs are names, not positions, and int() of a hostile one would take for ever.
+# At most 18 digits: longer runs are names, not positions, and int() of a hostile one would take forever.
 _DIGITS = r"(?<![0-9])([0-9]{1,18})(?![0-9])"
 
 
@@ -43,7 +43,7 @@ def _source(atoms: tuple[Atom, ...]) -> str:
 
 
 def _test(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
-    """A test of one piece. The common forms need no regular expression, whose compilation costs more than a match."""
+    """A test of one piece. Common forms avoid a regular expression, which costs more to compile than to match."""
     match atoms:
         case ():
             return lambda text: not text
@@ -66,13 +66,13 @@ class Step:
     """What one label must satisfy."""
 
     accepts: Callable[[str], bool]
-    text: str | None = None  # the only text that is accepted, if there is only one
-    repeats: bool = False  # `**`: stays for any number of labels
-    exact: Label | None = None  # quoted keys: this label, not one that reads the same
+    text: str | None = None  # the only accepted text, if there is only one
+    repeats: bool = False  # `**`: takes any number of labels
+    exact: Label | None = None  # quoted keys: this label, not another with the same text
     positions: Positions | None = None
     head: tuple[Atom, ...] = ()
     tail: tuple[Atom, ...] = ()
-    segment: int = 0  # the number of the segment that the step is of
+    segment: int = 0  # the number of its segment
 
     def takes(self, label: Label) -> bool:
         if self.exact is not None:
@@ -85,7 +85,7 @@ def _part(label: Label) -> Part:
 
 
 def steps_of(segments: tuple[Segment, ...]) -> tuple[Step, ...]:
-    """The steps of a selector, one for each label that must be there and one for each `**`."""
+    """The steps of a selector, one for each required label and one for each `**`."""
     steps: list[Step] = []
     for number, segment in enumerate(segments):
         match segment:
@@ -106,7 +106,7 @@ def steps_of(segments: tuple[Segment, ...]) -> tuple[Step, ...]:
 
 
 class Machine:
-    """The steps of a pattern and the moves met so far. A state is a set of steps, as bits of an int."""
+    """The steps of a pattern and the cached moves. A state is a set of steps, as bits of an int."""
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
         self.steps = steps
@@ -114,7 +114,7 @@ class Machine:
         self.indexed = sum(1 << i for i, step in enumerate(steps) if step.positions is not None)
         self.moves: dict[int, dict[Label, int]] = {}
         self.roles: dict[int, dict[Label, _Role]] = {}  # by the segment of an indexed step
-        # States in which one plain text is wanted and nothing else: it is looked up, not searched for.
+        # States that accept only one plain text: it is looked up, not searched for.
         self.wanted = {1 << i: (s.text, self.closure(1 << (i + 1))) for i, s in enumerate(steps) if s.text is not None}
 
     def closure(self, state: int) -> int:
@@ -133,7 +133,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A position that is not there: how many there are, in which family, and what hangs below its members."""
+    """A missing position: how many there are, in which family, and what is below its members."""
 
     step: Step
     item: int
@@ -144,7 +144,7 @@ class Missing:
 
 
 class Walk:
-    """One search: the leaves found, the subtrees that the whole pattern names, the positions that were not there."""
+    """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -210,10 +210,10 @@ class Walk:
 
 
 def _named(names: Names, text: str) -> list[Any]:
-    """The children whose labels read so: a key, a part of one, or a further key that reads the same."""
+    """The children whose labels have this text: a key, a part of one, or a further key with the same text."""
     found = [names[text]] if text in names else []
     for before, closes in (("", True), ("", False), ("/", True), ("/", False), (".", True), (".", False)):
-        serial = int(before == "" and closes)  # the first such key is no part, but text
+        serial = int(before == "" and closes)  # the first such key is text, not a part
         while (label := Part(text, before, closes, serial)) in names:
             found.append(names[label])
             serial += 1

@@ -1,8 +1,8 @@
-"""Near misses: selectors that do match, close to one that does not.
+"""Near misses: selectors that match, close to one that does not.
 
-The search takes a pattern apart where it first leads nowhere and tries the repairs that a person would: another
-case, another number, a typo, a key too many, a key too few, a separator where the tree has none. Cheap repairs come
-first, several may add up, and only what matches is offered.
+The search splits a pattern where it first leads nowhere and tries the repairs that a person would: another case,
+another number, a typo, a key too many, a key too few, a separator where the tree has none. Cheap repairs come first,
+several may be combined, and only what matches is offered.
 """
 
 import re
@@ -17,15 +17,15 @@ from paramend.reports import wording
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.selectors.patterns import Pattern, parse
 
-_SECONDS = 0.3  # what a search may take: on large trees a late hint is worse than a short one
-_WORST = 9  # repairs that cost more are no near misses
+_SECONDS = 0.3  # the time limit of a search: on large trees a late hint is worse than a short one
+_WORST = 9  # the greatest cost of a near miss
 _DIGITS = re.compile(r"[0-9]{1,18}")
 
 Segments = tuple[Segment, ...]
 
 
 def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Pattern, int]]:
-    """Patterns that match, near one that does not, each with the number of its leaves; best first.
+    """Patterns that match, close to one that does not, each with the number of its leaves; best first.
 
     >>> names = {"params": {"Dense_0": {"kernel": 0}, "Dense_1": {"kernel": 1}}}
     >>> [(str(near), leaves) for near, leaves in nearest(parse("params/dense_2/kernel"), names)]
@@ -35,7 +35,7 @@ def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Patter
 
 
 class _Search:
-    """One search in a tree of names, which remembers what segments lead to."""
+    """One search in a tree of names, which caches what segments reach."""
 
     def __init__(self, names: Names) -> None:
         self.names = names
@@ -48,7 +48,7 @@ class _Search:
         return self.known[segments]
 
     def run(self, segments: Segments, limit: int) -> list[tuple[Pattern, int]]:
-        """Patterns that match, by what their repairs cost; of those that match the same leaves, the cheapest."""
+        """Patterns that match, by the cost of their repairs; if several match the same leaves, only the cheapest."""
         tickets, seen = count(), set[Segments]()
         queue: list[tuple[int, int, int, Segments]] = [(0, next(tickets), 0, segments)]
         found: dict[frozenset[int], Pattern] = {}
@@ -70,14 +70,14 @@ class _Search:
         return [(near, len(leaves)) for leaves, near in found.items()]
 
     def is_selector(self, segments: Segments) -> bool:
-        """Whether the segments match, without a position out of range in some corner of the tree."""
+        """Whether the segments match without a position that is out of range."""
         try:
             return bool(Pattern(segments).find(self.names))
         except OutOfRange:
             return False
 
     def repairs(self, segments: Segments, dead: int) -> Iterator[tuple[int, int, Segments]]:
-        """(cost, the first segment to look at again, repaired segments) for the first that leads nowhere."""
+        """Repairs of the first segment that leads nowhere: (cost, the first segment to check again, segments)."""
         before, here, after = segments[:dead], segments[dead], segments[dead + 1 :]
         places = self.reach(before)[1]
         known = list(dict.fromkeys(text_of(label) for place in places for label in place))
@@ -102,13 +102,13 @@ class _Search:
 
 
 def _tidy(segments: Segments) -> Segments:
-    """Without one `**` after the other."""
+    """The segments with each run of `**` reduced to one."""
     any_pieces = (AnyPieces(), AnyPieces())
     return tuple(s for at, s in enumerate(segments) if segments[max(at - 1, 0) : at + 1] != any_pieces)
 
 
 def _bridges(places: Sequence[Names], rest: Segments, limit: int = 200) -> list[Segment]:
-    """The keys under which the rest of a pattern does lead somewhere; none if they are many."""
+    """The keys under which the rest of a pattern matches; an empty list if there are more than three."""
     found: dict[str, Segment] = {}
     pattern = Pattern(rest)
     for place in places[:limit]:
@@ -123,11 +123,11 @@ def _key(text: str) -> Segment:
     return Quoted(text) if "/" in text or "." in text else Piece((Literal(text),))
 
 
-# ---- keys that are near ----------------------------------------------------------------------------------------
+# ---- near keys -------------------------------------------------------------------------------------------------
 
 
 def _near_keys(segment: Segment, known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
-    """Keys that are there, in place of one that is not, with a cost."""
+    """Existing keys in place of one that does not exist, each with a cost."""
     if isinstance(segment, Quoted):
         pieces = labels(segment.text)
         if len(pieces) == 1:
@@ -154,7 +154,7 @@ def _near_keys(segment: Segment, known: Sequence[str]) -> Iterator[tuple[int, Se
 
 
 def _words(atoms: Sequence[Atom]) -> Iterator[str]:
-    """What literals and choices spell."""
+    """The texts that literals and choices spell."""
     options: list[list[str]] = []
     for atom in atoms:
         if isinstance(atom, Either):
@@ -165,7 +165,7 @@ def _words(atoms: Sequence[Atom]) -> Iterator[str]:
 
 
 def _shape(text: str) -> str:
-    """A key with its numbers left out: all of `Dense_0`, `Dense_1` ... have one shape."""
+    """A key without its numbers: `Dense_0`, `Dense_1` ... have one shape."""
     return _DIGITS.sub("#", text)
 
 
@@ -174,7 +174,7 @@ def _squeezed(text: str) -> str:
 
 
 def _near_shapes(shape: str, shapes: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Shapes by likeness: the same, another case, other underscores, a typo."""
+    """Similar shapes with their ranks: the same, another case, other separators, a typo."""
     shapes = [found for found in shapes if abs(len(found) - len(shape)) <= max(3, len(shape) // 2)]
     ranks: dict[str, int] = {}
     for found in shapes:
@@ -190,7 +190,7 @@ def _near_shapes(shape: str, shapes: Iterable[str]) -> Iterator[tuple[int, str]]
 
 
 def _ranked(word: str, known: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Keys like a word, each with a cost; of keys that differ in numbers alone, the one with the nearest."""
+    """Keys like a word, each with a cost; of keys that differ only in numbers, the one with the nearest numbers."""
     groups: dict[str, list[str]] = {}
     for key in known:
         groups.setdefault(_shape(key), []).append(key)
@@ -230,7 +230,7 @@ def _other_case(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple
 
 
 def _other_positions(atoms: tuple[Atom, ...]) -> Iterator[tuple[int, Segment]]:
-    """The last one in place of positions that are not there, all in place of an empty slice."""
+    """The last position in place of missing ones, all positions in place of an empty slice."""
     for at, atom in enumerate(atoms):
         if isinstance(atom, Positions):
             slices = any(isinstance(item, tuple) for item in atom.items)
@@ -239,7 +239,7 @@ def _other_positions(atoms: tuple[Atom, ...]) -> Iterator[tuple[int, Segment]]:
 
 
 def _merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
-    """Atoms with neighbouring literals joined and empty ones left out, as the parser gives them."""
+    """Atoms with adjacent literals joined and empty ones left out, as the parser returns them."""
     out: list[Atom] = []
     for atom in atoms:
         if isinstance(atom, Literal):
@@ -277,7 +277,7 @@ def _near_numbered(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tu
 
 
 def _near_ends(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
-    """`Dens_*` for keys that begin nearly so, `*_prj` for keys that end nearly so."""
+    """`Dense_*` for `Dens_*`, `*_proj` for `*_prj`: corrected beginnings and ends of keys."""
     match atoms:
         case (Literal(head), Star()):
             ends = (key[: len(head) + more] for key in known for more in (-1, 0, 1))

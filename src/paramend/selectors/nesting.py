@@ -1,8 +1,8 @@
-"""Nesting: which key each piece of a new path stands in.
+"""Nesting: the key that each piece of a new path belongs to.
 
-A piece that stays, or is replaced, is in the container that it was in. One that is taken away goes alone. One that is
-added joins the key beside it where keys are names of several pieces, as in a state dict or in Haiku; elsewhere it opens
-a container of its own.
+A piece that is kept or replaced stays in its container. Removing a piece leaves the others where they are. An added
+piece joins the key beside it where keys are names of several pieces, as in a state dict or in Haiku; elsewhere it opens
+a new container.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Label, Names, Part, number_of, text_of
 
-# What it costs to make one path another. To keep a piece is free; a container is the last to be taken away.
+# The costs of turning one path into another. Keeping a piece is free; removing a container costs most.
 _REPLACED = _ADDED = _OUT_OF_A_NAME = 2
 _CONTAINER = 3
 
@@ -20,9 +20,9 @@ class Step(NamedTuple):
     """One piece of a new path.
 
     Attributes:
-        text: the piece, or a whole key where the target quotes it.
+        text: the piece, or a whole key if the target quotes it.
         before: the separator that joins it to the key before; None if it opens a key.
-        depth: the depth in the old path of the container that its key was in; None if it had none.
+        depth: the depth in the old path of the container that its key was in; None if it was in none.
     """
 
     text: str
@@ -31,12 +31,12 @@ class Step(NamedTuple):
 
 
 class Word(NamedTuple):
-    """A piece of a new path that has no place yet.
+    """A piece of a new path without a key yet.
 
     Attributes:
         text: the piece, or a whole key.
         origin: the place in the old path of the piece that it is or replaces; None if it is added.
-        whole: whether it is a key of its own.
+        whole: whether it is a whole key.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Word(NamedTuple):
 
 
 class Tables:
-    """The containers of a tree of names whose keys are names of several pieces, and what joins these pieces.
+    """The separators that join the pieces of keys in each container of a tree of names.
 
     >>> index = Index.of_names(["net.w", "net.b"])
     >>> Tables(index).joints(index.paths[0])
@@ -57,7 +57,7 @@ class Tables:
         self._known: dict[int, str] = {}
 
     def joints(self, path: Sequence[Label]) -> list[str]:
-        """For each piece of a path what joins another one to its key; "" if that would open a container."""
+        """For each piece of a path, the separator that joins another to its key; "" if it would open a container."""
         found: list[str] = []
         names = self._root
         for label in path:
@@ -78,7 +78,7 @@ class Tables:
         for label, below in names.items():
             if not closes(label):
                 return next(part.before for part in below if isinstance(part, Part))
-        # Torch calls the leaves of a model by names in one dict, also where each happens to have a single piece.
+        # Torch keeps the leaves of a model by name in one dict, even if each name happens to be a single piece.
         leaves = self._torch and all(type(child) is int for child in names.values())
         numbered = names is not self._root and all(number_of(text_of(label)) is not None for label in names)
         return "." if leaves and not numbered else ""
@@ -95,7 +95,7 @@ def closes(label: Label) -> bool:
 
 
 def depths(path: Sequence[Label]) -> list[int]:
-    """For each label of a path the depth of the container that its key is in.
+    """For each label of a path, the depth of the container that its key is in.
 
     >>> depths([Part("mlp", "", False), Part("linear", "/", True), "w"])
     [0, 0, 1]
@@ -107,13 +107,13 @@ def depths(path: Sequence[Label]) -> list[int]:
 
 
 def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence[str]) -> list[int | None]:
-    """For each new piece of a run the place of the old one that it is or replaces; None if it is added.
+    """For each new piece of a run, the place of the old one that it is or replaces; None if it is added.
 
-    Of the cheapest pairings, the one whose pairs stand rightmost.
+    Among the cheapest pairings, the one whose pairs are rightmost.
 
     Args:
         path: the old path.
-        joints: as `Tables.joints` has them.
+        joints: the result of `Tables.joints`.
         run: the places of the old pieces.
         new: the new pieces.
     """
@@ -150,7 +150,7 @@ def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) ->
     Args:
         words: its pieces.
         path: the old path.
-        joints: as `Tables.joints` has them.
+        joints: the result of `Tables.joints`.
     """
     depth = depths(path)
     anchors = [_anchor(words, at, joints) for at in range(len(words))]
@@ -167,7 +167,7 @@ def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) ->
 
 
 def _anchor(words: Sequence[Word], at: int, joints: Sequence[str]) -> int | None:
-    """The place in the old path whose key a piece goes into: its own, or that of a name beside it."""
+    """The place in the old path whose key a piece joins: its own, or that of a name beside it."""
     if words[at].origin is not None or words[at].whole:
         return words[at].origin
     for beside in (words[at + 1 :], words[:at][::-1]):

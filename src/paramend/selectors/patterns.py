@@ -1,4 +1,4 @@
-"""`Pattern`: a selector's text, parsed and ready to be matched."""
+"""`Pattern`: the text of a selector, parsed and ready to match."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -53,7 +53,7 @@ class Pattern:
         return sorted(set(walk.hits))
 
     def reach(self, names: Names) -> tuple[list[int], list[Names]]:
-        """The leaves and the subtrees that the pattern names. Positions that are not there are passed over."""
+        """The leaves and the subtrees that the pattern names. Missing positions are skipped."""
         walk = self._walk(names)
         return walk.hits, walk.subtrees
 

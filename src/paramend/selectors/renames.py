@@ -1,7 +1,7 @@
 """Renames: a selector whose wildcards capture, and a target whose wildcards say where the captures go.
 
-A rename is applied to a whole tree of names at once, never leaf after leaf: so rotations and swaps come out right, and
-`[-1]` means the last of this tree.
+A rename is applied to a whole tree of names at once, not leaf by leaf: so rotations and swaps work, and `[-1]` means
+the last one in this tree.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ from paramend.selectors.patterns import Pattern, parse
 
 
 class Pick(NamedTuple):
-    """A piece that only the tree for which a path is meant can tell: `Dense_[-1]`.
+    """A piece that is resolved in the tree that a path is for: `Dense_[-1]`.
 
     Attributes:
         piece: the piece with its index.
-        which: which of the positions it takes, counted in the order written; None if there must be just one.
+        which: which of the positions it takes, counted in the order written; None if there must be exactly one.
     """
 
     piece: Piece
@@ -68,9 +68,7 @@ class Rename:
         return found
 
     def inverse(self) -> "Rename":
-        """The rename that leads back.
-
-        It does so wherever the wildcards of the target can take a new path in one way only.
+        """The rename that leads back, if the wildcards of the target can match a new path in only one way.
 
         Raises:
             BadArgument: two old paths may have one new path.
@@ -82,7 +80,7 @@ class Rename:
         reason = ""
         if sorted(have.names) != sorted(want.names):
             lost = sorted(set(have.names) - set(want.names))
-            reason = f"<{lost[0]}> is lost" if lost else "a number stands in the target twice"
+            reason = f"<{lost[0]}> is lost" if lost else "a number is in the target twice"
         elif any(atom.factor == 0 for atom in want.numbers):
             reason = "all numbers become one"
         elif any(len(set(either.options)) < len(either.options) for either in want.choices):
@@ -95,7 +93,7 @@ class Rename:
 
 
 def captures(target: str) -> bool:
-    """Whether wildcards stand in a target, for what those of a selector matched; else it is the path of one leaf.
+    """Whether a target has wildcards, which take what those of a selector match; else it is the path of one leaf.
 
     >>> captures("layers/<n+1>/w"), captures("layers[-1]/w")
     (True, False)
@@ -110,8 +108,8 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
         source: a selector.
         target: the new path, with the wildcards of the source: `*`, `**` and `{a,b}` in the same order, `<n>` by
             name, also as `<n+1>` or `<2*n>`.
-        indexed: whether the target may hold an index such as `[-1]`, a position in another tree. Where the source has
-            an index too, their positions pair up in the order written: `layers[-2:]` with `layers[0,1]`.
+        indexed: whether the target may hold an index such as `[-1]`, a position in another tree. If the source has an
+            index too, their positions pair up in the order written: `layers[-2:]` with `layers[0,1]`.
 
     Raises:
         SelectorError: one of the texts breaks the grammar.
@@ -123,7 +121,7 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
         if here != there:
             raise BadArgument(
                 f"{target!r} has {there} × `{name}`, and {source!r} has {here}",
-                hint="each wildcard of the source stands once in the target, in the same order",
+                hint="repeat each wildcard of the source once in the target, in the same order",
             )
     if list(map(_shape_of, have.choices)) != list(map(_shape_of, want.choices)):
         raise BadArgument(
@@ -143,14 +141,14 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
         )
     for atom in have.numbers:
         if (atom.factor, atom.shift) != (1, 0):
-            raise BadArgument(f"{source!r}: {atom} reckons, and a source only captures", hint=f"<{atom.name}>")
+            raise BadArgument(f"{source!r}: {atom} is arithmetic, and a source only captures", hint=f"<{atom.name}>")
     if want.positions and not indexed:
         raise BadArgument(f"{target!r}: a new path cannot hold an index {want.positions[0]}", hint="<n> of the source")
     return rule
 
 
 def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
-    """A new path piece by piece; picks are looked up in the tree of names for which the path is meant.
+    """The pieces of a new path; picks are looked up in the tree of names that the path is for.
 
     Raises:
         OutOfRange: that tree has no such position.
@@ -188,7 +186,7 @@ def keys(path: NewPath) -> list[tuple[str, int | None]]:
 
 
 class _Reader:
-    """Tells for each path of one tree of names which labels each segment of a pattern takes, leftmost longest."""
+    """Splits paths of one tree of names into the labels that each segment of a pattern takes, leftmost longest."""
 
     def __init__(self, segments: tuple[Segment, ...], names: Names) -> None:
         self.segments = segments
@@ -196,7 +194,7 @@ class _Reader:
         self._places: dict[tuple[int, Piece], dict[tuple[Label, ...], int]] = {}
 
     def split(self, path: tuple[Label, ...]) -> tuple[tuple[int, int], ...] | None:
-        """For each segment the range of labels that it takes; None if the path does not match."""
+        """For each segment, the range of labels that it takes; None if the path does not match."""
         parents = [self.names]
         for label in path[:-1]:
             parents.append(parents[-1][label])
@@ -229,7 +227,7 @@ class _Reader:
         return (1,) if _numbers(segment, text_of(path[at])) is not None else ()
 
     def places(self, names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
-        """What a piece with an index takes under one parent: its labels → which of the positions."""
+        """The labels that a piece with an index takes under one parent → which of the positions each is."""
         key = (id(names), piece)
         if key not in self._places:
             self._places[key] = _positions(names, piece)
@@ -237,7 +235,7 @@ class _Reader:
 
 
 def _groups(atoms: tuple[Atom, ...], text: str) -> list[tuple[Atom, str]] | None:
-    """What each wildcard of a piece takes; None if the text does not match."""
+    """Each wildcard of a piece with the text that it takes; None if the text does not match."""
     found = expression(atoms).fullmatch(text)
     wild = [atom for atom in atoms if not isinstance(atom, Literal)]
     return None if found is None else list(zip(wild, found.groups(), strict=True))
@@ -249,7 +247,7 @@ def _numbers(piece: Piece, text: str) -> dict[str, str] | None:
     numbers: dict[str, str] = {}
     for atom, taken in found or ():
         if isinstance(atom, Number):
-            if (atom.factor, atom.shift) != (1, 0):  # only in inverses
+            if (atom.factor, atom.shift) != (1, 0):  # occurs only in inverses
                 value, left = divmod(int(taken) - atom.shift, atom.factor)
                 if left or value < 0:
                     return None
@@ -303,7 +301,7 @@ def _ordered(index: Positions, count: int) -> list[int]:
 
 
 def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
-    """The pieces that a pick stands for, below the pieces above it."""
+    """The pieces that a pick means, below the pieces above it."""
     parents = [names]
     for text in above:
         parents = [
@@ -328,7 +326,7 @@ def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
 
 
 class _Writer:
-    """Fills the target of a rename with what the source took of one path."""
+    """Fills the target of a rename with what the source captured in one path."""
 
     def __init__(
         self,
@@ -345,7 +343,7 @@ class _Writer:
         self.choices: list[tuple[int, list[str]]] = []
         self.numbers: dict[str, str] = {}
         self.whiches: list[int] = []
-        # The path falls into runs between the `**`: run, `**`, run, `**`, run.
+        # The path is split into runs between the `**`: run, `**`, run, `**`, run.
         self.runs: list[tuple[int, int]] = []
         self.anys: list[tuple[int, int]] = []
         names, walked, begin = reader.names, 0, 0
@@ -363,7 +361,7 @@ class _Writer:
     def _capture(self, piece: Piece, start: int, stop: int, names: Names, reader: _Reader) -> None:
         if any(isinstance(atom, Positions) for atom in piece.atoms):
             self.whiches.append(reader.places(names, piece)[self.path[start:stop]])
-        if stop - start == 2:  # the index took the label below
+        if stop - start == 2:  # the index takes the label below
             piece = Piece(piece.atoms[:-1])
         text = text_of(self.path[start])
         self.numbers |= _numbers(piece, text) or {}

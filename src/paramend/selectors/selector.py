@@ -1,4 +1,4 @@
-"""Selectors: which leaves. Text first, and values that print as what rebuilds them."""
+"""Selectors: which leaves. Mostly text, and values that print as the code that makes them."""
 
 import inspect
 import re
@@ -54,7 +54,7 @@ class Selector:
 
         Args:
             ndim: the number of axes.
-            dtype: a dtype, its name, or a kind: "float", "int", "bool", "complex".
+            dtype: a dtype, its name, or a kind: "float", "int", "bool" or "complex".
             shape: the exact shape.
             min_size: the least number of scalars.
             max_size: the greatest number of scalars.
@@ -69,17 +69,17 @@ class Selector:
             self, ndim, None if dtype is None else name, None if shape is None else tuple(shape), min_size, max_size
         )
 
-    __iter__ = None  # or a loop over a selector would slice it for ever
+    __iter__ = None  # or a loop over a selector would slice it forever
 
     def __call__(self, path: object, value: object) -> NoReturn:
-        """Refuses to be a filter of Flax NNX, which shows one Variable at a time: none can tell which is the last."""
+        """Raise if used as a filter of Flax NNX, which passes one Variable at a time: that cannot tell the last one."""
         raise Unsupported(
-            "a selector needs the whole model, and NNX asks its filters about one Variable at a time",
+            "a selector needs the whole model, and NNX calls its filters with one Variable at a time",
             hint=f"nnx.state(model, pm.nnx_filter(model, {self!r}))",
         )
 
     def _find(self, leaves: Leaves) -> set[int]:
-        """The leaf numbers, possibly none; of a leaf with several paths, any of its numbers."""
+        """The leaf numbers, possibly empty; for a leaf with several paths, any of its numbers."""
         raise NotImplementedError
 
 
@@ -119,7 +119,7 @@ class Text(Selector):
 
 @dataclass(frozen=True)
 class Regex(Selector):
-    """Leaves whose whole path, as printed, matches a regular expression."""
+    """Leaves whose whole path, as it is printed, matches a regular expression."""
 
     expression: re.Pattern[str]
 
@@ -138,7 +138,7 @@ class Regex(Selector):
             raise NoMatch(
                 f"{self!r} matches none of {_count(leaves.index)}"
                 + (
-                    f"; it occurs within {wording.listing(searched, 3)}, but a match is of the whole path"
+                    f"; it occurs within {wording.listing(searched, 3)}, but must match the whole path"
                     if searched
                     else ""
                 ),
@@ -221,7 +221,7 @@ class Mask(Selector):
         return f"pm.sel({self.tree!r})"
 
     def _find(self, leaves: Leaves) -> set[int]:
-        if leaves.children(self.tree) is None and callable(self.tree):  # an object that can be called, and no tree
+        if leaves.children(self.tree) is None and callable(self.tree):  # a callable object, not a tree
             return Predicate(self.tree)._find(leaves)
         flags = dict(self._flags(self.tree, (), leaves))
         found: set[int] = set()
@@ -231,7 +231,7 @@ class Mask(Selector):
             place = next((path[:i] for i in range(len(path), -1, -1) if path[:i] in flags), None)
             if place is None:
                 raise BadArgument(
-                    f"the tree of bools says nothing of {leaves.index.path(number)}",
+                    f"the tree of bools has nothing at {leaves.index.path(number)}",
                     hint='pm.at(tree, "**").mask() has the right structure',
                 )
             used.add(place)
@@ -239,7 +239,7 @@ class Mask(Selector):
                 found.add(number)
         extra = [path for path in flags if path not in used and flags[path]]
         if extra:
-            raise BadArgument(f"the tree of bools names {write_path(extra[0])}, which is no leaf of this tree")
+            raise BadArgument(f"the tree of bools has {write_path(extra[0])}, which is not a leaf of this tree")
         return found
 
     def _flags(
@@ -248,11 +248,13 @@ class Mask(Selector):
         if isinstance(node, bool | np.bool_):
             yield path, bool(node)
             return
-        if id(node) in above:  # modules may refer to each other in a circle
+        if id(node) in above:  # modules may refer to each other in a cycle
             return
         children = leaves.children(node)
         if children is None:
-            raise BadArgument(f"a tree of bools holds bools, and at {write_path(path) or 'its root'} this is {node!r}")
+            raise BadArgument(
+                f"a tree of bools holds bools, and this one has {node!r} at {write_path(path) or 'its root'}"
+            )
         for key, child in children:
             below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
             yield from self._flags(child, below, leaves, (*above, id(node)))
@@ -260,7 +262,7 @@ class Mask(Selector):
 
 @dataclass(frozen=True)
 class Union(Selector):
-    """Leaves that any of several selectors chooses; each of them must choose something."""
+    """Leaves that any of several selectors selects; each of them must match something."""
 
     parts: tuple[Selector, ...]
 
@@ -273,7 +275,7 @@ class Union(Selector):
 
 @dataclass(frozen=True)
 class Both(Selector):
-    """Leaves that two selectors both choose."""
+    """Leaves that two selectors both select."""
 
     left: Selector
     right: Selector
@@ -287,7 +289,7 @@ class Both(Selector):
 
 @dataclass(frozen=True)
 class Rest(Selector):
-    """Leaves that a selector does not choose."""
+    """Leaves that a selector does not select."""
 
     part: Selector
 
@@ -300,7 +302,7 @@ class Rest(Selector):
 
 @dataclass(frozen=True)
 class Where(Selector):
-    """Chosen leaves whose specs fit."""
+    """Selected leaves whose specs fit."""
 
     part: Selector
     ndim: int | None
@@ -334,7 +336,7 @@ class Where(Selector):
 
 @dataclass(frozen=True, eq=False)
 class Sliced(Selector):
-    """A slice of each chosen leaf, as `pm.sel("layers/mlp/wo/kernel")[:4]`."""
+    """A slice of each selected leaf, as `pm.sel("layers/mlp/wo/kernel")[:4]`."""
 
     part: Selector
     index: Any
@@ -352,8 +354,8 @@ class Sliced(Selector):
 
     def _find(self, leaves: Leaves) -> set[int]:
         raise BadArgument(
-            f"{self!r} is a slice of leaves, and whole leaves are asked for here",
-            hint="slice last, once all is selected: pm.at(tree, (a | b)[:4])",
+            f"{self!r} is a slice of leaves, and whole leaves are needed here",
+            hint="slice last, after combining selectors: pm.at(tree, (a | b)[:4])",
         )
 
 
@@ -361,12 +363,13 @@ def sel(what: SelectorLike) -> Selector:
     """A selector value from text, a regular expression, a class, a predicate, a tree of bools, or a list of these.
 
     Args:
-        what: `"**/kernel"` (see the grammar in `paramend.selectors.patterns`); `re.compile(...)`, matched against the
+        what: `"**/kernel"` (see the grammar in `paramend.selectors.grammar`); `re.compile(...)`, matched against the
             whole path; a module class such as `torch.nn.Linear` or `nnx.Linear`; `f(path, spec) -> bool`; a tree of
             bools; or a list of selectors, each of which must match something.
 
     Returns:
-        A selector that `pm.at`, `pm.freeze` and all others take; combine with `|`, `&`, `~`, `.where(...)`, `[...]`.
+        A selector that `pm.at`, `pm.freeze` and all other verbs take, to be combined with `|`, `&`, `~`,
+        `.where(...)` and `[...]`.
 
     Raises:
         SelectorError: the text breaks the grammar.
@@ -389,7 +392,7 @@ def sel(what: SelectorLike) -> Selector:
     number = isinstance(what, int | float | complex | bytes) and not isinstance(what, bool)
     if what is None or number or (isinstance(what, list | tuple) and not what):
         raise BadArgument(
-            f"{what!r} is no selector",
+            f"{what!r} is not a selector",
             hint='text such as "**/kernel", re.compile(...), a module class, f(path, spec), or a tree of bools',
         )
     return Mask(what)
@@ -403,7 +406,7 @@ def _text_selector(text: str) -> Text:
             if isinstance(atom, Number) and (atom.factor, atom.shift) != (1, 0):
                 start = text.find("<")
                 raise SelectorError(
-                    f"{atom} reckons, and a selector only captures",
+                    f"{atom} is arithmetic, and a selector only captures",
                     text=text,
                     span=(start, text.find(">") + 1),
                     hint=f"<{atom.name}> here, and {atom} in the target of a rename",
@@ -415,7 +418,7 @@ def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
     """The numbers of the chosen leaves in the order of the tree, one for each leaf however many paths it has.
 
     Raises:
-        NoMatch: nothing is chosen; the message names what comes close.
+        NoMatch: nothing matches; the message names what comes close.
         OutOfRange: a position in the selector does not exist.
     """
     selector = sel(selector)
@@ -431,7 +434,7 @@ def slice_of(selector: SelectorLike) -> tuple[Selector, Any]:
 
 
 def write_index(index: Any) -> str:
-    """A slice as it is typed between brackets.
+    """A slice as it is written between brackets.
 
     >>> write_index((slice(None, 4), -1))
     ':4, -1'
@@ -488,7 +491,7 @@ def _some(selector: Selector, leaves: Leaves) -> set[int]:
 
 
 def _whole(selector: Selector, leaves: Leaves) -> set[int]:
-    """What a selector finds, with all paths of each leaf, so that set algebra is over leaves, not paths."""
+    """The leaves that a selector finds, under all their paths, so that set algebra is over leaves, not paths."""
     found = selector._find(leaves)
     if leaves.ties:
         ones = {leaves.ties.get(number, number) for number in found}
@@ -501,7 +504,7 @@ def _parts(selector: Selector) -> tuple[Selector, ...]:
 
 
 def _tight(selector: Selector) -> str:
-    """As it stands before a dot or a bracket."""
+    """A selector as it is written before a dot or a bracket."""
     return f"({selector!r})" if isinstance(selector, Rest) else _bracketed(selector)
 
 
@@ -513,7 +516,7 @@ def _count(index: Index) -> str:
     return wording.plural(len(index.numbers), "leaf", "leaves")
 
 
-# ---- what is said when nothing matches -------------------------------------------------------------------------
+# ---- errors when nothing matches -------------------------------------------------------------------------------
 
 
 def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
@@ -536,7 +539,7 @@ def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
                 hint=f"write {_quote(near)}",
                 near=[near],
             )
-    from paramend.selectors.misses import nearest  # what only an error needs, no other program should pay for
+    from paramend.selectors.misses import nearest  # needed only for errors
 
     found = nearest(pattern, index.names)
     offers = [near.write(separator) for near, _ in found]
@@ -549,7 +552,7 @@ def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
 
 
 def _out_of_range(text: str, error: OutOfRange, index: Index) -> OutOfRange:
-    """The error for a position that is not there, with the nearest positions that are."""
+    """The error for a missing position, with the nearest positions that exist."""
     offers: list[str] = []
     near: OutOfRange | None = error
     while near is not None:  # a selector may hold several positions
@@ -565,7 +568,7 @@ def _out_of_range(text: str, error: OutOfRange, index: Index) -> OutOfRange:
 
 
 def _examples(index: Index) -> str:
-    """What there is to select, for a hint."""
+    """Examples of what can be selected, for a hint."""
     if not index.numbers:
         return "the tree holds no arrays"
     shown = ", ".join(_quote(index.path(number)) for number in index.numbers[:3])
@@ -574,7 +577,7 @@ def _examples(index: Index) -> str:
 
 
 def _quote(text: str) -> str:
-    """Text in quotes, as Python reads it; in double ones where that needs no escapes.
+    """Text in quotes, as Python reads it; in double quotes if that needs no escapes.
 
     >>> print(_quote("**/kernel"), _quote('"a/b"/c'))
     "**/kernel" '"a/b"/c'
@@ -584,6 +587,6 @@ def _quote(text: str) -> str:
 
 
 def _separator(text: str, index: Index) -> str:
-    """The one that the user writes, or else that of the tree."""
+    """The separator that the text uses, or else that of the tree."""
     used = [char for char in "/." if char in text]
     return used[0] if len(used) == 1 else index.separator

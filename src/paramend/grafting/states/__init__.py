@@ -1,1 +1,1 @@
-"""Optimizer states that follow a model into its new shape."""
+"""Grafts of optimizer states, which follow those of their models."""

@@ -1,8 +1,8 @@
 """Optimizer states carried over: from frozen to thawed, from one optimizer to the next, from a file into a run.
 
-Leaves of a state are known by what they mean, not by where a wrapper put them. A state is a tree of records (the
-`ScaleByAdamState` of Adam, say) with fields; a field is a number, such as a count, or a tree like the parameters.
-So a leaf has a record, a field, and a path in the parameters or none.
+Leaves of a state are identified by what they mean, not by where a wrapper put them. A state is a tree of records
+(such as the `ScaleByAdamState` of Adam) with fields; a field is a number, such as a count, or a tree like the
+parameters. So a leaf has a record, a field, and possibly a path in the parameters.
 """
 
 from collections import defaultdict
@@ -46,12 +46,12 @@ class Leaf:
 
     @property
     def name(self) -> tuple[Path, Path, Path]:
-        """What it is called when wrappers do not matter."""
+        """Its name without wrappers."""
         return self.record, self.field, self.param
 
 
 def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> tuple[Any, GraftReport]:
-    """A fresh state with all that an earlier state has for it, and the report.
+    """A fresh state with everything that an earlier state has for it, and the report.
 
     Args:
         fresh_state: the state as `init` makes it.
@@ -86,7 +86,7 @@ def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> t
         )
     if fresh and not used:
         raise BadArgument(
-            f"nothing in this state belongs to this optimizer: it has {_shown(old)}, and wanted is {_shown(fresh)}",
+            f"nothing in this state belongs to this optimizer: it has {_shown(old)}, the optimizer {_shown(fresh)}",
             hint="tx.init(params) starts anew",
         )
     return structure.unflatten(values), report
@@ -134,7 +134,7 @@ class Sources:
 
 
 def _agree(leaves: list[Leaf]) -> bool:
-    """Whether it does not matter which of them is taken: of parts of a partition, all of which count alike."""
+    """Whether it does not matter which of them is taken: those of the parts of a partition have equal counts."""
     if len(leaves) <= 1:
         return bool(leaves)
     if any(isinstance(leaf.value, jax.core.Tracer) for leaf in leaves):
@@ -149,7 +149,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _read(state: Any, params: set[Path]) -> list[Leaf]:
-    """The leaves of a state; also of one that was read from a file as dicts and lists."""
+    """The leaves of a state, which may have been read from a file as dicts and lists."""
     tree, _, places = named(state)
     values = jax.tree.leaves(state)
     leaves = []
@@ -163,7 +163,7 @@ def _read(state: Any, params: set[Path]) -> list[Leaf]:
 
 
 def split(path: Path, params: set[Path]) -> tuple[Path, Path]:
-    """The path of a field, and the path in the parameters at its end."""
+    """A path split into that of the field and that in the parameters, or `()`."""
     for start in range(1 if len(path) > 1 else 0, len(path)):
         param = path[start:]
         # Files show the box around a parameter (`nn.Partitioned`, an NNX Variable).
@@ -174,7 +174,7 @@ def split(path: Path, params: set[Path]) -> tuple[Path, Path]:
 
 
 def without_wrappers(path: Path) -> Path:
-    """The path without the records that hold another state and nothing of their own on the way to it."""
+    """The path without the records that only wrap another state."""
     bare: list[str] = []
     keys = iter(path)
     for key in keys:
@@ -186,7 +186,7 @@ def without_wrappers(path: Path) -> Path:
 
 
 def _kinds(leaves: list[Leaf]) -> dict[Path, frozenset[Path]]:
-    """The fields of each record: what kind of record it is."""
+    """The fields of each record, which tell its kind."""
     fields: dict[Path, set[Path]] = defaultdict(set)
     for leaf in leaves:
         fields[leaf.record].add(leaf.field)
@@ -201,12 +201,12 @@ def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 
 
 def _misfit(fresh: Any, old: Any) -> str:
-    """Why an old value cannot stand where a fresh one does, or ""."""
+    """Why an old value cannot replace a fresh one, or ""."""
     if jnp.shape(fresh) != jnp.shape(old):
         return f"is {list(jnp.shape(old))} in the earlier state, and {list(jnp.shape(fresh))} is needed"
     kinds = [kind_of(str(dtype_of(x))) for x in (fresh, old)]
     if kinds[0] != kinds[1]:
-        return f"is of the kind {kinds[1]} in the earlier state, and {kinds[0]} is needed"
+        return f"is of kind {kinds[1]} in the earlier state, and {kinds[0]} is needed"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""States of torch optimizers carried over: to other parameters, other groups, and from files."""
+"""States of torch optimizers carried over to other parameters and groups, or from files."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class _Old:
     """What an earlier optimizer has for one parameter.
 
     Attributes:
-        key: the parameter itself, or its name, or its number.
+        key: the id of the parameter, its name or its number.
         state: its moments.
         group: its hyperparameters.
     """
@@ -28,7 +28,7 @@ class _Old:
 
 
 def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: str) -> GraftReport:
-    """The report, after the optimizer took over what the earlier one has for the parameters that both have."""
+    """The report, after the optimizer has taken over what the earlier one has for the parameters of both."""
     new = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     keys, known = _matched(optimizer, old, module, names)
     found = [known.get(key) for key in keys]
@@ -36,17 +36,17 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
         raise BadArgument(
             f"the earlier state has nothing for the {wording.plural(len(new), 'parameter')} of this "
             f"{type(optimizer).__name__}",
-            hint="leave it: the first step makes a fresh state",
+            hint="leave out this call: the first step makes a fresh state",
         )
     report = GraftReport()
     used = set(keys)
     for name, (key, earlier) in zip(_written(known), known.items(), strict=True):
         for entry, value in _tensors(earlier.state) if key not in used else ():
-            report.unused.append(state_row((name,), entry, value, "its parameter is not of this optimizer"))
+            report.unused.append(state_row((name,), entry, value, "its parameter is not in this optimizer"))
     if report.unused and unused == "error":
         report.refused = True
         raise GraftRefused(
-            f"the earlier state keeps what has no place here: {wording.listing([row.path for row in report.unused])}",
+            f"the earlier state has moments with no place here: {wording.listing([row.path for row in report.unused])}",
             report=report,
             hint='unused="ok" leaves it behind',
         )
@@ -67,7 +67,7 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
     for group in optimizer.param_groups:
         ids = {id(p) for p in group["params"]}
         sources = {id(s.group): s.group for (p, _), s in zip(new, found, strict=True) if s is not None and id(p) in ids}
-        if len(sources) == 1:  # parameters from several groups: nobody can say whose rate is meant
+        if len(sources) == 1:  # with parameters from several groups it is ambiguous whose rate to take
             (source_group,) = sources.values()
             group |= {k: v for k, v in source_group.items() if k not in OWN and (k in group or k == "initial_lr")}
     return report
@@ -78,12 +78,12 @@ def _tensors(state: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
 
 
 def _written(keys: Iterable[Any]) -> list[str]:
-    """What parameters are called in a report: by name, or else by number."""
+    """What parameters are called in a report: their names, or else their numbers."""
     return [key if isinstance(key, str) else f"#{number}" for number, key in enumerate(keys)]
 
 
 def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None) -> tuple[list[Any], dict[Any, _Old]]:
-    """By what the parameters of both are known: keys of the new ones in order, and the old ones by key."""
+    """Keys that identify the parameters of both: those of the new ones in order, and the old ones by key."""
     new = [p for group in optimizer.param_groups for p in group["params"]]
     is_dict = isinstance(old, Mapping)
     groups = old["param_groups"] if is_dict else old.param_groups
@@ -98,7 +98,7 @@ def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None)
             if len(new) != len(entries):
                 raise BadArgument(
                     f"the earlier state is of {wording.plural(len(entries), 'parameter')} and this optimizer has "
-                    f"{len(new)}: without names nobody can say which is which",
+                    f"{len(new)}: without names it is unknown which is which",
                     hint="name them: torch.optim.AdamW(model.named_parameters()) for both, or target=model here and "
                     "names=[...] for the parameters of the earlier one in their order",
                 )
@@ -113,7 +113,7 @@ def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None)
 
 
 def _names(groups: Any, module: Any) -> list[Any]:
-    """The names of the parameters in groups, as far as the groups or a module know them; or none."""
+    """The names of the parameters in groups, if the groups or a module know them; else an empty list."""
     if module is not None:
         names = {id(p): name for name, p in module.named_parameters()}
         return [names.get(id(p), f"#{i}") for i, p in enumerate(p for group in groups for p in group["params"])]
@@ -144,7 +144,7 @@ def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _copied(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The moments as tensors of their own, where the parameter is."""
+    """Copies of the moments, on the device of the parameter."""
 
     def copied(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

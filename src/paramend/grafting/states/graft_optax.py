@@ -1,6 +1,6 @@
-"""Optimizer states of JAX grafted: moments follow their parameters, counts go on, hyperparameters stay.
+"""Grafts of JAX optimizer states: moments follow their parameters, counts go on, hyperparameters stay.
 
-Which leaves are moments is known by structure; where they come from, by the report of the graft of the parameters. All
+The structure tells which leaves are moments; the report of the graft of the parameters tells where they come from. All
 moments of one parameter in one record (`mu` and `nu` of Adam) are carried together or not at all.
 """
 
@@ -31,7 +31,7 @@ _ANEW = "tx.init(params) starts anew"
 
 @dataclass
 class Grafted:
-    """What a graft came to.
+    """The result of a graft.
 
     Attributes:
         values: the new leaves by number.
@@ -46,14 +46,14 @@ def graft_state(target: Tree, source: Any, report: GraftReport, unused: str) -> 
     """A state whose moments follow the parameters as the report of their graft says.
 
     Raises:
-        GraftRefused: the states are of different optimizers, or the report does not tell of all parameters.
-        Unsupported: the target is no state.
+        GraftRefused: the states are of different optimizers, or the report does not cover all parameters.
+        Unsupported: the target is not a state.
     """
     source = _read(source)
     work = _Work(target, source, Survey.of(target), Survey.of(source))
     if not work.ours.roots:
         raise Unsupported(
-            f"a {type(target.root).__name__} is no optimizer state, as optax or NNX build them",
+            f"{wording.described(target.root)} is not an optimizer state, as optax or NNX build them",
             hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)",
         )
     work.refuse_parameters()
@@ -61,7 +61,7 @@ def graft_state(target: Tree, source: Any, report: GraftReport, unused: str) -> 
 
 
 def graft_whole(target: Tree, source: Any, options: Options) -> Grafted | None:
-    """A tree with optimizer states in it, grafted with them; None if the source has nothing for these.
+    """A graft of a tree with optimizer states in it, or None if the source has nothing for these.
 
     Raises:
         GraftRefused: the two do not fit.
@@ -92,7 +92,7 @@ class _Pair:
         leaf: the leaf of the new state.
         origin: the leaf that it continues, or None.
         link: what became of its parameter, or None for a number.
-        why: why it stays as it is, or "".
+        why: the reason why it stays as it is, or "".
     """
 
     leaf: Leaf
@@ -103,7 +103,7 @@ class _Pair:
 
 @dataclass
 class _Moves:
-    """What `engine.values` carries out."""
+    """The part of a plan that `engine.values` carries out."""
 
     target: Any
     source: Any
@@ -116,31 +116,31 @@ class _Work:
 
     def __init__(self, target: Tree, source: Tree, ours: Survey, theirs: Survey) -> None:
         self.target, self.source, self.ours, self.theirs = target, source, ours, theirs
-        # A state as files hold it: dicts and lists where ours has one.
+        # From a file a state comes as dicts and lists at the place of ours.
         self.from_file = not theirs.fields and any(map(ours.is_state, theirs.outside))
 
     def refuse_parameters(self) -> None:
-        """Raises for a train state, whose parameters would have to be grafted too."""
+        """Raise for a train state, whose parameters would have to be grafted too."""
         if prefix_of(set(self.ours.outside), self.ours.parameters) is not None:
             raise BadArgument(
-                "this holds the parameters beside the optimizer's state",
+                "this holds the parameters as well as the optimizer's state",
                 hint="pm.graft(state, old_state, rename=...) grafts both",
             )
 
     # -- the parameters
 
     def report_of_moments(self, options: Options) -> GraftReport:
-        """What a graft of the parameters would tell, of which there are only the moments here."""
+        """The report of a graft of the parameters, made from their moments, since the parameters are not here."""
         if self.from_file:
             raise BadArgument(
-                "the source is not the state of an optimizer, but dicts and lists: nobody can say which of its leaves "
+                "the source is not the state of an optimizer, but dicts and lists: it is unknown which of its leaves "
                 "belong to which parameters",
                 hint="tree, report = pm.graft(params, old_params); pm.graft_opt_state(state, old_state, report)",
             )
         ours, theirs = _stand_ins(self.target, self.ours), _stand_ins(self.source, self.theirs)
         shapes = {path: value.shape for path, value in (*ours.items(), *theirs.items())}
         for survey, found in ((self.ours, ours), (self.theirs, theirs)):
-            for path in sorted(survey.absent - found.keys()):  # frozen, but it counts: `Dense_[-1]` may be this one
+            for path in sorted(survey.absent - found.keys()):  # frozen ones count too: `Dense_[-1]` may be one of them
                 found[path] = np.broadcast_to(np.zeros((), "float32"), shapes.get(path, ()))
         if not ours or not theirs:
             return GraftReport()
@@ -148,7 +148,7 @@ class _Work:
         return report
 
     def plan_of_rest(self, options: Options) -> Plan:
-        """The plan of a graft of all that is outside of the states; rules may be written for the parameters alone."""
+        """The plan of a graft of everything outside the states; rules may be written for the parameters alone."""
         rest, other = (
             _flat({path: tree.values[number] for path, number in self.arrays(tree, survey).items()})
             for tree, survey in ((self.target, self.ours), (self.source, self.theirs))
@@ -165,14 +165,14 @@ class _Work:
         return planned(rest, other, replace(options, rename=rename or None))
 
     def arrays(self, tree: Tree, survey: Survey) -> dict[Path, int]:
-        """The arrays outside of the states, in their order."""
+        """The arrays outside the states, in their order."""
         numbers = {tree.index.pieces(number): number for number in tree.index.numbers}
         skipped = self.from_file and survey is self.theirs
         outside = (path for path in survey.outside if not (skipped and self.ours.is_state(path)))
         return {path: numbers[path] for path in outside if path in numbers}
 
     def scalars(self) -> tuple[list[Path], list[Path]]:
-        """The numbers that Python holds outside of the states, such as the `step` of a TrainState; of both trees."""
+        """The Python numbers outside the states, such as the `step` of a TrainState, in both trees."""
         ours = [path for path in self.ours.outside if path not in self.arrays(self.target, self.ours)]
         return ours, [path for path in self.theirs.outside if path in set(ours)]
 
@@ -184,8 +184,8 @@ class _Work:
         Args:
             links: what became of each parameter.
             options: whether something may be left over.
-            ours: the paths of numbers outside of the states that go on, too.
-            theirs: the same of the source.
+            ours: the paths of numbers outside the states that go on too.
+            theirs: the same in the source.
         """
         new, old = self.ours.states(set(links.targets)), self._states_of_source(links)
         new.add_numbers(self.target, ours)
@@ -220,10 +220,10 @@ class _Work:
         return self.theirs.states(links.sources)
 
     def _refuse(self, new: States, old: States, options: Options) -> None:
-        """Raises where states do not belong together."""
+        """Raise if the states do not belong together."""
         if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
             raise GraftRefused(
-                f"the earlier state is of another optimizer: it keeps {_kept(old.kinds)} of each parameter, and this "
+                f"the earlier state is of another optimizer: it keeps {_kept(old.kinds)} for each parameter, and this "
                 f"one {_kept(new.kinds)}",
                 report=GraftReport(refused=True),
                 hint=_ANEW,
@@ -231,7 +231,7 @@ class _Work:
         homeless = [kind for kind in old.kinds if kind not in new.kinds]
         if homeless and options.unused == "error":
             raise GraftRefused(
-                f"the earlier state keeps {_kept(homeless)} of each parameter, for which there is no place here",
+                f"the earlier state keeps {_kept(homeless)} for each parameter, which have no place here",
                 report=GraftReport(refused=True),
                 hint='unused="ok" leaves these behind',
             )
@@ -239,9 +239,9 @@ class _Work:
             if states.unknown:
                 some = wording.listing([write_path(path) for path in states.unknown], 4)
                 raise GraftRefused(
-                    f"{whose} state has moments of parameters of which the report does not tell: {some}",
+                    f"{whose} state has moments of parameters that are not in the report: {some}",
                     report=GraftReport(refused=True),
-                    hint="tree, report = pm.graft(params, old_params)  # of what the optimizer was made for",
+                    hint="tree, report = pm.graft(params, old_params)  # with what the optimizer was made for",
                 )
 
     def _pair(self, leaf: Leaf, origin: Leaf | None, link: Link | None) -> _Pair:
@@ -304,7 +304,7 @@ class _Work:
 
 
 class _Readable:
-    """The leaves of a tree as arrays, also numbers that Python holds."""
+    """The leaves of a tree as arrays, Python numbers too."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
@@ -326,7 +326,7 @@ def _flat(leaves: dict[Path, Any]) -> Any:
 
 
 def _together(pairs: Iterable[_Pair]) -> None:
-    """Moments of one parameter in one record start anew together."""
+    """Start moments of one parameter in one record anew together."""
     groups: dict[Any, list[_Pair]] = {}
     for pair in pairs:
         if pair.leaf.param:
@@ -345,7 +345,7 @@ def _read(source: Any) -> Tree:
 
 
 def _stand_ins(tree: Tree, survey: Survey) -> dict[Path, Any]:
-    """For each parameter its largest moment, which mostly is of its shape."""
+    """The largest moment of each parameter, which usually has its shape."""
     numbers = numbers_of(tree)
     found = {}
     for param, paths in survey.parameters.items():
@@ -356,7 +356,7 @@ def _stand_ins(tree: Tree, survey: Survey) -> dict[Path, Any]:
 
 
 def _relation(name: str, shape: tuple[int, ...], of: tuple[int, ...]) -> str:
-    """What the axes of a moment are to those of its parameter.
+    """How the axes of a moment relate to those of its parameter.
 
     >>> _relation("mu", (4, 8), (4, 8)), _relation("v_row", (200,), (300, 200)), _relation("v", (1,), (300, 200))
     ('all', 'all but 0', 'other')

@@ -1,4 +1,4 @@
-"""The states of torch optimizers grafted: what an optimizer knows of a parameter follows it."""
+"""Grafts of the states of torch optimizers: the moments of a parameter follow it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,33 +12,35 @@ from paramend.leaves.specs import dtype_name
 from paramend.reports import wording
 from paramend.trees.tree import Tree
 
+_ANEW = "leave out this call: the first step starts anew"
+
 # Entries that are one number for a whole parameter.
 SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
 
-# What an optimizer starts from where that is not zero, by entry.
+# The initial values of entries that do not start at zero.
 _STARTS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], Any]] = {
     "step_size": lambda parameter, group: group["lr"],  # Rprop
     "sum": lambda parameter, group: group.get("initial_accumulator_value", 0.0),  # Adagrad
-    "ax": lambda parameter, group: parameter.detach(),  # ASGD: the mean of what the parameter was
+    "ax": lambda parameter, group: parameter.detach(),  # ASGD: the mean of the parameter over the steps
 }
 
 # Entries of factored moments, by the axis from the end that has length 1.
 _FACTORED = {"row_var": -1, "col_var": -2}
 
-# Entries that a hyperparameter asks for: without them the next step would fail.
+# Entries that a hyperparameter requires: without them the next step would fail.
 _ASKED = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 
-# How a step is carried out, which is the new optimizer's own choice.
+# How a step is carried out: the new optimizer keeps its own settings.
 OWN = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 
-# The same, and hyperparameters that came with later versions of torch.
+# The same, with hyperparameters that are common to all optimizers or came with later versions of torch.
 _EVERYWHERE = OWN | {"lr", "initial_lr", "maximize", "decoupled_weight_decay"}
 
 
 def graft_optimizer_(
     optimizer: Any, old: Any, report: GraftReport, target: Any, source: Any, unused: str
 ) -> GraftReport:
-    """The report, after the optimizer took over what the earlier one has for the parameters that were copied."""
+    """The report, after the optimizer has taken over what the earlier one has for the copied parameters."""
     _refuse_kinds(optimizer, old)
     links = Links(report)
     states = _states(old, source, links)
@@ -74,18 +76,18 @@ def graft_optimizer_(
         for name, value in state.items() if path not in carried else ():
             if isinstance(value, torch.Tensor):
                 done.unused.append(
-                    state_row(path, name, value, "its parameter goes nowhere, or is not of this optimizer")
+                    state_row(path, name, value, "its parameter goes nowhere, or is not in this optimizer")
                 )
     done.refused = bool(problems or (homeless and unused == "error"))
     if done.refused and not problems:
         raise GraftRefused(
-            f"the earlier state keeps {wording.listing(list(homeless))}, for which there is no place here",
+            f"the earlier state keeps {wording.listing(list(homeless))}, which have no place here",
             report=done,
             hint='unused="ok" leaves these behind',
         )
     if problems:
         said = wording.listing(problems, 8)
-        raise GraftRefused(f"nothing was changed: {said}", report=done, hint="leave it: the first step starts anew")
+        raise GraftRefused(f"nothing was changed: {said}", report=done, hint=_ANEW)
     for parameter, made in new.items():
         optimizer.state[parameter] = made
     return done
@@ -95,18 +97,19 @@ def graft_optimizer_(
 
 
 def _refuse_kinds(optimizer: Any, old: Any) -> None:
-    """Raises for optimizers whose states mean different things."""
+    """Raise for optimizers whose states mean different things."""
     for one in (optimizer, old):
         if isinstance(one, torch.optim.LBFGS):
             raise Unsupported(
-                "L-BFGS keeps one history of curvature for all parameters together: there is none for those that were "
-                "copied alone",
-                hint="leave it: the first step starts anew",
+                "L-BFGS keeps one history of curvature for all parameters together: there is none for the copied ones "
+                "alone",
+                hint=_ANEW,
             )
     if not isinstance(old, Mapping):
         if not hasattr(old, "param_groups"):
             raise Unsupported(
-                f"the earlier state is neither a torch optimizer nor the state dict of one, but a {type(old).__name__}",
+                "the earlier state is neither a torch optimizer nor the state dict of one, but "
+                f"{wording.described(old)}",
                 hint="pm.graft_optimizer_(optimizer, old_optimizer, report)",
             )
         if isinstance(optimizer, type(old)) or isinstance(old, type(optimizer)):
@@ -118,11 +121,11 @@ def _refuse_kinds(optimizer: Any, old: Any) -> None:
             return
         theirs = f"an optimizer with {wording.listing(sorted(set(old['param_groups'][0]) - _EVERYWHERE))}"
     else:
-        raise Unsupported("this dict is no state dict of an optimizer", hint="old_optimizer.state_dict()")
+        raise Unsupported("this dict is not the state dict of an optimizer", hint="old_optimizer.state_dict()")
     raise GraftRefused(
         f"the earlier state is of {theirs}, and this is {type(optimizer).__name__}: their moments differ",
         report=GraftReport(refused=True),
-        hint="leave it: the first step starts anew",
+        hint=_ANEW,
     )
 
 
@@ -166,15 +169,15 @@ def _states(old: Any, module: Any, links: Links) -> dict[Path, Mapping[str, Any]
         if is_dict:
             hint = "old_optimizer = type(optimizer)(old_module.parameters()); old_optimizer.load_state_dict(state_dict)"
         raise BadArgument(
-            "nobody can say which parameters of the source the earlier state is of: it has no names, and none of them "
-            "is of the source of the graft",
+            "it is unknown which parameters of the source the earlier state belongs to: it has no names, and none of "
+            "its parameters is in the source of the graft",
             hint=hint,
         )
     return found
 
 
 def _paths(module: Any) -> dict[int, Path]:
-    """id of a tensor → its path as a report has it: the first, if it is shared."""
+    """id of a tensor → its path in a report: the first, if it is shared."""
     if module is None:
         return {}
     tree = Tree(module)
@@ -182,7 +185,7 @@ def _paths(module: Any) -> dict[int, Path]:
 
 
 def _known(name: str | None, paths: Any) -> Path | None:
-    """A name as a path that the report knows, or None."""
+    """The path of a name, or None if it is not among the paths."""
     path = tuple(name.split(".")) if name else ()
     return path if path in paths else None
 
@@ -191,7 +194,7 @@ def _known(name: str | None, paths: Any) -> Path | None:
 
 
 def _complete(state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """The state, with the entries that the new hyperparameters ask for and without those that they do not."""
+    """The state with the entries that the new hyperparameters require, and without those that they rule out."""
     made = dict(state)
     for flag, name in _ASKED.items():
         if flag in group and not group[flag]:
@@ -231,13 +234,13 @@ def _carried(name: str, value: Any, parameter: torch.Tensor, group: Mapping[str,
 
 
 def device_for(name: str, parameter: torch.Tensor, group: Mapping[str, Any]) -> torch.device:
-    """Where an entry is kept: with the parameter, and steps on the host unless they are counted there."""
+    """The device of an entry: that of the parameter; for a step the host, unless the device counts."""
     counted_there = name != "step" or group.get("capturable") or group.get("fused")
     return parameter.device if counted_there else torch.device("cpu")
 
 
 def shape_for(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of an entry for a parameter of a shape."""
+    """The shape of an entry for a parameter of this shape."""
     if name in _FACTORED and len(shape) > 1:
         axis = len(shape) + _FACTORED[name]
         return (*shape[:axis], 1, *shape[axis + 1 :])

@@ -17,7 +17,7 @@ from paramend.trees.kind import ELIDED
 from paramend.trees.lookup import find_kind
 from paramend.trees.tree import Tree
 
-# Fields with trees that are none of moments: what the user set, and what a wrapper counts.
+# Fields with trees that hold no moments: what the user set, and what a wrapper counts.
 OWN = "hyperparams"
 _NO_MOMENTS = frozenset({OWN, "skip_state"})
 
@@ -31,13 +31,13 @@ def is_record(kind: type) -> bool:
 
 @dataclass
 class Survey:
-    """A tree taken apart.
+    """Where a tree holds optimizer states.
 
     Attributes:
         tree: the tree.
         outside: the paths of the leaves outside optimizer states.
         fields: path of a field of a record → the paths of the leaves in it.
-        absent: paths of parameters for which a mask holds the place.
+        absent: the paths of masked parameters.
         roots: the paths of the outermost records.
     """
 
@@ -55,7 +55,7 @@ class Survey:
         return survey
 
     def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> bool:
-        """Enters what is in a node; whether there are records in it."""
+        """Whether there are records in a node, after entering its leaves."""
         kind = find_kind(node)
         if kind is None or id(node) in above:
             if kind is None:
@@ -84,7 +84,7 @@ class Survey:
             self.outside += leaves
 
     def is_state(self, path: Path) -> bool:
-        """Whether a path leads into one of the states, or into what holds the parts of a chain."""
+        """Whether a path leads into one of the states or into the container of a chain."""
         return any(path[: len(root)] == root for root in self._chains)
 
     @cached_property
@@ -98,7 +98,7 @@ class Survey:
 
     @property
     def parameters(self) -> dict[Path, list[Path]]:
-        """Path of a parameter, as the state has it → the paths of its moments, in the order of the state."""
+        """Path of a parameter in the state → the paths of its moments, in the order of the state."""
         found: dict[Path, list[Path]] = {}
         for head, leaves in self.fields.items():
             for path in leaves if head[-1] not in _NO_MOMENTS else ():
@@ -133,9 +133,9 @@ class States:
     """The leaves of optimizer states.
 
     Attributes:
-        leaves: the leaves; the `param` of one is the path by which its parameter is known.
-        unknown: the paths of moments of parameters that are not known.
-        heads: path of a leaf → the path of the field that it stands in, or of the leaf itself if it is a number.
+        leaves: the leaves, each with the path by which its parameter is known as `param`.
+        unknown: the paths of moments of unknown parameters.
+        heads: path of a leaf → the path of its field, or of the leaf itself if it is a number.
         rests: path of a parameter → its path in the trees of moments.
     """
 
@@ -146,7 +146,7 @@ class States:
     _moments: dict[Path, set[str]] = field(default_factory=dict)
 
     def add(self, path: Path, head: Path, param: Path, number: int, tree: Tree) -> None:
-        """Enters a leaf; `head` is the path of the field that it stands in."""
+        """Enter a leaf; `head` is the path of its field."""
         bare = without_wrappers(head)
         self.leaves.append(Leaf(path, bare[:-1], bare[-1:], param, tree.values[number], number))
         self.heads[path] = head
@@ -155,7 +155,7 @@ class States:
             self._moments.setdefault(head[:-1], set()).add(head[-1])
 
     def add_numbers(self, tree: Tree, paths: Iterable[Path]) -> None:
-        """Enters numbers from outside of the states; arrays with axes are passed over."""
+        """Enter numbers from outside the states; skip arrays with axes."""
         numbers = numbers_of(tree)
         for path in paths:
             number = numbers.get(path)
@@ -163,7 +163,7 @@ class States:
                 self.add(path, path, (), number, tree)
 
     def kind(self, leaf: Leaf) -> frozenset[str]:
-        """The fields of moments in the record of a leaf: what kind of optimizer it is of."""
+        """The fields of moments in the record of a leaf, which tell the kind of optimizer."""
         return frozenset(self._moments.get(self.heads[leaf.path][:-1], ()))
 
     @property
@@ -173,7 +173,7 @@ class States:
 
     @classmethod
     def of_file(cls, tree: Tree, known: set[Path], like: Survey) -> "States":
-        """The states in a tree of dicts and lists, which say nothing of records: what stands where another has some."""
+        """The states in a tree of dicts and lists, which has no records: they are where another tree has some."""
         numbers = {path: n for path, n in numbers_of(tree).items() if like.is_state(path)}
         prefix = _prefix_by_suffix(known, max(numbers, key=len, default=()))
         inner, found = without(known, prefix), cls()
@@ -184,7 +184,7 @@ class States:
 
 
 def numbers_of(tree: Tree) -> dict[Path, int]:
-    """Path → number of every leaf of a tree, also of numbers that Python holds; a leaf has one of its paths."""
+    """Path → number of every leaf of a tree, Python numbers included; a shared leaf has one of its paths."""
     found = {tree.index.pieces(number): number for number in tree.index.numbers}
     if not tree.boxes and any(type(value) in (int, float) for value in tree.values):
         specs, _, _ = named(tree.root)
@@ -203,7 +203,7 @@ def _leads_to_record(node: Any, above: set[int]) -> bool:
 
 
 def _paths(node: Any, path: Path, absent: set[Path], depth: int, above: set[int]) -> Iterable[Path]:
-    """The paths of the leaves of a node; those of masked parameters, from a depth on, go into `absent`."""
+    """The paths of the leaves of a node; those of masked parameters, from `depth` on, go into `absent`."""
     kind = find_kind(node)
     if kind is None:
         yield path
@@ -217,7 +217,7 @@ def _paths(node: Any, path: Path, absent: set[Path], depth: int, above: set[int]
 
 
 def prefix_of(known: set[Path], paths: Iterable[Path], near: Path = ()) -> Path | None:
-    """The prefix below which most of these paths are known; of several the one that has most in common with `near`.
+    """The prefix below which most of these paths are known; of several, the one with most in common with `near`.
 
     >>> prefix_of({("params", "a", "w"), ("params", "b", "w")}, [("a", "w"), ("b", "w")])
     ('params',)
@@ -237,7 +237,7 @@ def prefix_of(known: set[Path], paths: Iterable[Path], near: Path = ()) -> Path 
 
 
 def _prefix_by_suffix(known: set[Path], path: Path) -> Path:
-    """The prefix of those known paths that end as a path does, for the longest such end."""
+    """The prefix of the known path that shares the longest end with a path."""
     for start in range(1, len(path)):
         rest = path[start:]
         found = sorted(other[: len(other) - len(rest)] for other in known if other[-len(rest) :] == rest)

@@ -34,41 +34,41 @@ def graft_opt_state(
 ) -> tuple[T, GraftReport]:
     """The optimizer state with the moments of an earlier one, which follow their parameters, and the report of it.
 
-    **After a graft**, by its report: where a parameter was copied, its moments are; where the common corner was, theirs
-    is; where it stayed fresh, or was frozen before, they are as `tx.init` made them. Counts go on, so that schedules
-    do; hyperparameters of `optax.inject_hyperparams` stay those of the new state. All moments of a parameter are
-    carried together or not at all.
+    **After a graft**, by its report: the moments of a copied parameter are copied; if only the common corner was
+    copied, so is theirs; if the parameter stayed fresh, or was frozen before, they are as `tx.init` made them. Counts
+    go on, so schedules do too; hyperparameters of `optax.inject_hyperparams` stay those of the new state. All moments
+    of a parameter are carried together or not at all.
 
     **Without a report** the parameters are the same, by path: for thawing, refreezing and resuming. The earlier state
     may be that of `tx` before it was wrapped in `pm.freeze`, or of a `pm.freeze` of other leaves, or be part of another
     chain, or come from a file as dicts and lists.
 
-    - The moments of every leaf that both have are carried bit for bit. Where only the new state has some, they are as
-      `tx.init` made them; what only the earlier state has is left out.
-    - Counts, schedules and injected hyperparameters go on. So does the step of `until=` and `since=`; in a state
-      that had none, it is 0.
+    - The moments of every leaf that both have are carried bit for bit. Those that only the new state has are as
+      `tx.init` made them; those that only the earlier state has are left out.
+    - Counts, schedules and injected hyperparameters go on. So does the step of `until=` and `since=`; it is 0 if the
+      earlier state had none.
 
-    A moment belongs to the record of fields that it is in, wherever that stands in a chain: where `mu`, `nu` and
-    `count` are together, as in Adam, in one place of each state.
+    A moment belongs to the record of fields that it is in, wherever that is in a chain: `mu`, `nu` and `count` are
+    together, as in Adam, in one place of each state.
 
     A count goes on for fresh parameters too: Adam then no longer corrects their young moments, and their first update
     is (1 - b1) / sqrt(1 - b2) times the rate: 3.2 times it for b2=0.999, 0.4 times for b2=0.95.
 
     Args:
-        state: the state to start warm, as `tx.init(params)` makes it for the new parameters: of optax, also under
-            `pm.freeze`, or an `nnx.Optimizer`.
-        old_state: the state of the earlier run: of the same kind of optimizer, also read from a file.
-        report: what `pm.graft` said of the parameters; None if they have the names that they had.
-        unused: when the earlier state keeps moments for which there is no place: "error" or "ok". By default an error
-            after a graft, and fine without a report.
+        state: the state to start warm, from `tx.init(params)` of the new parameters: of optax, also under `pm.freeze`,
+            or an `nnx.Optimizer`.
+        old_state: the state of the earlier run, of the same kind of optimizer; it may be read from a file.
+        report: the report of `pm.graft` on the parameters; None if their names are the same.
+        unused: when the earlier state has moments with no place here: "error" or "ok". The default is "error" after a
+            graft, and "ok" without a report.
         mismatch: without a report, when a moment does not have the shape that `tx.init` gave it: "error"; "keep" keeps
-            what `tx.init` made.
+            the one that `tx.init` made.
 
     Returns:
         A new state, and the report, whose rows are the leaves of the state.
 
     Raises:
-        GraftRefused: the states are of different optimizers, or the report does not tell of these parameters; moments
+        GraftRefused: the states are of different optimizers, or the report does not cover these parameters; or moments
             are left over, and `unused="error"`.
         SpecMismatch: without a report, shapes differ; all of them are named.
         BadArgument: nothing in the earlier state belongs to this optimizer.
@@ -94,7 +94,7 @@ def graft_opt_state(
     Options(unused=unused or "error")  # checks it
     if not isinstance(report, GraftReport | None):
         raise BadArgument(
-            f"the third argument is the report of a graft, and this is {described(report)}",
+            f"the third argument must be the report of a graft, and this is {described(report)}",
             hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
         )
     if report is None:
@@ -138,7 +138,7 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
         paths = [row.path for row in report.unused]
         report.refused = True
         raise GraftRefused(
-            f"the earlier state keeps what has no place here: {wording.listing(paths)}",
+            f"the earlier state has leaves with no place here: {wording.listing(paths)}",
             report=report,
             hint='unused="ok" leaves it behind',
         )
@@ -157,28 +157,28 @@ def graft_optimizer_(
 ) -> GraftReport:
     """The report of a graft of a torch optimizer's state, or an `nnx.Optimizer`'s, in place.
 
-    **Without a report** the parameters are the same: for thawing, refreezing and resuming, where `load_state_dict` asks
-    for the same parameters in the same groups and takes moments of any shape. Parameters of two optimizers are matched
-    by identity; else by names, if the optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or they are
-    given; else by their order, if there are as many. Moments are copied bit for bit; other parameters start in their
-    first step. A group takes the rate and the other hyperparameters of the earlier group, if all its parameters come
-    from one. L-BFGS has one history for all parameters: it is carried if these are the same, or else starts anew.
+    **Without a report** the parameters are the same: for thawing, refreezing and resuming, where `load_state_dict`
+    needs the same parameters in the same groups and takes moments of any shape. Parameters of two optimizers are
+    matched by identity; else by names, if the optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
+    they are given; else by order, if both have equally many. Moments are copied bit for bit; other parameters start in
+    their first step. A group takes the rate and the other hyperparameters of the earlier group if all its parameters
+    come from one. L-BFGS has one history for all parameters: it is carried if these are the same; else it starts anew.
 
     **After a graft**, by its report: the state of a copied parameter is copied with its step; around a common corner it
-    is as the optimizer starts; and a fresh parameter has no state, so that it has a first step of its own. Groups with
-    their hyperparameters stay those of the new optimizer. All or nothing.
+    is as the optimizer starts; and a fresh parameter has no state, so it starts with its first step. Groups with their
+    hyperparameters stay those of the new optimizer. All or nothing.
 
     Args:
         optimizer: what to change, made for the parameters of the new module.
         old: the optimizer of the old module, of the same class; or its state dict, if it was made of
             `named_parameters()`.
-        report: what `pm.graft_(module, old_module)` or `pm.graft` said; None if the parameters are the same.
-        target: the new module, where the report does not know it: after pickling, or after a graft of a state dict.
+        report: the report of `pm.graft_(module, old_module)` or `pm.graft`; None if the parameters are the same.
+        target: the new module, if the report does not know it: after pickling, or after a graft of a state dict.
             Without a report, the module that names the parameters of `optimizer`.
         source: the old module, likewise.
         names: without a report, the names of the parameters of `old`, in their order.
-        unused: when `old` keeps moments for which there is no place: "error" or "ok". By default an error after a
-            graft, and fine without a report.
+        unused: when `old` has moments with no place here: "error" or "ok". The default is "error" after a graft, and
+            "ok" without a report.
 
     Returns:
         The report, whose rows are the moments: `fc.weight.exp_avg`.
@@ -186,8 +186,8 @@ def graft_optimizer_(
     Raises:
         GraftRefused: the optimizers are of different kinds.
         SpecMismatch: without a report, moments do not have the shape of their parameter; nothing was changed.
-        BadArgument: nothing belongs together, or nobody can say what does.
-        Unsupported: after a graft, L-BFGS, whose one history is of all parameters together; or no optimizer.
+        BadArgument: no parameters match, or it is ambiguous which do.
+        Unsupported: after a graft, L-BFGS, which has one history of all parameters together; or not an optimizer.
 
     >>> import torch
     >>> small, big = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
@@ -232,7 +232,7 @@ def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
         raise Unsupported(
             f"without a report graft_optimizer_ takes a torch optimizer, and this is {described(optimizer)}",
-            hint="of optax, state, report = pm.graft_opt_state(tx.init(params), old_state)",
+            hint="for optax: state, report = pm.graft_opt_state(tx.init(params), old_state)",
         )
     if not hasattr(old, "param_groups") and not (isinstance(old, dict) and {"state", "param_groups"} <= old.keys()):
         raise Unsupported(
