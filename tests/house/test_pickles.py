@@ -23,7 +23,7 @@ import paramend as pm
 from paramend import errors
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.plan import Plan, call, plan
-from paramend.pages.page import Paged
+from paramend.pages.paged import Paged
 from paramend.reports.report import Report
 from paramend.trees.tree import Tree
 from support.sending import double, fail, is_matrix, told

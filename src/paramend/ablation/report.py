@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
-from paramend.pages.page import Column, Page, Paged
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 from paramend.reports.tables import aligned

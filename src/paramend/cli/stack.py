@@ -12,7 +12,8 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli.writing import makes, write_made
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Page, Paged
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 from paramend.stacking.stack import stack_layers, unstack_layers

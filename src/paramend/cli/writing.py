@@ -10,7 +10,7 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
-from paramend.pages.page import Paged
+from paramend.pages.paged import Paged
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 

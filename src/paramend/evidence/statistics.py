@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Histogram, Page, Paged
+from paramend.pages.page import Column, Histogram, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 

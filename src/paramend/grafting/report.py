@@ -5,7 +5,8 @@ from typing import Any
 
 from paramend.grafting.ends import Ends
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Page, Paged
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 

@@ -9,7 +9,8 @@ from paramend._optional import need
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument
 from paramend.leaves.specs import AnyArray, Spec
-from paramend.pages.page import Column, Page, Paged
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 from paramend.selectors.layers import notation, whole

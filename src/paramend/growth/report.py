@@ -6,7 +6,8 @@ from typing import Any
 
 from paramend.errors import BadArgument
 from paramend.growth.depth import Order
-from paramend.pages.page import Column, Page, Paged
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Section
 from paramend.reports.tables import aligned

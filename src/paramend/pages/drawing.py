@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
 from paramend.leaves.leaves import separator_of
+from paramend.pages.page import Page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from paramend.pages.page import Page
 
 # The same colours (Okabe and Ito) and textures as on the page.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
@@ -34,7 +34,7 @@ class _Node:
         return 1 + max((node.depth for node in self.inner.values()), default=0)
 
 
-def draw(page: "Page") -> "Figure":
+def draw(page: Page) -> "Figure":
     """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that contain it.
 
     Leaves are coloured by their groups, which also have textures, or by the column that colours the page.
@@ -42,7 +42,6 @@ def draw(page: "Page") -> "Figure":
     Raises:
         MissingExtra: matplotlib is not installed.
 
-    >>> from paramend.pages.page import Page
     >>> figure = draw(Page("t", "h", ["a/x", "a/y", "b"], [1, 1, 2], groups=["new", "old", "old"]))
     >>> [text.get_text() for text in figure.legends[0].get_texts()]
     ['new', 'old']
@@ -83,7 +82,7 @@ def draw(page: "Page") -> "Figure":
     return figure
 
 
-def _tree(page: "Page") -> _Node:
+def _tree(page: Page) -> _Node:
     separator = separator_of(page.paths)
     root = _Node("all leaves")
     for place, (path, size) in enumerate(zip(page.paths, page.sizes, strict=True)):
@@ -110,7 +109,7 @@ def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple
         left += part
 
 
-def _shades(page: "Page") -> list[str]:
+def _shades(page: Page) -> list[str]:
     """A colour for each leaf by the column that colours the page; empty if the groups colour it."""
     column = next((column for column in page.columns if column.name == page.colour), None)
     if column is None:
