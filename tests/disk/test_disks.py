@@ -109,7 +109,7 @@ def test_room_is_looked_for_first(tmp_path):
     with small_disk(tmp_path / "disk") as why:
         if why == "File too large":
             return
-        with pytest.raises(CannotWrite, match=r"are needed, and .* are free in"):
+        with pytest.raises(CannotWrite, match=r"are needed, but .* are free in"):
             pm.open(source).save(tmp_path / "disk" / "out.safetensors")
         path = write(tmp_path / "disk" / "x.safetensors", 140_000)
         with pytest.raises(CannotWrite, match=r"the undo record needs .*, and .* are free"):

@@ -11,7 +11,7 @@ Array = np.ndarray[Any, Any]
 
 
 def _same(result: Any, x: Any) -> Any:
-    """A numpy scalar stays one."""
+    """The result; a numpy scalar if x is one."""
     return x.dtype.type(result) if isinstance(x, np.generic) else result
 
 
@@ -26,7 +26,7 @@ def refusal(x: Any) -> str:
 
 
 def abstract(x: Any) -> bool:
-    """False: arrays of numpy have values."""
+    """False: numpy arrays have values."""
     return False
 
 
@@ -102,5 +102,5 @@ def mutable(x: Any) -> bool:
 
 
 def assign(x: Any, value: Any) -> None:
-    """Writes the value into x itself."""
+    """Write the value into x itself."""
     x[...] = value

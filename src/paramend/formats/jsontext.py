@@ -1,4 +1,4 @@
-"""JSON text of a checkpoint, read strictly: what the reference readers refuse is refused, and nothing stands twice."""
+"""JSON text of a checkpoint, read strictly: what the reference readers refuse is refused, and so are duplicate keys."""
 
 import json
 from typing import Any, NoReturn
@@ -7,33 +7,33 @@ from paramend.errors import BadCheckpoint
 
 
 class _Flaw(ValueError):
-    """A rule that the text breaks, found while it is parsed."""
+    """A broken rule, found while the text is parsed."""
 
 
 def bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
-    """The error for a file in which something is wrong at a place."""
+    """The error for a fault at a place in a file."""
     return BadCheckpoint(f"{file}: {place}: {reason}", hint=hint)
 
 
 def shown(text: str) -> str:
-    """A name from a file in a message: no control characters, no hundred megabytes."""
+    """A name from a file, fit for a message: control characters escaped, long names shortened."""
     return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"
 
 
 def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
-    """A JSON object, every rule of the format checked.
+    """A JSON object, validated.
 
     Args:
         raw: the text.
         file: what messages call the file.
-        place: what they call this text.
+        place: what messages call this text.
 
     Raises:
-        BadCheckpoint: the text is no JSON, no object, or names something twice.
+        BadCheckpoint: the text is not JSON, not an object, or has a duplicate key.
 
     >>> parse_object(b'{"a": 1, "a": 2}', "x.json", "index")
     Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.json: index: 'a' stands twice
+    paramend.errors.BadCheckpoint: x.json: index: 'a' appears twice
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -41,11 +41,11 @@ def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise _Flaw(f"{shown(twice)} stands twice")
+            raise _Flaw(f"{shown(twice)} appears twice")
         return found
 
     def constant(text: str) -> NoReturn:
-        raise _Flaw(f"{text} is no JSON number")
+        raise _Flaw(f"{text} is not a JSON number")
 
     def finite(text: str) -> float:
         number = float(text)
@@ -68,7 +68,7 @@ def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
             json.dumps(table, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         around = shown(error.object[max(error.start - 20, 0) : error.end + 20])
-        raise bad(file, place, f"half a surrogate pair is no text, in {around}") from None
+        raise bad(file, place, f"half a surrogate pair is not text, in {around}") from None
     except UnicodeDecodeError as error:
         raise bad(file, f"{place}, byte {error.start}", "the text is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -85,7 +85,7 @@ def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
 
 
 def json_type(value: Any) -> str:
-    """What a JSON value is called in messages."""
+    """The name of a JSON value's type in messages."""
     names: dict[type, str] = {
         dict: "an object",
         list: "an array",
