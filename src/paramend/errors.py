@@ -1,18 +1,18 @@
-"""The exceptions of Paramend, one tree, by what the caller would do next.
+"""The exceptions of Paramend, one tree, ordered by what the caller does next.
 
     ParamendError
     ├── SelectorError      (ValueError)     fix the selector's text; `span` points at the character
     ├── NoMatch            (LookupError)    fix what is selected; `near` lists close paths
-    │   └── OutOfRange     (IndexError)     a position that is not there
-    ├── WrongCount         (LookupError)    something matched, but not as many leaves as demanded
+    │   └── OutOfRange     (IndexError)     a position that does not exist
+    ├── WrongCount         (LookupError)    something matched, but not the demanded number of leaves
     ├── SpecMismatch       (ValueError)     a shape or dtype differs where it must agree
     ├── Unsupported        (TypeError)      this leaf or container cannot take this edit
-    ├── BadArgument        (ValueError)     an argument outside its choices
-    ├── BadRecipe          (ValueError)     fix the recipe; `problems` lists all that is wrong, each with its address
-    ├── RenameClash        (ValueError)     two leaves for one path, or a path that cannot be
+    ├── BadArgument        (ValueError)     an argument that is not a valid choice
+    ├── BadRecipe          (ValueError)     fix the recipe; `problems` lists all faults, each with its address
+    ├── RenameClash        (ValueError)     two leaves with one path, or an impossible path
     ├── GraftRefused       (ValueError)     source and target do not fit; `report` holds every case
-    ├── UnexpectedChange   (AssertionError) leaves differ that must not; `changes` names them
-    ├── BadCheckpoint      (ValueError)     a file that is damaged, hostile or of no known format
+    ├── UnexpectedChange   (AssertionError) leaves differ that must be equal; `changes` names them
+    ├── BadCheckpoint      (ValueError)     a file that is damaged, hostile or of unknown format
     ├── CannotRead         (OSError)        there is no such file, or no permission to read it
     ├── CannotWrite        (OSError)        the output exists, the folder is read-only, the disk is full
     │   └── Busy                            another program is writing; try again
@@ -32,7 +32,7 @@ class ParamendError(Exception):
 
     Attributes:
         code: a stable identifier of the kind of error.
-        hint: code or a command that works instead, or an empty string.
+        hint: code or a command that works instead, or "".
     """
 
     code = "paramend"
@@ -54,7 +54,7 @@ def _again(kind: type[ParamendError], args: tuple[Any, ...], state: dict[str, An
 
 
 class SelectorError(ParamendError, ValueError):
-    """A selector's text breaks the grammar; `text[span[0]:span[1]]` is the place."""
+    """The text of a selector breaks the grammar at `text[span[0]:span[1]]`."""
 
     code = "selector"
 
@@ -66,7 +66,7 @@ class SelectorError(ParamendError, ValueError):
 
 
 class NoMatch(ParamendError, LookupError):
-    """A selector matched no leaf. `near` holds selectors or paths that do match."""
+    """A selector matched no leaf. `near` lists selectors or paths that do match."""
 
     code = "no-match"
 
@@ -99,25 +99,25 @@ class SpecMismatch(ParamendError, ValueError):
 
 
 class Unsupported(ParamendError, TypeError):
-    """A leaf or a container that cannot take this edit."""
+    """A leaf or a container cannot take this edit."""
 
     code = "unsupported"
 
 
 class BadArgument(ParamendError, ValueError):
-    """An argument outside its choices."""
+    """An argument is not a valid choice."""
 
     code = "bad-argument"
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a recipe.
+    """One fault of a recipe.
 
     Attributes:
         address: where, such as `$.steps[2].at`.
-        message: what.
+        message: what is wrong.
         hint: what to write instead, or "".
-        code: the code of the error that an edit in Python would raise; "expect" for an expectation that does not hold.
+        code: the code of the error that an edit in Python would raise; "expect" for an unmet expectation.
         line: the line of the file, counted from 1, or 0.
     """
 
@@ -134,7 +134,7 @@ class Problem(NamedTuple):
 
 
 class BadRecipe(ParamendError, ValueError):
-    """A recipe that cannot be carried out. `problems` holds everything that is wrong, each with its address."""
+    """A recipe cannot be carried out. `problems` lists all its faults, each with its address."""
 
     code = "bad-recipe"
 
@@ -147,13 +147,13 @@ class BadRecipe(ParamendError, ValueError):
 
 
 class RenameClash(ParamendError, ValueError):
-    """A rename gives two leaves one path, or a path that the containers cannot hold."""
+    """A rename gives two leaves the same path, or a path that the containers cannot hold."""
 
     code = "rename-clash"
 
 
 class GraftRefused(ParamendError, ValueError):
-    """Source and target do not fit. `report` holds every case, `ways` the options of each call that would work."""
+    """Source and target do not fit. `report` lists every case, `ways` the options of each call that would work."""
 
     code = "graft-refused"
 
@@ -164,7 +164,7 @@ class GraftRefused(ParamendError, ValueError):
 
 
 class UnexpectedChange(ParamendError, AssertionError):
-    """Leaves differ that must not. `changes` maps the path of each to what happened to it."""
+    """Leaves differ that must be equal. `changes` maps the path of each to what happened to it."""
 
     code = "unexpected-change"
 
@@ -174,7 +174,7 @@ class UnexpectedChange(ParamendError, AssertionError):
 
 
 class BadCheckpoint(ParamendError, ValueError):
-    """A file that is damaged, hostile or of no known format."""
+    """A file is damaged, hostile or of unknown format."""
 
     code = "bad-checkpoint"
 

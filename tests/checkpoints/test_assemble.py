@@ -1,4 +1,4 @@
-"""Checkpoints put together from leaves of others: every byte where a plain dict of arrays would have it."""
+"""Checkpoints assembled from leaves of others: every byte where a plain dict of arrays would have it."""
 
 import json
 

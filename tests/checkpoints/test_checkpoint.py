@@ -378,7 +378,7 @@ def test_untouched_shards_and_sidecars_come_along(model, tmp_path, link):
     )
     assert report.left_out == ("consolidated.safetensors (other weights)", "pytorch_model.bin (other weights)")
     assert (report.bytes_linked > 0) == link
-    assert "not taken along: consolidated.safetensors" in str(report)
+    assert "not copied: consolidated.safetensors" in str(report)
 
 
 def test_symbolic_links_of_a_hub_cache_are_followed_and_others_are_not(model, tmp_path):
@@ -433,7 +433,7 @@ def test_several_files_become_one_and_other_sizes(model, tree, tmp_path):
     assert "config.json" in report.files
     checkpoints.open(tmp_path / "one.safetensors").save(f"{tmp_path}/folder/")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["model.safetensors"]
-    with pytest.raises(BadArgument, match="is the name of one file"):
+    with pytest.raises(BadArgument, match="is the name of a single file"):
         checkpoints.open(model).save(tmp_path / "x.safetensors", max_shard_size="5GB")
 
 
@@ -457,7 +457,7 @@ def test_an_existing_directory_stays_without_force_and_is_exchanged_with_it(mode
     with pytest.raises(CannotWrite, match="exists already"):
         checkpoint.save(tmp_path / "out")
     (tmp_path / "out" / "diary.txt").write_text("precious")
-    with pytest.raises(CannotWrite, match="holds no checkpoint, and would be lost"):
+    with pytest.raises(CannotWrite, match="without a checkpoint, whose content would be lost"):
         checkpoint.save(tmp_path / "out", force=True)
     assert (tmp_path / "out" / "diary.txt").read_text() == "precious"
     (tmp_path / "out" / "diary.txt").unlink()
@@ -488,7 +488,7 @@ def test_places_that_cannot_be(model, tmp_path):
         (model, "is what is being read"),
         (tmp_path / "link", "is what is being read"),
         (tmp_path, "holds the checkpoint that is being read"),
-        (tmp_path / "file", "is a file, and the model needs a directory"),
+        (tmp_path / "file", "is a file, but the model needs a directory"),
         (tmp_path / "no" / "out", "mkdir -p"),
         (shard, "is the file that is being read"),
     ]:
@@ -803,8 +803,8 @@ def test_a_torch_file_keeps_all_that_is_no_tensor(saved, tmp_path):
 def test_what_a_new_file_cannot_hold_is_named(saved, tmp_path):
     path, _ = saved
     report = pm.at(checkpoints.open(path), "**/big").delete().save(tmp_path / "out.safetensors")
-    assert "epoch (no tensor)" in report.left_out
-    assert "epoch (no tensor)" in report.to_dict()["left_out"]
+    assert "epoch (not a tensor)" in report.left_out
+    assert "epoch (not a tensor)" in report.to_dict()["left_out"]
     assert checkpoints.open(tmp_path / "out.safetensors")["model.fc.weight"].shape == (6, 4)
 
 
@@ -854,13 +854,13 @@ def test_files_of_flax(tmp_path):
     after = serialization.msgpack_restore((tmp_path / "out.msgpack").read_bytes())
     assert after["params"]["bias"].tolist() == [0, 2, 4] and after["step"] == 5
     report = checkpoint.save(tmp_path / "y.safetensors")
-    assert report.left_out == ("step (no tensor)",)
+    assert report.left_out == ("step (not a tensor)",)
     assert same(pm.load(tmp_path / "y.safetensors"), {"params": tree["params"]})
 
 
 def test_what_a_format_cannot_hold_is_said_before_writing(model, tmp_path):
     np.savez(tmp_path / "x.npz", w=np.ones(2, "complex128"))
-    with pytest.raises(Unsupported, match="w cannot be written: safetensors files have no dtype complex128"):
+    with pytest.raises(Unsupported, match="w cannot be written: safetensors files cannot hold complex128"):
         checkpoints.open(tmp_path / "x.npz").save(tmp_path / "y.safetensors")
     with pytest.raises(
         Unsupported, match=r"y\.gguf: \.gguf files cannot be written\n\nhint: a name that ends in \.safet"

@@ -279,7 +279,7 @@ def test_json_of_numbers_that_json_lacks(model):
         (["show", "NOPE"], "no such file"),
         (["show", "VOID"], "a directory without a checkpoint: it is empty"),
         (["show", "EMPTY"], "the file is empty"),
-        (["show", "TEXT"], "begins like no checkpoint"),
+        (["show", "TEXT"], "are those of a known format"),
         (["zero", "MODEL", "**", "-o", "MODEL", "--force"], "is the file that is being read"),
         (["zero", "MODEL", "**", "-o", "EMPTY"], "--force"),
         (["zero", "MODEL", "**", "-o", "FOLDER/no/out"], "mkdir -p"),

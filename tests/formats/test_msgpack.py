@@ -181,7 +181,7 @@ def test_dtypes_of_less_than_a_byte_and_of_numpy_alone(tmp_path):
         assert file.spec(2) == Spec((1,), "raw<str96>")
         assert file.extent(2).nbytes == 12
         assert file.refusal(0) == ""
-        for number, reason in enumerate(["4 bits", "numpy alone", "numpy alone"], start=1):
+        for number, reason in enumerate(["4 bits", "only numpy", "only numpy"], start=1):
             assert reason in file.refusal(number)
             for read in (lambda n=number: file.read(n), lambda n=number: file.read_range(n, 0, 1)):
                 with pytest.raises(Unsupported, match="cannot be read"):
@@ -327,7 +327,7 @@ FLOAT = msgpack.ExtType(1, msgpack.packb([[1], "float32", bytes(4)]))
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"\xc1", "no value"),
+        (b"\xc1", "no msgpack value"),
         (b"\x81\xa1w", "does not fit|cut short"),
         (b"\x81\xa5w\0", "cut short"),
         (b"\xdf\xff\xff\xff\xff" + bytes(50), "does not fit"),
@@ -337,7 +337,7 @@ FLOAT = msgpack.ExtType(1, msgpack.packb([[1], "float32", bytes(4)]))
         (b"\xd9\x05ab", "cut short"),
         (b"\xcb\0\0", "cut short"),
         (b"\x80\0", "after its end"),
-        (b"\x82\xa1w\1\xa1w\2", "stands twice"),
+        (b"\x82\xa1w\1\xa1w\2", "appears twice"),
         (b"\x81\xc0\1", "a key"),
         (b"\x81\xcb" + bytes(8) + b"\1", "a key"),
         (b"\xa2\xff\xfe", "UTF-8"),
@@ -355,13 +355,13 @@ FLOAT = msgpack.ExtType(1, msgpack.packb([[1], "float32", bytes(4)]))
         (ext(1, [[2], "i" * 200, b"ab"]), "name of a dtype"),
         (ext(1, [[2], b"\xff", b"ab"]), "ASCII"),
         (ext(1, [[2], "int8", 5]), "the bytes of an array"),
-        (ext(1, [[3], "int8", b"ab"]), "takes 3 bytes, and 2"),
-        (ext(1, [[3], "int4", b"ab"]), "takes 3 bytes, and 2"),
+        (ext(1, [[3], "int8", b"ab"]), "takes 3 bytes, but 2"),
+        (ext(1, [[3], "int4", b"ab"]), "takes 3 bytes, but 2"),
         (ext(1, [[2**63, 4], "int8", b"ab"]), "overflows"),
         (ext(1, [[2**63, 4, 0], "int8", b""]), "overflows"),
         (msgpack.packb(msgpack.ExtType(1, msgpack.packb([[1], "int8", b"a"]) + b"x")), "too many"),
-        (msgpack.packb(msgpack.ExtType(1, msgpack.packb([[1], "int8", b"a"])[:-1])) + b"aa", "runs out of"),
-        (ext(3, [[1], "int8", b"a"]), "a scalar of shape"),
+        (msgpack.packb(msgpack.ExtType(1, msgpack.packb([[1], "int8", b"a"])[:-1])) + b"aa", "runs past"),
+        (ext(3, [[1], "int8", b"a"]), "a scalar cannot have the shape"),
         (ext(2, [1.0]), "complex"),
         (ext(2, [1.0, "a"]), "complex"),
         (msgpack.packb({"a." * 200 + "b": FLOAT}), "pieces"),

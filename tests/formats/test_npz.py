@@ -123,7 +123,7 @@ def test_what_else_lies_in_the_archive_is_metadata(tmp_path):
         assert len(file.index.numbers) == 1
     with zipfile.ZipFile(path, "a") as made:
         made.writestr("big", bytes(2 << 20))
-    with pytest.raises(BadCheckpoint, match="no array"):
+    with pytest.raises(BadCheckpoint, match="not an array"):
         NpzFile(path)
 
 
@@ -158,7 +158,7 @@ def test_what_numpy_alone_has_is_listed_and_not_read(tmp_path):
     with NpzFile(path) as file:
         dtypes = [file.spec(n).dtype for n in file.index.numbers]
         assert dtypes[:8] == [f"raw<{c}>" for c in ("O", "U3", "S3", "struct", "M8[ns]", "f16", "V2", "V1")]
-        reasons = ["pickle", "numpy alone", "numpy alone", "structured", "numpy alone", "numpy alone", "bfloat16"]
+        reasons = ["pickle", "only numpy", "only numpy", "structured", "only numpy", "only numpy", "bfloat16"]
         for number, reason in enumerate([*reasons, "only be copied"]):
             assert reason in file.refusal(number)
             for read in (lambda n=number: file.read(n), lambda n=number: file.read_range(n, 0, 1)):
@@ -270,8 +270,8 @@ GOOD = "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }"
         (npy(GOOD, bytes(8), version=4), "does not begin"),
         (npy(GOOD, bytes(8), length=500), "cut short"),
         (npy(GOOD, bytes(8), version=2, length=1 << 31), "too long"),
-        (npy(GOOD, bytes(7)), "takes 8 bytes, and 7"),
-        (npy(GOOD, bytes(9)), "takes 8 bytes, and 9"),
+        (npy(GOOD, bytes(7)), "takes 8 bytes, but 7"),
+        (npy(GOOD, bytes(9)), "takes 8 bytes, but 9"),
         (npy(GOOD + "+ 1", bytes(8)), "header"),
         (npy("{'descr': '<f4', 'shape': (2,)}", bytes(8)), "header"),
         (npy("{'descr': '<f4', 'fortran_order': 0, 'shape': (2,)}", bytes(8)), "fortran_order"),
@@ -309,7 +309,7 @@ def test_other_files(tmp_path):
     path = tmp_path / "x.npz"
     with pytest.raises(CannotRead):
         NpzFile(path)
-    for content, reason in [(b"", "empty"), (b"hello", "no zip"), (b"PK\3\4", "cut short")]:
+    for content, reason in [(b"", "empty"), (b"hello", "not a zip"), (b"PK\3\4", "cut short")]:
         path.write_bytes(content)
         with pytest.raises(BadCheckpoint, match=reason):
             NpzFile(path)

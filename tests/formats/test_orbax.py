@@ -288,7 +288,7 @@ def test_parts_that_are_missing(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadCheckpoint, match="it is empty"):
         OrbaxCheckpoint(tmp_path / "empty")
-    with pytest.raises(BadCheckpoint, match="no tree of Orbax"):
+    with pytest.raises(BadCheckpoint, match="no Orbax tree"):
         OrbaxCheckpoint(tmp_path)
     with pytest.raises(BadCheckpoint, match="it is a file"):
         OrbaxCheckpoint(path / "_METADATA")
@@ -320,8 +320,8 @@ def row(*keys, kind="jax.Array", key_type=2):
         ({"a": row("a", kind=3)}, "key_metadata and value_metadata"),
         ({"a": row(5)}, "a key of type 1"),
         ({"a": row("a", key_type=3)}, "a key of type 1"),
-        ({"a": row("a", key_type=1)}, "no position"),
-        ({"a": row("-1", key_type=1)}, "no position"),
+        ({"a": row("a", key_type=1)}, "not a position"),
+        ({"a": row("-1", key_type=1)}, "not a position"),
         ({"a": row("a"), "b": row("a")}, "another leaf"),
         ({"a": row("a"), "b": row("a", "b")}, "another leaf"),
         ({"a": row("a", "b"), "b": row("a")}, "another leaf"),
@@ -341,7 +341,7 @@ def test_names_that_leave_the_folder(copy, key):
     path = copy("zarr")
     change(path / "_METADATA", tree_metadata={"a": row(key)})
     shutil.copytree(path / "np", path.parent / "other")
-    with OrbaxCheckpoint(path) as file, pytest.raises(BadCheckpoint, match="no name of an array"):
+    with OrbaxCheckpoint(path) as file, pytest.raises(BadCheckpoint, match="not the name of an array"):
         file.spec(0)
 
 

@@ -136,10 +136,10 @@ def test_whatever_torch_saves_is_torch(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "records", "message"),
     [
-        ("x.zip", [("readme.txt", b"hello")], "one record data.pkl in a folder, and here is none"),
-        ("x.pt", [("readme.txt", b"hello")], "one record data.pkl in a folder, and here is none"),
-        ("x.pt", [], "one record data.pkl in a folder, and here is none"),
-        ("x.pt", [("a/b/data.pkl", b"hello")], "one record data.pkl in a folder, and here is none"),
+        ("x.zip", [("readme.txt", b"hello")], "one record data.pkl in a folder, but here is none"),
+        ("x.pt", [("readme.txt", b"hello")], "one record data.pkl in a folder, but here is none"),
+        ("x.pt", [], "one record data.pkl in a folder, but here is none"),
+        ("x.pt", [("a/b/data.pkl", b"hello")], "one record data.pkl in a folder, but here is none"),
     ],
 )
 def test_a_zip_file_without_a_checkpoint(tmp_path, name, records, message):
@@ -208,9 +208,9 @@ def test_opening_imports_no_framework(tmp_path):
         ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("x", b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         ("x", b"<!doctype html>", "a web page"),
-        ("x", b"hello world, this is text", "begins like no checkpoint"),
+        ("x", b"hello world, this is text", "are those of a known format"),
         ("x.safetensors", b"hello world, this is text", "its header would be"),
-        ("x.safetensors", b"\xff\x00\x00\x00\x00\x00\x00\x00{", "bytes long, and 1 bytes follow"),
+        ("x.safetensors", b"\xff\x00\x00\x00\x00\x00\x00\x00{", "bytes long, but only 1 bytes follow"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path, name, content, message):
@@ -241,7 +241,7 @@ def test_directories_without_a_checkpoint(tmp_path):
     with pytest.raises(BadCheckpoint, match=r"it holds inner, notes\.txt\n\nhint: .*/inner$"):
         open_source(tmp_path)
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(BadCheckpoint, match="no regular file"):
+    with pytest.raises(BadCheckpoint, match="not a regular file"):
         open_source(tmp_path / "pipe.safetensors")
 
 
@@ -283,12 +283,12 @@ def test_tied_tensors_and_those_that_the_index_forgets(tmp_path):
         ("[]", "a JSON object is expected"),
         ("{", "the text is not JSON"),
         ("", "the text is not JSON"),
-        ('{"weight_map": {"x": "a.safetensors", "x": "a.safetensors"}}', "'x' stands twice"),
+        ('{"weight_map": {"x": "a.safetensors", "x": "a.safetensors"}}', "'x' appears twice"),
         ('{"a": ' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
-        ('{"weight_map": {"x": "a.safetensors"}, "metadata": {"total_size": NaN}}', "NaN is no JSON number"),
+        ('{"weight_map": {"x": "a.safetensors"}, "metadata": {"total_size": NaN}}', "NaN is not a JSON number"),
         ('{"weight_map": {"x": "a.safetensors"}, "metadata": []}', "metadata: an object is expected, not an array"),
         ("{}", "weight_map: it is missing"),
-        ({}, "it names no tensor"),
+        ({}, "it lists no tensors"),
         ({"x": 1}, "weight_map, 'x': a file name is expected, not an integer"),
         ({"x": "../a.safetensors"}, "is not the name of a file beside the index"),
         ({"x": "/etc/passwd"}, "is not the name of a file beside the index"),
@@ -299,9 +299,9 @@ def test_tied_tensors_and_those_that_the_index_forgets(tmp_path):
         ({"x": ""}, "is not the name of a file beside the index"),
         ({"x": "a\0b"}, "is not the name of a file beside the index"),
         ({"x": "gone.safetensors"}, "1 file is missing: gone.safetensors"),
-        ({"nope": "a.safetensors"}, "weight_map, 'nope': a.safetensors holds no such tensor"),
+        ({"nope": "a.safetensors"}, "weight_map, 'nope': a.safetensors does not hold it"),
         ({"z": "a.safetensors", "x": "b.safetensors"}, "it is in b.safetensors"),
-        ({"x": "a.safetensors", "y": "b.safetensors"}, "holds no such tensor"),
+        ({"x": "a.safetensors", "y": "b.safetensors"}, "does not hold it"),
     ],
 )
 def test_a_hostile_index(tmp_path, weight_map, message):
@@ -319,10 +319,10 @@ def test_a_hostile_index(tmp_path, weight_map, message):
 def test_a_tensor_in_two_files(tmp_path):
     save(tmp_path / "a.safetensors", "x", "y")
     save(tmp_path / "b.safetensors", "x")
-    with pytest.raises(BadCheckpoint, match=r"tensor 'x': it stands in two files, a\.safetensors and b\.safetensors"):
+    with pytest.raises(BadCheckpoint, match=r"tensor 'x': it is in two files, a\.safetensors and b\.safetensors"):
         open_source(tmp_path)
     index(tmp_path, {"x": "a.safetensors", "y": "b.safetensors"})
-    with pytest.raises(BadCheckpoint, match="stands in two files"):
+    with pytest.raises(BadCheckpoint, match="is in two files"):
         open_source(tmp_path)
 
 

@@ -363,12 +363,12 @@ def test_torchscript_is_refused_with_a_hint_that_works(tmp_path):
     [
         (b"", "the file is empty"),
         (b"PK\x03\x04" + bytes(60), "the end of the zip file is missing"),
-        (b"PK\x05\x06" + bytes(18), "and here is none"),
+        (b"PK\x05\x06" + bytes(18), "but here is none"),
         (bytes(257) + b"ustar" + bytes(300), "old format"),
         (pickle.dumps({"a": 1}, 2), "a Python pickle"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (bytes(8) + b'{"w":', "safetensors"),
-        (b"hello", "no file of torch.save"),
+        (b"hello", "not a file of torch.save"),
     ],
 )
 def test_files_that_are_none(tmp_path, content, message):
@@ -388,7 +388,7 @@ def test_what_cannot_be_opened(tmp_path):
     for path, message in [
         (tmp_path, "is a directory"),
         (tmp_path / "model.pt" / "x", "cannot be opened"),
-        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / "pipe", "not a regular file"),
         ("a\0b", "cannot be opened"),
     ]:
         with pytest.raises((BadCheckpoint, CannotRead), match=message):
@@ -435,11 +435,11 @@ LOCAL = GOOD_ZIP.index(b"PK\3\4", 1)
 END = GOOD_ZIP.index(b"PK\5\6")
 # case → (file, whether all of it shows at opening, message)
 ZIPS = {
-    "two names": (zipped([("m/data.pkl", EMPTY), ("m/data/0", b"a"), ("m/data/0", b"b")]), "stands twice"),
-    "parent": (zipped({"m/data.pkl": EMPTY, "m/../x": b""}), "no path within the file"),
-    "absolute": (zipped({"m/data.pkl": EMPTY, "/m/x": b""}), "no path within the file"),
+    "two names": (zipped([("m/data.pkl", EMPTY), ("m/data/0", b"a"), ("m/data/0", b"b")]), "appears twice"),
+    "parent": (zipped({"m/data.pkl": EMPTY, "m/../x": b""}), "not a path within the file"),
+    "absolute": (zipped({"m/data.pkl": EMPTY, "/m/x": b""}), "not a path within the file"),
     "drive": (zipped({"m/data.pkl": EMPTY, "c:/x": b""}), "outside the folder 'm'"),
-    "backslash": (zipped({"m/data.pkl": EMPTY, "m\\x": b""}), "no path within the file"),
+    "backslash": (zipped({"m/data.pkl": EMPTY, "m\\x": b""}), "not a path within the file"),
     "outside": (zipped({"m/data.pkl": EMPTY, "n/x": b""}), "outside the folder 'm'"),
     "two pickles": (zipped({"m/data.pkl": EMPTY, "n/data.pkl": EMPTY}), "here is two"),
     "no pickle": (zipped({"m/weights": EMPTY}), "here is none"),
@@ -449,16 +449,16 @@ ZIPS = {
     "script": (zipped({"m/data.pkl": EMPTY, "m/constants.pkl": EMPTY}), "TorchScript"),
     "code": (zipped({"m/data.pkl": EMPTY, "m/code/x.py": b""}), "TorchScript"),
     "a byte after": (GOOD_ZIP + b"x", "bytes after the end"),
-    "a byte before": (patched(b"PK" + GOOD_ZIP), "not where it is said to be"),
+    "a byte before": (patched(b"PK" + GOOD_ZIP), "not at its recorded offset"),
     "cut": (GOOD_ZIP[:-1], "end of the zip file is missing|damaged"),
     "encrypted": (patched(GOOD_ZIP, (SECOND + 8, b"\1")), "encrypted"),
-    "strange flag": (patched(GOOD_ZIP, (SECOND + 8, b"\x20")), "flags that are unknown"),
+    "strange flag": (patched(GOOD_ZIP, (SECOND + 8, b"\x20")), "unknown flags"),
     "another name": (patched(GOOD_ZIP, (LOCAL + 30, b"n")), "another name, 'n/data/0'"),
     "another size": (patched(GOOD_ZIP, (LOCAL + 18, b"\5")), "differ in sizes"),
     "another checksum": (patched(GOOD_ZIP, (LOCAL + 14, b"\5")), "differ in sizes or checksum"),
     "another method": (patched(GOOD_ZIP, (LOCAL + 8, b"\x08")), "differ in flags or compression"),
     "no header": (patched(GOOD_ZIP, (LOCAL, b"XX")), "no local header"),
-    "bomb": (patched(GOOD_ZIP, (SECOND + 24, b"\xff\xff\xff\x7f")), "bytes would lie in 4"),
+    "bomb": (patched(GOOD_ZIP, (SECOND + 24, b"\xff\xff\xff\x7f")), "bytes would be in 4"),
     "bomb, both": (patched(GOOD_ZIP, (SECOND + 20, b"\xff\xff\xff\x7f" * 2)), "runs into the next member"),
     "too long": (patched(GOOD_ZIP, (SECOND + 20, b"\5\0\0\0\5\0\0\0")), "runs into the next member"),
     "zip64 missing": (patched(GOOD_ZIP, (SECOND + 24, b"\xff" * 4)), "zip64 field is missing"),
@@ -466,8 +466,8 @@ ZIPS = {
     "one header for two": (patched(GOOD_ZIP, (SECOND + 42, bytes(4))), "runs into the next member"),
     "too many": (patched(GOOD_ZIP, (END + 8, b"\xff\xfe\xff\xfe")), "cannot list"),
     "too few": (patched(GOOD_ZIP, (END + 8, b"\1\0\1\0")), "more than the 1 members"),
-    "in parts": (patched(GOOD_ZIP, (END + 4, b"\1")), "several parts"),
-    "directory elsewhere": (patched(GOOD_ZIP, (END + 16, b"\0")), "not where it is said to be"),
+    "in parts": (patched(GOOD_ZIP, (END + 4, b"\1")), "multi-part"),
+    "directory elsewhere": (patched(GOOD_ZIP, (END + 16, b"\0")), "not at its membered offset"),
     "damaged directory": (patched(GOOD_ZIP, (SECOND, b"XX")), "damaged"),
     "damaged pickle": (patched(GOOD_ZIP, (GOOD_ZIP.index(EMPTY) + 2, b"]")), "checksum"),
     "name no UTF-8": (patched(GOOD_ZIP, (SECOND + 8, b"\0\x08"), (SECOND + 46, b"\xff")), "not UTF-8"),
@@ -513,7 +513,7 @@ def test_two_ends_that_differ(tmp_path, monkeypatch):
     wide, end = data.index(b"PK\6\6"), data.index(b"PK\5\6")
     for changes in [((wide + 32, b"\2"),), ((end + 10, b"\2"),), ((wide + 48, b"\1"),), ((wide, b"XX"),)]:
         (tmp_path / "m.pt").write_bytes(patched(data, *changes))
-        with pytest.raises(BadCheckpoint, match=r"differ|damaged|not where|several parts|cannot list"):
+        with pytest.raises(BadCheckpoint, match=r"differ|damaged|not where|multi-part|cannot list"):
             TorchFile(tmp_path / "m.pt")
 
 
@@ -678,20 +678,20 @@ PICKLES = {
     "huge length": (tree_of(rebuilt(shape=(2**64,))), "from 0 to 2\\*\\*63"),
     "axes": (tree_of(rebuilt(shape=(2, 1))), "2 axes with 1 strides"),
     "many axes": (tree_of(rebuilt(shape=(1,) * 300, stride=(1,) * 300)), "300 axes"),
-    "wrong count": (tree_of(rebuilt(count=3)), "should have 12 bytes, and its record has 8"),
+    "wrong count": (tree_of(rebuilt(count=3)), "should have 12 bytes, but its record has 8"),
     "huge count": (tree_of(rebuilt(count=2**62)), "should have"),
     "no such storage": (tree_of(rebuilt(key="../../etc")), "storage '../../etc' is not in the file"),
     "untyped": (tree_of(rebuilt(kind="Untyped", count=8)), "without a dtype"),
-    "conjugate of a float": (tree_of(rebuilt(after=b"}X\x04\x00\x00\x00conj\x88s")), "has no conjugates"),
-    "strange property": (tree_of(rebuilt(after=b"}X\x04\x00\x00\x00evil\x88s")), "properties that are unknown"),
+    "conjugate of a float": (tree_of(rebuilt(after=b"}X\x04\x00\x00\x00conj\x88s")), "does not support the conjugate"),
+    "strange property": (tree_of(rebuilt(after=b"}X\x04\x00\x00\x00evil\x88s")), "unknown properties"),
     "contains itself": (b"\x80\x02}q\0X\x01\x00\x00\x00ah\x00s.", "'a': it contains itself"),
     "list in itself": (b"\x80\x02]q\0h\x00a.", "it contains itself"),
     "attribute in itself": (
         b"\x80\x02ccollections\nOrderedDict\n)Rq\0}X\x09\x00\x00\x00_metadata}X\x01\x00\x00\x00ah\x00ssb.",
         "contains itself",
     ),
-    "deep": (b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "nested more than 100 deep"),
-    "deep tuples": (b"\x80\x02K\x01" + b"\x85" * 100_000 + b".", "nested more than 100 deep"),
+    "deep": (b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "nested more than 100 levels deep"),
+    "deep tuples": (b"\x80\x02K\x01" + b"\x85" * 100_000 + b".", "nested more than 100 levels deep"),
     "a name too deep": (b"\x80\x02}" + text("a." * 5000) + rebuilt() + b"s.", "more than 200 pieces"),
     "laughs": (laughs(60) + b".", "in too many places"),
     "laughs as a key": (b"\x80\x02}" + laughs(60)[2:] + b"Ns.", "a tuple cannot be a key"),
@@ -711,17 +711,17 @@ PICKLES = {
     "no text": (b"\x80\x02X\x01\x00\x00\x00\xff.", "not UTF-8"),
     "empty": (b"", "ends too early"),
     "no end": (b"\x80\x02}", "ends too early"),
-    "nothing to take": (b"\x80\x02.", "amid its values"),
-    "nothing to set": (b"\x80\x02s.", "nothing to work on"),
+    "nothing to take": (b"\x80\x02.", "does not end with exactly one value"),
+    "nothing to set": (b"\x80\x02s.", "has no operand"),
     "no mark": (b"\x80\x02u.", "no mark"),
-    "never kept": (b"\x80\x02h\x05.", "value 5 is used and was never kept"),
+    "never kept": (b"\x80\x02h\x05.", "value 5 is used but was never stored"),
     "a call of a value": (b"\x80\x02K\x01)R.", "an int cannot be called"),
     "a call of a constant": (b"\x80\x02ctorch\nfloat32\n)R.", "torch.float32 cannot be called"),
     "wrong arguments": (b"\x80\x02ctorch._utils\n_rebuild_tensor\n)R.", "does not take 0 arguments"),
     "another reference": (b"\x80\x02X\x01\x00\x00\x00aQ.", "other than a storage"),
     "protocol 9": (b"\x80\x09}.", "protocol 9 is unknown"),
     "a state of nothing": (b"\x80\x02}}b.", "dict takes no state"),
-    "a numpy object": (b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00O8\x85R.", "no plain number"),
+    "a numpy object": (b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00O8\x85R.", "not a plain number"),
 }
 
 

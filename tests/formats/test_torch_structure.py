@@ -266,7 +266,7 @@ def test_long_files(tmp_path, monkeypatch, wide):
 
 def test_what_torch_lacks_is_refused(tmp_path):
     torch.save({"w": torch.ones(3)}, tmp_path / "x.pt")
-    with pytest.raises(Unsupported, match="w cannot be written: torch has no dtype float8_e3m4"):
+    with pytest.raises(Unsupported, match="w cannot be written: torch cannot hold float8_e3m4"):
         pm.at(pm.open(tmp_path / "x.pt"), "w").cast("float8_e3m4").save(tmp_path / "out.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
@@ -274,7 +274,7 @@ def test_what_torch_lacks_is_refused(tmp_path):
 def test_another_format_holds_tensors_only_and_says_so(tmp_path):
     torch.save({"w": torch.ones(3), "epoch": 3}, tmp_path / "x.pt")
     report = pm.open(tmp_path / "x.pt").save(tmp_path / "out.safetensors")
-    assert report.left_out == ("epoch (no tensor)",)
+    assert report.left_out == ("epoch (not a tensor)",)
 
 
 # ---- random structures ---------------------------------------------------------------------------------------------

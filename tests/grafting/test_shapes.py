@@ -345,13 +345,13 @@ DETECTED = [
 DOUBTFUL = [
     ("transformer/wpe/weight", (1024, 8), (4096, 8), "its name says positions", 2),
     ("pos_embed", (1, 196, 8), (1, 576, 8), "its name says positions", 2),
-    ("pos_embed", (1, 113, 8), (1, 197, 8), "grid=(h, w) and new_grid=(h, w) name others", 1),
+    ("pos_embed", (1, 113, 8), (1, 197, 8), "grid=(h, w) and new_grid=(h, w) give others", 1),
     ("pos_embed", (1, 5, 8), (1, 10, 9), "here axes 1 and 2 differ", 0),
     ("pos_embed", (1, 5, 8), (1, 5, 9), "the last axis is the width", 0),
     ("embed_tokens/weight", (100, 8), (100, 9), "its name says vocabulary", 0),
     ("embed_tokens/weight", (100, 8), (90, 8), "would drop 10", 1),
     ("patch_embed/proj/weight", (8, 768), (8, 3072), 'flat="chw" or flat="hwc"', 2),
-    ("patch_embed/proj/weight", (8, 3, 4, 4), (9, 3, 4, 4), "differ in h and w only", 0),
+    ("patch_embed/proj/weight", (8, 3, 4, 4), (9, 3, 4, 4), "differ only in h and w", 0),
     ("Dense_0/kernel", (8, 8), (8, 9), "its name does not say what it is", 0),
     ("conv/weight", (8, 1, 3, 3), (8, 2, 3, 3), "its name does not say what it is", 0),
     ("conv/weight", (8, 4, 3, 3), (8, 4, 5, 5), "its name does not say what it is", 0),
@@ -415,7 +415,7 @@ def test_many_leaves_without_a_rule():
 def test_a_rule_that_does_not_fit():
     target, source = {"w": a(4, 4), "x": a(1)}, {"w": a(5, 5), "x": a(1)}
     error = refused(pm.graft, target, source, resize={"w": pm.resize.channels(), "x": pm.resize.channels()})
-    assert "input channels are one axis, and here axes 0 and 1 differ" in str(error)
+    assert "input channels are one axis, but here axes 0 and 1 differ" in str(error)
     assert "without a rule in `resize`" in error.hint
     error = refused(pm.graft, {"w": a(4), "x": a(1)}, source, resize={"w": pm.resize.channels()})
     assert "a kernel cannot gain or lose axes" in str(error)

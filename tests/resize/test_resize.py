@@ -151,8 +151,8 @@ def test_grids():
     assert grids(113, 197, grid=(8, 14)) == (1, (8, 14), (14, 14))
     assert grids(12, 7) == (3, (3, 3), (2, 2))
     for numbers, options, said in [
-        ((1024, 2048), {}, "no two square grids after 0 to 8 prefix tokens"),
-        ((197, 577), {"prefix": 0}, "no two square grids after 0 prefix tokens"),
+        ((1024, 2048), {}, "not two square grids after 0 to 8 prefix tokens"),
+        ((197, 577), {"prefix": 0}, "not two square grids after 0 prefix tokens"),
         ((197, 577), {"grid": (7, 14)}, "are not 7×14 and a square"),
         ((197, 577), {"grid": (14, 14), "prefix": 2}, "are not 14×14 and a square"),
         ((20, 12), {"new_grid": (4, 5)}, "are not a square and 4×5"),
@@ -332,21 +332,21 @@ REFUSALS = [
     (pm.resize.positions(), (5, 8), (1, 10, 8), "cannot gain or lose axes"),
     (pm.resize.positions(), (1, 197, 8), (1, 197, 8), "here axes none differ"),
     (pm.resize.positions(), (1, 5, 8), (1, 10, 9), "here axes 1 and 2 differ"),
-    (pm.resize.positions(), (1, 113, 8), (1, 197, 8), "no two square grids"),
+    (pm.resize.positions(), (1, 113, 8), (1, 197, 8), "not two square grids"),
     (pm.resize.positions(), (1, 197, 25), (1, 197, 36), "the last axis is the width"),
-    (pm.resize.positions(prefix=1), (1, 7, 7, 8), (1, 9, 9, 8), "have an axis each here"),
-    (pm.resize.positions(), (7, 3, 7, 8), (9, 3, 9, 8), "axes 0 and 2 are no rows and columns"),
-    (pm.resize.positions(method="linear"), (1, 5, 5, 8), (1, 6, 6, 8), "stand along one axis"),
-    (pm.resize.positions(method="linear", prefix=9), (9, 8), (12, 8), "leave none"),
+    (pm.resize.positions(prefix=1), (1, 7, 7, 8), (1, 9, 9, 8), "have separate axes"),
+    (pm.resize.positions(), (7, 3, 7, 8), (9, 3, 9, 8), "axes 0 and 2 are not rows and columns"),
+    (pm.resize.positions(method="linear"), (1, 5, 5, 8), (1, 6, 6, 8), "are along one axis"),
+    (pm.resize.positions(method="linear", prefix=9), (9, 8), (12, 8), "nothing is left after 9"),
     (pm.resize.positions(), (1, 0, 8), (1, 10, 8), "there are no values"),
     (pm.resize.vocabulary(), (9, 8), (8, 8), "would drop 1, which shrink=True allows"),
-    (pm.resize.vocabulary(), (9, 8), (10, 9), "counts along one axis, and here axes 0 and 1 differ"),
-    (pm.resize.vocabulary(axis=1), (9, 8), (10, 8), "not axis 1 alone"),
-    (pm.resize.patches(), (8, 3, 16, 16), (9, 3, 32, 32), "differ in h and w only"),
+    (pm.resize.vocabulary(), (9, 8), (10, 9), "is counted along one axis, but here axes 0 and 1 differ"),
+    (pm.resize.vocabulary(axis=1), (9, 8), (10, 8), "axis 1 must be the only one"),
+    (pm.resize.patches(), (8, 3, 16, 16), (9, 3, 32, 32), "differ only in h and w"),
     (pm.resize.patches(), (8, 3, 4, 16, 16), (8, 3, 4, 32, 32), "has 4 axes"),
     (pm.resize.patches(), (8, 768), (8, 3072), 'flat="chw" or flat="hwc"'),
     (pm.resize.patches(flat="chw"), (8, 3, 16, 16), (8, 3, 32, 32), "has 2 axes"),
-    (pm.resize.patches(flat="chw"), (8, 769), (8, 3072), "no square patches of 3 channels"),
+    (pm.resize.patches(flat="chw"), (8, 769), (8, 3072), "not square patches of 3 channels"),
     (
         pm.resize.channels(),
         (8, 3, 7, 7),
@@ -354,7 +354,7 @@ REFUSALS = [
         "does not count input channels as (out, in, ...) or (..., in, out)",
     ),
     (pm.resize.channels(), (8, 3, 7, 7), (8, 1, 9, 7), "here axes 1 and 2 differ"),
-    (pm.resize.channels(keep="rgb"), (8, 3, 7, 7), (8, 1, 7, 7), "cannot all stay"),
+    (pm.resize.channels(keep="rgb"), (8, 3, 7, 7), (8, 1, 7, 7), "cannot all be kept"),
 ]
 
 
@@ -370,16 +370,16 @@ def test_the_wrong_kind_is_refused(rule, old, new, said):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: pm.resize.positions(method="bicubik"), "method='bicubik' is none of"),
-        (lambda: pm.resize.positions(grid=(3,)), "is no (height, width)"),
+        (lambda: pm.resize.positions(method="bicubik"), "method='bicubik' is not one of"),
+        (lambda: pm.resize.positions(grid=(3,)), "is not (height, width)"),
         (lambda: pm.resize.positions(grid=(3, 3), method="linear"), "which has no grid"),
         (lambda: pm.resize.positions(prefix=-1), "prefix=-1 is negative"),
-        (lambda: pm.resize.vocabulary(rows="mean_cov"), "rows='mean_cov' is none of"),
+        (lambda: pm.resize.vocabulary(rows="mean_cov"), "rows='mean_cov' is not one of"),
         (lambda: pm.resize.vocabulary(seed=-1), "seed=-1 is negative"),
-        (lambda: pm.resize.patches(method="linear"), "method='linear' is none of"),
-        (lambda: pm.resize.patches(flat="wch"), "flat='wch' is none of"),
+        (lambda: pm.resize.patches(method="linear"), "method='linear' is not one of"),
+        (lambda: pm.resize.patches(flat="wch"), "flat='wch' is not one of"),
         (lambda: pm.resize.patches(channels=0), "channels=0"),
-        (lambda: pm.resize.channels(keep="grey"), "keep='grey' is none of"),
+        (lambda: pm.resize.channels(keep="grey"), "keep='grey' is not one of"),
     ],
 )
 def test_bad_arguments(call, said):

@@ -124,7 +124,7 @@ def test_a_save_keeps_all_else(model, tmp_path, edit):
         assert index["metadata"]["total_size"] == sum(map(len, data.values()))
         assert set(index["weight_map"]) == set(data)
         assert (out / "README.md").read_text() == "hello"
-        assert report.left_out == ("pipe (no regular file)",)
+        assert report.left_out == ("pipe (not a regular file)",)
 
 
 def test_a_patch_keeps_all_else(model):
@@ -175,5 +175,5 @@ def test_headers_pickles_and_directories_are_of_bounded_length(tmp_path, monkeyp
 def test_indexes_are_of_bounded_length(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "_MAX", 10)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "x.safetensors"}}')
-    with pytest.raises(BadCheckpoint, match="index: its 38 bytes are too many for an index"):
+    with pytest.raises(BadCheckpoint, match="index: an index of 38 bytes is too large"):
         pm.open(tmp_path)

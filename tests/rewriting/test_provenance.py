@@ -1,4 +1,4 @@
-"""Records of edits: written with the checkpoint, read back, and held against its bytes."""
+"""Records of edits: written with the checkpoint, read back, and checked against its bytes."""
 
 import contextlib
 import hashlib
@@ -356,7 +356,7 @@ def test_the_commands(model, tmp_path):
     run("zero", out, "**", "--in-place", "--record", code=2)
     run("fill", out, "layers[0]/b", "2", "--in-place")
     done = run("verify", out, code=1)
-    assert "layers.0.b: its bytes are others" in done.stdout and f"hint: paramend undo {out}" in done.stderr
+    assert "layers.0.b: its bytes differ" in done.stdout and f"hint: paramend undo {out}" in done.stderr
     assert list(json.loads(run("verify", out, "--json", code=1).stdout)["changes"]) == ["layers.0.b"]
     rows = json.loads(run("history", out, "--json").stdout)
     assert ["record" in row for row in rows] == [True, False]

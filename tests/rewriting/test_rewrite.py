@@ -331,9 +331,9 @@ def test_a_listener_that_raises_stops_the_rewrite(model, tmp_path):
         ("layers", "zero", {}, NoMatch, "names a subtree"),
         ("step", "fill", {"value": 0.5}, SpecMismatch, "step: fill: int64 cannot hold 0.5"),
         ("layers.0.bias", "fill", {"value": [1, 2, 3]}, SpecMismatch, "layers.0.bias: fill takes a scalar"),
-        ("**/weight", "cast", {"dtype": "float31"}, BadArgument, "no dtype"),
-        ("step", "cast", {"dtype": "complex128"}, Unsupported, "no dtype complex128"),
-        ("step", "cast", {"dtype": "int4"}, Unsupported, "no dtype int4"),
+        ("**/weight", "cast", {"dtype": "float31"}, BadArgument, "not a known dtype"),
+        ("step", "cast", {"dtype": "complex128"}, Unsupported, "cannot hold complex128"),
+        ("step", "cast", {"dtype": "int4"}, Unsupported, "cannot hold int4"),
         ("**", "zeros", {}, BadArgument, "'zeros' is not an edit"),
         ("**", "fill", {}, BadArgument, "fill needs value"),
         ("**", "zero", {"value": 1}, BadArgument, "zero has no argument 'value'"),
@@ -409,10 +409,10 @@ def test_places_that_cannot_be_written(model, tmp_path):
     for out, message in [
         (tmp_path, "is a directory"),
         (tmp_path / "no" / "out", "does not exist"),
-        (model / "out", "is no directory"),
-        (tmp_path / "pipe", "no regular file"),
+        (model / "out", "is not a directory"),
+        (tmp_path / "pipe", "not a regular file"),
         (tmp_path / ("x" * 300), "File name too long"),
-        ("/dev/null", "no regular file"),
+        ("/dev/null", "not a regular file"),
     ]:
         with pytest.raises(CannotWrite, match=message) as error:
             rewrite(model, out, "step", "zero", force=True)

@@ -93,7 +93,7 @@ def of_json(rng, table):
         at = text.find(b'": ', rng.randrange(len(text)))
         start = text.rfind(b'"', 0, at)
         if start >= 0:
-            text = text[:start] + text[start : at + 3] + b"1, " + text[start:]  # a key that stands twice
+            text = text[:start] + text[start : at + 3] + b"1, " + text[start:]  # a duplicate key
     return of_bytes(rng, text) if rng.random() < 0.1 else text
 
 

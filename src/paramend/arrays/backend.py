@@ -9,9 +9,9 @@ from paramend.leaves.specs import Spec
 
 
 class Backend(Protocol):
-    """The verbs over the arrays of one library. Each file of this folder that bears a library's name is one.
+    """The verbs over the arrays of one library. Each file of this folder with the name of a library is one.
 
-    No verb changes its argument but `assign`. Results keep what the library attaches to the first argument: device,
+    Only `assign` changes its argument. Results keep what the library attaches to the first argument: device,
     sharding, weak type, memory format, `requires_grad`.
     """
 
@@ -31,7 +31,7 @@ class Backend(Protocol):
         """The scalar in every element."""
 
     def like(self, value: Any, x: Any) -> Any:
-        """The values of an array of any library, of the spec of `x`, as an array like `x`."""
+        """The values of an array of any library, with the spec of `x`, as an array like `x`."""
 
     def add(self, x: Any, value: Any) -> Any:
         """x + value, in the dtype of x."""
@@ -40,7 +40,7 @@ class Backend(Protocol):
         """x * value, in the dtype of x."""
 
     def clip(self, x: Any, lo: Any, hi: Any) -> Any:
-        """x brought between two scalars, in the dtype of x; None, for one of them, is no bound. NaN stays."""
+        """x clipped to two scalar bounds, in the dtype of x; None for no bound. NaN stays."""
 
     def cast(self, x: Any, dtype: str) -> Any:
         """The array in another dtype."""
@@ -49,7 +49,7 @@ class Backend(Protocol):
         """x[index], a copy."""
 
     def put(self, x: Any, index: Any, verb: str, value: Any) -> Any:
-        """A new array in which the slice is "set" to the value, or has it added ("add") or multiplied ("multiply")."""
+        """A new array in which the value is "set" in, "add"ed to or "multiply"-ed into the slice."""
 
     def stack(self, arrays: Any, axis: int) -> Any:
         """The arrays along a new axis, counted from the front."""
@@ -64,4 +64,4 @@ class Backend(Protocol):
         """Whether the values can change in place."""
 
     def assign(self, x: Any, value: Any) -> None:
-        """Writes the value into x itself."""
+        """Write the value into x itself."""

@@ -1,6 +1,6 @@
-"""Random values that depend on a seed and a path only, never on the order in which leaves are visited."""
+"""Random values that depend only on a seed and a path, never on the order in which leaves are visited."""
 
-from __future__ import annotations  # numpy.random is slow to import, and annotations would open it
+from __future__ import annotations  # numpy.random is slow to import, and annotations would import it
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from paramend.reports import wording
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an edit happens: what random and layout-aware edits need to know besides the array.
+    """The place of an edit: what random and layout-aware edits need besides the array.
 
     Attributes:
         pieces: the path piece by piece; a state dict's `fc.weight` and a module's fc → weight are the same.
         out_first: whether kernels are (out, in, ...) as in torch, or (..., in, out) as in JAX.
-        stream: the random numbers of a leaf that is edited in chunks, one after the other; None: it is edited whole.
+        stream: the random numbers of a leaf that is edited in consecutive chunks; None: it is edited whole.
     """
 
     pieces: tuple[str, ...]
@@ -29,15 +29,15 @@ class Place:
 
     @property
     def number(self) -> int:
-        """256 bits that stand for the path."""
-        import hashlib  # opens OpenSSL, which most programs do not need
+        """A 256-bit digest of the path."""
+        import hashlib  # loads OpenSSL, which most programs do not need
 
         return int.from_bytes(hashlib.sha256("/".join(self.pieces).encode()).digest(), "little")
 
 
 NOWHERE = Place(())
 
-# One row an initializer: scale, fan, and the distribution. Names of JAX follow JAX, which truncates normals at two
+# One row per initializer: scale, fan, and the distribution. Names of JAX follow JAX, which truncates normals at two
 # standard deviations; names of torch follow torch, which does not. LeCun et al. 1998, Glorot & Bengio 2010,
 # He et al. 2015.
 INITIALIZERS: dict[str, tuple[float, str, str]] = {
@@ -54,7 +54,7 @@ INITIALIZERS: dict[str, tuple[float, str, str]] = {
 }
 # The standard deviation of a standard normal cut off at -2 and 2.
 _TRUNCATED_STD = 0.87962566103423978
-# Values drawn at once: those that a truncated normal refuses are drawn again before the next block.
+# Values per draw: those that a truncated normal rejects are drawn again before the next block.
 _BLOCK = 1 << 18
 
 
@@ -71,17 +71,17 @@ def generator(seed: int, place: Place) -> np.random.Generator:
 def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> Array:
     """Standard normal values, float64 for float64 leaves and float32 for all others.
 
-    Drawing a shape at once or in pieces, one after the other, gives the same numbers.
+    Drawing a shape at once or in consecutive pieces yields the same numbers.
     """
     return rng.standard_normal(tuple(shape), dtype=np.float64 if dtype == "float64" else np.float32)
 
 
 def check_initializer(name: str, spec: Spec) -> None:
-    """Refuses unknown names, and leaves that have no fans."""
+    """Raise for unknown names, and for leaves without fans."""
     if name not in INITIALIZERS:
         near = wording.closest(name, INITIALIZERS)
         raise BadArgument(
-            f"{name!r} is no initializer: {', '.join(INITIALIZERS)}",
+            f"{name!r} is not an initializer: {', '.join(INITIALIZERS)}",
             hint=f'"{near[0] if near else "lecun_normal"}"',
         )
     if spec.ndim < 2:
@@ -97,9 +97,9 @@ def initialize(name: str, rng: np.random.Generator, spec: Spec, *, out_first: bo
 
 
 class Draws:
-    """Fresh values for a kernel in C order, as many at a time as are asked for.
+    """Fresh values for a kernel in C order, any number at a time.
 
-    They are drawn in blocks, so that no more than a block need be in memory; how many are asked for does not matter.
+    They are drawn in blocks, so that only a block is in memory; the values do not depend on the numbers requested.
 
     >>> spec = Spec((2, 3), "float32")
     >>> draws = Draws("lecun_normal", generator(0, NOWHERE), spec, out_first=False)

@@ -1,4 +1,4 @@
-"""Verbs over JAX arrays, eager and traced. Opened only once the user has imported jax."""
+"""Verbs over JAX arrays, eager and traced. Imported only after the user has imported jax."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def spec(x: Any) -> Spec:
 def refusal(x: Any) -> str:
     """Why arithmetic makes no sense, or ""."""
     if isinstance(x, jax.ShapeDtypeStruct):
-        return "it is abstract (a ShapeDtypeStruct) and holds no values"
+        return "it is abstract (a ShapeDtypeStruct) and has no values"
     return f"a PRNG key ({x.dtype}) is not a number" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else ""
 
 
@@ -53,37 +53,37 @@ def full(x: Any, value: Any) -> Any:
 def like(value: Any, x: Any) -> Any:
     """The values as an array with the sharding and weak type of `x`.
 
-    A ShapeDtypeStruct need not have a sharding, and in its place may stand the very memory of an array of numpy.
+    A ShapeDtypeStruct may lack a sharding; the result may then share the memory of a numpy array.
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         if not isinstance(value, jax.Array | jax.core.Tracer):
-            # The transfer ends before the next leaf is read: of the host's copies there is one at a time.
+            # Wait for the transfer, so that there is only one copy on the host at a time.
             value = jax.block_until_ready(jax.device_put(np.asarray(value), x.sharding))
         if x.weak_type and not value.weak_type:
             value = jnp.zeros_like(x).at[...].set(value)
         return value if x.sharding is None else jax.device_put(value, x.sharding)
     if not isinstance(value, jax.Array | jax.core.Tracer):
-        # Placed at once, so that a large host array never lands whole on one device.
+        # Placed directly, so that a large host array is never whole on one device.
         placed = None if isinstance(x, jax.core.Tracer) or not x.committed else x.sharding
-        # JAX may take the memory of an array of numpy over, and that of the user may change later.
+        # JAX may take over the memory of a numpy array, which the user may change later.
         value = jax.device_put(np.array(value), placed) if placed is not None else jnp.asarray(np.array(value))
     if getattr(x, "weak_type", False) and not value.weak_type:
         value = jnp.zeros_like(x).at[...].set(value)
     if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer):
         return value
     if not x.committed and not value.committed:
-        return value  # neither is bound to a device, and the result need not be
+        return value  # neither is bound to a device, so the result need not be
     return _placed(value, x)
 
 
 def from_numpy(array: Any) -> Any:
-    """An array on the default device with the values of an array of numpy; a copy.
+    """An array on the default device with the values of a numpy array; a copy.
 
     Raises:
-        Unsupported: JAX holds no such dtype, or only if told to.
+        Unsupported: JAX lacks the dtype, or needs it enabled.
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise Unsupported(f"JAX does not hold {array.dtype}", hint='jax.config.update("jax_enable_x64", True)')
+        raise Unsupported(f"JAX cannot hold {array.dtype}", hint='jax.config.update("jax_enable_x64", True)')
     return jnp.array(array)
 
 
@@ -125,14 +125,14 @@ def _explicit(x: Any) -> Any:
 
 
 def _with_sharding(value: Any, x: Any, sharding: Any) -> Any:
-    """A value resharded as `x` is said to be, traced or not."""
+    """A value resharded to a sharding of `x`, traced or not."""
     if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer):
         return jax.sharding.reshard(value, sharding)
     return jax.device_put(value, jax.sharding.NamedSharding(x.sharding.mesh, sharding.spec))
 
 
 def get(x: Any, index: Any) -> Any:
-    """x[index]; of an array with Explicit sharding the slice is replicated."""
+    """x[index]; the slice of an array with Explicit sharding is replicated."""
     sharding = _explicit(x)
     if sharding is not None:
         x = _with_sharding(x, x, sharding.update(spec=jax.sharding.PartitionSpec()))
@@ -144,7 +144,7 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     sharding = _explicit(x)
     if sharding is None:
         return _placed(getattr(x.at[index], verb)(_operand(value, x)), x)
-    # A scatter is ambiguous on Explicit axes; a choice between arrays of one sharding is not.
+    # A scatter is ambiguous on Explicit axes; a selection between arrays with the same sharding is not.
     inside = np.zeros(x.shape, bool)
     inside[index] = True
     spread = _operand(value, x)
@@ -155,7 +155,7 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
 
 
 def stack(arrays: Any, axis: int) -> Any:
-    """The arrays along a new axis, which is not sharded; the other axes are as those of the first."""
+    """The arrays along a new axis, which is not sharded; the other axes are sharded like the first array's."""
     first, result = arrays[0], jnp.stack(arrays, axis)
     sharding = None if isinstance(result, jax.core.Tracer) or isinstance(first, jax.core.Tracer) else first.sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
@@ -167,13 +167,13 @@ def stack(arrays: Any, axis: int) -> Any:
 
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
-    """A new array of slices of x, sharded as x is where the new length allows it."""
+    """A new array of slices of x, sharded like x if the new length allows it."""
     result = jnp.take(x, np.asarray(positions), axis=axis)
     if isinstance(x, jax.core.Tracer):
         return result
     try:
         x.sharding.shard_shape(result.shape)
-    except ValueError:  # the layers are spread over devices, and their number no longer comes out even
+    except ValueError:  # the layers are spread over devices, which no longer divide their number
         return result
     return _placed(result, x)
 
@@ -189,7 +189,7 @@ def mutable(x: Any) -> bool:
 
 
 def assign(x: Any, value: Any) -> None:
-    """Refuses: JAX arrays never change."""
+    """Raise: JAX arrays never change."""
     raise TypeError("JAX arrays never change")
 
 
@@ -204,7 +204,7 @@ def key(seed: int) -> Any:
 
 
 def fold(key: Any, number: int) -> Any:
-    """The key of one path, from the user's key and the number that stands for the path."""
+    """The key of one path, from the user's key and the number of the path."""
     return jax.random.fold_in(key, number & 0xFFFFFFFF)
 
 

@@ -9,7 +9,7 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 
 def _same(result: Any, x: Any) -> Any:
-    """A numpy scalar stays one."""
+    """The result; a numpy scalar if x is one."""
     return x.dtype.type(result) if isinstance(x, np.generic) else result
 
 
@@ -24,7 +24,7 @@ def refusal(x: Any) -> str:
 
 
 def abstract(x: Any) -> bool:
-    """False: arrays of numpy have values."""
+    """False: numpy arrays have values."""
     return False
 
 
@@ -100,5 +100,5 @@ def mutable(x: Any) -> bool:
 
 
 def assign(x: Any, value: Any) -> None:
-    """Writes the value into x itself."""
+    """Write the value into x itself."""
     x[...] = value

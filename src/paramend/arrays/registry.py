@@ -1,4 +1,4 @@
-"""Which library an array is of. Libraries that the user has not imported are not imported here either."""
+"""Which library an array belongs to. Only libraries that the user has imported are used."""
 
 import importlib
 from typing import Any, cast
@@ -14,7 +14,7 @@ _LIBRARIES = ("jax", "torch")
 
 
 def backend_of(kind: type) -> Backend | None:
-    """The verbs for arrays of this type, or None: then a leaf of this type is no array.
+    """The verbs for arrays of this type, or None if a leaf of this type is not an array.
 
     >>> backend_of(np.ndarray).__name__
     'paramend.arrays.numpy'
@@ -37,7 +37,7 @@ def _find(kind: type) -> Backend | None:
                 module: Any = importlib.import_module(f"paramend.arrays.{library}")
                 if module.owns(kind):
                     found = cast(Backend, module)
-    # A type that is no array stays out of the table: its library may register itself later.
+    # A type that is not an array stays out of the table: its library may register itself later.
     if found is not None:
         _known[kind] = found
     return found
@@ -47,11 +47,11 @@ def backend(x: Any) -> Backend:
     """The verbs for this array.
 
     Raises:
-        TypeError: it is no array.
+        TypeError: it is not an array.
     """
     found = backend_of(type(x))
     if found is None:
-        raise TypeError(f"{type(x).__name__} is no array of numpy, JAX or torch")
+        raise TypeError(f"{type(x).__name__} is not an array of numpy, JAX or torch")
     return found
 
 

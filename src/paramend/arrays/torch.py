@@ -1,4 +1,4 @@
-"""Verbs over torch tensors. Opened only once the user has imported torch."""
+"""Verbs over torch tensors. Imported only after the user has imported torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ import torch
 
 from paramend.leaves.specs import Spec, numpy_dtype
 
-# torch and numpy share no memory for these: they travel as integers of the same width.
+# torch and numpy cannot share memory of these dtypes: they are passed as integers of the same width.
 _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}
 
 
 def owns(kind: type) -> bool:
-    """Whether arrays of this type are torch's. The parameters of lazy layers have no shape yet: they are none."""
+    """Whether arrays of this type are torch's. The parameters of lazy layers have no shape yet: they do not count."""
     return issubclass(kind, torch.Tensor) and not issubclass(kind, torch.nn.parameter.UninitializedTensorMixin)
 
 
@@ -26,7 +26,7 @@ def refusal(x: Any) -> str:
     """Why arithmetic makes no sense, or ""."""
     if x.is_quantized:
         return f"it is quantized ({x.dtype})"
-    return "it is on the meta device and holds no values" if x.is_meta else ""
+    return "it is on the meta device and has no values" if x.is_meta else ""
 
 
 def abstract(x: Any) -> bool:
@@ -35,7 +35,7 @@ def abstract(x: Any) -> bool:
 
 
 def _new(x: Any, compute: Callable[[], Any]) -> Any:
-    """A new tensor as x was: a leaf of the autograd graph stays a leaf, a Parameter a Parameter."""
+    """A new tensor like x: a leaf of the autograd graph stays a leaf, a Parameter a Parameter."""
     if x.grad_fn is not None:
         return compute()
     with torch.no_grad():
@@ -60,14 +60,14 @@ def full(x: Any, value: Any) -> Any:
 def like(value: Any, x: Any) -> Any:
     """The values as a tensor with the device, memory format and `requires_grad` of `x`.
 
-    In place of a tensor on the meta device stands one on the default device.
+    For `x` on the meta device, the result is on the default device.
     """
     home = torch.get_default_device() if x.is_meta else x.device
     return _new(x, lambda: torch.empty_like(x, device=home).copy_(_tensor(value, x, home)))
 
 
 def _tensor(value: Any, x: Any, device: Any = None) -> Any:
-    """A tensor of the dtype of x, on its device or another. Scalars are rounded to that dtype, as by numpy and JAX."""
+    """A tensor of the dtype of x, on its device or another. Scalars are rounded to the dtype, as in numpy and JAX."""
     device = x.device if device is None else device
     if isinstance(value, torch.Tensor):
         return value.to(device, x.dtype)
@@ -77,7 +77,7 @@ def _tensor(value: Any, x: Any, device: Any = None) -> Any:
 
 
 def from_numpy(array: Any) -> Any:
-    """A tensor on the host with the values of an array of numpy, bit for bit; a copy."""
+    """A tensor on the host with the values of a numpy array, bit for bit; a copy."""
     array = np.array(array, order="C")
     if array.dtype.kind == "V" or array.dtype.name == "bfloat16" or array.dtype.name.startswith("float8"):
         name = array.dtype.name
@@ -87,7 +87,7 @@ def from_numpy(array: Any) -> Any:
 
 
 def _wide(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb also for fp8, in which torch computes nothing: float32 holds operands and result."""
+    """The verb, also for fp8, in which torch cannot compute: operands and result are float32."""
 
     def run(x: Any, *values: Any) -> Any:
         if x.dtype.itemsize == 1 and x.dtype.is_floating_point:
@@ -173,13 +173,13 @@ def mutable(x: Any) -> bool:
 
 
 def assign(x: Any, value: Any) -> None:
-    """Writes the value into the tensor, which stays the object it is."""
+    """Write the value into the tensor, which stays the same object."""
     with torch.no_grad():
         x.copy_(value)
 
 
 def storage(x: Any) -> object:
-    """What tells whether two tensors are one. In a state dict, tied weights are two tensors over one storage."""
+    """A key that is equal for tied tensors. In a state dict, tied weights are two tensors over one storage."""
     pointer = 0 if x.is_meta else x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
     if not pointer or not x.numel():
         return id(x)

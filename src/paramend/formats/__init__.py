@@ -1,1 +1,1 @@
-"""One checkpoint format each, and how a file is told to be of it."""
+"""One checkpoint format each, and how it is recognised."""

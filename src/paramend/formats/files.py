@@ -1,4 +1,4 @@
-"""A file on disk, opened for reading only: ranges of its bytes, a map of them all, what the system said of it."""
+"""A file on disk, opened for reading only: ranges of its bytes, a memory map, its stat result."""
 
 import mmap
 import os
@@ -19,11 +19,11 @@ _SMALL = 1 << 20
 class OpenFile:
     """A regular file, open for reading. `close()` it; maps that were handed out stay valid.
 
-    A copy, also one that was pickled, opens the file again by its path when it is first read, and reads no other.
+    A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
 
     Attributes:
         path: as the user gave it.
-        stat: what the system said of the file when it was opened.
+        stat: the result of `os.fstat` when it was opened.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.
@@ -45,30 +45,30 @@ class OpenFile:
         self.stat = os.fstat(self._handle.number)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The number of a descriptor means nothing elsewhere, and soon another file here.
+        # A descriptor means nothing in another process, and is soon reused for another file in this one.
         return {**self.__dict__, "_handle": None, "_map": None}
 
     @property
     def size(self) -> int:
-        """The length of the file in bytes, as it was when it was opened."""
+        """The length of the file in bytes when it was opened."""
         return self.stat.st_size
 
     def close(self) -> None:
-        """Gives the file back to the system."""
+        """Close the file."""
         self._closed = True
         self._map = None
         self.release()
 
     def release(self) -> None:
-        """Gives the descriptor back until the file is read again: of many files few need to be open."""
+        """Close the descriptor until the file is read again: of many files only a few need to be open."""
         self._handle = None
 
     def fileno(self) -> int:
-        """The descriptor that the system knows the open file by."""
+        """The descriptor of the open file."""
         return self._held().number
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """Bytes of the file, as many as asked for.
+        """Bytes of the file, exactly as many as requested.
 
         Raises:
             BadCheckpoint: the file has become shorter since it was opened.
@@ -80,7 +80,7 @@ class OpenFile:
         return bytes(get(handle.number, start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """Fills a view of bytes.
+        """Fill a view of bytes.
 
         Raises:
             BadCheckpoint: the file has become shorter since it was opened.
@@ -97,7 +97,7 @@ class OpenFile:
         return found
 
     def _held(self) -> "_Handle":
-        """The file as the system has it. Who reads holds it: a thread that closes the file waits for no other."""
+        """The open descriptor. A reader keeps it alive, so a thread that closes the file need not wait."""
         if self._closed:
             raise closed(self.path)
         handle = self._handle
@@ -109,7 +109,7 @@ class OpenFile:
 
 
 class _Handle:
-    """A descriptor that is closed when nobody holds it any more: from then on its number may be another file's."""
+    """A descriptor, closed when its last holder drops it: only then may its number be reused for another file."""
 
     __slots__ = ("number",)
 
@@ -121,12 +121,12 @@ class _Handle:
 
 
 def closed(path: Path) -> BadArgument:
-    """The error for what is read after it was closed."""
+    """The error for reading a closed file."""
     return BadArgument(f"{path} is closed", hint=f'pm.open("{path}")')
 
 
 class FileSource:
-    """What the sources over one file share. Use it as a context manager, or `close()` it.
+    """What sources over a single file share. Use it as a context manager, or `close()` it.
 
     Attributes:
         path: as the user gave it.
@@ -147,24 +147,24 @@ class FileSource:
 
     @property
     def stat(self) -> os.stat_result:
-        """What the system said of the file when it was opened."""
+        """The result of `os.fstat` when the file was opened."""
         return self._file.stat
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """The same, by the path of the file."""
+        """`stat` by the path of the file."""
         return {self.path: self.stat}
 
     def close(self) -> None:
-        """Gives the file back to the system."""
+        """Close the file."""
         self._file.close()
 
     def fileno(self) -> int:
-        """The descriptor that the system knows the open file by."""
+        """The descriptor of the open file."""
         return self._file.fileno()
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks for a file are made; None for a leaf."""
+        """The entries of a dict, list or tuple, as masks for a file have them; None for a leaf."""
         return entries(node)
 
 
@@ -173,13 +173,13 @@ def open_regular(path: Path, *, holds: str = "") -> int:
 
     Args:
         path: as the user gave it.
-        holds: for the hint on a directory, what files to look for in it.
+        holds: a glob pattern of the files that the hint names if the path is a directory.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.
         BadCheckpoint: it is a directory, a pipe or a device.
     """
-    # O_NONBLOCK: without it, opening a named pipe waits for ever.
+    # O_NONBLOCK: without it, opening a named pipe waits forever.
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
@@ -194,16 +194,16 @@ def open_regular(path: Path, *, holds: str = "") -> int:
         return descriptor
     os.close(descriptor)
     if not stat.S_ISDIR(mode):
-        raise BadCheckpoint(f"{path}: it is no regular file (a pipe, a device or a socket)")
+        raise BadCheckpoint(f"{path}: it is not a regular file (it is a pipe, a device or a socket)")
     inside = sorted(path.glob(holds)) if holds else []
     raise BadCheckpoint(
-        f"{path}: it is a directory, and one file is expected",
+        f"{path}: it is a directory, not a file",
         hint=f"{inside[0]}" + (f" or one of {len(inside) - 1} more" if inside[1:] else "") if inside else "",
     )
 
 
 def near(path: Path) -> str:
-    """The hint on a file that is not there: one beside it that may have been meant, or that the folder is missing."""
+    """The hint for a missing file: one beside it with a similar name, or that the folder is missing too."""
     try:
         found = wording.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""`Gathered`: leaves that lie in other checkpoints, or are made, under names of their own, as one source.
+"""`Gathered`: leaves of other checkpoints, and computed ones, under new names as one source.
 
-A model that is put together from others (deepened, warm-started, stacked) is a list of references: its engine copies
-the bytes from where they lie, as it does for a checkpoint that was only edited.
+A model that is assembled from others (deepened, warm-started, stacked) is a list of references: the engine copies
+their bytes from file to file, as it does for an edited checkpoint.
 """
 
 import copy
@@ -32,7 +32,7 @@ class Origin(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Its bytes, also of dtypes of unknown width."""
+        """The number of its bytes, also for dtypes of unknown width."""
 
     @property
     def refusal(self) -> str:
@@ -40,15 +40,15 @@ class Origin(Protocol):
 
     @property
     def extent(self) -> Extent | None:
-        """Where its bytes lie; None if they do not lie in one piece."""
+        """Where its bytes are; None if they are not contiguous."""
 
     def read_range(self, start: int, stop: int) -> Array:
-        """Some elements, counted in C order."""
+        """A range of its elements in C order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A leaf of another source, as it is.
+    """A leaf of another source, unchanged.
 
     Attributes:
         source: the source.
@@ -79,7 +79,7 @@ class Part:
 
 
 class Made:
-    """A leaf that is computed when it is first read, and let go of when its last element was.
+    """A leaf that is computed when it is first read, and freed when its last element has been read.
 
     Attributes:
         spec: what it will be.
@@ -100,9 +100,8 @@ class Made:
         if isinstance(self._make, partial):  # of a function of a module
             return Made, (self.spec, self._make)
         raise Unsupported(
-            f"a leaf of this checkpoint, {self.spec}, is computed when it is read, from what is in memory here, and "
-            "cannot be pickled",
-            hint="checkpoint.save(out), and pickle pm.open(out)",
+            f"a leaf of this checkpoint, {self.spec}, is computed from objects in memory, and cannot be pickled",
+            hint="checkpoint.save(out), then pickle pm.open(out)",
         )
 
     @property
@@ -158,7 +157,7 @@ class Stacked:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A run of the elements of another leaf, in C order, as a leaf of its own: one layer of a stack, say.
+    """A run of the elements of another leaf in C order, as a leaf: one layer of a stack, for example.
 
     Attributes:
         whole: the leaf.
@@ -213,9 +212,9 @@ class Gathered:
     """Leaves from anywhere as one source.
 
     Attributes:
-        base: the checkpoint whose directory, metadata and format the outcome takes after.
-        texts: files beside the weights that hold another text than those of `base`, by name.
-        index: the names; leaf `n` is the n-th of those given.
+        base: the checkpoint whose directory layout, metadata and format the result has.
+        texts: new contents of files beside the weights, by name, where they differ from those of `base`.
+        index: the names; leaf `n` is the n-th one given.
         ties: leaf number → the first number of the same leaf.
 
     >>> from paramend.leaves.paths import labels
@@ -265,7 +264,7 @@ class Gathered:
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """What the system said of each file when it was opened."""
+        """The stat result of each file when it was opened."""
         found: dict[Path, os.stat_result] = {}
         for source in self.sources:
             found |= source.stats
@@ -276,7 +275,7 @@ class Gathered:
         return self.origins[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf."""
+        """The number of bytes of a leaf."""
         return self.origins[number].nbytes
 
     def refusal(self, number: int) -> str:
@@ -284,11 +283,11 @@ class Gathered:
         return self.origins[number].refusal
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf lie; None if they are put together or made."""
+        """Where the bytes of a leaf are; None if they are assembled or computed."""
         return self.origins[number].extent
 
     def extents(self, number: int) -> list[Extent] | None:
-        """Where the bytes of a leaf lie, one extent after the other; None if some are made."""
+        """Where the bytes of a leaf are, one extent after the other; None if some are computed."""
         return _extents(self.origins[number])
 
     def read(self, number: int) -> Array:
@@ -300,15 +299,15 @@ class Gathered:
         return origin.read_range(0, spec.size).reshape(spec.shape)
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """Some elements of a leaf, counted in C order."""
+        """A range of the elements of a leaf in C order."""
         return self.origins[number].read_range(start, stop)
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks are made; None for a leaf."""
+        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
         return entries(node)
 
     def close(self) -> None:
-        """Gives the files of all sources back."""
+        """Close the files of all sources."""
         with ExitStack() as stack:
             for source in self.sources:
                 stack.callback(source.close)

@@ -1,4 +1,4 @@
-"""The index of a model in several files: which tensor is in which, as Hugging Face writes it beside the shards."""
+"""The index of a sharded model: which file holds which tensor, as Hugging Face writes it beside the shards."""
 
 import json
 import stat
@@ -22,8 +22,8 @@ class ShardIndex:
 
     Attributes:
         path: the file that it was read from.
-        weight_map: tensor → the name of a file that lies beside the index.
-        table: all that the file says.
+        weight_map: tensor → the name of a file beside the index.
+        table: the whole content of the file.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class ShardIndex:
         return sorted(set(self.weight_map.values()))
 
     def to_bytes(self, weight_map: Mapping[str, str], *, nbytes: int, size: int) -> bytes:
-        """The text of an index for other tensors; what else the file says stays.
+        """The text of an index for other tensors; everything else in the file stays.
 
         Args:
             weight_map: tensor → file.
@@ -53,12 +53,12 @@ class ShardIndex:
 
 
 def index_text(table: Mapping[str, Any]) -> bytes:
-    """An index as JSON text, laid out as Hugging Face does."""
+    """An index as JSON text, in the layout of Hugging Face."""
     return json.dumps(table, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def read_index(path: Path) -> ShardIndex:
-    """The index of a model, every rule checked: shards lie beside it, and nowhere else.
+    """The index of a model, validated: all shards are in its folder.
 
     Raises:
         BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
@@ -75,9 +75,9 @@ def read_index(path: Path) -> ShardIndex:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise BadCheckpoint(f"{path}: it is no regular file")
+            raise BadCheckpoint(f"{path}: it is not a regular file")
         if status.st_size > _MAX:
-            raise bad(file, "index", f"its {status.st_size:,} bytes are too many for an index")
+            raise bad(file, "index", f"an index of {status.st_size:,} bytes is too large")
         raw = path.read_bytes()
     except OSError as error:
         raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
@@ -89,7 +89,7 @@ def read_index(path: Path) -> ShardIndex:
     if type(table.get("metadata", {})) not in (dict, type(None)):
         raise bad(file, "metadata", f"an object is expected, not {json_type(table['metadata'])}")
     if not weight_map:
-        raise bad(file, "weight_map", "it names no tensor")
+        raise bad(file, "weight_map", "it lists no tensors")
     sound: set[str] = set()
     for name, shard in weight_map.items():
         if type(shard) is not str:
@@ -100,7 +100,7 @@ def read_index(path: Path) -> ShardIndex:
             reason = f"{shown(shard)} is not the name of a file beside the index"
             raise bad(file, f"weight_map, {shown(name)}", reason)
         sound.add(shard)
-    # Each name stands in a shard too, and each shard in many lines: one copy in memory will do.
+    # Each name is in a shard too, and each shard in many rows: interned, they are in memory once.
     table["weight_map"] = {sys.intern(name): sys.intern(shard) for name, shard in weight_map.items()}
     return ShardIndex(path, table["weight_map"], table)
 

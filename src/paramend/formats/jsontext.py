@@ -1,4 +1,4 @@
-"""JSON text of a checkpoint, read strictly: what the reference readers refuse is refused, and nothing stands twice."""
+"""JSON text of a checkpoint, read strictly: what the reference readers refuse is refused, and so are duplicate keys."""
 
 import json
 from collections import Counter
@@ -9,39 +9,39 @@ from paramend.formats.limits import shown
 
 
 class _Flaw(ValueError):
-    """A rule that the text breaks, found while it is parsed."""
+    """A broken rule, found while the text is parsed."""
 
 
 def bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
-    """The error for a file in which something is wrong at a place."""
+    """The error for a fault at a place in a file."""
     return BadCheckpoint(f"{file}: {place}: {reason}", hint=hint)
 
 
 def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
-    """A JSON object, every rule of the format checked.
+    """A JSON object, validated.
 
     Args:
         raw: the text.
         file: what messages call the file.
-        place: what they call this text.
+        place: what messages call this text.
 
     Raises:
-        BadCheckpoint: the text is no JSON, no object, or names something twice.
+        BadCheckpoint: the text is not JSON, not an object, or has a duplicate key.
 
     >>> parse_object(b'{"a": 1, "a": 2}', "x.json", "index")
     Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.json: index: 'a' stands twice
+    paramend.errors.BadCheckpoint: x.json: index: 'a' appears twice
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise _Flaw(f"{shown(twice)} stands twice")
+            raise _Flaw(f"{shown(twice)} appears twice")
         return found
 
     def constant(text: str) -> NoReturn:
-        raise _Flaw(f"{text} is no JSON number")
+        raise _Flaw(f"{text} is not a JSON number")
 
     def finite(text: str) -> float:
         number = float(text)
@@ -64,7 +64,7 @@ def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
             json.dumps(table, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         around = shown(error.object[max(error.start - 20, 0) : error.end + 20])
-        raise bad(file, place, f"half a surrogate pair is no text, in {around}") from None
+        raise bad(file, place, f"half a surrogate pair is not text, in {around}") from None
     except UnicodeDecodeError as error:
         raise bad(file, f"{place}, byte {error.start}", "the text is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -81,7 +81,7 @@ def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
 
 
 def json_type(value: Any) -> str:
-    """What a JSON value is called in messages."""
+    """The name of a JSON value's type in messages."""
     names: dict[type, str] = {
         dict: "an object",
         list: "an array",

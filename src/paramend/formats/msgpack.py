@@ -1,6 +1,6 @@
-"""The format of `flax.serialization.to_bytes`: one msgpack value of nested maps with arrays in them.
+"""The format of `flax.serialization.to_bytes`: a msgpack value of nested maps that hold arrays.
 
-Opening walks the structure and steps over the bytes of arrays, which lie in one piece each. Neither flax nor the
+Opening walks the structure and skips the bytes of arrays, which are contiguous. Neither flax nor the
 msgpack package is needed.
 """
 
@@ -24,7 +24,7 @@ from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _MAX_DEPTH = 100
-# A file of a hundred million empty lists would be as many objects.
+# A file of a hundred million empty lists would become a hundred million objects.
 _MAX_VALUES = 4_000_000
 _WINDOW = 1 << 16
 
@@ -36,8 +36,8 @@ class Entry:
     """One array of a file.
 
     Attributes:
-        spec: shape and dtype; of a dtype that numpy alone has, such as str96, the dtype is "raw<str96>".
-        pieces: where its bytes lie, as (start, length), in order: one piece, or several of an array beyond 1 GB.
+        spec: shape and dtype; a dtype that only numpy has, such as str96, is "raw<str96>".
+        pieces: where its bytes are, as (start, length), in order: one piece, or several for an array above 1 GB.
     """
 
     spec: Spec
@@ -50,7 +50,7 @@ class Entry:
 
 
 class MsgpackFile(FileSource):
-    r"""One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening steps over the arrays.
+    r"""One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening skips the arrays.
 
     Arrays and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file. Use it as
     a context manager, or `close()` it; arrays that were read stay valid.
@@ -59,8 +59,8 @@ class MsgpackFile(FileSource):
         path: as the user gave it.
         index: the names; keys of maps and positions of lists, joined by "/".
         ties: nothing: in a file each array has one name.
-        metadata: what else stands in the structure, by path: numbers, text, None, lists of these, empty maps.
-        arrays: of each leaf, what it is and where it lies.
+        metadata: what else is in the structure, by path: numbers, text, None, lists of these, empty maps.
+        arrays: of each leaf, its spec and where its bytes are.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.
@@ -93,7 +93,7 @@ class MsgpackFile(FileSource):
     # ---- what is there ---------------------------------------------------------------------------------------
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; of a dtype that numpy alone has, such as str96, the dtype is "raw<str96>"."""
+        """Shape and dtype of a leaf; a dtype that only numpy has, such as str96, is "raw<str96>"."""
         return self.arrays[number].spec
 
     def nbytes(self, number: int) -> int:
@@ -104,14 +104,14 @@ class MsgpackFile(FileSource):
         """Why a leaf cannot be read as an array, or ""."""
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
-            return f"its dtype, {dtype[4:-1]!r}, is one of numpy alone: its bytes can only be copied"
-        # Integers of 4 bits go nowhere else; of these floats other formats expect packed bytes.
+            return f"its dtype, {dtype[4:-1]!r}, is one that only numpy has: its bytes can only be copied"
+        # No other format stores integers of 4 bits; for these floats other formats expect packed bytes.
         if BITS[dtype] % 8 and dtype.startswith("float"):
-            return f"its values, {dtype}, of {BITS[dtype]} bits, take a byte each here and less in other formats"
+            return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
         return ""
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf lie; None if flax split it, as it does beyond 1 GB, or if its values are padded."""
+        """Where the bytes of a leaf are; None if flax split it (above 1 GB), or if its values are padded."""
         entry = self.arrays[number]
         if len(entry.pieces) != 1 or BITS.get(entry.spec.dtype, 8) % 8:
             return None
@@ -120,10 +120,10 @@ class MsgpackFile(FileSource):
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Array:
-        """The array, read-only; memory-mapped if it is aligned in the file and in one piece.
+        """The array, read-only; memory-mapped if it is aligned and contiguous in the file.
 
         Raises:
-            Unsupported: the dtype is one that other libraries have not.
+            Unsupported: the dtype is one that only numpy has.
             BadCheckpoint: the file has become shorter since it was opened.
         """
         check_readable(self, number)
@@ -139,14 +139,14 @@ class MsgpackFile(FileSource):
         flat.flags.writeable = False
         try:
             return flat.reshape(entry.spec.shape)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
             raise Unsupported(f"numpy has no array of shape {entry.spec.shape}: {error}") from error
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
         """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
 
         Raises:
-            Unsupported: the dtype is one that other libraries have not.
+            Unsupported: the dtype is one that only numpy has.
             BadCheckpoint: the file has become shorter since it was opened.
         """
         check_readable(self, number)
@@ -196,7 +196,7 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class _Parser:
-    """The structure of a file, read forwards; the bytes of arrays are stepped over."""
+    """The structure of a file, read forwards; the bytes of arrays are skipped."""
 
     def __init__(self, file: OpenFile) -> None:
         self.file = file
@@ -220,7 +220,7 @@ class _Parser:
         return BadCheckpoint(f"{self.file.path}: byte {at:,}: {reason}")
 
     def _take(self, nbytes: int) -> bytes:
-        """The next bytes. Few are read one by one: there is a window on the file."""
+        """The next bytes, buffered by a window on the file."""
         start = self.at
         self._skip(nbytes)
         low = start - self._base
@@ -234,13 +234,13 @@ class _Parser:
     def _skip(self, nbytes: int) -> None:
         if nbytes > self.stop - self.at:
             reason = (
-                "the file is cut short" if self.stop == self.file.size else "a value runs out of the array it is in"
+                "the file is cut short" if self.stop == self.file.size else "a value runs past the array that holds it"
             )
             raise self._bad(self.at, f"{reason}: {wording.plural(nbytes, 'byte')} should follow")
         self.at += nbytes
 
     def _head(self) -> tuple[str, Any]:
-        """What comes next: a kind, and its length; or "value" and the value."""
+        """What comes next: a kind and its length, or "value" and the value."""
         start = self.at
         first = self._take(1)[0]
         if first < 0x80:
@@ -263,7 +263,7 @@ class _Parser:
         if first in _KINDS:
             kind, width = _KINDS[first]
             return kind, int.from_bytes(self._take(width), "big")
-        raise self._bad(start, f"no value of msgpack begins with {first:#04x}")
+        raise self._bad(start, f"no msgpack value begins with {first:#04x}")
 
     def _value(self) -> Any:
         start = self.at
@@ -279,12 +279,12 @@ class _Parser:
             return self._take(length)
         if kind == "ext":
             return self._extension(length)
-        # Each entry takes a byte at least: no list is longer than the file.
+        # Each entry takes at least one byte: no list is longer than the file.
         if length * (2 if kind == "map" else 1) > self.stop - self.at:
-            raise self._bad(start, f"a {kind} of {length:,} entries does not fit into what follows")
+            raise self._bad(start, f"a {kind} of {length:,} entries does not fit into the rest of the file")
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise self._bad(start, f"maps and lists are nested more than {_MAX_DEPTH} deep")
+            raise self._bad(start, f"maps and lists are nested more than {_MAX_DEPTH} levels deep")
         found = self._map(start, length) if kind == "map" else [self._value() for _ in range(length)]
         self._depth -= 1
         return found
@@ -294,7 +294,7 @@ class _Parser:
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
-            raise self._bad(start, "a text is not UTF-8") from None
+            raise self._bad(start, "a string is not UTF-8") from None
 
     def _map(self, start: int, length: int) -> Any:
         found: dict[Any, Any] = {}
@@ -304,7 +304,7 @@ class _Parser:
             if type(key) not in (str, int):
                 raise self._bad(here, "a key is neither text nor a whole number")
             if key in found:
-                raise self._bad(here, f"the key {_shown(key)} stands twice in one map")
+                raise self._bad(here, f"the key {_shown(key)} appears twice in one map")
             found[key] = self._value()
         return self._joined(start, found) if CHUNKED in found else found
 
@@ -319,10 +319,10 @@ class _Parser:
         found = self._complex() if code == COMPLEX else self._array()
         if self.at != self.stop:
             raise self._bad(
-                self.at, f"{wording.plural(self.stop - self.at, 'byte')} of the array at {start:,} are too many"
+                self.at, f"{wording.plural(self.stop - self.at, 'byte')} too many in the array at {start:,}"
             )
         if code == SCALAR and isinstance(found, Entry) and found.spec.shape:
-            raise self._bad(start, f"a scalar of shape {found.spec.shape} is none")
+            raise self._bad(start, f"a scalar cannot have the shape {found.spec.shape}")
         self.stop = outer
         return found
 
@@ -361,10 +361,10 @@ class _Parser:
         place = self.at
         self._skip(length)
         spec = self._spec(start, tuple(shape), dtype)
-        # A dtype of less than 8 bits takes a byte a value, as numpy has it in memory.
+        # A dtype of less than 8 bits takes one byte per value, as in numpy's memory.
         takes = spec.size * max(BITS.get(spec.dtype, 0) // 8, 1)
         if spec.dtype in BITS and takes != length:
-            raise self._bad(start, f"{spec} takes {wording.plural(takes, 'byte')}, and {length:,} are there")
+            raise self._bad(start, f"{spec} takes {wording.plural(takes, 'byte')}, but {length:,} are there")
         return Entry(spec, ((place, length),))
 
     def _spec(self, start: int, shape: tuple[int, ...], dtype: str) -> Spec:
@@ -379,7 +379,7 @@ class _Parser:
         """The array that flax split: a map of shape and pieces."""
         shape, chunks = table.get("shape"), table.get("chunks")
         if set(table) != {CHUNKED, "shape", "chunks"} or type(shape) is not dict or type(chunks) is not dict:
-            raise self._bad(start, "an array in pieces has a shape and chunks, and nothing else")
+            raise self._bad(start, "an array in chunks has the keys shape and chunks, and nothing else")
         axes = [shape.get(str(i)) for i in range(len(shape))]
         pieces = [chunks.get(str(i)) for i in range(len(chunks))]
         if any(type(axis) is not int or axis < 0 for axis in axes):
@@ -409,7 +409,7 @@ class _Walk:
     Attributes:
         index: the names.
         arrays: by number.
-        others: path → what is neither an array nor holds one; lists of plain values are whole.
+        others: path → what neither is nor holds an array; lists of plain values are kept whole.
     """
 
     def __init__(self, root: Any, path: Path) -> None:
@@ -453,7 +453,7 @@ class _Walk:
 
 
 def _is_plain(node: Any) -> bool:
-    """Whether it is no container, or an empty one, or a list of plain values."""
+    """Whether it is not a container, is an empty one, or is a list of plain values."""
     if type(node) is list:
         return not any(type(child) in (dict, list, Entry) for child in node)
     return type(node) is not dict or not node

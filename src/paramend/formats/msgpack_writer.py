@@ -16,10 +16,10 @@ MAX_CHUNK = 1 << 30
 
 
 class Where(str):
-    """The path of an entry as text, which remembers its keys: a writer puts the entry there again.
+    """The path of an entry as text that remembers its keys, so that a writer can put the entry back there.
 
     Attributes:
-        keys: as they stand in the maps and lists of the file.
+        keys: as they are in the maps and lists of the file.
     """
 
     __slots__ = ("keys",)
@@ -36,8 +36,8 @@ class Extension(NamedTuple):
 class MsgpackWriter:
     """Lays out files that `flax.serialization.from_bytes` reads: nested maps of arrays, by their keys.
 
-    Entries of a msgpack file that are no arrays stay, each at its place. What other formats say besides their leaves is
-    left out: flax would take it for parameters.
+    Entries of a msgpack file that are not arrays stay in place. The metadata of other formats is left out: flax would
+    take it for parameters.
     """
 
     seals = False
@@ -45,14 +45,14 @@ class MsgpackWriter:
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in BITS or BITS[spec.dtype] % 8:
-            return f"flax has no way to write {spec.dtype}"
+            return f"flax cannot write {spec.dtype}"
         return ""
 
     def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
         """The file from its first byte to its last.
 
         Raises:
-            RenameClash: a leaf stands where others have their container.
+            RenameClash: a leaf has the path of a container of others.
 
         >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
         >>> *head, bias = MsgpackWriter().parts([item], {})
@@ -63,13 +63,13 @@ class MsgpackWriter:
 
 
 class _Place(NamedTuple):
-    """Where in a tree an item stands, by its number."""
+    """The place of an item in a tree, by its number."""
 
     number: int
 
 
 class _Node(dict[str, Any]):
-    """A map that is made of the keys of leaves."""
+    """A map made from the keys of leaves."""
 
 
 def _tree(items: Sequence[Item], metadata: Mapping[str, Any]) -> Any:
@@ -132,7 +132,7 @@ def _item(place: int, item: Item) -> Iterator[bytes | Span]:
 
 
 def _head(shape: tuple[int, ...], dtype: str, nbytes: int) -> bytes:
-    """What stands before the bytes of an array."""
+    """The bytes that precede those of an array."""
     inner = b"\x93" + _count(shape, (0x90, 15), 0xDC) + b"".join(map(_plain, shape)) + _plain(dtype)
     inner += _sized(nbytes, 0xC4)
     length = len(inner) + nbytes
@@ -162,11 +162,11 @@ def _plain(value: Any) -> bytes:
 
 
 def _sized(length: int, first: int) -> bytes:
-    """The head of a value of so many bytes; three kinds of heads follow each other."""
+    """The head of a value of so many bytes, for lengths of one, two or four bytes."""
     for step, form, most in ((0, ">B", 1 << 8), (1, ">H", 1 << 16), (2, ">I", 1 << 32)):
         if length < most:
             return bytes([first + step]) + struct.pack(form, length)
-    raise Unsupported(f"msgpack has no value of {length:,} bytes")
+    raise Unsupported(f"a msgpack value cannot have {length:,} bytes")
 
 
 def _count(values: Any, short: tuple[int, int], first: int) -> bytes:

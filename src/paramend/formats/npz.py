@@ -1,7 +1,7 @@
 """The format of `numpy.savez`: a zip archive with a file `.npy` for each array.
 
-Opening reads the zip's directory and the header of each array; nothing is unpickled, ever. Arrays that are stored as
-they are lie in one piece and are memory-mapped. Those of `numpy.savez_compressed` are decompressed when asked for.
+Opening reads the zip's directory and the header of each array; nothing is ever unpickled. Uncompressed arrays are
+contiguous and are memory-mapped. Those of `numpy.savez_compressed` are decompressed on demand.
 """
 
 import ast
@@ -32,8 +32,8 @@ _DEFLATED = 8
 _MOST_DEFLATE = 1032
 _PIECE = 1 << 18
 
-# numpy has no names for the dtypes of ml_dtypes and saves them as void, but for float8_e5m2, which alone has a kind and
-# a width that no other dtype has.
+# numpy has no names for the dtypes of ml_dtypes and saves them as void, except float8_e5m2, whose kind and width are
+# unique.
 _CODES = {descr[1:]: name for name, descr in DESCRS.items()} | {"f1": "float8_e5m2"}
 
 
@@ -44,11 +44,11 @@ class Entry:
     Attributes:
         name: as `numpy.load` has it.
         member: the name of its member in the zip.
-        spec: shape and dtype; of a dtype that numpy alone has, such as text, the dtype is "raw<U3>".
+        spec: shape and dtype; a dtype that only numpy has, such as text, is "raw<U3>".
         head: the bytes before the array in its member.
         nbytes: the bytes of the array.
-        fortran: whether the first axis runs fastest in the file.
-        swapped: whether numbers begin with their highest byte.
+        fortran: whether the first axis varies fastest in the file.
+        swapped: whether numbers are big-endian.
         sealed: why it cannot be read, or "".
     """
 
@@ -76,8 +76,8 @@ class NpzFile(ZipSource):
         path: as the user gave it.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
         ties: nothing: in a file each array has one name.
-        metadata: what else lies in the archive, by name, as bytes.
-        arrays: of each leaf, where it lies and how.
+        metadata: what else is in the archive, by name, as bytes.
+        arrays: of each leaf, where it is and how it is stored.
         archive: the members of the zip.
 
     Raises:
@@ -117,16 +117,16 @@ class NpzFile(ZipSource):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stream": None}  # a copy begins anew
+        return {**self.__dict__, "_stream": None}  # a copy starts over
 
     # ---- what is there ---------------------------------------------------------------------------------------
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; of a dtype that numpy alone has, such as text, the dtype is "raw<U3>"."""
+        """Shape and dtype of a leaf; a dtype that only numpy has, such as text, is "raw<U3>"."""
         return self.arrays[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf, decompressed; of an array of objects, those of its pickle."""
+        """The number of bytes of a leaf, decompressed; for an array of objects, those of its pickle."""
         return self.arrays[number].nbytes
 
     def refusal(self, number: int) -> str:
@@ -134,7 +134,7 @@ class NpzFile(ZipSource):
         return self.arrays[number].sealed
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf lie; None if they are compressed, big-endian, or in Fortran's order.
+        """Where the bytes of a leaf are; None if they are compressed, big-endian, or in Fortran order.
 
         Raises:
             BadCheckpoint: the member's two headers in the zip disagree.
@@ -147,11 +147,11 @@ class NpzFile(ZipSource):
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Array:
-        """The array, read-only; memory-mapped if it is stored as it is and aligned.
+        """The array, read-only; memory-mapped if it is uncompressed and aligned.
 
         Raises:
-            Unsupported: it holds Python objects, or is of a dtype that other libraries have not.
-            BadCheckpoint: the bytes cannot be decompressed, or have another checksum.
+            Unsupported: it holds Python objects, or has a dtype that only numpy has.
+            BadCheckpoint: the bytes cannot be decompressed, or their checksum differs.
         """
         entry = self.arrays[number]
         check_readable(self, number)
@@ -169,18 +169,18 @@ class NpzFile(ZipSource):
         flat.flags.writeable = False
         try:
             return flat.reshape(entry.spec.shape, order="F" if entry.fortran else "C")
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
             raise Unsupported(f"numpy has no array of shape {entry.spec.shape}: {error}") from error
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
         """The elements `start` to `stop` of a leaf in C order: a new array with one axis.
 
-        Memory is bounded by what is asked for, unless a compressed array is in Fortran's order. Ranges of a compressed
-        array that follow each other cost one decompression together.
+        Memory is bounded by the range, unless a compressed array is in Fortran order. Consecutive ranges of a
+        compressed array share one decompression.
 
         Raises:
-            Unsupported: it holds Python objects, or is of a dtype that other libraries have not.
-            BadCheckpoint: the file has become shorter, the bytes cannot be decompressed, or have another checksum.
+            Unsupported: it holds Python objects, or has a dtype that only numpy has.
+            BadCheckpoint: the file has become shorter, the bytes cannot be decompressed, or their checksum differs.
         """
         entry = self.arrays[number]
         check_readable(self, number)
@@ -199,7 +199,7 @@ class NpzFile(ZipSource):
     # ---- behind the scenes -----------------------------------------------------------------------------------
 
     def _inflated(self, entry: Entry, start: int, nbytes: int) -> Array:
-        """Bytes of a compressed array, or none of any."""
+        """Bytes of a compressed array, or of an empty one."""
         if not entry.nbytes:
             return np.empty(0, np.uint8)
         start += entry.head
@@ -213,7 +213,7 @@ class NpzFile(ZipSource):
             if stream.at == stream.member.nbytes:
                 stream.finish()
         except BaseException:
-            self._stream = None  # where it stands is not known
+            self._stream = None  # its position is unknown
             raise
         return buffer
 
@@ -255,7 +255,7 @@ class _Stream:
             nbytes -= len(self.pull(min(nbytes, _PIECE)))
 
     def finish(self) -> None:
-        """Checks that the member ends here, and that its bytes have their checksum."""
+        """Check that the member ends here, and that its bytes match their checksum."""
         while not self._inflater.eof:
             packed = self._inflater.unconsumed_tail or self.archive.file.read(self._next, min(self._left, _PIECE))
             if not packed:
@@ -265,9 +265,7 @@ class _Stream:
             if self._decompress(packed, 1):
                 raise self.archive.bad(self.member.name, "it decompresses to more bytes than the file says")
         if self._crc != self.member.crc:
-            raise self.archive.bad(
-                self.member.name, "its bytes do not have the checksum (CRC32) that the file says they have"
-            )
+            raise self.archive.bad(self.member.name, "its bytes do not match their checksum (CRC32)")
 
     def _decompress(self, packed: bytes, most: int) -> bytes:
         try:
@@ -287,7 +285,7 @@ def _check_kind(file: OpenFile) -> None:
         hint = f"numpy.savez('arrays.npz', numpy.load({str(file.path)!r}))"
         raise BadCheckpoint(f"{file.path}: it is one array of numpy.save, not a file of numpy.savez", hint=hint)
     if not head.startswith(b"PK"):
-        raise BadCheckpoint(f"{file.path}: it is no file of numpy.savez (no zip file)")
+        raise BadCheckpoint(f"{file.path}: it is not a file of numpy.savez (not a zip file)")
 
 
 def _check_member(archive: Archive, member: Member) -> None:
@@ -299,9 +297,9 @@ def _check_member(archive: Archive, member: Member) -> None:
 
 
 def _other(archive: Archive, member: Member) -> bytes:
-    """The bytes of a member that is no array: `numpy.load` gives these too."""
+    """The bytes of a member that is not an array: `numpy.load` returns these too."""
     if member.nbytes > _MAX_OTHER:
-        raise archive.bad(member.name, f"it is no array (.npy), and {member.nbytes:,} bytes long")
+        raise archive.bad(member.name, f"it is not an array (.npy), and {member.nbytes:,} bytes long")
     if member.method == STORED:
         return archive.read(member.name)
     stream, buffer = _Stream(archive, member), bytearray(member.nbytes)
@@ -317,7 +315,7 @@ def _entry(archive: Archive, member: Member) -> Entry:
     head = _Head(archive, member)
     prefix = head.take(8)
     if prefix[:6] != MAGIC or prefix[6] not in (1, 2, 3) or prefix[7]:
-        raise archive.bad(member.name, "it does not begin as a .npy file of version 1, 2 or 3 does")
+        raise archive.bad(member.name, "it does not begin like a .npy file of version 1, 2 or 3")
     width = 2 if prefix[6] == 1 else 4
     length = int.from_bytes(head.take(width), "little")
     if length > MAX_HEADER:
@@ -338,13 +336,13 @@ def _entry(archive: Archive, member: Member) -> Entry:
     spec = Spec(shape, dtype)
     if dtype in BITS and spec.nbytes != nbytes:
         raise archive.bad(member.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
-    # Where at most one axis is longer than 1 both orders are the same.
+    # If at most one axis is longer than 1, both orders are the same.
     fortran = fortran and sum(axis != 1 for axis in shape) > 1
     return Entry(name, member.name, spec, start, nbytes, fortran, swapped, sealed)
 
 
 def _dtype(descr: Any) -> tuple[str, bool, str]:
-    """The name of a dtype, whether its numbers begin with their highest byte, and why it cannot be read."""
+    """The name of a dtype, whether its numbers are big-endian, and why it cannot be read."""
     if not isinstance(descr, str):
         return "raw<struct>", False, "it is a structured array: each element holds several values"
     order, code = descr[:1], descr[1:]
@@ -354,11 +352,11 @@ def _dtype(descr: Any) -> tuple[str, bool, str]:
         return known, order == ">" and not one_byte, ""
     dtype = f"raw<{code}>"
     if code[:1] == "O":
-        return dtype, False, "it holds Python objects in a pickle, which is a program and is not run"
+        return dtype, False, "it holds Python objects in a pickle, which is a program and is never run"
     if code[:1] == "V":
         said = "numpy saved it without the name of its dtype, as it does with bfloat16 and other dtypes of ml_dtypes"
         return dtype, False, f"{said}: its bytes can only be copied"
-    return dtype, False, f"its dtype, {shown(descr)}, is one of numpy alone"
+    return dtype, False, f"its dtype, {shown(descr)}, is one that only numpy has"
 
 
 class _Head:
@@ -370,7 +368,7 @@ class _Head:
 
     def take(self, nbytes: int) -> bytes:
         if nbytes > self.member.nbytes - self.at:
-            raise self.archive.bad(self.member.name, "it is cut short, within the header of its array")
+            raise self.archive.bad(self.member.name, "it is cut short in the header of its array")
         if self.stream is None:
             data = self.archive.file.read(self.archive.offsets(self.member.name).start + self.at, nbytes)
         else:
@@ -385,10 +383,10 @@ _FIELDS = ("descr", "fortran_order", "shape")
 
 
 def _fields(text: str) -> tuple[Any, bool, tuple[int, ...]]:
-    """What the header of a .npy file says, a Python dict of constants: dtype, order and shape.
+    """Dtype, order and shape from the header of a .npy file, which is a Python dict of constants.
 
     Raises:
-        ValueError: it says something else.
+        ValueError: the header is not such a dict.
     """
     text = re.sub(r"(?<=[0-9])L(?=[,)])", "", text.strip(" \n\0"))  # whole numbers as Python 2 wrote them
     try:
@@ -405,7 +403,7 @@ def _fields(text: str) -> tuple[Any, bool, tuple[int, ...]]:
     if type(shape) is not tuple or any(type(axis) is not int or axis < 0 for axis in shape):
         raise ValueError("shape is not a tuple of whole numbers")
     if type(descr) not in (str, list, tuple):
-        raise ValueError("descr names no dtype")
+        raise ValueError("descr does not name a dtype")
     return descr, fortran, shape
 
 

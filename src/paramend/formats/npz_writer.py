@@ -14,29 +14,29 @@ from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.specs import Spec
 
 MAGIC = b"\x93NUMPY"
-# The dtypes that numpy can name. It has no names for those of ml_dtypes and saves them as void.
+# The dtypes that numpy can name: it saves those of ml_dtypes as void.
 _NATIVE = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
 _NATIVE += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 DESCRS = {name: np.dtype(name).newbyteorder("<").str for name in _NATIVE}
 
 
 class NpzWriter:
-    """Lays out files that `numpy.load` reads and maps: each leaf stored as it is, its bytes aligned.
+    """Lays out files that `numpy.load` reads and maps: each leaf uncompressed, its bytes aligned.
 
-    Of what a source says besides its leaves, other files of an archive stay; the rest has no place, and is left out.
+    Other files of an archive are kept; all other metadata of a source has no place, and is left out.
     """
 
     seals = True
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
-        return "" if spec.dtype in DESCRS else f"numpy's files have no dtype {spec.dtype}"
+        return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
 
     def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
         """The file from its first byte to its last.
 
         Raises:
-            RenameClash: two leaves have one name, or one that is no path within an archive.
+            RenameClash: two leaves have the same name, or a name is not a path within an archive.
 
         >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
         >>> _, head, bias, *_ = NpzWriter().parts([item], {})
@@ -56,12 +56,12 @@ class NpzWriter:
         for name, data in metadata.items():
             if type(data) is bytes and not name.endswith(".npy"):
                 _check_name(name, taken)
-                yield from zipped.record(name, data)
+                yield from zipped.member(name, data)
         yield zipped.finish()
 
 
 def _head(spec: Spec) -> bytes:
-    """What stands before the bytes of an array: version 1.0 of the format, padded so that these begin aligned."""
+    """The header of an array in version 1.0 of the format, padded so that the array is aligned."""
     text = f"{{'descr': '{DESCRS[spec.dtype]}', 'fortran_order': False, 'shape': {spec.shape}, }}".encode()
     pad = -(len(MAGIC) + 4 + len(text) + 1) % ALIGNMENT
     return MAGIC + b"\1\0" + struct.pack("<H", len(text) + pad + 1) + text + b" " * pad + b"\n"
@@ -70,9 +70,9 @@ def _head(spec: Spec) -> bytes:
 def _check_name(name: str, taken: set[str]) -> None:
     pieces = name.split("/")
     if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name or ":" in pieces[0]:
-        raise RenameClash(f"{shown(name)} is no name within a zip file", hint="rename it first")
+        raise RenameClash(f"{shown(name)} is not a valid name in a zip file", hint="rename it first")
     if len(name.encode()) > 60_000:
         raise RenameClash(f"{shown(name)} is too long for a name in a zip file", hint="rename it first")
     if name in taken:
-        raise RenameClash(f"two leaves would have one name, {shown(name)}", hint="rename or delete one of them first")
+        raise RenameClash(f"two leaves would have the same name, {shown(name)}", hint="rename or delete one first")
     taken.add(name)

@@ -1,4 +1,4 @@
-"""Which format a checkpoint is of, told by its content, and the table of formats that says how each is opened."""
+"""The table of formats, and how the format of a checkpoint is recognised by its content."""
 
 import contextlib
 import importlib
@@ -26,20 +26,20 @@ class Format:
 
     Attributes:
         name: as `paramend show --json` prints it.
-        says: what such checkpoints are.
-        suffixes: how their names end; what is written under such a name is of this format.
-        recognise: (path, the first bytes; none of a directory) → whether it is one.
+        says: what such checkpoints are called in messages.
+        suffixes: how their names end; a file written under such a name has this format.
+        recognise: (path, the first bytes; none for a directory) → whether it has this format.
         module: the module that reads it.
-        reader: the name in there of what opens one.
+        reader: the class or function in it that opens one.
         writes: whether new files can be written; the module then has a `WRITER`.
         patches: whether leaves can be changed in place.
-        keeps: what besides the leaves survives an edit.
-        extra: the extra that reading it needs; "" for none.
+        keeps: what survives an edit besides the leaves.
+        extra: the extra needed to read it; "" for none.
         folder: whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which
             finds the one that holds the tree, and its `WRITER` fills a directory.
-        framework: what the metadata of a safetensors file calls the library whose files these are.
-        padded: whether each leaf begins aligned, whatever comes before it.
-        structural: whether an edited file keeps what else it holds when leaves get other names or specs.
+        framework: the name of the library of these files in the metadata of a safetensors file.
+        padded: whether each leaf is aligned, whatever comes before it.
+        structural: whether an edited file keeps its other content when leaves get other names or specs.
     """
 
     name: str
@@ -63,10 +63,10 @@ class Format:
         return found
 
     def writer(self) -> Any:
-        """What writes this format: a `Writer`, or a `FolderWriter`.
+        """The writer of this format: a `Writer`, or a `FolderWriter`.
 
         Raises:
-            Unsupported: nothing does.
+            Unsupported: there is none.
         """
         if not self.writes:
             raise Unsupported(
@@ -78,11 +78,11 @@ class Format:
         return importlib.import_module(self.module)
 
 
-# ---- what each looks like ----------------------------------------------------------------------------------
+# ---- how each is recognised ---------------------------------------------------------------------------------
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
-    # A header may open with white space; a file that is cut short still says what it was.
+    # A header may begin with white space; the head of a truncated file still shows its format.
     return head[8:].lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
@@ -91,13 +91,13 @@ def _is_torch(path: Path, head: bytes) -> bool:
 
 
 def _is_zip(path: Path, head: bytes) -> bool:
-    return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))  # a record, or the end of an archive without any
+    return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))  # a record, or the end of an empty archive
 
 
 def _holds_pickle(path: Path) -> bool:
     """Whether a zip file is one of torch: it holds `<name>/data.pkl`, and no arrays of numpy beside that folder.
 
-    An archive that is damaged, or of neither kind, is what its name says.
+    For an archive that is damaged, or of neither kind, the name decides.
     """
     with contextlib.suppress(BadCheckpoint), contextlib.closing(OpenFile(path)) as file:
         names = [name for name in names_in(file) if name.endswith((".npy", "/data.pkl"))]
@@ -162,7 +162,7 @@ FORMATS: tuple[Format, ...] = (
         "TorchFile",
         writes=True,
         patches=True,
-        keeps="entries that are no tensors, shared storages",
+        keeps="entries that are not tensors, shared storages",
         framework="pt",
         structural=True,
     ),
@@ -187,7 +187,7 @@ FORMATS: tuple[Format, ...] = (
         "MsgpackFile",
         writes=True,
         patches=True,
-        keeps="entries that are no arrays",
+        keeps="entries that are not arrays",
         framework="flax",
     ),
     Format(
@@ -206,14 +206,14 @@ FORMATS: tuple[Format, ...] = (
     ),
 )
 
-# The format of new files whose name asks for none.
+# The format of new files whose name implies none.
 DEFAULT = FORMATS[0]
 # How the names of checkpoints end.
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
-# What other files begin with, and what to say of them.
+# How other files begin, what they are, and a hint.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for", "git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"\x89HDF", "an HDF5 file", ""),
     (b"GGUF", "a GGUF file", ""),
     (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
@@ -221,7 +221,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
-# Names that ask for formats that nothing here writes.
+# Suffixes of formats that cannot be written here.
 FOREIGN_SUFFIXES = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
 
 
@@ -231,7 +231,7 @@ def writable() -> list[Format]:
 
 
 def find_format(path: Path, head: bytes) -> Format | None:
-    """The format of a file that begins so, or of a directory; None if it is of none."""
+    """The format of a file with these first bytes, or of a directory; None if none is recognised."""
     # The length of a safetensors header may look like the first byte of something else.
     if any(head.startswith(magic) for magic, _, _ in _FOREIGN) and not _is_safetensors(path, head):
         return None
@@ -239,23 +239,23 @@ def find_format(path: Path, head: bytes) -> Format | None:
 
 
 def format_for(path: Path) -> Format | None:
-    """The format that the name of a new file asks for, or None."""
+    """The format that the name of a new file implies, or None."""
     return next((row for row in FORMATS if path.name.lower().endswith(row.suffixes)), None)
 
 
 def format_of(source: Source) -> Format | None:
-    """The row of the table for an opened checkpoint; None of a tree in memory."""
+    """The row of the table for an opened checkpoint; None for a tree in memory."""
     return next((row for row in FORMATS if row.name == source.format), None)
 
 
 def is_tree(path: Path) -> bool:
-    """Whether a path is a directory of a format that is one of its own, such as Orbax."""
+    """Whether a path is a directory of a format whose checkpoints are directories, such as Orbax."""
     row = find_format(path, b"") if path.is_dir() else None
     return row is not None and row.folder
 
 
 def home_of(path: Path) -> Path:
-    """The file or folder that stands for a checkpoint, whichever way it was named: of Orbax, that of the tree."""
+    """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
     if not path.is_dir():
         return path
     try:
@@ -269,7 +269,7 @@ def home_of(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the files in a directory that opening it, or an index in it, reads as weights.
+    """The names of the files that are read as weights when a directory, or an index in it, is opened.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -287,13 +287,13 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A checkpoint, opened for reading by the format that its content shows. Only headers are read.
+    """A checkpoint, opened for reading. Its content tells the format; only headers are read.
 
     Args:
         path: a file, a directory, or the index file of a model in several files.
 
     Raises:
-        BadCheckpoint: it is damaged, or of no format that is known.
+        BadCheckpoint: it is damaged, or its format is unknown.
         CannotRead: there is no such file, or no permission to read it.
 
     >>> import tempfile
@@ -349,12 +349,12 @@ def _holds_weights(name: str) -> bool:
 
 
 def _is_weights(folder: Path) -> Callable[[str], bool]:
-    """Whether a file in a folder without safetensors files holds weights all the same, by suffix, or by content where
-    the folder has one file."""
+    """Whether a file in a folder without safetensors files holds weights: by suffix, or by content if the
+    folder has one file."""
     names = [entry.name for entry in os.scandir(folder)]
     visible = [name for name in names if not name.startswith(".") and not name.endswith(".json")]
     known = [name for name in visible if format_for(Path(name)) is not None]
-    # Trainers leave their own states beside the model.
+    # Trainers save their own state beside the model.
     models = [name for name in known if name.startswith(("pytorch_model", "diffusion_pytorch_model", "adapter_model"))]
     chosen = models or known
     if len(chosen) == 1:
@@ -373,7 +373,7 @@ def _open_file(path: Path) -> Source:
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
-        row = format_for(path)  # whose reader knows best what is wrong
+        row = format_for(path)  # its reader's message says best what is wrong
     if row is None:
         raise _unknown(path, head)
     return row.open(path)
@@ -394,6 +394,6 @@ def _unknown(path: Path, head: bytes) -> BadCheckpoint:
         if head.startswith(magic):
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)
     return BadCheckpoint(
-        f"{path}: byte 0: it begins like no checkpoint that is known, and its name says nothing",
-        hint=f"what can be opened: {wording.listing([row.says for row in FORMATS])}",
+        f"{path}: byte 0: neither its first bytes nor its name are those of a known format",
+        hint=f"formats that can be opened: {wording.listing([row.says for row in FORMATS])}",
     )

@@ -1,7 +1,7 @@
-"""Safetensors files as leaves: a header that says where the bytes of every tensor lie, then the bytes.
+"""Safetensors files as leaves: a header that says where the bytes of every tensor are, then the bytes.
 
-The reader is stricter than the reference where that one is lax: a name stands once. What the reference
-refuses is refused here too, but for unknown dtypes: their bytes are listed and copied, never read or edited.
+The reader is stricter than the reference: a name appears once. What the reference refuses is refused here
+too, except unknown dtypes: their tensors are listed and copied, never read or edited.
 """
 
 import os
@@ -22,9 +22,9 @@ from paramend.reports import wording
 
 WRITER = SafetensorsWriter()
 
-# What other files begin with, and what to say of them.
+# How other files begin, what they are, and a hint.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for", "git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"PK\x03\x04", "a zip file, as torch.save and numpy.savez write them, not safetensors", ""),
     (b"\x89HDF", "an HDF5 file, not safetensors", ""),
     (b"GGUF", "a GGUF file, not safetensors", ""),
@@ -35,9 +35,9 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 
 class SafetensorsFile(FileSource):
-    """One safetensors file as `Leaves`. Opening reads the header; arrays are read when asked for.
+    """One safetensors file as `Leaves`. Opening reads the header; arrays are read on demand.
 
-    A leaf's number is its place in the order of the bytes. Use it as a context manager, or `close()` it;
+    A leaf's number is its position in the order of the bytes. Use it as a context manager, or `close()` it;
     arrays that were read stay valid.
 
     Attributes:
@@ -47,7 +47,8 @@ class SafetensorsFile(FileSource):
         ties: nothing: in a file each tensor has one name.
 
     Raises:
-        BadCheckpoint: there is no such file, or it is damaged, or of another format.
+        CannotRead: there is no such file, or no permission to read it.
+        BadCheckpoint: it is damaged, or of another format.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
@@ -72,14 +73,14 @@ class SafetensorsFile(FileSource):
             raise
 
     @cached_property
-    def index(self) -> Index:  # type: ignore[override]  # made when first asked for
+    def index(self) -> Index:  # type: ignore[override]  # made on first use
         """The names."""
         names = self.names
         return Index.of_names(names, separator_of(names))
 
     @property
     def names(self) -> list[str]:
-        """The names as they stand in the header, by leaf number."""
+        """The names as they are in the header, by leaf number."""
         return [entry.name for entry in self.header.entries]
 
     @property
@@ -88,7 +89,7 @@ class SafetensorsFile(FileSource):
         return self.header.metadata or {}
 
     def release(self) -> None:
-        """Gives the descriptor back to the system until a leaf is read again: of many files few need to be open."""
+        """Close the descriptor until a leaf is read again: of many files only a few need to be open."""
         self._file.release()
 
     def spec(self, number: int) -> Spec:
@@ -96,7 +97,7 @@ class SafetensorsFile(FileSource):
         return self.header.entries[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf in the file, also of a dtype of unknown width."""
+        """The number of bytes of a leaf in the file, also for a dtype of unknown width."""
         return self.header.entries[number].nbytes
 
     def refusal(self, number: int) -> str:
@@ -105,11 +106,11 @@ class SafetensorsFile(FileSource):
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is unknown: its bytes can only be copied"
         if BITS[dtype] % 8:
-            return f"its values, {dtype}, are packed {BITS[dtype]} bits each: its bytes can only be copied"
+            return f"its {dtype} values are packed, {BITS[dtype]} bits each: its bytes can only be copied"
         return ""
 
     def extent(self, number: int) -> Extent:
-        """Where the bytes of a leaf lie."""
+        """Where the bytes of a leaf are."""
         entry = self.header.entries[number]
         return Extent(self.path, self.header.nbytes + entry.start, entry.nbytes)
 
@@ -148,7 +149,7 @@ class SafetensorsFile(FileSource):
         shape = self.spec(number).shape
         try:
             return array.reshape(shape)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
             raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
 
 
@@ -171,7 +172,7 @@ def _read_header(opened: OpenFile) -> Header:
         raise bad(
             file,
             "byte 0",
-            f"the header is said to be {length:,} bytes long, and {size - 8:,} bytes follow",
+            f"the header should be {length:,} bytes long, but only {size - 8:,} bytes follow",
             hint="copy or download it again, if it is a safetensors file",
         )
     return parse_header(opened.read(8, length), size - 8 - length, file=file)

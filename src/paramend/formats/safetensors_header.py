@@ -1,7 +1,7 @@
-"""The header of a safetensors file: it names every tensor and says where its bytes lie.
+"""The header of a safetensors file: it names every tensor and says where its bytes are.
 
-The reader is stricter than the reference where that one is lax: a name stands once. What the reference
-refuses is refused here too, but for unknown dtypes: their bytes are listed and copied, never read or edited.
+The reader is stricter than the reference: a name appears once. What the reference refuses is refused here
+too, except unknown dtypes: their tensors are listed and copied, never read or edited.
 """
 
 import json
@@ -19,7 +19,7 @@ from paramend.reports import wording
 
 MAX_HEADER = 100_000_000
 _METADATA = "__metadata__"
-# Under this key the metadata of a file may hold the record of how it was made.
+# The key in the metadata of a file under which the record of how it was made is kept.
 RECORD = "paramend.record"
 
 
@@ -28,8 +28,8 @@ class Entry:
     """One tensor of a file.
 
     Attributes:
-        name: as it stands in the header.
-        spec: shape and dtype; of a dtype that is unknown, such as code "I2", the dtype is "raw<I2>".
+        name: as it is in the header.
+        spec: shape and dtype; an unknown dtype, such as code "I2", is "raw<I2>".
         start: where its bytes begin, counted from the end of the header.
         stop: where they end.
     """
@@ -47,10 +47,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header that keeps every rule of the format.
+    """A valid header.
 
     Attributes:
-        raw: the JSON text with its padding, as it stands in the file.
+        raw: the JSON text with its padding, as it is in the file.
         entries: the tensors in the order of their bytes, which need not be the order of their names in `raw`.
         metadata: the strings under `__metadata__`; None if there are none.
     """
@@ -61,7 +61,7 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """The length of the header with the eight bytes that say how long it is; the data begins there."""
+        """The length of the header, including the eight bytes that hold its length; the data begins there."""
         return 8 + len(self.raw)
 
     @property
@@ -70,17 +70,17 @@ class Header:
         return self.entries[-1].stop if self.entries else 0
 
     def to_bytes(self) -> bytes:
-        """What the file begins with."""
+        """The bytes at the beginning of the file."""
         return len(self.raw).to_bytes(8, "little") + self.raw
 
     def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
-        """The header of a file in which these tensors, by their places in `entries`, stay under these names and specs.
+        """The header of a file that keeps these tensors, by position in `entries`, under these names and specs.
 
-        Metadata, unknown fields and both orders stay. Where nothing changes the header stays byte for byte.
+        Metadata, unknown fields and both orders are kept. If nothing changes the header is byte for byte the same.
 
         Raises:
-            RenameClash: two tensors would have one name.
-            Unsupported: the format has no such dtype.
+            RenameClash: two tensors would have the same name.
+            Unsupported: the format lacks a dtype.
 
         >>> before = write_header({"w": Spec((2,), "float32"), "b": Spec((1,), "float32")})
         >>> [entry.name for entry in before.edited({1: ("bias", Spec((1,), "float32"))}).entries]
@@ -117,11 +117,11 @@ class Header:
 
 
 def layout(fields: Iterable[tuple[str, Spec, int]], metadata: Mapping[str, str] | None = None) -> Header:
-    """The header of a new file that holds these tensors, given by name, spec and bytes, one after the other.
+    """The header of a new file that holds these tensors one after the other, given by name, spec and number of bytes.
 
     Raises:
-        RenameClash: two tensors have one name.
-        Unsupported: the format has no such dtype.
+        RenameClash: two tensors have the same name.
+        Unsupported: the format lacks a dtype.
     """
     table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
     entries: list[Entry] = []
@@ -135,11 +135,11 @@ def layout(fields: Iterable[tuple[str, Spec, int]], metadata: Mapping[str, str] 
 
 
 def _fresh(name: str, table: Mapping[str, Any]) -> str:
-    """The name, which must be new to the table and no name of the format's own."""
+    """The name, after checking that it is new to the table and not reserved by the format."""
     if name == _METADATA:
-        raise RenameClash(f"{_METADATA!r} is no name for a leaf: a safetensors file keeps its metadata there")
+        raise RenameClash(f"{_METADATA!r} cannot be the name of a leaf: a safetensors file keeps its metadata under it")
     if name in table:
-        raise RenameClash(f"two leaves would have one name, {shown(name)}", hint="rename or delete one of them first")
+        raise RenameClash(f"two leaves would have the same name, {shown(name)}", hint="rename or delete one first")
     if name.count("/") + name.count(".") >= MAX_PIECES:
         raise RenameClash(f"{shown(name)} has more than {MAX_PIECES} pieces")
     return name
@@ -149,7 +149,7 @@ def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None =
     """The header of a new file that holds these tensors one after the other.
 
     Raises:
-        Unsupported: the format has no such dtype.
+        Unsupported: the format lacks a dtype.
 
     >>> write_header({"w": Spec((2, 2), "bfloat16")}).raw
     b'{"w":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}       '
@@ -164,13 +164,13 @@ def annotated(raw: bytes, key: str, text: str) -> bytes:
     b'{"__metadata__":{"format":"pt","note":"1"}}     '
     """
     table = json.loads(raw)
-    # transformers takes a file that says nothing of itself for one of torch, and asks one that says something.
+    # transformers assumes torch if a file has no metadata, and requires "format" if it has some.
     metadata = table.pop(_METADATA, None) or {"format": "pt"}
     return _encode({_METADATA: {**metadata, key: text}, **table})
 
 
 def _code(spec: Spec) -> str:
-    if spec.dtype.startswith("raw<"):  # bytes that are only copied, under the code that they came with
+    if spec.dtype.startswith("raw<"):  # bytes that are only copied keep their code
         return spec.dtype[4:-1]
     code = SAFETENSORS_CODES.get(spec.dtype)
     if code is None:
@@ -187,7 +187,7 @@ def _encode(table: dict[str, Any]) -> bytes:
 
 
 def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
-    """The header, every rule checked.
+    """The header, validated.
 
     Args:
         raw: the JSON text.
@@ -199,7 +199,7 @@ def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
 
     >>> parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12, file="x.st")
     Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to none
+    paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to no tensor
     """
     table = parse_object(raw, file, "header")
     metadata = _metadata(table.pop(_METADATA, None), file)
@@ -222,7 +222,7 @@ def _metadata(value: Any, file: str) -> dict[str, str] | None:
 
 
 def _entry(name: str, row: Any, file: str) -> Entry:
-    try:  # most tensors are like one before
+    try:  # most tensors have the code and shape of an earlier one
         code, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
         spec, nbytes = _sound[(code, *shape)]
         whole = {type(start), type(stop), *map(type, shape)} == {int}
@@ -236,7 +236,7 @@ def _entry(name: str, row: Any, file: str) -> Entry:
     return entry
 
 
-# The specs of tensors that kept every rule, with their bytes, by code and shape.
+# The specs of valid tensors, with their number of bytes, by code and shape.
 _sound: dict[tuple[Any, ...], tuple[Spec, int]] = {}
 _REMEMBERED = 10_000
 
@@ -279,11 +279,11 @@ def _checked_entry(name: str, row: Any, file: str) -> Entry:
     if bits >= U64:
         raise flaw(", shape", "the number of bits overflows 64 bits")
     if bits % 8:
-        raise flaw(", shape", f"{elements:,} elements of {BITS[dtype]} bits are no whole bytes")
+        raise flaw(", shape", f"{elements:,} elements of {BITS[dtype]} bits do not fill whole bytes")
     if stop - start != bits // 8:
         said = f"{code} of shape ({wording.listing([*map(str, shape)], 10)})"
         takes = wording.plural(bits // 8, "byte")
-        raise flaw(", data_offsets", f"{said} takes {takes}, and {start:,} to {stop:,} are {stop - start:,}")
+        raise flaw(", data_offsets", f"{said} takes {takes}, but {start:,} to {stop:,} are {stop - start:,}")
     return Entry(name, Spec(tuple(shape), dtype), start, stop)
 
 
@@ -291,7 +291,7 @@ def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
     """Every byte of the data belongs to exactly one tensor."""
     needed = max((entry.stop for entry in entries), default=0)
     if needed > data_nbytes:
-        reason = f"the file is cut short: its tensors take {needed:,} bytes, and {data_nbytes:,} are there"
+        reason = f"the file is cut short: its tensors take {needed:,} bytes, but {data_nbytes:,} are there"
         raise bad(file, "data", reason, hint="copy or download it again")
     at = 0
     for before, entry in zip([None, *entries], entries, strict=False):
@@ -304,29 +304,31 @@ def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
         at = entry.stop
     if at != data_nbytes:
         extra = wording.plural(data_nbytes - at, "byte")
-        raise bad(file, "data", f"{extra} after the last tensor belong to none")
+        raise bad(file, "data", f"{extra} after the last tensor belong to no tensor")
 
 
 # ---- writing -------------------------------------------------------------------------------------------------
 
 
 class SafetensorsWriter:
-    """Lays out files that `safetensors` reads. Of the metadata, texts stay."""
+    """Lays out files that `safetensors` reads. Of the metadata, only strings are kept."""
 
     seals = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in SAFETENSORS_CODES:
-            return f"safetensors files have no dtype {spec.dtype}"
+            return f"safetensors files cannot hold {spec.dtype}"
         bits = BITS[spec.dtype]
-        return f"safetensors files pack {spec.dtype}, {bits} bits each, and its values here are not" if bits % 8 else ""
+        return (
+            f"safetensors files pack {spec.dtype}, {bits} bits each; here its values are not packed" if bits % 8 else ""
+        )
 
     def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
         """The file from its first byte to its last.
 
         Raises:
-            RenameClash: two leaves have one name.
+            RenameClash: two leaves have the same name.
 
         >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
         >>> head, weight = SafetensorsWriter().parts([item], {})

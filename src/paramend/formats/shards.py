@@ -1,4 +1,4 @@
-"""`Shards`: a directory whose model lies in one file or in several, as one source."""
+"""`Shards`: a directory with a model in one file or several, as one source."""
 
 import os
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from paramend.leaves.leaves import Index, entries, separator_of, uncollected
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 
-# Systems let a program hold a few hundred files open; the largest models have more.
+# Systems limit a process to a few hundred open files; the largest models have more.
 _OPEN = 64
 
 
@@ -29,7 +29,7 @@ class Shards:
         shard_index: the index beside them; None if there is none.
         index: the names of all tensors.
         ties: leaf number → the first number of the same leaf.
-        metadata: what the files say of themselves, where all agree.
+        metadata: the metadata of the files, where all agree.
     """
 
     def __init__(self, path: Path, folder: Path, files: Sequence[Source], shard_index: ShardIndex | None) -> None:
@@ -50,7 +50,7 @@ class Shards:
                     raise bad(
                         str(folder),
                         f"tensor {shown(name)}",
-                        f"it stands in two files, {self.files[other].path.name} and {file.path.name}",
+                        f"it is in two files, {self.files[other].path.name} and {file.path.name}",
                         hint=f"open one of them: {self.files[other].path}",
                     )
                 inner[number] = first + len(inner)
@@ -78,7 +78,7 @@ class Shards:
             place = where.get(name)
             if place is None or self.files[place].path.name != shard:
                 found = "" if place is None else f"; it is in {self.files[place].path.name}"
-                reason = f"{shard} holds no such tensor{found}"
+                reason = f"{shard} does not hold it{found}"
                 raise bad(str(shard_index.path), f"weight_map, {shown(name)}", reason)
 
     def _agreed(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Shards:
         return self._homes[number]
 
     def _file(self, number: int) -> tuple[Any, int]:
-        """The file that holds a leaf, ready to be read; of those read before, the latest stay open."""
+        """The file that holds a leaf, ready to be read; the files read last stay open."""
         place, inner = self._homes[number]
         self._open[place] = None
         self._open.move_to_end(place)
@@ -100,7 +100,7 @@ class Shards:
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """What the system said of each file when it was opened, where that is known."""
+        """The stat result of each file when it was opened, where known."""
         found: dict[Path, os.stat_result] = {}
         for file in self.files:
             found |= file.stats
@@ -112,7 +112,7 @@ class Shards:
         return self.files[place].spec(inner)  # type: ignore[no-any-return]
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf on disk."""
+        """The number of bytes of a leaf on disk."""
         place, inner = self._homes[number]
         return self.files[place].nbytes(inner)  # type: ignore[no-any-return]
 
@@ -122,7 +122,7 @@ class Shards:
         return self.files[place].refusal(inner)  # type: ignore[no-any-return]
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf lie."""
+        """Where the bytes of a leaf are."""
         place, inner = self._homes[number]
         return self.files[place].extent(inner)  # type: ignore[no-any-return]
 
@@ -132,30 +132,30 @@ class Shards:
         return file.read(inner)  # type: ignore[no-any-return]
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A copy of some elements of a leaf, counted in C order."""
+        """A copy of a range of the elements of a leaf in C order."""
         file, inner = self._file(number)
         return file.read_range(inner, start, stop)  # type: ignore[no-any-return]
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks are made; None for a leaf."""
+        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
         return entries(node)
 
     def close(self) -> None:
-        """Gives the files back."""
+        """Close the files."""
         for file in self.files:
             file.close()
 
 
 def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callable[[str], bool]) -> Shards | None:
-    """The model in a directory, or that of an index file; None if the directory holds no weights.
+    """The model in a directory, or in that of an index file; None if the directory holds no weights.
 
     Args:
         path: the directory, or an index file in it.
         opener: opens one weight file.
-        weights: whether a file of this name holds weights, where no index says which do.
+        weights: whether a file of this name holds weights, for directories without an index.
 
     Raises:
-        BadCheckpoint: the index is damaged, a shard is missing or damaged, or a tensor stands in two.
+        BadCheckpoint: the index is damaged, a shard is missing or damaged, or a tensor is in two.
     """
     folder, found = (path, None) if path.is_dir() else (path.parent, path)
     names = sorted(entry.name for entry in os.scandir(folder))
@@ -186,7 +186,7 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
 
 
 def _names(file: Source) -> Iterable[tuple[int, str]]:
-    """The leaf numbers of a file, each with its name. A flat file knows its names without an index."""
+    """The leaf numbers of a file, each with its name. A flat file has its names without an index."""
     if isinstance(file, Flat):
         return enumerate(file.names)
     return ((number, file.index.name(number)) for number in file.index.numbers)

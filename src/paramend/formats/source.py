@@ -1,4 +1,4 @@
-"""`Source`: the leaves of a file on disk, which engines copy, compute and patch by where their bytes lie."""
+"""`Source`: the leaves of a file on disk, which engines copy, compute and patch by the place of their bytes."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from paramend.leaves.specs import Array, Spec
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where the bytes of a leaf lie, one after the other, in C order, little-endian.
+    """Where the contiguous bytes of a leaf are; C order, little-endian.
 
     Attributes:
         path: the file.
@@ -27,17 +27,17 @@ class Extent:
 
 
 class Source(Protocol):
-    """A checkpoint file, or a directory that is one, opened for reading: `Leaves` that lie on disk.
+    """A checkpoint file or directory, opened for reading: `Leaves` on disk.
 
-    Opening reads headers only. Every format is one file of this folder that makes such objects.
+    Opening reads headers only. Every format has a module in this folder that makes such objects.
 
     Attributes:
-        format: the name of its row in the table of formats; "" of a tree in memory.
+        format: the name of its row in the table of formats; "" for a tree in memory.
         path: as the user wrote it.
-        stats: what the system said of each of its files when it was opened.
+        stats: the stat result of each of its files when it was opened.
         index: the names.
-        ties: leaf number → the first number of the same leaf, where a file says that two names are one tensor.
-        metadata: what the file says of itself besides its leaves, as the format has it.
+        ties: leaf number → the first number of the same leaf, for formats in which two names can be one tensor.
+        metadata: what the file holds besides its leaves, as the format has it.
     """
 
     path: Path
@@ -57,13 +57,13 @@ class Source(Protocol):
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """What the system said of each of its files when it was opened."""
+        """The stat result of each of its files when it was opened."""
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf."""
 
     def nbytes(self, number: int) -> int:
-        """Bytes of a leaf on disk, also of dtypes of unknown width."""
+        """The number of bytes of a leaf on disk, also for dtypes of unknown width."""
 
     def refusal(self, number: int) -> str:
         """Why a leaf cannot be read as an array, or ""."""
@@ -72,19 +72,19 @@ class Source(Protocol):
         """A leaf; memory-mapped and read-only where the format allows it."""
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A copy of some elements of a leaf, counted in C order."""
+        """A copy of a range of the elements of a leaf in C order."""
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf lie; None if they are compressed, strided or split."""
+        """Where the bytes of a leaf are; None if they are compressed, strided or split."""
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a container, for trees of bools as selectors: `leaves.entries`."""
 
     def close(self) -> None:
-        """Closes its files."""
+        """Close its files."""
 
 
-# ---- what some sources can do besides --------------------------------------------------------------------------
+# ---- what only some sources can do -----------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -94,32 +94,32 @@ class Sealed(Protocol):
     path: Path
 
     def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
-        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them."""
+        """The extents that `after_patch` rewrites, for an undo record to keep."""
 
     def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
-        """What to write, as (file, offset, bytes), so that checksums are true after these bytes changed."""
+        """The writes, as (file, offset, bytes), that correct the checksums after these bytes changed."""
 
 
 @runtime_checkable
 class Chunked(Protocol):
-    """A checkpoint whose leaves are stored in chunks, each a value that is written whole."""
+    """A checkpoint whose leaves are stored in chunks, each written as a whole."""
 
     names: Sequence[str]
     store: Any
 
     def chunks(self, number: int) -> tuple[int, ...]:
-        """The lengths of a chunk of a leaf."""
+        """The shape of the chunks of a leaf."""
 
     def read_box(self, number: int, box: tuple[slice, ...]) -> Array:
         """The values of a leaf within a box."""
 
     def stage(self, folder: Path, numbers: Iterable[int]) -> Any:
-        """A store in a folder that takes new chunks of some leaves."""
+        """A staging store in a folder for new chunks of some leaves."""
 
 
 @runtime_checkable
 class Flat(Protocol):
-    """A file that is a table of names, and has them without making an index."""
+    """A file that is a table of names, which it has without making an index."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -128,14 +128,14 @@ class Flat(Protocol):
 
 @runtime_checkable
 class Released(Protocol):
-    """A file whose descriptor can be closed until a leaf is read again: of many files few need to be open."""
+    """A file whose descriptor can be closed until a leaf is read again: of many files only a few need to be open."""
 
     def release(self) -> None:
-        """Closes the descriptor."""
+        """Close the descriptor."""
 
 
 def check_readable(source: Source, number: int) -> None:
-    """Refuses a leaf that cannot be read as an array.
+    """Refuse a leaf that cannot be read as an array.
 
     Raises:
         Unsupported: it cannot; the message says why.

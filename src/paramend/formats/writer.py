@@ -1,4 +1,4 @@
-"""`Writer`: what a format says of a new file, before the first byte of it is written."""
+"""`Writer`: the layout of a new file in a format, known before its first byte is written."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Item:
         name: its path as plain text, keys joined by a separator.
         keys: its path key by key.
         spec: shape and dtype.
-        nbytes: its bytes.
+        nbytes: the number of its bytes.
         number: that of the leaf in its source.
     """
 
@@ -31,7 +31,7 @@ class Span(NamedTuple):
     """Bytes of a leaf, in C order and little-endian.
 
     Attributes:
-        item: the place of the leaf among those that are written.
+        item: the position of the leaf among those that are written.
         start: the first byte.
         stop: the one after the last.
     """
@@ -44,11 +44,11 @@ class Span(NamedTuple):
 class Writer(Protocol):
     """Lays out files of one format. A format's module has one under the name `WRITER`.
 
-    The engine asks for the parts of a file, and then knows its length, copies by the kernel what lies in other files,
-    and computes the rest.
+    The parts of a file tell the engine its length. It lets the kernel copy what is in other files, and computes the
+    rest.
 
     Attributes:
-        seals: whether such a file holds checksums of its leaves. They are written as 0, and put right by the
+        seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
             `after_patch` of the finished file.
     """
 
@@ -58,11 +58,11 @@ class Writer(Protocol):
         """Why the format cannot hold such a leaf, or ""."""
 
     def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
-        """The file from its first byte to its last. The spans of a leaf follow each other, first to last.
+        """The file from its first byte to its last. The spans of a leaf come one after the other, first to last.
 
         Args:
             items: the leaves.
-            metadata: what the source says of itself besides; a writer takes what its format can hold.
+            metadata: that of the source; a writer takes what its format can hold.
         """
 
 
@@ -75,11 +75,11 @@ class FolderWriter(Protocol):
     def write(
         self, folder: Path, items: Sequence[Item], data: Callable[[int], Iterator[memoryview]], source: Any
     ) -> None:
-        """Fills an empty folder. The engine makes it, makes it durable and names it.
+        """Fill an empty folder. The engine creates it, makes it durable and gives it its name.
 
         Args:
             folder: the folder.
             items: the leaves.
-            data: the place of a leaf → its bytes, in pieces of bounded size.
-            source: where they come from; what else it says of itself goes along if it is of this format.
+            data: the position of a leaf → its bytes, in pieces of bounded size.
+            source: where they come from; its other content is kept if it has this format.
         """

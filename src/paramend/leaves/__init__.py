@@ -1,1 +1,1 @@
-"""The one noun: named arrays that can be described without being read."""
+"""Named arrays that can be described without being read."""

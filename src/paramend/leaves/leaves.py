@@ -1,4 +1,4 @@
-"""`Leaves`: named arrays that can be described without being read, the one noun that selectors and engines speak."""
+"""`Leaves`: named arrays that can be described without being read, the one noun of selectors and engines."""
 
 import gc
 from abc import abstractmethod
@@ -14,9 +14,9 @@ from paramend.leaves.specs import Spec
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Holds the garbage collector back while an index grows.
+    """Pause the garbage collector while an index grows.
 
-    Nothing of an index is garbage, and each pass over it would cost as much as making it.
+    An index contains no garbage, and each pass over it would cost as much as building it.
     """
     running = gc.isenabled()
     gc.disable()
@@ -31,11 +31,11 @@ class Index:
     """The names of a tree's array leaves. One index serves every tree of the same structure.
 
     Attributes:
-        names: the tree of names, label → subtree or → leaf number.
+        names: the tree of names, label → subtree or leaf number.
         numbers: the leaf numbers in the order in which leaves are listed.
-        separator: what stands between keys when a path is printed: "/" for JAX trees, "." for torch ones.
+        separator: the text between keys of a printed path: "/" for JAX trees, "." for torch ones.
         spans: for each container `(type, start, stop)`: its leaves are `numbers[start:stop]`.
-        found: what selectors matched before, by selector.
+        found: earlier matches, by selector.
     """
 
     def __init__(self, separator: str = "/") -> None:
@@ -55,7 +55,7 @@ class Index:
         """The index of a flat table of names, as a checkpoint file holds."""
         index = cls(separator)
         parents: dict[str, Names] = {}
-        ends: dict[str, Part] = {}  # most names end as others do
+        ends: dict[str, Part] = {}  # most names end like others
         with uncollected():
             for number, name in enumerate(names):
                 index.numbers.append(number)
@@ -70,9 +70,9 @@ class Index:
         return index
 
     def _parent(self, prefix: str, known: dict[str, Names]) -> Names | None:
-        """The subtree of names that begin so, up to a separator, made if need be; None if a piece would be empty.
+        """The subtree of names with this prefix, up to a separator, created if needed; None if a piece would be empty.
 
-        Neighbours in a file share most of their names: each subtree is looked for once.
+        Neighbours in a file share most of their names, so each subtree is looked up once.
         """
         found = known.get(prefix)
         if found is None:
@@ -85,7 +85,7 @@ class Index:
         return found
 
     def add(self, names: Names, key: object, child: Any) -> None:
-        """Enters a leaf number or a subtree under a key of a subtree of names."""
+        """Enter a leaf number or a subtree under a key of a subtree of names."""
         if type(key) is str and key not in names and "/" not in key and "." not in key:  # nearly all keys
             names[key] = child
             return
@@ -96,7 +96,7 @@ class Index:
                 inner = names[label] = {}
             names = inner
         last = path[-1]
-        while last in names:  # two keys that read the same, as list position 0 and key "0" may
+        while last in names:  # two keys with the same text, such as list position 0 and key "0"
             last = last._replace(serial=last.serial + 1) if isinstance(last, Part) else Part(last, "", True, 1)
         names[last] = child
 
@@ -116,7 +116,7 @@ class Index:
 
     @cached_property
     def _rank(self) -> dict[int, int] | None:
-        """The place of each leaf number in `numbers`; None if these ascend."""
+        """The position of each leaf number in `numbers`; None if these ascend."""
         ascending = all(a < b for a, b in pairwise(self.numbers))
         return None if ascending else {number: place for place, number in enumerate(self.numbers)}
 
@@ -187,7 +187,7 @@ def _write(names: Names, prefix: str, separator: str, out: dict[int, str]) -> No
 class Leaves(Protocol):
     """Anything whose leaves have names and specs: a pytree, a module, a checkpoint.
 
-    A leaf is known by its number. Numbers may have gaps: leaves that are no arrays are not selectable.
+    A leaf is known by its number. Numbers may have gaps: leaves that are not arrays cannot be selected.
     """
 
     @property
@@ -202,7 +202,7 @@ class Leaves(Protocol):
         """Shape and dtype of a leaf, without reading it."""
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf; on disk also of a dtype of unknown width."""
+        """The number of bytes of a leaf; on disk also for a dtype of unknown width."""
 
     def refusal(self, number: int) -> str:
         """Why a leaf cannot be read as an array, or ""; leaves in memory always can."""
@@ -211,19 +211,19 @@ class Leaves(Protocol):
         """The array."""
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a container of the kind that such trees are made of, as (key, child); None for a leaf."""
+        """The entries of a container of such trees, as (key, child); None for a leaf."""
 
 
 class Stored:
-    """A leaf of a file as the operand of an edit: read when the edit runs, in pieces where it runs in pieces.
+    """A leaf of a file as the operand of an edit: read when the edit runs, in pieces if it runs in pieces.
 
     Attributes:
         spec: its shape and dtype.
         ndim: the number of its axes.
-        source: where it is.
-        number: which leaf it is there.
+        source: the file.
+        number: its number in the file.
         read: its values.
-        read_range: its elements from one to another, counted in C order.
+        read_range: a range of its elements in C order.
     """
 
     def __init__(self, source: Any, number: int) -> None:
@@ -241,14 +241,14 @@ class Stored:
 
 
 class Editable(Leaves):
-    """Leaves that carry edits out: trees in memory at once, checkpoints when they are saved.
+    """Leaves that carry out edits: trees in memory immediately, checkpoints when they are saved.
 
-    Each method gives the same thing anew, edited; of a checkpoint, the numbers of leaves stay.
+    Methods return an edited copy; the numbers of a checkpoint's leaves stay.
     """
 
     @property
     def patched_by(self) -> str:
-        """Code that edits it where it lies, with `{}` for the edit; "" if the verbs that end in `_` do so."""
+        """Code that edits it in place, with `{}` for the edit; "" if the verbs that end in `_` do so."""
         return ""
 
     @abstractmethod
@@ -257,23 +257,23 @@ class Editable(Leaves):
 
     @abstractmethod
     def fetch(self, number: int, index: Any = None) -> Any:
-        """A leaf, or a slice of it, as users get it: of a file it is a copy, which no later patch changes."""
+        """A leaf, or a slice of it, as users get it: from a file a copy, which no later patch changes."""
 
     @abstractmethod
     def edited(self, calls: Mapping[int, Any]) -> Any:
-        """With calls of ops on some leaves; each is checked against its leaf."""
+        """A copy with calls of ops on some leaves, each checked against its leaf."""
 
     @abstractmethod
     def edited_(self, calls: Mapping[int, Any]) -> None:
-        """Carries calls of ops out in place."""
+        """Carry out calls of ops in place."""
 
     @abstractmethod
     def deleted(self, numbers: Iterable[int]) -> Any:
-        """Without some leaves, under all their paths."""
+        """A copy without some leaves, under all their paths."""
 
     @abstractmethod
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
-        """With the leaves that a selector chose under new paths."""
+        """A copy with the selected leaves under new paths."""
 
     @abstractmethod
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
@@ -281,7 +281,7 @@ class Editable(Leaves):
 
 
 def separator_of(names: Iterable[str]) -> str:
-    """What separates the keys of names: "/" where some hold "/" and none ".", else ".".
+    """The separator of keys in names: "/" where some hold "/" and none ".", else ".".
 
     >>> separator_of(["params/Dense_0/kernel"]), separator_of(["fc.weight", "a/b"])
     ('/', '.')
@@ -291,7 +291,7 @@ def separator_of(names: Iterable[str]) -> str:
 
 
 def entries(node: Any) -> list[tuple[Any, Any]] | None:
-    """The entries of a dict, list or tuple as (key, child), None for anything else: what `children` is for files."""
+    """The entries of a dict, list or tuple as (key, child), None for anything else: `children` for files."""
     if isinstance(node, Mapping):
         return list(node.items())
     return list(enumerate(node)) if isinstance(node, list | tuple) else None
@@ -300,7 +300,7 @@ def entries(node: Any) -> list[tuple[Any, Any]] | None:
 def unique(leaves: Leaves, numbers: Sequence[int]) -> tuple[int, ...]:
     """The numbers without second paths to the same leaf.
 
-    The first path among those given stands for the leaf.
+    Of several paths to a leaf, the first one given is kept.
     """
     if not leaves.ties:
         return tuple(numbers)

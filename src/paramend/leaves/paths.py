@@ -1,7 +1,7 @@
-"""Names of leaves: how keys split into pieces, and how they are written so that they can be read back.
+"""Names of leaves: how keys split into pieces, and how they are written so that they parse back.
 
 A leaf's real path is a sequence of keys (dict keys, list positions, attribute names). Selectors see it piece by
-piece, as it reads: the Haiku key `mlp/~/linear_0` is three pieces, the state dict name `fc.weight` is two. `/`
+piece: the Haiku key `mlp/~/linear_0` is three pieces, the state dict name `fc.weight` is two. `/`
 and `.` are the same separator.
 
 A **label** is one step in a tree of names. A key that is a single piece has its text as label; a piece of a longer
@@ -19,9 +19,9 @@ _plain = re.compile(r"[^*{}\[\]<>,\"\\/.]+").fullmatch
 
 
 class Part(NamedTuple):
-    """One piece of a key: its text, the separator before it ("" opens the key), whether it closes the key.
+    """One piece of a key: its text, the separator before it ("" if it begins the key), whether it ends the key.
 
-    `serial` keeps apart two keys that read the same, such as list position 0 and key "0".
+    `serial` distinguishes two keys with the same text, such as list position 0 and key "0".
     """
 
     text: str
@@ -39,7 +39,7 @@ Names = dict[Label, Any]
 def labels(key: object) -> tuple[Label, ...]:
     """The labels of one key, in order.
 
-    A key whose separators stand at an end or side by side cannot be read piece by piece: it stays whole.
+    A key with separators at an end or next to each other cannot be split into pieces: it stays whole.
 
     >>> labels("kernel"), labels(3)
     (('kernel',), ('3',))
@@ -97,7 +97,7 @@ def write_path(path: Iterable[Label], separator: str = "/") -> str:
 
 
 def number_of(text: str) -> int | None:
-    """The number that a key is, if it is one written in at most 18 plain digits.
+    """The key as a number, if it is at most 18 plain digits; else None.
 
     >>> number_of("10"), number_of("-1"), number_of("x1")
     (10, None, None)
@@ -111,7 +111,7 @@ def natural(text: str) -> str:
     >>> sorted(["Dense_10", "Dense_9"], key=natural)
     ['Dense_9', 'Dense_10']
     """
-    # Of two numbers the one with more digits is larger; a number comes before what continues a word, and after words.
+    # The number with more digits is larger; a number sorts before letters that continue a word, and after words.
     key = _digits(_number_key, text)
     return f"\U0010ffff{key}" if text[:1] in _DIGITS else key
 

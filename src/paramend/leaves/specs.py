@@ -34,7 +34,7 @@ class TorchDtype(Protocol):
 
 DtypeLike: TypeAlias = str | type | np.dtype[Any] | TorchDtype
 
-# One row a dtype: its name, its bits, its safetensors code (None: the format has none).
+# One row per dtype: its name, its bits, its safetensors code (None: the format has none).
 _ROWS: tuple[tuple[str, int, str | None], ...] = (
     ("bool", 8, "BOOL"),
     ("int4", 4, None),
@@ -151,7 +151,7 @@ def dtype_name(dtype: DtypeLike) -> str:
         return name
     near = wording.closest(name, BITS)
     raise BadArgument(
-        f"{dtype!r} is no dtype that Paramend knows",
+        f"{dtype!r} is not a known dtype",
         hint=f'"{near[0]}"' if near else 'one such as "float32", "bfloat16", "int8"',
     )
 

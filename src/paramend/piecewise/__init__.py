@@ -1,1 +1,1 @@
-"""One edit of one leaf in bounded memory."""
+"""Edits of a leaf in bounded memory."""

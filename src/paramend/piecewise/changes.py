@@ -1,4 +1,4 @@
-"""Changing: the elements of one leaf that an edit is about, exchanged for new ones in the file that they lie in."""
+"""Changing: the elements of a leaf that an edit affects, replaced in their file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,10 +25,10 @@ class Work:
 
     Attributes:
         row: its row of the plan.
-        extent: where it lies.
-        regions: which of its elements each call is about; empty where calls can only be run together.
+        extent: where its bytes are.
+        regions: which of its elements each call affects; empty if calls can only run together.
         ranges: the bytes that are recorded and written, as (start, stop) in the file, ascending.
-        steps: how many bytes will be written one call after the other.
+        steps: how many bytes all calls together write.
     """
 
     row: Row
@@ -39,9 +39,9 @@ class Work:
 
 
 def work_of(row: Row, extent: Extent) -> Work:
-    """What is to be done to the leaf of a row that lies there."""
+    """The work on the leaf of a row, whose bytes are in the extent."""
     spec = row.before
-    if any(edit.spec(spec) != spec for edit in row.calls):  # cast and cast back, for one
+    if any(edit.spec(spec) != spec for edit in row.calls):  # a cast and a cast back, for example
         return Work(row, extent, (), np.array([[extent.start, extent.start + extent.nbytes]]), extent.nbytes)
     itemsize = numpy_dtype(spec.dtype).itemsize
     regions = tuple(region(spec.shape, edit.index) for edit in row.calls)
@@ -56,7 +56,7 @@ def work_of(row: Row, extent: Extent) -> Work:
 
 
 def _merged(ranges: Array) -> Array:
-    """Ranges in ascending order with those that touch as one."""
+    """Ascending ranges, with adjacent ones merged."""
     reach = np.maximum.accumulate(ranges[:, 1])
     cuts = np.flatnonzero(ranges[1:, 0] > reach[:-1])
     first = np.concatenate([[0], cuts + 1])
@@ -65,13 +65,13 @@ def _merged(ranges: Array) -> Array:
 
 
 def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
-    """Writes the new elements of a leaf into an open file.
+    """Write the new elements of a leaf into an open file.
 
     Args:
         descriptor: the file, open for reading and writing; it holds the old elements.
-        source: where leaves are read that cannot be changed piece by piece where they lie.
-        work: what is to be done.
-        meter: hears of the bytes.
+        source: the source of leaves that cannot be changed piece by piece in place.
+        work: what to do.
+        meter: receives the number of bytes.
     """
     row, extent = work.row, work.extent
     for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):
@@ -96,7 +96,7 @@ def _change_slice(
     def window(starts: Array, run: int) -> Window:
         return Window(descriptor, extent, dtype, starts, run)
 
-    with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
+    with np.errstate(all="ignore"):  # an overflow to inf is a valid result
         if step is not None:
             constant = edit.op.chunks and not edit.op.reads
             new = np.empty(0, dtype)

@@ -1,6 +1,6 @@
-"""Chunking: leaves that are stored in chunks, changed chunk by chunk, so that memory is bounded by a few of these.
+"""Chunking: leaves that are stored in chunks, changed chunk by chunk, so that memory is bounded by a few chunks.
 
-The new chunks go into files of a stage. Who asked for them exchanges the files, or publishes them as a new checkpoint.
+The new chunks are written to staged files. The caller replaces the old files, or publishes a new checkpoint.
 """
 
 import math
@@ -24,18 +24,18 @@ Box = tuple[slice, ...]
 
 
 def laid_flat(source: Any, row: Row) -> Extent:
-    """Where the bytes of a leaf would lie if they lay in one piece, in a file of its own."""
+    """The extent of a leaf if it were contiguous in a separate file."""
     return Extent(Path(source.path), 0, row.before.size * numpy_dtype(row.before.dtype).itemsize)
 
 
 def restage(source: Any, work: Sequence[Work], folder: Path, meter: Meter) -> None:
-    """Puts the chunks that edits change, as they will be, into files in a folder.
+    """Write the chunks that edits change, with their new values, into files in a folder.
 
     Args:
         source: the checkpoint, which stays as it is.
-        work: the leaves to change, as if each lay in a file of its own.
-        folder: where the files go: to the places that they have in the folder of the checkpoint.
-        meter: hears of the bytes.
+        work: the leaves to change, as if each were in a separate file.
+        folder: where the files go, at the same places as in the folder of the checkpoint.
+        meter: receives the number of bytes.
     """
     stage = source.stage(folder, [each.row.source for each in work])
     for each in work:
@@ -46,7 +46,7 @@ def restage(source: Any, work: Sequence[Work], folder: Path, meter: Meter) -> No
 
 
 def touched(source: Any, work: Work) -> list[Box]:
-    """The chunks that an edit concerns, in order, as slices of the leaf."""
+    """The chunks that an edit affects, in order, as slices of the leaf."""
     shape, chunks = work.row.before.shape, source.chunks(work.row.source)
     runs = work.ranges // numpy_dtype(work.row.before.dtype).itemsize
     return [
@@ -59,16 +59,16 @@ def touched(source: Any, work: Work) -> list[Box]:
 
 
 def nbytes_of(source: Any, work: Work) -> int:
-    """The bytes of the chunks that an edit concerns, as arrays."""
+    """The number of bytes of the chunks that an edit affects, as arrays."""
     width = numpy_dtype(work.row.before.dtype).itemsize
     return sum(width * math.prod(part.stop - part.start for part in box) for box in touched(source, work))
 
 
 def cells(runs: Array, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Array:
-    """The chunks that hold some elements, as places in the grid of chunks, one line each, ascending.
+    """The chunks that hold some elements, as places in the grid of chunks, one row each, ascending.
 
     Args:
-        runs: the elements, as (start, stop) in C order, one line each.
+        runs: the elements, as (start, stop) in C order, one row each.
         shape: of the array.
         chunks: the shape of a chunk.
 
@@ -77,7 +77,7 @@ def cells(runs: Array, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Array
     """
     grid = [-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True)]
     found = [np.zeros((min(len(runs), 1) if not shape else 0, len(shape)), np.int64)]
-    # Lines of `rest` are (places along the axes so far ..., start, stop), within what lies below these places.
+    # Rows of `rest` are (places along the axes so far ..., start, stop), relative to these places.
     rest = np.asarray(runs, np.int64)
     for axis, chunk in enumerate(chunks):
         inner = math.prod(shape[axis + 1 :])
@@ -125,14 +125,14 @@ def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Ar
                 x = source.read_box(row.source, box).reshape(-1)
             else:
                 x = np.empty(math.prod(shape), before)
-            with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
+            with np.errstate(all="ignore"):  # an overflow to inf is a valid result
                 for step in steps:
                     assert step is not None
                     x = step(x, 0)
             yield box, flat(x, Spec(x.shape, row.spec.dtype), f"{row.path}: {row.edit}").reshape(shape)
         return
-    # What depends on the order of the elements runs on a file in which they are in order. It has no name, and only
-    # the chunks that are concerned take room.
+    # Edits that depend on the order of the elements run on a temporary file in which they are in order; only the
+    # affected chunks take space in it.
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(work.extent.nbytes)
         for box in boxes:
@@ -143,12 +143,12 @@ def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Ar
 
 
 def _mapped(file: Any, dtype: np.dtype[Any], row: Row) -> Array:
-    # Each map is let go of after one chunk, and with it the memory.
+    # Each map, and with it the memory, is freed after one chunk.
     return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype).reshape(row.before.shape)
 
 
 def _is_alike(row: Row) -> bool:
-    """Whether each element becomes what it becomes without regard to its place, and to others."""
+    """Whether each new element depends neither on its place nor on other elements."""
     for edit in row.calls:
         ordered = edit.op.name == "set" or "seed" in edit.op.parameters or np.ndim(edit.args.get("value", 0)) > 0
         if edit.index is not None or ordered or not edit.op.chunks:

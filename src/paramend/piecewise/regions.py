@@ -1,4 +1,4 @@
-"""Regions: where the elements of a slice lie among those of its leaf, known without the leaf."""
+"""Regions: where the elements of a slice are within its leaf, computed without the leaf."""
 
 import math
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ class Axis:
 
     Attributes:
         positions: a range, or an array of indices.
-        stride: how many elements of the leaf lie between two positions.
+        stride: the distance of two positions in elements of the leaf.
     """
 
     positions: range | Array
     stride: int
 
     def at(self, places: Array) -> Array:
-        """Elements of the leaf, of some places along the axis."""
+        """The elements of the leaf at some places along the axis."""
         if isinstance(self.positions, range):
             return (self.positions.start + self.positions.step * places) * self.stride
         found: Array = self.positions[places] * self.stride
@@ -33,14 +33,14 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The elements of a slice, as runs of neighbours in the leaf, in the order in which the slice lists them.
+    """The elements of a slice, as contiguous runs in the leaf, in the order of the slice.
 
     Attributes:
         shape: of the slice.
         run: the number of elements of each run.
         first: what is added to all positions.
-        axes: the runs are numbered in C order over these.
-        last: where several elements of the slice are one of the leaf: the places in the slice that count; else None.
+        axes: the axes over which the runs are numbered in C order.
+        last: if the slice repeats elements of the leaf, the places in the slice whose values count; else None.
 
     >>> [region((4, 6), index).count for index in (None, -1, slice(1, 3), (slice(None), 0), (slice(None), slice(2, 4)))]
     [1, 1, 1, 4, 4]
@@ -65,7 +65,7 @@ class Region:
         return math.prod(len(axis.positions) for axis in self.axes)
 
     def starts(self, begin: int, end: int) -> Array:
-        """Where the runs from number `begin` to `end` begin in the leaf."""
+        """The offsets in the leaf of the runs numbered `begin` to `end`."""
         places = np.arange(begin, end)
         found = np.full(end - begin, self.first, np.int64)
         for axis in reversed(self.axes):
@@ -74,7 +74,7 @@ class Region:
         return found
 
     def start(self, number: int) -> int:
-        """Where one run begins in the leaf: quicker than `starts` for a single one."""
+        """The offset of one run in the leaf; faster than `starts` for a single one."""
         found = self.first
         for axis in reversed(self.axes):
             number, here = divmod(number, len(axis.positions))
@@ -83,7 +83,7 @@ class Region:
 
     @property
     def ascends(self) -> bool:
-        """Whether the slice lists its elements in the order of the leaf."""
+        """Whether the elements of the slice are in the order of the leaf."""
         return all(_ascends(axis.positions) for axis in self.axes)
 
     def ascending(self) -> "Region":
@@ -99,9 +99,9 @@ class Region:
         """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length).
 
         Args:
-            budget: how many elements of the leaf a piece may stretch over, more or less; short runs that are neighbours
-                count with what lies between them.
-            slack: how many elements between two runs make them no neighbours.
+            budget: about how many elements of the leaf a piece may span; neighbouring short runs count with the gaps
+                between them.
+            slack: the gap, in elements, from which two runs are not neighbours.
         """
         if not self.size:
             return
@@ -136,7 +136,7 @@ def _step(axis: Axis) -> int:
 
 
 def region(shape: tuple[int, ...], index: Any) -> Region:
-    """The elements that `x[index]` takes of an array of this shape, in its order.
+    """The elements that `x[index]` takes from an array of this shape, in its order.
 
     Raises:
         OutOfRange: the index does not fit.
@@ -161,14 +161,14 @@ def region(shape: tuple[int, ...], index: Any) -> Region:
         and arrays[0].dtype != bool
         and len(np.unique(arrays[0] % max(_length(shape, parts), 1))) < arrays[0].size
     ):
-        return _scattered(shape, index, inner)  # an element twice
+        return _scattered(shape, index, inner)  # some element is repeated
     first, run, axes, stride = 0, 1, list[Axis](), 1
     for length, part in zip(reversed(shape), reversed(parts), strict=True):
         if isinstance(part, int):
             first += (part % length) * stride
         elif isinstance(part, slice):
             positions = range(*part.indices(length))
-            if run == stride and not axes and positions.step == 1:  # neighbours so far, and further
+            if run == stride and not axes and positions.step == 1:  # contiguous so far, and still
                 first += positions.start * stride
                 run *= len(positions)
             else:
@@ -192,14 +192,14 @@ def _part(part: Any) -> Any:
 
 
 def _length(shape: tuple[int, ...], parts: list[Any]) -> int:
-    """The length of the axis that the array among the parts is about."""
+    """The length of the axis that the array among the parts indexes."""
     return next(length for length, part in zip(shape, parts, strict=True) if isinstance(part, np.ndarray))
 
 
 def _scattered(shape: tuple[int, ...], index: Any, inner: tuple[int, ...]) -> Region:
-    """Any other index: numpy says where each element lies."""
+    """The region of any other index: numpy says where each element is."""
     found = np.arange(math.prod(shape)).reshape(shape)[index].reshape(-1)
     places, last = np.unique(found[::-1], return_index=True)
     axes = (Axis(found, 1),)
-    # Of an element that is written twice the last value stays.
+    # If an element is written twice, the last value stays.
     return Region(inner, 1, 0, axes, None if len(places) == len(found) else np.sort(len(found) - 1 - last))

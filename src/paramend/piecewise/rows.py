@@ -19,7 +19,7 @@ def values(source: Any, row: Row) -> Iterator[Array]:
             yield source.read_range(row.source, start, min(start + CHUNK, size))
         return
     steps, deaf = steps_of(row)
-    with np.errstate(all="ignore"):  # an overflow to inf is part of the arithmetic that was asked for
+    with np.errstate(all="ignore"):  # an overflow to inf is a valid result
         if None in steps:
             x = np.empty(size, deaf) if deaf else source.read_range(row.source, 0, size)
             x = x.reshape(row.before.shape)
@@ -38,11 +38,11 @@ def values(source: Any, row: Row) -> Iterator[Array]:
 
 
 def steps_of(row: Row) -> tuple[list[Step | None], np.dtype[Any] | None]:
-    """The edits of a row as steps over flat pieces, first to last, without those whose outcome nobody looks at.
+    """The edits of a row as steps over flat pieces, first to last, without those whose results are overwritten.
 
     Returns:
-        The steps, None standing for an edit that needs the leaf whole; and, where the first of them does not look at
-        what was there, the dtype of what it is given, else None.
+        The steps, None for an edit that needs the whole leaf; and, if the first step does not read the old values, the
+        dtype of its input, else None.
     """
     deaf = [at for at, edit in enumerate(row.calls) if not edit.op.reads and edit.index is None]
     first = deaf[-1] if deaf else 0
@@ -59,7 +59,7 @@ def steps_of(row: Row) -> tuple[list[Step | None], np.dtype[Any] | None]:
 
 def _check(shape: tuple[int, ...], dtype: str, row: Row) -> None:
     if Spec(tuple(shape), dtype) != row.spec:
-        raise SpecMismatch(f"{row.path}: {row.edit} gave {Spec(tuple(shape), dtype)} where {row.spec} was planned")
+        raise SpecMismatch(f"{row.path}: {row.edit} returned {Spec(tuple(shape), dtype)} where {row.spec} was planned")
 
 
 def data(source: Any, row: Row) -> Iterator[memoryview]:

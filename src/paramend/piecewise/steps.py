@@ -1,4 +1,4 @@
-"""Computing: an edit of a leaf piece by piece, so that memory is bounded by a piece and not by the leaf."""
+"""Computing: an edit of a leaf piece by piece, so that memory is bounded by a piece, not by the leaf."""
 
 import mmap
 from bisect import bisect_left, bisect_right
@@ -18,15 +18,15 @@ from paramend.piecewise.regions import region
 
 Step = Callable[[Array, int], Array]
 
-# Elements computed at once: they fit the processor's cache; whole tensors are two to three times slower.
+# Elements computed at once: they fit into the CPU cache; whole tensors are two to three times slower.
 CHUNK = 1 << 18
 
 
 def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
-    """The edit of a flat piece of a leaf that begins at an element, or None: then it needs the leaf whole.
+    """The edit as a function of a flat piece of a leaf and its first element; None if it needs the whole leaf.
 
-    Pieces must come in order. Whole leaves are needed by functions, by keys of JAX, by indices that name an element
-    twice, and by random values or arrays for a slice whose elements do not come in the order of the leaf.
+    Pieces must come in order. Functions, JAX keys, indices that repeat an element, and random values or arrays for a
+    slice whose elements are not in the order of the leaf need whole leaves.
 
     >>> from paramend.arrays.initializers import NOWHERE
     >>> from paramend.edits.ops import OPS
@@ -38,7 +38,7 @@ def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
         return _slice_step(edit, spec, place)
     value: Any = edit.args.get("value")
     seed = edit.args.get("seed", 0)
-    if not isinstance(seed, int | np.integer):  # a key of JAX draws for the leaf at once
+    if not isinstance(seed, int | np.integer):  # a JAX key draws for the whole leaf at once
         return None
     if edit.op.name == "set":
         if isinstance(value, Stored):
@@ -74,7 +74,7 @@ _FLOAT32: dict[str, np.ufunc] = {"add": np.add, "multiply": np.multiply}
 
 
 def _bfloat16_step(verb: np.ufunc, value: Array) -> Step:
-    """Arithmetic of bfloat16 in float32, rounded once: the same bits in half the time."""
+    """bfloat16 arithmetic in float32, rounded once: the same bits in half the time."""
     dtype = numpy_dtype("bfloat16")
     operand = value.astype(dtype).astype(np.float32)
 
@@ -87,13 +87,13 @@ def _bfloat16_step(verb: np.ufunc, value: Array) -> Step:
 
 
 def _slice_step(edit: Call, spec: Spec, place: Place) -> Step | None:
-    """The edit of what a slice takes of a flat piece of the leaf; the rest of the piece stays."""
+    """The edit of the part of a flat piece that is in a slice; the rest of the piece stays."""
     where = region(spec.shape, edit.index)
     inner = step_of(replace(edit, index=None), Spec(where.shape, spec.dtype), place)
     if where.last is not None or inner is None:
         return None
     if not where.ascends:
-        if np.ndim(edit.args.get("value", 0)) or "seed" in edit.op.parameters:  # what an element gets depends on order
+        if np.ndim(edit.args.get("value", 0)) or "seed" in edit.op.parameters:  # values depend on the order
             return None
         where = where.ascending()
     runs = range(where.count if where.size else 0)
@@ -107,7 +107,7 @@ def _slice_step(edit: Call, spec: Spec, place: Place) -> Step | None:
         x = x.copy()
         starts = where.starts(low, high) - start
         at = low * run + max(-int(starts[0]), 0)  # the first run may have begun before
-        if run * (high - low) > 2 * x.size:  # long runs, few of them
+        if run * (high - low) > 2 * x.size:  # few, long runs
             for first in starts.tolist():
                 part = x[max(first, 0) : first + run]
                 part[:] = inner(part, at)
@@ -122,7 +122,7 @@ def _slice_step(edit: Call, spec: Spec, place: Place) -> Step | None:
 
 
 def _flat_reader(array: Array) -> Callable[[int, int], Array]:
-    """(start, stop) → a copy of those elements in C order. Of an array in a file no other pages stay in memory."""
+    """(start, stop) → a copy of those elements in C order. For an array in a file, no other pages stay in memory."""
     elements: Any = array.reshape(-1) if array.flags.c_contiguous else array.flat
     mapping = _mapping(array) if array.flags.c_contiguous else None
 
@@ -139,12 +139,12 @@ def _flat_reader(array: Array) -> Callable[[int, int], Array]:
 
 
 def _mapping(array: Array) -> tuple[mmap.mmap, int] | None:
-    """The read-only mapping that an array lies in, and where it begins there; None if it lies in none."""
+    """The read-only mapping that holds an array, and the offset of the array; None if there is none."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
     base = base.obj if isinstance(base, memoryview) else base
-    # A mapping that can be written may hold values that are nowhere else.
+    # A writable mapping may hold values that are not in the file.
     if not isinstance(base, mmap.mmap) or not memoryview(base).readonly or not hasattr(mmap, "MADV_DONTNEED"):
         return None
     origin = np.frombuffer(base, np.uint8).__array_interface__["data"][0]
@@ -152,13 +152,13 @@ def _mapping(array: Array) -> tuple[mmap.mmap, int] | None:
 
 
 def flat(x: Any, spec: Spec, what: str) -> Array:
-    """The elements of a result in C order; it must be what was planned.
+    """The elements of a result in C order, checked against the plan.
 
     Raises:
-        SpecMismatch: shape or dtype is another; `what` names the leaf and the edit.
+        SpecMismatch: its shape or dtype differs; `what` names the leaf and the edit.
     """
     array = np.ascontiguousarray(x)
     found = Spec(np.shape(x), array.dtype.name)
     if found != spec:
-        raise SpecMismatch(f"{what} gave {found} where {spec} was planned")
+        raise SpecMismatch(f"{what} returned {found} where {spec} was planned")
     return array.reshape(-1)

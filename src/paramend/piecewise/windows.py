@@ -8,13 +8,12 @@ from paramend.disk.io import get, put
 from paramend.formats.source import Extent
 from paramend.leaves.specs import Array
 
-# Runs that are nearer to each other than so many bytes are recorded and written as one range: one more range would cost
-# more than the bytes between them.
+# Runs with gaps of fewer bytes are recorded and written as one range: another range would cost more than the gap.
 GAP = 64
 
 
 def joined(starts: Array, run: int, itemsize: int) -> tuple[Array, Array]:
-    """The byte ranges that ascending runs of elements lie in, and which range each run is in."""
+    """The byte ranges that cover ascending runs of elements, and the range that each run is in."""
     cuts = starts[1:] - starts[:-1] - run > GAP // itemsize
     first = np.flatnonzero(np.concatenate([[True], cuts]))
     last = np.concatenate([first[1:] - 1, [len(starts) - 1]])
@@ -34,9 +33,9 @@ class Window:
         lengths = ranges[:, 1] - ranges[:, 0]
         self.nbytes = int(lengths.sum())
         self.places: Array | None = None
-        self.solid = True  # no bytes between the runs
+        self.solid = True  # no gaps between the runs
         if len(starts) > 1:
-            # Where each run begins in a buffer that holds the ranges one after the other.
+            # The offset of each run in a buffer of the concatenated ranges.
             shift = (np.cumsum(lengths) - lengths - ranges[:, 0]) // dtype.itemsize
             places = (starts if order is None else starts[order]) + shift[inside]
             self.solid = self.nbytes == len(starts) * run * dtype.itemsize
@@ -53,7 +52,7 @@ class Window:
         return buffer if self.places is None else buffer[self.places]
 
     def write(self, values: Array) -> int:
-        """Writes the elements of the runs and gives the number of bytes written."""
+        """Write the elements of the runs and return the number of bytes written."""
         if self.places is None:
             buffer = values
         else:

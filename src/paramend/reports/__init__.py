@@ -1,1 +1,1 @@
-"""How results are told: tables, words, progress, and the base of every report."""
+"""The presentation of results: tables, words, progress, and the base of every report."""

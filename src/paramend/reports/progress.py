@@ -1,7 +1,7 @@
-"""Progress: what a long task tells whoever asked to hear of it. By default nobody did.
+"""Progress: what a long task reports to its caller on request.
 
-A function that takes `progress=` calls it with an `Event` now and then. What the caller makes of it, a bar or
-a log line, is the caller's matter; an exception raised there stops the task as any other would.
+A function that takes `progress=` calls it with an `Event` now and then. The caller may show a bar or write a log
+line; an exception raised there stops the task like any other.
 """
 
 import time
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """How far a task is.
+    """The progress of a task.
 
     Attributes:
         done: bytes handled so far.
@@ -31,12 +31,12 @@ class Event:
 
     @property
     def rate(self) -> float:
-        """Bytes per second; 0 before anything is known."""
+        """Bytes per second; 0 if not yet known."""
         return self.done / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def left(self) -> float | None:
-        """Seconds still to go at this rate; None before anything is known."""
+        """The seconds left at this rate; None if not yet known."""
         return (self.total - self.done) / self.rate if self.rate else None
 
 
@@ -44,7 +44,7 @@ Progress = Callable[[Event], object]
 
 
 class Meter:
-    """Counts bytes and tells the listener, if there is one.
+    """Counts bytes and calls `progress`, if given.
 
     >>> heard = []
     >>> meter = Meter(heard.append, total=10)
@@ -60,7 +60,7 @@ class Meter:
         self._began = time.monotonic()
 
     def advance(self, count: int, at: str = "") -> None:
-        """Notes that `count` more bytes are done."""
+        """Add `count` bytes to those done."""
         self.done += count
         if self._progress is not None:
             self._progress(Event(self.done, self.total, time.monotonic() - self._began, at))

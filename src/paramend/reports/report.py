@@ -1,4 +1,4 @@
-"""The shared base of reports: rows are data first; printed, they are a table in which repeated layers are folded."""
+"""The shared base of reports: rows are data; printed, they are a table with repeated layers folded."""
 
 import math
 import re
@@ -15,10 +15,10 @@ class Line:
     """One line of a printed report.
 
     Attributes:
-        paths: the path that the line is about, and paths that belong to it, such as its source.
-        cells: what is said of it.
+        paths: the path of the line, and paths that belong to it, such as its source.
+        cells: its other columns.
         size: the number of scalars.
-        members: the paths of all leaves that the line stands for.
+        members: the paths of all leaves in the line.
     """
 
     paths: tuple[str, ...]
@@ -28,7 +28,7 @@ class Line:
 
     @property
     def leaves(self) -> int:
-        """How many leaves the line stands for."""
+        """The number of leaves in the line."""
         return len(self.members) or 1
 
 
@@ -38,9 +38,9 @@ class Section:
 
     Attributes:
         title: what the leaves have in common.
-        lines: one for each leaf.
-        columns: the titles of the cells that `cells` gives.
-        cells: what else is said of a line, told when it is known for which leaves it stands: figures of many together.
+        lines: one per leaf.
+        columns: the titles of the cells that `cells` returns.
+        cells: a line → more cells, computed after folding: figures over all leaves of the line.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Section:
     cells: Callable[[Line], tuple[str, ...]] = lambda line: ()
 
     def text(self, *, elsewhere: Iterable[str] = ()) -> str:
-        """The part as a table, folded. `elsewhere` as in `fold`."""
+        """The section as a table, folded. `elsewhere` as in `fold`."""
         lines = fold(self.lines, elsewhere=elsewhere)
         if not self.columns:
             return table(lines)
@@ -65,11 +65,11 @@ class Report:
     """What was done, as data. `str(report)` is text for people, `to_dict()` is for JSON."""
 
     def headline(self) -> str:
-        """One sentence that says it all."""
+        """A summary in one sentence."""
         raise NotImplementedError
 
     def sections(self) -> list[Section]:
-        """The parts, with one line for each row."""
+        """The sections, with one line per row."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,12 +103,12 @@ def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
 
 
 def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = ()) -> list[Line]:
-    """The same in fewer lines: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do.
+    """The lines, folded: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do.
 
     Args:
-        lines: one for each leaf.
-        limit: how many lines are few enough.
-        elsewhere: paths that other parts of the report tell of: no subtree that holds one of them becomes one line.
+        lines: one per leaf.
+        limit: the number of lines beyond which subtrees are folded.
+        elsewhere: paths in other sections of the report: a subtree that holds one of them is not folded.
 
     >>> layers = [Line((f"layers/{i}/{name}",), ("float32[4]",)) for i in range(12) for name in "wb"]
     >>> print(table(fold(layers)))
@@ -135,7 +135,7 @@ def _counted(line: Line) -> Line:
 
 
 class _Numbered:
-    """A line with the numbers in its paths taken out."""
+    """A line and the numbers in its paths, apart."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
@@ -146,7 +146,7 @@ class _Numbered:
 
 
 def _fold_numbers(group: list[_Numbered]) -> list[Line]:
-    """One line if the numbers of the path are all combinations of some, and those of its source follow them."""
+    """One line if the numbers in the path form a full grid, and those of its source follow them."""
     lines = [numbered.line for numbered in group]
     if len(group) == 1:
         return lines
@@ -171,13 +171,13 @@ def _fold_numbers(group: list[_Numbered]) -> list[Line]:
 
 
 def _follows(column: list[int], own: list[list[int]]) -> bool:
-    """Whether numbers are constant or those of a path, shifted."""
+    """Whether numbers are constant, or those of a path with a shift."""
     shifts = ({a - b for a, b in zip(column, other, strict=True)} for other in own)
     return len(set(column)) == 1 or any(len(shift) == 1 for shift in shifts)
 
 
 def _written(column: Sequence[str]) -> str:
-    """Numbers as `{0..11}`, `{0,2,5}`, or as the only one is.
+    """Numbers as `{0..11}`, `{0,2,5}`, or a single one as it is.
 
     >>> _written(["3", "3"]), _written(["0", "1", "2"]), _written(["0", "7"])
     ('3', '{0..2}', '{0,7}')
@@ -198,7 +198,7 @@ def _woven(texts: Sequence[str], numbers: Any) -> Iterable[str]:
 
 
 def _fold_subtrees(lines: list[Line], limit: int, elsewhere: list[str]) -> list[Line]:
-    """Whole subtrees as one line, the deepest first, until the lines are few enough."""
+    """Whole subtrees as one line, the deepest first, until there are few enough lines."""
     for depth in range(max(len(_keys(line.paths[0])) for line in lines) - 1, 0, -1):
         if len(lines) <= limit:
             break

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters written out; names from files may hold some, and terminals obey them.
+    r"""The text with control characters written out; names from files may contain them, and terminals obey them.
 
     >>> printable("a\x1b[2Jb\n")
     'a\\x1b[2Jb\\n'
     """
     if text.isprintable():
         return text
-    # Lone surrogates come from file names that are no UTF-8; they are not printable either.
+    # Lone surrogates come from file names that are not UTF-8; they are not printable either.
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -20,7 +20,7 @@ def aligned(rows: Iterable[Sequence[str]], *, right: str = "") -> list[str]:
 
     Args:
         rows: cells; a row may have fewer than others.
-        right: the columns whose cells stand at the right, one character each: "r", or anything else for left.
+        right: the alignment of each column, one character each: "r" for right, anything else for left.
 
     >>> for line in aligned([("name", "size"), ("bias", "8"), ("kernel", "1024")], right="lr"):
     ...     print(line)

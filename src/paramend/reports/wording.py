@@ -1,11 +1,11 @@
-"""Words for messages: near misses, counts, sizes, short lists."""
+"""Words for messages: similar names, counts, sizes, short lists."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 
 def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The names most like `word`, best first; a difference of case alone comes before all others.
+    """The names most like `word`, best first; names that differ only in case come first.
 
     >>> closest("dense_0", ["Conv_0", "Dense_0", "Dense_1"], limit=1)
     ['Dense_0']
@@ -36,7 +36,7 @@ def listing(names: Sequence[str], limit: int = 8) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people, in powers of 1000 as disks and Hugging Face count them.
+    """A number of bytes for people, in powers of 1000 like disks and Hugging Face.
 
     >>> size(999), size(1_500), size(2_000_000_000)
     ('999 B', '1.5 kB', '2.0 GB')
@@ -50,7 +50,7 @@ def size(nbytes: int) -> str:
 
 
 def described(subject: object) -> str:
-    """What something is, with an article, for a message about an argument of the wrong kind.
+    """The type of something, with an article, for a message about an argument of the wrong type.
 
     >>> described(5), described("text"), described(dict)
     ('an int', 'a str', 'the class dict')

@@ -1,10 +1,10 @@
-"""Resizing: the values of an array for another shape, computed by numpy alone from the array and numbers.
+"""Resizing: the values of an array for another shape, computed by numpy from the array and numbers alone.
 
-Each function takes an array of numpy and gives one; dtypes are the caller's business. Small arrays are computed in
+Each function takes and returns a numpy array; the caller handles dtypes. Small arrays are computed in
 float64, large ones in float32.
 """
 
-from __future__ import annotations  # numpy.random is slow to import, and annotations would open it
+from __future__ import annotations  # numpy.random is slow to import, and annotations would import it
 
 import math
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ import numpy as np
 
 from paramend.leaves.specs import Array
 
-# Elements up to which float64 costs little, and the size of the pieces in which more are read.
+# The number of elements up to which float64 costs little; larger arrays are read in pieces of this size.
 _SMALL = 1 << 22
 
 
 def _wide(x: Array) -> Array:
-    """The array in the dtype to compute in, which holds all of its values."""
+    """The array in the dtype to compute in, which represents all of its values."""
     return x.astype(np.float64 if x.size <= _SMALL or x.dtype == np.float64 else np.float32, copy=False)
 
 
@@ -40,7 +40,7 @@ def weights(old: int, new: int, *, cubic: bool, antialias: bool) -> Array:
     """The matrix (new, old) that interpolates along one axis, as torch does with align_corners=False.
 
     With antialias the kernel widens when the axis shrinks, and cubic means a = -0.5, as in Pillow and jax.image;
-    without, cubic means a = -0.75, as in torch and OpenCV. Positions outside are those of the edge.
+    without, cubic means a = -0.75, as in torch and OpenCV. Positions outside take the values of the edge.
 
     >>> weights(2, 4, cubic=False, antialias=False)
     array([[1.  , 0.  ],
@@ -99,7 +99,7 @@ def grid(
     cubic: bool,
     antialias: bool,
 ) -> Array:
-    """A table of positions along an axis: `prefix` tokens as they are, then a grid, row by row, of another size.
+    """A table of positions along an axis: `prefix` tokens unchanged, then a resized grid, row by row.
 
     >>> table = np.array([9.0, 0.0, 1.0, 2.0, 3.0])
     >>> grid(table, 0, prefix=1, old=(2, 2), new=(1, 2), cubic=False, antialias=True)
@@ -113,11 +113,11 @@ def grid(
 
 
 def patches(x: Array, sizes: Mapping[int, int], *, cubic: bool, antialias: bool) -> Array:
-    """A kernel over patches for patches of another size, by pseudo-inverse (FlexiViT, arXiv 2212.08013, section 3.4).
+    """A patch kernel for patches of another size, by pseudo-inverse (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    With B the interpolation of a patch, the new kernel w' = pinv(B.T) w is the one whose answers to resized patches
-    B x are nearest to those of w to x; the same, when patches grow. B is a Kronecker product of one matrix for each
-    axis, and so is its pseudo-inverse.
+    With B the interpolation of a patch, the new kernel w' = pinv(B.T) w is the one whose outputs for resized patches
+    B x are closest to those of w for x, and equal to them when patches grow. B is a Kronecker product of one matrix
+    per axis, and so is its pseudo-inverse.
 
     >>> kernel = np.array([1.0, 2.0])
     >>> wider = patches(kernel, {0: 4}, cubic=False, antialias=False)
@@ -133,7 +133,7 @@ def patches(x: Array, sizes: Mapping[int, int], *, cubic: bool, antialias: bool)
 def flat_patches(
     x: Array, axis: int, *, channels_first: bool, channels: int, old: int, new: int, cubic: bool, antialias: bool
 ) -> Array:
-    """The same for a linear layer whose inputs along an axis are square patches, flattened with their channels."""
+    """Like `patches`, for a linear layer whose inputs along an axis are square patches, flattened with channels."""
     x = np.moveaxis(x, axis, 0)
     rest = x.shape[1:]
     square = (channels, old, old) if channels_first else (old, old, channels)
@@ -145,10 +145,10 @@ def flat_patches(
 def channels(x: Array, axis: int, count: int, *, gray: bool) -> Array:
     """A kernel for another number of input channels.
 
-    With gray, the answer to an image whose channels are all equal stays: of more channels each takes the kernel of
-    channel number j modulo the old count, divided among those that share it; of fewer each takes an equal share of the
-    sum. Where the new count is a multiple of the old, or 1, that is what timm's `adapt_input_conv` does; elsewhere that
-    function does not keep the answer. Without gray, the channels that there were stay, and those added are zero.
+    With gray, the output for an image with equal channels stays: of more channels, number j takes the kernel of old
+    channel j modulo the old count, divided among those that share it; of fewer, each takes an equal share of the
+    sum. If the new count is a multiple of the old, or 1, timm's `adapt_input_conv` does the same; otherwise that
+    function does not keep the output. Without gray, the old channels stay, and added ones are zero.
 
     >>> channels(np.array([[1.0, 2.0, 3.0]]), 1, 4, gray=True)
     array([[0.5, 2. , 3. , 0.5]])
@@ -167,24 +167,24 @@ def channels(x: Array, axis: int, count: int, *, gray: bool) -> Array:
     return _along(x, axis, matrix)
 
 
-# The variance of fresh rows as a share of that of the old: small enough that no row outweighs an old one, and what
-# `resize_token_embeddings` of transformers takes.
+# The variance of fresh rows relative to the old: small enough that no row outweighs an old one, and the value in
+# `resize_token_embeddings` of transformers.
 _SHARE = 1e-9
 
 
 def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) -> Array:
     """An array with another number of rows along an axis: the old ones bit for bit, then fresh ones; or the first ones.
 
-    Rows are read in pieces, so that beside the result only a few of them are held in float64. The result is float32, or
-    float64 of a float64 array.
+    Rows are read in pieces, so that besides the result only a few of them are in memory in float64. The result is
+    float32, or float64 for a float64 array.
 
     Args:
         x: the array.
-        axis: where its rows are counted.
-        count: how many there shall be.
+        axis: the axis of its rows.
+        count: the new number of rows.
         fresh: "mean+cov": drawn with the mean of the old rows and 1e-9 of their covariance (Hewitt 2021); "mean";
             "random": normal, with the standard deviation of all old values about 0; "zeros".
-        rng: where random numbers come from.
+        rng: the source of random numbers.
 
     >>> rows(np.array([[1.0, 2.0], [3.0, 6.0]]), 0, 3, "mean", np.random.default_rng(0))
     array([[1., 2.],
@@ -202,7 +202,7 @@ def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) 
 
 
 def _fresh(given: Array, wanted: int, fresh: str, rng: np.random.Generator) -> Array:
-    """Fresh rows, flat, with moments of those given."""
+    """Fresh rows, flat, with the moments of the given ones."""
     old, width = len(given), math.prod(given.shape[1:])
     step = max(1, _SMALL // max(width, wanted))
 
@@ -218,7 +218,7 @@ def _fresh(given: Array, wanted: int, fresh: str, rng: np.random.Generator) -> A
     center = sum(piece.sum(axis=0) for piece in pieces()) / old
     drawn = np.broadcast_to(center, (wanted, width))
     if fresh == "mean+cov":
-        # Normal weights over the centred rows give exactly their covariance, also where it has no inverse.
+        # Normal weights over the centred rows give exactly their covariance, even if it is singular.
         for piece in pieces():
             shares = rng.standard_normal((wanted, len(piece)), dtype=np.float32)
             drawn = drawn + math.sqrt(_SHARE / old) * (shares @ (piece - center).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Detection: the rule of `pm.resize` that the name and the shapes of a leaf speak for."""
+"""Detection: the rule of `pm.resize` that the name and the shapes of a leaf suggest."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from paramend.leaves.specs import Spec
 from paramend.resize.fits import Shape, grids
 from paramend.resize.rules import Resize, channels, patches, positions, vocabulary
 
-# What the names of leaves say. Position tables of Hugging Face, timm, CLIP, GPT-2, Flax and big_vision; embeddings and
+# Patterns in leaf names. Position tables of Hugging Face, timm, CLIP, GPT-2, Flax and big_vision; embeddings and
 # output layers of language models; first layers of vision transformers.
 _NAMES = {
     kind: re.compile(rf"(^|/)({names})(/|$)", re.IGNORECASE)
@@ -25,10 +25,10 @@ _BOLD = (vocabulary(shrink=True), patches(flat="chw"), patches(flat="hwc"))
 
 
 def detected(path: Sequence[str], old: Shape, new: Shape) -> Resize:
-    """The rule that the name and the shapes of a leaf speak for, if they leave no doubt.
+    """The rule that the name and the shapes of a leaf suggest, if it is unambiguous.
 
     Raises:
-        SpecMismatch: they leave some.
+        SpecMismatch: the choice is ambiguous, or there is none.
 
     >>> detected(["vit", "pos_embed"], (1, 197, 768), (1, 577, 768))
     pm.resize.positions()
@@ -41,14 +41,14 @@ def detected(path: Sequence[str], old: Shape, new: Shape) -> Resize:
     if len(rules) == 1:
         return rules[0]
     if not kinds:
-        raise SpecMismatch("its name does not say what it is; resize={selector: rule of pm.resize} does")
-    plain[0].planned(old, new, path)  # for its error, which knows why
+        raise SpecMismatch("its name does not say what it is; say so with resize={selector: rule of pm.resize}")
+    plain[0].planned(old, new, path)  # raises an error that says why
     could = " or ".join(repr(rule) for rule in plain if _fits(rule, path, old, new))
     raise SpecMismatch(f"its name says {' or '.join(kinds)}, and resize={{selector: rule}} should say which: {could}")
 
 
 def ways(path: Sequence[str], old: Spec, new: Spec, asked: Resize | None = None) -> tuple[Resize, ...]:
-    """The rules that would work, of the kind that was asked for or that the name says."""
+    """The rules that would work, of the kind that was asked for or that the name suggests."""
     kinds = [asked.kind] if asked else _kinds(path)
     tries = [*_PLAIN, *_BOLD]
     if asked and asked.kind == "vocabulary":
@@ -64,7 +64,7 @@ def ways(path: Sequence[str], old: Spec, new: Spec, asked: Resize | None = None)
 
 
 def _kinds(path: Sequence[str]) -> list[str]:
-    """The kinds that a name speaks for; positions come first, as in embeddings/position_embeddings."""
+    """The kinds that a name suggests; positions come first, as in embeddings/position_embeddings."""
     found = [kind for kind, names in _NAMES.items() if names.search("/".join(path))]
     return found[:1] if "positions" in found else found
 
@@ -78,10 +78,10 @@ def _fits(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool:
 
 
 def _doubtful(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool:
-    """Whether the leaf may well be something else than what a rule fits.
+    """Whether the leaf may well be something that the rule is not for.
 
-    A table of positions (n, d) or (1, n, d) is surely a grid only if a prefix token makes both counts squares, and
-    surely a sequence only if none does and there is no leading axis, which tables for images have.
+    A table of positions (n, d) or (1, n, d) is certainly a grid only if a prefix token makes both counts squares, and
+    certainly a sequence only if none does and there is no leading axis, which tables for images have.
     """
     if rule.kind != "positions":
         return _wide(rule, path, old, new)
@@ -97,12 +97,12 @@ def _doubtful(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool
 
 
 def _wide(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool:
-    """Whether the width of a vocabulary differs, and not its count: kernels are (width, count), others the reverse."""
+    """Whether the width of a vocabulary differs, not its count: kernels are (width, count), others the reverse."""
     along = -1 if path and path[-1] == "kernel" else 0
     return rule.kind == "vocabulary" and old[along] == new[along]
 
 
 def _first_layer(path: Sequence[str], old: Shape, new: Shape) -> bool:
-    """Whether this is a convolution over three colours, and only the colours differ."""
+    """Whether this is a convolution over three colours in which only the colours differ."""
     axis = {"weight": 1, "kernel": 2}.get(path[-1] if path else "")
     return axis is not None and len(old) == 4 and old[axis] == 3 and _fits(channels(), path, old, new)

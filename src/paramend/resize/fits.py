@@ -1,4 +1,4 @@
-"""Fits: what each kind of rule will do with an array of one shape for another, known from the shapes alone."""
+"""Fits: what each kind of rule does to turn one shape into another, known from the shapes alone."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,19 +15,19 @@ Shape = tuple[int, ...]
 Grid = tuple[int, int]
 Path = tuple[str, ...]
 
-# Ways to interpolate: along how many axes, and whether by the cubic kernel.
+# Methods of interpolation: along how many axes, and whether with the cubic kernel.
 METHODS = {"bicubic": (2, True), "bilinear": (2, False), "linear": (1, False), "cubic": (1, True)}
-# The class token, a distillation token and registers: more than these are not looked for.
+# Class token, distillation token and registers: the most prefix tokens to look for.
 _MOST_PREFIX = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a rule will do with an array of one shape for another.
+    """What a rule does to turn one shape into another.
 
     Attributes:
         did: the same in words.
-        taken: how many of the new values stand for old ones.
+        taken: how many of the new values come from old ones.
         make: an array → its values in the new shape, in float32 or float64.
     """
 
@@ -56,8 +56,8 @@ def positions(
     others = sum(size > 1 for axis, size in enumerate(old) if axis not in axes)
     if along == 2 and others and (len(axes) == 2 or (len(axes) == 1 and others > 1)):
         return _spread(old, new, axes, prefix, grid or new_grid, method, antialias)
-    where = "the positions of a grid stand along one axis, or rows and columns have one each"
-    axis = _only(axes, old, new, where if along == 2 else "the positions of a sequence stand along one axis")
+    where = "the positions of a grid are along one axis, or rows and columns have one each"
+    axis = _only(axes, old, new, where if along == 2 else "the positions of a sequence are along one axis")
     if axis == len(old) - 1 > 0:
         raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: the last axis is the width of a position, not their number")
     if along == 2:
@@ -68,7 +68,7 @@ def positions(
         before, after = (old[axis] - kept, 1), (new[axis] - kept, 1)
         said = f"{old[axis]:,} → {new[axis]:,} positions"
         if min(before[0], after[0]) < 1:
-            raise SpecMismatch(f"{said} leave none after {wording.plural(kept, 'prefix token')}")
+            raise SpecMismatch(f"{said}: nothing is left after {wording.plural(kept, 'prefix token')}")
     make = partial(arithmetic.grid, axis=axis, prefix=kept, old=before, new=after, cubic=cubic, antialias=antialias)
     tokens = f", {wording.plural(kept, 'prefix token')}" if kept else ""
     return Fit(f"resized {said}{tokens}, {method}", math.prod(new), make)
@@ -77,13 +77,13 @@ def positions(
 def _spread(
     old: Shape, new: Shape, axes: list[int], prefix: int | None, grid: Grid | None, method: str, antialias: bool
 ) -> Fit:
-    """Positions whose rows and columns have an axis each."""
+    """Positions with separate axes for rows and columns."""
     if prefix or grid:
         raise SpecMismatch(
-            f"{_sizes(old)} → {_sizes(new)}: rows and columns have an axis each here, and need neither prefix nor grid"
+            f"{_sizes(old)} → {_sizes(new)}: rows and columns have separate axes, which need no prefix or grid"
         )
     if axes[-1] - axes[0] > 1:
-        raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: axes {axes[0]} and {axes[1]} are no rows and columns")
+        raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: axes {axes[0]} and {axes[1]} are not rows and columns")
     make = partial(
         arithmetic.interpolated, sizes={axis: new[axis] for axis in axes}, cubic=METHODS[method][1], antialias=antialias
     )
@@ -94,7 +94,7 @@ def _spread(
 
 
 def _holding(old: Shape, prefix: int | None, grid: Grid) -> list[int]:
-    """The axis along which a grid stands, where shapes agree and only the grids differ."""
+    """The axes that may hold a grid, if shapes agree and only the grids differ."""
     count = math.prod(grid)
     sizes = range(count, count + _MOST_PREFIX + 1) if prefix is None else (count + prefix,)
     return [axis for axis, size in enumerate(old) if size in sizes]
@@ -107,7 +107,7 @@ def grids(
     grid: Grid | None = None,
     new_grid: Grid | None = None,
 ) -> tuple[int, Grid, Grid]:
-    """The prefix and the two grids that make up so many positions.
+    """The prefix and the two grids that make up these numbers of positions.
 
     Raises:
         SpecMismatch: there are none.
@@ -116,7 +116,7 @@ def grids(
     (1, (14, 14), (24, 24))
     """
     left = {count - math.prod(size) for count, size in ((old, grid), (new, new_grid)) if size is not None}
-    # Of the squares above 1 only 4, 9 and 9, 16 lie no more than 8 apart: so at most one number fits both counts.
+    # Of the squares above 1 only 4, 9 and 9, 16 differ by 8 or less, so at most one prefix fits both counts.
     for kept in [prefix] if prefix is not None else sorted(left) or range(_MOST_PREFIX + 1):
         before, after = grid or _square(old - kept), new_grid or _square(new - kept)
         if kept >= 0 and before and after and math.prod(before) + kept == old and math.prod(after) + kept == new:
@@ -127,8 +127,8 @@ def grids(
         raise SpecMismatch(f"{said} are not {both} after the same number of prefix tokens")
     tokens = f"{prefix}" if prefix is not None else f"0 to {_MOST_PREFIX}"
     raise SpecMismatch(
-        f"{said} are no two square grids after {tokens} prefix tokens; "
-        'grid=(h, w) and new_grid=(h, w) name others, and method="linear" is for a sequence',
+        f"{said} are not two square grids after {tokens} prefix tokens; "
+        'grid=(h, w) and new_grid=(h, w) give others, and method="linear" is for a sequence',
         hint='pm.resize.positions(method="linear")',
     )
 
@@ -144,9 +144,9 @@ def _square(count: int) -> Grid | None:
 def vocabulary(old: Shape, new: Shape, path: Path, *, rows: str, axis: int | None, shrink: bool, seed: int) -> Fit:
     """Rows of an embedding, an output layer or its bias."""
     axes = _differing(old, new, "a vocabulary")
-    axis = _only(axes, old, new, "a vocabulary counts along one axis") if axis is None else axis
+    axis = _only(axes, old, new, "a vocabulary is counted along one axis") if axis is None else axis
     if not -len(old) <= axis < len(old) or axes != [axis % len(old)]:
-        raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: it is not axis {axis} alone that differs")
+        raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: axis {axis} must be the only one that differs")
     axis %= len(old)
     before, after = old[axis], new[axis]
     said = f"resized {before:,} → {after:,} rows{f' on axis {axis}' * bool(axis)}"
@@ -177,15 +177,15 @@ def patches(
     axes = _differing(old, new, "a patch embedding")
     cubic = METHODS[method][1]
     if len(old) == 2:
-        axis = _only(axes, old, new, "flattened patches lie along one axis")
+        axis = _only(axes, old, new, "flattened patches are along one axis")
         sides = [_square(size // channels) for size in (old[axis], new[axis])]
         if None in sides or any(size % channels for size in (old[axis], new[axis])):
             raise SpecMismatch(
-                f"{old[axis]:,} → {new[axis]:,} inputs are no square patches of {wording.plural(channels, 'channel')}"
+                f"{old[axis]:,} → {new[axis]:,} inputs are not square patches of {wording.plural(channels, 'channel')}"
             )
         if flat is None and channels > 1:
             raise SpecMismatch(
-                'flattened patches have an order that shapes do not tell: flat="chw" or flat="hwc"',
+                'shapes do not tell the order of flattened patches: flat="chw" or flat="hwc"',
                 hint='pm.resize.patches(flat="chw")',
             )
         before, after = (side[0] for side in sides if side)
@@ -202,12 +202,12 @@ def patches(
         both = (before, before), (after, after)
     else:
         if len(old) != 4 or flat is not None:
-            wanted = "2 axes" if flat is not None else "4 axes, or 2 where patches are flattened"
-            raise SpecMismatch(f"a patch embedding has {wanted}, and this is {_sizes(old)}")
+            wanted = "2 axes" if flat is not None else "4 axes, or 2 if patches are flattened"
+            raise SpecMismatch(f"a patch embedding has {wanted}, but this is {_sizes(old)}")
         layout = _layout(path) or ("out, in, h, w" if set(axes) <= {2, 3} else "h, w, in, out")
         spread = (2, 3) if layout == "out, in, h, w" else (0, 1)
         if not axes or not set(axes) <= set(spread):
-            raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: patches of ({layout}) differ in h and w only")
+            raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: patches of ({layout}) differ only in h and w")
         both = (old[spread[0]], old[spread[1]]), (new[spread[0]], new[spread[1]])
         make = partial(arithmetic.patches, sizes={axis: new[axis] for axis in axes}, cubic=cubic, antialias=antialias)
     return Fit(f"resized {_by(both[0])} → {_by(both[1])} patches, pseudo-inverse, {method}", math.prod(new), make)
@@ -223,14 +223,14 @@ def channels(old: Shape, new: Shape, path: Path, *, keep: str) -> Fit:
         raise SpecMismatch(f"axis {axis} of {_sizes(old)} does not count input channels as ({said})")
     before, after = old[axis], new[axis]
     if keep == "rgb" and after < before:
-        raise SpecMismatch(f"{before} → {after} channels cannot all stay", hint="pm.resize.channels()")
+        raise SpecMismatch(f"{before} → {after} channels cannot all be kept", hint="pm.resize.channels()")
     said = f"resized {before:,} → {after:,} input channels, {keep} kept"
     taken = math.prod(new) if keep == "gray" else math.prod(old)
     return Fit(said, taken, partial(arithmetic.channels, axis=axis, count=after, gray=keep == "gray"))
 
 
 def _layout(path: Path) -> str:
-    """The layout of a kernel by its name: torch and Equinox say weight, Flax says kernel; "" of another name."""
+    """The layout of a kernel by its name: torch and Equinox say weight, Flax says kernel; "" for another name."""
     return {"weight": "out, in, h, w", "kernel": "h, w, in, out"}.get(path[-1] if path else "", "")
 
 
@@ -238,7 +238,7 @@ def _layout(path: Path) -> str:
 
 
 def _differing(old: Shape, new: Shape, what: str) -> list[int]:
-    """The axes that differ. Nothing comes of nothing: shapes without values are refused."""
+    """The axes that differ; raises for shapes without values."""
     if len(old) != len(new):
         raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: {what} cannot gain or lose axes")
     if 0 in (*old, *new):
@@ -249,7 +249,7 @@ def _differing(old: Shape, new: Shape, what: str) -> list[int]:
 def _only(axes: list[int], old: Shape, new: Shape, rule: str) -> int:
     if len(axes) != 1:
         differ = " and ".join(map(str, axes)) or "none"
-        raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: {rule}, and here axes {differ} differ")
+        raise SpecMismatch(f"{_sizes(old)} → {_sizes(new)}: {rule}, but here axes {differ} differ")
     return axes[0]
 
 

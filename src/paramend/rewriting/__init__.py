@@ -1,1 +1,1 @@
-"""A plan carried out into a new checkpoint."""
+"""Carrying out a plan into a new checkpoint."""

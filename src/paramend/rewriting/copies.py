@@ -1,4 +1,4 @@
-"""Copies of the files of a source in which some leaves have other values, names or specs; all else stays."""
+"""Copies of the files of a source in which some leaves have other values, names or specs; everything else stays."""
 
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,19 +14,19 @@ from paramend.rewriting.files import Copy, File, laid, with_rows
 
 
 def overlays(made: Plan) -> bool:
-    """Whether the result is a copy of the source in which the bytes of some leaves are others."""
+    """Whether the result is a copy of the source that differs only in the bytes of some leaves."""
     source: Any = made.leaves
     if made.restructured or not source.stats:
         return False
     changed = [row for row in made.rows if row.calls]
     if any(row.spec != row.before for row in changed):
         return False
-    # A new file takes any edit, and holds no more than the leaves.
+    # A new file takes any edit, but holds only the leaves.
     return bool(source.metadata) or all(source.extent(row.source) is not None for row in changed)
 
 
 def rows_by_file(made: Plan, source: Shards) -> Iterator[tuple[Any, list[tuple[int, Row]]]]:
-    """The files of a source that go on being files, each with its leaves: (number in the file, row)."""
+    """The files of a source that remain, each with its leaves: (number in the file, row)."""
     rows: list[list[tuple[int, Row]]] = [[] for _ in source.files]
     for row in made.rows:
         place, inner = source.home(row.source)
@@ -42,18 +42,18 @@ def edited_file(made: Plan, file: Any, rows: list[tuple[int, Row]], name: str, *
     Args:
         made: the plan.
         file: the file.
-        rows: what becomes of its leaves: (number in the file, row).
+        rows: the rows of its leaves: (number in the file, row).
         name: the name of the new file.
-        link: whether it may be a second name of the old one.
+        link: whether it may be a hard link to the old one.
 
     Raises:
         Unsupported: the format cannot hold a leaf, or has no place for it in a copy of the file.
-        RenameClash: two leaves would have one place.
+        RenameClash: two leaves would have the same place.
     """
     if isinstance(file, SafetensorsFile):
         return _with_header(made, file, rows, name, link=link)
     if file.format == "torch":
-        from paramend.rewriting import torch  # most programs have no files of torch
+        from paramend.rewriting import torch  # most programs use no torch files
 
         if not torch.overlays(file, rows):
             return torch.torch_file(file, rows, name)
@@ -80,7 +80,7 @@ def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]],
 
 
 def _overlaid(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, link: bool) -> File:
-    """A copy of a file with the edited leaves computed where they lie. Tied leaves are one, and edited once."""
+    """A copy of a file with the edited leaves computed in place. Tied leaves are one, and edited once."""
     size, mode = file.stat.st_size, stat.S_IMODE(file.stat.st_mode)
     places: dict[tuple[int, int], Row] = {}
     for number, row in rows:

@@ -1,4 +1,4 @@
-"""`File`: one file to be made, of pieces: bytes of other files, leaves to be computed, bytes that are known."""
+"""`File`: one file to write, as pieces: bytes of other files, leaves to compute, known bytes."""
 
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from paramend.leaves.specs import BITS
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes that go over as they are.
+    """Bytes that are copied unchanged.
 
     Attributes:
         path: the file that they are in.
-        start: the first.
+        start: the first byte.
         stop: the one after the last.
     """
 
@@ -33,7 +33,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Bytes of a leaf that is edited, or that does not lie in a file as it is.
+    """Bytes of a leaf that is edited, or not contiguous in a file.
 
     Attributes:
         row: the leaf.
@@ -51,17 +51,17 @@ Piece = Copy | Computed | bytes
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file to be made.
+    """One file to write.
 
     Attributes:
-        name: where it goes within the directory; "" for a checkpoint that is one file.
-        nbytes: how large it will be.
+        name: its path within the directory; "" for a checkpoint of a single file.
+        nbytes: its size.
         mode: its permissions.
-        pieces: what goes into it, first byte to last. The pieces of one leaf follow each other.
-        patched: the ranges (start, stop) whose checksums, which the format keeps, are not yet true.
-        reopen: what opens such a file.
-        origin: the file of which it is a copy, byte for byte; None if it is none.
-        link: whether `origin` gets a second name instead.
+        pieces: its content, first byte to last. The pieces of a leaf come one after the other.
+        patched: the ranges (start, stop) whose checksums in the format are not yet correct.
+        reopen: the function that opens such a file.
+        origin: the file that it copies byte for byte; None if there is none.
+        link: whether it becomes a hard link to `origin` instead.
     """
 
     name: str
@@ -75,14 +75,14 @@ class File:
 
 
 def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File:
-    """A new file of a format, of these rows."""
+    """A new file in a format, with these rows."""
     source = base_of(made)
     metadata = dict(source.metadata)
     own = format_of(source)
     if own is not None and own is not form and own.framework:
-        metadata = {"format": own.framework, **metadata}  # transformers asks for it
+        metadata = {"format": own.framework, **metadata}  # transformers requires it
     if name:
-        metadata.pop(RECORD, None)  # a directory keeps its record in a file
+        metadata.pop(RECORD, None)  # a directory keeps its record in a separate file
     writer = form.writer()
     items = [Item(made.name(r), keys_of(r.labels), r.spec, nbytes_of(made, r), r.source) for r in rows]
     pieces, ranges, nbytes = laid(made, rows, writer.parts(items, metadata))
@@ -91,7 +91,7 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
 
 
 def ordered(made: Plan, form: Format) -> list[Row]:
-    """The rows in the order in which a new file has them: in one without padding so that each begins aligned."""
+    """The rows in the order of a new file; in a format without padding, ordered so that each is aligned."""
     if form.padded or format_of(base_of(made)) is form:
         return list(made.rows)
     return sorted(made.rows, key=lambda row: -BITS.get(row.spec.dtype, 8))
@@ -100,11 +100,11 @@ def ordered(made: Plan, form: Format) -> list[Row]:
 def laid(
     made: Plan, rows: Sequence[Row], parts: Iterable[bytes | Copy | Span]
 ) -> tuple[tuple[Piece, ...], list[tuple[int, int]], int]:
-    """The pieces of a file, the ranges in which its leaves lie, and its length. Neighbours that stay are one piece.
+    """The pieces of a file, the ranges of its leaves, and its length. Adjacent bytes that stay are one piece.
 
     Args:
         made: the plan.
-        rows: the leaves, as the spans count them.
+        rows: the leaves that the spans refer to by position.
         parts: the file from its first byte to its last.
     """
     pieces: list[Piece] = []
@@ -135,7 +135,7 @@ def laid(
 
 
 def _span(made: Plan, row: Row, span: Span) -> list[Copy | Computed]:
-    """Some bytes of a leaf, from where they lie if they lie anywhere."""
+    """Some bytes of a leaf, copied if they are in a file, else computed."""
     if span.start >= span.stop:
         return []
     extents = _extents(made, row)
@@ -152,7 +152,7 @@ def _span(made: Plan, row: Row, span: Span) -> list[Copy | Computed]:
 
 
 def _extents(made: Plan, row: Row) -> list[Extent] | None:
-    """Where the bytes of a leaf lie, also of one that is set to a leaf of another file; None if they are computed."""
+    """Where the bytes of a leaf are, including one that is set to a leaf of another file; None if computed."""
     source: Any = made.leaves
     number = row.source
     if row.calls:
@@ -167,14 +167,14 @@ def _extents(made: Plan, row: Row) -> list[Extent] | None:
 
 
 def set_to(row: Row) -> Stored | None:
-    """The leaf of another file that the last edit of a leaf sets it to, if it does."""
+    """The leaf of another file that the last edit sets a leaf to; else None."""
     edit = row.calls[-1]
     value = edit.args.get("value")
     return value if edit.op.name == "set" and edit.index is None and isinstance(value, Stored) else None
 
 
 def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int], Row]) -> list[Piece]:
-    """A range of bytes of a file with rows in place of some of it.
+    """A range of bytes of a file with rows in place of some of them.
 
     Args:
         path: the file.
@@ -191,16 +191,16 @@ def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int]
     return [*pieces, Copy(path, start, stop)] if start < stop else pieces
 
 
-# ---- what the files of a plan have in common -------------------------------------------------------------------
+# ---- common to the files of a plan -----------------------------------------------------------------------------
 
 
 def base_of(made: Plan) -> Any:
-    """The checkpoint that the result takes after."""
+    """The checkpoint that the result is modelled on."""
     return made.leaves.base if isinstance(made.leaves, Gathered) else made.leaves
 
 
 def nbytes_of(made: Plan, row: Row) -> int:
-    """The bytes that a leaf will have, also of a dtype of unknown width."""
+    """The number of bytes that a leaf will have, also for a dtype of unknown width."""
     source: Any = made.leaves
     return row.spec.nbytes if row.calls or row.spec.dtype in BITS else source.nbytes(row.source)
 

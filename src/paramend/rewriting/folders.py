@@ -1,4 +1,4 @@
-"""Directories of a format of their own, such as Orbax: a copy with other values, or a new one."""
+"""Formats whose checkpoints are directories, such as Orbax: a copy with other values, or a new one."""
 
 import os
 import re
@@ -17,12 +17,12 @@ def tree_within(source: Any) -> Path:
 
 
 def own_files(source: Any, *, link: bool) -> tuple[list[File], list[str]]:
-    """The files of a directory, and what does not come along."""
+    """The files of a directory, and what is left out."""
     home, inner = source.path, tree_within(source)
     files: list[File] = []
     left_out: list[str] = []
     for entry in sorted(os.scandir(home), key=lambda entry: entry.name):
-        # Of the folder of a manager one step comes along, and what is said of them all.
+        # From the folder of a manager, one step and the metadata common to all steps are copied.
         step = source.steps and entry.is_dir() and entry.name != "metadata" and entry.name != inner.parts[0]
         if step:
             left_out.append(f"{entry.name} (another step)" if entry.name.isdigit() else entry.name)
@@ -31,12 +31,12 @@ def own_files(source: Any, *, link: bool) -> tuple[list[File], list[str]]:
     return files, left_out
 
 
-# What says which of the other files count: a second name of it could not be exchanged.
+# Metadata files, which say what other files count: hard links to them could not be replaced.
 _OWN = re.compile(r"_.*|\..*|manifest\..*|zarr\.json")
 
 
 def _gather(home: Path, name: str, files: list[File], left_out: list[str], *, link: bool) -> None:
-    """Adds a file, or those of a directory, hidden ones too: some stores have them."""
+    """Add a file, or those of a directory, including hidden ones, which some stores have."""
     path = home / name
     if path.name == ".undo" or path.name.endswith(".orbax-checkpoint-tmp"):
         return
@@ -51,4 +51,4 @@ def _gather(home: Path, name: str, files: list[File], left_out: list[str], *, li
         linked = link and _OWN.fullmatch(path.name) is None
         files.append(File(name, status.st_size, stat.S_IMODE(status.st_mode), copy, path, linked))
     else:
-        left_out.append(f"{name} (no regular file)")
+        left_out.append(f"{name} (not a regular file)")

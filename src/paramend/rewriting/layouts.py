@@ -1,4 +1,4 @@
-"""Layouts: which files a rewrite makes, and what goes into each, byte by byte, before any is written."""
+"""Layouts: the files of a rewrite and the content of each, byte by byte, before any is written."""
 
 import os
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from paramend.rewriting.sidecars import sidecars
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a rewrite makes.
+    """The files that a rewrite makes.
 
     Attributes:
         files: the files.
         folder: whether they go into a directory.
         format: the format.
-        left_out: files of the source that do not come along, each with the reason.
-        tree: of a format that is a directory of its own, the folder in there that holds the tree; "" for all of it.
-        fresh: whether the format's writer fills that folder; if not, it is a copy, and edits make new chunks for it.
-        more: how many bytes come to those of the files, more or less.
+        left_out: files of the source that are left out, each with the reason.
+        tree: for a format whose checkpoints are directories, the folder in it that holds the tree; "" for all of it.
+        fresh: whether the writer of the format fills that folder; if not, it is a copy with new chunks for edits.
+        more: about how many bytes are written besides those of the files.
     """
 
     files: tuple[File, ...]
@@ -55,12 +55,12 @@ def lay_out(
 ) -> Layout:
     """The layout of a plan's result under a name.
 
-    The name's suffix chooses the format; a name without one keeps the source's, file or directory.
+    The suffix of the name selects the format; a name without one keeps that of the source, file or directory.
 
     Raises:
         Unsupported: the format cannot hold a leaf, or cannot be written.
-        RenameClash: two leaves would have one name in the file.
-        BadArgument: a size that cannot be read, or one for a single file.
+        RenameClash: two leaves would have the same name in the file.
+        BadArgument: a size is malformed, or is given for a single file.
     """
     source = base_of(made)
     wish = _wish(made, os.fspath(out), sized=max_shard_size is not None)
@@ -72,7 +72,7 @@ def lay_out(
 
 
 class _Wish(NamedTuple):
-    """What a name asks for: a format, a directory or a file, and whether the files of the source do, edited."""
+    """What a name implies: a format, a directory or a file, and whether to edit the files of the source."""
 
     format: Format
     folder: bool
@@ -85,9 +85,9 @@ def _wish(made: Plan, out: str, *, sized: bool) -> _Wish:
     slash = out.endswith(os.sep)
     if named is not None and sized and (named.folder or not slash):
         if named.folder:
-            raise BadArgument(f"{out}: {named.says} have no shards of a chosen size", hint="a directory: out/")
+            raise BadArgument(f"{out}: {named.says} cannot have shards of a given size", hint="a directory: out/")
         raise BadArgument(
-            f"{out} is the name of one file, and max_shard_size asks for several",
+            f"{out} is the name of a single file, but max_shard_size needs a directory",
             hint=f"a directory: {out.removesuffix(Path(out).suffix)}/",
         )
     if named is None and not slash and not sized and Path(out).suffix.lower() in FOREIGN_SUFFIXES:
@@ -116,7 +116,7 @@ def _not_written(out: str, what: str) -> Unsupported:
 
 
 def _check(made: Plan, form: Format) -> None:
-    """Refuses leaves that a new file of a format cannot hold. Bytes of its own kind go over as they are."""
+    """Raise for leaves that a new file in a format cannot hold. Bytes of the same format are copied unchanged."""
     own = format_of(base_of(made)) is form
     writer = form.writer()
     for row in made.rows:
@@ -126,21 +126,21 @@ def _check(made: Plan, form: Format) -> None:
 
 
 def _lost(source: Any, form: Format, *, folder: bool) -> tuple[str, ...]:
-    """What the source says besides its leaves that a new file of a format has no place for."""
+    """The metadata of the source for which a new file in a format has no place."""
     own = format_of(source)
     keeps = own in (None, DEFAULT) or (own is form and not folder and not own.structural)
-    return () if keeps else tuple(f"{key} (no tensor)" for key in source.metadata)
+    return () if keeps else tuple(f"{key} (not a tensor)" for key in source.metadata)
 
 
 def _folder(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
-    """A directory of a format of its own: a copy with other values, or a new one if leaves get other names or specs."""
+    """A checkpoint that is a directory: a copy with other values, or a new one if leaves get other names or specs."""
     fresh = not wish.again or made.restructured or any(each.spec != each.before for each in made.rows)
     more = sum(nbytes_of(made, each) for each in made.rows if fresh or each.calls)
     if fresh:
         _check(made, wish.format)
     if not wish.again:
         own = format_of(source)
-        lost = () if own in (None, DEFAULT) else tuple(f"{key} (no tensor)" for key in source.metadata)
+        lost = () if own in (None, DEFAULT) else tuple(f"{key} (not a tensor)" for key in source.metadata)
         return Layout((), True, wish.format, lost, fresh=True, more=more)
     files, left_out = own_files(source, link=link)
     inner = tree_within(source)
@@ -151,7 +151,7 @@ def _folder(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
 
 
 def _again(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
-    """The files of the source, each with what is left of it."""
+    """The files of the source, each with its remaining leaves."""
     if wish.format is DEFAULT:
         _check(made, wish.format)
     if not wish.folder:

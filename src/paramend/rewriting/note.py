@@ -1,4 +1,4 @@
-"""`Note`: the record that a rewrite leaves of itself, put together while the output is written."""
+"""`Note`: the record of a rewrite, made while the output is written."""
 
 import contextlib
 import hashlib
@@ -33,32 +33,32 @@ from paramend.rewriting.provenance import (
     text_of,
 )
 
-# What a function says of itself: where it lay in memory.
+# The address in the repr of a function.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _BLANK = "0" * 64
 
 
 class Note:
-    """The record that a rewrite leaves: a new one, the source's as it is, or none.
+    """The record of a rewrite: a new one, that of the source unchanged, or none.
 
-    Digests are taken from bytes on their way into the output. Where the record stands in a header, that is written
-    with blank digests of the same length first, and once more when the digests are known.
+    Digests are computed from bytes on their way into the output. If the record is in a header, the header is written
+    first with blank digests of the same length, and again when the digests are known.
 
     Attributes:
-        layout: what is to be written, the place of the record included.
+        layout: what is written, including the place of the record.
     """
 
     def __init__(self, made: Plan, out: Path, layout: Layout, recipe: str | None) -> None:
-        """A note of a plan that is about to be carried out.
+        """Prepare the record of a plan that is about to be carried out.
 
         Args:
             made: the plan.
             out: where it goes.
-            layout: what would be written without a record.
-            recipe: what the plan was made by, "" if that is not known; None asks for no new record.
+            layout: what is written without a record.
+            recipe: the recipe of the plan, "" if unknown; None for no new record.
 
         Raises:
-            BadCheckpoint: the record of the source, which the new one would hold, is damaged.
+            BadCheckpoint: the record of the source, which the new one contains, is damaged.
         """
         self._made, self._out = made, out
         self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
@@ -74,18 +74,18 @@ class Note:
 
     @property
     def name(self) -> str:
-        """Where the record will be; "" if there is none to write."""
+        """The file that will hold the record; "" if there is none to write."""
         if self._text is None:
             return ""
         return str({"folder": self._out / FILE, "beside": beside(self._out)}.get(self._where, self._out))
 
     @property
     def _mode(self) -> int:
-        """The permissions of a file of the record's own: those of the weights."""
+        """The permissions of a separate record file: those of the weights."""
         return next((file.mode for file in self.layout.files), 0o666) | 0o200
 
     def _carried(self, base: Any) -> bytes | None:
-        """The record of the source, where it does not go along by itself; None if there is nothing to write."""
+        """The record of the source, if it is not copied with the files; None if there is nothing to write."""
         place = sidecar(base)
         held = getattr(base, "metadata", {}).get(RECORD)
         filed = place is not None and os.path.lexists(place)
@@ -100,7 +100,7 @@ class Note:
             return None
 
     def _begun(self, base: Any, recipe: str) -> bytes:
-        """The new record, its digests blank."""
+        """The new record, with blank digests."""
         from importlib.metadata import version  # slow to import
 
         before = record_of(base)
@@ -115,7 +115,7 @@ class Note:
                 for number, (edit, was) in self._touched.items()
             ),
             deleted=tuple(_deleted(self._made)),
-            recipe="" if isinstance(self._made.leaves, Gathered) else recipe,  # which would be half of it
+            recipe="" if isinstance(self._made.leaves, Gathered) else recipe,  # which would be only half of it
             earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
         )
         return self._written()
@@ -126,14 +126,14 @@ class Note:
         return json.dumps(self._record.to_dict(), ensure_ascii=False, **form).encode("utf-8", "replace")
 
     def _place(self) -> None:
-        """Makes room in what is to be written."""
+        """Make room for the record in the layout."""
         if self._where == "folder":
             kept = tuple(file for file in self.layout.files if file.name != FILE)
             self.layout = replace(self.layout, files=kept)
         elif self._where == "header":
             (file,) = self.layout.files
             first, *rest = file.pieces
-            if isinstance(first, Copy):  # the header stays, and what comes after it
+            if isinstance(first, Copy):  # the header and the bytes after it are copied
                 source: Any = self._made.leaves
                 start = source.header.nbytes
                 self._head = source.header.raw
@@ -151,7 +151,7 @@ class Note:
         raw = annotated(self._head, RECORD, self._text.decode())
         if len(raw) > MAX_HEADER:
             raise Unsupported(
-                f"{self._out}: with the record its header takes {len(raw):,} bytes, and {MAX_HEADER:,} are allowed",
+                f"{self._out}: with the record its header takes {len(raw):,} bytes; the limit is {MAX_HEADER:,}",
                 hint=f"a directory: {self._out.with_suffix('')}/",
             )
         return len(raw).to_bytes(8, "little") + raw
@@ -159,7 +159,7 @@ class Note:
     # -- while it is written
 
     def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        """The bytes of a leaf on their way into the output, whose digest is taken if the record tells of it."""
+        """The bytes of a leaf on their way into the output, hashed if the record contains the leaf."""
         if row.source not in self._touched:
             return pieces
         return self._hashed(row, pieces)
@@ -172,7 +172,7 @@ class Note:
         self._digests[row.source] = digest.hexdigest()
 
     def finish(self, temporary: Path) -> None:
-        """Writes the record into what was written: a directory, or the header of a file."""
+        """Write the record into the output: a directory, or the header of a file."""
         if self._record is not None:
             self._complete(temporary)
         if self._text is None or self._where == "beside":
@@ -184,7 +184,7 @@ class Note:
             _put(temporary, self._header())
 
     def _complete(self, temporary: Path) -> None:
-        """Fills in the digests, also those of bytes that did not come by here."""
+        """Fill in the digests, including those of bytes that were not hashed on their way."""
         assert self._record is not None
         found = self._digests
         by_number = self._made.by_number
@@ -195,12 +195,12 @@ class Note:
                 found[number] = found[twin]
             elif not row.spec.size:
                 found[number] = digest_of(())
-            elif not row.calls:  # copied by the kernel: its bytes are those of the source
+            elif not row.calls:  # copied by the kernel: the bytes are those of the source
                 found[number] = digest_of(contents(self._made.leaves, number))
             elif (value := set_to(row)) is not None:
                 found[number] = digest_of(contents(value.source, value.number))
         back = [number for number in self._touched if number not in found]
-        if back:  # chunks of a directory, written in no order of elements; the copy has the numbers of the source
+        if back:  # chunks are not written in the order of elements; the copy has the numbers of the source
             with contextlib.closing(open_source(temporary)) as new:
                 found |= {number: digest_of(contents(new, number)) for number in back}
         leaves = (
@@ -210,19 +210,19 @@ class Note:
         self._text = self._written()
 
     def clear(self) -> None:
-        """Removes the record beside a file that is about to be replaced: never is there a record of another file."""
+        """Remove the record beside a file that is about to be replaced: no file ever has another's record."""
         if self._where == "beside" and os.path.lexists(self._out):
             beside(self._out).unlink(missing_ok=True)
 
     def publish(self) -> None:
-        """Puts the record beside a file that has its name now."""
+        """Put the record beside the file, which has its name now."""
         if self._text is not None and self._where == "beside":
             with published(beside(self._out), force=True, mode=self._mode) as temporary:
                 _put(temporary, self._text)
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Writes bytes over those that a file begins with, durably."""
+    """Overwrite the first bytes of a file, durably."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         put(descriptor, data, 0)
@@ -232,20 +232,20 @@ def _put(path: Path, data: bytes) -> None:
 
 
 def _name_of(source: Any) -> str:
-    """What a record calls a checkpoint: no folder of this machine."""
+    """The name of a checkpoint in a record, without folders of this machine."""
     path = source.folder if isinstance(source, Shards) else Path(source.path)
     return str((path.name or path.resolve().name).encode("utf-8", "replace").decode())
 
 
 def _touched(made: Plan) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Of each leaf that is not what the source has under its name: its number, (what was done, its path before)."""
+    """For each leaf that differs from the source's leaf of its name: its number, (what was done, its earlier path)."""
     leaves: Any = made.leaves
     names = {made.name(row) for row in made.rows}
     for row in made.rows:
         edit, was = _ADDRESS.sub("", row.edit), leaves.index.name(row.source) if row.was else ""
         if isinstance(leaves, Gathered):
             origin, name = leaves.origins[row.source], made.name(row)
-            said = "put together from others"
+            said = "assembled from others"
             if isinstance(origin, Part):
                 said = origin.source.index.name(origin.number)
                 if origin.source is leaves.base:

@@ -1,4 +1,4 @@
-"""The place of an output: what could not be written there is refused before anything is."""
+"""The place of an output: problems are found before anything is written."""
 
 import os
 import stat
@@ -24,10 +24,10 @@ def check_output(
     link: bool = False,
     max_shard_size: int | str | None = None,
 ) -> Layout:
-    """The files that a rewrite will make. What could not be written is refused, as far as that is known beforehand.
+    """The files that a rewrite will make, after checking that they can be written, as far as that is known beforehand.
 
     Raises:
-        CannotWrite: the output exists, is the source, or has no place to go to.
+        CannotWrite: the output exists, is the source, or its folder cannot take it.
         Unsupported: the format of the output cannot hold a leaf.
     """
     layout = lay_out(made, out, link=link, max_shard_size=max_shard_size)
@@ -37,18 +37,18 @@ def check_output(
     if found is not None:
         _check_other(out, found, sources(made), folder=layout.folder)
         if layout.folder and not stat.S_ISDIR(found.st_mode):
-            raise CannotWrite(f"{out} is a file, and the model needs a directory", hint="write to another name")
+            raise CannotWrite(f"{out} is a file, but the model needs a directory", hint="write to another name")
         if not layout.folder and stat.S_ISDIR(found.st_mode):
             raise CannotWrite(f"{out} is a directory", hint=f"{out / (Path(source.path).name or 'model.safetensors')}")
         if not layout.folder and not stat.S_ISREG(found.st_mode):
-            raise CannotWrite(f"{out} is no regular file (a pipe, a device or a socket)")
+            raise CannotWrite(f"{out} is not a regular file (it is a pipe, a device or a socket)")
     if os.path.lexists(out) and not force:
         raise exists(out)
     if layout.folder and found is not None:
         _check_replaceable(out)
     folder = out.parent
     if not folder.is_dir():
-        what = "is no directory" if os.path.lexists(folder) else "does not exist"
+        what = "is not a directory" if os.path.lexists(folder) else "does not exist"
         raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
@@ -57,7 +57,7 @@ def check_output(
 
 
 def _check_other(out: Path, found: os.stat_result, sources: Sequence[Any], *, folder: bool) -> None:
-    """Refuses an output that is a source, a part of it, or a directory around the first."""
+    """Raise for an output that is a source, a part of it, or a directory around the first source."""
     home = Path(sources[0].path)
     paths = {home, *(path for source in sources for path in source.stats)}
     for path in paths:
@@ -70,20 +70,20 @@ def _check_other(out: Path, found: os.stat_result, sources: Sequence[Any], *, fo
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuses to replace a directory that is no checkpoint, however much force is asked for."""
+    """Raise for a directory that is not a checkpoint, which even force=True must not replace."""
     inside = sorted(path.name for path in out.iterdir())
     row = find_format(out, b"")
     if row is not None and row.folder:
         steps = [name for name in inside if name.rpartition("_")[2].isdigit()]
         if home_of(out) != out and len(steps) > 1:
             raise CannotWrite(
-                f"{out} holds {len(steps)} steps, and all would be lost: {wording.listing(steps, 4)}",
+                f"{out} holds {len(steps)} steps, which would all be lost: {wording.listing(steps, 4)}",
                 hint="write to another name",
             )
         return
     if inside and not any(name.lower().endswith(SUFFIXES) for name in inside):
         raise CannotWrite(
-            f"{out} is a directory that holds no checkpoint, and would be lost: {wording.listing(inside, 4)}",
+            f"{out} is a directory without a checkpoint, whose content would be lost: {wording.listing(inside, 4)}",
             hint="write to another name",
         )
 
@@ -103,6 +103,6 @@ def operands(row: Row) -> list[Stored]:
 
 
 def sources(made: Plan) -> list[Any]:
-    """What a plan reads: the checkpoint that it edits, then the files of other leaves."""
+    """The sources of a plan: the checkpoint that it edits, then the files of other leaves."""
     found = [made.leaves, *(value.source for row in made.rows for value in operands(row))]
     return list({id(source): source for source in found}.values())

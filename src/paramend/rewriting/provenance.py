@@ -1,19 +1,19 @@
-"""Records: what was done to a checkpoint, kept with it as data that can be read back and held against its bytes.
+"""Records: what was done to a checkpoint, kept with it as data that can be read back and checked against its bytes.
 
-Where a record lies: of a safetensors file, in its header, under the key `paramend.record` of `__metadata__`; of a
-directory, in the file `paramend.record.json` in it; of any other file, in `<name>.record.json` beside it. It is JSON:
+Where a record is: for a safetensors file, in its header, under the key `paramend.record` of `__metadata__`; for a
+directory, in the file `paramend.record.json` in it; for any other file, in `<name>.record.json` beside it. It is JSON:
 
-    version    of this form: 1
+    version    of this schema: 1
     paramend   the version that wrote it
-    time       when, as ISO 8601 in UTC
+    time       when it was written, as ISO 8601 in UTC
     source     the name of what was edited, without its folder
     recipe     the recipe that was carried out, as YAML; "" if there was none
-    leaves     what was written: {"path", "dtype", "shape", "sha256", "edit"}; also "was", where it had another path
-    deleted    the paths that are gone
-    earlier    the records that the source carried, the oldest first, each of this form without `earlier`
+    leaves     what was written: {"path", "dtype", "shape", "sha256", "edit"}; also "was", if it had another path
+    deleted    the deleted paths
+    earlier    the records that the source carried, oldest first, each of this schema without `earlier`
 
-The digest is that of the bytes of the leaf in C order, little-endian: the same in every format. Nothing reads a record
-unless it is asked for: a damaged one does not keep a checkpoint from being opened.
+The digest is that of the bytes of the leaf in C order, little-endian: the same in every format. A record is read only
+on request: a damaged one does not keep a checkpoint from being opened.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ from paramend.reports.report import Line, Report, Section
 
 FILE = f"{RECORD}.json"
 VERSION = 1
-# Longer ones are no records of ours: a header may have 100 MB.
+# Longer texts are not our records: a header may have 100 MB.
 MAX_BYTES = 1 << 26
 _DIGEST = re.compile("[0-9a-f]{64}")
 _READ = 1 << 20
-# Of the leaves that differ a message names so many; `changes` has all.
+# The most differing leaves that a message names; `changes` has all.
 _SHOWN = 40
 
 
@@ -59,11 +59,11 @@ class RecordedLeaf:
     """One leaf that was written.
 
     Attributes:
-        path: where it is, as the file names it.
-        spec: what it is.
+        path: its path in the file.
+        spec: its shape and dtype.
         sha256: the digest of its bytes.
         edit: what was done.
-        was: its path before, where that was another.
+        was: its earlier path, if that differs.
     """
 
     path: str
@@ -80,16 +80,16 @@ class RecordedLeaf:
 
 @dataclass(frozen=True, repr=False)
 class EditRecord(Report):
-    """What was done to a checkpoint, as it says of itself.
+    """What was done to a checkpoint, according to its record.
 
     Attributes:
         paramend: the version that wrote it.
-        time: when.
+        time: when it was written.
         source: the name of what was edited.
         leaves: what was written.
-        deleted: the paths that are gone.
+        deleted: the deleted paths.
         recipe: the recipe that was carried out, or "".
-        earlier: the records of the edits before, the oldest first.
+        earlier: the records of earlier edits, oldest first.
     """
 
     paramend: str
@@ -105,12 +105,12 @@ class EditRecord(Report):
         return f"{self.time:%Y-%m-%d %H:%M:%S} UTC: written from {self.source} by Paramend {self.paramend}"
 
     def sections(self) -> list[Section]:
-        """The leaves that were written, and those that are gone."""
+        """The leaves that were written, and those that were deleted."""
         lines = [Line((leaf.path,), (str(leaf.spec), leaf.edit)) for leaf in self.leaves]
         return [Section("edited", lines), Section("deleted", [Line((path,)) for path in self.deleted])]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as it is kept."""
+        """The record as data that JSON can hold."""
         found: dict[str, Any] = {
             "version": VERSION,
             "paramend": self.paramend,
@@ -128,7 +128,7 @@ class EditRecord(Report):
 
     @property
     def standing(self) -> dict[str, RecordedLeaf]:
-        """What should be there now, by path: the latest that was said of each leaf, in all of the records."""
+        """The expected leaves by path: the latest entry for each leaf in all of the records."""
         found: dict[str, RecordedLeaf] = {}
         alike: dict[str, str] = {}
         for each in (*self.earlier, self):
@@ -170,16 +170,16 @@ def record(path: str | os.PathLike[str]) -> EditRecord | None:
 
 
 def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
-    """The paths of the leaves that a checkpoint's record tells of, if each is as it was written.
+    """The paths of the leaves in a checkpoint's record, if each is as it was written.
 
-    Of several records the latest that tells of a leaf counts.
+    Of several records the latest that contains a leaf counts.
 
     Args:
         path: a file or a directory.
         progress: called with an `Event` as bytes are read.
 
     Raises:
-        UnexpectedChange: leaves have another shape, dtype or bytes, or are gone; `changes` names them.
+        UnexpectedChange: leaves have another shape, dtype or bytes, or are missing; `changes` names them.
         CannotRead: the checkpoint carries no record.
         BadCheckpoint: the checkpoint or its record is damaged.
 
@@ -213,9 +213,9 @@ def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = N
             if number is None:
                 changes[name] = "it is gone"
             elif source.spec(number) != leaf.spec:
-                changes[name] = f"it is {source.spec(number)}, and {leaf.spec} was written"
+                changes[name] = f"it is {source.spec(number)}, but {leaf.spec} was written"
             elif digest_of(contents(source, number), meter) != leaf.sha256:
-                changes[name] = "its bytes are others"
+                changes[name] = "its bytes differ"
     if changes:
         raise _not_as_written(Path(path), changes, len(leaves))
     return list(leaves)
@@ -228,11 +228,11 @@ def _not_as_written(path: Path, changes: Mapping[str, str], count: int) -> Unexp
     if len(changes) > _SHOWN:
         lines.append(f"  and {len(changes) - _SHOWN:,} more")
     patches: list[HistoryRow] = []
-    with contextlib.suppress(ParamendError):  # what is wrong with the leaves is worth more than with an undo record
+    with contextlib.suppress(ParamendError):  # faults of the leaves matter more than faults of an undo record
         patches = history(path)
     if patches:
         since = "one patch was" if len(patches) == 1 else f"{len(patches):,} patches were"
-        lines.append(f"{since} made in place that can be taken back, the last: {patches[-1].edit}")
+        lines.append(f"{since} made in place and can be undone, the last: {patches[-1].edit}")
     return UnexpectedChange("\n".join(lines), changes=changes, hint=f"paramend undo {path}" if patches else "")
 
 
@@ -248,12 +248,12 @@ def record_of(source: Any) -> EditRecord | None:
 
 
 def _alike(name: str) -> str:
-    """A name as all formats have it: `/` and `.` are the same separator."""
+    """A name normalized across formats: `/` and `.` are the same separator."""
     return name.replace("/", ".")
 
 
 def sidecar(source: Any) -> Path | None:
-    """The file that would hold the record of a checkpoint; None of what has no such file."""
+    """The file that would hold the record of a checkpoint; None if it has no such file."""
     if isinstance(source, Shards):
         return source.folder / FILE
     row = format_of(source)
@@ -271,7 +271,7 @@ def text_of(source: Any) -> bytes | None:
     """The text of the record of an opened checkpoint; None if it carries none.
 
     Raises:
-        BadCheckpoint: it is too long, or no regular file.
+        BadCheckpoint: it is too long, or not a regular file.
         CannotRead: there is no permission to read it.
     """
     place = sidecar(source)
@@ -289,11 +289,11 @@ _KINDS = {str: "a string", int: "an integer", list: "an array", dict: "an object
 
 
 def parse(text: bytes, file: str) -> EditRecord:
-    """The record of a text, every rule checked.
+    """The record in a text, validated.
 
     Args:
         text: JSON.
-        file: what messages call the file that it stands in.
+        file: what messages call its file.
 
     Raises:
         BadCheckpoint: a rule is broken.
@@ -332,7 +332,7 @@ def parse(text: bytes, file: str) -> EditRecord:
         try:
             time = datetime.fromisoformat(said).astimezone(UTC)
         except (ValueError, OverflowError):
-            raise bad(file, f"{place}, 'time'", f"{shown(said)} is no time of ISO 8601") from None
+            raise bad(file, f"{place}, 'time'", f"{shown(said)} is not an ISO 8601 time") from None
         deleted = field(row, place, "deleted", list)
         if not all(type(path) is str for path in deleted):
             raise bad(file, f"{place}, 'deleted'", "strings are expected")
@@ -369,7 +369,7 @@ def contents(source: Any, number: int) -> Iterator[memoryview]:
 
 
 def digest_of(pieces: Iterable[memoryview], meter: Meter | None = None) -> str:
-    """The SHA-256 of bytes that come in pieces."""
+    """The SHA-256 of bytes in pieces."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)

@@ -1,8 +1,8 @@
 """The rewriting engine: a plan carried out into a new checkpoint, in one pass and in bounded memory.
 
-The kernel copies the bytes that stay. Leaves that change are computed in chunks. What comes out grows under a
-temporary name beside its place, is made durable, and only then gets its name: whatever happens, there is the old
-state or the new one, never a third.
+The kernel copies the bytes that stay. Leaves that change are computed in chunks. The output is written under a
+temporary name beside its place, made durable, and only then renamed: whatever happens, there is the old state or
+the new one, never a third.
 """
 
 import os
@@ -34,9 +34,9 @@ from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output, operands, sources
 
-# Zeros of fewer bytes are written; longer runs are left out of the file, which reads the same.
+# Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
 _HOLE = 1 << 20
-# Systems let a program hold a few hundred files open; the largest models have more.
+# Systems limit a process to a few hundred open files; the largest models have more.
 _OPEN = 64
 
 
@@ -48,11 +48,11 @@ class RewriteReport(Report):
         source: the checkpoint that was read.
         path: the checkpoint that was written.
         plan: the rows; its text is the table that a dry run shows.
-        bytes_copied: bytes that went over as they were, the header among them where no spec changes.
+        bytes_copied: bytes copied unchanged, including the header if no spec changes.
         bytes_computed: bytes of the leaves that were edited.
-        bytes_linked: bytes of files that got a second name instead of a copy.
+        bytes_linked: bytes of files that were hard-linked instead of copied.
         files: the files of a directory that was written.
-        left_out: files of a directory that did not come along, each with the reason.
+        left_out: files of a directory that were not copied, each with the reason.
         record: where a record of what was done was written; "" if none was.
     """
 
@@ -82,7 +82,7 @@ class RewriteReport(Report):
         """What was written, in one line, and what was left out in another."""
         copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
-        left = f"\nnot taken along: {wording.listing(self.left_out)}" if self.left_out else ""
+        left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         record = ", with a record of edits" if self.record else ""
         return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
 
@@ -117,15 +117,15 @@ def write(
     record: str | None = None,
     progress: Progress | None = None,
 ) -> RewriteReport:
-    """A report of what was written: a plan for an opened checkpoint, carried out.
+    """Write a plan for an opened checkpoint into a new one, and report what was written.
 
     Args:
         made: the plan.
-        out: the checkpoint to write; see `lay_out` for what its name says of the format.
+        out: the checkpoint to write; see `lay_out` for how its name selects the format.
         force: whether `out` may exist already; it is then replaced in one step.
-        link: whether files in which nothing changes get a second name instead of a copy, where the system allows it.
+        link: whether unchanged files are hard-linked instead of copied, where the system allows it.
         max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
-        record: what the plan was made by, as a recipe, or "": the output then carries a record of what was done.
+        record: the recipe of the plan, or "": the output then carries a record of what was done.
         progress: called with an `Event` as bytes are written.
 
     Raises:
@@ -161,7 +161,7 @@ def write(
 
 
 class _Inputs:
-    """The files that are read, by path: opened once, and looked at again in the end."""
+    """The files that are read, by path: opened once, and checked again at the end."""
 
     def __init__(self, sources: Iterable[Any]) -> None:
         self.seen: dict[Path, os.stat_result] = {}
@@ -188,8 +188,8 @@ class _Inputs:
         return self._open[path]
 
     def check(self) -> None:
-        """Refuses what another program changed in the meantime."""
-        if records_beside(self.seen) != self._records:  # a patch, of which times alone may not tell
+        """Raise if another program changed a file in the meantime."""
+        if records_beside(self.seen) != self._records:  # a patch, which times alone may not show
             raise changed(next(iter(self.seen)))
         for path in self.touched:
             try:
@@ -199,13 +199,13 @@ class _Inputs:
             check_unchanged(path, self.seen.get(path, now), now)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
 
 class _Run:
-    """One rewrite at work: it makes files, and counts."""
+    """One rewrite in progress: it makes files and counts bytes."""
 
     def __init__(self, made: Plan, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made = made
@@ -218,7 +218,7 @@ class _Run:
         self.meter = Meter(progress, layout.nbytes)
 
     def make(self, file: File, path: Path) -> None:
-        """Makes one file, durable."""
+        """Make one file, durably."""
         if "/" in file.name:
             path.parent.mkdir(parents=True, exist_ok=True)
         if file.link and file.origin is not None and self._link(file.origin, path):
@@ -232,7 +232,7 @@ class _Run:
             os.close(target)
 
     def fill(self, folder: Path) -> None:
-        """Writes the tree of a format that is a directory of its own, or what is not to be copied of another's."""
+        """Write the tree of a checkpoint that is a directory, or the changed chunks of a copied one."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.layout.fresh:
             rows = self.made.rows
@@ -252,7 +252,7 @@ class _Run:
         check_unchanged(origin, self.inputs.seen.setdefault(origin, now), now)
         try:
             os.link(origin.resolve(), path)
-        except OSError:  # another file system, or one without links: a copy does it
+        except OSError:  # another file system, or one without links: copy instead
             return False
         self.inputs.touched.add(origin)
         return True
@@ -289,7 +289,7 @@ class _Run:
                 self.inputs.touched.add(extent.path)
 
     def _data(self, row: Row) -> Iterator[memoryview]:
-        """The bytes of a leaf for a format that writes its own directory."""
+        """The bytes of a leaf for a format that writes directories."""
         self._note_reads(row)
         for piece in self.note.taking(row, data(self.source, row)):
             yield piece
@@ -310,7 +310,7 @@ class _Flow:
         self._rest = memoryview(b"")
 
     def put(self, piece: Computed, target: int) -> Iterator[int]:
-        """Writes a span and yields the number of bytes of each step. The spans of a leaf come first to last."""
+        """Write a span and yield the number of bytes of each step. The spans of a leaf come first to last."""
         row, left = piece.row, piece.stop - piece.start
         last = row.calls[-1] if row.calls else None
         hole = last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE
@@ -323,11 +323,11 @@ class _Flow:
             left -= len(chunk)
             yield os.lseek(target, len(chunk), os.SEEK_CUR) and len(chunk) if hole else put(target, chunk)
         if piece.stop == row.spec.nbytes:
-            next(self._chunks, None)  # its end says that all was taken
+            next(self._chunks, None)  # its end confirms that all was taken
 
 
 def _blank(nbytes: int) -> Iterator[memoryview]:
-    """Zeros, which take no memory while nobody looks at them."""
+    """Zeros, which take no memory until they are read."""
     window = memoryview(bytes(min(nbytes, WINDOW)))
     for at in range(0, nbytes, WINDOW):
         yield window[: nbytes - at]

@@ -1,4 +1,4 @@
-"""Models in several files: the shards of the source again, or new ones of a chosen size, and their index."""
+"""Sharded models: the shards of the source, edited, or new ones of a given size, and their index."""
 
 import re
 from typing import Any
@@ -14,7 +14,7 @@ from paramend.rewriting.files import File, fresh_file, mode_of, nbytes_of, order
 
 
 def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
-    """The files of the source, each with what is left of it, and the index, true of what is left."""
+    """The files of the source, each with its remaining leaves, and the index, updated."""
     files = [edited_file(made, file, rows, file.path.name, link=link) for file, rows in rows_by_file(made, source)]
     if made.restructured or any(row.spec != row.before for row in made.rows):
         return files + _index_file(made, source)
@@ -25,7 +25,7 @@ def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
 
 
 def _index_file(made: Plan, source: Shards) -> list[File]:
-    """The index of the source, true of what is left; none if there was none."""
+    """The index of the source, updated, as a list; empty if there is none."""
     if source.shard_index is None:
         return []
     index, ties = made.leaves.index, source.ties
@@ -41,7 +41,7 @@ def _index_file(made: Plan, source: Shards) -> list[File]:
 
 
 def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
-    """As many files as the limit asks for, and their index if there are several."""
+    """As many files as the limit requires, and their index if there are several."""
     groups: list[list[Row]] = [[]]
     filled = 0
     for row in ordered(made, form):
@@ -60,14 +60,14 @@ def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
         files.append(fresh_file(made, group, form, name))
         for row in group:
             if weight_map.setdefault(made.name(row), name) != name:
-                layout(((made.name(row), row.spec, 0) for row in made.rows), None)  # says which name stands twice
+                layout(((made.name(row), row.spec, 0) for row in made.rows), None)  # its error names the duplicate
     table = {"metadata": {"total_size": sum(nbytes_of(made, row) for row in made.rows)}, "weight_map": weight_map}
     files.append(text_file("model.safetensors" + SUFFIX, index_text(table), mode_of(made.leaves)))
     return files
 
 
 def largest(source: Any) -> int | None:
-    """The bytes of the tensors in the largest of several files."""
+    """The number of bytes of the tensors in the largest of several files."""
     if not isinstance(source, Shards) or len(source.files) == 1:
         return None
     filled = [0] * len(source.files)

@@ -1,4 +1,4 @@
-"""Sidecars: the files of a directory that hold no weights, which come along as they are."""
+"""Sidecars: the files of a directory that hold no weights, which are copied unchanged."""
 
 import re
 import stat
@@ -18,7 +18,7 @@ _OTHER_WEIGHTS = re.compile(
 
 
 def sidecars(source: Shards) -> tuple[list[File], list[str]]:
-    """The files beside the weights, and what of the directory is left out."""
+    """The files beside the weights, and what is left out of the directory."""
     files: list[File] = []
     left_out: list[str] = []
     weights = {file.path.name for file in source.files}
@@ -53,13 +53,13 @@ def _collect(folder: Path, name: str, files: list[File], left_out: list[str]) ->
         copy = (Copy(path, 0, status.st_size),) if status.st_size else ()
         files.append(File(name, status.st_size, stat.S_IMODE(status.st_mode), copy, path))
     else:
-        left_out.append(f"{name} (no regular file)")
+        left_out.append(f"{name} (not a regular file)")
 
 
 def is_of_hub_cache(folder: Path, path: Path) -> bool:
     """Whether a symbolic link stays with the model: within the directory, or in the blobs of a hub cache beside it.
 
-    Any other may lead to what nobody meant to copy.
+    Any other may lead to files that nobody meant to copy.
     """
     real, home = path.resolve(), folder.resolve()
     return real.is_relative_to(home) or real.parent == home.parent.parent / "blobs"

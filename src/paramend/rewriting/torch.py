@@ -1,7 +1,7 @@
-"""What goes into an edited file of `torch.save`, byte by byte: storages that stay are copied, all else is kept.
+"""What goes into an edited file of `torch.save`, byte by byte: storages that stay are copied, everything else is kept.
 
-Dicts, lists, numbers, attributes and parameters stay as they are; so do storages that several tensors look at. A leaf
-of which more than the values changes, or that shares bytes with another, gets a storage of its own.
+Dicts, lists, numbers, attributes and parameters stay as they are; so do storages that several tensors view. A leaf
+that changes in more than its values, or that shares bytes with another, gets a separate storage.
 """
 
 import stat
@@ -24,11 +24,11 @@ _Places = Mapping[tuple[int, int], Row]
 
 
 def overlays(file: TorchFile, rows: _Rows) -> bool:
-    """Whether a copy of the file will do, in which the bytes of some leaves are others.
+    """Whether a copy of the file suffices that differs only in the bytes of some leaves.
 
     Args:
         file: the file.
-        rows: what becomes of its leaves: (number in the file, row).
+        rows: the rows of its leaves: (number in the file, row).
     """
     there = {number for number, _ in rows}
     stay = all(not row.was and _stays(file, number, row, there) for number, row in rows)
@@ -36,7 +36,7 @@ def overlays(file: TorchFile, rows: _Rows) -> bool:
 
 
 def _stays(file: TorchFile, number: int, row: Row, there: Collection[int]) -> bool:
-    """Whether a leaf stays where it is in its storage; `there` are the leaves that are left."""
+    """Whether a leaf stays where it is in its storage; `there` are the remaining leaves."""
     if not row.calls:
         return True
     alone = row.spec == row.before and file.extent(number) is not None
@@ -44,25 +44,25 @@ def _stays(file: TorchFile, number: int, row: Row, there: Collection[int]) -> bo
 
 
 def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
-    """The file with the leaves of some rows edited, moved, or gone.
+    """The file with the leaves of some rows edited, moved or deleted.
 
     Raises:
-        Unsupported: torch has no such dtype, or an entry of a tuple would go.
-        RenameClash: two leaves would have one place.
+        Unsupported: torch lacks a dtype, or an entry of a tuple would be deleted.
+        RenameClash: two leaves would have the same place.
     """
     structure, calls = file.recorded()
-    fresh: dict[str, tuple[str, Row]] = {}  # the key of a new storage → the record that it comes after, its leaf
-    inside: dict[str, dict[tuple[int, int], Row]] = {}  # a record → what changes within it
+    fresh: dict[str, tuple[str, Row]] = {}  # the key of a new storage → the member that it comes after, its leaf
+    inside: dict[str, dict[tuple[int, int], Row]] = {}  # a member → what changes within it
     key_of: dict[int, str] = {}
     keys = _unused_keys(file)
     there = {number for number, _ in rows}
     for number, row in rows:
-        record, extent = file.member(number), file.extent(number)
-        if not row.calls or record is None:
+        member, extent = file.member(number), file.extent(number)
+        if not row.calls or member is None:
             continue
         if _stays(file, number, row, there):
             if extent is not None and extent.nbytes:
-                inside.setdefault(record.name, {})[extent.start, extent.start + extent.nbytes] = row
+                inside.setdefault(member.name, {})[extent.start, extent.start + extent.nbytes] = row
             continue
         why = TorchWriter().refusal(row.spec)
         if why:
@@ -70,7 +70,7 @@ def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
         one = file.ties.get(number, number)
         if one not in key_of:
             key_of[one] = next(keys)
-            fresh[key_of[one]] = (record.name, row)
+            fresh[key_of[one]] = (member.name, row)
         calls[number] = retargeted(calls[number], row.spec, key_of[one])
     used: set[str] = set()
     data = pickled(_relocated(structure, len(calls), rows), dict(enumerate(calls)), used=used)
@@ -80,13 +80,13 @@ def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
 
 
 def _relocated(structure: Any, count: int, rows: _Rows) -> Any:
-    """The structure without the leaves that have no row, and with others where their rows say."""
+    """The structure without leaves that have no row, and with the others at the places in their rows."""
     gone = set(range(count)) - {number for number, _ in rows}
     moved = {number: list(zip(keys_of(row.labels), row.depths, strict=True)) for number, row in rows if row.was}
     if not gone and not moved:
         return structure
     tree = Tree(structure)
-    # The tree numbers its values, leaves or not; the array of a leaf holds the number that the file gives it.
+    # The tree numbers all its values, leaves or not; the array of a leaf holds its number in the file.
     own = {int(tree.read(number)): number for number in tree.index.numbers}
     paths = {own[number]: path for number, path in moved.items()}
     return relocate(tree, paths, [own[number] for number in sorted(gone)])
@@ -105,7 +105,7 @@ def _zipped(
     fresh: Mapping[str, tuple[str, Row]],
     inside: Mapping[str, _Places],
 ) -> tuple[list[Piece], list[tuple[int, int]], int]:
-    """The pieces of the zip, the ranges whose checksums are not yet true, and the length."""
+    """The pieces of the zip, the ranges whose checksums are not yet correct, and the length."""
     archive, start = file.archive, f"{file.folder}/data/"
     zipped = ZipHeaders(_alignment(file))
     pieces: list[Piece] = []
@@ -114,18 +114,18 @@ def _zipped(
     for key, (after, row) in fresh.items():
         if key in used:
             followers.setdefault(after, []).append((key, row))
-    for record in archive.members.values():
-        if record.name == f"{file.folder}/data.pkl":
-            pieces += zipped.record(record.name, data)
-        elif not record.name.startswith(start) or record.name[len(start) :] in used:
-            places = inside.get(record.name, {})
-            crc = 0 if places else record.crc
-            pieces.append(zipped.open(record.name, record.nbytes, crc))
-            first = archive.offsets(record.name).start
-            pieces += with_rows(file.path, first, first + record.nbytes, places)
+    for member in archive.members.values():
+        if member.name == f"{file.folder}/data.pkl":
+            pieces += zipped.member(member.name, data)
+        elif not member.name.startswith(start) or member.name[len(start) :] in used:
+            places = inside.get(member.name, {})
+            crc = 0 if places else member.crc
+            pieces.append(zipped.open(member.name, member.nbytes, crc))
+            first = archive.offsets(member.name).start
+            pieces += with_rows(file.path, first, first + member.nbytes, places)
             patched += [(zipped.at + a - first, zipped.at + b - first) for a, b in places]
             pieces.append(zipped.close())
-        for key, row in followers.get(record.name, ()):
+        for key, row in followers.get(member.name, ()):
             nbytes = row.spec.nbytes
             pieces += [zipped.open(f"{start}{key}", nbytes), Computed(row, 0, nbytes)]
             patched += [(zipped.at, zipped.at + nbytes)] if nbytes else []
@@ -135,8 +135,8 @@ def _zipped(
 
 
 def _alignment(file: TorchFile) -> int:
-    """What torch aligned records to: the file says so, since some version of torch."""
-    record = file.archive.members.get(f"{file.folder}/.storage_alignment")
-    text = file.archive.read(record.name) if record is not None and record.nbytes < 8 else b""
+    """The alignment of members, which newer versions of torch store in the file."""
+    member = file.archive.members.get(f"{file.folder}/.storage_alignment")
+    text = file.archive.read(member.name) if member is not None and member.nbytes < 8 else b""
     number = int(text) if text.isdigit() else 0
     return number if 0 < number <= 1 << 15 and not number & (number - 1) else ALIGNMENT

@@ -1,1 +1,1 @@
-"""Containers in memory: how each kind opens and closes."""
+"""Containers in memory: how each kind is opened and closed."""

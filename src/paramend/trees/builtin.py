@@ -1,4 +1,4 @@
-"""Kinds of Python's own containers: dicts, lists, tuples, named tuples, dataclasses, None."""
+"""Kinds of built-in containers: dicts, lists, tuples, named tuples, dataclasses, None."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ def _fields(node: Any) -> tuple[str, ...]:
 
 
 def _close_dataclass(node: Any, children: Any) -> Any:
-    # Not `replace`: it would run __init__ again, which may check, convert or draw random numbers.
+    # Not `replace`: it runs __init__ again, which may check, convert or draw random numbers.
     new = copy.copy(node)
     for name, child in zip(_fields(node), children, strict=True):
         object.__setattr__(new, name, child)
@@ -78,7 +78,7 @@ EXACT: dict[type, Kind] = {
 
 
 def kind_of(kind: type) -> Kind | None:
-    """The kind of a subclass of a builtin container, or None."""
+    """The kind of a subclass of a built-in container, or None."""
     if issubclass(kind, tuple):
         return NAMED_TUPLE if hasattr(kind, "_fields") else None
     if issubclass(kind, dict):

@@ -1,4 +1,4 @@
-"""How containers are opened and closed: one `Kind` for each way of holding leaves."""
+"""How containers are opened and closed: one `Kind` for each type of container."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ class Kind:
 
     Attributes:
         open: container → (keys, children, static). Keys and static are hashable and, with the types of the children,
-            tell this structure from others. The key `ELIDED` marks a box whose only child takes the box's own path.
+            identify the structure. The key `ELIDED` marks a box whose only child takes the path of the box.
         close: (container, children) → a new container of the same type and static part, holding the children.
         rekey: (container, {key: child}) → a new container of the same type with these keys, for delete and rename; None
-            where the keys are fixed, as the fields of a dataclass are.
+            if the keys are fixed, like the fields of a dataclass.
         replace: for objects with identity (torch and NNX modules), (container, {id of a leaf or its box: new leaf}) → a
-            new container in which shared parts stay shared. Then `close` is called for nothing under it.
-        assign: for boxes, (container, value): puts the value into the box, in place.
-        compiled: whether JAX's own walk opens and closes this kind without loss.
+            new container in which shared parts stay shared. `close` is then not called for anything under it.
+        assign: for boxes, (container, value): put the value into the box in place.
+        compiled: whether JAX's walk opens and closes this kind without loss.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which kind a container is. Frameworks that the user has not imported are not imported here either."""
+"""Which kind a container is. Only frameworks that the user has imported are used."""
 
 import importlib
 from typing import Any
@@ -10,23 +10,23 @@ from paramend.arrays.registry import backend_of
 from paramend.trees import builtin
 from paramend.trees.kind import Kind
 
-# Adapters in the order of asking; each is opened once the user has imported its framework.
+# Adapters in the order in which they are asked; each is imported only after its framework.
 _ADAPTERS = (("torch", "module"), ("flax", "nnx"))
 
 _kinds: dict[type, Kind] = dict(builtin.EXACT)
-# Types known to be arrays, and types known to be leaves: tables for walks, which cannot call a function for every leaf.
+# Types known to be arrays, and types known to be leaves: walks look types up, because calls per leaf are too slow.
 array_types: set[type] = {np.ndarray}
 leaf_types: set[type] = {np.ndarray, int, float, bool, complex, str, bytes}
 
 
 def find_kind(node: Any) -> Kind | None:
-    """How to open a node, or None for a leaf."""
+    """The kind of a node, or None for a leaf."""
     kind = type(node)
     return None if kind in leaf_types else _kinds.get(kind) or _ask_adapters(kind, node)
 
 
 def _ask_adapters(kind: type, node: Any) -> Kind | None:
-    """Types that a framework may still register later are asked for anew each time."""
+    """The kind of a node. Types that a framework may register later are asked for each time."""
     if backend_of(kind) is not None:
         leaf_types.add(kind)
         array_types.add(kind)

@@ -1,4 +1,4 @@
-"""The kind of torch modules: their leaves are what the state dict holds, parameters and persistent buffers."""
+"""The kind of torch modules: their leaves are those of the state dict, parameters and persistent buffers."""
 
 import copy
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def _open(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
 
 
 def _replace(module: Any, changes: Mapping[int, Any]) -> Any:
-    # Tensors found in the memo are taken as they are: the unchanged ones stay the same objects, ties stay ties.
+    # Tensors in the memo are not copied: unchanged ones stay the same objects, ties stay ties.
     kept = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, {**kept, **changes})
 

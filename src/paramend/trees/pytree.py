@@ -41,7 +41,7 @@ REGISTERED = Kind("pytree", _open, _close, compiled=True)
 REGISTERED_MAPPING = Kind("mapping", _open, _close, _rekey, compiled=True)
 FROZEN_DICT = Kind(
     "mapping",
-    # `_dict`, because reading a FrozenDict wraps what it holds, and JAX's walk forgets the order of the keys.
+    # `_dict`, because reading a FrozenDict wraps its values, and JAX's walk loses the order of the keys.
     open=lambda node: (tuple(node._dict), tuple(node._dict.values()), None),
     close=lambda node, children: type(node)(dict(zip(node._dict, children, strict=True)), __unsafe_skip_copy__=True),
     rekey=_rekey,
@@ -52,7 +52,7 @@ flatten = jax.tree_util.tree_flatten
 
 
 def kind_of(kind: type, node: Any) -> Kind | None:
-    """The kind of a registered container, or None if JAX takes it for a leaf."""
+    """The kind of a registered container, or None if JAX treats it as a leaf."""
     if jax.tree_util.all_leaves([node]):
         return None
     if any(base.__module__ == "flax.core.meta" and base.__name__ == "AxisMetadata" for base in kind.__mro__):

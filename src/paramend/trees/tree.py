@@ -1,8 +1,8 @@
 """`Tree`: any tree in memory as `Leaves`.
 
-A tree is taken apart in one of two ways. The general one walks it in Python, container by container. Trees that JAX
-takes apart into the same leaves (plain dicts, lists, registered classes) go through JAX's compiled walk, which is
-several times as fast; what that walk forgets, the order of dict keys, is put back.
+A tree is flattened in one of two ways. The general one walks it in Python, container by container. Trees that JAX
+flattens into the same leaves (plain dicts, lists, registered classes) use JAX's compiled walk, which is several times
+as fast; the order of dict keys, which that walk loses, is restored.
 """
 
 from collections import OrderedDict
@@ -25,13 +25,13 @@ from paramend.trees.walks import Copier, Namer, Walk, rebuild, restore_order
 
 @dataclass(slots=True)
 class _Structure:
-    """What all trees of one structure share.
+    """What all trees of a structure share.
 
     Attributes:
         index: the names.
-        compiled: whether JAX's walk gives these leaves.
-        copier: for compiled structures of dicts and lists alone, how to copy them.
-        torch: whether some leaf is a torch tensor.
+        compiled: whether JAX's walk yields these leaves.
+        copier: for compiled structures of only dicts and lists, how to copy them.
+        torch: whether a leaf is a torch tensor.
     """
 
     index: Index
@@ -41,7 +41,7 @@ class _Structure:
 
 
 class _Cache(OrderedDict[Hashable, _Structure]):
-    """The structures met last."""
+    """The structures seen last."""
 
     def remember(self, key: Hashable, structure: _Structure) -> _Structure:
         if len(self) >= 128:
@@ -58,7 +58,7 @@ class Tree:
 
     Attributes:
         root: the tree as the user gave it.
-        values: its leaves, also those that are no arrays. A leaf's number is its place here.
+        values: its leaves, also those that are not arrays. A leaf's number is its position here.
         boxes: leaf number → the box (an NNX Variable) that holds it.
     """
 
@@ -74,7 +74,7 @@ class Tree:
         return type(self), (self.root,)
 
     def _compiled(self) -> _Structure | None:
-        """The structure by JAX's own walk, or None if that would take another view of the tree."""
+        """The structure by JAX's walk, or None if that walk sees the tree differently."""
         if not imported("jax") or type(self.root) in leaf_types or _holds_modules(self.root):
             return None
         try:
@@ -129,10 +129,10 @@ class Tree:
         return self._ties
 
     def _find_ties(self) -> dict[int, int]:
-        """Boxes tie what they hold; so do arrays that can change, torch tensors by storage, numpy arrays by identity.
+        """Ties by box and by mutable array: torch tensors by storage, numpy arrays by identity.
 
-        JAX arrays are values: one object at two places (a model and its moving average at the start) ties nothing, as
-        inside `jit`, where the two are told apart anyway.
+        JAX arrays are values: one object at two places (a model and its moving average at the start) is not a tie, as
+        inside `jit`, where the two are distinct.
         """
         first: dict[Hashable, int] = {}
         ties: dict[int, int] = {}
@@ -157,11 +157,11 @@ class Tree:
         return backend(value).spec(value)
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf."""
+        """The number of bytes of a leaf."""
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """Nothing: every leaf in memory can be read."""
+        """ "": every leaf in memory can be read."""
         return ""
 
     def read(self, number: int) -> Any:
@@ -183,9 +183,9 @@ class Tree:
         return self._rebuilt(values, changes)
 
     def mapped(self, values: Sequence[Any]) -> Any:
-        """The same containers holding other things, one for each of `self.values`.
+        """The same containers with other objects, one for each of `self.values`.
 
-        A torch module cannot hold other things: of it, a dict by state dict names.
+        A torch module cannot hold other objects: its result is a dict by state dict names.
         """
         if is_torch_module(self.root):
             return {self.index.path(number): values[number] for number in self.index.numbers}
@@ -210,10 +210,10 @@ class Tree:
         return list(zip(keys or range(len(children)), children, strict=True))
 
     def in_place(self, number: int) -> None:
-        """Refuses leaves that can only be replaced.
+        """Raise for leaves that can only be replaced.
 
         Raises:
-            Unsupported: an array that never changes, outside of a box.
+            Unsupported: the leaf is an immutable array outside of a box.
         """
         value = self.values[number]
         if number not in self.boxes and not backend(value).mutable(value):
@@ -223,7 +223,7 @@ class Tree:
             )
 
     def assign(self, number: int, value: Any) -> None:
-        """Puts a value into a leaf, in place. `in_place` has been asked before."""
+        """Put a value into a leaf in place. Call `in_place` first."""
         box = self.boxes.get(number)
         if box is None:
             backend(self.values[number]).assign(self.values[number], value)
@@ -236,7 +236,7 @@ class Tree:
 
 def _holds_modules(root: Any) -> bool:
     """Whether the root is a module or a small container of modules: these may refer to each other in a circle, in which
-    JAX's walk would run until the interpreter's stack is spent for good."""
+    JAX's walk would exhaust the stack of the interpreter."""
     kind = find_kind(root)
     if kind is None or not kind.compiled:
         return True
@@ -254,9 +254,9 @@ def _jax_flatten() -> Any:
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:
-    """The keys on the way to the last leaf, and those beside them where they are few.
+    """The keys on the way to the last leaf, and those beside them if they are few.
 
-    JAX's hash of a structure leaves keys out, and its equality their order; a table needs them apart.
+    JAX's hash of a structure ignores keys, and its equality ignores their order; a table must distinguish them.
     """
     keys: list[Any] = []
     while type(node) is dict and node:

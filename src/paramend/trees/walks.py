@@ -1,4 +1,4 @@
-"""Walks over trees: taking one apart, naming its leaves, putting it together again."""
+"""Walks over trees: flattening one, naming its leaves, rebuilding it."""
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from paramend.trees.lookup import array_types, find_kind, leaf_types
 
 
 class Walk:
-    """The general walk: the leaves, their boxes, and the tokens that tell this structure from others."""
+    """The general walk: the leaves, their boxes, and the tokens that identify the structure."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -42,13 +42,13 @@ class Walk:
 
 
 class Namer:
-    """Walks a tree and writes its names; leaf numbers are read off a numbered twin of the tree, or counted.
+    """Walks a tree and writes its names; leaf numbers come from a numbered twin of the tree, or are counted.
 
     Attributes:
-        compiled: whether the numbered twin has the leaves that this walk finds.
+        compiled: whether the numbered twin has the same leaves as this walk.
         simple: whether all containers are dicts and lists, so that a `Copier` can copy the tree.
-        inner: for the copier, the dicts and lists of the tree, nested: (key, those in it).
-        numbers: the leaf numbers in the order of the walk, also those of leaves that are no arrays.
+        inner: for the copier, the dicts and lists of the tree, nested: (key, containers in it).
+        numbers: the leaf numbers in the order of the walk, also those of leaves that are not arrays.
         leaves: the leaves, likewise.
         slots: for the copier, (which container, key) of each leaf, likewise.
     """
@@ -65,7 +65,7 @@ class Namer:
         self.plain: set[Any] = set()
 
     def name(self, root: Any, numbered: Any) -> None:
-        """Writes the index."""
+        """Write the index."""
         entry, inner = self.enter(root, numbered, ())
         self.inner, self.simple = inner or (), self.simple and inner is not None
         if type(entry) is int:
@@ -84,7 +84,7 @@ class Namer:
         return number
 
     def arrays(self, node: dict[Any, Any], twin: Any, container: int) -> dict[Any, int] | None:
-        """The names of a dict that holds nothing but arrays under keys of one piece: most of the tree; else None."""
+        """The names of a dict that holds only arrays under keys of one piece, as most dicts do; else None."""
         if not array_types.issuperset(map(type, node.values())):
             return None
         if not self.plain.issuperset(node):
@@ -103,7 +103,7 @@ class Namer:
     def enter(
         self, node: Any, twin: Any, above: tuple[int, ...], parent: int = 0, key: Any = None
     ) -> tuple[Any, tuple[Any, ...] | None]:
-        """What the node is called by (a leaf number, a dict of names, or None), and the containers in it."""
+        """The names of the node (a leaf number, a dict of names, or None), and the containers in it."""
         kind = find_kind(node)
         if kind is None:
             return self.leaf(node, twin, parent, key), None
@@ -144,7 +144,7 @@ class Namer:
 
 
 def rebuild(node: Any, values: Iterator[Any], owners: Mapping[int, Any]) -> Any:
-    """The general way to put a tree together again."""
+    """A tree rebuilt from its leaves, in the general way."""
     kind = find_kind(node)
     if kind is None:
         return next(values)
@@ -162,7 +162,7 @@ def rebuild(node: Any, values: Iterator[Any], owners: Mapping[int, Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Copier:
-    """Copies trees of dicts and lists: each container by its own `copy`, which is fast and keeps the order of keys."""
+    """Copies trees of dicts and lists by each container's `copy`, which is fast and keeps the order of keys."""
 
     inner: tuple[tuple[Any, Any], ...]
     slots: Mapping[int, tuple[int, Any]]
@@ -178,7 +178,7 @@ class Copier:
 
 
 def _copy(old: Any, inner: tuple[tuple[Any, Any], ...], made: list[Any]) -> Any:
-    # A function of the module: a recursive closure would be a cycle, and keep what it made until the next collection.
+    # A module-level function: a recursive closure would be a cycle, and keep its results until the next collection.
     new = old.copy()
     made.append(new)
     for key, below in inner:
@@ -191,7 +191,7 @@ def _copy(old: Any, inner: tuple[tuple[Any, Any], ...], made: list[Any]) -> Any:
 
 
 def restore_order(old: Any, new: Any) -> None:
-    """Gives the fresh dicts of `new` the key order of `old`."""
+    """Put the fresh dicts of `new` into the key order of `old`."""
     kind = find_kind(old)
     if kind is None:
         return

@@ -1,7 +1,7 @@
-"""Orbax directories: arrays in a zarr store, and `_METADATA`, which says what tree they are the leaves of.
+"""Orbax directories: arrays in a zarr store, and `_METADATA`, which describes their tree.
 
-Opening reads the JSON only. Arrays go through tensorstore, which is imported when the first is asked for; so do specs
-where the store is OCDBT, one database of all arrays. orbax itself is not needed.
+Opening reads the JSON only. Arrays are read by tensorstore, which is imported on first use; so are specs if
+the store is OCDBT, one database of all arrays. orbax itself is not needed.
 """
 
 import math
@@ -25,7 +25,7 @@ from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _STEP = "_CHECKPOINT_METADATA"
-# Elements that are read at once at least: a request each would cost more than the bytes.
+# The least number of elements to read at once: smaller requests cost more than their bytes.
 _BLOCK = 1 << 20
 
 WRITER = OrbaxWriter()
@@ -34,7 +34,7 @@ WRITER = OrbaxWriter()
 class OrbaxCheckpoint:
     """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
 
-    Of the folder of a manager the latest step is opened. Use it as a context manager, or `close()` it; arrays that were
+    In the folder of a manager the latest step is opened. Use it as a context manager, or `close()` it; arrays that were
     read stay valid.
 
     Attributes:
@@ -43,13 +43,13 @@ class OrbaxCheckpoint:
         steps: the steps in the folder of a manager, ascending; the last one was opened.
         index: the names; keys of dicts and positions of lists, joined by "/".
         ties: nothing: in a checkpoint each array has one name.
-        keys: of each leaf its path by true keys: text in dicts, whole numbers in lists.
-        metadata: what else is in the tree, by path: text, None, empty containers; and the user's own metadata under
+        keys: the path of each leaf by its true keys: text in dicts, whole numbers in lists.
+        metadata: what else is in the tree, by path: text, None, empty containers; and custom metadata under
             "custom_metadata".
         store: where the arrays are.
-        walk: the rows of its table, for writing one like it.
-        names: by number, what the store calls a leaf.
-        stats: what the system said of the table and of the manifest of a database when they were opened.
+        walk: the rows of its table, for writing a similar one.
+        names: by number, the name of a leaf in the store.
+        stats: the stat results of the table, and of a database's manifest, when they were opened.
 
     Raises:
         CannotRead: there is no such directory, or no permission to read it.
@@ -86,14 +86,14 @@ class OrbaxCheckpoint:
         database = (self.folder / MANIFEST).is_file()
         if table is not None and table.get("use_ocdbt") and not database:
             raise BadCheckpoint(
-                f"{self.folder}: {MANIFEST} is missing: the checkpoint was not finished, or not copied whole"
+                f"{self.folder}: {MANIFEST} is missing: the checkpoint was not finished, or not copied completely"
             )
         self.stats: dict[Path, os.stat_result] = {}
         self.store = Store(
             self.folder,
             database=database,
             zarr3=bool(table and table.get("use_zarr3")),
-            # Only where every chunk was written is one that is missing a sign of damage.
+            # A missing chunk is a sign of damage only if every chunk was written.
             whole=bool(table and table.get("store_array_data_equal_to_fill_value")),
         )
         self.walk = walk = Walk(self.folder, table if table is not None else self._listed())
@@ -102,7 +102,7 @@ class OrbaxCheckpoint:
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stores": {}, "_block": None}  # a copy opens them again
+        return {**self.__dict__, "_stores": {}, "_block": None}  # a copy reopens them
 
     def __repr__(self) -> str:
         step = f", step {self.steps[-1]} of {wording.listing([*map(str, self.steps)], 10)}" if self.steps else ""
@@ -115,7 +115,7 @@ class OrbaxCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Gives the files back to the system."""
+        """Close the files."""
         self._closed = True
         self._stores.clear()
         self._block = None
@@ -132,7 +132,7 @@ class OrbaxCheckpoint:
         return self._arrays[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf, decompressed."""
+        """The number of bytes of a leaf, decompressed."""
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
@@ -140,13 +140,13 @@ class OrbaxCheckpoint:
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is unknown"
-        # Integers of 4 bits go nowhere else; of these floats other formats expect packed bytes.
+        # No other format stores integers of 4 bits; for these floats other formats expect packed bytes.
         if BITS[dtype] % 8 and dtype.startswith("float"):
-            return f"its values, {dtype}, of {BITS[dtype]} bits, take a byte each here and less in other formats"
+            return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
         return ""
 
     def extent(self, number: int) -> None:
-        """None: bytes in a store are compressed, and in several pieces."""
+        """None: the bytes in a store are compressed and chunked."""
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
@@ -166,8 +166,8 @@ class OrbaxCheckpoint:
     def read_range(self, number: int, start: int, stop: int) -> Array:
         """The elements `start` to `stop` of a leaf in C order: a new array with one axis.
 
-        Whole chunks of the store are decompressed, and the last ones are kept, so that ranges that follow each other
-        cost one pass together. Memory is bounded by the rows that a chunk spans.
+        Whole chunks of the store are decompressed, and the last ones are kept, so that consecutive ranges share one
+        pass. Memory is bounded by the rows that a chunk spans.
 
         Raises:
             MissingExtra: tensorstore is not installed.
@@ -189,7 +189,7 @@ class OrbaxCheckpoint:
     # ---- chunks ----------------------------------------------------------------------------------------------
 
     def chunks(self, number: int) -> tuple[int, ...]:
-        """The shape of the pieces that a leaf is stored in; each is written whole."""
+        """The shape of the chunks of a leaf; each is written as a whole."""
         return self._arrays[number].chunks
 
     def read_box(self, number: int, box: Box) -> Array:
@@ -198,16 +198,16 @@ class OrbaxCheckpoint:
         return self._fetch(number, box)
 
     def forget(self) -> None:
-        """Notes that files were exchanged: what is read from now on is what they hold now."""
+        """Forget what was read, after files were replaced."""
         self._stores.clear()
         self._block = None
         self.stats = {path: path.stat() for path in (self.folder / TREE, self.folder / MANIFEST) if path.is_file()}
 
     def stage(self, folder: Path, numbers: Iterable[int]) -> Stage:
-        """What takes new chunks of some leaves and puts them into files in a folder.
+        """A stage that takes new chunks of some leaves and puts them into files in a folder.
 
         Args:
-            folder: what lies in it goes to the same places in `self.folder`.
+            folder: its files belong at the same places in `self.folder`.
             numbers: the leaves.
         """
         stage = Stage(self.store, folder)
@@ -216,19 +216,19 @@ class OrbaxCheckpoint:
         return stage
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, of which masks for a checkpoint are made; None for a leaf."""
+        """The entries of a dict, list or tuple, as masks for a checkpoint have them; None for a leaf."""
         return entries(node)
 
     # ---- behind the scenes -----------------------------------------------------------------------------------
 
     @cached_property
     def _arrays(self) -> list[Entry]:
-        """What the store says of each array."""
+        """The store's entry for each array."""
         self._check_open()
         return self.store.describe(self.names)
 
     def _listed(self) -> dict[str, Any]:
-        """A table of all arrays of a store that has none, by their names in it: what lies between dots are keys."""
+        """A table made from the names of all arrays, for a store without one: dots separate keys."""
         rows = {}
         for name in self.store.names():
             keys = [{"key": key, "key_type": 2} for key in name.split(".")]
@@ -263,7 +263,7 @@ class OrbaxCheckpoint:
         return array
 
     def _check_room(self, number: int, elements: int) -> None:
-        """Whether there is memory for so many elements and for one chunk: tensorstore ends the process if not."""
+        """Raise if memory lacks room for so many elements or for one chunk: tensorstore would end the process."""
         entry = self._arrays[number]
         width = numpy_dtype(entry.spec.dtype).itemsize
         for count in (elements, entry.chunk):
@@ -271,12 +271,12 @@ class OrbaxCheckpoint:
                 np.empty(count * width, np.uint8)
             except (MemoryError, ValueError):
                 what = f"{self.folder}: {self.index.path(number)}"
-                raise BadCheckpoint(f"{what}: {count * width:,} bytes at once are more than the memory holds") from None
+                raise BadCheckpoint(f"{what}: {count * width:,} bytes at once are more than fit in memory") from None
 
     def _flat(self, number: int, first: int, stop: int) -> Array:
-        """Some rows of an array as one axis; those that were read last are at hand."""
+        """Some rows of an array as one axis; those read last are kept."""
         if self._block is None or self._block[:2] != (number, first):
-            self._block = None  # so that there are never two
+            self._block = None  # so that two are never held at once
             where = slice(first, stop) if self.spec(number).shape else ...
             self._block = (number, first, self._fetch(number, where).reshape(-1))
         return self._block[2]
@@ -294,10 +294,10 @@ def home(path: Path) -> Path:
 
 
 def _find(path: Path) -> tuple[Path, tuple[int, ...]]:
-    """The folder that holds the tree, and the steps that a manager has there."""
+    """The folder that holds the tree, and the steps of a manager."""
     if not path.is_dir():
         path.stat()
-        raise BadCheckpoint(f"{path}: it is a file, and an Orbax checkpoint is a directory")
+        raise BadCheckpoint(f"{path}: it is a file, but an Orbax checkpoint is a directory")
     found = _item(path)
     if found is not None:
         return found, ()
@@ -312,7 +312,7 @@ def _find(path: Path) -> tuple[Path, tuple[int, ...]]:
             return found, tuple(step for step in sorted(steps) if step <= number)
     inside = [entry.name for entry in os.scandir(path)]
     held = f"it holds {wording.listing(sorted(inside), 4)}" if inside else "it is empty"
-    raise BadCheckpoint(f"{path}: there is no tree of Orbax in it ({TREE} or {MANIFEST}): {held}")
+    raise BadCheckpoint(f"{path}: it holds no Orbax tree ({TREE} or {MANIFEST}): {held}")
 
 
 def _item(path: Path) -> Path | None:

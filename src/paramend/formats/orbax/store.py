@@ -1,7 +1,7 @@
 """The store of an Orbax checkpoint: its arrays, read and written chunk by chunk through tensorstore.
 
-Each array is a zarr array, version 2 or 3, in folders and files of its own, or all of them are in one OCDBT database.
-tensorstore is imported when the first array is asked for.
+Each array is a zarr array, version 2 or 3, in separate folders and files, or all of them are in one OCDBT database.
+tensorstore is imported on first use.
 """
 
 import math
@@ -25,16 +25,16 @@ Box = tuple[slice, ...]
 
 MANIFEST = "manifest.ocdbt"
 MAX_JSON = 256_000_000
-# Bytes of chunks that a database holds back before it writes them and a new tree of nodes.
+# Bytes of chunks that a database buffers before it writes them and a new tree of nodes.
 BATCH = 1 << 27
 
-# How zarr 2 writes the dtypes that it shares with numpy; others have their names.
+# How zarr 2 writes the dtypes that it shares with numpy; others are written by name.
 _CODES = {"b1": "bool", "f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 _CODES |= {
     f"{kind}{bits // 8}": f"{name}{bits}" for kind, name in (("i", "int"), ("u", "uint")) for bits in (8, 16, 32, 64)
 }
 
-# What Orbax asks of a new database: descriptions of arrays in the nodes, chunks beside them, one manifest.
+# Orbax's configuration of a new database: descriptions of arrays in the nodes, chunks beside them, one manifest.
 _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}
 
 
@@ -43,9 +43,9 @@ class Entry:
     """One array of a store, as its zarr metadata has it.
 
     Attributes:
-        spec: shape and dtype; of a dtype that is unknown, such as "<U3", the dtype is "raw<<U3>".
+        spec: shape and dtype; an unknown dtype, such as "<U3", is "raw<<U3>".
         chunks: the shape of a chunk, the smallest piece that can be written.
-        text: the metadata as it stands in the store.
+        text: the metadata as it is in the store.
     """
 
     spec: Spec
@@ -54,12 +54,12 @@ class Entry:
 
     @property
     def rows(self) -> int:
-        """How far a chunk reaches along the first axis."""
+        """The length of a chunk along the first axis."""
         return min(self.chunks[0], max(self.spec.shape[0], 1)) if self.spec.shape else 1
 
     @property
     def chunk(self) -> int:
-        """How many elements a chunk has."""
+        """The number of elements in a chunk."""
         return math.prod(self.chunks)
 
 
@@ -70,7 +70,7 @@ class Store:
         folder: where they are.
         database: whether they are in an OCDBT database.
         zarr3: whether they are of zarr 3.
-        whole: whether every chunk was written, so that one that is missing is a sign of damage.
+        whole: whether every chunk was written, so that a missing one is a sign of damage.
     """
 
     def __init__(self, folder: Path, *, database: bool, zarr3: bool = False, whole: bool = False) -> None:
@@ -78,27 +78,27 @@ class Store:
 
     @property
     def described(self) -> str:
-        """The key under the name of an array that its metadata is at."""
+        """The key of the metadata under the name of an array."""
         return "zarr.json" if self.zarr3 else ".zarray"
 
     @property
     def driver(self) -> str:
-        """What tensorstore calls the kind of arrays."""
+        """The name of the tensorstore driver for the arrays."""
         return "zarr3" if self.zarr3 else "zarr"
 
     def place(self, path: str) -> dict[str, Any]:
-        """What tensorstore calls a place in the store."""
+        """A place in the store as a tensorstore spec."""
         if self.database:
             return {"driver": "ocdbt", "base": files(self.folder), "path": path}
         return files(self.folder, path)
 
     def describe(self, names: Sequence[str]) -> list[Entry]:
-        """What the store says of each array."""
+        """The entry of each array."""
         texts = self._said(names) if self.database else map(self._said_beside, names)
         return [self._entry(name, text) for name, text in zip(names, texts, strict=True)]
 
     def names(self) -> list[str]:
-        """The names of all arrays. Of a store that has none of zarr 2, those of zarr 3."""
+        """The names of all arrays. If there are none of zarr 2, those of zarr 3."""
         tensorstore = opened("read")
         with Blame(self.folder, "the store"):
             store = tensorstore.KvStore.open(self.place("")).result()
@@ -119,7 +119,7 @@ class Store:
             return tensorstore.open(spec, open=True, read=True).result()
 
     def files_of(self, name: str) -> list[Path]:
-        """The files that may be exchanged for others when an array changes."""
+        """The files that may be replaced when an array changes."""
         if self.database:
             return sorted(self.folder.glob("manifest.*"))
         return sorted(path for path in (self.folder / name).rglob("*") if path.name != self.described)
@@ -138,7 +138,7 @@ class Store:
     def _said_beside(self, name: str) -> bytes:
         # Names come from the file: none may lead out of the folder.
         if any(piece in ("", ".", "..") for piece in name.split("/")) or "\0" in name:
-            raise BadCheckpoint(f"{self.folder}: {shown(name)} is no name of an array within a folder")
+            raise BadCheckpoint(f"{self.folder}: {shown(name)} is not the name of an array within the folder")
         path = self.folder / name / self.described
         try:
             return content(path)
@@ -161,13 +161,13 @@ class Store:
         return Entry(Spec(shape, _dtype(dtype)), chunks, text)
 
 
-# Chunks below the folder of an array, as the drivers of zarr 2 and 3 name them, and what a database consists of.
+# Chunks below the folder of an array, as the drivers of zarr 2 and 3 name them, and the parts of a database.
 _CHUNK = re.compile(r"([0-9]+|c)([./][0-9]+)*")
 _OF_DATABASE = re.compile(r"manifest\.[0-9a-z]+|d/[0-9a-z-]+")
 
 
 def may_change(folder: Path, name: str) -> bool:
-    """Whether a file of a store, by its name relative to the folder, is one that a change of values exchanges.
+    """Whether a file of a store, by its name relative to the folder, is one that a change of values replaces.
 
     >>> folder = Path("state")
     >>> may_change(folder, "manifest.ocdbt"), may_change(folder, "d/12ab-34cd"), may_change(folder, "_METADATA")
@@ -186,10 +186,10 @@ def _is_array(folder: Path) -> bool:
 
 
 class Stage:
-    """New chunks of a store on their way into it: files in a folder, at the places that they will have in the store's.
+    """New chunks of a store on their way into it: files in a folder, at the places that they will have in the store.
 
-    A database is copied on write. Its new nodes and its new manifest lie here, so that the database itself shows the
-    old state until the manifest is exchanged, which is one step.
+    A database is copied on write. Its new nodes and manifest are here, so that the database itself shows the old
+    state until the manifest is replaced, which is one step.
 
     Args:
         store: what the chunks are for; None for a new one, which `folder` then is.
@@ -211,7 +211,7 @@ class Stage:
         if store is None:
             self._base = {"driver": "ocdbt", "base": files(folder), "config": _CONFIG, "assume_config": True}
         elif store.database:
-            # Prefixes of nodes must differ, as those of one stage are looked for here and nowhere else.
+            # Prefixes of nodes must differ, because those of a stage are looked for only in its folder.
             prefix = f"d/{secrets.token_hex(4)}-"
             for manifest in sorted(store.folder.glob("manifest.*")):
                 write_file(folder / manifest.name, manifest.read_bytes())
@@ -221,14 +221,14 @@ class Stage:
             self._base |= {f"{kind}_data_prefix": prefix for kind in kinds}
 
     def open(self, name: str, entry: Entry) -> None:
-        """Prepares an array of the store for new chunks."""
+        """Prepare an array of the store for new chunks."""
         if not self.database:
             # The metadata stays where it is, and is not written again.
             table = parse_object(entry.text, name, "metadata")
             self._more[name] = {"open": True, "metadata": table, "assume_metadata": True}
 
     def create(self, name: str, spec: Spec, chunks: tuple[int, ...]) -> None:
-        """Makes an array with no chunks yet, compressed as Orbax compresses."""
+        """Create an array without chunks, with Orbax's compression."""
         metadata: dict[str, Any] = {"shape": list(spec.shape)}
         if self.driver == "zarr":
             metadata |= {"chunks": list(chunks), "compressor": {"id": "zstd", "level": 1}}
@@ -242,7 +242,7 @@ class Stage:
             self._array(name)
 
     def write(self, name: str, box: Box, values: Array) -> None:
-        """Writes whole chunks, those at the edge as far as they reach into the array."""
+        """Write whole chunks, those at the edge as far as they are within the array."""
         with Trouble(self.folder, name):
             self._array(name)[box].write(values).result()
         self._held += values.nbytes
@@ -250,7 +250,7 @@ class Stage:
             self.flush()
 
     def flush(self) -> None:
-        """Has everything written so far in the files."""
+        """Write everything buffered so far to the files."""
         transaction, self._transaction, self._held = self._transaction, None, 0
         if transaction is not None:
             self._arrays.clear()
@@ -258,12 +258,12 @@ class Stage:
                 transaction.commit_sync()
 
     def _array(self, name: str) -> Any:
-        """An array, opened within what is held back of a database."""
+        """An array, opened in the transaction that buffers a database."""
         if name not in self._arrays:
             if self.database and self._transaction is None:
                 self._transaction = self._tensorstore.Transaction()
             place = {**self._base, "path": f"{name}/"} if self.database else files(self.folder, f"{name}/")
-            # A chunk of zeros that is left out would be read as one that is missing.
+            # An omitted chunk of zeros would be read as a missing one.
             spec = {"driver": self.driver, "kvstore": place, "store_data_equal_to_fill_value": True}
             spec |= self._more.get(name, {"open": True})
             self._arrays[name] = self._tensorstore.open(
@@ -275,7 +275,7 @@ class Stage:
 
 
 def files(folder: Path, path: str = "") -> dict[str, Any]:
-    """What tensorstore calls a place in a folder."""
+    """A place in a folder as a tensorstore spec."""
     return {"driver": "file", "path": f"{folder.resolve()}/{path}"}
 
 
@@ -289,7 +289,7 @@ def opened(what: str) -> ModuleType:
 
 
 class Blame:
-    """Tells errors of tensorstore as those of the checkpoint: it has a dozen classes for them, and long messages."""
+    """Re-raises tensorstore's errors as errors about the checkpoint: they have a dozen classes and long messages."""
 
     error: type[ParamendError] = BadCheckpoint
     verb = "read"
@@ -311,7 +311,7 @@ class Blame:
 
 
 class Trouble(Blame):
-    """Tells errors of tensorstore as those of a place that is written to."""
+    """Re-raises errors of tensorstore as errors about writing."""
 
     error = CannotWrite
     verb = "write"
@@ -319,18 +319,18 @@ class Trouble(Blame):
 
 
 def content(path: Path) -> bytes:
-    """A small file."""
+    """The content of a small file."""
     file = OpenFile(path)
     try:
         if file.size > MAX_JSON:
-            raise BadCheckpoint(f"{path}: {file.size:,} bytes of JSON are too many")
+            raise BadCheckpoint(f"{path}: {file.size:,} bytes are too many for a JSON file")
         return file.read(0, file.size)
     finally:
         file.close()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of JSON holds."""
+    """The object in a JSON file."""
     return parse_object(content(path), str(path), "JSON")
 
 

@@ -23,11 +23,11 @@ class Walk:
     Attributes:
         index: the names.
         keys: by number, the path of a leaf by true keys.
-        names: by number, what the store calls it.
-        kinds: by number, what Orbax calls its kind: "jax.Array", "np.ndarray", "scalar" ...
-        others: path → what is no array.
-        rest: (keys, kind, value) of what is no array.
-        custom: the user's own metadata, or None.
+        names: by number, the name of a leaf in the store.
+        kinds: by number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
+        others: path → an entry that is not an array.
+        rest: (keys, kind, value) of each entry that is not an array.
+        custom: the user's metadata, or None.
     """
 
     def __init__(self, folder: Path, table: Mapping[str, Any]) -> None:
@@ -72,20 +72,20 @@ class Walk:
                     self.file, f"{place}, key_metadata", "a key of type 1 (of a list) or 2 (of a dict) is expected"
                 )
             if kind == 1 and not (text.isdigit() and text.isascii() and len(text) < 19):
-                raise bad(self.file, f"{place}, key_metadata", f"{shown(text)} is no position in a list")
+                raise bad(self.file, f"{place}, key_metadata", f"{shown(text)} is not a position in a list")
             found.append(int(text) if kind == 1 else text)
         if sum(key.count(".") + key.count("/") + 1 if type(key) is str else 1 for key in found) > MAX_PIECES:
             raise bad(self.file, place, f"the name has more than {MAX_PIECES} pieces")
         return tuple(found), value["value_type"]
 
     def _leaf(self, tree: dict[str | int, Any], keys: Keys, title: str) -> None:
-        *outer, last = keys or ("",)  # a tree that is one array
+        *outer, last = keys or ("",)  # a tree that is a single array
         for key in outer:
             tree = tree.setdefault(key, {})
             if type(tree) is not dict:
                 break
         if type(tree) is not dict or last in tree:
-            raise bad(self.file, f"tree_metadata, {shown(title)}", "another leaf has its path, or a part of it")
+            raise bad(self.file, f"tree_metadata, {shown(title)}", "another leaf has its path, or part of it")
         number = tree[last] = len(self.keys)
         self.keys.append(keys)
         self.index.numbers.append(number)
@@ -105,7 +105,7 @@ class Walk:
 
 
 def table_row(keys: Keys, kind: str, shape: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:
-    """The row of a leaf under its title, as Orbax writes it; without a shape, one of what is no array.
+    """The title and row of a leaf, as Orbax writes them; without a shape, those of an entry that is not an array.
 
     >>> table_row(("layers", 0), "np.ndarray", (2,))[0]
     "('layers', '0')"

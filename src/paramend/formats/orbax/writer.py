@@ -16,40 +16,40 @@ from paramend.formats.orbax.tree import STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
-# Bytes of a chunk at most: what is held in memory at once.
+# The most bytes of a chunk, which is in memory at once.
 MAX_CHUNK = 1 << 26
 STEP = "_CHECKPOINT_METADATA"
 _SHARDING = "_sharding"
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
-# Of the dtypes that other formats have, what tensorstore has no name for, or spreads over whole bytes.
+# The dtypes of other formats for which tensorstore has no name, or which it pads to whole bytes.
 _NAMELESS = frozenset({"uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3"})
 
 
 class OrbaxWriter:
-    """Writes directories that `StandardCheckpointer` and `PyTreeCheckpointer` restore, with a target or without.
+    """Writes directories that `StandardCheckpointer` and `PyTreeCheckpointer` restore, with or without a target.
 
-    What comes from another Orbax checkpoint keeps its layout (database or folders, version of zarr), kinds of leaves,
-    shardings, empty containers and texts. Leaves from elsewhere are arrays of numpy: Orbax restores these anywhere, and
-    onto devices when a target asks for it.
+    An edited Orbax checkpoint keeps its layout (database or folders, version of zarr), kinds of leaves, shardings,
+    empty containers and texts. Other leaves are written as numpy arrays: Orbax restores these anywhere, and onto
+    devices if the target says so.
     """
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in BITS or spec.dtype in _NAMELESS:
-            return f"Orbax has no way to hold {spec.dtype}"
+            return f"Orbax cannot hold {spec.dtype}"
         return ""
 
     def write(
         self, folder: Path, items: Sequence[Item], data: Callable[[int], Iterator[memoryview]], source: Any
     ) -> None:
-        """Fills an empty folder with a checkpoint.
+        """Fill an empty folder with a checkpoint.
 
         Raises:
             MissingExtra: tensorstore is not installed.
-            RenameClash: two leaves would have one name in the store.
-            CannotWrite: the disk is full, say.
+            RenameClash: two leaves would have the same name in the store.
+            CannotWrite: the files cannot be written, for example because the disk is full.
         """
-        base = getattr(source, "base", source)  # what the leaves were gathered around
+        base = getattr(source, "base", source)  # the checkpoint that the leaves were gathered around
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
         olds = _numbers(items, source, base)
@@ -68,7 +68,7 @@ class OrbaxWriter:
         whole = set(keys)
         taken = {other[:at] for other in keys for at in range(len(other) + 1)}
         for key, (_, kind, value) in zip(others, rest, strict=True):
-            # What is no array stays where it is, unless leaves were moved to its place, or below it.
+            # Entries that are not arrays stay, unless leaves were moved to their place, or below it.
             if key in taken or any(key[:at] in whole for at in range(len(key))):
                 continue
             name = ".".join(map(str, key))
@@ -96,7 +96,7 @@ class OrbaxWriter:
         write_file(folder / "commit_success.txt", b"Checkpoint commit was successful")
 
     def _carry(self, base: Any, folder: Path, names: Iterable[tuple[int | None, str]]) -> None:
-        """Takes along what another Orbax checkpoint says of its leaves and of itself."""
+        """Copy the shardings and the metadata of the checkpoint from another Orbax checkpoint."""
         if (base.folder / _SHARDING).is_file():
             old = read_json(base.folder / _SHARDING)
             found = {_code(name): old.get(_code(base.names[number])) for number, name in names if number is not None}
@@ -106,7 +106,7 @@ class OrbaxWriter:
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
-    """The largest chunks of bounded size that hold neighbours in C order, so that a leaf is written first to last.
+    """The shape of the largest chunks of bounded size that are contiguous in C order: a leaf is written first to last.
 
     >>> chunk_shape(Spec((3, 1 << 13, 1 << 13), "float32"))
     (1, 2048, 8192)
@@ -122,7 +122,7 @@ def chunk_shape(spec: Spec) -> tuple[int, ...]:
 def _cut(
     spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]
 ) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
-    """The values of a leaf chunk by chunk, each with its place."""
+    """The values of a leaf chunk by chunk, each with its box."""
     dtype, rest = numpy_dtype(spec.dtype), memoryview(b"")
     grid = [range(0, length, chunk) for length, chunk in zip(spec.shape, chunks, strict=True)]
     for corner in np.ndindex(*map(len, grid)):
@@ -139,11 +139,11 @@ def _cut(
             view[at : at + count] = rest[:count]
             rest, at = rest[count:], at + count
         yield box, values
-    next(pieces, None)  # its end counts what it gave
+    next(pieces, None)  # at its end it checks how much it yielded
 
 
 def _numbers(items: Sequence[Item], source: Any, base: Any) -> list[int | None]:
-    """What number each leaf has in the source, or in what the source was gathered around; None if it has no place."""
+    """The number of each leaf in the source, or in the base that the source was gathered around; None if in neither."""
     if source is base:
         return [item.number for item in items]
     known = {tuple(map(str, keys)): number for number, keys in enumerate(getattr(base, "keys", ()))}
@@ -153,7 +153,7 @@ def _numbers(items: Sequence[Item], source: Any, base: Any) -> list[int | None]:
 def _true_keys(
     items: Sequence[Item], olds: Sequence[int | None], base: Any, rest: Sequence[Keys]
 ) -> tuple[list[Keys], list[Keys]]:
-    """The keys of leaves and of the rest, whole numbers for positions in lists as far as the source has lists there."""
+    """The keys of leaves and other entries, with whole numbers for positions in lists where the source has lists."""
     if not hasattr(base, "keys"):
         return list(map(tuple, _nested(items, base.metadata.get("paramend.separator")))), list(rest)
     lists = {tuple(map(str, keys[:at])) for keys in (*_all(base.keys), *rest) for at in _places(keys)}
@@ -165,7 +165,7 @@ def _true_keys(
         found.append(
             [int(key) if _is_position(key) and (moved or keys[:at] in lists) else key for at, key in enumerate(keys)]
         )
-    # A list has all its positions, and nothing else.
+    # A list needs all its positions, and no other keys.
     everything = [*found, *map(list, rest)]
     inside: dict[tuple[str, ...], set[str | int]] = {}
     for path in everything:
@@ -181,7 +181,7 @@ def _true_keys(
 
 
 def _places(keys: Keys) -> list[int]:
-    """Where in a path a position in a list stands."""
+    """The places in a path that are positions in lists."""
     return [at for at, key in enumerate(keys) if type(key) is int]
 
 
@@ -190,7 +190,7 @@ def _all(keys: Any) -> Iterable[Keys]:
 
 
 def _nested(items: Sequence[Item], given: Any) -> list[list[str | int]]:
-    """The keys of leaves, those of a flat table of names as `pm.load` takes them apart."""
+    """The keys of leaves; those of a flat table of names as `pm.load` splits them."""
     names = [item.keys[0] for item in items]
     if given == "" or any(len(item.keys) > 1 for item in items):
         return [list(item.keys) for item in items]
@@ -212,7 +212,7 @@ def _names(keys: Sequence[Keys]) -> list[str]:
         name = ".".join(map(str, key))
         if name in names:
             raise RenameClash(
-                f"{'/'.join(map(str, key))} and {'/'.join(map(str, names[name]))} are both {name} in Orbax"
+                f"{'/'.join(map(str, key))} and {'/'.join(map(str, names[name]))} are both named {name} in Orbax"
             )
         names[name] = key
     return list(names)

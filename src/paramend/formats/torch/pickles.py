@@ -1,9 +1,8 @@
-"""A reader of Python pickles that runs nothing: the pickle says what to build, a vocabulary says what that means.
+"""A reader of Python pickles that runs nothing: a pickle names what to build, and a vocabulary says what that means.
 
 A pickle is a program. This is an interpreter of the harmless part of its language: numbers, text, dicts, lists,
-tuples and sets, and names, of which a vocabulary knows a few. A name that is not in the vocabulary is an error, so
-nothing is ever imported or called that is not written in this folder. Memory and time are bounded by the length of
-the pickle.
+tuples, sets, and the few names of a vocabulary. A name outside the vocabulary is an error, so only code in this
+folder is ever called. Memory and time are bounded by the length of the pickle.
 """
 
 import struct
@@ -13,21 +12,21 @@ from typing import Any, Protocol
 
 from paramend.errors import BadCheckpoint
 
-# Integers of more bytes than this take longer to print than to read.
+# Larger integers, in bytes, take longer to print than to read.
 _MAX_INTEGER = 255
 _COPIED = frozenset({str, bytes, bytearray, list, tuple, dict, OrderedDict, set})
 
 
 class Flaw(ValueError):
-    """What is wrong with one step of a pickle; the reader says at which byte."""
+    """A fault in one step of a pickle; the reader adds the byte."""
 
 
 class Name:
-    """A global name of a pickle: a class, a function or a constant that is not there, only its name is.
+    """A global name in a pickle, for a class, function or constant that is never loaded.
 
     Attributes:
         text: with its module, such as "torch.float32".
-        call: what a call of it gives, or None: it cannot be called.
+        call: what to call in its place; None if it cannot be called.
     """
 
     __slots__ = ("call", "text")
@@ -47,24 +46,24 @@ class Name:
 
 
 class Vocabulary(Protocol):
-    """What the names in a pickle mean."""
+    """The meaning of the names in a pickle."""
 
     def names(self) -> Mapping[str, Name]:
-        """The names that are known. All others are refused."""
+        """The known names. All others are refused."""
 
     def resolve(self, reference: Any) -> Any:
-        """What a persistent id, such as the key of a storage, refers to. Raises `Flaw`."""
+        """The object that a persistent id, such as the key of a storage, refers to. Raises `Flaw`."""
 
     def build(self, thing: Any, state: Any) -> None:
-        """Takes a state into a thing that a call gave. Raises `Flaw`."""
+        """Set the state of a thing that a call returned. Raises `Flaw`."""
 
 
 def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
-    """What a pickle describes: plain containers and scalars, and what the vocabulary makes.
+    """The value of a pickle: plain containers and scalars, and what the vocabulary makes.
 
     Args:
         data: the pickle.
-        words: what names in it mean.
+        words: the meaning of names in it.
         file: what messages call the file.
         place: the pickle's place in the file.
 
@@ -78,7 +77,7 @@ def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
     {'epoch': [1, 2]}
     >>> unpickle(pickle.dumps(os.system, 2), Nothing(), file="x.pt", place="data.pkl")
     Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.pt: data.pkl, byte 2: posix.system is not among the names that may stand in ...
+    paramend.errors.BadCheckpoint: x.pt: data.pkl, byte 2: posix.system is not among the names allowed in ...
     """
     machine = _Machine(data, words)
     at = 0
@@ -90,22 +89,22 @@ def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
     except Flaw as flaw:
         reason = str(flaw)
     except IndexError:
-        reason = "the pickle ends too early" if machine.at >= len(data) else "an instruction has nothing to work on"
+        reason = "the pickle ends too early" if machine.at >= len(data) else "an instruction has no operand"
     else:
         return machine.pop()
     raise BadCheckpoint(f"{file}: {place}, byte {at:,}: {reason}")
 
 
 class _Machine:
-    """A pickle half read.
+    """A pickle that is being read.
 
     Attributes:
         at: the next byte.
         stack: values since the last mark.
         below: the stacks under it, one for each open mark.
-        memo: values to come back to. A dict, so that a huge number takes no room.
-        done: whether the end was reached.
-        room: how much more the calls may copy: a list kept once can be handed to many calls.
+        memo: remembered values by key. A dict, so that a huge key takes no room.
+        done: whether the end has been reached.
+        room: how much more calls may copy, because one remembered list can be passed to many calls.
     """
 
     def __init__(self, data: bytes, words: Vocabulary) -> None:
@@ -129,7 +128,7 @@ class _Machine:
     def number(self, length: int) -> int:
         return int.from_bytes(self.take(length), "little")
 
-    # The four most frequent instructions, with nothing between them and the bytes.
+    # The four most frequent instructions read the bytes directly.
 
     def byte(self) -> None:
         self.stack.append(self.data[self.at])
@@ -141,14 +140,14 @@ class _Machine:
 
     def keep_far(self) -> None:
         at = self.at
-        self.at = at + 4  # beyond the end of the pickle, the next instruction is missing
+        self.at = at + 4  # beyond the end of the pickle the next instruction fails
         self.memo[int.from_bytes(self.data[at : at + 4], "little")] = self.stack[-1]
 
     def recall_near(self) -> None:
         key = self.data[self.at]
         self.at += 1
         if key not in self.memo:
-            raise Flaw(f"value {key} is used and was never kept")
+            raise Flaw(f"value {key} is used but was never stored")
         self.stack.append(self.memo[key])
 
     def line(self) -> str:
@@ -166,7 +165,7 @@ class _Machine:
         return self.stack.pop()
 
     def items(self) -> list[Any]:
-        """The values since the last mark, which is taken away."""
+        """The values since the last mark, which is removed."""
         found = self.stack
         if not self.below:
             raise Flaw("there is no mark to go back to")
@@ -175,7 +174,7 @@ class _Machine:
 
     def recall(self, key: int) -> None:
         if key not in self.memo:
-            raise Flaw(f"value {key:,} is used and was never kept")
+            raise Flaw(f"value {key:,} is used but was never stored")
         self.stack.append(self.memo[key])
 
     def keep(self, key: int) -> None:
@@ -184,7 +183,7 @@ class _Machine:
     def enter(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict and type(target) is not OrderedDict:
-            raise Flaw(f"entries can go into a dict, not into {_kind(target)}")
+            raise Flaw(f"entries can be added to a dict, not to {_kind(target)}")
         if len(pairs) % 2:
             raise Flaw("the last key has no value")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -210,7 +209,7 @@ class _Machine:
         module = {"__builtin__": "builtins"}.get(module, module)
         found = self.names.get(f"{module}.{name}")
         if found is None:
-            raise Flaw(f"{module[:100]}.{name[:100]} is not among the names that may stand in a checkpoint")
+            raise Flaw(f"{module[:100]}.{name[:100]} is not among the names allowed in a checkpoint")
         self.stack.append(found)
 
     def find_on_stack(self) -> None:
@@ -224,7 +223,7 @@ class _Machine:
         if type(function) is not Name or function.call is None:
             raise Flaw(f"{function if type(function) is Name else _kind(function)} cannot be called")
         if type(arguments) is not tuple:
-            raise Flaw(f"the arguments of {function.text} are {_kind(arguments)}, and a tuple is expected")
+            raise Flaw(f"the arguments of {function.text} are {_kind(arguments)}, not a tuple")
         self.spend(*arguments)
         try:
             self.stack.append(function.call(*arguments))
@@ -245,7 +244,7 @@ class _Machine:
             return
         # torch keeps the versions of modules as an attribute of a state dict.
         if type(state) is not dict:
-            raise Flaw(f"the attributes of a dict are {_kind(state)}, and a dict is expected")
+            raise Flaw(f"the attributes of a dict are {_kind(state)}, not a dict")
         self.spend(state)
         for key, value in state.items():
             if type(key) is not str or not key.isidentifier() or hasattr(OrderedDict, key):
@@ -254,13 +253,13 @@ class _Machine:
 
     def integer(self, length: int) -> None:
         if length > _MAX_INTEGER:
-            raise Flaw(f"an integer of {length:,} bytes")
+            raise Flaw(f"an integer of {length:,} bytes is too long")
         self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 
     def tuple(self, length: int) -> None:
         values = self.stack[-length:]
         if len(values) < length:
-            raise Flaw("an instruction has nothing to work on")
+            raise Flaw("an instruction has no operand")
         self.stack[-length:] = [tuple(values)]
 
     def open_mark(self) -> None:
@@ -277,12 +276,12 @@ class _Machine:
 
     def stop(self) -> None:
         if self.below or len(self.stack) != 1:
-            raise Flaw("the pickle ends amid its values")
+            raise Flaw("the pickle does not end with exactly one value")
         self.done = True
 
 
 def check_key(key: Any) -> None:
-    """Refuses what could not be a key of a dict, or only at great cost.
+    """Raise if a value cannot be a key of a dict, or only at great cost.
 
     Tuples in tuples take exponential time to hash, and huge integers can be made to collide.
 
@@ -309,7 +308,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise Flaw("a text is not UTF-8") from None
+        raise Flaw("a string is not UTF-8") from None
 
 
 def _float(raw: bytes) -> float:
@@ -321,7 +320,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
     ord(code): step
     for code, step in {
         "\x80": _Machine.start,
-        "\x95": lambda m: m.take(8),  # a frame says only how much may be read at once
+        "\x95": lambda m: m.take(8),  # a frame only says how much to read at once
         ".": _Machine.stop,
         # scalars
         "N": lambda m: m.push(None),
@@ -355,7 +354,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
         "s": lambda m: m.enter([m.pop(), m.pop()][::-1]),
         "u": lambda m: m.enter(m.items()),
         "\x90": lambda m: m.unite(m.items()),
-        # values kept and used again
+        # remembered values
         "q": _Machine.keep_near,
         "r": _Machine.keep_far,
         "\x94": lambda m: m.keep(len(m.memo)),

@@ -11,7 +11,7 @@ import numpy as np
 from paramend.formats.torch.pickles import Flaw, Name
 from paramend.leaves.specs import BITS, Spec, kind_of
 
-# Bits of an element of the dtypes that torch has and numpy has not: their bytes can only be copied.
+# Bits per element of the dtypes that torch has but numpy lacks: their bytes can only be copied.
 _RAW_BITS = {
     "complex32": 32,
     "float4_e2m1fn_x2": 8,
@@ -57,11 +57,11 @@ _MAX_AXES = 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """The bytes that one or more tensors look at.
+    """The bytes that one or more tensors view.
 
     Attributes:
-        key: the record "data/<key>" holds them.
-        dtype: of its elements; "" if that is left to the tensors.
+        key: they are in the record "data/<key>".
+        dtype: of its elements; "" if only the tensors say.
         nbytes: their number.
     """
 
@@ -72,18 +72,18 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A tensor of a checkpoint: which elements of which storage it is.
+    """A tensor of a checkpoint: a view of the elements of a storage.
 
     Attributes:
         shape: the length of each axis.
         stride: the step along each axis, in elements.
-        dtype: torch's name of it.
-        storage: where its elements lie; None if they do not lie in one storage.
+        dtype: in torch's spelling.
+        storage: where its elements are; None if they are not in a single storage.
         offset: of the first element, in elements.
         conj: whether its values are the conjugates of those in the storage.
-        neg: whether they are the negatives.
+        neg: whether its values are the negatives of those in the storage.
         sealed: why it cannot be read as an array, or "".
-        parts: the tensors that a sparse tensor is made of.
+        parts: the tensors that a sparse tensor consists of.
     """
 
     shape: tuple[int, ...]
@@ -98,7 +98,7 @@ class Tensor:
 
     @property
     def spec(self) -> Spec:
-        """Shape and dtype; a dtype that numpy has not, such as qint8, is "raw<qint8>"."""
+        """Shape and dtype; a dtype that numpy lacks, such as qint8, is "raw<qint8>"."""
         return Spec(self.shape, self.dtype if self.dtype in BITS else f"raw<{self.dtype}>")
 
     @property
@@ -113,21 +113,21 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all elements, side by side; of a sparse tensor those of its parts."""
+        """The number of bytes of all elements; of a sparse tensor, those of its parts."""
         if self.storage is None:
             return sum(part.nbytes for part in self.parts)
         return (self.size * self.bits + 7) // 8
 
     @property
     def reach(self) -> int:
-        """The number of elements from the first to the last, those between included; 0 if there are none."""
+        """The number of elements from the first to the last, including gaps; 0 if there are none."""
         if not self.size:
             return 0
         return 1 + sum((length - 1) * step for length, step in zip(self.shape, self.stride, strict=True))
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie side by side in C order."""
+        """Whether the elements are contiguous in C order."""
         step = 1
         for length, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if length != 1 and stride != step and self.size:
@@ -136,14 +136,14 @@ class Tensor:
         return True
 
     def flaw(self) -> str:
-        """What is wrong with it, or "": it must lie within its storage."""
+        """What is wrong with it, or "": it must be within its storage."""
         for part in self.parts:
             why = part.flaw()
             if why:
-                return f"a part of it: {why}"
+                return f"one of its parts: {why}"
         kind = kind_of(self.dtype) if self.conj or self.neg else ""
         if kind and kind != "complex" and (self.conj or kind != "float"):
-            return f"{self.dtype} has no conjugates or no negatives"
+            return f"{self.dtype} does not support the conjugate or negative flag"
         shape = self.shape if self.size else [max(length, 1) for length in self.shape]
         if math.prod(shape) * self.bits >= _I63:
             return "its shape overflows 64 bits"
@@ -168,36 +168,36 @@ class TorchWords:
         self._met: dict[tuple[str, str], Storage] = {}
 
     def names(self) -> Mapping[str, Name]:
-        """The names that are known."""
+        """The known names."""
         return _NAMES
 
     def resolve(self, reference: Any) -> Storage:
         """The storage of a persistent id ("storage", class, key, device, number of elements)."""
         if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
-            raise Flaw("a reference to something other than a storage")
+            raise Flaw("a persistent id refers to something other than a storage")
         kind, key, _, count = reference[1:5]
         dtype = _STORAGE_NAMES.get(kind.text) if type(kind) is Name else None
         if dtype is None or type(key) is not str:
-            raise Flaw("a storage of no kind that is known")
+            raise Flaw("a storage of an unknown kind")
         if reference[5:] not in ((), (None,)):
-            raise Flaw("a storage that is a part of another")
+            raise Flaw("a storage is part of another")
         nbytes = self._storages.get(key)
         if nbytes is None:
             raise Flaw(f"storage {key!r:.100} is not in the file")
         wide = _whole(count, "the length of a storage") * (_DTYPES[dtype] if dtype else 8)
         if wide != 8 * nbytes and not (dtype.startswith("quint") and count == nbytes):
-            raise Flaw(f"storage {key!r:.100} should have {wide // 8:,} bytes, and its record has {nbytes:,}")
+            raise Flaw(f"storage {key!r:.100} should have {wide // 8:,} bytes, but its record has {nbytes:,}")
         return self._met.setdefault((key, dtype), Storage(key, dtype, nbytes))
 
     def build(self, thing: Any, state: Any) -> None:
-        """Takes the state of a numpy dtype; nothing else has one."""
+        """Check the state of a numpy dtype; nothing else has one."""
         if type(thing) is not _NumpyDtype:
             raise Flaw(f"{type(thing).__name__.lower()} takes no state")
         if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
-            raise Flaw("a numpy dtype that is not little-endian")
+            raise Flaw("a numpy dtype is not little-endian")
 
 
-# ---- what calls give -----------------------------------------------------------------------------------------
+# ---- what calls return ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ def _tensor(
     if len(shape) != len(stride):
         raise Flaw(f"a tensor of {len(shape)} axes with {len(stride)} strides")
     if flags is not None and (type(flags) is not dict or flags.keys() - {"conj", "neg"}):
-        raise Flaw("a tensor with properties that are unknown")
+        raise Flaw("a tensor has unknown properties")
     conj, neg = (bool((flags or {}).get(flag)) for flag in ("conj", "neg"))
     if not sealed and dtype not in BITS:
         sealed = f"its dtype, torch.{dtype}, has no counterpart in numpy: its bytes can only be copied"
@@ -267,7 +267,7 @@ def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
     parts = [part for part in data if type(part) is Tensor] if type(data) is tuple else []
     shapes = [part for part in data if type(part) is tuple] if parts else []
     if len(data) > 5 or len(shapes) != 1 or type(layout) is not Name:
-        raise Flaw("a sparse tensor of no kind that is known")
+        raise Flaw("a sparse tensor of an unknown kind")
     shape = _wholes(shapes[0], "the shape of a tensor")
     name = layout.text.removeprefix("torch.")
     sealed = f"it is sparse ({name}): its bytes can only be copied"
@@ -276,7 +276,7 @@ def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
 
 def _rebuild_nested(buffer: Any, *tables: Any) -> Tensor:
     if type(buffer) is not Tensor or not all(type(table) is Tensor for table in tables):
-        raise Flaw("a nested tensor of no kind that is known")
+        raise Flaw("a nested tensor of an unknown kind")
     sealed = "it is a nested tensor: its bytes can only be copied"
     return Tensor(buffer.shape, buffer.stride, buffer.dtype, sealed=sealed, parts=(buffer, *tables))
 
@@ -285,21 +285,21 @@ def _rebuild_meta(dtype: Any, shape: Any, stride: Any, grad: Any) -> Tensor:
     shape, stride = _wholes(shape, "the shape of a tensor"), _wholes(stride, "the strides of a tensor")
     if len(shape) != len(stride):
         raise Flaw(f"a tensor of {len(shape)} axes with {len(stride)} strides")
-    return Tensor(shape, stride, _dtype(dtype), sealed="it is a meta tensor: it has a shape and no values")
+    return Tensor(shape, stride, _dtype(dtype), sealed="it is a meta tensor, which has a shape but no values")
 
 
 def _parameter(data: Any, grad: Any, hooks: Any, state: Any = None) -> Tensor:
     if type(data) is not Tensor:
-        raise Flaw("a parameter that is no tensor")
-    return replace(data)  # torch makes a new tensor of the same storage, too
+        raise Flaw("a parameter is not a tensor")
+    return replace(data)  # torch, too, makes a new tensor on the same storage
 
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor that has attributes; they are left where they are, in the pickle."""
+    """A tensor that has attributes; these stay in the pickle."""
     if type(function) is not Name or function.call is None or not function.text.startswith("torch._utils._rebuild"):
-        raise Flaw("a tensor that is rebuilt by no function that is known")
+        raise Flaw("a tensor is rebuilt by an unknown function")
     if type(kind) is not Name or kind.text not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
-        raise Flaw("a tensor of a class that is unknown")
+        raise Flaw("a tensor of an unknown class")
     if type(arguments) is not tuple:
         raise Flaw("the arguments of a function must be a tuple")
     return function.call(*arguments)
@@ -307,7 +307,7 @@ def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
 
 def _ordered(pairs: Any = ()) -> "OrderedDict[Any, Any]":
     if pairs != ():
-        raise Flaw("a dict that is filled by its call")
+        raise Flaw("an OrderedDict is filled by its call")
     return OrderedDict()
 
 
@@ -317,33 +317,33 @@ def _size(lengths: Any = ()) -> tuple[int, ...]:
 
 def _counter(counts: Any = None) -> dict[Any, Any]:
     if counts is not None and type(counts) is not dict:
-        raise Flaw("a counter of something that is no dict")
+        raise Flaw("a counter is made from something that is not a dict")
     return dict(counts or {})
 
 
 def _set(values: Any = ()) -> set[Any]:
     if type(values) not in (list, tuple):
-        raise Flaw("a set of something that is no list")
+        raise Flaw("a set is made from something that is not a list")
     for value in values:
         if type(value) not in (str, bytes, bool, int, float, type(None)) or (type(value) is int and abs(value) >= _I63):
-            raise Flaw("a set of something other than plain values")
+            raise Flaw("a set contains something other than plain values")
     return set(values)
 
 
 def _complex(real: Any, imaginary: Any) -> complex:
     if type(real) is not float or type(imaginary) is not float:
-        raise Flaw("a complex number is made of two floats")
+        raise Flaw("a complex number is not made from two floats")
     return complex(real, imaginary)
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """How protocol 2 writes bytes."""
+    """Bytes as protocol 2 writes them."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
-        raise Flaw("bytes of no kind that is known")
+        raise Flaw("bytes in an unknown encoding")
     try:
         return text.encode("latin1")
     except UnicodeEncodeError:
-        raise Flaw("bytes of no kind that is known") from None
+        raise Flaw("bytes in an unknown encoding") from None
 
 
 def _bytearray(value: Any = b"", encoding: Any = "latin1") -> bytearray:
@@ -352,28 +352,28 @@ def _bytearray(value: Any = b"", encoding: Any = "latin1") -> bytearray:
 
 def _device(kind: Any, index: Any = None) -> Name:
     if type(kind) is not str or not kind.isidentifier() or type(index) not in (int, type(None)):
-        raise Flaw("a device of no kind that is known")
+        raise Flaw("a device of an unknown kind")
     return Name(f"torch.device('{kind[:100]}'{'' if index is None else f', {index}'})")
 
 
 def _layout(name: Any) -> Name:
     if name not in _LAYOUT_NAMES:
-        raise Flaw("a layout that is unknown")
+        raise Flaw("an unknown layout")
     return _LAYOUT_NAMES[name]
 
 
 def _numpy_dtype(code: Any, align: Any = False, copy: Any = False) -> _NumpyDtype:
     if type(code) is not str or code not in _NUMPY_CODES:
-        raise Flaw("a numpy dtype that is no plain number")
+        raise Flaw("a numpy dtype is not a plain number")
     return _NumpyDtype(code)
 
 
 def _numpy_scalar(dtype: Any, raw: Any) -> Any:
     if type(dtype) is not _NumpyDtype or type(raw) is not bytes:
-        raise Flaw("a numpy scalar of no kind that is known")
+        raise Flaw("a numpy scalar of an unknown kind")
     found = np.dtype(dtype.code)
     if len(raw) != found.itemsize:
-        raise Flaw(f"a numpy scalar of {len(raw):,} bytes where {found.itemsize} are needed")
+        raise Flaw(f"a numpy scalar has {len(raw):,} bytes instead of {found.itemsize}")
     return np.frombuffer(raw, found)[0]
 
 

@@ -1,7 +1,7 @@
-"""`Recorder`: a pickle read so that it can be written again. What it calls is noted, and nothing is made of it.
+"""`Recorder`: reads a pickle so that it can be written again. Its calls are recorded, not carried out.
 
-`pickled` writes what was read, in the protocol that `torch.load(weights_only=True)` knows best. Between the two,
-entries may go, come and be others: containers are plain ones, and a tensor is the call that rebuilds it.
+`pickled` writes what was read, in the protocol that `torch.load(weights_only=True)` supports best. In between,
+entries may be added, removed and replaced: containers are plain, and a tensor is the call that rebuilds it.
 """
 
 import struct
@@ -14,17 +14,17 @@ import numpy as np
 from paramend.errors import BadCheckpoint
 from paramend.formats.torch.pickles import Flaw, Name, Vocabulary
 
-# Deeper values than these would exhaust the stack of the writer.
+# Deeper values would exhaust the stack of the writer.
 _DEPTH = 200
 
 
 class Made:
-    """What a call gives.
+    """The result of a call.
 
     Attributes:
-        function: what is called.
-        arguments: with what.
-        state: what is then taken into it; None if nothing is.
+        function: the function.
+        arguments: its arguments.
+        state: the state that is set afterwards; None if there is none.
     """
 
     __slots__ = ("arguments", "function", "state")
@@ -36,10 +36,10 @@ class Made:
 
 
 class Stored:
-    """A storage that tensors look at.
+    """A storage that tensors view.
 
     Attributes:
-        reference: the kind, the key of the record, the device and the length; after it what some writers add.
+        reference: the kind, the key of the record, the device and the length; then what some writers add.
     """
 
     __slots__ = ("reference",)
@@ -49,16 +49,16 @@ class Stored:
 
     @property
     def key(self) -> str:
-        """The record "data/<key>" holds the bytes."""
+        """The bytes are in the record "data/<key>"."""
         key: str = self.reference[1]
         return key
 
 
 class Recorder:
-    """A vocabulary that knows the names of another and makes nothing of them.
+    """A vocabulary with the names of another, which records calls of them.
 
     Args:
-        words: the other. What is recorded should have been read with it before, as it checks arguments.
+        words: the other. Read the pickle with it first, because it checks arguments.
 
     >>> import pickle
     >>> from paramend.formats.torch.pickles import unpickle
@@ -73,15 +73,15 @@ class Recorder:
         self._names = {text: _recording(name) for text, name in words.names().items()}
 
     def names(self) -> Mapping[str, Name]:
-        """The names that are known."""
+        """The known names."""
         return self._names
 
     def resolve(self, reference: Any) -> Stored:
-        """A storage, noted."""
+        """A storage, recorded."""
         return Stored(reference[1:])
 
     def build(self, thing: Any, state: Any) -> None:
-        """Notes the state of what a call gave."""
+        """Record the state of what a call returned."""
         if type(thing) is not Made:
             raise Flaw(f"{type(thing).__name__.lower()} takes no state")
         thing.state = state
@@ -99,12 +99,12 @@ def _recording(name: Name) -> Name:
 
 
 def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str] | None = None) -> bytes:
-    """The pickle of what was recorded; what stands in several places is written once.
+    """The pickle of what was recorded; a value in several places is written once.
 
     Args:
         root: the outermost value.
-        leaves: what stands for each array in it, which holds a number and nothing else.
-        used: takes the keys of all storages.
+        leaves: what to write for each array in it, which is a scalar that holds a leaf number.
+        used: receives the keys of all storages.
 
     Raises:
         BadCheckpoint: a value contains itself, or is nested too deeply.
@@ -117,7 +117,7 @@ class _Pickler:
     def __init__(self, leaves: Mapping[int, Any], used: set[str]) -> None:
         self.leaves = leaves
         self.used = used
-        # Objects are kept with their places, so that none goes and another gets its identity.
+        # Objects are kept alive with their places, so that no other object gets the same id.
         self.memo: dict[Any, tuple[int, Any]] = {}
         self.open: set[int] = set()
 
@@ -195,7 +195,7 @@ class _Pickler:
             yield from self.parts(child, depth)
         yield b"tQ"
 
-    # The protocol has no instructions for these: they are made by calls.
+    # The protocol has no instructions for these types: calls make them.
 
     def _set(self, node: set[Any], depth: int) -> Iterator[bytes]:
         yield from self._made(Made(Name("builtins.set"), (sorted(node, key=repr),)), depth)

@@ -1,7 +1,7 @@
-"""The format of `torch.save`: a zip archive of storages, and a pickle that says which tensors look at them.
+"""The format of `torch.save`: a zip archive of storages, and a pickle of the tensors that view them.
 
 Files are read without torch, and nothing in them is run: see `paramend.formats.torch.pickles`. Opening reads the zip's
-directory and the pickle; storages are read when asked for.
+directory and the pickle; storages are read on demand.
 """
 
 import os
@@ -44,10 +44,10 @@ class TorchFile(ZipSource):
     Attributes:
         path: as the user gave it.
         index: the names; dict keys and list positions, joined by ".".
-        ties: leaf number → the first number of the same tensor, for tensors with several paths: those that are the same
-            elements of one storage, in one order.
-        metadata: what else stands in the structure, by path: epochs, learning rates, lists of plain values.
-        tensors: of each leaf, which elements of which storage it is.
+        ties: leaf number → the first number of the same tensor, for tensors with several paths, which view the same
+            elements of a storage in the same order.
+        metadata: what else is in the structure, by path: epochs, learning rates, lists of plain values.
+        tensors: of each leaf, which elements of which storage it views.
         archive: the members of the zip.
 
     Raises:
@@ -115,11 +115,11 @@ class TorchFile(ZipSource):
         return build(self._structure)
 
     def recorded(self) -> tuple[Any, list[Any]]:
-        """What the pickle holds as it can be written again: see `paramend.formats.torch.recordings`.
+        """The content of the pickle in a form that can be written again: see `paramend.formats.torch.recordings`.
 
         Returns:
-            The structure, in which an array that holds its number stands for each leaf, and the call that rebuilds
-            each leaf.
+            The structure, in which each leaf is an array that holds its number, and the call that rebuilds each
+            leaf.
         """
         calls: list[Any] = []
 
@@ -127,7 +127,7 @@ class TorchFile(ZipSource):
             if type(node) is Tensor:
                 calls.append(seen)
                 return np.array(len(calls) - 1)
-            if type(seen) is Made and isinstance(node, dict):  # a counter, whose entries stand in the call of it
+            if type(seen) is Made and isinstance(node, dict):  # a counter, whose entries are in its call
                 return Made(seen.function, (build(node, seen.arguments[0]),)) if seen.arguments else seen
             if isinstance(node, dict):
                 pairs = zip(node.items(), seen.values(), strict=True)
@@ -154,11 +154,11 @@ class TorchFile(ZipSource):
         return self._root
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; of a dtype that numpy has not, such as qint8, the dtype is "raw<qint8>"."""
+        """Shape and dtype of a leaf; a dtype that numpy lacks, such as qint8, is "raw<qint8>"."""
         return self.tensors[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf's elements, also of dtypes that cannot be read."""
+        """The number of bytes of a leaf's elements, also for dtypes that cannot be read."""
         return self.tensors[number].nbytes
 
     def refusal(self, number: int) -> str:
@@ -166,7 +166,7 @@ class TorchFile(ZipSource):
         return self.tensors[number].sealed
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf lie; None if they are strided, sparse, or are not the values themselves.
+        """Where the bytes of a leaf are; None if they are strided, sparse, or are not the values themselves.
 
         Raises:
             BadCheckpoint: the member's two headers in the zip disagree.
@@ -194,7 +194,7 @@ class TorchFile(ZipSource):
         """The array, read-only and memory-mapped: pages are read when touched.
 
         Raises:
-            Unsupported: the tensor is quantized, sparse or of a dtype that numpy has not.
+            Unsupported: the tensor is quantized, sparse or of a dtype that numpy lacks.
         """
         tensor = self.tensors[number]
         check_readable(self, number)
@@ -211,14 +211,14 @@ class TorchFile(ZipSource):
             array: Array = np.ndarray(tensor.shape, dtype, memory, start, strides)
             if array.flags.aligned and not tensor.conj and not tensor.neg:
                 return array
-            # The elements between are taken along, so that a view that repeats elements stays small.
+            # The gaps are read too, so that a view that repeats elements stays small.
             span = np.frombuffer(memory, np.uint8, tensor.reach * dtype.itemsize, start).copy().view(dtype)
             if tensor.conj:
                 np.conjugate(span, out=span)
             if tensor.neg:
                 np.negative(span, out=span)
             array = np.ndarray(tensor.shape, dtype, span.view(np.uint8).data, 0, strides)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
+        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
             raise Unsupported(f"numpy has no array of shape {tensor.shape}: {error}") from error
         array.flags.writeable = False
         return array
@@ -227,7 +227,7 @@ class TorchFile(ZipSource):
         """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
 
         Raises:
-            Unsupported: the tensor is quantized, sparse or of a dtype that numpy has not.
+            Unsupported: the tensor is quantized, sparse or of a dtype that numpy lacks.
             BadCheckpoint: the file has become shorter since it was opened.
         """
         check_readable(self, number)
@@ -259,7 +259,7 @@ class TorchFile(ZipSource):
 
     @cached_property
     def _sharing(self) -> dict[str, list[int]]:
-        """Storage key → the leaves that look at it, where these are several."""
+        """Storage key → the leaves that view it, if there are several."""
         found: dict[str, list[int]] = {}
         for number, tensor in enumerate(self.tensors):
             if tensor.storage and tensor.size:
@@ -267,7 +267,7 @@ class TorchFile(ZipSource):
         return {key: numbers for key, numbers in found.items() if len(numbers) > 1}
 
     def _bytes(self, tensor: Tensor) -> Array:
-        """The elements of a tensor as memory of no type. It is never touched."""
+        """The elements of a tensor as untyped memory, which is never touched."""
         assert tensor.storage is not None
         start = self._place(tensor.storage.key) + tensor.offset * tensor.bits // 8
         if tensor.bits % 8 or len(tensor.shape) > 32:
@@ -286,15 +286,15 @@ def _check_kind(file: OpenFile) -> None:
         return
     if not head:
         raise BadCheckpoint(f"{file.path}: the file is empty")
-    reason = "it is no file of torch.save (no zip file)"
+    reason = "it is not a file of torch.save (not a zip file)"
     if head.startswith(_LEGACY) or head[257:262] == b"ustar":
         raise BadCheckpoint(
-            f"{file.path}: it is in the old format of torch.save, which is no zip file", hint=_resave(file.path)
+            f"{file.path}: it is in the old format of torch.save, which is not a zip file", hint=_resave(file.path)
         )
     if head.startswith(b"\x80"):
-        raise BadCheckpoint(f"{file.path}: it is a Python pickle and no file of torch.save (no zip file)")
+        raise BadCheckpoint(f"{file.path}: it is a Python pickle, not a file of torch.save (not a zip file)")
     if head.startswith(b"version https://git-lfs"):
-        reason = "it is a Git LFS pointer, not the file that it stands for"
+        reason = "it is a Git LFS pointer, not the file itself"
         raise BadCheckpoint(f"{file.path}: {reason}", hint="git lfs pull")
     if head[8:9] == b"{":
         reason = "it is a safetensors file, not one of torch.save"
@@ -307,13 +307,13 @@ def _resave(path: Path) -> str:
 
 
 def _root(archive: Archive) -> str:
-    """The folder of an archive that holds everything, after the archive was found to be one of `torch.save`."""
+    """The folder that holds everything in an archive, after checking that `torch.save` wrote it."""
     path = archive.file.path
     roots = [name.removesuffix("/data.pkl") for name in archive.members if name.endswith("/data.pkl")]
     roots = [root for root in roots if "/" not in root]
     if len(roots) != 1:
         what = "two of them" if roots else "none"
-        raise BadCheckpoint(f"{path}: a file of torch.save has one member data.pkl in a folder, and here is {what}")
+        raise BadCheckpoint(f"{path}: a file of torch.save has one member data.pkl in a folder, but here is {what}")
     root = roots[0]
     if f"{root}/constants.pkl" in archive.members or any(name.startswith(f"{root}/code/") for name in archive.members):
         new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
@@ -321,7 +321,7 @@ def _root(archive: Archive) -> str:
         raise BadCheckpoint(f"{path}: it is a TorchScript archive, a program with its tensors", hint=hint)
     for member in archive.members.values():
         if not member.name.startswith(f"{root}/"):
-            raise archive.bad(member.name, f"it lies outside the folder {shown(root)} that holds the rest")
+            raise archive.bad(member.name, f"it is outside the folder {shown(root)} that holds the rest")
         if member.method != STORED:
             raise archive.bad(member.name, "it is compressed, which torch.save never does", _resave(path))
     order = archive.members.get(f"{root}/byteorder")
@@ -336,13 +336,13 @@ def _root(archive: Archive) -> str:
 class _Walk:
     """The leaves of a structure, found in one walk that is bounded in depth and length.
 
-    Containers may stand in several places, but not within themselves.
+    Containers may be in several places, but not within themselves.
 
     Attributes:
         index: the names.
         tensors: by number.
         ties: number → the first number of the same tensor, where several are the same.
-        others: path → what is neither a tensor nor holds one; lists of plain values are whole.
+        others: path → what neither is nor holds a tensor; lists of plain values are kept whole.
     """
 
     def __init__(self, root: Any, path: Path, *, room: int) -> None:
@@ -352,7 +352,7 @@ class _Walk:
         self.others: dict[str, Any] = {}
         self._file = path
         self._first: dict[tuple[Any, ...], int] = {}
-        # Keys on the way to entries; no more than these, unless containers are shared and stand in many places.
+        # The number of keys on the way to entries is bounded by this, unless shared containers are in many places.
         self._room = 200_000 + 4 * room
         self._open: set[int] = set()
         self._trail: list[Any] = []
@@ -367,11 +367,11 @@ class _Walk:
         if id(node) in self._open:
             raise self._bad("it contains itself")
         if len(self._open) >= _MAX_DEPTH:
-            raise self._bad(f"containers are nested more than {_MAX_DEPTH} deep")
+            raise self._bad(f"containers are nested more than {_MAX_DEPTH} levels deep")
         self._open.add(id(node))
         self._room -= len(node) * len(self._open)
         if self._room < 0:
-            raise BadCheckpoint(f"{self._file}: data.pkl: the same containers stand in too many places")
+            raise BadCheckpoint(f"{self._file}: data.pkl: the same containers are in too many places")
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
             kind = type(child)
             self._trail.append(key)
@@ -391,7 +391,7 @@ class _Walk:
                     self.index.add(names, key, inner)
             self._trail.pop()
         if type(node) is OrderedDict and vars(node):
-            self._visit(vars(node), None, pieces)  # no leaves there, but depth and length count
+            self._visit(vars(node), None, pieces)  # there are no leaves, but depth and length count
         self._open.remove(id(node))
 
     def _leaf(self, names: dict[Any, Any], key: Any, tensor: Tensor) -> None:
@@ -419,14 +419,14 @@ class _Walk:
 
 
 def _is_plain(node: Any) -> bool:
-    """Whether it is no container, or a list of plain values, or empty."""
+    """Whether it is not a container, is empty, or is a list of plain values."""
     if type(node) in (list, tuple):
         return not any(type(child) in _CONTAINERS or type(child) is Tensor for child in node)
     return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
 
 
 def _share(a: Array, b: Array) -> bool:
-    """Whether two views have an element in common. Where that is too hard to say, they are taken to have."""
+    """Whether two views share an element; assumed if that is too hard to decide."""
     work: Any = 100_000
     try:
         return np.shares_memory(a, b, max_work=work)

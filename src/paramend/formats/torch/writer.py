@@ -1,6 +1,6 @@
 """`TorchWriter`: files as `torch.save` writes them, without torch.
 
-The pickle holds names that `torch.load(weights_only=True)` knows.
+The pickle holds only names that `torch.load(weights_only=True)` allows.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,7 @@ _STORAGES = {
     "complex128": "ComplexDouble",
     "complex64": "ComplexFloat",
 }
-# Newer dtypes have no storage class of their own: their tensors look at bytes and say the dtype themselves.
+# Newer dtypes have no storage class: their tensors view bytes and carry the dtype themselves.
 _NEWER = frozenset({"uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"})
 _NEWER |= {"float8_e5m2fnuz", "float8_e8m0fnu"}
 _FOLDER = "archive"
@@ -37,33 +37,33 @@ _FOLDER = "archive"
 class TorchWriter:
     """Lays out files that `torch.load(weights_only=True)` reads: nested dicts of tensors, by their keys.
 
-    What a source says besides its leaves has no place in such a dict, and is left out.
+    The metadata of a source has no place in such a dict, and is left out.
     """
 
     seals = True
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
-        return "" if spec.dtype in _STORAGES or spec.dtype in _NEWER else f"torch has no dtype {spec.dtype}"
+        return "" if spec.dtype in _STORAGES or spec.dtype in _NEWER else f"torch cannot hold {spec.dtype}"
 
     def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
         """The file from its first byte to its last.
 
         Raises:
-            RenameClash: a leaf stands where others have their container.
+            RenameClash: a leaf has the path of a container of others.
 
         >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
         >>> [part for part in TorchWriter().parts([item], {}) if isinstance(part, Span)]
         [Span(item=0, start=0, stop=8)]
         """
         zipped = ZipHeaders()
-        yield from zipped.record(f"{_FOLDER}/data.pkl", _pickle(items))
-        yield from zipped.record(f"{_FOLDER}/byteorder", b"little")
+        yield from zipped.member(f"{_FOLDER}/data.pkl", _pickle(items))
+        yield from zipped.member(f"{_FOLDER}/byteorder", b"little")
         for i, item in enumerate(items):
             yield zipped.open(f"{_FOLDER}/data/{i}", item.nbytes)
             yield Span(i, 0, item.nbytes)
             yield zipped.close()
-        yield from zipped.record(f"{_FOLDER}/version", b"3\n")
+        yield from zipped.member(f"{_FOLDER}/version", b"3\n")
         yield zipped.finish()
 
 
@@ -87,14 +87,14 @@ def _pickle(items: Sequence[Item]) -> bytes:
 def tensor(
     spec: Spec, key: str, *, device: Any = "cpu", grad: bool = False, hooks: Mapping[str, Any] | None = None
 ) -> Made:
-    """The call that rebuilds a tensor whose storage holds its elements side by side, and nothing else.
+    """The call that rebuilds a tensor whose storage holds exactly its elements, contiguous.
 
     Args:
         spec: its shape and dtype.
-        key: of the record of its storage.
-        device: where it goes, as torch writes it.
-        grad: whether it takes gradients, if its dtype can.
-        hooks: what torch writes in their place, an empty dict.
+        key: of the member of its storage.
+        device: its device, as torch writes it.
+        grad: whether it requires gradients, if its dtype can.
+        hooks: what torch writes for hooks, an empty dict.
     """
     strides: list[int] = []
     step = 1
@@ -115,12 +115,12 @@ _V2, _V3 = Name("torch._utils._rebuild_tensor_v2"), Name("torch._utils._rebuild_
 
 
 def retargeted(made: Made, spec: Spec, key: str) -> Made:
-    """The call that rebuilds a tensor, about other elements: it stays a parameter, and keeps its attributes.
+    """The call that rebuilds a tensor, with other elements: it stays a parameter, and keeps its attributes.
 
     Args:
         made: the call as it was.
         spec: the new shape and dtype.
-        key: of the record that holds the new elements.
+        key: the key of the member that holds the new elements.
     """
     arguments = made.arguments
     if made.function.text == "torch._tensor._rebuild_from_type_v2":

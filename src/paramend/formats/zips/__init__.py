@@ -1,1 +1,1 @@
-"""Zip archives whose members are stored as they are: where each lies, and what is written before it."""
+"""Zip archives whose members are uncompressed: where each is, and the headers around it."""

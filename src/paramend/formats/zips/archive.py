@@ -1,8 +1,8 @@
-"""A zip archive, read strictly: its members, where their bytes lie, and where their checksums stand.
+"""A zip archive, read strictly: its members, and where their bytes and their checksums are.
 
 A zip file says everything twice, in the central directory at its end and in a header before each member. Readers
-that believe one or the other see different files in the same bytes; here the two must agree. The local headers lie
-all over the file, so each is read when its member is first asked for: opening reads the end of the file only.
+that believe one or the other see different files in the same bytes; here the two must agree. The local headers are
+all over the file, so each is read when its member is first used: opening reads only the end of the file.
 """
 
 import struct
@@ -33,9 +33,9 @@ _CENTRAL_MAGIC, _LOCAL_MAGIC, _DESCRIPTOR_MAGIC = 0x02014B50, 0x04034B50, 0x0807
 _U16, _U32 = 0xFFFF, 0xFFFFFFFF
 
 _ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13
-_DESCRIBED = 1 << 3  # checksum and sizes stand after the member
+_DESCRIBED = 1 << 3  # checksum and sizes follow the member
 _UTF8 = 1 << 11
-_KNOWN = _DESCRIBED | _UTF8 | 1 << 1 | 1 << 2  # the last two say how hard a compressor tried
+_KNOWN = _DESCRIBED | _UTF8 | 1 << 1 | 1 << 2  # the last two are the level of compression
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ class Member:
 
     Attributes:
         name: with "/" between folders; checked to stay within the archive.
-        method: how it is compressed; 0 is not at all.
+        method: how it is compressed; 0 if it is not.
         nbytes: its length.
         packed: its length in the archive.
         crc: the CRC32 of its bytes.
-        flags: the bits that the format has for each member.
-        header: where its local header begins.
-        central: where its CRC32 stands in the central directory.
+        flags: the general purpose bits of the format.
+        header: the offset of its local header.
+        central: the offset of its CRC32 in the central directory.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Member:
 
 
 class Offsets(NamedTuple):
-    """Where a member lies: its first byte, and the offsets at which its CRC32 stands, four bytes each."""
+    """Where a member is: its first byte, and the offsets of its CRC32, four bytes each."""
 
     start: int
     crcs: tuple[int, ...]
@@ -78,7 +78,7 @@ class Archive:
         members: by name, in the order of the central directory. Folders are left out.
 
     Raises:
-        BadCheckpoint: it is no zip file, or one that readers could see in two ways.
+        BadCheckpoint: it is not a zip file, or one that readers could see in two ways.
 
     >>> import io, tempfile, zipfile
     >>> from pathlib import Path
@@ -100,7 +100,7 @@ class Archive:
         every = list(_parse_directory(file, start, size, count, self._names))
         for member in every:
             if member.name in self.members:
-                raise self.bad(member.name, "the name stands twice")
+                raise self.bad(member.name, "the name appears twice")
             self.members[member.name] = member
         self._order = sorted(self.members.values(), key=lambda member: member.header)
         self._headers = [member.header for member in self._order]
@@ -114,7 +114,7 @@ class Archive:
         return BadCheckpoint(f"{self.file.path}: member {shown(name)}: {reason}", hint=hint)
 
     def offsets(self, name: str) -> Offsets:
-        """Where a member lies, after its local header was found to agree with the central directory.
+        """Where a member is, after checking its local header against the central directory.
 
         Raises:
             BadCheckpoint: they disagree.
@@ -125,10 +125,10 @@ class Archive:
         return found
 
     def read(self, name: str) -> bytes:
-        """The bytes of a member that is not compressed, their checksum verified.
+        """The bytes of an uncompressed member, checked against their checksum.
 
         Raises:
-            BadCheckpoint: the checksum is another.
+            BadCheckpoint: the checksum differs.
         """
         member = self.members[name]
         if member.method != STORED:
@@ -139,7 +139,7 @@ class Archive:
         return data
 
     def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Member]:
-        """The members that hold these ranges of bytes (start, stop) of the file, each member once.
+        """The members that hold these ranges of bytes (start, stop) of the file, without duplicates.
 
         Raises:
             BadArgument: a range holds bytes of no member, or of two.
@@ -157,9 +157,9 @@ class Archive:
         return list(found.values())
 
     def checksums(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, bytes]]:
-        """What to write, as (offset, bytes), so that checksums are true again after these ranges of bytes changed.
+        """The writes, as (offset, bytes), that correct the checksums after these ranges of bytes changed.
 
-        Each member that was touched is read once, in chunks.
+        Each changed member is read once, in chunks.
 
         Raises:
             BadArgument: a range holds bytes of no member, or of two.
@@ -174,9 +174,9 @@ class Archive:
         return out
 
     def _check_apart(self) -> None:
-        """Members lie one after the other, as far as the central directory tells."""
+        """Raise if members overlap, or do not begin the file, as far as the central directory tells."""
         if self._order and self._order[0].header:
-            raise self.bad(self._order[0].name, f"{wording.plural(self._order[0].header, 'byte')} stand before it")
+            raise self.bad(self._order[0].name, f"{wording.plural(self._order[0].header, 'byte')} come before it")
         for member, limit in zip(self._order, [*self._headers[1:], self._directory], strict=False):
             if member.header + _LOCAL.size + len(self._names[member.name]) + member.packed > limit:
                 raise self.bad(member.name, "it runs into the next member")
@@ -186,7 +186,7 @@ class Archive:
         head = self.file.read(member.header, _LOCAL.size)
         magic, _, flags, method, _, _, crc, packed, nbytes, name_length, extra_length = _LOCAL.unpack(head)
         if magic != _LOCAL_MAGIC:
-            raise self.bad(member.name, "there is no local header where it should begin")
+            raise self.bad(member.name, "it has no local header where it should begin")
         start = member.header + _LOCAL.size + name_length + extra_length
         limit = self._limit(member)
         if start + member.packed > limit:
@@ -210,7 +210,7 @@ class Archive:
         return Offsets(start, (*crcs, self._descriptor(member, start + member.packed, limit), member.central))
 
     def _descriptor(self, member: Member, at: int, limit: int) -> int:
-        """Where the checksum stands after a member. The format leaves open which of four forms it has."""
+        """The offset of the checksum after a member, which the format allows in four forms."""
         raw = self.file.read(at, min(24, limit - at))
         for size in ("<III", "<IQQ") if member.packed <= _U32 and member.nbytes <= _U32 else ("<IQQ",):
             plain = struct.pack(size, member.crc, member.packed, member.nbytes)
@@ -221,13 +221,13 @@ class Archive:
         raise self.bad(member.name, "the sizes and checksum after it are not those of the central directory")
 
     def _limit(self, member: Member) -> int:
-        """Where the next thing begins."""
+        """The offset of what follows a member."""
         at = bisect_right(self._headers, member.header)
         return self._headers[at] if at < len(self._headers) else self._directory
 
 
 def names_in(file: OpenFile) -> Iterator[str]:
-    """The names in a central directory, in order and unchecked: what kind of archive it is, at a tenth of the cost.
+    """The names in a central directory, in order and unchecked: they tell the kind of archive at a tenth of the cost.
 
     Raises:
         BadCheckpoint: there is no central directory.
@@ -244,7 +244,7 @@ def names_in(file: OpenFile) -> Iterator[str]:
 
 
 def _find_directory(file: OpenFile) -> tuple[int, int, int]:
-    """Where the central directory begins, its length, and how many members it lists."""
+    """The offset of the central directory, its length, and the number of members it lists."""
 
     def bad(reason: str, hint: str = "copy or download it again") -> BadCheckpoint:
         return BadCheckpoint(f"{file.path}: {reason}", hint=hint)
@@ -253,7 +253,7 @@ def _find_directory(file: OpenFile) -> tuple[int, int, int]:
     tail = file.read(base, file.size - base)
     at = tail.rfind(_END_MAGIC.to_bytes(4, "little"))
     if at < 0 or len(tail) - at < _END.size:
-        raise bad("the end of the zip file is missing: it was cut short, or is no zip file")
+        raise bad("the end of the zip file is missing: it was cut short, or is not a zip file")
     _, disk, first_disk, count_here, count, size, start, comment = _END.unpack_from(tail, at)
     if at + _END.size + comment != len(tail):
         raise bad("there are bytes after the end of the zip file", "")
@@ -262,7 +262,7 @@ def _find_directory(file: OpenFile) -> tuple[int, int, int]:
         _, _, end64, disks = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
         at -= _LOCATOR.size + _END64.size
         if at < 0 or end64 != base + at:
-            raise bad("the zip64 end record is not where it is said to be", "")
+            raise bad("the zip64 end record is not at its recorded offset", "")
         magic, length, _, _, disk64, first64, here64, count64, size64, start64 = _END64.unpack_from(tail, at)
         if magic != _END64_MAGIC or length != _END64.size - 12 or disks != 1:
             raise bad("the zip64 end record is damaged")
@@ -270,15 +270,15 @@ def _find_directory(file: OpenFile) -> tuple[int, int, int]:
         wide = (disk64, first64, here64, count64, size64, start64)
         full = (_U16, _U16, _U16, _U16, _U32, _U32)
         if any(a not in (b, most) for a, b, most in zip(narrow, wide, full, strict=True)):
-            raise bad("the two ends of the zip file, zip64 and plain, differ", "")
+            raise bad("the zip64 and plain end records of the zip file differ", "")
         disk, first_disk, count_here, count, size, start = wide
         end = end64
     if disk or first_disk or count_here != count:
-        raise bad("it is one part of a zip file in several parts", "join the parts first")
+        raise bad("it is one part of a multi-part zip file", "join the parts first")
     if size > MAX_DIRECTORY:
         raise bad(f"its central directory would be {size:,} bytes long", "")
     if start + size != end:
-        raise bad("the central directory of the zip file is not where it is said to be")
+        raise bad("the central directory of the zip file is not at its recorded offset")
     if count * _CENTRAL.size > size:
         raise bad(f"its central directory cannot list {wording.plural(count, 'member')} in {size:,} bytes", "")
     return start, size, count
@@ -323,11 +323,11 @@ def _refusal(flags: int, method: int, disk: int, packed: int, nbytes: int) -> st
     if flags & _ENCRYPTED:
         return "it is encrypted"
     if flags & ~_KNOWN:
-        return f"it has flags that are unknown here ({flags:#06x})"
+        return f"it has unknown flags ({flags:#06x})"
     if disk:
-        return "it lies in another part of a zip file in several parts"
+        return "it is in another part of a multi-part zip file"
     if method == STORED and packed != nbytes:
-        return f"it is not compressed, and yet {nbytes:,} bytes would lie in {packed:,}"
+        return f"it is not compressed, but {nbytes:,} bytes would be in {packed:,}"
     return ""
 
 
@@ -342,14 +342,14 @@ def _name(encoded: bytes, flags: int, file: OpenFile, place: str) -> str:
         raise BadCheckpoint(f"{file.path}: {place}: the name {shown(_decode(encoded))} is not UTF-8") from None
     pieces = name.removesuffix("/").split("/")
     if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name:
-        raise BadCheckpoint(f"{file.path}: {place}: the name {shown(name)} is no path within the file")
+        raise BadCheckpoint(f"{file.path}: {place}: the name {shown(name)} is not a path within the file")
     return name
 
 
 def _widen(
     extra: bytes, nbytes: int, packed: int, header: int, file: OpenFile, name: str, *, lax: bool = False
 ) -> tuple[int, int, int]:
-    """Length, length in the archive and offset, from the zip64 field of a header where the narrow ones are full.
+    """Length, length in the archive and offset, from the zip64 field of a header where the narrow fields overflow.
 
     Args:
         extra: the extra fields of the header.
@@ -358,7 +358,7 @@ def _widen(
         header: the narrow offset; 0 in a local header, which has none.
         file: for messages.
         name: for messages.
-        lax: whether bytes that are no extra field may stand there: some writers align members with them.
+        lax: whether padding that is not an extra field is allowed: some writers align members with it.
     """
     wide: bytes | None = None
     at = 0
@@ -378,7 +378,7 @@ def _widen(
         return nbytes, packed, header
     values: Sequence[int] = [int.from_bytes((wide or b"")[i : i + 8], "little") for i in range(0, len(wide or b""), 8)]
     if wide is None or len(wide) < 8 * sum(full):
-        if lax:  # the header stands before a member whose length was not yet known
+        if lax:  # the header was written before the length of its member was known
             return nbytes, packed, header
         raise BadCheckpoint(f"{file.path}: member {shown(name)}: its zip64 field is missing or too short")
     numbers = iter(values)

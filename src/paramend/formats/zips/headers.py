@@ -1,21 +1,21 @@
-"""`ZipHeaders`: what stands in a zip file besides the bytes of its members, which lie one after the other."""
+"""`ZipHeaders`: everything in a zip file besides the bytes of its members."""
 
 import struct
 import zlib
 from collections.abc import Iterator
 
-# From here on, lengths and offsets need the wide fields of zip64; a test sets it low.
+# From this value on, lengths and offsets need the wide fields of zip64; a test lowers it.
 WIDE = 0xFFFFFFFF
 ALIGNMENT = 64
 _UTF8 = 1 << 11
-_DAY = 0x21  # 1 January 1980, the first of zip's calendar
+_DAY = 0x21  # 1 January 1980, the first day of zip's calendar
 
 
 class ZipHeaders:
-    """The headers of a zip file that grows from its first byte to its last. Records are stored, and begin aligned.
+    """The headers of a zip file that grows from its first byte to its last. Records are uncompressed and aligned.
 
     Attributes:
-        at: how long the file is so far.
+        at: the length of the file so far.
 
     >>> import io, zipfile
     >>> zipped = ZipHeaders()
@@ -29,19 +29,19 @@ class ZipHeaders:
         self._alignment = alignment
         self._directory: list[bytes] = []
 
-    def record(self, name: str, data: bytes) -> Iterator[bytes]:
-        """A member of these bytes, with what stands around it."""
+    def member(self, name: str, data: bytes) -> Iterator[bytes]:
+        """A member of these bytes, with the headers around it."""
         yield self.open(name, len(data), zlib.crc32(data))
         yield data
         yield self.close()
 
     def open(self, name: str, nbytes: int, crc: int = 0) -> bytes:
-        """What stands before a member.
+        """The bytes before a member.
 
         Args:
             name: the member's.
             nbytes: its length.
-            crc: its checksum; 0 where it is put right later.
+            crc: its checksum; 0 if it is corrected later.
         """
         self._header, self._name, self._nbytes, self._crc = self.at, name.encode(), nbytes, crc
         wide = nbytes >= WIDE
@@ -56,7 +56,7 @@ class ZipHeaders:
         return head + self._name + extra
 
     def close(self) -> bytes:
-        """What stands after the member: nothing, but the directory at the end of the file will list it."""
+        """The bytes after the member: none. The directory at the end of the file will list it."""
         self.at += self._nbytes
         numbers = [self._nbytes, self._nbytes, self._header]
         full = [number >= WIDE for number in numbers]
@@ -69,7 +69,7 @@ class ZipHeaders:
         return b""
 
     def finish(self) -> bytes:
-        """The central directory, which ends the file."""
+        """The central directory and the end of the file."""
         start, count = self.at, len(self._directory)
         out = b"".join(self._directory)
         size, end = len(out), start + len(out)
