@@ -128,7 +128,7 @@ class Edits(Generic[T]):
         reads=False,
     )
     def fill(self, value: Scalar) -> T:
-        """The tree with a scalar in every chosen element.
+        """The tree with a scalar in every selected element.
 
         Raises:
             SpecMismatch: the value is not a scalar, or the dtype cannot hold it.
@@ -151,7 +151,7 @@ class Edits(Generic[T]):
         arithmetic=False,
     )
     def set(self, value: AnyArray | Mapping[str, AnyArray]) -> T:
-        """The tree with the chosen leaves replaced by an array of the same shape and dtype.
+        """The tree with the selected leaves replaced by an array of the same shape and dtype.
 
         Args:
             value: an array of any library, for all selected leaves; or a mapping from path to array, as `get` returns
@@ -175,7 +175,7 @@ class Edits(Generic[T]):
         also=("plus", "sum"),
     )
     def add(self, value: Scalar | AnyArray) -> T:
-        """The tree with a scalar or a broadcastable array added to the chosen leaves, in their dtype.
+        """The tree with a scalar or a broadcastable array added to the selected leaves, in their dtype.
 
         >>> pm.at({"w": np.zeros(2)}, "w").add(1.5)
         {'w': array([1.5, 1.5])}
@@ -193,7 +193,7 @@ class Edits(Generic[T]):
         also=("mul",),
     )
     def multiply(self, value: Scalar | AnyArray) -> T:
-        """The tree with the chosen leaves multiplied by a scalar or a broadcastable array, in their dtype.
+        """The tree with the selected leaves multiplied by a scalar or a broadcastable array, in their dtype.
 
         `multiply(0)` is not `zero()`: it leaves -0.0 and NaN behind.
 
@@ -211,7 +211,7 @@ class Edits(Generic[T]):
         also=("clamp", "limit"),
     )
     def clip(self, lo: Scalar | None, hi: Scalar | None) -> T:
-        """The tree with the chosen leaves brought between two bounds, as `clip` of numpy does it, in their dtype.
+        """The tree with the selected leaves clipped to two bounds, as by numpy's `clip`, in their dtype.
 
         NaN stays NaN. For leaves of integers the bounds may be fractions: values are clipped to the integers between.
 
@@ -261,7 +261,7 @@ class Edits(Generic[T]):
         also=("astype", "dtype"),
     )
     def cast(self, dtype: DtypeLike) -> T:
-        """The tree with the chosen leaves in another dtype, given by name or as numpy, JAX or torch has it.
+        """The tree with the selected leaves in another dtype, given by name or as a dtype of numpy, JAX or torch.
 
         >>> pm.at({"w": np.ones(2)}, "w").cast("float16")["w"].dtype
         dtype('float16')
@@ -275,7 +275,7 @@ class Edits(Generic[T]):
         takes=(DEVIATION, SEED),
     )
     def noise(self, std: float, *, seed: Seed = 0) -> T:
-        """The tree with normal noise added to the chosen leaves.
+        """The tree with normal noise added to the selected leaves.
 
         Args:
             std: the standard deviation.
@@ -301,7 +301,7 @@ class Edits(Generic[T]):
         also=("init", "initialize"),
     )
     def reinit(self, init: str | Initializer, *, seed: Seed = 0) -> T:
-        """The tree with the chosen leaves drawn anew.
+        """The tree with the selected leaves drawn anew.
 
         Args:
             init: "lecun_normal", "he_uniform", "xavier_normal" ...: fans are read from the shape, (..., in, out) in JAX

@@ -57,7 +57,7 @@ class Selection(Edits[T]):
         return f"<pm.at(..., {self._selector!r}){index}: {count}: {wording.listing(self.paths)}>"
 
     def __getitem__(self, index: Slice) -> "Selection[T]":
-        """The same slice of each chosen leaf, such as one layer of a scanned stack.
+        """The same slice of each selected leaf, such as one layer of a scanned stack.
 
         >>> at({"wo": np.ones((3, 2))}, "wo")[-1].zero()["wo"]
         array([[1., 1.],
@@ -76,7 +76,7 @@ class Selection(Edits[T]):
         return new
 
     def get(self) -> dict[str, AnyArray]:
-        """The chosen leaves, or slices of them, by path.
+        """The selected leaves, or slices of them, by path.
 
         For a tree in memory they are its own leaves; for a checkpoint, copies that later patches do not change.
 
@@ -94,7 +94,7 @@ class Selection(Edits[T]):
         return found
 
     def one(self) -> AnyArray:
-        """The only chosen leaf, or the slice of it: the leaf itself, or of a checkpoint a copy.
+        """The only selected leaf, or its slice: the leaf itself, or for a checkpoint a copy.
 
         Raises:
             WrongCount: several leaves are selected.
@@ -112,7 +112,7 @@ class Selection(Edits[T]):
         return self._tree.fetch(self._numbers[0], self._index)
 
     def mask(self) -> AnyTree:
-        """A tree of bools with the same containers, true at the chosen leaves: for optax.masked, eqx.partition ...
+        """A tree of bools with the same containers, true at the selected leaves: for optax.masked, eqx.partition ...
 
         For a torch module or a checkpoint, a dict from paths to bools.
 
@@ -208,7 +208,7 @@ def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
 
 
 def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selection[T]:
-    """The chosen leaves of a tree, ready to be read or edited.
+    """The selected leaves of a tree, ready to be read or edited.
 
     Args:
         tree: any tree of arrays: nested dicts and lists, Flax params, NNX and Equinox modules, optax states, torch
@@ -229,7 +229,7 @@ def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selectio
 
 
 def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
-    """A tree of strings with the same containers, for optax.partition: for each leaf the first group that matches it.
+    """A tree of strings with the same containers, for optax.partition: the first group that matches each leaf.
 
     Args:
         tree: any tree.
@@ -259,7 +259,7 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
 
 
 def param_count(tree: AnyTree, selector: SelectorLike = "**") -> int:
-    """The number of scalars in the chosen leaves; a leaf with several paths counts once.
+    """The number of scalars in the selected leaves; a leaf with several paths counts once.
 
     >>> param_count({"kernel": np.ones((3, 4)), "bias": np.ones(4)}), param_count({"w": np.ones(2)}, "w")
     (16, 2)

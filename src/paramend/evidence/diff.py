@@ -88,7 +88,7 @@ def diff(
 
 
 def verify(before: AnyTree, after: AnyTree, *, only: SelectorLike | None = None) -> list[str]:
-    """The paths of the leaves that changed, all of them allowed to.
+    """The paths of the leaves that changed, if all of them were allowed to.
 
     Leaves are compared as in `pm.diff`: bit by bit, and by name, piece by piece, so a module can be checked against its
     state dict or against the file that it came from.

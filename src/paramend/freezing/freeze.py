@@ -208,7 +208,7 @@ def value_and_grad(
 
 
 def nnx_filter(model: "nnx.Module | nnx.State[Any, Any]", selector: SelectorLike) -> Filter:
-    """A filter of NNX that is true of the chosen Variables of this model.
+    """An NNX filter that is true for the selected Variables of this model.
 
     NNX calls a filter with one Variable at a time, which does not tell which layer is the last, or that nothing
     matched. So the selector is resolved against the model first. The filter works wherever NNX takes one:
@@ -287,7 +287,7 @@ def freeze_(
 def unfreeze_(
     module: "torch.nn.Module", selector: SelectorLike, *, optimizer: "torch.optim.Optimizer | None" = None
 ) -> FreezeReport:
-    """The report of the leaves of a torch module for which `freeze_` was taken back in place: the list of their paths.
+    """The report of the leaves of a torch module that were thawed in place: it is also the list of their paths.
 
     A parameter that `freeze_` froze gets the `requires_grad` that it had before. One that `freeze_` never saw gets
     `requires_grad=True`, whoever froze it. A normalization layer updates its running statistics again, in train mode,

@@ -19,7 +19,7 @@ R = TypeVar("R")
 def value_and_grad(
     loss: Callable[P, R], schedule: Schedule, argnum: int, has_aux: bool, zeros: bool
 ) -> Callable[P, tuple[R, AnyTree]]:
-    """The loss with its gradient, as a function of what the loss is a function of."""
+    """The loss with its gradient, as a function of the arguments of the loss."""
     finder = Finder(schedule)
 
     @wraps(loss)

@@ -37,7 +37,7 @@ def graft(
     missing: Missing = "fresh",
     dtype: Dtype = "target",
 ) -> tuple[T, GraftReport]:
-    """The target with the values of the source where their names agree, and the report of it.
+    """The target with the values of the source where their names agree, and a report.
 
     Names are compared piece by piece: `fc.weight` in a state dict is fc → weight in a module. Values arrive in the
     library, on the device, in the sharding, container and (unless told otherwise) dtype of the target; tied leaves stay

@@ -415,7 +415,7 @@ def _text_selector(text: str) -> Text:
 
 
 def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
-    """The numbers of the chosen leaves in the order of the tree, one for each leaf however many paths it has.
+    """The numbers of the selected leaves in the order of the tree, one for each leaf however many paths it has.
 
     Raises:
         NoMatch: nothing matches; the message names what comes close.

@@ -32,7 +32,7 @@ def graft_opt_state(
     unused: Unused | None = None,
     mismatch: Carried = "error",
 ) -> tuple[T, GraftReport]:
-    """The optimizer state with the moments of an earlier one, which follow their parameters, and the report of it.
+    """The optimizer state with the moments of an earlier one, which follow their parameters, and a report.
 
     **After a graft**, by its report: the moments of a copied parameter are copied; if only the common corner was
     copied, so is theirs; if the parameter stayed fresh, or was frozen before, they are as `tx.init` made them. Counts
@@ -228,7 +228,7 @@ def graft_optimizer_(
 
 
 def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: Unused) -> GraftReport:
-    """The report, after a torch optimizer took over what an earlier one has for the same parameters."""
+    """The report, after a torch optimizer has taken over what an earlier one has for the same parameters."""
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
         raise Unsupported(
             f"without a report graft_optimizer_ takes a torch optimizer, and this is {described(optimizer)}",
@@ -247,7 +247,7 @@ def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None
 def carry_opt_state(
     tx: "optax.GradientTransformation", params: AnyTree, state: AnyTree, *, mismatch: Carried = "error"
 ) -> AnyTree:
-    """Deprecated: `pm.graft_opt_state(tx.init(params), state)`, which also gives a report.
+    """Deprecated: `pm.graft_opt_state(tx.init(params), state)`, which also returns a report.
 
     >>> import optax, warnings
     >>> with warnings.catch_warnings(action="ignore"):
