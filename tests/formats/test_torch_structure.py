@@ -14,7 +14,7 @@ import torch
 import paramend as pm
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.torch.pickles import Name
-from paramend.formats.torch.recordings import Made, pickled
+from paramend.formats.torch.recordings import Rebuilt, pickled
 from paramend.formats.zips import headers
 
 # ---- comparing -----------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_values_within_themselves_are_no_endless_pickle():
     inner = []
     inner.append((inner,))
     assert len(pickled(inner)) < 50  # a list may hold itself
-    made = Made(Name("builtins.set"), ([],))
+    made = Rebuilt(Name("builtins.set"), ([],))
     made.arguments[0].append(made)
     deep = []
     for _ in range(5000):

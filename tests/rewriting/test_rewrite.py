@@ -221,7 +221,7 @@ def test_fresh_values_do_not_depend_on_chunks(tmp_path, monkeypatch, init, block
     source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     safetensors.numpy.save_file({"a": leaf}, source)
     rewrite(source, out, "a", "reinit", {"init": init, "seed": 3})
-    place = initializers.Place(("a",), out_first=True)  # a file with "." between keys is one of torch
+    place = initializers.Site(("a",), out_first=True)  # a file with "." between keys is one of torch
     expected = initializers.initialize(init, initializers.generator(3, place), Spec((11, 4), "float32"), out_first=True)
     assert bits(read(out)) == bits({"a": expected})
 

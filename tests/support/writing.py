@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from paramend.formats.source import Extent
-from paramend.formats.writer import Item, Span
+from paramend.formats.writer import Item, LeafBytes
 
 
 def write(path: Path, form, leaves: list[tuple[Item, bytes]], metadata=None) -> Path:
@@ -12,13 +12,13 @@ def write(path: Path, form, leaves: list[tuple[Item, bytes]], metadata=None) -> 
     writer, ranges = form.writer(), []
     with path.open("wb") as file:
         for part in writer.parts([item for item, _ in leaves], metadata or {}):
-            data = leaves[part.item][1] if isinstance(part, Span) else part
-            if isinstance(part, Span):
+            data = leaves[part.item][1] if isinstance(part, LeafBytes) else part
+            if isinstance(part, LeafBytes):
                 ranges += [(file.tell(), file.tell() + part.stop - part.start)] if part.start < part.stop else []
             if data is None:  # a leaf of zeros, too long to be held
                 file.seek(part.stop - part.start, os.SEEK_CUR)
             else:
-                file.write(data[part.start : part.stop] if isinstance(part, Span) else data)
+                file.write(data[part.start : part.stop] if isinstance(part, LeafBytes) else data)
     if writer.seals:
         with form.open(path) as made, path.open("r+b") as file:
             for _, at, data in made.after_patch([Extent(path, start, stop - start) for start, stop in ranges]):

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from paramend.arrays.initializers import Place, generator, normal
+from paramend.arrays.initializers import Site, generator, normal
 from paramend.arrays.registry import to_numpy
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
@@ -81,7 +81,7 @@ def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict
     run = METHODS[how].run
     if run is None:
         return dict.fromkeys(numbers, Call(OPS["zero"]))
-    return {n: Call(OPS["apply"], {"fn": _applied(run, Place(leaves.index.pieces(n)), seed)}) for n in numbers}
+    return {n: Call(OPS["apply"], {"fn": _applied(run, Site(leaves.index.pieces(n)), seed)}) for n in numbers}
 
 
 def _identity(leaves: Leaves, numbers: tuple[int, ...]) -> dict[int, Call]:
@@ -108,7 +108,7 @@ def _identity(leaves: Leaves, numbers: tuple[int, ...]) -> dict[int, Call]:
     return found
 
 
-def _applied(run: Callable[[Array, np.random.Generator], Array], place: Place, seed: int) -> Callable[[Any], Array]:
+def _applied(run: Callable[[Array, np.random.Generator], Array], place: Site, seed: int) -> Callable[[Any], Array]:
     def fn(x: Any) -> Array:
         values = to_numpy(x)
         wide = values.astype(np.complex128 if values.dtype.kind == "c" else np.float64)

@@ -14,7 +14,7 @@ from paramend.reports import wording
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Site:
     """The place of an edit: what random and layout-aware edits need besides the array.
 
     Attributes:
@@ -35,7 +35,7 @@ class Place:
         return int.from_bytes(hashlib.sha256("/".join(self.pieces).encode()).digest(), "little")
 
 
-NOWHERE = Place(())
+NOWHERE = Site(())
 
 # One row per initializer: scale, fan, and the distribution. Names of JAX follow JAX, which truncates normals at two
 # standard deviations; names of torch follow torch, which does not. LeCun et al. 1998, Glorot & Bengio 2010,
@@ -58,7 +58,7 @@ _TRUNCATED_STD = 0.87962566103423978
 _BLOCK = 1 << 18
 
 
-def generator(seed: int, place: Place) -> np.random.Generator:
+def generator(seed: int, place: Site) -> np.random.Generator:
     """The stream of random numbers of one path under one seed."""
     if place.stream is not None:
         return place.stream

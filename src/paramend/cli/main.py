@@ -18,7 +18,7 @@ from paramend.reports import wording
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CommandRow:
     """A subcommand: `paramend --help` reads these rows, so that it imports no framework.
 
     Attributes:
@@ -38,28 +38,30 @@ class Row:
 
 # Without the edits of values, which `edits()` finds.
 ROWS = (
-    Row("show", "paramend.cli.look", "List the leaves of a checkpoint."),
-    Row("diff", "paramend.cli.compare", "Compare two checkpoints leaf by leaf; check that only some leaves changed."),
-    Row("delete", "paramend.cli.edit", "Write a checkpoint without some leaves."),
-    Row("rename", "paramend.cli.edit", "Write a checkpoint with leaves under other paths."),
-    Row("apply", "paramend.cli.recipe", "Apply a recipe: edits as data, in a YAML or JSON file."),
-    Row("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
-    Row("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
-    Row("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
-    Row("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack under numbered names."),
-    Row("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
-    Row("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
-    Row("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
-    Row("history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place."),
-    Row("verify", "paramend.cli.undo", "Check a checkpoint against the record that it carries."),
-    Row("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),
-    Row("lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer."),
-    Row("help", "paramend.cli.main", "Show this text, or that of a command."),
+    CommandRow("show", "paramend.cli.look", "List the leaves of a checkpoint."),
+    CommandRow(
+        "diff", "paramend.cli.compare", "Compare two checkpoints leaf by leaf; check that only some leaves changed."
+    ),
+    CommandRow("delete", "paramend.cli.edit", "Write a checkpoint without some leaves."),
+    CommandRow("rename", "paramend.cli.edit", "Write a checkpoint with leaves under other paths."),
+    CommandRow("apply", "paramend.cli.recipe", "Apply a recipe: edits as data, in a YAML or JSON file."),
+    CommandRow("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
+    CommandRow("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
+    CommandRow("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
+    CommandRow("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack under numbered names."),
+    CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
+    CommandRow("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
+    CommandRow("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
+    CommandRow("history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place."),
+    CommandRow("verify", "paramend.cli.undo", "Check a checkpoint against the record that it carries."),
+    CommandRow("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),
+    CommandRow("lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer."),
+    CommandRow("help", "paramend.cli.main", "Show this text, or that of a command."),
 )
 
 
 @cache
-def edits() -> tuple[Row, ...]:
+def edits() -> tuple[CommandRow, ...]:
     """The rows of the table of edits that are commands.
 
     The table is parsed, not imported: importing it imports numpy, and `--help` would take twice as long.
@@ -77,7 +79,7 @@ def edits() -> tuple[Row, ...]:
                 continue
             aliases, also = (ast.literal_eval(given[key]) if key in given else () for key in ("aliases", "also"))
             says = str(ast.literal_eval(row.args[0]))
-            found.append(Row(verb.name, "paramend.cli.edit", f"{says[0].upper()}{says[1:]}.", aliases, also))
+            found.append(CommandRow(verb.name, "paramend.cli.edit", f"{says[0].upper()}{says[1:]}.", aliases, also))
     return tuple(found)
 
 

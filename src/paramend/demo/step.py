@@ -48,7 +48,7 @@ def outcome(
 
 
 @dataclass(frozen=True)
-class Step:
+class DemoStep:
     """One step.
 
     Attributes:

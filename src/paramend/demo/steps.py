@@ -12,7 +12,7 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.demo.evidence import data_digest, digest, moved, touched
 from paramend.demo.network import Classifier
 from paramend.demo.patient import Patient, save
-from paramend.demo.step import Outcome, Step, outcome
+from paramend.demo.step import DemoStep, Outcome, outcome
 from paramend.demo.twin import twin_logits, twin_of
 from paramend.edits.selection import at, param_count
 from paramend.formats.safetensors import SafetensorsFile
@@ -245,60 +245,60 @@ def zero_torch_layer(patient: Patient) -> Outcome:
 
 
 STEPS = (
-    Step("look", "Train a classifier, look at its tree", "paramend show paramend-demo/digits.safetensors", look),
-    Step(
+    DemoStep("look", "Train a classifier, look at its tree", "paramend show paramend-demo/digits.safetensors", look),
+    DemoStep(
         "replace",
         "Replace a kernel: the first one, at rank 8",
         'pm.at(params, "**/Dense_0/kernel").set(kernel)',
         replace_kernel,
     ),
-    Step(
+    DemoStep(
         "zero",
         "Zero the last kernel",
         'pm.at(params, "**/Dense_[-1]/kernel").zero()',
         zero_last_kernel,
     ),
-    Step(
+    DemoStep(
         "restore",
         "Put it back",
         'pm.at(zeroed, "**/Dense_[-1]/kernel").set(pm.at(params, "**/Dense_[-1]/kernel").get())',
         restore,
     ),
-    Step(
+    DemoStep(
         "freeze",
         "Freeze the first layer and train on",
         'pm.freeze(adamw, "**/Dense_0/**")',
         freeze_first_layer,
     ),
-    Step(
+    DemoStep(
         "zero-gradients",
         "For contrast: only zero its gradients",
         'pm.freeze(adamw, "**/Dense_0/**", how="gradients")',
         zero_gradients,
     ),
-    Step(
+    DemoStep(
         "graft",
         "Warm-start a deeper model",
         'pm.graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})',
         warm_start,
     ),
-    Step(
+    DemoStep(
         "identity",
         "Make its new block the identity",
         'pm.at(grafted, "**/Dense_4/**").zero()',
         new_block_to_identity,
     ),
-    Step(
+    DemoStep(
         "file",
         "Zero the last kernel in the file",
         "paramend zero paramend-demo/digits.safetensors '**/Dense_[-1]/kernel' -o paramend-demo/zeroed.safetensors",
         edit_file,
     ),
-    Step(
+    DemoStep(
         "torch",
         "Zero the last weight of a torch twin, in place",
         'pm.at(twin, "layers[-1].weight").zero_()',
         edit_torch,
     ),
-    Step("init-zero", "Zero a whole torch layer", "pm.init_zero_(twin.layers[-1])", zero_torch_layer),
+    DemoStep("init-zero", "Zero a whole torch layer", "pm.init_zero_(twin.layers[-1])", zero_torch_layer),
 )

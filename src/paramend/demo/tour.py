@@ -8,7 +8,7 @@ from typing import Any
 
 from paramend.demo.folder import workplace
 from paramend.demo.patient import prepare
-from paramend.demo.step import Outcome, Step, command_in
+from paramend.demo.step import DemoStep, Outcome, command_in
 from paramend.demo.steps import STEPS
 
 EPOCHS = 30
@@ -20,7 +20,7 @@ NEXT = (
 
 
 @dataclass(frozen=True)
-class Row:
+class TourRow:
     """A step that was run.
 
     Attributes:
@@ -32,7 +32,7 @@ class Row:
     """
 
     number: int
-    step: Step
+    step: DemoStep
     code: str
     outcome: Outcome
     seconds: float
@@ -74,7 +74,7 @@ class Report:
 
     folder: Path
     seed: int
-    rows: Sequence[Row]
+    rows: Sequence[TourRow]
     files: Sequence[str]
     seconds: float
 
@@ -107,8 +107,8 @@ def tour(
     seed: int = 0,
     force: bool = False,
     epochs: int = EPOCHS,
-    steps: Sequence[Step] = STEPS,
-    progress: Callable[[Row], object] | None = None,
+    steps: Sequence[DemoStep] = STEPS,
+    progress: Callable[[TourRow], object] | None = None,
 ) -> Report:
     """Train a classifier, run the steps on it, write the files to the folder, and return the report.
 
@@ -124,13 +124,13 @@ def tour(
         CannotWrite: the folder holds files, or cannot be written to. Nothing was done.
     """
     began = time.monotonic()
-    rows: list[Row] = []
+    rows: list[TourRow] = []
     with workplace(folder, force=force) as place:
         patient = prepare(place, epochs=epochs, seed=seed)
         for number, step in enumerate(steps, start=1):
             started = time.monotonic()
             outcome = step.run(patient)
-            rows.append(Row(number, step, step.code_in(folder), outcome, time.monotonic() - started))
+            rows.append(TourRow(number, step, step.code_in(folder), outcome, time.monotonic() - started))
             if progress is not None:
                 progress(rows[-1])
         files = sorted(file.name for file in place.iterdir())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.backend import Backend
-from paramend.arrays.initializers import Place
+from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Value
 from paramend.edits.checks import check_scalar
@@ -43,7 +43,7 @@ class Op:
     name: str
     says: str
     parameters: tuple[str, ...]
-    run: Callable[[Backend, Any, Args, Place], Any]
+    run: Callable[[Backend, Any, Args, Site], Any]
     check: Callable[[Spec, Args], Spec] | None = None
     slot: Callable[[Args], tuple[str, Any]] | None = None
     reads: bool = True
@@ -122,7 +122,7 @@ class Call:
             raise SpecMismatch(f"{self} changes the spec, and a slice of a leaf must keep it")
         return spec
 
-    def run(self, x: Any, place: Place) -> Any:
+    def run(self, x: Any, place: Site) -> Any:
         """The edited array, a new one. `spec` must have checked the call before."""
         library = backend(x)
         if self.index is None:

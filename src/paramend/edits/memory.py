@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from paramend.arrays.initializers import NOWHERE, Place
+from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
@@ -74,9 +74,9 @@ class Memory(Tree, Editable):
             if call.op.checks or call.index is not None:
                 explain(self, number, call.spec, library.spec(leaf))
 
-    def _place(self, number: int) -> Place:
+    def _place(self, number: int) -> Site:
         """The place of a leaf; of several paths the first counts, whichever was selected."""
-        return Place(self.index.pieces(self.ties.get(number, number)), out_first=self.index.separator == ".")
+        return Site(self.index.pieces(self.ties.get(number, number)), out_first=self.index.separator == ".")
 
 
 def editable(tree: Any) -> Editable:

@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
 
 from paramend.arrays.backend import Backend
-from paramend.arrays.initializers import Place
+from paramend.arrays.initializers import Site
 from paramend.edits import checks, runs
 from paramend.edits.arguments import ARRAY, BOUND, DEVIATION, DTYPE, INITIALIZER, NUMBER, OPERAND, SEED, Value
 from paramend.edits.call import Args, Op
@@ -43,7 +43,7 @@ copyreg.pickle(Op, lambda op: (op_of, (op.name,)))
 def edit(
     says: str,
     *,
-    run: Callable[[Backend, Any, Args, Place], Any],
+    run: Callable[[Backend, Any, Args, Site], Any],
     check: Callable[[Spec, Args], Spec] | None = None,
     takes: tuple[Value, ...] = (),
     **how: Any,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.arrays.initializers import NOWHERE, Place
+from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
@@ -44,7 +44,7 @@ class Row:
     source: int
     before: Spec
     calls: tuple[Call, ...] = ()
-    places: tuple[Place, ...] = ()
+    places: tuple[Site, ...] = ()
     labels: tuple[Label, ...] = ()
     was: str = ""
     depths: tuple[int | None, ...] = ()
@@ -173,7 +173,7 @@ class Plan:
         for number, edit in calls.items():
             edit = _settled(edit)
             first = min(self.twins(number), key=index.numbers.index) if self.leaves.ties else number
-            place = Place(index.pieces(first), out_first=index.separator == ".") if edit.op.placed else NOWHERE
+            place = Site(index.pieces(first), out_first=index.separator == ".") if edit.op.placed else NOWHERE
             for twin in self.twins(number):
                 row = self.by_number[twin]
                 why = "" if row.calls else self.leaves.refusal(twin)

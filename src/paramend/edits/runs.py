@@ -5,7 +5,7 @@ from typing import Any
 
 from paramend.arrays import initializers
 from paramend.arrays.backend import Backend
-from paramend.arrays.initializers import Place
+from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.checks import bounds
 from paramend.errors import SpecMismatch, Unsupported
@@ -24,12 +24,12 @@ def native(library: Backend, value: Any) -> Any:
     return value if found is None or found is library else found.numpy(value)
 
 
-def set(library: Backend, x: Any, args: Args, place: Place) -> Any:
+def set(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The array in place of the leaf."""
     return library.like(native(library, args["value"]), x)
 
 
-def clip(library: Backend, x: Any, args: Args, place: Place) -> Any:
+def clip(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The leaf between two bounds."""
     lo, hi = bounds(library.spec(x), args)
     return (
@@ -37,7 +37,7 @@ def clip(library: Backend, x: Any, args: Args, place: Place) -> Any:
     )
 
 
-def apply(library: Backend, x: Any, args: Args, place: Place) -> Any:
+def apply(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The function's result, which must keep the spec unless told otherwise."""
     result = args["fn"](x)
     found = backend_of(type(result))
@@ -54,7 +54,7 @@ def apply(library: Backend, x: Any, args: Args, place: Place) -> Any:
     return library.like(result, x) if before == after else result
 
 
-def cast(library: Backend, x: Any, args: Args, place: Place) -> Any:
+def cast(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The leaf in another dtype."""
     dtype = dtype_name(args["dtype"])
     try:
@@ -74,7 +74,7 @@ def _is_key(seed: Any) -> bool:
     return library is not None and bool(getattr(library, "is_key", lambda x: False)(seed))
 
 
-def noise(library: Backend, x: Any, args: Args, place: Place) -> Any:
+def noise(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The leaf with noise added."""
     spec, seed, std = library.spec(x), args.get("seed", 0), args["std"]
     if _is_key(seed):
@@ -84,7 +84,7 @@ def noise(library: Backend, x: Any, args: Args, place: Place) -> Any:
     return library.add(x, library.like((values * values.dtype.type(std)).astype(numpy_dtype(spec.dtype)), x))
 
 
-def reinit(library: Backend, x: Any, args: Args, place: Place) -> Any:
+def reinit(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The leaf drawn anew."""
     spec, seed, init = library.spec(x), args.get("seed", 0), args["init"]
     if callable(init):

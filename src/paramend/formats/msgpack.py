@@ -16,7 +16,7 @@ import numpy as np
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.limits import MAX_PIECES, U64
-from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, MsgpackWriter, Where
+from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, KeyedText, MsgpackWriter
 from paramend.formats.source import Extent, check_readable
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
@@ -32,7 +32,7 @@ WRITER = MsgpackWriter()
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MsgpackEntry:
     """One array of a file.
 
     Attributes:
@@ -321,7 +321,7 @@ class _Parser:
             raise self._bad(
                 self.at, f"{wording.plural(self.stop - self.at, 'byte')} too many in the array at {start:,}"
             )
-        if code == SCALAR and isinstance(found, Entry) and found.spec.shape:
+        if code == SCALAR and isinstance(found, MsgpackEntry) and found.spec.shape:
             raise self._bad(start, f"a scalar cannot have the shape {found.spec.shape}")
         self.stop = outer
         return found
@@ -335,7 +335,7 @@ class _Parser:
             raise self._bad(start, "a complex number of two numbers is expected")
         return complex(parts[0][1], parts[1][1])
 
-    def _array(self) -> Entry:
+    def _array(self) -> MsgpackEntry:
         start = self.at
         if self._head() != ("list", 3):
             raise self._bad(start, "an array of shape, dtype and bytes is expected")
@@ -365,7 +365,7 @@ class _Parser:
         takes = spec.size * max(BITS.get(spec.dtype, 0) // 8, 1)
         if spec.dtype in BITS and takes != length:
             raise self._bad(start, f"{spec} takes {wording.plural(takes, 'byte')}, but {length:,} are there")
-        return Entry(spec, ((place, length),))
+        return MsgpackEntry(spec, ((place, length),))
 
     def _spec(self, start: int, shape: tuple[int, ...], dtype: str) -> Spec:
         elements = 1
@@ -375,7 +375,7 @@ class _Parser:
                 raise self._bad(start, "the number of elements overflows 64 bits")
         return Spec(shape, dtype if dtype in BITS else f"raw<{dtype}>")
 
-    def _joined(self, start: int, table: dict[Any, Any]) -> Entry:
+    def _joined(self, start: int, table: dict[Any, Any]) -> MsgpackEntry:
         """The array that flax split: a map of shape and pieces."""
         shape, chunks = table.get("shape"), table.get("chunks")
         if set(table) != {CHUNKED, "shape", "chunks"} or type(shape) is not dict or type(chunks) is not dict:
@@ -384,7 +384,7 @@ class _Parser:
         pieces = [chunks.get(str(i)) for i in range(len(chunks))]
         if any(type(axis) is not int or axis < 0 for axis in axes):
             raise self._bad(start, "a shape of whole numbers, by position, is expected")
-        flat = [piece for piece in pieces if type(piece) is Entry and len(piece.spec.shape) == 1]
+        flat = [piece for piece in pieces if type(piece) is MsgpackEntry and len(piece.spec.shape) == 1]
         if not flat or len(flat) != len(pieces) or len({piece.spec.dtype for piece in flat}) != 1:
             raise self._bad(start, "flat pieces of one dtype, by position, are expected")
         spec = self._spec(start, tuple(axis for axis in axes if axis is not None), "")
@@ -392,7 +392,7 @@ class _Parser:
         size = sum(piece.spec.size for piece in flat)
         if spec.size != size:
             raise self._bad(start, f"the pieces of {spec} have {wording.plural(size, 'element')}")
-        return Entry(spec, tuple(place for piece in flat for place in piece.pieces))
+        return MsgpackEntry(spec, tuple(place for piece in flat for place in piece.pieces))
 
 
 def _shown(key: Any) -> str:
@@ -414,11 +414,11 @@ class _Walk:
 
     def __init__(self, root: Any, path: Path) -> None:
         self.index = Index("/")
-        self.arrays: list[Entry] = []
+        self.arrays: list[MsgpackEntry] = []
         self.others: dict[str, Any] = {}
         self._file = path
         self._trail: list[Any] = []
-        if type(root) is Entry:
+        if type(root) is MsgpackEntry:
             self._visit({"": root}, self.index.names, 0)
         elif type(root) in (dict, list) and root:
             self._visit(root, self.index.names, 0)
@@ -432,7 +432,7 @@ class _Walk:
             if below > MAX_PIECES:
                 place = _shown(self._path())
                 raise BadCheckpoint(f"{self._file}: {place}: the name has more than {MAX_PIECES} pieces")
-            if type(child) is Entry:
+            if type(child) is MsgpackEntry:
                 number = len(self.arrays)
                 self.arrays.append(child)
                 self.index.numbers.append(number)
@@ -446,8 +446,8 @@ class _Walk:
                     self.index.add(names, key, inner)
             self._trail.pop()
 
-    def _path(self) -> Where:
-        found = Where(write_path([label for key in self._trail for label in labels(key)], "/"))
+    def _path(self) -> KeyedText:
+        found = KeyedText(write_path([label for key in self._trail for label in labels(key)], "/"))
         found.keys = tuple(self._trail)
         return found
 
@@ -455,5 +455,5 @@ class _Walk:
 def _is_plain(node: Any) -> bool:
     """Whether it is not a container, is an empty one, or is a list of plain values."""
     if type(node) is list:
-        return not any(type(child) in (dict, list, Entry) for child in node)
+        return not any(type(child) in (dict, list, MsgpackEntry) for child in node)
     return type(node) is not dict or not node

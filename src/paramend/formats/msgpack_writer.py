@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramend.errors import RenameClash, Unsupported
-from paramend.formats.writer import Item, Span
+from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.specs import BITS, Spec
 
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
@@ -15,7 +15,7 @@ CHUNKED = "__msgpack_chunked_array__"
 MAX_CHUNK = 1 << 30
 
 
-class Where(str):
+class KeyedText(str):
     """The path of an entry as text that remembers its keys, so that a writer can put the entry back there.
 
     Attributes:
@@ -48,7 +48,7 @@ class MsgpackWriter:
             return f"flax cannot write {spec.dtype}"
         return ""
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:
@@ -57,7 +57,7 @@ class MsgpackWriter:
         >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
         >>> *head, bias = MsgpackWriter().parts([item], {})
         >>> bias
-        Span(item=0, start=0, stop=8)
+        LeafBytes(item=0, start=0, stop=8)
         """
         return _emit(_tree(items, metadata), items)
 
@@ -75,7 +75,9 @@ class _Node(dict[str, Any]):
 def _tree(items: Sequence[Item], metadata: Mapping[str, Any]) -> Any:
     """Nested dicts with the place of each item, and the entries of another msgpack file."""
     wanted: list[tuple[tuple[str, ...], Any]] = [(item.keys, _Place(i)) for i, item in enumerate(items)]
-    wanted += [(tuple(map(str, where.keys)), value) for where, value in metadata.items() if isinstance(where, Where)]
+    wanted += [
+        (tuple(map(str, where.keys)), value) for where, value in metadata.items() if isinstance(where, KeyedText)
+    ]
     if len(wanted) == 1 and wanted[0][0] in ((), ("",)):
         return wanted[0][1]  # the file is one value
     tree = _Node()
@@ -96,7 +98,7 @@ def _tree(items: Sequence[Item], metadata: Mapping[str, Any]) -> Any:
     return tree
 
 
-def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | Span]:
+def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | LeafBytes]:
     """The bytes of a value, in order."""
     if type(node) is _Place:
         yield from _item(node.number, items[node.number])
@@ -113,11 +115,11 @@ def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | Span]:
         yield _plain(node)
 
 
-def _item(place: int, item: Item) -> Iterator[bytes | Span]:
+def _item(place: int, item: Item) -> Iterator[bytes | LeafBytes]:
     shape, dtype = item.spec.shape, item.spec.dtype
     if item.nbytes <= MAX_CHUNK:
         yield _head(shape, dtype, item.nbytes)
-        yield Span(place, 0, item.nbytes)
+        yield LeafBytes(place, 0, item.nbytes)
         return
     width = BITS[dtype] // 8
     most = max(MAX_CHUNK // width, 1) * width
@@ -128,7 +130,7 @@ def _item(place: int, item: Item) -> Iterator[bytes | Span]:
     for i, start in enumerate(starts):
         stop = min(start + most, item.nbytes)
         yield _plain(str(i)) + _head(((stop - start) // width,), dtype, stop - start)
-        yield Span(place, start, stop)
+        yield LeafBytes(place, start, stop)
 
 
 def _head(shape: tuple[int, ...], dtype: str, nbytes: int) -> bytes:

@@ -38,7 +38,7 @@ _CODES = {descr[1:]: name for name, descr in DESCRS.items()} | {"f1": "float8_e5
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class NpzEntry:
     """One array of a file.
 
     Attributes:
@@ -198,7 +198,7 @@ class NpzFile(ZipSource):
 
     # ---- behind the scenes -----------------------------------------------------------------------------------
 
-    def _inflated(self, entry: Entry, start: int, nbytes: int) -> Array:
+    def _inflated(self, entry: NpzEntry, start: int, nbytes: int) -> Array:
         """Bytes of a compressed array, or of an empty one."""
         if not entry.nbytes:
             return np.empty(0, np.uint8)
@@ -308,7 +308,7 @@ def _other(archive: Archive, member: Member) -> bytes:
     return bytes(buffer)
 
 
-def _entry(archive: Archive, member: Member) -> Entry:
+def _entry(archive: Archive, member: Member) -> NpzEntry:
     name = member.name.removesuffix(".npy")
     if name.count("/") + name.count(".") >= MAX_PIECES:
         raise archive.bad(member.name, f"the name has more than {MAX_PIECES} pieces")
@@ -338,7 +338,7 @@ def _entry(archive: Archive, member: Member) -> Entry:
         raise archive.bad(member.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
     # If at most one axis is longer than 1, both orders are the same.
     fortran = fortran and sum(axis != 1 for axis in shape) > 1
-    return Entry(name, member.name, spec, start, nbytes, fortran, swapped, sealed)
+    return NpzEntry(name, member.name, spec, start, nbytes, fortran, swapped, sealed)
 
 
 def _dtype(descr: Any) -> tuple[str, bool, str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.errors import RenameClash
 from paramend.formats.limits import shown
-from paramend.formats.writer import Item, Span
+from paramend.formats.writer import Item, LeafBytes
 from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
 from paramend.leaves.specs import Spec
 
@@ -32,7 +32,7 @@ class NpzWriter:
         """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:
@@ -41,7 +41,7 @@ class NpzWriter:
         >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
         >>> _, head, bias, *_ = NpzWriter().parts([item], {})
         >>> bias, head[10:].strip()
-        (Span(item=0, start=0, stop=8), b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }")
+        (LeafBytes(item=0, start=0, stop=8), b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }")
         """
         taken: set[str] = set()
         zipped = ZipHeaders()
@@ -51,7 +51,7 @@ class NpzWriter:
             crc = 0 if item.nbytes else zlib.crc32(head)
             yield zipped.open(f"{item.name}.npy", len(head) + item.nbytes, crc)
             yield head
-            yield Span(place, 0, item.nbytes)
+            yield LeafBytes(place, 0, item.nbytes)
             yield zipped.close()
         for name, data in metadata.items():
             if type(data) is bytes and not name.endswith(".npy"):

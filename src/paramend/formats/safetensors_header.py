@@ -13,7 +13,7 @@ from typing import Any
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import MAX_PIECES, U64, shown
-from paramend.formats.writer import Item, Span
+from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec
 from paramend.reports import wording
 
@@ -24,7 +24,7 @@ RECORD = "paramend.record"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file.
 
     Attributes:
@@ -56,7 +56,7 @@ class Header:
     """
 
     raw: bytes
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str] | None = None
 
     @property
@@ -92,7 +92,7 @@ class Header:
             return self
         rows: dict[str, tuple[str, Any]] = {}
         before = json.loads(self.raw)
-        entries: list[Entry] = []
+        entries: list[TensorEntry] = []
         at = 0
         for i, entry in enumerate(self.entries):
             if i not in kept:
@@ -104,7 +104,7 @@ class Header:
                 nbytes = spec.nbytes
                 row |= {"dtype": _code(spec), "shape": list(spec.shape)}
             row["data_offsets"] = [at, at + nbytes]
-            entries.append(Entry(name, spec, at, at + nbytes))
+            entries.append(TensorEntry(name, spec, at, at + nbytes))
             rows[entry.name] = (name, row)
             at += nbytes
         table: dict[str, Any] = {}
@@ -124,12 +124,12 @@ def layout(fields: Iterable[tuple[str, Spec, int]], metadata: Mapping[str, str] 
         Unsupported: the format lacks a dtype.
     """
     table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
-    entries: list[Entry] = []
+    entries: list[TensorEntry] = []
     at = 0
     for name, spec, nbytes in fields:
         row = {"dtype": _code(spec), "shape": list(spec.shape), "data_offsets": [at, at + nbytes]}
         table[_fresh(name, table)] = row
-        entries.append(Entry(name, spec, at, at + nbytes))
+        entries.append(TensorEntry(name, spec, at, at + nbytes))
         at += nbytes
     return Header(_encode(table), tuple(entries), metadata)
 
@@ -221,13 +221,13 @@ def _metadata(value: Any, file: str) -> dict[str, str] | None:
     return value
 
 
-def _entry(name: str, row: Any, file: str) -> Entry:
+def _entry(name: str, row: Any, file: str) -> TensorEntry:
     try:  # most tensors have the code and shape of an earlier one
         code, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
         spec, nbytes = _sound[(code, *shape)]
         whole = {type(start), type(stop), *map(type, shape)} == {int}
         if whole and start >= 0 and stop == start + nbytes < U64 and name.count("/") + name.count(".") < MAX_PIECES:
-            return Entry(sys.intern(name), spec, start, stop)
+            return TensorEntry(sys.intern(name), spec, start, stop)
     except (KeyError, TypeError, ValueError):
         pass
     entry = _checked_entry(name, row, file)
@@ -241,7 +241,7 @@ _sound: dict[tuple[Any, ...], tuple[Spec, int]] = {}
 _REMEMBERED = 10_000
 
 
-def _checked_entry(name: str, row: Any, file: str) -> Entry:
+def _checked_entry(name: str, row: Any, file: str) -> TensorEntry:
     def flaw(what: str, reason: str) -> BadCheckpoint:
         return bad(file, f"tensor {shown(name)}{what}", reason)
 
@@ -274,7 +274,7 @@ def _checked_entry(name: str, row: Any, file: str) -> Entry:
             raise flaw(", shape", "the number of elements overflows 64 bits")
     dtype = FROM_SAFETENSORS.get(code)
     if dtype is None:
-        return Entry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
+        return TensorEntry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
     bits = elements * BITS[dtype]
     if bits >= U64:
         raise flaw(", shape", "the number of bits overflows 64 bits")
@@ -284,10 +284,10 @@ def _checked_entry(name: str, row: Any, file: str) -> Entry:
         said = f"{code} of shape ({wording.listing([*map(str, shape)], 10)})"
         takes = wording.plural(bits // 8, "byte")
         raise flaw(", data_offsets", f"{said} takes {takes}, but {start:,} to {stop:,} are {stop - start:,}")
-    return Entry(name, Spec(tuple(shape), dtype), start, stop)
+    return TensorEntry(name, Spec(tuple(shape), dtype), start, stop)
 
 
-def _check_cover(entries: Sequence[Entry], data_nbytes: int, file: str) -> None:
+def _check_cover(entries: Sequence[TensorEntry], data_nbytes: int, file: str) -> None:
     """Every byte of the data belongs to exactly one tensor."""
     needed = max((entry.stop for entry in entries), default=0)
     if needed > data_nbytes:
@@ -324,7 +324,7 @@ class SafetensorsWriter:
             f"safetensors files pack {spec.dtype}, {bits} bits each; here its values are not packed" if bits % 8 else ""
         )
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:
@@ -333,9 +333,9 @@ class SafetensorsWriter:
         >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
         >>> head, weight = SafetensorsWriter().parts([item], {})
         >>> head[8:].strip(), weight
-        (b'{"fc.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', Span(item=0, start=0, stop=8))
+        (b'{"fc.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', LeafBytes(item=0, start=0, stop=8))
         """
         texts = {key: value for key, value in metadata.items() if isinstance(key, str) and isinstance(value, str)}
         yield layout(((item.name, item.spec, item.nbytes) for item in items), texts or None).to_bytes()
         for place, item in enumerate(items):
-            yield Span(place, 0, item.nbytes)
+            yield LeafBytes(place, 0, item.nbytes)

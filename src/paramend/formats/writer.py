@@ -27,7 +27,7 @@ class Item:
     number: int = -1
 
 
-class Span(NamedTuple):
+class LeafBytes(NamedTuple):
     """Bytes of a leaf, in C order and little-endian.
 
     Attributes:
@@ -57,7 +57,7 @@ class Writer(Protocol):
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last. The spans of a leaf come one after the other, first to last.
 
         Args:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from paramend.freezing.phases import Phases, passed_at
-from paramend.freezing.places import Finder, Place, dtype_of, named
-from paramend.freezing.report import FrozenReport, Row
+from paramend.freezing.places import Finder, FrozenPlace, dtype_of, named
+from paramend.freezing.report import FrozenReport, FrozenRow
 from paramend.freezing.schedules import Schedule
 from paramend.freezing.shares import Shares
 
@@ -64,7 +64,7 @@ def frozen(params: Any, tx: Any) -> FrozenReport:
         place = places[numbers[id(names.values[number])]]
         partly = "partly" if place.partial else "scheduled"
         status = "trained" if place.free else "frozen" if place.always else partly
-        rows.append(Row(names.index.path(number), names.spec(number), status))
+        rows.append(FrozenRow(names.index.path(number), names.spec(number), status))
     state = jax.tree.leaves(jax.eval_shape(tx.init, params))
     return FrozenReport(tuple(rows), sum(leaf.size * leaf.dtype.itemsize for leaf in state))
 
@@ -94,7 +94,7 @@ def _exclude(tx: Any, finder: Finder) -> _Way:
         Phases.of(places)  # too many are refused here
         return _trained(tx, _tree([place.always for place in places], params)).init(params)
 
-    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[FrozenPlace], step: Any) -> Any:
         like = updates if params is None else params
         passed = passed_at(step)
         partly = [_when(place, passed) if place.partial else False for place in places]
@@ -125,7 +125,7 @@ def _exclude(tx: Any, finder: Finder) -> _Way:
 def _keep_updates(tx: Any, finder: Finder) -> _Way:
     """Freezing in which all leaves exist for `tx`, and its updates of the frozen ones are dropped."""
 
-    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[FrozenPlace], step: Any) -> Any:
         now = _tree(_now(places, step), updates)
         updates, state = tx.update(updates, state, params, **extra)
         return _still(now, updates, params), state
@@ -136,7 +136,7 @@ def _keep_updates(tx: Any, finder: Finder) -> _Way:
 def _zero_gradients(tx: Any, finder: Finder) -> _Way:
     """Freezing in which all leaves exist for `tx`, with gradients of zero for the frozen ones."""
 
-    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[Place], step: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any, extra: Any, places: list[FrozenPlace], step: Any) -> Any:
         now = _tree(_now(places, step), updates)
         if "grad" in extra:  # line searches take the gradient as an argument too
             extra = {**extra, "grad": _zeroed(now, extra["grad"])}
@@ -161,13 +161,13 @@ def _trained(tx: Any, gone: Any) -> Any:
 # ---- what is frozen now -----------------------------------------------------------------------------------
 
 
-def _now(places: list[Place], step: Any) -> list[Any]:
+def _now(places: list[FrozenPlace], step: Any) -> list[Any]:
     """Whether each leaf is frozen: a bool, traced or not, or an array with one for each element."""
     passed = passed_at(step)
     return [_when(place, passed) for place in places]
 
 
-def _when(place: Place, passed: Any) -> Any:
+def _when(place: FrozenPlace, passed: Any) -> Any:
     if place.free:
         return False
     window = place.window
@@ -225,7 +225,11 @@ def _completed(updates: Any, params: Any, finder: Finder) -> Any:
     places = _tree(finder.find_again(params), params)
 
     def complete(update: Any, param: Any, place: Any) -> Any:
-        return jnp.zeros_like(param) if _is_absent(update) and isinstance(place, Place) and not place.free else update
+        return (
+            jnp.zeros_like(param)
+            if _is_absent(update) and isinstance(place, FrozenPlace) and not place.free
+            else update
+        )
 
     return jax.tree.map(complete, updates, params, places, is_leaf=_is_absent)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.errors import BadArgument
-from paramend.freezing.places import Place, dtype_of
+from paramend.freezing.places import FrozenPlace, dtype_of
 from paramend.freezing.schedules import Event, Window
 
 LIMIT = 64
@@ -61,7 +61,7 @@ class Phases:
     phase_of: np.ndarray[Any, Any]
 
     @classmethod
-    def of(cls, places: list[Place]) -> "Phases":
+    def of(cls, places: list[FrozenPlace]) -> "Phases":
         """The phases in the order in which they come.
 
         Raises:
@@ -87,7 +87,11 @@ class Phases:
         return cls(windows, steps, functions, tuple(found), phase_of)
 
     def run(
-        self, run: Callable[[tuple[bool, ...]], Any], places: list[Place], passed: Callable[[Event], Any], held: Any
+        self,
+        run: Callable[[tuple[bool, ...]], Any],
+        places: list[FrozenPlace],
+        passed: Callable[[Event], Any],
+        held: Any,
     ) -> Any:
         """The result of `run` for the leaves that are frozen as a whole now.
 
@@ -108,7 +112,7 @@ class Phases:
         phase = jnp.asarray(self.phase_of)[(number, *(flag * 1 for flag in flags))]
         return _switch(phase, [partial(run, flags) for flags in gone], gone, held)
 
-    def _gone(self, pattern: tuple[bool, ...], places: list[Place]) -> tuple[bool, ...]:
+    def _gone(self, pattern: tuple[bool, ...], places: list[FrozenPlace]) -> tuple[bool, ...]:
         holds = dict(zip(self.windows, pattern, strict=True))
         return tuple(place.always or holds.get(place.window, False) for place in places)  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ from paramend.trees.tree import Tree
 
 
 @dataclass(frozen=True)
-class Place:
+class FrozenPlace:
     """What is frozen of one leaf: elements in a region during a window; where regions overlap the first counts.
 
     Attributes:
@@ -48,8 +48,8 @@ class Place:
 class _Found:
     """Places of one structure: in JAX's order, and by name and shape."""
 
-    places: list[Place]
-    by_name: dict[Any, Place]
+    places: list[FrozenPlace]
+    by_name: dict[Any, FrozenPlace]
 
 
 class Finder:
@@ -63,7 +63,7 @@ class Finder:
         self.schedule = schedule
         self._known: dict[Any, _Found] = {}
 
-    def find(self, params: Any) -> list[Place]:
+    def find(self, params: Any) -> list[FrozenPlace]:
         """The place of each leaf of the parameters, in JAX's order, resolved again.
 
         Raises:
@@ -72,7 +72,7 @@ class Finder:
         """
         return self._resolve(*named(params))
 
-    def find_again(self, tree: Any, params: Any = None) -> list[Place]:
+    def find_again(self, tree: Any, params: Any = None) -> list[FrozenPlace]:
         """The place of each leaf of updates or parameters, the same as at `init`."""
         names, structure, numbers = named(tree)
         found = self._known.get(_key(names))
@@ -82,14 +82,14 @@ class Finder:
             key = set(_key(names))
             for found in self._known.values():
                 if key <= found.by_name.keys():
-                    places = [Place()] * structure.num_leaves
+                    places = [FrozenPlace()] * structure.num_leaves
                     for number in names.index.numbers:
                         places[numbers[id(names.values[number])]] = found.by_name[_name(names, number)]
                     return places
         # A state from elsewhere: `init` was not called here.
         return self._resolve(*(named(params) if params is not None else (names, structure, numbers)))
 
-    def _resolve(self, tree: Tree, structure: Any, numbers: dict[int, int]) -> list[Place]:
+    def _resolve(self, tree: Tree, structure: Any, numbers: dict[int, int]) -> list[FrozenPlace]:
         schedule = self.schedule
         until = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.until]
         since = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.since]
@@ -104,7 +104,7 @@ class Finder:
                     f"the schedule selects {stray} ({clause.selector!r}), but {schedule.selector!r} does not freeze it",
                     hint=f"freeze both: [{schedule.selector!r}, {clause.selector!r}]",
                 )
-        places = [Place()] * structure.num_leaves
+        places = [FrozenPlace()] * structure.num_leaves
         for number in chosen:
             place = self._place(tree, number, until, since)
             places[numbers[id(tree.values[number])]] = place
@@ -135,7 +135,7 @@ class Finder:
         number: int,
         until: list[tuple[Clause, set[int]]],
         since: list[tuple[Clause, set[int]]],
-    ) -> Place:
+    ) -> FrozenPlace:
         shape = tree.values[number].shape
         try:
             base = region_of(self.schedule.index, shape)
@@ -150,8 +150,8 @@ class Finder:
                 if not is_empty(region):
                     pieces.append((region, Window(since=stop, until=thaw)))
                 if not region:  # the whole leaf: nothing is left for those that follow
-                    return Place(tuple(pieces))
-        return Place(tuple(pieces))
+                    return FrozenPlace(tuple(pieces))
+        return FrozenPlace(tuple(pieces))
 
 
 def _regions(clauses: list[tuple[Clause, set[int]]], number: int, shape: tuple[int, ...]) -> list[tuple[Region, Any]]:

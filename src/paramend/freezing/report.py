@@ -12,7 +12,7 @@ TITLES = {"trained": "trained", "frozen": "frozen", "scheduled": "frozen for a w
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FrozenRow:
     """One leaf.
 
     Attributes:
@@ -35,7 +35,7 @@ class FreezeReport(list[str], Report):
         sliced: the slice of each leaf, as it is written between brackets; "" for whole leaves.
     """
 
-    def __init__(self, did: str, rows: Iterable[Row], sliced: str = "") -> None:
+    def __init__(self, did: str, rows: Iterable[FrozenRow], sliced: str = "") -> None:
         self.did, self.rows, self.sliced = did, tuple(rows), sliced
         super().__init__(row.path for row in self.rows)
 
@@ -60,20 +60,20 @@ class FrozenReport(Report):
         state_nbytes: bytes of optimizer state; None if no optimizer was given.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[FrozenRow, ...]
     state_nbytes: int | None = None
 
-    def of(self, status: str) -> list[Row]:
+    def of(self, status: str) -> list[FrozenRow]:
         """The rows of one status."""
         return [row for row in self.rows if row.status == status]
 
     @property
-    def frozen(self) -> list[Row]:
+    def frozen(self) -> list[FrozenRow]:
         """The leaves that are frozen as a whole and for good."""
         return self.of("frozen")
 
     @property
-    def trained(self) -> list[Row]:
+    def trained(self) -> list[FrozenRow]:
         """The leaves that are never frozen, not even in part."""
         return self.of("trained")
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from paramend.errors import Unsupported
-from paramend.freezing.places import Place
+from paramend.freezing.places import FrozenPlace
 
 _flatten = jax.tree_util.tree_flatten_with_path
 
@@ -76,7 +76,7 @@ class Shares:
         return Share(tuple(part), structure)
 
     def held(
-        self, places: list[Place], now: list[Any], always: tuple[bool, ...], like: Any, before: Any, after: Any
+        self, places: list[FrozenPlace], now: list[Any], always: tuple[bool, ...], like: Any, before: Any, after: Any
     ) -> Any:
         """The state after an update, in which the moments of frozen slices are what they were before.
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from paramend.errors import BadArgument
-from paramend.freezing.report import FreezeReport, FrozenReport, Row
+from paramend.freezing.report import FreezeReport, FrozenReport, FrozenRow
 from paramend.freezing.slices import release, withhold
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.selectors.selector import resolve, sel, write_index
@@ -63,7 +63,7 @@ def frozen(module: nn.Module, optimizer: Any) -> FrozenReport:
     withheld = getattr(optimizer, "_withheld", None)
     sliced = {id(parameter) for parameter, _ in withheld.slices} if withheld is not None else set()
     rows = [
-        Row(
+        FrozenRow(
             name,
             Spec(tuple(p.shape), dtype_name(p.dtype)),
             "frozen" if not p.requires_grad else "partly" if id(p) in sliced else "trained",
@@ -95,7 +95,7 @@ class _Chosen:
 
     def report(self, did: str, index: Any) -> FreezeReport:
         """A row for each leaf."""
-        rows = (Row(self.tree.index.path(number), self.tree.spec(number), did) for number in self.numbers)
+        rows = (FrozenRow(self.tree.index.path(number), self.tree.spec(number), did) for number in self.numbers)
         return FreezeReport(did, rows, "" if index is None else write_index(index))
 
     def parameters(self) -> dict[str, torch.Tensor]:

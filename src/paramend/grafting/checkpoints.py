@@ -15,14 +15,14 @@ from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered, Made, Origin
 from paramend.grafting import conversions
 from paramend.grafting.engine import value_of
-from paramend.grafting.plan import Move, Plan
+from paramend.grafting.plan import GraftPlan, Move
 from paramend.leaves.leaves import Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec, kind_of
 from paramend.piecewise.steps import CHUNK
 
 
-def grafted(plan: Plan) -> Checkpoint:
+def grafted(plan: GraftPlan) -> Checkpoint:
     """The target of a plan, a checkpoint, with the values that the plan moves into it; nothing is written.
 
     Values that change their dtype are read once now, in chunks, to count those that overflow or are lost.
@@ -38,7 +38,7 @@ def grafted(plan: Plan) -> Checkpoint:
     return assemble(target, picks, ties=target.ties)
 
 
-def _holds_more(plan: Plan) -> bool:
+def _holds_more(plan: GraftPlan) -> bool:
     """Whether the target is of a format that holds more than leaves, and every leaf that moves can be read."""
     target: Checkpoint = plan.target
     if isinstance(target.source, Gathered) or target.format in ("", "safetensors"):
@@ -58,7 +58,7 @@ def _edited(target: Checkpoint, taken: Mapping[int, Origin | tuple[Any, int]]) -
     return target.edited({n: call("set", {"value": Stored(operands, at)}) for at, n in enumerate(origins)})
 
 
-def _taken(plan: Plan, move: Move) -> Origin | tuple[Any, int]:
+def _taken(plan: GraftPlan, move: Move) -> Origin | tuple[Any, int]:
     """Where the new values come from."""
     ours, theirs = plan.target.spec(move.number), plan.source.spec(move.origin)
     keeps = ours.dtype == theirs.dtype or plan.options.dtype == "source"
@@ -75,7 +75,7 @@ def _taken(plan: Plan, move: Move) -> Origin | tuple[Any, int]:
     return Made(spec, lambda: to_numpy(value_of(plan, move)))
 
 
-def _damage(plan: Plan, origin: int, dtype: str) -> tuple[int, int]:
+def _damage(plan: GraftPlan, origin: int, dtype: str) -> tuple[int, int]:
     """How many values overflow in another dtype, and how many are lost in it."""
     source, spec = plan.source, plan.source.spec(origin)
     if conversions.holds(dtype, spec.dtype):

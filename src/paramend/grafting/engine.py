@@ -8,7 +8,7 @@ from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafting import alignment, conversions
 from paramend.grafting.options import Options
-from paramend.grafting.plan import KINDS, Move, Plan
+from paramend.grafting.plan import KINDS, GraftPlan, Move
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.reports import wording
@@ -32,12 +32,12 @@ def assign(tree: Tree, new: dict[int, Any]) -> None:
         raise
 
 
-def values(plan: Plan) -> dict[int, Any]:
+def values(plan: GraftPlan) -> dict[int, Any]:
     """The new leaves by number; what overflows or is lost is entered in the rows of the moves."""
     return {move.number: value_of(plan, move) for move in plan.moves}
 
 
-def value_of(plan: Plan, move: Move) -> Any:
+def value_of(plan: GraftPlan, move: Move) -> Any:
     """The new value of a leaf; what overflows or is lost is entered in the row of the move."""
     leaf = plan.target.read(move.number)
     value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
@@ -94,7 +94,7 @@ def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -
 # ---- refusing --------------------------------------------------------------------------------------------------
 
 
-def planned(target: Leaves, source: Leaves, options: Options) -> Plan:
+def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     """The plan of a graft.
 
     Raises:
@@ -103,7 +103,7 @@ def planned(target: Leaves, source: Leaves, options: Options) -> Plan:
     for tree, name in ((target, "your model"), (source, "the source")):
         if not tree.index.numbers:
             raise BadArgument(f"{name} holds no arrays", hint="pm.graft(target, source): the model first")
-    plan = Plan(target, source, options)
+    plan = GraftPlan(target, source, options)
     if not plan.cases:
         return plan
     report = plan.report()
@@ -126,25 +126,25 @@ def planned(target: Leaves, source: Leaves, options: Options) -> Plan:
     )
 
 
-def _ways_out(plan: Plan) -> list[Plan]:
+def _ways_out(plan: GraftPlan) -> list[GraftPlan]:
     """Plans that would work: with a rename that makes more names agree, and with options that allow the rest."""
     better = _better_rename(plan)
     tries = [trial for start in (better, plan) if start is not None and (trial := _allowing(start)) is not None]
     if any(len(case.ways) > 1 for case in plan.cases) and (other := _allowing(plan, 1)):
         tries.append(other)
     if not tries and plan.options.in_place:
-        functional = _allowing(Plan(plan.target, plan.source, replace(plan.options, in_place=False)))
+        functional = _allowing(GraftPlan(plan.target, plan.source, replace(plan.options, in_place=False)))
         return [] if functional is None else [functional]
     return tries
 
 
-def _outcome(way: Plan, plan: Plan) -> str:
+def _outcome(way: GraftPlan, plan: GraftPlan) -> str:
     if way.options.in_place != plan.options.in_place:
         return " gives a new tree instead"
     return f"  # copies {wording.plural(len(way.moves), 'leaf', 'leaves')}"
 
 
-def _advice(plan: Plan) -> str:
+def _advice(plan: GraftPlan) -> str:
     kinds = {case.kind for case in plan.cases}
     return next((text for kind, text in _ADVICE.items() if kind in kinds), _ADVICE["nothing"])
 
@@ -164,7 +164,7 @@ _ADVICE = {
 }
 
 
-def _allowing(plan: Plan, choice: int = 0) -> Plan | None:
+def _allowing(plan: GraftPlan, choice: int = 0) -> GraftPlan | None:
     """The plan with options that allow its cases, or None if no options do.
 
     Args:
@@ -186,7 +186,7 @@ def _allowing(plan: Plan, choice: int = 0) -> Plan | None:
         tries = [trial | {"resize_of": rules, "mismatch_of": leaves} for trial in tries for leaves in named]
         tries += [changes | {"mismatch": how} for how in ("overlap", "keep")]
     for trial in tries:
-        allowed = Plan(plan.target, plan.source, plan.options.changed(**trial)) if trial else plan
+        allowed = GraftPlan(plan.target, plan.source, plan.options.changed(**trial)) if trial else plan
         if not allowed.cases:
             return allowed
         if trial.get("mismatch") == "resize" and any(move.meeting and move.meeting.computed for move in allowed.moves):
@@ -200,19 +200,19 @@ def _allowing(plan: Plan, choice: int = 0) -> Plan | None:
 _MOST_NAMED = 4
 
 
-def _better_rename(plan: Plan) -> Plan | None:
+def _better_rename(plan: GraftPlan) -> GraftPlan | None:
     """The plan with the rename under which the most leaves agree, if they are more than without it."""
     kinds = {case.kind for case in plan.cases}
     wrong = {"only", "rule", "place", "choice", "collision"}
     if not kinds & {"unused", "missing", "abstract", "mismatch", "nothing"} or kinds & wrong:
         return None
     source, target = plan.source.index, plan.target.index
-    best: Plan | None = None
+    best: GraftPlan | None = None
     for rules in alignment.propose(_shapes(plan.source), _shapes(plan.target)):
         written = {parse(a).write(source.separator): parse(b).write(target.separator) for a, b in rules.items()}
         try:
             renames = {**(plan.options.rename or {}), **written}
-            trial = Plan(plan.target, plan.source, plan.options.changed(rename=renames))
+            trial = GraftPlan(plan.target, plan.source, plan.options.changed(rename=renames))
         except ParamendError:
             continue
         allowed = all(KINDS[case.kind][2] for case in trial.cases)

@@ -103,7 +103,7 @@ class Move:
         return "copied" if self.meeting is None else "mismatched"
 
 
-class Plan:
+class GraftPlan:
     """Which leaf goes where, from names and specs alone.
 
     Attributes:

@@ -11,7 +11,7 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.growth import numbered
 from paramend.growth.numbered import Layers
-from paramend.growth.planning import Work
+from paramend.growth.planning import DepthPlan
 from paramend.growth.report import DeepenReport
 from paramend.reports import wording
 from paramend.selectors.selector import Selector, Sliced
@@ -33,7 +33,7 @@ def deepened(
             hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)",
         )
     config, file = _config(checkpoint)
-    work = Work(checkpoint, layers, order, identity, lambda where: config)
+    work = DepthPlan(checkpoint, layers, order, identity, lambda where: config)
     picks, ties = _picks(checkpoint, work)
     texts: dict[str, bytes] = {}
     if work.config is not None and file is not None:
@@ -65,7 +65,7 @@ def _config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any] | None, Path | No
     return config, file
 
 
-def _picks(checkpoint: Checkpoint, work: Work) -> tuple[list[Pick], dict[int, int]]:
+def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[int, int]]:
     """The path and origin of each leaf of the new checkpoint, and its ties: those within a layer, and of layers with
     the rest of the model, are kept."""
     index, order = checkpoint.index, work.order

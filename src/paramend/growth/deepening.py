@@ -9,7 +9,7 @@ from paramend.errors import Unsupported
 from paramend.growth.configs import configured
 from paramend.growth.depth import Order
 from paramend.growth.identities import Identity
-from paramend.growth.planning import Work
+from paramend.growth.planning import DepthPlan
 from paramend.growth.rebuilding import Rebuilder
 from paramend.growth.report import DeepenReport
 from paramend.growth.scanned import deepened_stack
@@ -75,7 +75,7 @@ def deepen(
     if isinstance(layers, Sliced):
         return deepened_stack(tree, layers, order, identity)
     memory = Memory(tree)
-    work = Work(memory, layers, order, identity, partial(configuration, tree))
+    work = DepthPlan(memory, layers, order, identity, partial(configuration, tree))
     new, report = _finished(work, Rebuilder(memory, work.runs, work.order).rebuilt(tree))
     for config, values in _configured(new, work):
         _enter(config, config.to_dict(), values)
@@ -122,7 +122,7 @@ def deepen_(
     if isinstance(layers, Sliced):
         raise Unsupported("stacked layers cannot be deepened in place", hint="module, report = pm.deepen(module, ...)")
     memory = Memory(module)
-    work = Work(memory, layers, order, identity, partial(configuration, module))
+    work = DepthPlan(memory, layers, order, identity, partial(configuration, module))
     rebuilder = Rebuilder(memory, work.runs, work.order)
     rebuilder.check()
     new = _configured(module, work)
@@ -133,7 +133,7 @@ def deepen_(
     return report
 
 
-def _finished(work: Work, new: Any) -> tuple[Any, DeepenReport]:
+def _finished(work: DepthPlan, new: Any) -> tuple[Any, DeepenReport]:
     """The rearranged tree with its identities, and the report."""
     tree = Memory(new)
     calls, report = work.finished(tree)
@@ -167,7 +167,7 @@ def _configs(tree: Any, where: Sequence[str]) -> list[Any]:
     return found
 
 
-def _configured(tree: Any, work: Work) -> list[tuple[Any, dict[str, Any]]]:
+def _configured(tree: Any, work: DepthPlan) -> list[tuple[Any, dict[str, Any]]]:
     """The configurations to update, each with its new values."""
     where = work.runs[0].parent
     found = []

@@ -21,7 +21,7 @@ from paramend.selectors.selector import Union, sel
 ConfigAt = Callable[[Sequence[str]], Mapping[str, Any] | None]
 
 
-class Work:
+class DepthPlan:
     """One change of depth.
 
     Attributes:

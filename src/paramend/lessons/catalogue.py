@@ -10,7 +10,7 @@ from paramend.reports.wording import closest, listing
 
 
 @dataclass(frozen=True)
-class Row:
+class LessonRow:
     """Where a lesson is, and what it needs installed.
 
     Attributes:
@@ -26,11 +26,11 @@ class Row:
 
 
 ROWS = (
-    Row("kernel_replace", "Replace one kernel, keep its bias", "kernel", ("jax", "flax"), "jax"),
-    Row("zero_last_layer", "Zero the last kernel, keep its bias", "last_layer", ("jax", "flax"), "jax"),
-    Row("freeze_first_dense", "Freeze the first layer for one step", "frozen_layer", ("jax", "flax"), "jax"),
-    Row("partial_init", "Start a bigger model from a smaller one", "warm_start", ("jax", "flax"), "jax"),
-    Row("init_zero", "Zero one torch layer in place", "torch_layer", ("torch",), "torch"),
+    LessonRow("kernel_replace", "Replace one kernel, keep its bias", "kernel", ("jax", "flax"), "jax"),
+    LessonRow("zero_last_layer", "Zero the last kernel, keep its bias", "last_layer", ("jax", "flax"), "jax"),
+    LessonRow("freeze_first_dense", "Freeze the first layer for one step", "frozen_layer", ("jax", "flax"), "jax"),
+    LessonRow("partial_init", "Start a bigger model from a smaller one", "warm_start", ("jax", "flax"), "jax"),
+    LessonRow("init_zero", "Zero one torch layer in place", "torch_layer", ("torch",), "torch"),
 )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from paramend.arrays.initializers import Place
+from paramend.arrays.initializers import Site
 from paramend.disk.io import put
 from paramend.edits.call import Call
 from paramend.edits.plan import Row
@@ -87,7 +87,7 @@ def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
 
 
 def _change_slice(
-    descriptor: int, extent: Extent, edit: Call, where: Region, row: Row, place: Place, meter: Meter
+    descriptor: int, extent: Extent, edit: Call, where: Region, row: Row, place: Site, meter: Meter
 ) -> None:
     dtype = numpy_dtype(row.before.dtype)
     inner = Spec(where.shape, row.before.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays import numpy as numpy_backend
-from paramend.arrays.initializers import Draws, Place, generator
+from paramend.arrays.initializers import Draws, Site, generator
 from paramend.edits.call import Call
 from paramend.errors import SpecMismatch
 from paramend.leaves.leaves import Stored
@@ -22,7 +22,7 @@ Step = Callable[[Array, int], Array]
 CHUNK = 1 << 18
 
 
-def step_of(edit: Call, spec: Spec, place: Place) -> Step | None:
+def step_of(edit: Call, spec: Spec, place: Site) -> Step | None:
     """The edit as a function of a flat piece of a leaf and its first element; None if it needs the whole leaf.
 
     Pieces must come in order. Functions, JAX keys, indices that repeat an element, and random values or arrays for a
@@ -86,7 +86,7 @@ def _bfloat16_step(verb: np.ufunc, value: Array) -> Step:
     return step
 
 
-def _slice_step(edit: Call, spec: Spec, place: Place) -> Step | None:
+def _slice_step(edit: Call, spec: Spec, place: Site) -> Step | None:
     """The edit of the part of a flat piece that is in a slice; the rest of the piece stays."""
     where = region(spec.shape, edit.index)
     inner = step_of(replace(edit, index=None), Spec(where.shape, spec.dtype), place)

@@ -17,7 +17,7 @@ from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import AnyTree, Spec
 from paramend.recipes.donors import Donors
-from paramend.recipes.steps import Problems, Step, problem_of
+from paramend.recipes.steps import Problems, RecipeStep, problem_of
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
@@ -27,7 +27,7 @@ _FOLLOWS_PATHS = re.compile(r"\.(at(\[\d+\])?|where|to|count|from|leaf)$")
 _FOLLOWS_SPECS = re.compile(rf"\.(at|where|from|{'|'.join({name for op in OPS.values() for name in op.parameters})})$")
 
 
-def run(steps: Sequence[Step], tree: Any, donors: Donors) -> tuple[Any, list[Problem]]:
+def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors) -> tuple[Any, list[Problem]]:
     """The edited tree and all problems; if there are any, the tree has only the steps that could be done."""
     problems = Problems()
     broken: list[_Attempt] = []
@@ -43,7 +43,7 @@ def run(steps: Sequence[Step], tree: Any, donors: Donors) -> tuple[Any, list[Pro
 
 
 def check_in_place(
-    steps: Sequence[Step], module: Any, donors: Donors
+    steps: Sequence[RecipeStep], module: Any, donors: Donors
 ) -> tuple[list[Callable[[], None]], list[Problem]]:
     """The functions that carry out the steps in place, in order, and all problems."""
     problems = Problems()
@@ -85,7 +85,7 @@ class _Attempt:
         problems: what is wrong.
     """
 
-    step: Step
+    step: RecipeStep
     leaves: Editable
     donors: Donors
     address: str

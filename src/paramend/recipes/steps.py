@@ -19,7 +19,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RecipeStep:
     """One step.
 
     Attributes:
@@ -71,7 +71,7 @@ def problem_of(error: ParamendError, address: str) -> Problem:
     return Problem(address, str(error).removesuffix(tail), error.hint, error.code)
 
 
-def parse_steps(data: Any, problems: Problems) -> tuple[Step, ...]:
+def parse_steps(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
     """The steps of a recipe; everything that is wrong with it is added to the problems.
 
     >>> problems = Problems()
@@ -107,7 +107,7 @@ def parse_steps(data: Any, problems: Problems) -> tuple[Step, ...]:
     return tuple(replace(step, number=n) for n, step in enumerate(parsed) if step is not None)
 
 
-def _step(data: Any, address: str, problems: Problems) -> Step | None:
+def _step(data: Any, address: str, problems: Problems) -> RecipeStep | None:
     if not isinstance(data, Mapping) or not data:
         hint = f"{data}: ..." if isinstance(data, str) and data in VERBS else 'zero: "**/bias"'
         problems.add(address, f"a step is a map with one key, its verb, not {_kind(data)}", hint)
@@ -134,7 +134,7 @@ def _step(data: Any, address: str, problems: Problems) -> Step | None:
     return _given(verb, data[verb.name], address, problems)
 
 
-def _given(verb: Verb, body: Any, address: str, problems: Problems) -> Step | None:
+def _given(verb: Verb, body: Any, address: str, problems: Problems) -> RecipeStep | None:
     """The step, if nothing is wrong with the body below its verb."""
     before = len(problems)
     if verb.short and body is not None and not isinstance(body, Mapping):
@@ -161,7 +161,7 @@ def _given(verb: Verb, body: Any, address: str, problems: Problems) -> Step | No
         problems.add(below(address, "leaf"), "leaf names a leaf of another file, and there is no from", _example(verb))
     if len(problems) > before:
         return None
-    step = Step(verb, given)
+    step = RecipeStep(verb, given)
     target = given.get("to") or given.get("leaf", "")
     if "to" in given or captures(target):
         for text in step.texts:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from paramend.arrays.initializers import Place, generator
+from paramend.arrays.initializers import Site, generator
 from paramend.errors import SpecMismatch
 from paramend.leaves.specs import Array
 from paramend.reports import wording
@@ -164,7 +164,7 @@ def vocabulary(old: Shape, new: Shape, path: Path, *, rows: str, axis: int | Non
 
 
 def _rows(x: Array, *, axis: int, count: int, fresh: str, seed: int, path: Path) -> Array:
-    return arithmetic.rows(x, axis, count, fresh, generator(seed, Place(path)))
+    return arithmetic.rows(x, axis, count, fresh, generator(seed, Site(path)))
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from paramend.errors import Unsupported
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.formats.source import Sealed
-from paramend.formats.writer import Span
+from paramend.formats.writer import LeafBytes
 from paramend.rewriting.files import Copy, File, laid, with_rows
 
 
@@ -70,10 +70,10 @@ def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]],
         return File(name, size, mode, (Copy(file.path, 0, size),), file.path, link)
     ordered = [by_place[place] for place in sorted(by_place)]
 
-    def parts() -> Iterator[bytes | Copy | Span]:
+    def parts() -> Iterator[bytes | Copy | LeafBytes]:
         yield Copy(file.path, 0, header.nbytes) if header is file.header else header.to_bytes()
         for place, entry in enumerate(header.entries):
-            yield Span(place, 0, entry.nbytes)
+            yield LeafBytes(place, 0, entry.nbytes)
 
     pieces, _, nbytes = laid(made, ordered, parts())
     return File(name, nbytes, mode, pieces)

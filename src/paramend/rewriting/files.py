@@ -11,7 +11,7 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import Format, format_of
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Extent
-from paramend.formats.writer import Item, Span
+from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import Stored, keys_of
 from paramend.leaves.specs import BITS
 
@@ -98,7 +98,7 @@ def ordered(made: Plan, form: Format) -> list[Row]:
 
 
 def laid(
-    made: Plan, rows: Sequence[Row], parts: Iterable[bytes | Copy | Span]
+    made: Plan, rows: Sequence[Row], parts: Iterable[bytes | Copy | LeafBytes]
 ) -> tuple[tuple[Piece, ...], list[tuple[int, int]], int]:
     """The pieces of a file, the ranges of its leaves, and its length. Adjacent bytes that stay are one piece.
 
@@ -115,7 +115,7 @@ def laid(
             pieces += [part] if part else []
             at += len(part)
             continue
-        if isinstance(part, Span):
+        if isinstance(part, LeafBytes):
             found = _span(made, rows[part.item], part)
             ranges += [(at, at + part.stop - part.start)] if part.start < part.stop else []
         else:
@@ -134,7 +134,7 @@ def laid(
     return tuple(pieces), ranges, at
 
 
-def _span(made: Plan, row: Row, span: Span) -> list[Copy | Computed]:
+def _span(made: Plan, row: Row, span: LeafBytes) -> list[Copy | Computed]:
     """Some bytes of a leaf, copied if they are in a file, else computed."""
     if span.start >= span.stop:
         return []

@@ -18,7 +18,7 @@ from paramend.selectors.grammar import (
     around_captures,
     captures_of,
 )
-from paramend.selectors.nesting import Step
+from paramend.selectors.nesting import PathStep
 from paramend.selectors.patterns import Pattern, parse
 from paramend.selectors.renames import rename
 
@@ -217,7 +217,8 @@ def spelled(index: Index, text: str) -> dict[str, tuple[str, ...]]:
     names = captures_of(text)
     rule = rename(text, "/".join((*(f"<{name}>" for name in names), text)), indexed=True)
     found = {
-        tuple(step.text for step in path[: len(names)] if isinstance(step, Step)) for path in rule.over(index).values()
+        tuple(step.text for step in path[: len(names)] if isinstance(step, PathStep))
+        for path in rule.over(index).values()
     }
     parts = around_captures(text)
     filled: dict[str, tuple[str, ...]] = {}

@@ -62,7 +62,7 @@ def _test(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class MatchStep:
     """What one label must satisfy."""
 
     accepts: Callable[[str], bool]
@@ -84,31 +84,31 @@ def _part(label: Label) -> Part:
     return Part(label, "", closes=True) if isinstance(label, str) else label
 
 
-def steps_of(segments: tuple[Segment, ...]) -> tuple[Step, ...]:
+def steps_of(segments: tuple[Segment, ...]) -> tuple[MatchStep, ...]:
     """The steps of a selector, one for each required label and one for each `**`."""
-    steps: list[Step] = []
+    steps: list[MatchStep] = []
     for number, segment in enumerate(segments):
         match segment:
             case AnyPieces():
-                steps.append(Step(_test((Star(),)), repeats=True))
+                steps.append(MatchStep(_test((Star(),)), repeats=True))
             case Quoted(text):
-                steps += [Step(_test((Literal(text_of(label)),)), exact=label) for label in labels(text)]
+                steps += [MatchStep(_test((Literal(text_of(label)),)), exact=label) for label in labels(text)]
             case Piece(atoms):
                 for at, atom in enumerate(atoms):
                     if isinstance(atom, Positions):
                         head, tail = atoms[:at], atoms[at + 1 :]
-                        steps.append(Step(_test(head), positions=atom, head=head, tail=tail, segment=number))
+                        steps.append(MatchStep(_test(head), positions=atom, head=head, tail=tail, segment=number))
                         break
                 else:
                     only = atoms[0].text if len(atoms) == 1 and isinstance(atoms[0], Literal) else None
-                    steps.append(Step(_test(atoms), only))
+                    steps.append(MatchStep(_test(atoms), only))
     return tuple(steps)
 
 
 class Machine:
     """The steps of a pattern and the cached moves. A state is a set of steps, as bits of an int."""
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
+    def __init__(self, steps: tuple[MatchStep, ...]) -> None:
         self.steps = steps
         self.done = 1 << len(steps)
         self.indexed = sum(1 << i for i, step in enumerate(steps) if step.positions is not None)
@@ -135,7 +135,7 @@ class Machine:
 class Missing:
     """A missing position: how many there are, in which family, and what is below its members."""
 
-    step: Step
+    step: MatchStep
     item: int
     count: int
     family: str
@@ -143,7 +143,7 @@ class Missing:
     after: int
 
 
-class Walk:
+class MatchWalk:
     """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions."""
 
     def __init__(self, machine: Machine) -> None:
@@ -184,7 +184,7 @@ class Walk:
                 if step.positions is not None and state >> i & 1:
                     self.visit_positions(names, step, step.positions, machine.closure(1 << (i + 1)))
 
-    def visit_positions(self, names: Names, step: Step, positions: Positions, after: int) -> None:
+    def visit_positions(self, names: Names, step: MatchStep, positions: Positions, after: int) -> None:
         roles = self.machine.roles.get(step.segment)
         if roles is None or len(roles) > _REMEMBERED:
             roles = self.machine.roles[step.segment] = {}
@@ -201,7 +201,7 @@ class Walk:
     def first_missing(self) -> Missing | None:
         """The first position missing among siblings that match the rest of the pattern."""
         for missing in self.missing:
-            trial = Walk(self.machine)
+            trial = MatchWalk(self.machine)
             for member in missing.members:
                 trial.arrive(member, missing.after)
             if trial.hits or trial.first_missing():
@@ -231,14 +231,14 @@ class _Role(NamedTuple):
 _NO_ROLE = _Role(False)
 
 
-def _role(label: Label, step: Step) -> _Role:
+def _role(label: Label, step: MatchStep) -> _Role:
     text = text_of(label)
     heads = bool(step.head) and not step.tail and step.accepts(text)
     found = _sibling(step.head, step.tail)(text)
     return _Role(heads, *found) if found is not None else _Role(heads) if heads else _NO_ROLE
 
 
-def _families(names: Names, step: Step, roles: dict[Label, _Role]) -> list[tuple[str, dict[int, list[Any]]]]:
+def _families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[tuple[str, dict[int, list[Any]]]]:
     """The numbered families that `head[...]tail` may mean under one parent: each a name and number → children.
 
     `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`.

@@ -16,7 +16,7 @@ _REPLACED = _ADDED = _OUT_OF_A_NAME = 2
 _CONTAINER = 3
 
 
-class Step(NamedTuple):
+class PathStep(NamedTuple):
     """One piece of a new path.
 
     Attributes:
@@ -144,7 +144,7 @@ def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence
     return found
 
 
-def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) -> list[Step]:
+def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) -> list[PathStep]:
     """The steps of a new path: each piece in its key.
 
     Args:
@@ -154,7 +154,7 @@ def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) ->
     """
     depth = depths(path)
     anchors = [_anchor(words, at, joints) for at in range(len(words))]
-    steps: list[Step] = []
+    steps: list[PathStep] = []
     for at, (word, anchor) in enumerate(zip(words, anchors, strict=True)):
         before = None
         if at and anchor is not None and not word.whole and not words[at - 1].whole:
@@ -162,7 +162,7 @@ def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) ->
             if left is not None and depth[left] == depth[anchor]:
                 label = None if word.origin is None else path[word.origin]
                 before = (label.before if isinstance(label, Part) else "") or joints[anchor]
-        steps.append(Step(word.text, before, None if anchor is None else depth[anchor]))
+        steps.append(PathStep(word.text, before, None if anchor is None else depth[anchor]))
     return steps
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from paramend.errors import OutOfRange
 from paramend.leaves.paths import Names
 from paramend.selectors.grammar import Piece, Positions, Reader, Segment
-from paramend.selectors.matching import Machine, Missing, Walk, steps_of
+from paramend.selectors.matching import Machine, MatchWalk, Missing, steps_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Pattern:
         walk = self._walk(names)
         return walk.hits, walk.subtrees
 
-    def _walk(self, names: Names) -> Walk:
-        walk = Walk(self._machine)
+    def _walk(self, names: Names) -> MatchWalk:
+        walk = MatchWalk(self._machine)
         walk.visit(names, self._machine.closure(1))
         return walk
 

@@ -13,7 +13,7 @@ from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Label, Names, labels, number_of, text_of, write_path
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.selectors.matching import expression
-from paramend.selectors.nesting import Step, Tables, Word, closes, nest, opens, pair
+from paramend.selectors.nesting import PathStep, Tables, Word, closes, nest, opens, pair
 from paramend.selectors.patterns import Pattern, parse
 
 
@@ -29,7 +29,7 @@ class Pick(NamedTuple):
     which: int | None
 
 
-NewPath = tuple[Step | Pick, ...]
+NewPath = tuple[PathStep | Pick, ...]
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,12 @@ def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
         OutOfRange: that tree has no such position.
 
     >>> index = Index.of_names(["Dense_0.w", "Dense_9.w"])
-    >>> pieces((Pick(parse("Dense_[-1]").segments[0], None), Step("w")), index.names)
+    >>> pieces((Pick(parse("Dense_[-1]").segments[0], None), PathStep("w")), index.names)
     ('Dense_9', 'w')
     """
     out: list[str] = []
     for step in path:
-        if isinstance(step, Step):
+        if isinstance(step, PathStep):
             out += map(text_of, labels(step.text))
         else:
             out += _look_up(step, names or {}, out)
@@ -169,12 +169,12 @@ def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
 def keys(path: NewPath) -> list[tuple[str, int | None]]:
     """The keys of a new path without picks, each with the depth in the old path of the container that it was in.
 
-    >>> keys((Step("net", None, 0), Step("~", "/", 0), Step("linear_0", "/", 0), Step("w", None, 1)))
+    >>> keys((PathStep("net", None, 0), PathStep("~", "/", 0), PathStep("linear_0", "/", 0), PathStep("w", None, 1)))
     [('net/~/linear_0', 0), ('w', 1)]
     """
     out: list[tuple[str, int | None]] = []
     for step in path:
-        assert isinstance(step, Step)
+        assert isinstance(step, PathStep)
         if step.before is None:
             out.append((step.text, step.depth))
         else:

@@ -16,8 +16,8 @@ import numpy as np
 from paramend.disk.identity import check_still
 from paramend.errors import BadCheckpoint, CannotRead
 from paramend.formats.files import closed
-from paramend.formats.orbax.store import MANIFEST, Blame, Box, Entry, Stage, Store, read_json
-from paramend.formats.orbax.tree import TREE, Walk
+from paramend.formats.orbax.store import MANIFEST, Blame, Box, OrbaxEntry, Stage, Store, read_json
+from paramend.formats.orbax.tree import TREE, OrbaxWalk
 from paramend.formats.orbax.writer import OrbaxWriter
 from paramend.formats.source import check_readable
 from paramend.leaves.leaves import entries
@@ -96,7 +96,7 @@ class OrbaxCheckpoint:
             # A missing chunk is a sign of damage only if every chunk was written.
             whole=bool(table and table.get("store_array_data_equal_to_fill_value")),
         )
-        self.walk = walk = Walk(self.folder, table if table is not None else self._listed())
+        self.walk = walk = OrbaxWalk(self.folder, table if table is not None else self._listed())
         self.index, self.keys, self.names = walk.index, walk.keys, walk.names
         self.metadata: Mapping[str, Any] = walk.others
         self.forget()
@@ -222,7 +222,7 @@ class OrbaxCheckpoint:
     # ---- behind the scenes -----------------------------------------------------------------------------------
 
     @cached_property
-    def _arrays(self) -> list[Entry]:
+    def _arrays(self) -> list[OrbaxEntry]:
         """The store's entry for each array."""
         self._check_open()
         return self.store.describe(self.names)

@@ -39,7 +39,7 @@ _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class OrbaxEntry:
     """One array of a store, as its zarr metadata has it.
 
     Attributes:
@@ -92,7 +92,7 @@ class Store:
             return {"driver": "ocdbt", "base": files(self.folder), "path": path}
         return files(self.folder, path)
 
-    def describe(self, names: Sequence[str]) -> list[Entry]:
+    def describe(self, names: Sequence[str]) -> list[OrbaxEntry]:
         """The entry of each array."""
         texts = self._said(names) if self.database else map(self._said_beside, names)
         return [self._entry(name, text) for name, text in zip(names, texts, strict=True)]
@@ -145,7 +145,7 @@ class Store:
         except CannotRead:
             raise BadCheckpoint(f"{self.folder}: {shown(name)}: its folder has no {self.described}") from None
 
-    def _entry(self, name: str, text: bytes) -> Entry:
+    def _entry(self, name: str, text: bytes) -> OrbaxEntry:
         file, place = str(self.folder), f"{shown(name)}/{self.described}"
         table = parse_object(text, file, place)
         shape = _shape(table.get("shape"), file, f"{place}, shape")
@@ -158,7 +158,7 @@ class Store:
         chunks = _shape(chunks, file, f"{place}, chunks")
         if len(chunks) != len(shape) or not all(chunks):
             raise bad(file, place, f"chunks of shape {chunks} do not make an array of shape {shape}")
-        return Entry(Spec(shape, _dtype(dtype)), chunks, text)
+        return OrbaxEntry(Spec(shape, _dtype(dtype)), chunks, text)
 
 
 # Chunks below the folder of an array, as the drivers of zarr 2 and 3 name them, and the parts of a database.
@@ -220,7 +220,7 @@ class Stage:
             self._base = {"driver": "ocdbt", "base": {"driver": "kvstack", "layers": layers}, "manifest": files(folder)}
             self._base |= {f"{kind}_data_prefix": prefix for kind in kinds}
 
-    def open(self, name: str, entry: Entry) -> None:
+    def open(self, name: str, entry: OrbaxEntry) -> None:
         """Prepare an array of the store for new chunks."""
         if not self.database:
             # The metadata stays where it is, and is not written again.

@@ -17,7 +17,7 @@ TREE, STRINGS = "_METADATA", "_strings.json"
 _EMPTY: dict[str, Callable[[], Any]] = {"None": lambda: None, "Dict": dict, "List": list, "Tuple": tuple}
 
 
-class Walk:
+class OrbaxWalk:
     """The leaves that a table of metadata lists.
 
     Attributes:

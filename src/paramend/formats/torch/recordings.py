@@ -18,7 +18,7 @@ from paramend.formats.torch.pickles import Flaw, Name, Vocabulary
 _DEPTH = 200
 
 
-class Made:
+class Rebuilt:
     """The result of a call.
 
     Attributes:
@@ -35,7 +35,7 @@ class Made:
         self.state: Any = None
 
 
-class Stored:
+class StorageRef:
     """A storage that tensors view.
 
     Attributes:
@@ -76,13 +76,13 @@ class Recorder:
         """The known names."""
         return self._names
 
-    def resolve(self, reference: Any) -> Stored:
+    def resolve(self, reference: Any) -> StorageRef:
         """A storage, recorded."""
-        return Stored(reference[1:])
+        return StorageRef(reference[1:])
 
     def build(self, thing: Any, state: Any) -> None:
         """Record the state of what a call returned."""
-        if type(thing) is not Made:
+        if type(thing) is not Rebuilt:
             raise Flaw(f"{type(thing).__name__.lower()} takes no state")
         thing.state = state
 
@@ -91,7 +91,7 @@ def _recording(name: Name) -> Name:
     if name.call is None or name.text == "collections.OrderedDict":
         return name
     made = Name(name.text)
-    made.call = lambda *arguments: Made(made, arguments)
+    made.call = lambda *arguments: Rebuilt(made, arguments)
     return made
 
 
@@ -178,7 +178,7 @@ class _Pickler:
         yield b"t" + self.keep(node)
         self.open.remove(id(node))
 
-    def _made(self, node: Made, depth: int) -> Iterator[bytes]:
+    def _made(self, node: Rebuilt, depth: int) -> Iterator[bytes]:
         self.open.add(id(node))
         yield _name(node.function)
         yield from self.parts(node.arguments, depth)
@@ -188,7 +188,7 @@ class _Pickler:
             yield from self.parts(node.state, depth)
             yield b"b"
 
-    def _stored(self, node: Stored, depth: int) -> Iterator[bytes]:
+    def _stored(self, node: StorageRef, depth: int) -> Iterator[bytes]:
         self.used.add(node.key)
         yield b"("
         for child in ("storage", *node.reference):
@@ -198,13 +198,13 @@ class _Pickler:
     # The protocol has no instructions for these types: calls make them.
 
     def _set(self, node: set[Any], depth: int) -> Iterator[bytes]:
-        yield from self._made(Made(Name("builtins.set"), (sorted(node, key=repr),)), depth)
+        yield from self._made(Rebuilt(Name("builtins.set"), (sorted(node, key=repr),)), depth)
         yield self.keep(node)
 
     def _bytes(self, node: bytes | bytearray, depth: int) -> Iterator[bytes]:
         text = node.decode("latin1")
         name = "_codecs.encode" if type(node) is bytes else "builtins.bytearray"
-        yield from self._made(Made(Name(name), (text, "latin1")), depth)
+        yield from self._made(Rebuilt(Name(name), (text, "latin1")), depth)
         yield self.keep(node)
 
     _PARTS: Mapping[type, Callable[["_Pickler", Any, int], Iterator[bytes]]] = {
@@ -213,8 +213,8 @@ class _Pickler:
         OrderedDict: _mapping,
         list: _list,
         tuple: _tuple,
-        Made: _made,
-        Stored: _stored,
+        Rebuilt: _made,
+        StorageRef: _stored,
         set: _set,
         bytes: _bytes,
         bytearray: _bytes,

@@ -19,7 +19,7 @@ from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.source import Extent, check_readable
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
-from paramend.formats.torch.recordings import Made, Recorder
+from paramend.formats.torch.recordings import Rebuilt, Recorder
 from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
@@ -127,8 +127,8 @@ class TorchFile(ZipSource):
             if type(node) is Tensor:
                 calls.append(seen)
                 return np.array(len(calls) - 1)
-            if type(seen) is Made and isinstance(node, dict):  # a counter, whose entries are in its call
-                return Made(seen.function, (build(node, seen.arguments[0]),)) if seen.arguments else seen
+            if type(seen) is Rebuilt and isinstance(node, dict):  # a counter, whose entries are in its call
+                return Rebuilt(seen.function, (build(node, seen.arguments[0]),)) if seen.arguments else seen
             if isinstance(node, dict):
                 pairs = zip(node.items(), seen.values(), strict=True)
                 entries = type(node)((key, build(child, other)) for (key, child), other in pairs)

@@ -9,8 +9,8 @@ from typing import Any
 
 from paramend.errors import RenameClash
 from paramend.formats.torch.pickles import Name
-from paramend.formats.torch.recordings import Made, Stored, pickled
-from paramend.formats.writer import Item, Span
+from paramend.formats.torch.recordings import Rebuilt, StorageRef, pickled
+from paramend.formats.writer import Item, LeafBytes
 from paramend.formats.zips.headers import ZipHeaders
 from paramend.leaves.specs import Spec, kind_of
 
@@ -46,22 +46,22 @@ class TorchWriter:
         """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in _STORAGES or spec.dtype in _NEWER else f"torch cannot hold {spec.dtype}"
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | Span]:
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:
             RenameClash: a leaf has the path of a container of others.
 
         >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
-        >>> [part for part in TorchWriter().parts([item], {}) if isinstance(part, Span)]
-        [Span(item=0, start=0, stop=8)]
+        >>> [part for part in TorchWriter().parts([item], {}) if isinstance(part, LeafBytes)]
+        [LeafBytes(item=0, start=0, stop=8)]
         """
         zipped = ZipHeaders()
         yield from zipped.member(f"{_FOLDER}/data.pkl", _pickle(items))
         yield from zipped.member(f"{_FOLDER}/byteorder", b"little")
         for i, item in enumerate(items):
             yield zipped.open(f"{_FOLDER}/data/{i}", item.nbytes)
-            yield Span(i, 0, item.nbytes)
+            yield LeafBytes(i, 0, item.nbytes)
             yield zipped.close()
         yield from zipped.member(f"{_FOLDER}/version", b"3\n")
         yield zipped.finish()
@@ -86,7 +86,7 @@ def _pickle(items: Sequence[Item]) -> bytes:
 
 def tensor(
     spec: Spec, key: str, *, device: Any = "cpu", grad: bool = False, hooks: Mapping[str, Any] | None = None
-) -> Made:
+) -> Rebuilt:
     """The call that rebuilds a tensor whose storage holds exactly its elements, contiguous.
 
     Args:
@@ -105,16 +105,16 @@ def tensor(
     hooks = OrderedDict() if hooks is None else hooks
     kind = _STORAGES.get(spec.dtype)
     if kind:
-        storage = Stored((Name(f"torch.{kind}Storage"), key, device, spec.size))
-        return Made(_V2, (storage, 0, spec.shape, tuple(strides), grad, hooks))
-    storage = Stored((Name("torch.storage.UntypedStorage"), key, device, spec.nbytes))
-    return Made(_V3, (storage, 0, spec.shape, tuple(strides), grad, hooks, Name(f"torch.{spec.dtype}")))
+        storage = StorageRef((Name(f"torch.{kind}Storage"), key, device, spec.size))
+        return Rebuilt(_V2, (storage, 0, spec.shape, tuple(strides), grad, hooks))
+    storage = StorageRef((Name("torch.storage.UntypedStorage"), key, device, spec.nbytes))
+    return Rebuilt(_V3, (storage, 0, spec.shape, tuple(strides), grad, hooks, Name(f"torch.{spec.dtype}")))
 
 
 _V2, _V3 = Name("torch._utils._rebuild_tensor_v2"), Name("torch._utils._rebuild_tensor_v3")
 
 
-def retargeted(made: Made, spec: Spec, key: str) -> Made:
+def retargeted(made: Rebuilt, spec: Spec, key: str) -> Rebuilt:
     """The call that rebuilds a tensor, with other elements: it stays a parameter, and keeps its attributes.
 
     Args:
@@ -125,12 +125,12 @@ def retargeted(made: Made, spec: Spec, key: str) -> Made:
     arguments = made.arguments
     if made.function.text == "torch._tensor._rebuild_from_type_v2":
         function, kind, inner, state = arguments
-        found = retargeted(Made(function, inner), spec, key)
-        return Made(made.function, (found.function, kind, found.arguments, state))
+        found = retargeted(Rebuilt(function, inner), spec, key)
+        return Rebuilt(made.function, (found.function, kind, found.arguments, state))
     if made.function.text.startswith("torch._utils._rebuild_parameter"):
         data, grad, *more = arguments
         grad = bool(grad) and kind_of(spec.dtype) in ("float", "complex")
-        return Made(made.function, (retargeted(data, spec, key), grad, *more))
+        return Rebuilt(made.function, (retargeted(data, spec, key), grad, *more))
     storage, *more = arguments
     grad, hooks = (*more[3:5], False, None)[:2]
     return tensor(spec, key, device=storage.reference[2], grad=grad, hooks=hooks)

@@ -16,7 +16,7 @@ from paramend.grafting.engine import planned, values
 from paramend.grafting.links import Link, Links, Path
 from paramend.grafting.mismatches import overlapping
 from paramend.grafting.options import Options
-from paramend.grafting.plan import Move, Plan
+from paramend.grafting.plan import GraftPlan, Move
 from paramend.grafting.report import PARTS, GraftReport, GraftRow
 from paramend.grafting.states.carry_optax import Leaf, Sources
 from paramend.grafting.states.moments import OWN, States, Survey, numbers_of, prefix_of
@@ -147,7 +147,7 @@ class _Work:
         report: GraftReport = planned(_flat(ours), _flat(theirs), replace(options, in_place=False)).report()
         return report
 
-    def plan_of_rest(self, options: Options) -> Plan:
+    def plan_of_rest(self, options: Options) -> GraftPlan:
         """The plan of a graft of everything outside the states; rules may be written for the parameters alone."""
         rest, other = (
             _flat({path: tree.values[number] for path, number in self.arrays(tree, survey).items()})
