@@ -10,12 +10,13 @@ from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
 import numpy as np
 
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
-from paramend.leaves.leaves import Index, Leaves, unique
+from paramend.leaves.leaves import Leaves, unique
 from paramend.leaves.names import by_name
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
-from paramend.selectors.grammar import AnyPieces, Number, Piece, Positions
+from paramend.selectors.grammar import Number, Piece
+from paramend.selectors.messages import count_of, examples, nothing, out_of_range, quoted
 from paramend.selectors.patterns import Pattern, parse
 from paramend.trees.kind import ELIDED
 
@@ -101,7 +102,7 @@ class Text(Selector):
         return _text_selector, (self.text,)
 
     def __repr__(self) -> str:
-        return f"pm.sel({_quote(self.text)})"
+        return f"pm.sel({quoted(self.text)})"
 
     def _find(self, leaves: Leaves) -> set[int]:
         index = leaves.index
@@ -110,9 +111,9 @@ class Text(Selector):
             try:
                 found = tuple(index.ordered(self.pattern.find(index.names)))
             except OutOfRange as error:
-                raise _out_of_range(self.text, error, index) from None
+                raise out_of_range(self.text, error, index) from None
             if not found:
-                raise _nothing(self.text, self.pattern, index)
+                raise nothing(self.text, self.pattern, index)
             index.found[self.text] = found
         return set(found)
 
@@ -136,13 +137,13 @@ class Regex(Selector):
         if not found:
             searched = [index.path(n) for n in index.numbers if self.expression.search(index.path(n))]
             raise NoMatch(
-                f"{self!r} matches none of {_count(leaves.index)}"
+                f"{self!r} matches none of {count_of(leaves.index)}"
                 + (
                     f"; it occurs within {wording.listing(searched, 3)}, but must match the whole path"
                     if searched
                     else ""
                 ),
-                hint=self._written(f".*{self.expression.pattern}.*") if searched else _examples(leaves.index),
+                hint=self._written(f".*{self.expression.pattern}.*") if searched else examples(leaves.index),
                 near=searched[:3],
             )
         return found
@@ -178,7 +179,7 @@ class Held(_Named):
             kinds = sorted({kind.__name__ for kind, start, stop in spans if stop > start})
             raise NoMatch(
                 f"no leaf is held by an instance of {self.kind.__qualname__}; this tree has {wording.listing(kinds)}",
-                hint=_examples(leaves.index),
+                hint=examples(leaves.index),
             )
         return found
 
@@ -314,7 +315,7 @@ class Where(Selector):
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in ("ndim", "dtype", "shape", "min_size", "max_size")}
         said = ", ".join(
-            f"{name}={_quote(value) if isinstance(value, str) else value}"
+            f"{name}={quoted(value) if isinstance(value, str) else value}"
             for name, value in given.items()
             if value is not None
         )
@@ -486,7 +487,7 @@ def _is_selector(what: Any) -> bool:
 def _some(selector: Selector, leaves: Leaves) -> set[int]:
     found = selector._find(leaves)
     if not found:
-        raise NoMatch(f"{selector!r} matches none of {_count(leaves.index)}", hint=_examples(leaves.index))
+        raise NoMatch(f"{selector!r} matches none of {count_of(leaves.index)}", hint=examples(leaves.index))
     return found
 
 
@@ -510,83 +511,3 @@ def _tight(selector: Selector) -> str:
 
 def _bracketed(selector: Selector) -> str:
     return f"({selector!r})" if isinstance(selector, Union | Both) else repr(selector)
-
-
-def _count(index: Index) -> str:
-    return wording.plural(len(index.numbers), "leaf", "leaves")
-
-
-# ---- errors when nothing matches -------------------------------------------------------------------------------
-
-
-def _nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
-    """The error for a selector that matches nothing, with up to three that do."""
-    if not index.numbers:
-        return NoMatch(f"{_quote(text)} matches nothing: the tree holds no arrays")
-    separator = _separator(text, index)
-    atoms = [atom for segment in pattern.segments if isinstance(segment, Piece) for atom in segment.atoms]
-    indexed = any(isinstance(atom, Positions) for atom in atoms)
-    if indexed or pattern.reach(index.names)[1]:
-        whole = Pattern((*pattern.segments, AnyPieces()))
-        try:
-            below = len(whole.find(index.names))
-        except OutOfRange as error:
-            return _out_of_range(text, error, index)
-        if below:
-            near = whole.write(separator)
-            return NoMatch(
-                f"{_quote(text)} names a subtree of {wording.plural(below, 'leaf', 'leaves')}, not a leaf",
-                hint=f"write {_quote(near)}",
-                near=[near],
-            )
-    from paramend.selectors.misses import nearest  # needed only for errors
-
-    found = nearest(pattern, index.names)
-    offers = [near.write(separator) for near, _ in found]
-    if found:
-        others = f", or {' or '.join(map(_quote, offers[1:]))}" if offers[1:] else ""
-        hint = f"did you mean {_quote(offers[0])} ({wording.plural(found[0][1], 'leaf', 'leaves')}){others}?"
-    else:
-        hint = _examples(index)
-    return NoMatch(f"{_quote(text)} matches none of {_count(index)}", hint=hint, near=offers)
-
-
-def _out_of_range(text: str, error: OutOfRange, index: Index) -> OutOfRange:
-    """The error for a missing position, with the nearest positions that exist."""
-    offers: list[str] = []
-    near: OutOfRange | None = error
-    while near is not None:  # a selector may hold several positions
-        pattern = parse(near.near[0])
-        try:
-            offers = [pattern.write(_separator(text, index))] if pattern.find(index.names) else []
-            near = None
-        except OutOfRange as further:
-            near = further
-    message = error.args[0].partition("\n")[0]
-    hint = f"{error.hint}: {', '.join(map(_quote, offers))}" if offers else error.hint
-    return OutOfRange(f"{_quote(text)}: {message}", hint=hint, near=offers)
-
-
-def _examples(index: Index) -> str:
-    """Examples of what can be selected, for a hint."""
-    if not index.numbers:
-        return "the tree holds no arrays"
-    shown = ", ".join(_quote(index.path(number)) for number in index.numbers[:3])
-    more = len(index.numbers) - 3
-    return f"this tree has {shown}{f', and {more:,} more' if more > 0 else ''}"
-
-
-def _quote(text: str) -> str:
-    """Text in quotes, as Python reads it; in double quotes if that needs no escapes.
-
-    >>> print(_quote("**/kernel"), _quote('"a/b"/c'))
-    "**/kernel" '"a/b"/c'
-    """
-    written = repr(text)
-    return f'"{written[1:-1]}"' if '"' not in text else written
-
-
-def _separator(text: str, index: Index) -> str:
-    """The separator that the text uses, or else that of the tree."""
-    used = [char for char in "/." if char in text]
-    return used[0] if len(used) == 1 else index.separator
