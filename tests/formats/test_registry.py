@@ -136,10 +136,10 @@ def test_whatever_torch_saves_is_torch(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "records", "message"),
     [
-        ("x.zip", [("readme.txt", b"hello")], "one record data.pkl in a folder, but here is none"),
-        ("x.pt", [("readme.txt", b"hello")], "one record data.pkl in a folder, but here is none"),
-        ("x.pt", [], "one record data.pkl in a folder, but here is none"),
-        ("x.pt", [("a/b/data.pkl", b"hello")], "one record data.pkl in a folder, but here is none"),
+        ("x.zip", [("readme.txt", b"hello")], "one member data.pkl in a folder, but here is none"),
+        ("x.pt", [("readme.txt", b"hello")], "one member data.pkl in a folder, but here is none"),
+        ("x.pt", [], "one member data.pkl in a folder, but here is none"),
+        ("x.pt", [("a/b/data.pkl", b"hello")], "one member data.pkl in a folder, but here is none"),
     ],
 )
 def test_a_zip_file_without_a_checkpoint(tmp_path, name, records, message):

@@ -174,10 +174,11 @@ class Selection(Edits[T]):
         calls = self._calls(op, args)
         if self._tree.patched_by:
             selector = repr(getattr(self._selector, "text", self._selector))
+            typed = _typed({name: args[name] for name in op.parameters if name in args})
             index = "" if self._index is None else f"[{write_index(self._index)}]"
             raise Unsupported(
                 f"{op.name}_ cannot edit an opened checkpoint in place",
-                hint=self._tree.patched_by.format(f"pm.at(tree, {selector}){index}.{op.name}({_typed(args)})"),
+                hint=self._tree.patched_by.format(f"pm.at(tree, {selector}){index}.{op.name}({typed})"),
             )
         self._tree.edited_(calls)
 

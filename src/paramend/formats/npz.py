@@ -290,9 +290,9 @@ def _check_kind(file: OpenFile) -> None:
 
 def _check_member(archive: Archive, member: Member) -> None:
     if member.method not in (STORED, _DEFLATED):
-        raise archive.bad(member.name, f"it is compressed by method {member.method}, and numpy uses deflate only")
+        raise archive.bad(member.name, f"it is compressed by method {member.method}, but numpy uses only deflate")
     if member.method == _DEFLATED and member.nbytes > _MOST_DEFLATE * member.packed:
-        most = "more than deflate can make of them"
+        most = "more than deflate can produce"
         raise archive.bad(member.name, f"{member.packed:,} bytes would become {member.nbytes:,}, {most}")
 
 
@@ -335,7 +335,7 @@ def _entry(archive: Archive, member: Member) -> NpzEntry:
     dtype, swapped, sealed = _dtype(descr)
     spec = Spec(shape, dtype)
     if dtype in BITS and spec.nbytes != nbytes:
-        raise archive.bad(member.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, and {nbytes:,} are there")
+        raise archive.bad(member.name, f"{spec} takes {wording.plural(spec.nbytes, 'byte')}, but {nbytes:,} are there")
     # If at most one axis is longer than 1, both orders are the same.
     fortran = fortran and sum(axis != 1 for axis in shape) > 1
     return NpzEntry(name, member.name, spec, start, nbytes, fortran, swapped, sealed)

@@ -135,7 +135,7 @@ class Archive:
             raise self.bad(name, "it is compressed")
         data = self.file.read(self.offsets(name).start, member.nbytes)
         if zlib.crc32(data) != member.crc:
-            raise self.bad(name, "its bytes do not have the checksum (CRC32) that the file says they have")
+            raise self.bad(name, "its bytes do not match their checksum (CRC32)")
         return data
 
     def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Member]:
@@ -203,7 +203,7 @@ class Archive:
             if said != true:
                 raise self.bad(member.name, "its local header and the central directory differ in sizes or checksum")
             return Offsets(start, (here, member.central))
-        # With a descriptor after the member the header's own fields are empty, or (from some writers) already true.
+        # If a descriptor follows the member, the fields of the header are empty or (from some writers) already filled.
         if crc not in (0, member.crc) or any(a not in (0, b, _U32) for a, b in zip(said[1:], true[1:], strict=True)):
             raise self.bad(member.name, "its local header and the central directory differ in sizes or checksum")
         crcs = (here,) if crc and crc == member.crc else ()
@@ -218,7 +218,7 @@ class Archive:
                 return at + 4
             if raw.startswith(plain):
                 return at
-        raise self.bad(member.name, "the sizes and checksum after it are not those of the central directory")
+        raise self.bad(member.name, "the sizes and checksum after it differ from the central directory")
 
     def _limit(self, member: Member) -> int:
         """The offset of what follows a member."""
