@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from paramend import errors
-from paramend.cli.edit import arguments_of
 from paramend.edits.ops import OPS
 from paramend.recipes.verbs import VERBS
 
@@ -44,7 +43,8 @@ def commands_table() -> str:
     rows = ["| command | also | options | what it does to the selected leaves |", "|---|---|---|---|"]
     for op in OPS.values():
         if not op.code:
-            command = " ".join([op.name, "PATH", "SELECTOR", *arguments_of(op)])
+            required = [name.upper() for name in op.parameters if name not in op.optional]
+            command = " ".join([op.name, "PATH", "SELECTOR", *required])
             options = ", ".join(
                 [*(f"`--{name}`" for name in op.optional), *(["`--in-place`"] if op.keeps_spec else [])]
             )

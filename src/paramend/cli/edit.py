@@ -195,11 +195,6 @@ def _command(
     return _Command(name, callback=run, params=[*first, *params, *rest], help=f"{says}\n\n{whole}")
 
 
-def arguments_of(op: Op) -> list[str]:
-    """The required arguments of a command as its usage shows them: `["LO", "HI"]`."""
-    return [name.upper() for name in op.parameters if name not in op.optional]
-
-
 def edit_command(op: Op) -> click.Command:
     """The command of a row of the table of edits."""
     params: list[click.Parameter] = []
