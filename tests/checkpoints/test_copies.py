@@ -113,7 +113,7 @@ def test_a_copy_refuses_another_file(path, way):
         file.with_name(f"{file.name}.new").rename(file)
         os.utime(file, (1, 1))
     for number in (0, 1):
-        with pytest.raises(BadCheckpoint, match=r"changed it since it was opened\n\nhint: open the checkpoint again"):
+        with pytest.raises(BadCheckpoint, match=r"opened; nothing was written\n\nhint: open the checkpoint again"):
             twin.read(number)
         with pytest.raises(BadCheckpoint, match="changed it since it was opened"):
             twin.source.read_range(number, 0, 2)

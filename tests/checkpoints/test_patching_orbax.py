@@ -279,7 +279,7 @@ def test_a_dry_run_and_progress(copy):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: pm.at(t, "params/bias").cast("float32"), "in place shape and dtype stay"),
+        (lambda t: pm.at(t, "params/bias").cast("float32"), "shape and dtype cannot change in place"),
         (lambda t: pm.at(t, "params/bias").delete(), "params/bias would be deleted"),
         (lambda t: pm.at(t, "params/bias").rename("params/b"), "params/bias would be renamed"),
     ],

@@ -245,7 +245,7 @@ def test_a_dry_run_shows_the_table_of_the_run_and_writes_nothing(model, tmp_path
     ]
     again = run(*args, "--dry-run")
     assert again.exit_code == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     assert run(*args[:-2], "--dry-run").stdout == dry.stdout
 
 

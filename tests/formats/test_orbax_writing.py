@@ -235,7 +235,7 @@ def test_chunks_hold_neighbours(shape):
 def test_nothing_is_written_where_something_is(saved, tmp_path):
     with pm.open(saved / "ocdbt") as checkpoint:
         checkpoint.save(tmp_path / "x")
-        with pytest.raises(CannotWrite, match="exists already"):
+        with pytest.raises(CannotWrite, match="already exists"):
             checkpoint.save(tmp_path / "x")
         pm.at(checkpoint, "params/bias").zero().save(tmp_path / "x", force=True)
         with pytest.raises(CannotWrite, match="is what is being read"):

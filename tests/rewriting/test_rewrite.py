@@ -353,7 +353,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(model, tmp_path, selec
 def test_an_existing_output_stays_without_force(model, tmp_path):
     out = tmp_path / "out"
     out.write_text("precious")
-    with pytest.raises(CannotWrite, match="exists already") as error:
+    with pytest.raises(CannotWrite, match="already exists") as error:
         rewrite(model, out, "step", "zero")
     assert isinstance(error.value, OSError)
     assert out.read_text() == "precious"
@@ -363,7 +363,7 @@ def test_an_existing_output_stays_without_force(model, tmp_path):
 
 def test_an_output_that_comes_while_writing_stays(model, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(CannotWrite, match="exists already"):
+    with pytest.raises(CannotWrite, match="already exists"):
         rewrite(model, out, "step", "zero", progress=lambda event: out.write_text("precious"))
     assert out.read_text() == "precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "out"]
@@ -377,7 +377,7 @@ def test_a_file_system_without_hard_links(model, tmp_path, monkeypatch):
     rewrite(model, tmp_path / "out", "step", "zero")
     assert read(tmp_path / "out")["step"] == 0
     late = tmp_path / "late"
-    with pytest.raises(CannotWrite, match="exists already"):
+    with pytest.raises(CannotWrite, match="already exists"):
         rewrite(model, late, "step", "zero", progress=lambda event: late.write_text("precious"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["late", "model.safetensors", "out"]
 
@@ -400,7 +400,7 @@ def test_a_symbolic_link_as_input_and_as_output(model, tmp_path):
     assert not (tmp_path / "out").is_symlink()  # the name was replaced, not what it pointed to
     assert (tmp_path / "blob").read_text() == "precious"
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CannotWrite, match="exists already"):
+    with pytest.raises(CannotWrite, match="already exists"):
         rewrite(model, tmp_path / "dangling", "step", "zero")
 
 

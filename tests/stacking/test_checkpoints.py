@@ -246,7 +246,7 @@ def test_clashes_of_unstacked_layers(tmp_path):
     safetensors.numpy.save_file({"h/w": W, "h_1/w": W, "x_0": W}, tmp_path / "m.safetensors")
     with pm.open(tmp_path / "m.safetensors") as checkpoint:
         for into in ("h_<n>", "x_<n>"):
-            with pytest.raises(RenameClash, match="no place of their own"):
+            with pytest.raises(RenameClash, match="would collide with others"):
                 pm.unstack_layers(checkpoint, "h", into=into)
 
 

@@ -1,4 +1,4 @@
-"""Assembling: a checkpoint put together from leaves of others, of which nothing is read before it is saved."""
+"""Assembling: a checkpoint put together from leaves of others, which are read only when it is saved."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from paramend.leaves.paths import Label
 from paramend.leaves.specs import Array, numpy_dtype
 from paramend.piecewise.rows import values
 
-# A leaf of the outcome: where it will be, and where it comes from: an origin, or a tree and the number of its leaf.
+# A leaf of the result: its path and where it comes from: an origin, or a tree and the number of its leaf.
 Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
 
 
@@ -26,16 +26,16 @@ def assemble(
     texts: Mapping[str, bytes] | None = None,
     ties: Mapping[int, int] | None = None,
 ) -> Checkpoint:
-    """A checkpoint of leaves from anywhere, which takes after another one: its format, metadata and sidecars.
+    """A checkpoint of leaves from anywhere, with the format, metadata and sidecars of another one.
 
-    Edits that were planned for a leaf go along with it.
+    A leaf brings the edits that were planned for it.
 
     Args:
-        base: what the outcome takes after.
+        base: the checkpoint that gives format, metadata and sidecars.
         picks: the leaves, in order.
-        texts: files beside the weights that get a new text, by name.
-        ties: place in `picks` → the first place of the same leaf, for leaves with several paths. Unless it is given,
-            leaves that are one under two paths in `base` stay so where each path is taken once.
+        texts: new texts of files beside the weights, by name.
+        ties: place in `picks` → the first place of the same leaf, for leaves with several paths. By default, leaves
+            that are tied in `base` stay tied if each path is taken once.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -73,7 +73,7 @@ def assemble(
 
 
 def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:
-    """Where a leaf comes from, and the row of the plan that it stands in; None where it is as it was."""
+    """Where a leaf comes from, and its row in the plan; None if it has no edits."""
     if not isinstance(given, tuple):
         return given, None
     tree, number = given
@@ -87,7 +87,7 @@ def _unedited(source: Any, number: int) -> Origin:
 
 
 def origin_of(tree: Any, number: int) -> Origin:
-    """A leaf of a tree, or of a checkpoint with the edits that were planned for it, as part of another."""
+    """The origin of a leaf of a tree, or of a checkpoint with the edits that were planned for it."""
     if not isinstance(tree, Checkpoint):
         return Made(tree.spec(number), lambda: to_numpy(tree.read(number)))
     row = None if tree.untouched else tree.plan.by_number[number]
@@ -95,11 +95,11 @@ def origin_of(tree: Any, number: int) -> Origin:
 
 
 class Edited:
-    """A leaf of a source with edits, which are carried out piece by piece as it is read from first to last.
+    """A leaf of a source with edits, which are computed piece by piece as it is read from first to last.
 
     Attributes:
         source: the source.
-        spec: what the leaf is after the edits.
+        spec: shape and dtype after the edits.
     """
 
     refusal = ""
@@ -111,7 +111,7 @@ class Edited:
         self._end()
 
     def _end(self) -> None:
-        """Lets go of the last piece; what is asked for next is computed from the first element on."""
+        """Drop the last piece; the next range is computed from the first element on."""
         self._pieces: Iterator[Array] = iter(())
         self._piece = np.empty(0, numpy_dtype(self.spec.dtype))
         self._at = self.spec.size
@@ -138,7 +138,7 @@ class Edited:
 
 
 def _ties(base: Checkpoint, given: Sequence[Any]) -> dict[int, int]:
-    """The leaves of the outcome that are one under two paths."""
+    """The leaves of the result that are tied."""
     if not base.ties:
         return {}
     places: dict[int, list[int]] = {}

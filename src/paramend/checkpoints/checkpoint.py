@@ -1,4 +1,4 @@
-"""`Checkpoint`: a model on disk as leaves that are read when asked for, and edits that are carried out when saved."""
+"""`Checkpoint`: a model on disk, whose leaves are read on demand and whose edits are computed when it is saved."""
 
 import os
 from collections.abc import Hashable, Iterable, Mapping
@@ -26,15 +26,15 @@ L = TypeVar("L")
 
 
 class Checkpoint(Editable):
-    """A checkpoint as a tree: `pm.at(checkpoint, selector)` takes it as it takes any other. Made by `pm.open`.
+    """A checkpoint as a tree: `pm.at(checkpoint, selector)` takes it like any other. Made by `pm.open`.
 
-    An edit gives a new checkpoint with a longer plan; nothing is read or written before a leaf is asked for, or
-    `.save(out)`. The files themselves never change. It is a context manager; `close()` gives its files back.
+    An edit returns a new checkpoint with a longer plan; leaves are read on demand, and nothing is written before
+    `.save(out)`. The files themselves never change. It is a context manager; `close()` closes its files.
 
     Attributes:
         source: what was opened.
         plan: what the edits so far will do; its text is the table of a dry run.
-        recipe: the recipe that the plan was made by, as YAML; "" if it was not made by one alone.
+        recipe: the recipe that the plan comes from, as YAML; "" if it does not come from one alone.
 
     >>> import tempfile
     >>> from paramend.checkpoints.whole import save
@@ -61,7 +61,7 @@ class Checkpoint(Editable):
 
     @property
     def path(self) -> Path:
-        """The path, as the user gave it."""
+        """The path, as given by the user."""
         return Path(self.source.path)
 
     @property
@@ -71,13 +71,13 @@ class Checkpoint(Editable):
 
     @property
     def format(self) -> str:
-        """The name of the format, as the table of formats has it."""
+        """The name of the format in the table of formats."""
         found: str = self.source.format
         return found
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the file says of itself besides its leaves."""
+        """The metadata of the file."""
         return self.source.metadata
 
     def __repr__(self) -> str:
@@ -89,10 +89,10 @@ class Checkpoint(Editable):
         return len(self.index.numbers)
 
     def __getitem__(self, path: str) -> Array:
-        """The leaf of this path: a copy, which no later patch of the file changes.
+        """The leaf at this path: a copy, which later patches of the file do not change.
 
         Raises:
-            NoMatch: there is none; the message holds the nearest.
+            NoMatch: there is no such leaf; the message has the nearest path.
         """
         numbers = resolve(path, self)
         if len(numbers) > 1:
@@ -106,7 +106,7 @@ class Checkpoint(Editable):
         self.close()
 
     def close(self) -> None:
-        """Close the files, which edited checkpoints share."""
+        """Close the files, which are shared with edited checkpoints."""
         self.source.close()
 
     # -- as leaves
@@ -143,13 +143,13 @@ class Checkpoint(Editable):
 
     def read(self, number: int) -> Array:
         """A leaf, edited: the values that `save` writes. Without edits it is a view of the file where the format allows
-        it: a later patch shows in it. `fetch` gives a copy."""
+        it, so a later patch changes it; `fetch` returns a copy."""
         if self._untouched(number):
             return self.source.read(number)
         return self.fetch(number)
 
     def fetch(self, number: int, index: Slice | None = None) -> Array:
-        """A leaf, edited, or a slice of it, in memory of its own: nothing of the file stays mapped."""
+        """A leaf, edited, or a slice of it, as a copy: nothing of the file stays mapped."""
         if index is not None:
             leaf = self.read(number)
             return np.array(backend(leaf).get(leaf, index))
@@ -158,7 +158,7 @@ class Checkpoint(Editable):
         row = self.plan.by_number[number]
         out = np.empty(row.spec.size, numpy_dtype(row.spec.dtype))
         at = 0
-        from paramend.piecewise.rows import values  # to look at a checkpoint needs none of it
+        from paramend.piecewise.rows import values  # not needed to look at a checkpoint
 
         for piece in values(self.source, row):
             out[at : at + piece.size] = piece
@@ -166,14 +166,14 @@ class Checkpoint(Editable):
         return out.reshape(row.spec.shape)
 
     def origin(self, number: int) -> Source | None:
-        """The source, if it holds the values of a leaf as they are; None if an edit stands between."""
+        """The source, if it holds the values of a leaf unedited; None otherwise."""
         return self.source if self._untouched(number) else None
 
     def _untouched(self, number: int) -> bool:
         return self._plan is None or not self._plan.by_number[number].calls
 
     def children(self, node: object) -> list[tuple[Hashable, object]] | None:
-        """The entries of a dict, list or tuple, of which masks are made; None for a leaf."""
+        """The entries of a dict, list or tuple, for masks; None for a leaf."""
         return self.source.children(node)
 
     # -- edits
@@ -183,13 +183,13 @@ class Checkpoint(Editable):
         return Checkpoint(self.source, self.plan.edited(calls))
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
-        """Refuses: the files of a checkpoint are edited in place by `pm.patch`, which can undo it."""
+        """Raise: the files of a checkpoint are edited in place by `pm.patch`, which can be undone."""
         verb = next(iter(calls.values())).op.name
         raise Unsupported(f"{verb}_ cannot edit an opened checkpoint in place", hint=self.patched_by.format("..."))
 
     @property
     def patched_by(self) -> str:
-        """How its files are edited in place: code, with `{}` for the edit."""
+        """The code that edits its files in place, with `{}` for the edit."""
         path = repr(str(self.path)).replace("{", "{{").replace("}", "}}")
         return f"pm.patch({path}, lambda tree: {{}})"
 
@@ -202,7 +202,7 @@ class Checkpoint(Editable):
         return Checkpoint(self.source, self.plan.without(numbers))
 
     def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
-        """The checkpoint with some leaves under other paths, as `structure.move` moves those of trees in memory."""
+        """The checkpoint with some leaves under other paths, like `structure.move` for trees in memory."""
         from paramend.edits import structure  # most programs rename nothing
 
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
@@ -218,22 +218,22 @@ class Checkpoint(Editable):
         record: bool = False,
         progress: Progress | None = None,
     ) -> "RewriteReport":
-        """A report of what was written: the checkpoint with all edits, in one pass and bounded memory.
+        """The report of what was written: the checkpoint with all edits, in one pass and bounded memory.
 
         Args:
             out: the checkpoint to write. A suffix (`.safetensors`, ...) asks for one file of that format, a `/` at
-                the end for a directory; without either, it is a file or a directory as the source is.
-            force: whether `out` may exist already; it is then replaced in one step.
-            link: whether files in which nothing changes get a second name instead of a copy.
+                the end for a directory; without either, it is a file or a directory like the source.
+            force: whether `out` may already exist; it is then replaced in one step.
+            link: whether unchanged files are hard-linked instead of copied.
             max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
-            record: whether the output carries a record of what was done, with a digest of each leaf that was edited:
-                `pm.record` reads it, `pm.verify_record` holds it against the bytes.
+            record: whether the output carries a record of what was done, with a digest of each edited leaf:
+                `pm.record` reads it, `pm.verify_record` checks it against the bytes.
             progress: called with an `Event` as bytes are written.
 
         Raises:
-            CannotWrite: the output exists, is the source, or has no place to go to. Nothing was written.
+            CannotWrite: the output exists, is the source, or its folder does not exist. Nothing was written.
         """
-        from paramend.rewriting.rewrite import write  # to look at a checkpoint needs none of it
+        from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
 
         return write(
             self.plan,
@@ -247,17 +247,17 @@ class Checkpoint(Editable):
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:
-    """A checkpoint, opened: its leaves are read when they are asked for, as copies.
+    """A checkpoint, opened: its leaves are read on demand, as copies.
 
-    A patch of yours that was cut short is taken back first.
+    If a patch of yours was cut short, it is taken back first.
 
     Args:
-        path: a file or a directory; its content shows what format it is of.
+        path: a file or a directory; its format is detected from its content.
 
     Raises:
         CannotRead: there is no such file.
-        BadCheckpoint: it is damaged, of no known format, or an undo record that is not yours says that a patch was cut
-            short.
+        BadCheckpoint: it is damaged, its format is unknown, or an undo record that is not yours says that a patch was
+            cut short.
 
     >>> import tempfile
     >>> from paramend.checkpoints.whole import save
@@ -272,16 +272,16 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def recover(path: str | os.PathLike[str]) -> None:
-    """Takes back a patch of a checkpoint that was cut short, by `journal.undo.recover`, which most opens need not load.
+    """Take back a patch that was cut short, by `journal.undo.recover`, which is loaded only if there are undo records.
 
-    Records lie in folders whose names end in `.undo`: in a folder of shards, or beside a file.
+    Records are in folders whose names end in `.undo`: in a folder of shards, or beside a file.
     """
     try:
         home = home_of(Path(path))
         folder = home if home.is_dir() else home.parent
         with os.scandir(folder) as inside:
             found = any(entry.name.endswith(".undo") for entry in inside)
-    except (OSError, ValueError):  # what is wrong is said by what reads the checkpoint
+    except (OSError, ValueError):  # whoever reads the checkpoint reports it
         return
     if found:
         from paramend.journal import undo  # most checkpoints have no undo records
@@ -290,7 +290,7 @@ def recover(path: str | os.PathLike[str]) -> None:
 
 
 def copied(source: Source, number: int) -> Array:
-    """A leaf of a source in memory of its own, read without mapping the file."""
+    """A copy of a leaf of a source, read without mapping the file."""
     spec = source.spec(number)
     flat: Array = source.read_range(number, 0, spec.size)
     try:

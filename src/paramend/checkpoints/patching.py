@@ -1,8 +1,8 @@
 """The patching engine: a plan carried out in the file itself, with an undo record that is durable first.
 
-Only the bytes of what was chosen are written. The order is: lock; old bytes into a record, made durable; new bytes,
-made durable; the record marked done. What is cut short anywhere in between is put back as it was when its user opens
-the checkpoint next. `paramend.journal.records` says what a record holds.
+Only the bytes of the selected leaves are written. The order is: lock; old bytes into a record, made durable; new bytes,
+made durable; the record marked done. If it is cut short anywhere in between, the old bytes are put back when its user
+next opens the checkpoint. `paramend.journal.records` describes the records.
 """
 
 import contextlib
@@ -45,15 +45,15 @@ from paramend.reports.report import Report, Section
 
 @dataclass(frozen=True, repr=False)
 class PatchReport(Report):
-    """What a patch has done.
+    """What a patch did.
 
     Attributes:
         path: the checkpoint.
-        plan: the rows; its text is the table that a dry run shows.
+        plan: the rows; its text is the table of a dry run.
         bytes_written: bytes of the checkpoint that were written.
         bytes_recorded: the size of the undo record.
-        record: where that is; None if nothing was written.
-        dry_run: whether nothing was to be written.
+        record: its path; None if nothing was written.
+        dry_run: whether this was a dry run, which writes nothing.
     """
 
     path: str
@@ -81,7 +81,7 @@ class PatchReport(Report):
         if self.dry_run:
             return f"dry run: {self.path} was not changed; {wording.size(self.bytes_written)} would be written in place"
         if self.record is None:
-            return f"{self.path} holds nothing that would change"
+            return f"{self.path} has nothing to change"
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
 
     def __str__(self) -> str:
@@ -109,16 +109,16 @@ def patch(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PatchReport:
-    """A report of what was changed: an edit made in the checkpoint's own files, all or nothing, and undoable.
+    """The report of what was changed: an edit made in the checkpoint's own files, all or nothing, and undoable.
 
     Args:
         path: a file, or a folder of shards.
-        edit: takes the opened checkpoint and gives it back edited; only edits that keep shape and dtype.
+        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype.
         dry_run: whether to check all that can be known before writing, and write nothing.
         progress: called with an `Event` as bytes are written, first those of the undo record.
 
     Raises:
-        NoMatch: a selector chooses nothing.
+        NoMatch: a selector matches nothing.
         Unsupported: the edit needs a new file; the hint is the command that writes one.
         CannotWrite: a file is read-only, has several names, is being written, or the disk is full. Nothing was changed.
 
@@ -138,7 +138,7 @@ def patch(
     if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path) as checkpoint:
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
-    with store.writing(), Checkpoint(open_source(path)) as checkpoint:  # nothing is cut short any more
+    with store.writing(), Checkpoint(open_source(path)) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
         return _Patch(store, checkpoint.source, plan, progress).carry_out()
 
@@ -154,16 +154,16 @@ def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) ->
 
 
 def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: Progress | None = None) -> PatchReport:
-    """A report of what was changed: the plan carried out in the files of its source, all or nothing.
+    """The report of what was changed: the plan carried out in the files of its source, all or nothing.
 
     Args:
-        source: the checkpoint that the plan was made for. What it reads afterwards is new.
+        source: the checkpoint that the plan was made for. It reads the new values afterwards.
         plan: only edits that keep shape and dtype.
         dry_run: whether to check all that can be known before writing, and write nothing.
         progress: called with an `Event` as bytes are written, first those of the undo record.
 
     Raises:
-        Unsupported: the plan holds what needs a new file.
+        Unsupported: the plan needs a new file.
         CannotWrite: a file is read-only, has several names, is being written, or the disk is full. Nothing was changed.
 
     >>> import tempfile
@@ -196,22 +196,23 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
     """What would be written where, if the plan can be carried out in place.
 
     Raises:
-        Unsupported: it cannot; the message says by which command it can be done instead.
+        Unsupported: it cannot; the hint is the command that can do it.
     """
     name = source.path
     for row in plan.deleted:
         hint = f"paramend delete {name} '{row.path}' -o OUT"
-        raise Unsupported(f"{name}: in place only values change, and {row.path} would be deleted", hint=hint)
+        raise Unsupported(f"{name}: only values can change in place, and {row.path} would be deleted", hint=hint)
     work = []
     done: set[int] = set()
     for row in plan.changed:
         if row.was:
             hint = f"paramend rename {name} '{row.was}' '{row.path}' -o OUT"
-            raise Unsupported(f"{name}: in place only values change, and {row.was} would be renamed", hint=hint)
+            raise Unsupported(f"{name}: only values can change in place, and {row.was} would be renamed", hint=hint)
         if row.spec != row.before:
             verb = next((edit.op.name for edit in row.calls if not edit.op.keeps_spec), "cast")
             hint = f"paramend {verb} {name} '{row.path}' {row.spec.dtype} -o OUT"
-            raise Unsupported(f"{row.path}: in place shape and dtype stay, and {row.edit} gives {row.spec}", hint=hint)
+            message = f"{row.path}: shape and dtype cannot change in place, and {row.edit} gives {row.spec}"
+            raise Unsupported(message, hint=hint)
         why = source.refusal(row.source)
         if why:
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
@@ -224,7 +225,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         one = source.ties.get(row.source, row.source)
         if extent.nbytes and one not in done:  # a leaf with several names has a row for each
             found = work_of(row, extent)
-            work += [found] if len(found.ranges) else []  # of a slice that takes nothing there is nothing to write
+            work += [found] if len(found.ranges) else []  # an empty slice writes nothing
         done.add(one)
     if not isinstance(source, Chunked):
         _check_apart(work)
@@ -232,7 +233,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
 
 
 def _check_apart(work: Sequence[Work]) -> None:
-    """Two leaves may share bytes without being the same leaf, as views of one storage do."""
+    """Raise if two leaves that change share bytes without being the same leaf, like views of one storage."""
     ends: dict[Path, Work] = {}
     for each in sorted(work, key=lambda each: each.extent.start):
         before = ends.get(each.extent.path)
@@ -240,7 +241,7 @@ def _check_apart(work: Sequence[Work]) -> None:
             raise Unsupported(
                 f"{before.row.path} and {each.row.path} share bytes, and both would change: the result would depend on "
                 "which comes first",
-                hint="one after the other, in two calls",
+                hint="change one after the other, in two calls",
             )
         ends[each.extent.path] = each
 
@@ -249,7 +250,7 @@ def _check_apart(work: Sequence[Work]) -> None:
 
 
 class _Patch:
-    """A plan that is carried out in the files of its source, with the store of its undo record."""
+    """A plan to carry out in the files of its source, with the store of its undo record."""
 
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
@@ -258,7 +259,7 @@ class _Patch:
         self.edits = [(each.row.path, each.row.edit) for each in self.work]
 
     def rehearse(self) -> PatchReport:
-        """What would be done, if nothing that can be known beforehand stands against it."""
+        """The report of a dry run, after all checks that are possible before writing."""
         base = self.store.base
         with explained(base):
             if isinstance(self.source, Chunked):
@@ -273,7 +274,7 @@ class _Patch:
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
-        """Writes; the lock of the store is held."""
+        """Write, with the lock of the store held."""
         if not self.work:  # only leaves or slices without elements
             return PatchReport(str(self.source.path), self.plan, 0)
         with explained(self.store.base):
@@ -283,7 +284,7 @@ class _Patch:
     # ---- in place --------------------------------------------------------------------------------------------
 
     def _write(self) -> tuple[int, Writer]:
-        """(bytes written, the record) of a format whose elements lie in files that stay."""
+        """(bytes written, the record), for a format whose files are written in place."""
         with opened(self.files) as descriptors:
             self.store.check_nothing_pending()
             self._check_same(descriptors)
@@ -293,7 +294,7 @@ class _Patch:
             self._check_room(target.ranges, states)
             _allocate(descriptors, target.ranges)
             modes = (os.fstat(descriptor).st_mode for descriptor in descriptors)
-            mode = reduce(operator.and_, modes, 0o666)  # a record is shown to nobody who may not see all files
+            mode = reduce(operator.and_, modes, 0o666)  # only those who may read all files may read the record
             path = self.store.next_path()
             with contextlib.closing(Writer(path, mode)) as writer:
                 try:
@@ -313,7 +314,7 @@ class _Patch:
         writer.files(states)
         writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
         writer.become(PENDING)
-        # Until here no byte of the checkpoint has changed, and from here on the record can bring it back.
+        # Up to here no byte of the checkpoint has changed; from here on the record can restore them.
         for each in self.work:
             change(descriptors[each.extent.path], self.source, each, meter)
         for file, extents in followers:
@@ -321,13 +322,13 @@ class _Patch:
                 put(descriptors[name], data, start)
         for descriptor in target.descriptors:
             begin_write_back(descriptor)
-        after = b"".join(target.digests(len(self.work)))  # while the disk is at work
+        after = b"".join(target.digests(len(self.work)))  # while the disk writes
         target.sync()
         writer.frame(b"DONE", after)
         writer.become(DONE)
 
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
-        """All ranges that will be written: those of each leaf, and then what follows from these."""
+        """All ranges that will be written: those of each leaf, then checksums and the like."""
         places = {file: n for n, file in enumerate(self.files)}
         parts = []
         for row, each in enumerate(self.work):
@@ -340,7 +341,7 @@ class _Patch:
         return Ranges(np.concatenate(parts))
 
     def _check_same(self, descriptors: Sequence[int]) -> None:
-        """The plan is about the files that were opened for it; others may have taken their names since."""
+        """Check that the files are those that the plan was made for; others may have taken their names since."""
         stats = self.source.stats
         for file, descriptor in zip(self.files, descriptors, strict=True):
             now = os.fstat(descriptor)
@@ -350,15 +351,15 @@ class _Patch:
         base = self.store.base
         sizes = np.array([state.size for state in states])
         if (ranges.table[:, 3] > sizes[ranges.table[:, 1]]).any():
-            raise BadCheckpoint(f"{base}: it became shorter since it was opened; nothing was changed")
+            raise BadCheckpoint(f"{base}: it has become shorter since it was opened; nothing was changed")
         needed = ranges.nbytes + ranges.table.nbytes + (1 << 16)
-        hint = f"paramend undo {base} --drop frees what older records take"
+        hint = f"paramend undo {base} --drop frees the space of older records"
         check_room(self.store.folder.parent, needed, f"{base}: the undo record", hint=hint)
 
     # ---- chunks ----------------------------------------------------------------------------------------------
 
     def _exchange(self) -> tuple[int, Writer]:
-        """The same of chunks, which are not written in place: files with the new ones take the places of the old."""
+        """(bytes written, the record), for chunks: new files replace the old ones, which are not written in place."""
         self._check_chunks()
         base, path = self.store.base, self.store.next_path()
         staged = path.with_suffix(f".{STAGED}")
@@ -398,7 +399,7 @@ def _remove(folder: Path) -> None:
 
 
 def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:
-    """Takes the room for holes of a sparse file before anything is recorded: a full disk is then no half way."""
+    """Reserve room for the holes of sparse files before anything is recorded: a full disk fails early."""
     sparse = {n for n, descriptor in enumerate(descriptors) if _is_sparse(os.fstat(descriptor))}
     if not sparse or not hasattr(os, "posix_fallocate"):
         return
@@ -415,7 +416,7 @@ def _is_sparse(status: os.stat_result) -> bool:
     return status.st_blocks * 512 < status.st_size
 
 
-# A file whose format keeps something true by itself, such as checksums, with the leaves that change in it.
+# A file whose format maintains derived bytes, such as checksums, with the leaves that change in it.
 _Follower = tuple[Any, list[Extent]]
 
 

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from paramend.rewriting.rewrite import RewriteReport
 
-# Under this key the metadata of a file says what separates keys, where its names alone would mislead.
+# The metadata key for the separator of keys, written where the names alone would mislead.
 _SEPARATOR = "paramend.separator"
 
 
 class _InMemory:
-    """A tree in memory as a source: all of its leaves are in memory, none in a file."""
+    """A tree in memory as a source."""
 
     format = ""
     ties: Mapping[int, int] = {}
@@ -51,14 +51,14 @@ class _InMemory:
         split = "/" if any("/" in name for name in names.values()) else "."
         if any(tuple(names[number].split(split)) != key for number, key in keys.items()):
             self.metadata[_SEPARATOR] = "" if flat else self.index.separator
-        # Of use to formats that tell lists from dicts, and hold more than arrays.
+        # For formats that tell lists from dicts and hold more than arrays.
         self._lists: set[tuple[str, ...]] = set()
         self.rest: list[tuple[tuple[str | int, ...], str, Any]] = []
         self._look(tree.root, ())
         self.keys = {number: self._true(key) for number, key in keys.items()}
 
     def _look(self, node: Any, above: tuple[str | int, ...]) -> None:
-        """Notes the lists, and what is no array."""
+        """Collect the lists, and what is not an array."""
         inner: Iterable[tuple[str | int, Any]] = ()
         kind = {int: "scalar", float: "scalar", str: "string", type(None): "None"}.get(type(node), "")
         if hasattr(node, "_fields"):
@@ -110,14 +110,14 @@ class _InMemory:
 
 
 def _separator(natural: str, keys: Iterable[tuple[str, ...]]) -> str:
-    """The separator that stands in no key."""
+    """A separator that is in none of the keys."""
     text = "\n".join(key for path in keys for key in path)
     for separator in str(natural), "/", ".":
         if separator not in text:
             return separator
     slash, dot = (next(key for path in keys for key in path if char in key) for char in "/.")
     raise Unsupported(
-        f"keys hold both separators, as {slash!r} and {dot!r} do: no name would tell what separates them",
+        f"keys contain both separators, as {slash!r} and {dot!r} do, so names could not be split again",
         hint="rename some keys first",
     )
 
@@ -160,19 +160,19 @@ def load(
 ) -> dict[str, AnyTree]:
     """The arrays of a checkpoint, as nested dicts.
 
-    They are arrays of their own: what happens to the file later does not change them. Leaves that are tied in the file
-    are one array under several paths.
+    They are copies, which later changes of the file do not affect. Leaves that are tied in the file are one array under
+    several paths.
 
     Args:
         path: a file or a directory.
         kind: "numpy", "jax" or "torch".
-        nested: whether names fall into keys at their separators, "/" if some name holds one and else "."; if not, a
-            flat dict by name comes back, such as `load_state_dict` takes.
-        mmap: whether arrays of numpy are read-only views of the file where the format allows it. They cost no memory
-            before they are read, and **a later `pm.patch` or `pm.undo` of the file changes them**.
+        nested: whether names are split into keys at their separators, "/" if some name contains one, otherwise ".";
+            if False, the result is a flat dict by name, as `load_state_dict` takes it.
+        mmap: whether numpy arrays are read-only views of the file where the format allows it. They take no memory
+            until they are read, and **a later `pm.patch` or `pm.undo` of the file changes them**.
 
     Raises:
-        BadArgument: there is no such kind, or `mmap` is asked for another one than numpy.
+        BadArgument: there is no such kind, or `mmap` is used with a kind other than numpy.
         Unsupported: a leaf cannot be read, or that library has no such dtype.
 
     >>> import tempfile
@@ -183,9 +183,9 @@ def load(
     """
     if kind not in _KINDS:
         near = wording.closest(kind, _KINDS, limit=1)
-        raise BadArgument(f"{kind!r} is not a kind of arrays", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
+        raise BadArgument(f"{kind!r} is not a kind of array", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
     if mmap and kind != "numpy":
-        raise BadArgument(f"mmap=True gives views of the file, and arrays of {kind} are copies", hint="mmap=False")
+        raise BadArgument(f"mmap=True gives views of the file, and {kind} arrays are copies", hint="mmap=False")
     convert = _converter(kind)
     recover(path)
     source = open_source(path)
@@ -229,10 +229,10 @@ def _nested(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
 
 
 def _converter(kind: str) -> Any:
-    """array of numpy → array of that kind."""
+    """numpy array → array of that kind."""
     if kind == "numpy":
         return lambda array: array
-    need(kind, extra=kind, to=f"load arrays of {kind}")
+    need(kind, extra=kind, to=f"load {kind} arrays")
     library = importlib.import_module(f"paramend.arrays.{kind}")
     return library.from_numpy
 
@@ -245,21 +245,21 @@ def save(
     max_shard_size: int | str | None = None,
     progress: Progress | None = None,
 ) -> "RewriteReport":
-    """A report of what was written: a tree in memory, or a `Checkpoint`, as a checkpoint on disk.
+    """The report of what was written: a tree in memory, or a `Checkpoint`, as a checkpoint on disk.
 
-    The name of a leaf is its path: keys joined by "." in trees of torch, by "/" in others, or by the other one where
-    keys hold the first. `pm.load` gives the tree of dicts back.
+    The name of a leaf is its path: keys joined by "." in torch trees, by "/" in others, or by the other one where
+    keys contain the first. `pm.load` returns the tree of dicts.
 
     Args:
         tree: any tree of arrays.
         path: the file or, with a `/` at its end or with `max_shard_size`, the directory.
-        force: whether it may exist already; it is then replaced in one step.
+        force: whether it may already exist; it is then replaced in one step.
         max_shard_size: the most bytes of tensors in one file, such as "5GB".
         progress: called with an `Event` as bytes are written.
 
     Raises:
-        CannotWrite: the output exists or has no place to go to.
-        Unsupported: two leaves would have one name, or no format holds a leaf.
+        CannotWrite: the output exists, or its folder does not.
+        Unsupported: two leaves would have one name, or no format can hold a leaf.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
@@ -270,7 +270,7 @@ def save(
     """
     if isinstance(tree, Checkpoint):
         return tree.save(path, force=force, max_shard_size=max_shard_size, progress=progress)
-    from paramend.rewriting.rewrite import write  # to look at a checkpoint needs neither
+    from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
     from paramend.trees.tree import Tree
 
     made = Plan.of(_InMemory(Tree(tree)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from paramend.disk.io import put, shrunk
 
-# Bytes that the kernel copies at once: between two windows the listener hears of it and Ctrl-C is served.
+# Bytes that the kernel copies at once: between windows, progress is reported and Ctrl-C takes effect.
 WINDOW = 1 << 25
 _BUFFER = 1 << 20
 
@@ -18,7 +18,7 @@ _Way = Callable[[int, int, int, int], int]
 
 
 class Copier:
-    """Appends ranges of files to other files by the best way that works here; a way that fails is not tried again."""
+    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again."""
 
     def __init__(self) -> None:
         self._ways: list[_Way] = [_copy_by_hand]
@@ -28,14 +28,14 @@ class Copier:
             self._ways.insert(0, _copy_in_kernel)
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
-        """Appends the bytes from `start` to `stop`, and yields the number of bytes of each step.
+        """Append the bytes from `start` to `stop`, and yield the number of bytes of each step.
 
         Args:
             source: the descriptor of the file to read.
             target: the descriptor of the file to write, at its position.
             start: the first byte.
             stop: the byte after the last.
-            path: what messages call the source.
+            path: the name of the source in messages.
 
         Raises:
             BadCheckpoint: the source has fewer bytes.
@@ -57,7 +57,7 @@ class Copier:
                     return copied
                 if len(self._ways) == 1:
                     raise shrunk(path)
-            # Some file systems refuse, and some say "0 bytes" where there are bytes: the next way knows.
+            # Some file systems refuse, and some report 0 bytes where there are bytes: try the next way.
             del self._ways[0]
 
 
@@ -95,10 +95,9 @@ _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 
 
 class WriteBack:
-    """Has a growing file written to the disk window by window, so that the sync at its end has little left to wait for.
+    """Write-back of a growing file to the disk, window by window, so that the final sync has little left to do.
 
-    Without it a copy that is larger than the page cache likes fills the memory with pages that wait to be written.
-    Where the system lacks the call, nothing happens, and the sync does all the work.
+    Without it, a large copy fills the memory with dirty pages. Where the system lacks the call, it does nothing.
     """
 
     def __init__(self, target: int) -> None:
@@ -106,14 +105,14 @@ class WriteBack:
         self._done = self._begun = self._at = 0
 
     def advance(self, count: int) -> None:
-        """Notes that the file has grown."""
+        """Note that the file has grown."""
         self._at += count
         if self._at - self._begun < WINDOW:
             return
         sync = _sync_file_range()
         if sync is None:
             return
-        # The system writes the last window while it waits for the one before, whose pages are then of no more use.
+        # Start writing the last window, then wait for the one before it, whose pages are no longer needed.
         sync(self._target, self._begun, self._at - self._begun, _WRITE)
         if self._begun > self._done:
             length = self._begun - self._done
@@ -124,7 +123,7 @@ class WriteBack:
 
 
 def begin_write_back(descriptor: int) -> None:
-    """Has the system write what of a file waits to be written, and goes on: the sync that must follow is then short."""
+    """Start writing the dirty pages of a file without waiting, so that the sync that must follow is short."""
     sync = _sync_file_range()
     if sync is not None:
         sync(descriptor, 0, 0, _WRITE)  # to the end
@@ -132,7 +131,7 @@ def begin_write_back(descriptor: int) -> None:
 
 @cache
 def _sync_file_range() -> Any:
-    """The system call, or None. Its errors do not matter: the sync at the end reports what went wrong."""
+    """The system call, or None. Its errors do not matter: the final sync reports what went wrong."""
     try:
         call = ctypes.CDLL(None, use_errno=True).sync_file_range
     except (AttributeError, OSError):

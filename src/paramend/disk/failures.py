@@ -1,4 +1,4 @@
-"""Failures: why the system refused to write, or would, as errors of the library."""
+"""Failures: why the system refuses to write, as errors of the library."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ ELSEWHERE = "write a new file instead: -o OUT"
 
 @contextlib.contextmanager
 def explained(base: Path) -> Iterator[None]:
-    """Errors of the system as those of the library."""
+    """Raise errors of the system as errors of the library."""
     try:
         yield
     except ParamendError:
@@ -40,26 +40,26 @@ def reason(error: BaseException) -> str:
 def linked(path: Path) -> CannotWrite:
     """The error for a symbolic link."""
     return CannotWrite(
-        f"{path} is a symbolic link, as in a hub cache, and what it leads to may be shared; nothing was changed",
+        f"{path} is a symbolic link, as in a hub cache, and its target may be shared; nothing was changed",
         hint=ELSEWHERE,
     )
 
 
 def check_room(folder: Path, nbytes: int, what: str, *, hint: str = "") -> None:
-    """Refuses what a disk has no room for.
+    """Check that a disk has enough room.
 
     Args:
-        folder: where it would go.
-        nbytes: how large it would be.
-        what: what messages call it.
+        folder: the folder to write in.
+        nbytes: the number of bytes needed.
+        what: what needs them, for the message.
         hint: what to do about it.
 
     Raises:
-        CannotWrite: there are fewer bytes free.
+        CannotWrite: fewer bytes are free.
     """
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free < nbytes:  # some network file systems count no blocks at all
+    if disk.f_blocks and free < nbytes:  # some network file systems report no blocks at all
         raise CannotWrite(
             f"{what} needs {wording.size(nbytes)}, and {wording.size(free)} are free in {folder}; nothing was written",
             hint=hint,

@@ -1,4 +1,4 @@
-"""Identity: whether the files that were opened are still there as they were."""
+"""Identity: whether files are unchanged since they were opened."""
 
 import os
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from paramend.errors import BadCheckpoint
 def unchanged(then: os.stat_result, now: os.stat_result) -> bool:
     """Whether two looks at a file saw the same bytes, as far as the system can tell.
 
-    Size and time of modification are not enough: whoever overwrites a file can put its time back. The time of its last
-    change of any kind cannot be put back. But permissions, owner and names (hard links, as `--link` makes them) move it
-    too, so it counts only where these are the same and the file has one name. If a second name came and went in
-    between, the file passes for changed.
+    Size and modification time are not enough: a program that overwrites a file can reset its mtime, but not its ctime.
+    Changes of permissions, owner and names (hard links, as `--link` makes them) move the ctime too, so it counts only
+    if these are the same and the file has one name. If a second name came and went in between, the file counts as
+    changed.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "x")
@@ -32,7 +32,7 @@ def _access(status: os.stat_result) -> tuple[int, ...]:
 
 
 def check_unchanged(path: Path, then: os.stat_result, now: os.stat_result) -> None:
-    """Refuses a file that another program changed.
+    """Check that no other program has changed a file.
 
     Raises:
         BadCheckpoint: the two looks at it differ.
@@ -42,10 +42,10 @@ def check_unchanged(path: Path, then: os.stat_result, now: os.stat_result) -> No
 
 
 def check_still(stats: Mapping[Path, os.stat_result]) -> None:
-    """Refuses files that are no longer what they were when they were opened.
+    """Check that files are unchanged since they were opened.
 
     Raises:
-        BadCheckpoint: another program changed, replaced or removed one.
+        BadCheckpoint: another program has changed, replaced or removed one.
     """
     for path, then in stats.items():
         try:

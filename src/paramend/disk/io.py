@@ -1,6 +1,6 @@
-"""Whole reads and writes: the system may take or give less than was asked for, and says so only by a count.
+"""Whole reads and writes: the system may read or write less than it was asked to, and reports only a count.
 
-Every byte of an output goes through `put`, but for those that the kernel copies by itself (`paramend.disk.copying`).
+Every byte of an output goes through `put`, except those that the kernel copies (`paramend.disk.copying`).
 """
 
 import errno
@@ -11,14 +11,14 @@ from paramend.errors import BadCheckpoint
 
 Bytes = bytes | bytearray | memoryview
 
-_STEP = 1 << 26  # some systems refuse, or cut, what is larger than 2 GB
+_STEP = 1 << 26  # some systems refuse or truncate more than 2 GB
 
 
 def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
-    """The number of bytes written: all of them, at an offset or where the file stands.
+    """The number of bytes written: all of them, at an offset or at the position of the file.
 
     Raises:
-        OSError: the system wrote nothing, or said why not.
+        OSError: the system refused, or wrote nothing.
 
     >>> import tempfile
     >>> with tempfile.TemporaryFile() as file:
@@ -36,10 +36,10 @@ def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
 
 
 def get(descriptor: int, start: int, count: int, name: Path) -> bytearray:
-    """So many bytes of a file.
+    """`count` bytes of a file.
 
     Raises:
-        BadCheckpoint: the file ends before.
+        BadCheckpoint: the file is shorter.
     """
     data = bytearray(count)
     get_into(memoryview(data), descriptor, start, name)
@@ -47,10 +47,10 @@ def get(descriptor: int, start: int, count: int, name: Path) -> bytearray:
 
 
 def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
-    """Fills memory with the bytes of a file.
+    """Fill a buffer with bytes of a file.
 
     Raises:
-        BadCheckpoint: the file ends before.
+        BadCheckpoint: the file is shorter.
     """
     done = 0
     while done < len(view):
@@ -61,12 +61,12 @@ def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
 
 
 def shrunk(path: Path) -> BadCheckpoint:
-    """The error for a file that lost bytes while it was being read."""
+    """The error for a file that became shorter while it was being read."""
     return BadCheckpoint(f"{path}: the file became shorter while it was being read")
 
 
 def write_file(path: Path, data: Bytes) -> None:
-    """Writes a whole file, whatever it held before. It is not yet durable."""
+    """Write a whole file, over whatever it held before. It is not yet durable."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         put(descriptor, data)

@@ -1,6 +1,6 @@
-"""Locks: one writer at a time on a file; readers are never stopped.
+"""Locks: one writer at a time on a file; readers are never blocked.
 
-A lock belongs to an open file and ends with it, also when its program is killed: nothing is left to clean up.
+A lock belongs to an open file and ends with it, even if its program is killed: nothing is left to clean up.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from paramend.disk.failures import ELSEWHERE, linked
 from paramend.errors import Busy, CannotRead, CannotWrite
 
 _HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK})
-# EBADF: over NFS a lock that keeps others out needs a file that is open for writing.
+# EBADF: over NFS an exclusive lock needs a file that is open for writing.
 _NONE_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF})
 
 
 def hold(descriptor: int) -> bool:
-    """Whether an open file could be locked; not all file systems can. The lock ends when the file is closed.
+    """Whether the lock of an open file was taken; not all file systems have locks. It ends when the file is closed.
 
     Raises:
-        BlockingIOError: somebody else has the lock.
+        BlockingIOError: another writer has the lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,15 +37,15 @@ def hold(descriptor: int) -> bool:
 
 
 def take(descriptor: int, path: Path) -> None:
-    """Takes the lock of an open file, or says who cannot have it. It ends when the file is closed.
+    """Take the lock of an open file. It ends when the file is closed.
 
     Args:
         descriptor: the open file.
-        path: what messages call it.
+        path: its name in messages.
 
     Raises:
         Busy: another writer has it.
-        CannotWrite: there are no locks on this file system.
+        CannotWrite: the file system has no locks.
     """
     try:
         taken = hold(descriptor)
@@ -63,11 +63,11 @@ def take(descriptor: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, name: Path) -> Iterator[None]:
-    """A lock file, made if need be and held for a while.
+    """Hold a lock file, created if it does not exist.
 
     Args:
         path: the lock file.
-        name: what messages call the thing that is locked.
+        name: the name of what is locked, in messages.
 
     Raises:
         Busy: another writer has it.
@@ -85,7 +85,7 @@ def locked(path: Path, *, name: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             take(descriptor, name)
-            # Whoever had it before may have removed the file with the folder: a lock on that one keeps nobody out.
+            # The previous holder may have removed the file: a lock on a removed file keeps nobody out.
             if _is_still(descriptor, path):
                 yield
                 return
@@ -94,7 +94,7 @@ def locked(path: Path, *, name: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody has a lock file locked. It is neither made nor changed."""
+    """Whether a lock file is locked. It is neither created nor changed."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

@@ -1,7 +1,7 @@
-"""Publishing: a new file or directory grows under a temporary name, and gets its own in one step when it is complete.
+"""Publishing: a new file or directory is written under a temporary name, and gets its own in one step when complete.
 
-The temporary lies beside its place and is locked as long as its writer lives. So the next writer can tell one that is
-still at work, which it leaves alone, from what a killed one left behind, which it removes.
+The temporary is beside its target and is locked while its writer lives. So the next writer can tell a temporary that is
+still being written, which it leaves alone, from one that a killed writer left behind, which it removes.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from paramend.errors import Busy, CannotWrite
 
 _FOLDER_MODE = 0o777
 _ASIDE = ".old"
-# How many temporaries may be swept away by others before they are locked.
+# How many temporaries may be swept by others before they are locked.
 _TRIES = 100
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
 @contextlib.contextmanager
 def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
-    """A temporary beside `out`, which becomes `out` when the block ends without an exception; else it goes.
+    """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed.
 
     Args:
-        out: the name to be.
-        force: whether something of that name is replaced; it is exchanged in one step.
+        out: the final name.
+        force: whether something of that name is replaced, in one step.
         mode: the permissions of a file; None asks for a directory.
 
     Raises:
         CannotWrite: the name is taken, or the system refused.
-        Busy: another writer is at work on it.
+        Busy: another program is writing it.
     """
     prefix = f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
     temporary, lock, tries = _fresh(out, prefix), None, 1
@@ -44,7 +44,7 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
         _sweep(out, prefix)
         while (lock := _create(temporary, mode)) is None:
             if tries == _TRIES:
-                raise _busy(out, "sweeps away what this one begins")  # noqa: TRY301
+                raise _busy(out, "keeps removing what this one begins")  # noqa: TRY301
             temporary, tries = _fresh(out, prefix), tries + 1
         yield temporary
         if mode is None:
@@ -63,21 +63,21 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
     try:
         sync_folder(out.parent)
     finally:
-        _clear(temporary)  # the old state, after an exchange
+        _clear(temporary)  # the old state, after a swap
 
 
 def exists(out: Path) -> CannotWrite:
     """The error for a name that is taken."""
-    return CannotWrite(f"{out} exists already", hint="--force on the command line, force=True in Python, replaces it")
+    return CannotWrite(f"{out} already exists", hint="--force on the command line, force=True in Python, replaces it")
 
 
 def create_file(path: Path, mode: int) -> int:
-    """The descriptor of a new file, open for writing; its owner may read and write it, whatever the mode."""
+    """The descriptor of a new file, open for writing; its owner may always read and write it."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o777 | 0o600)
 
 
 def sync_file(path: Path) -> None:
-    """Makes the content of a file durable."""
+    """Make the content of a file durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -86,12 +86,12 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not every file system can
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not all file systems can
             raise
     finally:
         os.close(descriptor)
@@ -107,8 +107,8 @@ def _fresh(out: Path, prefix: str) -> Path:
 def _create(temporary: Path, mode: int | None) -> int | None:
     """The lock on a new temporary, a descriptor; None if it is gone.
 
-    Until it is locked, the sweep of another writer takes it for what a killed one left behind, locks it and removes it.
-    One that is locked and still has its name is safe: no sweep can lock it any more.
+    Until it is locked, another writer may take it for a leftover of a killed one, lock it and remove it. Once it is
+    locked and still has its name, it is safe: no other writer can lock it.
     """
     if mode is None:
         temporary.mkdir(_FOLDER_MODE)
@@ -130,16 +130,16 @@ def _create(temporary: Path, mode: int | None) -> int | None:
 
 
 def _sweep(out: Path, prefix: str) -> None:
-    """Removes what killed writers of this place left behind.
+    """Remove what killed writers of this output left behind.
 
     Raises:
-        Busy: a writer is at work on it.
+        Busy: another program is writing it.
     """
     names = [entry.name for entry in os.scandir(out.parent) if entry.name.startswith(prefix)]
-    # Whoever puts an old state aside holds the lock of the new one, which is to be found first.
+    # The writer that moved an old state aside holds the lock of the new one, so that comes first.
     for name in sorted(names, key=lambda name: name.endswith(_ASIDE)):
         path = out.parent / name
-        if path.suffix == _ASIDE and not os.path.lexists(out):  # killed in the moment in which none had the name
+        if path.suffix == _ASIDE and not os.path.lexists(out):  # killed while nothing had the name
             path.rename(out)
             continue
         try:
@@ -147,7 +147,7 @@ def _sweep(out: Path, prefix: str) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            if error.errno == errno.ELOOP:  # a symbolic link that a directory took the place of
+            if error.errno == errno.ELOOP:  # a symbolic link that was replaced by a directory
                 path.unlink()
             continue
         try:
@@ -168,7 +168,7 @@ def _busy(out: Path, sign: str) -> Busy:
 
 
 def _clear(temporary: Path) -> None:
-    """Removes a temporary as far as that can be done, also when Ctrl-C is pressed meanwhile."""
+    """Remove a temporary as far as possible, even if Ctrl-C is pressed meanwhile."""
     with contextlib.suppress(OSError):
         try:
             _remove(temporary)
@@ -191,7 +191,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Makes the names in a folder and the folders below durable. Files were synced when they were written."""
+    """Make the names in a folder and the folders below it durable. Files were synced when they were written."""
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False):
             _sync_tree(folder / entry.name)
@@ -206,7 +206,7 @@ def _publish_file(temporary: Path, out: Path, *, force: bool) -> None:
         temporary.replace(out)
         return
     try:
-        out.hardlink_to(temporary)  # unlike a rename, this never replaces a file that came in the meantime
+        out.hardlink_to(temporary)  # unlike a rename, never replaces a file that appeared meanwhile
     except FileExistsError:
         raise exists(out) from None
     except OSError as error:
@@ -232,7 +232,7 @@ def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
             raise exists(out)
         temporary.rename(out)
         return
-    # Without an exchange there is a moment in which neither has the name; the old state comes back if it lasts.
+    # Without a swap there is a moment when neither has the name; if renaming fails, the old state is put back.
     aside = temporary.with_suffix(_ASIDE)
     out.rename(aside)
     try:
@@ -245,7 +245,7 @@ def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
 
 
 def _rename_at_once(one: Path, other: Path, flags: int) -> bool:
-    """Renames as Linux can, without replacing or by exchanging; false where the system cannot."""
+    """Rename by `renameat2`, without replacing or by swapping; False where the system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):

@@ -104,7 +104,7 @@ class Call:
         return f"{self.op.name}({from_args})"
 
     def told(self) -> "Call":
-        """The call for a report: in place of arrays and functions, what is said of them."""
+        """The call for a report, with arrays and functions replaced by their descriptions."""
         args = {name: value if isinstance(value, _PLAIN) else _Said(_short(value)) for name, value in self.args.items()}
         return Call(self.op, args, self.index)
 
@@ -138,7 +138,7 @@ _PLAIN = (bool, int, float, complex, str, type(None))
 
 
 class _Said(str):
-    """What is said of a value."""
+    """The description of a value."""
 
     __slots__ = ()
 

@@ -215,7 +215,7 @@ class Plan:
                 clashes.append(f"{self.by_number[row.source].path} would go to {row.path} ({why})")
         if clashes:
             raise RenameClash(
-                f"{wording.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
+                f"{wording.plural(len(clashes), 'leaf', 'leaves')} would collide with others: "
                 f"{wording.listing(clashes, 4)}",
                 hint="delete what is there first, or rename to other paths",
             )

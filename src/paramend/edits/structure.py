@@ -65,7 +65,7 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
         draft.put(number, path, values[number])
     if draft.clashes:
         raise RenameClash(
-            f"{wording.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{wording.plural(len(draft.clashes), 'leaf', 'leaves')} would collide with others: "
             f"{wording.listing(draft.clashes, 4)}",
             hint="delete what is there first, or rename to other paths",
         )

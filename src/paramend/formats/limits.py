@@ -1,4 +1,4 @@
-"""Limits of what is read from files, and how their names stand in messages."""
+"""Limits on what is read from files, and how names from files appear in messages."""
 
 # Names of more pieces are refused: a walk down one must not use up the interpreter's stack.
 MAX_PIECES = 200

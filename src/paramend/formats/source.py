@@ -49,7 +49,7 @@ class Source(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the file says of itself besides its leaves, as the format has it."""
+        """The metadata of the file, as the format stores it."""
 
     @property
     def format(self) -> str:

@@ -1,10 +1,10 @@
 """Claims: which undo records are this user's own, noted in the user's state directory while a patch is being made.
 
-Records lie beside the files that they are about, and anyone can put one there: it may come with a download, or from
-another user of a shared folder. So what a record says is carried out unasked only if a note outside of that folder
-vouches for it: a file in `$XDG_STATE_HOME/paramend/patches` (`~/.local/state` where that is not set), named after the
-place of the records and holding the digest of the one record that is pending. It is there from before the first byte
-changes until the patch is whole or taken back, so a record cannot be used again later, elsewhere or altered.
+Records are beside the files that they describe, and anyone can put one there: it may come with a download, or from
+another user of a shared folder. So a record is applied unasked only if a note outside that folder vouches for it: a
+file in `$XDG_STATE_HOME/paramend/patches` (default: `~/.local/state`), named after the location of the records and
+containing the digest of the one pending record. It exists from before the first byte changes until the patch is
+complete or taken back, so a record cannot be reused later, elsewhere, or altered.
 
 Without such a directory everything works, but nothing is taken back unasked.
 """
@@ -22,22 +22,22 @@ _LONGEST = 200
 
 
 def begin(store: Path) -> None:
-    """Notes that this user is writing into a folder of records. A note that is there already stays."""
-    with contextlib.suppress(OSError):  # without a note a record waits until it is asked for
+    """Note that this user is writing into a folder of records. An existing note stays."""
+    with contextlib.suppress(OSError):  # without a note, a record is applied only on request
         path = _note(store)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
 
 
 def seal(store: Path, record: str) -> None:
-    """Notes which record is about to become pending, durably.
+    """Note, durably, which record is about to become pending.
 
     Args:
         store: the folder of records.
-        record: what it can be known by.
+        record: the text that identifies it.
 
     Raises:
-        OSError: the note can be begun and not written, on a full disk say. No byte has changed yet.
+        OSError: the note can be created but not written, for example on a full disk. No byte has changed yet.
     """
     begin(store)
     try:
@@ -54,7 +54,7 @@ def seal(store: Path, record: str) -> None:
 
 
 def read(store: Path) -> str | None:
-    """What was noted of a folder of records, "" if only that writing began; None if this user writes nothing there.
+    """The note about a folder of records; "" if no record is sealed yet, None if this user is not writing there.
 
     >>> import tempfile
     >>> store = Path(tempfile.mkdtemp())
@@ -74,7 +74,7 @@ def read(store: Path) -> str | None:
 
 
 def end(store: Path) -> None:
-    """Removes the note: nothing of this user's is pending there."""
+    """Remove the note: this user has nothing pending there."""
     with contextlib.suppress(OSError):
         _note(store).unlink()
 

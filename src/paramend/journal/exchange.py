@@ -1,7 +1,7 @@
-"""Exchange: files of a checkpoint exchanged whole for new ones, and the old ones put back.
+"""Exchange: whole files of a checkpoint replaced by new ones, and the old ones put back.
 
-Formats whose files are never written in place, such as databases that are copied on write, are changed so. The new
-files are complete and durable in a folder beside the undo records before the first of them takes its place by renaming.
+This is how formats change whose files are never written in place, such as copy-on-write databases. The new files are
+complete and durable in a folder beside the undo records before the first of them is renamed into place.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ STAGED, BACK = "new", "back"
 
 
 def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str, str]]) -> int:
-    """The number of bytes of the files that took a place in a checkpoint: all that a folder holds.
+    """The number of bytes of the new files, all files of a folder, which replace those of a checkpoint.
 
     Args:
         base: the folder of the checkpoint.
-        staged: the folder with the new files, each at the place that it is to have.
-        writer: of the record, which is begun here and done when this ends.
+        staged: the folder with the new files, each at its path in the checkpoint.
+        writer: the writer of the record, which is begun here and done when this ends.
         edits: (leaf, edit) for the record.
     """
     names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
-    # The manifest of a database comes last: it is what makes the others count.
+    # The manifest of a database comes last: it puts the other files into effect.
     names.sort(key=lambda name: (os.path.lexists(base / name), name))
     whole = WholeFiles(base, names)
     whole.check()
@@ -56,7 +56,7 @@ def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str
     writer.frame(b"DONE", b"".join(WholeFiles(staged, names).digests()))
     written = sum((staged / name).stat().st_size for name in names)
     writer.become(PENDING)
-    # Until here nothing of the checkpoint has changed, and from here on the record can bring it back.
+    # Up to here nothing in the checkpoint has changed; from here on the record can restore it.
     for name, file, size in zip(names, whole.files, sizes, strict=True):
         if size >= 0:
             (staged / name).chmod(stat.S_IMODE(file.lstat().st_mode))
@@ -68,11 +68,11 @@ def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str
 
 
 class WholeFiles:
-    """Files of a checkpoint that a patch exchanges, or has exchanged, whole.
+    """Files of a checkpoint that a patch replaces, or has replaced, whole.
 
     Attributes:
         base: the folder of the checkpoint.
-        names: of the files, relative to it.
+        names: the names of the files, relative to it.
         files: their paths.
     """
 
@@ -81,25 +81,25 @@ class WholeFiles:
         self.files = [base / name for name in names]
 
     def check(self) -> None:
-        """Refuses places that must not be exchanged: see `check_replaceable`."""
+        """Raise if one of them must not be replaced: see `check_replaceable`."""
         for file in self.files:
             check_replaceable(self.base, file)
 
     def digests(self) -> list[bytes]:
-        """What stands for the content of each in a record."""
+        """The digest of the content of each, as in a record."""
         return [_digest_of(file) for file in self.files]
 
     def changed_since(self, record: Record) -> list[str]:
-        """The names of those that do not hold what the patch of a record put there any more."""
+        """The names of those that no longer hold what the patch of a record wrote."""
         self.check()
         differ = [name for name, now, new in zip(self.names, self.digests(), record.after, strict=True) if now != new]
         return differ or ([] if self._rest_is_same(record) else ["what the patch left alone"])
 
     def put_back(self, record: Record, *, force: bool = False) -> bool:
-        """Exchanges the new files of a pending record for the old ones. False: these were all there still.
+        """Replace the new files of a pending record by the old ones. False if all the old ones are still there.
 
         Raises:
-            BadCheckpoint: a file holds neither what was there nor what was put there, and force was not asked for.
+            BadCheckpoint: a file holds neither the old nor the new content, and `force` is False.
         """
         self.check()
         new, old, now = record.after, _old_digests(record), self.digests()
@@ -109,10 +109,10 @@ class WholeFiles:
             strange = ["the checkpoint"]
         if strange and not force:
             raise BadCheckpoint(
-                f"{self.base}: a patch of it was cut short, and {strange[0]} is not the one that was patched: it was "
-                "exchanged since; nothing was written",
+                f"{self.base}: a patch of it was cut short, and {strange[0]} is not the one that was patched: it has "
+                "been replaced since; nothing was written",
                 hint=f"paramend undo {self.base} --force puts the old bytes back, "
-                f"paramend undo {self.base} --drop forgets them (right for files that came anew)",
+                f"paramend undo {self.base} --drop forgets them (right for a new download)",
             )
         scratch = record.path.with_suffix(f".{BACK}")
         for n, pieces in groupby(record.old_bytes(), key=lambda piece: piece[1]):
@@ -123,7 +123,7 @@ class WholeFiles:
             if not record.states[n].size:
                 _write_file(scratch, ())
                 self._take_place(scratch, self.names[n])
-        # Only now: what is still there of the old state never needed these.
+        # Only now: whatever remains of the old state never needed these.
         for n in sorted(wanted):
             if record.states[n].size < 0:
                 self._take_away(self.names[n])
@@ -131,7 +131,7 @@ class WholeFiles:
         return bool(wanted)
 
     def sync(self) -> None:
-        """Makes names durable, also those of folders that were made for them."""
+        """Make the names durable, including those of folders that were created for them."""
         folders = {self.base}
         for file in self.files:
             folders |= {folder for folder in file.parents if folder.is_relative_to(self.base)}
@@ -142,7 +142,7 @@ class WholeFiles:
     def witness_of_rest(self) -> str:
         """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes.
 
-        Of a database, whose manifest is no other's, the files that are exchanged say it all.
+        "" for a database: its manifest, which is among the replaced files, identifies it.
         """
         if MANIFEST in self.names:
             return ""
@@ -177,14 +177,14 @@ class WholeFiles:
         above, _, _ = name.rpartition("/")
         if above:
             with contextlib.suppress(OSError), _folder_of(self.base, above) as (folder, last):
-                os.rmdir(last, dir_fd=folder)  # refused of one that holds others
+                os.rmdir(last, dir_fd=folder)  # fails if the folder is not empty
 
 
 def check_replaceable(base: Path, file: Path) -> None:
-    """Refuses what must not be exchanged: links, what is read-only, what is no file.
+    """Check that a file can be replaced.
 
     Raises:
-        CannotWrite: it must not. Nothing was changed.
+        CannotWrite: it is a link, read-only, or not a regular file. Nothing was changed.
     """
     folder = file.parent
     while folder != base and folder != folder.parent:
@@ -201,7 +201,7 @@ def check_replaceable(base: Path, file: Path) -> None:
         raise CannotWrite(f"{file} is not a regular file; nothing was changed")
     if status.st_nlink > 1:
         raise CannotWrite(
-            f"{file} has {status.st_nlink} names (hard links), and a change would show under one of them only; "
+            f"{file} has {status.st_nlink} names (hard links), and a change would show under only one of them; "
             "nothing was changed",
             hint=ELSEWHERE,
         )
@@ -214,7 +214,7 @@ def check_replaceable(base: Path, file: Path) -> None:
 
 
 class _OneOpen:
-    """Files by number, the one that was asked for last open for reading: there may be more than a system opens."""
+    """Files by number, with only the last one open for reading: there may be more than a system can open at once."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
@@ -234,7 +234,7 @@ class _OneOpen:
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:
-    """A file in pieces, which fill the same buffer."""
+    """The pieces of a file, which share one buffer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size
@@ -251,7 +251,7 @@ _ABSENT = bytes(32)
 
 
 def _digest_of(path: Path) -> bytes:
-    """What stands for the content of a file in a record; of one that is not there, zeros."""
+    """The digest of the content of a file, as in a record; zeros if there is no such file."""
     digest = hashlib.sha256()
     try:
         for piece in _pieces(path):
@@ -270,7 +270,7 @@ def _old_digests(record: Record) -> list[bytes]:
     for _, file, _, data in record.old_bytes():
         digest = found[file]
         if isinstance(digest, bytes):
-            raise record.damaged("it holds bytes of a file that was not there")
+            raise record.damaged("it holds bytes of a file that did not exist")
         digest.update(checksum(data))
     return [digest if isinstance(digest, bytes) else digest.digest() for digest in found]
 
@@ -289,9 +289,9 @@ def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
 
 @contextlib.contextmanager
 def _folder_of(base: Path, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-    """(descriptor of the folder that a file of a checkpoint lies in, the last part of its name).
+    """(descriptor of the folder of a file of a checkpoint, the last part of its name).
 
-    It is reached part by part, so that no link leads out of the checkpoint, whoever puts one there at whatever moment.
+    It is opened part by part, so that no link leads out of the checkpoint, even one that is created meanwhile.
     """
     *above, last = name.split("/")
     descriptor = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""History: what patches were made, and what was taken back, as rows and reports."""
+"""History: patches that were made and taken back, as rows and reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class HistoryRow:
     """One patch that can be taken back.
 
     Attributes:
-        number: the higher, the later.
+        number: higher is later.
         time: when it was made.
         leaves: (path, edit) of each leaf that it changed.
         files: the names of the files that it changed.
-        nbytes: what its record takes on disk.
+        nbytes: the size of its record on disk.
     """
 
     number: int
@@ -34,19 +34,19 @@ class HistoryRow:
         """The row of a record.
 
         Raises:
-            BadCheckpoint: its time makes no sense.
+            BadCheckpoint: its time is invalid.
         """
         head = record.head
         leaves = tuple((path, head.edits[edit]) for path, edit in head.rows)
         try:
             when = datetime.fromtimestamp(head.time, UTC)
         except (ValueError, OverflowError, OSError):
-            raise record.damaged("its time makes no sense") from None
+            raise record.damaged("its time is invalid") from None
         return cls(record.number, when, leaves, head.files, record.nbytes)
 
     @property
     def edit(self) -> str:
-        """What was done, in one line: each edit with the leaves that it was made to."""
+        """What was done, in one line: each edit with its leaves."""
         found: dict[str, list[str]] = {}
         for path, edit in self.leaves:
             found.setdefault(edit, []).append(path)
@@ -68,7 +68,7 @@ class HistoryRow:
 
 @dataclass(frozen=True, repr=False)
 class UndoReport(Report):
-    """What an undo has done.
+    """What an undo did.
 
     Attributes:
         path: the checkpoint.

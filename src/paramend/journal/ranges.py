@@ -1,4 +1,4 @@
-"""Ranges: which bytes of which files a patch changes, and what these hold."""
+"""Ranges: which bytes of which files a patch changes, and what they hold."""
 
 import hashlib
 import os
@@ -16,17 +16,17 @@ Array = np.ndarray[Any, Any]
 
 # Bytes that are read and written at once.
 BUFFER = 1 << 20
-# Of a file with more free bytes than the first, so many samples of so many bytes are its witness.
+# The witness of a file with more free bytes than the first is that many samples of that many bytes.
 _WITNESSED, _SAMPLES, _SAMPLE = 1 << 22, 128, 4096
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How a file can be known again.
+    """How a file is recognized.
 
     Attributes:
         size: in bytes.
-        witness: the digest of samples of bytes that stay.
+        witness: the digest of samples of bytes that do not change.
     """
 
     size: int
@@ -35,7 +35,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Byte ranges of files: a table of (row, file, start, stop), one line each.
+    """Byte ranges of files: a table with a line (row, file, start, stop) for each.
 
     Attributes:
         table: int64, four columns.
@@ -53,14 +53,14 @@ class Ranges:
             yield from self.table[at : at + (1 << 14)].tolist()
 
     def pieces(self) -> Iterator[tuple[int, int, int, int]]:
-        """The same, no line longer than a buffer."""
+        """The lines, split so that none is longer than a buffer."""
         for row, file, start, stop in self:
             for at in range(start, stop, BUFFER):
                 yield row, file, at, min(at + BUFFER, stop)
 
 
 def witness(descriptor: int, size: int, ranges: Ranges, file: int) -> str:
-    """The digest of samples of a file's bytes, taken where no range lies: it stays while these are changed.
+    """The digest of samples of a file's bytes outside of its ranges: changes within them do not affect it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryFile() as file:
@@ -78,7 +78,7 @@ def witness(descriptor: int, size: int, ranges: Ranges, file: int) -> str:
     starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     ends = np.cumsum(lengths)
     total = int(lengths.sum())
-    if total > _WITNESSED:  # windows evenly laid over what is free; the first holds the header
+    if total > _WITNESSED:  # windows evenly spaced over the free bytes; the first one holds the header
         places = np.linspace(0, total - _SAMPLE, _SAMPLES).astype(np.int64)
         gaps = np.searchsorted(ends, places, "right")
         starts = starts[gaps] + places - (ends - lengths)[gaps]
@@ -91,7 +91,7 @@ def witness(descriptor: int, size: int, ranges: Ranges, file: int) -> str:
 
 
 def checksum(data: bytes | bytearray | memoryview) -> bytes:
-    """What stands for a piece of bytes in a digest. It takes a fifth of the time of SHA-256."""
+    """The checksum that represents a piece of bytes in a digest. It takes a fifth of the time of SHA-256."""
     return zlib.crc32(data).to_bytes(4, "little")
 
 
@@ -102,7 +102,7 @@ class OpenRanges:
     Attributes:
         files: the files, by number.
         descriptors: their descriptors.
-        ranges: what a patch changes in them.
+        ranges: the ranges that a patch changes in them.
     """
 
     files: Sequence[Path]
@@ -110,7 +110,7 @@ class OpenRanges:
     ranges: Ranges
 
     def states(self) -> list[State]:
-        """How each file can be known again."""
+        """How each file is recognized."""
         sizes = [os.fstat(descriptor).st_size for descriptor in self.descriptors]
         return [
             State(size, witness(descriptor, size, self.ranges, n))
@@ -118,7 +118,7 @@ class OpenRanges:
         ]
 
     def digests(self, rows: int) -> list[bytes]:
-        """For each row, and then for what has none, the digest of what its ranges hold, as `DONE` frames have it."""
+        """The digest of the bytes in the ranges of each row, then of those without a row, as in `DONE` frames."""
         found = [hashlib.sha256() for _ in range(rows + 1)]  # row -1 is the last
         buffer = memoryview(bytearray(BUFFER))
         for row, file, start, stop in self.ranges.pieces():
@@ -134,6 +134,6 @@ class OpenRanges:
         )
 
     def sync(self) -> None:
-        """Makes what was written durable."""
+        """Make what was written durable."""
         for descriptor in self.descriptors:
             os.fsync(descriptor)

@@ -1,16 +1,16 @@
 """Undo records: what a file held before it was changed in place, on disk, checked and durable.
 
-Where records live: beside a file `model.safetensors` in the folder `.model.safetensors.undo`; of a checkpoint that is a
-folder, in `.undo` inside it. A record is one file whose name is its number and its state:
+The records of a file `model.safetensors` are beside it in the folder `.model.safetensors.undo`; those of a checkpoint
+that is a folder are in `.undo` inside it. A record is one file whose name is its number and its state:
 
-    000003.partial   being written; no byte of the checkpoint has changed because of it; may be thrown away
+    000003.partial   being written; no byte of the checkpoint has changed because of it; can be deleted
     000003.pending   durable; bytes may have changed; the next program of its user puts the old ones back
-    000003.done      the change is whole and durable; `undo` takes back the one with the highest number
+    000003.done      the change is complete and durable; `undo` takes back the one with the highest number
 
-`.partial` becomes `.pending` and that `.done` by renaming, so each step is atomic. `undo` makes `.done` into `.pending`
-again before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held meanwhile.
-Before a record becomes pending, `paramend.journal.claims` notes elsewhere by which digests its frames can be known: one
-without such a note is not believed when a checkpoint is opened, only when its user asks for it.
+`.partial` becomes `.pending`, and `.pending` becomes `.done`, by renaming, so each step is atomic. `undo` renames
+`.done` to `.pending` before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held
+meanwhile. Before a record becomes pending, `paramend.journal.claims` notes the digests of its frames elsewhere: a
+record without such a note is not trusted when a checkpoint is opened, only when its user asks for it.
 
 The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
 
@@ -21,18 +21,18 @@ The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, 
 
     HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
            "files": [[path relative to the checkpoint's folder]]}
-           With "whole": true the files were exchanged whole for others. SPANs are then all of a file, sizes are -1
+           With "whole": true, whole files were replaced by others. SPANs then cover a whole file, the size is -1
            where there was none, and DONE, which comes before the record is pending, has one digest for each new file.
     FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
-           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of files that were
-           exchanged whole the first has one, of the other files that could have been.
-    SPAN   old bytes: a count (8 bytes), so many quadruples of signed 8-byte integers (row, file, start, stop), row -1
-           being what a format keeps true by itself, such as checksums; then the bytes start to stop of each.
-           It is durable before the first byte that it covers changes.
-    DONE   last, but for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of the checksums of
-           its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
+           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; for whole files only the
+           first has one, computed from the other files that a patch could replace.
+    SPAN   old bytes: a count (8 bytes), then that many quadruples of signed 8-byte integers (row, file, start, stop),
+           with row -1 for bytes that a format maintains itself, such as checksums; then the bytes start to stop of
+           each. It is durable before the first byte that it covers changes.
+    DONE   last, except for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of the checksums
+           of its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
 
-The first three, HEAD, FILE and SPAN, were whole before the record was pending, and DONE before it was done; what comes
+HEAD, FILE and SPAN, the first three, are complete before the record is pending, and DONE before it is done; what comes
 after these may be cut short and then does not count. Anything else that does not fit is damage: `BadCheckpoint`, and
 nothing is written.
 """
@@ -64,19 +64,19 @@ _NAME = re.compile(r"([0-9]{6,18})\.(partial|pending|done)")
 FRAME = struct.Struct("<4sQ")
 COUNT = struct.Struct("<Q")
 _DIGEST = 32
-# HEAD and FILE frames are held in memory: no record of ours has larger ones.
+# HEAD and FILE frames are read into memory: our records have no larger ones.
 _MAX_TEXT = 1 << 30
 
 
 def records_in(folder: Path, *states: str) -> list[Path]:
-    """The records in a folder of these states, the oldest first.
+    """The records in a folder that are in these states, the oldest first.
 
     Raises:
         CannotRead: there is no permission to look.
     """
     found: list[tuple[int, Path]] = []
     try:
-        for path in () if folder.is_symlink() else folder.iterdir():  # no folder of ours is a link
+        for path in () if folder.is_symlink() else folder.iterdir():  # our folders are never links
             match = _NAME.fullmatch(path.name)
             if match and match[2] in states:
                 found.append((int(match[1]), path))
@@ -90,14 +90,14 @@ def records_in(folder: Path, *states: str) -> list[Path]:
 
 
 def records_beside(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
-    """The records of all patches of some files, and of the folders that these lie in.
+    """The records of all patches of some files, and of the folders that these are in.
 
     Args:
         files: the files.
-        refuses: whether one that is being made, or was cut short, is an error.
+        refuses: whether a patch that is being made, or was cut short, is an error.
 
     Raises:
-        Busy: there is such a one.
+        Busy: there is such a patch.
     """
     found = []
     for folder in {path.parent for path in files}:
@@ -113,19 +113,19 @@ def records_beside(files: Iterable[Path], *, refuses: bool = False) -> list[Path
     return sorted(found)
 
 
-# ---- what a record says ------------------------------------------------------------------------------------
+# ---- what a record holds -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Head:
-    """What was done, when, to which files.
+    """What was done, when and to which files.
 
     Attributes:
         time: seconds since 1970.
         edits: each edit once, as text.
-        rows: for each leaf that changed its path and the number of its edit.
+        rows: the path of each leaf that changed, and the number of its edit.
         files: the files that changed, relative to the folder of the checkpoint.
-        whole: whether they were exchanged for others.
+        whole: whether whole files were replaced.
     """
 
     time: float
@@ -135,7 +135,7 @@ class Head:
     whole: bool = False
 
     def to_bytes(self) -> bytes:
-        """As it stands in a record."""
+        """The payload of the frame."""
         data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
         if self.whole:
             data["whole"] = True
@@ -143,12 +143,12 @@ class Head:
 
 
 def seal_text(path: Path, digests: Sequence[bytes]) -> str:
-    """What a record can be known by: its number, and how many frames it has with which digests."""
+    """The text that identifies a record: its number, the number of its frames and a digest of their digests."""
     return f"{int(path.stem)} {len(digests)} {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
 
 def states_text(states: Sequence[State]) -> bytes:
-    """How files can be known again, as it stands in a record."""
+    """How files are recognized, as the payload of a frame."""
     rows = [{"size": state.size, "witness": state.witness} for state in states]
     return json.dumps(rows, separators=(",", ":")).encode()
 
@@ -168,11 +168,11 @@ class _Frame:
 
 
 class Record:
-    """A record that was written before, opened for reading. `head` is checked at once, old bytes by `check`.
+    """A written record, opened for reading. `head` is checked at once, old bytes by `check`.
 
     Attributes:
-        path: of the record.
-        number: the higher, the later.
+        path: the path of the record.
+        number: higher is later.
         state: "pending" or "done".
         nbytes: its size.
         head: what was done.
@@ -207,13 +207,13 @@ class Record:
         self.close()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def damaged(self, reason: str) -> BadCheckpoint:
-        """The error for a record that does not keep the format."""
+        """The error for a record that breaks the format."""
         return BadCheckpoint(
             f"{self.path}: the undo record is damaged: {reason}; nothing was written",
             hint="paramend undo PATH --drop forgets all undo records of PATH",
@@ -221,21 +221,21 @@ class Record:
 
     @cached_property
     def states(self) -> tuple[State, ...]:
-        """How the files were when they were seen last before old bytes went back."""
+        """The last states of the files that were recorded before old bytes were put back."""
         for frame in reversed(self._frames):
             if frame.kind == b"FILE":
                 rows = self._json(frame)
                 try:
                     found = tuple(State(int(row["size"]), str(row["witness"])) for row in rows)
                 except (TypeError, KeyError, ValueError):
-                    raise self.damaged("what it says of the files makes no sense") from None
+                    raise self.damaged("its list of files is invalid") from None
                 if len(found) == len(self.head.files):
                     return found
-        raise self.damaged("it does not say how the files were")
+        raise self.damaged("it has no states of the files")
 
     @cached_property
     def ranges(self) -> Ranges:
-        """All ranges that are recorded."""
+        """All recorded ranges."""
         frame = self._frames[2]
         (count,) = COUNT.unpack(get(self._descriptor, frame.start, COUNT.size, self.path))
         if count > (frame.length - COUNT.size) // 32:
@@ -244,16 +244,16 @@ class Record:
         table = np.frombuffer(data, "<i8").reshape(count, 4)
         row, file, start, stop = table.T
         sound = (row >= -1) & (row < len(self.head.rows)) & (file >= 0) & (file < len(self.head.files))
-        sound &= (start >= 0) & (start <= stop) & (stop - start <= frame.length)  # so that the sum cannot overflow
+        sound &= (start >= 0) & (start <= stop) & (stop - start <= frame.length)  # so the sum cannot overflow
         if not sound.all() or COUNT.size + table.nbytes + sum((stop - start).tolist()) != frame.length:
-            raise self.damaged("its table of ranges makes no sense")
+            raise self.damaged("its table of ranges is invalid")
         return Ranges(table)
 
     def check(self) -> None:
-        """Reads all of the record.
+        """Read the whole record and check it.
 
         Raises:
-            BadCheckpoint: a digest does not fit.
+            BadCheckpoint: a digest differs.
         """
         frame = self._frames[2]
         digest = hashlib.sha256(get(self._descriptor, frame.start - FRAME.size, FRAME.size + COUNT.size, self.path))
@@ -261,10 +261,10 @@ class Record:
         for _, _, _, data in self.old_bytes():
             digest.update(data)
         if digest.digest() != self._digest_of(frame):
-            raise self.damaged("the old bytes do not fit their checksums")
+            raise self.damaged("the old bytes do not match their checksum")
 
     def old_bytes(self) -> Iterator[tuple[int, int, int, memoryview]]:
-        """(row, file, start, bytes), no piece longer than a buffer, which the next piece fills again."""
+        """(row, file, start, bytes) of each piece; all pieces share one buffer."""
         at = self._frames[2].start + COUNT.size + self.ranges.table.nbytes
         buffer = memoryview(bytearray(BUFFER))
         for row, file, start, stop in self.ranges.pieces():
@@ -275,8 +275,8 @@ class Record:
 
     @cached_property
     def after(self) -> list[bytes]:
-        """The digests of the new bytes of each row and of what the format keeps true, of a record that is done; of
-        files that were exchanged whole, those of each file."""
+        """The digests of the new bytes of each row, then of what the format maintains, in a record that is done; for
+        whole files, the digest of each."""
         for frame in self._frames:
             if frame.kind == b"DONE":
                 data = self._payload(frame)
@@ -286,21 +286,21 @@ class Record:
         raise self.damaged("it is cut short")
 
     def note(self, states: Sequence[State]) -> None:
-        """Adds how the files are now, durably."""
+        """Add the current states of the files, durably."""
         payload = states_text(states)
         framed = FRAME.pack(b"FILE", len(payload)) + payload
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             end = self._frames[-1].stop
-            os.ftruncate(descriptor, end)  # a note that was cut short
+            os.ftruncate(descriptor, end)  # removes a note that was cut short
             put(descriptor, framed + hashlib.sha256(framed).digest(), end)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
     def become_pending(self) -> Path:
-        """Its new path: old bytes are about to be written, and whoever is cut short, another finishes."""
-        with Record(self.path) as noted:  # with what was added to it
+        """Its new path: old bytes are about to be written, and if this is cut short, another program finishes it."""
+        with Record(self.path) as noted:  # including what was added to it
             claims.seal(self.path.parent, seal_text(self.path, [noted._digest_of(frame) for frame in noted._frames]))
         new = self.path.with_suffix(f".{PENDING}")
         self.path.rename(new)
@@ -308,9 +308,9 @@ class Record:
         return new
 
     def is_own(self) -> bool:
-        """Whether this user made it pending here, as it is, if `check` is content with its old bytes.
+        """Whether this user made it pending here, as it is, provided that `check` passes.
 
-        What was added to it since then does not count any more.
+        Frames added since then are ignored.
         """
         said = claims.read(self.path.parent) or ""
         match = re.fullmatch(r"[0-9]+ ([0-9]{1,9}) [0-9a-f]{64}", said)
@@ -319,7 +319,7 @@ class Record:
         self._frames = self._frames[: int(match[1])]
         return said == seal_text(self.path, [self._digest_of(frame) for frame in self._frames])
 
-    # -- how
+    # -- frames
 
     def _digest_of(self, frame: _Frame) -> bytes:
         return bytes(get(self._descriptor, frame.stop - _DIGEST, _DIGEST, self.path))
@@ -328,7 +328,7 @@ class Record:
         head = os.pread(self._descriptor, len(MAGIC), 0)
         if head != MAGIC:
             newer = head[:6] == MAGIC[:6] and len(head) == len(MAGIC)
-            raise self.damaged("a newer Paramend wrote it" if newer else "it does not begin as one")
+            raise self.damaged("a newer Paramend wrote it" if newer else "it does not begin like one")
         found: list[_Frame] = []
         at = len(MAGIC)
         while at < self.nbytes:
@@ -339,7 +339,7 @@ class Record:
             frame = _Frame(kind, at + FRAME.size, length)
             if kind not in {b"HEAD", b"FILE", b"SPAN", b"DONE"} or frame.stop > self.nbytes:
                 break
-            # Old bytes are many, and `check` reads them when they are needed.
+            # There are many old bytes; `check` reads them when they are needed.
             if (length > _MAX_TEXT or not self._fits(frame)) if kind != b"SPAN" else length < COUNT.size:
                 break
             found.append(frame)
@@ -347,7 +347,7 @@ class Record:
         kinds = [frame.kind for frame in found]
         needed = [b"HEAD", b"FILE", b"SPAN"] + [b"DONE"] * (self.state == DONE)
         if kinds[: len(needed)] != needed or b"SPAN" in kinds[3:]:
-            raise self.damaged(f"byte {at:,} is where a frame ends or does not fit its checksum")
+            raise self.damaged(f"the frame at byte {at:,} is missing, cut short or does not match its checksum")
         return found
 
     def _fits(self, frame: _Frame) -> bool:
@@ -378,9 +378,9 @@ class Record:
                 data.get("whole") is True,
             )
         except (TypeError, KeyError, ValueError):
-            raise self.damaged("its head makes no sense") from None
+            raise self.damaged("its head is invalid") from None
         if not all(0 <= edit < len(head.edits) for _, edit in head.rows) or not head.files:
-            raise self.damaged("its head makes no sense")
+            raise self.damaged("its head is invalid")
         for name in head.files:
             parts = PurePosixPath(name).parts
             if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:

@@ -1,4 +1,4 @@
-"""Rollback: what the files of a patch held before is put back, from its record."""
+"""Rollback: the old bytes of a patch are put back into its files, from its record."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from paramend.reports.progress import Meter, Progress
 
 @dataclass(frozen=True)
 class Rollback:
-    """A patch that is to be taken back.
+    """A patch to take back.
 
     Attributes:
-        record: of the patch; it is removed when the old bytes are durable.
+        record: the record of the patch, which is removed once the old bytes are durable.
         base: the checkpoint.
-        files: those that the record is about, by number.
-        force: whether the old bytes are put back although other bytes, or another file of the same size, are there.
+        files: the files of the record, by number.
+        force: whether to put the old bytes back even over other bytes, or into another file of the same size.
         progress: called with an `Event` as bytes are written.
     """
 
@@ -36,10 +36,10 @@ class Rollback:
     progress: Progress | None = None
 
     def undo(self) -> None:
-        """Takes back a patch that is whole.
+        """Take back a complete patch.
 
         Raises:
-            CannotWrite: its places were changed since. Nothing was written.
+            CannotWrite: its bytes have changed since. Nothing was written.
         """
         self.record.check()
         with explained(self.base):
@@ -62,7 +62,7 @@ class Rollback:
                     replace(self, record=pending)._put_old_and_forget(target)
 
     def finish(self) -> bool:
-        """Takes back a patch that was cut short. False: the old bytes were all there still.
+        """Take back a patch that was cut short. False if all the old bytes are still there.
 
         Raises:
             BadCheckpoint: the file is not the one that was patched. Nothing was written.
@@ -79,18 +79,18 @@ class Rollback:
                 if changed and not same and not self.force:
                     raise BadCheckpoint(
                         f"{self.base}: a patch of it was cut short, and the file is not the one that was patched: it "
-                        "was exchanged since; nothing was written",
+                        "has been replaced since; nothing was written",
                         hint=f"paramend undo {self.base} --force puts the old bytes back, "
-                        f"paramend undo {self.base} --drop forgets them (right for a file that came anew)",
+                        f"paramend undo {self.base} --drop forgets them (right for a new download)",
                     )
                 if changed:
                     self._put_old(target)
-                target.sync()  # the old bytes may be there only because a recovery was killed before it got here
+                target.sync()  # a recovery may have put them back and been killed before it got here
                 _forget(self.record)
                 return changed
 
     def abandon(self) -> None:
-        """Takes back a patch that this very program is making, whose locks it holds."""
+        """Take back a patch that this program is making, with the locks held."""
         self.record.check()
         if self.record.head.whole:
             self._put_files_back()
@@ -127,27 +127,27 @@ class Rollback:
             target.sync()
         except OSError as error:
             raise CannotWrite(
-                f"{self.base}: {reason(error)}; the old bytes are back only in part. All of them are safe in "
+                f"{self.base}: {reason(error)}; the old bytes were put back only in part. All of them are in "
                 f"{self.record.path}, and the next program that opens the checkpoint tries again"
             ) from error
 
     # ---- what is there now -----------------------------------------------------------------------------------
 
     def _by_file(self, now: Sequence[State]) -> Iterator[tuple[str, State, State]]:
-        """(name, how it is now, how it was) of each file."""
+        """(name, current state, recorded state) of each file."""
         return zip(self.record.head.files, now, self.record.states, strict=True)
 
     def _check_sizes(self, now: Sequence[State]) -> None:
         for name, state, then in self._by_file(now):
             if state.size != then.size:
                 raise BadCheckpoint(
-                    f"{self.base}: {name} has {state.size:,} bytes, and {then.size:,} when it was patched: it is "
+                    f"{self.base}: {name} has {state.size:,} bytes, and had {then.size:,} when it was patched: it is "
                     "another file; nothing was written",
                     hint=f"paramend undo {self.base} --drop forgets the undo records",
                 )
 
     def _check_new(self, target: OpenRanges, now: Sequence[State]) -> None:
-        """Refuses files that do not hold what the patch wrote, or are not those that it left."""
+        """Raise if the files do not hold what the patch wrote, or are not the files that were patched."""
         rows = self.record.head.rows
         found = target.digests(len(rows))
         differ = [n for n, digest in enumerate(found) if digest != self.record.after[n]]
@@ -157,15 +157,15 @@ class Rollback:
         if others:
             raise CannotWrite(
                 f"{self.base}: {wording.listing(others)} is not the file of patch {self.record.number}: bytes that the "
-                "patch left alone are others now; nothing was written",
-                hint=f"paramend undo {self.base} --force puts the bytes from before the patch there all the same, "
+                "patch left alone have changed; nothing was written",
+                hint=f"paramend undo {self.base} --force puts the bytes from before the patch there anyway, "
                 f"paramend undo {self.base} --drop forgets them",
             )
 
     def _changed_since(self, what: Sequence[str]) -> CannotWrite:
         return CannotWrite(
             f"{self.base}: {wording.listing(what)} changed since patch {self.record.number}; nothing was written",
-            hint=f"paramend undo {self.base} --force puts the bytes from before the patch there all the same",
+            hint=f"paramend undo {self.base} --force puts the bytes from before the patch there anyway",
         )
 
 

@@ -1,4 +1,4 @@
-"""`UndoStore`: the undo records of a checkpoint, and all that is done with them under one lock."""
+"""`UndoStore`: the undo records of a checkpoint, and what is done with them under one lock."""
 
 import contextlib
 import os
@@ -23,13 +23,13 @@ from paramend.reports.progress import Progress
 
 
 class UndoStore:
-    """The undo records of a checkpoint: beside a file in a folder of their own, of a folder in one inside it.
+    """The undo records of a checkpoint: in a folder beside a file, or inside a checkpoint that is a folder.
 
     Attributes:
         base: the checkpoint, a file or a folder.
         home: the folder that the names of its files are relative to.
-        folder: where the records are. It need not exist.
-        lock: the file in it that is locked while one writes there.
+        folder: the folder of the records. It need not exist.
+        lock: the file in it that is locked while a program writes there.
 
     >>> store = UndoStore(Path("models/model.safetensors"))
     >>> print(store.folder, store.home)
@@ -45,7 +45,7 @@ class UndoStore:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> "UndoStore":
-        """The store of what a path stands for: of an index, its folder; of Orbax, the folder of the tree.
+        """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree.
 
         >>> print(UndoStore.of("models/model.safetensors.index.json").base)
         models
@@ -57,9 +57,9 @@ class UndoStore:
 
     @property
     def related(self) -> "list[UndoStore]":
-        """Those of checkpoints with some of the same files: of the folder of a file, of the files of a folder."""
+        """The stores of checkpoints that share files: of the folder of a file, or of the files of a folder."""
         if not self.is_folder:
-            # Only a folder has its records inside, so there is no need to look at what kind of thing the parent is.
+            # Only a folder has `.undo` inside, so the kind of the parent need not be checked.
             return [UndoStore(self.home)] if (self.home / ".undo").is_dir() else []
         names: list[str] = []
         with contextlib.suppress(OSError):
@@ -78,35 +78,35 @@ class UndoStore:
         return records_in(self.folder, *states)
 
     def next_path(self) -> Path:
-        """The name of a record that is about to be written."""
+        """The path of the next record."""
         last = self.records(PARTIAL, PENDING, DONE)
         number = int(last[-1].stem) + 1 if last else 1
         return self.folder / f"{number:06}.{PARTIAL}"
 
     def has_records(self) -> bool:
-        """Whether there are any, here or in related stores."""
+        """Whether there are records, here or in related stores."""
         return any(store.records(PENDING, DONE, PARTIAL) for store in (self, *self.related))
 
     def name_of(self, file: Path) -> str:
-        """The name of a file of the checkpoint, as records have it."""
+        """The name of a file of the checkpoint in records."""
         try:
             return file.relative_to(self.home).as_posix()
         except ValueError:
-            raise Unsupported(f"{self.base}: {file} lies outside of it", hint=ELSEWHERE) from None
+            raise Unsupported(f"{self.base}: {file} is outside of it", hint=ELSEWHERE) from None
 
     def rollback(
         self, record: Record, *, force: bool = False, progress: Progress | None = None, own: bool = False
     ) -> Rollback:
-        """What takes back the patch of a record.
+        """The rollback of the patch of a record.
 
         Args:
             record: the record.
-            force: whether the old bytes are put back although others are there.
+            force: whether to put the old bytes back even over other bytes.
             progress: called with an `Event` as bytes are written.
-            own: whether this very program is writing it; other records can say anything.
+            own: whether this program is writing the record; others cannot be trusted.
 
         Raises:
-            BadCheckpoint: the record is about files that no patch of the checkpoint writes.
+            BadCheckpoint: the record has files that patches of the checkpoint never write.
         """
         names = record.head.files
         others = [] if own else sorted(set(names) - self._may_write(record))
@@ -116,7 +116,7 @@ class UndoStore:
         return Rollback(record, self.base, [self.home / name for name in names], force, progress)
 
     def _may_write(self, record: Record) -> set[str]:
-        """The names, of the files of a record, that a patch of the checkpoint can write."""
+        """The names of the files of a record that a patch of the checkpoint may write."""
         if is_tree(self.base):
             return {name for name in record.head.files if record.head.whole and may_change(self.base, name)}
         if record.head.whole:
@@ -127,7 +127,7 @@ class UndoStore:
 
     @contextlib.contextmanager
     def writing(self, *, recovers: bool = True) -> Iterator[None]:
-        """The folder of records, there and locked, with nothing cut short left.
+        """While it lasts, the folder of records exists and is locked, and patches that were cut short are taken back.
 
         Raises:
             Busy: another program is writing.
@@ -156,13 +156,13 @@ class UndoStore:
         except FileExistsError:
             if self.folder.is_symlink() or not self.folder.is_dir():
                 raise CannotWrite(
-                    f"{self.folder} is not a folder, and undo records go there; nothing was changed"
+                    f"{self.folder} is not a folder, and undo records belong there; nothing was changed"
                 ) from None
         else:
             sync_folder(self.folder.parent)
 
     def close(self) -> None:
-        """Removes what a killed program left half written, and the folder if it is empty; the lock is held."""
+        """Remove what a killed program left half written, and the folder if it is empty, with the lock held."""
         if not self.records(PENDING):
             claims.end(self.folder)
         with contextlib.suppress(OSError):
@@ -179,17 +179,17 @@ class UndoStore:
     # ---- what was cut short ----------------------------------------------------------------------------------
 
     def recover(self) -> list[HistoryRow]:
-        """Takes back this user's own patches that were cut short, unless they are still being made.
+        """Take back this user's own patches that were cut short, unless they are still being made.
 
         Raises:
-            BadCheckpoint: a record is damaged or not this user's own, or the file was exchanged since.
+            BadCheckpoint: a record is damaged or not this user's own, or the file has been replaced since.
         """
         pending = self.records(PENDING)
         if claims.read(self.folder) is None:
             if pending and not is_held(self.lock) and self.records(PENDING):
                 raise _not_own(self.base, pending[0])
             return []
-        # What was left half written takes room and does no harm: that it cannot be removed is no reason to stop.
+        # Half-written leftovers take room but do no harm, so failing to remove them is not an error.
         quiet = () if pending else (CannotWrite,)
         rows: list[HistoryRow] = []
         with contextlib.suppress(Busy, *quiet), explained(self.base), self.locked():
@@ -198,7 +198,7 @@ class UndoStore:
         return rows
 
     def recover_held(self) -> list[HistoryRow]:
-        """The same; the lock is held."""
+        """The same, with the lock held."""
         rows = []
         for found in self.records(PENDING):
             if claims.read(self.folder) is None:
@@ -212,7 +212,7 @@ class UndoStore:
         return rows
 
     def recover_related(self) -> None:
-        """The same in related stores, each locked for it."""
+        """The same for related stores, each of them locked."""
         for store in self.related:
             if store.records(PENDING):
                 with store.locked():
@@ -220,16 +220,16 @@ class UndoStore:
                     store.close()
 
     def check_nothing_pending(self) -> None:
-        """With the files locked, what is pending elsewhere belongs to a program that was killed just now."""
+        """Check, with the files locked, that no program has just been killed while it patched them."""
         for store in self.related:
             if store.records(PENDING):
-                raise Busy(f"{store.base}: a patch of it was cut short just now; nothing was changed", hint="try again")
+                raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
     def take_back(self, path: Path, error: BaseException) -> None:
-        """Puts the old bytes back after something went wrong within a patch whose record was begun at this path.
+        """Put the old bytes back after an error within a patch whose record was begun at this path.
 
         Raises:
-            CannotWrite: what went wrong came from the system, or the bytes could not be put back.
+            CannotWrite: the error came from the system, or the bytes could not be put back.
         """
         try:
             try:
@@ -239,8 +239,8 @@ class UndoStore:
                 raise
         except (OSError, ParamendError) as second:
             raise CannotWrite(
-                f"{self.base}: {reason(error)}; and then the old bytes could not be put back: {reason(second)}. They "
-                f"are safe in {path.parent}, and the next program that opens the checkpoint tries again",
+                f"{self.base}: {reason(error)}; then the old bytes could not be put back: {reason(second)}. They "
+                f"are in {path.parent}, and the next program that opens the checkpoint tries again",
                 hint=f"paramend undo {self.base}",
             ) from error
         if isinstance(error, OSError) and not isinstance(error, ParamendError):
@@ -248,7 +248,7 @@ class UndoStore:
 
     def _abandon(self, path: Path) -> None:
         done, pending = path.with_suffix(f".{DONE}"), path.with_suffix(f".{PENDING}")
-        if done.exists():  # it was marked, and then something went wrong
+        if done.exists():  # it was marked done before the error
             done.rename(pending)
         if pending.exists():
             with Record(pending) as record:
@@ -259,8 +259,8 @@ class UndoStore:
     # ---- forgetting ------------------------------------------------------------------------------------------
 
     def drop(self, keep: int = 0) -> list[HistoryRow | Path]:
-        """Forgets records, the oldest first; the lock is held. A row for each, or the path of one that is damaged."""
-        # What is pending and cannot be rolled back has to be forgotten, or nothing goes on.
+        """Forget records, the oldest first, with the lock held. A row for each, or the path of a damaged one."""
+        # Pending records that cannot be rolled back are forgotten too; otherwise they would block every patch.
         found = self.records(PENDING, DONE)
         gone: list[HistoryRow | Path] = []
         for path in found[: max(len(found) - keep, 0)]:
@@ -276,10 +276,10 @@ class UndoStore:
 
 @contextlib.contextmanager
 def retiring(out: Path) -> Iterator[None]:
-    """While it lasts a checkpoint gets its name, and when it ends without an error the records of what had it are gone.
+    """While it lasts, a checkpoint gets its name; if it ends without an error, the records of the old one are removed.
 
     Raises:
-        Busy: that is being patched.
+        Busy: the old one is being patched.
     """
     own = UndoStore.of(out)
     with contextlib.ExitStack() as stack:
@@ -290,7 +290,7 @@ def retiring(out: Path) -> Iterator[None]:
                     stack.enter_context(locked(store.lock, name=out))
                 except Busy:
                     raise
-                except OSError:  # records of somebody else
+                except OSError:  # another user's records
                     continue
                 held.append(store)
         yield
@@ -302,7 +302,7 @@ def retiring(out: Path) -> Iterator[None]:
 
 
 def _about(store: UndoStore, name: str) -> list[Path]:
-    """The records of a folder that are about a file of this name."""
+    """The records of a folder that have a file of this name."""
     found = []
     for path in store.records(DONE):
         with contextlib.suppress(ParamendError), Record(path) as record:
@@ -313,12 +313,12 @@ def _about(store: UndoStore, name: str) -> list[Path]:
 def _not_own(base: Path, record: Path) -> BadCheckpoint:
     return BadCheckpoint(
         f"{base}: {record} says that a patch was cut short, and it is not known as a patch that you made here: it may "
-        "have come with the files, or from somebody else; nothing was written",
-        hint=f"paramend undo {base} puts the bytes that it holds back, paramend undo {base} --drop forgets it",
+        "have come with the files, or from another user; nothing was written",
+        hint=f"paramend undo {base} puts its bytes back, paramend undo {base} --drop forgets it",
     )
 
 
-# Records that were begun, new files that were never exchanged for old ones, and old ones that were put back in part.
+# Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
 
 

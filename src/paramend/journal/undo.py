@@ -1,4 +1,4 @@
-"""Undoing: what an undo record holds is put back, because someone asks for it or because a patch was cut short."""
+"""Undoing: the bytes of an undo record are put back, on request or because a patch was cut short."""
 
 import contextlib
 import os
@@ -12,19 +12,19 @@ from paramend.reports.progress import Progress
 
 
 def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None) -> UndoReport:
-    """A report of what was taken back: the last patch of a checkpoint that has not been taken back.
+    """The report of what was taken back: the last patch of a checkpoint that has not been taken back.
 
-    If a patch was cut short before, that one is taken back, and no other.
+    If a patch was cut short, only that one is taken back.
 
     Args:
         path: a file or folder.
-        force: whether the old bytes are put back although those places were changed since, or the file is another one
-            of the same size.
+        force: whether to put the old bytes back even if those bytes have changed since, or the file is another one of
+            the same size.
         progress: called with an `Event` as bytes are written.
 
     Raises:
-        CannotWrite: there is nothing to take back, or the file was changed or exchanged since; the message names what
-            differs.
+        CannotWrite: there is nothing to take back, or the file has been changed or replaced since; the message names
+            what differs.
         BadCheckpoint: the undo record is damaged. Nothing was written.
 
     >>> import tempfile
@@ -85,33 +85,33 @@ def history(path: str | os.PathLike[str]) -> list[HistoryRow]:
 
 
 def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
-    """The patches that had been cut short, now taken back; usually none. Whatever opens a checkpoint calls this first.
+    """The patches that were cut short and are now taken back; usually none. Opening a checkpoint calls it.
 
-    Only this user's own patches on this machine are taken back unasked: anyone can lay a record beside a file. A patch
-    that is still being made by another program is left alone.
+    Only this user's own patches on this machine are taken back unasked: anyone can put a record beside a file. A patch
+    that another program is still making is left alone.
 
     Raises:
-        BadCheckpoint: an undo record is damaged or not this user's own, or the file was exchanged since. Nothing was
-            written.
-        CannotWrite: the old bytes cannot be put back, for want of permission for example.
+        BadCheckpoint: an undo record is damaged or not this user's own, or the file has been replaced since. Nothing
+            was written.
+        CannotWrite: the old bytes cannot be put back, for example without permission.
     """
     try:
         store = UndoStore.of(path)
         stores = [store, *store.related]
-    except PermissionError:  # who may not look cannot read either, and is told so then
+    except PermissionError:  # reading the checkpoint fails too, and reports it
         return []
     return [row for each in stores for row in each.recover()]
 
 
 def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Path]:
-    """What was forgotten: undo records, the oldest first, so that they take no space; the checkpoint stays as it is.
+    """The undo records that were forgotten, the oldest first, to free their space; the checkpoint stays as it is.
 
     Args:
         path: a file or folder.
         keep: how many of the latest patches can still be taken back afterwards.
 
     Returns:
-        A row for each record, or the path of one that is damaged.
+        A row for each record, or the path of a damaged one.
 
     >>> import tempfile
     >>> from paramend.checkpoints.whole import save
@@ -142,6 +142,6 @@ def _store_of(path: str | os.PathLike[str]) -> UndoStore:
 def _nothing(store: UndoStore) -> CannotWrite:
     other = [each for each in store.related if each.records(DONE)]
     return CannotWrite(
-        f"{store.base}: there is nothing to take back: no patch of it has an undo record",
+        f"{store.base}: there is nothing to take back: it has no undo records",
         hint=f"paramend undo {other[0].base}, which was patched" if other else "",
     )

@@ -1,4 +1,4 @@
-"""Writing an undo record: it is durable before the first byte changes that it can bring back."""
+"""Writing an undo record: it is durable before the first byte that it covers changes."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, seal_te
 
 
 def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
-    """The head of a record of what is done now: (leaf, edit) for each row."""
+    """The head of a record of a patch that is made now, from (leaf, edit) for each row."""
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
     return Head(time.time(), tuple(numbers), rows, tuple(files), whole)
@@ -32,7 +32,7 @@ class Descriptors(Protocol):
 
 
 class Writer:
-    """A record that is being written. The file is made when this is."""
+    """A record that is being written. Creating it creates the file."""
 
     def __init__(self, path: Path, mode: int) -> None:
         self.path = path
@@ -44,25 +44,25 @@ class Writer:
         self._put(MAGIC)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def frame(self, kind: bytes, payload: bytes) -> None:
-        """Adds a short frame."""
+        """Add a short frame."""
         framed = FRAME.pack(kind, len(payload)) + payload
         self._put(framed)
         self._end(hashlib.sha256(framed))
 
     def files(self, states: Sequence[State]) -> None:
-        """Adds how the files are now."""
+        """Add the current states of the files."""
         self.frame(b"FILE", states_text(states))
 
     def old_bytes(
         self, ranges: Ranges, descriptors: Descriptors, names: Sequence[Path], meter: Callable[[int], None]
     ) -> None:
-        """Adds the bytes that the files hold now."""
+        """Add the bytes that the files hold now."""
         table = np.ascontiguousarray(ranges.table, "<i8")
         head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))
         rows = table.reshape(-1).view(np.uint8).data
@@ -70,7 +70,7 @@ class Writer:
         digest.update(rows)
         self._put(head)
         self._put(rows)
-        # Thousands of short ranges need not be thousands of writes.
+        # Thousands of short ranges are gathered into few writes.
         buffer, filled = memoryview(bytearray(BUFFER)), 0
         for _, file, start, stop in ranges.pieces():
             count = stop - start
@@ -86,7 +86,7 @@ class Writer:
         self._end(digest)
 
     def become(self, state: str) -> None:
-        """Makes all that was written durable, and then gives the record a name that says so."""
+        """Make all that was written durable, then rename the record to its new state."""
         self.sync()
         if state == PENDING:
             claims.seal(self.path.parent, seal_text(self.path, self._digests))
@@ -96,7 +96,7 @@ class Writer:
         sync_folder(new.parent)
 
     def sync(self) -> None:
-        """Makes all that was written durable."""
+        """Make all that was written durable."""
         os.fsync(self._descriptor)
 
     def _end(self, digest: "hashlib._Hash") -> None:

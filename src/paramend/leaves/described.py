@@ -1,4 +1,4 @@
-"""`Described`: leaves of which only names and specs are left, when a report tells of them."""
+"""`Described`: leaves reduced to their names and specs, for reports."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn

@@ -93,7 +93,7 @@ def _replaced(tree: Checkpoint, places: Mapping[int, Sequence[Pick]]) -> Checkpo
     clashes = [name for name, count in Counter(names).items() if count > 1 or name in inside]
     if clashes:
         raise RenameClash(
-            f"{wording.plural(len(clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{wording.plural(len(clashes), 'leaf', 'leaves')} would collide with others: "
             f"{wording.listing(clashes, 4)}",
             hint='into="stack", a path that is free',
         )

@@ -223,7 +223,7 @@ def _left(child: Any) -> tuple[Path, Any] | None:
 def _closed(draft: Draft, members: Sequence[Member]) -> Any:
     if draft.clashes:
         raise RenameClash(
-            f"{wording.plural(len(draft.clashes), 'leaf has', 'leaves have')} no place of their own: "
+            f"{wording.plural(len(draft.clashes), 'leaf', 'leaves')} would collide with others: "
             f"{wording.listing(draft.clashes, 4)}",
             hint='into="stack", a path that is free',
         )
