@@ -467,7 +467,7 @@ ZIPS = {
     "too many": (patched(GOOD_ZIP, (END + 8, b"\xff\xfe\xff\xfe")), "cannot list"),
     "too few": (patched(GOOD_ZIP, (END + 8, b"\1\0\1\0")), "more than the 1 members"),
     "in parts": (patched(GOOD_ZIP, (END + 4, b"\1")), "multi-part"),
-    "directory elsewhere": (patched(GOOD_ZIP, (END + 16, b"\0")), "not at its membered offset"),
+    "directory elsewhere": (patched(GOOD_ZIP, (END + 16, b"\0")), "not at its recorded offset"),
     "damaged directory": (patched(GOOD_ZIP, (SECOND, b"XX")), "damaged"),
     "damaged pickle": (patched(GOOD_ZIP, (GOOD_ZIP.index(EMPTY) + 2, b"]")), "checksum"),
     "name no UTF-8": (patched(GOOD_ZIP, (SECOND + 8, b"\0\x08"), (SECOND + 46, b"\xff")), "not UTF-8"),

@@ -316,7 +316,9 @@ def test_shapes_at_the_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     expected, _ = pm.graft(big, small, mismatch={"head": "overlap", "**": "resize"}, place="center")
     assert bits(pm.load(out, nested=False)) == bits(expected)
-    assert "for all leaves; write '**=resize'" in run(*graft, "--mismatch", "resize", "--mismatch", "a=keep").output
+    assert (
+        "applies to all leaves; write '**=resize'" in run(*graft, "--mismatch", "resize", "--mismatch", "a=keep").output
+    )
     assert "mismatch='resise' is not one of" in run(*graft, "--mismatch", "resise").output
     # rules are written in Python: then the hint is too
     assert "pm.graft(" in run("graft", graft[3], "--into", graft[1], "--mismatch", "resize", "--dry-run").output

@@ -361,7 +361,7 @@ ONE = pm.depth.blocks(4, count=1)
         (BadArgument, {"layers": "params/Dense_[*]", "order": ONE, "identity": 3}, "identity=3 is not"),
         (BadArgument, {"layers": "params/Dense_[*]", "order": [0], "identity": "kernel"}, "has no identity"),
         (NoMatch, {"layers": "params/Dense_[*]", "order": ONE, "identity": "kernl"}, "none of the leaves"),
-        (BadArgument, {"layers": 3, "order": [0]}, "no selector"),
+        (BadArgument, {"layers": 3, "order": [0]}, "not a selector"),
         (BadArgument, {"layers": pm.sel("params/**")[1], "order": [0]}, "must select all layers"),
         (SpecMismatch, {"layers": pm.sel("**")[:], "order": [0]}, "differs in length"),
     ],

@@ -27,6 +27,7 @@ class NpzWriter:
     """
 
     seals = True
+    copies_raw = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""

@@ -314,6 +314,7 @@ class SafetensorsWriter:
     """Lays out files that `safetensors` reads. Of the metadata, only strings are kept."""
 
     seals = False
+    copies_raw = True
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""

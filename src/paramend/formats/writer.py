@@ -50,9 +50,11 @@ class Writer(Protocol):
     Attributes:
         seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
             `after_patch` of the finished file.
+        copies_raw: whether leaves from files of this format are copied unchanged, whatever `refusal` says of their dtype.
     """
 
     seals: bool
+    copies_raw: bool
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
@@ -68,6 +70,8 @@ class Writer(Protocol):
 
 class FolderWriter(Protocol):
     """Writes directories of one format."""
+
+    copies_raw: bool
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""

@@ -33,6 +33,8 @@ class OrbaxWriter:
     devices if the target says so.
     """
 
+    copies_raw = False
+
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in BITS or spec.dtype in _NAMELESS:

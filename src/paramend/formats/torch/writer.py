@@ -41,6 +41,7 @@ class TorchWriter:
     """
 
     seals = True
+    copies_raw = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
