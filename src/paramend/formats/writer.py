@@ -50,7 +50,7 @@ class Writer(Protocol):
     Attributes:
         seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
             `after_patch` of the finished file.
-        copies_raw: whether leaves from files of this format are copied unchanged, whatever `refusal` says of their dtype.
+        copies_raw: whether leaves from files of this format are copied unchanged, whatever `refusal` says of them.
     """
 
     seals: bool
