@@ -22,6 +22,8 @@ import numpy as np
 TESTS = Path(__file__).parent
 VECTORS = np.show_config(mode="dicts")["SIMD Extensions"]["found"]  # that numpy would use here, by its own names
 
+# Programs are optimized as those of users are, which tests/conftest.py asks JAX not to do.
+COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 SSE = {
     "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
     "ATEN_CPU_CAPABILITY": "default",
@@ -107,7 +109,7 @@ def run(name, changes, chosen, files, workers):
     with tempfile.TemporaryDirectory() as folder:
         margins = Path(folder) / "margins"
         margins.touch()
-        variables = os.environ | changes | {"XLA_FLAGS": flags, "PORTABLE_MARGINS": str(margins)}
+        variables = os.environ | COMPILED | changes | {"XLA_FLAGS": flags, "PORTABLE_MARGINS": str(margins)}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, "-rfE"]
         command += ["-n", str(workers)] if workers > 1 else []
         done = subprocess.run([*command, *files], cwd=TESTS.parent, env=variables, capture_output=True, text=True)
