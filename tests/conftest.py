@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What XLA optimizes away is not what is tested, and costs a fifth of the time; `tests/portable.py` compiles as users do.
+# What XLA optimizes is not what is tested, and costs a fifth of the time; `tests/portable.py` compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # A slow machine is no fault, and a test that passes here passes there: the examples do not change from run to run.

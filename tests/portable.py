@@ -109,7 +109,8 @@ def run(name, changes, chosen, files, workers):
     with tempfile.TemporaryDirectory() as folder:
         margins = Path(folder) / "margins"
         margins.touch()
-        variables = os.environ | COMPILED | changes | {"XLA_FLAGS": flags, "PORTABLE_MARGINS": str(margins)}
+        own = {"XLA_FLAGS": flags, "PORTABLE_MARGINS": str(margins)}
+        variables = os.environ | COMPILED | changes | own
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, "-rfE"]
         command += ["-n", str(workers)] if workers > 1 else []
         done = subprocess.run([*command, *files], cwd=TESTS.parent, env=variables, capture_output=True, text=True)
