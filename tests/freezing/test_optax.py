@@ -26,6 +26,8 @@ from paramend.selectors.selector import sel
 from support.numerics import assert_close
 from support.slow import slow_except
 
+pytestmark = pytest.mark.slow  # many small programs to compile
+
 RNG = np.random.default_rng(0)
 PARAMS = {
     "a": {"kernel": RNG.normal(size=(3, 4)).astype("f4"), "bias": np.array([-0.0, 0.0, 1.0, -2.0], "f4")},

@@ -18,6 +18,8 @@ from paramend.selectors.selector import sel
 from support.numerics import assert_close
 from support.slow import slow_except
 
+pytestmark = pytest.mark.slow  # many small programs to compile
+
 RNG = np.random.default_rng(0)
 PARAMS = {
     name: {"kernel": jnp.asarray(RNG.normal(size=shape), "float32"), "bias": jnp.asarray(RNG.normal(size=shape[1]))}

@@ -21,6 +21,8 @@ from paramend.selectors.selector import sel
 from support.numerics import assert_close
 from support.slow import slow_except
 
+pytestmark = pytest.mark.slow  # many small programs to compile
+
 PARAMS = {
     "a": {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.ones(4)},
     "b": {"kernel": jnp.arange(8.0).reshape(4, 2), "bias": jnp.ones(2)},

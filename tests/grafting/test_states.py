@@ -21,6 +21,8 @@ import paramend as pm
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from support.numerics import assert_close, bound
 
+pytestmark = pytest.mark.slow  # many small programs to compile
+
 LAST = {"params/Dense_[-1]/**": "params/Dense_[-1]/**"}
 
 

@@ -28,6 +28,8 @@ from paramend.lessons.observation import differences, sketch
 from paramend.lessons.solutions import load
 from support.numerics import assert_close
 
+pytestmark = pytest.mark.slow  # many small programs to compile
+
 small = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 counts = st.integers(1, 4)
 seeds = st.integers(0, 2**31 - 1)
