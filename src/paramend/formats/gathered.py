@@ -7,7 +7,7 @@ their bytes from file to file, as it does for an edited checkpoint.
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -208,6 +208,19 @@ def _extents(origin: Origin) -> list[Extent] | None:
     return found
 
 
+def _leaves_of(origins: Sequence[Origin]) -> Iterator[Origin]:
+    """The origins that others are put together from."""
+    rest = list(origins)
+    while rest:
+        origin = rest.pop()
+        if isinstance(origin, Stacked):
+            rest += origin.parts
+        elif isinstance(origin, Taken):
+            rest.append(origin.whole)
+        else:
+            yield origin
+
+
 class Gathered:
     """Leaves from anywhere as one source.
 
@@ -253,14 +266,15 @@ class Gathered:
     def sources(self) -> list[Any]:
         """The checkpoints that leaves come from, `base` first."""
         found = {} if self.base is None else {id(self.base): self.base}
-        rest = list(self.origins)
-        while rest:
-            origin: Any = rest.pop()
-            rest += [*getattr(origin, "parts", ()), *([origin.whole] if isinstance(origin, Taken) else [])]
-            source = getattr(origin, "source", None)
+        for origin in _leaves_of(self.origins):
+            source = getattr(origin, "source", None)  # of parts, and of leaves that are edited on the way
             if source is not None:
                 found.setdefault(id(source), source)
         return list(found.values())
+
+    def formats(self, number: int) -> set[str]:
+        """The formats of the files that a leaf is read from; "" among them if some of it is in memory or computed."""
+        return {each.source.format if isinstance(each, Part) else "" for each in _leaves_of([self.origins[number]])}
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:

@@ -118,9 +118,11 @@ def _not_written(out: str, what: str) -> Unsupported:
 def _check(made: Plan, form: Format) -> None:
     """Raise for leaves that a new file in a format cannot hold. Some formats copy bytes of their own unchanged."""
     writer = form.writer()
-    copied = writer.copies_raw and format_of(base_of(made)) is form
+    source: Any = made.leaves
     for row in made.rows:
-        why = "" if copied and not row.calls else writer.refusal(row.spec)
+        formats = source.formats(row.source) if isinstance(source, Gathered) else {source.format}
+        copied = writer.copies_raw and not row.calls and formats == {form.name}
+        why = "" if copied else writer.refusal(row.spec)
         if why:
             raise Unsupported(f"{row.path} cannot be written: {why}", hint="cast it, or delete it first")
 
