@@ -416,6 +416,23 @@ def test_a_stopped_run_leaves_nothing(tmp_path, how, status):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_amid_generated_code(tmp_path, how, status):
+    """Libraries run texts as code while they are imported, and CPython remembers a KeyboardInterrupt in there."""
+    code = f"""
+    from paramend.cli import main
+
+    def get_command(*_):
+        exec("import os; os.kill(os.getpid(), {int(how)})\\nfor i in range(1000): pass")
+
+    main._Group.get_command = get_command
+    main.main()
+    """
+    (tmp_path / "amid.py").write_text(textwrap.dedent(code))
+    done = subprocess.run([sys.executable, "-m", "amid", "show"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 def test_a_signal_that_was_lost_is_heeded_at_the_next_step(monkeypatch):
     monkeypatch.setattr(_ui, "stopped", [signal.SIGTERM])
     with _ui.bar("writing") as progress, pytest.raises(SystemExit) as error:

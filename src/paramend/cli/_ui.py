@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -72,7 +71,11 @@ stopped: list[int] = []
 
 
 def stop(number: int, frame: object) -> None:
-    """End the program on a signal, by an exception, so that half-done work is undone on the way out."""
+    """End the program on a signal, by an exception, so that half-done work is undone on the way out.
+
+    Ctrl-C is no KeyboardInterrupt: where one passes through an `exec` of text, as when a dataclass is being made,
+    CPython ends by the signal later, whatever status the program asked for.
+    """
     stopped.append(number)
     _heed()
 
@@ -80,7 +83,7 @@ def stop(number: int, frame: object) -> None:
 def _heed(event: Event | None = None) -> None:
     """Raise the exception of a signal, again if a compiled module lost it while being imported."""
     if stopped:
-        raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
+        raise SystemExit(128 + stopped[0])
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def ablate(
     tree = load(path, kind, nested=not flat)
     try:
         report = ablate_tree(tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None)
-    except (ParamendError, KeyboardInterrupt):
+    except ParamendError:
         raise
     except Exception as error:  # the user's score may raise anything
         raise BadArgument(f"{file}: score(tree) raised {type(error).__name__}: {error}") from error

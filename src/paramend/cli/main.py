@@ -125,8 +125,6 @@ class _Group(click.Group):
         except BrokenPipeError:
             _ui.nobody_reads()
             raise SystemExit(128 + signal.SIGPIPE) from None
-        except KeyboardInterrupt:
-            raise SystemExit(128 + signal.SIGINT) from None
         except (ParamendError, OSError) as error:
             raise _ui.refusal(error) from error
         return result

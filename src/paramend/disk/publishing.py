@@ -168,11 +168,11 @@ def _busy(out: Path, sign: str) -> Busy:
 
 
 def _clear(temporary: Path) -> None:
-    """Remove a temporary as far as possible, even if Ctrl-C is pressed meanwhile."""
+    """Remove a temporary as far as possible, even if Ctrl-C or SIGTERM comes meanwhile."""
     with contextlib.suppress(OSError):
         try:
             _remove(temporary)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             _remove(temporary)
             raise
 

@@ -112,7 +112,7 @@ class Rollback:
     def _put_old_and_forget(self, target: OpenRanges) -> None:
         try:
             self._put_old(target)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             replace(self, progress=None)._put_old(target)
             _forget(self.record)
             raise

@@ -234,7 +234,7 @@ class UndoStore:
         try:
             try:
                 self._abandon(path)
-            except KeyboardInterrupt:  # once more, from the start
+            except (KeyboardInterrupt, SystemExit):  # once more, from the start
                 self._abandon(path)
                 raise
         except (OSError, ParamendError) as second:
