@@ -9,15 +9,14 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import paramend as pm
 from paramend.checkpoints.assemble import assemble
 from paramend.edits.memory import Memory
 from paramend.edits.plan import Plan
-from paramend.formats.gathered import Made, Part, Stacked, Taken
 from paramend.leaves.leaves import Index
+from paramend.leaves.origins.moved import join, reshape, take
+from paramend.leaves.origins.stored import Made, Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec
 from paramend.rewriting.files import Copy
@@ -26,6 +25,11 @@ from paramend.rewriting.layouts import lay_out
 
 def path_of(name):
     return tuple(label for key in name.split(".") for label in labels(key))
+
+
+def flat(origin, start, stop):
+    """A run of elements in C order."""
+    return take(reshape(origin, (origin.spec.size,)), range(start, stop), 0)
 
 
 def number_of(tree, name):
@@ -94,16 +98,16 @@ def test_leaves_of_every_kind_of_origin(model, tmp_path):
     torch.save({"w": torch.arange(6.0).reshape(2, 3).t(), "step": 3}, other)
     memory = Memory({"fresh": np.full((2, 2), 7, "int8")})
     with pm.open(folder) as source, pm.open(other) as second:
-        layer = [Part(source.source, number_of(source, f"layers.{i}.a")) for i in range(4)]
-        stack = Stacked(tuple(layer))
+        layer = [Stored(source.source, number_of(source, f"layers.{i}.a")) for i in range(4)]
+        stack = join(layer, 0, "stack")
         made = assemble(
             source,
             [
                 (path_of("strided"), (second, 0)),
                 (path_of("memory"), (memory, 0)),
                 (path_of("stack"), stack),
-                (path_of("layer"), Taken(layer[2], 4, (2, 4))),
-                (path_of("inner"), Taken(stack, 18, (12,))),
+                (path_of("layer"), reshape(flat(layer[2], 4, 12), (2, 4))),
+                (path_of("inner"), flat(stack, 18, 30)),
                 (path_of("made"), Made(Spec((3,), "float32"), lambda: np.arange(3, dtype="float32"))),
             ],
         )
@@ -146,62 +150,6 @@ def test_ties_stay_where_each_path_is_taken_once(tmp_path):
         assert pm.at(tied, "x").fill(5.0)["y"].tolist() == [5, 5, 5]
         copies = assemble(source, [(path_of("x"), (source, a)), (path_of("y"), (source, a))])
         assert pm.at(copies, "x").fill(5.0)["y"].tolist() == [1, 1, 1]
-
-
-def test_a_made_leaf_is_let_go_of_after_its_last_element(tmp_path):
-    calls = []
-
-    def make():
-        calls.append(None)
-        return np.arange(10.0)
-
-    made = Made(Spec((10,), "float64"), make)
-    assert made.read_range(0, 4).tolist() == [0, 1, 2, 3]
-    assert made.read_range(4, 10).tolist() == [4, 5, 6, 7, 8, 9]
-    assert made._values is None
-    assert len(calls) == 1
-
-
-ORIGINS = st.recursive(
-    st.tuples(st.just("part"), st.integers(0, 2)),
-    lambda inner: st.one_of(
-        st.tuples(st.just("stack"), inner, st.integers(1, 3)),
-        st.tuples(st.just("take"), inner, st.floats(0, 1), st.floats(0, 1)),
-    ),
-    max_leaves=4,
-)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ORIGINS, st.floats(0, 1), st.floats(0, 1))
-def test_any_nest_of_origins_reads_as_the_same_of_arrays(tmp_path, nest, low, high):
-    file = tmp_path / "m.safetensors"
-    if not file.exists():
-        safetensors.numpy.save_file(
-            {"a": np.arange(6, dtype="int16").reshape(2, 3), "b": np.arange(4, dtype="uint8"), "c": np.zeros((0, 2))},
-            file,
-        )
-    with pm.open(file) as checkpoint:
-
-        def built(nest):
-            kind, *rest = nest
-            if kind == "part":
-                return Part(checkpoint.source, rest[0]), np.array(checkpoint.source.read(rest[0]))
-            origin, array = built(rest[0])
-            if kind == "stack":
-                return Stacked((origin,) * rest[1]), np.stack([array] * rest[1])
-            start, stop = sorted(int(part * array.size) for part in rest[1:])
-            return Taken(origin, start, (stop - start,)), array.reshape(-1)[start:stop]
-
-        origin, array = built(nest)
-        assert origin.spec == Spec(array.shape, array.dtype.name)
-        assert origin.nbytes == array.nbytes
-        start, stop = sorted(int(part * array.size) for part in (low, high))
-        assert origin.read_range(start, stop).tolist() == array.reshape(-1)[start:stop].tolist()
-        if origin.extent is not None:
-            with file.open("rb") as opened:
-                opened.seek(origin.extent.start)
-                assert opened.read(origin.extent.nbytes) == array.tobytes()
 
 
 def test_the_index_of_an_assembly_is_that_of_its_names(model):

@@ -15,8 +15,8 @@ import pytest
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendError, RenameClash, Unsupported
 from paramend.formats.npz import WRITER, NpzFile
 from paramend.formats.registry import FORMATS
-from paramend.formats.source import Extent
 from paramend.formats.writer import Item
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Spec, numpy_dtype
 from support.writing import write
 

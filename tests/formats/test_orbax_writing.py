@@ -289,12 +289,13 @@ def test_the_commands(saved, tmp_path):
 
 def test_leaves_gathered_around_an_orbax_checkpoint_keep_its_tree(saved, tmp_path):
     from paramend.edits.plan import Plan
-    from paramend.formats.gathered import Gathered, Made, Part
+    from paramend.formats.gathered import Gathered
+    from paramend.leaves.origins.stored import Made, Stored
     from paramend.rewriting.rewrite import write
 
     with pm.open(saved / "standard") as checkpoint:
         source, paths = checkpoint.source, checkpoint.index.paths
-        parts = [(paths[number], Part(source, number)) for number in checkpoint.index.numbers]
+        parts = [(paths[number], Stored(source, number)) for number in checkpoint.index.numbers]
         parts.append((("params", "new"), Made(Spec((2,), "float32"), lambda: np.ones(2, "float32"))))
         write(Plan.of(Gathered(source, parts)), tmp_path / "out")
     found = ocp.PyTreeCheckpointer().restore(tmp_path / "out")

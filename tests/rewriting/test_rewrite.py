@@ -27,10 +27,11 @@ from paramend.edits.call import Call
 from paramend.edits.ops import OPS
 from paramend.edits.plan import Plan, call, plan
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
-from paramend.formats.gathered import Gathered, Part
+from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.safetensors_header import write_header
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec
 from paramend.piecewise import rows as streaming
@@ -543,7 +544,7 @@ def test_bytes_of_another_format_are_not_written_under_its_codes(tmp_path):
     safetensors.numpy.save_file({"a": np.ones(2, "float32")}, tmp_path / "a.safetensors")
     np.savez(tmp_path / "b.npz", t=np.array(["abc"]))
     one, other = open_source(tmp_path / "a.safetensors"), open_source(tmp_path / "b.npz")
-    gathered = Gathered(one, [(labels("a"), Part(one, 0)), (labels("t"), Part(other, 0))])
+    gathered = Gathered(one, [(labels("a"), Stored(one, 0)), (labels("t"), Stored(other, 0))])
     with pytest.raises(Unsupported, match="t cannot be written: safetensors files cannot hold raw<U3>"):
         write(Plan.of(gathered), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from paramend.formats.source import Extent
 from paramend.formats.writer import Item, LeafBytes
+from paramend.leaves.origins.origin import Extent
 
 
 def write(path: Path, form, leaves: list[tuple[Item, bytes]], metadata=None) -> Path:

@@ -1,19 +1,18 @@
 """Assembling: a checkpoint put together from leaves of others, which are read only when it is saved."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.edits.plan import Plan, Row
-from paramend.formats.gathered import Gathered, Made, Origin, Part
+from paramend.edits.plan import Plan
+from paramend.formats.gathered import Gathered, leaf_of
 from paramend.leaves.leaves import Editable
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Made
 from paramend.leaves.paths import Label
-from paramend.leaves.specs import Array, numpy_dtype
-from paramend.piecewise.rows import values
+from paramend.piecewise.edited import Edited
 
 # A leaf of the result: its path and where it comes from: an origin, or a tree and the number of its leaf.
 Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
@@ -79,11 +78,7 @@ def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:
     tree, number = given
     if not isinstance(tree, Checkpoint):
         return origin_of(tree, number), None
-    return _unedited(tree.source, number), None if tree.untouched else tree.plan.by_number[number]
-
-
-def _unedited(source: Any, number: int) -> Origin:
-    return source.origins[number] if isinstance(source, Gathered) else Part(source, number)
+    return leaf_of(tree.source, number), None if tree.untouched else tree.plan.by_number[number]
 
 
 def origin_of(tree: Any, number: int) -> Origin:
@@ -91,50 +86,7 @@ def origin_of(tree: Any, number: int) -> Origin:
     if not isinstance(tree, Checkpoint):
         return Made(tree.spec(number), lambda: to_numpy(tree.read(number)))
     row = None if tree.untouched else tree.plan.by_number[number]
-    return Edited(tree.source, row) if row is not None and row.calls else _unedited(tree.source, number)
-
-
-class Edited:
-    """A leaf of a source with edits, which are computed piece by piece as it is read from first to last.
-
-    Attributes:
-        source: the source.
-        spec: shape and dtype after the edits.
-    """
-
-    refusal = ""
-    extent = None
-
-    def __init__(self, source: Any, row: Row) -> None:
-        self.source, self.spec = source, row.spec
-        self._row = row
-        self._end()
-
-    def _end(self) -> None:
-        """Drop the last piece; the next range is computed from the first element on."""
-        self._pieces: Iterator[Array] = iter(())
-        self._piece = np.empty(0, numpy_dtype(self.spec.dtype))
-        self._at = self.spec.size
-
-    @property
-    def nbytes(self) -> int:
-        return self.spec.nbytes
-
-    def read_range(self, start: int, stop: int) -> Array:
-        if start < min(self._at, stop):
-            self._end()
-            self._pieces, self._at = values(self.source, self._row), 0
-        found = [self._piece[:0]]
-        while start < stop:
-            after = self._at + self._piece.size
-            if start < after:
-                found.append(self._piece[start - self._at : stop - self._at])
-                start = after
-            else:
-                self._at, self._piece = after, next(self._pieces)
-        if stop >= self.spec.size:
-            self._end()
-        return np.concatenate(found)
+    return Edited(tree.source, row) if row is not None and row.calls else leaf_of(tree.source, number)
 
 
 def _ties(base: Checkpoint, given: Sequence[Any]) -> dict[int, int]:

@@ -28,12 +28,13 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
-from paramend.formats.source import Chunked, Extent, Sealed, Source
+from paramend.formats.source import Chunked, Sealed, Source
 from paramend.journal.exchange import STAGED, check_replaceable, exchange
 from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer, new_head
+from paramend.leaves.origins.origin import Extent
 from paramend.piecewise.changes import Work, change, work_of
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.reports import wording

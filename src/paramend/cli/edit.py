@@ -17,7 +17,7 @@ from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.edits.plan import call
 from paramend.errors import BadArgument, BadRecipe, SpecMismatch
-from paramend.leaves.leaves import Stored
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Spec
 from paramend.recipes.donors import Donors
 from paramend.reports import wording

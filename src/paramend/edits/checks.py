@@ -11,7 +11,7 @@ from paramend.arrays import initializers
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import shown
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.leaves import Stored
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS, Spec, dtype_name, numpy_dtype
 
 Args = Mapping[str, Any]

@@ -9,7 +9,7 @@ from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.checks import bounds
 from paramend.errors import SpecMismatch, Unsupported
-from paramend.leaves.leaves import Stored
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import dtype_name, numpy_dtype
 from paramend.reports.wording import described
 

@@ -14,8 +14,8 @@ from paramend.disk.identity import check_unchanged, unchanged
 from paramend.disk.io import get_into
 from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
-from paramend.formats.source import Extent
 from paramend.leaves.leaves import Leaves
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
 # Bytes read at once: they fit the processor's cache. A multiple of 3, so that elements of 6 bits stay whole.

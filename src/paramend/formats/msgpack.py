@@ -17,8 +17,9 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.limits import MAX_PIECES, U64
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, KeyedText, MsgpackWriter
-from paramend.formats.source import Extent, check_readable
+from paramend.formats.source import check_readable
 from paramend.leaves.leaves import Index
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording

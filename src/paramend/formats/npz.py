@@ -18,10 +18,11 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, U64, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
-from paramend.formats.source import Extent, check_readable
+from paramend.formats.source import check_readable
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index, separator_of
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 

@@ -15,8 +15,9 @@ from paramend.errors import Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors_header import MAX_HEADER, Header, SafetensorsWriter, parse_header
-from paramend.formats.source import Extent, check_readable
+from paramend.formats.source import check_readable
 from paramend.leaves.leaves import Index, separator_of
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 

@@ -10,8 +10,9 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Extent, Flat, Released, Source
+from paramend.formats.source import Flat, Released, Source
 from paramend.leaves.leaves import Index, entries, separator_of, uncollected
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 

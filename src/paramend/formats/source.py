@@ -2,28 +2,13 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where the contiguous bytes of a leaf are; C order, little-endian.
-
-    Attributes:
-        path: the file.
-        start: the first byte, from the beginning of the file.
-        nbytes: how many.
-    """
-
-    path: Path
-    start: int
-    nbytes: int
 
 
 class Source(Protocol):

@@ -12,11 +12,12 @@ from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.assemble import assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.plan import call
-from paramend.formats.gathered import Gathered, Made, Origin
+from paramend.formats.gathered import Gathered
 from paramend.grafting import conversions
 from paramend.grafting.engine import value_of
 from paramend.grafting.plan import GraftPlan, Move
-from paramend.leaves.leaves import Stored
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Made, Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec, kind_of
 from paramend.piecewise.steps import CHUNK

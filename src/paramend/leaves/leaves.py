@@ -2,9 +2,9 @@
 
 import gc
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -212,32 +212,6 @@ class Leaves(Protocol):
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a container of such trees, as (key, child); None for a leaf."""
-
-
-class Stored:
-    """A leaf of a file as the operand of an edit: read when the edit runs, in pieces if it runs in pieces.
-
-    Attributes:
-        spec: its shape and dtype.
-        ndim: the number of its axes.
-        source: the file.
-        number: its number in the file.
-        read: its values.
-        read_range: a range of its elements in C order.
-    """
-
-    def __init__(self, source: Any, number: int) -> None:
-        self.spec: Spec = source.spec(number)
-        self.ndim = self.spec.ndim
-        self.source, self.number = source, number
-        self.read: Callable[[], Any] = partial(source.read, number)
-        self.read_range: Callable[[int, int], Any] = partial(source.read_range, number)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Stored, (self.source, self.number)
-
-    def __repr__(self) -> str:
-        return str(self.spec)
 
 
 class Editable(Leaves):

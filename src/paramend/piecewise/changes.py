@@ -9,7 +9,8 @@ from paramend.arrays.initializers import Site
 from paramend.disk.io import put
 from paramend.edits.call import Call
 from paramend.edits.plan import Row
-from paramend.formats.source import Extent, Source
+from paramend.formats.source import Source
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise import steps as computing
 from paramend.piecewise.regions import Region, region

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from paramend.edits.plan import Row
-from paramend.formats.source import Extent
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.changes import Work, change
 from paramend.piecewise.rows import steps_of

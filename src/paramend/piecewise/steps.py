@@ -1,6 +1,5 @@
 """Computing: an edit of a leaf piece by piece, so that memory is bounded by a piece, not by the leaf."""
 
-import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,14 +11,13 @@ from paramend.arrays import numpy as numpy_backend
 from paramend.arrays.initializers import Draws, Site, generator
 from paramend.edits.call import Call
 from paramend.errors import SpecMismatch
-from paramend.leaves.leaves import Stored
+from paramend.leaves.mapped import give_back, mapping
+from paramend.leaves.origins.origin import CHUNK as CHUNK
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.regions import region
 
 Step = Callable[[Array, int], Array]
-
-# Elements computed at once: they fit into the CPU cache; whole tensors are two to three times slower.
-CHUNK = 1 << 18
 
 
 def step_of(edit: Call, spec: Spec, place: Site) -> Step | None:
@@ -57,7 +55,7 @@ def step_of(edit: Call, spec: Spec, place: Site) -> Step | None:
         here = replace(place, stream=generator(int(seed), place)) if "seed" in edit.op.parameters else place
         return lambda x, start: edit.run(x, here)
     if isinstance(value, Stored) and value.spec.shape == spec.shape:
-        operand = value.read_range
+        operand: Callable[[int, int], Array] = value.read_range
     else:
         whole = np.asarray(value.read() if isinstance(value, Stored) else value)
         operand = _flat_reader(np.broadcast_to(whole, spec.shape))
@@ -124,31 +122,16 @@ def _slice_step(edit: Call, spec: Spec, place: Site) -> Step | None:
 def _flat_reader(array: Array) -> Callable[[int, int], Array]:
     """(start, stop) → a copy of those elements in C order. For an array in a file, no other pages stay in memory."""
     elements: Any = array.reshape(-1) if array.flags.c_contiguous else array.flat
-    mapping = _mapping(array) if array.flags.c_contiguous else None
+    mapped = mapping(array) if array.flags.c_contiguous else None
 
     def read(start: int, stop: int) -> Array:
         found = np.array(elements[start:stop])
-        if mapping is not None and start < stop:
-            pages, origin = mapping
-            first = origin + start * array.itemsize
-            first -= first % mmap.PAGESIZE
-            pages.madvise(mmap.MADV_DONTNEED, first, origin + stop * array.itemsize - first)
+        if mapped is not None and start < stop:
+            pages, at = mapped
+            give_back(pages, at + start * array.itemsize, (stop - start) * array.itemsize)
         return found
 
     return read
-
-
-def _mapping(array: Array) -> tuple[mmap.mmap, int] | None:
-    """The read-only mapping that holds an array, and the offset of the array; None if there is none."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    base = base.obj if isinstance(base, memoryview) else base
-    # A writable mapping may hold values that are not in the file.
-    if not isinstance(base, mmap.mmap) or not memoryview(base).readonly or not hasattr(mmap, "MADV_DONTNEED"):
-        return None
-    origin = np.frombuffer(base, np.uint8).__array_interface__["data"][0]
-    return base, array.__array_interface__["data"][0] - origin
 
 
 def flat(x: Any, spec: Spec, what: str) -> Array:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from paramend.disk.io import get, put
-from paramend.formats.source import Extent
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array
 
 # Runs with gaps of fewer bytes are recorded and written as one range: another range would cost more than the gap.

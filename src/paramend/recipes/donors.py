@@ -11,7 +11,8 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.structure import moves
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular
-from paramend.leaves.leaves import Editable, Index, Stored
+from paramend.leaves.leaves import Editable, Index
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Array
 from paramend.reports import wording

@@ -10,9 +10,10 @@ from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import Format, format_of
 from paramend.formats.safetensors_header import RECORD
-from paramend.formats.source import Extent
 from paramend.formats.writer import Item, LeafBytes
-from paramend.leaves.leaves import Stored, keys_of
+from paramend.leaves.leaves import keys_of
+from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 
 

@@ -15,10 +15,11 @@ from paramend.disk.io import put
 from paramend.disk.publishing import create_file, published
 from paramend.edits.plan import Plan, Row
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
-from paramend.formats.gathered import Gathered, Part
+from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
+from paramend.leaves.origins.stored import Stored
 from paramend.rewriting.files import Copy, File, base_of, set_to
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
@@ -246,7 +247,7 @@ def _touched(made: Plan) -> Iterator[tuple[int, tuple[str, str]]]:
         if isinstance(leaves, Gathered):
             origin, name = leaves.origins[row.source], made.name(row)
             said = "assembled from others"
-            if isinstance(origin, Part):
+            if isinstance(origin, Stored):
                 said = origin.source.index.name(origin.number)
                 if origin.source is leaves.base:
                     was = said if said not in names else ""
@@ -264,7 +265,7 @@ def _deleted(made: Plan) -> list[str]:
     gone = [leaves.index.name(row.source) for row in made.deleted]
     if isinstance(leaves, Gathered) and leaves.base is not None:
         index = leaves.base.index
-        used = {part.number for part in leaves.origins if isinstance(part, Part) and part.source is leaves.base}
+        used = {part.number for part in leaves.origins if isinstance(part, Stored) and part.source is leaves.base}
         names = {made.name(row) for row in made.rows}
         gone += [index.name(n) for n in index.numbers if n not in used and index.name(n) not in names]
     return gone

@@ -11,7 +11,7 @@ from paramend.disk.publishing import exists
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotWrite
 from paramend.formats.registry import SUFFIXES, find_format, home_of
-from paramend.leaves.leaves import Stored
+from paramend.leaves.origins.stored import Stored
 from paramend.reports import wording
 from paramend.rewriting.layouts import Layout, lay_out
 

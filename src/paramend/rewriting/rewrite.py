@@ -18,11 +18,11 @@ from paramend.disk.io import put
 from paramend.disk.publishing import create_file, published, sync_file
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
-from paramend.formats.source import Extent
 from paramend.formats.writer import Item
 from paramend.journal.records import records_beside
 from paramend.journal.store import retiring
 from paramend.leaves.leaves import keys_of
+from paramend.leaves.origins.origin import Extent
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data

@@ -2,18 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
-from math import prod
-
-import numpy as np
 
 from paramend.checkpoints.assemble import Pick, assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import RenameClash, Unsupported
-from paramend.formats.gathered import Made, Origin, Stacked, Taken
 from paramend.leaves.leaves import plain
+from paramend.leaves.origins.moved import join, reshape, take
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label, labels
-from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 from paramend.stacking.plan import Member, Path
 
@@ -35,7 +31,7 @@ def stacked(tree: Checkpoint, groups: Sequence[Sequence[Member]], axes: Mapping[
         first = group[0]
         axis = axes[(*first.stack, *first.rest)]
         parts = [_readable(tree, member.number, axis) for member in group]
-        places[first.number].append((_labels(paths[first.number]), _stack(parts, axis)))
+        places[first.number].append((_labels(paths[first.number]), join(parts, axis, "stack")))
     return _replaced(tree, places)
 
 
@@ -63,7 +59,7 @@ def unstacked(
     for layer, new in enumerate(paths):
         for member in members:
             if layer < depths[member.stack]:
-                taken = _take(origins[member.number], layer, axes[(*member.stack, *member.rest)])
+                taken = _layer(origins[member.number], layer, axes[(*member.stack, *member.rest)])
                 places[firsts[member.stack]].append((_labels(new[member.number]), taken))
     return _replaced(tree, places)
 
@@ -76,6 +72,11 @@ def _readable(tree: Checkpoint, number: int, axis: int) -> Origin:
             f"{tree.index.path(number)} cannot be read: {why}", hint="axis=0 copies bytes without reading them"
         )
     return origin_of(tree, number)
+
+
+def _layer(stack: Origin, layer: int, axis: int) -> Origin:
+    shape = stack.spec.shape
+    return reshape(take(stack, range(layer, layer + 1), axis), (*shape[:axis], *shape[axis + 1 :]))
 
 
 def _labels(path: Sequence[tuple[str, int | None]]) -> tuple[Label, ...]:
@@ -98,34 +99,3 @@ def _replaced(tree: Checkpoint, places: Mapping[int, Sequence[Pick]]) -> Checkpo
             hint='into="stack", a path that is free',
         )
     return assemble(tree, picks)
-
-
-# ---- leaves -------------------------------------------------------------------------------------------------
-
-
-def _stack(parts: Sequence[Origin], axis: int) -> Origin:
-    if not axis:
-        return Stacked(tuple(parts))
-    spec = parts[0].spec
-    shape = (*spec.shape[:axis], len(parts), *spec.shape[axis:])
-    return Made(Spec(shape, spec.dtype), partial(_layers, parts, axis))
-
-
-def _take(origin: Origin, layer: int, axis: int) -> Origin:
-    shape = origin.spec.shape
-    rest = (*shape[:axis], *shape[axis + 1 :])
-    if prod(shape[:axis]) == 1:  # the elements of a layer are contiguous
-        return Taken(origin, layer * prod(rest), rest)
-    return Made(Spec(rest, origin.spec.dtype), partial(_layer, origin, layer, axis))
-
-
-def _layers(parts: Sequence[Origin], axis: int) -> Array:
-    return np.stack([_whole(part) for part in parts], axis)
-
-
-def _layer(origin: Origin, layer: int, axis: int) -> Array:
-    return np.ascontiguousarray(np.take(_whole(origin), layer, axis))
-
-
-def _whole(origin: Origin) -> Array:
-    return origin.read_range(0, origin.spec.size).reshape(origin.spec.shape)

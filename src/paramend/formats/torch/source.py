@@ -16,7 +16,7 @@ import numpy as np
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, shown
-from paramend.formats.source import Extent, check_readable
+from paramend.formats.source import check_readable
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
@@ -24,6 +24,7 @@ from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index
+from paramend.leaves.origins.origin import Extent
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paramend.formats.files import FileSource
-from paramend.formats.source import Extent
 from paramend.formats.zips.archive import Archive
+from paramend.leaves.origins.origin import Extent
 
 
 class ZipSource(FileSource):

@@ -1,0 +1,1 @@
+"""Where the values of a leaf come from: expressions over stored leaves."""

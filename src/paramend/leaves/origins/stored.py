@@ -1,0 +1,162 @@
+"""Origins at the bottom of an expression: leaves of sources, values in memory, values that are made when read."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from paramend.errors import Unsupported
+from paramend.leaves.mapped import forget
+from paramend.leaves.origins.boxes import Box, contiguous, select
+from paramend.leaves.origins.origin import Extent, Origin
+from paramend.leaves.specs import Array, Spec
+
+
+@runtime_checkable
+class Boxed(Protocol):
+    """A source that reads boxes of its leaves."""
+
+    def read_box(self, number: int, box: tuple[slice, ...]) -> Array:
+        """The values of a leaf within a box."""
+
+
+class Stored(Origin):
+    """A leaf of a source, unchanged; also the operand of an edit, which is read when the edit runs.
+
+    Attributes:
+        source: the source.
+        number: the leaf.
+    """
+
+    def __init__(self, source: Any, number: int) -> None:
+        self.source, self.number = source, number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stored, (self.source, self.number)
+
+    def __str__(self) -> str:
+        return str(self.source.index.path(self.number))
+
+    @property
+    def spec(self) -> Spec:
+        found: Spec = self.source.spec(self.number)
+        return found
+
+    @property
+    def ndim(self) -> int:
+        """The number of its axes."""
+        return self.spec.ndim
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.source.nbytes(self.number))
+
+    @property
+    def bits(self) -> int:
+        known, size = super().bits, self.spec.size
+        return known or (self.nbytes * 8 // size if size and not self.nbytes * 8 % size else 0)
+
+    @property
+    def refusal(self) -> str:
+        return str(self.source.refusal(self.number))
+
+    @property
+    def extent(self) -> Extent | None:
+        found: Extent | None = self.source.extent(self.number)
+        return found
+
+    def read(self) -> Array:
+        found: Array = self.source.read(self.number)
+        return found
+
+    def read_range(self, start: int, stop: int) -> Array:
+        found: Array = self.source.read_range(self.number, start, stop)
+        return found
+
+    def read_box(self, box: Box) -> Array:
+        shape = self.spec.shape
+        run = contiguous(box, shape)
+        if run is not None:
+            return self.read_range(*run).reshape([len(places) for places in box])
+        if isinstance(self.source, Boxed):
+            cover = [(min(places), max(places) + 1) if len(places) else (0, 0) for places in box]
+            found = self.source.read_box(self.number, tuple(slice(*each) for each in cover))
+            return select(found, tuple(_shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
+        array = self.read()
+        found = np.array(select(array, box), order="C")
+        forget(array)
+        return found
+
+
+def _shifted(places: Any, low: int) -> Any:
+    if isinstance(places, range):
+        return range(places.start - low, places.start - low + len(places) * places.step, places.step)
+    return places - low
+
+
+class Held(Origin):
+    """Values in memory.
+
+    Attributes:
+        values: the values.
+    """
+
+    def __init__(self, values: Array) -> None:
+        self.values = values
+
+    def __str__(self) -> str:
+        return "values in memory"
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.values.shape, self.values.dtype.name)
+
+    def read_box(self, box: Box) -> Array:
+        return np.array(select(self.values, box))
+
+
+class Made(Origin):
+    """A leaf that is computed when it is first read, and freed when its last element has been read."""
+
+    def __init__(self, spec: Spec, make: Callable[[], Array], says: str = "values in memory") -> None:
+        self._spec, self._make, self._says = spec, make, says
+        self._values: Array | None = None
+
+    def __deepcopy__(self, memo: Any) -> "Made":
+        return Made(self.spec, copy.deepcopy(self._make, memo), self._says)
+
+    def __reduce__(self) -> tuple[type["Made"], tuple[Spec, Callable[[], Array], str]]:
+        if isinstance(self._make, partial):  # of a function of a module
+            return Made, (self.spec, self._make, self._says)
+        raise Unsupported(
+            f"a leaf of this checkpoint, {self.spec}, is computed from objects in memory, and cannot be pickled",
+            hint="checkpoint.save(out), then pickle pm.open(out)",
+        )
+
+    def __str__(self) -> str:
+        return self._says
+
+    @property
+    def spec(self) -> Spec:
+        return self._spec
+
+    def read_range(self, start: int, stop: int) -> Array:
+        found = self._whole().reshape(-1)[start:stop]
+        self._free(stop >= self.spec.size)
+        return found
+
+    def read_box(self, box: Box) -> Array:
+        found = np.array(select(self._whole(), box))
+        self._free(all(len(places) and places[-1] == n - 1 for places, n in zip(box, self.spec.shape, strict=True)))
+        return found
+
+    def _whole(self) -> Array:
+        if self._values is None:
+            self._values = np.ascontiguousarray(self._make()).reshape(self.spec.shape)
+        return self._values
+
+    def _free(self, done: bool) -> None:
+        if done:
+            self._values = None
