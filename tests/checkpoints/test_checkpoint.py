@@ -35,8 +35,8 @@ from paramend.errors import (
 )
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.safetensors_header import write_header
+from paramend.leaves.origins import origin as streaming
 from paramend.leaves.specs import Spec
-from paramend.piecewise import rows as streaming
 from paramend.rewriting.layouts import parse_size
 
 

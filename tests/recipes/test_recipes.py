@@ -94,7 +94,13 @@ DATA = {
     "seed": st.integers(0, 2**40),
     "dtype": st.sampled_from(["bfloat16", "float32", "bf16", "int8"]),
     "init": st.sampled_from(["lecun_normal", "he_uniform"]),
-    "index": st.sampled_from([-1, 0, "0:4", "[0, ::2]", "..., -1", [0, "1:"], ":"]),
+    "index": {
+        "": st.sampled_from([-1, 0, "0:4", "[0, ::2]", "..., -1", [0, "1:"], ":"]),
+        "permute": st.just([1, 0]) | st.just("1, 0"),
+    },
+    "axes": st.lists(st.integers(-3, 3), max_size=3) | st.just("1, 0"),
+    "indices": st.sampled_from([[], [3, -1], [True, False], "0:4", "::-1", "2, 0"]),
+    "axis": st.integers(-3, 3),
     "ndim": st.integers(0, 4),
     "shape": st.lists(st.integers(0, 9), max_size=3),
     "count": st.integers(0, 9),
@@ -118,7 +124,7 @@ def steps(draw, verbs=tuple(VERBS)):
     either = draw(st.sampled_from(verb.one_of)) if verb.one_of else None
     for key in verb.keys[1:]:
         source = DATA.get(key.name, DATA["count"])
-        source = source[verb.name] if isinstance(source, dict) else source
+        source = source.get(verb.name, source.get("")) if isinstance(source, dict) else source
         wanted = key.required or key.name == either or (key.name not in verb.one_of and draw(st.booleans()))
         if wanted and (key.name != "leaf" or either == "from"):
             body[key.name] = draw(source)

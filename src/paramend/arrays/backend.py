@@ -57,6 +57,12 @@ class Backend(Protocol):
     def take(self, x: Any, positions: Sequence[int], axis: int) -> Any:
         """A new array of the slices of x at these positions along an axis, in this order."""
 
+    def transpose(self, x: Any, axes: Sequence[int]) -> Any:
+        """A new array with the axes in another order."""
+
+    def reshape(self, x: Any, shape: Sequence[int]) -> Any:
+        """A new array with the elements, in C order, in another shape."""
+
     def numpy(self, x: Any) -> "np.ndarray[Any, Any]":
         """The values on the host, bit for bit, with ml_dtypes for what numpy lacks."""
 

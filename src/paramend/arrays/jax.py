@@ -168,7 +168,7 @@ def stack(arrays: Any, axis: int) -> Any:
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new array of slices of x, sharded like x if the new length allows it."""
-    result = jnp.take(x, np.asarray(positions), axis=axis)
+    result = jnp.take(x, np.asarray(positions, np.int64), axis=axis)
     if isinstance(x, jax.core.Tracer):
         return result
     try:
@@ -176,6 +176,16 @@ def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     except ValueError:  # the layers are spread over devices, which no longer divide their number
         return result
     return _placed(result, x)
+
+
+def transpose(x: Any, axes: Sequence[int]) -> Any:
+    """A new array with the axes in another order, sharded as they were."""
+    return jnp.array(jnp.transpose(x, axes))
+
+
+def reshape(x: Any, shape: Sequence[int]) -> Any:
+    """A new array in another shape; XLA finds its sharding."""
+    return jnp.array(jnp.reshape(x, shape))
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:

@@ -86,7 +86,17 @@ def stack(arrays: Any, axis: int) -> Array:
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new array of slices of x."""
-    return np.take(x, positions, axis)
+    return np.take(x, np.asarray(positions, np.int64), axis)
+
+
+def transpose(x: Any, axes: Sequence[int]) -> Array:
+    """A new array with the axes in another order."""
+    return np.array(np.transpose(x, axes), order="C")
+
+
+def reshape(x: Any, shape: Sequence[int]) -> Array:
+    """A new array in another shape."""
+    return np.array(x, order="C").reshape(shape)
 
 
 def numpy(x: Any) -> Array:

@@ -142,7 +142,18 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new tensor of slices of x."""
-    return _new(x, lambda: torch.index_select(x, axis, torch.tensor(positions, device=x.device)))
+    places = torch.tensor(positions, dtype=torch.int64, device=x.device)
+    return _new(x, lambda: torch.index_select(x, axis, places))
+
+
+def transpose(x: Any, axes: Sequence[int]) -> Any:
+    """A new tensor with the axes in another order."""
+    return _new(x, lambda: x.permute(*axes).clone(memory_format=torch.contiguous_format))
+
+
+def reshape(x: Any, shape: Sequence[int]) -> Any:
+    """A new tensor in another shape."""
+    return _new(x, lambda: x.clone(memory_format=torch.contiguous_format).reshape(*shape))
 
 
 def _torch_index(index: Any) -> Any:

@@ -152,6 +152,36 @@ def _lengths_of_axes(data: Any) -> list[int]:
     return [_natural(length) for length in data]
 
 
+def _listed(data: Any) -> Any:
+    """A list typed as text: `1, 0`, `[1, 0]`."""
+    if isinstance(data, str) and re.fullmatch(r"\s*(\[[^\]]*\]|[^\[\]]*)\s*", data) and data.strip(" []"):
+        return [read_number(part.strip()) for part in data.strip(" []").removesuffix(",").split(",")]
+    return [data] if type(data) is int else data
+
+
+def _new_shape(data: Any) -> list[int]:
+    found = _listed(data)
+    if not isinstance(found, list | tuple):
+        raise BadArgument(f"{shown(data)} is not a shape", hint="[4, -1]")
+    return [_integer(length) if length == -1 else _natural(length) for length in found]
+
+
+def _indices(data: Any) -> Any:
+    if isinstance(data, str) and ":" in data and isinstance(read_index(data), slice):
+        return data
+    found = _listed(data)
+    if not isinstance(found, list | tuple):
+        raise BadArgument(f"{shown(data)} is not a list of places", hint='[0, 2], or a slice such as "0:4"')
+    return [each if type(each) is bool else _integer(each) for each in found]
+
+
+def _integers(data: Any) -> list[int]:
+    found = _listed(data)
+    if not isinstance(found, list | tuple):
+        raise BadArgument(f"{shown(data)} is not a list of whole numbers", hint="[1, 0]")
+    return [_integer(place) for place in found]
+
+
 def _one_of(choices: Iterable[str], says: str) -> Callable[[Any], str]:
     known = list(choices)
 
@@ -264,6 +294,17 @@ SHAPE = Value("a shape", _lengths_of_axes, {"type": "array", "items": NATURAL.sc
 INITIALIZER = Value(
     "an initializer", _one_of(INITIALIZERS, "an initializer"), {"enum": list(INITIALIZERS)}, example="lecun_normal"
 )
+_INTEGERS = {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": ["integer", "string"]}]}
+AXIS = Value("an axis, counted from 0 or, with a minus, from the end", _integer, {"type": "integer"}, example="0")
+AXES = Value("for each new axis, the old one", _integers, _INTEGERS, example="1,0")
+NEW_SHAPE = Value("a shape of as many elements, in which one length may be -1", _new_shape, _INTEGERS, example="4,-1")
+PLACES = Value(
+    "places along the axis, a slice, or a mask of bools",
+    _indices,
+    {"anyOf": [{"type": "array", "items": {"type": ["integer", "boolean"]}}, {"type": ["integer", "string"]}]},
+    example="0,2",
+)
+PERMUTATION = Value("the old place of each new one along the axis", _integers, _INTEGERS, example="1,0")
 INDEX = Value(
     "a slice",
     _index,

@@ -9,10 +9,11 @@ import numpy as np
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.arguments import Value
+from paramend.edits.arguments import Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.runs import native
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 
 Args = Mapping[str, Any]
@@ -38,6 +39,7 @@ class Op:
         optional: the optional arguments and their defaults.
         aliases: other names for it on the command line.
         also: other words that users may search for.
+        moves: for edits that only move elements: (origin, args) → the origin after it, whose bytes are copied.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Op:
     optional: Args = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    moves: Callable[[Origin, Args], Origin] | None = None
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -148,7 +151,7 @@ class _Said(str):
 
 def _short(value: Any) -> str:
     if backend_of(type(value)) is None:
-        return repr(value)
+        return shown(value) if isinstance(value, list | tuple) else repr(value)
     spec = backend(value).spec(value)
     return str(spec) if spec.ndim else "scalar"
 

@@ -1,15 +1,30 @@
 """The one table of edits: a row gives the verb of `pm.at`, the step of a recipe, the command and the docs tables."""
 
 import copyreg
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
-from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
-from paramend.edits import checks, runs
-from paramend.edits.arguments import ARRAY, BOUND, DEVIATION, DTYPE, INITIALIZER, NUMBER, OPERAND, SEED, Value
+from paramend.edits import checks, moves, runs
+from paramend.edits.arguments import (
+    ARRAY,
+    AXES,
+    AXIS,
+    BOUND,
+    DEVIATION,
+    DTYPE,
+    INITIALIZER,
+    NEW_SHAPE,
+    NUMBER,
+    OPERAND,
+    PERMUTATION,
+    PLACES,
+    SEED,
+    Value,
+)
 from paramend.edits.call import Args, Op
 from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed, Spec
 
@@ -314,3 +329,107 @@ class Edits(Generic[T]):
         """
 
     reinit_ = in_place(reinit)
+
+    @edit(
+        "the axes get another order",
+        check=moves.transposed_spec,
+        run=moves.transpose,
+        moves=moves.transposed,
+        keeps_spec=False,
+        chunks=False,
+        arithmetic=False,
+        takes=(AXES,),
+        also=("swapaxes", "T"),
+    )
+    def transpose(self, axes: Sequence[SupportsIndex]) -> T:
+        """The tree with the axes of the selected leaves in another order, as by `numpy.transpose`.
+
+        Args:
+            axes: for each new axis, the old one: `(1, 0)` swaps the axes of a matrix.
+
+        Raises:
+            SpecMismatch: an axis is missing, or given twice.
+            OutOfRange: a leaf has no such axis.
+
+        >>> pm.at({"w": np.array([[1, 2], [3, 4]])}, "w").transpose((1, 0))
+        {'w': array([[1, 3],
+               [2, 4]])}
+        """
+
+    @edit(
+        "the elements, in C order, get another shape",
+        check=moves.reshaped_spec,
+        run=moves.reshape,
+        moves=moves.reshaped,
+        keeps_spec=False,
+        chunks=False,
+        arithmetic=False,
+        takes=(NEW_SHAPE,),
+        also=("view", "flatten"),
+    )
+    def reshape(self, shape: Sequence[SupportsIndex]) -> T:
+        """The tree with the elements of the selected leaves, in C order, in another shape.
+
+        Args:
+            shape: the lengths of the axes; one of them may be -1.
+
+        Raises:
+            SpecMismatch: the shape has not as many elements.
+
+        >>> pm.at({"w": np.arange(6)}, "w").reshape((2, -1))
+        {'w': array([[0, 1, 2],
+               [3, 4, 5]])}
+        """
+
+    @edit(
+        "some places along an axis stay, in the order given",
+        check=moves.taken_spec,
+        run=moves.take,
+        moves=moves.taken,
+        keeps_spec=False,
+        chunks=False,
+        arithmetic=False,
+        takes=(PLACES, AXIS),
+        also=("gather", "index_select"),
+    )
+    def take(self, indices: slice | Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
+        """The tree with some places along an axis of the selected leaves, in the order given.
+
+        Args:
+            indices: the places, which may be negative and occur more than once; or a slice; or a mask of bools.
+            axis: the axis.
+
+        Raises:
+            OutOfRange: there is no such axis or place.
+            SpecMismatch: a mask has not the length of the axis.
+
+        >>> pm.at({"w": np.array([[1, 2, 3], [4, 5, 6]])}, "w").take([2, 0], axis=1)
+        {'w': array([[3, 1],
+               [6, 4]])}
+        """
+
+    @edit(
+        "the places along an axis get another order",
+        check=moves.permuted_spec,
+        run=moves.permute,
+        moves=moves.permuted,
+        keeps_spec=False,
+        chunks=False,
+        arithmetic=False,
+        takes=(PERMUTATION, AXIS),
+        also=("reorder", "shuffle"),
+    )
+    def permute(self, index: Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
+        """The tree with the places along an axis of the selected leaves in another order: `new[i] = old[index[i]]`.
+
+        Args:
+            index: the old place of each new one; each occurs once.
+            axis: the axis.
+
+        Raises:
+            SpecMismatch: the index is not a permutation of the places.
+            OutOfRange: there is no such axis or place.
+
+        >>> pm.at({"w": np.array([10, 20, 30])}, "w").permute([2, 0, 1])
+        {'w': array([30, 10, 20])}
+        """

@@ -1,6 +1,6 @@
 """Changing: the elements of a leaf that an edit affects, replaced in their file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -42,7 +42,7 @@ class Work:
 def work_of(row: Row, extent: Extent) -> Work:
     """The work on the leaf of a row, whose bytes are in the extent."""
     spec = row.before
-    if any(edit.spec(spec) != spec for edit in row.calls):  # a cast and a cast back, for example
+    if any(edit.spec(spec) != spec or edit.op.moves for edit in row.calls):  # a cast and a cast back, for example
         return Work(row, extent, (), np.array([[extent.start, extent.start + extent.nbytes]]), extent.nbytes)
     itemsize = numpy_dtype(spec.dtype).itemsize
     regions = tuple(region(spec.shape, edit.index) for edit in row.calls)
@@ -80,7 +80,10 @@ def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
     if work.regions:
         return
     at = extent.start
-    for array in values(source, row):
+    new: Iterable[Array] = values(source, row)
+    if any(edit.op.moves for edit in row.calls):  # what is written may be read again
+        new = list(new)
+    for array in new:
         data = flat(array, Spec(array.shape, row.spec.dtype), f"{row.path}: {row.edit}").view(np.uint8).data
         put(descriptor, data, at)
         at += len(data)

@@ -16,7 +16,7 @@ from paramend.edits.plan import Row
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.changes import Work, change
-from paramend.piecewise.rows import steps_of
+from paramend.piecewise.edited import steps_of
 from paramend.piecewise.steps import flat
 from paramend.reports.progress import Meter
 
@@ -118,7 +118,7 @@ def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Ar
     row, boxes = work.row, touched(source, work)
     dtype = numpy_dtype(row.before.dtype)
     if _is_alike(row):
-        steps, before = steps_of(row)
+        steps, before = steps_of(row.before, row.calls, row.places)
         for box in boxes:
             shape = tuple(part.stop - part.start for part in box)
             if before is None:

@@ -1,53 +1,58 @@
-"""`Edited`: an origin with edits, which are computed as its elements are read."""
+"""`Edited`: an origin with edits, which are computed as its elements are read, piece by piece from first to last."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from paramend.edits.plan import Row
-from paramend.formats.gathered import leaf_of
+from paramend.arrays.initializers import Site
+from paramend.edits.call import Call
+from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
-from paramend.piecewise.rows import values
+from paramend.piecewise.steps import Step, step_of
 
 
 class Edited(Origin):
-    """A leaf of a source with edits, which are computed piece by piece as it is read from first to last.
-
-    Boxes with gaps are taken from the whole, which is kept until its last element has been read.
+    """The elements of an origin, edited. Boxes with gaps are taken from the whole, kept until its last element is read.
 
     Attributes:
-        source: the source.
-        row: the leaf and its edits.
+        base: the origin.
+        calls: the edits, first to last.
+        places: where the leaf was when each call was made.
+        path: the path of the leaf, for errors.
     """
 
     refusal = ""  # a leaf that cannot be read takes no edits but those that do not read it
 
-    def __init__(self, source: Any, row: Row) -> None:
-        self.source, self.row = source, row
+    def __init__(self, base: Origin, calls: Sequence[Call], places: Sequence[Site], path: str) -> None:
+        self.base, self.calls, self.places, self.path = base, tuple(calls), tuple(places), path
+        spec = base.spec
+        for call in calls:
+            spec = call.spec(spec)
+        self._spec = spec
         self._end()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Edited, (self.source, self.row)
+        return Edited, (self.base, self.calls, self.places, self.path)
+
+    def __str__(self) -> str:
+        return ".".join((str(self.base), *map(str, self.calls)))
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        operands = (call.args.get("value") for call in self.row.calls)
-        return leaf_of(self.source, self.row.source), *(each for each in operands if isinstance(each, Stored))
+        operands = (call.args.get("value") for call in self.calls)
+        return self.base, *(each for each in operands if isinstance(each, Stored))
 
     @property
     def spec(self) -> Spec:
-        return self.row.spec
+        return self._spec
 
     @property
     def extents(self) -> None:
-        return None
-
-    def __str__(self) -> str:
-        return f"{self.children[0]}.{self.row.edit}"
+        """None: the bytes are computed."""
 
     def _end(self) -> None:
         """Drop what is computed; the next range is computed from the first element on."""
@@ -59,7 +64,7 @@ class Edited(Origin):
     def read_range(self, start: int, stop: int) -> Array:
         if start < min(self._at, stop):
             self._end()
-            self._pieces, self._at = values(self.source, self.row), 0
+            self._pieces, self._at = self.pieces(), 0
         found = [self._piece[:0]]
         while start < stop:
             after = self._at + self._piece.size
@@ -83,3 +88,51 @@ class Edited(Origin):
         if all(len(places) and max(places) == length - 1 for places, length in zip(box, shape, strict=True)):
             self._end()
         return found
+
+    def pieces(self) -> Iterator[Array]:
+        """The elements in pieces: flat arrays, first to last."""
+        base = self.base
+        steps, deaf = steps_of(base.spec, self.calls, self.places)
+        with np.errstate(all="ignore"):  # an overflow to inf is a valid result
+            if None in steps:
+                x = np.empty(base.spec.size, deaf) if deaf else base.read_range(0, base.spec.size)
+                x = x.reshape(base.spec.shape)
+                for edit, place in list(zip(self.calls, self.places, strict=True))[-len(steps) :]:
+                    x = edit.run(x, place)
+                self.check(np.shape(x), np.asarray(x).dtype.name)
+                yield np.ascontiguousarray(x).reshape(-1)
+                return
+            for start, stop in base.ranges():
+                x = np.empty(stop - start, deaf) if deaf else base.read_range(start, stop)
+                for step in steps:
+                    assert step is not None
+                    x = step(x, start)
+                yield x
+
+    def check(self, shape: tuple[int, ...], dtype: str) -> None:
+        """Raise if a result has not the spec that was planned."""
+        found = Spec(tuple(shape), dtype)
+        if found != self.spec:
+            said = ", ".join(map(str, self.calls))
+            raise SpecMismatch(f"{self.path}: {said} returned {found} where {self.spec} was planned")
+
+
+def steps_of(
+    spec: Spec, calls: Sequence[Call], places: Sequence[Site]
+) -> tuple[list[Step | None], np.dtype[Any] | None]:
+    """Edits of a leaf as steps over flat pieces, first to last, without those whose results are overwritten.
+
+    Returns:
+        The steps, None for an edit that needs the whole leaf; and, if the first step does not read the old values, the
+        dtype of its input, else None.
+    """
+    deaf = [at for at, edit in enumerate(calls) if not edit.op.reads and edit.index is None]
+    first = deaf[-1] if deaf else 0
+    for edit in calls[:first]:
+        spec = edit.spec(spec)
+    dtype = numpy_dtype(spec.dtype) if deaf else None
+    steps = []
+    for edit, place in zip(calls[first:], places[first:], strict=True):
+        steps.append(step_of(edit, spec, place))
+        spec = edit.spec(spec)
+    return steps, dtype

@@ -1,71 +1,69 @@
-"""Streaming: the leaf of a row of a plan, edited, piece by piece from first to last."""
+"""The rows of a plan as origins: what becomes of a leaf, as one expression, and its elements piece by piece."""
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from paramend.edits.call import Call
 from paramend.edits.plan import Row
-from paramend.errors import SpecMismatch
-from paramend.leaves.specs import Array, Spec, numpy_dtype
-from paramend.piecewise.steps import CHUNK, Step, step_of
+from paramend.formats.gathered import leaf_of
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Stored
+from paramend.leaves.specs import Array, numpy_dtype
+from paramend.piecewise.edited import Edited
+
+
+def expression(source: Any, row: Row) -> Origin:
+    """Where the leaf of a row comes from: a leaf of the source, the edits that move its elements, those that compute.
+
+    Args:
+        source: the source of the plan.
+        row: the row.
+    """
+    origin = leaf_of(source, row.source)
+    if not row.calls:
+        return origin
+    for how, group in groupby(zip(row.calls, row.places, strict=True), lambda each: _how(each[0])):
+        if how == "computes":
+            calls, places = zip(*group, strict=True)
+            origin = Edited(origin, calls, places, row.path)
+            continue
+        for call, _ in group:
+            if call.op.moves is not None:
+                origin = call.op.moves(origin, call.args)
+            else:  # set to a leaf of another file
+                value: Stored = call.args["value"]
+                origin = leaf_of(value.source, value.number)
+    return origin
+
+
+def _how(call: Call) -> str:
+    whole = call.index is None
+    replaced = whole and call.op.name == "set" and isinstance(call.args.get("value"), Stored)
+    return "moves" if replaced or (whole and call.op.moves is not None) else "computes"
+
+
+def pieces(origin: Origin) -> Iterator[Array]:
+    """The elements of an origin in pieces: flat arrays, first to last."""
+    if isinstance(origin, Edited):
+        yield from origin.pieces()
+        return
+    for start, stop in origin.ranges():
+        yield origin.read_range(start, stop)
 
 
 def values(source: Any, row: Row) -> Iterator[Array]:
     """The leaf of a row, edited, in pieces: flat arrays of the new dtype, first to last."""
-    size = row.before.size
-    if not row.calls:
-        for start in range(0, size, CHUNK):
-            yield source.read_range(row.source, start, min(start + CHUNK, size))
-        return
-    steps, deaf = steps_of(row)
-    with np.errstate(all="ignore"):  # an overflow to inf is a valid result
-        if None in steps:
-            x = np.empty(size, deaf) if deaf else source.read_range(row.source, 0, size)
-            x = x.reshape(row.before.shape)
-            for edit, place in list(zip(row.calls, row.places, strict=True))[-len(steps) :]:
-                x = edit.run(x, place)
-            _check(np.shape(x), np.asarray(x).dtype.name, row)
-            yield np.ascontiguousarray(x).reshape(-1)
-            return
-        for start in range(0, size, CHUNK):
-            stop = min(start + CHUNK, size)
-            x = np.empty(stop - start, deaf) if deaf else source.read_range(row.source, start, stop)
-            for step in steps:
-                assert step is not None
-                x = step(x, start)
-            yield x
+    return pieces(expression(source, row))
 
 
-def steps_of(row: Row) -> tuple[list[Step | None], np.dtype[Any] | None]:
-    """The edits of a row as steps over flat pieces, first to last, without those whose results are overwritten.
-
-    Returns:
-        The steps, None for an edit that needs the whole leaf; and, if the first step does not read the old values, the
-        dtype of its input, else None.
-    """
-    deaf = [at for at, edit in enumerate(row.calls) if not edit.op.reads and edit.index is None]
-    first = deaf[-1] if deaf else 0
-    spec = row.before
-    for edit in row.calls[:first]:
-        spec = edit.spec(spec)
-    dtype = numpy_dtype(spec.dtype) if deaf else None
-    steps = []
-    for edit, place in zip(row.calls[first:], row.places[first:], strict=True):
-        steps.append(step_of(edit, spec, place))
-        spec = edit.spec(spec)
-    return steps, dtype
-
-
-def _check(shape: tuple[int, ...], dtype: str, row: Row) -> None:
-    if Spec(tuple(shape), dtype) != row.spec:
-        raise SpecMismatch(f"{row.path}: {row.edit} returned {Spec(tuple(shape), dtype)} where {row.spec} was planned")
-
-
-def data(source: Any, row: Row) -> Iterator[memoryview]:
-    """The bytes of a row's leaf, in pieces."""
-    dtype = numpy_dtype(row.spec.dtype)
-    for array in values(source, row):
-        if array.dtype.name != row.spec.dtype:
-            _check(row.spec.shape, array.dtype.name, row)
+def data(origin: Origin) -> Iterator[memoryview]:
+    """The bytes of an origin, in pieces."""
+    spec = origin.spec
+    dtype = numpy_dtype(spec.dtype)
+    for array in pieces(origin):
+        if array.dtype.name != spec.dtype and isinstance(origin, Edited):
+            origin.check(spec.shape, array.dtype.name)
         yield np.ascontiguousarray(array).astype(dtype, copy=False).reshape(-1).view(np.uint8).data

@@ -111,7 +111,7 @@ class _Attempt:
         chosen = self._chosen()
         if op is None or self.problems:
             return {}
-        index = read_index(given["index"]) if "index" in given else None
+        index = read_index(given["index"]) if "index" in given and "index" not in op.parameters else None
         specs = {number: self.leaves.spec(number) for number, _ in chosen}
         if index is not None:
             inner = self._each("index", specs, lambda number: _sliced(specs[number], index))

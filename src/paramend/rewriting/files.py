@@ -13,8 +13,8 @@ from paramend.formats.safetensors_header import RECORD
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
+from paramend.piecewise.rows import expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,24 +154,11 @@ def _span(made: Plan, row: Row, span: LeafBytes) -> list[Copy | Computed]:
 
 def _extents(made: Plan, row: Row) -> list[Extent] | None:
     """Where the bytes of a leaf are, including one that is set to a leaf of another file; None if computed."""
-    source: Any = made.leaves
-    number = row.source
-    if row.calls:
-        value = set_to(row)
-        if value is None:
-            return None
-        source, number = value.source, value.number
-    if isinstance(source, Gathered):
-        return source.extents(number)
-    extent = source.extent(number)
+    origin = expression(made.leaves, row)
+    if origin.children:
+        return origin.extents
+    extent = origin.extent  # also of a dtype whose elements differ in width
     return None if extent is None else [extent]
-
-
-def set_to(row: Row) -> Stored | None:
-    """The leaf of another file that the last edit sets a leaf to; else None."""
-    edit = row.calls[-1]
-    value = edit.args.get("value")
-    return value if edit.op.name == "set" and edit.index is None and isinstance(value, Stored) else None
 
 
 def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int], Row]) -> list[Piece]:

@@ -20,7 +20,8 @@ from paramend.formats.registry import open_source
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
-from paramend.rewriting.files import Copy, File, base_of, set_to
+from paramend.piecewise.rows import expression
+from paramend.rewriting.files import Copy, File, base_of
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,
@@ -196,14 +197,14 @@ class Note:
                 found[number] = found[twin]
             elif not row.spec.size:
                 found[number] = digest_of(())
-            elif not row.calls:  # copied by the kernel: the bytes are those of the source
-                found[number] = digest_of(contents(self._made.leaves, number))
-            elif (value := set_to(row)) is not None:
-                found[number] = digest_of(contents(value.source, value.number))
+            else:
+                origin = expression(self._made.leaves, row)
+                if not row.calls or origin.extents is not None:  # copied by the kernel
+                    found[number] = digest_of(contents(origin))
         back = [number for number in self._touched if number not in found]
         if back:  # chunks are not written in the order of elements; the copy has the numbers of the source
             with contextlib.closing(open_source(temporary)) as new:
-                found |= {number: digest_of(contents(new, number)) for number in back}
+                found |= {number: digest_of(contents(Stored(new, number))) for number in back}
         leaves = (
             replace(leaf, sha256=found[number]) for number, leaf in zip(self._touched, self._record.leaves, strict=True)
         )

@@ -27,7 +27,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from paramend.edits.plan import Row
 from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object
@@ -38,6 +37,8 @@ from paramend.formats.safetensors_header import RECORD
 from paramend.formats.shards import Shards
 from paramend.journal.history import HistoryRow
 from paramend.journal.undo import history, recover
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Spec
 from paramend.piecewise.rows import data
 from paramend.reports import wording
@@ -214,7 +215,7 @@ def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = N
                 changes[name] = "it is gone"
             elif source.spec(number) != leaf.spec:
                 changes[name] = f"it is {source.spec(number)}, but {leaf.spec} was written"
-            elif digest_of(contents(source, number), meter) != leaf.sha256:
+            elif digest_of(contents(Stored(source, number)), meter) != leaf.sha256:
                 changes[name] = "its bytes differ"
     if changes:
         raise _not_as_written(Path(path), changes, len(leaves))
@@ -353,19 +354,19 @@ def parse(text: bytes, file: str) -> EditRecord:
     )
 
 
-def contents(source: Any, number: int) -> Iterator[memoryview]:
-    """The bytes of a leaf of an opened checkpoint, in pieces: in C order, little-endian."""
-    if not source.refusal(number):
-        spec = source.spec(number)
-        yield from data(source, Row(source.index.path(number), spec, number, spec))
+def contents(origin: Origin) -> Iterator[memoryview]:
+    """The bytes of a leaf, in pieces: in C order, little-endian."""
+    if not origin.refusal:
+        yield from data(origin)
         return
-    extent = source.extent(number)
-    if extent is None:
-        raise Unsupported(f"{source.index.path(number)} cannot be read: {source.refusal(number)}")
-    with extent.path.open("rb") as file:
-        file.seek(extent.start)
-        for at in range(0, extent.nbytes, _READ):
-            yield memoryview(file.read(min(_READ, extent.nbytes - at)))
+    extents = origin.extents if origin.children else [origin.extent]
+    if extents is None or None in extents:
+        raise Unsupported(f"{origin} cannot be read: {origin.refusal}")
+    for extent in filter(None, extents):
+        with extent.path.open("rb") as file:
+            file.seek(extent.start)
+            for at in range(0, extent.nbytes, _READ):
+                yield memoryview(file.read(min(_READ, extent.nbytes - at)))
 
 
 def digest_of(pieces: Iterable[memoryview], meter: Meter | None = None) -> str:

@@ -25,14 +25,14 @@ from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
-from paramend.piecewise.rows import data
+from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Report, Section
 from paramend.rewriting.files import Computed, File
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
-from paramend.rewriting.output import check_output, operands, sources
+from paramend.rewriting.output import check_output, sources
 
 # Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
 _HOLE = 1 << 20
@@ -283,15 +283,14 @@ class _Run:
                     put(target, data, at)
 
     def _note_reads(self, row: Row) -> None:
-        for source, number in ((self.source, row.source), *((each.source, each.number) for each in operands(row))):
-            extent = source.extent(number)
-            if extent is not None:
-                self.inputs.touched.add(extent.path)
+        for each in expression(self.source, row).stored():
+            if each.extent is not None:
+                self.inputs.touched.add(each.extent.path)
 
     def _data(self, row: Row) -> Iterator[memoryview]:
         """The bytes of a leaf for a format that writes directories."""
         self._note_reads(row)
-        for piece in self.note.taking(row, data(self.source, row)):
+        for piece in self.note.taking(row, data(expression(self.source, row))):
             yield piece
             self.meter.advance(len(piece), row.path)
             if row.calls:
@@ -315,7 +314,7 @@ class _Flow:
         last = row.calls[-1] if row.calls else None
         hole = last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE
         if self._row is not row or not piece.start:
-            chunks = _blank(row.spec.nbytes) if hole else data(self._source, row)
+            chunks = _blank(row.spec.nbytes) if hole else data(expression(self._source, row))
             self._row, self._chunks, self._rest = row, self._note.taking(row, chunks), memoryview(b"")
         while left:
             chunk = self._rest if len(self._rest) else next(self._chunks)

@@ -1,0 +1,165 @@
+"""The verbs that move elements: checked against specs, run on arrays, and as origins of leaves on disk."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from paramend.arrays.backend import Backend
+from paramend.arrays.initializers import Site
+from paramend.edits.arguments import read_index, shown
+from paramend.errors import BadArgument, OutOfRange, SpecMismatch
+from paramend.leaves.origins import moved
+from paramend.leaves.origins.boxes import Places
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.specs import Array, Spec
+from paramend.reports import wording
+
+Args = Mapping[str, Any]
+
+
+def _whole(value: Any, what: str, hint: str) -> int:
+    if isinstance(value, bool | np.bool_) or not hasattr(type(value), "__index__"):
+        raise BadArgument(f"{what} {shown(value)} is not a whole number", hint=hint)
+    return int(value)
+
+
+def axis_of(spec: Spec, axis: Any) -> int:
+    """An axis of a leaf, counted from the front.
+
+    Raises:
+        OutOfRange: the leaf has no such axis.
+    """
+    found = _whole(axis, "the axis", "axis=0")
+    if not -spec.ndim <= found < spec.ndim:
+        raise OutOfRange(f"{spec} has no axis {found}; it has {wording.plural(spec.ndim, 'axis', 'axes')}")
+    return found % spec.ndim
+
+
+# ---- transpose ---------------------------------------------------------------------------------------------------
+
+
+def _axes_of(spec: Spec, axes: Any) -> tuple[int, ...]:
+    found = tuple(axis_of(spec, axis) for axis in axes)
+    if sorted(found) != list(range(spec.ndim)):
+        raise SpecMismatch(
+            f"transpose takes each axis of {spec} once, and axes is {shown(list(axes))}",
+            hint=f"axes={list(range(spec.ndim))[::-1]}",
+        )
+    return found
+
+
+def transposed_spec(spec: Spec, args: Args) -> Spec:
+    """The axes must be those of the leaf, each once."""
+    return Spec(tuple(spec.shape[axis] for axis in _axes_of(spec, args["axes"])), spec.dtype)
+
+
+def transpose(library: Backend, x: Any, args: Args, place: Site) -> Any:
+    """The array with its axes in another order."""
+    return library.transpose(x, _axes_of(library.spec(x), args["axes"]))
+
+
+def transposed(origin: Origin, args: Args) -> Origin:
+    """The origin with its axes in another order."""
+    return moved.permute_axes(origin, _axes_of(origin.spec, args["axes"]))
+
+
+# ---- reshape -----------------------------------------------------------------------------------------------------
+
+
+def _shape_of(spec: Spec, shape: Any) -> tuple[int, ...]:
+    lengths = [_whole(length, "the length", "shape=(4, -1)") for length in shape]
+    known = 1
+    for length in lengths:
+        known *= length if length != -1 else 1
+    if lengths.count(-1) == 1 and known > 0 and not spec.size % known:
+        lengths[lengths.index(-1)] = spec.size // known
+        known = spec.size
+    if min(lengths, default=0) < 0 or known != spec.size:
+        raise SpecMismatch(f"{spec} has {spec.size:,} elements, which do not fit the shape {shown(list(shape))}")
+    return tuple(lengths)
+
+
+def reshaped_spec(spec: Spec, args: Args) -> Spec:
+    """The shape must hold as many elements."""
+    return Spec(_shape_of(spec, args["shape"]), spec.dtype)
+
+
+def reshape(library: Backend, x: Any, args: Args, place: Site) -> Any:
+    """The array in another shape."""
+    return library.reshape(x, _shape_of(library.spec(x), args["shape"]))
+
+
+def reshaped(origin: Origin, args: Args) -> Origin:
+    """The origin in another shape."""
+    return moved.reshape(origin, _shape_of(origin.spec, args["shape"]))
+
+
+# ---- take, permute -----------------------------------------------------------------------------------------------
+
+_LIST = "[0, 2], a slice, or a mask of bools"
+
+
+def _places(spec: Spec, args: Args) -> tuple[Places, int]:
+    """The places along an axis that indices, a slice or a mask name, and the axis."""
+    axis = axis_of(spec, args.get("axis", 0))
+    length, indices = spec.shape[axis], args["indices"]
+    if isinstance(indices, str):
+        indices = read_index(indices)
+    if isinstance(indices, slice):
+        return range(*indices.indices(length)), axis
+    try:
+        given: Array = np.asarray(indices)
+    except Exception as error:
+        raise BadArgument("indices must be known before the edit runs; these hold a traced value") from error
+    given = given.astype(np.int64) if not given.size else given
+    if given.ndim != 1 or given.dtype.kind not in "iub":
+        raise BadArgument(f"indices={shown(indices)} is not a list of places", hint=_LIST)
+    if given.dtype == bool:
+        if len(given) != length:
+            raise SpecMismatch(f"the mask has {len(given):,} places, and axis {axis} of {spec} has {length:,}")
+        return np.flatnonzero(given), axis
+    places = given.astype(np.int64)
+    outside = places[(places < -length) | (places >= length)]
+    if len(outside):
+        raise OutOfRange(f"axis {axis} of {spec} has no place {outside[0]}; it has {length:,}")
+    return places % max(length, 1), axis
+
+
+def _permutation(spec: Spec, args: Args) -> tuple[Places, int]:
+    given = {"indices": args["index"], "axis": args.get("axis", 0)}
+    places, axis = _places(spec, given)
+    if len(places) != spec.shape[axis] or (np.bincount(np.asarray(places, np.int64)) != 1).any():
+        raise SpecMismatch(
+            f"permute takes each of the {spec.shape[axis]:,} places along axis {axis} of {spec} once, and index is "
+            f"{shown(args['index'])}",
+            hint=".take(indices, axis) takes some places, or one more than once",
+        )
+    return places, axis
+
+
+Named = Callable[[Spec, Args], tuple[Places, int]]
+
+
+def _taken_spec(named: Named) -> Callable[[Spec, Args], Spec]:
+    def check(spec: Spec, args: Args) -> Spec:
+        places, axis = named(spec, args)
+        return Spec((*spec.shape[:axis], len(places), *spec.shape[axis + 1 :]), spec.dtype)
+
+    return check
+
+
+def _take(named: Named) -> Callable[[Backend, Any, Args, Site], Any]:
+    def run(library: Backend, x: Any, args: Args, place: Site) -> Any:
+        places, axis = named(library.spec(x), args)
+        return library.take(x, np.asarray(places, np.int64).tolist(), axis)
+
+    return run
+
+
+def _taken(named: Named) -> Callable[[Origin, Args], Origin]:
+    return lambda origin, args: moved.take(origin, *named(origin.spec, args))
+
+
+taken_spec, take, taken = _taken_spec(_places), _take(_places), _taken(_places)
+permuted_spec, permute, permuted = _taken_spec(_permutation), _take(_permutation), _taken(_permutation)
