@@ -21,11 +21,13 @@ def mapping(array: Array) -> tuple[mmap.mmap, int] | None:
     return base, array.__array_interface__["data"][0] - origin
 
 
-def forget(array: Array) -> None:
-    """Give back the pages of a contiguous array in a file; they are read again when they are wanted."""
-    found = mapping(array)
-    if found is not None and array.nbytes:
-        give_back(*found, array.nbytes)
+def forget(array: Array, start: int, stop: int) -> None:
+    """Give back the pages of some rows of a contiguous array in a file; they are read again when they are wanted."""
+    found = mapping(array) if array.flags.c_contiguous and array.nbytes else None
+    if found is not None:
+        pages, at = found
+        row = array.nbytes // len(array)
+        give_back(pages, at + start * row, (stop - start) * row)
 
 
 def give_back(pages: mmap.mmap, start: int, nbytes: int) -> None:

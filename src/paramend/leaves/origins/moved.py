@@ -17,6 +17,8 @@ from paramend.leaves.origins.origin import PAGE, TILE, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 Traced = list[tuple[Origin, Runs]]
+# Elements that change places together.
+_BAND = 1 << 15
 How = Literal["concat", "stack", "interleave"]
 
 
@@ -195,8 +197,17 @@ class Permuted(Origin):
         return math.prod(self.whole.spec.shape[self._fixed() :])
 
     def read_box(self, box: Box) -> Array:
-        old = tuple(box[new] for new in np.argsort(self.axes).tolist())
-        return self.whole.read_box(old).transpose(self.axes)
+        back = np.argsort(self.axes).tolist()
+        old = tuple(box[new] for new in back)
+        found = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
+        target = found.transpose(back)
+        # Band by band: a band is in the CPU cache while its axes change places.
+        axis = next((axis for axis, places in enumerate(old) if len(places) > 1), 0)
+        rows = max(_BAND * len(old[axis]) // max(found.size, 1), 1)
+        for at in range(0, len(old[axis]), rows):
+            band = self.whole.read_box((*old[:axis], old[axis][at : at + rows], *old[axis + 1 :]))
+            target[(slice(None),) * axis + (slice(at, at + rows),)] = band
+        return found
 
     def trace(self, runs: Runs, most: int) -> Traced | None:
         old, new_shape = self.whole.spec.shape, self.spec.shape

@@ -86,7 +86,7 @@ class Stored(Origin):
             return select(found, tuple(_shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
         array = self.read()
         found = np.array(select(array, box), order="C")
-        forget(array)
+        forget(array, min(box[0]) if len(box[0]) else 0, max(box[0], default=0) + 1)
         return found
 
 
