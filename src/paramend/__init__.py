@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
+    from paramend.layouts.joining import concat as concat
+    from paramend.layouts.joining import interleave as interleave
+    from paramend.layouts.joining import split as split
     from paramend.leaves.specs import Spec as Spec
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
@@ -90,6 +93,7 @@ _LATER = {
         "paramend.rewriting.provenance": ("record", "verify_record"),
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.specs": ("Spec",),
+        "paramend.layouts.joining": ("concat", "interleave", "split"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),
     }.items()

@@ -171,5 +171,7 @@ def test_in_a_recipe_and_as_commands(tmp_path):
     same(load_file(tmp_path / "4.safetensors")["w"], np.ascontiguousarray(right))
     done = CliRunner().invoke(cli, ["take", str(path), "w", "5,0", "--axis", "-1", "-o", str(out), "--dry-run"])
     assert (done.exit_code, "axis 2 of float32[4,6,5] has no place 5" in done.output) == (2, True)
-    done = CliRunner().invoke(cli, ["transpose", str(path), "w", "[2, 1, 0]", "-o", str(tmp_path / "new.npz"), "--dry-run"])
+    done = CliRunner().invoke(
+        cli, ["transpose", str(path), "w", "[2, 1, 0]", "-o", str(tmp_path / "new.npz"), "--dry-run"]
+    )
     assert "w     float32[4,6,5] -> float32[5,6,4]  transpose([2, 1, 0])" in done.output

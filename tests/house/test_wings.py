@@ -17,7 +17,7 @@ FLOORS = [
     {"journal", "trees", "resize"},
     {"selectors"},
     {"edits"},
-    {"piecewise", "freezing"},
+    {"piecewise", "freezing", "layouts"},
     {"rewriting"},
     {"checkpoints"},
     {"grafting", "growth", "stacking", "evidence", "recipes"},

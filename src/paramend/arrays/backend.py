@@ -54,6 +54,9 @@ class Backend(Protocol):
     def stack(self, arrays: Any, axis: int) -> Any:
         """The arrays along a new axis, counted from the front."""
 
+    def concat(self, arrays: Any, axis: int) -> Any:
+        """The arrays one after the other along an axis."""
+
     def take(self, x: Any, positions: Sequence[int], axis: int) -> Any:
         """A new array of the slices of x at these positions along an axis, in this order."""
 

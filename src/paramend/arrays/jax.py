@@ -166,6 +166,11 @@ def stack(arrays: Any, axis: int) -> Any:
     return jax.device_put(result, jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
 
 
+def concat(arrays: Any, axis: int) -> Any:
+    """The arrays one after the other; XLA finds the sharding."""
+    return jnp.concatenate(arrays, axis)
+
+
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new array of slices of x, sharded like x if the new length allows it."""
     result = jnp.take(x, np.asarray(positions, np.int64), axis=axis)

@@ -84,6 +84,11 @@ def stack(arrays: Any, axis: int) -> Array:
     return np.stack(arrays, axis)
 
 
+def concat(arrays: Any, axis: int) -> Array:
+    """The arrays one after the other."""
+    return np.concatenate(arrays, axis)
+
+
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new array of slices of x."""
     return np.take(x, np.asarray(positions, np.int64), axis)

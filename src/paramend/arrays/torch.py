@@ -166,6 +166,13 @@ def stack(tensors: Any, axis: int) -> Any:
     return torch.stack([x if tensors[0].grad_fn is not None else x.detach() for x in tensors], axis)
 
 
+def concat(tensors: Any, axis: int) -> Any:
+    """The tensors one after the other; none is in the autograd graph unless the first is."""
+    return _new(
+        tensors[0], lambda: torch.cat([x if tensors[0].grad_fn is not None else x.detach() for x in tensors], axis)
+    )
+
+
 def numpy(x: Any) -> np.ndarray[Any, Any]:
     """The values on the host."""
     x = x.detach().cpu().contiguous()

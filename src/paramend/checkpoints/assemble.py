@@ -1,13 +1,12 @@
 """Assembling: a checkpoint put together from leaves of others, which are read only when it is saved."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.edits.plan import Plan
-from paramend.formats.gathered import Gathered, leaf_of
+from paramend.checkpoints.gathering import gathered, ties_of
+from paramend.formats.gathered import leaf_of
 from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made
@@ -51,24 +50,14 @@ def assemble(
     ([0, 0], [1, 1])
     """
     picks = list(picks)
-    under = base.source.base if isinstance(base.source, Gathered) else base.source
-    before = base.source.texts if isinstance(base.source, Gathered) else {}
-    taken = [_taken(pick[1]) for pick in picks]
-    paths = [pick[0] for pick in picks]
-    gathered = Gathered(
-        under,
-        zip(paths, (origin for origin, _ in taken), strict=True),
-        texts={**before, **(texts or {})},
-        ties=_ties(base, [pick[1] for pick in picks]) if ties is None else ties,
-    )
-    made = Plan.of(gathered)
-    if not any(row is not None and row.calls for _, row in taken):
-        return Checkpoint(gathered)
-    rows = (
-        mine if row is None else replace(mine, spec=row.spec, calls=row.calls, places=row.places)
-        for mine, (_, row) in zip(made.rows, taken, strict=True)
-    )
-    return Checkpoint(gathered, Plan(gathered, tuple(rows)))
+    leaves = [(path, *_taken(given)) for path, given in picks]
+    if ties is None:
+        own: dict[int, list[int]] = {}
+        for place, (_, given) in enumerate(picks):
+            if isinstance(given, tuple) and isinstance(given[0], Checkpoint) and given[0].source is base.source:
+                own.setdefault(given[1], []).append(place)
+        ties = ties_of(base.ties, own)
+    return Checkpoint.planned(gathered(base.source, leaves, texts=texts, ties=ties))
 
 
 def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:
@@ -86,21 +75,3 @@ def origin_of(tree: Any, number: int) -> Origin:
     if not isinstance(tree, Checkpoint):
         return Made(tree.spec(number), lambda: to_numpy(tree.read(number)))
     return leaf_of(tree.source, number) if tree.untouched else expression(tree.source, tree.plan.by_number[number])
-
-
-def _ties(base: Checkpoint, given: Sequence[Any]) -> dict[int, int]:
-    """The leaves of the result that are tied."""
-    if not base.ties:
-        return {}
-    places: dict[int, list[int]] = {}
-    for place, pick in enumerate(given):
-        if isinstance(pick, tuple) and isinstance(pick[0], Checkpoint) and pick[0].source is base.source:
-            places.setdefault(pick[1], []).append(place)
-    ties: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for number, found in places.items():
-        unit = base.ties.get(number)
-        if unit is not None and len(found) == 1:
-            ties[found[0]] = first.setdefault(unit, found[0])
-    shared = {one for number, one in ties.items() if number != one}
-    return {number: one for number, one in ties.items() if one in shared}

@@ -1,9 +1,10 @@
 """`Checkpoint`: a model on disk, whose leaves are read on demand and whose edits are computed when it is saved."""
 
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
-from paramend.leaves.leaves import Editable, Index
+from paramend.leaves.leaves import Editable, Group, Index
 from paramend.leaves.specs import Array, Slice, Spec, numpy_dtype
 from paramend.reports import wording
 from paramend.reports.progress import Progress
@@ -192,6 +193,18 @@ class Checkpoint(Editable):
         """The code that edits its files in place, with `{}` for the edit."""
         path = repr(str(self.path)).replace("{", "{{").replace("}", "}}")
         return f"pm.patch({path}, lambda tree: {{}})"
+
+    def regrouped(self, groups: Sequence[Group]) -> "Checkpoint":
+        """The checkpoint with groups of leaves replaced by others."""
+        from paramend.checkpoints.gathering import regrouped  # most edits regroup nothing
+
+        return Checkpoint.planned(regrouped(self.plan, groups))
+
+    @classmethod
+    def planned(cls, plan: Plan) -> "Checkpoint":
+        """The checkpoint that a plan makes of its source."""
+        source = cast(Source, plan.leaves)
+        return cls(source, plan if any(map(attrgetter("calls"), plan.rows)) else None)
 
     def labelled(self, labels: Mapping[int, L], rest: L) -> dict[str, L]:
         """A dict from paths to labels."""

@@ -80,8 +80,7 @@ def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
 def stack(path: Path, layers: str, **options: Any) -> None:
     """Write a checkpoint whose numbered layers are one stack, as in nn.scan.
 
-    LAYERS are the layers: 'params/layers_<n>', 'model.layers[*]'. Along axis 0 bytes are copied; along any other axis
-    one leaf at a time is assembled in memory.
+    LAYERS are the layers: 'params/layers_<n>', 'model.layers[*]'. Along axis 0 bytes are copied.
 
     Exit status: 0 done; 2 there are no such layers, they differ, a file is unreadable or damaged, or OUT cannot be
     written.
@@ -99,8 +98,7 @@ def stack(path: Path, layers: str, **options: Any) -> None:
 def unstack(path: Path, layers: str, **options: Any) -> None:
     """Write a checkpoint with the layers of a stack under numbered names.
 
-    STACK is the path of the stack: 'params/layers'. Along axis 0 bytes are copied; along any other axis each layer is
-    sliced from its leaf in memory.
+    STACK is the path of the stack: 'params/layers'. Along axis 0 bytes are copied.
 
     Exit status: 0 done; 2 there is no such stack, its leaves hold different numbers of layers, a file is unreadable or
     damaged, or OUT cannot be written.

@@ -1,13 +1,13 @@
 """The memory engine: edits of a tree in memory, carried out immediately."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
-from paramend.leaves.leaves import Editable
+from paramend.leaves.leaves import Editable, Group
 from paramend.trees.tree import Tree
 
 _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
@@ -54,6 +54,12 @@ class Memory(Tree, Editable):
         from paramend.edits import structure  # as above
 
         return structure.move(self, selector, tuple(numbers), to)
+
+    def regrouped(self, groups: Sequence[Group]) -> Any:
+        """The tree with groups of leaves replaced by others."""
+        from paramend.edits import structure  # as above
+
+        return structure.regroup(self, groups)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
         """The same containers with labels, and with `rest` at other leaves and at values that are not arrays."""

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, RenameClash, Unsupported
-from paramend.leaves.leaves import Index
+from paramend.leaves.leaves import Group, Index
 from paramend.leaves.paths import Label, Names, Part, labels, number_of
 from paramend.reports import wording
 from paramend.selectors.renames import Rename, keys, rename
@@ -63,15 +63,31 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
         draft.take(number)
     for number, path in moved.items():
         draft.put(number, path, values[number])
-    if draft.clashes:
-        raise RenameClash(
-            f"{wording.plural(len(draft.clashes), 'leaf', 'leaves')} would collide with others: "
-            f"{wording.listing(draft.clashes, 4)}",
-            hint="delete what is there first, or rename to other paths",
-        )
+    draft.check("delete what is there first, or rename to other paths")
     for number in (*moved, *gone):
         draft.prune(number)
     return draft.root.close(close_up=bool(gone))
+
+
+def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
+    """A tree in which groups of leaves are replaced by others, each in a box like that of the first leaf of its group.
+
+    Raises:
+        RenameClash: something is already at a new path.
+        Unsupported: a container on the way has fixed entries.
+    """
+    draft = take_apart(tree)
+    boxes = {number: draft.take(number) for number in dict.fromkeys(n for group in groups for n in group.numbers)}
+    for group in groups:
+        values, box = [tree.values[number] for number in group.numbers], boxes[group.numbers[0]]
+        kind = find_kind(box)
+        for outcome in group.outcomes:
+            value = outcome.make(values)
+            draft.put(group.numbers[0], outcome.path, value if kind is None else kind.close(box, [value]))
+    draft.check("into=, paths that are free")
+    for number in boxes:
+        draft.prune(number)
+    return draft.root.close(close_up=True)
 
 
 def moves(
@@ -263,6 +279,15 @@ class Draft:
 
     def _clash(self, number: int, path: Sequence[tuple[str, Any]], why: str) -> None:
         self.clashes.append(f"{self.index.path(number)} would go to {'/'.join(text for text, _ in path)} ({why})")
+
+    def check(self, hint: str) -> None:
+        """Raise if the new places of leaves are taken."""
+        if self.clashes:
+            raise RenameClash(
+                f"{wording.plural(len(self.clashes), 'leaf', 'leaves')} would collide with others: "
+                f"{wording.listing(self.clashes, 4)}",
+                hint=hint,
+            )
 
     def prune(self, number: int) -> None:
         """Remove the containers that became empty when a leaf was taken."""

@@ -2,11 +2,11 @@
 
 import gc
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from paramend.leaves.paths import Label, Names, Part, labels, text_of, write_piece
 from paramend.leaves.specs import Spec
@@ -214,6 +214,25 @@ class Leaves(Protocol):
         """The entries of a container of such trees, as (key, child); None for a leaf."""
 
 
+class Outcome(NamedTuple):
+    """A leaf made of others.
+
+    Attributes:
+        path: its path, in the form of `renames.keys`.
+        make: the arrays, or the origins, of the others → that of this one.
+    """
+
+    path: Sequence[tuple[str, int | None]]
+    make: Callable[[Sequence[Any]], Any]
+
+
+class Group(NamedTuple):
+    """Leaves that go, by their numbers, and those that come in the place of the first."""
+
+    numbers: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+
+
 class Editable(Leaves):
     """Leaves that carry out edits: trees in memory immediately, checkpoints when they are saved.
 
@@ -248,6 +267,10 @@ class Editable(Leaves):
     @abstractmethod
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
         """A copy with the selected leaves under new paths."""
+
+    @abstractmethod
+    def regrouped(self, groups: Sequence[Group]) -> Any:
+        """A copy in which groups of leaves are replaced by others."""
 
     @abstractmethod
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:

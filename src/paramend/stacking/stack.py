@@ -9,10 +9,9 @@ from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend
 from paramend.edits.structure import Draft, take_apart
-from paramend.errors import RenameClash, Unsupported
+from paramend.errors import Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyTree
-from paramend.reports import wording
 from paramend.selectors.layers import without_rest
 from paramend.selectors.nesting import depths as depths_in
 from paramend.selectors.renames import rename
@@ -55,8 +54,7 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
 
     Returns:
         A new tree of the same containers. Leaves outside the layers are the same objects. A checkpoint is read only
-        when it is saved: along axis 0 bytes are copied in bounded memory, along any other axis one leaf at a time is
-        computed in memory.
+        when it is saved, in bounded memory; along axis 0 its bytes are copied by the kernel.
 
     Raises:
         NoMatch: there are no such layers.
@@ -110,8 +108,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
 
     Returns:
         A new tree of the same containers. Leaves outside the stack are the same objects. A checkpoint is read only when
-        it is saved: along axis 0 bytes are copied in bounded memory, along any other axis each layer is sliced in
-        memory from the whole leaf.
+        it is saved, in bounded memory; along axis 0 its bytes are copied by the kernel.
 
     Raises:
         NoMatch: there is no such stack.
@@ -221,12 +218,7 @@ def _left(child: Any) -> tuple[Path, Any] | None:
 
 
 def _closed(draft: Draft, members: Sequence[Member]) -> Any:
-    if draft.clashes:
-        raise RenameClash(
-            f"{wording.plural(len(draft.clashes), 'leaf', 'leaves')} would collide with others: "
-            f"{wording.listing(draft.clashes, 4)}",
-            hint='into="stack", a path that is free',
-        )
+    draft.check('into="stack", a path that is free')
     for member in members:
         _sweep(*draft.places[member.number][:2])
     return draft.root.close(close_up=False)

@@ -1,0 +1,1 @@
+"""Reversible maps between two ways to store a model."""
