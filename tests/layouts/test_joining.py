@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import paramend as pm
+from paramend.cli.main import cli
 
 RNG = np.random.default_rng(5)
 Q, K, V = (RNG.normal(size=(rows, 6)).astype("float32") for rows in (4, 2, 2))
@@ -139,3 +141,24 @@ def test_what_does_not_fit_is_refused(tmp_path, where, edit, error, says):
 def test_a_module_is_refused_with_the_way_out():
     with pytest.raises(pm.errors.Unsupported, match="state_dict"):
         pm.concat(torch.nn.LayerNorm(3), ["weight", "bias"], into="both")
+
+
+def test_as_commands(tmp_path):
+    path, out, back = (tmp_path / f"{name}.safetensors" for name in ("m", "out", "back"))
+    save_file({"h.0.a": Q, "h.0.b": K, "h.1.a": Q + 1, "h.1.b": K + 1, "c": V}, path)
+
+    def run(*words):
+        done = CliRunner().invoke(cli, list(map(str, words)))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert "h.{0,1}.ab  2 × float32[6,6]" in run("concat", path, "h.<n>.a", "h.<n>.b", "--into", "h.<n>.ab", "-o", out)
+    same(load_file(out)["h.1.ab"], np.concatenate([Q, K]) + 1)
+    run("split", out, "h.<n>.ab", "--into", "h.<n>.a", "--into", "h.<n>.b", "--sizes", "4,2", "-o", back)
+    assert {name: array.tolist() for name, array in load_file(back).items()} == {
+        name: array.tolist() for name, array in load_file(path).items()
+    }
+    run("interleave", path, "c", "c", "--into", "cc", "--axis", "1", "-o", tmp_path / "i.safetensors")
+    same(load_file(tmp_path / "i.safetensors")["cc"], V.repeat(2, 1))
+    done = CliRunner().invoke(cli, ["concat", str(path), "c", "x", "--into", "y", "-o", str(tmp_path / "no")])
+    assert (done.exit_code, (tmp_path / "no").exists()) == (2, False)

@@ -1,6 +1,6 @@
-"""The commands that change the form of layers: `stack`, `unstack`."""
+"""The commands that make leaves of others: `stack`, `unstack`, `concat`, `interleave`, `split`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli.writing import makes, write_made
+from paramend.edits.arguments import SIZES
+from paramend.layouts import joining
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -41,7 +43,7 @@ class _Told(Paged):
         paths = {index.path(number): self.new.spec(number) for number in index.numbers}
         specs = Column("spec", list(map(str, paths.values())), "text")
         groups = ["new" if path in come else "kept" for path in paths]
-        return Page("layers", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
+        return Page("leaves", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
 
     def to_dict(self) -> dict[str, Any]:
         """The old paths, and the new ones with their specs."""
@@ -120,4 +122,69 @@ def _write(
         old = opened.enter_context(open_checkpoint(path))
         other = None if like is None else opened.enter_context(open_checkpoint(like))
         new = verb(old, layers, into=into, axis=axis, like=other)
+        write_made(new, path, _Told(old, new), **options)
+
+
+# ---- along an axis that there is -----------------------------------------------------------------------------------
+
+_ALONG = click.option("--axis", type=int, default=0, show_default=True, help="The axis.")
+_NEW = click.option("--into", required=True, metavar="NEW", help="The path of the new leaf, with the same wildcards.")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("leaves", metavar="LEAF...", nargs=-1, required=True)
+@_NEW
+@_ALONG
+@makes("what would be made")
+def concat(path: Path, leaves: Sequence[str], into: str, axis: int, **options: Any) -> None:
+    """Write a checkpoint in which several leaves are one, one after the other along an axis.
+
+    A LEAF is a selector; with a number, as in 'layers.<n>.q.weight', one leaf is made for each.
+
+    Exit status: 0 done; 2 a leaf is missing, they do not fit together, a file is unreadable or damaged, or OUT cannot
+    be written.
+    """
+    _rewrite(path, lambda old: joining.concat(old, leaves, into=into, axis=axis), options)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("leaves", metavar="LEAF...", nargs=-1, required=True)
+@_NEW
+@_ALONG
+@makes("what would be made")
+def interleave(path: Path, leaves: Sequence[str], into: str, axis: int, **options: Any) -> None:
+    """Write a checkpoint in which several leaves are one, their places along an axis in turns.
+
+    A LEAF is a selector; with a number, as in 'layers.<n>.gate', one leaf is made for each.
+
+    Exit status: 0 done; 2 a leaf is missing, they do not fit together, a file is unreadable or damaged, or OUT cannot
+    be written.
+    """
+    _rewrite(path, lambda old: joining.interleave(old, leaves, into=into, axis=axis), options)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("leaf")
+@click.option("--into", required=True, multiple=True, metavar="NEW", help="The path of a part; repeat it for each.")
+@click.option("--sizes", metavar="N,N,...", help="The length of each part along the axis; by default all are equal.")
+@_ALONG
+@makes("what would be made")
+def split(path: Path, leaf: str, into: Sequence[str], sizes: str | None, axis: int, **options: Any) -> None:
+    """Write a checkpoint in which a leaf is cut into several along an axis.
+
+    LEAF is a selector; with a number, as in 'layers.<n>.qkv.weight', each leaf that it matches is cut.
+
+    Exit status: 0 done; 2 there is no such leaf, the sizes do not fit, a file is unreadable or damaged, or OUT cannot
+    be written.
+    """
+    lengths = None if sizes is None else SIZES.read(sizes)
+    _rewrite(path, lambda old: joining.split(old, leaf, into=into, axis=axis, sizes=lengths), options)
+
+
+def _rewrite(path: Path, verb: Callable[[Checkpoint], Checkpoint], options: Mapping[str, Any]) -> None:
+    with open_checkpoint(path) as old:
+        new = verb(old)
         write_made(new, path, _Told(old, new), **options)

@@ -295,6 +295,7 @@ INITIALIZER = Value(
     "an initializer", _one_of(INITIALIZERS, "an initializer"), {"enum": list(INITIALIZERS)}, example="lecun_normal"
 )
 _INTEGERS = {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": ["integer", "string"]}]}
+SIZES = Value("the length of each part along the axis", _integers, _INTEGERS, example="2,4")
 AXIS = Value("an axis, counted from 0 or, with a minus, from the end", _integer, {"type": "integer"}, example="0")
 AXES = Value("for each new axis, the old one", _integers, _INTEGERS, example="1,0")
 NEW_SHAPE = Value("a shape of as many elements, in which one length may be -1", _new_shape, _INTEGERS, example="4,-1")
