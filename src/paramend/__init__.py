@@ -43,10 +43,14 @@ if TYPE_CHECKING:
     from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
-    from paramend.layouts.joining import concat as concat
-    from paramend.layouts.joining import interleave as interleave
-    from paramend.layouts.joining import split as split
     from paramend.leaves.specs import Spec as Spec
+    from paramend.mapping.joining import concat as concat
+    from paramend.mapping.joining import interleave as interleave
+    from paramend.mapping.joining import split as split
+    from paramend.mapping.layout import Layout as Layout
+    from paramend.mapping.report import LayoutReport as LayoutReport
+    from paramend.mapping.shelf import layout as layout
+    from paramend.mapping.shelf import layouts as layouts
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.provenance import verify_record as verify_record
@@ -93,7 +97,10 @@ _LATER = {
         "paramend.rewriting.provenance": ("record", "verify_record"),
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.specs": ("Spec",),
-        "paramend.layouts.joining": ("concat", "interleave", "split"),
+        "paramend.mapping.joining": ("concat", "interleave", "split"),
+        "paramend.mapping.layout": ("Layout",),
+        "paramend.mapping.report": ("LayoutReport",),
+        "paramend.mapping.shelf": ("layout", "layouts"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),
     }.items()

@@ -213,6 +213,7 @@ def example_reports():
     history = pm.history("m.safetensors")
     undone = pm.undo("m.safetensors")
     target = {"w": np.zeros(3), "v": np.zeros(2), "u": np.zeros(1)}
+    layout = pm.Layout([{"from": "a.w", "to": "b.w"}], rest="keep").to({"a": {"w": np.ones(2), "b": np.ones(1)}})[1]
     grafted = pm.graft(target, {"w": np.ones(2), "v": np.ones(2), "x": np.ones(1)}, mismatch="overlap", unused="ok")
     layers = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
@@ -232,6 +233,7 @@ def example_reports():
         pm.check_live(params, lambda p: p["a"].sum()),
         pm.ablate(old, {"a": "a/**", "b": "b/**"}, lambda tree: float(tree["a"]["w"].sum()), pairs=True),
         pm.freeze_(torch.nn.Linear(2, 2), "weight"),
+        layout,
     ]
 
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"journal", "trees", "resize"},
     {"selectors"},
     {"edits"},
-    {"piecewise", "freezing", "layouts"},
+    {"piecewise", "freezing", "mapping"},
     {"rewriting"},
     {"checkpoints"},
     {"grafting", "growth", "stacking", "evidence", "recipes"},

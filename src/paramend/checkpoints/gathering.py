@@ -75,7 +75,8 @@ def regrouped(plan: Plan, groups: Sequence[Group]) -> Plan:
     rows = plan.by_number
     for group in groups:
         origins = [expression(plan.leaves, rows[number]) for number in group.numbers]
-        places[group.numbers[0]] += [(labels_of(each.path), each.make(origins), None) for each in group.outcomes]
+        made = zip(group.paths, group.make(origins), strict=True)
+        places[group.numbers[0]] += [(labels_of(path), origin, None) for path, origin in made]
     return replaced(plan, places, "into=, paths that are free")
 
 

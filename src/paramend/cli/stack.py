@@ -1,4 +1,4 @@
-"""The commands that make leaves of others: `stack`, `unstack`, `concat`, `interleave`, `split`."""
+"""The commands that make leaves of others: `stack`, `unstack`, `concat`, `interleave`, `split`, `layout`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,8 +12,10 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli.writing import makes, write_made
 from paramend.edits.arguments import SIZES
-from paramend.layouts import joining
 from paramend.leaves.specs import Spec
+from paramend.mapping import joining
+from paramend.mapping.layout import Layout
+from paramend.mapping.shelf import layout as named_layout
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
@@ -188,3 +190,20 @@ def _rewrite(path: Path, verb: Callable[[Checkpoint], Checkpoint], options: Mapp
     with open_checkpoint(path) as old:
         new = verb(old)
         write_made(new, path, _Told(old, new), **options)
+
+
+@click.command()
+@click.argument("layout", metavar="NAME|FILE")
+@click.argument("path", type=click.Path(path_type=Path), metavar="MODEL")
+@click.option("--back", is_flag=True, help="From right to left: the other way of storing the model to the first.")
+@makes("what would be made")
+def layout(layout: str, path: Path, back: bool, **options: Any) -> None:
+    """Write a checkpoint stored another way, by the rules of a layout.
+
+    NAME is one of those that ship, such as 'mixtral_4_to_5'; FILE is a YAML file of your own.
+
+    Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a file is unreadable or
+    damaged, or OUT cannot be written.
+    """
+    rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
+    _rewrite(path, lambda old: (rules.back(old) if back else rules.to(old))[0], options)

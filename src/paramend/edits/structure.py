@@ -81,9 +81,8 @@ def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
     for group in groups:
         values, box = [tree.values[number] for number in group.numbers], boxes[group.numbers[0]]
         kind = find_kind(box)
-        for outcome in group.outcomes:
-            value = outcome.make(values)
-            draft.put(group.numbers[0], outcome.path, value if kind is None else kind.close(box, [value]))
+        for path, value in zip(group.paths, group.make(values), strict=True):
+            draft.put(group.numbers[0], path, value if kind is None else kind.close(box, [value]))
     draft.check("into=, paths that are free")
     for number in boxes:
         draft.prune(number)

@@ -214,23 +214,18 @@ class Leaves(Protocol):
         """The entries of a container of such trees, as (key, child); None for a leaf."""
 
 
-class Outcome(NamedTuple):
-    """A leaf made of others.
+class Group(NamedTuple):
+    """Leaves that go, and those that are made of them and come in the place of the first.
 
     Attributes:
-        path: its path, in the form of `renames.keys`.
-        make: the arrays, or the origins, of the others → that of this one.
+        numbers: the leaves that go.
+        paths: the paths of those that come, in the form of `renames.keys`.
+        make: the arrays, or the origins, of the first → those of the second.
     """
 
-    path: Sequence[tuple[str, int | None]]
-    make: Callable[[Sequence[Any]], Any]
-
-
-class Group(NamedTuple):
-    """Leaves that go, by their numbers, and those that come in the place of the first."""
-
     numbers: tuple[int, ...]
-    outcomes: tuple[Outcome, ...]
+    paths: tuple[Sequence[tuple[str, int | None]], ...]
+    make: Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class Editable(Leaves):

@@ -1,18 +1,16 @@
 """Several leaves as one along an axis, and one leaf as several: `concat`, `interleave`, `split`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
-from paramend.arrays.registry import backend
 from paramend.edits.memory import editable
 from paramend.edits.moves import axis_of
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.leaves import Editable, Group, Outcome
-from paramend.leaves.origins import moved
-from paramend.leaves.origins.boxes import Places
+from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.moved import How
-from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
+from paramend.mapping import hands
 from paramend.reports import wording
 from paramend.selectors.renames import NewPath, keys, pieces, rename
 from paramend.selectors.selector import resolve
@@ -98,8 +96,8 @@ def split(tree: T, leaf: str, *, into: Sequence[str], axis: int = 0, sizes: Sequ
     groups = []
     for number in paths[0]:
         cuts, at = _cuts(leaves.index.path(number), leaves.spec(number), axis, len(into), sizes)
-        outcomes = [Outcome(keys(path[number]), _taking(places, at)) for path, places in zip(paths, cuts, strict=True)]
-        groups.append(Group((number,), tuple(outcomes)))
+        new = tuple(keys(path[number]) for path in paths)
+        groups.append(Group((number,), new, partial(_cut, cuts, at)))
     return cast(T, leaves.regrouped(groups))
 
 
@@ -116,12 +114,12 @@ def _cuts(path: str, spec: Spec, axis: int, count: int, sizes: Sequence[int] | N
     return [range(end - size, end) for end, size in zip(ends, lengths, strict=True)], at
 
 
-def _taking(places: Places, axis: int) -> Callable[[Sequence[Any]], Any]:
-    def taken(values: Sequence[Any]) -> Any:
-        (x,) = values
-        return moved.take(x, places, axis) if isinstance(x, Origin) else backend(x).take(x, list(places), axis)
+def _cut(cuts: Sequence[range], axis: int, values: Sequence[Any]) -> list[Any]:
+    return [hands.take(values[0], places, axis) for places in cuts]
 
-    return taken
+
+def _whole(axis: int, how: How, values: Sequence[Any]) -> list[Any]:
+    return [hands.join(values, axis, how)]
 
 
 def _joined(tree: T, leaves: Sequence[str], into: str, axis: int, how: How) -> T:
@@ -140,7 +138,7 @@ def _joined(tree: T, leaves: Sequence[str], into: str, axis: int, how: How) -> T
             raise BadArgument(f"there is no {wording.listing(lacking)} for {'/'.join(name)}")
         chosen = [numbers[place] for place in range(len(leaves))]
         at = _check(opened, chosen, axis, how)
-        groups.append(Group(tuple(chosen), (Outcome(keys(path), _joining(at, how)),)))
+        groups.append(Group(tuple(chosen), (keys(path),), partial(_whole, at, how)))
     return cast(T, opened.regrouped(groups))
 
 
@@ -157,17 +155,3 @@ def _check(leaves: Editable, numbers: Sequence[int], axis: int, how: How) -> int
             one, other = leaves.index.path(numbers[0]), leaves.index.path(number)
             raise SpecMismatch(f"{one} is {first}, and {other} is {spec}: {how} along axis {at} does not fit")
     return at
-
-
-def _joining(axis: int, how: How) -> Callable[[Sequence[Any]], Any]:
-    def joined(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], Origin):
-            return moved.join(values, axis, how)
-        library = backend(values[0])
-        if how == "concat":
-            return library.concat(values, axis)
-        shape = list(library.spec(values[0]).shape)
-        shape[axis] *= len(values)
-        return library.reshape(library.stack(values, axis + 1), shape)
-
-    return joined

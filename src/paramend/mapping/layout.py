@@ -1,0 +1,321 @@
+"""`Layout`: a reversible map between two ways of storing one model, as rules that are data."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from paramend.edits.arguments import shown
+from paramend.edits.memory import editable
+from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
+from paramend.leaves.leaves import Editable, Group
+from paramend.leaves.origins.stored import Stored
+from paramend.leaves.paths import labels, write_path
+from paramend.mapping.report import LayoutReport, Moved
+from paramend.mapping.steps import Bundle, Step, read_step
+from paramend.reports import wording
+from paramend.selectors.grammar import captures_of
+from paramend.selectors.renames import keys, pieces, rename
+from paramend.selectors.selector import resolve
+
+T = TypeVar("T")
+Rest = Literal["error", "keep"]
+VERSION = 1
+_MARK = "…"  # separates the numbers that count a family from the path of what is made of it
+_MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of a layout, read from left to right.
+
+    Attributes:
+        sources: the paths that it takes.
+        targets: the paths that it makes.
+        do: the steps between them.
+        optional: whether it may take nothing.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    do: tuple[Step, ...] = ()
+    optional: bool = False
+
+    def inverse(self) -> "Rule":
+        """The rule read from right to left."""
+        return Rule(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.do)), self.optional)
+
+    def __str__(self) -> str:
+        return f"{wording.listing(self.sources, 4)} -> {wording.listing(self.targets, 4)}"
+
+    def to_data(self) -> dict[str, Any]:
+        """The rule as YAML has it."""
+        data: dict[str, Any] = {"from": _one(self.sources), "to": _one(self.targets)}
+        if self.do:
+            data["do"] = [step.to_data() for step in self.do]
+        return data | ({"optional": True} if self.optional else {})
+
+
+def _one(paths: Sequence[str]) -> str | list[str]:
+    return paths[0] if len(paths) == 1 else list(paths)
+
+
+class Layout:
+    """A reversible map between two ways of storing one model.
+
+    Args:
+        rules: maps with `from` and `to`, a path or a list of paths each, with captured numbers such as `<n>`; and `do`,
+            a list of steps from left to right, without which leaves are renamed. A number of `from` that `to` lacks is
+            what `stack` runs over. `optional: true` allows a rule to take nothing.
+        name: what the layout is called.
+        rest: what becomes of leaves that no rule takes: "error" lists them, "keep" leaves them as they are.
+
+    Raises:
+        BadArgument: a rule is not one; the message says which and why.
+
+    >>> fused = Layout([{"from": ["q", "k"], "to": "qk", "do": [{"concat": {"axis": 0}}]}])
+    >>> tree, report = fused.to({"q": np.zeros(2), "k": np.ones(2)})
+    >>> tree["qk"].tolist(), fused.back(tree)[0]["k"].tolist()
+    ([0.0, 0.0, 1.0, 1.0], [1.0, 1.0])
+    """
+
+    def __init__(self, rules: Sequence[Mapping[str, Any]], *, name: str = "", rest: Rest = "error") -> None:
+        if rest not in ("error", "keep"):
+            raise BadArgument(f"rest={rest!r} is not one of error, keep")
+        if isinstance(rules, str | Mapping) or not rules:
+            raise BadArgument("a layout is a list of rules", hint='[{"from": "a.<n>", "to": "b.<n>"}]')
+        self.name, self.rest = name, rest
+        self._rules = tuple(_rule(data, f"rules[{place}]") for place, data in enumerate(rules))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Layout":
+        """The layout in a YAML or JSON file.
+
+        Raises:
+            CannotRead: there is no such file.
+            BadArgument: it is not a layout.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                text = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise CannotRead(f"{path}: {error.strerror or error}") from None
+        if len(text) > _MAX_BYTES:
+            raise BadArgument(f"{path.name} has more than {_MAX_BYTES:,} bytes")
+        import yaml  # most programs read no layout
+
+        try:
+            data = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise BadArgument(f"{path.name} is not YAML: {error}") from None
+        return cls.of(data, path.name)
+
+    @classmethod
+    def of(cls, data: Any, what: str = "a layout") -> "Layout":
+        """The layout of a map with `version`, `name`, `rest` and `rules`.
+
+        Raises:
+            BadArgument: it is not a layout.
+        """
+        known = ("version", "name", "rest", "rules")
+        if not isinstance(data, Mapping):
+            raise BadArgument(f"{what} is not a map of {', '.join(known)}")
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            near = wording.closest(str(unknown[0]), known, limit=1)
+            raise BadArgument(f"{what}: there is no key {unknown[0]!r}", hint=near[0] if near else ", ".join(known))
+        if data.get("version") != VERSION:
+            raise BadArgument(f"{what}: {data.get('version')!r} is not a known version", hint=f"version: {VERSION}")
+        return cls(data.get("rules") or (), name=str(data.get("name") or ""), rest=data.get("rest", "error"))
+
+    def save(self, path: str | Path) -> None:
+        """Write the layout into a YAML file."""
+        import yaml  # as above
+
+        from paramend.disk.io import put  # only here something is written
+        from paramend.disk.publishing import published  # as above
+
+        text = yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
+        with published(Path(path), force=True, mode=0o666) as temporary, temporary.open("r+b") as file:
+            put(file.fileno(), text.encode())
+
+    def to_data(self) -> dict[str, Any]:
+        """The layout as a map."""
+        name = {"name": self.name} if self.name else {}
+        return {"version": VERSION, **name, "rest": self.rest, "rules": [rule.to_data() for rule in self._rules]}
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_data() == other.to_data() if isinstance(other, Layout) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.rest, len(self._rules)))
+
+    def __repr__(self) -> str:
+        return f"<layout {self.name or 'without a name'}: {wording.plural(len(self._rules), 'rule')}>"
+
+    def to(self, tree: T) -> tuple[T, LayoutReport]:
+        """The tree stored the other way, rules read from left to right, and a report.
+
+        Args:
+            tree: nested dicts, a state dict, an NNX State ...; or a checkpoint opened by `pm.open`: then the result is
+                one too, and nothing is read before its `.save(out)`.
+
+        Raises:
+            NoMatch: a rule takes nothing.
+            BadArgument: a leaf is taken by no rule, or by two; or leaves of a rule are missing.
+            SpecMismatch: leaves of a rule do not fit together.
+            RenameClash: two leaves would have one path.
+        """
+        return self._mapped(tree, self._rules)
+
+    def back(self, tree: T) -> tuple[T, LayoutReport]:
+        """The tree stored the first way: the inverse of `to`, with the same arguments and errors."""
+        return self._mapped(tree, tuple(rule.inverse() for rule in self._rules))
+
+    def _mapped(self, tree: T, rules: Sequence[Rule]) -> tuple[T, LayoutReport]:
+        leaves = editable(tree)
+        groups: list[Group] = []
+        rows: list[Moved] = []
+        taken: dict[int, Rule] = {}
+        for rule in rules:
+            for group, made in _groups(leaves, rule):
+                for number in group.numbers:
+                    if taken.setdefault(number, rule) is not rule:
+                        raise BadArgument(
+                            f"{leaves.index.path(number)} is taken by two rules:\n  {taken[number]}\n  {rule}"
+                        )
+                groups.append(group)
+                rows += made
+        twins = {twin for number in taken for twin in leaves.twins(number)}
+        kept = [leaves.index.path(number) for number in leaves.index.numbers if number not in twins]
+        if kept and self.rest == "error":
+            raise BadArgument(
+                f"no rule takes {wording.plural(len(kept), 'leaf', 'leaves')}:\n  " + "\n  ".join(kept),
+                hint="a rule for each, or rest: keep",
+            )
+        _refuse_companions(leaves, taken, kept)
+        return cast(T, leaves.regrouped(groups)), LayoutReport(self.name, tuple(rows), tuple(kept))
+
+
+def _rule(data: Any, address: str) -> Rule:
+    if not isinstance(data, Mapping) or not {"from", "to"} <= data.keys():
+        raise BadArgument(f"{address}: {shown(data)} is not a rule", hint="{from: a.<n>.w, to: b.<n>.w}")
+    unknown = [key for key in data if key not in ("from", "to", "do", "optional")]
+    if unknown:
+        raise BadArgument(f"{address}: there is no key {unknown[0]!r}", hint="from, to, do, optional")
+    try:
+        steps = tuple(map(read_step, data.get("do") or ()))
+    except BadArgument as error:
+        error.args = (f"{address}.do: {error.args[0]}",)
+        raise
+    sources, targets = _paths(data["from"], f"{address}.from"), _paths(data["to"], f"{address}.to")
+    rule = Rule(sources, targets, steps, bool(data.get("optional", False)))
+    differ = _absent(rule.sources, rule.targets) or _absent(rule.targets, rule.sources)
+    if not steps and (differ or len(rule.sources) != 1 or len(rule.targets) != 1):
+        raise BadArgument(f"{address}: {rule} is not a rename", hint="do: [{stack: {axis: 0}}]")
+    return rule
+
+
+def _paths(data: Any, address: str) -> tuple[str, ...]:
+    paths = [data] if isinstance(data, str) else data
+    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str) for path in paths):
+        raise BadArgument(f"{address}: {shown(data)} is neither a path nor a list of paths")
+    return tuple(paths)
+
+
+def _absent(here: Sequence[str], there: Sequence[str]) -> list[str]:
+    """The numbers that some paths capture and others do not, in their order."""
+    known = {name for path in there for name in captures_of(path)}
+    return list(dict.fromkeys(name for path in here for name in captures_of(path) if name not in known))
+
+
+def _groups(leaves: Editable, rule: Rule) -> list[tuple[Group, list[Moved]]]:
+    """What a rule does with a tree: the leaves that it takes, and what it makes of them."""
+    counting, counted = _absent(rule.sources, rule.targets), _absent(rule.targets, rule.sources)
+    probe = _numbered(rule.targets[0], dict.fromkeys(counted, 0))
+    prefix = "".join(f"<{name}>/" for name in counting)
+    found: dict[tuple[str, ...], list[dict[tuple[int, ...], int]]] = {}
+    for place, source in enumerate(rule.sources):
+        for number, path in rename(source, f"{prefix}{_MARK}/{probe}").over(leaves.index).items():
+            parts = pieces(path)
+            mark = parts.index(_MARK)
+            families = found.setdefault(parts[mark + 1 :], [{} for _ in rule.sources])
+            families[place][tuple(map(int, parts[:mark]))] = number
+    if not found and not rule.optional:
+        for source in rule.sources:
+            resolve(source, leaves)  # for its error, which names near matches
+        raise NoMatch(f"the rule {rule} takes nothing")
+    return [_group(leaves, rule, families, counted) for families in found.values()]
+
+
+def _group(
+    leaves: Editable, rule: Rule, families: Sequence[Mapping[tuple[int, ...], int]], counted: Sequence[str]
+) -> tuple[Group, list[Moved]]:
+    lacking = [source for source, family in zip(rule.sources, families, strict=True) if not family]
+    paths = [leaves.index.path(number) for family in families for number in family.values()]
+    if lacking:
+        raise BadArgument(f"there is no {wording.listing(lacking)} beside {wording.listing(paths, 3)}")
+    slots = [(place, key) for place, family in enumerate(families) for key in sorted(family)]
+    numbers = tuple(families[place][key] for place, key in slots)
+    try:
+        made = _made(rule, slots, len(rule.sources), [Stored(leaves, number) for number in numbers])
+    except ParamendError as error:
+        error.args = (f"{wording.listing(paths, 3)}: {error.args[0]}", *error.args[1:])
+        raise
+    targets = []
+    for target, family in zip(rule.targets, made, strict=True):
+        for key in family:
+            new = _numbered(target, dict(zip(counted, key, strict=True)))
+            targets.append((keys(rename(rule.sources[0], new).over(leaves.index)[numbers[0]]), family[key]))
+    rows = [
+        Moved(_text(path, leaves.index.separator), origin.spec, str(origin), tuple(paths)) for path, origin in targets
+    ]
+    make = partial(_values, rule, slots, len(rule.sources))
+    return Group(numbers, tuple(path for path, _ in targets), make), rows
+
+
+def _made(rule: Rule, slots: Sequence[tuple[int, tuple[int, ...]]], count: int, values: Sequence[Any]) -> Bundle:
+    bundle: Bundle = [{} for _ in range(count)]
+    for (place, key), value in zip(slots, values, strict=True):
+        bundle[place][key] = value
+    for step in rule.do:
+        bundle = step.run(bundle, len(rule.targets))
+    if len(bundle) != len(rule.targets):
+        raise BadArgument(f"{rule} makes {len(bundle)} leaves, and `to` has {len(rule.targets)} paths")
+    lengths = {len(key) for family in bundle for key in family}
+    if lengths - {len(_absent(rule.targets, rule.sources))}:
+        raise BadArgument(
+            f"{rule}: a number of `from` is not in `to`, and no stack runs over it", hint="do: [{stack: {axis: 0}}]"
+        )
+    return bundle
+
+
+def _values(rule: Rule, slots: Any, count: int, values: Sequence[Any]) -> list[Any]:
+    return [family[key] for family in _made(rule, slots, count, values) for key in family]
+
+
+def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:
+    return write_path(tuple(label for key, _ in path for label in labels(key)), separator)
+
+
+def _numbered(path: str, numbers: Mapping[str, int]) -> str:
+    """A path with numbers in place of some captured ones."""
+    return re.sub(r"<(\w+)>", lambda found: str(numbers.get(found[1], found[0])), path)
+
+
+def _refuse_companions(leaves: Editable, taken: Mapping[int, Rule], kept: Sequence[str]) -> None:
+    """Raise if a leaf that stays belongs to a module whose weight is made part of another."""
+    gone = set()
+    for number in (number for number, rule in taken.items() if rule.do):
+        path = leaves.index.pieces(number)
+        gone.add(path[:-1] if path[-1] in ("weight", "kernel") else path)
+    stays = {path: leaves.index.pieces(number) for number, path in leaves.index.texts.items()}
+    lost = [path for path in kept if any(stays[path][:depth] in gone for depth in range(1, len(stays[path])))]
+    if lost:
+        raise BadArgument(
+            f"{wording.listing(lost, 4)} would stay behind, where no module is any more",
+            hint="a rule for them: scales, biases and adapters go through the same map",
+        )
