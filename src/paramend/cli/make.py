@@ -8,8 +8,10 @@ from typing import Any, get_args
 import click
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.cli.stack import rewrite
 from paramend.cli.writing import RECORD, carry_out, makes, write_made
 from paramend.errors import GraftRefused
+from paramend.grafting import inserting
 from paramend.grafting.graft import graft as graft_onto
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
@@ -134,3 +136,25 @@ def _typed(options: Mapping[str, Any]) -> str:
         many = [f"{old}={new or ''}" for old, new in value.items()] if isinstance(value, Mapping) else [str(value)]
         said += [f" --{name} {shlex.quote(one)}" for one in many]
     return "".join(said)
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("selector")
+@click.option(
+    "--rename",
+    multiple=True,
+    callback=_rules,
+    metavar="OLD=NEW",
+    help="A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'; may be repeated.",
+)
+@makes("what would be made")
+def insert(target: Path, source: Path, selector: str, rename: dict[str, str], **options: Any) -> None:
+    """Write TARGET with leaves of SOURCE that it lacks.
+
+    Exit status: 0 done; 2 the selector matches nothing, a leaf is there already, a file is unreadable or damaged, or
+    OUT cannot be written.
+    """
+    with open_checkpoint(source) as donor:
+        rewrite(target, lambda old: inserting.insert(old, donor, selector, rename=rename), options)

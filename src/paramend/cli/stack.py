@@ -147,7 +147,7 @@ def concat(path: Path, leaves: Sequence[str], into: str, axis: int, **options: A
     Exit status: 0 done; 2 a leaf is missing, they do not fit together, a file is unreadable or damaged, or OUT cannot
     be written.
     """
-    _rewrite(path, lambda old: joining.concat(old, leaves, into=into, axis=axis), options)
+    rewrite(path, lambda old: joining.concat(old, leaves, into=into, axis=axis), options)
 
 
 @click.command()
@@ -164,7 +164,7 @@ def interleave(path: Path, leaves: Sequence[str], into: str, axis: int, **option
     Exit status: 0 done; 2 a leaf is missing, they do not fit together, a file is unreadable or damaged, or OUT cannot
     be written.
     """
-    _rewrite(path, lambda old: joining.interleave(old, leaves, into=into, axis=axis), options)
+    rewrite(path, lambda old: joining.interleave(old, leaves, into=into, axis=axis), options)
 
 
 @click.command()
@@ -183,10 +183,11 @@ def split(path: Path, leaf: str, into: Sequence[str], sizes: str | None, axis: i
     be written.
     """
     lengths = None if sizes is None else SIZES.read(sizes)
-    _rewrite(path, lambda old: joining.split(old, leaf, into=into, axis=axis, sizes=lengths), options)
+    rewrite(path, lambda old: joining.split(old, leaf, into=into, axis=axis, sizes=lengths), options)
 
 
-def _rewrite(path: Path, verb: Callable[[Checkpoint], Checkpoint], options: Mapping[str, Any]) -> None:
+def rewrite(path: Path, verb: Callable[[Checkpoint], Checkpoint], options: Mapping[str, Any]) -> None:
+    """Write what a verb makes of a checkpoint, and print which leaves went and which came."""
     with open_checkpoint(path) as old:
         new = verb(old)
         write_made(new, path, _Told(old, new), **options)
@@ -206,4 +207,4 @@ def layout(layout: str, path: Path, back: bool, **options: Any) -> None:
     damaged, or OUT cannot be written.
     """
     rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
-    _rewrite(path, lambda old: (rules.back(old) if back else rules.to(old))[0], options)
+    rewrite(path, lambda old: (rules.back(old) if back else rules.to(old))[0], options)

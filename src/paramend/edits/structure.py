@@ -89,6 +89,20 @@ def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
     return draft.root.close(close_up=True)
 
 
+def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
+    """A tree with more leaves, each under keys; containers that are missing are dicts.
+
+    Raises:
+        RenameClash: something is already at a path, or a list would have a hole.
+        Unsupported: a container on the way has fixed entries.
+    """
+    draft = take_apart(tree)
+    for path, value in leaves:
+        draft.enter(path, value)
+    draft.check("rename=, paths that are free")
+    return draft.root.close(close_up=False)
+
+
 def moves(
     index: Index, selector: Selector, chosen: Collection[int], to: str
 ) -> dict[int, list[tuple[str, int | None]]]:
@@ -275,6 +289,21 @@ class Draft:
             self._clash(number, path, "which is taken")
         else:
             container.entries[key] = value
+
+    def enter(self, path: Sequence[str], value: Any) -> None:
+        """Put a value that comes from elsewhere under keys."""
+        container = self.root
+        for depth, text in enumerate(path):
+            key, last = container.key(text), depth == len(path) - 1
+            if last and key not in container.entries:
+                container.entries[key] = value
+            elif not last and key not in container.entries:
+                container.entries[key] = _like(None, path[depth + 1], (*container.path, text))
+            inner = container.entries[key]
+            if (last and inner is not value) or (not last and not isinstance(inner, _Container)):
+                self.clashes.append(f"{'/'.join(path)} (which is taken)")
+                return
+            container = inner
 
     def _clash(self, number: int, path: Sequence[tuple[str, Any]], why: str) -> None:
         self.clashes.append(f"{self.index.path(number)} would go to {'/'.join(text for text, _ in path)} ({why})")
