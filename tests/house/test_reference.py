@@ -44,7 +44,7 @@ def commands_table() -> str:
     for op in OPS.values():
         if not op.code:
             required = [name.upper() for name in op.parameters if name not in op.optional]
-            command = " ".join([op.name, "PATH", "SELECTOR", *required])
+            command = " ".join([op.name, "PATH", "SELECTOR...", *required])
             options = ", ".join(
                 [*(f"`--{name}`" for name in op.optional), *(["`--in-place`"] if op.keeps_spec else [])]
             )

@@ -56,6 +56,7 @@ def ablate(
 
     Exit status: 0 done; 2 an unreadable file, a target that matches nothing, a score that fails.
     """
+    _ui.check_page(html)
     chosen: Any = _targets(targets, named)
     score = _function(file)
     tree = load(path, kind, nested=not flat)

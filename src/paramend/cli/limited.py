@@ -60,6 +60,6 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def _pass_on(stream: IO[bytes], err: bool) -> None:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError), stream:
         while data := os.read(stream.fileno(), 65536):
             click.echo(data, nl=False, err=err)

@@ -68,7 +68,7 @@ CONDITIONS = (
     Key("min_size", NATURAL, "the least number of scalars"),
     Key("max_size", NATURAL, "the greatest number of scalars"),
 )
-# `recipes.steps` reads `at` and `where`: they hold lists and maps whose parts have their own addresses.
+# `recipes.steps` reads `at`, `except` and `where`: they hold lists and maps whose parts have their own addresses.
 SELECTOR = Value(
     "a selector",
     TEXT.read,
@@ -88,6 +88,7 @@ WHERE = Value(
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
+_EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
 _FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
@@ -95,7 +96,7 @@ _LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; it takes the wildcards o
 
 
 def _of_op(op: Op) -> Verb:
-    keys = [_AT, _WHERE]
+    keys = [_AT, _EXCEPT, _WHERE]
     if op.keeps_spec:
         keys.append(_INDEX)
     arrays = [name for name, value in op.arguments.items() if value.array]
@@ -113,14 +114,14 @@ VERBS: dict[str, Verb] = {
         Verb(
             "rename",
             "the leaves get new paths",
-            (_AT, _WHERE, Key("to", NEW_PATH, "the new path, with the wildcards of `at`", required=True)),
+            (_AT, _EXCEPT, _WHERE, Key("to", NEW_PATH, "the new path, with the wildcards of `at`", required=True)),
             changes=True,
         ),
-        Verb("delete", "the leaves are left out", (_AT, _WHERE), changes=True),
+        Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(
             "expect",
             "nothing changes; all selected leaves must be as described",
-            (_AT, _WHERE, Key("count", NATURAL, "how many leaves are selected; may be 0"), *CONDITIONS),
+            (_AT, _EXCEPT, _WHERE, Key("count", NATURAL, "how many leaves are selected; may be 0"), *CONDITIONS),
         ),
     )
 }
