@@ -94,6 +94,58 @@ def test_dead_ends_lead_on(folder, args, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["zero", M, "**", "-o"],
+        ["zero", M, "**", "-o", "--force"],
+        ["zero", M, "**", "-o", "--"],
+        ["zero", M, "**", "--except", "-o", "out"],
+        ["graft", M, "--into", "--dry-run"],
+        ["zero", M, "**", "-o", ""],
+        ["zero", "", "**", "--in-place"],
+        ["show", ""],
+        ["convert", M, ""],
+        ["diff", M, ""],
+        ["undo", ""],
+    ],
+)
+def test_what_a_script_left_out_is_not_guessed(folder, args):
+    """A variable that is not set, or an option at the end: nothing is written to "--", or edited in this folder."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = run(*args)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "requires an argument." in done.stderr or "An argument is empty" in done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["stack", M, "layers", "--dry-run"], "LAYERS 'layers[*]'"),
+        (["stack", M, "layers[*]", "--axis", "9", "--dry-run"], "error: --axis 9 is not an axis"),
+        (["unstack", M, "layers", "--into", "h", "--dry-run"], "hint: --into 'h_<n>'"),
+        (["deepen", M, "--drop", "9", "--dry-run"], "hint: --drop 1"),
+        (["deepen", M, "--drop", "0", "--layers", "h", "--dry-run"], "hint: --layers 'layers[*]'"),
+        (["deepen", M, "--order", "0,9", "--dry-run"], "hint: --order 0,1"),
+        (["deepen", M, "--overlap", "9", "--dry-run"], "error: --overlap 9 leaves nothing"),
+        (["deepen", M, "--stack", "0", "--dry-run"], "hint: --stack 2"),
+        (["deepen", M, "--interleave", "0", "--dry-run"], "hint: --interleave 2"),
+        (["deepen", M, "--blocks", "0", "--dry-run"], "error: --blocks 0 is not"),
+        (["deepen", M, "--blocks", "1", "--dry-run"], "hint: --identity 'self_attn.o_proj.*' --identity"),
+        (["graft", M, "--into", M, "--mismatch", "kep", "--dry-run"], "hint: --mismatch keep"),
+        (["clip", M, "**", "2", "-1", "--dry-run"], f"hint: paramend clip '{M}' '**' -1 2 -o OUT"),
+        (["reinit", M, "**", "he_normal", "--dry-run"], "in a recipe, where: {ndim: 2}"),
+        (["fill", M, "**", "1", "2", "--dry-run"], "hint: 1 stands where a SELECTOR does: paramend fill PATH"),
+        (["set", M, "**", "2", "--dry-run"], "2 is no file; `paramend fill` takes a number"),
+    ],
+)
+def test_hints_are_in_the_words_of_the_command_line(folder, args, message):
+    done = run(*args)
+    assert done.exit_code == 2 and message in done.stderr, done.output
+    assert "pm." not in done.stderr
+
+
 def test_help_of_several_things():
     done = run("help", "zero", "selectors")
     assert done.exit_code == 0

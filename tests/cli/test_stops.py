@@ -134,6 +134,14 @@ def test_folders_and_pages(tmp_path):
     assert filled() == f"3 files had been written to {tmp_path}: old, out, page.html"
 
 
+def test_a_page_alone(model, tmp_path):
+    args = ["zero", model.name, "w", "--dry-run", "--html", "page.html"]
+    assert stopped(tmp_path, "paramend.edits.plan", "Plan.page", args) == "nothing was written"
+    assert stopped(tmp_path, "paramend.pages.paged", "Paged.to_html", args) == "page.html had been written in full"
+    args = ["diff", model.name, model.name, "--html", "diff.html"]
+    assert stopped(tmp_path, "paramend.pages.paged", "Paged.to_html", args) == "diff.html had been written in full"
+
+
 def test_a_command_that_only_reads(model, tmp_path):
     said = stopped(tmp_path, "paramend.cli.look", "open_checkpoint", ["show", model.name])
     assert said == "nothing was written"

@@ -32,15 +32,12 @@ class Refusal(click.ClickException):
         click.echo(f"{label} {lines}", file=file, err=True)
 
 
-def refusal(error: Exception, hint: str = "") -> Refusal:
-    """An exception of the library or of the system as an error of the command line, perhaps with a better hint."""
-    if hint:
-        message = str(error).partition("\n\nhint:")[0]
-        return Refusal(f"{message}\n\nhint: {hint}")
+def message_of(error: Exception) -> str:
+    """What to say of an exception of the library or of the system."""
     if isinstance(error, ParamendError) or not isinstance(error, OSError):
-        return Refusal(str(error))
+        return str(error)
     name = "" if error.filename is None else f"{error.filename}: "
-    return Refusal(f"{name}{error.strerror or error}")
+    return f"{name}{error.strerror or error}"
 
 
 def emit(data: Any) -> None:
@@ -61,9 +58,11 @@ def tell(report: Any, *, page: Path | None, as_json: bool) -> None:
 def check_page(page: Path | None) -> None:
     """Raise if a page is wanted and cannot be written, before any work is done."""
     if page is not None:
-        from paramend.pages.paged import check_page  # imports numpy
+        from paramend.cli.fates import Outputs  # imports numpy
+        from paramend.pages.paged import check_page
 
         check_page(page)
+        watch(Outputs([page]))
 
 
 def write_page(report: Any, page: Path | None) -> None:

@@ -30,7 +30,13 @@ from paramend.reports import wording
 @click.option("--how", type=click.Choice(list(METHODS)), default="zero", show_default=True, help="How to ablate it.")
 @click.option("--pairs", is_flag=True, help="Take out each pair as well.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of noise and permuted.")
-@click.option("--kind", type=click.Choice(["numpy", "jax", "torch"]), default="numpy", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["numpy", "jax", "torch"]),
+    default="numpy",
+    show_default=True,
+    help="The arrays that score(tree) gets.",
+)
 @click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
 @click.option("--no-jit", is_flag=True, help="Call the score directly instead of letting JAX trace it.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")

@@ -27,9 +27,10 @@ Args = Mapping[str, Any]
 
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 _FILE = "a .npy file, another checkpoint, whose leaves at the same paths are taken, or OTHER:PATH, one of its leaves"
+_IN_PLACE = "With --in-place only the bytes of the selected leaves are written, and checksums over them."
 _REST = (
-    "With -o, PATH, a file or a directory, is only read; OUT gets the edited leaves and all other bytes as they "
-    "are. With --in-place only the bytes of the selected leaves are written.\n\n"
+    "With -o, PATH, a file or a directory, is only read; OUT gets the edited leaves and all other bytes as they are. "
+    f"{_IN_PLACE}\n\n"
     "Exit status: 0 done; 2 an unreadable or damaged file, a selector that matches nothing, an edit that does "
     "not fit a selected leaf, or an OUT that cannot be written."
 )
@@ -45,6 +46,8 @@ def _typed(value: Value) -> Callable[[Any], Any]:
             return value.typed(text)
         except BadArgument as error:
             if value.array and (not value.example or Path(_split(text)[0]).exists()):
+                if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
+                    raise click.BadParameter(f"{text} is no file; `paramend fill` takes a number") from None
                 return _File(text)
             message = f"{str(error).partition(chr(10))[0]}{', nor an existing file' if value.array else ''}"
             raise click.BadParameter(f"{message}; write {error.hint}" if error.hint else message) from None
@@ -175,9 +178,7 @@ def _command(
         click.Argument(["selectors"], metavar="SELECTOR...", nargs=-1, required=True),
     ]
     rest = [click.Option(["--except", "excepts"], **EXCEPT), *options(in_place=in_place)]
-    whole = (
-        _REST if in_place else _REST.replace(" With --in-place only the bytes of the selected leaves are written.", "")
-    )
+    whole = _REST if in_place else _REST.replace(f" {_IN_PLACE}", "")
     return _Command(name, callback=run, params=[*first, *params, *rest], help=f"{says}\n\n{whole}")
 
 
@@ -204,7 +205,8 @@ def edit_command(op: Op) -> click.Command:
             takes = (
                 f"{NUMBER.says}, or {_FILE}" if value.array and value.example else _FILE if value.array else value.says
             )
-            told.append(f"{name.upper()}: {takes}.")
+            such = "" if value.scalar or value.array or not value.example else f", such as {value.example}"
+            told.append(f"{name.upper()}: {takes}{such}.")
 
     def edited(checkpoint: Checkpoint, choice: Chosen, numbers: Sequence[int], args: Args) -> Checkpoint:
         files = [key for key, value in args.items() if isinstance(value, _File)]

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from paramend.cli import _ui
-from paramend.cli.mistakes import Typed, exists, hint_for, no_such_option
+from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
 from paramend.cli.topics import MEANT, TOPICS
 from paramend.errors import MissingExtra, ParamendError
 from paramend.reports import wording
@@ -54,7 +54,7 @@ ROWS = (
     CommandRow("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
     CommandRow("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
     CommandRow("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack under numbered names."),
-    CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
+    CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; it is only read."),
     CommandRow("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
     CommandRow("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
     CommandRow("history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place."),
@@ -118,6 +118,9 @@ class _Group(click.Group):
         found = super().resolve_command(ctx, args)
         if found[1] is not None:
             ctx.obj = Typed(str(found[0]), found[1], tuple(found[2]))
+            lacks = incomplete(found[1], found[2])
+            if lacks:
+                raise click.UsageError(lacks, ctx=click.Context(found[1], parent=ctx, info_name=str(found[0])))
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -136,8 +139,9 @@ class _Group(click.Group):
         except click.NoSuchOption as error:
             raise click.UsageError(no_such_option(error, self._all(ctx)), ctx=error.ctx) from error
         except (ParamendError, OSError) as error:
-            hint = hint_for(error, ctx.obj, ctx) if isinstance(ctx.obj, Typed) else ""
-            raise _ui.refusal(error, hint) from error
+            message = _ui.message_of(error)
+            typed = ctx.obj if isinstance(ctx.obj, Typed) else None
+            raise _ui.Refusal(message if typed is None else told(message, error, typed, ctx)) from error
         return result
 
     def _all(self, ctx: click.Context) -> Iterator[tuple[str, click.Command]]:

@@ -21,7 +21,7 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 @click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--record", is_flag=True, help=RECORD)
-@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write no checkpoint.")
 @click.option("--html", **HTML)
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def convert(path: Path, out: str, record: bool, **given: Any) -> None:
@@ -95,9 +95,9 @@ _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
     metavar="[SELECTOR=]WHERE",
     help=f"Where leaves overlap: {', '.join(get_args(Place))}.",
 )
-@_choice("unused", Unused, "When a leaf of SOURCE goes nowhere.")
-@_choice("missing", Missing, "When a leaf of TARGET gets nothing from SOURCE.")
-@_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
+@_choice("unused", Unused, "When a leaf of SOURCE goes nowhere; by default an error.")
+@_choice("missing", Missing, "When a leaf of TARGET gets nothing from SOURCE; by default it stays fresh.")
+@_choice("dtype", Dtype, "When dtypes differ: convert to the target's (the default), take the source's, or refuse.")
 @makes("what would go where")
 def graft(source: Path, target: Path, only: tuple[str, ...], excepts: tuple[str, ...], **options: Any) -> None:
     """Write TARGET with the values of SOURCE where their names agree.

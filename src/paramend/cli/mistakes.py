@@ -1,7 +1,9 @@
-"""What was probably meant by a command line that cannot be carried out: a better hint than the error has."""
+"""What was probably meant by a command line that cannot be carried out, told in the words of the command line."""
 
+import ast
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, NoMatch, Selec
 from paramend.reports import wording
 
 _RECIPES = (".yaml", ".yml", ".json")
+# An argument as it is written in Python.
+_GIVEN = re.compile(r"""(?<![\w.])(\w+)=("[^"\n]*"|'[^'\n]*'|\[[^]\n]*\]|-?[\d.]+(?!\w))""")
+# Command → name of an argument in Python → the options that it may come from.
+_FROM = {"deepen": {"count": ["blocks"], "times": ["stack", "interleave"], "drop": ["overlap"], "layers": ["drop"]}}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,18 @@ class Typed:
         with self.command.make_context(self.name, [*self.args], parent=parent, resilient_parsing=True) as context:
             return context.params
 
+    def written(self, given: Mapping[str, Any], name: str, value: Any) -> str:
+        """An argument of Python as it is typed; "" if the command has none of this name."""
+        numbers = isinstance(value, list) and all(isinstance(each, int) for each in value)
+        others = [] if isinstance(value, str) else _FROM.get(self.name, {}).get(name, [])
+        name = next((other for other in others if given.get(other) is not None), name)
+        param = next((param for param in self.command.params if param.name == name), None)
+        if param is None:
+            return ""
+        first = param.opts[0] if isinstance(param, click.Option) else name.upper()
+        values = [",".join(map(str, value))] if numbers else value if isinstance(value, list) else [value]
+        return " ".join(f"{first} {shlex.quote(str(each))}" for each in values)
+
     def swapped(self, one: str, other: str) -> str:
         """The command with two of its words exchanged."""
         at, to = self.args.index(one), self.args.index(other)
@@ -41,14 +59,46 @@ class Typed:
         return f"paramend {shlex.join([self.name, *args])}"
 
 
-def hint_for(error: Exception, typed: Typed, parent: click.Context) -> str:
-    """What to type instead, or "" if the hint of the error is as good."""
+def told(message: str, error: Exception, typed: Typed, parent: click.Context) -> str:
+    """The message of an error in the words of the command line, with what to type instead if that can be guessed."""
     given = typed.given(parent)
+
+    def written(match: re.Match[str]) -> str:
+        try:
+            return typed.written(given, match[1], ast.literal_eval(match[2])) or match[0]
+        except (SyntaxError, ValueError):
+            return match[0]
+
+    said, _, hint = message.partition("\n\nhint: ")
+    hint = hint_for(error, typed, given) or _typed_hint(hint, typed, given)
+    said, hint = _GIVEN.sub(written, said), hint if hint.startswith("paramend ") else _GIVEN.sub(written, hint)
+    return f"{said}\n\nhint: {hint}" if hint else said
+
+
+def _typed_hint(hint: str, typed: Typed, given: Mapping[str, Any]) -> str:
+    """A hint without what only Python understands."""
+    call = re.fullmatch(r"\.(\w+)\(([^()]*)\)", hint)
+    if call and call[1] == typed.name and isinstance(given.get("path"), Path):
+        words = [str(given["path"]), *_texts(given.get("selectors")), *call[2].split(", ")]
+        return f"paramend {typed.name} {shlex.join(words)} -o OUT"
+    if ".where(" in hint:
+        hint = re.sub(r"pm\.sel\(\.\.\.\)\.where\((\w+)=([^()]*)\)", r"in a recipe, where: {\1: \2}", hint)
+        return re.sub(r"(?<!\w)\.(\w+)\(\w*\)", r"`paramend \1`", hint)
+    parts = re.split(r", or |; ", hint)
+    spoken = [part for part in parts if "pm." not in part]
+    return spoken[0] if spoken and len(spoken) < len(parts) else hint
+
+
+def hint_for(error: Exception, typed: Typed, given: Mapping[str, Any]) -> str:
+    """What to type instead, or "" if the hint of the error is as good."""
     if isinstance(given.get("recipe"), Path):
         return _recipe_second(error, typed, given)
     path = given.get("path")
     words = [word for name in ("selectors", "targets", "layers") for word in _texts(given.get(name))]
     files = [word for word in words if exists(word)]
+    numbers = [word for word in words if re.fullmatch(r"-?[\d.]+(e-?\d+)?", word)]
+    if isinstance(error, NoMatch) and numbers and not files and f'"{numbers[0]}" matches' in str(error):
+        return f"{numbers[0]} stands where a SELECTOR does: paramend {typed.name} {usage(typed.command)}"
     if not (isinstance(path, Path) and files):
         return ""
     if isinstance(error, CannotRead) and not exists(path):
@@ -79,13 +129,35 @@ def no_such_option(error: click.NoSuchOption, commands: Iterable[tuple[str, clic
     said = error.format_message()
     command = None if error.ctx is None else error.ctx.command
     word = error.option_name.lstrip("-").replace("-", "_")
+    word = {"o": "out"}.get(word, word)
     own = command.params if command is not None else []
     arguments = [p for p in own if isinstance(p, click.Argument) and word in (p.name, str(p.name).removesuffix("s"))]
     if arguments and error.ctx is not None and command is not None:
-        usage = " ".join(command.collect_usage_pieces(error.ctx)[1:])
-        return f"{said} It is an argument, without a name: {error.ctx.command_path} {usage}"
+        return f"{said} It is an argument, without a name: {error.ctx.command_path} {usage(command)}"
     having = [name for name, other in commands if other is not command and error.option_name in _options(other)]
     return f"{said} {wording.listing(having, 6)} {'have' if having[1:] else 'has'} it." if having else said
+
+
+def usage(command: click.Command) -> str:
+    """The arguments of a command, in order."""
+    arguments = [param for param in command.params if isinstance(param, click.Argument)]
+    return " ".join(param.metavar or str(param.name).upper() for param in arguments)
+
+
+def incomplete(command: click.Command, args: Sequence[str]) -> str:
+    """What is wrong with words of a command that lack something: an option its value, or a word its letters."""
+    if "" in args:
+        return "An argument is empty: is a variable of the shell not set?"
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    names = {name for option in options for name in option.opts}
+    takes = {name for option in options if not option.is_flag for name in option.opts}
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--":
+            break
+        if arg in takes and next(rest, "--") in {*names, "--"}:
+            return f"Option {arg!r} requires an argument."
+    return ""
 
 
 def _options(command: click.Command) -> set[str]:
@@ -100,6 +172,6 @@ def _texts(value: Any) -> list[str]:
 def exists(path: str | Path) -> bool:
     """Whether there is a file or a folder of this name."""
     try:
-        return Path(path).exists()
+        return path != "" and Path(path).exists()
     except (OSError, ValueError):  # too long for a name, or with a zero byte in it
         return False
