@@ -57,6 +57,10 @@ def test_the_shell_took_a_pattern_for_names_of_files(folder):
         done = run(*args, *(["--dry-run"] if args[0] == "fill" else []))
         assert done.exit_code == 2
         assert "is a file here: did the shell" in done.stderr and f"paramend {args[0]} '{M}' '**/bias'" in done.stderr
+    # A selector that matches may be the name of a file too: the error is about another.
+    (folder / "layers.0.w").write_text("")
+    done = run("show", M, "layers.0.w", "layers.0.v")
+    assert done.exit_code == 2 and "did the shell" not in done.stderr and "did you mean" in done.stderr
     # A file that an operand names is none of the selectors.
     done = run("set", M, "**/v", "vals.txt", "--dry-run")
     assert done.exit_code == 2 and "did the shell" not in done.stderr

@@ -54,7 +54,7 @@ ROWS = (
     CommandRow("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
     CommandRow("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
     CommandRow("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack under numbered names."),
-    CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; it is only read."),
+    CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
     CommandRow("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
     CommandRow("history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place."),

@@ -85,7 +85,7 @@ def _typed_hint(hint: str, typed: Typed, given: Mapping[str, Any]) -> str:
         hint = re.sub(r"pm\.sel\(\.\.\.\)\.where\((\w+)=([^()]*)\)", r"in a recipe, where: {\1: \2}", hint)
         return re.sub(r"(?<!\w)\.(\w+)\(\w*\)", r"`paramend \1`", hint)
     parts = re.split(r", or |; ", hint)
-    spoken = [part for part in parts if "pm." not in part]
+    spoken = [part for part in parts if not re.search(r"\bpm\.", part)]
     return spoken[0] if spoken and len(spoken) < len(parts) else hint
 
 
@@ -96,17 +96,19 @@ def hint_for(error: Exception, typed: Typed, given: Mapping[str, Any]) -> str:
     path = given.get("path")
     words = [word for name in ("selectors", "targets", "layers") for word in _texts(given.get(name))]
     files = [word for word in words if exists(word)]
-    numbers = [word for word in words if re.fullmatch(r"-?[\d.]+(e-?\d+)?", word)]
-    if isinstance(error, NoMatch) and numbers and not files and f'"{numbers[0]}" matches' in str(error):
+    said = str(error)
+    numbers = [word for word in words if re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) and f'"{word}" matches' in said]
+    if isinstance(error, NoMatch) and numbers and typed.name != "show":
         return f"{numbers[0]} stands where a SELECTOR does: paramend {typed.name} {usage(typed.command)}"
     if not (isinstance(path, Path) and files):
         return ""
     if isinstance(error, CannotRead) and not exists(path):
         first = next((word for word in typed.args if Path(word) == path), "")
         return f"PATH comes first: {typed.swapped(first, files[0])}" if first and files[0] in typed.args else ""
-    if isinstance(error, NoMatch | SelectorError):
+    named = [file for file in files if file in said]
+    if isinstance(error, NoMatch | SelectorError) and named:
         return (
-            f"{files[0]} is a file here: did the shell put the names of files in place of a pattern? Quote it: "
+            f"{named[0]} is a file here: did the shell put the names of files in place of a pattern? Quote it: "
             f"paramend {typed.name} {shlex.quote(str(path))} '**/bias'"
         )
     return ""
