@@ -109,6 +109,21 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is(model, tmp_
     assert model.read_bytes() == before and not list(tmp_path.glob("out*"))
 
 
+def test_what_was_written_is_said_even_if_its_page_fails(model, tmp_path, monkeypatch):
+    done = run("zero", model, "**/w", "-o", tmp_path / "x.html", "--html", tmp_path / "x.html")
+    assert done.exit_code == 2 and "names of their own" in done.stderr and not (tmp_path / "x.html").exists()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("paramend.pages.paged.write_file", fail)
+    out, page = tmp_path / "out.safetensors", tmp_path / "page.html"
+    done = run("zero", model, "**/w", "-o", out, "--html", page)
+    assert done.exit_code == 2 and out.exists() and not page.exists()
+    first, second = done.stderr.splitlines()
+    assert first.startswith(f"wrote {out}: ") and second.startswith(f"error: {page}: the disk is full")
+
+
 def test_diff_says_that_its_page_was_written(model, tmp_path):
     done = run("diff", model, model, "--html", tmp_path / "page.html")
     assert (done.exit_code, done.stderr) == (0, f"wrote {tmp_path / 'page.html'}\n")

@@ -51,7 +51,7 @@ def stopped(folder, module, name, args, *, before=False, often=False, number=sig
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 128 + number, done.stderr
-    return done.stderr.removesuffix("\n").removeprefix(f"stopped by {number.name}: ")
+    return done.stderr.removesuffix("\n").rpartition(f"stopped by {number.name}: ")[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -47,12 +47,11 @@ def emit(data: Any) -> None:
 
 def tell(report: Any, *, page: Path | None, as_json: bool) -> None:
     """Print a report as a table or as JSON, and write it as an HTML page if `page` is given."""
-    write_page(report, page)
     if as_json:
         emit(report.to_dict())
     else:
         show_lines(str(report).split("\n"))
-    say_page(page)
+    write_page(report, page)
 
 
 def check_page(page: Path | None) -> None:
@@ -66,14 +65,9 @@ def check_page(page: Path | None) -> None:
 
 
 def write_page(report: Any, page: Path | None) -> None:
-    """Write a report as an HTML page, if a page is wanted."""
+    """Write a report as an HTML page, if a page is wanted, and say so: last, when all else has been said."""
     if page is not None:
         report.to_html(page)
-
-
-def say_page(page: Path | None) -> None:
-    """Say that the page was written, if there is one."""
-    if page is not None:
         say(f"wrote {page}")
 
 

@@ -55,6 +55,8 @@ def carry_out(
         html: where to write the report as an HTML page.
     """
     _ui.check_page(html)
+    if html is not None and out is not None and html.absolute() == Path(out).absolute():
+        raise click.UsageError("OUT and the page of --html need names of their own.")
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     if out is not None:
         check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
@@ -70,7 +72,6 @@ def carry_out(
             )
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
-    _ui.write_page(shown, html)
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:
@@ -79,7 +80,7 @@ def carry_out(
         _ui.show_lines(made.lines(), header=True)
     for line in done.split("\n"):
         _ui.say(line)
-    _ui.say_page(html)
+    _ui.write_page(shown, html)
 
 
 def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -193,10 +194,9 @@ def edit_checkpoint(
         _ui.watch(fates.Patched(path))
     with _ui.bar(f"patching {path.name}") as progress:
         report = patch(path, edit, dry_run=dry_run, progress=progress)
-    _ui.write_page(report, html)
     if as_json:
         _ui.emit(report.to_dict())
     else:
         _ui.show_lines(report.plan.lines(), header=True)
     _ui.say(report.summary)
-    _ui.say_page(html)
+    _ui.write_page(report, html)
