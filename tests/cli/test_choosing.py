@@ -142,3 +142,19 @@ def test_the_hint_of_a_refused_graft_keeps_the_choice(model, tmp_path):
     done = run(*hint[hint.index("graft") :])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out").exists()
+
+
+def test_ablate_takes_exceptions(model, tmp_path):
+    score = tmp_path / "score.py"
+    score.write_text("def score(tree): return sum(float(x.sum()) for x in tree.values())\n")
+    args = ["ablate", model, "layers.<n>.*", "head.w", "--score", score, "--flat", "--json"]
+
+    def deltas(*more):
+        done = run(*args, *more)
+        assert done.exit_code == 0, done.output
+        return {row["name"]: row["delta"] for row in json.loads(done.stdout)["rows"]}
+
+    assert deltas() == {"layers.0.*": -24, "layers.1.*": -24, "head.w": -12}
+    assert deltas("--except", "layers.*.b") == {"layers.0.*": -12, "layers.1.*": -12, "head.w": -12}
+    done = run(*args, "--except", "nope")
+    assert done.exit_code == 2 and '"nope" matches none' in done.stderr
