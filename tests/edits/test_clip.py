@@ -228,7 +228,7 @@ def test_what_the_command_refuses(tmp_path):
     pm.save({"w": np.ones(2)}, model)
     done = CliRunner().invoke(cli, ["clip", str(model), "w", "1", "-1", "--dry-run"])
     assert done.exit_code == 2
-    assert "lo=1 is above hi=-1" in done.output
+    assert "LO 1 is above HI -1" in done.output
     done = CliRunner().invoke(cli, ["clip", str(model), "w", "low", "1", "--dry-run"])
     assert done.exit_code == 2
     assert "Invalid value for 'LO': 'low' is not a number" in done.output.replace("\n", " ")

@@ -157,7 +157,7 @@ def test_a_fresh_row_is_a_command(copy):
         assert "  affine, linear  Every element is multiplied and then shifted.\\n" in run("--help").replace(
             " " * 3, "  ").replace("linear   ", "linear  ")
         said = run("help", "affine")
-        assert "PATH SELECTOR FACTOR SHIFT" in said and "FACTOR: the factor." in said and "--in-place" in said
+        assert "PATH SELECTOR... FACTOR SHIFT" in said and "FACTOR: the factor." in said and "--in-place" in said
         assert "Did you mean 'affine'" in run("muladd", "m", code=2)
         pm.save({"w": np.ones(2, "float32"), "b": np.ones(1)}, "c.safetensors")
         dry = run("affine", "c.safetensors", "w", "-2", "-1", "--dry-run")
@@ -181,8 +181,8 @@ def test_a_fresh_row_is_in_the_tables_of_the_docs(copy):
         spec.loader.exec_module(tables)
         says = "every element is multiplied and then shifted"
         assert f"| `affine(factor, shift)` | {says} | yes | yes |" in tables.ops_table()
-        assert f"| `affine` | {says} | **at**, where, index, **factor**, **shift** |" in tables.steps_table()
-        command = "`affine PATH SELECTOR FACTOR SHIFT -o OUT`"
+        assert f"| `affine` | {says} | **at**, except, where, index, **factor**, **shift** |" in tables.steps_table()
+        command = "`affine PATH SELECTOR... FACTOR SHIFT -o OUT`"
         assert f"| {command} | `linear` | `--in-place` | {says} |" in tables.commands_table()
     """
     runs(copy, code, str(TOP / "tests" / "house" / "test_reference.py"))

@@ -205,7 +205,7 @@ def test_the_command(folder, tmp_path, options, order):
         (["-o", "OUT"], "One of --blocks"),
         (["--blocks", "1", "--stack", "2", "-o", "OUT"], "One of --blocks"),
         (["--blocks", "1"], "-o OUT is needed"),
-        (["--blocks", "0", "-o", "OUT"], "count=0"),
+        (["--blocks", "0", "-o", "OUT"], "--blocks 0"),
         (["--order", "0,x", "-o", "OUT"], "not a list of layers"),
         (["--order", "0,7", "-o", "OUT"], "names layer 7"),
         (["--drop", "9", "-o", "OUT"], "no layer 9"),

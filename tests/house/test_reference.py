@@ -34,7 +34,8 @@ def steps_table() -> str:
     for verb in VERBS.values():
         keys = [f"**{key.name}**" if key.required else key.name for key in verb.keys]
         rows.append(f"| `{verb.name}` | {verb.says} | {', '.join(keys)} |")
-    keys = {key.name: key for verb in VERBS.values() for key in verb.keys}
+    keys = {key.name: key for verb in reversed(VERBS.values()) for key in reversed(verb.keys)}
+    keys = dict(reversed(keys.items()))
     rows += ["", "| key | what stands there |", "|---|---|"]
     return "\n".join([*rows, *(f"| `{name}` | {key.says} |" for name, key in keys.items())])
 
@@ -44,7 +45,7 @@ def commands_table() -> str:
     for op in OPS.values():
         if not op.code:
             required = [name.upper() for name in op.parameters if name not in op.optional]
-            command = " ".join([op.name, "PATH", "SELECTOR", *required])
+            command = " ".join([op.name, "PATH", "SELECTOR...", *required])
             options = ", ".join(
                 [*(f"`--{name}`" for name in op.optional), *(["`--in-place`"] if op.keeps_spec else [])]
             )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import flax.linen as linen
 import jax
@@ -543,9 +544,17 @@ def test_the_list():
 def test_a_lesson_is_shown_with_a_run(name):
     result = run(name, "--seed", 1)
     assert result.exit_code == 0, result.output
-    assert "The problem." in result.stdout and f"def {name}(" in result.stdout and "result: " in result.stdout
+    assert "The problem." in result.stdout and "result: " in result.stdout
+    assert f"paramend lesson {name} --solution" in result.stdout
     shown = json.loads(run(name, "--json", "--seed", 1).stdout)
     assert set(shown["run"]["inputs"]) == set(find(name).parameters) and shown["run"]["facts"]
+    # What solves it is shown on request alone: neither the reference nor a call of Paramend nor the mistakes.
+    for text in (result.stdout, json.dumps(shown)):
+        assert "pm." not in text and f"def {name}" not in text and find(name).mistakes[0].why not in text
+    solved = run(name, "--solution")
+    assert solved.exit_code == 0 and f"def {name}(" in solved.stdout and "The Paramend way." in solved.stdout
+    shown = json.loads(run(NAMES.index(name) + 1, "--json", "--solution").stdout)
+    assert shown["name"] == name and f"def {name}(" in shown["reference"] and shown["mistakes"]
 
 
 def test_the_shown_result_is_that_of_the_reference():
@@ -566,6 +575,34 @@ def test_grading_a_file(tmp_path):
     file.write_text(textwrap.dedent(RIGHT["init_zero"][0]))
     result = run("init_zero", "--grade", file)
     assert (result.exit_code, result.stderr) == (0, "") and "passed on 25 inputs" in result.stdout
+
+
+def test_an_answer_without_an_end_is_stopped_with_all_that_it_started(tmp_path):
+    file, pids = tmp_path / "answer.py", tmp_path / "pids"
+    file.write_text(f"""
+import os, subprocess, time
+helper = subprocess.Popen(["sleep", "600"])
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{helper.pid}}")
+print("begun", flush=True)
+while True:
+    time.sleep(1)
+""")
+    result = run("init_zero", "--grade", file, "--timeout", 15)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("begun\n") and "took longer than 15 s" in result.stderr
+    assert "hint: --timeout 600" in result.stderr
+    for pid in pids.read_text().split():
+        stat = Path(f"/proc/{pid}/stat")  # a child that nobody waits for stays as a zombie
+        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_an_answer_that_ends_its_process(tmp_path):
+    (tmp_path / "answer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    result = run("init_zero", "--grade", tmp_path / "answer.py")
+    assert result.exit_code == 2 and "its process was ended by SIGKILL" in result.stderr
+    (tmp_path / "answer.py").write_text("def solve(layer):\n    return input()")
+    result = run("init_zero", "--grade", tmp_path / "answer.py")
+    assert result.exit_code == 1 and "EOFError" in result.stdout  # it waits for nobody
 
 
 def test_what_cannot_be_done_exits_with_2(tmp_path):

@@ -162,3 +162,25 @@ def test_as_commands(tmp_path):
     same(load_file(tmp_path / "i.safetensors")["cc"], V.repeat(2, 1))
     done = CliRunner().invoke(cli, ["concat", str(path), "c", "x", "--into", "y", "-o", str(tmp_path / "no")])
     assert (done.exit_code, (tmp_path / "no").exists()) == (2, False)
+
+
+def test_in_a_recipe(tmp_path):
+    parts = [f"layers.<n>.{name}.weight" for name in "qkv"]
+    gates = ["layers.<n>.mlp.gate", "layers.<n>.mlp.up"]
+    recipe = pm.Recipe(
+        [
+            {"concat": {"at": parts, "into": "layers.<n>.qkv.weight"}},
+            {"interleave": {"at": gates, "into": "layers.<n>.mlp.gate_up", "axis": 1}},
+        ]
+    )
+    check_fused(recipe.apply(layers()))
+    back = pm.Recipe([{"split": {"at": "layers.<n>.qkv.weight", "into": parts, "sizes": "4, 2, 2"}}])
+    save_file(layers(), tmp_path / "m.safetensors")
+    with pm.open(tmp_path / "m.safetensors") as model:
+        back.apply(recipe.apply(model)).save(tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    same(found["layers.2.k.weight"], K + 2)
+    same(found["layers.2.mlp.gate_up"], np.stack([GATE, UP], 2).reshape(3, 10))
+    with pytest.raises(pm.errors.BadRecipe, match=r"steps\[0\].into.*cannot be cut into 3") as error:
+        pm.Recipe([{"split": {"at": "layers.0.q.weight", "into": ["a", "b", "c"]}}]).apply(layers())
+    assert error.value.problems[0].address == "$.steps[0].into"

@@ -69,7 +69,7 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
     with pytest.raises(CannotWrite, match="not an HTML page"):
         report.to_html(tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
-    with pytest.raises(CannotWrite, match="No such file"):
+    with pytest.raises(CannotWrite, match="there is no folder"):
         report.to_html(tmp_path / "nowhere" / "r.html")
 
 

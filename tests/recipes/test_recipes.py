@@ -101,11 +101,14 @@ DATA = {
     "axes": st.lists(st.integers(-3, 3), max_size=3) | st.just("1, 0"),
     "indices": st.sampled_from([[], [3, -1], [True, False], "0:4", "::-1", "2, 0"]),
     "axis": st.integers(-3, 3),
+    "into": {"": st.just("a/b"), "split": st.lists(st.sampled_from(["a", "b/<n>"]), min_size=1, max_size=2)},
+    "sizes": st.lists(st.integers(0, 5), min_size=1, max_size=3) | st.just("2, 1"),
     "ndim": st.integers(0, 4),
     "shape": st.lists(st.integers(0, 9), max_size=3),
     "count": st.integers(0, 9),
     "from": TEXTS,
     "leaf": st.just("a/b"),
+    "except": SELECTORS | st.lists(SELECTORS, min_size=1, max_size=2),
     "where": st.fixed_dictionaries({}, optional={"ndim": st.integers(0, 4), "dtype": st.just("float")}).filter(bool),
 }
 
@@ -608,6 +611,50 @@ def test_the_hint_on_another_dtype_works(tmp_path, model):
         step = re.match(r"(cast: \{.*\}) in a step before it, and back to float32 in one after it$", hint)[1]
         recipe = load(tmp_path, step, body, "cast: {at: layers/0/w, dtype: float32}")
         assert recipe.apply(checkpoint)["layers/0/w"].tolist() == np.ones((4, 3)).tolist()
+
+
+# ---- all but -----------------------------------------------------------------------------------------------------
+
+
+def test_except_leaves_out_what_at_selects(tree, model, tmp_path):
+    recipe = parse("zero: {at: ['**/w', 'layers/0/b'], except: ['layers/[-1]/*', 'layers/1/b']}")
+    zeroed = {"layers/0/w", "layers/1/w", "layers/0/b"}
+    recipe.apply(pm.open(model)).save(tmp_path / "out.safetensors")
+    written = safetensors.numpy.load_file(tmp_path / "out.safetensors")
+    edited = recipe.apply(tree)
+    for path, before in layers().items():
+        _, number, name = path.split("/")
+        expected = np.zeros_like(before) if path in zeroed else before
+        assert edited["layers"][number][name].tobytes() == written[path].tobytes() == expected.tobytes()
+    gone = parse("delete: {at: '**/w', except: 'layers/0/w'}").apply(tree)["layers"]
+    assert [number for number in gone if "w" in gone[number]] == ["0"]
+    moved = parse("rename: {at: 'layers/<n>/w', except: 'layers/1/w', to: 'layers/<n>/kernel'}").apply(tree)["layers"]
+    assert ["kernel" in moved[number] for number in "012"] == [True, False, True]
+    counts = ("expect: {at: '**', except: '**/b', count: 3, ndim: 2}", "expect: {at: '**/b', except: '**/b', count: 0}")
+    parse(*counts).apply(tree)
+
+
+def test_except_counts_a_tied_leaf_under_any_of_its_names():
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(1, 1), "b": torch.nn.Linear(1, 1)})
+    module["a"].bias = module["b"].bias = torch.nn.Parameter(torch.ones(1))
+    parse("fill: {at: '**', except: 'b.bias', value: 3}").apply_(module)
+    assert module["a"].bias.item() == 1 and module["a"].weight.item() == module["b"].weight.item() == 3
+
+
+def test_what_is_wrong_with_an_exception_is_said_with_its_address(tree):
+    found = problems(
+        lambda: parse(
+            "zero: {at: '**/b', except: '**/b'}",
+            "zero: {at: '**/b', except: ['layers/0/b', '**/v']}",
+            "expect: {at: '**/b', except: '**'}",
+        ).apply(tree)
+    )
+    assert list(found) == ["$.steps[0].except", "$.steps[1].except[1]", "$.steps[2].except"]
+    assert found["$.steps[0].except"].code == "no-match" and found["$.steps[2].except"].code == "expect"
+    assert '"**/v" matches none of 6 leaves' in found["$.steps[1].except[1]"].message
+    found = problems(lambda: parse("zero: {at: '**/b', except: []}", "zero: {at: '**/b', except: 'a['}"))
+    assert list(found) == ["$.steps[0].except", "$.steps[1].except"]
+    assert found["$.steps[0].except"].hint == "leave except out"
 
 
 # ---- three engines -----------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def ablate(
         warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
         pairs = order == 2
     leaves = tree if isinstance(tree, Editable) else Memory(tree)
-    chosen = {name: _chosen(leaves, name, selector) for name, selector in _named(leaves, targets).items()}
+    chosen = {name: _chosen(leaves, name, selector) for name, selector in named(leaves, targets).items()}
     stage = _stage(leaves, score, jit, batch)
     groups = [(name,) for name in chosen] + (list(combinations(chosen, 2)) if pairs else [])
     edits: dict[str, Calls] = {name: calls(leaves, numbers, how, seed) for name, numbers in chosen.items()}
@@ -126,7 +126,7 @@ def _stage(leaves: Editable, score: Callable[[Any], Any], jit: bool | None, batc
     return Functional(leaves, score)
 
 
-def _named(leaves: Editable, targets: Targets) -> dict[str, Any]:
+def named(leaves: Editable, targets: Targets) -> dict[str, Any]:
     """Name → selector; a text that is one target for each number is expanded."""
     if isinstance(targets, Mapping):
         given = dict(targets)
@@ -136,10 +136,10 @@ def _named(leaves: Editable, targets: Targets) -> dict[str, Any]:
         given = {str(targets): targets}
     if not given:
         raise BadArgument("there are no targets", hint='targets={"block 0": "block_0/**"}')
-    named: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, selector in given.items():
-        named |= _each(leaves, name, selector) if isinstance(selector, str) else {name: selector}
-    return named
+        found |= _each(leaves, name, selector) if isinstance(selector, str) else {name: selector}
+    return found
 
 
 def _each(leaves: Editable, name: str, text: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import errno
 import operator
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,19 @@ from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer, new_head
 from paramend.leaves.origins.origin import Extent
+from paramend.pages.page import Page
+from paramend.pages.paged import Paged
 from paramend.piecewise.changes import Work, change, work_of
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Report, Section
+from paramend.reports.report import Section
 
 # ---- the report -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False)
-class PatchReport(Report):
+class PatchReport(Paged):
     """What a patch did.
 
     Attributes:
@@ -84,6 +86,10 @@ class PatchReport(Report):
         if self.record is None:
             return f"{self.path} has nothing to change"
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
+
+    def page(self) -> Page:
+        """The page of the plan, with what was written."""
+        return replace(self.plan.page(), headline=self.summary)
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"

@@ -3,11 +3,12 @@
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import click
 
@@ -31,12 +32,12 @@ class Refusal(click.ClickException):
         click.echo(f"{label} {lines}", file=file, err=True)
 
 
-def refusal(error: Exception) -> Refusal:
-    """An exception of the library or of the system as an error of the command line."""
+def message_of(error: Exception) -> str:
+    """What to say of an exception of the library or of the system."""
     if isinstance(error, ParamendError) or not isinstance(error, OSError):
-        return Refusal(str(error))
+        return str(error)
     name = "" if error.filename is None else f"{error.filename}: "
-    return Refusal(f"{name}{error.strerror or error}")
+    return f"{name}{error.strerror or error}"
 
 
 def emit(data: Any) -> None:
@@ -46,12 +47,28 @@ def emit(data: Any) -> None:
 
 def tell(report: Any, *, page: Path | None, as_json: bool) -> None:
     """Print a report as a table or as JSON, and write it as an HTML page if `page` is given."""
-    if page is not None:
-        report.to_html(page)
     if as_json:
         emit(report.to_dict())
     else:
         show_lines(str(report).split("\n"))
+    write_page(report, page)
+
+
+def check_page(page: Path | None) -> None:
+    """Raise if a page is wanted and cannot be written, before any work is done."""
+    if page is not None:
+        from paramend.cli.fates import Outputs  # imports numpy
+        from paramend.pages.paged import check_page
+
+        check_page(page)
+        watch(Outputs([page]))
+
+
+def write_page(report: Any, page: Path | None) -> None:
+    """Write a report as an HTML page, if a page is wanted, and say so: last, when all else has been said."""
+    if page is not None:
+        report.to_html(page)
+        say(f"wrote {page}")
 
 
 def show_lines(lines: Sequence[str], *, header: bool = False) -> None:
@@ -68,6 +85,12 @@ def say(text: str) -> None:
 
 
 stopped: list[int] = []
+_fate: list[Callable[[], str]] = []
+
+
+def watch(fate: Callable[[], str]) -> None:
+    """From here on the command writes; if it is stopped, `fate` says what became of its output."""
+    _fate[:] = [fate]
 
 
 def stop(number: int, frame: object) -> None:
@@ -78,6 +101,13 @@ def stop(number: int, frame: object) -> None:
     """
     stopped.append(number)
     _heed()
+
+
+def end_stopped() -> NoReturn:
+    """End a stopped program, when everything half-done has been undone: say what became of the output."""
+    said = "; ".join(fate() for fate in _fate) or "nothing was written"
+    say(f"stopped by {signal.Signals(stopped[0]).name}: {said}")
+    raise SystemExit(128 + stopped[0])
 
 
 def _heed(event: Event | None = None) -> None:

@@ -8,11 +8,15 @@ from typing import Any
 import click
 
 from paramend.ablation.ablate import ablate as ablate_tree
+from paramend.ablation.ablate import named as named_targets
 from paramend.ablation.methods import METHODS, How
 from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
+from paramend.cli.choosing import EXCEPT
+from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording
+from paramend.selectors.selector import resolve, sel
 
 
 @click.command()
@@ -27,10 +31,17 @@ from paramend.reports import wording
     help="A Python file that defines score(tree), which returns one number.",
 )
 @click.option("--target", "named", multiple=True, metavar="NAME=SELECTOR", help="A target with a name.")
+@click.option("--except", "excepts", **EXCEPT | {"help": "Leaves that no target takes out; may be repeated."})
 @click.option("--how", type=click.Choice(list(METHODS)), default="zero", show_default=True, help="How to ablate it.")
 @click.option("--pairs", is_flag=True, help="Take out each pair as well.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of noise and permuted.")
-@click.option("--kind", type=click.Choice(["numpy", "jax", "torch"]), default="numpy", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["numpy", "jax", "torch"]),
+    default="numpy",
+    show_default=True,
+    help="The arrays that score(tree) gets.",
+)
 @click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
 @click.option("--no-jit", is_flag=True, help="Call the score directly instead of letting JAX trace it.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
@@ -40,6 +51,7 @@ def ablate(
     targets: tuple[str, ...],
     file: Path,
     named: tuple[str, ...],
+    excepts: tuple[str, ...],
     how: How,
     pairs: bool,
     seed: int,
@@ -56,9 +68,14 @@ def ablate(
 
     Exit status: 0 done; 2 an unreadable file, a target that matches nothing, a score that fails.
     """
+    _ui.check_page(html)
     chosen: Any = _targets(targets, named)
     score = _function(file)
     tree = load(path, kind, nested=not flat)
+    if excepts:
+        leaves, spared = Memory(tree), sel(list(excepts))
+        resolve(spared, leaves)  # each must match something
+        chosen = {name: sel(target) & ~spared for name, target in named_targets(leaves, chosen).items()}
     try:
         report = ablate_tree(tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None)
     except ParamendError:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from paramend.cli import _ui
+from paramend.cli.choosing import EXCEPT, chosen
 from paramend.evidence.diff import Sort
 from paramend.evidence.diff import diff as diff_of
 
@@ -12,8 +13,19 @@ from paramend.evidence.diff import diff as diff_of
 @click.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.argument("selector", default="**")
-@click.option("--only", metavar="SELECTOR", help="Check that leaves that SELECTOR matches differ, and no others.")
+@click.argument("selectors", metavar="[SELECTOR]...", nargs=-1)
+@click.option(
+    "--only",
+    metavar="SELECTOR",
+    multiple=True,
+    help="Check that leaves that SELECTOR matches differ, and no others; may be repeated.",
+)
+@click.option(
+    "--except",
+    "excepts",
+    **EXCEPT
+    | {"help": "Leave out the leaves that SELECTOR matches: of --only if it is given, else of all; may be repeated."},
+)
 @click.option("--allow-noop", is_flag=True, help="With --only: also pass if nothing differs.")
 @click.option(
     "--sort",
@@ -24,23 +36,44 @@ from paramend.evidence.diff import diff as diff_of
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 def diff(
-    a: Path, b: Path, selector: str, only: str | None, allow_noop: bool, sort: str, html: Path | None, as_json: bool
+    a: Path,
+    b: Path,
+    selectors: tuple[str, ...],
+    only: tuple[str, ...],
+    excepts: tuple[str, ...],
+    allow_noop: bool,
+    sort: str,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     """Compare two checkpoints leaf by leaf and bit by bit: what was added, removed, renamed, respecified or changed.
 
-    A and B are files or directories of any format. SELECTOR selects what is compared; that of --only is resolved in A,
-    and for new leaves in B.
+    A and B are files or directories of any format. What a SELECTOR matches in either is compared, by default all;
+    those of --only are resolved in A, and for new leaves in B. What --except takes away from --only is compared too,
+    and must not differ.
 
     Exit status without --only: 0 nothing differs; 1 something does. With --only: 0 some of the selected leaves differ
     and no others; 1 another leaf differs, or nothing does. 2 an unreadable or damaged file, or a selector that matches
     nothing.
     """
-    if allow_noop and only is None:
+    if allow_noop and not only:
         raise click.UsageError("--allow-noop needs --only.")
+    _ui.check_page(html)
+    compared, allowed = chosen(selectors, () if only else excepts), chosen(only, excepts)
+    order: Sort = "path" if sort == "path" else "change"
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
-        order: Sort = "path" if sort == "path" else "change"
-        report = diff_of(a, b, selector, only=only, sort=order, histograms=html is not None, progress=progress)
+        report = diff_of(
+            a,
+            b,
+            compared.selector,
+            only=allowed.selector if only else None,
+            sort=order,
+            histograms=html is not None,
+            progress=progress,
+        )
+    if only:
+        report.only = str(allowed)
     _ui.tell(report, page=html, as_json=as_json)
-    holds = not report if only is None else not report.unexpected and (bool(report) or allow_noop)
+    holds = not report.unexpected and (bool(report) or allow_noop) if only else not report
     if not holds:
         raise SystemExit(1)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from paramend._optional import need
-from paramend.cli import _ui
+from paramend.cli import _ui, fates
 from paramend.reports import wording
 from paramend.reports.tables import aligned
 
@@ -56,6 +56,7 @@ def demo(context: click.Context, out: Path, force: bool, seed: int, as_json: boo
 
     from paramend.demo.tour import tour  # imports jax, flax, optax and torch
 
+    _ui.watch(fates.Filled(out))
     report = tour(out, seed=seed, force=force, progress=progress)
     if as_json:
         _ui.emit(report.to_dict())

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.cli.choosing import EXCEPT, Chosen, chosen
 from paramend.cli.writing import edit_checkpoint, options
 from paramend.edits.arguments import NUMBER, TEXT, Value
 from paramend.edits.call import Op
@@ -21,15 +22,15 @@ from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Spec
 from paramend.recipes.donors import Donors
 from paramend.reports import wording
-from paramend.selectors.selector import resolve, sel
 
 Args = Mapping[str, Any]
 
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 _FILE = "a .npy file, another checkpoint, whose leaves at the same paths are taken, or OTHER:PATH, one of its leaves"
+_IN_PLACE = "With --in-place only the bytes of the selected leaves are written, and checksums over them."
 _REST = (
-    "With -o, PATH, a file or a directory, is only read; OUT gets the edited leaves and all other bytes as they "
-    "are. With --in-place only the bytes of the selected leaves are written.\n\n"
+    "With -o, PATH, a file or a directory, is only read; OUT gets the edited leaves and all other bytes as they are. "
+    f"{_IN_PLACE}\n\n"
     "Exit status: 0 done; 2 an unreadable or damaged file, a selector that matches nothing, an edit that does "
     "not fit a selected leaf, or an OUT that cannot be written."
 )
@@ -45,6 +46,8 @@ def _typed(value: Value) -> Callable[[Any], Any]:
             return value.typed(text)
         except BadArgument as error:
             if value.array and (not value.example or Path(_split(text)[0]).exists()):
+                if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
+                    raise click.BadParameter(f"{text} is no file; `paramend fill` takes a number") from None
                 return _File(text)
             message = f"{str(error).partition(chr(10))[0]}{', nor an existing file' if value.array else ''}"
             raise click.BadParameter(f"{message}; write {error.hint}" if error.hint else message) from None
@@ -74,25 +77,29 @@ class _Command(click.Command):
                 given.append(arg)
             else:
                 values.append(arg)
+        arguments = [p for p in self.params if isinstance(p, click.Argument)]
+        asks = ctx.resilient_parsing or {*ctx.help_option_names} & {*given}
+        if len(values) < len(arguments) and not asks:
+            raise click.MissingParameter(ctx=ctx, param=arguments[len(values)])
         return super().parse_args(ctx, [*given, "--", *values])
 
 
 def _donated(
-    checkpoint: Checkpoint, op: Op, selector: str, numbers: Sequence[int], name: str, args: Args
+    checkpoint: Checkpoint, op: Op, choice: Chosen, numbers: Sequence[int], name: str, args: Args
 ) -> Checkpoint:
     """The checkpoint with an edit whose argument `name` names the file that the arrays come from."""
     value = args[name]
     file, leaf = _split(value)
-    by = sel(selector)
+    by = choice.named
     found = Donors().values(file, leaf, checkpoint, [(number, by) for number in numbers])
     calls = {number: call(op.name, {**args, name: array}) for number, array in found.items()}
     wrong = list(_refused(checkpoint, calls))
     if wrong:
         spec, given = checkpoint.spec(wrong[0]), _spec(found[wrong[0]])
-        of, chosen, to = str(checkpoint.path), selector, given.dtype
+        of, leaves, to = str(checkpoint.path), choice.typed, given.dtype
         if not file.endswith(".npy"):
-            of, chosen, to = file, leaf or selector, spec.dtype
-        cast = f"paramend cast {shlex.quote(of)} {shlex.quote(chosen)} {to} -o OUT"
+            of, leaves, to = file, shlex.quote(leaf) if leaf else choice.typed, spec.dtype
+        cast = f"paramend cast {shlex.quote(of)} {leaves} {to} -o OUT"
         raise SpecMismatch(
             f"{checkpoint.index.path(wrong[0])} is {spec}, and {value} has {given} for it"
             + (f"; {wording.plural(len(wrong) - 1, 'more leaf does', 'more leaves do')} not fit" if wrong[1:] else ""),
@@ -122,11 +129,11 @@ def _split(value: str) -> tuple[str, str | None]:
     return value[:at], value[at + 1 :]
 
 
-def _recipe(name: str, selector: str, args: Args) -> str:
+def _recipe(name: str, choice: Chosen, args: Args) -> str:
     """The command as a recipe, with file names without folders; "" if it cannot be written as one."""
     from paramend.recipes.recipe import Recipe  # only for records
 
-    body: dict[str, Any] = {"at": selector}
+    body = choice.to_dict()
     for key, value in args.items():
         if isinstance(value, _File):
             file, leaf = _split(value)
@@ -142,56 +149,36 @@ def _command(
     name: str,
     says: str,
     params: list[click.Parameter],
-    edited: Callable[[Checkpoint, str, Sequence[int], Args], Checkpoint],
+    edited: Callable[[Checkpoint, Chosen, Sequence[int], Args], Checkpoint],
     *,
     in_place: bool,
 ) -> click.Command:
-    """A command that edits the leaves that a selector matches.
+    """A command that edits the leaves that selectors match.
 
     Args:
         name: its name, and that of the recipe step that does the same.
         says: what it does.
-        params: what it takes besides PATH, SELECTOR and the common options.
-        edited: (checkpoint, selector, selected leaves, args) → the edited checkpoint.
+        params: what it takes besides PATH, SELECTOR... and the common options.
+        edited: (checkpoint, choice, chosen leaves, args) → the edited checkpoint.
         in_place: whether the files themselves can be edited; if not, the option is hidden.
     """
 
-    def run(
-        path: Path,
-        selector: str,
-        out: str | None,
-        in_place: bool,
-        link: bool,
-        force: bool,
-        record: bool,
-        dry_run: bool,
-        as_json: bool,
-        **args: Any,
-    ) -> None:
+    def run(path: Path, selectors: tuple[str, ...], excepts: tuple[str, ...], **given: Any) -> None:
+        choice = chosen(selectors, excepts)
+        args = {str(param.name): given.pop(str(param.name)) for param in params}
+
         def edit(checkpoint: Checkpoint) -> Checkpoint:
-            found = edited(checkpoint, selector, resolve(selector, checkpoint), args)
-            return Checkpoint(found.source, found.plan, _recipe(name, selector, args)) if record else found
+            found = edited(checkpoint, choice, choice.numbers(checkpoint), args)
+            return Checkpoint(found.source, found.plan, _recipe(name, choice, args)) if given["record"] else found
 
-        edit_checkpoint(
-            path,
-            edit,
-            out=out,
-            in_place=in_place,
-            link=link,
-            force=force,
-            record=record,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        edit_checkpoint(path, edit, patches=in_place, **given)
 
-    first = [click.Argument(["path"], type=click.Path(path_type=Path)), click.Argument(["selector"])]
-    rest = options()
-    for option in rest:
-        if option.name == "in_place" and isinstance(option, click.Option):
-            option.hidden = not in_place  # using it raises an error that says why
-    whole = (
-        _REST if in_place else _REST.replace(" With --in-place only the bytes of the selected leaves are written.", "")
-    )
+    first = [
+        click.Argument(["path"], type=click.Path(path_type=Path)),
+        click.Argument(["selectors"], metavar="SELECTOR...", nargs=-1, required=True),
+    ]
+    rest = [click.Option(["--except", "excepts"], **EXCEPT), *options(in_place=in_place)]
+    whole = _REST if in_place else _REST.replace(f" {_IN_PLACE}", "")
     return _Command(name, callback=run, params=[*first, *params, *rest], help=f"{says}\n\n{whole}")
 
 
@@ -218,15 +205,16 @@ def edit_command(op: Op) -> click.Command:
             takes = (
                 f"{NUMBER.says}, or {_FILE}" if value.array and value.example else _FILE if value.array else value.says
             )
-            told.append(f"{name.upper()}: {takes}.")
+            such = "" if value.scalar or value.array or not value.example else f", such as {value.example}"
+            told.append(f"{name.upper()}: {takes}{such}.")
 
-    def edited(checkpoint: Checkpoint, selector: str, numbers: Sequence[int], args: Args) -> Checkpoint:
+    def edited(checkpoint: Checkpoint, choice: Chosen, numbers: Sequence[int], args: Args) -> Checkpoint:
         files = [key for key, value in args.items() if isinstance(value, _File)]
         if files:
-            return _donated(checkpoint, op, selector, numbers, files[0], args)
+            return _donated(checkpoint, op, choice, numbers, files[0], args)
         return checkpoint.edited(dict.fromkeys(numbers, call(op.name, args)))
 
-    says = f"In the leaves that SELECTOR matches, {op.says}."
+    says = f"In the leaves that a SELECTOR matches, {op.says}."
     if told:
         says += "\n\n\b\n" + "\n".join(told) if max(map(len, told)) < 70 else "\n\n" + " ".join(told)
     return _command(op.name, says, params, edited, in_place=op.keeps_spec)
@@ -234,17 +222,17 @@ def edit_command(op: Op) -> click.Command:
 
 delete = _command(
     "delete",
-    "Delete the leaves that SELECTOR matches.",
+    "Delete the leaves that a SELECTOR matches.",
     [],
-    lambda checkpoint, selector, numbers, args: checkpoint.deleted(numbers),
+    lambda checkpoint, choice, numbers, args: checkpoint.deleted(numbers),
     in_place=False,
 )
 rename = _command(
     "rename",
-    "Give the leaves that SELECTOR matches new paths: what its wildcards matched replaces the same wildcards in TO, "
+    "Give the leaves that a SELECTOR matches new paths: what its wildcards matched replaces the same wildcards in TO, "
     "where <n> may be <n+1>.",
     [click.Argument(["to"], metavar="TO", type=_typed(TEXT))],
-    lambda checkpoint, selector, numbers, args: checkpoint.moved(sel(selector), numbers, args["to"]),
+    lambda checkpoint, choice, numbers, args: checkpoint.moved(choice.named, numbers, args["to"]),
     in_place=False,
 )
 

@@ -1,4 +1,4 @@
-"""`paramend lesson`: list the lessons, show one, grade an answer."""
+"""`paramend lesson`: list the lessons, show one or its solution, grade an answer."""
 
 import copy
 import inspect
@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 
+from paramend.cli.limited import run_limited
 from paramend.errors import ParamendError
-from paramend.lessons.catalogue import ROWS, find
+from paramend.lessons.catalogue import ROWS, find, row_of
 from paramend.lessons.grading import draw, grade, summary
 from paramend.lessons.lesson import Lesson
 from paramend.lessons.observation import sketch
 from paramend.lessons.solutions import load
+from paramend.reports.tables import aligned
 
 
 @click.command()
@@ -27,25 +29,52 @@ from paramend.lessons.solutions import load
     metavar="FILE.py",
     help="Grade the function `solve` of this file.",
 )
+@click.option("--solution", is_flag=True, help="Show the solution.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long grading may take, in a process of its own; 0: no limit, in this process.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 @click.pass_context
-def lesson(context: click.Context, name: str | None, file: Path | None, seed: int, as_json: bool) -> None:
-    """Learn the five surgeries: list the lessons, show one, or grade an answer.
+def lesson(
+    context: click.Context,
+    name: str | None,
+    file: Path | None,
+    solution: bool,
+    timeout: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Learn the five surgeries: list the lessons, show one or its solution, or grade an answer.
+
+    NAME is the name of a lesson, or its number. The file that --grade names runs with your rights: use only files you
+    trust. It may take as long as --timeout says, and memory without a limit.
 
     Exit status: 0 done, or the answer passed; 1 the answer failed; 2 no such lesson, or a file that cannot be
-    run.
+    run, or not within the time.
     """
     if name is None:
-        if file is not None:
-            raise click.UsageError("--grade needs the name of a lesson: paramend lesson NAME --grade FILE.py")
+        if file is not None or solution:
+            raise click.UsageError(f"Which lesson? Write {_usage('--solution' if solution else '--grade FILE.py')}")
         _print(_contents(), as_json, _contents_text)
         return
+    if file is not None and solution:
+        raise click.UsageError("--grade and --solution are two commands: grade first, look later.")
     try:
-        chosen = find(name)
+        row = row_of(name)
         if file is None:
-            _print(_shown(chosen, seed), as_json, _shown_text)
+            shown = _shown(find(name), seed, solution=solution)
+            _print(shown, as_json, _solution_text if solution else _shown_text)
             return
+        if timeout:
+            words = [row.name, "--grade", str(file), "--seed", str(seed), *["--json"] * as_json]
+            context.exit(run_limited(["lesson", *words, "--timeout", "0"], timeout, doing=f"grading {file}"))
+        chosen = find(name)
         with redirect_stdout(sys.stderr):  # only the verdict is data, not what the learner prints
             verdict = grade(chosen, load(file, chosen.parameters), seed=seed)
     except ParamendError as error:
@@ -53,6 +82,10 @@ def lesson(context: click.Context, name: str | None, file: Path | None, seed: in
         context.exit(2)
     _print(verdict.to_dict(), as_json, lambda _: str(verdict))
     context.exit(0 if verdict.passed else 1)
+
+
+def _usage(option: str) -> str:
+    return f"paramend lesson NAME {option}"
 
 
 def _print(data: Any, as_json: bool, text: Any) -> None:
@@ -64,45 +97,55 @@ def _contents() -> list[dict[str, Any]]:
 
 
 def _contents_text(rows: list[dict[str, Any]]) -> str:
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"{row['name']:<{width}}  {row['title']} ({', '.join(row['needs'])})" for row in rows]
+    cells = [(str(n), row["name"], f"{row['title']} ({', '.join(row['needs'])})") for n, row in enumerate(rows, 1)]
     return "\n".join(
         [
-            *lines,
+            *aligned(cells),
             "",
             f"paramend lesson {rows[0]['name']}",
             f"paramend lesson {rows[0]['name']} --grade FILE.py",
+            f"paramend lesson {rows[0]['name']} --solution",
         ]
     )
 
 
-def _shown(lesson: Lesson, seed: int) -> dict[str, Any]:
-    """The lesson as data, with a run of the reference on the first random input."""
+def _shown(lesson: Lesson, seed: int, *, solution: bool) -> dict[str, Any]:
+    """The lesson as data, with a run of the reference on the first random input; the rest only with the solution."""
     case = draw(lesson, trials=1, seed=seed)[0]
     inputs = summary(lesson, case)
     result = lesson.reference(*copy.deepcopy(case.args))  # without the biases that the grader adds
     facts = dict(lesson.observe(lesson.reference, case).facts)
-    return {
+    shown: dict[str, Any] = {
         "name": lesson.name,
         "title": lesson.title,
         "text": lesson.text.strip(),
         "call": f"solve({', '.join(lesson.parameters)})",
-        "reference": inspect.getsource(lesson.reference).rstrip(),
         "run": {"inputs": inputs, "result": sketch(result), "facts": facts},
-        "mistakes": [{"name": mistake.name, "why": mistake.why} for mistake in lesson.mistakes],
     }
+    if solution:
+        shown |= {
+            "way": lesson.way.strip(),
+            "reference": inspect.getsource(lesson.reference).rstrip(),
+            "mistakes": [{"name": mistake.name, "why": mistake.why} for mistake in lesson.mistakes],
+        }
+    return shown
 
 
 def _shown_text(shown: dict[str, Any]) -> str:
     inputs = "\n".join(f"    {name} = {text}" for name, text in shown["run"]["inputs"].items())
     facts = "\n".join(f"    {name}: {fact}" for name, fact in shown["run"]["facts"].items())
-    source = "\n".join(f"    {line}".rstrip() for line in shown["reference"].splitlines())
+    command = f"    paramend lesson {shown['name']}"
     return "\n\n".join(
         [
             shown["title"],
             shown["text"],
-            f"The reference.\n\n{source}",
             f"A run.\n\n{inputs}\n    result: {shown['run']['result']}\n\nWhat the grader sees of it.\n\n{facts}",
-            f"Write {shown['call']} in a file, then:\n\n    paramend lesson {shown['name']} --grade FILE.py",
+            f"Write {shown['call']} in a file, then:\n\n{command} --grade FILE.py",
+            f"A solution, when you have tried:\n\n{command} --solution",
         ]
     )
+
+
+def _solution_text(shown: dict[str, Any]) -> str:
+    source = "\n".join(f"    {line}".rstrip() for line in shown["reference"].splitlines())
+    return "\n\n".join([shown["title"], shown["way"], f"The reference.\n\n{source}"])

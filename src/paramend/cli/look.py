@@ -8,6 +8,7 @@ import click
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
+from paramend.cli.choosing import EXCEPT, chosen
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
@@ -15,7 +16,6 @@ from paramend.reports import wording
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, fold
 from paramend.reports.tables import aligned
-from paramend.selectors.selector import resolve
 
 if TYPE_CHECKING:
     from paramend.evidence.measures import Measures
@@ -26,14 +26,17 @@ _ENTRIES, _WIDTH = 20, 200
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.argument("selector", required=False)
+@click.argument("selectors", metavar="[SELECTOR]...", nargs=-1)
+@click.option("--except", "excepts", **EXCEPT)
 @click.option(
     "--stats", is_flag=True, help="Read the values and show their min, max, mean, std, L2 norm, zeros, NaNs and infs."
 )
 @click.option("--all", "every", is_flag=True, help="Print a line for each leaf, even if layers agree.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def show(path: Path, selector: str | None, stats: bool, every: bool, as_json: bool) -> None:
-    """List the leaves of a checkpoint, or those that SELECTOR matches; layers that agree share a line.
+def show(
+    path: Path, selectors: tuple[str, ...], excepts: tuple[str, ...], stats: bool, every: bool, as_json: bool
+) -> None:
+    """List the leaves of a checkpoint, or those that a SELECTOR matches; layers that agree share a line.
 
     PATH is a file or a directory; the format is detected from its content.
 
@@ -44,7 +47,7 @@ def show(path: Path, selector: str | None, stats: bool, every: bool, as_json: bo
     """
     with open_checkpoint(path) as checkpoint:
         file = checkpoint.source
-        numbers = file.index.numbers if selector is None else resolve(selector, file)
+        numbers = chosen(selectors, excepts).numbers(file) if selectors or excepts else file.index.numbers
         # In the file `layers.10` comes before `layers.2`.
         numbers = sorted(numbers, key=lambda number: natural(file.index.path(number)))
         found: dict[int, Measures | str] = {}

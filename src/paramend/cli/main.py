@@ -2,8 +2,11 @@
 
 import ast
 import importlib
+import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import util
@@ -13,6 +16,8 @@ from typing import Any
 import click
 
 from paramend.cli import _ui
+from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
+from paramend.cli.topics import MEANT, TOPICS
 from paramend.errors import MissingExtra, ParamendError
 from paramend.reports import wording
 
@@ -115,7 +120,13 @@ class _Group(click.Group):
         name = args[0] if args else ""
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
             ctx.fail(_unknown(name))
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        if found[1] is not None:
+            ctx.obj = Typed(str(found[0]), found[1], tuple(found[2]))
+            lacks = incomplete(found[1], found[2])
+            if lacks:
+                raise click.UsageError(lacks, ctx=click.Context(found[1], parent=ctx, info_name=str(found[0])))
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Edits of the leaves that a selector matches"):
@@ -130,9 +141,21 @@ class _Group(click.Group):
         except BrokenPipeError:
             _ui.nobody_reads()
             raise SystemExit(128 + signal.SIGPIPE) from None
+        except click.NoSuchOption as error:
+            raise click.UsageError(no_such_option(error, self._all(ctx)), ctx=error.ctx) from error
         except (ParamendError, OSError) as error:
-            raise _ui.refusal(error) from error
+            message = _ui.message_of(error)
+            typed = ctx.obj if isinstance(ctx.obj, Typed) else None
+            raise _ui.Refusal(message if typed is None else told(message, error, typed, ctx)) from error
         return result
+
+    def _all(self, ctx: click.Context) -> Iterator[tuple[str, click.Command]]:
+        """The commands by name, without those whose packages are missing."""
+        for name in self.list_commands(ctx):
+            with suppress(MissingExtra):
+                command = self.get_command(ctx, name)
+                if command is not None:
+                    yield name, command
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -141,26 +164,43 @@ def cli() -> None:
     """Surgery for model parameters: select leaves by path, change exactly those, and know that nothing else moved.
 
     Quote selectors, so that the shell leaves them alone: paramend show model.safetensors '**/bias'
+
+    To read more of selectors: paramend help selectors
     """
 
 
 @click.command()
-@click.argument("command", required=False)
+@click.argument("commands", metavar="[COMMAND]...", nargs=-1)
 @click.pass_context
-def help(ctx: click.Context, command: str | None) -> None:
-    """Show what `paramend --help` shows, or `paramend COMMAND --help`."""
+def help(ctx: click.Context, commands: tuple[str, ...]) -> None:
+    """Show what `paramend --help` shows, or `paramend COMMAND --help`; `paramend help selectors` for selectors."""
     top = ctx.find_root()
-    found = cli if command is None else cli.get_command(top, command)
-    if found is None:
-        ctx.fail(_unknown(str(command)))
-    click.echo(found.get_help(top if command is None else click.Context(found, parent=top, info_name=command)))
+    texts = [cli.get_help(top)] if not commands else []
+    for name in commands:
+        found = cli.get_command(top, name)
+        if found is None and name not in TOPICS:
+            ctx.fail(_unknown(name))
+        told = None if found is None else found.get_help(click.Context(found, parent=top, info_name=name))
+        texts.append(told or TOPICS[name].rstrip())
+    click.echo("\n\n".join(texts))
 
 
 def _unknown(name: str) -> str:
     rows = (*ROWS, *edits())
-    near = [row.name for row in rows if name in row.also]
+    said = f"There is no command {name!r}"
+    near = [row.name for row in rows if name.lower() in (*row.also, *MEANT.get(row.name, "").split())]
     near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
-    return f"There is no command {name!r}. {f'Did you mean {near[0]!r}?' if near else 'To list them: paramend help'}"
+    there = exists(name)
+    if near and not (there and Path(name).is_file()):
+        return f"{said}. Did you mean {near[0]!r}?"
+    if name in TOPICS:
+        return f"{said}; about {name}: paramend help {name}"
+    if there:
+        what = "directory" if Path(name).is_dir() else "file"
+        return f"{said}, but a {what}; to look at it: paramend show {shlex.quote(name)}"
+    if name in sys.modules["paramend"].__all__:
+        return f"{said}: pm.{name} is for Python. To list the commands: paramend help"
+    return f"{said}. To list them: paramend help"
 
 
 def main() -> None:
@@ -173,6 +213,6 @@ def main() -> None:
     try:
         cli(prog_name="paramend")
     except BaseException:
-        if _ui.stopped:  # a compiled module being imported turns the exception into an ImportError
-            raise SystemExit(128 + _ui.stopped[0]) from None
-        raise
+        if not _ui.stopped:  # a compiled module being imported turns the exception into an ImportError
+            raise
+    _ui.end_stopped()

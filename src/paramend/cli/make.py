@@ -8,8 +8,9 @@ from typing import Any, get_args
 import click
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.stack import rewrite
-from paramend.cli.writing import RECORD, carry_out, makes, write_made
+from paramend.cli.writing import HTML, RECORD, carry_out, makes, write_made
 from paramend.errors import GraftRefused
 from paramend.grafting import inserting
 from paramend.grafting.graft import graft as graft_onto
@@ -22,11 +23,10 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 @click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--record", is_flag=True, help=RECORD)
-@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write no checkpoint.")
+@click.option("--html", **HTML)
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def convert(
-    path: Path, out: str, max_shard_size: str | None, force: bool, record: bool, dry_run: bool, as_json: bool
-) -> None:
+def convert(path: Path, out: str, record: bool, **given: Any) -> None:
     """Write a checkpoint in another format, as one file, or as several.
 
     IN is a file or a directory. The suffix of OUT selects the format (model.safetensors, model.pt ...); a trailing
@@ -36,17 +36,7 @@ def convert(
     be written.
     """
     with open_checkpoint(path) as checkpoint:
-        carry_out(
-            checkpoint.plan,
-            path,
-            out,
-            force=force,
-            dry_run=dry_run,
-            as_json=as_json,
-            max_shard_size=max_shard_size,
-            record="" if record else None,
-            quiet=True,
-        )
+        carry_out(checkpoint.plan, path, out, record="" if record else None, quiet=True, **given)
 
 
 def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
@@ -73,7 +63,7 @@ def _by_leaf(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
     return choices
 
 
-_OPTIONS = ("rename", "only", "mismatch", "place", "unused", "missing", "dtype")
+_OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 
 
 @click.command()
@@ -89,7 +79,10 @@ _OPTIONS = ("rename", "only", "mismatch", "place", "unused", "missing", "dtype")
     help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be repeated. 'OLD=' leaves them "
     "behind.",
 )
-@click.option("--only", metavar="SELECTOR", help="The leaves of TARGET that may change.")
+@click.option(
+    "--only", multiple=True, metavar="SELECTOR", help="The leaves of TARGET that may change; may be repeated."
+)
+@click.option("--except", "excepts", **EXCEPT | {"help": "Leaves of TARGET that stay as they are; may be repeated."})
 @click.option(
     "--mismatch",
     multiple=True,
@@ -104,11 +97,11 @@ _OPTIONS = ("rename", "only", "mismatch", "place", "unused", "missing", "dtype")
     metavar="[SELECTOR=]WHERE",
     help=f"Where leaves overlap: {', '.join(get_args(Place))}.",
 )
-@_choice("unused", Unused, "When a leaf of SOURCE goes nowhere.")
-@_choice("missing", Missing, "When a leaf of TARGET gets nothing from SOURCE.")
-@_choice("dtype", Dtype, "When dtypes differ: convert to the target's, take the source's, or refuse.")
+@_choice("unused", Unused, "When a leaf of SOURCE goes nowhere; by default an error.")
+@_choice("missing", Missing, "When a leaf of TARGET gets nothing from SOURCE; by default it stays fresh.")
+@_choice("dtype", Dtype, "When dtypes differ: convert to the target's (the default), take the source's, or refuse.")
 @makes("what would go where")
-def graft(source: Path, target: Path, **options: Any) -> None:
+def graft(source: Path, target: Path, only: tuple[str, ...], excepts: tuple[str, ...], **options: Any) -> None:
     """Write TARGET with the values of SOURCE where their names agree.
 
     Neither changes. By default a leaf of SOURCE that goes nowhere, a shape that differs, and two sources for one leaf
@@ -117,12 +110,17 @@ def graft(source: Path, target: Path, **options: Any) -> None:
     Exit status: 0 done; 2 the two do not fit, a file is unreadable or damaged, or OUT cannot be written.
     """
     given = {name: value for name in _OPTIONS if (value := options.pop(name))}
+    choice = chosen(only, excepts)
+    if only or excepts:
+        given["only"] = choice.selector
     with open_checkpoint(target) as onto, open_checkpoint(source) as other:
         try:
             made, report = graft_onto(onto, other, **given)
         except GraftRefused as error:
-            typed = [_typed(way) for way in error.ways if "resize" not in way]  # rules are written in Python
-            ways = [f"paramend graft {source} --into {target}{way} -o {options['out'] or 'OUT'}" for way in typed]
+            typed = [_typed(way | {"only": only, "except": excepts}) for way in error.ways if "resize" not in way]
+            out = shlex.quote(options["out"] or "OUT")  # no rules of resizing: those are written in Python
+            names = f"{shlex.quote(str(source))} --into {shlex.quote(str(target))}"
+            ways = [f"paramend graft {names}{way} -o {out}" for way in typed]
             message = str(error).partition("\n\nhint:")[0]
             hint = "\n      ".join(ways) or error.hint
             raise GraftRefused(message, report=error.report, ways=error.ways, hint=hint) from error
@@ -133,7 +131,8 @@ def _typed(options: Mapping[str, Any]) -> str:
     """The options of a graft as they are typed."""
     said = []
     for name, value in options.items():
-        many = [f"{old}={new or ''}" for old, new in value.items()] if isinstance(value, Mapping) else [str(value)]
+        many = [f"{old}={new or ''}" for old, new in value.items()] if isinstance(value, Mapping) else value
+        many = [many] if isinstance(many, str) else many
         said += [f" --{name} {shlex.quote(one)}" for one in many]
     return "".join(said)
 

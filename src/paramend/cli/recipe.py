@@ -23,8 +23,8 @@ def _run(recipe: Path, path: Path, **given: Any) -> None:
 
     RECIPE is a YAML or JSON file of steps; PATH is a file or a directory. With -o, PATH is only read; OUT gets the
     edited leaves and all other bytes as they are. With --in-place only the bytes of the selected leaves are written,
-    and steps must keep shape, dtype and path. Every step is checked before anything is written, and all problems are
-    listed with their addresses in the recipe.
+    and checksums over them, and steps must keep shape, dtype and path. Every step is checked before anything is
+    written, and all problems are listed with their addresses in the recipe.
 
     Exit status: 0 done; 1 only expectations of the recipe failed; 2 anything else is wrong with the recipe, an
     unreadable or damaged file, or an OUT that cannot be written.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from paramend.cli import _ui
+from paramend.cli import _ui, fates
 from paramend.errors import BadCheckpoint, UnexpectedChange
 from paramend.journal.history import table
 from paramend.journal.undo import drop
@@ -34,6 +34,7 @@ def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) 
     """
     if keep is not None and not drops:
         raise click.UsageError("--keep needs --drop.")
+    _ui.watch(fates.Dropped(path) if drops else fates.Undone(path))
     if drops:
         gone = drop(path, keep=keep or 0)
         if as_json:

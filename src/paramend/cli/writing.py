@@ -8,12 +8,18 @@ import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.cli import _ui
+from paramend.cli import _ui, fates
 from paramend.edits.plan import Plan
 from paramend.pages.paged import Paged
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
+# What click is told of the option `--html`.
+HTML: dict[str, Any] = {
+    "type": click.Path(path_type=Path),
+    "metavar": "FILE",
+    "help": "Write the report as an HTML page, in a dry run too.",
+}
 RECORD = "Add a record of what was done to OUT; `paramend verify OUT` checks it."
 
 
@@ -30,7 +36,7 @@ def carry_out(
     record: str | None = None,
     quiet: bool = False,
     told: Paged | None = None,
-    page: Path | None = None,
+    html: Path | None = None,
 ) -> None:
     """Write the result of a plan, or only show it in a dry run.
 
@@ -46,23 +52,26 @@ def carry_out(
         record: the recipe that made the plan, or "", if the output carries a record of it; None for no record.
         quiet: whether no table is printed.
         told: a report that is printed instead of the plan's table.
-        page: where to write the report as an HTML page.
+        html: where to write the report as an HTML page.
     """
+    _ui.check_page(html)
+    if html is not None and out is not None and html.absolute() == Path(out).absolute():
+        raise click.UsageError("OUT and the page of --html need names of their own.")
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     if out is not None:
         check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+    shown: Paged = made if told is None else told
     if dry_run or out is None:
         data |= made.to_dict() if as_json else {}
-        done = "dry run: nothing was written"
+        done = f"dry run: {'nothing' if html is None else 'no checkpoint'} was written"
     else:
+        _ui.watch(fates.Outputs([Path(out), *([] if html is None else [html])]))
         with _ui.bar(f"writing {Path(out).name}") as progress:
             report = write(
                 made, out, force=force, link=link, max_shard_size=max_shard_size, record=record, progress=progress
             )
         data |= report.to_dict() if as_json else {}
-        done = report.summary
-    if page is not None and told is not None:
-        told.to_html(page)
+        shown, done = report if told is None else told, report.summary
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:
@@ -71,6 +80,7 @@ def carry_out(
         _ui.show_lines(made.lines(), header=True)
     for line in done.split("\n"):
         _ui.say(line)
+    _ui.write_page(shown, html)
 
 
 def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -79,14 +89,13 @@ def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     Args:
         shows: what a dry run shows.
     """
-    page = click.Path(path_type=Path)
     rows: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         (("-o", "--out"), {"metavar": "OUT", "help": "The file or directory to write."}),
         (("--max-shard-size",), {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'}),
         (("--force",), {"is_flag": True, "help": "Replace OUT if it exists."}),
         (("--record",), {"is_flag": True, "help": RECORD}),
         (("--dry-run",), {"is_flag": True, "help": f"Show {shows}, and write no checkpoint."}),
-        (("--html",), {"type": page, "metavar": "FILE", "help": "Write the report as an HTML page."}),
+        (("--html",), HTML),
         (("--json", "as_json"), {"is_flag": True, "help": "Print data as JSON."}),
     ]
 
@@ -98,9 +107,7 @@ def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return add
 
 
-def write_made(
-    made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, html: Path | None, **given: Any
-) -> None:
+def write_made(made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, **given: Any) -> None:
     """Write a checkpoint that was made from others, or only show its report in a dry run.
 
     Args:
@@ -109,23 +116,33 @@ def write_made(
         told: the report.
         out: what to write.
         record: whether it carries a record of what was done.
-        html: where to write the report as an HTML page.
         given: the other options of `makes`, as `carry_out` takes them.
     """
     if out is None and not given["dry_run"]:
         raise click.UsageError("-o OUT is needed.")
-    carry_out(made.plan, path, out, record="" if record else None, told=told, page=html, **given)
+    carry_out(made.plan, path, out, record="" if record else None, told=told, **given)
 
 
-def options() -> list[click.Parameter]:
-    """The options of a command that edits a checkpoint."""
+def options(*, in_place: bool = True) -> list[click.Parameter]:
+    """The options of a command that edits a checkpoint.
+
+    Args:
+        in_place: whether it can change the files themselves; if not, `--in-place` is hidden: using it raises an error
+            that says why.
+    """
     return [
         click.Option(["-o", "--out"], metavar="OUT", help="The file or directory to write."),
-        click.Option(["--in-place"], is_flag=True, help="Change PATH itself; `paramend undo PATH` takes it back."),
+        click.Option(
+            ["--in-place"],
+            is_flag=True,
+            hidden=not in_place,
+            help="Change PATH itself; `paramend undo PATH` takes it back.",
+        ),
         click.Option(["--link"], is_flag=True, help="Hard-link unchanged shards."),
         click.Option(["--force"], is_flag=True, help="Replace OUT if it exists."),
         click.Option(["--record"], is_flag=True, help=RECORD),
-        click.Option(["--dry-run"], is_flag=True, help="Show what would change, and write nothing."),
+        click.Option(["--dry-run"], is_flag=True, help="Show what would change, and write no checkpoint."),
+        click.Option(["--html"], **HTML),
         click.Option(["--json", "as_json"], is_flag=True, help="Print data as JSON."),
     ]
 
@@ -140,7 +157,9 @@ def edit_checkpoint(
     force: bool,
     record: bool,
     dry_run: bool,
+    html: Path | None,
     as_json: bool,
+    patches: bool = True,
 ) -> None:
     """Write an edited checkpoint, or change its own files, or only show the edit in a dry run.
 
@@ -152,21 +171,27 @@ def edit_checkpoint(
         link: whether unchanged shards are linked.
         force: whether `out` may exist.
         record: whether it carries a record of what was done.
-        dry_run: whether nothing is written.
+        dry_run: whether no checkpoint is written.
+        html: where to write the report as an HTML page.
         as_json: whether data is printed as JSON.
+        patches: whether the edit can be made in place.
     """
     if in_place and (out is not None or link or force or record):
         raise click.UsageError("--in-place changes PATH itself: it excludes -o, --link, --force and --record.")
     if out is None and not (dry_run or in_place):
-        raise click.UsageError("-o OUT or --in-place is needed.")
+        raise click.UsageError(f"-o OUT {'or --in-place ' * patches}is needed.")
+    _ui.check_page(html)
     if not in_place:
         with open_checkpoint(path) as checkpoint:
             edited = edit(checkpoint)
             by = edited.recipe if record else None
-            carry_out(edited.plan, path, out, force=force, dry_run=dry_run, as_json=as_json, link=link, record=by)
+            given: dict[str, Any] = {"force": force, "dry_run": dry_run, "html": html, "as_json": as_json, "link": link}
+            carry_out(edited.plan, path, out, record=by, **given)
         return
     from paramend.checkpoints.patching import patch  # only for --in-place
 
+    if not dry_run:
+        _ui.watch(fates.Patched(path))
     with _ui.bar(f"patching {path.name}") as progress:
         report = patch(path, edit, dry_run=dry_run, progress=progress)
     if as_json:
@@ -174,3 +199,4 @@ def edit_checkpoint(
     else:
         _ui.show_lines(report.plan.lines(), header=True)
     _ui.say(report.summary)
+    _ui.write_page(report, html)

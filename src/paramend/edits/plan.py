@@ -18,7 +18,10 @@ from paramend.leaves.leaves import Index, Leaves, keys_of, plain
 from paramend.leaves.names import by_name
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.report import Section
 from paramend.reports.tables import aligned
 from paramend.selectors.selector import resolve, slice_of, write_index
 
@@ -82,7 +85,7 @@ def _said(edit: Call) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Paged):
     """What an edit of some leaves will do. Its text is the table of a dry run.
 
     A plan never changes: editing it returns a new plan, in which leaves keep their numbers.
@@ -244,7 +247,29 @@ class Plan:
         return "\n".join(self.lines())
 
     def __repr__(self) -> str:
-        return f"<plan: {self.lines()[-1]}>"
+        return f"<plan: {self.headline()}>"
+
+    def headline(self) -> str:
+        """How many leaves change."""
+        return self.lines()[-1]
+
+    def sections(self) -> list[Section]:
+        """None: its text is a table of its own."""
+        return []
+
+    def page(self) -> Page:
+        """The result as a map, coloured by what becomes of each leaf, beside the leaves that are deleted."""
+        rows = [*self.rows, *self.deleted]
+        ends = [""] * len(self.rows) + ["deleted"] * len(self.deleted)
+        kinds = ["changed" if row.calls else "renamed" if row.was else "kept" for row in rows]
+        columns = [
+            Column("spec", [str(row.spec) for row in rows], "text"),
+            Column("before", [str(row.before) if row.before != row.spec else "" for row in rows], "text"),
+            Column("edit", [end or row.edit for end, row in zip(ends, rows, strict=True)], "text"),
+        ]
+        groups = [end or kind for end, kind in zip(ends, kinds, strict=True)]
+        sizes = [row.spec.size for row in rows]
+        return Page("edit", self.headline(), [row.path for row in rows], sizes, columns, groups)
 
     def lines(self) -> list[str]:
         """The table line by line, a header first."""

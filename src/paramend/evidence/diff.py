@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.memory import Memory
-from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
+from paramend.errors import BadArgument, UnexpectedChange, Unsupported
+from paramend.evidence.choices import chosen
 from paramend.evidence.comparisons import Comparer, Pair
 from paramend.evidence.differences import PARTS, DiffReport, DiffRow, arranged, said
 from paramend.evidence.histograms import histograms as histograms_of
@@ -19,7 +20,7 @@ from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import BITS, AnyTree
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.selectors.selector import SelectorLike, resolve
+from paramend.selectors.selector import SelectorLike
 
 Sort = Literal["change", "path"]
 
@@ -82,7 +83,7 @@ def diff(
     with _leaves(before) as old, _leaves(after) as new:
         found = matches(old, new)
         if not _is_all(selector):
-            within = _chosen(selector, old, new)
+            within = chosen(selector, old, new)
             found = [match for match in found if match.a in within[0] or match.b in within[1]]
         return _report(old, new, found, only, sort, histograms, progress)
 
@@ -149,31 +150,11 @@ def _is_all(selector: Any) -> bool:
     return isinstance(selector, str) and selector == "**"
 
 
-def _chosen(selector: Any, old: Editable, new: Editable) -> tuple[set[int], set[int]]:
-    """The leaves that a selector finds on either side, by their first numbers.
-
-    Raises:
-        NoMatch: it matches nothing on either side.
-    """
-    found: list[set[int]] = []
-    errors: list[ParamendError] = []
-    for leaves in (old, new):
-        try:
-            numbers = resolve(selector, leaves)
-        except (NoMatch, BadArgument) as error:  # a tree of bools may fit only one side
-            numbers = ()
-            errors.append(error)
-        found.append({leaves.ties.get(number, number) for number in numbers})
-    if len(errors) == 2:
-        raise errors[0]
-    return found[0], found[1]
-
-
 def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str], bool]:
     """Whether a leaf may differ: `only` is resolved in the old tree; for added and renamed leaves, in the new one."""
     if only is None:
         return lambda match, kind: True
-    before, after = _chosen(only, old, new)
+    before, after = chosen(only, old, new)
     asked = {"added": lambda match: match.b in after, "renamed": lambda match: match.a in before and match.b in after}
     return lambda match, kind: asked.get(kind, lambda match: match.a in before)(match)
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
+from paramend.formats.files import near
 from paramend.journal.history import HistoryRow, UndoReport
 from paramend.journal.records import DONE, PENDING, Record
 from paramend.journal.store import UndoStore
@@ -135,7 +136,7 @@ def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Pa
 def _store_of(path: str | os.PathLike[str]) -> UndoStore:
     store = UndoStore.of(path)
     if not os.path.lexists(store.base):
-        raise CannotRead(f"{store.base}: there is no such file")
+        raise CannotRead(f"{store.base}: there is no such file", hint=near(store.base))
     return store
 
 

@@ -34,8 +34,28 @@ ROWS = (
 )
 
 
+def row_of(name: str) -> LessonRow:
+    """The row of that name; `kernel-replace` means `kernel_replace`, and `3` the third.
+
+    Raises:
+        BadArgument: there is no such lesson; the hint has the nearest name.
+
+    Example:
+        >>> row_of("3").title
+        'Freeze the first layer for one step'
+    """
+    rows = {row.name: row for row in ROWS} | {str(number): row for number, row in enumerate(ROWS, 1)}
+    word = name.lower().replace("-", "_")
+    if word in rows:
+        return rows[word]
+    names = [row.name for row in ROWS]
+    near = closest(word, names, limit=1) or [known for known in names if word and word in known]
+    hint = f"did you mean {near[0]}?" if near else f"lessons: {listing(names)}, or their numbers, 1 to {len(ROWS)}"
+    raise BadArgument(f"no lesson is called '{name}'", hint=hint)
+
+
 def find(name: str) -> Lesson:
-    """The lesson of that name; `kernel-replace` means `kernel_replace`.
+    """The lesson of that name, as `row_of` takes it.
 
     Raises:
         BadArgument: there is no such lesson; the hint has the nearest name.
@@ -45,14 +65,7 @@ def find(name: str) -> Lesson:
         >>> find("kernel_replace").title
         'Replace one kernel, keep its bias'
     """
-    rows = {row.name: row for row in ROWS}
-    row = rows.get(name.replace("-", "_"))
-    if row is None:
-        near = closest(name.replace("-", "_"), rows, limit=1)
-        known = listing(list(rows))
-        raise BadArgument(
-            f"no lesson is called '{name}'", hint=f"did you mean {near[0]}?" if near else f"lessons: {known}"
-        )
+    row = row_of(name)
     for package in row.needs:
         need(package, extra=row.extra, to=f"run the lesson {row.name}")
     lesson: Lesson = importlib.import_module(f"paramend.lessons.{row.module}").LESSON

@@ -33,6 +33,12 @@ only the kernel. Compute norm_before from the old parameters. A layer gets its n
 when it is created: nn.Dense(1)(nn.relu(nn.Dense(8)(x))) creates the last one first. And
 mind y: a prediction of shape (N, 1) minus a y of shape (N,) is a table of (N, N).
 
+How it is graded. Each input is also tried with an infinite lr: infinity times zero is
+nan. So a zeroed gradient shows as nan after the step and as the old norm before it, and
+a zeroed update does not.
+"""
+
+WAY = """
 The Paramend way.
 
     grads = pm.at(grads, "params/Dense_0/**").zero()
@@ -40,10 +46,6 @@ The Paramend way.
 This works for plain gradient descent. AdamW would still decay the layer, and momentum
 would keep moving it: then use `pm.freeze(tx, "**/Dense_0/**")`, which keeps every bit
 of the layer under any optimizer.
-
-How it is graded. Each input is also tried with an infinite lr: infinity times zero is
-nan. So a zeroed gradient shows as nan after the step and as the old norm before it, and
-a zeroed update does not.
 """
 
 
@@ -295,6 +297,7 @@ LESSON = Lesson(
     name="freeze_first_dense",
     title="Freeze the first layer for one step",
     text=TEXT,
+    way=WAY,
     reference=freeze_first_dense,
     cases=cases,
     observe=partial(observe, facts=step_facts),

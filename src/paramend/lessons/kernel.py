@@ -25,7 +25,9 @@ same objects.
 The pitfall. The new kernel must be an array of the old one's shape and dtype, at the
 old path, below "params", with the bias still beside it. And others may hold the tree
 from `init`: change a copy, not the dict itself.
+"""
 
+WAY = """
 The Paramend way.
 
     params = pm.at(params, "params/kernel").fill(value)
@@ -132,6 +134,7 @@ LESSON = Lesson(
     name="kernel_replace",
     title="Replace one kernel, keep its bias",
     text=TEXT,
+    way=WAY,
     reference=kernel_replace,
     cases=cases,
     observe=partial(observe, facts=applied_facts),

@@ -28,7 +28,9 @@ The pitfall. Counting from one goes past the end. A dict takes any key without a
 error: a kernel written to `Dense_<num_layers>` or to `dense_2` is added, never read,
 and nothing is zeroed. And zeroing every kernel also returns ones, from a network that
 lost all it had learned.
+"""
 
+WAY = """
 The Paramend way. A position in brackets counts the numbered layers that exist, and a
 path that matches nothing is an error.
 
@@ -203,6 +205,7 @@ LESSON = Lesson(
     name="zero_last_layer",
     title="Zero the last kernel, keep its bias",
     text=TEXT,
+    way=WAY,
     reference=zero_last_layer,
     cases=cases,
     observe=partial(observe, facts=applied_facts),

@@ -46,7 +46,8 @@ class Lesson:
 
     Attributes:
         name: the name of the reference function, and of the lesson on the command line.
-        text: the problem, the idea, the pitfall and the Paramend way.
+        text: the problem, the idea, the pitfall.
+        way: the Paramend way: like `reference`, it is shown only on request.
         reference: the right solution.
         cases: makes the random cases of one trial.
         observe: calls a solution on a case and returns what it returned and did.
@@ -57,6 +58,7 @@ class Lesson:
     name: str
     title: str
     text: str
+    way: str
     reference: Solve
     cases: Callable[[np.random.Generator], Sequence[Case]]
     observe: Callable[[Solve, Case], Observation]

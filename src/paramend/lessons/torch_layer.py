@@ -26,7 +26,9 @@ same dtype, same device, same `requires_grad`.
 The pitfall. `torch.zeros(shape)` is float32 whatever the layer was. The optimizer does
 not know a new `nn.Parameter`. Multiplying by zero does not always give zero: nan stays
 nan, and -1 becomes -0.0. Buffers such as `running_var` are not weights.
+"""
 
+WAY = """
 The Paramend way.
 
     pm.init_zero_(layer)
@@ -243,6 +245,7 @@ LESSON = Lesson(
     name="init_zero",
     title="Zero one torch layer in place",
     text=TEXT,
+    way=WAY,
     reference=init_zero,
     cases=cases,
     observe=observe,

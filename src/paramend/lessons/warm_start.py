@@ -31,13 +31,15 @@ The pitfall. If both are initialised with one key, their first layers are equal 
 start: the copy does nothing, and a wrong copy is never noticed. Copy by layer, below
 "params": a merge one level higher drops the extra layers.
 
+How it is graded. The two numbers do not show the copy. So the grader looks at the tree
+that `solve` builds and counts.
+"""
+
+WAY = """
 The Paramend way. The report says what was copied and what stayed fresh, and a layer
 that goes nowhere is an error.
 
     params, report = pm.graft(big, small, only="params/Dense_[:3]/**")
-
-How it is graded. The two numbers do not show the copy. So the grader looks at the tree
-that `solve` builds and counts.
 """
 
 
@@ -230,6 +232,7 @@ LESSON = Lesson(
     name="partial_init",
     title="Start a bigger model from a smaller one",
     text=TEXT,
+    way=WAY,
     reference=partial_init,
     cases=cases,
     observe=partial(observe, facts=copy_facts),

@@ -50,14 +50,30 @@ class Paged(Report):
         return self.page().notebook()
 
 
-def _write(path: Path, text: str) -> None:
+def check_page(path: Path) -> None:
+    """Raise if a page cannot be written there.
+
+    Raises:
+        CannotWrite: something else is there, or there is no such folder.
+    """
     try:
-        if path.exists():
-            with path.open("rb") as file:
-                if file.read(len(_DOCTYPE)).lower() != _DOCTYPE:
-                    raise CannotWrite(f"{path} already exists and is not an HTML page", hint=f"{path}.html")
-        write_file(path, text.encode())
+        if not path.exists():
+            if not path.parent.is_dir():
+                raise CannotWrite(f"{path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}")
+            return
+        with path.open("rb") as file:
+            if file.read(len(_DOCTYPE)).lower() != _DOCTYPE:
+                raise CannotWrite(f"{path} already exists and is not an HTML page", hint=f"{path}.html")
     except OSError as error:
         if isinstance(error, CannotWrite):
             raise
         raise CannotWrite(f"{path}: {error.strerror or error}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    check_page(path)
+    from paramend.disk.publishing import published  # most programs write no page
+
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666
+    with published(path, force=True, mode=mode) as temporary:
+        write_file(temporary, text.encode())

@@ -13,17 +13,19 @@ from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
 from paramend.edits.memory import editable
 from paramend.edits.ops import OPS
-from paramend.errors import NoMatch, ParamendError, Problem
+from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import AnyTree, Spec
+from paramend.mapping import joining
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Problems, RecipeStep, problem_of
+from paramend.recipes.text import write_scalar
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
 
 # Addresses of problems that may follow from an earlier step that failed: one that changes paths, or specs.
-_FOLLOWS_PATHS = re.compile(r"\.(at(\[\d+\])?|where|to|count|from|leaf)$")
+_FOLLOWS_PATHS = re.compile(r"\.((at|except)(\[\d+\])?|where|to|count|from|leaf)$")
 _FOLLOWS_SPECS = re.compile(rf"\.(at|where|from|{'|'.join({name for op in OPS.values() for name in op.parameters})})$")
 
 
@@ -101,9 +103,22 @@ class _Attempt:
             return None
         if self.step.verb.name == "delete":
             return self.problems.tried(f"{self.address}.at", self.leaves.deleted, numbers)
+        if "into" in self.step.given:
+            return self.problems.tried(f"{self.address}.into", self._regrouped)
         # The wildcards of the new path refer to the selectors that matched the leaves.
         by = Union(tuple(self.step.selectors()))
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
+
+    def _regrouped(self) -> Any:
+        """The tree after a step that joins leaves, or cuts one."""
+        given, name = self.step.given, self.step.verb.name
+        texts, axis = self.step.texts, given.get("axis", 0)
+        if name == "split":
+            if len(texts) > 1:
+                raise BadArgument(f"split cuts one leaf, and at names {len(texts)}", hint="a step for each")
+            return joining.split(self.leaves, texts[0], into=given["into"], axis=axis, sizes=given.get("sizes"))
+        join = joining.concat if name == "concat" else joining.interleave
+        return join(self.leaves, texts, into=given["into"], axis=axis)
 
     def calls(self) -> dict[int, Call]:
         """The call of the step's op on each selected leaf, checked against its spec; none if something is wrong."""
@@ -133,25 +148,41 @@ class _Attempt:
     def _chosen(self) -> list[tuple[int, Selector]]:
         """The selected leaves, each with the selector that matched it, in tree order."""
         found: dict[int, Selector] = {}
-        absent = self.step.given.get("count") == 0
-        for n, selector in enumerate(self.step.selectors()):
-            part = f"[{n}]" if isinstance(self.step.given["at"], list) else ""
-            for key, narrowed in ((f"at{part}", selector), ("where", self._narrowed(selector))):
-                try:
-                    numbers = resolve(narrowed, self.leaves)
-                except ParamendError as error:
-                    problem = problem_of(error, f"{self.address}.{key}")
-                    if self.step.verb.name == "expect" and isinstance(error, NoMatch):
-                        problem = problem._replace(code="expect")
-                    if not (absent and problem.code == "expect"):
-                        self.problems.append(problem)
-                    numbers = ()
+        for part, text in self.step.addressed("at"):
+            selector = sel(text)
+            for key, narrowed in ((part, selector), ("where", self._narrowed(selector))):
+                numbers = self._resolved(key, narrowed)
+                if not numbers:
                     break
             found |= {number: found.get(number, selector) for number in numbers}
+        found = self._spared(found)
         order = unique(self.leaves, self.leaves.index.ordered(found))
         if self.step.verb.name == "expect" and not self.problems:
             self._expect(order)
         return [(number, found[number]) for number in order]
+
+    def _resolved(self, key: str, selector: Selector) -> tuple[int, ...]:
+        """The leaves of a selector; none, and a problem with this key, if it matches nothing."""
+        try:
+            return resolve(selector, self.leaves)
+        except ParamendError as error:
+            problem = problem_of(error, f"{self.address}.{key}")
+            if self.step.verb.name == "expect" and isinstance(error, NoMatch):
+                problem = problem._replace(code="expect")
+            if not (self.step.given.get("count") == 0 and problem.code == "expect"):
+                self.problems.append(problem)
+            return ()
+
+    def _spared(self, found: dict[int, Selector]) -> dict[int, Selector]:
+        """The found leaves without those that `except` names, under any of their paths."""
+        ties, spared = self.leaves.ties, set[int]()
+        for key, text in self.step.addressed("except"):
+            spared |= {ties.get(number, number) for number in self._resolved(key, sel(text))}
+        left = {number: by for number, by in found.items() if ties.get(number, number) not in spared}
+        if found and not left and self.step.given.get("count") != 0:
+            code = "expect" if self.step.verb.name == "expect" else "no-match"
+            self.problems.add(f"{self.address}.except", "it leaves nothing of what `at` selects", code=code)
+        return left
 
     def _narrowed(self, selector: Selector) -> Selector:
         where = self.step.given.get("where")
@@ -210,8 +241,9 @@ class _Attempt:
             return f"where: {{{where[1].replace('=', ': ').replace(chr(34), '')}}}"
         if self.step.verb.name == "set" and ".cast(" in hint:
             dtype = hint.rpartition('.cast("')[2].removesuffix('")')
-            at = self.step.texts[0]
-            return f'cast: {{at: "{at}", dtype: {dtype}}} in a step before it, and back to {spec.dtype} in one after it'
+            chosen = {key: self.step.given[key] for key in ("at", "except", "where") if key in self.step.given}
+            cast = f"cast: {{{write_scalar(chosen)[1:-1]}, dtype: {dtype}}}"
+            return f"{cast} in a step before it, and back to {spec.dtype} in one after it"
         return "" if "pm." in hint or hint.startswith(".") else hint
 
 

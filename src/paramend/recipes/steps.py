@@ -8,7 +8,7 @@ from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
 from paramend.errors import ParamendError, Problem
 from paramend.recipes.text import below, write_scalar
-from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
+from paramend.recipes.verbs import CODE, CONDITIONS, SELECTOR, VERBS, Key, Verb
 from paramend.reports import wording
 from paramend.selectors.renames import captures, rename
 from paramend.selectors.selector import Selector, sel
@@ -35,8 +35,12 @@ class RecipeStep:
     @property
     def texts(self) -> list[str]:
         """The texts of `at`."""
-        at = self.given["at"]
-        return list(at) if isinstance(at, list) else [at]
+        return [text for _, text in self.addressed("at")]
+
+    def addressed(self, key: str) -> list[tuple[str, str]]:
+        """The texts of `at` or `except`, each with its address in the step."""
+        texts = self.given.get(key, [])
+        return [(f"{key}[{n}]", text) for n, text in enumerate(texts)] if isinstance(texts, list) else [(key, texts)]
 
     def selectors(self) -> list[Selector]:
         """A selector for each text of `at`."""
@@ -172,14 +176,15 @@ def _given(verb: Verb, body: Any, address: str, problems: Problems) -> RecipeSte
 
 
 def _read(key: Key, data: Any, address: str, problems: Problems) -> Any:
-    if key.name == "at" and isinstance(data, list | tuple):
+    if key.value is SELECTOR and isinstance(data, list | tuple):
         if not data:
-            problems.add(address, "an empty list matches nothing", '"**" matches every leaf')
+            hint = '"**" matches every leaf' if key.required else f"leave {key.name} out"
+            problems.add(address, "an empty list matches nothing", hint)
         return [_read(key, text, below(address, n), problems) for n, text in enumerate(data)]
     if key.name == "where":
         return _conditions(data, address, problems)
     found = problems.tried(address, key.value.read, data)
-    if key.name == "at" and found:
+    if key.value is SELECTOR and found:
         problems.tried(address, sel, found)
     return found
 

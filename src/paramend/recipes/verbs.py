@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from paramend.edits.arguments import DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, TEXT, Value
+from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, SIZES, TEXT, Value
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 
@@ -44,7 +44,10 @@ class Verb:
     @property
     def example(self) -> dict[str, Any]:
         """A step of the verb with all that it needs, as data."""
-        selector = "h/<n>/w" if self.name == "rename" else "**/kernel"
+        new = {key.name for key in self.keys} & {"to", "into"}
+        selector: Any = "h/<n>/w" if new else "**/kernel"
+        if self.name in ("concat", "interleave"):
+            selector = ["h/<n>/q", "h/<n>/k"]
         if self.short:
             return {self.name: selector}
         values = {key.name: key.value.typed(key.value.example) for key in self.keys if key.value.example}
@@ -68,7 +71,7 @@ CONDITIONS = (
     Key("min_size", NATURAL, "the least number of scalars"),
     Key("max_size", NATURAL, "the greatest number of scalars"),
 )
-# `recipes.steps` reads `at` and `where`: they hold lists and maps whose parts have their own addresses.
+# `recipes.steps` reads `at`, `except` and `where`: they hold lists and maps whose parts have their own addresses.
 SELECTOR = Value(
     "a selector",
     TEXT.read,
@@ -86,16 +89,25 @@ WHERE = Value(
 )
 
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
+PATHS = Value(
+    "a list of paths",
+    lambda data: [TEXT.read(path) for path in (data if isinstance(data, list | tuple) else [data])],
+    {"type": "array", "minItems": 1, "items": TEXT.schema},
+    example="layers/<n>/w",
+)
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
+_EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
+_INTO = "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`"
+_ALONG = Key("axis", AXIS, AXIS.says)
 _FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
 _LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; it takes the wildcards of `at`, as in a rename")
 
 
 def _of_op(op: Op) -> Verb:
-    keys = [_AT, _WHERE]
+    keys = [_AT, _EXCEPT, _WHERE]
     if op.keeps_spec:
         keys.append(_INDEX)
     arrays = [name for name, value in op.arguments.items() if value.array]
@@ -113,14 +125,32 @@ VERBS: dict[str, Verb] = {
         Verb(
             "rename",
             "the leaves get new paths",
-            (_AT, _WHERE, Key("to", NEW_PATH, "the new path, with the wildcards of `at`", required=True)),
+            (_AT, _EXCEPT, _WHERE, Key("to", NEW_PATH, "the new path, with the wildcards of `at`", required=True)),
             changes=True,
         ),
-        Verb("delete", "the leaves are left out", (_AT, _WHERE), changes=True),
+        *(
+            Verb(name, says, (_AT, Key("into", NEW_PATH, _INTO, required=True), _ALONG), changes=True)
+            for name, says in (
+                ("concat", "several leaves become one, one after the other along an axis"),
+                ("interleave", "several leaves become one, their places along an axis in turns"),
+            )
+        ),
+        Verb(
+            "split",
+            "a leaf becomes several, cut along an axis",
+            (
+                _AT,
+                Key("into", PATHS, _INTO, required=True),
+                _ALONG,
+                Key("sizes", SIZES, "the length of each part along the axis; by default all are equal"),
+            ),
+            changes=True,
+        ),
+        Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(
             "expect",
             "nothing changes; all selected leaves must be as described",
-            (_AT, _WHERE, Key("count", NATURAL, "how many leaves are selected; may be 0"), *CONDITIONS),
+            (_AT, _EXCEPT, _WHERE, Key("count", NATURAL, "how many leaves are selected; may be 0"), *CONDITIONS),
         ),
     )
 }

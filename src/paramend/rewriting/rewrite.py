@@ -8,7 +8,7 @@ the new one, never a third.
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from paramend.journal.records import records_beside
 from paramend.journal.store import retiring
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent
+from paramend.pages.page import Page
+from paramend.pages.paged import Paged
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Report, Section
+from paramend.reports.report import Section
 from paramend.rewriting.files import Computed, File
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
@@ -41,7 +43,7 @@ _OPEN = 64
 
 
 @dataclass(frozen=True, repr=False)
-class RewriteReport(Report):
+class RewriteReport(Paged):
     """What a rewrite has done.
 
     Attributes:
@@ -85,6 +87,10 @@ class RewriteReport(Report):
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         record = ", with a record of edits" if self.record else ""
         return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
+
+    def page(self) -> Page:
+        """The page of the plan, with what was written."""
+        return replace(self.plan.page(), headline=self.summary)
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"
