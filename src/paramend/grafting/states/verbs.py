@@ -159,8 +159,8 @@ def graft_optimizer_(
 
     **Without a report** the parameters are the same: for thawing, refreezing and resuming, where `load_state_dict`
     needs the same parameters in the same groups and takes moments of any shape. Parameters of two optimizers are
-    matched by identity; else by names, if the optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
-    they are given; else by order, if both have equally many. Moments are copied bit for bit; other parameters start in
+    matched by identity; else by names, if both optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
+    they are given; else, if neither has names, by order, in groups of equal sizes. Moments are copied bit for bit; other parameters start in
     their first step. A group takes the rate and the other hyperparameters of the earlier group if all its parameters
     come from one. L-BFGS has one history for all parameters: it is carried if these are the same; else it starts anew.
 
@@ -175,7 +175,7 @@ def graft_optimizer_(
         report: the report of `pm.graft_(module, old_module)` or `pm.graft`; None if the parameters are the same.
         target: the new module, if the report does not know it: after pickling, or after a graft of a state dict.
             Without a report, the module that names the parameters of `optimizer`.
-        source: the old module, likewise.
+        source: the old module, likewise, which names those of `old` if that is an optimizer.
         names: without a report, the names of the parameters of `old`, in their order.
         unused: when `old` has moments with no place here: "error" or "ok". The default is "error" after a graft, and
             "ok" without a report.
@@ -186,7 +186,7 @@ def graft_optimizer_(
     Raises:
         GraftRefused: the optimizers are of different kinds.
         SpecMismatch: without a report, moments do not have the shape of their parameter; nothing was changed.
-        BadArgument: no parameters match, or it is ambiguous which do.
+        BadArgument: no parameters match, or it is ambiguous which do: only one side has names, or groups differ.
         Unsupported: after a graft, L-BFGS, which has one history of all parameters together; or not an optimizer.
 
     >>> import torch
@@ -210,7 +210,7 @@ def graft_optimizer_(
     """
     Options(unused=unused or "error")  # checks it
     if report is None:
-        return _by_name_(optimizer, old, target, names, unused or "ok")
+        return _by_name_(optimizer, old, (target, source), names, unused or "ok")
     unused = unused or "error"
     if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
         from paramend.grafting.states import graft_torch as adapter  # imports torch
@@ -227,7 +227,9 @@ def graft_optimizer_(
     return done.report
 
 
-def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: Unused) -> GraftReport:
+def _by_name_(
+    optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None, unused: Unused
+) -> GraftReport:
     """The report, after a torch optimizer has taken over what an earlier one has for the same parameters."""
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
         raise Unsupported(
@@ -241,7 +243,7 @@ def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None
         )
     from paramend.grafting.states import carry_torch  # imports torch
 
-    return carry_torch.carry_optimizer_(optimizer, old, module, names, unused)
+    return carry_torch.carry_optimizer_(optimizer, old, modules, names, unused)
 
 
 def carry_opt_state(
