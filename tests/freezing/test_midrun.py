@@ -318,7 +318,7 @@ def test_moments_follow_names_whatever_the_order(case):
 
 
 def test_without_any_names_the_order_counts_as_in_torch_and_the_report_says_so():
-    module, old = swapped("a", "b")
+    _, old = swapped("a", "b")
     new, other = (torch.optim.AdamW(Swapped("a", "b").parameters()) for _ in range(2))
     report = graft_optimizer_(new, old.state_dict())
     other.load_state_dict(old.state_dict())

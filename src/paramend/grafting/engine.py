@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafting import alignment, conversions
+from paramend.grafting.numbers import Counted, counts
 from paramend.grafting.options import Options
 from paramend.grafting.plan import KINDS, GraftPlan, Move
 from paramend.grafting.report import GraftReport
@@ -41,6 +44,9 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
     """The new value of a leaf; what overflows or is lost is entered in the row of the move."""
     leaf = plan.target.read(move.number)
     value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
+    if move.number in counts(plan.target) and not isinstance(conversions.on_host(value), np.ndarray | np.generic):
+        move.row = replace(move.row, taken=1)
+        return value  # traced
     ours, theirs = backend(leaf), backend(value)
     dtype = ours.spec(leaf).dtype
     given = theirs.spec(value).dtype
@@ -101,7 +107,7 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
         GraftRefused: the source does not fit the target.
     """
     for tree, name in ((target, "your model"), (source, "the source")):
-        if not tree.index.numbers:
+        if len(tree.index.numbers) == len(counts(tree)):
             raise BadArgument(f"{name} holds no arrays", hint="pm.graft(target, source): the model first")
     plan = GraftPlan(target, source, options)
     if not plan.cases:
@@ -224,7 +230,8 @@ def _better_rename(plan: GraftPlan) -> GraftPlan | None:
 
 
 def _shapes(leaves: Leaves) -> dict[tuple[str, ...], tuple[int, ...]]:
-    return {leaves.index.pieces(number): leaves.spec(number).shape for number in leaves.index.numbers}
+    arrays = (number for number in leaves.index.numbers if number not in counts(leaves))
+    return {leaves.index.pieces(number): leaves.spec(number).shape for number in arrays}
 
 
 def put_in(tree: Tree, new: dict[int, Any]) -> None:
@@ -234,6 +241,6 @@ def put_in(tree: Tree, new: dict[int, Any]) -> None:
     assign(tree, dict(new))
 
 
-def leaves_of(tree: Any) -> Editable | Tree:
+def leaves_of(tree: Any) -> Editable | Counted:
     """A checkpoint as it is, whose leaves are read one at a time; anything else as a tree in memory."""
-    return tree if isinstance(tree, Editable) else Tree(tree)
+    return tree if isinstance(tree, Editable) else Counted(tree)

@@ -15,11 +15,12 @@ from paramend.errors import (
     Unsupported,
 )
 from paramend.grafting import mismatches
+from paramend.grafting.guests import WithGuests
 from paramend.grafting.mismatches import Meeting
+from paramend.grafting.numbers import COUNTERS, beside_state, counts
 from paramend.grafting.options import BY_LEAF, Options, quoted
 from paramend.grafting.report import PARTS, GraftReport, GraftRow
-from paramend.leaves.leaves import Index, Leaves
-from paramend.leaves.paths import Names, text_of
+from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.resize import detection
@@ -127,7 +128,8 @@ class GraftPlan:
         self._arrivals, strays = self._meet(names)
         used: set[int] = set()
         for number in _units(target):
-            used |= self._decide(number)
+            if number in self._arrivals or number not in counts(target) or beside_state(target, number):
+                used |= self._decide(number)
         self._leave_behind(used, strays, names)
         if not self.moves and not any(case.kind in ("only", "rule", "place") for case in self.cases):
             self._case("nothing", (), "a graft that copies nothing is a mistake, whatever the options allow")
@@ -203,6 +205,9 @@ class GraftPlan:
         strays: list[int] = []
         for name, numbers in guests.items():
             here = places.get(name, [])
+            numbers = [number for number in numbers if self._takes_part(number, here)]
+            if not numbers:
+                continue
             if not here:
                 strays += numbers
             elif len(here) > 1 and len(here) != len(numbers):
@@ -218,6 +223,18 @@ class GraftPlan:
                 for place, number in zip(here, numbers, strict=False):
                     arrivals.setdefault(_unit(self.target, place), []).append(number)
         return arrivals, strays
+
+    def _takes_part(self, guest: int, here: Sequence[int]) -> bool:
+        """Whether a leaf of the source is to arrive: a Python number only where it counts, or where an array is."""
+        if guest not in counts(self.source):
+            return True
+        if len(here) != 1:
+            return False
+        place = here[0]
+        if place not in counts(self.target):
+            return self.target.spec(place).shape == ()
+        known = self.target.index.pieces(place)[-1] in COUNTERS
+        return known or beside_state(self.target, place) or beside_state(self.source, guest)
 
     def _source_paths(self, numbers: Iterable[int]) -> tuple[str, ...]:
         return tuple(self.source.index.path(number) for number in numbers)
@@ -320,7 +337,7 @@ class GraftPlan:
         return meeting.did, meeting
 
     def _dtype(self, row: GraftRow, spec: Spec, theirs: Spec, number: int) -> str:
-        if spec.dtype == theirs.dtype:
+        if spec.dtype == theirs.dtype or (number in counts(self.target) and spec.kind == theirs.kind):
             return row.did
         if self.options.dtype == "error":
             self._case("dtype", (row.path, str(row.source)), f"your model {spec}, the source {theirs}")
@@ -357,7 +374,7 @@ class GraftPlan:
         """Enter the leaves of the source that no leaf of the target uses."""
         minded = {_unit(self.source, number) for number in self._minded(strays, names)}
         for number in _units(self.source):
-            if number in used:
+            if number in used or number in counts(self.source):
                 continue
             path, spec = self.source.index.path(number), self.source.spec(number)
             if number in self._dropped:
@@ -376,7 +393,7 @@ class GraftPlan:
         """Those strays whose names `only` would select if your model had them; the others need no place."""
         if not strays or (isinstance(self.options.only, str) and self.options.only == "**"):
             return strays
-        both = _WithGuests(self.target, {number: names[number] for number in strays}, self.source)
+        both = WithGuests(self.target, {number: names[number] for number in strays}, self.source)
         try:
             chosen = set(resolve(self.options.only, both))
         except ParamendError:  # such as a tree of bools, which says nothing about them
@@ -418,56 +435,6 @@ def _unit(leaves: Leaves, number: int) -> int:
 
 def _units(leaves: Leaves) -> list[int]:
     return [number for number in leaves.index.numbers if _unit(leaves, number) == number]
-
-
-class _WithGuests:
-    """The leaves of a target, and those of a source that found no place in it under the names they would have there."""
-
-    def __init__(self, target: Leaves, guests: Mapping[int, tuple[str, ...]], source: Leaves) -> None:
-        self.target, self.source = target, source
-        self.first = max(target.index.numbers, default=-1) + 1
-        self.ties = target.ties
-        self.index = Index(target.index.separator)
-        self.index.names = _copied(target.index.names)
-        self.index.numbers = [*target.index.numbers, *map(self.guest, guests)]
-        self.index.spans = list(target.index.spans)
-        for number, name in guests.items():
-            names = self.index.names
-            for piece in name[:-1]:
-                inner = next((child for label, child in names.items() if text_of(label) == piece), None)
-                if type(inner) is not dict:
-                    inner = {}
-                    self.index.add(names, piece, inner)
-                names = inner
-            self.index.add(names, name[-1], self.guest(number))
-
-    def guest(self, number: int) -> int:
-        """The number here of a leaf of the source."""
-        return self.first + number
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype."""
-        return self.target.spec(number) if number < self.first else self.source.spec(number - self.first)
-
-    def nbytes(self, number: int) -> int:
-        """The bytes of a leaf."""
-        return self.target.nbytes(number) if number < self.first else self.source.nbytes(number - self.first)
-
-    def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read."""
-        return self.target.refusal(number) if number < self.first else self.source.refusal(number - self.first)
-
-    def read(self, number: int) -> Any:
-        """The array."""
-        return self.target.read(number) if number < self.first else self.source.read(number - self.first)
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a container, as the target has them."""
-        return self.target.children(node)
-
-
-def _copied(names: Names) -> Names:
-    return {label: _copied(child) if type(child) is dict else child for label, child in names.items()}
 
 
 def _abstract(leaves: Leaves, number: int) -> bool:

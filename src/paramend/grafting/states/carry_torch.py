@@ -112,7 +112,8 @@ def _matched(
         keys, old_keys = _names(optimizer.param_groups, modules[0]), list(names or _names(groups, modules[1]))
         if old_keys and (len(old_keys) != len(entries) or len(set(old_keys)) != len(old_keys)):
             raise BadArgument(
-                f"{wording.plural(len(set(old_keys)), 'name')} for the {wording.plural(len(entries), 'parameter')} of the earlier state",
+                f"{wording.plural(len(set(old_keys)), 'name')} for the "
+                f"{wording.plural(len(entries), 'parameter')} of the earlier state",
                 hint="names=[name for name, p in model.named_parameters() if p.requires_grad]",
             )
         if not keys or not old_keys:
@@ -127,7 +128,7 @@ def _refuse_order(keys: list[Any], old_keys: list[Any], groups: Any, old_groups:
     sizes, old_sizes = ([len(group["params"]) for group in each] for each in (groups, old_groups))
     if keys or old_keys:
         named, nameless = ("this optimizer", "the earlier state") if keys else ("the earlier state", "this optimizer")
-        said = f"{named} has names for its parameters and {nameless} has none: without them it is unknown which is which"
+        said = f"{named} has names for its parameters and {nameless} has none: it is unknown which is which"
     elif sum(sizes) != sum(old_sizes):
         said = (
             f"the earlier state is of {wording.plural(sum(old_sizes), 'parameter')} and this optimizer has "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from paramend._optional import need
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import engine
+from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
 from paramend.leaves.specs import AnyTree
@@ -102,7 +103,7 @@ def graft_opt_state(
     if mismatch != "error":
         raise BadArgument("the report of a graft says what becomes of each shape", hint="mismatch= goes to pm.graft")
     unused = unused or "error"
-    tree = Tree(state)
+    tree = Counted(state)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
     done = graft_state(tree, engine.leaves_of(old_state), report, unused)
@@ -160,9 +161,10 @@ def graft_optimizer_(
     **Without a report** the parameters are the same: for thawing, refreezing and resuming, where `load_state_dict`
     needs the same parameters in the same groups and takes moments of any shape. Parameters of two optimizers are
     matched by identity; else by names, if both optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
-    they are given; else, if neither has names, by order, in groups of equal sizes. Moments are copied bit for bit; other parameters start in
-    their first step. A group takes the rate and the other hyperparameters of the earlier group if all its parameters
-    come from one. L-BFGS has one history for all parameters: it is carried if these are the same; else it starts anew.
+    they are given; else, if neither has names, by order, in groups of equal sizes. Moments are copied bit for bit;
+    other parameters start in their first step. A group takes the rate and the other hyperparameters of the earlier
+    group if all its parameters come from one. L-BFGS has one history for all parameters: it is carried if these are the
+    same; else it starts anew.
 
     **After a graft**, by its report: the state of a copied parameter is copied with its step; around a common corner it
     is as the optimizer starts; and a fresh parameter has no state, so it starts with its first step. Groups with their
@@ -219,7 +221,7 @@ def graft_optimizer_(
         new = target if target is not None or ends is None else ends.target
         earlier = source if source is not None or ends is None else ends.source
         return adapter.graft_optimizer_(optimizer, old, report, new, earlier, unused)
-    tree = Tree(optimizer)
+    tree = Counted(optimizer)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
     done = graft_state(tree, engine.leaves_of(old), report, unused)
