@@ -14,7 +14,7 @@ from paramend.errors import (
     SpecMismatch,
     Unsupported,
 )
-from paramend.grafting import mismatches
+from paramend.grafting import layouts, mismatches
 from paramend.grafting.guests import WithGuests
 from paramend.grafting.mismatches import Meeting
 from paramend.grafting.numbers import COUNTERS, beside_state, counts
@@ -69,6 +69,8 @@ KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
     ),
     "choice": ("a selector selects nothing", "{} selectors select nothing", ()),
     "resize": ("a leaf cannot be resized", "{} leaves cannot be resized", ()),
+    "layout": ("a leaf is stored in another layout", "{} leaves are stored in another layout", ()),
+    "transposed": ("a leaf is transposed", "{} leaves are transposed", ({"mismatch": "keep"},)),
     "mismatch": (
         "a shape differs",
         "{} shapes differ",
@@ -112,6 +114,9 @@ class GraftPlan:
         moves: what is to be done.
         rows: the rows of the report that do not belong to a move, by its four parts.
         missed: the paths of the target for which the source has nothing.
+        names: the name in the target of every leaf of the source that is not left behind.
+        strays: the leaves of the source that have no place there.
+        orders: leaf of the target → the leaf of the source that fits once its axes are permuted, and how.
     """
 
     def __init__(self, target: Any, source: Leaves, options: Options) -> None:
@@ -124,13 +129,15 @@ class GraftPlan:
         self._by_leaf = {name: self._choices(name) for name in BY_LEAF}
         self._dropped: set[int] = set()
         self._crowded: set[int] = set()
-        names = self._new_names()
-        self._arrivals, strays = self._meet(names)
+        self.names = self._new_names()
+        self._arrivals, self.strays = self._meet(self.names)
+        self._crossed = self._other_layouts()
+        self.orders: dict[int, tuple[int, tuple[int, ...]]] = {}
         used: set[int] = set()
         for number in _units(target):
             if number in self._arrivals or number not in counts(target) or beside_state(target, number):
                 used |= self._decide(number)
-        self._leave_behind(used, strays, names)
+        self._leave_behind(used)
         if not self.moves and not any(case.kind in ("only", "rule", "place") for case in self.cases):
             self._case("nothing", (), "a graft that copies nothing is a mistake, whatever the options allow")
 
@@ -236,6 +243,19 @@ class GraftPlan:
         known = self.target.index.pieces(place)[-1] in COUNTERS
         return known or beside_state(self.target, place) or beside_state(self.source, guest)
 
+    def _other_layouts(self) -> set[int]:
+        """The leaves of the target for which a weight arrives at a kernel or the reverse, by their names; none, if one
+        of these pairs proves that they are stored alike."""
+        found = set()
+        for number, (guest, *_) in self._arrivals.items():
+            ours, theirs = self.target.spec(number), self.source.spec(guest)
+            names = self.target.index.pieces(number), self.source.index.pieces(guest)
+            if max(ours.ndim, theirs.ndim) > 1 and layouts.crossed(*names):
+                if layouts.proves(ours, theirs):
+                    return set()
+                found.add(number)
+        return found
+
     def _source_paths(self, numbers: Iterable[int]) -> tuple[str, ...]:
         return tuple(self.source.index.path(number) for number in numbers)
 
@@ -288,7 +308,7 @@ class GraftPlan:
         theirs = self.source.spec(origin)
         name = self.source.index.path(origin)
         both = (path,) if name == path else (path, name)
-        did, meeting = self._shape(number, both, spec, theirs)
+        did, meeting = self._shape(number, origin, both, spec, theirs)
         fit = "" if meeting is None else meeting.kind
         row = GraftRow(path, name, spec.shape, theirs.shape, spec.dtype, theirs.dtype, did, fit)
         if did in ("kept", "differs"):
@@ -301,14 +321,23 @@ class GraftPlan:
         self.moves.append(Move(row, number, origin, meeting))
         return self.moves[-1].part
 
-    def _shape(self, number: int, both: tuple[str, ...], spec: Spec, theirs: Spec) -> tuple[str, Meeting | None]:
+    def _shape(
+        self, number: int, origin: int, both: tuple[str, ...], spec: Spec, theirs: Spec
+    ) -> tuple[str, Meeting | None]:
         """What is done with a leaf by its shape, in words, and how the two meet where shapes differ."""
         rule = self._by_leaf["resize"].get(number)
+        said = f"your model {spec}, the source {theirs}"
+        keeps = spec.shape != theirs.shape and self._by_leaf["mismatch"].get(number) == "keep"
+        if number in self._crossed and not keeps:
+            why = layouts.said(self.target.index.pieces(number), max(spec.ndim, theirs.ndim))
+            self._case("layout", both, f"{said}: {why}")
+            if spec.ndim == theirs.ndim:
+                self.orders[number] = origin, layouts.axes(self.target.index.pieces(number), spec.ndim)
+            return "differs", None
         if spec.shape == theirs.shape and not (rule and rule.acts(theirs.shape, spec.shape)):
             return "copied", None
         place = self._by_leaf["place"].get(number)
         how = "resize" if rule else "overlap" if place else self._by_leaf["mismatch"].get(number)
-        said = f"your model {spec}, the source {theirs}"
         if how == "keep" and _abstract(self.target, number):
             self._case("abstract", both, f"{said}: there is nothing to keep")
             return "differs", None
@@ -322,7 +351,10 @@ class GraftPlan:
                 default = self.options.place if isinstance(self.options.place, str) else "corner"
                 meeting = mismatches.overlapping(place or default, theirs.shape, spec.shape)
             else:
-                self._case("mismatch", both, said)
+                order = layouts.transposing(spec, theirs)
+                self._case("transposed" if order else "mismatch", both, said)
+                if order:
+                    self.orders[number] = origin, order
                 return "differs", None
             if meeting.into is not None and meeting.taken < spec.size and _abstract(self.target, number):
                 self._case("abstract", both, f"{said}: there is nothing around the {meeting.did}")
@@ -370,9 +402,9 @@ class GraftPlan:
                 return str(error).partition("\n")[0]
         return ""
 
-    def _leave_behind(self, used: set[int], strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> None:
+    def _leave_behind(self, used: set[int]) -> None:
         """Enter the leaves of the source that no leaf of the target uses."""
-        minded = {_unit(self.source, number) for number in self._minded(strays, names)}
+        minded = {_unit(self.source, number) for number in self._minded(self.strays, self.names)}
         for number in _units(self.source):
             if number in used or number in counts(self.source):
                 continue
