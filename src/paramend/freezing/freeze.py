@@ -246,9 +246,13 @@ def freeze_(
     Parameters get `requires_grad=False`, and their `.grad` becomes None, so an optimizer that already holds them skips
     them, whatever its momentum and decay.
 
-    When running statistics of a normalization layer are selected, by `"bn1.**"` or `"**"`, that layer
-    normalizes with them and does not update them, in train mode too, until `unfreeze_`. When only its weight
-    and bias are selected, the statistics are still updated. Other buffers have no gradients and are left alone.
+    Buffers have no gradients: the forward pass moves them, in train mode. Those that are selected stay as they are,
+    until `unfreeze_`; when only weight and bias are selected, the buffers still move.
+
+    - With running statistics, selected by `"bn1.**"` or `"**"`, a normalization layer normalizes in train mode too;
+      and spectral norm divides by the norm that its vectors give.
+    - Of other buffers, such as a codebook that is a moving average, the forward pass of the module, or of one within
+      it, gets copies. What code outside of a forward pass assigns to a buffer stays assigned.
 
     A slice, as in `pm.sel("embed.weight")[:100]`, is frozen in the steps of `optimizer=`: its gradient is zero there,
     and changes of the step to it are undone, bit for bit. The rest of the tensor trains on.
@@ -261,7 +265,7 @@ def freeze_(
         optimizer: the optimizer in use, when freezing during a run: it drops the moments of frozen leaves. L-BFGS,
             which keeps one history of curvature for all parameters, drops all of it; otherwise it would go on moving
             frozen parameters. Needed for slices, which are frozen for this optimizer object and not for copies of it.
-        norm_stats: whether selected running statistics are held.
+        norm_stats: whether selected running statistics are held; if not, they are not in the report.
         keep_state: whether the optimizer keeps the moments for a later thaw.
 
     Raises:
