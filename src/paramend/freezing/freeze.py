@@ -85,8 +85,9 @@ def freeze(
         BadArgument: `how` is not one of the three; `until` or `since` have no steps, or from `init`, they select leaves
             that the selector does not, or, with "exclude", make more than 64 phases.
         OutOfRange: from `init`, a slice does not fit a leaf.
-        Unsupported: `tx` is not an optax transformation; or from `update`, with "exclude" and a schedule, the state
-            of `tx` cannot be split by leaf (`optax.flatten`).
+        Unsupported: `tx` is not an optax transformation; or from `init`, all that is selected are statistics and the
+            like, which the model moves itself in its forward pass, whatever the optimizer; or from `update`, with
+            "exclude" and a schedule, the state of `tx` cannot be split by leaf (`optax.flatten`).
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Dense_1": {"kernel": jnp.ones(2)}}
@@ -124,6 +125,9 @@ def freeze(
 
 def frozen(subject: AnyTree, tx: "optax.GradientTransformation | torch.optim.Optimizer | None" = None) -> FrozenReport:
     """A report of what is frozen and what trains, by subtree, with the bytes of optimizer state.
+
+    Running statistics, counts of random keys and the like, which the forward pass moves and no optimizer, are listed
+    by themselves, selected or not: to hold those, use them as in evaluation (`use_running_average=True`).
 
     Args:
         subject: JAX parameters, or a torch module.
