@@ -4,14 +4,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from paramend._optional import need
-from paramend.errors import BadArgument, GraftRefused, Unsupported
+from paramend._optional import imported, need
+from paramend.errors import BadArgument, Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
 from paramend.leaves.specs import AnyTree
-from paramend.reports import wording
 from paramend.reports.wording import described
 from paramend.trees.tree import Tree
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from flax import nnx
 
 T = TypeVar("T")
-Optimizer = TypeVar("Optimizer", bound="torch.optim.Optimizer")
+Optimizer = TypeVar("Optimizer", bound="torch.optim.Optimizer | nnx.Optimizer[Any]")
 Carried: TypeAlias = Literal["error", "keep"]
 
 
@@ -126,7 +125,7 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
     if hasattr(tree.root, "opt_state"):
         raise Unsupported(
             f"{described(state)} changes in place, and holds more than a state",
-            hint="pm.graft_optimizer_(optimizer, old_optimizer, report)",
+            hint="pm.graft_optimizer_(optimizer, old_optimizer)",
         )
     survey = Survey.of(tree)
     if tree.values and not survey.roots:
@@ -135,14 +134,7 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
             hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
         )
     new, report = carry_optax.carried(state, old_state, {*survey.parameters, *survey.absent}, mismatch)
-    if report.unused and unused == "error":
-        paths = [row.path for row in report.unused]
-        report.refused = True
-        raise GraftRefused(
-            f"the earlier state has leaves with no place here: {wording.listing(paths)}",
-            report=report,
-            hint='unused="ok" leaves it behind',
-        )
+    carry_optax.refuse_left(report, unused)
     return new, report
 
 
@@ -164,7 +156,8 @@ def graft_optimizer_(
     they are given; else, if neither has names, by order, in groups of equal sizes. Moments are copied bit for bit;
     other parameters start in their first step. A group takes the rate and the other hyperparameters of the earlier
     group if all its parameters come from one. L-BFGS has one history for all parameters: it is carried if these are the
-    same; else it starts anew.
+    same; else it starts anew. The state of an `nnx.Optimizer` is carried by path, as `pm.graft_opt_state` carries it,
+    and its step goes on.
 
     **After a graft**, by its report: the state of a copied parameter is copied with its step; around a common corner it
     is as the optimizer starts; and a fresh parameter has no state, so it starts with its first step. Groups with their
@@ -173,7 +166,7 @@ def graft_optimizer_(
     Args:
         optimizer: what to change, made for the parameters of the new module.
         old: the optimizer of the old module, of the same class; or its state dict, if it was made of
-            `named_parameters()`.
+            `named_parameters()`; of an `nnx.Optimizer` also `nnx.state(old)`, a dict or a file of it.
         report: the report of `pm.graft_(module, old_module)` or `pm.graft`; None if the parameters are the same.
         target: the new module, if the report does not know it: after pickling, or after a graft of a state dict.
             Without a report, the module that names the parameters of `optimizer`.
@@ -232,10 +225,15 @@ def graft_optimizer_(
 def _by_name_(
     optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None, unused: Unused
 ) -> GraftReport:
-    """The report, after a torch optimizer has taken over what an earlier one has for the same parameters."""
+    """The report, after an optimizer has taken over what an earlier one has for the same parameters."""
+    if imported("flax.nnx"):
+        from paramend.grafting.states import carry_nnx  # imports flax
+
+        if carry_nnx.is_optimizer(optimizer):
+            return carry_nnx.carry_optimizer_(optimizer, old, unused)
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
         raise Unsupported(
-            f"without a report graft_optimizer_ takes a torch optimizer, and this is {described(optimizer)}",
+            f"graft_optimizer_ takes an optimizer of torch or NNX, and this is {described(optimizer)}",
             hint="for optax: state, report = pm.graft_opt_state(tx.init(params), old_state)",
         )
     if not hasattr(old, "param_groups") and not (isinstance(old, dict) and {"state", "param_groups"} <= old.keys()):
@@ -270,7 +268,7 @@ def carry_opt_state(
 
 def carry_optimizer_(
     optimizer: Optimizer,
-    old: "torch.optim.Optimizer | Mapping[str, object]",
+    old: "torch.optim.Optimizer | nnx.Optimizer[Any] | Mapping[str, object]",
     *,
     module: "torch.nn.Module | None" = None,
     names: Sequence[str] | None = None,
