@@ -331,7 +331,9 @@ def _check_torch(module: object, selector: SelectorLike, verb: str) -> None:
     if not is_torch_module(module):
         raise Unsupported(
             f"{verb} takes a torch module, which changes in place; this is {described(module)}",
-            hint=f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
+            hint=f"pm.{verb}(module, selector): the module first"
+            if is_torch_module(selector)
+            else f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
         )
 
 

@@ -12,6 +12,7 @@ from paramend.freezing.moving import moved_by_model
 from paramend.freezing.schedules import Clause, Schedule, Window
 from paramend.reports import wording
 from paramend.selectors.selector import Held, resolve
+from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 
@@ -94,6 +95,10 @@ class Finder:
 
     def _resolve(self, tree: Tree, structure: Any, numbers: dict[int, int]) -> list[FrozenPlace]:
         schedule = self.schedule
+        if not tree.index.numbers:
+            what, meant = barren(tree.root)
+            if meant:
+                raise Unsupported(f"there is nothing to freeze in {what}", hint=f"pass {meant}")
         until = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.until]
         since = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.since]
         if schedule.selector is None:

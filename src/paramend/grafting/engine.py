@@ -16,6 +16,7 @@ from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table
+from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 
@@ -107,7 +108,11 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     """
     for tree, name in ((target, "your model"), (source, "the source")):
         if len(tree.index.numbers) == len(counts(tree)):
-            raise BadArgument(f"{name} holds no arrays", hint="pm.graft(target, source): the model first")
+            what, meant = barren(tree.root) if isinstance(tree, Tree) else ("", "")
+            raise BadArgument(
+                f"{name} holds no arrays{what and f': it is {what}'}",
+                hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first",
+            )
     plan = GraftPlan(target, source, options)
     if not plan.cases:
         return plan

@@ -143,9 +143,12 @@ def graft_(
     (array([1., 1.]), ['w'])
     """
     if isinstance(module, Editable):
+        swapped = not isinstance(source, Editable)
         raise Unsupported(
             "the files of a checkpoint are not grafted in place",
-            hint="tree, report = pm.graft(target, source); tree.save(out)",
+            hint="pm.graft_(module, checkpoint): the model first"
+            if swapped
+            else "tree, report = pm.graft(target, source); tree.save(out)",
         )
     tree, leaves = Counted(module), engine.leaves_of(source)
     if isinstance(leaves, Editable):

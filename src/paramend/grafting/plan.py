@@ -274,7 +274,7 @@ class GraftPlan:
             outside = number not in self._inside
             did = "outside `only`" if outside else "nothing in the source"
             self.rows["fresh"].append(GraftRow(path, None, spec.shape, None, spec.dtype, None, did))
-            if _abstract(self.target, number):
+            if abstract(self.target, number):
                 self._case("abstract", (path,), f"{spec}, {did}")
             elif not outside:
                 self.missed.add(path)
@@ -338,7 +338,7 @@ class GraftPlan:
             return "copied", None
         place = self._by_leaf["place"].get(number)
         how = "resize" if rule else "overlap" if place else self._by_leaf["mismatch"].get(number)
-        if how == "keep" and _abstract(self.target, number):
+        if how == "keep" and abstract(self.target, number):
             self._case("abstract", both, f"{said}: there is nothing to keep")
             return "differs", None
         if how == "keep":
@@ -356,7 +356,7 @@ class GraftPlan:
                 if order:
                     self.orders[number] = origin, order
                 return "differs", None
-            if meeting.into is not None and meeting.taken < spec.size and _abstract(self.target, number):
+            if meeting.into is not None and meeting.taken < spec.size and abstract(self.target, number):
                 self._case("abstract", both, f"{said}: there is nothing around the {meeting.did}")
                 return "differs", None
         except SpecMismatch as error:
@@ -387,14 +387,14 @@ class GraftPlan:
             return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
         as_it_is = spec == theirs and not isinstance(self.target, Tree) and not isinstance(self.source, Tree)
         for leaves, leaf, said in ((self.target, number, "in your model "), (self.source, origin, "in the source ")):
-            abstract = _abstract(leaves, leaf)
-            if abstract and leaves is self.target:
+            empty = abstract(leaves, leaf)
+            if empty and leaves is self.target:
                 continue
-            reason = "" if (spec.dtype.startswith("key<") and not abstract) or as_it_is else _refusal(leaves, leaf)
+            reason = "" if (spec.dtype.startswith("key<") and not empty) or as_it_is else _refusal(leaves, leaf)
             if reason:
                 return said + reason
         if self.options.in_place:
-            if _abstract(self.target, number) and number not in self.target.boxes:
+            if abstract(self.target, number) and number not in self.target.boxes:
                 return "it has no values to change in place"
             try:
                 self.target.in_place(number)
@@ -469,7 +469,7 @@ def _units(leaves: Leaves) -> list[int]:
     return [number for number in leaves.index.numbers if _unit(leaves, number) == number]
 
 
-def _abstract(leaves: Leaves, number: int) -> bool:
+def abstract(leaves: Leaves, number: int) -> bool:
     """Whether a leaf is a shape and a dtype without values. Leaves of a checkpoint have values."""
     if not isinstance(leaves, Tree):
         return False

@@ -9,11 +9,12 @@ from paramend.errors import ParamendError
 from paramend.grafting import alignment, layouts
 from paramend.grafting.numbers import counts
 from paramend.grafting.options import quoted
-from paramend.grafting.plan import KINDS, Case, GraftPlan
+from paramend.grafting.plan import KINDS, Case, GraftPlan, abstract
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.paths import write_path
 from paramend.reports import wording
 from paramend.selectors.patterns import parse
+from paramend.trees.tree import Tree
 
 
 def out_of(plan: GraftPlan) -> tuple[GraftPlan, list[dict[str, Any]], str]:
@@ -50,6 +51,8 @@ def _outcome(way: GraftPlan, plan: GraftPlan) -> str:
 
 def _advice(plan: GraftPlan) -> str:
     kinds = {case.kind for case in plan.cases}
+    if isinstance(plan.source, Tree) and all(abstract(plan.source, n) for n in plan.source.index.numbers):
+        return "pm.graft(target, source): first the model that starts warm, then the one that it starts from"
     return next((text for kind, text in ADVICE.items() if kind in kinds), ADVICE["nothing"])
 
 

@@ -12,6 +12,7 @@ from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
 from paramend.leaves.specs import AnyTree
 from paramend.reports.wording import described
+from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
@@ -102,12 +103,21 @@ def graft_opt_state(
     if mismatch != "error":
         raise BadArgument("the report of a graft says what becomes of each shape", hint="mismatch= goes to pm.graft")
     unused = unused or "error"
+    _refuse_barren(state, old_state)
     tree = Counted(state)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
     done = graft_state(tree, engine.leaves_of(old_state), report, unused)
     engine.refuse_abstract(tree, done.values, done.report)
     return tree.with_leaves(done.values), done.report
+
+
+def _refuse_barren(*states: Any) -> None:
+    """Raise for what users pass in place of an optimizer's state."""
+    for state in states:
+        what, meant = barren(state)
+        if what:
+            raise Unsupported(f"graft_opt_state takes states, and this is {what}", hint=f"pass {meant}")
 
 
 def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tuple[Any, GraftReport]:
@@ -121,6 +131,7 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
     from paramend.grafting.states import carry_optax  # imports jax
     from paramend.grafting.states.moments import Survey
 
+    _refuse_barren(state, old_state)
     tree = Tree(state)
     if hasattr(tree.root, "opt_state"):
         raise Unsupported(
