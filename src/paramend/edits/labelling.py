@@ -45,7 +45,8 @@ class Labels:
 
 def _part(labels: Any, params: Any) -> Any:
     if isinstance(labels, Mapping) and isinstance(params, Mapping):
-        return type(params)({key: _entry(labels[key], params[key]) for key in params})
+        kind: Any = type(params)
+        return kind({key: _entry(labels[key], params[key]) for key in params})
     return labels
 
 

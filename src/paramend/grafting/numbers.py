@@ -147,18 +147,21 @@ class _FromFile(WithGuests):
 
     def __init__(self, checkpoint: Any, names: Mapping[int, tuple[str, ...]], numbers: Counted) -> None:
         super().__init__(checkpoint, names, numbers)
+        self._checkpoint, self._numbers = checkpoint, numbers
         self.counts = frozenset(map(self.guest, names))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.target, name)
+        if name == "target":
+            raise AttributeError(name)
+        return getattr(self.target, name)  # what else a checkpoint has
 
     def fetch(self, number: int) -> Any:
         """A copy of a leaf."""
-        return self.read(number) if number in self.counts else self.target.fetch(number)
+        return self.read(number) if number in self.counts else self._checkpoint.fetch(number)
 
     def raw(self, number: int) -> Any:
         """The leaf itself."""
-        return self.source.raw(number - self.first) if number in self.counts else self.target.read(number)
+        return self._numbers.raw(number - self.first) if number in self.counts else self.target.read(number)
 
 
 def counts(leaves: Leaves) -> frozenset[int]:
@@ -169,7 +172,7 @@ def counts(leaves: Leaves) -> frozenset[int]:
 
 def beside_state(leaves: Leaves, number: int) -> bool:
     """Whether a Python number stands beside the state of an optimizer."""
-    return number in getattr(leaves, "beside", ())
+    return bool(number in getattr(leaves, "beside", ()))
 
 
 def is_state(kind: type) -> bool:

@@ -114,7 +114,7 @@ def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if not near and name == "dtype":  # float32, "bfloat16", jnp.float16 ...
         hint = 'dtype="target" casts to that of your model; pm.at(model, "**").cast("bfloat16") changes it first'
     else:
-        default = next(field.default for field in fields(Options) if field.name == name)
+        default: Any = next(field.default for field in fields(Options) if field.name == name)
         hint = f"{name}={quoted((near or known)[0])}" + (_beside(default, meant) if meant else "")
     raise BadArgument(
         f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}", hint=hint

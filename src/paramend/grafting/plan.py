@@ -239,7 +239,7 @@ class GraftPlan:
             return False
         place = here[0]
         if place not in counts(self.target):
-            return self.target.spec(place).shape == ()
+            return bool(self.target.spec(place).shape == ())
         known = self.target.index.pieces(place)[-1] in COUNTERS
         return known or beside_state(self.target, place) or beside_state(self.source, guest)
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from paramend.errors import Unsupported
+from paramend.freezing.places import dtype_of
 from paramend.grafting.numbers import Counted
 from paramend.grafting.report import GraftReport, GraftRow
-from paramend.grafting.states.carry_optax import carried, dtype_of, refuse_left
+from paramend.grafting.states.carry_optax import carried, refuse_left
 from paramend.grafting.states.moments import Survey
 from paramend.leaves.leaves import Editable
 from paramend.reports.wording import described
