@@ -16,6 +16,7 @@ from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree
 from paramend.selectors.selector import SelectorLike
+from paramend.trees.lookup import find_kind
 
 if TYPE_CHECKING:
     from paramend.grafting.states.graft_optax import Grafted
@@ -143,7 +144,8 @@ def graft_(
     (array([1., 1.]), ['w'])
     """
     if isinstance(module, Editable):
-        swapped = not isinstance(source, Editable)
+        kind = find_kind(source)
+        swapped = kind is not None and kind.replace is not None  # a module, which does change in place
         raise Unsupported(
             "the files of a checkpoint are not grafted in place",
             hint="pm.graft_(module, checkpoint): the model first"
