@@ -93,6 +93,12 @@ def test_a_head_of_another_size_whose_weight_is_transposed():
     assert np.array_equal(tree["fc"]["kernel"], a(3, 3).T) and not tree["head"]["kernel"].any()
 
 
+def test_kernels_with_an_axis_of_heads():
+    error = refused({"q": {"kernel": zeros(4, 2, 2)}}, {"q": {"weight": a(4, 4)}}, rename=FIRST)
+    assert "transposed, and with another number of axes" in str(error)
+    assert error.hint.startswith("pm.at(source, path).one() is the array")
+
+
 def test_prefixes_and_many_layers_and_in_place():
     source = {f"model.layers.{n}.{name}": value for n in range(6) for name, value in _layer(n).items()}
     source["model.emb.weight"] = a(5, 3)
@@ -116,6 +122,11 @@ def test_what_is_stored_alike_is_copied():
     source = {"a": {"weight": a(3, 3)}, "b": {"weight": a(3, 5)}}
     tree, _ = pm.graft(target, source, rename=FIRST)
     assert np.array_equal(tree["a"]["kernel"], a(3, 3)) and np.array_equal(tree["b"]["kernel"], a(3, 5))
+    # unless another pair proves the contrary: GPT-2 has layers of both kinds
+    target["c"], source["c"] = {"kernel": zeros(3, 4)}, {"weight": a(4, 3)}
+    error = refused(target, source, rename=FIRST)
+    tree = by_the_hint(error, target, source)
+    assert np.array_equal(tree["a"]["kernel"], a(3, 3).T) and np.array_equal(tree["b"]["kernel"], a(3, 5))
     # the other names that layers have in torch and Flax
     target = {"e": {"embedding": zeros(4, 4)}, "n": {"scale": zeros(4)}, "k": {"kernel": zeros(4, 4)}}
     source = {"e.weight": a(4, 4), "n.weight": a(4), "k.kernel": torch.from_numpy(a(4, 4))}

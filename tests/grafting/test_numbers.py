@@ -109,14 +109,17 @@ def test_a_number_whose_name_changes_or_that_is_not_selected():
     assert tree["step"] == 0 and [row.did for row in report.unused] == ["outside `only`"]
 
 
-def test_a_number_has_no_place_for_an_array_and_does_not_change_in_place():
+def test_a_number_has_no_place_for_an_array_and_changes_in_place_where_its_container_does():
     with pytest.raises(GraftRefused, match=r"a shape differs:\n  step  your model int32\[\], the source int64\[2\]"):
         pm.graft({"w": np.zeros(2), "step": 0}, {"w": np.ones(2), "step": np.array([1, 2])})
-    target = {"w": np.zeros(2), "step": 0}
-    with pytest.raises(GraftRefused, match="a Python int never does") as caught:
-        pm.graft_(target, {"w": np.ones(2), "step": 3})
-    assert target["w"].tolist() == [0, 0]
+    target = (np.zeros(2), {"step": 0, "epochs": [{"epoch": 1}]}, 0)
+    with pytest.raises(GraftRefused, match="a Python int never does, nor what holds it") as caught:
+        pm.graft_({"run": target}, {"run": {"0": np.ones(2), "1": {"step": 3}, "2": np.array(4)}})
+    assert target[0].tolist() == [0, 0]
     assert "pm.graft(target, source) gives a new tree" in caught.value.hint
+    report = pm.graft_(target, {"0": np.ones(2), "1": {"step": 3, "epochs": [{"epoch": np.array(5)}]}})
+    assert (target[0].tolist(), target[1]) == ([1, 1], {"step": 3, "epochs": [{"epoch": 5}]})
+    assert [row.path for row in report.copied] == ["0", "1/step", "1/epochs/0/epoch"]
 
 
 def test_a_traced_step():

@@ -133,11 +133,14 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     raise GraftRefused("\n\n".join(blocks), report=report, ways=found, hint=hint)
 
 
-def put_in(tree: Tree, new: dict[int, Any]) -> None:
+def put_in(tree: Counted, new: dict[int, Any]) -> None:
     """Assign values to the leaves of a tree in place, after checking that all of them can change."""
     for number in new:
         tree.in_place(number)
-    assign(tree, dict(new))
+    numbers = {number: new.pop(number) for number in tree.counts & new.keys()}
+    assign(Tree(tree.root) if tree.counts else tree, new)
+    for number, value in numbers.items():
+        tree.assign(number, value)
 
 
 def leaves_of(tree: Any) -> Editable | Counted:

@@ -160,7 +160,7 @@ def graft_(
         engine.put_in(tree, done.values)
         return done.report
     plan = engine.planned(tree, leaves, options)
-    engine.assign(tree, engine.values(plan))
+    engine.put_in(tree, engine.values(plan))
     report: GraftReport = plan.report()
     report.ends = Ends(module, source)
     return report

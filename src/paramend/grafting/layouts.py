@@ -14,7 +14,7 @@ from paramend.trees.tree import Tree
 
 Shape = tuple[int, ...]
 
-_FIRST = re.compile(r"(.*_)?weight").fullmatch
+_FIRST = re.compile(r"(.*_)?weight(_(ih|hh)_l\d+(_reverse)?|_orig)?").fullmatch
 _LAST = re.compile(r"(.*_)?kernel|w").fullmatch
 _SPACE = ("", "length, ", "height, width, ", "depth, height, width, ")
 
@@ -81,12 +81,14 @@ def axes(ours: Sequence[str], ndim: int) -> tuple[int, ...]:
     return axes_to_last(ndim) if outputs_last(ours) else axes_to_first(ndim)
 
 
-def said(ours: Sequence[str], ndim: int) -> str:
+def said(name: Sequence[str], ours: Spec, theirs: Spec) -> str:
     """What the axes of a pair of leaves with crossed names are."""
-    space = _SPACE[min(max(ndim - 2, 0), 3)]
+    if ours.ndim != theirs.ndim:
+        return "transposed, and with another number of axes"
+    space = _SPACE[min(ours.ndim - 2, 3)]
     first = f"weight (out, in{', ' + space[:-2] if space else ''})"
-    last = f"{ours[-1] if outputs_last(ours) else 'kernel'} ({space}in, out)"
-    return f"transposed, a {first} for a {last}" if outputs_last(ours) else f"transposed, a {last} for a {first}"
+    last = f"{name[-1] if outputs_last(name) else 'kernel'} ({space}in, out)"
+    return f"transposed, a {first} for a {last}" if outputs_last(name) else f"transposed, a {last} for a {first}"
 
 
 def code(order: tuple[int, ...], source: Leaves, number: int) -> str:

@@ -37,6 +37,7 @@ class Counted(Tree):
     def __init__(self, root: Any) -> None:
         super().__init__(root)
         self._named = super().index
+        self._holders: dict[int, tuple[Any, Any]] = {}
         self.counts: frozenset[int] = frozenset()
         self.beside: frozenset[int] = frozenset()
         if any(type(value) in _NUMBERS for value in self.values):
@@ -44,6 +45,7 @@ class Counted(Tree):
             with uncollected():
                 namer.name(root, None if self._treedef is None else self._treedef.unflatten(range(len(self.values))))
             self._named, self.counts, self.beside = namer.index, frozenset(namer.found), frozenset(namer.beside)
+            self._holders = namer.found
 
     @property
     def index(self) -> Index:
@@ -67,16 +69,20 @@ class Counted(Tree):
         """Raise for leaves that can only be replaced."""
         if number not in self.counts:
             super().in_place(number)
-        elif number not in self.boxes:
+        elif number not in self.boxes and not isinstance(self._holders[number][0], dict | list):
             kind = type(self.values[number]).__name__
             raise Unsupported(
-                f"{self.index.path(number)} cannot change in place: a Python {kind} never does",
+                f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it",
                 hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)",
             )
 
     def assign(self, number: int, value: Any) -> None:
-        """Put a value into a leaf in place."""
-        super().assign(number, _number(value) if number in self.counts else value)
+        """Put a value into a leaf in place; a number into the dict or list that holds it."""
+        if number not in self.counts or number in self.boxes:
+            super().assign(number, _number(value) if number in self.counts else value)
+        else:
+            holder, key = self._holders[number]
+            holder[key] = _number(value)
 
     def with_leaves(self, changes: Mapping[int, Any]) -> Any:
         """A new tree in which these leaves are replaced; numbers are numbers again."""
@@ -92,6 +98,7 @@ class Counted(Tree):
 class _Level:
     """A container on the way: the numbers in it, and whether the state of an optimizer is below it."""
 
+    node: Any
     numbers: list[int] = field(default_factory=list)
     holds_state: bool = False
 
@@ -100,23 +107,23 @@ class _Namer(Namer):
     """Names numbers too, except those within modules, which are settings.
 
     Attributes:
-        found: the leaf numbers of the numbers.
+        found: the leaf numbers of the numbers, with the container that holds each, and its key there.
         beside: those of numbers in containers that also hold the state of an optimizer.
     """
 
     def __init__(self, index: Index) -> None:
         super().__init__(index)
-        self.found: list[int] = []
+        self.found: dict[int, tuple[Any, Any]] = {}
         self.beside: list[int] = []
         self._modules = 0
-        self._levels = [_Level()]
+        self._levels = [_Level(None)]
 
     def enter(self, node: Any, *rest: Any, **more: Any) -> Any:
         """The names of the node."""
         kind = find_kind(node)
         inside = kind is not None and kind.replace is not None
         self._modules += inside
-        self._levels.append(_Level())
+        self._levels.append(_Level(node))
         try:
             return super().enter(node, *rest, **more)
         finally:
@@ -132,7 +139,7 @@ class _Namer(Namer):
         number = super().leaf(node, twin, container, key)
         if number is None and type(node) in _NUMBERS and not self._modules:
             number = self.numbers[-1]
-            self.found.append(number)
+            self.found[number] = self._levels[-1].node, key
             self._levels[-1].numbers.append(number)
             self.index.numbers.append(number)
         return number

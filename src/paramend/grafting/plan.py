@@ -244,17 +244,18 @@ class GraftPlan:
         return known or beside_state(self.target, place) or beside_state(self.source, guest)
 
     def _other_layouts(self) -> set[int]:
-        """The leaves of the target for which a weight arrives at a kernel or the reverse, by their names; none, if one
-        of these pairs proves that they are stored alike."""
-        found = set()
+        """The leaves of the target for which a weight arrives at a kernel or the reverse, by their names; none, if the
+        shapes of some of these pairs prove that they are stored alike, and those of none the contrary."""
+        found, alike, across = set(), False, False
         for number, (guest, *_) in self._arrivals.items():
             ours, theirs = self.target.spec(number), self.source.spec(guest)
             names = self.target.index.pieces(number), self.source.index.pieces(guest)
             if max(ours.ndim, theirs.ndim) > 1 and layouts.crossed(*names):
-                if layouts.proves(ours, theirs):
-                    return set()
-                found.add(number)
-        return found
+                alike = alike or layouts.proves(ours, theirs)
+                across = across or bool(layouts.transposing(ours, theirs))
+                if not layouts.proves(ours, theirs):
+                    found.add(number)
+        return set() if alike and not across else found
 
     def _source_paths(self, numbers: Iterable[int]) -> tuple[str, ...]:
         return tuple(self.source.index.path(number) for number in numbers)
@@ -329,7 +330,7 @@ class GraftPlan:
         said = f"your model {spec}, the source {theirs}"
         keeps = spec.shape != theirs.shape and self._by_leaf["mismatch"].get(number) == "keep"
         if number in self._crossed and not keeps:
-            why = layouts.said(self.target.index.pieces(number), max(spec.ndim, theirs.ndim))
+            why = layouts.said(self.target.index.pieces(number), spec, theirs)
             self._case("layout", both, f"{said}: {why}")
             if spec.ndim == theirs.ndim:
                 self.orders[number] = origin, layouts.axes(self.target.index.pieces(number), spec.ndim)
