@@ -27,8 +27,11 @@ def freeze_(
         return chosen.report("frozen", index)
     if optimizer is not None:
         _forget(optimizer, chosen.parameters(), keep_state)
+    holders = torch_buffers.holders(module)
     for layer, name, parameter in chosen.places():
         vars(layer).setdefault("_trained_before", {}).setdefault(name, parameter.requires_grad)
+        if not vars(layer)["_trained_before"][name] and not hasattr(parameter, "_local_tensor"):
+            torch_buffers.watch(holders, layer, name)
     for parameter in chosen.parameters().values():
         parameter.requires_grad_(False)
         parameter.grad = None  # a gradient left from an earlier step would be applied in the next
@@ -45,11 +48,14 @@ def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> F
         release(chosen.parameters(), index, optimizer)
     if index is not None:
         return chosen.report("thawed", index)
+    holders = torch_buffers.holders(module)
     for layer, name, parameter in chosen.places():
         before = vars(layer).get("_trained_before", {})
         # A parameter that `freeze_` never saw is thawed too, whoever froze it. Integers cannot have a gradient.
         if before.pop(name, parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_()
+        else:
+            torch_buffers.unwatch(holders, layer, name)
         if not before:
             vars(layer).pop("_trained_before", None)
     for layer, names in chosen.buffers():

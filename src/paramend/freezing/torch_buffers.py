@@ -6,12 +6,14 @@ module and not to its state dict: copies and pickles of it stay frozen.
 - Running statistics and the vectors of spectral norm stay in eval mode, and `model.train()` ends that in all layers. So
   the layer that owns them is in eval mode while it runs, and then no more.
 - What moves other buffers, such as a codebook that is a moving average, is unknown. So while the layer runs, or a
-  module above it, copies stand in their place.
+  module above it, copies stand in their place. So they do for parameters that no gradient trained, as codebooks may be.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -35,9 +37,40 @@ def hold(root: nn.Module, layer: nn.Module, names: list[str]) -> None:
             layer.register_forward_hook(_leave, always_call=True),
         )
     safe = {*vectors, *(statistics if isinstance(layer, _NormBase) else ())}  # other layers may not heed the mode
-    for name in [name for name in names if name not in safe]:
-        for module, path in _above(root, layer):
+    lent = [name for name in names if name not in safe]
+    for module, path in _above(root, layer) if lent else ():
+        for name in lent:
             _lend(module, f"{path}.{name}" if path else name)
+
+
+Holders = Mapping[int, list[tuple[nn.Module, str]]]
+
+
+def holders(root: nn.Module) -> Holders:
+    """id of a module → itself and the modules that hold it, each with its path there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {id(module): [(module, "")] for module in root.modules()}
+    for module in root.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                found[id(child)].append((module, name))
+    return found
+
+
+def watch(holders: Holders, layer: nn.Module, name: str) -> None:
+    """Keep a parameter as it is that no gradient moved before, so that the forward pass may.
+
+    Copies stand in for it while its layer runs, or a module that holds the layer. If it does not move the first time in
+    train mode, they do so no more.
+    """
+    for module, path in holders[id(layer)]:
+        _lend(module, f"{path}.{name}" if path else name, looks=True)
+
+
+def unwatch(holders: Holders, layer: nn.Module, name: str) -> None:
+    """Let the layer change this parameter again."""
+    for module, path in holders[id(layer)]:
+        if "_lends" in vars(module):
+            _keep(module, [f"{path}.{name}" if path else name])
 
 
 def release(root: nn.Module, layer: nn.Module, names: list[str]) -> None:
@@ -45,7 +78,7 @@ def release(root: nn.Module, layer: nn.Module, names: list[str]) -> None:
     if statistics_of(layer, names) or set(names) & _vectors(layer):
         for handle in vars(layer).pop("_holds_statistics", ()):
             handle.remove()
-    if "_lends_buffers" in vars(layer):
+    if "_lends" in vars(layer):
         for module, path in _above(root, layer):
             _keep(module, [f"{path}.{name}" if path else name for name in names])
 
@@ -89,8 +122,29 @@ def _leave(layer: nn.Module, args: Any, output: Any) -> None:
 # ---- copies while a layer runs -------------------------------------------------------------------------------------
 
 
-def _lend(module: nn.Module, path: str) -> None:
-    vars(module).setdefault("_lends_buffers", {})[path] = None
+@dataclass(slots=True)
+class _Loan:
+    """A tensor that a copy stands in for."""
+
+    owner: nn.Module
+    name: str
+    path: str
+    tensor: torch.Tensor
+    copy: torch.Tensor
+
+    @property
+    def moved(self) -> bool:
+        """Whether the forward pass changed the copy, or put something in its place."""
+        return _table(self.owner, self.name).get(self.name) is not self.copy or not torch.equal(self.copy, self.tensor)
+
+
+def _table(owner: nn.Module, name: str) -> dict[str, Any]:
+    table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+    return table
+
+
+def _lend(module: nn.Module, path: str, *, looks: bool = False) -> None:
+    vars(module).setdefault("_lends", {}).setdefault(path, looks)
     if "_lending" not in vars(module):
         vars(module)["_lending"] = (
             module.register_forward_pre_hook(_give_copies, prepend=True),
@@ -99,33 +153,59 @@ def _lend(module: nn.Module, path: str) -> None:
 
 
 def _keep(module: nn.Module, paths: Iterable[str]) -> None:
-    lent = vars(module).get("_lends_buffers", {})
+    lent = vars(module).get("_lends", {})
     for path in paths:
         lent.pop(path, None)
     if not lent:
-        vars(module).pop("_lends_buffers", None)
+        vars(module).pop("_lends", None)
         for handle in vars(module).pop("_lending", ()):
             handle.remove()
 
 
 def _give_copies(module: nn.Module, args: Any) -> None:
-    kept = []
-    for path in vars(module)["_lends_buffers"]:
+    loans: list[_Loan] = []
+    for path in vars(module)["_lends"]:
         above, _, name = path.rpartition(".")
         owner = module.get_submodule(above)
-        buffer = owner._buffers.get(name)
+        table = _table(owner, name)
+        tensor = table.get(name)
         # Its owner may have been thawed alone.
-        if buffer is not None and name in vars(owner).get("_lends_buffers", {}):
-            kept.append((owner, name, buffer))
-            owner._buffers[name] = buffer.clone()
-    vars(module)["_kept_buffers"] = [*vars(module).get("_kept_buffers", ()), kept]  # modules may call themselves
+        if tensor is not None and name in vars(owner).get(
+            "_trained_before" if table is owner._parameters else "_lends", ()
+        ):
+            copy = tensor.detach().clone()
+            table[name] = copy if table is owner._buffers else nn.Parameter(copy, requires_grad=False)
+            loans.append(_Loan(owner, name, path, tensor, table[name]))
+    # Modules may call themselves.
+    vars(module)["_lent"] = [*vars(module).get("_lent", ()), (loans, _frozen_below(module))]
+
+
+def _frozen_below(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """The frozen parameters of a module that changes buffers of its own, which may assign parameters as well."""
+    if not any(name in vars(module)["_lends"] for name in module._buffers):
+        return []
+    layers = ((layer, vars(layer).get("_trained_before", ())) for layer in module.modules())
+    return [
+        (layer, name, layer._parameters[name]) for layer, names in layers for name in names if name in layer._parameters
+    ]
 
 
 def _take_back(module: nn.Module, args: Any, output: Any) -> None:
-    *outer, kept = vars(module).get("_kept_buffers", ()) or ([],)
-    for owner, name, buffer in kept:
-        owner._buffers[name] = buffer
+    *outer, (loans, parameters) = vars(module).get("_lent", ()) or (([], []),)
+    still = []
+    for loan in loans:
+        if vars(module)["_lends"].get(loan.path) and module.training:
+            if loan.moved:
+                vars(module)["_lends"][loan.path] = False
+            else:
+                still.append(loan.path)
+    for loan in loans:
+        _table(loan.owner, loan.name)[loan.name] = loan.tensor
+    for layer, name, parameter in parameters:
+        layer._parameters[name] = parameter
     if outer:
-        vars(module)["_kept_buffers"] = outer
+        vars(module)["_lent"] = outer
     else:
-        vars(module).pop("_kept_buffers", None)
+        vars(module).pop("_lent", None)
+    if still:
+        _keep(module, still)
