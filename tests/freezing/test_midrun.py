@@ -10,6 +10,7 @@ from torch import nn
 
 from paramend.errors import BadArgument, GraftRefused, OutOfRange, SpecMismatch, Unsupported
 from paramend.freezing.freeze import freeze_, unfreeze_
+from paramend.grafting.graft import graft_
 from paramend.grafting.states.verbs import carry_optimizer_, graft_optimizer_
 from paramend.selectors.selector import sel
 
@@ -256,6 +257,103 @@ def test_resumed_from_a_file(how):
         new = carried(made("AdamW", resumed[2].parameters()), saved)
     same(new.state[resumed[2].weight], old.state[model[2].weight])
     train(resumed, new)
+
+
+class Swapped(nn.Module):
+    """Two layers of one shape, registered in either order."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(2, 2, bias=False))
+
+
+def swapped(*names, named=False):
+    """A module, and its optimizer after a step in which each layer had a gradient of its own."""
+    module = Swapped(*names)
+    optimizer = torch.optim.AdamW(module.named_parameters() if named else module.parameters())
+    for name, layer in module.named_children():
+        layer.weight.grad = torch.full((2, 2), {"a": 1.0, "b": 3.0}[name])
+    optimizer.step()
+    return module, optimizer
+
+
+def by_name(state_dict, names):
+    """The state dict with names for numbers, as torch.distributed writes it."""
+    groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state_dict["param_groups"]]
+    return {"state": {names[n]: state for n, state in state_dict["state"].items()}, "param_groups": groups}
+
+
+@pytest.mark.parametrize("case", ["old", "new", "groups", "sizes of groups", "twice"])
+def test_moments_are_not_matched_by_an_order_that_may_be_another(case):
+    _, old = swapped("a", "b", named=case == "old")
+    new = Swapped("b", "a")
+    if case in ("groups", "sizes of groups"):
+        groups = [{"params": [new.a.weight, new.b.weight]}, {"params": []}]
+        groups = [{"params": [p]} for p in new.parameters()] if case == "groups" else groups
+    else:
+        groups = new.named_parameters() if case in ("new", "twice") else new.parameters()
+    optimizer = torch.optim.AdamW(groups)
+    names = ["a.weight", "a.weight"] if case == "twice" else None
+    for source in (old, old.state_dict()):
+        with pytest.raises(BadArgument, match="1 name for the 2" if names else "which is which"):
+            graft_optimizer_(optimizer, source, names=names)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("case", ["named", "names", "modules", "distributed"])
+def test_moments_follow_names_whatever_the_order(case):
+    module, old = swapped("a", "b", named=case == "named")
+    new = Swapped("b", "a")
+    optimizer = torch.optim.AdamW(new.parameters() if case == "modules" else new.named_parameters())
+    names = [name for name, _ in module.named_parameters()]
+    if case == "modules":
+        graft_optimizer_(optimizer, old, target=new, source=module)
+    elif case == "distributed":
+        graft_optimizer_(optimizer, by_name(old.state_dict(), names))
+    else:
+        graft_optimizer_(optimizer, old.state_dict(), names=names if case == "names" else None)
+    for name in ("a", "b"):
+        same(optimizer.state[new.get_submodule(name).weight], old.state[module.get_submodule(name).weight])
+
+
+def test_without_any_names_the_order_counts_as_in_torch_and_the_report_says_so():
+    _, old = swapped("a", "b")
+    new, other = (torch.optim.AdamW(Swapped("a", "b").parameters()) for _ in range(2))
+    report = graft_optimizer_(new, old.state_dict())
+    other.load_state_dict(old.state_dict())
+    for one, twin in zip(new.state.values(), other.state.values(), strict=True):
+        same(one, twin)
+    assert {row.did for row in report.copied} == {"copied by order"}
+
+
+@pytest.mark.parametrize("how", ["by name", "after a graft"])
+def test_a_step_that_was_saved_as_a_number_goes_on(how):
+    module, old = swapped("a", "b", named=True)
+    saved = old.state_dict()
+    saved["state"] = {n: {**state, "step": int(state["step"])} for n, state in saved["state"].items()}
+    new = Swapped("a", "b")
+    optimizer, other = (torch.optim.AdamW(new.named_parameters()) for _ in range(2))
+    report = graft_(new, module) if how == "after a graft" else None
+    said = graft_optimizer_(optimizer, saved, report)
+    other.load_state_dict(saved)
+    same(optimizer.state[new.a.weight], other.state[new.a.weight])
+    assert "a.weight.step" in [row.path for row in said.copied]
+
+
+def test_moments_of_another_kind_of_optimizer_are_refused():
+    _, old = swapped("a", "b")
+    optimizer = torch.optim.SGD(Swapped("a", "b").parameters(), momentum=0.9)
+    for source in (old, old.state_dict()):
+        with pytest.raises(GraftRefused, match="moments differ"):
+            graft_optimizer_(optimizer, source)
+    scheduled = torch.optim.AdamW(Swapped("a", "b").parameters())
+    torch.optim.lr_scheduler.OneCycleLR(scheduled, 0.1, total_steps=3)
+    for parameter in scheduled.param_groups[0]["params"]:
+        parameter.grad = torch.ones(2, 2)
+    scheduled.step()
+    report = graft_optimizer_(torch.optim.AdamW(Swapped("a", "b").parameters()), scheduled.state_dict())
+    assert len(report.copied) == 6
 
 
 def test_groups():

@@ -166,10 +166,9 @@ def test_nnx_module_state_and_torch():
     graft_(model, small)
     assert model.layers[0].kernel is optimizer_sees
     assert model.layers[1].kernel[...] is small.layers[1].kernel[...]
-    # torch keeps (out, in): square kernels have the same shape, and are copied as they are
-    weights = torch_net(4, 4, 4).state_dict()
-    tree, _ = graft(model, weights, rename={"<n>.weight": "layers/<n>/kernel", "<n>.bias": "layers/<n>/bias"})
-    assert np.array_equal(tree.layers[0].kernel[...], weights["0.weight"].numpy())
+    kernels = {f"{n}.kernel": weight.T for n, weight in enumerate(torch_net(4, 4, 4).state_dict().values()) if n < 1}
+    tree, _ = graft(model, kernels, rename={"<n>.kernel": "layers/<n>/kernel"})
+    assert np.array_equal(tree.layers[0].kernel[...], kernels["0.kernel"].numpy())
     assert isinstance(tree.layers[0].kernel, nnx.Param)
 
 
@@ -432,8 +431,8 @@ RENAMES = [
         {"h/**": "layers/**"},
     ),
     (
-        {"emb": {"weight": a(9, 2)}, "layers": [{"kernel": a(2, 2), "bias": a(2)} for _ in range(3)]},
-        {"emb": {"weight": a(9, 2)}, "layers": [{"weight": a(2, 2), "bias": a(2)} for _ in range(3)]},
+        {"emb": {"weight": a(9, 2)}, "layers": [{"kernel": a(2, 3), "bias": a(2)} for _ in range(3)]},
+        {"emb": {"weight": a(9, 2)}, "layers": [{"weight": a(2, 3), "bias": a(2)} for _ in range(3)]},
         {"layers/<n>/weight": "layers/<n>/kernel"},
     ),
     (

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from paramend.edits.call import Args, Call, Op, sliced_shape
+from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable, explain
 from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, resolve, sel, slice_of, write_index
+from paramend.trees.lookup import is_torch_module
 
 T = TypeVar("T")
 
@@ -114,7 +116,8 @@ class Selection(Edits[T]):
     def mask(self) -> AnyTree:
         """A tree of bools with the same containers, true at the selected leaves: for optax.masked, eqx.partition ...
 
-        For a torch module or a checkpoint, a dict from paths to bools.
+        For a torch module or a checkpoint, a dict from paths to bools. For an NNX module a State; NNX Variables are
+        left out, so that a mask fits what `nnx.Optimizer` gives to optax.
 
         >>> at({"a": {"kernel": np.ones(2), "bias": np.ones(2)}}, "**/bias").mask()
         {'a': {'kernel': False, 'bias': True}}
@@ -232,6 +235,9 @@ def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selectio
 def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
     """A tree of strings with the same containers, for optax.partition: the first group that matches each leaf.
 
+    NNX Variables are left out, and of an NNX module it is a State, so it fits what `nnx.Optimizer` gives to optax. The
+    labels of a module that can be called are a function of the parameters too, since optax would call the module.
+
     Args:
         tree: any tree.
         groups: label → selector. Each selector must match something, even if earlier ones take all of it.
@@ -256,7 +262,8 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
             near=left[:3],
         )
     # Leaves that are not arrays (functions of Equinox modules) need some label, or the structures would differ.
-    return leaves.labelled(found, rest=list(groups)[-1])
+    made = leaves.labelled(found, rest=list(groups)[-1])
+    return Labels(made) if callable(tree) and not is_torch_module(tree) else made
 
 
 def param_count(tree: AnyTree, selector: SelectorLike = "**") -> int:

@@ -85,8 +85,9 @@ def freeze(
         BadArgument: `how` is not one of the three; `until` or `since` have no steps, or from `init`, they select leaves
             that the selector does not, or, with "exclude", make more than 64 phases.
         OutOfRange: from `init`, a slice does not fit a leaf.
-        Unsupported: `tx` is not an optax transformation; or from `update`, with "exclude" and a schedule, the state
-            of `tx` cannot be split by leaf (`optax.flatten`).
+        Unsupported: `tx` is not an optax transformation; or from `init`, all that is selected are statistics and the
+            like, which the model moves itself in its forward pass, whatever the optimizer; or from `update`, with
+            "exclude" and a schedule, the state of `tx` cannot be split by leaf (`optax.flatten`).
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Dense_1": {"kernel": jnp.ones(2)}}
@@ -124,6 +125,9 @@ def freeze(
 
 def frozen(subject: AnyTree, tx: "optax.GradientTransformation | torch.optim.Optimizer | None" = None) -> FrozenReport:
     """A report of what is frozen and what trains, by subtree, with the bytes of optimizer state.
+
+    Running statistics, counts of random keys and the like, which the forward pass moves and no optimizer, are listed
+    by themselves, selected or not: to hold those, use them as in evaluation (`use_running_average=True`).
 
     Args:
         subject: JAX parameters, or a torch module.
@@ -246,9 +250,13 @@ def freeze_(
     Parameters get `requires_grad=False`, and their `.grad` becomes None, so an optimizer that already holds them skips
     them, whatever its momentum and decay.
 
-    When running statistics of a normalization layer are selected, by `"bn1.**"` or `"**"`, that layer
-    normalizes with them and does not update them, in train mode too, until `unfreeze_`. When only its weight
-    and bias are selected, the statistics are still updated. Other buffers have no gradients and are left alone.
+    Buffers have no gradients: the forward pass moves them, in train mode. Those that are selected stay as they are,
+    until `unfreeze_`; when only weight and bias are selected, the buffers still move.
+
+    - With running statistics, selected by `"bn1.**"` or `"**"`, a normalization layer normalizes in train mode too;
+      and spectral norm divides by the norm that its vectors give.
+    - Of other buffers, such as a codebook that is a moving average, the forward pass of the module, or of one within
+      it, gets copies. What code outside of a forward pass assigns to a buffer stays assigned.
 
     A slice, as in `pm.sel("embed.weight")[:100]`, is frozen in the steps of `optimizer=`: its gradient is zero there,
     and changes of the step to it are undone, bit for bit. The rest of the tensor trains on.
@@ -261,7 +269,7 @@ def freeze_(
         optimizer: the optimizer in use, when freezing during a run: it drops the moments of frozen leaves. L-BFGS,
             which keeps one history of curvature for all parameters, drops all of it; otherwise it would go on moving
             frozen parameters. Needed for slices, which are frozen for this optimizer object and not for copies of it.
-        norm_stats: whether selected running statistics are held.
+        norm_stats: whether selected running statistics are held; if not, they are not in the report.
         keep_state: whether the optimizer keeps the moments for a later thaw.
 
     Raises:
@@ -323,7 +331,9 @@ def _check_torch(module: object, selector: SelectorLike, verb: str) -> None:
     if not is_torch_module(module):
         raise Unsupported(
             f"{verb} takes a torch module, which changes in place; this is {described(module)}",
-            hint=f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
+            hint=f"pm.{verb}(module, selector): the module first"
+            if is_torch_module(selector)
+            else f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
         )
 
 

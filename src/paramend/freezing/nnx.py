@@ -1,6 +1,6 @@
-"""Selectors as filters of NNX."""
+"""What NNX tells by its Variables: filters made of selectors, and what a model moves itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -11,6 +11,7 @@ from paramend.reports.wording import described
 from paramend.selectors.selector import resolve, sel
 from paramend.trees.tree import Tree
 
+_MOVING = (nnx.BatchStat, nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 Filter = Callable[[tuple[Any, ...], Any], bool]
 
 
@@ -31,3 +32,11 @@ def nnx_filter(model: Any, selector: Any) -> Filter:
 
     is_chosen.__qualname__ = is_chosen.__name__ = f"nnx_filter({sel(selector)!r})"
     return is_chosen
+
+
+def moves_itself(boxes: Mapping[int, Any]) -> set[int]:
+    """The numbers of Variables that a model moves itself: where some are parameters, all others."""
+    params = {number for number, box in boxes.items() if isinstance(box, nnx.Param)}
+    if params:
+        return boxes.keys() - params
+    return {number for number, box in boxes.items() if isinstance(box, _MOVING)}

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from paramend.errors import NoMatch
+from paramend.freezing.moving import moved_by_model
 from paramend.freezing.phases import Phases, passed_at
 from paramend.freezing.places import Finder, FrozenPlace, dtype_of, named
 from paramend.freezing.report import FrozenReport, FrozenRow
@@ -59,14 +61,26 @@ def frozen(params: Any, tx: Any) -> FrozenReport:
     finder: Finder = tx.init.finder
     names, _, numbers = named(params)
     places = finder.find_again(params)
+    moving = moved_by_model(names)
     rows = []
     for number in names.index.numbers:
         place = places[numbers[id(names.values[number])]]
         partly = "partly" if place.partial else "scheduled"
         status = "trained" if place.free else "frozen" if place.always else partly
+        status = "moving" if number in moving else status
         rows.append(FrozenRow(names.index.path(number), names.spec(number), status))
-    state = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    state = jax.tree.leaves(_state_of(tx, params, {numbers[id(names.values[number])] for number in moving}))
     return FrozenReport(tuple(rows), sum(leaf.size * leaf.dtype.itemsize for leaf in state))
+
+
+def _state_of(tx: Any, params: Any, moving: set[int]) -> Any:
+    """The specs of the state for the parameters without those that the model moves itself."""
+    leaves, structure = jax.tree.flatten(params)
+    trained = structure.unflatten([None if place in moving else leaf for place, leaf in enumerate(leaves)])
+    try:
+        return jax.eval_shape(tx.init, trained)
+    except NoMatch:  # one of several selectors is for the others alone
+        return jax.eval_shape(tx.init, params)
 
 
 class _Way(NamedTuple):

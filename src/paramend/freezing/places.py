@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paramend.errors import BadArgument, NoMatch, OutOfRange
+from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.freezing.masks import WHOLE, Region, both, is_empty, region_of
+from paramend.freezing.moving import moved_by_model
 from paramend.freezing.schedules import Clause, Schedule, Window
+from paramend.reports import wording
 from paramend.selectors.selector import Held, resolve
+from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 
@@ -69,6 +72,7 @@ class Finder:
         Raises:
             NoMatch: nothing is selected.
             BadArgument: the schedule names leaves that the selector does not.
+            Unsupported: all that is selected moves in the forward pass.
         """
         return self._resolve(*named(params))
 
@@ -91,12 +95,22 @@ class Finder:
 
     def _resolve(self, tree: Tree, structure: Any, numbers: dict[int, int]) -> list[FrozenPlace]:
         schedule = self.schedule
+        if not tree.index.numbers:
+            what, meant = barren(tree.root)
+            if meant:
+                raise Unsupported(f"there is nothing to freeze in {what}", hint=f"pass {meant}")
         until = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.until]
         since = [(clause, self._chosen(clause.selector, tree)) for clause in schedule.since]
         if schedule.selector is None:
             chosen = set().union(*(found for _, found in (*until, *since)))
         else:
             chosen = self._chosen(schedule.selector, tree)
+        if chosen <= moved_by_model(tree):
+            some = wording.listing([tree.index.path(number) for number in sorted(chosen)], 4)
+            raise Unsupported(
+                f"nothing selected is trained by an optimizer: the model itself moves {some} in its forward pass",
+                hint="BatchNorm(use_running_average=True) leaves its statistics as they are",
+            )
         for clause, found in (*until, *since):
             if clause.selector is not None and found - chosen:
                 stray = tree.index.path(min(found - chosen))

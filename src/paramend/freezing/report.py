@@ -8,7 +8,13 @@ from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.reports.report import Line, Report, Section
 
-TITLES = {"trained": "trained", "frozen": "frozen", "scheduled": "frozen for a while", "partly": "frozen in part"}
+TITLES = {
+    "trained": "trained",
+    "frozen": "frozen",
+    "scheduled": "frozen for a while",
+    "partly": "frozen in part",
+    "moving": "moved by the model itself",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +24,8 @@ class FrozenRow:
     Attributes:
         path: its path.
         spec: its shape and dtype.
-        status: "trained", "frozen", "thawed", "scheduled" (frozen for a while) or "partly" (slices of it).
+        status: "trained", "frozen", "thawed", "scheduled" (frozen for a while), "partly" (slices of it) or "moving"
+            (in the forward pass, as running statistics do: no optimizer trains it or holds it).
     """
 
     path: str
@@ -76,6 +83,11 @@ class FrozenReport(Report):
     def trained(self) -> list[FrozenRow]:
         """The leaves that are never frozen, not even in part."""
         return self.of("trained")
+
+    @property
+    def moving(self) -> list[FrozenRow]:
+        """The leaves that the forward pass moves: no optimizer trains them or holds them."""
+        return self.of("moving")
 
     def headline(self) -> str:
         def count(rows: Any) -> str:

@@ -1,4 +1,4 @@
-"""Freezing in torch: parameters without gradients, normalization layers that keep their statistics."""
+"""Freezing in torch: parameters without gradients, and buffers that the forward pass leaves as they are."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from paramend.errors import BadArgument
+from paramend.freezing import torch_buffers
 from paramend.freezing.report import FreezeReport, FrozenReport, FrozenRow
 from paramend.freezing.slices import release, withhold
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.selectors.selector import resolve, sel, write_index
 from paramend.trees.tree import Tree
-
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 def freeze_(
@@ -28,15 +27,18 @@ def freeze_(
         return chosen.report("frozen", index)
     if optimizer is not None:
         _forget(optimizer, chosen.parameters(), keep_state)
+    holders = torch_buffers.holders(module)
     for layer, name, parameter in chosen.places():
         vars(layer).setdefault("_trained_before", {}).setdefault(name, parameter.requires_grad)
+        if not vars(layer)["_trained_before"][name] and not hasattr(parameter, "_local_tensor"):
+            torch_buffers.watch(holders, layer, name)
     for parameter in chosen.parameters().values():
         parameter.requires_grad_(False)
         parameter.grad = None  # a gradient left from an earlier step would be applied in the next
-    if norm_stats:
-        for layer in chosen.owners():
-            _hold(layer)
-    return chosen.report("frozen", index)
+    for layer, names in chosen.buffers():
+        left = () if norm_stats else torch_buffers.statistics_of(layer, names)
+        torch_buffers.hold(module, layer, [name for name in names if name not in left])
+    return chosen.report("frozen", index, norm_stats)
 
 
 def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> FreezeReport:
@@ -46,15 +48,18 @@ def unfreeze_(module: nn.Module, selector: Any, index: Any, optimizer: Any) -> F
         release(chosen.parameters(), index, optimizer)
     if index is not None:
         return chosen.report("thawed", index)
+    holders = torch_buffers.holders(module)
     for layer, name, parameter in chosen.places():
         before = vars(layer).get("_trained_before", {})
         # A parameter that `freeze_` never saw is thawed too, whoever froze it. Integers cannot have a gradient.
         if before.pop(name, parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_()
+        else:
+            torch_buffers.unwatch(holders, layer, name)
         if not before:
             vars(layer).pop("_trained_before", None)
-    for layer in chosen.owners():
-        _release(layer)
+    for layer, names in chosen.buffers():
+        torch_buffers.release(module, layer, names)
     return chosen.report("thawed", index)
 
 
@@ -93,9 +98,13 @@ class _Chosen:
         twins = {twin for number in numbers for twin in tree.twins(number)}
         return cls(module, tree, numbers, frozenset(id(tree.values[number]) for number in twins))
 
-    def report(self, did: str, index: Any) -> FreezeReport:
-        """A row for each leaf."""
-        rows = (FrozenRow(self.tree.index.path(number), self.tree.spec(number), did) for number in self.numbers)
+    def report(self, did: str, index: Any, statistics: bool = True) -> FreezeReport:
+        """A row for each leaf; without the running statistics, if these are not held."""
+        left = set()
+        for layer, names in self.buffers() if not statistics else ():
+            left |= {id(layer._buffers[name]) for name in torch_buffers.statistics_of(layer, names)}
+        numbers = (number for number in self.numbers if id(self.tree.values[number]) not in left)
+        rows = (FrozenRow(self.tree.index.path(number), self.tree.spec(number), did) for number in numbers)
         return FreezeReport(did, rows, "" if index is None else write_index(index))
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -109,11 +118,12 @@ class _Chosen:
                 if parameter is not None and id(parameter) in self.ids:
                     yield layer, name, parameter
 
-    def owners(self) -> Iterator[nn.Module]:
-        """The layers whose running statistics are among these tensors."""
+    def buffers(self) -> Iterator[tuple[nn.Module, list[str]]]:
+        """The layers with buffers among these tensors, and the names of these there."""
         for layer in self.module.modules():
-            if any(id(layer._buffers.get(name)) in self.ids for name in _STATISTICS):
-                yield layer
+            names = [name for name, buffer in layer._buffers.items() if buffer is not None and id(buffer) in self.ids]
+            if names:
+                yield layer, names
 
     def refuse_halves(self, selector: Any) -> None:
         """Raise for a parameter with two names if only one is selected: it cannot both be frozen and train on."""
@@ -161,33 +171,3 @@ def _forget(optimizer: Any, parameters: dict[str, torch.Tensor], keep_state: boo
     elif not keep_state:
         for parameter in parameters.values():
             optimizer.state.pop(parameter, None)
-
-
-# ---- statistics that stay ---------------------------------------------------------------------------------
-#
-# A normalization layer updates its statistics while its `training` is true, and `model.train()` makes it true
-# in all layers. So it is made false only while the layer runs. Hooks, and the handles that remove them, belong
-# to the module and not to its state dict: copies and pickles of it stay frozen.
-
-
-def _hold(layer: nn.Module) -> None:
-    if not hasattr(layer, "_holds_statistics"):
-        layer._holds_statistics = (
-            layer.register_forward_pre_hook(_enter),
-            layer.register_forward_hook(_leave, always_call=True),
-        )
-
-
-def _release(layer: nn.Module) -> None:
-    for handle in vars(layer).pop("_holds_statistics", ()):
-        handle.remove()
-
-
-def _enter(layer: nn.Module, args: Any) -> None:
-    layer._trains_outside = layer.training
-    layer.training = False
-
-
-def _leave(layer: nn.Module, args: Any, output: Any) -> None:
-    # Called also when another hook failed before `_enter`.
-    layer.training = vars(layer).pop("_trains_outside", layer.training)

@@ -4,16 +4,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from paramend.arrays.registry import backend
-from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
-from paramend.grafting import alignment, conversions
+from paramend.errors import BadArgument, GraftRefused, Unsupported
+from paramend.grafting import conversions, ways
+from paramend.grafting.numbers import Counted, counts
 from paramend.grafting.options import Options
 from paramend.grafting.plan import KINDS, GraftPlan, Move
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table
-from paramend.selectors.patterns import parse
+from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 
@@ -41,6 +44,9 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
     """The new value of a leaf; what overflows or is lost is entered in the row of the move."""
     leaf = plan.target.read(move.number)
     value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
+    if move.number in counts(plan.target) and not isinstance(conversions.on_host(value), np.ndarray | np.generic):
+        move.row = replace(move.row, taken=1)
+        return value  # traced
     ours, theirs = backend(leaf), backend(value)
     dtype = ours.spec(leaf).dtype
     given = theirs.spec(value).dtype
@@ -61,7 +67,7 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
         value = conversions.converted(value, dtype)
     if meeting is not None and meeting.into is not None and ours.abstract(leaf):
         if meeting.taken < ours.spec(leaf).size:
-            raise Unsupported(f"{move.row.path} has no values around the {meeting.did}", hint=_ADVICE["abstract"])
+            raise Unsupported(f"{move.row.path} has no values around the {meeting.did}", hint=ways.ADVICE["abstract"])
     elif meeting is not None and meeting.into is not None:
         return ours.put(leaf, meeting.into, "set", conversions.on_host(value))
     if backend(value) is not ours:
@@ -88,7 +94,7 @@ def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -
         one, many, _ = KINDS["abstract"]
         lines = [Line((tree.index.path(number),), (str(tree.spec(number)),)) for number in left]
         title = one if len(left) == 1 else many.format(f"{len(left):,}")
-        raise GraftRefused(f"{title}:\n{table(fold(lines))}", report=report, hint=_ADVICE["abstract"])
+        raise GraftRefused(f"{title}:\n{table(fold(lines))}", report=report, hint=ways.ADVICE["abstract"])
 
 
 # ---- refusing --------------------------------------------------------------------------------------------------
@@ -101,11 +107,16 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
         GraftRefused: the source does not fit the target.
     """
     for tree, name in ((target, "your model"), (source, "the source")):
-        if not tree.index.numbers:
-            raise BadArgument(f"{name} holds no arrays", hint="pm.graft(target, source): the model first")
+        if len(tree.index.numbers) == len(counts(tree)):
+            what, meant = barren(tree.root) if isinstance(tree, Tree) else ("", "")
+            raise BadArgument(
+                f"{name} holds no arrays{what and f': it is {what}'}",
+                hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first",
+            )
     plan = GraftPlan(target, source, options)
     if not plan.cases:
         return plan
+    plan, found, hint = ways.out_of(plan)
     report = plan.report()
     blocks = ["the source does not fit your model, and nothing was changed"]
     for kind, (one, many, _) in KINDS.items():
@@ -119,121 +130,19 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
         lines = [Line((row.path,), (f"{row.dtype}[{','.join(map(str, row.shape))}]",)) for row in waiting]
         leaves = wording.plural(len(lines), "leaf", "leaves")
         blocks.append(f"{leaves} of your model would stay fresh:\n{table(fold(lines))}")
-    ways = _ways_out(plan)
-    said = [f"{way.options.call()}{_outcome(way, plan)}" for way in ways] or [_advice(plan)]
-    raise GraftRefused(
-        "\n\n".join(blocks), report=report, ways=[way.options.given() for way in ways], hint="\n      ".join(said)
-    )
+    raise GraftRefused("\n\n".join(blocks), report=report, ways=found, hint=hint)
 
 
-def _ways_out(plan: GraftPlan) -> list[GraftPlan]:
-    """Plans that would work: with a rename that makes more names agree, and with options that allow the rest."""
-    better = _better_rename(plan)
-    tries = [trial for start in (better, plan) if start is not None and (trial := _allowing(start)) is not None]
-    if any(len(case.ways) > 1 for case in plan.cases) and (other := _allowing(plan, 1)):
-        tries.append(other)
-    if not tries and plan.options.in_place:
-        functional = _allowing(GraftPlan(plan.target, plan.source, replace(plan.options, in_place=False)))
-        return [] if functional is None else [functional]
-    return tries
-
-
-def _outcome(way: GraftPlan, plan: GraftPlan) -> str:
-    if way.options.in_place != plan.options.in_place:
-        return " gives a new tree instead"
-    return f"  # copies {wording.plural(len(way.moves), 'leaf', 'leaves')}"
-
-
-def _advice(plan: GraftPlan) -> str:
-    kinds = {case.kind for case in plan.cases}
-    return next((text for kind, text in _ADVICE.items() if kind in kinds), _ADVICE["nothing"])
-
-
-# The hint where no option helps; of several kinds the first here counts.
-_ADVICE = {
-    "only": "`only` selects leaves of your model: pm.at(target, selector).paths lists what a selector finds",
-    "rule": "leave the rule out or correct it: pm.at(source, pattern).paths lists what a pattern finds",
-    "place": "the right side of a rule is resolved in your model: pm.at(target, pattern).paths lists what is there",
-    "collision": 'rename={"name/in/source": None, ...} leaves one of them behind',
-    "tied": 'rename={"name/in/source": None, ...} leaves one of them behind',
-    "abstract": "take the values from the source, or make them first: params = model.init(key, x)",
-    "choice": "correct the selector or leave it out: pm.at(target, selector).paths lists what a selector finds",
-    "resize": 'mismatch={"name/in/your/model": "keep"}, without a rule in `resize`, leaves it as it is',
-    "unfit": 'rename={"name/in/source": None, ...} leaves it behind',
-    "nothing": 'rename={"name/in/source/**": "name/in/your/model/**"} says what goes where',
-}
-
-
-def _allowing(plan: GraftPlan, choice: int = 0) -> GraftPlan | None:
-    """The plan with options that allow its cases, or None if no options do.
-
-    Args:
-        plan: the plan.
-        choice: which of several rules to take for a leaf that could be resized in several ways.
-    """
-    kinds = {case.kind for case in plan.cases} - {"nothing"}
-    changes: dict[str, Any] = {}
-    for kind in kinds - {"resize"}:
-        if not KINDS[kind][2]:
-            return None
-        changes |= KINDS[kind][2][0]
-    tries = [changes | way for way in KINDS["mismatch"][2]] if "mismatch" in kinds else [changes]
-    stuck = [case for case in plan.cases if case.kind == "resize"]
-    if stuck:
-        rules = {case.paths[0]: case.ways[min(choice, len(case.ways) - 1)] for case in stuck if case.ways}
-        left = [case.paths[0] for case in stuck if not case.ways]
-        named = [dict.fromkeys(left, how) for how in ("overlap", "keep")] if 0 < len(left) <= _MOST_NAMED else [{}]
-        tries = [trial | {"resize_of": rules, "mismatch_of": leaves} for trial in tries for leaves in named]
-        tries += [changes | {"mismatch": how} for how in ("overlap", "keep")]
-    for trial in tries:
-        allowed = GraftPlan(plan.target, plan.source, plan.options.changed(**trial)) if trial else plan
-        if not allowed.cases:
-            return allowed
-        if trial.get("mismatch") == "resize" and any(move.meeting and move.meeting.computed for move in allowed.moves):
-            mixed = _allowing(allowed)
-            if mixed is not None:
-                return mixed
-    return None
-
-
-# Up to this many leaves are named in a proposed option.
-_MOST_NAMED = 4
-
-
-def _better_rename(plan: GraftPlan) -> GraftPlan | None:
-    """The plan with the rename under which the most leaves agree, if they are more than without it."""
-    kinds = {case.kind for case in plan.cases}
-    wrong = {"only", "rule", "place", "choice", "collision"}
-    if not kinds & {"unused", "missing", "abstract", "mismatch", "nothing"} or kinds & wrong:
-        return None
-    source, target = plan.source.index, plan.target.index
-    best: GraftPlan | None = None
-    for rules in alignment.propose(_shapes(plan.source), _shapes(plan.target)):
-        written = {parse(a).write(source.separator): parse(b).write(target.separator) for a, b in rules.items()}
-        try:
-            renames = {**(plan.options.rename or {}), **written}
-            trial = GraftPlan(plan.target, plan.source, plan.options.changed(rename=renames))
-        except ParamendError:
-            continue
-        allowed = all(KINDS[case.kind][2] for case in trial.cases)
-        if allowed and trial.score > (best or plan).score:
-            best = trial
-            if not trial.cases and not trial.missed:
-                break
-    return best
-
-
-def _shapes(leaves: Leaves) -> dict[tuple[str, ...], tuple[int, ...]]:
-    return {leaves.index.pieces(number): leaves.spec(number).shape for number in leaves.index.numbers}
-
-
-def put_in(tree: Tree, new: dict[int, Any]) -> None:
+def put_in(tree: Counted, new: dict[int, Any]) -> None:
     """Assign values to the leaves of a tree in place, after checking that all of them can change."""
     for number in new:
         tree.in_place(number)
-    assign(tree, dict(new))
+    numbers = {number: new.pop(number) for number in tree.counts & new.keys()}
+    assign(Tree(tree.root) if tree.counts else tree, new)
+    for number, value in numbers.items():
+        tree.assign(number, value)
 
 
-def leaves_of(tree: Any) -> Editable | Tree:
+def leaves_of(tree: Any) -> Editable | Counted:
     """A checkpoint as it is, whose leaves are read one at a time; anything else as a tree in memory."""
-    return tree if isinstance(tree, Editable) else Tree(tree)
+    return tree if isinstance(tree, Editable) else Counted(tree)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from paramend.errors import Unsupported
 from paramend.grafting import engine
 from paramend.grafting.ends import Ends
+from paramend.grafting.numbers import Counted, is_state, with_numbers
 from paramend.grafting.options import Dtype, Mismatch, Missing, Options, Place, Renames, Unused
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree
 from paramend.selectors.selector import SelectorLike
-from paramend.trees.tree import Tree
+from paramend.trees.lookup import find_kind
 
 if TYPE_CHECKING:
     from paramend.grafting.states.graft_optax import Grafted
@@ -91,10 +92,12 @@ def graft(
     """
     tree, leaves = engine.leaves_of(target), engine.leaves_of(source)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype)
-    if isinstance(tree, Tree) and (done := _with_states(tree, leaves, options)) is not None:
+    if isinstance(leaves, Editable) and isinstance(tree, Counted):
+        leaves = with_numbers(leaves, tree)
+    if isinstance(tree, Counted) and (done := _with_states(tree, leaves, options)) is not None:
         return tree.with_leaves(done.values), done.report
     plan = engine.planned(tree, leaves, options)
-    if not isinstance(tree, Tree):
+    if not isinstance(tree, Counted):
         from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
 
         return cast(T, grafted(plan)), plan.report()
@@ -141,28 +144,31 @@ def graft_(
     (array([1., 1.]), ['w'])
     """
     if isinstance(module, Editable):
+        kind = find_kind(source)
+        swapped = kind is not None and kind.replace is not None  # a module, which does change in place
         raise Unsupported(
             "the files of a checkpoint are not grafted in place",
-            hint="tree, report = pm.graft(target, source); tree.save(out)",
+            hint="pm.graft_(module, checkpoint): the model first"
+            if swapped
+            else "tree, report = pm.graft(target, source); tree.save(out)",
         )
-    tree, leaves = Tree(module), engine.leaves_of(source)
+    tree, leaves = Counted(module), engine.leaves_of(source)
+    if isinstance(leaves, Editable):
+        leaves = with_numbers(leaves, tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True)
     if (done := _with_states(tree, leaves, options)) is not None:
         engine.put_in(tree, done.values)
         return done.report
     plan = engine.planned(tree, leaves, options)
-    engine.assign(tree, engine.values(plan))
+    engine.put_in(tree, engine.values(plan))
     report: GraftReport = plan.report()
     report.ends = Ends(module, source)
     return report
 
 
-def _with_states(tree: Tree, source: Leaves, options: Options) -> "Grafted | None":
+def _with_states(tree: Counted, source: Leaves, options: Options) -> "Grafted | None":
     """The result of a graft if there are optimizer states in both trees; else None."""
-    if any(
-        start < stop and issubclass(kind, tuple) and kind.__module__.startswith("optax.")
-        for kind, start, stop in tree.index.spans
-    ):
+    if any(start < stop and is_state(kind) for kind, start, stop in tree.index.spans):
         from paramend.grafting.states.graft_optax import graft_whole  # imports jax
 
         done = graft_whole(tree, source, options)

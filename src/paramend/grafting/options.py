@@ -91,13 +91,34 @@ _CHOICES = {"mismatch": Mismatch, "place": Place, "unused": Unused, "missing": M
 BY_LEAF = ("mismatch", "place", "resize")
 
 
+# What other libraries call the choices.
+_MEANT: dict[str, dict[Any, str]] = {
+    "mismatch": dict.fromkeys(("skip", "ignore", "drop", "leave", "fresh", "ok", True), "keep")
+    | dict.fromkeys(("crop", "slice", "truncate", "pad", "partial", "copy"), "overlap")
+    | dict.fromkeys(("interpolate", "rescale"), "resize"),
+    "unused": dict.fromkeys(("ignore", "skip", "drop", "allow", "keep", "warn", True), "ok"),
+    "missing": dict.fromkeys(("ok", "ignore", "skip", "keep", "allow", "init", True), "fresh"),
+    "dtype": dict.fromkeys(("keep", "cast", "same"), "target"),
+}
+
+
+def _beside(default: str, meant: str) -> str:
+    return ", the default" if meant == default else f", or {quoted(default)}, the default"
+
+
 def _check(name: str, given: Any, known: Sequence[str]) -> None:
-    if given not in known:
-        near = wording.closest(str(given), known, 1) or known
-        raise BadArgument(
-            f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}",
-            hint=f"{name}={quoted(near[0])}",
-        )
+    if isinstance(given, str) and given in known:
+        return
+    meant = _MEANT.get(name, {}).get(given) if isinstance(given, str | bool) else None
+    near = [meant] if meant else wording.closest(str(given), known, 1)
+    if not near and name == "dtype":  # float32, "bfloat16", jnp.float16 ...
+        hint = 'dtype="target" casts to that of your model; pm.at(model, "**").cast("bfloat16") changes it first'
+    else:
+        default: Any = next(field.default for field in fields(Options) if field.name == name)
+        hint = f"{name}={quoted((near or known)[0])}" + (_beside(default, meant) if meant else "")
+    raise BadArgument(
+        f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}", hint=hint
+    )
 
 
 def _code(value: Any) -> str:

@@ -14,12 +14,13 @@ from paramend.errors import (
     SpecMismatch,
     Unsupported,
 )
-from paramend.grafting import mismatches
+from paramend.grafting import layouts, mismatches
+from paramend.grafting.guests import WithGuests
 from paramend.grafting.mismatches import Meeting
+from paramend.grafting.numbers import COUNTERS, beside_state, counts
 from paramend.grafting.options import BY_LEAF, Options, quoted
 from paramend.grafting.report import PARTS, GraftReport, GraftRow
-from paramend.leaves.leaves import Index, Leaves
-from paramend.leaves.paths import Names, text_of
+from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.resize import detection
@@ -68,6 +69,8 @@ KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
     ),
     "choice": ("a selector selects nothing", "{} selectors select nothing", ()),
     "resize": ("a leaf cannot be resized", "{} leaves cannot be resized", ()),
+    "layout": ("a leaf is stored in another layout", "{} leaves are stored in another layout", ()),
+    "transposed": ("a leaf is transposed", "{} leaves are transposed", ({"mismatch": "keep"},)),
     "mismatch": (
         "a shape differs",
         "{} shapes differ",
@@ -111,6 +114,9 @@ class GraftPlan:
         moves: what is to be done.
         rows: the rows of the report that do not belong to a move, by its four parts.
         missed: the paths of the target for which the source has nothing.
+        names: the name in the target of every leaf of the source that is not left behind.
+        strays: the leaves of the source that have no place there.
+        orders: leaf of the target → the leaf of the source that fits once its axes are permuted, and how.
     """
 
     def __init__(self, target: Any, source: Leaves, options: Options) -> None:
@@ -123,12 +129,15 @@ class GraftPlan:
         self._by_leaf = {name: self._choices(name) for name in BY_LEAF}
         self._dropped: set[int] = set()
         self._crowded: set[int] = set()
-        names = self._new_names()
-        self._arrivals, strays = self._meet(names)
+        self.names = self._new_names()
+        self._arrivals, self.strays = self._meet(self.names)
+        self._crossed = self._other_layouts()
+        self.orders: dict[int, tuple[int, tuple[int, ...]]] = {}
         used: set[int] = set()
         for number in _units(target):
-            used |= self._decide(number)
-        self._leave_behind(used, strays, names)
+            if number in self._arrivals or number not in counts(target) or beside_state(target, number):
+                used |= self._decide(number)
+        self._leave_behind(used)
         if not self.moves and not any(case.kind in ("only", "rule", "place") for case in self.cases):
             self._case("nothing", (), "a graft that copies nothing is a mistake, whatever the options allow")
 
@@ -203,6 +212,9 @@ class GraftPlan:
         strays: list[int] = []
         for name, numbers in guests.items():
             here = places.get(name, [])
+            numbers = [number for number in numbers if self._takes_part(number, here)]
+            if not numbers:
+                continue
             if not here:
                 strays += numbers
             elif len(here) > 1 and len(here) != len(numbers):
@@ -218,6 +230,32 @@ class GraftPlan:
                 for place, number in zip(here, numbers, strict=False):
                     arrivals.setdefault(_unit(self.target, place), []).append(number)
         return arrivals, strays
+
+    def _takes_part(self, guest: int, here: Sequence[int]) -> bool:
+        """Whether a leaf of the source is to arrive: a Python number only where it counts, or where an array is."""
+        if guest not in counts(self.source):
+            return True
+        if len(here) != 1:
+            return False
+        place = here[0]
+        if place not in counts(self.target):
+            return bool(self.target.spec(place).shape == ())
+        known = self.target.index.pieces(place)[-1] in COUNTERS
+        return known or beside_state(self.target, place) or beside_state(self.source, guest)
+
+    def _other_layouts(self) -> set[int]:
+        """The leaves of the target for which a weight arrives at a kernel or the reverse, by their names; none, if the
+        shapes of some of these pairs prove that they are stored alike, and those of none the contrary."""
+        found, alike, across = set(), False, False
+        for number, (guest, *_) in self._arrivals.items():
+            ours, theirs = self.target.spec(number), self.source.spec(guest)
+            names = self.target.index.pieces(number), self.source.index.pieces(guest)
+            if max(ours.ndim, theirs.ndim) > 1 and layouts.crossed(*names):
+                alike = alike or layouts.proves(ours, theirs)
+                across = across or bool(layouts.transposing(ours, theirs))
+                if not layouts.proves(ours, theirs):
+                    found.add(number)
+        return set() if alike and not across else found
 
     def _source_paths(self, numbers: Iterable[int]) -> tuple[str, ...]:
         return tuple(self.source.index.path(number) for number in numbers)
@@ -237,7 +275,7 @@ class GraftPlan:
             outside = number not in self._inside
             did = "outside `only`" if outside else "nothing in the source"
             self.rows["fresh"].append(GraftRow(path, None, spec.shape, None, spec.dtype, None, did))
-            if _abstract(self.target, number):
+            if abstract(self.target, number):
                 self._case("abstract", (path,), f"{spec}, {did}")
             elif not outside:
                 self.missed.add(path)
@@ -271,7 +309,7 @@ class GraftPlan:
         theirs = self.source.spec(origin)
         name = self.source.index.path(origin)
         both = (path,) if name == path else (path, name)
-        did, meeting = self._shape(number, both, spec, theirs)
+        did, meeting = self._shape(number, origin, both, spec, theirs)
         fit = "" if meeting is None else meeting.kind
         row = GraftRow(path, name, spec.shape, theirs.shape, spec.dtype, theirs.dtype, did, fit)
         if did in ("kept", "differs"):
@@ -284,15 +322,24 @@ class GraftPlan:
         self.moves.append(Move(row, number, origin, meeting))
         return self.moves[-1].part
 
-    def _shape(self, number: int, both: tuple[str, ...], spec: Spec, theirs: Spec) -> tuple[str, Meeting | None]:
+    def _shape(
+        self, number: int, origin: int, both: tuple[str, ...], spec: Spec, theirs: Spec
+    ) -> tuple[str, Meeting | None]:
         """What is done with a leaf by its shape, in words, and how the two meet where shapes differ."""
         rule = self._by_leaf["resize"].get(number)
+        said = f"your model {spec}, the source {theirs}"
+        keeps = spec.shape != theirs.shape and self._by_leaf["mismatch"].get(number) == "keep"
+        if number in self._crossed and not keeps:
+            why = layouts.said(self.target.index.pieces(number), spec, theirs)
+            self._case("layout", both, f"{said}: {why}")
+            if spec.ndim == theirs.ndim:
+                self.orders[number] = origin, layouts.axes(self.target.index.pieces(number), spec.ndim)
+            return "differs", None
         if spec.shape == theirs.shape and not (rule and rule.acts(theirs.shape, spec.shape)):
             return "copied", None
         place = self._by_leaf["place"].get(number)
         how = "resize" if rule else "overlap" if place else self._by_leaf["mismatch"].get(number)
-        said = f"your model {spec}, the source {theirs}"
-        if how == "keep" and _abstract(self.target, number):
+        if how == "keep" and abstract(self.target, number):
             self._case("abstract", both, f"{said}: there is nothing to keep")
             return "differs", None
         if how == "keep":
@@ -305,9 +352,12 @@ class GraftPlan:
                 default = self.options.place if isinstance(self.options.place, str) else "corner"
                 meeting = mismatches.overlapping(place or default, theirs.shape, spec.shape)
             else:
-                self._case("mismatch", both, said)
+                order = layouts.transposing(spec, theirs)
+                self._case("transposed" if order else "mismatch", both, said)
+                if order:
+                    self.orders[number] = origin, order
                 return "differs", None
-            if meeting.into is not None and meeting.taken < spec.size and _abstract(self.target, number):
+            if meeting.into is not None and meeting.taken < spec.size and abstract(self.target, number):
                 self._case("abstract", both, f"{said}: there is nothing around the {meeting.did}")
                 return "differs", None
         except SpecMismatch as error:
@@ -320,7 +370,7 @@ class GraftPlan:
         return meeting.did, meeting
 
     def _dtype(self, row: GraftRow, spec: Spec, theirs: Spec, number: int) -> str:
-        if spec.dtype == theirs.dtype:
+        if spec.dtype == theirs.dtype or (number in counts(self.target) and spec.kind == theirs.kind):
             return row.did
         if self.options.dtype == "error":
             self._case("dtype", (row.path, str(row.source)), f"your model {spec}, the source {theirs}")
@@ -338,14 +388,14 @@ class GraftPlan:
             return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
         as_it_is = spec == theirs and not isinstance(self.target, Tree) and not isinstance(self.source, Tree)
         for leaves, leaf, said in ((self.target, number, "in your model "), (self.source, origin, "in the source ")):
-            abstract = _abstract(leaves, leaf)
-            if abstract and leaves is self.target:
+            empty = abstract(leaves, leaf)
+            if empty and leaves is self.target:
                 continue
-            reason = "" if (spec.dtype.startswith("key<") and not abstract) or as_it_is else _refusal(leaves, leaf)
+            reason = "" if (spec.dtype.startswith("key<") and not empty) or as_it_is else _refusal(leaves, leaf)
             if reason:
                 return said + reason
         if self.options.in_place:
-            if _abstract(self.target, number) and number not in self.target.boxes:
+            if abstract(self.target, number) and number not in self.target.boxes:
                 return "it has no values to change in place"
             try:
                 self.target.in_place(number)
@@ -353,11 +403,11 @@ class GraftPlan:
                 return str(error).partition("\n")[0]
         return ""
 
-    def _leave_behind(self, used: set[int], strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> None:
+    def _leave_behind(self, used: set[int]) -> None:
         """Enter the leaves of the source that no leaf of the target uses."""
-        minded = {_unit(self.source, number) for number in self._minded(strays, names)}
+        minded = {_unit(self.source, number) for number in self._minded(self.strays, self.names)}
         for number in _units(self.source):
-            if number in used:
+            if number in used or number in counts(self.source):
                 continue
             path, spec = self.source.index.path(number), self.source.spec(number)
             if number in self._dropped:
@@ -376,7 +426,7 @@ class GraftPlan:
         """Those strays whose names `only` would select if your model had them; the others need no place."""
         if not strays or (isinstance(self.options.only, str) and self.options.only == "**"):
             return strays
-        both = _WithGuests(self.target, {number: names[number] for number in strays}, self.source)
+        both = WithGuests(self.target, {number: names[number] for number in strays}, self.source)
         try:
             chosen = set(resolve(self.options.only, both))
         except ParamendError:  # such as a tree of bools, which says nothing about them
@@ -420,57 +470,7 @@ def _units(leaves: Leaves) -> list[int]:
     return [number for number in leaves.index.numbers if _unit(leaves, number) == number]
 
 
-class _WithGuests:
-    """The leaves of a target, and those of a source that found no place in it under the names they would have there."""
-
-    def __init__(self, target: Leaves, guests: Mapping[int, tuple[str, ...]], source: Leaves) -> None:
-        self.target, self.source = target, source
-        self.first = max(target.index.numbers, default=-1) + 1
-        self.ties = target.ties
-        self.index = Index(target.index.separator)
-        self.index.names = _copied(target.index.names)
-        self.index.numbers = [*target.index.numbers, *map(self.guest, guests)]
-        self.index.spans = list(target.index.spans)
-        for number, name in guests.items():
-            names = self.index.names
-            for piece in name[:-1]:
-                inner = next((child for label, child in names.items() if text_of(label) == piece), None)
-                if type(inner) is not dict:
-                    inner = {}
-                    self.index.add(names, piece, inner)
-                names = inner
-            self.index.add(names, name[-1], self.guest(number))
-
-    def guest(self, number: int) -> int:
-        """The number here of a leaf of the source."""
-        return self.first + number
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype."""
-        return self.target.spec(number) if number < self.first else self.source.spec(number - self.first)
-
-    def nbytes(self, number: int) -> int:
-        """The bytes of a leaf."""
-        return self.target.nbytes(number) if number < self.first else self.source.nbytes(number - self.first)
-
-    def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read."""
-        return self.target.refusal(number) if number < self.first else self.source.refusal(number - self.first)
-
-    def read(self, number: int) -> Any:
-        """The array."""
-        return self.target.read(number) if number < self.first else self.source.read(number - self.first)
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a container, as the target has them."""
-        return self.target.children(node)
-
-
-def _copied(names: Names) -> Names:
-    return {label: _copied(child) if type(child) is dict else child for label, child in names.items()}
-
-
-def _abstract(leaves: Leaves, number: int) -> bool:
+def abstract(leaves: Leaves, number: int) -> bool:
     """Whether a leaf is a shape and a dtype without values. Leaves of a checkpoint have values."""
     if not isinstance(leaves, Tree):
         return False

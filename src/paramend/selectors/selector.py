@@ -227,9 +227,12 @@ class Mask(Selector):
         flags = dict(self._flags(self.tree, (), leaves))
         found: set[int] = set()
         used: set[tuple[str, ...]] = set()
-        for number in leaves.index.numbers:
-            path = leaves.index.pieces(number)
-            place = next((path[:i] for i in range(len(path), -1, -1) if path[:i] in flags), None)
+        places = {number: self._place(leaves.index.pieces(number), flags) for number in leaves.index.numbers}
+        # A State of NNX has a shared Variable once.
+        reached = {leaves.ties.get(number, number) for number, place in places.items() if place is not None}
+        for number, place in places.items():
+            if place is None and leaves.ties.get(number, number) in reached:
+                continue
             if place is None:
                 raise BadArgument(
                     f"the tree of bools has nothing at {leaves.index.path(number)}",
@@ -242,6 +245,10 @@ class Mask(Selector):
         if extra:
             raise BadArgument(f"the tree of bools has {write_path(extra[0])}, which is not a leaf of this tree")
         return found
+
+    def _place(self, path: tuple[str, ...], flags: Mapping[tuple[str, ...], bool]) -> tuple[str, ...] | None:
+        """The part of a path that has a flag."""
+        return next((path[:i] for i in range(len(path), -1, -1) if path[:i] in flags), None)
 
     def _flags(
         self, node: Any, path: tuple[str, ...], leaves: Leaves, above: tuple[int, ...] = ()

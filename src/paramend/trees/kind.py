@@ -19,6 +19,7 @@ class Kind:
             if the keys are fixed, like the fields of a dataclass.
         replace: for objects with identity (torch and NNX modules), (container, {id of a leaf or its box: new leaf}) → a
             new container in which shared parts stay shared. `close` is then not called for anything under it.
+        label: for such objects, (container, {id of a leaf or its box: label}) → a tree of labels.
         assign: for boxes, (container, value): put the value into the box in place.
         compiled: whether JAX's walk opens and closes this kind without loss.
     """
@@ -28,6 +29,7 @@ class Kind:
     close: Callable[[Any, Children], Any]
     rekey: Callable[[Any, dict[Any, Any]], Any] | None = None
     replace: Callable[[Any, Mapping[int, Any]], Any] | None = None
+    label: Callable[[Any, Mapping[int, Any]], Any] | None = None
     assign: Callable[[Any, Any], None] | None = None
     compiled: bool = False
 

@@ -33,6 +33,12 @@ def _replace(module: Any, changes: Mapping[int, Any]) -> Any:
     return new
 
 
+def _label(module: Any, labels: Mapping[int, Any]) -> Any:
+    """A State of labels without Variables: it fits one with Variables, and one of arrays, which optax is given."""
+    flat = nnx.to_flat_state(nnx.split(module)[1])
+    return nnx.from_flat_state([(path, labels[id(leaf)]) for path, leaf in flat])
+
+
 def _close_variable(variable: Any, children: Any) -> Any:
     return variable.replace(children[0])
 
@@ -47,7 +53,7 @@ VARIABLE = Kind(
     close=_close_variable,
     assign=_assign,
 )
-MODULE = Kind("NNX module", _open_module, close=lambda module, children: module, replace=_replace)
+MODULE = Kind("NNX module", _open_module, close=lambda module, children: module, replace=_replace, label=_label)
 
 
 def kind_of(kind: type) -> Kind | None:

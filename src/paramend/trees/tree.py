@@ -20,7 +20,7 @@ from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index, uncollected
 from paramend.leaves.specs import Spec
 from paramend.trees.lookup import find_kind, is_torch_module, leaf_types
-from paramend.trees.walks import Copier, Namer, Walk, rebuild, restore_order
+from paramend.trees.walks import Copier, Namer, Walk, labelled, rebuild, restore_order
 
 
 @dataclass(slots=True)
@@ -185,10 +185,14 @@ class Tree:
     def mapped(self, values: Sequence[Any]) -> Any:
         """The same containers with other objects, one for each of `self.values`.
 
-        A torch module cannot hold other objects: its result is a dict by state dict names.
+        A torch module cannot hold other objects: its result is a dict by state dict names. That of an NNX module is a
+        State, and NNX Variables are left out.
         """
         if is_torch_module(self.root):
             return {self.index.path(number): values[number] for number in self.index.numbers}
+        if self.boxes:
+            owners = {id(self.boxes.get(number, leaf)): values[number] for number, leaf in enumerate(self.values)}
+            return labelled(self.root, iter(values), owners)
         return self._rebuilt(values, dict(enumerate(values)))
 
     def _rebuilt(self, values: Sequence[Any], changes: Mapping[int, Any]) -> Any:

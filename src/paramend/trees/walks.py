@@ -160,6 +160,21 @@ def rebuild(node: Any, values: Iterator[Any], owners: Mapping[int, Any]) -> Any:
     return kind.close(node, [rebuild(child, values, owners) for child in children])
 
 
+def labelled(node: Any, labels: Iterator[Any], owners: Mapping[int, Any]) -> Any:
+    """The containers of a tree holding labels, without the boxes that held the leaves."""
+    kind = find_kind(node)
+    if kind is None:
+        return next(labels)
+    if kind.label is not None:
+        walk = Walk()
+        walk.flatten(node, ())
+        for _ in walk.values:
+            next(labels)
+        return kind.label(node, owners)
+    children = [labelled(child, labels, owners) for child in kind.open(node)[1]]
+    return children[0] if kind.assign is not None else kind.close(node, children)
+
+
 @dataclass(frozen=True, slots=True)
 class Copier:
     """Copies trees of dicts and lists by each container's `copy`, which is fast and keeps the order of keys."""

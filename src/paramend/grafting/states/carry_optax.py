@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramend.errors import BadArgument, SpecMismatch
+from paramend.errors import BadArgument, GraftRefused, SpecMismatch
 from paramend.freezing.places import dtype_of, named
 from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.paths import write_path
@@ -90,6 +90,17 @@ def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> t
             hint="tx.init(params) starts anew",
         )
     return structure.unflatten(values), report
+
+
+def refuse_left(report: GraftReport, unused: str) -> None:
+    """Raise if something of the earlier state is left over and must not be."""
+    if report.unused and unused == "error":
+        report.refused = True
+        raise GraftRefused(
+            f"the earlier state has leaves with no place here: {wording.listing([row.path for row in report.unused])}",
+            report=report,
+            hint='unused="ok" leaves it behind',
+        )
 
 
 def _row(leaf: Leaf, source: Leaf | None, did: str) -> GraftRow:

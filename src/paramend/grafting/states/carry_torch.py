@@ -8,7 +8,16 @@ import torch
 
 from paramend.errors import BadArgument, GraftRefused, SpecMismatch
 from paramend.grafting.report import GraftReport
-from paramend.grafting.states.graft_torch import OWN, SCALARS, device_for, shape_for, state_row
+from paramend.grafting.states.graft_torch import (
+    OWN,
+    SCALARS,
+    as_tensor,
+    device_for,
+    refuse_kinds,
+    shape_for,
+    state_row,
+    steps_as_tensors,
+)
 from paramend.reports import wording
 
 
@@ -27,10 +36,13 @@ class _Old:
     group: Mapping[str, Any]
 
 
-def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: str) -> GraftReport:
+def carry_optimizer_(
+    optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None, unused: str
+) -> GraftReport:
     """The report, after the optimizer has taken over what the earlier one has for the parameters of both."""
+    refuse_kinds(optimizer, old)
     new = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    keys, known = _matched(optimizer, old, module, names)
+    keys, known = _matched(optimizer, old, modules, names)
     found = [known.get(key) for key in keys]
     if not any(found):
         raise BadArgument(
@@ -55,6 +67,7 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
         _refuse_misfits(new, keys, found)
     elif found[0] is not None and all(found) and len(found) == len(known):
         optimizer.state[new[0][0]] = _copied(found[0].state, new[0][0], new[0][1])
+    did = "copied by order" if keys == list(range(len(keys))) else "copied"
     for key, (parameter, group), source in zip(_written(keys), new, found, strict=True):
         if source is None or not source.state:
             report.fresh.append(
@@ -63,7 +76,8 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
         elif not of_all:
             optimizer.state[parameter] = made = _copied(source.state, parameter, group)
             for entry, value in _tensors(made):
-                report.copied.append(state_row((key,), entry, value, "copied", (key,), value))
+                report.copied.append(state_row((key,), entry, value, did, (key,), value))
+    steps_as_tensors(optimizer)
     for group in optimizer.param_groups:
         ids = {id(p) for p in group["params"]}
         sources = {id(s.group): s.group for (p, _), s in zip(new, found, strict=True) if s is not None and id(p) in ids}
@@ -74,7 +88,7 @@ def carry_optimizer_(optimizer: Any, old: Any, module: Any, names: Sequence[str]
 
 
 def _tensors(state: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, value) for name, value in state.items() if isinstance(value, torch.Tensor)]
+    return [(name, tensor) for name, value in state.items() if (tensor := as_tensor(name, value)) is not None]
 
 
 def _written(keys: Iterable[Any]) -> list[str]:
@@ -82,7 +96,9 @@ def _written(keys: Iterable[Any]) -> list[str]:
     return [key if isinstance(key, str) else f"#{number}" for number, key in enumerate(keys)]
 
 
-def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None) -> tuple[list[Any], dict[Any, _Old]]:
+def _matched(
+    optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None
+) -> tuple[list[Any], dict[Any, _Old]]:
     """Keys that identify the parameters of both: those of the new ones in order, and the old ones by key."""
     new = [p for group in optimizer.param_groups for p in group["params"]]
     is_dict = isinstance(old, Mapping)
@@ -93,30 +109,53 @@ def _matched(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None)
         keys: list[Any] = [id(p) for p in new]
         old_keys: list[Any] = [id(p) for p, _ in entries]
     else:
-        keys, old_keys = _names(optimizer.param_groups, module), list(names or _names(groups, None))
+        keys, old_keys = _names(optimizer.param_groups, modules[0]), list(names or _names(groups, modules[1]))
+        if old_keys and (len(old_keys) != len(entries) or len(set(old_keys)) != len(old_keys)):
+            raise BadArgument(
+                f"{wording.plural(len(set(old_keys)), 'name')} for the "
+                f"{wording.plural(len(entries), 'parameter')} of the earlier state",
+                hint="names=[name for name, p in model.named_parameters() if p.requires_grad]",
+            )
         if not keys or not old_keys:
-            if len(new) != len(entries):
-                raise BadArgument(
-                    f"the earlier state is of {wording.plural(len(entries), 'parameter')} and this optimizer has "
-                    f"{len(new)}: without names it is unknown which is which",
-                    hint="name them: torch.optim.AdamW(model.named_parameters()) for both, or target=model here and "
-                    "names=[...] for the parameters of the earlier one in their order",
-                )
+            _refuse_order(keys, old_keys, optimizer.param_groups, groups)
             keys, old_keys = list(range(len(new))), list(range(len(entries)))
-    if len(old_keys) != len(entries):
-        raise BadArgument(
-            f"{len(old_keys)} names for the {wording.plural(len(entries), 'parameter')} of the earlier state",
-            hint="names=[name for name, p in model.named_parameters() if p.requires_grad]",
-        )
     known = {key: _Old(key, state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
     return keys, known
 
 
+def _refuse_order(keys: list[Any], old_keys: list[Any], groups: Any, old_groups: Any) -> None:
+    """Raise unless the parameters can be matched by order, as torch does where nobody has names and groups agree."""
+    sizes, old_sizes = ([len(group["params"]) for group in each] for each in (groups, old_groups))
+    if keys or old_keys:
+        named, nameless = ("this optimizer", "the earlier state") if keys else ("the earlier state", "this optimizer")
+        said = f"{named} has names for its parameters and {nameless} has none: it is unknown which is which"
+    elif sum(sizes) != sum(old_sizes):
+        said = (
+            f"the earlier state is of {wording.plural(sum(old_sizes), 'parameter')} and this optimizer has "
+            f"{sum(sizes)}: without names it is unknown which is which"
+        )
+    elif sizes != old_sizes:
+        said = (
+            f"the earlier state has groups of {wording.listing(list(map(str, old_sizes)))} parameters, and this "
+            f"optimizer of {wording.listing(list(map(str, sizes)))}: without names it is unknown which is which"
+        )
+    else:
+        return
+    raise BadArgument(
+        said,
+        hint="pm.graft_optimizer_(optimizer, old, target=model, names=[...]), with the names of the earlier "
+        "parameters in their order; torch.optim.AdamW(model.named_parameters()) knows them",
+    )
+
+
 def _names(groups: Any, module: Any) -> list[Any]:
     """The names of the parameters in groups, if the groups or a module know them; else an empty list."""
-    if module is not None:
+    parameters = [p for group in groups for p in group["params"]]
+    if parameters and all(isinstance(p, str) for p in parameters):  # as torch.distributed writes state dicts
+        return parameters
+    if module is not None and not any(isinstance(p, int) for p in parameters):
         names = {id(p): name for name, p in module.named_parameters()}
-        return [names.get(id(p), f"#{i}") for i, p in enumerate(p for group in groups for p in group["params"])]
+        return [names.get(id(p), f"#{i}") for i, p in enumerate(parameters)]
     if not all("param_names" in group for group in groups):
         return []
     return [name for group in groups for name in group["param_names"]]

@@ -15,6 +15,7 @@ from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting.engine import planned, values
 from paramend.grafting.links import Link, Links, Path
 from paramend.grafting.mismatches import overlapping
+from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan, Move
 from paramend.grafting.report import PARTS, GraftReport, GraftRow
@@ -42,7 +43,7 @@ class Grafted:
     report: GraftReport
 
 
-def graft_state(target: Tree, source: Any, report: GraftReport, unused: str) -> Grafted:
+def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) -> Grafted:
     """A state whose moments follow the parameters as the report of their graft says.
 
     Raises:
@@ -60,7 +61,7 @@ def graft_state(target: Tree, source: Any, report: GraftReport, unused: str) -> 
     return work.follow(Links(report), Options(unused=unused), work.ours.outside, work.theirs.outside)
 
 
-def graft_whole(target: Tree, source: Any, options: Options) -> Grafted | None:
+def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | None:
     """A graft of a tree with optimizer states in it, or None if the source has nothing for these.
 
     Raises:
@@ -72,13 +73,13 @@ def graft_whole(target: Tree, source: Any, options: Options) -> Grafted | None:
         return None
     source = _read(source)
     work = _Work(target, source, ours, Survey.of(source))
-    if prefix_of(set(work.ours.outside), work.ours.parameters) is None:
+    if not work.holds_parameters:
         return work.follow(Links(work.report_of_moments(options)), options, work.ours.outside, work.theirs.outside)
     plan = work.plan_of_rest(options)
     new, report = values(plan), plan.report()
     numbers = numbers_of(target)
     places = {number: numbers[plan.target.index.pieces(number)] for number in plan.target.index.numbers}
-    done = work.follow(Links(report), options, *work.scalars())
+    done = work.follow(Links(report), options, (), ())
     for name in PARTS:
         getattr(report, name).extend(getattr(done.report, name))
     return Grafted({**{places[n]: value for n, value in new.items()}, **done.values}, report)
@@ -114,14 +115,21 @@ class _Moves:
 class _Work:
     """Two trees with optimizer states in them."""
 
-    def __init__(self, target: Tree, source: Tree, ours: Survey, theirs: Survey) -> None:
+    def __init__(self, target: Counted, source: Counted, ours: Survey, theirs: Survey) -> None:
         self.target, self.source, self.ours, self.theirs = target, source, ours, theirs
         # From a file a state comes as dicts and lists at the place of ours.
         self.from_file = not theirs.fields and any(map(ours.is_state, theirs.outside))
 
+    @property
+    def holds_parameters(self) -> bool:
+        """Whether the target holds the parameters too; where the states have no moments, any array with axes is one."""
+        if self.ours.parameters:
+            return prefix_of(set(self.ours.outside), self.ours.parameters) is not None
+        return any(self.target.spec(number).shape for number in self.arrays(self.target, self.ours).values())
+
     def refuse_parameters(self) -> None:
         """Raise for a train state, whose parameters would have to be grafted too."""
-        if prefix_of(set(self.ours.outside), self.ours.parameters) is not None:
+        if self.holds_parameters:
             raise BadArgument(
                 "this holds the parameters as well as the optimizer's state",
                 hint="pm.graft(state, old_state, rename=...) grafts both",
@@ -150,7 +158,7 @@ class _Work:
     def plan_of_rest(self, options: Options) -> GraftPlan:
         """The plan of a graft of everything outside the states; rules may be written for the parameters alone."""
         rest, other = (
-            _flat({path: tree.values[number] for path, number in self.arrays(tree, survey).items()})
+            _flat_part(tree, self.arrays(tree, survey))
             for tree, survey in ((self.target, self.ours), (self.source, self.theirs))
         )
         ours = prefix_of(set(self.ours.outside), self.ours.parameters) or ()
@@ -165,16 +173,11 @@ class _Work:
         return planned(rest, other, replace(options, rename=rename or None))
 
     def arrays(self, tree: Tree, survey: Survey) -> dict[Path, int]:
-        """The arrays outside the states, in their order."""
+        """The leaves outside the states, in their order."""
         numbers = {tree.index.pieces(number): number for number in tree.index.numbers}
         skipped = self.from_file and survey is self.theirs
         outside = (path for path in survey.outside if not (skipped and self.ours.is_state(path)))
         return {path: numbers[path] for path in outside if path in numbers}
-
-    def scalars(self) -> tuple[list[Path], list[Path]]:
-        """The Python numbers outside the states, such as the `step` of a TrainState, in both trees."""
-        ours = [path for path in self.ours.outside if path not in self.arrays(self.target, self.ours)]
-        return ours, [path for path in self.theirs.outside if path in set(ours)]
 
     # -- the states
 
@@ -321,8 +324,15 @@ def _spec(value: Any) -> Spec:
     return backend(value).spec(value)
 
 
-def _flat(leaves: dict[Path, Any]) -> Any:
-    return Tree({"/".join(path): value for path, value in leaves.items()})
+def _flat(leaves: dict[Path, Any]) -> Counted:
+    return Counted({"/".join(path): value for path, value in leaves.items()})
+
+
+def _flat_part(tree: Counted, numbers: dict[Path, int]) -> Counted:
+    """Some leaves of a tree, whose numbers still belong to the run if they did there."""
+    flat = _flat({path: tree.values[number] for path, number in numbers.items()})
+    flat.beside = frozenset(n for n in flat.counts if numbers[flat.index.pieces(n)] in tree.beside)
+    return flat
 
 
 def _together(pairs: Iterable[_Pair]) -> None:
@@ -337,11 +347,12 @@ def _together(pairs: Iterable[_Pair]) -> None:
             pair.why = pair.why or why
 
 
-def _read(source: Any) -> Tree:
+def _read(source: Any) -> Counted:
     """A tree in memory; a checkpoint is read."""
-    if isinstance(source, Tree):
+    if isinstance(source, Counted):
         return source
-    return Tree({source.index.name(number): source.read(number) for number in source.index.numbers})
+    read = getattr(source, "raw", source.read)
+    return Counted({source.index.name(number): read(number) for number in source.index.numbers})
 
 
 def _stand_ins(tree: Tree, survey: Survey) -> dict[Path, Any]:

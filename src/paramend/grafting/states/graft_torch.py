@@ -33,15 +33,18 @@ _ASKED = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 # How a step is carried out: the new optimizer keeps its own settings.
 OWN = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 
-# The same, with hyperparameters that are common to all optimizers or came with later versions of torch.
+# The same, with hyperparameters that are common to all optimizers, that came with later versions of torch, or that
+# schedulers add.
 _EVERYWHERE = OWN | {"lr", "initial_lr", "maximize", "decoupled_weight_decay"}
+_EVERYWHERE |= {"max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
 def graft_optimizer_(
     optimizer: Any, old: Any, report: GraftReport, target: Any, source: Any, unused: str
 ) -> GraftReport:
     """The report, after the optimizer has taken over what the earlier one has for the copied parameters."""
-    _refuse_kinds(optimizer, old)
+    _refuse_lbfgs(optimizer, old)
+    refuse_kinds(optimizer, old)
     links = Links(report)
     states = _states(old, source, links)
     done = GraftReport()
@@ -66,10 +69,11 @@ def graft_optimizer_(
             why, made[name] = _carried(name, value, parameter, group, link)
             if why:
                 problems.append(f"{name} of {'.'.join(path)} {why}")
-            elif isinstance(value, torch.Tensor):
-                corner = tuple(made[name].shape) != tuple(value.shape)
+            elif (here := as_tensor(name, made[name])) is not None:
+                old_value = as_tensor(name, value)
+                corner = old_value is not None and here.shape != old_value.shape
                 (done.mismatched if corner else done.copied).append(
-                    state_row(path, name, made[name], "copied", link.source, value)
+                    state_row(path, name, here, "copied", link.source, old_value)
                 )
         new[parameter] = made
     for path, state in states.items():
@@ -90,21 +94,24 @@ def graft_optimizer_(
         raise GraftRefused(f"nothing was changed: {said}", report=done, hint=_ANEW)
     for parameter, made in new.items():
         optimizer.state[parameter] = made
+    steps_as_tensors(optimizer)
     return done
 
 
 # ---- what belongs together ----------------------------------------------------------------------------------
 
 
-def _refuse_kinds(optimizer: Any, old: Any) -> None:
+def _refuse_lbfgs(*optimizers: Any) -> None:
+    if any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
+        raise Unsupported(
+            "L-BFGS keeps one history of curvature for all parameters together: there is none for the copied ones "
+            "alone",
+            hint=_ANEW,
+        )
+
+
+def refuse_kinds(optimizer: Any, old: Any) -> None:
     """Raise for optimizers whose states mean different things."""
-    for one in (optimizer, old):
-        if isinstance(one, torch.optim.LBFGS):
-            raise Unsupported(
-                "L-BFGS keeps one history of curvature for all parameters together: there is none for the copied ones "
-                "alone",
-                hint=_ANEW,
-            )
     if not isinstance(old, Mapping):
         if not hasattr(old, "param_groups"):
             raise Unsupported(
@@ -127,6 +134,19 @@ def _refuse_kinds(optimizer: Any, old: Any) -> None:
         report=GraftReport(refused=True),
         hint=_ANEW,
     )
+
+
+def steps_as_tensors(optimizer: Any) -> None:
+    """Let the optimizer turn steps that older versions of torch saved as numbers into what it counts in."""
+    if any(type(state.get("step")) in (int, float) for state in optimizer.state.values()):
+        optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+
+
+def as_tensor(name: str, value: Any) -> torch.Tensor | None:
+    """An entry of a state as a tensor, if it is one or a counter; else None."""
+    if name in SCALARS and type(value) in (int, float):
+        return torch.tensor(value)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor, Mapping[str, Any], Path]]:

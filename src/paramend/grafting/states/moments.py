@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paramend.freezing.places import named
 from paramend.grafting.links import Path, without
 from paramend.grafting.states.carry_optax import Leaf, split, without_wrappers
 from paramend.leaves.paths import labels, text_of
@@ -184,12 +183,8 @@ class States:
 
 
 def numbers_of(tree: Tree) -> dict[Path, int]:
-    """Path → number of every leaf of a tree, Python numbers included; a shared leaf has one of its paths."""
-    found = {tree.index.pieces(number): number for number in tree.index.numbers}
-    if not tree.boxes and any(type(value) in (int, float) for value in tree.values):
-        specs, _, _ = named(tree.root)
-        found |= {specs.index.pieces(n): n for n in specs.index.numbers if type(tree.values[n]) in (int, float)}
-    return found
+    """Path → number of every leaf of a tree; a shared leaf has one of its paths."""
+    return {tree.index.pieces(number): number for number in tree.index.numbers}
 
 
 def _leads_to_record(node: Any, above: set[int]) -> bool:

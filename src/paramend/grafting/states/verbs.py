@@ -4,14 +4,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from paramend._optional import need
-from paramend.errors import BadArgument, GraftRefused, Unsupported
+from paramend._optional import imported, need
+from paramend.errors import BadArgument, Unsupported
 from paramend.grafting import engine
+from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
 from paramend.leaves.specs import AnyTree
-from paramend.reports import wording
 from paramend.reports.wording import described
+from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from flax import nnx
 
 T = TypeVar("T")
-Optimizer = TypeVar("Optimizer", bound="torch.optim.Optimizer")
+Optimizer = TypeVar("Optimizer", bound="torch.optim.Optimizer | nnx.Optimizer[Any]")
 Carried: TypeAlias = Literal["error", "keep"]
 
 
@@ -102,12 +103,21 @@ def graft_opt_state(
     if mismatch != "error":
         raise BadArgument("the report of a graft says what becomes of each shape", hint="mismatch= goes to pm.graft")
     unused = unused or "error"
-    tree = Tree(state)
+    _refuse_barren(state, old_state)
+    tree = Counted(state)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
     done = graft_state(tree, engine.leaves_of(old_state), report, unused)
     engine.refuse_abstract(tree, done.values, done.report)
     return tree.with_leaves(done.values), done.report
+
+
+def _refuse_barren(*states: Any) -> None:
+    """Raise for what users pass in place of an optimizer's state."""
+    for state in states:
+        what, meant = barren(state)
+        if what:
+            raise Unsupported(f"graft_opt_state takes states, and this is {what}", hint=f"pass {meant}")
 
 
 def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tuple[Any, GraftReport]:
@@ -121,11 +131,12 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
     from paramend.grafting.states import carry_optax  # imports jax
     from paramend.grafting.states.moments import Survey
 
+    _refuse_barren(state, old_state)
     tree = Tree(state)
     if hasattr(tree.root, "opt_state"):
         raise Unsupported(
             f"{described(state)} changes in place, and holds more than a state",
-            hint="pm.graft_optimizer_(optimizer, old_optimizer, report)",
+            hint="pm.graft_optimizer_(optimizer, old_optimizer)",
         )
     survey = Survey.of(tree)
     if tree.values and not survey.roots:
@@ -134,14 +145,7 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
             hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
         )
     new, report = carry_optax.carried(state, old_state, {*survey.parameters, *survey.absent}, mismatch)
-    if report.unused and unused == "error":
-        paths = [row.path for row in report.unused]
-        report.refused = True
-        raise GraftRefused(
-            f"the earlier state has leaves with no place here: {wording.listing(paths)}",
-            report=report,
-            hint='unused="ok" leaves it behind',
-        )
+    carry_optax.refuse_left(report, unused)
     return new, report
 
 
@@ -159,10 +163,12 @@ def graft_optimizer_(
 
     **Without a report** the parameters are the same: for thawing, refreezing and resuming, where `load_state_dict`
     needs the same parameters in the same groups and takes moments of any shape. Parameters of two optimizers are
-    matched by identity; else by names, if the optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
-    they are given; else by order, if both have equally many. Moments are copied bit for bit; other parameters start in
-    their first step. A group takes the rate and the other hyperparameters of the earlier group if all its parameters
-    come from one. L-BFGS has one history for all parameters: it is carried if these are the same; else it starts anew.
+    matched by identity; else by names, if both optimizers know them (`torch.optim.AdamW(model.named_parameters())`) or
+    they are given; else, if neither has names, by order, in groups of equal sizes. Moments are copied bit for bit;
+    other parameters start in their first step. A group takes the rate and the other hyperparameters of the earlier
+    group if all its parameters come from one. L-BFGS has one history for all parameters: it is carried if these are the
+    same; else it starts anew. The state of an `nnx.Optimizer` is carried by path, as `pm.graft_opt_state` carries it,
+    and its step goes on.
 
     **After a graft**, by its report: the state of a copied parameter is copied with its step; around a common corner it
     is as the optimizer starts; and a fresh parameter has no state, so it starts with its first step. Groups with their
@@ -171,11 +177,11 @@ def graft_optimizer_(
     Args:
         optimizer: what to change, made for the parameters of the new module.
         old: the optimizer of the old module, of the same class; or its state dict, if it was made of
-            `named_parameters()`.
+            `named_parameters()`; of an `nnx.Optimizer` also `nnx.state(old)`, a dict or a file of it.
         report: the report of `pm.graft_(module, old_module)` or `pm.graft`; None if the parameters are the same.
         target: the new module, if the report does not know it: after pickling, or after a graft of a state dict.
             Without a report, the module that names the parameters of `optimizer`.
-        source: the old module, likewise.
+        source: the old module, likewise, which names those of `old` if that is an optimizer.
         names: without a report, the names of the parameters of `old`, in their order.
         unused: when `old` has moments with no place here: "error" or "ok". The default is "error" after a graft, and
             "ok" without a report.
@@ -186,7 +192,7 @@ def graft_optimizer_(
     Raises:
         GraftRefused: the optimizers are of different kinds.
         SpecMismatch: without a report, moments do not have the shape of their parameter; nothing was changed.
-        BadArgument: no parameters match, or it is ambiguous which do.
+        BadArgument: no parameters match, or it is ambiguous which do: only one side has names, or groups differ.
         Unsupported: after a graft, L-BFGS, which has one history of all parameters together; or not an optimizer.
 
     >>> import torch
@@ -210,7 +216,7 @@ def graft_optimizer_(
     """
     Options(unused=unused or "error")  # checks it
     if report is None:
-        return _by_name_(optimizer, old, target, names, unused or "ok")
+        return _by_name_(optimizer, old, (target, source), names, unused or "ok")
     unused = unused or "error"
     if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
         from paramend.grafting.states import graft_torch as adapter  # imports torch
@@ -219,7 +225,7 @@ def graft_optimizer_(
         new = target if target is not None or ends is None else ends.target
         earlier = source if source is not None or ends is None else ends.source
         return adapter.graft_optimizer_(optimizer, old, report, new, earlier, unused)
-    tree = Tree(optimizer)
+    tree = Counted(optimizer)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
     done = graft_state(tree, engine.leaves_of(old), report, unused)
@@ -227,11 +233,18 @@ def graft_optimizer_(
     return done.report
 
 
-def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None, unused: Unused) -> GraftReport:
-    """The report, after a torch optimizer has taken over what an earlier one has for the same parameters."""
+def _by_name_(
+    optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None, unused: Unused
+) -> GraftReport:
+    """The report, after an optimizer has taken over what an earlier one has for the same parameters."""
+    if imported("flax.nnx"):
+        from paramend.grafting.states import carry_nnx  # imports flax
+
+        if carry_nnx.is_optimizer(optimizer):
+            return carry_nnx.carry_optimizer_(optimizer, old, unused)
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
         raise Unsupported(
-            f"without a report graft_optimizer_ takes a torch optimizer, and this is {described(optimizer)}",
+            f"graft_optimizer_ takes an optimizer of torch or NNX, and this is {described(optimizer)}",
             hint="for optax: state, report = pm.graft_opt_state(tx.init(params), old_state)",
         )
     if not hasattr(old, "param_groups") and not (isinstance(old, dict) and {"state", "param_groups"} <= old.keys()):
@@ -241,7 +254,7 @@ def _by_name_(optimizer: Any, old: Any, module: Any, names: Sequence[str] | None
         )
     from paramend.grafting.states import carry_torch  # imports torch
 
-    return carry_torch.carry_optimizer_(optimizer, old, module, names, unused)
+    return carry_torch.carry_optimizer_(optimizer, old, modules, names, unused)
 
 
 def carry_opt_state(
@@ -266,7 +279,7 @@ def carry_opt_state(
 
 def carry_optimizer_(
     optimizer: Optimizer,
-    old: "torch.optim.Optimizer | Mapping[str, object]",
+    old: "torch.optim.Optimizer | nnx.Optimizer[Any] | Mapping[str, object]",
     *,
     module: "torch.nn.Module | None" = None,
     names: Sequence[str] | None = None,

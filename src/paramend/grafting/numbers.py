@@ -1,0 +1,217 @@
+"""Numbers: what a graft carries besides arrays, such as the step of a train state.
+
+To a selector a Python number is no leaf, for it may as well be a setting. To a graft it is a leaf without axes where
+the other tree has an array in its place, and where it counts something.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import Unsupported
+from paramend.grafting.guests import WithGuests
+from paramend.grafting.links import pieces_of
+from paramend.leaves.leaves import Index, Leaves, uncollected
+from paramend.leaves.specs import Spec
+from paramend.trees.lookup import find_kind
+from paramend.trees.tree import Tree
+from paramend.trees.walks import Namer
+
+# The names of numbers that count: of two settings of other names, a graft leaves the target's as it is.
+COUNTERS = frozenset(
+    ("step", "global_step", "train_step", "current_step", "epoch", "current_epoch", "global_epoch", "iteration", "iter")
+) | {"count", "counter", "num_updates", "num_batches_tracked", "samples_seen", "tokens_seen"}
+_NUMBERS = (int, float)
+
+
+class Counted(Tree):
+    """A tree in memory in which Python numbers outside of modules are leaves too.
+
+    Attributes:
+        counts: the numbers of these leaves.
+        beside: those that stand beside the state of an optimizer: whatever their names, they belong to the run.
+    """
+
+    def __init__(self, root: Any) -> None:
+        super().__init__(root)
+        self._named = super().index
+        self._holders: dict[int, tuple[Any, Any]] = {}
+        self.counts: frozenset[int] = frozenset()
+        self.beside: frozenset[int] = frozenset()
+        if any(type(value) in _NUMBERS for value in self.values):
+            namer = _Namer(Index(self._named.separator))
+            with uncollected():
+                namer.name(root, None if self._treedef is None else self._treedef.unflatten(range(len(self.values))))
+            self._named, self.counts, self.beside = namer.index, frozenset(namer.found), frozenset(namer.beside)
+            self._holders = namer.found
+
+    @property
+    def index(self) -> Index:
+        """The names, those of numbers too."""
+        return self._named
+
+    def spec(self, number: int) -> Spec:
+        """Shape and dtype of a leaf."""
+        return _spec(self.values[number]) if number in self.counts else super().spec(number)
+
+    def read(self, number: int) -> Any:
+        """The leaf itself, a number as an array."""
+        value = self.values[number]
+        return np.asarray(value, self.spec(number).dtype) if number in self.counts else value
+
+    def raw(self, number: int) -> Any:
+        """The leaf itself."""
+        return self.values[number]
+
+    def in_place(self, number: int) -> None:
+        """Raise for leaves that can only be replaced."""
+        if number not in self.counts:
+            super().in_place(number)
+        elif number not in self.boxes and not isinstance(self._holders[number][0], dict | list):
+            kind = type(self.values[number]).__name__
+            raise Unsupported(
+                f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it",
+                hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)",
+            )
+
+    def assign(self, number: int, value: Any) -> None:
+        """Put a value into a leaf in place; a number into the dict or list that holds it."""
+        if number not in self.counts or number in self.boxes:
+            super().assign(number, _number(value) if number in self.counts else value)
+        else:
+            holder, key = self._holders[number]
+            holder[key] = _number(value)
+
+    def with_leaves(self, changes: Mapping[int, Any]) -> Any:
+        """A new tree in which these leaves are replaced; numbers are numbers again."""
+        return super().with_leaves({n: _number(v) if n in self.counts else v for n, v in changes.items()})
+
+    def _rebuilt(self, values: Sequence[Any], changes: Mapping[int, Any]) -> Any:
+        if self._structure.copier is None:  # `changes` are by identity there, and equal numbers are one object
+            changes = {number: value for number, value in changes.items() if number not in self.counts}
+        return super()._rebuilt(values, changes)
+
+
+@dataclass
+class _Level:
+    """A container on the way: the numbers in it, and whether the state of an optimizer is below it."""
+
+    node: Any
+    numbers: list[int] = field(default_factory=list)
+    holds_state: bool = False
+
+
+class _Namer(Namer):
+    """Names numbers too, except those within modules, which are settings.
+
+    Attributes:
+        found: the leaf numbers of the numbers, with the container that holds each, and its key there.
+        beside: those of numbers in containers that also hold the state of an optimizer.
+    """
+
+    def __init__(self, index: Index) -> None:
+        super().__init__(index)
+        self.found: dict[int, tuple[Any, Any]] = {}
+        self.beside: list[int] = []
+        self._modules = 0
+        self._levels = [_Level(None)]
+
+    def enter(self, node: Any, *rest: Any, **more: Any) -> Any:
+        """The names of the node."""
+        kind = find_kind(node)
+        inside = kind is not None and kind.replace is not None
+        self._modules += inside
+        self._levels.append(_Level(node))
+        try:
+            return super().enter(node, *rest, **more)
+        finally:
+            self._modules -= inside
+            level = self._levels.pop()
+            if level.holds_state:
+                self.beside += level.numbers
+            if self._levels and (level.holds_state or is_state(type(node))):
+                self._levels[-1].holds_state = True
+
+    def leaf(self, node: Any, twin: Any, container: int, key: Any) -> int | None:
+        """The number of a leaf that has a name."""
+        number = super().leaf(node, twin, container, key)
+        if number is None and type(node) in _NUMBERS and not self._modules:
+            number = self.numbers[-1]
+            self.found[number] = self._levels[-1].node, key
+            self._levels[-1].numbers.append(number)
+            self.index.numbers.append(number)
+        return number
+
+
+class _FromFile(WithGuests):
+    """The leaves of a checkpoint, and numbers that its file holds besides them.
+
+    Attributes:
+        counts: the leaf numbers of the numbers.
+    """
+
+    def __init__(self, checkpoint: Any, names: Mapping[int, tuple[str, ...]], numbers: Counted) -> None:
+        super().__init__(checkpoint, names, numbers)
+        self._checkpoint, self._numbers = checkpoint, numbers
+        self.counts = frozenset(map(self.guest, names))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "target":
+            raise AttributeError(name)
+        return getattr(self.target, name)  # what else a checkpoint has
+
+    def fetch(self, number: int) -> Any:
+        """A copy of a leaf."""
+        return self.read(number) if number in self.counts else self._checkpoint.fetch(number)
+
+    def raw(self, number: int) -> Any:
+        """The leaf itself."""
+        return self._numbers.raw(number - self.first) if number in self.counts else self.target.read(number)
+
+
+def counts(leaves: Leaves) -> frozenset[int]:
+    """The leaf numbers of Python numbers."""
+    found: frozenset[int] = getattr(leaves, "counts", frozenset())
+    return found
+
+
+def beside_state(leaves: Leaves, number: int) -> bool:
+    """Whether a Python number stands beside the state of an optimizer."""
+    return bool(number in getattr(leaves, "beside", ()))
+
+
+def is_state(kind: type) -> bool:
+    """Whether containers of this type belong to a state of optax."""
+    return issubclass(kind, tuple) and kind.__module__.startswith("optax.")
+
+
+def with_numbers(source: Any, target: Leaves) -> Any:
+    """A checkpoint with the numbers in its file for which a tree in memory may have a place."""
+    wanted = {
+        target.index.pieces(n)[-1]
+        for n in target.index.numbers
+        if n in counts(target) or (isinstance(target, Tree) and target.spec(n).shape == ())
+    }
+    names = {pieces_of(path): value for path, value in source.metadata.items() if type(value) in _NUMBERS}
+    names = {path: value for path, value in names.items() if path[-1:] and path[-1] in wanted}
+    if not names:
+        return source
+    numbers = Counted(list(names.values()))
+    return _FromFile(source, dict(zip(numbers.index.numbers, names, strict=True)), numbers)
+
+
+def _spec(value: float) -> Spec:
+    """What an array of a number would be, as JAX has it if it fits."""
+    if type(value) is float:
+        return Spec((), "float64")
+    return Spec((), "int32" if -(2**31) <= value < 2**31 else "int64")
+
+
+def _number(value: Any) -> Any:
+    """An array without axes as a Python number; a traced one as it is."""
+    try:
+        return value.item() if isinstance(value, np.ndarray | np.generic) else value
+    except ValueError:
+        return value
