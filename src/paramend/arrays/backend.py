@@ -63,5 +63,8 @@ class Backend(Protocol):
     def mutable(self, x: Any) -> bool:
         """Whether the values can change in place."""
 
+    def memory(self, x: Any) -> "tuple[str, np.ndarray[Any, Any]] | None":
+        """The device, and the elements as memory that another array may share; None if no other array can change it."""
+
     def assign(self, x: Any, value: Any) -> None:
         """Write the value into x itself."""

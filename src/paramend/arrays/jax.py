@@ -143,6 +143,10 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     """A new array with the slice changed."""
     sharding = _explicit(x)
     if sharding is None:
+        parts = index if isinstance(index, tuple) else (index,)
+        if verb != "set" and any(isinstance(part, np.ndarray) for part in parts):  # which may name an element twice
+            value = getattr(jnp, verb)(x[index], _operand(value, x)).astype(x.dtype)
+            verb = "set"
         return _placed(getattr(x.at[index], verb)(_operand(value, x)), x)
     # A scatter is ambiguous on Explicit axes; a selection between arrays with the same sharding is not.
     inside = np.zeros(x.shape, bool)
@@ -186,6 +190,10 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
 def mutable(x: Any) -> bool:
     """False: JAX arrays never change."""
     return False
+
+
+def memory(x: Any) -> None:
+    """None: JAX arrays never change."""
 
 
 def assign(x: Any, value: Any) -> None:

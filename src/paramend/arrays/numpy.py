@@ -99,6 +99,11 @@ def mutable(x: Any) -> bool:
     return isinstance(x, np.ndarray) and bool(x.flags.writeable)
 
 
+def memory(x: Any) -> tuple[str, Array] | None:
+    """The array itself; None for a scalar."""
+    return ("cpu", x) if isinstance(x, np.ndarray) and x.size else None
+
+
 def assign(x: Any, value: Any) -> None:
     """Write the value into x itself."""
     x[...] = value

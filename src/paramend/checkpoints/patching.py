@@ -28,7 +28,7 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
-from paramend.formats.source import Chunked, Extent, Sealed, Source
+from paramend.formats.source import Chunked, Extent, Overlapping, Sealed, Source
 from paramend.journal.exchange import STAGED, check_replaceable, exchange
 from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
@@ -227,23 +227,22 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
             found = work_of(row, extent)
             work += [found] if len(found.ranges) else []  # an empty slice writes nothing
         done.add(one)
-    if not isinstance(source, Chunked):
-        _check_apart(work)
+    _check_apart(source, work)
     return work
 
 
-def _check_apart(work: Sequence[Work]) -> None:
-    """Raise if two leaves that change share bytes without being the same leaf, like views of one storage."""
-    ends: dict[Path, Work] = {}
-    for each in sorted(work, key=lambda each: each.extent.start):
-        before = ends.get(each.extent.path)
-        if before is not None and before.extent.start + before.extent.nbytes > each.extent.start:
+def _check_apart(source: Source, work: Sequence[Work]) -> None:
+    """Raise if a leaf that changes shares bytes with another one without being the same leaf: views of one storage."""
+    for each in work if isinstance(source, Overlapping) else ():
+        others = source.overlaps(each.row.source)
+        if others:
+            verb = each.row.calls[0].op.name
+            paths = [source.index.path(other) for other in others]
             raise Unsupported(
-                f"{before.row.path} and {each.row.path} share bytes, and both would change: the result would depend on "
-                "which comes first",
-                hint="change one after the other, in two calls",
+                f"{each.row.path} shares bytes of {source.path} with {wording.listing(paths, 3)}: a change in place of "
+                "one changes the other",
+                hint=f"paramend {verb} {source.path} '{each.row.path}' -o OUT",
             )
-        ends[each.extent.path] = each
 
 
 # ---- carrying out ------------------------------------------------------------------------------------------

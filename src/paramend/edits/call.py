@@ -12,7 +12,7 @@ from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Value
 from paramend.edits.checks import check_scalar
 from paramend.edits.runs import native
-from paramend.errors import BadArgument, OutOfRange, SpecMismatch
+from paramend.errors import OutOfRange, SpecMismatch
 from paramend.leaves.specs import Spec
 
 Args = Mapping[str, Any]
@@ -162,18 +162,6 @@ def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
     >>> sliced_shape((12, 4, 8), -1), sliced_shape((12, 4), (slice(0, 3), 0))
     ((4, 8), (3,))
     """
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(
-        part is not None and not isinstance(part, int | slice | type(...) | list | np.ndarray | np.integer)
-        for part in parts
-    ):
-        try:
-            index = tuple(np.asarray(p) if backend_of(type(p)) is not None else p for p in parts)
-        except Exception as error:
-            raise BadArgument(
-                "a slice must be known before the edit runs; this one holds a traced value",
-                hint="x.at[i] of jax.numpy takes traced indices",
-            ) from error
     # A view of one scalar: numpy checks the index without allocating memory.
     blank = np.broadcast_to(np.empty(()), shape)
     try:

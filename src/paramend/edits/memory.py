@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from paramend.arrays.initializers import NOWHERE, Site
-from paramend.arrays.registry import backend
+from paramend.arrays.registry import backend, backend_of
 from paramend.edits.call import Call
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Editable
+from paramend.leaves.overlaps import overlapping
 from paramend.trees.tree import Tree
 
 _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
@@ -28,20 +29,40 @@ class Memory(Tree, Editable):
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
         """Carry out calls in place. An error leaves everything unchanged."""
-        self.check_(calls)
+        calls = self.check_(calls)
         new = self.computed(calls)
-        if any(call.op.name == "apply" for call in calls.values()):  # the user's function may raise halfway
+        # The user's function may raise halfway, and an operand may be a leaf that changes.
+        if any(call.op.name == "apply" for call in calls.values()) or self._reads_itself(calls):
             new = iter(list(new))
         for number, value in new:
             self.assign(number, value)
 
-    def check_(self, calls: Mapping[int, Call]) -> None:
-        """Raise if calls cannot be carried out in place."""
+    def check_(self, calls: Mapping[int, Call]) -> dict[int, Call]:
+        """The calls that are to be carried out in place, one for each array; raises if they cannot be."""
         for number, call in calls.items():
             self.in_place(number)
             if not call.args.get("keep_spec", True):
                 raise Unsupported(f"{call}: in place a leaf must keep its spec", hint="leave out keep_spec")
         self._check(calls)
+        one = self.apart(calls)
+        for number, first in one.items():
+            if calls[number] is not calls[first]:
+                raise Unsupported(
+                    f"{self.index.path(first)} and {self.index.path(number)} are one array, which cannot take two values",
+                    hint="the verb without the underscore returns a new tree: params = pm.at(params, ...).set(values)",
+                )
+        return {number: call for number, call in calls.items() if number not in one}
+
+    def _reads_itself(self, calls: Mapping[int, Call]) -> bool:
+        """Whether an operand shares memory with one of several leaves that change."""
+        if len(calls) < 2:
+            return False
+        operands = {id(value): value for call in calls.values() for value in call.args.values()}
+        arrays = [value for value in operands.values() if backend_of(type(value)) is not None]
+        written = [self.values[number] for number in calls] if arrays else []
+        memories = {at: backend(each).memory(each) for at, each in enumerate((*arrays, *written))}
+        found = overlapping({at: memory for at, memory in memories.items() if memory is not None})
+        return any(min(pair) < len(arrays) <= max(pair) for pair in found)
 
     def deleted(self, numbers: Iterable[int]) -> Any:
         """The tree without some leaves, under all their paths."""

@@ -9,7 +9,7 @@ from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
-from paramend.selectors.selector import SelectorLike, resolve, sel, slice_of, write_index
+from paramend.selectors.selector import SelectorLike, read_slice, resolve, sel, slice_of, write_index
 
 T = TypeVar("T")
 
@@ -69,6 +69,7 @@ class Selection(Edits[T]):
                 f"the leaves are sliced already, [{write_index(self._index)}]",
                 hint="[i, j] slices two axes at once",
             )
+        index = read_slice(index)
         new: Selection[T] = object.__new__(type(self))
         new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
         for number in self._numbers:

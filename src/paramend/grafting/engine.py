@@ -18,7 +18,16 @@ from paramend.trees.tree import Tree
 
 
 def assign(tree: Tree, new: dict[int, Any]) -> None:
-    """Assign all values to their leaves; if one of them fails, restore those before it."""
+    """Assign all values to their leaves; if one of them fails, restore those before it.
+
+    Raises:
+        Unsupported: two of the leaves are one array, or one shares memory with others.
+    """
+    for number, first in tree.apart(new).items():
+        raise Unsupported(
+            f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values",
+            hint="pm.graft returns a new tree: params, report = pm.graft(params, source)",
+        )
     old: dict[int, Any] = {}
     try:
         for number in list(new):
