@@ -1,9 +1,10 @@
 """Edits in place where leaves share memory, and edits that give each leaf memory of its own."""
 
 import numpy as np
-import paramend as pm
 import pytest
 import torch
+
+import paramend as pm
 from paramend.errors import Unsupported
 
 

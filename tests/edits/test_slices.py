@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
-import paramend as pm
 import pytest
 import torch
+
+import paramend as pm
 from paramend.errors import BadArgument, OutOfRange
 
 SLICES = [

@@ -47,8 +47,9 @@ class Memory(Tree, Editable):
         one = self.apart(calls)
         for number, first in one.items():
             if calls[number] is not calls[first]:
+                paths = self.index.path(first), self.index.path(number)
                 raise Unsupported(
-                    f"{self.index.path(first)} and {self.index.path(number)} are one array, which cannot take two values",
+                    f"{' and '.join(paths)} are one array, which cannot take two values",
                     hint="the verb without the underscore returns a new tree: params = pm.at(params, ...).set(values)",
                 )
         return {number: call for number, call in calls.items() if number not in one}

@@ -24,8 +24,8 @@ from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import labels, write_path
 from paramend.leaves.overlaps import share
+from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 MAX_PICKLE = 256_000_000
