@@ -119,7 +119,7 @@ def clip(x: Any, lo: Any, hi: Any) -> Any:
 
 def cast(x: Any, dtype: str) -> Any:
     """The tensor in another dtype."""
-    return _new(x, lambda: x.to(getattr(torch, dtype)))
+    return _new(x, lambda: x.to(getattr(torch, dtype), copy=True))
 
 
 def get(x: Any, index: Any) -> Any:
