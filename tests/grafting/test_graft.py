@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm
+from paramend.arrays.losses import damage
 from paramend.errors import BadArgument, GraftRefused, SelectorError, Unsupported
 from paramend.grafting.alignment import propose
-from paramend.grafting.conversions import damage
 from paramend.grafting.graft import graft, graft_
 from paramend.reports.report import Line, fold, table
 

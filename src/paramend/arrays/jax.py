@@ -201,6 +201,11 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
+def local(x: Any) -> bool:
+    """Whether it is on the host's own devices."""
+    return not isinstance(x, jax.core.Tracer) and all(device.platform == "cpu" for device in x.devices())
+
+
 def mutable(x: Any) -> bool:
     """False: JAX arrays never change."""
     return False

@@ -94,6 +94,11 @@ def numpy(x: Any) -> Array:
     return np.asarray(x)
 
 
+def local(x: Any) -> bool:
+    """True: numpy's arrays are the host's."""
+    return True
+
+
 def mutable(x: Any) -> bool:
     """Whether the values can change in place: not those of scalars and read-only arrays."""
     return isinstance(x, np.ndarray) and bool(x.flags.writeable)

@@ -172,6 +172,11 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
     return array
 
 
+def local(x: Any) -> bool:
+    """Whether it is in the host's memory."""
+    return bool(x.device.type == "cpu")
+
+
 def mutable(x: Any) -> bool:
     """True: tensors change in place."""
     return True

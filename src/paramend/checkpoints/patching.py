@@ -36,6 +36,7 @@ from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer, new_head
 from paramend.piecewise.changes import Work, change, work_of
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
+from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Report, Section
@@ -77,9 +78,11 @@ class PatchReport(Report):
     @property
     def summary(self) -> str:
         """What was written, in one line."""
-        written = f"{wording.size(self.bytes_written)} written in place"
+        damage = f"; {self.plan.damage}" if self.plan.damage else ""
+        written = f"{wording.size(self.bytes_written)} written in place{damage}"
         if self.dry_run:
-            return f"dry run: {self.path} was not changed; {wording.size(self.bytes_written)} would be written in place"
+            would = f"{wording.size(self.bytes_written)} would be written in place"
+            return f"dry run: {self.path} was not changed; {would}{damage}"
         if self.record is None:
             return f"{self.path} has nothing to change"
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
@@ -259,6 +262,7 @@ class _Patch:
 
     def rehearse(self) -> PatchReport:
         """The report of a dry run, after all checks that are possible before writing."""
+        survey(self.plan)
         base = self.store.base
         with explained(base):
             if isinstance(self.source, Chunked):

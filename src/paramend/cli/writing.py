@@ -11,6 +11,7 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
 from paramend.pages.paged import Paged
+from paramend.piecewise.rows import survey
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
@@ -52,6 +53,8 @@ def carry_out(
     if out is not None:
         check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
     if dry_run or out is None:
+        if told is None:
+            survey(made)
         data |= made.to_dict() if as_json else {}
         done = "dry run: nothing was written"
     else:

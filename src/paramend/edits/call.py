@@ -11,6 +11,7 @@ from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Value
 from paramend.edits.checks import check_scalar
+from paramend.edits.damage import Losses
 from paramend.edits.runs import native
 from paramend.errors import OutOfRange, SpecMismatch
 from paramend.leaves.specs import Spec
@@ -29,6 +30,7 @@ class Op:
         run: (backend, array, args, place) → a new array.
         check: (spec, args) → the spec after it; raises if the edit makes no sense. None if it always does.
         slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
+        losses: for edits that a dtype may be too narrow for: how many values it could not hold.
         reads: whether the result depends on the old values; if not, an engine need not read them.
         keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
         chunks: whether an array may be edited piece by piece, in order.
@@ -46,6 +48,7 @@ class Op:
     run: Callable[[Backend, Any, Args, Site], Any]
     check: Callable[[Spec, Args], Spec] | None = None
     slot: Callable[[Args], tuple[str, Any]] | None = None
+    losses: Losses | None = None
     reads: bool = True
     keeps_spec: bool = True
     chunks: bool = True

@@ -1,16 +1,22 @@
 """The memory engine: edits of a tree in memory, carried out immediately."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.call import Call
-from paramend.errors import NoMatch, SpecMismatch, Unsupported
+from paramend.edits.damage import Damage, of_call, said
+from paramend.errors import NoMatch, SpecMismatch, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable
 from paramend.leaves.overlaps import overlapping
 from paramend.trees.tree import Tree
 
+# From `computed` through an edit and its verb to the line that calls the verb.
+_CALLER = 5
 _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
 
 
@@ -82,9 +88,20 @@ class Memory(Tree, Editable):
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])
 
     def computed(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:
-        """The new values of leaves, one at a time."""
+        """The new values of leaves, one at a time; at the end, a warning if some values could not be held."""
+        found: list[tuple[str, Damage]] = []
         for number, call in calls.items():
-            yield number, call.run(self.values[number], self._place(number) if call.op.placed else NOWHERE)
+            before, place = self.values[number], self._place(number) if call.op.placed else NOWHERE
+            if call.op.losses is None:
+                yield number, call.run(before, place)
+                continue
+            with np.errstate(over="ignore", invalid="ignore"):  # counted here
+                after = call.run(before, place)
+            found.append((self.index.path(number), Damage(*of_call(call, before, after))))
+            yield number, after
+        if damage := said(found):
+            call = next(iter(calls.values()))
+            warnings.warn(f"{call}: {damage}", ValuesLost, stacklevel=_CALLER)
 
     def _check(self, calls: Mapping[int, Call]) -> None:
         for number, call in calls.items():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from paramend.arrays import losses
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupported
 from paramend.grafting import alignment, conversions
@@ -63,16 +64,16 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
         value = meeting.make(value)
     move.row = replace(move.row, taken=meeting.taken if meeting else theirs.spec(value).size)
     if given != dtype or (meeting and meeting.computed):
-        overflowed, lost = conversions.damage(value, dtype)
+        overflowed, lost = losses.damage(value, dtype)
         if meeting and meeting.computed:  # new numbers near zero are no loss
-            lost = conversions.damage(before, dtype)[1]
+            lost = losses.damage(before, dtype)[1]
         move.row = replace(move.row, overflowed=overflowed, lost=lost)
         value = conversions.converted(value, dtype)
     if meeting is not None and meeting.into is not None and ours.abstract(leaf):
         if meeting.taken < ours.spec(leaf).size:
             raise Unsupported(f"{move.row.path} has no values around the {meeting.did}", hint=_ADVICE["abstract"])
     elif meeting is not None and meeting.into is not None:
-        return ours.put(leaf, meeting.into, "set", conversions.on_host(value))
+        return ours.put(leaf, meeting.into, "set", losses.on_host(value))
     if backend(value) is not ours:
         value = backend(value).numpy(value)
         if ours.abstract(leaf) and not hasattr(plan.source, "fetch"):  # the user's array may change later

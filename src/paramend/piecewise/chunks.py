@@ -116,6 +116,7 @@ def _expanded(place: Array, low: Array, high: Array, grid: Sequence[int]) -> Arr
 
 def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Array]]:
     row, boxes = work.row, touched(source, work)
+    row.damage.clear()
     dtype = numpy_dtype(row.before.dtype)
     if _is_alike(row):
         steps, before = steps_of(row)

@@ -84,7 +84,8 @@ class RewriteReport(Report):
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         record = ", with a record of edits" if self.record else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
+        damage = f"; {self.plan.damage}" if self.plan.damage else ""
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{damage}{left}"
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"
