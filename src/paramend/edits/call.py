@@ -9,7 +9,7 @@ import numpy as np
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.arguments import Value
+from paramend.edits.arguments import Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
@@ -151,7 +151,7 @@ class _Said(str):
 
 def _short(value: Any) -> str:
     if backend_of(type(value)) is None:
-        return repr(value)
+        return repr(value) if isinstance(value, _PLAIN) or callable(value) else shown(value)
     spec = backend(value).spec(value)
     return str(spec) if spec.ndim else "scalar"
 

@@ -13,6 +13,7 @@ from paramend.edits.damage import Damage, of_call, said
 from paramend.errors import NoMatch, SpecMismatch, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable
 from paramend.leaves.overlaps import overlapping
+from paramend.selectors.selector import write_index
 from paramend.trees.tree import Tree
 
 # From `computed` through an edit and its verb to the line that calls the verb.
@@ -46,7 +47,13 @@ class Memory(Tree, Editable):
     def check_(self, calls: Mapping[int, Call]) -> dict[int, Call]:
         """The calls that are to be carried out in place, one for each array; raises if they cannot be."""
         for number, call in calls.items():
-            self.in_place(number)
+            try:
+                self.in_place(number)
+            except Unsupported as error:
+                path = self.index.path(number).replace('"', '\\"')
+                index = "" if call.index is None else f"[{write_index(call.index)}]"
+                hint = f'the verb without the underscore returns a new tree: tree = pm.at(tree, "{path}"){index}.{call}'
+                raise Unsupported(error.args[0].partition("\n\nhint: ")[0], hint=hint) from None
             if not call.args.get("keep_spec", True):
                 raise Unsupported(f"{call}: in place a leaf must keep its spec", hint="leave out keep_spec")
         self._check(calls)
@@ -120,7 +127,14 @@ class Memory(Tree, Editable):
 
 def editable(tree: Any) -> Editable:
     """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory."""
-    return tree if isinstance(tree, Editable) else Memory(tree)
+    if isinstance(tree, Editable):
+        return tree
+    memory = Memory(tree)
+    if not memory.index.numbers:
+        from paramend.edits.subjects import check_subject  # needed only for errors
+
+        check_subject(tree, memory)
+    return memory
 
 
 def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:

@@ -234,6 +234,7 @@ class Edits(Generic[T]):
 
     @edit(
         "the leaf becomes fn(leaf)",
+        check=checks.check_apply,
         run=runs.apply,
         chunks=False,
         arithmetic=False,

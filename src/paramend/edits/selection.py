@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from paramend.edits.arguments import shown
 from paramend.edits.call import Args, Call, Op, sliced_shape
 from paramend.edits.memory import editable, explain
 from paramend.edits.ops import Edits
@@ -152,6 +153,9 @@ class Selection(Edits[T]):
         {'layers_1': {'w': array([1.])}, 'layers_2': {'w': array([2.])}}
         """
         self._whole("rename")
+        if not isinstance(to, str):
+            given = shown(to)
+            raise BadArgument(f"rename takes the text of a path, and this is {given}", hint='.rename("layers/<n>/**")')
         return self._tree.moved(self._selector, self._numbers, to)  # type: ignore[no-any-return]
 
     # -- the parts
@@ -244,6 +248,11 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
     {'a': 'frozen', 'b': 'train'}
     """
     leaves = editable(tree)
+    if not isinstance(groups, Mapping) or not all(isinstance(label, str) for label in groups):
+        raise BadArgument(
+            f"labels takes a dict from labels to selectors, and this is {shown(groups)}",
+            hint='pm.labels(tree, {"frozen": "**/Dense_0/**", "train": "**"})',
+        )
     found: dict[int, str] = {}
     for label, selector in groups.items():
         for number in resolve(selector, leaves):

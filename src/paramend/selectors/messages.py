@@ -32,8 +32,12 @@ def nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
                 hint=f"write {quoted(near)}",
                 near=[near],
             )
-    from paramend.selectors.misses import nearest  # needed only for errors
+    from paramend.selectors.dialects import advice  # needed only for errors
+    from paramend.selectors.misses import nearest
 
+    better = advice(text, index)
+    if better:
+        return NoMatch(f"{quoted(text)} matches none of {count_of(index)}", hint=f"did you mean {better}?")
     found = nearest(pattern, index.names)
     offers = [near.write(separator) for near, _ in found]
     if found:

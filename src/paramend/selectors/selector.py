@@ -17,6 +17,7 @@ from paramend.leaves.names import by_name
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
+from paramend.selectors.dialects import advice, from_keys, from_keystr, keys_in
 from paramend.selectors.grammar import Number, Piece
 from paramend.selectors.messages import count_of, examples, nothing, out_of_range, quoted
 from paramend.selectors.patterns import Pattern, parse
@@ -118,6 +119,31 @@ class Text(Selector):
                 raise nothing(self.text, self.pattern, index)
             index.found[self.text] = found
         return set(found)
+
+
+@dataclass(frozen=True)
+class Keys(Text):
+    """The leaf at a path given key by key, as in flattened dicts; or, if there is none, at each of several paths."""
+
+    keys: tuple[str | int, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sel, (self.keys,)
+
+    def __repr__(self) -> str:
+        return f"pm.sel({self.keys!r})"
+
+    def _find(self, leaves: Leaves) -> set[int]:
+        try:
+            return super()._find(leaves)
+        except NoMatch:
+            paths = [key for key in self.keys if isinstance(key, str)]
+            first = next(iter(self.keys))
+            within = (text_of(label) for label, child in leaves.index.names.items() if type(child) is dict)
+            one = len(paths) < len(self.keys) or first in within
+            if one and not any(any(char in path for char in "*/.[{") for path in paths):
+                raise
+            return Union(tuple(map(_text_selector, paths)))._find(leaves)
 
 
 @dataclass(frozen=True)
@@ -255,8 +281,13 @@ class Mask(Selector):
             return
         children = leaves.children(node)
         if children is None:
+            where = write_path(path) or "its root"
+            array = backend_of(type(node)) is not None
             raise BadArgument(
-                f"a tree of bools holds bools, and this one has {node!r} at {write_path(path) or 'its root'}"
+                f"a tree of bools holds bools, and this one has {_described(node)} at {where}",
+                hint="the tree comes first, then the selector; of arrays of bools, say which leaves: .any()"
+                if array
+                else "",
             )
         for key, child in children:
             below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
@@ -368,7 +399,8 @@ def sel(what: SelectorLike) -> Selector:
     Args:
         what: `"**/kernel"` (see the grammar in `paramend.selectors.grammar`); `re.compile(...)`, matched against the
             whole path; a module class such as `torch.nn.Linear` or `nnx.Linear`; `f(path, spec) -> bool`; a tree of
-            bools; or a list of selectors, each of which must match something.
+            bools; or a list of selectors, each of which must match something. Paths may also be written as by
+            `jax.tree_util.keystr`, or be tuples of keys as in flattened dicts.
 
     Returns:
         A selector that `pm.at`, `pm.freeze` and all other verbs take, to be combined with `|`, `&`, `~`,
@@ -390,7 +422,11 @@ def sel(what: SelectorLike) -> Selector:
         return Held(what)
     if _is_function(what):
         return Predicate(what)
-    if isinstance(what, list | tuple) and any(map(_is_selector, what)):
+    keys = keys_in(what)
+    if keys is not None and (len(keys) > 1 or not isinstance(what[0], str)):  # type: ignore[index]
+        text = from_keys(keys)
+        return Keys(text, parse(text), keys)
+    if isinstance(what, list | tuple) and any(_is_selector(each) or keys_in(each) for each in what):
         return Union(tuple(map(sel, what)))
     number = isinstance(what, int | float | complex | bytes) and not isinstance(what, bool)
     if what is None or number or (isinstance(what, list | tuple) and not what):
@@ -403,7 +439,15 @@ def sel(what: SelectorLike) -> Selector:
 
 @lru_cache(maxsize=4096)
 def _text_selector(text: str) -> Text:
-    pattern = parse(text)
+    text = from_keystr(text) or text
+    try:
+        pattern = parse(text)
+    except SelectorError as error:
+        better = advice(text)
+        if not better:
+            raise
+        message = error.args[0].partition("\n\n")[0]
+        raise SelectorError(message, text=text, span=error.span, hint=better) from None
     for segment in pattern.segments:
         for atom in segment.atoms if isinstance(segment, Piece) else ():
             if isinstance(atom, Number) and (atom.factor, atom.shift) != (1, 0):
@@ -525,6 +569,14 @@ def _plain(index: Any) -> Hashable:
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------
+
+
+def _described(node: Any) -> str:
+    """A value in a message, without its elements if it is an array."""
+    library = backend_of(type(node))
+    if library is not None:
+        return f"an array, {library.spec(node)},"
+    return repr(node) if isinstance(node, str | int | float | complex | None) else wording.described(node)
 
 
 def _is_function(what: object) -> TypeGuard[Callable[[str, Spec], object]]:

@@ -214,7 +214,8 @@ class Tree:
             return
         value = self.values[number]
         if not backend(value).mutable(value):
-            why = f"this {type(value).__name__} never changes"
+            jax = backend(value).__name__.endswith(".jax")  # type: ignore[attr-defined]
+            why = "JAX arrays never change" if jax else f"this {type(value).__name__} is read-only"
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
         memory = backend(value).memory(value)
         if memory is not None and repeats(memory[1]):
