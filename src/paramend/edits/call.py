@@ -94,7 +94,7 @@ class Op:
         return spec if self.check is None else self.check(spec, args)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Call:
     """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf)."""
 
@@ -105,6 +105,9 @@ class Call:
     def __str__(self) -> str:
         from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
         return f"{self.op.name}({from_args})"
+
+    def __repr__(self) -> str:
+        return f"<call {self}>"
 
     def told(self) -> "Call":
         """The call for a report, with arrays and functions replaced by their descriptions."""

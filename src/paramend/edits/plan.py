@@ -24,7 +24,7 @@ from paramend.reports.tables import aligned
 from paramend.selectors.selector import resolve, slice_of, write_index
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Row:
     """One leaf of the result: `path, spec ◄─ source, calls`.
 
@@ -50,7 +50,10 @@ class Row:
     labels: tuple[Label, ...] = ()
     was: str = ""
     depths: tuple[int | None, ...] = ()
-    damage: Damage = field(default_factory=Damage, compare=False, repr=False)
+    damage: Damage = field(default_factory=Damage, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
 
     @property
     def stays(self) -> bool:

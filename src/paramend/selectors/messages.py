@@ -48,6 +48,15 @@ def nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
     return NoMatch(f"{quoted(text)} matches none of {count_of(index)}", hint=hint, near=offers)
 
 
+def absent(text: str, index: Index, why: str, path: str) -> NoMatch:
+    """The error for a selector of a leaf that is known to stand under another path."""
+    return NoMatch(
+        f"{quoted(text)} matches none of {count_of(index)}: {why}",
+        hint=f"{quoted(path)} is the weight of both, and an edit of it changes both",
+        near=[path],
+    )
+
+
 def out_of_range(text: str, error: OutOfRange, index: Index) -> OutOfRange:
     """The error for a missing position, with the nearest positions that exist."""
     offers: list[str] = []

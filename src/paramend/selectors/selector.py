@@ -12,14 +12,14 @@ import numpy as np
 
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
-from paramend.leaves.leaves import Leaves, unique
+from paramend.leaves.leaves import Explained, Leaves, unique
 from paramend.leaves.names import by_name
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
 from paramend.selectors.dialects import advice, from_keys, from_keystr, keys_in
 from paramend.selectors.grammar import Number, Piece
-from paramend.selectors.messages import count_of, examples, nothing, out_of_range, quoted
+from paramend.selectors.messages import absent, count_of, examples, nothing, out_of_range, quoted
 from paramend.selectors.patterns import Pattern, parse
 from paramend.trees.kind import ELIDED
 
@@ -116,7 +116,8 @@ class Text(Selector):
             except OutOfRange as error:
                 raise out_of_range(self.text, error, index) from None
             if not found:
-                raise nothing(self.text, self.pattern, index)
+                told = leaves.absence(self.text) if isinstance(leaves, Explained) else None
+                raise nothing(self.text, self.pattern, index) if told is None else absent(self.text, index, *told)
             index.found[self.text] = found
         return set(found)
 
