@@ -236,15 +236,18 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
 
 def _check_apart(source: Source, work: Sequence[Work]) -> None:
     """Raise if a leaf that changes shares bytes with another one without being the same leaf: views of one storage."""
-    for each in work if isinstance(source, Overlapping) else ():
+    if not isinstance(source, Overlapping):
+        return
+    for each in work:
         others = source.overlaps(each.row.source)
         if others:
-            verb = each.row.calls[0].op.name
+            call = each.row.calls[0]
+            typed = "".join(f" {value}" for value in call.args.values() if isinstance(value, int | float | str))
             paths = [source.index.path(other) for other in others]
             raise Unsupported(
                 f"{each.row.path} shares bytes of {source.path} with {wording.listing(paths, 3)}: a change in place of "
                 "one changes the other",
-                hint=f"paramend {verb} {source.path} '{each.row.path}' -o OUT",
+                hint=f"paramend {call.op.name} {source.path} '{each.row.path}'{typed} -o OUT",
             )
 
 

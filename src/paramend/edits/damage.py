@@ -107,7 +107,7 @@ def said(rows: Iterable[tuple[str, Damage]]) -> str:
     >>> said([("w", Damage(2, 1)), ("b", Damage(0, 3)), ("c", Damage())])
     '2 values overflow (w), 4 are lost (w, b)'
     """
-    parts = []
+    parts: list[str] = []
     named = list(rows)
     for field, one, many in (("overflowed", "overflows", "overflow"), ("lost", "is lost", "are lost")):
         hit = [(path, getattr(damage, field)) for path, damage in named if getattr(damage, field)]

@@ -133,7 +133,7 @@ def editable(tree: Any) -> Editable:
     if not memory.index.numbers:
         from paramend.edits.subjects import check_subject  # needed only for errors
 
-        check_subject(tree, memory)
+        check_subject(tree)
     return memory
 
 

@@ -1,7 +1,7 @@
 """`at`: the edit verbs for any tree, like `x.at[i]` in jax.numpy."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from paramend.edits.arguments import shown
 from paramend.edits.call import Args, Call, Op, sliced_shape
@@ -153,7 +153,7 @@ class Selection(Edits[T]):
         {'layers_1': {'w': array([1.])}, 'layers_2': {'w': array([2.])}}
         """
         self._whole("rename")
-        if not isinstance(to, str):
+        if not isinstance(cast(object, to), str):
             given = shown(to)
             raise BadArgument(f"rename takes the text of a path, and this is {given}", hint='.rename("layers/<n>/**")')
         return self._tree.moved(self._selector, self._numbers, to)  # type: ignore[no-any-return]

@@ -9,15 +9,14 @@ from paramend.errors import BadArgument
 from paramend.reports import wording
 from paramend.selectors.messages import quoted
 from paramend.selectors.selector import Selector
-from paramend.trees.tree import Tree
+from paramend.trees.lookup import find_kind
 
 
-def check_subject(tree: Any, leaves: Tree) -> None:
+def check_subject(tree: Any) -> None:
     """Raise if what holds no arrays is no tree, but has or finds one.
 
     Args:
         tree: what was given.
-        leaves: the same as leaves, of which there are none.
 
     Raises:
         BadArgument: it is a selector, a path, a class, a function, a model without its parameters.
@@ -40,7 +39,7 @@ def check_subject(tree: Any, leaves: Tree) -> None:
             f"a model of Flax or Haiku holds no parameters itself, and this is {given}: pass its params",
             hint="params = model.init(jax.random.key(0), x); pm.at(params, selector)",
         )
-    if callable(tree) and not leaves.values[1:]:
+    if callable(tree) and find_kind(tree) is None:
         why = f"a tree of arrays is needed, and this is {given}: pass its params"
         raise BadArgument(why, hint="pm.at(params, ...)")
 

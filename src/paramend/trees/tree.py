@@ -139,9 +139,10 @@ class Tree:
             from paramend.arrays import torch  # imports torch
         for number in self.index.numbers:
             value, box = self.values[number], self.boxes.get(number)
+            of_torch = torch is not None and backend_of(type(value)) is torch
             if box is not None:
                 ties[number] = first.setdefault(id(box), number)
-            elif torch is not None and backend_of(type(value)) is torch:
+            elif of_torch:
                 ties[number] = first.setdefault(torch.storage(value), number)
         shared = {one for number, one in ties.items() if one != number}
         return {number: one for number, one in ties.items() if one in shared}

@@ -187,7 +187,7 @@ class TorchFile(ZipSource):
         own, (start, stop) = self.ties.get(number, number), tensor.bounds
         near = mates[(mates[:, 1] < stop) & (mates[:, 2] > start), 0].tolist()
         others = [other for other in near if self.ties.get(other, other) != own]
-        here = self._bytes(tensor) if others else None
+        here = self._bytes(tensor)
         return tuple(other for other in others if share(here, self._bytes(self.tensors[other])))
 
     # ---- reading ---------------------------------------------------------------------------------------------
