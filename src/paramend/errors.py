@@ -18,6 +18,10 @@
     │   └── Busy                            another program is writing; try again
     └── MissingExtra       (ImportError)    install the optional dependency named
 
+and one warning:
+
+    ValuesLost             (UserWarning)    an edit of a tree in memory gave values that their dtype cannot hold
+
 Every message says what was written, what was there and, after an empty line, `hint:` with what to type.
 Each class has a stable `code` for programs to test.
 """
@@ -108,6 +112,13 @@ class BadArgument(ParamendError, ValueError):
     """An argument is not a valid choice."""
 
     code = "bad-argument"
+
+
+class ValuesLost(UserWarning):
+    """An edit in memory gave values that their dtype cannot hold: they became inf, NaN, zero or another number.
+
+    The edit is done. On disk the report of a save or a patch has these numbers.
+    """
 
 
 class Problem(NamedTuple):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -79,8 +80,6 @@ def sharded(tmp_path):
 
 
 def make_torch_shards(folder):
-    import json
-
     import torch
 
     folder.mkdir()
@@ -94,8 +93,6 @@ def make_torch_shards(folder):
 
 
 def make_shards(folder):
-    import json
-
     folder.mkdir()
     weight_map = {}
     for n, half in enumerate(
@@ -244,6 +241,30 @@ def test_a_file_of_torch_keeps_its_checksums(tmp_path):
     assert torch.equal(after["fc.weight"], expected) and torch.equal(after["fc.bias"], state["fc.bias"])
     undo(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "shards"])
+def test_views_of_one_storage_are_not_changed_with_each_other(tmp_path, folder):
+    torch = pytest.importorskip("torch")
+    path = make_torch_shards(tmp_path / "model") / "pytorch_model-00001-of-00002.bin" if folder else tmp_path / "m.pt"
+    whole, matrix = torch.arange(10.0), torch.ones(2, 3)
+    state = {"a": whole[:6], "b": whole[4:], "w": matrix, "row": matrix[0], "twin": matrix, "even": whole[6:]}
+    torch.save(state, path)
+    if folder:
+        (path.parent / "pytorch_model-00002-of-00002.bin").unlink()
+        index = dict.fromkeys(state, path.name)
+        (path.parent / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    before, name = path.read_bytes(), path.parent if folder else path
+    for selector, others in {"a": "b", "w": "row", "row": "w, twin", "{a,b}": "b", "even": "b"}.items():
+        with pytest.raises(Unsupported, match=f"shares bytes of .* with {others}: a change in place") as caught:
+            patched(name, selector, "zero")
+        assert f"paramend zero {name} '" in caught.value.hint
+        with pytest.raises(Unsupported, match="shares bytes"):
+            pm.patch(name, lambda t, s=selector: pm.at(t, s).zero(), dry_run=True)
+    assert path.read_bytes() == before
+    pm.at(pm.open(name), "a").zero().save(tmp_path / "new")
+    new = pm.load(tmp_path / "new")
+    assert new["a"].tolist() == [0] * 6 and new["b"].tolist() == [4, 5, 6, 7, 8, 9]
 
 
 def test_leaves_without_elements_need_no_record(model):
@@ -1068,8 +1089,6 @@ def test_a_shard_opened_alone_takes_back_the_patch_of_its_folder(sharded):
 
 
 def test_the_commands(model):
-    import json
-
     before = model.read_bytes()
     for value in (1, 2):
         patched(model, "layers/**", "fill", value=value)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm
-from paramend.errors import BadArgument, GraftRefused, SelectorError
+from paramend.arrays.losses import damage
+from paramend.errors import BadArgument, GraftRefused, SelectorError, Unsupported
 from paramend.grafting.alignment import propose
-from paramend.grafting.conversions import damage
 from paramend.grafting.graft import graft, graft_
 from paramend.reports.report import Line, fold, table
 
@@ -78,7 +78,7 @@ def test_deeper_mlp_starts_from_a_smaller_one():
     small, big = init(3), init(5, seed=1)
     tree, report = graft(big, small)
     for i in range(3):
-        assert tree["params"][f"Dense_{i}"]["kernel"] is small["params"][f"Dense_{i}"]["kernel"]
+        assert np.array_equal(tree["params"][f"Dense_{i}"]["kernel"], small["params"][f"Dense_{i}"]["kernel"])
     assert tree["params"]["Dense_4"]["kernel"] is big["params"]["Dense_4"]["kernel"]
     assert [row.path for row in report.fresh] == [f"params/Dense_{i}/{p}" for i in (3, 4) for p in ("kernel", "bias")]
     assert report.totals["copied"] == {"leaves": 6, "parameters": 60, "taken": 60}
@@ -88,7 +88,7 @@ def test_deeper_mlp_starts_from_a_smaller_one():
 def test_last_goes_to_last():
     small, big = init(3, out=2), init(5, seed=1, out=2)
     tree, _ = graft(big, small, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})
-    assert tree["params"]["Dense_4"]["kernel"] is small["params"]["Dense_2"]["kernel"]
+    assert np.array_equal(tree["params"]["Dense_4"]["kernel"], small["params"]["Dense_2"]["kernel"])
     assert tree["params"]["Dense_2"]["kernel"] is big["params"]["Dense_2"]["kernel"]
     error = refused(graft, big, small)
     assert "params/Dense_2/kernel  your model float32[4,4], the source float32[4,2]" in str(error)
@@ -103,7 +103,7 @@ def test_last_to_last_of_a_shallower_model_collides_and_says_so():
     assert "its place is taken" in {row.did for row in error.report.unused}
     rules = {"**/Dense_[-1]/**": "**/Dense_[-1]/**", "**/Dense_[2:]/**": None}
     tree, report = graft(init(3), source := init(5, seed=1), rename=rules)
-    assert tree["params"]["Dense_2"]["kernel"] is source["params"]["Dense_4"]["kernel"]
+    assert np.array_equal(tree["params"]["Dense_2"]["kernel"], source["params"]["Dense_4"]["kernel"])
     assert {row.did for row in report.unused} == {"left behind by `rename`"}
     assert len(report.unused) == 4
 
@@ -140,10 +140,10 @@ def test_frozen_dict_and_dict():
     small, big = init(2), FrozenDict(init(3, seed=1))
     tree, _ = graft(big, small)
     assert type(tree) is FrozenDict
-    assert tree["params"]["Dense_0"]["kernel"] is small["params"]["Dense_0"]["kernel"]
+    assert np.array_equal(tree["params"]["Dense_0"]["kernel"], small["params"]["Dense_0"]["kernel"])
     back, _ = graft(init(3, seed=2), big)
     assert type(back) is dict
-    assert back["params"]["Dense_2"]["bias"] is big["params"]["Dense_2"]["bias"]
+    assert np.array_equal(back["params"]["Dense_2"]["bias"], big["params"]["Dense_2"]["bias"])
 
 
 def test_train_state():
@@ -151,7 +151,7 @@ def test_train_state():
     source = init(2, seed=1)
     tree, report = graft(state, source)
     assert type(tree) is TrainState
-    assert tree.params["Dense_1"]["kernel"] is source["params"]["Dense_1"]["kernel"]
+    assert np.array_equal(tree.params["Dense_1"]["kernel"], source["params"]["Dense_1"]["kernel"])
     assert len(report.copied) == 4
 
 
@@ -160,12 +160,12 @@ def test_nnx_module_state_and_torch():
     optimizer_sees = model.layers[0].kernel
     tree, report = graft(model, nnx.state(small))
     assert type(tree) is NNXNet
-    assert tree.layers[1].kernel[...] is small.layers[1].kernel[...]
+    assert np.array_equal(tree.layers[1].kernel[...], small.layers[1].kernel[...])
     assert model.layers[1].kernel[...] is not small.layers[1].kernel[...]
     assert [row.path for row in report.fresh] == ["layers/2/kernel", "layers/2/bias"]
     graft_(model, small)
     assert model.layers[0].kernel is optimizer_sees
-    assert model.layers[1].kernel[...] is small.layers[1].kernel[...]
+    assert np.array_equal(model.layers[1].kernel[...], small.layers[1].kernel[...])
     kernels = {f"{n}.kernel": weight.T for n, weight in enumerate(torch_net(4, 4, 4).state_dict().values()) if n < 1}
     tree, _ = graft(model, kernels, rename={"<n>.kernel": "layers/<n>/kernel"})
     assert np.array_equal(tree.layers[0].kernel[...], kernels["0.kernel"].numpy())
@@ -176,7 +176,7 @@ def test_equinox():
     model, small = (eqx.nn.MLP(4, 4, 4, depth, key=jax.random.key(depth)) for depth in (3, 1))
     tree, report = graft(model, small)
     assert type(tree) is eqx.nn.MLP
-    assert tree.layers[0].weight is small.layers[0].weight
+    assert np.array_equal(tree.layers[0].weight, small.layers[0].weight)
     assert tree.layers[3].weight is model.layers[3].weight
     assert len(report.copied) == 4
 
@@ -220,7 +220,7 @@ def test_prng_keys_and_tracing():
     target = {"rng": jax.random.key(0), "w": jnp.zeros(2)}
     source = {"rng": jax.random.key(7), "w": jnp.ones(2)}
     tree, _ = graft(target, source)
-    assert tree["rng"] is source["rng"]
+    assert np.array_equal(jax.random.key_data(tree["rng"]), jax.random.key_data(source["rng"]))
     assert "a leaf cannot take part" in str(refused(graft, target, {"rng": a(), "w": a(2)}))
 
     @jax.jit
@@ -270,11 +270,24 @@ def test_two_sources_for_a_tied_leaf():
 
 
 def test_tied_source_for_an_untied_target():
-    shared = a(2, value=3)
-    tree, report = graft({"x": a(2), "y": a(2)}, {"x": shared, "y": shared})
+    shared = torch.full((2,), 3.0)
+    tree, report = graft({"x": torch.ones(2), "y": torch.ones(2)}, {"x": shared, "y": shared})
     assert len(report.copied) == 2
     assert tree["x"] is not tree["y"]
-    assert graft({"x": a(2)}, {"x": shared, "y": shared})[1].unused == []
+    assert graft({"x": torch.ones(2)}, {"x": shared, "y": shared})[1].unused == []
+
+
+def test_a_template_whose_zeros_are_one_array():
+    zeros = np.zeros(2)
+    tree, report = graft({"x": zeros, "y": zeros}, {"x": np.ones(2), "y": np.full(2, 5.0)})
+    assert (tree["x"].tolist(), tree["y"].tolist(), zeros.tolist()) == ([1, 1], [5, 5], [0, 0])
+    assert [row.path for row in report.copied] == ["x", "y"]
+    with pytest.raises(Unsupported, match="x and y are one array, which cannot take two values") as caught:
+        graft_({"x": zeros, "y": zeros}, {"x": np.ones(2), "y": np.full(2, 5.0)})
+    assert "pm.graft returns a new tree" in caught.value.hint
+    assert zeros.tolist() == [0, 0]
+    with pytest.raises(Unsupported, match="x and y share memory"):
+        graft_({"x": zeros, "y": zeros[1:]}, {"x": np.ones(2)})
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -495,8 +508,10 @@ def test_torch_module_is_untouched_after_a_late_mismatch():
 
 
 def test_an_assignment_that_fails_half_way_is_taken_back():
-    weights = {"a": torch.zeros(2), "b": torch.zeros(1).expand(2)}
-    with pytest.raises(RuntimeError, match="single memory location"):
+    with torch.inference_mode():
+        fixed = torch.zeros(2)
+    weights = {"a": torch.zeros(2), "b": fixed}
+    with pytest.raises(RuntimeError, match="inference tensor"):
         graft_(weights, {"a": torch.ones(2), "b": torch.ones(2)})
     assert weights["a"].tolist() == [0, 0]
 
@@ -602,9 +617,8 @@ def test_the_four_parts_divide_both_trees(target, source, rename, only, mismatch
     assert sorted(path for paths in ours for path in paths) == sorted(every)
     used = {row.source for row in (*report.copied, *report.mismatched)}
     left = {row.path for row in report.unused}
-    first = {path: id(value) for path, value in zip(*paths_and_values(source), strict=True)}
-    assert not {first[path] for path in used} & {first[path] for path in left}
-    assert {first[path] for path in used | left} == set(first.values())
+    assert not used & left
+    assert used | left == set(paths_and_values(source)[0])
     assert jax.tree.all(jax.tree.map(np.array_equal, (target, source), before))
     if tree is not None:
         for row in report.copied:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from flax import nnx
 from flax.core import freeze
 from jax.sharding import PartitionSpec as P
@@ -103,7 +104,7 @@ def test_what_stays_is_the_same_and_copies_share_nothing_that_can_change():
 
 
 def test_tied_leaves():
-    shared, own = np.ones(2), np.zeros(2)
+    shared, own = torch.ones(2), torch.zeros(2)
     tree = {"embed": shared, "layers": [{"e": shared, "a": own, "b": own}]}
     new, _ = pm.deepen(tree, order=[0, 0])
     assert new["layers"][1]["e"] is shared

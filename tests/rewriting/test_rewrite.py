@@ -97,6 +97,7 @@ EDITS = st.one_of(
 )
 
 
+@pytest.mark.filterwarnings("ignore::paramend.errors.ValuesLost")
 @given(TREES, st.sampled_from(["**", "**/w", "{a,b}/**", "**/[-1]/**", "layers[-1]/**", "a"]), EDITS, st.integers(1, 9))
 @example({"a": array("complex64", (7,), 0)}, "**", ("multiply", {"value": -0.5}), 3)
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,6 +127,7 @@ def test_the_file_is_edited_as_the_tree_in_memory(tmp_path, monkeypatch, tree, s
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
 
 
+@pytest.mark.filterwarnings("ignore::paramend.errors.ValuesLost")
 @pytest.mark.parametrize("verb", ["multiply", "add"])
 @pytest.mark.parametrize("value", [0, 0.5, -3, 1e-3, 1e38, float("inf"), float("nan"), 1e-40])
 def test_arithmetic_of_every_bfloat16_is_that_of_ml_dtypes(verb, value):
@@ -184,6 +186,7 @@ def slices(draw, shape):
     return (..., *parts) if draw(st.booleans()) and parts and len(parts) == len(shape) else tuple(parts)
 
 
+@pytest.mark.filterwarnings("ignore::paramend.errors.ValuesLost")
 @given(st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_slices_are_edited_as_in_memory_whatever_the_chunks(tmp_path, monkeypatch, data):

@@ -782,13 +782,16 @@ def test_views_of_one_storage_are_not_tied():
     assert (edited["second"] == 1).all()
 
 
-def test_one_numpy_array_at_two_places_stays_one():
-    shared = np.ones(2)
-    tree = {"in": shared, "out": shared, "other": np.ones(2)}
-    edited = pm.at(tree, "out").zero()
-    assert edited["in"] is edited["out"]
-    assert edited["other"] is tree["other"]
-    assert pm.param_count(tree) == 4
+@pytest.mark.parametrize("shared", [np.ones(2), jnp.ones(2)], ids=["numpy", "jax"])
+def test_one_array_at_two_places_is_two_leaves(shared):
+    tree = {"params": shared, "ema": shared, "other": np.ones(2)}
+    edited = pm.at(tree, "ema").zero()
+    assert edited["params"] is shared and shared.tolist() == [1, 1]
+    assert edited["ema"].tolist() == [0, 0]
+    assert pm.param_count(tree) == 6
+    assert pm.at(tree, "ema").mask() == {"params": False, "ema": True, "other": False}
+    assert pm.labels(tree, {"a": "ema", "b": "**"}) == {"params": "b", "ema": "a", "other": "b"}
+    assert pm.at(tree, ~pm.sel("ema")).paths == ["params", "other"]
 
 
 # ---- inside jax's transformations

@@ -11,8 +11,8 @@ from paramend.leaves.specs import Spec
 class Backend(Protocol):
     """The verbs over the arrays of one library. Each file of this folder with the name of a library is one.
 
-    Only `assign` changes its argument. Results keep what the library attaches to the first argument: device,
-    sharding, weak type, memory format, `requires_grad`.
+    Only `assign` changes its argument, and no result shares memory with one. Results keep what the library attaches to
+    the first argument: device, sharding, weak type, memory format, `requires_grad`.
     """
 
     def spec(self, x: Any) -> Spec:
@@ -69,8 +69,14 @@ class Backend(Protocol):
     def numpy(self, x: Any) -> "np.ndarray[Any, Any]":
         """The values on the host, bit for bit, with ml_dtypes for what numpy lacks."""
 
+    def local(self, x: Any) -> bool:
+        """Whether the host can read the values without a transfer."""
+
     def mutable(self, x: Any) -> bool:
         """Whether the values can change in place."""
+
+    def memory(self, x: Any) -> "tuple[str, np.ndarray[Any, Any]] | None":
+        """The device, and the elements as memory that another array may share; None if no other array can change it."""
 
     def assign(self, x: Any, value: Any) -> None:
         """Write the value into x itself."""

@@ -1,5 +1,6 @@
 """Verbs over JAX arrays, eager and traced. Imported only after the user has imported jax."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,25 +51,35 @@ def full(x: Any, value: Any) -> Any:
     return _placed(jnp.full_like(x, value), x)
 
 
+def _own(value: Any) -> Any:
+    """A copy of an array, in a buffer of its own: a step that donates it must not take another array away."""
+    return value if isinstance(value, jax.core.Tracer) else jax.device_put(value, may_alias=False)
+
+
 def like(value: Any, x: Any) -> Any:
-    """The values as an array with the sharding and weak type of `x`.
+    """The values as an array with the sharding and weak type of `x`, in a buffer of its own.
 
     A ShapeDtypeStruct may lack a sharding; the result may then share the memory of a numpy array.
     """
+    given = isinstance(value, jax.Array | jax.core.Tracer)
     if isinstance(x, jax.ShapeDtypeStruct):
-        if not isinstance(value, jax.Array | jax.core.Tracer):
+        if not given:
             # Wait for the transfer, so that there is only one copy on the host at a time.
             value = jax.block_until_ready(jax.device_put(np.asarray(value), x.sharding))
         if x.weak_type and not value.weak_type:
             value = jnp.zeros_like(x).at[...].set(value)
+        elif given:
+            value = _own(value)
         return value if x.sharding is None else jax.device_put(value, x.sharding)
-    if not isinstance(value, jax.Array | jax.core.Tracer):
+    if not given:
         # Placed directly, so that a large host array is never whole on one device.
         placed = None if isinstance(x, jax.core.Tracer) or not x.committed else x.sharding
         # JAX may take over the memory of a numpy array, which the user may change later.
         value = jax.device_put(np.array(value), placed) if placed is not None else jnp.asarray(np.array(value))
     if getattr(x, "weak_type", False) and not value.weak_type:
         value = jnp.zeros_like(x).at[...].set(value)
+    elif given:
+        value = _own(value)
     if isinstance(x, jax.core.Tracer) or isinstance(value, jax.core.Tracer):
         return value
     if not x.committed and not value.committed:
@@ -115,7 +126,7 @@ def cast(x: Any, dtype: str) -> Any:
     """The array in another dtype."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, numpy_dtype(dtype), sharding=x.sharding)
-    return _placed(x.astype(numpy_dtype(dtype)), x)
+    return _own(x) if x.dtype == dtype else _placed(x.astype(numpy_dtype(dtype)), x)
 
 
 def _explicit(x: Any) -> Any:
@@ -132,17 +143,24 @@ def _with_sharding(value: Any, x: Any, sharding: Any) -> Any:
 
 
 def get(x: Any, index: Any) -> Any:
-    """x[index]; the slice of an array with Explicit sharding is replicated."""
+    """x[index], a copy; the slice of an array with Explicit sharding is replicated."""
     sharding = _explicit(x)
     if sharding is not None:
         x = _with_sharding(x, x, sharding.update(spec=jax.sharding.PartitionSpec()))
-    return x[index]
+    found = x[index]
+    return _own(found) if found.size == x.size else found  # JAX gives the array itself for `x[...]`
 
 
 def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     """A new array with the slice changed."""
+    if not math.prod(np.broadcast_to(np.empty(()), x.shape)[index].shape):
+        return _own(x)
     sharding = _explicit(x)
     if sharding is None:
+        parts = index if isinstance(index, tuple) else (index,)
+        if verb != "set" and any(isinstance(part, np.ndarray) for part in parts):  # which may name an element twice
+            value = getattr(jnp, verb)(x[index], _operand(value, x)).astype(x.dtype)
+            verb = "set"
         return _placed(getattr(x.at[index], verb)(_operand(value, x)), x)
     # A scatter is ambiguous on Explicit axes; a selection between arrays with the same sharding is not.
     inside = np.zeros(x.shape, bool)
@@ -198,9 +216,18 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
+def local(x: Any) -> bool:
+    """Whether it is on the host's own devices."""
+    return not isinstance(x, jax.core.Tracer) and all(device.platform == "cpu" for device in x.devices())
+
+
 def mutable(x: Any) -> bool:
     """False: JAX arrays never change."""
     return False
+
+
+def memory(x: Any) -> None:
+    """None: JAX arrays never change."""
 
 
 def assign(x: Any, value: Any) -> None:

@@ -109,9 +109,19 @@ def numpy(x: Any) -> Array:
     return np.asarray(x)
 
 
+def local(x: Any) -> bool:
+    """True: numpy's arrays are the host's."""
+    return True
+
+
 def mutable(x: Any) -> bool:
     """Whether the values can change in place: not those of scalars and read-only arrays."""
     return isinstance(x, np.ndarray) and bool(x.flags.writeable)
+
+
+def memory(x: Any) -> tuple[str, Array] | None:
+    """The array itself; None for a scalar."""
+    return ("cpu", x) if isinstance(x, np.ndarray) and x.size else None
 
 
 def assign(x: Any, value: Any) -> None:

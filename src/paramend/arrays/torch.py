@@ -1,5 +1,6 @@
 """Verbs over torch tensors. Imported only after the user has imported torch."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,18 +119,18 @@ def clip(x: Any, lo: Any, hi: Any) -> Any:
 
 def cast(x: Any, dtype: str) -> Any:
     """The tensor in another dtype."""
-    return _new(x, lambda: x.to(getattr(torch, dtype)))
+    return _new(x, lambda: x.to(getattr(torch, dtype), copy=True))
 
 
 def get(x: Any, index: Any) -> Any:
     """x[index], a copy outside the autograd graph unless x is in it."""
-    index = _torch_index(index)
+    index = _torch_index(index, x.shape)
     return x[index].clone() if x.grad_fn is not None else x.detach()[index].clone()
 
 
 def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     """A new tensor with the slice changed."""
-    index = _torch_index(index)
+    index = _torch_index(index, x.shape)
 
     def compute() -> Any:
         out = x.clone()
@@ -156,8 +157,12 @@ def reshape(x: Any, shape: Sequence[int]) -> Any:
     return _new(x, lambda: x.clone(memory_format=torch.contiguous_format).reshape(*shape))
 
 
-def _torch_index(index: Any) -> Any:
+def _torch_index(index: Any, shape: Any) -> Any:
     parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, slice) and (part.step or 1) < 0 for part in parts):  # which torch lacks: element by element
+        shape = tuple(shape)
+        places = np.arange(math.prod(shape)).reshape(shape)[index]
+        parts = np.unravel_index(places, shape) if shape else parts
     return tuple(torch.as_tensor(part) if isinstance(part, np.ndarray) else part for part in parts)
 
 
@@ -185,9 +190,38 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
     return array
 
 
+def local(x: Any) -> bool:
+    """Whether it is in the host's memory."""
+    return bool(x.device.type == "cpu")
+
+
 def mutable(x: Any) -> bool:
     """True: tensors change in place."""
     return True
+
+
+class _Pointer:
+    """Memory as numpy takes it over: an address, which numpy does not read from unless told to."""
+
+    def __init__(self, x: Any) -> None:
+        width = x.element_size()
+        self.__array_interface__ = {
+            "data": (x.data_ptr(), True),
+            "shape": tuple(x.shape),
+            "strides": tuple(step * width for step in x.stride()),
+            "typestr": f"|V{width}",
+            "version": 3,
+        }
+
+
+def memory(x: Any) -> tuple[str, np.ndarray[Any, Any]] | None:
+    """The device, and the elements as untyped memory, which may lie on the device; None if there is none."""
+    try:
+        if x.is_meta or x.layout != torch.strided or not x.numel() or not x.data_ptr():
+            return None
+    except RuntimeError:  # a tensor of another kind, without a storage of its own
+        return None
+    return str(x.device), np.asarray(_Pointer(x))
 
 
 def assign(x: Any, value: Any) -> None:

@@ -1,7 +1,7 @@
 """`Checkpoint`: a model on disk, whose leaves are read on demand and whose edits are computed when it is saved."""
 
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -15,6 +15,7 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
 from paramend.leaves.leaves import Editable, Group, Index
+from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Array, Slice, Spec, numpy_dtype
 from paramend.reports import wording
 from paramend.reports.progress import Progress
@@ -26,8 +27,27 @@ if TYPE_CHECKING:
 L = TypeVar("L")
 
 
+# What `dir` shows.
+_PUBLIC = {
+    "close",
+    "format",
+    "items",
+    "keys",
+    "metadata",
+    "path",
+    "paths",
+    "plan",
+    "recipe",
+    "save",
+    "source",
+    "values",
+}
+
+
 class Checkpoint(Editable):
     """A checkpoint as a tree: `pm.at(checkpoint, selector)` takes it like any other. Made by `pm.open`.
+
+    Like a dict it has `len`, `in`, `[path]`, `.keys()`, `.values()` and `.items()`; leaves are read one at a time.
 
     An edit returns a new checkpoint with a longer plan; leaves are read on demand, and nothing is written before
     `.save(out)`. The files themselves never change. It is a context manager; `close()` closes its files.
@@ -89,6 +109,49 @@ class Checkpoint(Editable):
     def __len__(self) -> int:
         return len(self.index.numbers)
 
+    def __iter__(self) -> Iterator[str]:
+        """The paths, as of a dict."""
+        return iter(self.paths)
+
+    def __contains__(self, path: object) -> bool:
+        """Whether there is a leaf of exactly this path, with "/" or "." between keys."""
+        if not isinstance(path, str):
+            return False
+        index = self.index
+        if path in index.texts.values():
+            return True
+        pieces = tuple(map(text_of, labels(path)))
+        return any(index.pieces(number) == pieces for number in index.numbers)
+
+    def __dir__(self) -> list[str]:
+        """What users call; the verbs of `Leaves` are for engines."""
+        return [name for name in super().__dir__() if name.startswith("__") or name in _PUBLIC]
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of its leaves, in order; each is a selector for its leaf."""
+        return [self.index.path(number) for number in self.index.numbers]
+
+    def keys(self) -> list[str]:
+        """The paths, as of a dict."""
+        return self.paths
+
+    def values(self) -> Iterator[Array]:
+        """The leaves, each read when it comes."""
+        return (self.fetch(number) for number in self.index.numbers)
+
+    def items(self) -> Iterator[tuple[str, Array]]:
+        """Pairs of path and leaf, each read when it comes.
+
+        >>> import tempfile
+        >>> from paramend.checkpoints.whole import save
+        >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> _ = save({"a": np.zeros(2), "b": np.ones(1)}, path)
+        >>> [(path, leaf.tolist()) for path, leaf in open(path).items()]
+        [('a', [0.0, 0.0]), ('b', [1.0])]
+        """
+        return zip(self.paths, self.values(), strict=True)
+
     def __getitem__(self, path: str) -> Array:
         """The leaf at this path: a copy, which later patches of the file do not change.
 
@@ -111,6 +174,14 @@ class Checkpoint(Editable):
         self.source.close()
 
     # -- as leaves
+
+    def absence(self, text: str) -> tuple[str, str] | None:
+        """Why a selector finds nothing, and the path of what it means: a head that is tied to the embedding."""
+        if self._plan is not None and self._plan.restructured:  # what is absent may have been there
+            return None
+        from paramend.checkpoints.heads import absent_head  # needed only for errors
+
+        return absent_head(text, self.index, self.path if self.path.is_dir() else self.path.parent)
 
     @property
     def index(self) -> Index:

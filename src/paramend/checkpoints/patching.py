@@ -28,7 +28,7 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
-from paramend.formats.source import Chunked, Sealed, Source
+from paramend.formats.source import Chunked, Overlapping, Sealed, Source
 from paramend.journal.exchange import STAGED, check_replaceable, exchange
 from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
@@ -39,6 +39,7 @@ from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.piecewise.changes import Work, change, work_of
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
+from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Section
@@ -80,9 +81,11 @@ class PatchReport(Paged):
     @property
     def summary(self) -> str:
         """What was written, in one line."""
-        written = f"{wording.size(self.bytes_written)} written in place"
+        damage = f"; {self.plan.damage}" if self.plan.damage else ""
+        written = f"{wording.size(self.bytes_written)} written in place{damage}"
         if self.dry_run:
-            return f"dry run: {self.path} was not changed; {wording.size(self.bytes_written)} would be written in place"
+            would = f"{wording.size(self.bytes_written)} would be written in place"
+            return f"dry run: {self.path} was not changed; {would}{damage}"
         if self.record is None:
             return f"{self.path} has nothing to change"
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
@@ -234,23 +237,25 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
             found = work_of(row, extent)
             work += [found] if len(found.ranges) else []  # an empty slice writes nothing
         done.add(one)
-    if not isinstance(source, Chunked):
-        _check_apart(work)
+    _check_apart(source, work)
     return work
 
 
-def _check_apart(work: Sequence[Work]) -> None:
-    """Raise if two leaves that change share bytes without being the same leaf, like views of one storage."""
-    ends: dict[Path, Work] = {}
-    for each in sorted(work, key=lambda each: each.extent.start):
-        before = ends.get(each.extent.path)
-        if before is not None and before.extent.start + before.extent.nbytes > each.extent.start:
+def _check_apart(source: Source, work: Sequence[Work]) -> None:
+    """Raise if a leaf that changes shares bytes with another one without being the same leaf: views of one storage."""
+    if not isinstance(source, Overlapping):
+        return
+    for each in work:
+        others = source.overlaps(each.row.source)
+        if others:
+            call = each.row.calls[0]
+            typed = "".join(f" {value}" for value in call.args.values() if isinstance(value, int | float | str))
+            paths = [source.index.path(other) for other in others]
             raise Unsupported(
-                f"{before.row.path} and {each.row.path} share bytes, and both would change: the result would depend on "
-                "which comes first",
-                hint="change one after the other, in two calls",
+                f"{each.row.path} shares bytes of {source.path} with {wording.listing(paths, 3)}: a change in place of "
+                "one changes the other",
+                hint=f"paramend {call.op.name} {source.path} '{each.row.path}'{typed} -o OUT",
             )
-        ends[each.extent.path] = each
 
 
 # ---- carrying out ------------------------------------------------------------------------------------------
@@ -267,6 +272,7 @@ class _Patch:
 
     def rehearse(self) -> PatchReport:
         """The report of a dry run, after all checks that are possible before writing."""
+        survey(self.plan)
         base = self.store.base
         with explained(base):
             if isinstance(self.source, Chunked):

@@ -161,7 +161,7 @@ def load(
     """The arrays of a checkpoint, as nested dicts.
 
     They are copies, which later changes of the file do not affect. Leaves that are tied in the file are one array under
-    several paths.
+    several paths; those of JAX are one each, so that a step may donate them.
 
     Args:
         path: a file or a directory.
@@ -191,11 +191,12 @@ def load(
     source = open_source(path)
     try:
         paths, separator = source.index.paths, source.index.separator
+        ties = {} if kind == "jax" else source.ties
         made: dict[int, Any] = {}
         for number in source.index.numbers:
-            if (first := source.ties.get(number, number)) not in made:
+            if (first := ties.get(number, number)) not in made:
                 made[first] = convert(source.read(first) if mmap else copied(source, first))
-        flat = {plain(paths[n], separator): made[source.ties.get(n, n)] for n in source.index.numbers}
+        flat = {plain(paths[n], separator): made[ties.get(n, n)] for n in source.index.numbers}
         given = source.metadata.get(_SEPARATOR)
         keys = {number: keys_of(paths[number]) for number in source.index.numbers}
     finally:

@@ -11,6 +11,7 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui, fates
 from paramend.edits.plan import Plan
 from paramend.pages.paged import Paged
+from paramend.piecewise.rows import survey
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
@@ -62,6 +63,8 @@ def carry_out(
         check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
     shown: Paged = made if told is None else told
     if dry_run or out is None:
+        if told is None:
+            survey(made)
         data |= made.to_dict() if as_json else {}
         done = f"dry run: {'nothing' if html is None else 'no checkpoint'} was written"
     else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paramend.arrays.initializers import INITIALIZERS
+from paramend.arrays.registry import backend_of
 from paramend.errors import BadArgument
 from paramend.leaves.specs import ALIASES, BITS, dtype_name
 from paramend.reports import wording
@@ -93,7 +94,12 @@ def shown(data: Any) -> str:
     >>> shown({"a": 1}), shown("x" * 99)[-8:]
     ("{'a': 1}", 'xxxxx...')
     """
+    library = backend_of(type(data))
+    if library is not None and data.shape:
+        return f"an array, {library.spec(data)}"
     text = repr(data)
+    if re.search(r"\b([aA]rray|tensor)\(", text):  # arrays within containers
+        return wording.described(data)
     return text if len(text) <= 80 else f"{text[:76]}..."
 
 

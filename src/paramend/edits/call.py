@@ -11,8 +11,9 @@ from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Value, shown
 from paramend.edits.checks import check_scalar
+from paramend.edits.damage import Losses
 from paramend.edits.runs import native
-from paramend.errors import BadArgument, OutOfRange, SpecMismatch
+from paramend.errors import OutOfRange, SpecMismatch
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 
@@ -30,6 +31,7 @@ class Op:
         run: (backend, array, args, place) → a new array.
         check: (spec, args) → the spec after it; raises if the edit makes no sense. None if it always does.
         slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
+        losses: for edits that a dtype may be too narrow for: how many values it could not hold.
         reads: whether the result depends on the old values; if not, an engine need not read them.
         keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
         chunks: whether an array may be edited piece by piece, in order.
@@ -48,6 +50,7 @@ class Op:
     run: Callable[[Backend, Any, Args, Site], Any]
     check: Callable[[Spec, Args], Spec] | None = None
     slot: Callable[[Args], tuple[str, Any]] | None = None
+    losses: Losses | None = None
     reads: bool = True
     keeps_spec: bool = True
     chunks: bool = True
@@ -94,7 +97,7 @@ class Op:
         return spec if self.check is None else self.check(spec, args)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Call:
     """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf)."""
 
@@ -105,6 +108,9 @@ class Call:
     def __str__(self) -> str:
         from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
         return f"{self.op.name}({from_args})"
+
+    def __repr__(self) -> str:
+        return f"<call {self}>"
 
     def told(self) -> "Call":
         """The call for a report, with arrays and functions replaced by their descriptions."""
@@ -151,7 +157,7 @@ class _Said(str):
 
 def _short(value: Any) -> str:
     if backend_of(type(value)) is None:
-        return shown(value) if isinstance(value, list | tuple) else repr(value)
+        return repr(value) if isinstance(value, _PLAIN) or callable(value) else shown(value)
     spec = backend(value).spec(value)
     return str(spec) if spec.ndim else "scalar"
 
@@ -165,18 +171,6 @@ def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
     >>> sliced_shape((12, 4, 8), -1), sliced_shape((12, 4), (slice(0, 3), 0))
     ((4, 8), (3,))
     """
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(
-        part is not None and not isinstance(part, int | slice | type(...) | list | np.ndarray | np.integer)
-        for part in parts
-    ):
-        try:
-            index = tuple(np.asarray(p) if backend_of(type(p)) is not None else p for p in parts)
-        except Exception as error:
-            raise BadArgument(
-                "a slice must be known before the edit runs; this one holds a traced value",
-                hint="x.at[i] of jax.numpy takes traced indices",
-            ) from error
     # A view of one scalar: numpy checks the index without allocating memory.
     blank = np.broadcast_to(np.empty(()), shape)
     try:

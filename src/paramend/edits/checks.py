@@ -13,6 +13,7 @@ from paramend.edits.arguments import shown
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS, Spec, dtype_name, numpy_dtype
+from paramend.reports.wording import described
 
 Args = Mapping[str, Any]
 
@@ -174,14 +175,28 @@ def check_noise(spec: Spec, args: Args) -> Spec:
 def check_reinit(spec: Spec, args: Args) -> Spec:
     """The leaf must hold floats that the initializer can fill, and the seed must be one."""
     if not callable(args["init"]):
+        if not isinstance(args["init"], str):
+            given = shown(args["init"])
+            raise BadArgument(f"reinit takes the name of an initializer or a function, and this is {given}")
         initializers.check_initializer(args["init"], spec)
     _check_seed(args.get("seed", 0))
     return _check_float(spec, args)
 
 
 def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int | np.integer) and backend_of(type(seed)) is None:
+    library: Any = backend_of(type(seed))
+    is_key = getattr(library, "is_key", None)
+    whole = isinstance(seed, int | np.integer) or (np.shape(seed) == () and hasattr(seed, "__index__"))
+    if not whole and not (is_key is not None and is_key(seed)):
         raise BadArgument(f"seed={shown(seed)} is not a seed", hint="seed=0 or another whole number, or a JAX PRNG key")
+
+
+def check_apply(spec: Spec, args: Args) -> Spec:
+    """The argument must be a function."""
+    if not callable(args["fn"]):
+        given = described(args["fn"])
+        raise BadArgument(f"apply takes a function of an array, and this is {given}", hint=".set(array)")
+    return spec
 
 
 def check_clip(spec: Spec, args: Args) -> Spec:

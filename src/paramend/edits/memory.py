@@ -1,15 +1,23 @@
 """The memory engine: edits of a tree in memory, carried out immediately."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from paramend.arrays.initializers import NOWHERE, Site
-from paramend.arrays.registry import backend
+from paramend.arrays.registry import backend, backend_of
 from paramend.edits.call import Call
-from paramend.errors import NoMatch, SpecMismatch, Unsupported
+from paramend.edits.damage import Damage, of_call, said
+from paramend.errors import NoMatch, SpecMismatch, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable, Group
+from paramend.leaves.overlaps import overlapping
+from paramend.selectors.selector import write_index
 from paramend.trees.tree import Tree
 
+# From `computed` through an edit and its verb to the line that calls the verb.
+_CALLER = 5
 _LEAVE_OUT = 'leave it out of the selection: pm.sel(...).where(dtype="float")'
 
 
@@ -28,20 +36,47 @@ class Memory(Tree, Editable):
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
         """Carry out calls in place. An error leaves everything unchanged."""
-        self.check_(calls)
+        calls = self.check_(calls)
         new = self.computed(calls)
-        if any(call.op.name == "apply" for call in calls.values()):  # the user's function may raise halfway
+        # The user's function may raise halfway, and an operand may be a leaf that changes.
+        if any(call.op.name == "apply" for call in calls.values()) or self._reads_itself(calls):
             new = iter(list(new))
         for number, value in new:
             self.assign(number, value)
 
-    def check_(self, calls: Mapping[int, Call]) -> None:
-        """Raise if calls cannot be carried out in place."""
+    def check_(self, calls: Mapping[int, Call]) -> dict[int, Call]:
+        """The calls that are to be carried out in place, one for each array; raises if they cannot be."""
         for number, call in calls.items():
-            self.in_place(number)
+            try:
+                self.in_place(number)
+            except Unsupported as error:
+                path = self.index.path(number).replace('"', '\\"')
+                index = "" if call.index is None else f"[{write_index(call.index)}]"
+                hint = f'the verb without the underscore returns a new tree: tree = pm.at(tree, "{path}"){index}.{call}'
+                raise Unsupported(error.args[0].partition("\n\nhint: ")[0], hint=hint) from None
             if not call.args.get("keep_spec", True):
                 raise Unsupported(f"{call}: in place a leaf must keep its spec", hint="leave out keep_spec")
         self._check(calls)
+        one = self.apart(calls)
+        for number, first in one.items():
+            if calls[number] is not calls[first]:
+                paths = self.index.path(first), self.index.path(number)
+                raise Unsupported(
+                    f"{' and '.join(paths)} are one array, which cannot take two values",
+                    hint="the verb without the underscore returns a new tree: params = pm.at(params, ...).set(values)",
+                )
+        return {number: call for number, call in calls.items() if number not in one}
+
+    def _reads_itself(self, calls: Mapping[int, Call]) -> bool:
+        """Whether an operand shares memory with one of several leaves that change."""
+        if len(calls) < 2:
+            return False
+        operands = {id(value): value for call in calls.values() for value in call.args.values()}
+        arrays = [value for value in operands.values() if backend_of(type(value)) is not None]
+        written = [self.values[number] for number in calls] if arrays else []
+        memories = {at: backend(each).memory(each) for at, each in enumerate((*arrays, *written))}
+        found = overlapping({at: memory for at, memory in memories.items() if memory is not None})
+        return any(min(pair) < len(arrays) <= max(pair) for pair in found)
 
     def deleted(self, numbers: Iterable[int]) -> Any:
         """The tree without some leaves, under all their paths."""
@@ -66,9 +101,20 @@ class Memory(Tree, Editable):
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])
 
     def computed(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:
-        """The new values of leaves, one at a time."""
+        """The new values of leaves, one at a time; at the end, a warning if some values could not be held."""
+        found: list[tuple[str, Damage]] = []
         for number, call in calls.items():
-            yield number, call.run(self.values[number], self._place(number) if call.op.placed else NOWHERE)
+            before, place = self.values[number], self._place(number) if call.op.placed else NOWHERE
+            if call.op.losses is None:
+                yield number, call.run(before, place)
+                continue
+            with np.errstate(over="ignore", invalid="ignore"):  # counted here
+                after = call.run(before, place)
+            found.append((self.index.path(number), Damage(*of_call(call, before, after))))
+            yield number, after
+        if damage := said(found):
+            call = next(iter(calls.values()))
+            warnings.warn(f"{call}: {damage}", ValuesLost, stacklevel=_CALLER)
 
     def _check(self, calls: Mapping[int, Call]) -> None:
         for number, call in calls.items():
@@ -87,7 +133,14 @@ class Memory(Tree, Editable):
 
 def editable(tree: Any) -> Editable:
     """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory."""
-    return tree if isinstance(tree, Editable) else Memory(tree)
+    if isinstance(tree, Editable):
+        return tree
+    memory = Memory(tree)
+    if not memory.index.numbers:
+        from paramend.edits.subjects import check_subject  # needed only for errors
+
+        check_subject(tree)
+    return memory
 
 
 def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, SupportsIndex, TypeAlia
 
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
-from paramend.edits import checks, moves, runs
+from paramend.edits import checks, damage, moves, runs
 from paramend.edits.arguments import (
     ARRAY,
     AXES,
@@ -186,6 +186,7 @@ class Edits(Generic[T]):
         check=checks.check_arithmetic,
         run=lambda library, x, args, place: library.add(x, runs.native(library, args["value"])),
         slot=lambda args: ("add", args["value"]),
+        losses=damage.of_sum,
         takes=(OPERAND,),
         also=("plus", "sum"),
     )
@@ -203,6 +204,7 @@ class Edits(Generic[T]):
         check=checks.check_arithmetic,
         run=lambda library, x, args, place: library.multiply(x, runs.native(library, args["value"])),
         slot=lambda args: ("multiply", args["value"]),
+        losses=damage.of_product,
         takes=(OPERAND,),
         aliases=("scale",),
         also=("mul",),
@@ -210,6 +212,7 @@ class Edits(Generic[T]):
     def multiply(self, value: Scalar | AnyArray) -> T:
         """The tree with the selected leaves multiplied by a scalar or a broadcastable array, in their dtype.
 
+        Integers that wrap and floats that overflow are counted in a `ValuesLost` warning, on disk in the report.
         `multiply(0)` is not `zero()`: it leaves -0.0 and NaN behind.
 
         >>> pm.at({"w": np.ones(2)}, "w").multiply(0.5)
@@ -246,6 +249,7 @@ class Edits(Generic[T]):
 
     @edit(
         "the leaf becomes fn(leaf)",
+        check=checks.check_apply,
         run=runs.apply,
         chunks=False,
         arithmetic=False,
@@ -271,12 +275,16 @@ class Edits(Generic[T]):
         "the leaf takes another dtype",
         check=checks.check_cast,
         run=runs.cast,
+        losses=damage.of_cast,
         keeps_spec=False,
         takes=(DTYPE,),
         also=("astype", "dtype"),
     )
     def cast(self, dtype: DtypeLike) -> T:
         """The tree with the selected leaves in another dtype, given by name or as a dtype of numpy, JAX or torch.
+
+        Values that it cannot hold (1e5 in float16, NaN in int8) are counted in a `ValuesLost` warning, on disk in the
+        report.
 
         >>> pm.at({"w": np.ones(2)}, "w").cast("float16")["w"].dtype
         dtype('float16')
@@ -286,6 +294,7 @@ class Edits(Generic[T]):
         "normal noise of a standard deviation is added",
         check=checks.check_noise,
         run=runs.noise,
+        losses=damage.of_noise,
         placed=True,
         takes=(DEVIATION, SEED),
     )

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.edits.call import Call
+from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.leaves.described import Described
@@ -26,7 +27,7 @@ from paramend.reports.tables import aligned
 from paramend.selectors.selector import resolve, slice_of, write_index
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Row:
     """One leaf of the result: `path, spec ◄─ source, calls`.
 
@@ -39,6 +40,7 @@ class Row:
         places: where the leaf was when each call was made, which random values depend on.
         labels: the path, label by label.
         was: the path in the source, if it is another.
+        damage: what a run of the edits did to values that the dtype cannot hold.
         depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
     """
 
@@ -51,6 +53,10 @@ class Row:
     labels: tuple[Label, ...] = ()
     was: str = ""
     depths: tuple[int | None, ...] = ()
+    damage: Damage = field(default_factory=Damage, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
 
     @property
     def stays(self) -> bool:
@@ -67,8 +73,15 @@ class Row:
         moved = (f"renamed from {self.was}",) if self.was else ()
         return ", ".join((*map(_said, self.calls), *moved))
 
+    @property
+    def outcome(self) -> str:
+        """The calls, and what they could not hold."""
+        damage = str(self.damage)
+        return f"{self.edit}: {damage}" if damage else self.edit
+
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
+        more = {"renamed_from": self.was, "overflowed": self.damage.overflowed, "lost": self.damage.lost}
         return {
             "path": self.path,
             "dtype": self.spec.dtype,
@@ -77,7 +90,7 @@ class Row:
             "dtype_before": self.before.dtype,
             "shape_before": list(self.before.shape),
             "edits": [_said(call) for call in self.calls],
-        } | ({"renamed_from": self.was} if self.was else {})
+        } | {name: value for name, value in more.items() if value}
 
 
 def _said(edit: Call) -> str:
@@ -184,7 +197,7 @@ class Plan(Paged):
                     raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
                 after = _after(edit, row.spec, row.path)
                 done = (*row.calls, edit), (*row.places, place)
-                new[twin] = replace(row, spec=after, calls=done[0], places=done[1])
+                new[twin] = replace(row, spec=after, calls=done[0], places=done[1], damage=Damage())
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
 
     def without(self, numbers: Iterable[int]) -> "Plan":
@@ -235,7 +248,12 @@ class Plan(Paged):
     def told(self) -> "Plan":
         """The plan for a report, which neither holds arrays nor keeps files open."""
         rows, deleted = (
-            tuple(replace(row, calls=tuple(each.told() for each in row.calls)) if row.calls else row for row in part)
+            tuple(
+                replace(row, calls=tuple(each.told() for each in row.calls), damage=replace(row.damage))
+                if row.calls
+                else row
+                for row in part
+            )
             for part in (self.rows, self.deleted)
         )
         return Plan(Described(self.leaves), rows, deleted)
@@ -271,6 +289,11 @@ class Plan(Paged):
         sizes = [row.spec.size for row in rows]
         return Page("edit", self.headline(), [row.path for row in rows], sizes, columns, groups)
 
+    @property
+    def damage(self) -> str:
+        """What the edits could not hold, as a sentence, after they ran; "" if nothing."""
+        return said((row.path, row.damage) for row in self.rows)
+
     def lines(self) -> list[str]:
         """The table line by line, a header first."""
         table = [("path", "spec", "edit")]
@@ -279,13 +302,13 @@ class Plan(Paged):
         for row in rows:
             stays = row.spec == row.before or id(row) in deleted
             spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
-            table.append((row.path, spec, "deleted" if id(row) in deleted else row.edit))
+            table.append((row.path, spec, "deleted" if id(row) in deleted else row.outcome))
         count, gone = len(rows) - len(self.deleted), len(self.deleted)
         all_leaves = wording.plural(len(self.rows) + gone, "leaf", "leaves")
-        said = [f"{count:,} of {all_leaves} {'changes' if count == 1 else 'change'}"] if count or not gone else []
+        sums = [f"{count:,} of {all_leaves} {'changes' if count == 1 else 'change'}"] if count or not gone else []
         if gone:
-            said.append(f"{gone:,}{'' if count else f' of {all_leaves}'} {'is' if gone == 1 else 'are'} deleted")
-        return [*aligned(table), "", ", ".join(said)]
+            sums.append(f"{gone:,}{'' if count else f' of {all_leaves}'} {'is' if gone == 1 else 'are'} deleted")
+        return [*aligned(table), "", ", ".join(filter(None, (*sums, self.damage)))]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data that JSON can hold: the rows that change something, and how many leaves stay."""

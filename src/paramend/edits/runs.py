@@ -51,7 +51,7 @@ def apply(library: Backend, x: Any, args: Args, place: Site) -> Any:
             f"apply: the function turned {before} into {after} at {'/'.join(place.pieces)}",
             hint=".apply(fn, keep_spec=False) allows it",
         )
-    return library.like(result, x) if before == after else result
+    return library.like(result, x) if before == after else found.like(result, result)
 
 
 def cast(library: Backend, x: Any, args: Args, place: Site) -> Any:

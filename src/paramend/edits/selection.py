@@ -1,8 +1,9 @@
 """`at`: the edit verbs for any tree, like `x.at[i]` in jax.numpy."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from paramend.edits.arguments import shown
 from paramend.edits.call import Args, Call, Op, sliced_shape
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable, explain
@@ -10,7 +11,7 @@ from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
-from paramend.selectors.selector import SelectorLike, resolve, sel, slice_of, write_index
+from paramend.selectors.selector import SelectorLike, read_slice, resolve, sel, slice_of, write_index
 from paramend.trees.lookup import is_torch_module
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ class Selection(Edits[T]):
                 f"the leaves are sliced already, [{write_index(self._index)}]",
                 hint="[i, j] slices two axes at once",
             )
+        index = read_slice(index)
         new: Selection[T] = object.__new__(type(self))
         new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
         for number in self._numbers:
@@ -154,6 +156,9 @@ class Selection(Edits[T]):
         {'layers_1': {'w': array([1.])}, 'layers_2': {'w': array([2.])}}
         """
         self._whole("rename")
+        if not isinstance(cast(object, to), str):
+            given = shown(to)
+            raise BadArgument(f"rename takes the text of a path, and this is {given}", hint='.rename("layers/<n>/**")')
         return self._tree.moved(self._selector, self._numbers, to)  # type: ignore[no-any-return]
 
     # -- the parts
@@ -249,6 +254,11 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
     {'a': 'frozen', 'b': 'train'}
     """
     leaves = editable(tree)
+    if not isinstance(groups, Mapping) or not all(isinstance(label, str) for label in groups):
+        raise BadArgument(
+            f"labels takes a dict from labels to selectors, and this is {shown(groups)}",
+            hint='pm.labels(tree, {"frozen": "**/Dense_0/**", "train": "**"})',
+        )
     found: dict[int, str] = {}
     for label, selector in groups.items():
         for number in resolve(selector, leaves):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, RenameClash, Unsupported
-from paramend.leaves.leaves import Group, Index
+from paramend.leaves.leaves import Group, Index, keys_of
 from paramend.leaves.paths import Label, Names, Part, labels, number_of
 from paramend.reports import wording
 from paramend.selectors.renames import Rename, keys, rename
@@ -142,7 +142,8 @@ class _Container:
         names, children, _ = kind.open(node)
         self.positional = not names and isinstance(node, list | tuple)
         names = names or tuple(range(len(children)))
-        self.by_text = {str(name): name for name in names}
+        self.by_text = {keys_of(labels(name))[0]: name for name in names}
+        self.flat = bool(names) and all(type(name) is tuple for name in names)  # a flattened dict
         self.numbered = self.positional or (bool(names) and all(type(name) is int for name in names))
         self.before: dict[Any, Any] = {} if empty else dict(zip(names, children, strict=True))
         self.entries: dict[Any, Any] = dict(self.before)
@@ -159,6 +160,8 @@ class _Container:
         """The key that a text means here: in a list a position, among ints an int, else the text."""
         if text in self.by_text:
             return self.by_text[text]
+        if self.flat:
+            return tuple(text.split("/"))
         number = number_of(text)
         return number if self.numbered and number is not None else text
 

@@ -10,7 +10,7 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Flat, Released, Source
+from paramend.formats.source import Flat, Overlapping, Released, Source
 from paramend.leaves.leaves import Index, entries, separator_of, uncollected
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec
@@ -126,6 +126,13 @@ class Shards:
         """Where the bytes of a leaf are."""
         place, inner = self._homes[number]
         return self.files[place].extent(inner)  # type: ignore[no-any-return]
+
+    def overlaps(self, number: int) -> tuple[int, ...]:
+        """The other leaves that share bytes with a leaf without being tied to it."""
+        place, inner = self._homes[number]
+        file = self.files[place]
+        found = set(file.overlaps(inner)) if isinstance(file, Overlapping) else set()
+        return tuple(n for n, (home, own) in enumerate(self._homes) if home == place and own in found) if found else ()
 
     def read(self, number: int) -> Array:
         """The array."""

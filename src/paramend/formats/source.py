@@ -86,6 +86,14 @@ class Sealed(Protocol):
 
 
 @runtime_checkable
+class Overlapping(Protocol):
+    """A file in which leaves may share bytes, as views of one storage do."""
+
+    def overlaps(self, number: int) -> tuple[int, ...]:
+        """The other leaves that share bytes with a leaf without being tied to it: an edit of one edits them too."""
+
+
+@runtime_checkable
 class Chunked(Protocol):
     """A checkpoint whose leaves are stored in chunks, each written as a whole."""
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from paramend.arrays import losses
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.assemble import assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered
-from paramend.grafting import conversions
 from paramend.grafting.engine import value_of
 from paramend.grafting.plan import GraftPlan, Move
 from paramend.leaves.origins.origin import Origin
@@ -79,13 +79,13 @@ def _taken(plan: GraftPlan, move: Move) -> Origin | tuple[Any, int]:
 def _damage(plan: GraftPlan, origin: int, dtype: str) -> tuple[int, int]:
     """How many values overflow in another dtype, and how many are lost in it."""
     source, spec = plan.source, plan.source.spec(origin)
-    if conversions.holds(dtype, spec.dtype):
+    if losses.holds(dtype, spec.dtype):
         return 0, 0
     if not isinstance(source, Checkpoint) or not source.untouched:
-        return conversions.damage(source.read(origin), dtype)
+        return losses.damage(source.read(origin), dtype)
     overflowed = lost = 0
     for start in range(0, spec.size, CHUNK):
         piece = source.source.read_range(origin, start, min(start + CHUNK, spec.size))
-        more = conversions.damage(piece, dtype)
+        more = losses.damage(piece, dtype)
         overflowed, lost = overflowed + more[0], lost + more[1]
     return overflowed, lost

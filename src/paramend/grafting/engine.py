@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from paramend.arrays import losses
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import conversions, ways
@@ -21,7 +22,16 @@ from paramend.trees.tree import Tree
 
 
 def assign(tree: Tree, new: dict[int, Any]) -> None:
-    """Assign all values to their leaves; if one of them fails, restore those before it."""
+    """Assign all values to their leaves; if one of them fails, restore those before it.
+
+    Raises:
+        Unsupported: two of the leaves are one array, or one shares memory with others.
+    """
+    for number, first in tree.apart(new).items():
+        raise Unsupported(
+            f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values",
+            hint="pm.graft returns a new tree: params, report = pm.graft(params, source)",
+        )
     old: dict[int, Any] = {}
     try:
         for number in list(new):
@@ -44,7 +54,7 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
     """The new value of a leaf; what overflows or is lost is entered in the row of the move."""
     leaf = plan.target.read(move.number)
     value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
-    if move.number in counts(plan.target) and not isinstance(conversions.on_host(value), np.ndarray | np.generic):
+    if move.number in counts(plan.target) and not isinstance(losses.on_host(value), np.ndarray | np.generic):
         move.row = replace(move.row, taken=1)
         return value  # traced
     ours, theirs = backend(leaf), backend(value)
@@ -60,16 +70,16 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
         value = meeting.make(value)
     move.row = replace(move.row, taken=meeting.taken if meeting else theirs.spec(value).size)
     if given != dtype or (meeting and meeting.computed):
-        overflowed, lost = conversions.damage(value, dtype)
+        overflowed, lost = losses.damage(value, dtype)
         if meeting and meeting.computed:  # new numbers near zero are no loss
-            lost = conversions.damage(before, dtype)[1]
+            lost = losses.damage(before, dtype)[1]
         move.row = replace(move.row, overflowed=overflowed, lost=lost)
         value = conversions.converted(value, dtype)
     if meeting is not None and meeting.into is not None and ours.abstract(leaf):
         if meeting.taken < ours.spec(leaf).size:
             raise Unsupported(f"{move.row.path} has no values around the {meeting.did}", hint=ways.ADVICE["abstract"])
     elif meeting is not None and meeting.into is not None:
-        return ours.put(leaf, meeting.into, "set", conversions.on_host(value))
+        return ours.put(leaf, meeting.into, "set", losses.on_host(value))
     if backend(value) is not ours:
         value = backend(value).numpy(value)
         if ours.abstract(leaf) and not hasattr(plan.source, "fetch"):  # the user's array may change later

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from paramend.arrays.losses import on_host
 from paramend.arrays.registry import backend
 from paramend.errors import SpecMismatch, Unsupported
-from paramend.grafting.conversions import on_host
 from paramend.leaves.specs import Spec
 from paramend.resize.detection import detected
 from paramend.resize.fits import Fit, Shape

@@ -34,7 +34,7 @@ class _Entry(NamedTuple):
 
 class Rebuilder:
     """Rebuilds one tree. The first copy of each layer that is not an identity is the layer itself; the others are
-    copies that share with it only JAX arrays, which are immutable, and what layers share with the rest of the model.
+    copies that share with it only what layers share with the rest of the model.
     """
 
     def __init__(self, tree: Tree, runs: Sequence[Layers], order: Order) -> None:
@@ -145,7 +145,7 @@ class Rebuilder:
     def _fresh(self, node: Any, kind: Kind | None) -> Any:
         if kind is not None:  # a box
             return kind.close(node, [self._fresh(child, None) for child in kind.open(node)[1]])
-        return node if backend_of(type(node)) is None else backend(node).like(node, node)
+        return _own(node)
 
     # ---- modules -------------------------------------------------------------------------------------------
 
@@ -190,8 +190,20 @@ class Rebuilder:
     def _copied_module(self, node: Any, kind: Kind) -> Any:
         if is_torch_module(node):
             return copy.deepcopy(node)
-        assert kind.replace is not None
-        return kind.replace(node, {})
+        return _twin(node, kind)
+
+
+def _own(value: Any) -> Any:
+    """A copy of an array; other values as they are."""
+    return value if backend_of(type(value)) is None else backend(value).like(value, value)
+
+
+def _twin(module: Any, kind: Kind) -> Any:
+    """A copy of an NNX module, arrays included."""
+    tree = Tree(module)
+    owners = {id(tree.boxes.get(number, value)): _own(value) for number, value in enumerate(tree.values)}
+    assert kind.replace is not None
+    return kind.replace(module, owners)
 
 
 def _copied_torch(root: Any, child: Any) -> Any:
@@ -218,7 +230,7 @@ def _copied_nnx(root: Any, child: Any) -> Any:
     kind = find_kind(child)
     if kind is None or kind.replace is None:
         return copy.deepcopy(child)
-    twin = kind.replace(child, {})
+    twin = _twin(child, kind)
     _share(child, twin, {id(node) for node in _objects(root, id(child))}, set())
     return twin
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from paramend.leaves.paths import Label, Names, Part, labels, text_of, write_piece
 from paramend.leaves.specs import Spec
@@ -212,6 +212,14 @@ class Leaves(Protocol):
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a container of such trees, as (key, child); None for a leaf."""
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """Leaves that know more of a name than that it is not among them."""
+
+    def absence(self, text: str) -> tuple[str, str] | None:
+        """Why a selector finds nothing, and the path of what it means; None if that is not known."""
 
 
 class Group(NamedTuple):

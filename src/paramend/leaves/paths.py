@@ -47,8 +47,13 @@ def labels(key: object) -> tuple[Label, ...]:
     ['mlp', '~', 'linear_0']
     >>> labels("a//b")
     ('a//b',)
+    >>> [part.text for part in labels(("params", "kernel"))]
+    ['params', 'kernel']
     """
-    text = key if isinstance(key, str) else str(key)
+    if type(key) is tuple and key and all(type(each) in (str, int) and each != "" for each in key):
+        text = "/".join(map(str, key))  # of a flattened dict
+    else:
+        text = key if isinstance(key, str) else str(key)
     if "/" not in text and "." not in text:
         return (text,)
     pieces = _split(text)

@@ -149,9 +149,10 @@ def dtype_name(dtype: DtypeLike) -> str:
             name = str(dtype)
     if name in BITS or name.startswith("key<"):
         return name
-    near = wording.closest(name, BITS)
+    near = wording.closest(name, BITS) if len(name) < 40 else []
+    shown = repr(dtype) if len(name) < 40 else wording.described(dtype)
     raise BadArgument(
-        f"{dtype!r} is not a known dtype",
+        f"{shown} is not a known dtype",
         hint=f'"{near[0]}"' if near else 'one such as "float32", "bfloat16", "int8"',
     )
 

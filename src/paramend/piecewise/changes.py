@@ -8,6 +8,7 @@ import numpy as np
 from paramend.arrays.initializers import Site
 from paramend.disk.io import put
 from paramend.edits.call import Call
+from paramend.edits.damage import of_call
 from paramend.edits.plan import Row
 from paramend.formats.source import Source
 from paramend.leaves.origins.origin import Extent
@@ -75,6 +76,7 @@ def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
         meter: receives the number of bytes.
     """
     row, extent = work.row, work.extent
+    row.damage.clear()
     for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):
         _change_slice(descriptor, extent, replace(edit, index=None), where, row, place, meter)
     if work.regions:
@@ -95,7 +97,7 @@ def _change_slice(
 ) -> None:
     dtype = numpy_dtype(row.before.dtype)
     inner = Spec(where.shape, row.before.dtype)
-    step = None if where.last is not None else step_of(edit, inner, place)
+    step = None if where.last is not None else step_of(edit, inner, place, row.damage)
 
     def window(starts: Array, run: int) -> Window:
         return Window(descriptor, extent, dtype, starts, run)
@@ -115,7 +117,10 @@ def _change_slice(
         if edit.op.reads:
             for at, starts, run in _pieces(where, dtype.itemsize):
                 x[at : at + len(starts) * run] = window(starts, run).read()
-        new = flat(edit.run(x.reshape(where.shape), place), inner, f"{row.path}: {edit}")
+        x = x.reshape(where.shape)
+        made = edit.run(x, place)
+        row.damage.add(of_call(edit, x, made))
+        new = flat(made, inner, f"{row.path}: {edit}")
     if where.last is not None:
         chosen = where.last[np.argsort(where.starts(0, where.count)[where.last])]
         starts = where.starts(0, where.count)[chosen]

@@ -116,9 +116,10 @@ def _expanded(place: Array, low: Array, high: Array, grid: Sequence[int]) -> Arr
 
 def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Array]]:
     row, boxes = work.row, touched(source, work)
+    row.damage.clear()
     dtype = numpy_dtype(row.before.dtype)
     if _is_alike(row):
-        steps, before = steps_of(row.before, row.calls, row.places)
+        steps, before = steps_of(row.before, row.calls, row.places, row.damage)
         for box in boxes:
             shape = tuple(part.stop - part.start for part in box)
             if before is None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from paramend.arrays.initializers import Site
 from paramend.edits.call import Call
+from paramend.edits.damage import Damage, of_call
 from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select
 from paramend.leaves.origins.origin import Origin
@@ -23,12 +24,14 @@ class Edited(Origin):
         calls: the edits, first to last.
         places: where the leaf was when each call was made.
         path: the path of the leaf, for errors.
+        damage: where values that the dtype cannot hold are counted.
     """
 
     refusal = ""  # a leaf that cannot be read takes no edits but those that do not read it
 
-    def __init__(self, base: Origin, calls: Sequence[Call], places: Sequence[Site], path: str) -> None:
+    def __init__(self, base: Origin, calls: Sequence[Call], places: Sequence[Site], path: str, damage: Damage) -> None:
         self.base, self.calls, self.places, self.path = base, tuple(calls), tuple(places), path
+        self.damage = damage
         spec = base.spec
         for call in calls:
             spec = call.spec(spec)
@@ -36,7 +39,7 @@ class Edited(Origin):
         self._end()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Edited, (self.base, self.calls, self.places, self.path)
+        return Edited, (self.base, self.calls, self.places, self.path, self.damage)
 
     def __str__(self) -> str:
         return ".".join((str(self.base), *map(str, self.calls)))
@@ -92,13 +95,15 @@ class Edited(Origin):
     def pieces(self) -> Iterator[Array]:
         """The elements in pieces: flat arrays, first to last."""
         base = self.base
-        steps, deaf = steps_of(base.spec, self.calls, self.places)
+        self.damage.clear()
+        steps, deaf = steps_of(base.spec, self.calls, self.places, self.damage)
         with np.errstate(all="ignore"):  # an overflow to inf is a valid result
             if None in steps:
                 x = np.empty(base.spec.size, deaf) if deaf else base.read_range(0, base.spec.size)
                 x = x.reshape(base.spec.shape)
                 for edit, place in list(zip(self.calls, self.places, strict=True))[-len(steps) :]:
-                    x = edit.run(x, place)
+                    before, x = x, edit.run(x, place)
+                    self.damage.add(of_call(edit, before, x))
                 self.check(np.shape(x), np.asarray(x).dtype.name)
                 yield np.ascontiguousarray(x).reshape(-1)
                 return
@@ -118,7 +123,7 @@ class Edited(Origin):
 
 
 def steps_of(
-    spec: Spec, calls: Sequence[Call], places: Sequence[Site]
+    spec: Spec, calls: Sequence[Call], places: Sequence[Site], damage: Damage
 ) -> tuple[list[Step | None], np.dtype[Any] | None]:
     """Edits of a leaf as steps over flat pieces, first to last, without those whose results are overwritten.
 
@@ -133,6 +138,6 @@ def steps_of(
     dtype = numpy_dtype(spec.dtype) if deaf else None
     steps = []
     for edit, place in zip(calls[first:], places[first:], strict=True):
-        steps.append(step_of(edit, spec, place))
+        steps.append(step_of(edit, spec, place, damage))
         spec = edit.spec(spec)
     return steps, dtype

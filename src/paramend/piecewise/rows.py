@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from paramend.arrays.losses import holds
 from paramend.edits.call import Call
-from paramend.edits.plan import Row
+from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import leaf_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
@@ -28,7 +29,7 @@ def expression(source: Any, row: Row) -> Origin:
     for how, group in groupby(zip(row.calls, row.places, strict=True), lambda each: _how(each[0])):
         if how == "computes":
             calls, places = zip(*group, strict=True)
-            origin = Edited(origin, calls, places, row.path)
+            origin = Edited(origin, calls, places, row.path, row.damage)
             continue
         for call, _ in group:
             if call.op.moves is not None:
@@ -67,3 +68,19 @@ def data(origin: Origin) -> Iterator[memoryview]:
         if array.dtype.name != spec.dtype and isinstance(origin, Edited):
             origin.check(spec.shape, array.dtype.name)
         yield np.ascontiguousarray(array).astype(dtype, copy=False).reshape(-1).view(np.uint8).data
+
+
+def survey(plan: Plan) -> None:
+    """Count in the rows of a plan the values that its edits cannot hold, without writing: for dry runs.
+
+    Only leaves that such edits change are read.
+    """
+    for row in plan.changed:
+        if any(edit.op.losses is not None for edit in row.calls) and not _is_safe(row):
+            for _ in values(plan.leaves, row):
+                pass
+
+
+def _is_safe(row: Row) -> bool:
+    """Whether all that it does is a cast to a dtype that holds every value."""
+    return len(row.calls) == 1 and row.calls[0].op.name == "cast" and holds(row.spec.dtype, row.before.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 from paramend.arrays import numpy as numpy_backend
 from paramend.arrays.initializers import Draws, Site, generator
 from paramend.edits.call import Call
+from paramend.edits.damage import Damage
 from paramend.errors import SpecMismatch
 from paramend.leaves.mapped import give_back, mapping
 from paramend.leaves.origins.origin import CHUNK as CHUNK
@@ -20,8 +21,10 @@ from paramend.piecewise.regions import region
 Step = Callable[[Array, int], Array]
 
 
-def step_of(edit: Call, spec: Spec, place: Site) -> Step | None:
+def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -> Step | None:
     """The edit as a function of a flat piece of a leaf and its first element; None if it needs the whole leaf.
+
+    Values that the dtype cannot hold are counted in `damage`.
 
     Pieces must come in order. Functions, JAX keys, indices that repeat an element, and random values or arrays for a
     slice whose elements are not in the order of the leaf need whole leaves.
@@ -33,7 +36,7 @@ def step_of(edit: Call, spec: Spec, place: Site) -> Step | None:
     ([11, 22, 13], [24])
     """
     if edit.index is not None:
-        return _slice_step(edit, spec, place)
+        return _slice_step(edit, spec, place, damage)
     value: Any = edit.args.get("value")
     seed = edit.args.get("seed", 0)
     if not isinstance(seed, int | np.integer):  # a JAX key draws for the whole leaf at once
@@ -49,11 +52,11 @@ def step_of(edit: Call, spec: Spec, place: Site) -> Step | None:
     if not edit.op.chunks:
         return None
     if spec.dtype == "bfloat16" and edit.op.name in _FLOAT32 and np.ndim(value) == 0:
-        return _bfloat16_step(_FLOAT32[edit.op.name], np.asarray(value))
+        return _counted(edit, _bfloat16_step(_FLOAT32[edit.op.name], np.asarray(value)), damage)
     if np.ndim(value) == 0:
         # One stream of numbers runs through the leaf, as when they are drawn at once.
         here = replace(place, stream=generator(int(seed), place)) if "seed" in edit.op.parameters else place
-        return lambda x, start: edit.run(x, here)
+        return _counted(edit, lambda x, start: edit.run(x, here), damage)
     if isinstance(value, Stored) and value.spec.shape == spec.shape:
         operand: Callable[[int, int], Array] = value.read_range
     else:
@@ -63,9 +66,25 @@ def step_of(edit: Call, spec: Spec, place: Site) -> Step | None:
     def step(x: Array, start: int) -> Array:
         part = {**edit.args, "value": operand(start, start + x.size)}
         found: Array = edit.op.run(numpy_backend, x, part, place)
+        if damage is not None and edit.op.losses is not None:
+            damage.add(edit.op.losses(x, found, part))
         return found
 
     return step
+
+
+def _counted(edit: Call, step: Step, damage: Damage | None) -> Step:
+    """A step that also counts the values that the dtype cannot hold."""
+    losses = edit.op.losses
+    if damage is None or losses is None:
+        return step
+
+    def counted(x: Array, start: int) -> Array:
+        found = step(x, start)
+        damage.add(losses(x, found, edit.args))
+        return found
+
+    return counted
 
 
 _FLOAT32: dict[str, np.ufunc] = {"add": np.add, "multiply": np.multiply}
@@ -84,10 +103,10 @@ def _bfloat16_step(verb: np.ufunc, value: Array) -> Step:
     return step
 
 
-def _slice_step(edit: Call, spec: Spec, place: Site) -> Step | None:
+def _slice_step(edit: Call, spec: Spec, place: Site, damage: Damage | None) -> Step | None:
     """The edit of the part of a flat piece that is in a slice; the rest of the piece stays."""
     where = region(spec.shape, edit.index)
-    inner = step_of(replace(edit, index=None), Spec(where.shape, spec.dtype), place)
+    inner = step_of(replace(edit, index=None), Spec(where.shape, spec.dtype), place, damage)
     if where.last is not None or inner is None:
         return None
     if not where.ascends:

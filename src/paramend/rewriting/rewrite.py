@@ -86,7 +86,8 @@ class RewriteReport(Paged):
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         record = ", with a record of edits" if self.record else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
+        damage = f"; {self.plan.damage}" if self.plan.damage else ""
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{damage}{left}"
 
     def page(self) -> Page:
         """The page of the plan, with what was written."""

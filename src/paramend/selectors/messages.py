@@ -32,8 +32,12 @@ def nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
                 hint=f"write {quoted(near)}",
                 near=[near],
             )
-    from paramend.selectors.misses import nearest  # needed only for errors
+    from paramend.selectors.dialects import advice  # needed only for errors
+    from paramend.selectors.misses import nearest
 
+    better = advice(text, index)
+    if better:
+        return NoMatch(f"{quoted(text)} matches none of {count_of(index)}", hint=f"did you mean {better}?")
     found = nearest(pattern, index.names)
     offers = [near.write(separator) for near, _ in found]
     if found:
@@ -42,6 +46,15 @@ def nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
     else:
         hint = examples(index)
     return NoMatch(f"{quoted(text)} matches none of {count_of(index)}", hint=hint, near=offers)
+
+
+def absent(text: str, index: Index, why: str, path: str) -> NoMatch:
+    """The error for a selector of a leaf that is known to stand under another path."""
+    return NoMatch(
+        f"{quoted(text)} matches none of {count_of(index)}: {why}",
+        hint=f"{quoted(path)} is the weight of both, and an edit of it changes both",
+        near=[path],
+    )
 
 
 def out_of_range(text: str, error: OutOfRange, index: Index) -> OutOfRange:

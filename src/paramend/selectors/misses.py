@@ -19,6 +19,7 @@ from paramend.selectors.patterns import Pattern, parse
 
 _SECONDS = 0.3  # the time limit of a search: on large trees a late hint is worse than a short one
 _WORST = 9  # the greatest cost of a near miss
+_MOST_BESIDE = 4
 _DIGITS = re.compile(r"[0-9]{1,18}")
 
 Segments = tuple[Segment, ...]
@@ -49,6 +50,7 @@ class _Search:
 
     def run(self, segments: Segments, limit: int) -> list[tuple[Pattern, int]]:
         """Patterns that match, by the cost of their repairs; if several match the same leaves, only the cheapest."""
+        typed = segments
         tickets, seen = count(), set[Segments]()
         queue: list[tuple[int, int, int, Segments]] = [(0, next(tickets), 0, segments)]
         found: dict[frozenset[int], Pattern] = {}
@@ -64,7 +66,7 @@ class _Search:
                     heappush(queue, (cost + more, next(tickets), first, _tidy(repaired)))
             elif not self.reach(segments)[0]:
                 heappush(queue, (cost + 1, next(tickets), len(segments), (*segments, AnyPieces())))
-            elif self.is_selector(segments):
+            elif self.is_selector(segments) and not self.is_wider(segments, typed):
                 found.setdefault(frozenset(self.reach(segments)[0]), Pattern(segments))
                 worst = min(worst, cost)
         return [(near, len(leaves)) for leaves, near in found.items()]
@@ -75,6 +77,16 @@ class _Search:
             return bool(Pattern(segments).find(self.names))
         except OutOfRange:
             return False
+
+    def is_wider(self, segments: Segments, typed: Segments) -> bool:
+        """Whether the segments name several leaves, because a key that was typed gave way to a wildcard.
+
+        The few leaves beside one that does not exist are no risk.
+        """
+        count = len(self.reach(segments)[0])
+        if count < 2 or _named(segments) >= _named(typed) or not any(map(_is_wild, segments)):
+            return False
+        return count > _MOST_BESIDE or segments[:-1] != typed[:-1] or not segments[:-1]
 
     def repairs(self, segments: Segments, dead: int) -> Iterator[tuple[int, int, Segments]]:
         """Repairs of the first segment that leads nowhere: (cost, the first segment to check again, segments)."""
@@ -99,6 +111,15 @@ class _Search:
         if before and not any_before:
             yield 4, 0, (AnyPieces(), here, *after)
             yield 6, dead, before
+
+
+def _is_wild(segment: Segment) -> bool:
+    return isinstance(segment, AnyPieces) or segment == Piece((Star(),))
+
+
+def _named(segments: Segments) -> int:
+    """How many segments name something."""
+    return sum(not _is_wild(segment) for segment in segments)
 
 
 def _tidy(segments: Segments) -> Segments:

@@ -1,6 +1,7 @@
 """Selectors: which leaves. Mostly text, and values that print as the code that makes them."""
 
 import inspect
+import operator
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,16 @@ from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
 
 import numpy as np
 
+from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
-from paramend.leaves.leaves import Leaves, unique
+from paramend.leaves.leaves import Explained, Leaves, unique
 from paramend.leaves.names import by_name
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
+from paramend.selectors.dialects import advice, from_keys, from_keystr, keys_in
 from paramend.selectors.grammar import Number, Piece
-from paramend.selectors.messages import count_of, examples, nothing, out_of_range, quoted
+from paramend.selectors.messages import absent, count_of, examples, nothing, out_of_range, quoted
 from paramend.selectors.patterns import Pattern, parse
 from paramend.trees.kind import ELIDED
 
@@ -40,7 +43,7 @@ class Selector:
         return Rest(self)
 
     def __getitem__(self, index: Slice) -> "Selector":
-        return Sliced(self, index)
+        return Sliced(self, read_slice(index))
 
     def where(
         self,
@@ -113,9 +116,35 @@ class Text(Selector):
             except OutOfRange as error:
                 raise out_of_range(self.text, error, index) from None
             if not found:
-                raise nothing(self.text, self.pattern, index)
+                told = leaves.absence(self.text) if isinstance(leaves, Explained) else None
+                raise nothing(self.text, self.pattern, index) if told is None else absent(self.text, index, *told)
             index.found[self.text] = found
         return set(found)
+
+
+@dataclass(frozen=True)
+class Keys(Text):
+    """The leaf at a path given key by key, as in flattened dicts; or, if there is none, at each of several paths."""
+
+    keys: tuple[str | int, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sel, (self.keys,)
+
+    def __repr__(self) -> str:
+        return f"pm.sel({self.keys!r})"
+
+    def _find(self, leaves: Leaves) -> set[int]:
+        try:
+            return super()._find(leaves)
+        except NoMatch:
+            paths = [key for key in self.keys if isinstance(key, str)]
+            first = next(iter(self.keys))
+            within = {text_of(label) for label, child in leaves.index.names.items() if type(child) is dict}
+            one = len(paths) < len(self.keys) or first in within
+            if one and not any(any(char in path for char in "*/.[{") for path in paths):
+                raise
+            return Union(tuple(map(_text_selector, paths)))._find(leaves)
 
 
 @dataclass(frozen=True)
@@ -260,8 +289,13 @@ class Mask(Selector):
             return
         children = leaves.children(node)
         if children is None:
+            where = write_path(path) or "its root"
+            array = backend_of(type(node)) is not None
             raise BadArgument(
-                f"a tree of bools holds bools, and this one has {node!r} at {write_path(path) or 'its root'}"
+                f"a tree of bools holds bools, and this one has {_described(node)} at {where}",
+                hint="the tree comes first, then the selector; of arrays of bools, say which leaves: .any()"
+                if array
+                else "",
             )
         for key, child in children:
             below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
@@ -373,7 +407,8 @@ def sel(what: SelectorLike) -> Selector:
     Args:
         what: `"**/kernel"` (see the grammar in `paramend.selectors.grammar`); `re.compile(...)`, matched against the
             whole path; a module class such as `torch.nn.Linear` or `nnx.Linear`; `f(path, spec) -> bool`; a tree of
-            bools; or a list of selectors, each of which must match something.
+            bools; or a list of selectors, each of which must match something. Paths may also be written as by
+            `jax.tree_util.keystr`, or be tuples of keys as in flattened dicts.
 
     Returns:
         A selector that `pm.at`, `pm.freeze` and all other verbs take, to be combined with `|`, `&`, `~`,
@@ -395,7 +430,11 @@ def sel(what: SelectorLike) -> Selector:
         return Held(what)
     if _is_function(what):
         return Predicate(what)
-    if isinstance(what, list | tuple) and any(map(_is_selector, what)):
+    keys = keys_in(what)
+    if keys is not None and (len(keys) > 1 or not isinstance(what[0], str)):  # type: ignore[index]
+        text = from_keys(keys)
+        return Keys(text, parse(text), keys)
+    if isinstance(what, list | tuple) and any(_is_selector(each) or keys_in(each) for each in what):
         return Union(tuple(map(sel, what)))
     number = isinstance(what, int | float | complex | bytes) and not isinstance(what, bool)
     if what is None or number or (isinstance(what, list | tuple) and not what):
@@ -408,7 +447,15 @@ def sel(what: SelectorLike) -> Selector:
 
 @lru_cache(maxsize=4096)
 def _text_selector(text: str) -> Text:
-    pattern = parse(text)
+    text = from_keystr(text) or text
+    try:
+        pattern = parse(text)
+    except SelectorError as error:
+        better = advice(text)
+        if not better:
+            raise
+        message = error.args[0].partition("\n\n")[0]
+        raise SelectorError(message, text=text, span=error.span, hint=better) from None
     for segment in pattern.segments:
         for atom in segment.atoms if isinstance(segment, Piece) else ():
             if isinstance(atom, Number) and (atom.factor, atom.shift) != (1, 0):
@@ -441,6 +488,50 @@ def slice_of(selector: SelectorLike) -> tuple[Selector, Any]:
     return (selector.part, selector.index) if isinstance(selector, Sliced) else (selector, None)
 
 
+def read_slice(index: Slice) -> Any:
+    """What stands between brackets, in the one form that every library reads alike.
+
+    Returns:
+        An int, a slice, None, `...`, a bool, a numpy array of positions or of bools, or a tuple of these.
+
+    Raises:
+        BadArgument: it is no slice, or a traced array, which is not known yet.
+
+    >>> read_slice([1, 3]), read_slice((np.int64(2), range(2)))
+    (array([1, 3]), (2, array([0, 1])))
+    """
+    return tuple(map(_along, index)) if isinstance(index, tuple) else _along(index)
+
+
+def _along(part: Any) -> Any:
+    """The same for one axis."""
+    try:
+        if part is None or part is Ellipsis or isinstance(part, bool):
+            return part
+        if isinstance(part, slice):
+            return slice(*(None if end is None else operator.index(end) for end in (part.start, part.stop, part.step)))
+        array = to_numpy(part)
+    except BadArgument:
+        raise
+    except Exception as error:  # traced, ragged, or no number
+        traced = backend_of(type(part)) is not None
+        raise BadArgument(
+            "a slice must be known before the edit runs; this one holds a traced value"
+            if traced
+            else f"{wording.described(part)} is not a slice",
+            hint="x.at[i] of jax.numpy takes traced indices" if traced else _SLICES,
+        ) from error
+    if not array.size and not hasattr(part, "dtype"):  # an empty list
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "biu":
+        raise BadArgument(f"{wording.described(part)} is not a slice", hint=_SLICES)
+    array = array if array.dtype == bool else array.astype(np.int64)
+    return array if array.ndim else array.item()
+
+
+_SLICES = "-1, :4, ::2, [1, 3], or one for each axis: [0, :4]"
+
+
 def write_index(index: Any) -> str:
     """A slice as it is written between brackets.
 
@@ -452,7 +543,12 @@ def write_index(index: Any) -> str:
     if isinstance(index, slice):
         step = "" if index.step is None else f":{index.step}"
         return f"{'' if index.start is None else index.start}:{'' if index.stop is None else index.stop}{step}"
+    if isinstance(index, np.ndarray):
+        return str(index.tolist()) if index.size <= _MOST_WRITTEN else f"<{index.size:,} positions>"
     return "..." if index is Ellipsis else repr(index)
+
+
+_MOST_WRITTEN = 32
 
 
 def _bound(function: Any) -> tuple[Any, ...]:
@@ -481,6 +577,14 @@ def _plain(index: Any) -> Hashable:
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------
+
+
+def _described(node: Any) -> str:
+    """A value in a message, without its elements if it is an array."""
+    library = backend_of(type(node))
+    if library is not None:
+        return f"an array, {library.spec(node)},"
+    return repr(node) if isinstance(node, str | int | float | complex | None) else wording.described(node)
 
 
 def _is_function(what: object) -> TypeGuard[Callable[[str, Spec], object]]:

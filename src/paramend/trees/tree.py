@@ -6,18 +6,17 @@ as fast; the order of dict keys, which that walk loses, is restored.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import is_
 from typing import Any
 
-import numpy as np
-
 from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index, uncollected
+from paramend.leaves.overlaps import overlapping, repeats, same
 from paramend.leaves.specs import Spec
 from paramend.trees.lookup import find_kind, is_torch_module, leaf_types
 from paramend.trees.walks import Copier, Namer, Walk, labelled, rebuild, restore_order
@@ -124,15 +123,14 @@ class Tree:
     def ties(self) -> Mapping[int, int]:
         """Leaf number → the first number of the same leaf, for leaves with several paths."""
         if self._ties is None:
-            shared = self.boxes or self._structure.torch or len(set(map(id, self.values))) < len(self.values)
-            self._ties = self._find_ties() if shared else {}
+            self._ties = self._find_ties() if self.boxes or self._structure.torch else {}
         return self._ties
 
     def _find_ties(self) -> dict[int, int]:
-        """Ties by box and by mutable array: torch tensors by storage, numpy arrays by identity.
+        """Ties by box, and by storage of torch tensors.
 
-        JAX arrays are values: one object at two places (a model and its moving average at the start) is not a tie, as
-        inside `jit`, where the two are distinct.
+        Arrays of JAX and numpy are values: one object at two places (a model and its moving average at the start) is
+        not a tie, as inside `jit`, where the two are distinct.
         """
         first: dict[Hashable, int] = {}
         ties: dict[int, int] = {}
@@ -142,8 +140,6 @@ class Tree:
         for number in self.index.numbers:
             value, box = self.values[number], self.boxes.get(number)
             of_torch = torch is not None and backend_of(type(value)) is torch
-            if box is None and isinstance(value, np.ndarray):
-                box = value
             if box is not None:
                 ties[number] = first.setdefault(id(box), number)
             elif of_torch:
@@ -217,14 +213,53 @@ class Tree:
         """Raise for leaves that can only be replaced.
 
         Raises:
-            Unsupported: the leaf is an immutable array outside of a box.
+            Unsupported: the leaf is an immutable array outside of a box, or repeats its elements.
         """
+        if number in self.boxes:
+            return
         value = self.values[number]
-        if number not in self.boxes and not backend(value).mutable(value):
-            raise Unsupported(
-                f"{self.index.path(number)} cannot change in place: this {type(value).__name__} never changes",
-                hint="the verb without the underscore returns a new tree: params = pm.at(params, ...).zero()",
-            )
+        if not backend(value).mutable(value):
+            jax = backend(value).__name__.endswith(".jax")  # type: ignore[attr-defined]
+            why = "JAX arrays never change" if jax else f"this {type(value).__name__} is read-only"
+            raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
+        memory = backend(value).memory(value)
+        if memory is not None and repeats(memory[1]):
+            why = "it is expanded, so that some of its elements are one"
+            raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
+
+    def apart(self, numbers: Collection[int]) -> dict[int, int]:
+        """Check that leaves can change in place without changing others; those that are one array are changed once.
+
+        Returns:
+            The number of a leaf → that of an earlier one of these leaves that is the same array.
+
+        Raises:
+            Unsupported: a leaf shares memory with a leaf that is not among them, or shares a part of it with any.
+        """
+        one: dict[int, int] = {}
+        if all(number in self.boxes for number in numbers):
+            return one
+        memories = {n: memory for n in self.index.numbers if (memory := backend(self.values[n]).memory(self.values[n]))}
+        written = {twin for number in numbers for twin in self.twins(number)}
+        for pair in overlapping(memories):
+            if self.ties.get(pair[0], pair[0]) == self.ties.get(pair[1], pair[1]):
+                continue
+            first, second = self.index.ordered(pair)
+            whole = same(memories[first][1], memories[second][1])
+            if whole and {first, second} <= written:
+                one[second] = one.get(first, first)
+            elif first in written or second in written:
+                paths = self.index.path(first), self.index.path(second)
+                if whole:
+                    raise Unsupported(
+                        f"{paths[0]} and {paths[1]} are one array, and an edit in place changes both",
+                        hint=f"select both: pm.at(tree, {list(paths)}); or {_NEW_TREE}",
+                    )
+                raise Unsupported(
+                    f"{paths[0]} and {paths[1]} share memory, and an edit in place of one changes the other",
+                    hint=_NEW_TREE,
+                )
+        return {number: first for number, first in one.items() if number in numbers}
 
     def assign(self, number: int, value: Any) -> None:
         """Put a value into a leaf in place. Call `in_place` first."""
@@ -236,6 +271,9 @@ class Tree:
             assert kind is not None
             assert kind.assign is not None
             kind.assign(box, value)
+
+
+_NEW_TREE = "the verb without the underscore returns a new tree: params = pm.at(params, ...).zero()"
 
 
 def _holds_modules(root: Any) -> bool:

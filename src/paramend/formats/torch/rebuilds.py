@@ -126,6 +126,11 @@ class Tensor:
         return 1 + sum((length - 1) * step for length, step in zip(self.shape, self.stride, strict=True))
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        """The bits of the storage from the first element to the last, including gaps."""
+        return self.offset * self.bits, (self.offset + self.reach) * self.bits
+
+    @property
     def contiguous(self) -> bool:
         """Whether the elements are contiguous in C order."""
         step = 1

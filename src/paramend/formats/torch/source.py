@@ -25,6 +25,7 @@ from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.overlaps import share
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -181,13 +182,14 @@ class TorchFile(ZipSource):
     def overlaps(self, number: int) -> tuple[int, ...]:
         """The other leaves that share bytes with a leaf without being tied to it: an edit of one edits them too."""
         tensor = self.tensors[number]
-        mates = self._sharing.get(tensor.storage.key, []) if tensor.storage else []
-        own = self.ties.get(number, number)
-        others = [other for other in mates if self.ties.get(other, other) != own]
-        if not others or not tensor.size:
+        mates = self._sharing.get(tensor.storage.key) if tensor.storage and tensor.size else None
+        if mates is None:
             return ()
+        own, (start, stop) = self.ties.get(number, number), tensor.bounds
+        near = mates[(mates[:, 1] < stop) & (mates[:, 2] > start), 0].tolist()
+        others = [other for other in near if self.ties.get(other, other) != own]
         here = self._bytes(tensor)
-        return tuple(other for other in others if _share(here, self._bytes(self.tensors[other])))
+        return tuple(other for other in others if share(here, self._bytes(self.tensors[other])))
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
@@ -259,13 +261,13 @@ class TorchFile(ZipSource):
         return self.archive.offsets(f"{self._root}/data/{key}").start
 
     @cached_property
-    def _sharing(self) -> dict[str, list[int]]:
-        """Storage key → the leaves that view it, if there are several."""
-        found: dict[str, list[int]] = {}
+    def _sharing(self) -> dict[str, Array]:
+        """Storage key → the leaves that view it, if there are several, one row each: (number, first bit, end)."""
+        found: dict[str, list[tuple[int, int, int]]] = {}
         for number, tensor in enumerate(self.tensors):
             if tensor.storage and tensor.size:
-                found.setdefault(tensor.storage.key, []).append(number)
-        return {key: numbers for key, numbers in found.items() if len(numbers) > 1}
+                found.setdefault(tensor.storage.key, []).append((number, *tensor.bounds))
+        return {key: np.array(rows, np.int64) for key, rows in found.items() if len(rows) > 1}
 
     def _bytes(self, tensor: Tensor) -> Array:
         """The elements of a tensor as untyped memory, which is never touched."""
@@ -424,12 +426,3 @@ def _is_plain(node: Any) -> bool:
     if type(node) in (list, tuple):
         return not any(type(child) in _CONTAINERS or type(child) is Tensor for child in node)
     return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
-
-
-def _share(a: Array, b: Array) -> bool:
-    """Whether two views share an element; assumed if that is too hard to decide."""
-    work: Any = 100_000
-    try:
-        return np.shares_memory(a, b, max_work=work)
-    except np.exceptions.TooHardError:
-        return True

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, SpecMismatch
 from paramend.freezing.places import dtype_of, named
 from paramend.grafting.report import GraftReport, GraftRow
@@ -222,9 +223,9 @@ def _misfit(fresh: Any, old: Any) -> str:
 
 
 def _placed(old: Any, fresh: Any) -> Any:
-    """The old value as a JAX array; one from a file goes where the fresh one is."""
+    """The old value as a JAX array of its own; one from a file goes where the fresh one is."""
     if isinstance(old, jax.Array):
-        return old
+        return backend(old).like(old, old)
     if isinstance(fresh, jax.core.Tracer) or not isinstance(fresh, jax.Array):
         return jnp.asarray(old)
     return jax.device_put(old, fresh.sharding)

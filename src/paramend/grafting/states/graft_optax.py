@@ -290,7 +290,8 @@ class _Work:
             name = write_path(origin.path)
             row = GraftRow(path, name, ours.shape, theirs.shape, ours.dtype, theirs.dtype, did, taken=theirs.size)
             if type(leaf.value) in (int, float):
-                found[leaf.place] = origin.value
+                count = origin.value
+                found[leaf.place] = count if type(count) in (int, float) else backend(count).like(count, count)
                 report.copied.append(row)
             else:
                 work.moves.append(Move(row, leaf.place, origin.place, corner))

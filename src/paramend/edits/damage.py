@@ -1,0 +1,118 @@
+"""Damage: how many values of a leaf an edit could not hold, counted while it runs."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paramend.arrays import losses
+from paramend.arrays.registry import backend, backend_of, to_numpy
+from paramend.leaves.origins.stored import Stored
+from paramend.leaves.specs import Array, dtype_name
+from paramend.reports import wording
+
+Args = Mapping[str, Any]
+# (values before, values after, arguments) → how many overflow, how many are lost.
+Losses = Callable[[Array, Array, Args], tuple[int, int]]
+
+
+@dataclass(slots=True)
+class Damage:
+    """What the edits of one leaf did to values that its dtype cannot hold.
+
+    Attributes:
+        overflowed: how many finite values became inf, NaN or another number.
+        lost: how many values became zero, or lost their fraction, in a cast.
+    """
+
+    overflowed: int = 0
+    lost: int = 0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.overflowed = self.lost = 0
+
+    def add(self, found: tuple[int, int]) -> None:
+        """Count what one edit of some values did."""
+        self.overflowed += found[0]
+        self.lost += found[1]
+
+    def __str__(self) -> str:
+        overflowed = f"{self.overflowed:,} overflow" if self.overflowed else ""
+        return ", ".join(filter(None, (overflowed, f"{self.lost:,} lost" if self.lost else "")))
+
+
+def of_cast(before: Array, after: Array, args: Args) -> tuple[int, int]:
+    """What a cast did."""
+    return losses.damage(before, dtype_name(args["dtype"]))
+
+
+def of_sum(before: Array, after: Array, args: Args) -> tuple[int, int]:
+    """What an addition did."""
+    return losses.overflow("add", before, _operand(args, before), after), 0
+
+
+def of_product(before: Array, after: Array, args: Args) -> tuple[int, int]:
+    """What a multiplication did."""
+    return losses.overflow("multiply", before, _operand(args, before), after), 0
+
+
+def of_noise(before: Array, after: Array, args: Args) -> tuple[int, int]:
+    """What added noise did."""
+    return losses.overflow("add", before, np.zeros((), before.dtype), after), 0
+
+
+def _operand(args: Args, before: Array) -> Array:
+    value = args["value"]
+    return to_numpy(value.read() if isinstance(value, Stored) else value).astype(before.dtype)
+
+
+def of_call(call: Any, before: Any, after: Any) -> tuple[int, int]:
+    """What a call did to a leaf; nothing is known of traced arrays.
+
+    Values on an accelerator are fetched only where an overflow is likely: after a cast, and in narrow dtypes.
+    """
+    op, library = call.op, backend(before)
+    spec = library.spec(before)
+    if op.losses is None or not spec.size or spec.kind == "other" or library.refusal(before):
+        return 0, 0
+    wide = spec.kind in ("float", "complex") and spec.dtype not in _NARROW
+    if op.name == "cast":
+        if losses.holds(dtype_name(call.args["dtype"]), spec.dtype):
+            return 0, 0
+    elif (wide and not library.local(before)) or any(
+        backend_of(type(v)) is not None and not _is_known(v) for v in call.args.values()
+    ):
+        return 0, 0
+    if call.index is not None:
+        before, after = library.get(before, call.index), library.get(after, call.index)
+    values = losses.on_host(before), losses.on_host(after)
+    if not all(isinstance(each, np.ndarray | np.generic) for each in values):
+        return 0, 0
+    found: tuple[int, int] = op.losses(np.asarray(values[0]), np.asarray(values[1]), call.args)
+    return found
+
+
+_NARROW = ("float16", *(f"float{rest}" for rest in ("8_e4m3fn", "8_e5m2", "8_e4m3fnuz", "8_e5m2fnuz")))
+
+
+def _is_known(value: Any) -> bool:
+    return backend_of(type(value)) is None or isinstance(losses.on_host(value), np.ndarray | np.generic)
+
+
+def said(rows: Iterable[tuple[str, Damage]]) -> str:
+    """What was overflowed and lost in which leaves, as a sentence; "" if nothing.
+
+    >>> said([("w", Damage(2, 1)), ("b", Damage(0, 3)), ("c", Damage())])
+    '2 values overflow (w), 4 are lost (w, b)'
+    """
+    parts: list[str] = []
+    named = list(rows)
+    for field, one, many in (("overflowed", "overflows", "overflow"), ("lost", "is lost", "are lost")):
+        hit = [(path, getattr(damage, field)) for path, damage in named if getattr(damage, field)]
+        count = sum(number for _, number in hit)
+        if count:
+            what = f"{count:,}" if parts else wording.plural(count, "value")
+            parts.append(f"{what} {one if count == 1 else many} ({wording.listing([path for path, _ in hit], 4)})")
+    return ", ".join(parts)

@@ -1,0 +1,54 @@
+"""Subjects: what is given in place of a tree, and what to pass instead."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from paramend.errors import BadArgument
+from paramend.reports import wording
+from paramend.selectors.messages import quoted
+from paramend.selectors.selector import Selector
+from paramend.trees.lookup import find_kind
+
+
+def check_subject(tree: Any) -> None:
+    """Raise if what holds no arrays is no tree, but has or finds one.
+
+    Args:
+        tree: what was given.
+
+    Raises:
+        BadArgument: it is a selector, a path, a class, a function, a model without its parameters.
+    """
+    given = wording.described(tree)
+    if isinstance(tree, os.PathLike) or (isinstance(tree, str) and _is_file(tree)):
+        shown = quoted(str(tree))
+        raise BadArgument(f"a tree of arrays is needed, and {shown} is a path", hint=f"pm.open({shown})")
+    if isinstance(tree, str | re.Pattern | Selector):
+        shown = quoted(tree) if isinstance(tree, str) else repr(tree)
+        raise BadArgument(f"the tree comes first, then the selector {shown}", hint=f"pm.at(tree, {shown})")
+    if isinstance(tree, type):
+        raise BadArgument(f"a tree of arrays is needed, and this is {given}", hint="an instance, or its parameters")
+    if callable(getattr(tree, "init", None)) and callable(getattr(tree, "update", None)):
+        raise BadArgument(
+            f"an optimizer holds no arrays; its state does, and this is {given}", hint="state = tx.init(params)"
+        )
+    if callable(getattr(tree, "init", None)) and callable(getattr(tree, "apply", None)):
+        raise BadArgument(
+            f"a model of Flax or Haiku holds no parameters itself, and this is {given}: pass its params",
+            hint="params = model.init(jax.random.key(0), x); pm.at(params, selector)",
+        )
+    if callable(tree) and find_kind(tree) is None:
+        why = f"a tree of arrays is needed, and this is {given}: pass its params"
+        raise BadArgument(why, hint="pm.at(params, ...)")
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text is, or looks like, the path of a checkpoint rather than of a leaf."""
+    if re.search(r"\.(safetensors|pt|pth|bin|ckpt|npz|msgpack|orbax|json|gguf)$|/$", text):
+        return True
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
