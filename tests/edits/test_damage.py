@@ -91,7 +91,7 @@ def test_the_command_line_says_so_in_a_dry_run_too(tmp_path):
 
 
 def test_pieces_add_up_and_a_second_run_counts_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("paramend.piecewise.rows.CHUNK", 7)
+    monkeypatch.setattr("paramend.leaves.origins.origin.CHUNK", 7)
     monkeypatch.setattr("paramend.piecewise.steps.CHUNK", 7)
     path = tmp_path / "m.safetensors"
     pm.save({"w": np.tile(I1, 25).reshape(10, 10)}, path)
