@@ -115,7 +115,7 @@ class BadArgument(ParamendError, ValueError):
 
 
 class ValuesLost(UserWarning):
-    """An edit in memory gave values that their dtype cannot hold: they became inf, NaN, zero or another number.
+    """An edit in memory gave values that their dtype cannot hold: they became inf, NaN or another number.
 
     The edit is done. On disk the report of a save or a patch has these numbers.
     """

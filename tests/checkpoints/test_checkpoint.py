@@ -237,6 +237,7 @@ def edit(tree, step, index):
     return getattr(chosen, verb)(**args)
 
 
+@pytest.mark.filterwarnings("ignore::paramend.errors.ValuesLost")
 @given(TREES, st.lists(st.tuples(STEPS, INDEXES), min_size=1, max_size=4), st.integers(1, 9), st.booleans())
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_engines_agree_on_any_plan(tmp_path, monkeypatch, tree, steps, chunk, sharded):

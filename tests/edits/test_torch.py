@@ -204,7 +204,7 @@ def test_what_cannot_change_in_place_is_refused_before_anything_changes():
     assert tree["a"].tolist() == [1.0, 1.0]
     frozen = np.ones(2)
     frozen.flags.writeable = False
-    with pytest.raises(Unsupported, match="is read-only"):
+    with pytest.raises(Unsupported, match="this array is read-only"):
         pm.at({"w": frozen}, "w").zero_()
 
 

@@ -641,7 +641,7 @@ def test_empty_containers_are_kept():
 
 
 @pytest.mark.parametrize(
-    "tree", [{}, [], (), None, {"a": [{}]}, optax.EmptyState(), "text", 3, torch.nn.ReLU()], ids=repr
+    "tree", [{}, [], (), None, {"a": [{}]}, optax.EmptyState(), {"a": "text"}, 3, torch.nn.ReLU()], ids=repr
 )
 def test_a_tree_without_arrays_counts_nothing(tree):
     assert pm.param_count(tree) == 0

@@ -101,7 +101,7 @@ class Memory(Tree, Editable):
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])
 
     def computed(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:
-        """The new values of leaves, one at a time; at the end, a warning if some values could not be held."""
+        """The new values of leaves, one at a time; at the end, a warning if some values overflowed."""
         found: list[tuple[str, Damage]] = []
         for number, call in calls.items():
             before, place = self.values[number], self._place(number) if call.op.placed else NOWHERE
@@ -112,9 +112,9 @@ class Memory(Tree, Editable):
                 after = call.run(before, place)
             found.append((self.index.path(number), Damage(*of_call(call, before, after))))
             yield number, after
-        if damage := said(found):
+        if any(damage.overflowed for _, damage in found):
             call = next(iter(calls.values()))
-            warnings.warn(f"{call}: {damage}", ValuesLost, stacklevel=_CALLER)
+            warnings.warn(f"{call}: {said(found)}", ValuesLost, stacklevel=_CALLER)
 
     def _check(self, calls: Mapping[int, Call]) -> None:
         for number, call in calls.items():

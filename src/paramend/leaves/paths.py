@@ -50,8 +50,8 @@ def labels(key: object) -> tuple[Label, ...]:
     >>> [part.text for part in labels(("params", "kernel"))]
     ['params', 'kernel']
     """
-    if type(key) is tuple and key and all(type(each) in (str, int) and each != "" for each in key):
-        text = "/".join(map(str, key))  # of a flattened dict
+    if type(key) is tuple and key and all(type(each) is str and each for each in key):
+        text = "/".join(key)  # of a flattened dict
     else:
         text = key if isinstance(key, str) else str(key)
     if "/" not in text and "." not in text:

@@ -219,8 +219,8 @@ class Tree:
             return
         value = self.values[number]
         if not backend(value).mutable(value):
-            jax = backend(value).__name__.endswith(".jax")  # type: ignore[attr-defined]
-            why = "JAX arrays never change" if jax else f"this {type(value).__name__} is read-only"
+            kind = "JAX array" if backend(value).__name__.endswith(".jax") else type(value).__name__  # type: ignore[attr-defined]
+            why = "this array is read-only" if kind == "ndarray" else f"a {kind} never changes"
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
         memory = backend(value).memory(value)
         if memory is not None and repeats(memory[1]):
@@ -245,7 +245,7 @@ class Tree:
             if self.ties.get(pair[0], pair[0]) == self.ties.get(pair[1], pair[1]):
                 continue
             first, second = self.index.ordered(pair)
-            whole = same(memories[first][1], memories[second][1])
+            whole = same(memories[first][1], memories[second][1]) and self.spec(first) == self.spec(second)
             if whole and {first, second} <= written:
                 one[second] = one.get(first, first)
             elif first in written or second in written:
