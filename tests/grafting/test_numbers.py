@@ -64,6 +64,20 @@ def test_the_epoch_of_a_torch_file_goes_on(tmp_path):
     assert [row.path for row in report.copied] == ["model.w", "epoch"]
 
 
+def test_a_file_keeps_its_counters_and_the_report_says_so(tmp_path):
+    for name, epoch in (("old", 3), ("new", 1)):
+        torch.save({"model": {"w": torch.full((2,), float(epoch))}, "epoch": epoch, "lr": 0.5}, tmp_path / f"{name}.pt")
+    old = torch.load(tmp_path / "old.pt", weights_only=True)
+    for source in (old, pm.open(tmp_path / "old.pt")):
+        made, report = pm.graft(pm.open(tmp_path / "new.pt"), source)
+        assert made["model.w"].tolist() == [3, 3]
+        assert [(row.path, row.did) for row in report.fresh] == [
+            ("epoch", "a number in the file, which a graft leaves as it is")
+        ]
+    with pytest.raises(GraftRefused, match=r"goes nowhere in your model:\n  epoch"):
+        pm.graft(pm.open(tmp_path / "new.pt"), {**old, "epoch": torch.tensor(3)})
+
+
 @pytest.mark.parametrize(
     ("old", "new", "wanted"),
     [

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from paramend.errors import Unsupported
 from paramend.grafting import engine
 from paramend.grafting.ends import Ends
-from paramend.grafting.numbers import Counted, is_state, with_numbers
+from paramend.grafting.numbers import Counted, is_state, left_in_file, with_numbers
 from paramend.grafting.options import Dtype, Mismatch, Missing, Options, Place, Renames, Unused
-from paramend.grafting.report import GraftReport
+from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree
 from paramend.selectors.selector import SelectorLike
@@ -100,7 +100,14 @@ def graft(
     if not isinstance(tree, Counted):
         from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
 
-        return cast(T, grafted(plan)), plan.report()
+        made, report = grafted(plan), plan.report()
+        report.fresh += [
+            GraftRow(
+                path, None, (), None, type(value).__name__, None, "a number in the file, which a graft leaves as it is"
+            )
+            for path, value in left_in_file(tree, leaves).items()
+        ]
+        return cast(T, made), report
     new, report = tree.with_leaves(engine.values(plan)), plan.report()
     report.ends = Ends(new, source)
     return new, report

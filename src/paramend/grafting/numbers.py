@@ -202,6 +202,16 @@ def with_numbers(source: Any, target: Leaves) -> Any:
     return _FromFile(source, dict(zip(numbers.index.numbers, names, strict=True)), numbers)
 
 
+def left_in_file(target: Any, source: Any) -> dict[str, Any]:
+    """The counters in the file of a target that the source has too, by path: a file keeps them as they are."""
+    if isinstance(source, Tree):
+        theirs = {source.index.pieces(number) for number in counts(source)}
+    else:
+        theirs = {pieces_of(path) for path, value in source.metadata.items() if type(value) in _NUMBERS}
+    ours = {path: value for path, value in target.metadata.items() if type(value) in _NUMBERS}
+    return {path: value for path, value in ours.items() if (at := pieces_of(path)) in theirs and at[-1] in COUNTERS}
+
+
 def _spec(value: float) -> Spec:
     """What an array of a number would be, as JAX has it if it fits."""
     if type(value) is float:

@@ -115,7 +115,7 @@ def graft_opt_state(
 def _refuse_barren(*states: Any) -> None:
     """Raise for what users pass in place of an optimizer's state."""
     for state in states:
-        what, meant = barren(state)
+        what, meant = barren(state) if isinstance(state, tuple | str | type) else ("", "")
         if what:
             raise Unsupported(f"graft_opt_state takes states, and this is {what}", hint=f"pass {meant}")
 
