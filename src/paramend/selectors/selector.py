@@ -224,7 +224,7 @@ class Mask(Selector):
     def _find(self, leaves: Leaves) -> set[int]:
         if leaves.children(self.tree) is None and callable(self.tree):  # a callable object, not a tree
             return Predicate(self.tree)._find(leaves)
-        flags = dict(self._flags(self.tree, (), leaves))
+        flags = dict(self._flags(leaves))
         found: set[int] = set()
         used: set[tuple[str, ...]] = set()
         for number in leaves.index.numbers:
@@ -243,22 +243,23 @@ class Mask(Selector):
             raise BadArgument(f"the tree of bools has {write_path(extra[0])}, which is not a leaf of this tree")
         return found
 
-    def _flags(
-        self, node: Any, path: tuple[str, ...], leaves: Leaves, above: tuple[int, ...] = ()
-    ) -> Iterator[tuple[tuple[str, ...], bool]]:
-        if isinstance(node, bool | np.bool_):
-            yield path, bool(node)
-            return
-        if id(node) in above:  # modules may refer to each other in a cycle
-            return
-        children = leaves.children(node)
-        if children is None:
-            raise BadArgument(
-                f"a tree of bools holds bools, and this one has {node!r} at {write_path(path) or 'its root'}"
-            )
-        for key, child in children:
-            below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
-            yield from self._flags(child, below, leaves, (*above, id(node)))
+    def _flags(self, leaves: Leaves) -> Iterator[tuple[tuple[str, ...], bool]]:
+        rest: list[tuple[Any, tuple[str, ...], tuple[int, ...]]] = [(self.tree, (), ())]
+        while rest:
+            node, path, above = rest.pop()
+            if isinstance(node, bool | np.bool_):
+                yield path, bool(node)
+                continue
+            if id(node) in above:  # modules may refer to each other in a cycle
+                continue
+            children = leaves.children(node)
+            if children is None:
+                raise BadArgument(
+                    f"a tree of bools holds bools, and this one has {node!r} at {write_path(path) or 'its root'}"
+                )
+            for key, child in reversed(children):
+                below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
+                rest.append((child, below, (*above, id(node))))
 
 
 @dataclass(frozen=True)
