@@ -15,7 +15,7 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
-from paramend.formats.limits import MAX_PIECES, U64
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, KeyedText, MsgpackWriter
 from paramend.formats.source import Extent, check_readable
 from paramend.leaves.leaves import Index
@@ -368,6 +368,8 @@ class _Parser:
         return MsgpackEntry(spec, ((place, length),))
 
     def _spec(self, start: int, shape: tuple[int, ...], dtype: str) -> Spec:
+        if len(shape) > MAX_AXES:
+            raise self._bad(start, f"a shape of {len(shape):,} axes")
         elements = 1
         for axis in shape:
             elements *= axis
