@@ -1,7 +1,13 @@
-"""Nested values, folded from the inside out without recursion: how deep files and users nest is no matter of the stack."""
+"""Nested values: how deep they may be, and walks that do not depend on how deep the caller is already."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
+
+from paramend.errors import ParamendError, Unsupported
+
+# Containers within containers, in memory and in files. Walks that recurse take a few frames of the stack for each.
+MAX_DEPTH = 200
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -30,3 +36,21 @@ def folded(root: A, children: Callable[[A], Iterable[A]], close: Callable[[A, li
             if not open_:
                 return found
             open_[-1][2].append(found)
+
+
+@contextmanager
+def unexhausted(what: str, error: type[ParamendError] = Unsupported) -> Iterator[None]:
+    """Raise an error of ours where the stack ends, because the caller is itself deep within calls.
+
+    >>> with unexhausted("the tree"):
+    ...     raise RecursionError
+    Traceback (most recent call last):
+    paramend.errors.Unsupported: the tree is nested deeper than the calls that are left
+    <BLANKLINE>
+    hint: sys.setrecursionlimit(10_000), or call it from a function that is less deep
+    """
+    try:
+        yield
+    except RecursionError:
+        hint = "sys.setrecursionlimit(10_000), or call it from a function that is less deep"
+        raise error(f"{what} is nested deeper than the calls that are left", hint=hint) from None

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
 from paramend.errors import ParamendError, Problem
-from paramend.recipes.text import below, write_scalar
+from paramend.recipes.text import MAX_PROBLEMS, below, is_deep, write_scalar
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
 from paramend.reports import wording
 from paramend.selectors.renames import captures, rename
@@ -49,8 +49,18 @@ class RecipeStep:
         return {self.verb.name: dict(self.given)}
 
 
+class Enough(Exception):
+    """There are as many problems as anybody reads."""
+
+
 class Problems(list[Problem]):
-    """Problems, in the order in which they are found."""
+    """Problems, in the order in which they are found. One too many raises `Enough`."""
+
+    def append(self, problem: Problem) -> None:
+        """Append a problem."""
+        if len(self) >= MAX_PROBLEMS:
+            raise Enough
+        super().append(problem)
 
     def add(self, address: str, message: str, hint: str = "", code: str = "recipe") -> None:
         """Append a problem."""
@@ -72,7 +82,7 @@ def problem_of(error: ParamendError, address: str) -> Problem:
 
 
 def parse_steps(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
-    """The steps of a recipe; everything that is wrong with it is added to the problems.
+    """The steps of a recipe; what is wrong with it is added to the problems, up to as many as anybody reads.
 
     >>> problems = Problems()
     >>> parse_steps({"version": 1, "steps": [{"fill": {"at": "w", "valeu": 1}}]}, problems)
@@ -80,6 +90,16 @@ def parse_steps(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
     >>> [problem.address for problem in problems]
     ['$.steps[0].valeu', '$.steps[0]']
     """
+    try:
+        return _parse(data, problems)
+    except Enough:
+        return ()
+
+
+def _parse(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
+    if is_deep(data):
+        problems.add("$", "maps and lists are nested too deeply")
+        return ()
     if not isinstance(data, Mapping):
         problems.add(
             "$",

@@ -7,7 +7,7 @@ holds only maps, lists and scalars, and its size is bounded.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,11 @@ from paramend.errors import BadRecipe, Problem
 
 # Reading a recipe of this size takes seconds; one with a step for each tensor of the largest models has a tenth of it.
 MAX_BYTES = 1_000_000
-_MAX_GROWN = 2 * MAX_BYTES  # with aliases expanded
+_MAX_GROWN = 4 * MAX_BYTES  # with aliases expanded, and 16 bytes for each value
+_MAX_ADDRESSES = 50 * MAX_BYTES  # the characters of all addresses: each value has that of what it is in
 _MAX_DEPTH = 64
+_MAX_KEY = 100  # characters of a key in an address
+MAX_PROBLEMS = 100
 _DEFAULT = {
     kind: f"tag:yaml.org,2002:{tag}" for kind, tag in (("scalar", "str"), ("sequence", "seq"), ("mapping", "map"))
 }
@@ -69,6 +72,8 @@ def below(address: str, key: str | int) -> str:
     """
     if isinstance(key, int):
         return f"{address}[{key}]"
+    if len(key) > _MAX_KEY:
+        key = f"{key[:_MAX_KEY]}..."
     return f"{address}.{key}" if re.fullmatch(r"\w+", key) else f"{address}[{json.dumps(key)}]"
 
 
@@ -112,7 +117,23 @@ def _read_json(text: str) -> Document:
         return found
 
     document.data = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=_whole)
+    del document.problems[MAX_PROBLEMS:]
+    if is_deep(document.data):
+        raise RecursionError
     return document
+
+
+def is_deep(data: Any) -> bool:
+    """Whether maps and lists are nested deeper than a recipe can be."""
+    level = [data]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [
+            child
+            for node in level
+            if isinstance(node, Mapping | list | tuple)
+            for child in (node.values() if isinstance(node, Mapping) else node)
+        ]
+    return bool(level)
 
 
 def _refused(name: str, message: str, hint: str = "", line: int = 0) -> BadRecipe:
@@ -125,7 +146,7 @@ class _Reader:
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text = name, text
         self.document = Document()
-        self.grown = 0
+        self.grown = self.addressed = 0
 
     def read(self) -> Document:
         try:
@@ -147,7 +168,8 @@ class _Reader:
         line = node.start_mark.line + 1
         self.document.lines.setdefault(address, line)
         self.grown += 16 + (len(node.value) if node.id == "scalar" else 0)
-        if self.grown > _MAX_GROWN or depth > _MAX_DEPTH:
+        self.addressed += len(address)
+        if self.grown > _MAX_GROWN or self.addressed > _MAX_ADDRESSES or depth > _MAX_DEPTH:
             what = "is nested too deeply" if depth > _MAX_DEPTH else "is too large with aliases expanded"
             raise _refused(self.name, f"the data {what}", line=line)
         if node.tag != _DEFAULT[node.id]:
@@ -170,7 +192,8 @@ class _Reader:
         return found
 
     def problem(self, address: str, message: str, line: int, hint: str = "") -> None:
-        self.document.problems.append(Problem(address, message, hint, "syntax", line))
+        if len(self.document.problems) < MAX_PROBLEMS:
+            self.document.problems.append(Problem(address, message, hint, "syntax", line))
 
     def _wrong(self, error: Any) -> BadRecipe:
         mark = error.problem_mark or error.context_mark

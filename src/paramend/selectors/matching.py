@@ -161,9 +161,7 @@ class MatchWalk:
             if len(rest) > first + 1:
                 rest[first:] = rest[first:][::-1]
 
-    def _index(
-        self, names: Names, state: int, added: dict[Label, int], inner: dict[Label, dict[Label, int]]
-    ) -> None:
+    def _index(self, names: Names, state: int, added: dict[Label, int], inner: dict[Label, dict[Label, int]]) -> None:
         """Enter the states after each indexed step: with labels of these names, or with labels one level below."""
         machine = self.machine
         for i, step in enumerate(machine.steps):

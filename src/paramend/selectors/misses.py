@@ -9,6 +9,8 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from heapq import heappop, heappush
 from itertools import count, product
 
@@ -28,6 +30,19 @@ _WORST = 9  # the greatest cost of a near miss
 _DIGITS = re.compile(r"[0-9]{1,18}")
 
 Segments = tuple[Segment, ...]
+
+
+_deadline: ContextVar[float] = ContextVar("_deadline", default=math.inf)
+
+
+@contextmanager
+def searching(seconds: float) -> Iterator[None]:
+    """Bound the time that all searches within take together, such as those for the steps of one recipe."""
+    token = _deadline.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
 
 
 def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Pattern, int]]:
@@ -57,7 +72,7 @@ class _Search:
         return self.known[segments]
 
     def late(self, seconds: float = _LATEST) -> bool:
-        return time.monotonic() > self.begun + seconds
+        return time.monotonic() > min(self.begun + seconds, _deadline.get())
 
     def run(self, segments: Segments, limit: int) -> list[tuple[Pattern, int]]:
         """Patterns that match, by the cost of their repairs; if several match the same leaves, only the cheapest."""

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Label, Names, labels, text_of, write_path
-from paramend.selectors.grammar import AnyPieces, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.selectors.division import taken
+from paramend.selectors.grammar import AnyPieces, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.selectors.matching import families, steps_of
 from paramend.selectors.nesting import PathStep, Tables, Word, closes, nest, opens, pair
 from paramend.selectors.patterns import Pattern, parse

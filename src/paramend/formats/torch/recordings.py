@@ -13,9 +13,10 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.torch.pickles import Flaw, Name, Vocabulary
+from paramend.leaves.nested import MAX_DEPTH
 
 # Deeper values would exhaust the stack of those who read the file.
-_DEPTH = 200
+_DEPTH = 3 * MAX_DEPTH
 
 
 class Rebuilt:

@@ -12,9 +12,9 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.torch.rebuilds import Tensor
 from paramend.leaves.leaves import Index
+from paramend.leaves.nested import MAX_DEPTH
 from paramend.leaves.paths import labels, write_path
 
-_MAX_DEPTH = 100
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 _ATTRIBUTES = object()  # in the place of a key, on the way to the attributes of a dict
 
@@ -62,10 +62,10 @@ class Walk:
         self.others: dict[str, Any] = {}
         self._file = path
         self._first: dict[tuple[Any, ...], int] = {}
-        # The number of keys on the way to entries is bounded by this, and so is the size of all plain values together,
-        # unless shared ones are in many places.
+        # Bounds on the number of keys on the way to entries, and on the size of all paths and plain values. A pickle
+        # exceeds them if shared values are in many places, or many values under a long key.
         self._room = 200_000 + 4 * room
-        self._room_of_values = 64_000_000 + 4 * room
+        self._room_of_values = 64_000_000 + 16 * room
         self._plain: dict[int, int] = {}
         self._open: list[_Frame] = []
         self._inside: set[int] = set()
@@ -91,6 +91,7 @@ class Walk:
                         self._leaf(names, key, child)
                 elif self._is_plain(child):
                     if names is not None:
+                        self._spend(0, self._length())
                         self.others[self._path()] = child
                 else:
                     self._enter(child, None if names is None else {}, below)
@@ -102,8 +103,8 @@ class Walk:
     def _enter(self, node: Any, names: dict[Any, Any] | None, pieces: int) -> None:
         if id(node) in self._inside:
             raise self._bad("it contains itself")
-        if len(self._open) >= _MAX_DEPTH:
-            raise self._bad(f"containers are nested more than {_MAX_DEPTH} levels deep")
+        if len(self._open) > MAX_DEPTH:
+            raise self._bad(f"containers are nested more than {MAX_DEPTH} levels deep")
         self._inside.add(id(node))
         entries = iter(node.items() if isinstance(node, dict) else enumerate(node))
         self._open.append(_Frame(node, entries, names, pieces))
@@ -126,7 +127,7 @@ class Walk:
         self._room -= keys
         self._room_of_values -= values
         if self._room < 0 or self._room_of_values < 0:
-            what = "containers" if self._room < 0 else "values"
+            what = "containers" if self._room < 0 else "values, or long keys,"
             raise BadCheckpoint(f"{self._file}: data.pkl: the same {what} are in too many places")
 
     def _is_plain(self, node: Any) -> bool:
@@ -142,7 +143,12 @@ class Walk:
             return size >= 0
         return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
 
+    def _length(self) -> int:
+        """About how long the path of an entry is."""
+        return sum(len(key) if type(key) is str else 20 for key in self._trail)
+
     def _leaf(self, names: dict[Any, Any], key: Any, tensor: Tensor) -> None:
+        self._spend(0, self._length())
         flaw = tensor.flaw()
         if flaw:
             raise self._bad(flaw)
