@@ -10,7 +10,7 @@ import numpy as np
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, Unsupported
+from paramend.errors import BadArgument, Unsupported, printable
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
 from paramend.leaves.leaves import Editable, Index
@@ -83,7 +83,7 @@ class Checkpoint(Editable):
     def __repr__(self) -> str:
         count = wording.plural(len(self), "leaf", "leaves")
         edited = 0 if self._plan is None else len(self._plan.changed) + len(self._plan.deleted)
-        return f"<{self.path}: {count}{f', {edited:,} edited' if edited else ''}>"
+        return f"<{printable(str(self.path))}: {count}{f', {edited:,} edited' if edited else ''}>"
 
     def __len__(self) -> int:
         return len(self.index.numbers)

@@ -25,7 +25,7 @@ from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, BadCheckpoint, Unsupported
+from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
 from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Extent, Sealed, Source
@@ -85,7 +85,7 @@ class PatchReport(Report):
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
 
     def __str__(self) -> str:
-        return f"{self.plan}\n{self.summary}"
+        return f"{self.plan}\n{printable_lines(self.summary)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""

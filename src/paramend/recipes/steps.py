@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
-from paramend.errors import ParamendError, Problem
+from paramend.errors import ParamendError, Problem, printable_lines
 from paramend.recipes.text import MAX_PROBLEMS, below, is_deep, write_scalar
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
 from paramend.reports import wording
@@ -77,7 +77,7 @@ class Problems(list[Problem]):
 
 def problem_of(error: ParamendError, address: str) -> Problem:
     """An error as a problem with an address."""
-    tail = f"\n\nhint: {error.hint}" if error.hint else ""
+    tail = printable_lines(f"\n\nhint: {error.hint}") if error.hint else ""
     return Problem(address, str(error).removesuffix(tail), error.hint, error.code)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from paramend.errors import printable, printable_lines
 from paramend.reports import wording
 from paramend.reports.tables import aligned
 
@@ -78,17 +79,17 @@ class Report:
 
     def __str__(self) -> str:
         sections = self.sections()
-        blocks = [self.headline()]
+        blocks = [printable_lines(self.headline())]
         for section in sections:
             if not section.lines:
                 continue
             elsewhere = [line.paths[0] for other in sections if other is not section for line in other.lines]
             leaves = wording.plural(len({line.paths[0] for line in section.lines}), "leaf", "leaves")
-            blocks.append(f"{section.title}: {leaves}\n{section.text(elsewhere=elsewhere)}")
+            blocks.append(f"{printable(section.title)}: {leaves}\n{section.text(elsewhere=elsewhere)}")
         return "\n\n".join(blocks)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.headline()}>"
+        return f"<{type(self).__name__}: {printable_lines(self.headline())}>"
 
 
 def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
