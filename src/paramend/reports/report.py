@@ -135,12 +135,18 @@ def _counted(line: Line) -> Line:
     return replace(line, cells=(first, *line.cells[1:]))
 
 
+# Longer runs of digits are no numbers of layers, and no model has layers within layers so often.
+_split_numbers = re.compile(r"(?<![0-9])([0-9]{1,18})(?![0-9])").split
+_MOST_NUMBERS = 16
+
+
 class _Numbered:
     """A line and the numbers in its paths, apart."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
-        parts = [re.split(r"([0-9]+)", path) for path in line.paths]
+        parts = [_split_numbers(path) for path in line.paths]
+        parts = [part if len(part) <= 2 * _MOST_NUMBERS else ["".join(part)] for part in parts]
         self.texts = tuple(tuple(part[::2]) for part in parts)
         self.numbers = tuple(number for part in parts for number in part[1::2])
         self.own = len(parts[0]) // 2

@@ -21,12 +21,12 @@ Taken = list[tuple[Atom, str]]
 
 
 @lru_cache(maxsize=4096)
-def test(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
+def acceptor(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
     """A test of one piece. Common forms need neither a table nor a regular expression, which is slow to compile.
 
     >>> from paramend.selectors.grammar import Reader
     >>> (piece,) = Reader("*{q,k}*_proj").segments()
-    >>> test(piece.atoms)("attn_q_proj"), test(piece.atoms)("attn_v_proj")
+    >>> acceptor(piece.atoms)("attn_q_proj"), acceptor(piece.atoms)("attn_v_proj")
     (True, False)
     """
     match atoms:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from paramend.leaves.paths import Label, Names, Part, labels, number_of, text_of
-from paramend.selectors.division import taken, test
+from paramend.selectors.division import acceptor, taken
 from paramend.selectors.grammar import AnyPieces, Atom, Literal, Piece, Positions, Quoted, Segment, Star
 
 _REMEMBERED = 100_000  # labels cached per state, so that a long-lived pattern does not keep the names of every tree
@@ -45,18 +45,18 @@ def steps_of(segments: tuple[Segment, ...]) -> tuple[MatchStep, ...]:
     for number, segment in enumerate(segments):
         match segment:
             case AnyPieces():
-                steps.append(MatchStep(test((Star(),)), repeats=True))
+                steps.append(MatchStep(acceptor((Star(),)), repeats=True))
             case Quoted(text):
-                steps += [MatchStep(test((Literal(text_of(label)),)), exact=label) for label in labels(text)]
+                steps += [MatchStep(acceptor((Literal(text_of(label)),)), exact=label) for label in labels(text)]
             case Piece(atoms):
                 for at, atom in enumerate(atoms):
                     if isinstance(atom, Positions):
                         head, tail = atoms[:at], atoms[at + 1 :]
-                        steps.append(MatchStep(test(head), positions=atom, head=head, tail=tail, segment=number))
+                        steps.append(MatchStep(acceptor(head), positions=atom, head=head, tail=tail, segment=number))
                         break
                 else:
                     only = atoms[0].text if len(atoms) == 1 and isinstance(atoms[0], Literal) else None
-                    steps.append(MatchStep(test(atoms), only))
+                    steps.append(MatchStep(acceptor(atoms), only))
     return tuple(steps)
 
 

@@ -17,7 +17,7 @@ from itertools import count, product
 from paramend.errors import OutOfRange
 from paramend.leaves.paths import Names, labels, text_of, write_path
 from paramend.reports import wording
-from paramend.selectors.division import divide, test
+from paramend.selectors.division import acceptor, divide
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.selectors.patterns import Pattern, parse
 
@@ -248,7 +248,7 @@ def _other_case(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple
     bare = tuple(Literal("") if isinstance(atom, Positions) else atom for atom in loose)  # the numbers are children
     found: dict[Segment, None] = {}
     for ways in dict.fromkeys((loose, bare)):
-        accepts = test(ways)
+        accepts = acceptor(ways)
         for key in known:
             lower = _lower(key[: _LONGEST + 1])
             spans = divide(ways, lower) if len(key) <= _LONGEST and accepts(lower) else None

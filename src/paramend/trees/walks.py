@@ -29,11 +29,11 @@ class Walk:
 
     def flatten(self, node: Any, above: tuple[int, ...], depth: int = 0) -> None:
         kind = find_kind(node)
-        if depth > MAX_DEPTH:
-            raise too_deep()
         if kind is None:
             self.values.append(node)
             return
+        if depth >= MAX_DEPTH and kind is not builtin.EMPTY:
+            raise too_deep()
         if kind.replace is not None:
             if id(node) in above:  # modules may refer to each other in a circle
                 return
@@ -114,10 +114,10 @@ class Namer:
     ) -> tuple[Any, tuple[Any, ...] | None]:
         """The names of the node (a leaf number, a dict of names, or None), and the containers in it."""
         kind = find_kind(node)
-        if depth > MAX_DEPTH:
-            raise too_deep()
         if kind is None:
             return self.leaf(node, twin, parent, key), None
+        if depth >= MAX_DEPTH and kind is not builtin.EMPTY:
+            raise too_deep()
         if kind.replace is not None:
             if id(node) in above:
                 return None, None
