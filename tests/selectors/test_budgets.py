@@ -78,7 +78,7 @@ def test_what_would_take_forever_matches_nothing(selector, name):
     index = Index.of_names([name, "c.d"], "/")
     assert parse(selector).find(index.names) == []
     with pytest.raises(NoMatch, match="matches none of 2 leaves"):
-        pm.at({name: np.ones(1), "c": {"d": np.ones(1)}}, selector).paths
+        len(pm.at({name: np.ones(1), "c": {"d": np.ones(1)}}, selector))
 
 
 def test_choices_that_overlap_still_match():
@@ -93,13 +93,13 @@ def test_positions_that_are_missing_at_every_depth():
         tree = {"a0": tree, "a1": {"w": np.ones(1)}}
     assert len(pm.at(tree, "**/a[0]/**/a[0]/**/a[1]/w").paths) == 58
     with pytest.raises(OutOfRange, match=r"position 7 is out of range: a<n> has 2 numbered entries"):
-        pm.at(tree, "**/a[7]/**/a[7]/**/a[8]/w").paths
+        len(pm.at(tree, "**/a[7]/**/a[7]/**/a[8]/w"))
 
 
 def test_an_index_with_many_faults_is_mended_at_once():
     tree = {f"a{i}": np.ones(1) for i in range(3)}
     with pytest.raises(OutOfRange) as caught:
-        pm.at(tree, f"a[{','.join(map(str, range(3, 2000)))}]").paths
+        len(pm.at(tree, f"a[{','.join(map(str, range(3, 2000)))}]"))
     assert caught.value.near == ("a[2]",)
 
 
@@ -132,9 +132,9 @@ def test_hints_over_many_and_long_names():
     many = {f"layer_{i}_kernel_of_a_name": np.ones(1) for i in range(4000)}
     for selector in ("{q,k}{w,x}{e,f}{u,v}{m,n}", "k" * 5000, "**/**/x", "layer_<n>_x", "layers_[3]", "*q*_*_*z"):
         with pytest.raises(NoMatch, match="matches none of 4,000 leaves"):
-            pm.at(many, selector).paths
+            len(pm.at(many, selector))
     with pytest.raises(NoMatch, match='did you mean "Dense_0/kernel"'):
-        pm.at({"Dense_0": {"kernel": np.ones(1)}}, "dense_0/kernel").paths
+        len(pm.at({"Dense_0": {"kernel": np.ones(1)}}, "dense_0/kernel"))
 
 
 def test_layers_are_found_among_many_families():

@@ -26,9 +26,9 @@ def test_two_hundred_levels_and_no_more(wrap, make):
     assert pm.at(deepest, pm.at(deepest, "**").mask()).one().tolist() == [1, 1]
     for depth in (201, 3000):
         tree = nested_to(depth, make(2), wrap)
-        for verb in (lambda: pm.at(tree, "**").zero(), lambda: pm.graft(tree, tree), lambda: pm.diff(tree, tree)):
+        for verb in (lambda t: pm.at(t, "**").zero(), lambda t: pm.graft(t, t), lambda t: pm.diff(t, t)):
             with pytest.raises(Unsupported, match="the tree is nested more than 200 levels deep"):
-                verb()
+                verb(tree)
 
 
 def test_a_tree_deeper_than_the_calls_that_are_left():

@@ -18,7 +18,8 @@ from paramend.errors import BadRecipe, Problem
 # Reading a recipe of this size takes seconds; one with a step for each tensor of the largest models has a tenth of it.
 MAX_BYTES = 1_000_000
 _MAX_GROWN = 4 * MAX_BYTES  # with aliases expanded, and 16 bytes for each value
-_MAX_ADDRESSES = 50 * MAX_BYTES  # the characters of all addresses: each value has that of what it is in
+_MAX_ADDRESSES = 20 * MAX_BYTES  # the characters of all addresses: each value has that of what it is in
+_MAX_VALUES = 250_000
 _MAX_DEPTH = 64
 _MAX_KEY = 100  # characters of a key in an address
 MAX_PROBLEMS = 100
@@ -140,6 +141,29 @@ def _refused(name: str, message: str, hint: str = "", line: int = 0) -> BadRecip
     return BadRecipe(name, [Problem("$", message, hint, "syntax", line)])
 
 
+class _TooMuch(Exception):
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
+    """The base loader, which stops at too many values, or too deep ones: it takes long for both."""
+
+    values = depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One value, with what is in it."""
+        self.values, self.depth = self.values + 1, self.depth + 1
+        if self.depth > _MAX_DEPTH or self.values > _MAX_VALUES:
+            deep = self.depth > _MAX_DEPTH
+            what = "the data is nested too deeply" if deep else f"there are more than {_MAX_VALUES:,} values"
+            raise _TooMuch(what, self.peek_event().start_mark.line + 1)
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 class _Reader:
     """A reader of one YAML text."""
 
@@ -151,12 +175,14 @@ class _Reader:
     def read(self) -> Document:
         try:
             # The base loader constructs no objects and gives plain scalars no type: both are done here.
-            node: Any = yaml.compose(self.text, Loader=yaml.BaseLoader)
+            node: Any = yaml.compose(self.text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             raise self._wrong(error) from None
         except yaml.reader.ReaderError as error:
             why = f"character {error.position}: {error.reason}"
             raise _refused(self.name, why, line=self.text.count("\n", 0, error.position) + 1) from None
+        except _TooMuch as error:
+            raise _refused(self.name, str(error), line=error.line) from None
         except RecursionError:
             raise _refused(self.name, "the data is nested too deeply") from None
         except (ValueError, OverflowError) as error:

@@ -261,7 +261,11 @@ def _other_case(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple
 
 def _lowered(atom: Atom) -> Atom:
     if isinstance(atom, Either):
-        return Either(tuple(tuple(map(_lowered, option)) for option in atom.options))
+        return Either(tuple(tuple(map(_lowered_text, option)) for option in atom.options))
+    return _lowered_text(atom) if isinstance(atom, Literal) else atom
+
+
+def _lowered_text(atom: Literal | Star) -> Literal | Star:
     return Literal(_lower(atom.text)) if isinstance(atom, Literal) else atom
 
 
