@@ -304,13 +304,14 @@ def copied(source: Source, number: int) -> Array:
         if spec.nbytes > _LARGE and source.format == "torch" and 0 in (view := source.read(number)).strides:
             return _once(view)
         flat: Array = source.read_range(number, 0, spec.size)
-        found = flat.reshape(spec.shape)
     except MemoryError:
         size = wording.size(spec.nbytes)
         raise Unsupported(
             f"{source.index.path(number)} takes {size}, and there is no memory for it",
             hint="mmap=True maps what is needed; pm.at(pm.open(path), ...) edits it piece by piece",
         ) from None
+    try:
+        found = flat.reshape(spec.shape)
     except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
         raise Unsupported(f"numpy has no array of shape {spec.shape}: {error}") from error
     return found if found.flags.writeable else found.copy()
