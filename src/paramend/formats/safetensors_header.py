@@ -201,7 +201,7 @@ def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
     Traceback (most recent call last):
     paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to no tensor
     """
-    table = parse_object(raw, file, "header")
+    table = parse_object(raw, file, "header", flat=True)
     metadata = _metadata(table.pop(_METADATA, None), file)
     entries = [_entry(name, row, file) for name, row in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))

@@ -1,6 +1,6 @@
 """Nested values: how deep they may be, and walks that do not depend on how deep the caller is already."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -11,6 +11,21 @@ MAX_DEPTH = 200
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+def is_deep(data: object, levels: int = MAX_DEPTH) -> bool:
+    """Whether the maps and lists of data are nested in more levels.
+
+    >>> is_deep([[1]], 2), is_deep([[[]]], 2)
+    (False, True)
+    """
+    here = [data]
+    for _ in range(levels + 1):
+        here = [node for node in here if isinstance(node, Mapping | list | tuple)]
+        if not here:
+            return False
+        here = [child for node in here for child in (node.values() if isinstance(node, Mapping) else node)]
+    return True
 
 
 def folded(root: A, children: Callable[[A], Iterable[A]], close: Callable[[A, list[B]], B]) -> B:

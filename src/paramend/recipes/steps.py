@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
 from paramend.errors import ParamendError, Problem, printable_lines
-from paramend.recipes.text import MAX_PROBLEMS, below, is_deep, write_scalar
+from paramend.leaves.nested import is_deep
+from paramend.recipes.text import MAX_LEVELS, MAX_PROBLEMS, below, write_scalar
 from paramend.recipes.verbs import CODE, CONDITIONS, VERBS, Key, Verb
 from paramend.reports import wording
 from paramend.selectors.renames import captures, rename
@@ -97,7 +98,7 @@ def parse_steps(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
 
 
 def _parse(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
-    if is_deep(data):
+    if is_deep(data, MAX_LEVELS):
         problems.add("$", "maps and lists are nested too deeply")
         return ()
     if not isinstance(data, Mapping):

@@ -7,20 +7,21 @@ holds only maps, lists and scalars, and its size is bounded.
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from paramend.errors import BadRecipe, Problem
+from paramend.leaves.nested import is_deep
 
 # Reading a recipe of this size takes seconds; one with a step for each tensor of the largest models has a tenth of it.
 MAX_BYTES = 1_000_000
 _MAX_GROWN = 4 * MAX_BYTES  # with aliases expanded, and 16 bytes for each value
 _MAX_ADDRESSES = 20 * MAX_BYTES  # the characters of all addresses: each value has that of what it is in
 _MAX_VALUES = 250_000
-_MAX_DEPTH = 64
+MAX_LEVELS = 64
 _MAX_KEY = 100  # characters of a key in an address
 MAX_PROBLEMS = 100
 _DEFAULT = {
@@ -119,22 +120,9 @@ def _read_json(text: str) -> Document:
 
     document.data = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=_whole)
     del document.problems[MAX_PROBLEMS:]
-    if is_deep(document.data):
+    if is_deep(document.data, MAX_LEVELS):
         raise RecursionError
     return document
-
-
-def is_deep(data: Any) -> bool:
-    """Whether maps and lists are nested deeper than a recipe can be."""
-    level = [data]
-    for _ in range(_MAX_DEPTH + 1):
-        level = [
-            child
-            for node in level
-            if isinstance(node, Mapping | list | tuple)
-            for child in (node.values() if isinstance(node, Mapping) else node)
-        ]
-    return bool(level)
 
 
 def _refused(name: str, message: str, hint: str = "", line: int = 0) -> BadRecipe:
@@ -155,8 +143,8 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One value, with what is in it."""
         self.values, self.depth = self.values + 1, self.depth + 1
-        if self.depth > _MAX_DEPTH or self.values > _MAX_VALUES:
-            deep = self.depth > _MAX_DEPTH
+        if self.depth > MAX_LEVELS or self.values > _MAX_VALUES:
+            deep = self.depth > MAX_LEVELS
             what = "the data is nested too deeply" if deep else f"there are more than {_MAX_VALUES:,} values"
             raise _TooMuch(what, self.peek_event().start_mark.line + 1)
         node: Any = super().compose_node(parent, index)
@@ -195,8 +183,8 @@ class _Reader:
         self.document.lines.setdefault(address, line)
         self.grown += 16 + (len(node.value) if node.id == "scalar" else 0)
         self.addressed += len(address)
-        if self.grown > _MAX_GROWN or self.addressed > _MAX_ADDRESSES or depth > _MAX_DEPTH:
-            what = "is nested too deeply" if depth > _MAX_DEPTH else "is too large with aliases expanded"
+        if self.grown > _MAX_GROWN or self.addressed > _MAX_ADDRESSES or depth > MAX_LEVELS:
+            what = "is nested too deeply" if depth > MAX_LEVELS else "is too large with aliases expanded"
             raise _refused(self.name, f"the data {what}", line=line)
         if node.tag != _DEFAULT[node.id]:
             self.problem(address, f"{node.tag!r}: a recipe has no tags", line)
