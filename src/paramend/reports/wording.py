@@ -4,7 +4,7 @@ import difflib
 import heapq
 from collections.abc import Iterable, Sequence
 
-_LONGEST, _MOST = 200, 1000
+_LONGEST, _MOST = 200, 20_000  # characters of a name, and of the word times the number of names
 
 
 def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
@@ -25,12 +25,16 @@ def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
 def _likely(word: str, known: Sequence[str]) -> Sequence[str]:
     """The names worth a comparison, which takes long: of very many, those that share most runs of three letters."""
     known = [name for name in known if len(name) <= _LONGEST]
-    if len(known) <= _MOST:
+    most = _MOST // max(len(word), 20)
+    if len(known) <= most:
         return known
     wanted = {word[at : at + 3].casefold() for at in range(max(len(word) - 2, 1))}
-    return heapq.nlargest(
-        _MOST, known, key=lambda name: sum(part in name.casefold() for part in wanted) / (len(name) + 9)
-    )
+
+    def shared(name: str) -> float:
+        folded = name.casefold()
+        return sum(part in folded for part in wanted) / (len(name) + 9)
+
+    return heapq.nlargest(most, known, key=shared)
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
