@@ -31,6 +31,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
+def printable(text: str) -> str:
+    r"""The text with control characters written out, also those that turn the direction of writing.
+
+    Names from files may contain them, and terminals, browsers and editors obey them.
+
+    >>> printable("a\x1b[2Jb\n")
+    'a\\x1b[2Jb\\n'
+    """
+    if text.isprintable():
+        return text
+    # Lone surrogates come from file names that are not UTF-8; they are not printable either.
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def printable_lines(text: str) -> str:
+    r"""A text of several lines that is safe to show: as `printable`, but its line breaks stay.
+
+    >>> printable_lines("a\u202eb\nc")
+    'a\\u202eb\nc'
+    """
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+_WIDTH = 100  # characters of a text that are shown before, at and after a fault in it
+
+
 class ParamendError(Exception):
     """Base of all errors that Paramend raises on purpose.
 
@@ -44,6 +70,9 @@ class ParamendError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(f"{message}\n\nhint: {hint}" if hint else message)
         self.hint = hint
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By what it holds: workers send errors home, and `__init__` wants the parts that the message was made of."""
@@ -63,8 +92,11 @@ class SelectorError(ParamendError, ValueError):
     code = "selector"
 
     def __init__(self, message: str, *, text: str, span: tuple[int, int], hint: str = "") -> None:
-        caret = " " * span[0] + "~" * max(span[1] - span[0] - 1, 0) + "^"
-        super().__init__(f"{message}\n\n    {text}\n    {caret}", hint=hint)
+        before, at, after = map(printable, (text[: span[0]], text[slice(*span)], text[span[1] :]))
+        before = before if len(before) <= _WIDTH else f"...{before[-_WIDTH:]}"
+        at, after = at[:_WIDTH], after if len(after) <= _WIDTH else f"{after[:_WIDTH]}..."
+        caret = " " * len(before) + "~" * max(min(span[1] - span[0], len(at) or 1) - 1, 0) + "^"
+        super().__init__(f"{message}\n\n    {before}{at}{after}\n    {caret}", hint=hint)
         self.text = text
         self.span = span
 

@@ -341,8 +341,8 @@ FLOAT = msgpack.ExtType(1, msgpack.packb([[1], "float32", bytes(4)]))
         (b"\x81\xc0\1", "a key"),
         (b"\x81\xcb" + bytes(8) + b"\1", "a key"),
         (b"\xa2\xff\xfe", "UTF-8"),
-        (b"\x91" * 101 + b"\1", "nested"),
-        (b"\x81\xa1a" * 101 + b"\1", "nested"),
+        (b"\x91" * 201 + b"\1", "nested"),
+        (b"\x81\xa1a" * 201 + b"\1", "nested"),
         (b"\x91" * 5000 + b"\1", "nested"),
         (ext(1, [[2], "int8"]), "of shape, dtype and bytes"),
         (ext(1, 5), "of shape, dtype and bytes"),
@@ -383,7 +383,7 @@ def test_damaged_files(tmp_path, data, reason):
 
 
 def test_many_values(tmp_path, monkeypatch):
-    monkeypatch.setattr("paramend.formats.msgpack._MAX_VALUES", 1000)
+    monkeypatch.setattr("paramend.formats.msgpack_parser._MAX_VALUES", 1000)
     with pytest.raises(BadCheckpoint, match="more than"):
         MsgpackFile(save(tmp_path, msgpack.packb([0] * 1000)))
     with pytest.raises(CannotRead):

@@ -55,6 +55,16 @@ def test_names_cannot_break_out_of_the_page():
     assert "diff of a &amp; b" in html and "&lt;changed&gt;" in html
 
 
+def test_names_cannot_turn_the_direction_of_writing():
+    name = "w\u202egnp.exe\x1b[2J\u2066"
+    html = Page(name, name, [name], [1], [Column("text", [name], "text")], [name], name).html()
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b]", html)
+    assert embedded(html)["paths"] == ["w\\u202egnp.exe\\x1b[2J\\u2066"]
+    report = pm.diff({name: np.ones(1)}, {name: np.zeros(1)})
+    for said in (str(report), report.to_html(), repr(pm.at({name: np.ones(1)}, "**"))):
+        assert not re.search("[\u202e\u2066\x1b]", said) and "\\u202e" in said
+
+
 def test_the_page_asks_for_nothing_from_anywhere():
     html = small().html()
     assert not re.search(r"""(?:src|href)\s*=|@import|url\(|fetch\(|XMLHttp|import\(""", html)

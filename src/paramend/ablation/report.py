@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
+from paramend.errors import printable_lines
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
@@ -90,7 +91,7 @@ class AblationReport(Paged):
         pairs = any(row.interaction is not None for row in self.rows)
         table = [(*titles, *(("interaction",) if pairs else ()))]
         table += [(row.name, *_cells(row)) for row in self.ranking]
-        return "\n".join([self.headline(), "", *aligned(table, right="lrrrrr")])
+        return "\n".join([printable_lines(self.headline()), "", *aligned(table, right="lrrrrr")])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""

@@ -11,7 +11,7 @@ import numpy as np
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, Unsupported
+from paramend.errors import BadArgument, Unsupported, printable
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
 from paramend.leaves.leaves import Editable, Group, Index
@@ -104,7 +104,7 @@ class Checkpoint(Editable):
     def __repr__(self) -> str:
         count = wording.plural(len(self), "leaf", "leaves")
         edited = 0 if self._plan is None else len(self._plan.changed) + len(self._plan.deleted)
-        return f"<{self.path}: {count}{f', {edited:,} edited' if edited else ''}>"
+        return f"<{printable(str(self.path))}: {count}{f', {edited:,} edited' if edited else ''}>"
 
     def __len__(self) -> int:
         return len(self.index.numbers)
@@ -373,12 +373,35 @@ def recover(path: str | os.PathLike[str]) -> None:
         undo.recover(path)
 
 
+# A view of a few elements that repeats them to this many bytes is not written out in memory.
+_LARGE = 1 << 30
+
+
 def copied(source: Source, number: int) -> Array:
-    """A copy of a leaf of a source, read without mapping the file."""
+    """A copy of a leaf of a source, read without mapping the file.
+
+    Raises:
+        Unsupported: numpy has no array of that shape, or there is no memory for it.
+    """
     spec = source.spec(number)
-    flat: Array = source.read_range(number, 0, spec.size)
+    try:
+        if spec.nbytes > _LARGE and source.format == "torch" and 0 in (view := source.read(number)).strides:
+            return _once(view)
+        flat: Array = source.read_range(number, 0, spec.size)
+    except MemoryError:
+        size = wording.size(spec.nbytes)
+        raise Unsupported(
+            f"{source.index.path(number)} takes {size}, and there is no memory for it",
+            hint="mmap=True maps what is needed; pm.at(pm.open(path), ...) edits it piece by piece",
+        ) from None
     try:
         found = flat.reshape(spec.shape)
     except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
         raise Unsupported(f"numpy has no array of shape {spec.shape}: {error}") from error
     return found if found.flags.writeable else found.copy()
+
+
+def _once(view: Array) -> Array:
+    """The elements of a view that repeats some of them, each copied once: read-only, of the same shape."""
+    first = tuple(slice(None) if step else slice(0, 1) for step in view.strides)
+    return np.broadcast_to(view[first].copy(), view.shape)

@@ -25,7 +25,7 @@ from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, BadCheckpoint, Unsupported
+from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
 from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
@@ -95,7 +95,7 @@ class PatchReport(Paged):
         return replace(self.plan.page(), headline=self.summary)
 
     def __str__(self) -> str:
-        return f"{self.plan}\n{self.summary}"
+        return f"{self.plan}\n{printable_lines(self.summary)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""

@@ -12,9 +12,8 @@ from typing import IO, Any, NoReturn
 
 import click
 
-from paramend.errors import ParamendError
+from paramend.errors import ParamendError, printable
 from paramend.reports.progress import Event, Progress
-from paramend.reports.tables import printable
 
 # Shorter tasks show no bar: it would only flicker.
 _PATIENCE = 0.3
@@ -132,7 +131,7 @@ def bar(what: str) -> Iterator[Progress]:
             if event.seconds < _PATIENCE:
                 return
             drawn = _rich_bar()
-            task = drawn.add_task(what, total=event.total)
+            task = drawn.add_task(printable(what), total=event.total)
             drawn.start()
         drawn.update(task, completed=event.done, total=event.total)
 

@@ -6,13 +6,12 @@ from pathlib import Path
 import click
 
 from paramend.cli import _ui, fates
-from paramend.errors import BadCheckpoint, UnexpectedChange
+from paramend.errors import BadCheckpoint, UnexpectedChange, printable
 from paramend.journal.history import table
 from paramend.journal.undo import drop
 from paramend.journal.undo import history as history_of
 from paramend.journal.undo import undo as take_back
 from paramend.reports import wording
-from paramend.reports.tables import printable
 from paramend.rewriting.provenance import record as record_of
 from paramend.rewriting.provenance import verify_record
 

@@ -8,7 +8,7 @@ from paramend.edits.call import Args, Call, Op, sliced_shape
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable, explain
 from paramend.edits.ops import Edits
-from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
+from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, read_slice, resolve, sel, slice_of, write_index
@@ -57,7 +57,7 @@ class Selection(Edits[T]):
     def __repr__(self) -> str:
         index = "" if self._index is None else f"[{write_index(self._index)}]"
         count = wording.plural(len(self), "leaf", "leaves")
-        return f"<pm.at(..., {self._selector!r}){index}: {count}: {wording.listing(self.paths)}>"
+        return f"<pm.at(..., {self._selector!r}){index}: {count}: {printable(wording.listing(self.paths))}>"
 
     def __getitem__(self, index: Slice) -> "Selection[T]":
         """The same slice of each selected leaf, such as one layer of a scanned stack.

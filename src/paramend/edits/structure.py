@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves.leaves import Group, Index, keys_of
+from paramend.leaves.nested import unexhausted
 from paramend.leaves.paths import Label, Names, Part, labels, number_of
 from paramend.reports import wording
 from paramend.selectors.renames import Rename, keys, rename
@@ -45,6 +46,7 @@ def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any
     return relocate(tree, moves(tree.index, selector, {twin for n in numbers for twin in tree.twins(n)}, to), ())
 
 
+@unexhausted("the tree")
 def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], gone: Collection[int]) -> Any:
     """A tree without some leaves, and with others under new paths.
 

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.limits import shown
+from paramend.leaves.nested import is_deep
 
 
 class _Flaw(ValueError):
@@ -17,13 +18,14 @@ def bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
     return BadCheckpoint(f"{file}: {place}: {reason}", hint=hint)
 
 
-def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
+def parse_object(raw: bytes, file: str, place: str, *, flat: bool = False) -> dict[str, Any]:
     """A JSON object, validated.
 
     Args:
         raw: the text.
         file: what messages call the file.
         place: what messages call this text.
+        flat: whether the caller refuses what is nested, as one of a huge text does that must be fast.
 
     Raises:
         BadCheckpoint: the text is not JSON, not an object, or has a duplicate key.
@@ -75,6 +77,8 @@ def parse_object(raw: bytes, file: str, place: str) -> dict[str, Any]:
         raise bad(file, place, str(flaw)) from None
     except ValueError as error:  # an integer of thousands of digits
         raise bad(file, place, str(error)) from None
+    if not flat and is_deep(table):
+        raise bad(file, place, "brackets are nested too deeply")
     if type(table) is not dict:
         raise bad(file, place, f"a JSON object is expected, not {json_type(table)}")
     return table

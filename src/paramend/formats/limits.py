@@ -2,6 +2,8 @@
 
 # Names of more pieces are refused: a walk down one must not use up the interpreter's stack.
 MAX_PIECES = 200
+# Arrays of more axes are refused: libraries have at most 64, and messages print shapes.
+MAX_AXES = 256
 U64 = 2**64
 
 

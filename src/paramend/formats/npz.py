@@ -16,7 +16,7 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
-from paramend.formats.limits import MAX_PIECES, U64, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
 from paramend.formats.source import check_readable
 from paramend.formats.zips.archive import STORED, Archive, Member
@@ -328,6 +328,8 @@ def _entry(archive: Archive, member: Member) -> NpzEntry:
         raise archive.bad(member.name, f"its header cannot be read: {error}") from None
     start = 8 + width + length
     nbytes = member.nbytes - start
+    if len(shape) > MAX_AXES:
+        raise archive.bad(member.name, f"its header, shape: {len(shape):,} axes are too many")
     elements = 1
     for axis in shape:
         elements *= axis

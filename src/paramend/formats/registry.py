@@ -15,6 +15,7 @@ from paramend.formats.index import SUFFIX, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
 from paramend.formats.zips.archive import names_in
+from paramend.leaves.nested import unexhausted
 from paramend.reports import wording
 
 _HEAD = 64
@@ -311,13 +312,14 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         raise CannotRead(f"{path}: there is no such file or directory", hint=near(path)) from None
     except (OSError, ValueError) as error:
         raise CannotRead(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if stat.S_ISDIR(mode):
-        return _open_folder(path)
-    if path.name.endswith(SUFFIX):
-        found = open_directory(path, _open_file, _holds_weights)
-        assert found is not None
-        return found
-    return _open_file(path)
+    with unexhausted(str(path), BadCheckpoint):
+        if stat.S_ISDIR(mode):
+            return _open_folder(path)
+        if path.name.endswith(SUFFIX):
+            found = open_directory(path, _open_file, _holds_weights)
+            assert found is not None
+            return found
+        return _open_file(path)
 
 
 def _open_folder(path: Path) -> Source:

@@ -12,7 +12,7 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.jsontext import bad, json_type, parse_object
-from paramend.formats.limits import MAX_PIECES, U64, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec
 from paramend.reports import wording
@@ -201,7 +201,7 @@ def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
     Traceback (most recent call last):
     paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to no tensor
     """
-    table = parse_object(raw, file, "header")
+    table = parse_object(raw, file, "header", flat=True)
     metadata = _metadata(table.pop(_METADATA, None), file)
     entries = [_entry(name, row, file) for name, row in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -259,6 +259,8 @@ def _checked_entry(name: str, row: Any, file: str) -> TensorEntry:
         raise flaw(", shape", f"an array is expected, not {json_type(shape)}")
     if type(offsets) is not list or len(offsets) != 2:
         raise flaw(", data_offsets", "an array of two integers is expected")
+    if len(shape) > MAX_AXES:
+        raise flaw(", shape", f"{len(shape):,} axes are too many")
     for what, numbers in ((", shape", shape), (", data_offsets", offsets)):
         for number in numbers:
             if type(number) is not int or not 0 <= number < U64:

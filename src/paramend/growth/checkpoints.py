@@ -13,6 +13,7 @@ from paramend.growth import numbered
 from paramend.growth.numbered import Layers
 from paramend.growth.planning import DepthPlan
 from paramend.growth.report import DeepenReport
+from paramend.leaves.nested import is_deep
 from paramend.reports import wording
 from paramend.selectors.selector import Selector, Sliced
 
@@ -60,6 +61,8 @@ def _config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any] | None, Path | No
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{file} is not JSON: {error}", hint=f"python -m json.tool {file}") from None
+    if is_deep(config):
+        raise BadCheckpoint(f"{file}: brackets are nested too deeply")
     if not isinstance(config, dict):
         raise BadCheckpoint(f"{file} holds {wording.described(config)}, not an object")
     return config, file

@@ -98,9 +98,6 @@ class UndoReport(Report):
         what = "took back an interrupted patch of" if self.interrupted else "took back the last patch of"
         return f"{what} {self.path}: {self.undone.edit}; {wording.plural(self.left, 'patch', 'patches')} left"
 
-    def __str__(self) -> str:
-        return self.summary
-
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
         return {

@@ -74,14 +74,17 @@ class Index:
 
         Neighbours in a file share most of their names, so each subtree is looked up once.
         """
-        found = known.get(prefix)
-        if found is None:
-            at = max(prefix.rfind(".", 0, -1), prefix.rfind("/", 0, -1))
-            label = Part(prefix[at + 1 : -1], prefix[at] if at >= 0 else "", False)
-            parent = self.names if at < 0 else self._parent(prefix[: at + 1], known)
-            if parent is None or not label.text:
+        below: list[int] = []  # where the pieces begin that are not yet known, last to first
+        stop = len(prefix)
+        while stop and prefix[:stop] not in known:
+            stop = max(prefix.rfind(".", 0, stop - 1), prefix.rfind("/", 0, stop - 1)) + 1
+            below.append(stop)
+        found = known[prefix[:stop]] if stop else self.names
+        for start, end in pairwise([*reversed(below), len(prefix)]):
+            label = Part(prefix[start : end - 1], prefix[start - 1] if start else "", False)
+            if not label.text:
                 return None
-            found = known[prefix] = parent.setdefault(label, {})
+            found = known[prefix[:end]] = found.setdefault(label, {})
         return found
 
     def add(self, names: Names, key: object, child: Any) -> None:
@@ -104,14 +107,14 @@ class Index:
     def paths(self) -> dict[int, tuple[Label, ...]]:
         """Leaf number → labels from the root, in the order of `numbers`."""
         out: dict[int, tuple[Label, ...]] = {}
-        _enter(self.names, (), out)
+        _enter(self.names, out)
         return {number: out[number] for number in self.numbers}
 
     @cached_property
     def texts(self) -> dict[int, str]:
         """Leaf number → its path as text."""
         out: dict[int, str] = {}
-        _write(self.names, "", self.separator, out)
+        _write(self.names, self.separator, out)
         return out
 
     @cached_property
@@ -166,22 +169,28 @@ def keys_of(path: Iterable[Label]) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _enter(names: Names, path: tuple[Label, ...], out: dict[int, tuple[Label, ...]]) -> None:
-    for label, child in names.items():
-        if type(child) is int:
-            out[child] = (*path, label)
-        else:
-            _enter(child, (*path, label), out)
+def _enter(names: Names, out: dict[int, tuple[Label, ...]]) -> None:
+    rest: list[tuple[Names, tuple[Label, ...]]] = [(names, ())]
+    while rest:
+        names, path = rest.pop()
+        for label, child in names.items():
+            if type(child) is int:
+                out[child] = (*path, label)
+            else:
+                rest.append((child, (*path, label)))
 
 
-def _write(names: Names, prefix: str, separator: str, out: dict[int, str]) -> None:
-    for label, child in names.items():
-        before = (getattr(label, "before", "") or separator) if prefix else ""
-        text = f"{prefix}{before}{write_piece(text_of(label))}"
-        if type(child) is int:
-            out[child] = text
-        else:
-            _write(child, text, separator, out)
+def _write(names: Names, separator: str, out: dict[int, str]) -> None:
+    rest = [(names, "")]
+    while rest:
+        names, prefix = rest.pop()
+        for label, child in names.items():
+            before = (getattr(label, "before", "") or separator) if prefix else ""
+            text = f"{prefix}{before}{write_piece(text_of(label))}"
+            if type(child) is int:
+                out[child] = text
+            else:
+                rest.append((child, text))
 
 
 class Leaves(Protocol):

@@ -54,7 +54,7 @@ def draw(page: Page) -> "Figure":
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(depth, 0))
     axes.axis("off")
-    axes.set_title(page.headline, loc="left", fontsize=9)
+    axes.set_title(page.headline, loc="left", fontsize=9, parse_math=False)
     names = list(dict.fromkeys(page.groups))
     shades = _shades(page)
     for node, left, width, level in _boxes(root, 0.0, 1.0, 0):
@@ -69,7 +69,9 @@ def draw(page: Page) -> "Figure":
         box = patches.Rectangle((left, level), width, height, edgecolor="white", linewidth=0.4, **style)
         axes.add_patch(box)
         if width > 0.012 * len(node.name):
-            text = axes.text(left + width / 2, level + 0.5, node.name, ha="center", va="center", fontsize=7)
+            text = axes.text(
+                left + width / 2, level + 0.5, node.name, ha="center", va="center", fontsize=7, parse_math=False
+            )
             text.set_clip_path(box)
             if leaf:
                 text.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})

@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from paramend.errors import printable, printable_lines
 from paramend.leaves.leaves import separator_of
 
 # Notebooks store what they show: with more leaves they show only the headline, and `to_html` writes a file.
@@ -27,6 +28,10 @@ class Column:
     name: str
     values: Sequence[Any]
     kind: str = "number"
+
+    def __post_init__(self) -> None:
+        values = [printable(value) if isinstance(value, str) else value for value in self.values]
+        object.__setattr__(self, "values", values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a page shows.
+    """What a page shows. Names from files may hold control characters: these are written out.
 
     Attributes:
         title: its title.
@@ -71,6 +76,12 @@ class Page:
     group_title: str = "state"
     histograms: Mapping[int, Histogram] = field(default_factory=dict)
     colour: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("title", "headline", "group_title"):
+            object.__setattr__(self, name, printable_lines(getattr(self, name)))
+        for name in ("paths", "groups"):
+            object.__setattr__(self, name, list(map(printable, getattr(self, name))))
 
     def html(self) -> str:
         """The page as the text of one file that needs no network and no other file.

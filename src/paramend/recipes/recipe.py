@@ -13,7 +13,7 @@ from paramend.recipes.donors import Donors
 from paramend.recipes.run import check_in_place, run
 from paramend.recipes.schema import make_schema
 from paramend.recipes.steps import VERSION, Problems, parse_steps
-from paramend.recipes.text import MAX_BYTES, Document, read, write_scalar
+from paramend.recipes.text import MAX_BYTES, MAX_PROBLEMS, Document, read, write_scalar
 
 T = TypeVar("T")
 
@@ -201,7 +201,9 @@ class Recipe:
     def _refuse(self, problems: Sequence[Problem]) -> None:
         if problems:
             lines = [problem.line or self._line(problem.address) for problem in problems]
-            found = [problem._replace(line=line) for problem, line in zip(problems, lines, strict=True)]
+            found = [problem._replace(line=line) for problem, line in zip(problems, lines, strict=True)][:MAX_PROBLEMS]
+            if len(problems) >= MAX_PROBLEMS:
+                found.append(Problem("$", f"these are the first {MAX_PROBLEMS} problems; there may be more"))
             raise BadRecipe(self._name, found, recipe=self)
 
     def _line(self, address: str) -> int:

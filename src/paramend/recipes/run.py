@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,11 +19,14 @@ from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import AnyTree, Spec
 from paramend.mapping import joining
 from paramend.recipes.donors import Donors
-from paramend.recipes.steps import Problems, RecipeStep, problem_of
+from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
 from paramend.recipes.text import write_scalar
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
+from paramend.selectors.misses import searching
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
+
+_SECONDS = 5.0  # what the search for near misses of all steps may take
 
 # Addresses of problems that may follow from an earlier step that failed: one that changes paths, or specs.
 _FOLLOWS_PATHS = re.compile(r"\.((at|except)(\[\d+\])?|where|to|count|from|leaf)$")
@@ -33,14 +37,18 @@ def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors) -> tuple[Any, li
     """The edited tree and all problems; if there are any, the tree has only the steps that could be done."""
     problems = Problems()
     broken: list[_Attempt] = []
-    for step in steps:
-        at = _Attempt(step, editable(tree), donors, f"$.steps[{step.number}]")
-        found = at.carry_out()
-        if not at.problems:
-            tree = tree if found is None else found
-        problems += [_following(problem, broken) for problem in at.problems]
-        if at.problems and step.verb.changes:
-            broken.append(at)
+    with suppress(Enough), searching(_SECONDS):
+        for step in steps:
+            at = _Attempt(step, editable(tree), donors, f"$.steps[{step.number}]")
+            found = None
+            with suppress(Enough):
+                found = at.carry_out()
+            if not at.problems:
+                tree = tree if found is None else found
+            for problem in at.problems:
+                problems.append(_following(problem, broken))
+            if at.problems and step.verb.changes:
+                broken.append(at)
     return tree, problems
 
 
@@ -51,18 +59,22 @@ def check_in_place(
     problems = Problems()
     work: list[Callable[[], None]] = []
     leaves: Any = editable(module)
-    for step in steps:
-        at = _Attempt(step, leaves, donors, f"$.steps[{step.number}]")
-        if step.verb.changes:
-            what = "shape and dtype stay" if step.verb.op else "the structure stays"
-            hint = "recipe.apply(tree) gives a new tree"
-            at.problems.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
-        calls = at.calls()
-        if calls and not at.problems:
-            at.problems.tried(f"{at.address}.at", leaves.check_, calls)
-            # All steps have the same leaves: only values change.
-            work.append(partial(_edit_, module, calls))
-        problems += at.problems
+    with suppress(Enough), searching(_SECONDS):
+        for step in steps:
+            at = _Attempt(step, leaves, donors, f"$.steps[{step.number}]")
+            if step.verb.changes:
+                what = "shape and dtype stay" if step.verb.op else "the structure stays"
+                hint = "recipe.apply(tree) gives a new tree"
+                at.problems.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
+            calls: dict[int, Call] = {}
+            with suppress(Enough):
+                calls = at.calls()
+            if calls and not at.problems:
+                at.problems.tried(f"{at.address}.at", leaves.check_, calls)
+                # All steps have the same leaves: only values change.
+                work.append(partial(_edit_, module, calls))
+            for problem in at.problems:
+                problems.append(problem)
     return work, problems
 
 

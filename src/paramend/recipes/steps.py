@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
-from paramend.errors import ParamendError, Problem
-from paramend.recipes.text import below, write_scalar
+from paramend.errors import ParamendError, Problem, printable_lines
+from paramend.leaves.nested import is_deep
+from paramend.recipes.text import MAX_LEVELS, MAX_PROBLEMS, below, write_scalar
 from paramend.recipes.verbs import CODE, CONDITIONS, SELECTOR, VERBS, Key, Verb
 from paramend.reports import wording
 from paramend.selectors.renames import captures, rename
@@ -53,8 +54,18 @@ class RecipeStep:
         return {self.verb.name: dict(self.given)}
 
 
+class Enough(Exception):
+    """There are as many problems as anybody reads."""
+
+
 class Problems(list[Problem]):
-    """Problems, in the order in which they are found."""
+    """Problems, in the order in which they are found. One too many raises `Enough`."""
+
+    def append(self, problem: Problem) -> None:
+        """Append a problem."""
+        if len(self) >= MAX_PROBLEMS:
+            raise Enough
+        super().append(problem)
 
     def add(self, address: str, message: str, hint: str = "", code: str = "recipe") -> None:
         """Append a problem."""
@@ -71,12 +82,12 @@ class Problems(list[Problem]):
 
 def problem_of(error: ParamendError, address: str) -> Problem:
     """An error as a problem with an address."""
-    tail = f"\n\nhint: {error.hint}" if error.hint else ""
+    tail = printable_lines(f"\n\nhint: {error.hint}") if error.hint else ""
     return Problem(address, str(error).removesuffix(tail), error.hint, error.code)
 
 
 def parse_steps(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
-    """The steps of a recipe; everything that is wrong with it is added to the problems.
+    """The steps of a recipe; what is wrong with it is added to the problems, up to as many as anybody reads.
 
     >>> problems = Problems()
     >>> parse_steps({"version": 1, "steps": [{"fill": {"at": "w", "valeu": 1}}]}, problems)
@@ -84,6 +95,16 @@ def parse_steps(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
     >>> [problem.address for problem in problems]
     ['$.steps[0].valeu', '$.steps[0]']
     """
+    try:
+        return _parse(data, problems)
+    except Enough:
+        return ()
+
+
+def _parse(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
+    if is_deep(data, MAX_LEVELS):
+        problems.add("$", "maps and lists are nested too deeply")
+        return ()
     if not isinstance(data, Mapping):
         problems.add(
             "$",

@@ -14,11 +14,16 @@ from typing import Any
 import yaml
 
 from paramend.errors import BadRecipe, Problem
+from paramend.leaves.nested import is_deep
 
 # Reading a recipe of this size takes seconds; one with a step for each tensor of the largest models has a tenth of it.
 MAX_BYTES = 1_000_000
-_MAX_GROWN = 2 * MAX_BYTES  # with aliases expanded
-_MAX_DEPTH = 64
+_MAX_GROWN = 4 * MAX_BYTES  # with aliases expanded, and 16 bytes for each value
+_MAX_ADDRESSES = 20 * MAX_BYTES  # the characters of all addresses: each value has that of what it is in
+_MAX_VALUES = 250_000
+MAX_LEVELS = 64
+_MAX_KEY = 100  # characters of a key in an address
+MAX_PROBLEMS = 100
 _DEFAULT = {
     kind: f"tag:yaml.org,2002:{tag}" for kind, tag in (("scalar", "str"), ("sequence", "seq"), ("mapping", "map"))
 }
@@ -69,6 +74,8 @@ def below(address: str, key: str | int) -> str:
     """
     if isinstance(key, int):
         return f"{address}[{key}]"
+    if len(key) > _MAX_KEY:
+        key = f"{key[:_MAX_KEY]}..."
     return f"{address}.{key}" if re.fullmatch(r"\w+", key) else f"{address}[{json.dumps(key)}]"
 
 
@@ -112,11 +119,37 @@ def _read_json(text: str) -> Document:
         return found
 
     document.data = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=_whole)
+    del document.problems[MAX_PROBLEMS:]
+    if is_deep(document.data, MAX_LEVELS):
+        raise RecursionError
     return document
 
 
 def _refused(name: str, message: str, hint: str = "", line: int = 0) -> BadRecipe:
     return BadRecipe(name, [Problem("$", message, hint, "syntax", line)])
+
+
+class _TooMuch(Exception):
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
+    """The base loader, which stops at too many values, or too deep ones: it takes long for both."""
+
+    values = depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One value, with what is in it."""
+        self.values, self.depth = self.values + 1, self.depth + 1
+        if self.depth > MAX_LEVELS or self.values > _MAX_VALUES:
+            deep = self.depth > MAX_LEVELS
+            what = "the data is nested too deeply" if deep else f"there are more than {_MAX_VALUES:,} values"
+            raise _TooMuch(what, self.peek_event().start_mark.line + 1)
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Reader:
@@ -125,17 +158,19 @@ class _Reader:
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text = name, text
         self.document = Document()
-        self.grown = 0
+        self.grown = self.addressed = 0
 
     def read(self) -> Document:
         try:
             # The base loader constructs no objects and gives plain scalars no type: both are done here.
-            node: Any = yaml.compose(self.text, Loader=yaml.BaseLoader)
+            node: Any = yaml.compose(self.text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             raise self._wrong(error) from None
         except yaml.reader.ReaderError as error:
             why = f"character {error.position}: {error.reason}"
             raise _refused(self.name, why, line=self.text.count("\n", 0, error.position) + 1) from None
+        except _TooMuch as error:
+            raise _refused(self.name, str(error), line=error.line) from None
         except RecursionError:
             raise _refused(self.name, "the data is nested too deeply") from None
         except (ValueError, OverflowError) as error:
@@ -147,8 +182,9 @@ class _Reader:
         line = node.start_mark.line + 1
         self.document.lines.setdefault(address, line)
         self.grown += 16 + (len(node.value) if node.id == "scalar" else 0)
-        if self.grown > _MAX_GROWN or depth > _MAX_DEPTH:
-            what = "is nested too deeply" if depth > _MAX_DEPTH else "is too large with aliases expanded"
+        self.addressed += len(address)
+        if self.grown > _MAX_GROWN or self.addressed > _MAX_ADDRESSES or depth > MAX_LEVELS:
+            what = "is nested too deeply" if depth > MAX_LEVELS else "is too large with aliases expanded"
             raise _refused(self.name, f"the data {what}", line=line)
         if node.tag != _DEFAULT[node.id]:
             self.problem(address, f"{node.tag!r}: a recipe has no tags", line)
@@ -170,7 +206,8 @@ class _Reader:
         return found
 
     def problem(self, address: str, message: str, line: int, hint: str = "") -> None:
-        self.document.problems.append(Problem(address, message, hint, "syntax", line))
+        if len(self.document.problems) < MAX_PROBLEMS:
+            self.document.problems.append(Problem(address, message, hint, "syntax", line))
 
     def _wrong(self, error: Any) -> BadRecipe:
         mark = error.problem_mark or error.context_mark

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from paramend.errors import printable, printable_lines
 from paramend.reports import wording
 from paramend.reports.tables import aligned
 
@@ -78,17 +79,17 @@ class Report:
 
     def __str__(self) -> str:
         sections = self.sections()
-        blocks = [self.headline()]
+        blocks = [printable_lines(self.headline())]
         for section in sections:
             if not section.lines:
                 continue
             elsewhere = [line.paths[0] for other in sections if other is not section for line in other.lines]
             leaves = wording.plural(len({line.paths[0] for line in section.lines}), "leaf", "leaves")
-            blocks.append(f"{section.title}: {leaves}\n{section.text(elsewhere=elsewhere)}")
+            blocks.append(f"{printable(section.title)}: {leaves}\n{section.text(elsewhere=elsewhere)}")
         return "\n\n".join(blocks)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.headline()}>"
+        return f"<{type(self).__name__}: {printable_lines(self.headline())}>"
 
 
 def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
@@ -134,12 +135,18 @@ def _counted(line: Line) -> Line:
     return replace(line, cells=(first, *line.cells[1:]))
 
 
+# Longer runs of digits are no numbers of layers, and no model has layers within layers so often.
+_split_numbers = re.compile(r"(?<![0-9])([0-9]{1,18})(?![0-9])").split
+_MOST_NUMBERS = 16
+
+
 class _Numbered:
     """A line and the numbers in its paths, apart."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
-        parts = [re.split(r"([0-9]+)", path) for path in line.paths]
+        parts = [_split_numbers(path) for path in line.paths]
+        parts = [part if len(part) <= 2 * _MOST_NUMBERS else ["".join(part)] for part in parts]
         self.texts = tuple(tuple(part[::2]) for part in parts)
         self.numbers = tuple(number for part in parts for number in part[1::2])
         self.own = len(parts[0]) // 2

@@ -2,17 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-
-def printable(text: str) -> str:
-    r"""The text with control characters written out; names from files may contain them, and terminals obey them.
-
-    >>> printable("a\x1b[2Jb\n")
-    'a\\x1b[2Jb\\n'
-    """
-    if text.isprintable():
-        return text
-    # Lone surrogates come from file names that are not UTF-8; they are not printable either.
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+from paramend.errors import printable
 
 
 def aligned(rows: Iterable[Sequence[str]], *, right: str = "") -> list[str]:

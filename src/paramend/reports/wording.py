@@ -1,7 +1,10 @@
 """Words for messages: similar names, counts, sizes, short lists."""
 
 import difflib
+import heapq
 from collections.abc import Iterable, Sequence
+
+_LONGEST, _MOST = 200, 20_000  # characters of a name, and of the word times the number of names
 
 
 def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
@@ -9,11 +12,29 @@ def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
     >>> closest("dense_0", ["Conv_0", "Dense_0", "Dense_1"], limit=1)
     ['Dense_0']
+    >>> closest("blok_7", [f"block_{i}" for i in range(5000)], limit=1)
+    ['block_7']
     """
     known = list(dict.fromkeys(known))
     same = [name for name in known if name.casefold() == word.casefold() and name != word]
-    near = difflib.get_close_matches(word, known, n=limit + len(same), cutoff=0.6)
+    likely = _likely(word, known) if len(word) <= _LONGEST else []
+    near = difflib.get_close_matches(word, likely, n=limit + len(same), cutoff=0.6)
     return list(dict.fromkeys([*same, *near]))[:limit]
+
+
+def _likely(word: str, known: Sequence[str]) -> Sequence[str]:
+    """The names worth a comparison, which takes long: of very many, those that share most runs of three letters."""
+    known = [name for name in known if len(name) <= _LONGEST]
+    most = _MOST // max(len(word), 20)
+    if len(known) <= most:
+        return known
+    wanted = {word[at : at + 3].casefold() for at in range(max(len(word) - 2, 1))}
+
+    def shared(name: str) -> float:
+        folded = name.casefold()
+        return sum(part in folded for part in wanted) / (len(name) + 9)
+
+    return heapq.nlargest(most, known, key=shared)
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from paramend.errors import SelectorError
-from paramend.leaves.paths import SPECIAL
+from paramend.leaves.paths import SPECIAL, labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,10 @@ Segment = AnyPieces | Quoted | Piece
 
 
 _PLAIN = re.compile(r'[^*{}\[\]<>,"\\/.]+')
-_INT = "-?[0-9]{1,18}"
+_INT = re.compile("-?[0-9]{1,18}")
+_MOST_KEYS = 1000  # of a selector; names in files have a fifth of it
+_MOST_SLICES = 100  # in one index: each costs as much as there are siblings
 _CAPTURE = re.compile(r"<(?:([0-9]{1,18})\*)?([A-Za-z_]\w*)([+-][0-9]{1,18})?>")
-_POSITION = re.compile(rf"\s*({_INT})?\s*(?:(:)\s*({_INT})?\s*(?:(:)\s*({_INT})?\s*)?)?")
 
 
 class Reader:
@@ -142,8 +143,13 @@ class Reader:
     def segments(self) -> Iterator[Segment]:
         if not self.text:
             raise self.fail("the selector is empty", 0, hint='"**" selects every leaf')
+        keys = 0
         while True:
-            yield self.segment()
+            start, found = self.at, self.segment()
+            yield found
+            keys += len(labels(found.text)) if isinstance(found, Quoted) else 1
+            if keys > _MOST_KEYS:
+                raise self.fail(f"a selector has at most {_MOST_KEYS:,} keys", start, self.at)
             if self.at == len(self.text):
                 return
             self.at += 1  # a segment ends only at a separator or at the end
@@ -261,24 +267,26 @@ class Reader:
         if close < 0 or close > stop:
             raise self.fail("expected ']' to close the index opened here", start, stop)
         items: list[int | tuple[int | None, int | None, int | None]] = []
-        at = start + 1
+        at, slices = start + 1, 0
         for text in self.text[start + 1 : close].split(","):
-            found = _POSITION.fullmatch(":" if text.strip() == "*" else text)
-            if not found or not text.strip():
+            parts = [part.strip() for part in (":" if text.strip() == "*" else text).split(":", 3)]
+            if parts == [""] or len(parts) > 3 or not all(not part or _INT.fullmatch(part) for part in parts):
                 raise self.fail(
                     "an index is an int or a slice",
                     at,
                     at + max(len(text), 1),
                     hint="[-1], [:2], [0,3] or [4:8:2]",
                 )
-            first, colon, second, _, third = found.groups()
-            if not colon:
-                items.append(int(first))
-            else:
-                if third is not None and int(third) == 0:
+            first, second, third = (int(part) if part else None for part in (*parts, "", "")[:3])
+            if len(parts) > 1:
+                if third == 0:
                     raise self.fail("a slice cannot step by 0", at, at + len(text))
-                a, b, c = (None if part is None else int(part) for part in (first, second, third))
-                items.append((a, b, c))
+                slices += 1
+                if slices > _MOST_SLICES:
+                    raise self.fail(f"an index has at most {_MOST_SLICES} slices", at, at + len(text))
+                items.append((first, second, third))
+            elif first is not None:
+                items.append(first)
             at += len(text) + 1
         self.at = close + 1
         return Positions(tuple(items))

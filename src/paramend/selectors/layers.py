@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paramend.errors import BadArgument, NoMatch, OutOfRange
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import Names, number_of, text_of, write_path, write_piece
+from paramend.leaves.paths import Names, natural, number_of, text_of, write_path, write_piece
 from paramend.selectors.grammar import (
     AnyPieces,
     Literal,
@@ -120,7 +120,9 @@ class Notation:
 
     def with_index(self, index: str) -> str:
         """The text with another index, such as `[1:-1]`."""
-        return re.sub(r"(\[[^\]]*\]|<\w+>)(?=[^\[<]*$)", lambda _: index, self.text)
+        at = max(self.text.rfind("["), self.text.rfind("<"))
+        stop = self.text.find("]" if self.text[at] == "[" else ">", at) + 1
+        return f"{self.text[:at]}{index}{self.text[stop:]}"
 
     def with_number(self, found: Numbered) -> str:
         """The same layers with a captured number, as in renames: `layers[*]` becomes `layers/<n>` or `layers<n>`."""
@@ -140,7 +142,10 @@ def without_rest(text: str) -> str:
     >>> without_rest("layers/<n>/**"), without_rest("layers[*]")
     ('layers/<n>', 'layers[*]')
     """
-    return re.sub(r"([/.]\*\*)+$", "", text)
+    stop = len(text)
+    while text.endswith(("/**", ".**"), 0, stop):
+        stop -= 3
+    return text[:stop]
 
 
 def notation(text: str) -> Notation | None:
@@ -282,10 +287,11 @@ def _parents(names: Names, above: Pattern | None) -> Iterator[tuple[Pieces, Name
 
 
 def _subtrees(names: Names, path: Pieces) -> Iterator[tuple[Pieces, Names]]:
-    yield path, names
-    for label, child in names.items():
-        if type(child) is not int:
-            yield from _subtrees(child, (*path, text_of(label)))
+    rest = [(path, names)]
+    while rest:
+        path, names = rest.pop()
+        yield path, names
+        rest += [((*path, text_of(label)), child) for label, child in names.items() if type(child) is not int][::-1]
 
 
 def _families(names: Names, parent: Pieces, said: Notation) -> Iterator[Numbered]:
@@ -313,25 +319,32 @@ def _numbered(parent: Pieces, head: str, tail: str, texts: Iterable[str]) -> Num
 
 
 def _children(names: Names) -> list[Numbered]:
-    found: list[Numbered] = []
+    found: dict[Pieces, Numbered] = {}
     for path, inner in _subtrees(names, ()):
-        if any(path[: len(outer.parent)] == outer.parent for outer in found):
+        if any(path[:depth] in found for depth in range(len(path) + 1)):
             continue
         one = _numbered(path, "", "", (text_of(label) for label, child in inner.items() if type(child) is not int))
         if one is not None:
-            found.append(one)
-    return found
+            found[path] = one
+    return list(found.values())
 
 
 _SIBLING = re.compile(r"(.*[^0-9])[0-9]{1,18}", re.DOTALL)
 
 
-def _siblings(names: Names, path: Pieces = ()) -> Iterator[Numbered]:
+def _siblings(names: Names) -> Iterator[Numbered]:
     """The families of two or more siblings whose names end in a number, except those within others or within lists."""
-    inner = {text_of(label): child for label, child in names.items() if type(child) is not int}
-    heads = dict.fromkeys(match[1] for text in inner if (match := _SIBLING.fullmatch(text)))
-    found = [one for head in heads if (one := _numbered(path, head, "", inner)) and len(one.numbers) > 1]
-    yield from found
-    for text, child in inner.items():
-        if number_of(text) is None and all(one.number(text) is None for one in found):
-            yield from _siblings(child, (*path, text))
+    rest: list[tuple[Pieces, Names]] = [((), names)]
+    while rest:
+        path, names = rest.pop()
+        inner = {text_of(label): child for label, child in names.items() if type(child) is not int}
+        heads: dict[str, list[str]] = {}
+        for text in inner:
+            if match := _SIBLING.fullmatch(text):
+                heads.setdefault(match[1], []).append(text)
+        families = {head: texts for head, texts in heads.items() if len(set(map(natural, texts))) > 1}
+        yield from (one for head, texts in families.items() if (one := _numbered(path, head, "", texts)))
+        within = {text for texts in families.values() for text in texts}
+        rest += [
+            ((*path, text), child) for text, child in inner.items() if number_of(text) is None and text not in within
+        ][::-1]

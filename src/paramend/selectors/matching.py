@@ -4,61 +4,16 @@ Segments are compiled once into steps. A walk over the tree carries the set of s
 caches each (set, name) → set, so a large tree costs one dictionary look-up per node.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from paramend.leaves.paths import Label, Names, Part, labels, number_of, text_of
-from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Piece, Positions, Quoted, Segment, Star
+from paramend.selectors.division import acceptor, taken
+from paramend.selectors.grammar import AnyPieces, Atom, Literal, Piece, Positions, Quoted, Segment, Star
 
 _REMEMBERED = 100_000  # labels cached per state, so that a long-lived pattern does not keep the names of every tree
-
-# At most 18 digits: longer runs are names, not positions, and int() of a hostile one would take forever.
-_DIGITS = r"(?<![0-9])([0-9]{1,18})(?![0-9])"
-
-
-@lru_cache(maxsize=4096)
-def expression(atoms: tuple[Atom, ...]) -> re.Pattern[str]:
-    """The regular expression of a piece, with one group for each star, choice and number."""
-    return re.compile(_source(atoms), re.DOTALL)
-
-
-def _source(atoms: tuple[Atom, ...]) -> str:
-    """Atoms as a regular expression with one group for each star, choice and number."""
-    out = []
-    for atom in atoms:
-        match atom:
-            case Literal(text):
-                out.append(re.escape(text))
-            case Star():
-                out.append("(.*)")
-            case Either(options):
-                inner = ("".join(re.escape(a.text) if isinstance(a, Literal) else ".*" for a in o) for o in options)
-                out.append(f"({'|'.join(inner)})")
-            case _:
-                out.append(_DIGITS)
-    return "".join(out)
-
-
-def _test(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
-    """A test of one piece. Common forms avoid a regular expression, which costs more to compile than to match."""
-    match atoms:
-        case ():
-            return lambda text: not text
-        case (Literal(exact),):
-            return lambda text: text == exact
-        case (Star(),):
-            return lambda text: True
-        case (Literal(head), Star()):
-            return lambda text: text.startswith(head)
-        case (Star(), Literal(tail)):
-            return lambda text: text.endswith(tail)
-        case (Either(options),) if all(len(o) == 1 and isinstance(o[0], Literal) for o in options):
-            texts = {str(o[0].text) for o in options if isinstance(o[0], Literal)}
-            return lambda text: text in texts
-    return lambda text: expression(atoms).fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +45,18 @@ def steps_of(segments: tuple[Segment, ...]) -> tuple[MatchStep, ...]:
     for number, segment in enumerate(segments):
         match segment:
             case AnyPieces():
-                steps.append(MatchStep(_test((Star(),)), repeats=True))
+                steps.append(MatchStep(acceptor((Star(),)), repeats=True))
             case Quoted(text):
-                steps += [MatchStep(_test((Literal(text_of(label)),)), exact=label) for label in labels(text)]
+                steps += [MatchStep(acceptor((Literal(text_of(label)),)), exact=label) for label in labels(text)]
             case Piece(atoms):
                 for at, atom in enumerate(atoms):
                     if isinstance(atom, Positions):
                         head, tail = atoms[:at], atoms[at + 1 :]
-                        steps.append(MatchStep(_test(head), positions=atom, head=head, tail=tail, segment=number))
+                        steps.append(MatchStep(acceptor(head), positions=atom, head=head, tail=tail, segment=number))
                         break
                 else:
                     only = atoms[0].text if len(atoms) == 1 and isinstance(atoms[0], Literal) else None
-                    steps.append(MatchStep(_test(atoms), only))
+                    steps.append(MatchStep(acceptor(atoms), only))
     return tuple(steps)
 
 
@@ -112,21 +67,25 @@ class Machine:
         self.steps = steps
         self.done = 1 << len(steps)
         self.indexed = sum(1 << i for i, step in enumerate(steps) if step.positions is not None)
+        self.repeating = sum(1 << i for i, step in enumerate(steps) if step.repeats)
         self.moves: dict[int, dict[Label, int]] = {}
         self.roles: dict[int, dict[Label, _Role]] = {}  # by the segment of an indexed step
         # States that accept only one plain text: it is looked up, not searched for.
         self.wanted = {1 << i: (s.text, self.closure(1 << (i + 1))) for i, s in enumerate(steps) if s.text is not None}
 
     def closure(self, state: int) -> int:
-        for i, step in enumerate(self.steps):
-            if step.repeats and state >> i & 1:
-                state |= 1 << (i + 1)
+        """The state with what may come next where a `**` takes nothing."""
+        while (wider := state | (state & self.repeating) << 1) != state:
+            state = wider
         return state
 
     def move(self, state: int, label: Label) -> int:
-        after = 0
-        for i, step in enumerate(self.steps):
-            if state >> i & 1 and step.positions is None and step.takes(label):
+        after, rest = 0, state & ~self.indexed & (self.done - 1)
+        while rest:
+            i = rest.bit_length() - 1
+            rest ^= 1 << i
+            step = self.steps[i]
+            if step.takes(label):
                 after |= 1 << (i if step.repeats else i + 1)
         return self.closure(after)
 
@@ -144,69 +103,101 @@ class Missing:
 
 
 class MatchWalk:
-    """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions."""
+    """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions.
 
-    def __init__(self, machine: Machine) -> None:
+    Each subtree is visited once, with all states that lead to it: a pattern with several `**` reaches it in many ways.
+
+    Args:
+        machine: the pattern.
+        lenient: whether a position that is missing stands for all siblings.
+    """
+
+    def __init__(self, machine: Machine, *, lenient: bool = False) -> None:
         self.machine = machine
+        self.lenient = lenient
         self.hits: list[int] = []
         self.subtrees: list[Names] = []
         self.missing: list[Missing] = []
 
     def arrive(self, child: Any, state: int) -> None:
-        if type(child) is not int:
-            self.visit(child, state)
-        elif state & self.machine.done:
-            self.hits.append(child)
-
-    def visit(self, names: Names, state: int) -> None:
-        machine, hits = self.machine, self.hits
-        if state & machine.done:
-            self.subtrees.append(names)
-        wanted = machine.wanted.get(state)
-        if wanted is not None and len(names) > 16:
-            for child in _named(names, wanted[0]):
-                self.arrive(child, wanted[1])
+        """Search a leaf or a subtree, beginning in this state."""
+        if type(child) is int:
+            self.hits += [child] if state & self.machine.done else []
             return
-        moves = machine.moves.get(state)
-        if moves is None or len(moves) > _REMEMBERED:
-            moves = machine.moves[state] = {}
-        for label, child in names.items():
-            after = moves.get(label)
-            if after is None:
-                after = moves[label] = machine.move(state, label)
-            if after:
+        machine, done, hits = self.machine, self.machine.done, self.hits
+        # With each subtree, the states that an index above it adds below its labels.
+        rest: list[tuple[Names, int, dict[Label, int] | None]] = [(child, state, None)]
+        while rest:
+            names, state, added = rest.pop()
+            if state & done:
+                self.subtrees.append(names)
+            wanted = machine.wanted.get(state)
+            if wanted is not None and not added and len(names) > 16:
+                for child in _named(names, wanted[0])[::-1]:
+                    if type(child) is not int:
+                        rest.append((child, wanted[1], None))
+                    elif wanted[1] & done:
+                        hits.append(child)
+                continue
+            inner: dict[Label, dict[Label, int]] = {}
+            if state & machine.indexed:
+                added = added or {}
+                self._index(names, state, added, inner)
+            moves = machine.moves.get(state)
+            if moves is None or len(moves) > _REMEMBERED:
+                moves = machine.moves[state] = {}
+            first = len(rest)
+            for label, child in names.items() if state else [(label, names[label]) for label in added or ()]:
+                after = moves.get(label)
+                if after is None:
+                    after = moves[label] = machine.move(state, label)
+                if added:
+                    after |= added.get(label, 0)
                 if type(child) is not int:
-                    self.visit(child, after)
-                elif after & machine.done:
+                    if after or label in inner:
+                        rest.append((child, after, inner.get(label)))
+                elif after & done:
                     hits.append(child)
-        if state & machine.indexed:
-            for i, step in enumerate(machine.steps):
-                if step.positions is not None and state >> i & 1:
-                    self.visit_positions(names, step, step.positions, machine.closure(1 << (i + 1)))
+            if len(rest) > first + 1:
+                rest[first:] = rest[first:][::-1]
 
-    def visit_positions(self, names: Names, step: MatchStep, positions: Positions, after: int) -> None:
-        roles = self.machine.roles.get(step.segment)
-        if roles is None or len(roles) > _REMEMBERED:
-            roles = self.machine.roles[step.segment] = {}
-        for family, members in _families(names, step, roles):
-            numbers = sorted(members)
-            chosen, missing = positions.pick(len(numbers))
-            for position in chosen:
-                for child in members[numbers[position]]:
-                    self.arrive(child, after)
-            if missing:
-                everyone = tuple(child for number in numbers for child in members[number])
-                self.missing += [Missing(step, item, len(numbers), family, everyone, after) for item in missing]
+    def _index(self, names: Names, state: int, added: dict[Label, int], inner: dict[Label, dict[Label, int]]) -> None:
+        """Enter the states after each indexed step: with labels of these names, or with labels one level below."""
+        machine = self.machine
+        for i, step in enumerate(machine.steps):
+            if step.positions is None or not state >> i & 1:
+                continue
+            after = machine.closure(1 << (i + 1))
+            roles = machine.roles.get(step.segment)
+            if roles is None or len(roles) > _REMEMBERED:
+                roles = machine.roles[step.segment] = {}
+            for family, members in families(names, step, roles):
+                numbers = sorted(members)
+                chosen, missing = step.positions.pick(len(numbers))
+                if missing:
+                    everyone = tuple(_at(names, place) for number in numbers for place in members[number])
+                    self.missing.append(Missing(step, missing[0], len(numbers), family, everyone, after))
+                for position in range(len(numbers)) if missing and self.lenient else chosen:
+                    for place in members[numbers[position]]:
+                        table = added if len(place) == 1 else inner.setdefault(place[0], {})
+                        table[place[-1]] = table.get(place[-1], 0) | after
 
     def first_missing(self) -> Missing | None:
         """The first position missing among siblings that match the rest of the pattern."""
         for missing in self.missing:
-            trial = MatchWalk(self.machine)
+            trial = MatchWalk(self.machine, lenient=True)
             for member in missing.members:
                 trial.arrive(member, missing.after)
-            if trial.hits or trial.first_missing():
+            if trial.hits:
                 return missing
         return None
+
+
+def _at(names: Names, place: tuple[Label, ...]) -> Any:
+    found: Any = names
+    for label in place:
+        found = found[label]
+    return found
 
 
 def _named(names: Names, text: str) -> list[Any]:
@@ -238,13 +229,21 @@ def _role(label: Label, step: MatchStep) -> _Role:
     return _Role(heads, *found) if found is not None else _Role(heads) if heads else _NO_ROLE
 
 
-def _families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[tuple[str, dict[int, list[Any]]]]:
-    """The numbered families that `head[...]tail` may mean under one parent: each a name and number → children.
+_Family = dict[int, list[tuple[Label, ...]]]
+
+
+def families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[tuple[str, _Family]]:
+    """The numbered families that `head[...]tail` may mean under one parent: each a name and number → places.
 
     `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`.
+
+    Args:
+        names: what is under the parent.
+        step: the step with the index.
+        roles: what labels may be to the step; it is filled as they are met.
     """
-    children: dict[str, dict[int, list[Any]]] = {}
-    siblings: dict[str, dict[int, list[Any]]] = {}
+    children: dict[str, _Family] = {}
+    siblings: dict[str, _Family] = {}
     for label, child in names.items():
         role = roles.get(label)
         if role is None:
@@ -252,12 +251,12 @@ def _families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[
         if role is _NO_ROLE:
             continue
         if role.heads and type(child) is not int:
-            for inner, grandchild in child.items():
+            for inner in child:
                 number = number_of(text_of(inner))
                 if number is not None:
-                    children.setdefault(text_of(label), {}).setdefault(number, []).append(grandchild)
+                    children.setdefault(text_of(label), {}).setdefault(number, []).append((label, inner))
         if role.number is not None:
-            siblings.setdefault(role.family, {}).setdefault(role.number, []).append(child)
+            siblings.setdefault(role.family, {}).setdefault(role.number, []).append((label,))
     return list((children or siblings).items())
 
 
@@ -277,10 +276,18 @@ def _sibling(head: tuple[Atom, ...], tail: tuple[Atom, ...]) -> Callable[[str], 
 
         return read
 
-    whole = re.compile(f"(?P<head>{_source(head)})(?P<number>{_DIGITS})(?P<tail>{_source(tail)})", re.DOTALL)
+    whole = (*head, _ANY, *tail)
 
     def search(text: str) -> tuple[str, int] | None:
-        found = whole.fullmatch(text)
-        return None if found is None else (f"{found['head']}<n>{found['tail']}", int(found["number"]))
+        found = taken(whole, text)
+        if found is None:
+            return None
+        rest = iter(found)
+        parts = [(atom, atom.text) if isinstance(atom, Literal) else next(rest) for atom in whole]
+        number = next(part for atom, part in found if atom is _ANY)
+        return "".join("<n>" if atom is _ANY else part for atom, part in parts), int(number)
 
     return search
+
+
+_ANY = Positions(())  # stands for the number among other wildcards

@@ -5,24 +5,45 @@ another number, a typo, a key too many, a key too few, a separator where the tre
 several may be combined, and only what matches is offered.
 """
 
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from heapq import heappop, heappush
 from itertools import count, product
 
 from paramend.errors import OutOfRange
 from paramend.leaves.paths import Names, labels, text_of, write_path
 from paramend.reports import wording
+from paramend.selectors.division import acceptor, divide
 from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.selectors.patterns import Pattern, parse
 
 _SECONDS = 0.3  # the time limit of a search: on large trees a late hint is worse than a short one
+_LATEST = 1.0  # and where even the first few repairs take long
+_MOST = 50  # segments of a pattern, characters of a word, and words that a piece spells: beyond, nobody misspelled it
+_LONGEST = 200
+_WORDS = 8
 _WORST = 9  # the greatest cost of a near miss
 _MOST_BESIDE = 4
 _DIGITS = re.compile(r"[0-9]{1,18}")
 
 Segments = tuple[Segment, ...]
+
+
+_deadline: ContextVar[float] = ContextVar("_deadline", default=math.inf)
+
+
+@contextmanager
+def searching(seconds: float) -> Iterator[None]:
+    """Bound the time that all searches within take together, such as those for the steps of one recipe."""
+    token = _deadline.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
 
 
 def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Pattern, int]]:
@@ -32,6 +53,8 @@ def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Patter
     >>> [(str(near), leaves) for near, leaves in nearest(parse("params/dense_2/kernel"), names)]
     [('params/Dense_1/kernel', 1)]
     """
+    if len(pattern.segments) > _MOST or len(str(pattern)) > 10 * _LONGEST:
+        return []
     return _Search(names).run(pattern.segments, limit)
 
 
@@ -40,6 +63,7 @@ class _Search:
 
     def __init__(self, names: Names) -> None:
         self.names = names
+        self.begun = time.monotonic()
         self.known: dict[Segments, tuple[list[int], list[Names]]] = {(): ([], [names])}
 
     def reach(self, segments: Segments) -> tuple[list[int], list[Names]]:
@@ -48,14 +72,17 @@ class _Search:
             self.known[segments] = Pattern(segments).reach(self.names)
         return self.known[segments]
 
+    def late(self, seconds: float = _LATEST) -> bool:
+        return time.monotonic() > min(self.begun + seconds, _deadline.get())
+
     def run(self, segments: Segments, limit: int) -> list[tuple[Pattern, int]]:
         """Patterns that match, by the cost of their repairs; if several match the same leaves, only the cheapest."""
         typed = segments
         tickets, seen = count(), set[Segments]()
         queue: list[tuple[int, int, int, Segments]] = [(0, next(tickets), 0, segments)]
         found: dict[frozenset[int], Pattern] = {}
-        worst, deadline = _WORST, time.monotonic() + _SECONDS
-        while queue and len(found) < limit and (len(seen) < 3 or time.monotonic() < deadline):
+        worst = _WORST
+        while queue and len(found) < limit and not self.late(_LATEST if len(seen) < 3 else _SECONDS):
             cost, _, start, segments = heappop(queue)
             if segments in seen or cost > worst:
                 continue
@@ -63,6 +90,8 @@ class _Search:
             dead = next((i for i in range(start, len(segments)) if not any(self.reach(segments[: i + 1]))), None)
             if dead is not None:
                 for more, first, repaired in self.repairs(segments, dead):
+                    if self.late():
+                        break
                     heappush(queue, (cost + more, next(tickets), first, _tidy(repaired)))
             elif not self.reach(segments)[0]:
                 heappush(queue, (cost + 1, next(tickets), len(segments), (*segments, AnyPieces())))
@@ -98,7 +127,7 @@ class _Search:
             yield cost, dead, (*before, segment, *after)
         for parts in _split(here, known):
             yield 2, dead, (*before, *parts, *after)
-        for key in _bridges(places, (here, *after)):
+        for key in self.bridges(places, (here, *after)):
             yield 2, dead, (*before, key, here, *after)  # a key too few
         if after:
             for joined in _join(here, after[0], known):
@@ -111,6 +140,17 @@ class _Search:
         if before and not any_before:
             yield 4, 0, (AnyPieces(), here, *after)
             yield 6, dead, before
+
+    def bridges(self, places: Sequence[Names], rest: Segments, limit: int = 200) -> list[Segment]:
+        """The keys under which the rest of a pattern matches; an empty list if there are more than three."""
+        found: dict[str, Segment] = {}
+        pattern = Pattern(rest)
+        for place in places[:limit]:
+            for label, child in list(place.items())[:limit]:
+                text = text_of(label)
+                if type(child) is not int and text not in found and not self.late() and pattern.reach(child)[0]:
+                    found[text] = _key(text)
+        return list(found.values()) if len(found) <= 3 else []
 
 
 def _is_wild(segment: Segment) -> bool:
@@ -126,18 +166,6 @@ def _tidy(segments: Segments) -> Segments:
     """The segments with each run of `**` reduced to one."""
     any_pieces = (AnyPieces(), AnyPieces())
     return tuple(s for at, s in enumerate(segments) if segments[max(at - 1, 0) : at + 1] != any_pieces)
-
-
-def _bridges(places: Sequence[Names], rest: Segments, limit: int = 200) -> list[Segment]:
-    """The keys under which the rest of a pattern matches; an empty list if there are more than three."""
-    found: dict[str, Segment] = {}
-    pattern = Pattern(rest)
-    for place in places[:limit]:
-        for label, child in list(place.items())[:limit]:
-            text = text_of(label)
-            if type(child) is not int and text not in found and pattern.reach(child)[0]:
-                found[text] = _key(text)
-    return list(found.values()) if len(found) <= 3 else []
 
 
 def _key(text: str) -> Segment:
@@ -160,12 +188,12 @@ def _near_keys(segment: Segment, known: Sequence[str]) -> Iterator[tuple[int, Se
     yield from _other_case(segment.atoms, known)
     yield from _other_positions(segment.atoms)
     if not any(isinstance(atom, Star | Positions | Number) for atom in segment.atoms):
-        words = list(_words(segment.atoms))
+        words = _words(segment.atoms)
         if len(words) == 1:
             yield from ((cost, _key(key)) for cost, key in _ranked(words[0], known))
             return
         best = [pair for word in words for pair in list(_ranked(word, known))[:1]]
-        if len(best) == len(words):
+        if best and len(best) == len(words):
             options = tuple((Literal(key),) for key in dict.fromkeys(key for _, key in best))
             yield max(cost for cost, _ in best), Piece((Either(options),))
     elif any(isinstance(atom, Star) for atom in segment.atoms):
@@ -174,15 +202,18 @@ def _near_keys(segment: Segment, known: Sequence[str]) -> Iterator[tuple[int, Se
         yield from _near_numbered(segment.atoms, known)
 
 
-def _words(atoms: Sequence[Atom]) -> Iterator[str]:
-    """The texts that literals and choices spell."""
-    options: list[list[str]] = []
-    for atom in atoms:
-        if isinstance(atom, Either):
-            options.append(["".join(a.text for a in option if isinstance(a, Literal)) for option in atom.options])
-        else:
-            options.append([atom.text if isinstance(atom, Literal) else ""])
-    yield from map("".join, product(*options))
+def _words(atoms: Sequence[Atom]) -> list[str]:
+    """The texts that literals and choices spell; none if there are too many."""
+    options = list(map(_texts, atoms))
+    few = math.prod(map(len, options)) <= _WORDS
+    return list(map("".join, product(*options))) if few else []
+
+
+def _texts(atom: Atom) -> list[str]:
+    """The texts that an atom spells; one, empty, for a wildcard."""
+    if isinstance(atom, Either):
+        return ["".join(a.text for a in option if isinstance(a, Literal)) for option in atom.options]
+    return [atom.text if isinstance(atom, Literal) else ""]
 
 
 def _shape(text: str) -> str:
@@ -196,6 +227,8 @@ def _squeezed(text: str) -> str:
 
 def _near_shapes(shape: str, shapes: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Similar shapes with their ranks: the same, another case, other separators, a typo."""
+    if len(shape) > _LONGEST:
+        return
     shapes = [found for found in shapes if abs(len(found) - len(shape)) <= max(3, len(shape) // 2)]
     ranks: dict[str, int] = {}
     for found in shapes:
@@ -230,24 +263,37 @@ def _distance(key: str, wanted: Sequence[int]) -> int:
 
 def _other_case(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
     """The segment with its literals in the case of the keys that it then matches."""
-    wild = {Star: ".*", Number: "[0-9]+", Positions: "[0-9]*"}
-    source = ""
-    for atom in atoms:
-        if isinstance(atom, Literal):
-            source += f"({re.escape(atom.text)})"
-        elif isinstance(atom, Either):
-            source += f"({'|'.join(re.escape(word) for word in _words((atom,)))})"
-        else:
-            source += wild[type(atom)]
-    matches = re.compile(source, re.IGNORECASE | re.DOTALL).fullmatch
+    if len(atoms) > _MOST:
+        return
+    loose = tuple(map(_lowered, atoms))
+    bare = tuple(Literal("") if isinstance(atom, Positions) else atom for atom in loose)  # the numbers are children
     found: dict[Segment, None] = {}
-    for key in known:
-        match = matches(key)
-        if match is not None:
-            texts = iter(match.groups())
-            named = (Literal(next(texts)) if isinstance(a, Literal | Either) else a for a in atoms)
-            found[Piece(_merged(named))] = None
+    for ways in dict.fromkeys((loose, bare)):
+        accepts = acceptor(ways)
+        for key in known:
+            lower = _lower(key[: _LONGEST + 1])
+            spans = divide(ways, lower) if len(key) <= _LONGEST and accepts(lower) else None
+            if spans is not None:
+                pairs = zip(atoms, spans, strict=True)
+                named = (Literal(key[i:j]) if isinstance(atom, Literal | Either) else atom for atom, (i, j) in pairs)
+                found[Piece(_merged(named))] = None
     yield from ((1, segment) for segment in list(found)[:3] if segment != Piece(atoms))
+
+
+def _lowered(atom: Atom) -> Atom:
+    if isinstance(atom, Either):
+        return Either(tuple(tuple(map(_lowered_text, option)) for option in atom.options))
+    return _lowered_text(atom) if isinstance(atom, Literal) else atom
+
+
+def _lowered_text(atom: Literal | Star) -> Literal | Star:
+    return Literal(_lower(atom.text)) if isinstance(atom, Literal) else atom
+
+
+def _lower(text: str) -> str:
+    """A text in lower case, of the same length."""
+    lower = text.lower()
+    return lower if len(lower) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 def _other_positions(atoms: tuple[Atom, ...]) -> Iterator[tuple[int, Segment]]:
@@ -277,7 +323,7 @@ def _near_numbered(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tu
     slots: list[Atom] = []
     word = ""
     for atom in atoms:
-        text = next(_words((atom,)))
+        text = _texts(atom)[0]
         slots += [Literal(digits) for digits in _DIGITS.findall(text)]
         word += _shape(text)
         if isinstance(atom, Positions | Number):

@@ -59,16 +59,16 @@ class Pattern:
 
     def _walk(self, names: Names) -> MatchWalk:
         walk = MatchWalk(self._machine)
-        walk.visit(names, self._machine.closure(1))
+        walk.arrive(names, self._machine.closure(1))
         return walk
 
     def _clamped(self, missing: Missing) -> "Pattern":
-        """The pattern with a missing position moved to the nearest one."""
-        nearest = -missing.count if missing.item < 0 else missing.count - 1
+        """The pattern with the missing positions of one index moved to the nearest ones."""
+        low, high = -missing.count, missing.count - 1
         segment = self.segments[missing.step.segment]
         assert isinstance(segment, Piece)
         atoms = tuple(
-            Positions(tuple(nearest if item == missing.item else item for item in atom.items))
+            Positions(tuple(dict.fromkeys(i if isinstance(i, tuple) else min(max(i, low), high) for i in atom.items)))
             if isinstance(atom, Positions)
             else atom
             for atom in segment.atoms

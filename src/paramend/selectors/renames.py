@@ -4,15 +4,17 @@ A rename is applied to a whole tree of names at once, not leaf by leaf: so rotat
 the last one in this tree.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import Label, Names, labels, number_of, text_of, write_path
-from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
-from paramend.selectors.matching import expression
+from paramend.leaves.paths import Label, Names, labels, text_of, write_path
+from paramend.selectors.division import taken
+from paramend.selectors.grammar import AnyPieces, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
+from paramend.selectors.matching import families, steps_of
 from paramend.selectors.nesting import PathStep, Tables, Word, closes, nest, opens, pair
 from paramend.selectors.patterns import Pattern, parse
 
@@ -62,9 +64,9 @@ class Rename:
         found: dict[int, NewPath] = {}
         for number in index.ordered(self.source.find(index.names)):
             path = index.paths[number]
-            taken = reader.split(path)
-            if taken is not None:
-                found[number] = _Writer(self, path, taken, reader, tables.joints(path)).write()
+            spans = reader.split(path)
+            if spans is not None:
+                found[number] = _Writer(self, path, spans, reader, tables.joints(path)).write()
         return found
 
     def inverse(self) -> "Rename":
@@ -127,8 +129,9 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
         raise BadArgument(
             f"the choices {{...}} of {source!r} and {target!r} do not pair up", hint='"{q,k}/w" -> "{query,key}/w"'
         )
-    unknown = [atom for atom in want.numbers if atom.name not in have.names]
-    twice = [atom for i, atom in enumerate(have.numbers) if atom.name in have.names[:i]]
+    first = {atom.name: i for i, atom in reversed(list(enumerate(have.numbers)))}
+    unknown = [atom for atom in want.numbers if atom.name not in first]
+    twice = [atom for i, atom in enumerate(have.numbers) if first[atom.name] < i]
     if unknown or twice:
         text, atom = (target, unknown[0]) if unknown else (source, twice[0])
         at = text.find(str(atom)) if unknown else text.rfind(str(atom))
@@ -199,21 +202,27 @@ class _Reader:
         for label in path[:-1]:
             parents.append(parents[-1][label])
 
-        def rest(segment: int, at: int) -> tuple[tuple[int, int], ...] | None:
-            if segment == len(self.segments):
-                return () if at == len(path) else None
-            for size in self._sizes(self.segments[segment], path, at, parents):
-                tail = rest(segment + 1, at + size)
-                if tail is not None:
-                    return ((at, at + size), *tail)
-            return None
+        # Each (segment, place) is tried once: the segments after it end the same way, however it was reached.
+        tried: set[tuple[int, int]] = set()
+        ways: list[tuple[int, int, tuple[Any, ...]]] = [(0, 0, ())]
+        while ways:
+            at, place, trail = ways.pop()
+            if at == len(self.segments) and place == len(path):
+                return _unrolled(trail)
+            if at == len(self.segments) or (at, place) in tried:
+                continue
+            tried.add((at, place))
+            segment = self.segments[at]
+            if isinstance(segment, AnyPieces):
+                ways.append((at + 1, place, (trail, place)))
+                ways += [(at, place + 1, trail)] if place < len(path) else []
+            else:
+                stops = [place + size for size in self._sizes(segment, path, place, parents)]
+                ways += [(at + 1, stop, (trail, stop)) for stop in reversed(stops)]
+        return None
 
-        return rest(0, 0)
-
-    def _sizes(self, segment: Segment, path: tuple[Label, ...], at: int, parents: list[Names]) -> Iterable[int]:
+    def _sizes(self, segment: Quoted | Piece, path: tuple[Label, ...], at: int, parents: list[Names]) -> Sequence[int]:
         """How many labels a segment may take from here, most first."""
-        if isinstance(segment, AnyPieces):
-            return range(len(path) - at, -1, -1)
         if at == len(path):
             return ()
         if isinstance(segment, Quoted):
@@ -234,25 +243,27 @@ class _Reader:
         return self._places[key]
 
 
-def _groups(atoms: tuple[Atom, ...], text: str) -> list[tuple[Atom, str]] | None:
-    """Each wildcard of a piece with the text that it takes; None if the text does not match."""
-    found = expression(atoms).fullmatch(text)
-    wild = [atom for atom in atoms if not isinstance(atom, Literal)]
-    return None if found is None else list(zip(wild, found.groups(), strict=True))
+def _unrolled(trail: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:
+    """The range of each segment, from where the segments end, last to first."""
+    stops = []
+    while trail:
+        trail, stop = trail
+        stops.append(stop)
+    return tuple(pairwise((0, *reversed(stops))))
 
 
 def _numbers(piece: Piece, text: str) -> dict[str, str] | None:
     """The numbers that a piece captures, as written; None if the text does not match."""
-    found = _groups(piece.atoms, text)
+    found = taken(piece.atoms, text)
     numbers: dict[str, str] = {}
-    for atom, taken in found or ():
+    for atom, part in found or ():
         if isinstance(atom, Number):
             if (atom.factor, atom.shift) != (1, 0):  # occurs only in inverses
-                value, left = divmod(int(taken) - atom.shift, atom.factor)
+                value, left = divmod(int(part) - atom.shift, atom.factor)
                 if left or value < 0:
                     return None
-                taken = str(value)
-            numbers[atom.name] = taken
+                part = str(value)
+            numbers[atom.name] = part
     return None if found is None else numbers
 
 
@@ -262,29 +273,12 @@ def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
     As in a selector: `layers[...]` means the numbered children of `layers`; where there are none, the siblings
     `layers<number>`.
     """
-    at = next(i for i, atom in enumerate(piece.atoms) if isinstance(atom, Positions))
-    index = piece.atoms[at]
-    assert isinstance(index, Positions)
-    head, tail = piece.atoms[:at], piece.atoms[at + 1 :]
-    families: dict[str, dict[int, list[tuple[Label, ...]]]] = {}
-    if head and not tail:
-        for label, child in names.items():
-            if type(child) is not int and _groups(head, text_of(label)) is not None:
-                for inner in child:
-                    number = number_of(text_of(inner))
-                    if number is not None:
-                        families.setdefault(text_of(label), {}).setdefault(number, []).append((label, inner))
-    if not families:
-        for label in names:
-            found = _groups(piece.atoms, text_of(label))
-            if found is not None:
-                place = [i for i, atom in enumerate(piece.atoms) if not isinstance(atom, Literal)].index(at)
-                family = "\n".join(taken for i, (_, taken) in enumerate(found) if i != place)
-                families.setdefault(family, {}).setdefault(int(found[place][1]), []).append((label,))
+    (step,) = steps_of((piece,))
+    assert step.positions is not None
     out: dict[tuple[Label, ...], int] = {}
-    for members in families.values():
+    for _, members in families(names, step, {}):
         numbers = sorted(members)
-        for which, position in enumerate(_ordered(index, len(numbers))):
+        for which, position in enumerate(_ordered(step.positions, len(numbers))):
             out.update(dict.fromkeys(members[numbers[position]], which))
     return out
 
@@ -332,7 +326,7 @@ class _Writer:
         self,
         rule: Rename,
         path: tuple[Label, ...],
-        taken: Sequence[tuple[int, int]],
+        spans: Sequence[tuple[int, int]],
         reader: _Reader,
         joints: Sequence[str],
     ) -> None:
@@ -347,7 +341,7 @@ class _Writer:
         self.runs: list[tuple[int, int]] = []
         self.anys: list[tuple[int, int]] = []
         names, walked, begin = reader.names, 0, 0
-        for segment, (start, stop) in zip(rule.source.segments, taken, strict=True):
+        for segment, (start, stop) in zip(rule.source.segments, spans, strict=True):
             while walked < start:
                 names, walked = names[path[walked]], walked + 1
             if isinstance(segment, AnyPieces):
@@ -365,11 +359,11 @@ class _Writer:
             piece = Piece(piece.atoms[:-1])
         text = text_of(self.path[start])
         self.numbers |= _numbers(piece, text) or {}
-        for atom, taken in _groups(piece.atoms, text) or ():
+        for atom, part in taken(piece.atoms, text) or ():
             if isinstance(atom, Star):
-                self.stars.append(taken)
+                self.stars.append(part)
             elif isinstance(atom, Either):
-                options = ((i, _groups(option, taken)) for i, option in enumerate(atom.options))
+                options = ((i, taken(option, part)) for i, option in enumerate(atom.options))
                 which, found = next((i, found) for i, found in options if found is not None)
                 self.choices.append((which, [star for _, star in found]))
 

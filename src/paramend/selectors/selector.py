@@ -253,7 +253,7 @@ class Mask(Selector):
     def _find(self, leaves: Leaves) -> set[int]:
         if leaves.children(self.tree) is None and callable(self.tree):  # a callable object, not a tree
             return Predicate(self.tree)._find(leaves)
-        flags = dict(self._flags(self.tree, (), leaves))
+        flags = dict(self._flags(leaves))
         found: set[int] = set()
         used: set[tuple[str, ...]] = set()
         places = {number: self._place(leaves.index.pieces(number), flags) for number in leaves.index.numbers}
@@ -279,27 +279,26 @@ class Mask(Selector):
         """The part of a path that has a flag."""
         return next((path[:i] for i in range(len(path), -1, -1) if path[:i] in flags), None)
 
-    def _flags(
-        self, node: Any, path: tuple[str, ...], leaves: Leaves, above: tuple[int, ...] = ()
-    ) -> Iterator[tuple[tuple[str, ...], bool]]:
-        if isinstance(node, bool | np.bool_):
-            yield path, bool(node)
-            return
-        if id(node) in above:  # modules may refer to each other in a cycle
-            return
-        children = leaves.children(node)
-        if children is None:
-            where = write_path(path) or "its root"
-            array = backend_of(type(node)) is not None
-            raise BadArgument(
-                f"a tree of bools holds bools, and this one has {_described(node)} at {where}",
-                hint="the tree comes first, then the selector; of arrays of bools, say which leaves: .any()"
-                if array
-                else "",
-            )
-        for key, child in children:
-            below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
-            yield from self._flags(child, below, leaves, (*above, id(node)))
+    def _flags(self, leaves: Leaves) -> Iterator[tuple[tuple[str, ...], bool]]:
+        rest: list[tuple[Any, tuple[str, ...], tuple[int, ...]]] = [(self.tree, (), ())]
+        while rest:
+            node, path, above = rest.pop()
+            if isinstance(node, bool | np.bool_):
+                yield path, bool(node)
+                continue
+            if id(node) in above:  # modules may refer to each other in a cycle
+                continue
+            children = leaves.children(node)
+            if children is None:
+                where, array = write_path(path) or "its root", backend_of(type(node)) is not None
+                bools = "the tree comes first, then the selector; of arrays of bools, say which leaves: .any()"
+                raise BadArgument(
+                    f"a tree of bools holds bools, and this one has {_described(node)} at {where}",
+                    hint=bools if array else "",
+                )
+            for key, child in reversed(children):
+                below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
+                rest.append((child, below, (*above, id(node))))
 
 
 @dataclass(frozen=True)

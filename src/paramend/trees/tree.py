@@ -16,6 +16,7 @@ from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index, uncollected
+from paramend.leaves.nested import unexhausted
 from paramend.leaves.overlaps import overlapping, repeats, same
 from paramend.leaves.specs import Spec
 from paramend.trees.lookup import find_kind, is_torch_module, leaf_types
@@ -67,7 +68,8 @@ class Tree:
         self.boxes: dict[int, Any] = {}
         self._treedef: Any = None
         self._ties: Mapping[int, int] | None = None
-        self._structure: _Structure = self._compiled() or self._walked()
+        with unexhausted("the tree"):
+            self._structure: _Structure = self._compiled() or self._walked()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.root,)
@@ -80,7 +82,7 @@ class Tree:
             values, treedef = _jax_flatten()(self.root)
             key = (_landmarks(self.root), treedef, tuple(map(type, values)))
             structure = _structures.get(key)
-        except (TypeError, ValueError):  # keys that do not sort, static fields that do not hash
+        except (TypeError, ValueError, SystemError):  # keys that do not sort, static fields without hash, great depth
             return None
         if structure is None:
             structure = _structures.remember(key, self._compile(values, treedef))
@@ -191,6 +193,7 @@ class Tree:
             return labelled(self.root, iter(values), owners)
         return self._rebuilt(values, dict(enumerate(values)))
 
+    @unexhausted("the tree")
     def _rebuilt(self, values: Sequence[Any], changes: Mapping[int, Any]) -> Any:
         if self._structure.copier is not None:
             return self._structure.copier.copy(self.root, changes)

@@ -6,10 +6,17 @@ from itertools import islice, repeat
 from typing import Any
 
 from paramend.arrays.registry import backend_of
+from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index
+from paramend.leaves.nested import MAX_DEPTH
 from paramend.trees import builtin
 from paramend.trees.kind import ELIDED
 from paramend.trees.lookup import array_types, find_kind, leaf_types
+
+
+def too_deep() -> Unsupported:
+    """The error for a tree that is too deep."""
+    return Unsupported(f"the tree is nested more than {MAX_DEPTH} levels deep")
 
 
 class Walk:
@@ -20,11 +27,13 @@ class Walk:
         self.boxes: dict[int, Any] = {}
         self.tokens: list[Hashable] = []
 
-    def flatten(self, node: Any, above: tuple[int, ...]) -> None:
+    def flatten(self, node: Any, above: tuple[int, ...], depth: int = 0) -> None:
         kind = find_kind(node)
         if kind is None:
             self.values.append(node)
             return
+        if depth >= MAX_DEPTH and kind is not builtin.EMPTY:
+            raise too_deep()
         if kind.replace is not None:
             if id(node) in above:  # modules may refer to each other in a circle
                 return
@@ -38,7 +47,7 @@ class Walk:
             self.values.extend(children)
             return
         for child in children:
-            self.flatten(child, above)
+            self.flatten(child, above, depth + 1)
 
 
 class Namer:
@@ -101,12 +110,14 @@ class Namer:
         return dict(zip(node, numbers, strict=True))
 
     def enter(
-        self, node: Any, twin: Any, above: tuple[int, ...], parent: int = 0, key: Any = None
+        self, node: Any, twin: Any, above: tuple[int, ...], parent: int = 0, key: Any = None, depth: int = 0
     ) -> tuple[Any, tuple[Any, ...] | None]:
         """The names of the node (a leaf number, a dict of names, or None), and the containers in it."""
         kind = find_kind(node)
         if kind is None:
             return self.leaf(node, twin, parent, key), None
+        if depth >= MAX_DEPTH and kind is not builtin.EMPTY:
+            raise too_deep()
         if kind.replace is not None:
             if id(node) in above:
                 return None, None
@@ -132,7 +143,7 @@ class Namer:
             if type(child) in leaf_types:
                 entry = self.leaf(child, other, container, key)
             else:
-                entry, below = self.enter(child, other, above, container, key)
+                entry, below = self.enter(child, other, above, container, key, depth + 1)
                 if below is not None:
                     inner.append((key, below))
             if key is ELIDED:

@@ -18,7 +18,7 @@ from paramend.disk.io import write_file
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
 from paramend.formats.files import OpenFile
 from paramend.formats.jsontext import bad, parse_object
-from paramend.formats.limits import U64, shown
+from paramend.formats.limits import MAX_AXES, U64, shown
 from paramend.leaves.specs import BITS, Array, Spec
 
 Box = tuple[slice, ...]
@@ -337,6 +337,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _shape(value: Any, file: str, place: str) -> tuple[int, ...]:
     if type(value) is not list or any(type(axis) is not int or not 0 <= axis < U64 for axis in value):
         raise bad(file, place, "an array of whole numbers is expected")
+    if len(value) > MAX_AXES:
+        raise bad(file, place, f"{len(value):,} axes are too many")
     elements = 1
     for axis in value:
         elements *= axis

@@ -127,7 +127,7 @@ def _cut(
     """The values of a leaf chunk by chunk, each with its box."""
     dtype, rest = numpy_dtype(spec.dtype), memoryview(b"")
     grid = [range(0, length, chunk) for length, chunk in zip(spec.shape, chunks, strict=True)]
-    for corner in np.ndindex(*map(len, grid)):
+    for corner in np.ndindex(*map(len, grid)) if spec.size else ():
         starts = [axis[n] for axis, n in zip(grid, corner, strict=True)]
         box = tuple(
             slice(start, min(start + chunk, length))

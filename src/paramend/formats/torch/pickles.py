@@ -14,6 +14,8 @@ from paramend.errors import BadCheckpoint
 
 # Larger integers, in bytes, take longer to print than to read.
 _MAX_INTEGER = 255
+# Tuples can be made to collide as keys, unlike text: then the time grows with the square of their number.
+_MAX_TUPLES = 10_000
 _COPIED = frozenset({str, bytes, bytearray, list, tuple, dict, OrderedDict, set})
 
 
@@ -104,6 +106,7 @@ class _Machine:
         below: the stacks under it, one for each open mark.
         memo: remembered values by key. A dict, so that a huge key takes no room.
         done: whether the end has been reached.
+        tuples: how many keys are tuples.
         room: how much more calls may copy, because one remembered list can be passed to many calls.
     """
 
@@ -115,6 +118,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.done = False
         self.room = 1_000_000 + 4 * len(data)
+        self.tuples = 0
 
     def take(self, length: int) -> bytes:
         """The next bytes of the pickle."""
@@ -188,7 +192,7 @@ class _Machine:
             raise Flaw("the last key has no value")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if type(key) is not str:
-                check_key(key)
+                self.check_key(key)
             target[key] = value
 
     def extend(self, values: list[Any]) -> None:
@@ -202,8 +206,14 @@ class _Machine:
         if type(target) is not set:
             raise Flaw(f"values can be added to a set, not to {_kind(target)}")
         for value in values:
-            check_key(value)
+            self.check_key(value)
             target.add(value)
+
+    def check_key(self, key: Any) -> None:
+        self.tuples += type(key) is tuple
+        if self.tuples > _MAX_TUPLES:
+            raise Flaw(f"more than {_MAX_TUPLES:,} keys are tuples")
+        check_key(key)
 
     def find(self, module: str, name: str) -> None:
         module = {"__builtin__": "builtins"}.get(module, module)
@@ -224,7 +234,7 @@ class _Machine:
             raise Flaw(f"{function if type(function) is Name else _kind(function)} cannot be called")
         if type(arguments) is not tuple:
             raise Flaw(f"the arguments of {function.text} are {_kind(arguments)}, not a tuple")
-        self.spend(*arguments)
+        self.spend(arguments, *arguments)
         try:
             self.stack.append(function.call(*arguments))
         except TypeError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from paramend.formats.limits import MAX_AXES
 from paramend.formats.torch.pickles import Flaw, Name
 from paramend.leaves.specs import BITS, Spec, kind_of
 
@@ -52,7 +53,6 @@ _LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "
 _SCHEMES = ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric", "channel_affine_float_qparams")
 _NUMPY_CODES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])
 _I63 = 2**63
-_MAX_AXES = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,7 +219,7 @@ def _whole(value: Any, what: str) -> int:
 def _wholes(values: Any, what: str) -> tuple[int, ...]:
     if type(values) is not tuple:
         raise Flaw(f"{what} must be a tuple of whole numbers")
-    if len(values) > _MAX_AXES:
+    if len(values) > MAX_AXES:
         raise Flaw(f"a tensor of {len(values):,} axes")
     for value in values:
         _whole(value, what)
@@ -269,7 +269,7 @@ def _rebuild_quantized(
 
 
 def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
-    parts = [part for part in data if type(part) is Tensor] if type(data) is tuple else []
+    parts = [part for part in data if type(part) is Tensor and not part.parts] if type(data) is tuple else []
     shapes = [part for part in data if type(part) is tuple] if parts else []
     if len(data) > 5 or len(shapes) != 1 or type(layout) is not Name:
         raise Flaw("a sparse tensor of an unknown kind")
@@ -280,7 +280,7 @@ def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
 
 
 def _rebuild_nested(buffer: Any, *tables: Any) -> Tensor:
-    if type(buffer) is not Tensor or not all(type(table) is Tensor for table in tables):
+    if not all(type(part) is Tensor and not part.parts for part in (buffer, *tables)) or len(tables) > MAX_AXES:
         raise Flaw("a nested tensor of an unknown kind")
     sealed = "it is a nested tensor: its bytes can only be copied"
     return Tensor(buffer.shape, buffer.stride, buffer.dtype, sealed=sealed, parts=(buffer, *tables))

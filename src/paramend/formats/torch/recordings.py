@@ -7,15 +7,16 @@ entries may be added, removed and replaced: containers are plain, and a tensor i
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.torch.pickles import Flaw, Name, Vocabulary
+from paramend.leaves.nested import MAX_DEPTH
 
-# Deeper values would exhaust the stack of the writer.
-_DEPTH = 200
+# Deeper values would exhaust the stack of those who read the file.
+_DEPTH = 3 * MAX_DEPTH
 
 
 class Rebuilt:
@@ -109,8 +110,22 @@ def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str
     Raises:
         BadCheckpoint: a value contains itself, or is nested too deeply.
     """
-    writer = _Pickler(leaves or {}, set() if used is None else used)
-    return b"\x80\x02" + b"".join(writer.parts(root, 0)) + b"."
+    return b"\x80\x02" + b"".join(_Pickler(leaves or {}, set() if used is None else used).run(root)) + b"."
+
+
+# What is still to be written: values, bytes, and `_Done` where a value ends.
+_Parts = list[Any]
+
+
+class _Raw(bytes):
+    """Instructions of the pickle, not a value."""
+
+
+class _Done(NamedTuple):
+    """The end of a value: it is remembered, if it can be only now, and no longer open."""
+
+    node: Any
+    keep: bool = True
 
 
 class _Pickler:
@@ -121,93 +136,78 @@ class _Pickler:
         self.memo: dict[Any, tuple[int, Any]] = {}
         self.open: set[int] = set()
 
-    def parts(self, node: Any, depth: int) -> Iterator[bytes]:
-        kind = type(node)
-        if kind is np.ndarray:
-            node = self.leaves[int(node)]
+    def run(self, root: Any) -> Iterator[bytes]:
+        """The instructions, in order, from a stack of what is left to write."""
+        rest: _Parts = [root]
+        while rest:
+            node = rest.pop()
             kind = type(node)
-        write = _PLAIN.get(kind)
-        if write is not None:
-            yield write(node)
-            return
-        known = self.memo.get(node if kind is str else id(node))
-        if known is not None:
-            yield _place(known[0], b"h", b"j")
-            return
-        if depth > _DEPTH or id(node) in self.open:
-            raise BadCheckpoint("the pickle holds values that contain themselves, or are nested too deeply")
-        yield from self._PARTS[kind](self, node, depth + 1)
+            if kind is np.ndarray:
+                node = self.leaves[int(node)]
+                kind = type(node)
+            write = _PLAIN.get(kind)
+            if kind is _Raw:
+                yield node
+            elif kind is _Done:
+                self.open.discard(id(node.node))
+                if node.keep:
+                    yield self.keep(node.node)
+            elif write is not None:
+                yield write(node)
+            elif (known := self.memo.get(node if kind is str else id(node))) is not None:
+                yield _place(known[0], b"h", b"j")
+            elif id(node) in self.open or len(self.open) > _DEPTH:
+                raise BadCheckpoint("the pickle holds values that contain themselves, or are nested too deeply")
+            else:
+                rest += reversed(self._PARTS[kind](self, node))
 
     def keep(self, node: Any) -> bytes:
         number = len(self.memo)
         self.memo[node if type(node) is str else id(node)] = (number, node)
         return _place(number, b"q", b"r")
 
-    def _text(self, node: str, depth: int) -> Iterator[bytes]:
+    def within(self, node: Any, parts: _Parts, *, keep: bool = True) -> _Parts:
+        """The parts of a value during which it is open: until then it cannot be referred to."""
+        self.open.add(id(node))
+        return [*parts, _Done(node, keep)]
+
+    def _text(self, node: str) -> _Parts:
         encoded = node.encode()
-        yield b"X" + struct.pack("<I", len(encoded)) + encoded + self.keep(node)
+        return [_Raw(b"X" + struct.pack("<I", len(encoded)) + encoded + self.keep(node))]
 
-    def _mapping(self, node: Mapping[Any, Any], depth: int) -> Iterator[bytes]:
-        yield (b"}" if type(node) is dict else b"ccollections\nOrderedDict\n)R") + self.keep(node)
-        if node:
-            yield b"("
-            for key, child in node.items():
-                yield from self.parts(key, depth)
-                yield from self.parts(child, depth)
-            yield b"u"
+    def _mapping(self, node: Mapping[Any, Any]) -> _Parts:
+        first = (b"}" if type(node) is dict else b"ccollections\nOrderedDict\n)R") + self.keep(node)
+        entries = [part for pair in node.items() for part in pair]
+        parts = [_Raw(first), *([_Raw(b"("), *entries, _Raw(b"u")] if node else [])]
         if type(node) is OrderedDict and vars(node):
-            yield from self.parts(vars(node), depth)
-            yield b"b"
+            parts += [vars(node), _Raw(b"b")]
+        return self.within(node, parts, keep=False)
 
-    def _list(self, node: list[Any], depth: int) -> Iterator[bytes]:
-        yield b"]" + self.keep(node)
-        if node:
-            yield b"("
-            for child in node:
-                yield from self.parts(child, depth)
-            yield b"e"
+    def _list(self, node: list[Any]) -> _Parts:
+        first = _Raw(b"]" + self.keep(node))
+        return self.within(node, [first, *([_Raw(b"("), *node, _Raw(b"e")] if node else [])], keep=False)
 
-    def _tuple(self, node: tuple[Any, ...], depth: int) -> Iterator[bytes]:
-        if not node:
-            yield b")"
-            return
-        self.open.add(id(node))
-        yield b"("
-        for child in node:
-            yield from self.parts(child, depth)
-        yield b"t" + self.keep(node)
-        self.open.remove(id(node))
+    def _tuple(self, node: tuple[Any, ...]) -> _Parts:
+        return self.within(node, [_Raw(b"("), *node, _Raw(b"t")]) if node else [_Raw(b")")]
 
-    def _made(self, node: Rebuilt, depth: int) -> Iterator[bytes]:
-        self.open.add(id(node))
-        yield _name(node.function)
-        yield from self.parts(node.arguments, depth)
-        yield b"R" + self.keep(node)
-        self.open.remove(id(node))
-        if node.state is not None:
-            yield from self.parts(node.state, depth)
-            yield b"b"
+    def _made(self, node: Rebuilt) -> _Parts:
+        call = self.within(node, [_Raw(_name(node.function)), node.arguments, _Raw(b"R")])
+        return call if node.state is None else [*call, node.state, _Raw(b"b")]
 
-    def _stored(self, node: StorageRef, depth: int) -> Iterator[bytes]:
+    def _stored(self, node: StorageRef) -> _Parts:
         self.used.add(node.key)
-        yield b"("
-        for child in ("storage", *node.reference):
-            yield from self.parts(child, depth)
-        yield b"tQ"
+        return [_Raw(b"("), "storage", *node.reference, _Raw(b"tQ")]
 
     # The protocol has no instructions for these types: calls make them.
 
-    def _set(self, node: set[Any], depth: int) -> Iterator[bytes]:
-        yield from self._made(Rebuilt(Name("builtins.set"), (sorted(node, key=repr),)), depth)
-        yield self.keep(node)
+    def _set(self, node: set[Any]) -> _Parts:
+        return [Rebuilt(Name("builtins.set"), (sorted(node, key=repr),)), _Done(node)]
 
-    def _bytes(self, node: bytes | bytearray, depth: int) -> Iterator[bytes]:
-        text = node.decode("latin1")
+    def _bytes(self, node: bytes | bytearray) -> _Parts:
         name = "_codecs.encode" if type(node) is bytes else "builtins.bytearray"
-        yield from self._made(Rebuilt(Name(name), (text, "latin1")), depth)
-        yield self.keep(node)
+        return [Rebuilt(Name(name), (node.decode("latin1"), "latin1")), _Done(node)]
 
-    _PARTS: Mapping[type, Callable[["_Pickler", Any, int], Iterator[bytes]]] = {
+    _PARTS: Mapping[type, Callable[["_Pickler", Any], _Parts]] = {
         str: _text,
         dict: _mapping,
         OrderedDict: _mapping,

@@ -6,7 +6,7 @@ directory and the pickle; storages are read on demand.
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,21 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
-from paramend.formats.limits import MAX_PIECES, shown
+from paramend.formats.limits import shown
 from paramend.formats.source import check_readable
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
+from paramend.formats.torch.structure import Walk, children_of, like
 from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
-from paramend.leaves.leaves import Index
+from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.overlaps import share
-from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 MAX_PICKLE = 256_000_000
-_MAX_DEPTH = 100
-_CONTAINERS = (dict, OrderedDict, list, tuple)
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 WRITER = TorchWriter()
@@ -78,7 +76,7 @@ class TorchFile(ZipSource):
             self.archive = Archive(self._file)
             self._root = _root(self.archive)
             self._structure = self._unpickled()
-            walk = _Walk(self._structure, self.path, room=self._pickle.nbytes)
+            walk = Walk(self._structure, self.path, room=self._pickle.nbytes)
         except BaseException:
             self.close()
             raise
@@ -100,21 +98,12 @@ class TorchFile(ZipSource):
         """
         numbers = iter(range(len(self.tensors)))
 
-        def build(node: Any) -> Any:
+        def close(node: Any, made: list[Any]) -> Any:
             if type(node) is Tensor:
                 return leaf(next(numbers))
-            if type(node) is OrderedDict:
-                made = OrderedDict((key, build(child)) for key, child in node.items())
-                for name, value in vars(node).items():
-                    setattr(made, name, value)
-                return made
-            if type(node) is dict:
-                return {key: build(child) for key, child in node.items()}
-            if type(node) in (list, tuple):
-                return type(node)(build(child) for child in node)
-            return node
+            return like(node, made, vars(node) if type(node) is OrderedDict else {})
 
-        return build(self._structure)
+        return folded(self._structure, children_of, close)
 
     def recorded(self) -> tuple[Any, list[Any]]:
         """The content of the pickle in a form that can be written again: see `paramend.formats.torch.recordings`.
@@ -125,25 +114,27 @@ class TorchFile(ZipSource):
         """
         calls: list[Any] = []
 
-        def build(node: Any, seen: Any) -> Any:
+        def children(pair: tuple[Any, Any]) -> Iterable[tuple[Any, Any]]:
+            node, seen = pair
+            if type(seen) is Rebuilt and isinstance(node, dict):  # a counter, whose entries are in its call
+                seen = seen.arguments[0] if seen.arguments else {}
+            fits = isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node))
+            return zip(children_of(node), children_of(seen), strict=True) if fits else ()
+
+        def close(pair: tuple[Any, Any], made: list[Any]) -> Any:
+            node, seen = pair
             if type(node) is Tensor:
                 calls.append(seen)
                 return np.array(len(calls) - 1)
-            if type(seen) is Rebuilt and isinstance(node, dict):  # a counter, whose entries are in its call
-                return Rebuilt(seen.function, (build(node, seen.arguments[0]),)) if seen.arguments else seen
-            if isinstance(node, dict):
-                pairs = zip(node.items(), seen.values(), strict=True)
-                entries = type(node)((key, build(child, other)) for (key, child), other in pairs)
-                if type(node) is OrderedDict:
-                    vars(entries).update(vars(seen))
-                return entries
-            if type(node) in (list, tuple) and type(seen) is type(node):
-                return type(node)(build(*pair) for pair in zip(node, seen, strict=True))
+            if type(seen) is Rebuilt and isinstance(node, dict):
+                return Rebuilt(seen.function, (like(node, made, {}),)) if seen.arguments else seen
+            if isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node)):
+                return like(node, made, vars(seen) if type(node) is OrderedDict else {})
             return seen
 
         words = Recorder(TorchWords({}))
         seen = unpickle(self.archive.read(self._pickle.name), words, file=str(self.path), place="data.pkl")
-        return build(self._structure, seen), calls
+        return folded((self._structure, seen), children, close), calls
 
     def member(self, number: int) -> Member | None:
         """The member of the zip that holds the elements of a leaf; None if they are in several, or nowhere."""
@@ -333,96 +324,10 @@ def _root(archive: Archive) -> str:
     return root
 
 
-# ---- the tree ------------------------------------------------------------------------------------------------
-
-
-class _Walk:
-    """The leaves of a structure, found in one walk that is bounded in depth and length.
-
-    Containers may be in several places, but not within themselves.
-
-    Attributes:
-        index: the names.
-        tensors: by number.
-        ties: number → the first number of the same tensor, where several are the same.
-        others: path → what neither is nor holds a tensor; lists of plain values are kept whole.
-    """
-
-    def __init__(self, root: Any, path: Path, *, room: int) -> None:
-        self.index = Index(".")
-        self.tensors: list[Tensor] = []
-        self.ties: dict[int, int] = {}
-        self.others: dict[str, Any] = {}
-        self._file = path
-        self._first: dict[tuple[Any, ...], int] = {}
-        # The number of keys on the way to entries is bounded by this, unless shared containers are in many places.
-        self._room = 200_000 + 4 * room
-        self._open: set[int] = set()
-        self._trail: list[Any] = []
-        if type(root) is Tensor:
-            self._visit({"": root}, self.index.names, 0)
-        elif type(root) in _CONTAINERS:
-            self._visit(root, self.index.names, 0)
-        else:
-            self.others[""] = root
-
-    def _visit(self, node: Any, names: dict[Any, Any] | None, pieces: int) -> None:
-        if id(node) in self._open:
-            raise self._bad("it contains itself")
-        if len(self._open) >= _MAX_DEPTH:
-            raise self._bad(f"containers are nested more than {_MAX_DEPTH} levels deep")
-        self._open.add(id(node))
-        self._room -= len(node) * len(self._open)
-        if self._room < 0:
-            raise BadCheckpoint(f"{self._file}: data.pkl: the same containers are in too many places")
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            kind = type(child)
-            self._trail.append(key)
-            below = pieces + (key.count(".") + key.count("/") if type(key) is str else 0) + 1
-            if below > MAX_PIECES:
-                raise self._bad(f"the name has more than {MAX_PIECES} pieces")
-            if kind is Tensor:
-                if names is not None:
-                    self._leaf(names, key, child)
-            elif _is_plain(child):
-                if names is not None:
-                    self.others[self._path()] = child
-            else:
-                inner: dict[Any, Any] | None = None if names is None else {}
-                self._visit(child, inner, below)
-                if inner and names is not None:
-                    self.index.add(names, key, inner)
-            self._trail.pop()
-        if type(node) is OrderedDict and vars(node):
-            self._visit(vars(node), None, pieces)  # there are no leaves, but depth and length count
-        self._open.remove(id(node))
-
-    def _leaf(self, names: dict[Any, Any], key: Any, tensor: Tensor) -> None:
-        flaw = tensor.flaw()
-        if flaw:
-            raise self._bad(flaw)
-        number = len(self.tensors)
-        self.tensors.append(tensor)
-        self.index.numbers.append(number)
-        self.index.add(names, key, number)
-        same: tuple[Any, ...] = (id(tensor),)
-        if tensor.storage is not None:
-            same = (tensor.storage.key, tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
-            same += (tensor.conj, tensor.neg, tensor.sealed)
-        first = self._first.setdefault(same, number)
-        if first != number:
-            self.ties[first] = self.ties[number] = first
-
-    def _path(self) -> str:
-        return write_path([label for key in self._trail for label in labels(key)], ".")
-
-    def _bad(self, reason: str) -> BadCheckpoint:
-        place = shown(self._path())
-        return BadCheckpoint(f"{self._file}: data.pkl, {place}: {reason}")
-
-
-def _is_plain(node: Any) -> bool:
-    """Whether it is not a container, is empty, or is a list of plain values."""
-    if type(node) in (list, tuple):
-        return not any(type(child) in _CONTAINERS or type(child) is Tensor for child in node)
-    return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
+def _share(a: Array, b: Array) -> bool:
+    """Whether two views share an element; assumed if that is too hard to decide."""
+    work: Any = 100_000
+    try:
+        return np.shares_memory(a, b, max_work=work)
+    except np.exceptions.TooHardError:
+        return True

@@ -4,7 +4,7 @@ The pickle holds only names that `torch.load(weights_only=True)` allows.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from paramend.errors import RenameClash
@@ -123,15 +123,27 @@ def retargeted(made: Rebuilt, spec: Spec, key: str) -> Rebuilt:
         spec: the new shape and dtype.
         key: the key of the member that holds the new elements.
     """
+    around: list[Callable[[Rebuilt], Rebuilt]] = []
+    while (wrapper := _wrapper(made, spec)) is not None:
+        made, again = wrapper
+        around.append(again)
+    storage, *more = made.arguments
+    grad, hooks = (*more[3:5], False, None)[:2]
+    made = tensor(spec, key, device=storage.reference[2], grad=grad, hooks=hooks)
+    for again in reversed(around):
+        made = again(made)
+    return made
+
+
+def _wrapper(made: Rebuilt, spec: Spec) -> tuple[Rebuilt, Callable[[Rebuilt], Rebuilt]] | None:
+    """What a call makes of the result of another: that other one, and how to make it again; None for a tensor."""
     arguments = made.arguments
     if made.function.text == "torch._tensor._rebuild_from_type_v2":
         function, kind, inner, state = arguments
-        found = retargeted(Rebuilt(function, inner), spec, key)
-        return Rebuilt(made.function, (found.function, kind, found.arguments, state))
+        new = made.function
+        return Rebuilt(function, inner), lambda found: Rebuilt(new, (found.function, kind, found.arguments, state))
     if made.function.text.startswith("torch._utils._rebuild_parameter"):
         data, grad, *more = arguments
-        grad = bool(grad) and kind_of(spec.dtype) in ("float", "complex")
-        return Rebuilt(made.function, (retargeted(data, spec, key), grad, *more))
-    storage, *more = arguments
-    grad, hooks = (*more[3:5], False, None)[:2]
-    return tensor(spec, key, device=storage.reference[2], grad=grad, hooks=hooks)
+        grad, outer = bool(grad) and kind_of(spec.dtype) in ("float", "complex"), made.function
+        return data, lambda found: Rebuilt(outer, (found, grad, *more))
+    return None
