@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from paramend.anatomy import families, sections
+from paramend.anatomy.families import modules_of
+from paramend.anatomy.layers import Move, followed
 from paramend.edits.call import Call
 from paramend.errors import BadArgument
-from paramend.growth import configs, families, identities, numbered
+from paramend.growth import identities, numbered
 from paramend.growth.depth import Order, order_of
-from paramend.growth.families import modules_of
 from paramend.growth.numbered import Layers
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.leaves import Editable
@@ -29,10 +31,19 @@ class DepthPlan:
         runs: its layers.
         order: the order of the new ones.
         config: the new configuration; None if there is none.
+        moves: how the layers of each run move in it.
         said: a description of its changes.
     """
 
-    def __init__(self, tree: Editable, layers: Any, order: Any, identity: Any, config_at: ConfigAt) -> None:
+    def __init__(
+        self,
+        tree: Editable,
+        layers: Any,
+        order: Any,
+        identity: Any,
+        config_at: ConfigAt,
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
         if layers is not None and not isinstance(layers, str):
             text = getattr(layers, "text", None)
             if text is None:
@@ -45,14 +56,36 @@ class DepthPlan:
         self.config: dict[str, Any] | None = None
         self.said: list[str] = []
         config = config_at(self.runs[0].parent)
+        self.moves = [self._move(run, given) for run in self.runs]
         if config:
-            self.config, self.said = configs.configured(config, self.order, self.runs[0].parent)
-            if not self.said:
-                self.said = [f"not changed: nothing in it counts {wording.plural(count, 'layer')}"]
+            self.config = dict(config)
+            for move in self.moves:
+                self.config, said = followed(self.config, move)
+                self.said += said
+            if not self.said and not sections.sections_of(config, self.moves[0].n, self.moves[0].where):
+                self.said = [f"not changed: nothing in it counts {wording.plural(self.moves[0].n, 'layer')}"]
+        elif given:
+            raise BadArgument(f"config={dict(given)!r} is given, and there is no configuration beside the weights")
         self.family = ""
         self.strict = True
-        self.rules = self._rules(identity, configs.model_type(config, count, self.runs[0].parent) if config else None)
+        self.rules = self._rules(identity, self._model_type(config))
         self._check_rules()
+
+    def _move(self, run: Layers, given: Mapping[str, Any] | None) -> Move:
+        """How the layers of a run move, for the configuration."""
+        sources, n = run.whole(self.order)
+        numbers = (*run.before, *run.numbers, *run.after)[:n]
+        depth, shapes = len(run.parent) + 1, dict[int, dict[tuple[str, ...], object]]()
+        for leaf in self.tree.index.numbers:
+            pieces = self.tree.index.pieces(leaf)
+            number = run.place(pieces)
+            if number is not None:
+                shapes.setdefault(number, {})[pieces[depth:]] = self.tree.spec(leaf).shape
+        leaves = [shapes.get(number, {}) for number in numbers] if run.step == 1 else None
+        return Move(run.parent, sources, n, numbers[0], len(run.blocks), given, leaves)
+
+    def _model_type(self, config: Mapping[str, Any] | None) -> str | None:
+        return sections.model_type(config, self.moves[0].n, self.moves[0].where) if config else None
 
     def _rules(self, identity: Any, model_type: str | None) -> list[dict[int, Any]]:
         """For each run of layers, old layer → the rules that make its copy the identity."""

@@ -252,9 +252,10 @@ def _families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[
         if role is _NO_ROLE:
             continue
         if role.heads and type(child) is not int:
+            end = getattr(child, "layers", None)
             for inner, grandchild in child.items():
                 number = number_of(text_of(inner))
-                if number is not None:
+                if number is not None and (end is None or number < end):
                     children.setdefault(text_of(label), {}).setdefault(number, []).append(grandchild)
         if role.number is not None:
             siblings.setdefault(role.family, {}).setdefault(role.number, []).append(child)

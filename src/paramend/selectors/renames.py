@@ -270,9 +270,10 @@ def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
     if head and not tail:
         for label, child in names.items():
             if type(child) is not int and _groups(head, text_of(label)) is not None:
+                end = getattr(child, "layers", None)
                 for inner in child:
                     number = number_of(text_of(inner))
-                    if number is not None:
+                    if number is not None and (end is None or number < end):
                         families.setdefault(text_of(label), {}).setdefault(number, []).append((label, inner))
     if not families:
         for label in names:
@@ -308,7 +309,7 @@ def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
             child
             for parent in parents
             for label, child in parent.items()
-            if text_of(label) == text and type(child) is dict
+            if text_of(label) == text and type(child) is not int
         ]
     found = [(place, which) for parent in parents for place, which in _positions(parent, pick.piece).items()]
     chosen = sorted({tuple(map(text_of, place)) for place, which in found if pick.which in (None, which)})

@@ -1,0 +1,102 @@
+"""Moves of layers: which layer goes where, and whether it has the leaves that its new place must have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from paramend.anatomy.entries import Names
+from paramend.errors import Unsupported
+from paramend.reports import wording
+
+Shapes: TypeAlias = Mapping[tuple[str, ...], object]  # path of a leaf within a layer → its shape
+
+_FIRST = frozenset({"relative_attention_bias"})  # T5 reads it in the first block, for all of them
+
+
+@dataclass(frozen=True)
+class Move:
+    """How the layers at a path change.
+
+    Attributes:
+        where: their path in the model.
+        sources: for each new layer the old one that it is made of, from 0.
+        n: how many layers there were.
+        first: the number of the first of them.
+        blocks: how many blocks that predict further tokens follow them.
+        given: key → value, as the user wants them in the outcome; dots lead into sections.
+        leaves: for each old layer, path of a leaf within it → its shape; None if it is not known.
+    """
+
+    where: Sequence[str]
+    sources: Sequence[int]
+    n: int
+    first: int = 0
+    blocks: int = 0
+    given: Mapping[str, Any] | None = None
+    leaves: Sequence[Shapes] | None = None
+
+    @property
+    def trivial(self) -> bool:
+        """Whether all layers stay where they are."""
+        return list(self.sources) == list(range(self.n))
+
+    def names(self) -> Names:
+        """The names of modules in these layers."""
+        to: dict[int, list[int]] = {number: [] for number in range(self.first, self.first + self.n)}
+        for target, source in enumerate(self.sources):
+            to[self.first + source].append(self.first + target)
+        shift = len(self.sources) - self.n
+        to |= {self.first + self.n + block: [self.first + self.n + block + shift] for block in range(self.blocks)}
+        return Names(self.where, to)
+
+    def holds(self, place: Sequence[str], key: str) -> bool:
+        """Whether the user gave the value of a key in a section."""
+        return any(name in (key, ".".join((*place, key))) for name in self.given or ())
+
+
+def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
+    """Check that each layer has the leaves that its new place must have.
+
+    Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
+    say tells them apart by their places: then each place must get the leaves that it had.
+
+    Args:
+        move: how the layers move.
+        kinds: for each old layer, all that the configuration says of it alone.
+
+    Raises:
+        Unsupported: a layer has other leaves than its new place had.
+    """
+    if move.leaves is None or move.given is not None or move.trivial:
+        return
+    leaves = [{path: shape for path, shape in layer.items() if not _FIRST & set(path)} for layer in move.leaves]
+    first = sorted({name for path in move.leaves[0] for name in _FIRST & set(path)})
+    elsewhere = any(_FIRST & set(path) for layer in move.leaves[1:] for path in layer)
+    if first and not elsewhere and move.sources[0] != 0:
+        raise Unsupported(
+            f"{first[0]} is in the first of {'/'.join(move.where)} alone, and all layers use it, so that one must "
+            "stay first",
+            hint=f"an order that begins with 0: order={[0, *move.sources]}",
+        )
+    for target, source in enumerate(move.sources):
+        if target == source:
+            continue
+        alike = [layer for layer in range(move.n) if kinds[layer] == kinds[source]]
+        usual = max((leaves[layer] for layer in alike), key=[leaves[layer] for layer in alike].count)
+        wanted = leaves[target] if target < move.n and target in alike else usual
+        if leaves[source] != wanted:
+            raise _misplaced(move, target, source, leaves[source], wanted)
+
+
+def _misplaced(move: Move, target: int, source: int, has: Shapes, wants: Shapes) -> Unsupported:
+    def told(paths: set[tuple[str, ...]]) -> str:
+        return wording.listing(sorted(".".join(path) for path in paths), 3)
+
+    more, less = set(has) - set(wants), set(wants) - set(has)
+    what = [f"more: {told(more)}"] * bool(more) + [f"less: {told(less)}"] * bool(less)
+    what = what or [f"of other shapes: {told({path for path in has if has[path] != wants[path]})}"]
+    return Unsupported(
+        f"layer {source} of {'/'.join(move.where)} would become layer {target}, and has other leaves than one there "
+        f"({'; '.join(what)}): the configuration does not say which layers have them",
+        hint="config={} moves it all the same; config={key: value} says what the outcome's configuration gets",
+    )
