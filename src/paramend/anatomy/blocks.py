@@ -1,4 +1,4 @@
-"""Blocks that predict further tokens: a configuration counts them apart, and their numbers follow those of the layers."""
+"""Blocks that predict further tokens: configurations count them apart, and their numbers follow those of layers."""
 
 from collections.abc import Iterator
 from pathlib import Path

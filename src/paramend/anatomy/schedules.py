@@ -299,9 +299,7 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
     "qwen3_next": (_LINEAR_EVERY,),
     "qwen3_omni_moe_talker_code_predictor": (_WINDOWED,),
     "qwen4_exp_text": (Schedule(_every(INDEXED, LINEAR), {"full_attention_interval": 4}, "layer_types"),),
-    "recurrent_gemma": (
-        Schedule(lambda i, n: "attention" if (i + 1) % 3 == 0 else "recurrent", {}, "block_types"),
-    ),
+    "recurrent_gemma": (Schedule(lambda i, n: "attention" if (i + 1) % 3 == 0 else "recurrent", {}, "block_types"),),
     "sapiens2": (
         _told(
             lambda i, n, first, last: i < first or i >= n - last,

@@ -88,16 +88,16 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
     multiple=True,
     callback=_given,
     metavar="KEY=VALUE",
-    help="What config.json says in OUT, where that is not to follow from the order; VALUE is JSON, dots in KEY lead into "
-    "parts; may be repeated. With it, or with --set none, layers also go to places that had other leaves.",
+    help="What config.json says in OUT, where that is not to follow from the order; VALUE is JSON, dots in KEY lead "
+    "into parts; may be repeated. With it, or with --set none, layers also go to places that had other leaves.",
 )
 @makes("what each layer would be made of")
 def deepen(path: Path, layers: str | None, identity: Any, config: dict[str, Any] | None, **options: Any) -> None:
     """Write the model in PATH with its layers repeated, left out, or in another order.
 
     With --blocks the new layers are the identity: the model computes what it did, and has more to train. With the other
-    orders it computes something else. config.json follows: the number of layers, and what it says of single layers. Kinds
-    of layers that it tells by their numbers are written out, and where it cannot say them, the order is refused.
+    orders it computes something else. config.json follows: the number of layers, and what it says of single layers.
+    Kinds of layers that it tells by their numbers are written out; where it cannot say them, the order is refused.
 
     Exit status: 0 done; 2 an unreadable or damaged file, an order that does not fit, a family in which no layer can be
     the identity, or an OUT that cannot be written.

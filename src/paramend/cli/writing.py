@@ -49,11 +49,12 @@ def carry_out(
         page: where to write the report as an HTML page.
     """
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
+    said: tuple[str, ...] = ()
     if out is not None:
-        check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+        said = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size).said
     if dry_run or out is None:
         data |= made.to_dict() if as_json else {}
-        done = "dry run: nothing was written"
+        done = "\n".join(("dry run: nothing was written", *said))
     else:
         with _ui.bar(f"writing {Path(out).name}") as progress:
             report = write(

@@ -54,6 +54,7 @@ class RewriteReport(Report):
         files: the files of a directory that was written.
         left_out: files of a directory that were not copied, each with the reason.
         record: where a record of what was done was written; "" if none was.
+        said: what is to be said of files beside the weights, such as what a configuration still counts.
     """
 
     source: str
@@ -65,6 +66,7 @@ class RewriteReport(Report):
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     record: str = ""
+    said: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plan", self.plan.told())
@@ -79,12 +81,13 @@ class RewriteReport(Report):
 
     @property
     def summary(self) -> str:
-        """What was written, in one line, and what was left out in another."""
+        """What was written, in one line, and what was left out, and is to be said of other files, in further ones."""
         copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
+        said = "".join(f"\n{line}" for line in self.said)
         record = ", with a record of edits" if self.record else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}{said}"
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"
@@ -102,6 +105,8 @@ class RewriteReport(Report):
             data |= {"bytes_linked": self.bytes_linked, "files": list(self.files)}
         if self.files or self.left_out:
             data["left_out"] = list(self.left_out)
+        if self.said:
+            data["said"] = list(self.said)
         if self.record:
             data["record"] = self.record
         return data
@@ -157,7 +162,7 @@ def write(
         run.inputs.close()
     path = str(Path(getattr(made.leaves, "path", "")))
     counts = run.copied, run.computed, run.linked
-    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name)
+    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name, layout.said)
 
 
 class _Inputs:
