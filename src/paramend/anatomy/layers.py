@@ -8,7 +8,7 @@ from typing import Any
 
 from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, entry_of, moved
 from paramend.anatomy.moves import Move, check_places
-from paramend.anatomy.schedules import SCHEDULES, Schedule, schedules_of
+from paramend.anatomy.schedules import FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
 from paramend.anatomy.sections import BLOCKS, counts_of, part_at, sections_of, side_of
 from paramend.errors import Unsupported
 
@@ -111,6 +111,8 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
     ['num_hidden_layers: 2 -> 3', 'layer_types: 3 entries']
     """
     new: dict[str, Any] = copy.deepcopy(dict(config))
+    if new.get("is_encoder_decoder") and side_of(move.where) == "decoder" and new.get("num_layers") == move.n:
+        new.setdefault("num_decoder_layers", move.n)  # T5's count of both sides, unless the decoder has its own
     places = sections_of(new, move.n, move.where)
     said: list[str] = []
     for place in places:
@@ -122,6 +124,7 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
             _follow_schedules(section, str(kind), move)
             _follow_entries(section, move)
             _refuse_numbers(section, str(kind), move)
+            _refuse_last(section, str(kind))
         said += section.said
         if place == places[-1]:
             _follow_names(new, section, move, said)
@@ -136,8 +139,6 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
 
 def _count(section: Section, move: Move) -> None:
     part, n = section.part, move.n
-    if part.get("is_encoder_decoder") and "decoder" in move.where and "num_layers" in part:
-        part.setdefault("num_decoder_layers", part["num_layers"])  # T5's count of both sides
     for name in counts_of(part, move.where):
         if part.get(name) == n and not move.holds(section.place, name):
             part[name] = len(move.sources)
@@ -332,6 +333,15 @@ def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
             now = [m - layer <= value if last else layer < value for layer in range(m)]
             if [before[source] for source in move.sources] != now:
                 raise _cannot(f"{key}={value!r}", "layers move to places of another kind", {key: value})
+
+
+def _refuse_last(section: Section, kind: str) -> None:
+    types = section.part.get("layer_types")
+    if kind in LAST_FULL and types and types[-1] != FULL:
+        raise Unsupported(
+            f"the last layer of the outcome would be of {types[-1]}, and {kind} makes the last one full_attention",
+            hint="an order that ends with a layer of full attention",
+        )
 
 
 def _period(key: str, value: Any, n: int) -> int:

@@ -98,6 +98,10 @@ def _dense_before(i: int, n: int, k: int = 1, step: int = 1) -> str:
     return SPARSE if i >= k and (i % step if type(step) is int else not step[i]) == 0 else DENSE
 
 
+def _beyond(i: int, n: int, window: int | None, first: int) -> str:
+    return SLIDING if window is not None and i >= first else FULL
+
+
 def _phased(i: int, n: int, p: int, at: int) -> bool | None:
     return i % p == at if at < p else None
 
@@ -133,7 +137,7 @@ _DENSE_EVERY = _mlps(_dense_before, first_k_dense_replace=1, moe_layer_freq=1)
 _TOLD_DENSE = _told(_dense_before, first_k_dense_replace=0, moe_layer_freq=1)
 _CROSSED = _told(lambda i, n, p: i % p == 0, cross_attention_frequency=2)
 _WINDOWED = _types(
-    lambda i, n, use, window, first: SLIDING if use and window is not None and i >= first else FULL,
+    lambda i, n, use, window, first: _beyond(i, n, window if use else None, first),
     use_sliding_window=False,
     sliding_window=4096,
     max_window_layers=28,
@@ -182,11 +186,7 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
     ),
     "diffusion_gemma_text": (_types(_every_and_last),),
     "dots1": (
-        _types(
-            lambda i, n, window, first: SLIDING if window is not None and i >= first else FULL,
-            sliding_window=4096,
-            max_window_layers=62,
-        ),
+        _types(_beyond, sliding_window=4096, max_window_layers=62),
         _TOLD_DENSE,
     ),
     "dots3_note_text": (
@@ -197,7 +197,7 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
         ),
         _DENSE_EVERY,
     ),
-    "embedding_gemma2_text": (_types(_every_and_last),),
+    "embedding_gemma2_text": (_types(_every_and_last, sliding_window_pattern=6),),
     "ernie4_5_moe": (
         _told(
             lambda i, n, p, first, last: (i + 1) % p == 0 and first <= i <= (n - 1 if last == -1 else last),
@@ -297,7 +297,7 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
     "qwen3_5_moe_text": (_LINEAR_EVERY,),
     "qwen3_5_text": (_LINEAR_EVERY,),
     "qwen3_next": (_LINEAR_EVERY,),
-    "qwen3_omni_moe_talker_code_predictor": (_WINDOWED,),
+    "qwen3_omni_moe_talker_code_predictor": (_types(_beyond, sliding_window=None, max_window_layers=28),),
     "qwen4_exp_text": (Schedule(_every(INDEXED, LINEAR), {"full_attention_interval": 4}, "layer_types"),),
     "recurrent_gemma": (Schedule(lambda i, n: "attention" if (i + 1) % 3 == 0 else "recurrent", {}, "block_types"),),
     "sapiens2": (
@@ -325,6 +325,8 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
     "vaultgemma": (_HALVES,),
 }
 
+# Families in which the last layer is of full attention, whatever the configuration says.
+LAST_FULL = ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text")
 # Key → the schedule of a family that is not above, if its configuration has this key.
 COMMON: Mapping[str, Schedule] = {
     "first_k_dense_replace": _TOLD_DENSE,

@@ -58,11 +58,12 @@ class DepthPlan:
         config = config_at(self.runs[0].parent)
         self.moves = [self._move(run, given) for run in self.runs]
         if config:
-            self.config = dict(config)
+            self.config, counted = dict(config), False
             for move in self.moves:
                 self.config, said = followed(self.config, move)
                 self.said += said
-            if not self.said and not sections.sections_of(config, self.moves[0].n, self.moves[0].where):
+                counted = counted or bool(sections.sections_of(self.config, len(move.sources), move.where))
+            if not self.said and not counted:
                 self.said = [f"not changed: nothing in it counts {wording.plural(self.moves[0].n, 'layer')}"]
         elif given:
             raise BadArgument(f"config={dict(given)!r} is given, and there is no configuration beside the weights")
