@@ -54,6 +54,7 @@ ENTRIES = {
         {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 4},
         {"full_attn_layers": [3, 4], "kda_layers": [1, 2], "head_dim": 4},
     ),
+    "full_attention_layers": ([-1], [2, 3]),
     "attention_types": ([[["global", "local"], 2]], [[["global", "global", "local", "local"], 1]]),
     "block_types": (["r", "r", "a"], ["r", "a", "r", "r"]),
 }
@@ -129,6 +130,36 @@ def test_names_of_modules_follow():
         "rank_pattern": {"layers.0.q_proj": 4, "layers.2.q_proj": 4},
         "target_modules": ["q_proj"],
     }
+
+
+def test_lists_that_a_rule_reads_follow_before_its_numbers_are_sought():
+    says = {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": [0, 1, 0, 1],
+    }
+    new = after(says, [0, 2, 1, 3, 3], 4)
+    assert (new["moe_layer_freq"], new["first_k_dense_replace"]) == ([0, 0, 1, 1, 1], 1)
+
+
+def test_features_of_other_parts_are_told():
+    config = {"vision_feature_layer": -2, "vision_config": {"num_hidden_layers": 3}}
+    said = followed(config, Move(("model", "vision_tower", "layers"), [0, 2], 3))[1]
+    assert said[0] == "vision_config.num_hidden_layers: 3 -> 2"
+    assert "vision_feature_layer: -2, not changed" in said[1]
+
+
+def test_lists_of_blocks_stay():
+    says = {"num_hidden_layers": 2, "mtp_hybrid_override_pattern": "*E", "mtp_layer_types": ["a", "b"]}
+    assert after(says, [1], 2) == says | {"num_hidden_layers": 1}
+    longer = {"num_hidden_layers": 2, "layer_types": ["a", "b", "c"]}
+    assert after(longer, [1], 2)["layer_types"] == ["b", "c"]
+
+
+def test_lists_that_are_as_long_by_chance_stay():
+    says = {"eos_token_id": [1, 2, 3, 4, 5], "conv_dim": [1] * 5, "rope_axes_dim": [2] * 5, "image_mean": [0] * 5}
+    assert after({"num_hidden_layers": 5, **says}, [1, 2], 5) == {"num_hidden_layers": 2, **says}
 
 
 def test_an_interval_of_experts_is_written_out():

@@ -172,3 +172,13 @@ def test_a_damaged_configuration_is_copied(folder, tmp_path):
     with pm.open(home) as checkpoint:
         assert pm.at(checkpoint, "**").cast("float16").save(tmp_path / "out").said == ()
     assert (tmp_path / "out" / "config.json").read_text() == "{"
+
+
+def test_a_single_file_says_what_its_configuration_should_say(folder, tmp_path):
+    home = folder(config={"num_hidden_layers": 3, "dtype": "float32"})
+    with pm.open(home / "model.safetensors") as checkpoint:
+        report = pm.at(checkpoint, "**").cast("float16").save(tmp_path / "out.safetensors")
+        cut = pm.at(checkpoint, "layers[-1].**").delete().save(tmp_path / "cut.safetensors")
+        assert pm.at(checkpoint, "head.**").zero().save(tmp_path / "zero.safetensors").said == ()
+    assert report.said == (f"{home / 'config.json'} is not changed, and should be: dtype: float32 -> float16",)
+    assert cut.said == ("config.json still says num_hidden_layers: 3, and layers has 2",)

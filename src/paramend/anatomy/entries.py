@@ -54,6 +54,11 @@ _NUMBERED = re.compile(r"(?:layers|blocks|idxs|indexes|indices|ids|numbers)$")
 _NUMBERED_TEXT = re.compile(r"\d+(?:, ?\d+)+")
 _TEXTS = re.compile(r"pattern|layer|block|hybrid")
 _ELSEWHERE = re.compile(r"rope_.*|id2label|label2id|task_specific_params|.*generation.*|tokenizer.*")
+_LONGER = re.compile(r"layer|types|configs|ratios")  # readers take their first entries
+_NEVER = re.compile(r"token|axes|section|resolution|architectures|pinpoints|label")
+_HARDLY = re.compile(
+    r"_ids?$|size|stride|kernel|dim|channel|mean|std|shape|name|factor|range|limit|dilation|quantile|lang"
+)
 # A list under an unknown name that is as long as the layers are many is hardly so by chance from this number on.
 _MANY = 5
 
@@ -70,6 +75,8 @@ def entries(part: Mapping[str, Any], n: int, blocks: int = 0) -> Iterator[tuple[
     {('attn_type_list',): 'list', ('moe_layers',): 'numbers'}
     """
     for key, value in part.items():
+        if key.startswith("mtp_"):  # of blocks, which stay as they are
+            continue
         if isinstance(value, Mapping):
             if key in KEYED:
                 yield (key,), "keyed"
@@ -93,7 +100,7 @@ def _how(key: str, value: Any, n: int, blocks: int) -> str:
     if key in CYCLES and all(isinstance(one, str) for one in value):
         return "list" if len(value) == n else "cycle"
     whole = n <= len(value) <= n + blocks
-    if key in LISTS and whole:
+    if key in LISTS and (whole or (len(value) > n and _LONGER.search(key))):
         return "list"
     if key in NUMBERS:
         return "numbers"
@@ -104,7 +111,9 @@ def _how(key: str, value: Any, n: int, blocks: int) -> str:
         return "numbers"
     if not whole:
         return ""
-    return "list" if _LAYERED.search(key) and "token" not in key else "unknown" if n >= _MANY else ""
+    if _NEVER.search(key):
+        return ""
+    return "list" if _LAYERED.search(key) else "unknown" if n >= _MANY and not _HARDLY.search(key) else ""
 
 
 def entry_of(value: Any, how: str, layer: int) -> Any:
@@ -136,6 +145,7 @@ def moved(value: Any, how: str, sources: Sequence[int], n: int) -> Any:
         return ",".join(map(str, moved([int(text) for text in value.split(",")], how, sources, n)))
     if how in ("numbers", "from one"):
         one = int(how == "from one")
+        value = [number + n if number < 0 else number for number in value]
         more = [number + len(sources) - n for number in value if number - one >= n]  # of blocks after the last layer
         return [target + one for target, source in enumerate(sources) if source + one in value] + more
     new = [entry_of(value, how, source) for source in sources]

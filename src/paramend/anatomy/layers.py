@@ -9,7 +9,7 @@ from typing import Any
 from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, entry_of, moved
 from paramend.anatomy.moves import Move, check_places
 from paramend.anatomy.schedules import FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
-from paramend.anatomy.sections import BLOCKS, counts_of, part_at, sections_of, side_of
+from paramend.anatomy.sections import BLOCKS, SENSES, counts_of, part_at, sections_of, side_of
 from paramend.errors import Unsupported
 
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
@@ -39,7 +39,10 @@ BOUND: Mapping[str, tuple[str, str]] = {
     "hrm_text": ("its layers are run in cycles, by their numbers", ""),
     "idefics": ("cross attention stands before every k-th layer", ""),
     "inkling2_loop_text": ("some layers are run several times, by their numbers", ""),
+    "bailing_moe_linear": ("the decay of linear attention depends on the number of its layer", ""),
     "minimax": ("the decay of linear attention depends on the number of its layer", "slope_rate"),
+    "minimax_m1": ("the decay of linear attention depends on the number of its layer", ""),
+    "minimax_text_01": ("the decay of linear attention depends on the number of its layer", ""),
     "neomme": ("windows and residuals depend on the numbers of layers", ""),
     "zamba": ("layers share blocks, one after the other", ""),
     "zamba2": ("layers share blocks, one after the other", ""),
@@ -48,6 +51,8 @@ _BLOCK = (
     r"(?:layer|attn|attention|moe|mlp|expert|sparse|dense|window|cross|global|local|mamba|full|hybrid|linear|sliding"
     r"|index)"
 )
+# Keys that name layers whose outputs other parts of a model read.
+_FEATURES = ("vision_feature_layer", "feature_layer", "out_indices", "backbone_out_indices", "extract_layers")
 # Numbers that make a period, and those that set the first or the last layers apart, where no schedule reads them.
 _PERIOD = re.compile(
     rf".*{_BLOCK}.*(?:period|interval|freq|frequency|step|every\w*|pattern|group_size)|every_.*layers?"
@@ -125,8 +130,11 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
             _follow_entries(section, move)
             _refuse_numbers(section, str(kind), move)
             _refuse_last(section, str(kind))
-        said += section.said
-        if place == places[-1]:
+        if place != places[-1]:
+            said += section.said
+        else:
+            _tell_features(new, section, move)
+            said += section.said
             _follow_names(new, section, move, said)
             check_places(move, section.kinds)
     for name, value in (move.given or {}).items():
@@ -194,7 +202,7 @@ def _follow_schedules(section: Section, kind: str, move: Move) -> None:
         if any(move.holds(section.place, key) for key in (*keys, schedule.written) if key):
             continue
         new = [old[source] for source in move.sources]
-        numbers = schedule.solved(part, new)
+        numbers = schedule.solved(part, new, move.sources)
         if numbers is not None and (not schedule.written or numbers.keys() <= part.keys()):
             for key, value in numbers.items():
                 section.set((key,), value, f"{part.get(key)} -> {value}")
@@ -307,6 +315,14 @@ def renamed(told: Mapping[str, Any], move: Move) -> dict[str, Any]:
         listed = chosen if isinstance(chosen, list) else [chosen]
         new["layers_to_transform"] = sorted({to for number in listed for to in names.to.get(number, [number])})
     return new
+
+
+def _tell_features(config: Mapping[str, Any], section: Section, move: Move) -> None:
+    """Tell of numbers of layers whose outputs other parts of the model read: which they should be is not known."""
+    sense = any(word in "/".join(move.where) for word in SENSES)
+    held = {**section.part, **(config if section.place and sense else {})}
+    for key in [key for key in _FEATURES if held.get(key) and not move.trivial and not move.holds((), key)]:
+        section.tell(f"{key}: {held[key]}, not changed: other parts read the outputs of these layers")
 
 
 # ---- what is not known -------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from paramend.reports import wording
 
 Shapes: TypeAlias = Mapping[tuple[str, ...], object]  # path of a leaf within a layer → its shape
 
-_FIRST = frozenset({"relative_attention_bias"})  # T5 reads it in the first block, for all of them
+# Leaves that models read in the first layer, for all of them.
+_FIRST = frozenset({"relative_attention_bias", "global_relative_attention_bias", "rel_attn_embed"})
 
 
 @dataclass(frozen=True)

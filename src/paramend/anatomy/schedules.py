@@ -46,13 +46,21 @@ class Schedule:
         values = self.values(part)
         return [self.rule(layer, n, *values) for layer in range(n)]
 
-    def solved(self, part: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, int] | None:
+    def solved(
+        self, part: Mapping[str, Any], kinds: Sequence[Any], sources: Sequence[int] = ()
+    ) -> dict[str, int] | None:
         """Numbers with which the rule gives these kinds, as near to those of the configuration as possible; else None.
+
+        Args:
+            part: the section.
+            kinds: the kind of each layer of the outcome.
+            sources: which old layer each of them is; lists that the rule reads follow them.
 
         >>> Schedule(lambda i, n, first: i >= first, {"first_k_dense_replace": 1}).solved({}, [False, False, True])
         {'first_k_dense_replace': 2}
         """
-        n, now = len(kinds), self.values(part)
+        n, before = len(kinds), self.values(part)
+        now = [[value[source] for source in sources] if isinstance(value, list) else value for value in before]
         choices = [
             [value, *(other for other in range(n + 2) if other != value)] if type(value) is int else [value]
             for value in now
@@ -65,9 +73,9 @@ class Schedule:
                 continue
         else:
             return None
-        changed: dict[str, int] = {}
-        for names, value, before in zip(self.numbers, values, now, strict=True):
-            if value != before:
+        changed: dict[str, Any] = {}
+        for names, value, old in zip(self.numbers, values, now, strict=True):
+            if value != old:
                 given = [name for name in names.split("|") if name in part]
                 changed[given[0] if given else names.split("|")[0]] = value
         return changed
@@ -94,8 +102,8 @@ def _first_of(i: int, n: int, p: int = 4) -> str:
     return FULL if i % p == 0 else SLIDING
 
 
-def _dense_before(i: int, n: int, k: int = 1, step: int = 1) -> str:
-    return SPARSE if i >= k and (i % step if type(step) is int else not step[i]) == 0 else DENSE
+def _dense_before(i: int, n: int, k: int = 1, step: int | list[int] = 1) -> str:
+    return SPARSE if i >= k and (step[i] if isinstance(step, list) else i % step == 0) else DENSE
 
 
 def _beyond(i: int, n: int, window: int | None, first: int) -> str:

@@ -22,7 +22,7 @@ SIDES: Mapping[str, tuple[str, ...]] = {
 # Keys that count the blocks that predict further tokens. They are numbered after the last layer.
 BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 # Words in the paths of parts of a multimodal model that are not its text model.
-_SENSES = ("vision", "visual", "image", "audio", "speech", "vit")
+SENSES = ("vision", "visual", "image", "audio", "speech", "vit")
 _TEXT = ("text", "llm", "language", "thinker", "decoder")
 
 
@@ -63,11 +63,11 @@ def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) ->
     if len(found) < 2:
         return found
     path = "/".join(where)
-    sense = any(word in path for word in _SENSES)
+    sense = any(word in path for word in SENSES)
     named = [place for place in found if place and any(word in path for word in _words(place))]
     if not named and not sense and where:
-        named = [place for place in found if not any(word in "/".join(place) for word in _SENSES)]
-    if named and not any(word in "/".join(named[0]) for word in _SENSES):
+        named = [place for place in found if not any(word in "/".join(place) for word in SENSES)]
+    if named and not any(word in "/".join(named[0]) for word in SENSES):
         named = [place for place in found if not place or place in named]
     return named if len([place for place in named if place]) < 2 else []
 
@@ -83,7 +83,7 @@ def _counting(config: Mapping[str, Any], n: int, where: Sequence[str]) -> Iterat
 def _words(place: Sequence[str]) -> tuple[str, ...]:
     """The words in paths of models that correspond to a part of the configuration."""
     name = place[0].removesuffix("_config")
-    return _SENSES[:2] if name == "vision" else _TEXT[:3] if name in _TEXT[:3] else (name,)
+    return SENSES[:2] if name == "vision" else _TEXT[:3] if name in _TEXT[:3] else (name,)
 
 
 def counts_of(part: Mapping[str, Any], where: Sequence[str]) -> tuple[str, ...]:

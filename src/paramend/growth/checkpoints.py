@@ -76,12 +76,12 @@ def _beside(checkpoint: Checkpoint, work: DepthPlan) -> dict[str, bytes]:
     folder = Path(checkpoint.path)
     for name in _BESIDE if folder.is_dir() else ():
         text = _text(checkpoint, folder / name)
-        old = None if text is None else parsed(text, folder / name)
-        new = old
-        for move in work.moves if old else ():
+        if text is None:
+            continue
+        new = old = parsed(text, folder / name)
+        for move in work.moves:
             new = renamed(new, move)
         if new != old:
-            assert new is not None
             texts[name] = written(new)
             work.said.append(f"{name}: names and numbers of layers follow")
     return texts

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from paramend.anatomy.layers import Move, followed
+from paramend.anatomy.layers import followed
+from paramend.anatomy.moves import Move
 from paramend.edits.memory import Memory
 from paramend.errors import Unsupported
 from paramend.growth.depth import Order

@@ -5,7 +5,8 @@ from typing import Any
 
 from paramend.anatomy import families, sections
 from paramend.anatomy.families import modules_of
-from paramend.anatomy.layers import Move, followed
+from paramend.anatomy.layers import followed
+from paramend.anatomy.moves import Move
 from paramend.edits.call import Call
 from paramend.errors import BadArgument
 from paramend.growth import identities, numbered

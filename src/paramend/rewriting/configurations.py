@@ -1,6 +1,7 @@
 """Configurations beside the weights: what they say of the dtype follows a cast; what they count is compared."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.counts import miscounted, retyped
@@ -32,6 +33,18 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
         return tuple(files), said + told
     new_file = text_file(file.name, written(changed), file.mode)
     return (*files[:place], new_file, *files[place + 1 :]), said + told
+
+
+def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
+    """What the configuration beside the weights says that does not hold for a file of these leaves alone."""
+    home = Path(getattr(source, "path", ""))
+    path = (home if home.is_dir() else home.parent) / CONFIG
+    if not getattr(source, "stats", None) or not path.is_file():
+        return ()
+    files, said = followed_files(made, [File(CONFIG, path.stat().st_size, 0, (), path)])
+    if files[0].origin is None:
+        said = [f"{path} is not changed, and should be: {line.removeprefix(f'{CONFIG}: ')}" for line in said]
+    return tuple(said)
 
 
 def _text(file: File) -> bytes:

@@ -12,7 +12,7 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, FOREIGN_SUFFIXES, Format, format_for, format_of, writable
 from paramend.formats.shards import Shards
 from paramend.reports import wording
-from paramend.rewriting.configurations import followed_files
+from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file, overlays
 from paramend.rewriting.files import File, base_of, fresh_file, mode_of, nbytes_of, ordered, text_file
 from paramend.rewriting.folders import own_files, tree_within
@@ -162,7 +162,8 @@ def _again(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
         _check(made, wish.format)
     if not wish.folder:
         rows = [(row.source, row) for row in made.rows]
-        return Layout((edited_file(made, source, rows, "", link=link),), False, wish.format)
+        file = edited_file(made, source, rows, "", link=link)
+        return Layout((file,), False, wish.format, said=left_behind(made, source))
     beside, left_out, said = _beside(made, source)
     return Layout((*same_shards(made, source, link=link), *beside), True, wish.format, tuple(left_out), said=said)
 
@@ -185,7 +186,7 @@ def _fresh(made: Plan, source: Any, wish: _Wish, limit: int | None) -> Layout:
     lost = _lost(source, wish.format, folder=wish.folder)
     if not wish.folder:
         file = fresh_file(made, ordered(made, wish.format), wish.format, "")
-        return Layout((file,), False, wish.format, lost)
+        return Layout((file,), False, wish.format, lost, said=left_behind(made, source))
     files = new_shards(made, wish.format, largest(source) if limit is None else limit)
     beside, left_out, said = _beside(made, source)
     return Layout((*files, *beside), True, wish.format, (*lost, *left_out), said=said)
