@@ -29,7 +29,7 @@ def deepen(
     order: Order | Iterable[int],
     layers: SelectorLike | None = None,
     identity: Identity = "auto",
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> tuple[T, DeepenReport]:
     """The model with its layers in another order, repeated or left out, and the report.
 
@@ -95,7 +95,7 @@ def deepen_(
     order: Order | Iterable[int],
     layers: SelectorLike | None = None,
     identity: Identity = "auto",
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> DeepenReport:
     """Change the depth of a torch or NNX module in place, and return the report.
 
