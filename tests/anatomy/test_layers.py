@@ -162,6 +162,18 @@ def test_lists_that_are_as_long_by_chance_stay():
     assert after({"num_hidden_layers": 5, **says}, [1, 2], 5) == {"num_hidden_layers": 2, **says}
 
 
+def test_stages_of_a_backbone():
+    says = {"stage_names": ["stem", "stage1", "stage2", "stage3"], "num_hidden_layers": 3}
+    read = {"out_features": ["stem", "stage2", "stage3"], "out_indices": [0, 2, 3]}
+    new = after(says | read, [0, 1, 1, 2, 2], 3)
+    assert new["stage_names"][-1] == "stage5"
+    assert (new["out_features"], new["out_indices"]) == (["stem", "stage3", "stage5"], [0, 3, 5])
+    assert after(says | {"out_indices": [3]}, [0, 1], 3)["out_indices"] == [2]
+    with pytest.raises(Unsupported, match="out_features"):
+        after(says | read, [0, 2], 3)
+    assert after(says | read, [0, 2], 3, given=read)["out_features"] == read["out_features"]
+
+
 def test_an_interval_of_experts_is_written_out():
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
     new = after(config, (0, 1, 2, 3, 3), 4)
@@ -175,7 +187,15 @@ def test_an_interval_of_experts_is_written_out():
         ({"model_type": "diffllama"}, "differential attention"),
         ({"model_type": "minimax"}, "decay"),
         ({"model_type": "gemma3n_text"}, "num_kv_shared_layers=15"),
-        ({"model_type": "gemma4_text", "layer_types": ["full_attention", "full_attention", "x"]}, "the last layer"),
+        (
+            {
+                "model_type": "gemma4_text",
+                "hidden_size_per_layer_input": 0,
+                "layer_types": ["full_attention", "full_attention", "x"],
+            },
+            "the last layer",
+        ),
+        ({"model_type": "gemma4_text"}, "hidden_size_per_layer_input=256"),
         ({"qkv_multipliers": [0.5, 1.0]}, "interpolated"),
         ({"kv_source_layers": [0, 0, 2]}, "cache of others"),
     ],

@@ -306,3 +306,18 @@ def test_a_given_value_without_a_configuration_is_refused(tmp_path):
     pm.save({f"h.{i}.w": np.ones(2) for i in range(2)}, tmp_path / "w.safetensors")
     with pm.open(tmp_path / "w.safetensors") as checkpoint, pytest.raises(BadArgument, match="no configuration"):
         pm.deepen(checkpoint, order=[0], config={"a": 1})
+
+
+def test_the_first_block_of_t5_alone_keeps_its_bias(tmp_path):
+    path = tmp_path / "t5"
+    path.mkdir()
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    tensors = {f"encoder.block.{i}.layer.1.wo.weight": np.full(2, i, "float32") for i in range(3)}
+    safetensors.numpy.save_file(tensors | {bias: np.ones(2, "float32")}, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true, "num_layers": 3}')
+    with pm.open(path) as checkpoint:
+        with pytest.raises(Unsupported, match="must stay first"):
+            pm.deepen(checkpoint, layers="encoder.block[*]", order=[1, 2])
+        made, _ = pm.deepen(checkpoint, layers="encoder.block[*]", order=pm.depth.stack(3))
+        assert [name for name in made.index.texts.values() if "bias" in name] == [bias]
+        assert len(made) == 7

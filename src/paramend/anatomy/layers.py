@@ -23,11 +23,14 @@ SCALED: Mapping[str, str] = {
     "depth_scaled_init": "residuals are scaled by the number of layers",
     "use_mup": "scales depend on the number of layers",
     "num_kv_shared_layers": "the last layers read the cache of others, counted from the end",
+    "hidden_size_per_layer_input": "an embedding beside the layers holds columns for each of them",
     "loop_layer_index_start": "some layers are run several times, by their numbers",
 }
 # What these keys are if they are left out.
 _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("gemma3n_text", "num_kv_shared_layers"): 15,
+    ("gemma3n_text", "hidden_size_per_layer_input"): 256,
+    ("gemma4_text", "hidden_size_per_layer_input"): 256,
     ("minicpm3", "scale_depth"): 1.4,
 }
 # Families in which a layer computes something else under another number, each with the leaf that would store it.
@@ -128,6 +131,7 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
             _refuse(section.part, str(kind), move)
             _follow_schedules(section, str(kind), move)
             _follow_entries(section, move)
+            _follow_stages(section, move)
             _refuse_numbers(section, str(kind), move)
             _refuse_last(section, str(kind))
         if place != places[-1]:
@@ -271,6 +275,33 @@ def _follow_entries(section: Section, move: Move) -> None:
         if new != value:
             whole = how in ("list", "cycle")
             section.set(path, new, f"{len(new)} entries" if whole else str(new))
+
+
+def _follow_stages(section: Section, move: Move) -> None:
+    """The layers of a backbone as stages: `stage1` to `stage12`, some of which others read. The last one stays last."""
+    part, n, m = section.part, move.n, len(move.sources)
+    names = part.get("stage_names")
+    if not isinstance(names, list) or names != ["stem", *(f"stage{layer + 1}" for layer in range(n))]:
+        return
+    part["stage_names"] = ["stem", *(f"stage{layer + 1}" for layer in range(m))]
+    section.done.add("stage_names")
+    last = {source: target for target, source in enumerate(move.sources)} | {n - 1: m - 1}
+    for key, read in (("out_features", "stage{}".format), ("out_indices", int)):
+        old = part.get(key)
+        if not isinstance(old, list) or move.holds(section.place, key):
+            continue
+        new = [stage if stage in ("stem", 0) else read(last.get(_stage(stage) - 1, -2) + 1) for stage in old]
+        if any(_stage(stage) < 0 for stage in new):
+            raise Unsupported(
+                f"the configuration says {key}: {old}, and the outcome has not all of these layers",
+                hint=f"config={{{key!r}: {old[-1:]}}}, the layers that are read in the outcome",
+            )
+        if new != old:
+            section.set((key,), new)
+
+
+def _stage(stage: Any) -> int:
+    return int(str(stage).removeprefix("stage").replace("stem", "0"))
 
 
 def _plain(value: Any) -> object:

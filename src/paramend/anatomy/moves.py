@@ -41,6 +41,12 @@ class Move:
         """Whether all layers stay where they are."""
         return list(self.sources) == list(range(self.n))
 
+    def stray(self, path: tuple[str, ...], source: int, target: int) -> bool:
+        """Whether a leaf of a layer has no place in a copy of it: all layers read that of the first one."""
+        if target == 0 or source != 0 or not _FIRST & set(path) or self.leaves is None:
+            return False
+        return not any(_FIRST & set(other) for layer in self.leaves[1:] for other in layer)
+
     def names(self) -> Names:
         """The names of modules in these layers."""
         to: dict[int, list[int]] = {number: [] for number in range(self.first, self.first + self.n)}

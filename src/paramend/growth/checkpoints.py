@@ -110,7 +110,14 @@ def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[in
             continue
         done.add(id(run))
         mine = [n for n in index.numbers if n in places and places[n][0] is run]
-        moved = [(new, target, n) for n in mine for new, target in run.moved(places[n][1], order)]
+        move, start = work.moves[work.runs.index(run)], len(run.before)
+        moved = [
+            (new, target, n)
+            for n in mine
+            for new, target in run.moved(places[n][1], order)
+            if target is None
+            or not move.stray(index.pieces(n)[len(run.parent) + 1 :], start + order.sources[target], start + target)
+        ]
         for new, target, n in sorted(moved, key=lambda entry: entry[0]):
             picks.append((numbered.renumbered(index.paths[n], len(run.parent), run.piece(new)), (checkpoint, n)))
             first = checkpoint.ties.get(n, n)
