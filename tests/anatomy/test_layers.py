@@ -228,6 +228,20 @@ def test_the_leaves_of_a_layer_must_be_those_of_its_place():
         after({"num_hidden_layers": 3}, [0, 2, 1], 3, leaves=shapes)
 
 
+@pytest.mark.parametrize(("end", "order"), [(0, [0, 2, 2, 1, 3]), (-1, [1, 1, 0, 5])])
+def test_the_first_or_the_last_layer_may_be_of_its_own_kind(end, order):
+    told = [{("w",): (2,)} for _ in range(6)]
+    told[end] = {("w",): (2,), ("norm",): (2,)}
+    says = {"num_hidden_layers": 6, "layer_types": ["a", "b", "a", "b", "a", "a"]}
+    assert after(says, order, 6, leaves=told)
+    for wrong in ([1, 2, 3] if end == 0 else [0, 1, 2], [*range(6)] * 2):
+        with pytest.raises(Unsupported, match="norm"):
+            after(says, wrong, 6, leaves=told)
+    few = says | {"num_hidden_layers": 4, "layer_types": ["a", "b", "b", "a"]}
+    with pytest.raises(Unsupported, match=r"norm|kinds of their own"):  # either end may be the odd one
+        after(few, [1, 2, 3], 4, leaves=[told[0], told[1], told[2], told[-1]])
+
+
 def test_what_all_layers_read_in_the_first_one_stays_there():
     t5 = {"is_encoder_decoder": True, "num_layers": 3}
     told = leaves("relative_attention_bias w", "w", "w")

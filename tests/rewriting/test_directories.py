@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from click.testing import CliRunner
 
 import paramend as pm
+from paramend.cli.main import cli
 
 TENSORS = {f"layers.{i}.experts.{e}.w": np.full((2, 2), i, "float32") for i in range(3) for e in range(4)}
 TENSORS |= {"head.weight": np.ones((2, 4), "float32")}
@@ -182,3 +184,11 @@ def test_a_single_file_says_what_its_configuration_should_say(folder, tmp_path):
         assert pm.at(checkpoint, "head.**").zero().save(tmp_path / "zero.safetensors").said == ()
     assert report.said == (f"{home / 'config.json'} is not changed, and should be: dtype: float32 -> float16",)
     assert cut.said == ("config.json still says num_hidden_layers: 3, and layers has 2",)
+
+
+def test_a_dry_run_says_it_too(folder, tmp_path):
+    home = folder(config=COUNTS)
+    for out in ([], ["-o", str(tmp_path / "out")]):
+        result = CliRunner().invoke(cli, ["delete", str(home), "layers[-1].**", "--dry-run", "--json", *out])
+        assert json.loads(result.stdout)["said"] == ["config.json still says num_hidden_layers: 3, and layers has 2"]
+        assert "config.json still says" in result.stderr

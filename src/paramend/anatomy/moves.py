@@ -65,7 +65,8 @@ def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
     """Check that each layer has the leaves that its new place must have.
 
     Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
-    say tells them apart by their places: then each place must get the leaves that it had.
+    say tells them apart by their places: the first or the last layer must stay what it is, or each place must get the
+    leaves that it had.
 
     Args:
         move: how the layers move.
@@ -85,20 +86,47 @@ def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
             "stay first",
             hint=f"an order that begins with 0: order={[0, *move.sources]}",
         )
+    ends = _ends(leaves, kinds)
     for target, source in enumerate(move.sources):
-        if target == source:
-            continue
         alike = [layer for layer in range(move.n) if kinds[layer] == kinds[source]]
         usual = max((leaves[layer] for layer in alike), key=[leaves[layer] for layer in alike].count)
-        wanted = leaves[target] if target < move.n and target in alike else usual
-        if leaves[source] != wanted:
+        if ends is None:
+            wanted = leaves[target] if target < move.n and target in alike else usual
+            right = leaves[source] == wanted
+        else:
+            place = {0: 0, len(move.sources) - 1: move.n - 1}.get(target)
+            wanted = leaves[place] if place in ends and place is not None else usual
+            right = all((place == end) == (source == end) for end in ends)
+        if not right:
             raise _misplaced(move, target, source, leaves[source], wanted)
+
+
+def _ends(leaves: Sequence[Shapes], kinds: Sequence[Sequence[object]]) -> set[int] | None:
+    """The ends of the layers, if without them layers of one kind have the same leaves; None if not even then."""
+    n = len(leaves)
+
+    def explained(ends: set[int]) -> bool:
+        rest = [layer for layer in range(n) if layer not in ends]
+        of_kind: dict[str, Shapes] = {}
+        alike = (of_kind.setdefault(repr(kinds[layer]), leaves[layer]) == leaves[layer] for layer in rest)
+        return (len(rest) > 1 or not ends) and all(alike)
+
+    if explained(set()):
+        return set()
+    ends = {end for end in (0, n - 1) if explained({end})}  # both, if either may be the odd one
+    return ends or ({0, n - 1} if explained({0, n - 1}) else None)
 
 
 def _misplaced(move: Move, target: int, source: int, has: Shapes, wants: Shapes) -> Unsupported:
     def told(paths: set[tuple[str, ...]]) -> str:
         return wording.listing(sorted(".".join(path) for path in paths), 3)
 
+    if has == wants:
+        return Unsupported(
+            f"layer {source} of {'/'.join(move.where)} would become layer {target}: the first and the last layer "
+            "may be of kinds of their own, as their leaves differ from those of others",
+            hint="config={} moves it all the same; config={key: value} says what the outcome's configuration gets",
+        )
     more, less = set(has) - set(wants), set(wants) - set(has)
     what = [f"more: {told(more)}"] * bool(more) + [f"less: {told(less)}"] * bool(less)
     what = what or [f"of other shapes: {told({path for path in has if has[path] != wants[path]})}"]

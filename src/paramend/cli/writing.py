@@ -1,6 +1,7 @@
 """How commands write or change a checkpoint, and what they print."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
+from paramend.errors import ParamendError
 from paramend.pages.paged import Paged
+from paramend.rewriting.layouts import lay_out
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
@@ -50,10 +53,14 @@ def carry_out(
     """
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     said: tuple[str, ...] = ()
-    if out is not None:
+    if out is None:
+        with suppress(ParamendError):  # a name may solve it
+            said = lay_out(made, path).said
+    else:
         said = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size).said
     if dry_run or out is None:
         data |= made.to_dict() if as_json else {}
+        data |= {"said": list(said)} if as_json and said else {}
         done = "\n".join(("dry run: nothing was written", *said))
     else:
         with _ui.bar(f"writing {Path(out).name}") as progress:
