@@ -5,7 +5,7 @@ import pytest
 from paramend.anatomy.layers import followed, renamed
 from paramend.anatomy.moves import Move
 from paramend.anatomy.sections import sections_of
-from paramend.errors import Unsupported
+from paramend.errors import BadArgument, Unsupported
 
 WHERE = ("model", "layers")
 
@@ -106,6 +106,14 @@ def test_numbers_of_unknown_families(says):
         assert after(says, [0, 1, 2, 3, 0, 1], 4)["num_hidden_layers"] == 6
     assert after(says, [0, 1, 2], 4)[key] == value
     assert after(says, [1, 2, 3], 4, given={key: 7})[key] == 7
+
+
+def test_a_given_key_of_a_part_that_is_not_there():
+    with pytest.raises(BadArgument, match="no part 'text'"):
+        after({"num_hidden_layers": 2}, [0], 2, given={"text.a": 1})
+    nested = {"text_config": {"num_hidden_layers": 2, "layer_types": ["a", "b"]}}
+    assert after(nested, [0], 2, given={"text_config.layer_types": ["x"]})["text_config"]["layer_types"] == ["x"]
+    assert after(nested, [0], 2, given={"layer_types": ["x"]})["text_config"]["layer_types"] == ["x"]
 
 
 def test_names_of_modules_follow():

@@ -10,7 +10,7 @@ from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, ent
 from paramend.anatomy.moves import Move, check_places
 from paramend.anatomy.schedules import FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
 from paramend.anatomy.sections import BLOCKS, SENSES, counts_of, part_at, sections_of, side_of
-from paramend.errors import Unsupported
+from paramend.errors import BadArgument, Unsupported
 
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
 SCALED: Mapping[str, str] = {
@@ -113,6 +113,7 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
 
     Raises:
         Unsupported: a layer would be of another kind in its new place, and the configuration cannot say otherwise.
+        BadArgument: a given key leads into a part that is not there.
 
     >>> config = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     >>> followed(config, Move(("layers",), (0, 1, 1), 2))[1]
@@ -144,7 +145,13 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
     for name, value in (move.given or {}).items():
         *above, key = name.split(".")
         above = above or list(places[-1] if places else ())
-        part_at(new, above)[key] = value
+        try:
+            part = part_at(new, above)
+            part[key] = value
+        except (KeyError, TypeError):
+            raise BadArgument(
+                f"config={name!r}: the configuration has no part {'.'.join(above)!r}", hint=f"config={{{key!r}: ...}}"
+            ) from None
         said.append(f"{'.'.join((*above, key))}: {value}, as given")
     return new, said
 
@@ -207,7 +214,7 @@ def _follow_schedules(section: Section, kind: str, move: Move) -> None:
             continue
         new = [old[source] for source in move.sources]
         numbers = schedule.solved(part, new, move.sources)
-        if numbers is not None and (not schedule.written or numbers.keys() <= part.keys()):
+        if numbers is not None:
             for key, value in numbers.items():
                 section.set((key,), value, f"{part.get(key)} -> {value}")
         elif schedule.written:

@@ -46,6 +46,10 @@ class Schedule:
         values = self.values(part)
         return [self.rule(layer, n, *values) for layer in range(n)]
 
+    def _free(self, part: Mapping[str, Any]) -> list[bool]:
+        """Which of the numbers may change: if a list can say the kinds, only those that are given."""
+        return [not self.written or any(name in part for name in names.split("|")) for names in self.numbers]
+
     def solved(
         self, part: Mapping[str, Any], kinds: Sequence[Any], sources: Sequence[int] = ()
     ) -> dict[str, int] | None:
@@ -62,8 +66,8 @@ class Schedule:
         n, before = len(kinds), self.values(part)
         now = [[value[source] for source in sources] if isinstance(value, list) else value for value in before]
         choices = [
-            [value, *(other for other in range(n + 2) if other != value)] if type(value) is int else [value]
-            for value in now
+            [value, *(other for other in range(n + 2) if other != value)] if free and type(value) is int else [value]
+            for value, free in zip(now, self._free(part), strict=True)
         ]
         for values in product(*choices):
             try:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 from paramend.anatomy.layers import followed
 from paramend.anatomy.moves import Move
 from paramend.edits.memory import Memory
-from paramend.errors import Unsupported
+from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
 from paramend.growth.identities import Identity
 from paramend.growth.planning import DepthPlan
@@ -80,6 +80,10 @@ def deepen(
         new, report = deepened(cast(Any, tree), layers, order, identity, config)
         return cast(T, new), report
     if isinstance(layers, Sliced):
+        if config is not None:
+            raise BadArgument(
+                "config= is for models with a configuration, and stacked layers have none", hint="config=None"
+            )
         return deepened_stack(tree, layers, order, identity)
     memory = Memory(tree)
     work = DepthPlan(memory, layers, order, identity, partial(configuration, tree), config)
