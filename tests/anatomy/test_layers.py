@@ -170,6 +170,19 @@ def test_lists_that_are_as_long_by_chance_stay():
     assert after({"num_hidden_layers": 5, **says}, [1, 2], 5) == {"num_hidden_layers": 2, **says}
 
 
+def test_layers_that_are_read_stay_as_many():
+    says = {"num_hidden_layers": 4, "intermediate_layers_indices": [1, -1]}
+    assert after(says, [0, 1, 1, 3], 4)["intermediate_layers_indices"] == [2, 3]
+    with pytest.raises(Unsupported, match="has not all"):
+        after(says, [0, 2, 3], 4)
+
+
+def test_parts_that_count_their_own_layers_stay():
+    vision = {"depth": 3, "fullatt_block_indexes": [0, 2], "layer_types": ["a", "b", "c"]}
+    says = {"num_hidden_layers": 3, "vision_config": vision, "audio": {"model_type": "x", "moe_layers": [0]}}
+    assert after(says, [0], 3) == says | {"num_hidden_layers": 1}
+
+
 def test_stages_of_a_backbone():
     says = {"stage_names": ["stem", "stage1", "stage2", "stage3"], "num_hidden_layers": 3}
     read = {"out_features": ["stem", "stage2", "stage3"], "out_indices": [0, 2, 3]}

@@ -321,3 +321,18 @@ def test_the_first_block_of_t5_alone_keeps_its_bias(tmp_path):
         made, _ = pm.deepen(checkpoint, layers="encoder.block[*]", order=pm.depth.stack(3))
         assert [name for name in made.index.texts.values() if "bias" in name] == [bias]
         assert len(made) == 7
+
+
+def test_lists_beside_the_layers_are_told(tmp_path):
+    path = tmp_path / "xlm"
+    path.mkdir()
+    tensors = {
+        f"transformer.{name}.{i}.weight": np.ones(2, "float32") for i in range(3) for name in ("attentions", "ffns")
+    }
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "xlm", "n_layers": 3}')
+    with pm.open(path) as checkpoint:
+        report = pm.deepen(checkpoint, layers="transformer.attentions[*]", order=[0, 1])[1]
+        assert report.config[0] == "n_layers: 3 -> 2"
+        assert report.config[1].startswith("transformer.ffns stays as it is, with 3 entries")
+        assert len(pm.deepen(checkpoint, layers="transformer.*[*]", order=[0, 1])[1].config) == 1

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from paramend.anatomy.sections import COUNTS
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -37,11 +39,13 @@ NUMBERS = _names(
     """
     mlp_only_layers moe_layers full_attention_layers attn_layer_indices attn_layer_idx full_attn_idxs
     cross_attention_layers hybrid_layer_ids global_attn_indexes fullatt_block_indexes window_block_indexes
-    window_block_indices global_attention_blocks deepstack_visual_indexes local_layer_ids rope_scaling_layers
-    intermediate_layers_indices layers_to_transform dual_attention_layers subsample_layers moe_layer_indices
+    window_block_indices global_attention_blocks local_layer_ids rope_scaling_layers
+    layers_to_transform dual_attention_layers subsample_layers moe_layer_indices
     """
 )
 FROM_ONE = frozenset({"full_attn_layers", "kda_layers", "ple_layer_ids"})  # numbers from 1
+# Numbers of layers whose outputs are read, one after the other.
+READ = frozenset({"intermediate_layers_indices", "deepstack_visual_indexes"})
 # Dicts whose keys are numbers of layers.
 KEYED = frozenset({"pruned_heads", "per_layer_config"})
 # Sections that name modules.
@@ -53,6 +57,7 @@ _LAYERED = re.compile(
 _NUMBERED = re.compile(r"(?:layers|blocks|idxs|indexes|indices|ids|numbers)$")
 _NUMBERED_TEXT = re.compile(r"\d+(?:, ?\d+)+")
 _TEXTS = re.compile(r"pattern|layer|block|hybrid")
+_OWN = {"model_type", *COUNTS}  # a part that counts its own layers
 _ELSEWHERE = re.compile(r"rope_.*|id2label|label2id|task_specific_params|.*generation.*|tokenizer.*")
 _LONGER = re.compile(r"layer|types|configs|ratios")  # readers take their first entries
 _NEVER = re.compile(r"token|axes|section|resolution|architectures|pinpoints|label")
@@ -64,7 +69,8 @@ _MANY = 5
 
 
 def entries(part: Mapping[str, Any], n: int, blocks: int = 0) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Where a section speaks of its n layers one by one, and how: "list", "numbers", "from one", "keyed", "unknown".
+    """Where a section speaks of its n layers one by one, and how: "list", "numbers", "from one", "read",
+    "keyed", "unknown".
 
     Args:
         part: the section.
@@ -80,7 +86,7 @@ def entries(part: Mapping[str, Any], n: int, blocks: int = 0) -> Iterator[tuple[
         if isinstance(value, Mapping):
             if key in KEYED:
                 yield (key,), "keyed"
-            elif not (key in NAMING or _ELSEWHERE.fullmatch(key) or "model_type" in value):
+            elif not (key in NAMING or _ELSEWHERE.fullmatch(key) or value.keys() & _OWN):
                 yield from (((key, *inner), how) for inner, how in entries(value, n, blocks))
             continue
         how = _how(key, value, n, blocks)
@@ -97,6 +103,8 @@ def _how(key: str, value: Any, n: int, blocks: int) -> str:
         return ""
     if key in FROM_ONE:
         return "from one"
+    if key in READ:
+        return "read" if all(type(one) is int and -n <= one < n for one in value) else ""
     if key in CYCLES and all(isinstance(one, str) for one in value):
         return "list" if len(value) == n else "cycle"
     whole = n <= len(value) <= n + blocks
@@ -122,7 +130,7 @@ def entry_of(value: Any, how: str, layer: int) -> Any:
         return value.get(layer, value.get(str(layer)))
     if isinstance(value, str) and how == "numbers":
         return layer in map(int, value.split(","))
-    if how in ("numbers", "from one"):
+    if how in ("numbers", "from one", "read"):
         return layer + (how == "from one") in value
     return value[layer % len(value)] if how == "cycle" else value[layer]
 
@@ -143,6 +151,9 @@ def moved(value: Any, how: str, sources: Sequence[int], n: int) -> Any:
         return kept
     if isinstance(value, str) and how == "numbers":
         return ",".join(map(str, moved([int(text) for text in value.split(",")], how, sources, n)))
+    if how == "read":  # the last copy of each; a layer that is gone is an IndexError
+        places = [[target for target, source in enumerate(sources) if source == number % n] for number in value]
+        return [place[-1] for place in places]
     if how in ("numbers", "from one"):
         one = int(how == "from one")
         value = [number + n if number < 0 else number for number in value]

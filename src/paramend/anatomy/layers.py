@@ -276,7 +276,14 @@ def _follow_entries(section: Section, move: Move) -> None:
         section.note([_plain(entry_of(value, how, layer)) for layer in range(n)])
         if name == "kv_source_layers" and list(value) != list(range(n)):
             raise _cannot(f"{name}={value}", "layers read the cache of others", {name: [...]})
-        new = moved(value, how, move.sources, n)
+        try:
+            new = moved(value, how, move.sources, n)
+        except IndexError:
+            key = ".".join((*section.place, *path))
+            raise Unsupported(
+                f"the configuration says {key}: {value}, and the outcome has not all of these layers",
+                hint=f"config={{{key!r}: [...]}}, the layers that are read in the outcome",
+            ) from None
         if name == "kv_source_layers":
             new = list(range(len(move.sources)))
         if new != value:

@@ -81,9 +81,7 @@ def deepen(
         return cast(T, new), report
     if isinstance(layers, Sliced):
         if config is not None:
-            raise BadArgument(
-                "config= is for models with a configuration, and stacked layers have none", hint="config=None"
-            )
+            raise BadArgument(f"config={dict(config)!r} is given, and stacked layers have no configuration")
         return deepened_stack(tree, layers, order, identity)
     memory = Memory(tree)
     work = DepthPlan(memory, layers, order, identity, partial(configuration, tree), config)

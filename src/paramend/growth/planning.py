@@ -16,7 +16,7 @@ from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import Names
 from paramend.reports import wording
-from paramend.selectors.layers import known
+from paramend.selectors.layers import candidates, known
 from paramend.selectors.patterns import parse
 from paramend.selectors.selector import Union, sel
 
@@ -66,12 +66,28 @@ class DepthPlan:
                 counted = counted or bool(sections.sections_of(self.config, len(move.sources), move.where))
             if not self.said and not counted:
                 self.said = [f"not changed: nothing in it counts {wording.plural(self.moves[0].n, 'layer')}"]
+            self.said += self._left() if counted else []
         elif given:
             raise BadArgument(f"config={dict(given)!r} is given, and there is no configuration beside the weights")
         self.family = ""
         self.strict = True
         self.rules = self._rules(identity, self._model_type(config))
         self._check_rules()
+
+    def _left(self) -> list[str]:
+        """Lists beside the layers, of as many entries, that do not move with them."""
+        moving = {run.parent for run in self.runs}
+        beside = {(run.parent[:-1], run.numbers) for run in self.runs if len(run.numbers) > 1 and not run.head}
+        found = [one for one in candidates(self.tree.index) if (one.parent[:-1], one.numbers) in beside]
+        return [
+            f"{'.'.join(one.parent)} keeps its {len(one.numbers)} entries: if they belong to the layers, name both"
+            for one in found
+            if one.parent not in moving and not one.head and not self._trivial
+        ]
+
+    @property
+    def _trivial(self) -> bool:
+        return all(move.trivial for move in self.moves)
 
     def _move(self, run: Layers, given: Mapping[str, Any] | None) -> Move:
         """How the layers of a run move, for the configuration."""
