@@ -183,6 +183,16 @@ def test_parts_that_count_their_own_layers_stay():
     assert after(says, [0], 3) == says | {"num_hidden_layers": 1}
 
 
+def test_a_part_for_images_is_not_of_the_family_of_the_text():
+    config = {
+        "model_type": "gemma3",
+        "vision_config": {"num_hidden_layers": 7},
+        "text_config": {"num_hidden_layers": 7},
+    }
+    assert "layer_types" not in after(config, [6], 7, ("vision_tower", "layers"))["vision_config"]
+    assert after(config, [0, 5], 7)["text_config"]["layer_types"] == ["sliding_attention", "full_attention"]
+
+
 def test_stages_of_a_backbone():
     says = {"stage_names": ["stem", "stage1", "stage2", "stage3"], "num_hidden_layers": 3}
     read = {"out_features": ["stem", "stage2", "stage3"], "out_indices": [0, 2, 3]}

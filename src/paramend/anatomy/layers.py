@@ -126,7 +126,8 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
     said: list[str] = []
     for place in places:
         section = Section(place, part_at(new, place), kinds=[[] for _ in range(move.n)])
-        kind = section.part.get("model_type") or config.get("model_type")
+        outer = None if any(word in key for key in place for word in SENSES) else config.get("model_type")
+        kind = section.part.get("model_type") or outer
         _count(section, move)
         if not move.trivial:
             _refuse(section.part, str(kind), move)

@@ -14,8 +14,8 @@ from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
 
 SUFFIX = ".index.json"
-# The name of an index: that of the weights, and perhaps a variant: `model.safetensors.index.fp16.json`.
-_NAME = re.compile(r"(?P<weights>.+)\.index(?P<variant>\.[A-Za-z0-9_]+)?\.json")
+# That of a variant, such as `model.safetensors.index.fp16.json`.
+_VARIANT = re.compile(r".+\.(?:safetensors|bin)\.index\.[A-Za-z0-9_]+\.json")
 _MAX = 100_000_000
 
 
@@ -61,7 +61,7 @@ def is_index(name: str) -> bool:
     >>> is_index("model.safetensors.index.fp16.json"), is_index("faiss.index")
     (True, False)
     """
-    return _NAME.fullmatch(name) is not None
+    return name.endswith(SUFFIX) or _VARIANT.fullmatch(name) is not None
 
 
 def index_name(stem: str) -> str:

@@ -48,9 +48,9 @@ def deepened(
             work.said = [f"{file} is not changed; open {file.parent}/, the directory, to include it"]
     texts |= _beside(checkpoint, work)
     new = assemble(checkpoint, picks, texts=texts, ties=ties)
-    for run, move in zip(work.runs, work.moves, strict=True):
+    for run in work.runs:
         if run.blocks:
-            new.index.mark(run.parent, move.first + len(move.sources))
+            new.index.mark(run.parent, run.blocks[0] + len(work.order) - work.order.of)
     calls, report = work.finished(new)
     return (new.edited(calls) if calls else new), report
 
@@ -110,14 +110,9 @@ def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[in
             continue
         done.add(id(run))
         mine = [n for n in index.numbers if n in places and places[n][0] is run]
-        move, start = work.moves[work.runs.index(run)], len(run.before)
-        moved = [
-            (new, target, n)
-            for n in mine
-            for new, target in run.moved(places[n][1], order)
-            if target is None
-            or not move.stray(index.pieces(n)[len(run.parent) + 1 :], start + order.sources[target], start + target)
-        ]
+        moved = [(new, target, n) for n in mine for new, target in run.moved(places[n][1], order)]
+        if work.config is not None:
+            moved = [each for each in moved if not _is_stray(checkpoint, work, run, *each[1:])]
         for new, target, n in sorted(moved, key=lambda entry: entry[0]):
             picks.append((numbered.renumbered(index.paths[n], len(run.parent), run.piece(new)), (checkpoint, n)))
             first = checkpoint.ties.get(n, n)
@@ -131,3 +126,12 @@ def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[in
         several = {one for place, one in ties.items() if one != place}
         ties = {place: one for place, one in ties.items() if one in several}
     return picks, ties
+
+
+def _is_stray(checkpoint: Checkpoint, work: DepthPlan, run: Layers, target: int | None, number: int) -> bool:
+    """Whether a leaf of the first layer has no place in a copy of it."""
+    if target is None:
+        return False
+    start, source = len(run.before), work.order.sources[target]
+    path = checkpoint.index.pieces(number)[len(run.parent) + 1 :]
+    return work.moves[work.runs.index(run)].stray(path, start + source, start + target)

@@ -1,6 +1,7 @@
 """Plans of a change of depth: everything is checked before anything changes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from paramend.anatomy import families, sections
@@ -32,7 +33,6 @@ class DepthPlan:
         runs: its layers.
         order: the order of the new ones.
         config: the new configuration; None if there is none.
-        moves: how the layers of each run move in it.
         said: a description of its changes.
     """
 
@@ -57,7 +57,7 @@ class DepthPlan:
         self.config: dict[str, Any] | None = None
         self.said: list[str] = []
         config = config_at(self.runs[0].parent)
-        self.moves = [self._move(run, given) for run in self.runs]
+        self._given = given
         if config:
             self.config, counted = dict(config), False
             for move in self.moves:
@@ -89,18 +89,22 @@ class DepthPlan:
     def _trivial(self) -> bool:
         return all(move.trivial for move in self.moves)
 
-    def _move(self, run: Layers, given: Mapping[str, Any] | None) -> Move:
-        """How the layers of a run move, for the configuration."""
+    @cached_property
+    def moves(self) -> list[Move]:
+        """How the layers of each run move, for a configuration."""
+        return [self._move(run) for run in self.runs]
+
+    def _move(self, run: Layers) -> Move:
         sources, n = run.whole(self.order)
         numbers = (*run.before, *run.numbers, *run.after)[:n]
-        depth, shapes = len(run.parent) + 1, dict[int, dict[tuple[str, ...], object]]()
+        shapes: dict[int, dict[tuple[str, ...], object]] = {number: {} for number in numbers}
         for leaf in self.tree.index.numbers:
             pieces = self.tree.index.pieces(leaf)
             number = run.place(pieces)
-            if number is not None:
-                shapes.setdefault(number, {})[pieces[depth:]] = self.tree.spec(leaf).shape
-        leaves = [shapes.get(number, {}) for number in numbers] if run.step == 1 else None
-        return Move(run.parent, sources, n, numbers[0], len(run.blocks), given, leaves)
+            if number in shapes:
+                shapes[number][pieces[len(run.parent) + 1 :]] = self.tree.spec(leaf).shape
+        leaves = list(shapes.values()) if run.step == 1 else None
+        return Move(run.parent, sources, n, numbers[0], len(run.blocks), self._given, leaves)
 
     def _model_type(self, config: Mapping[str, Any] | None) -> str | None:
         return sections.model_type(config, self.moves[0].n, self.moves[0].where) if config else None
