@@ -44,7 +44,7 @@ MORE = ({}, {"use_sliding_window": True, "max_window_layers": 5}, {"sliding_wind
 
 
 # Their defaults have embeddings with columns for each layer, and layers that read the cache of others.
-PER_LAYER = ("gemma3n_text", "gemma4_text")
+PER_LAYER = ("gemma3n_text", "gemma4_text", "embedding_gemma2_text")
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ OTHERS = _names(
     out_features out_indices stage_names return_idx block_types pattern conv_residual_weights
     feed_forward_residual_weights pos_att_type block_out_channels down_block_types up_block_types layers_per_block
     transformer_layers_per_block attention_head_dim qkv_multipliers relative_bias_args kernel_list
-    target_layer_ids
+    target_layer_ids encode_proj_layers pretrained_window_sizes
     """
 )
 # Lists that are repeated until every layer has an entry.

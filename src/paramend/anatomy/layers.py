@@ -30,6 +30,7 @@ SCALED: Mapping[str, str] = {
 _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("gemma3n_text", "num_kv_shared_layers"): 15,
     ("gemma3n_text", "hidden_size_per_layer_input"): 256,
+    ("embedding_gemma2_text", "hidden_size_per_layer_input"): 512,
     ("gemma4_text", "hidden_size_per_layer_input"): 256,
     ("minicpm3", "scale_depth"): 1.4,
 }
@@ -367,7 +368,8 @@ def _tell_features(config: Mapping[str, Any], section: Section, move: Move) -> N
     """Tell of numbers of layers whose outputs other parts of the model read: which they should be is not known."""
     sense = any(word in "/".join(move.where) for word in SENSES)
     held = {**section.part, **(config if section.place and sense else {})}
-    for key in [key for key in _FEATURES if held.get(key) and not move.trivial and not move.holds((), key)]:
+    told = [key for key in _FEATURES if held.get(key) and key not in section.done and not move.holds((), key)]
+    for key in told if not move.trivial else ():
         section.tell(f"{key}: {held[key]}, not changed: other parts read the outputs of these layers")
 
 
