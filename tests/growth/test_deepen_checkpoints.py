@@ -222,3 +222,117 @@ def test_what_the_command_refuses(folder, tmp_path, options, says):
     assert result.exit_code == 2
     assert says in result.output or "is what is being read" in result.output
     assert not (tmp_path / "out").exists()
+
+
+# ---- what the configuration says of single layers ----------------------------------------------------------------
+
+
+def configured(path, **says):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | says))
+
+
+def test_kinds_told_by_a_period_are_refused_or_given(folder, tmp_path):
+    path, _ = folder
+    configured(path, model_type="unheard", full_attention_interval=2)
+    with pm.open(path) as checkpoint:
+        with pytest.raises(Unsupported, match="full_attention_interval=2") as raised:
+            pm.deepen(checkpoint, order=[1, 2])
+        assert "config={'full_attention_interval': 2}" in raised.value.hint
+        made, report = pm.deepen(checkpoint, order=[1, 2], config={"full_attention_interval": 1, "extra": {"a": 1}})
+        made.save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["full_attention_interval"], config["extra"]) == (2, 1, {"a": 1})
+    assert "full_attention_interval: 1, as given" in report.config
+    result = run(path, "--order", "1,2", "-o", tmp_path / "cli", "--set", "full_attention_interval=1")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "cli" / "config.json").read_text())["full_attention_interval"] == 1
+    result = run(path, "--order", "1,2", "-o", tmp_path / "no", "--set", "full_attention_interval")
+    assert result.exit_code == 2
+
+
+def test_a_part_of_the_layers_keeps_the_others_in_lists(folder, tmp_path):
+    path, _ = folder
+    configured(path, layer_types=["a", "b", "c"])
+    with pm.open(path) as checkpoint:
+        pm.deepen(checkpoint, layers="model.layers[1:]", order=[1, 0, 0])[0].save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["layer_types"]) == (4, ["a", "c", "b", "b"])
+
+
+def test_a_layer_with_other_leaves_than_its_place_is_refused(folder, tmp_path):
+    path, tree = folder
+    tree = {name: x for name, x in tree.items() if name != "model.layers.0.input_layernorm.weight"}
+    safetensors.numpy.save_file(tree, path / "model.safetensors", {"format": "pt"})
+    with pm.open(path) as checkpoint:
+        with pytest.raises(Unsupported, match=r"layer 1 .* would become layer 0.*more: input_layernorm.weight"):
+            pm.deepen(checkpoint, order=[1, 2])
+        assert len(pm.deepen(checkpoint, order=[0, 2])[0]) == 18
+        assert len(pm.deepen(checkpoint, order=[1, 2], config={})[0]) == 19
+    result = run(path, "--order", "1,2", "-o", tmp_path / "out", "--set", "none")
+    assert result.exit_code == 0, result.output
+
+
+def test_files_beside_that_number_layers_follow(folder, tmp_path):
+    path, _ = folder
+    (path / "hf_quant_config.json").write_text('{"quantization": {"exclude_modules": ["model.layers.2.mlp"]}}')
+    (path / "adapter_config.json").write_text('{"layers_to_transform": [0, 2]}')
+    with pm.open(path) as checkpoint:
+        made, report = pm.deepen(checkpoint, order=[1, 2])
+        made.save(tmp_path / "out")
+    new = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert new == {"quantization": {"exclude_modules": ["model.layers.1.mlp"]}}
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()) == {"layers_to_transform": [1]}
+    assert len(report.config) == 3
+
+
+def test_the_adapter_of_some_layers(tmp_path):
+    """Its numbers are those of the model that it adapts."""
+    path = tmp_path / "adapter"
+    path.mkdir()
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
+    tensors = {name.format(i): np.full((2, 2), i, "float32") for i in (4, 5, 6)}
+    safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text('{"layers_to_transform": [4, 5, 6], "rank_pattern": {"layers.6.q": 8}}')
+    with pm.open(path) as checkpoint:
+        pm.deepen(checkpoint, order=[0, 2, 2])[0].save(tmp_path / "out")
+    out = pm.load(tmp_path / "out" / "adapter_model.safetensors", nested=False)
+    assert [out[name.format(i)][0, 0] for i in (4, 5, 6)] == [4, 6, 6]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config == {"layers_to_transform": [4, 5, 6], "rank_pattern": {"layers.5.q": 8, "layers.6.q": 8}}
+
+
+def test_a_given_value_without_a_configuration_is_refused(tmp_path):
+    pm.save({f"h.{i}.w": np.ones(2) for i in range(2)}, tmp_path / "w.safetensors")
+    with pm.open(tmp_path / "w.safetensors") as checkpoint, pytest.raises(BadArgument, match="no configuration"):
+        pm.deepen(checkpoint, order=[0], config={"a": 1})
+
+
+def test_the_first_block_of_t5_alone_keeps_its_bias(tmp_path):
+    path = tmp_path / "t5"
+    path.mkdir()
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    tensors = {f"encoder.block.{i}.layer.1.wo.weight": np.full(2, i, "float32") for i in range(3)}
+    safetensors.numpy.save_file(tensors | {bias: np.ones(2, "float32")}, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true, "num_layers": 3}')
+    with pm.open(path) as checkpoint:
+        with pytest.raises(Unsupported, match="must stay first"):
+            pm.deepen(checkpoint, layers="encoder.block[*]", order=[1, 2])
+        made, _ = pm.deepen(checkpoint, layers="encoder.block[*]", order=pm.depth.stack(3))
+        assert [name for name in made.index.texts.values() if "bias" in name] == [bias]
+        assert len(made) == 7
+
+
+def test_lists_beside_the_layers_are_told(tmp_path):
+    path = tmp_path / "xlm"
+    path.mkdir()
+    tensors = {
+        f"transformer.{name}.{i}.weight": np.ones(2, "float32") for i in range(3) for name in ("attentions", "ffns")
+    }
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "xlm", "n_layers": 3}')
+    with pm.open(path) as checkpoint:
+        report = pm.deepen(checkpoint, layers="transformer.attentions[*]", order=[0, 1])[1]
+        assert report.config[0] == "n_layers: 3 -> 2"
+        assert report.config[1].startswith("transformer.ffns keeps its 3 entries")
+        assert len(pm.deepen(checkpoint, layers="transformer.*.<n>", order=[0, 1])[1].config) == 1

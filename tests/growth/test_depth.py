@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from paramend.errors import BadArgument
 from paramend.growth import depth
-from paramend.growth.configs import configured
 from paramend.growth.depth import Order, order_of
 
 
@@ -86,59 +85,3 @@ def test_orders_that_make_no_sense(wrong):
     with pytest.raises(BadArgument) as caught:
         wrong()
     assert caught.value.hint
-
-
-# ---- configurations --------------------------------------------------------------------------------------------
-
-
-def test_lists_follow_and_everything_else_stays():
-    config = {
-        "num_hidden_layers": 3,
-        "layer_types": ["a", "b", "c"],
-        "no_rope_layers": [1, 0, 1],
-        "mlp_only_layers": [1],
-        "architectures": ["X"],
-        "rope": [1, 2, 3],
-    }
-    new, said = configured(config, Order((0, 1, 1, 2)))
-    assert new == config | {
-        "num_hidden_layers": 4,
-        "layer_types": ["a", "b", "b", "c"],
-        "no_rope_layers": [1, 0, 0, 1],
-        "mlp_only_layers": [1, 2],
-    }
-    assert len(said) == 4
-    assert config["num_hidden_layers"] == 3
-
-
-def test_a_rule_by_number_is_written_out():
-    config = {"model_type": "gemma2", "num_hidden_layers": 2}
-    assert configured(config, Order((0, 0, 1)))[0]["layer_types"] == ["sliding_attention"] * 2 + ["full_attention"]
-    config = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
-    new = configured(config, Order((0, 1, 2, 3, 3)))[0]
-    assert (new["decoder_sparse_step"], new["mlp_only_layers"]) == (1, [0, 1, 2])
-
-
-def test_the_part_that_counts_these_layers():
-    config = {"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 3}}
-    new, said = configured(config, depth.stack(3))
-    assert new == {"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 6}}
-    assert said == ["text_config.num_hidden_layers: 3 -> 6"]
-    two = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}}
-    where = ("model", "language_model", "layers")
-    assert configured(two, depth.stack(3), where)[1] == ["text_config.num_hidden_layers: 3 -> 6"]
-    where = ("model", "vision_tower", "layers")
-    assert configured(two, depth.stack(3), where)[1] == ["vision_config.num_hidden_layers: 3 -> 6"]
-    assert configured(two, depth.stack(3))[1] == []
-
-
-def test_encoders_and_decoders_are_counted_apart():
-    t5 = {"is_encoder_decoder": True, "num_layers": 3}
-    assert configured(t5, depth.stack(3), ("encoder", "block"))[0]["num_layers"] == 6
-    new = configured(t5, depth.stack(3), ("decoder", "block"))[0]
-    assert (new["num_layers"], new["num_decoder_layers"]) == (3, 6)
-    bart = {"is_encoder_decoder": True, "encoder_layers": 3, "decoder_layers": 3, "num_hidden_layers": 3}
-    new = configured(bart, depth.stack(3), ("model", "decoder", "layers"))[0]
-    assert new == bart | {"decoder_layers": 6}
-    new = configured(bart, depth.stack(3), ("model", "encoder", "layers"))[0]
-    assert new == bart | {"encoder_layers": 6, "num_hidden_layers": 6}

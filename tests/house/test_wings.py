@@ -14,7 +14,7 @@ FLOORS = [
     {"reports", "_optional"},
     {"leaves", "disk"},
     {"formats", "arrays", "pages"},
-    {"journal", "trees", "resize"},
+    {"journal", "trees", "resize", "anatomy"},
     {"selectors"},
     {"edits"},
     {"piecewise", "freezing", "mapping"},

@@ -6,12 +6,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from paramend.anatomy import families
 from paramend.arrays.initializers import Site, generator, normal
 from paramend.arrays.registry import to_numpy
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, Unsupported
-from paramend.growth import families, identities
+from paramend.growth import identities
 from paramend.leaves.leaves import Index, Leaves
 from paramend.leaves.specs import AnyArray, Array, numpy_dtype
 from paramend.reports import wording

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
+from paramend.anatomy.blocks import mark_blocks
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
@@ -352,7 +353,14 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     w float32[3]
     """
     recover(path)
-    return Checkpoint(open_source(path))
+    return checkpoint_at(path)
+
+
+def checkpoint_at(path: str | os.PathLike[str]) -> Checkpoint:
+    """The same as `open`, without a look at records of patches."""
+    source = open_source(path)
+    mark_blocks(source, Path(source.path))
+    return Checkpoint(source)
 
 
 def recover(path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
@@ -26,7 +26,6 @@ from paramend.disk.io import put
 from paramend.disk.locks import opened
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
-from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
 from paramend.journal.exchange import STAGED, check_replaceable, exchange
@@ -148,7 +147,7 @@ def patch(
     if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path) as checkpoint:
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
-    with store.writing(), Checkpoint(open_source(path)) as checkpoint:  # what was cut short has been taken back
+    with store.writing(), checkpoint_at(path) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
         return _Patch(store, checkpoint.source, plan, progress).carry_out()
 

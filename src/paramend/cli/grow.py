@@ -1,6 +1,8 @@
 """The command that makes a model of another depth: `deepen`."""
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,20 @@ def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> l
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a list of layers; write 0,1,1,2") from None
+
+
+def _given(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
+    """Key → value, as JSON or as text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals and text != "none":
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE; write layer_types='[...]', or none")
+        if equals:
+            with suppress(ValueError):
+                value = json.loads(value)
+            found[key] = value
+    return found if given else None
 
 
 def _values(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
@@ -66,12 +82,22 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
     help="How a layer becomes the identity: the name of a family, or leaves of a layer with the value that they get, "
     "such as 'mlp.down_proj.*'; may be repeated. Known families do not need it.",
 )
+@click.option(
+    "--set",
+    "config",
+    multiple=True,
+    callback=_given,
+    metavar="KEY=VALUE",
+    help="What config.json says in OUT, where that is not to follow from the order; VALUE is JSON, dots in KEY lead "
+    "into parts; may be repeated. With it, or with --set none, layers also go to places that had other leaves.",
+)
 @makes("what each layer would be made of")
-def deepen(path: Path, layers: str | None, identity: Any, **options: Any) -> None:
+def deepen(path: Path, layers: str | None, identity: Any, config: dict[str, Any] | None, **options: Any) -> None:
     """Write the model in PATH with its layers repeated, left out, or in another order.
 
     With --blocks the new layers are the identity: the model computes what it did, and has more to train. With the other
-    orders it computes something else. config.json is adapted; all other files are copied.
+    orders it computes something else. config.json follows: the number of layers, and what it says of single layers.
+    Kinds of layers that it tells by their numbers are written out; where it cannot say them, the order is refused.
 
     Exit status: 0 done; 2 an unreadable or damaged file, an order that does not fit, a family in which no layer can be
     the identity, or an OUT that cannot be written.
@@ -82,5 +108,6 @@ def deepen(path: Path, layers: str | None, identity: Any, **options: Any) -> Non
     ((name, value),) = given.items()
     with open_checkpoint(path) as checkpoint:
         count = len(numbered.find(checkpoint, layers)[0].numbers)
-        made, report = deepen_model(checkpoint, layers=layers, order=_ORDERS[name](count, value), identity=identity)
+        order = _ORDERS[name](count, value)
+        made, report = deepen_model(checkpoint, layers=layers, order=order, identity=identity, config=config)
         write_made(made, path, report, **options)

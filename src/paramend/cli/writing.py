@@ -1,6 +1,7 @@
 """How commands write or change a checkpoint, and what they print."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui, fates
 from paramend.edits.plan import Plan
+from paramend.errors import ParamendError
 from paramend.pages.paged import Paged
 from paramend.piecewise.rows import survey
+from paramend.rewriting.layouts import lay_out
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
@@ -59,14 +62,19 @@ def carry_out(
     if html is not None and out is not None and html.absolute() == Path(out).absolute():
         raise click.UsageError("OUT and the page of --html need names of their own.")
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
-    if out is not None:
-        check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+    said: tuple[str, ...] = ()
+    if out is None:
+        with suppress(ParamendError):  # a name may solve it
+            said = lay_out(made, path).said
+    else:
+        said = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size).said
     shown: Paged = made if told is None else told
     if dry_run or out is None:
         if told is None:
             survey(made)
         data |= made.to_dict() if as_json else {}
-        done = f"dry run: {'nothing' if html is None else 'no checkpoint'} was written"
+        data |= {"said": list(said)} if as_json and said else {}
+        done = "\n".join((f"dry run: {'nothing' if html is None else 'no checkpoint'} was written", *said))
     else:
         _ui.watch(fates.Outputs([Path(out), *([] if html is None else [html])]))
         with _ui.bar(f"writing {Path(out).name}") as progress:

@@ -160,6 +160,8 @@ class Plan(Paged):
             for label in row.labels[:-1]:
                 names = names.setdefault(label, {})
             names[row.labels[-1]] = row.source
+        for path, layers in self.leaves.index.layers.items():
+            index.mark(path, layers)
         return index
 
     @cached_property

@@ -1,6 +1,7 @@
 """The index of a sharded model: which file holds which tensor, as Hugging Face writes it beside the shards."""
 
 import json
+import re
 import stat
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
 
 SUFFIX = ".index.json"
+# That of a variant, such as `model.safetensors.index.fp16.json`.
+_VARIANT = re.compile(r".+\.(?:safetensors|bin)\.index\.[A-Za-z0-9_]+\.json")
 _MAX = 100_000_000
 
 
@@ -50,6 +53,25 @@ class ShardIndex:
         if dict(weight_map) == dict(self.weight_map) and metadata == self.table.get("metadata"):
             return self.path.read_bytes()
         return index_text({**self.table, "metadata": metadata, "weight_map": dict(weight_map)})
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name is the index of a model.
+
+    >>> is_index("model.safetensors.index.fp16.json"), is_index("faiss.index")
+    (True, False)
+    """
+    return name.endswith(SUFFIX) or _VARIANT.fullmatch(name) is not None
+
+
+def index_name(stem: str) -> str:
+    """The name of the index of safetensors files with this name before their numbers.
+
+    >>> index_name("adapter_model"), index_name("diffusion_pytorch_model.fp16")
+    ('adapter_model.safetensors.index.json', 'diffusion_pytorch_model.safetensors.index.fp16.json')
+    """
+    name, dot, variant = stem.partition(".")
+    return f"{name}.safetensors.index{dot}{variant}.json"
 
 
 def index_text(table: Mapping[str, Any]) -> bytes:
@@ -111,11 +133,11 @@ def find_index(folder: Path, names: Iterable[str]) -> Path | None:
     Raises:
         BadCheckpoint: there are several, and none is the usual one.
     """
-    found = sorted(name for name in names if name.endswith(SUFFIX))
+    found = sorted(filter(is_index, names))
     for usual in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if usual in found:
             return folder / usual
-    safe = [name for name in found if name.endswith(".safetensors" + SUFFIX)]
+    safe = [name for name in found if ".safetensors.index." in name]
     found = safe or found
     if len(found) > 1:
         raise BadCheckpoint(

@@ -11,7 +11,7 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import OpenFile, near
-from paramend.formats.index import SUFFIX, read_index
+from paramend.formats.index import is_index, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
 from paramend.formats.zips.archive import names_in
@@ -280,7 +280,7 @@ def weight_files(folder: Path) -> set[str]:
     ['a.safetensors', 'b.safetensors']
     """
     names = sorted(entry.name for entry in os.scandir(folder))
-    indexes = [name for name in names if name.endswith(SUFFIX)]
+    indexes = list(filter(is_index, names))
     if indexes:
         return {file for name in indexes for file in read_index(folder / name).files}
     found = {name for name in names if _holds_weights(name)}
@@ -315,7 +315,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     with unexhausted(str(path), BadCheckpoint):
         if stat.S_ISDIR(mode):
             return _open_folder(path)
-        if path.name.endswith(SUFFIX):
+        if is_index(path.name):
             found = open_directory(path, _open_file, _holds_weights)
             assert found is not None
             return found

@@ -1,27 +1,31 @@
 """Growth in depth on disk: the new checkpoint consists of references to the old one until it is saved."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from paramend.anatomy.layers import renamed
+from paramend.anatomy.sections import CONFIG, parsed, written
 from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.errors import BadCheckpoint, Unsupported
+from paramend.errors import Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.growth import numbered
 from paramend.growth.numbered import Layers
 from paramend.growth.planning import DepthPlan
 from paramend.growth.report import DeepenReport
-from paramend.leaves.nested import is_deep
-from paramend.reports import wording
 from paramend.selectors.selector import Selector, Sliced
 
-_CONFIG = "config.json"
+# Files beside the configuration in which single layers are named or numbered.
+_BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
 
 
 def deepened(
-    checkpoint: Checkpoint, layers: str | Selector | None, order: Any, identity: Any
+    checkpoint: Checkpoint,
+    layers: str | Selector | None,
+    order: Any,
+    identity: Any,
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[Checkpoint, DeepenReport]:
     """A checkpoint with the layers of another in a given order, and the report; nothing is written.
 
@@ -34,15 +38,19 @@ def deepened(
             hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)",
         )
     config, file = _config(checkpoint)
-    work = DepthPlan(checkpoint, layers, order, identity, lambda where: config)
+    work = DepthPlan(checkpoint, layers, order, identity, lambda where: config, given)
     picks, ties = _picks(checkpoint, work)
     texts: dict[str, bytes] = {}
     if work.config is not None and file is not None:
         if Path(checkpoint.path).is_dir():
-            texts[_CONFIG] = (json.dumps(work.config, indent=2, ensure_ascii=False) + "\n").encode()
+            texts[CONFIG] = written(work.config)
         else:
             work.said = [f"{file} is not changed; open {file.parent}/, the directory, to include it"]
+    texts |= _beside(checkpoint, work)
     new = assemble(checkpoint, picks, texts=texts, ties=ties)
+    for run in work.runs:
+        if run.blocks:
+            new.index.mark(run.parent, run.blocks[0] + len(work.order) - work.order.of)
     calls, report = work.finished(new)
     return (new.edited(calls) if calls else new), report
 
@@ -50,22 +58,33 @@ def deepened(
 def _config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any] | None, Path | None]:
     """The configuration beside the weights, and its file."""
     path = Path(checkpoint.path)
-    file = (path if path.is_dir() else path.parent) / _CONFIG
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    text = _text(checkpoint, file)
+    return (None, None) if text is None else (parsed(text, file), file)
+
+
+def _text(checkpoint: Checkpoint, file: Path) -> bytes | None:
+    """The text of a file beside the weights, as it is now to be written."""
     source: Any = checkpoint.source
-    text: bytes | None = source.texts.get(_CONFIG) if isinstance(source, Gathered) else None
-    if text is None:
-        if not file.is_file():
-            return None, None
-        text = file.read_bytes()
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{file} is not JSON: {error}", hint=f"python -m json.tool {file}") from None
-    if is_deep(config):
-        raise BadCheckpoint(f"{file}: brackets are nested too deeply")
-    if not isinstance(config, dict):
-        raise BadCheckpoint(f"{file} holds {wording.described(config)}, not an object")
-    return config, file
+    text: bytes | None = source.texts.get(file.name) if isinstance(source, Gathered) else None
+    return file.read_bytes() if text is None and file.is_file() else text
+
+
+def _beside(checkpoint: Checkpoint, work: DepthPlan) -> dict[str, bytes]:
+    """The new texts of other files in which single layers are named or numbered."""
+    texts: dict[str, bytes] = {}
+    folder = Path(checkpoint.path)
+    for name in _BESIDE if folder.is_dir() else ():
+        text = _text(checkpoint, folder / name)
+        if text is None:
+            continue
+        new = old = parsed(text, folder / name)
+        for move in work.moves:
+            new = renamed(new, move)
+        if new != old:
+            texts[name] = written(new)
+            work.said.append(f"{name}: names and numbers of layers follow")
+    return texts
 
 
 def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[int, int]]:
@@ -92,6 +111,8 @@ def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[in
         done.add(id(run))
         mine = [n for n in index.numbers if n in places and places[n][0] is run]
         moved = [(new, target, n) for n in mine for new, target in run.moved(places[n][1], order)]
+        if work.config is not None:
+            moved = [each for each in moved if not _is_stray(checkpoint, work, run, *each[1:])]
         for new, target, n in sorted(moved, key=lambda entry: entry[0]):
             picks.append((numbered.renumbered(index.paths[n], len(run.parent), run.piece(new)), (checkpoint, n)))
             first = checkpoint.ties.get(n, n)
@@ -105,3 +126,12 @@ def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[in
         several = {one for place, one in ties.items() if one != place}
         ties = {place: one for place, one in ties.items() if one in several}
     return picks, ties
+
+
+def _is_stray(checkpoint: Checkpoint, work: DepthPlan, run: Layers, target: int | None, number: int) -> bool:
+    """Whether a leaf of the first layer has no place in a copy of it."""
+    if target is None:
+        return False
+    start, source = len(run.before), work.order.sources[target]
+    path = checkpoint.index.pieces(number)[len(run.parent) + 1 :]
+    return work.moves[work.runs.index(run)].stray(path, start + source, start + target)

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
+from paramend.anatomy.layers import followed
+from paramend.anatomy.moves import Move
 from paramend.edits.memory import Memory
-from paramend.errors import Unsupported
-from paramend.growth.configs import configured
+from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
 from paramend.growth.identities import Identity
 from paramend.growth.planning import DepthPlan
@@ -28,6 +29,7 @@ def deepen(
     order: Order | Iterable[int],
     layers: SelectorLike | None = None,
     identity: Identity = "auto",
+    config: Mapping[str, object] | None = None,
 ) -> tuple[T, DeepenReport]:
     """The model with its layers in another order, repeated or left out, and the report.
 
@@ -45,16 +47,21 @@ def deepen(
             second axis counts layers.
         identity: how a layer becomes the identity: "auto"; the name of a family; selectors, relative to the layer, of
             leaves that become zero, or a dict from these to values; None copies layers as they are.
+        config: for a model with a configuration: key → value in the configuration of the outcome, where these are not
+            to follow from the order; dots lead into parts, as in `text_config.layer_types`. With `config`, which may be
+            empty, layers also go to places that had other leaves.
 
     Returns:
         A new tree of the same type, and the report. Layers that stay are the same objects. The configuration of a torch
-        module, if it has one, and the layer numbers in its modules are updated.
+        module or a checkpoint, if it has one, and the layer numbers in modules are updated: what it says of single
+        layers follows them, and kinds that it tells by numbers are written out.
 
     Raises:
         NoMatch: there are no such layers, or no such leaves in them.
         BadArgument: the order does not fit, or it is unknown which leaves make a layer the identity.
-        Unsupported: no leaves do (post-LN), the model scales layers by their number, or the container has fixed
-            entries.
+        Unsupported: no leaves do (post-LN), the container has fixed entries, the model scales layers by their number, a
+            layer would be of another kind in its new place and the configuration cannot say otherwise, or it would have
+            other leaves than that place.
 
     >>> params = {"Dense_0": {"w": np.ones(2)}, "Dense_1": {"w": np.full(2, 5.0)}, "Dense_2": {"w": np.ones(1)}}
     >>> tree, report = deepen(params, layers="Dense_[:-1]", order=[0, 1, 1])
@@ -70,15 +77,17 @@ def deepen(
     if isinstance(tree, Editable):
         from paramend.growth.checkpoints import deepened  # imports the rewriting engine
 
-        new, report = deepened(cast(Any, tree), layers, order, identity)
+        new, report = deepened(cast(Any, tree), layers, order, identity, config)
         return cast(T, new), report
     if isinstance(layers, Sliced):
+        if config is not None:
+            raise BadArgument(f"config={dict(config)!r} is given, and stacked layers have no configuration")
         return deepened_stack(tree, layers, order, identity)
     memory = Memory(tree)
-    work = DepthPlan(memory, layers, order, identity, partial(configuration, tree))
+    work = DepthPlan(memory, layers, order, identity, partial(configuration, tree), config)
     new, report = _finished(work, Rebuilder(memory, work.runs, work.order).rebuilt(tree))
-    for config, values in _configured(new, work):
-        _enter(config, config.to_dict(), values)
+    for mine, values in _configured(new, work):
+        _enter(mine, mine.to_dict(), values)
     return new, report
 
 
@@ -88,6 +97,7 @@ def deepen_(
     order: Order | Iterable[int],
     layers: SelectorLike | None = None,
     identity: Identity = "auto",
+    config: Mapping[str, object] | None = None,
 ) -> DeepenReport:
     """Change the depth of a torch or NNX module in place, and return the report.
 
@@ -99,6 +109,7 @@ def deepen_(
         order: as in `deepen`.
         layers: as in `deepen`.
         identity: as in `deepen`.
+        config: as in `deepen`.
 
     Raises:
         NoMatch: as in `deepen`.
@@ -122,14 +133,14 @@ def deepen_(
     if isinstance(layers, Sliced):
         raise Unsupported("stacked layers cannot be deepened in place", hint="module, report = pm.deepen(module, ...)")
     memory = Memory(module)
-    work = DepthPlan(memory, layers, order, identity, partial(configuration, module))
+    work = DepthPlan(memory, layers, order, identity, partial(configuration, module), config)
     rebuilder = Rebuilder(memory, work.runs, work.order)
     rebuilder.check()
     new = _configured(module, work)
     rebuilder.rebuild_(module)
     report = _finished(work, module)[1]
-    for config, values in new:
-        _enter(config, config.to_dict(), values)
+    for mine, values in new:
+        _enter(mine, mine.to_dict(), values)
     return report
 
 
@@ -169,16 +180,21 @@ def _configs(tree: Any, where: Sequence[str]) -> list[Any]:
 
 def _configured(tree: Any, work: DepthPlan) -> list[tuple[Any, dict[str, Any]]]:
     """The configurations to update, each with its new values."""
-    where = work.runs[0].parent
     found = []
-    for place, config in enumerate(_configs(tree, where)):
+    for place, config in enumerate(_configs(tree, work.runs[0].parent)):
         old = config.to_dict()
-        new = configured(old, work.order, where)[0]
+        new = _followed(old, work.moves)
         if place:  # that of one side of an encoder-decoder model also counts the layers of that side as its own
-            own = configured({**old, "is_encoder_decoder": False}, work.order, where)[0]
+            own = _followed({**old, "is_encoder_decoder": False}, work.moves)
             new |= {key: value for key, value in own.items() if key != "is_encoder_decoder" and value != old.get(key)}
         found.append((config, new))
     return found
+
+
+def _followed(config: dict[str, Any], moves: Sequence[Move]) -> dict[str, Any]:
+    for move in moves:
+        config = followed(config, move)[0]
+    return config
 
 
 def _enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

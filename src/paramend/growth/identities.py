@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
+from paramend.anatomy import families
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, Unsupported
-from paramend.growth import families
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.paths import Names
 from paramend.reports import wording

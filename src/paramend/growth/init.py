@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from paramend.anatomy import sections
+from paramend.anatomy.families import modules_of, values
 from paramend.edits.call import Call
 from paramend.edits.memory import Memory
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, Unsupported
-from paramend.growth import configs, identities, numbered
+from paramend.growth import identities, numbered
 from paramend.growth.deepening import configuration
-from paramend.growth.families import modules_of, values
 from paramend.growth.identities import Writers
 from paramend.growth.zeroing import zero_
 from paramend.leaves.paths import number_of
@@ -158,7 +159,7 @@ def zero_residual(tree: T, *, layers: str | None = None, family: Writers = "auto
     calls: dict[int, Call] = {}
     for run in numbered.find(memory, layers):
         config = configuration(tree, run.parent)
-        model_type = configs.model_type(config, len(run.numbers), run.parent) if config else None
+        model_type = sections.model_type(config, len(run.numbers), run.parent) if config else None
         for number in run.numbers:
             path = (*run.parent, run.piece(number))
             names = numbered.under(memory.index.names, path)

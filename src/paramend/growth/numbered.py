@@ -17,16 +17,24 @@ class Layers(Numbered):
 
     Attributes:
         numbers: the numbers of the layers, ascending.
-        after: the numbers of the siblings that follow them and are renumbered.
+        after: the numbers of the siblings that follow them and are renumbered; `blocks` are the last of them.
+        before: the numbers of the siblings before them.
         step: the difference of consecutive numbers. If it is more than 1, entries between belong to the layer before.
     """
 
     after: tuple[int, ...] = ()
     step: int = 1
+    before: tuple[int, ...] = ()
 
     def target(self, position: int) -> int:
         """The number of the new layer at a position."""
         return self.numbers[0] + position * self.step
+
+    def whole(self, order: Order) -> tuple[list[int], int]:
+        """For each layer of the outcome, with those before and after these, the old one; and how many there were."""
+        start, stop = len(self.before), len(self.before) + order.of
+        n = stop + len(self.after) - len(self.blocks)
+        return [*range(start), *(start + source for source in order.sources), *range(stop, n)], n
 
     def moved(self, number: int, order: Order) -> list[tuple[int, int | None]]:
         """Where an entry of this number goes: (new number, the new layer that it is in, None outside of layers)."""
@@ -92,7 +100,7 @@ def _layers(said: Notation, found: Numbered) -> Layers:
             "must select consecutive ones; the order says which of them are copied or left out",
             hint=f'layers="{said.with_index(run)}"',
         )
-    picked, after = tuple(numbers[i] for i in places), numbers[places[-1] + 1 :]
+    picked, after = tuple(numbers[i] for i in places), (*numbers[places[-1] + 1 :], *found.blocks)
     steps = {b - a for a, b in zip((*picked, *after), (*picked, *after)[1:], strict=False)}
     if len(steps) > 1:
         raise BadArgument(
@@ -101,7 +109,8 @@ def _layers(said: Notation, found: Numbered) -> Layers:
             hint="rename the layers first, so that their numbers rise evenly",
         )
     step = steps.pop() if steps else 1
-    return Layers(found.parent, found.head, found.tail, picked, found.width, after, step)
+    before = numbers[: places[0]]
+    return Layers(found.parent, found.head, found.tail, picked, found.width, found.blocks, after, step, before)
 
 
 def _only(leaves: Leaves) -> str:
@@ -162,9 +171,8 @@ def under(names: Names, path: Pieces) -> list[Names]:
     """The subtrees at a path, read piece by piece."""
     found = [names]
     for text in path:
-        found = [
-            child for inner in found for label, child in inner.items() if text_of(label) == text and type(child) is dict
-        ]
+        children = [child for inner in found for label, child in inner.items() if text_of(label) == text]
+        found = [child for child in children if type(child) is not int]
     return found
 
 

@@ -1,19 +1,23 @@
 """Plans of a change of depth: everything is checked before anything changes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+from paramend.anatomy import families, sections
+from paramend.anatomy.families import modules_of
+from paramend.anatomy.layers import followed
+from paramend.anatomy.moves import Move
 from paramend.edits.call import Call
 from paramend.errors import BadArgument
-from paramend.growth import configs, families, identities, numbered
+from paramend.growth import identities, numbered
 from paramend.growth.depth import Order, order_of
-from paramend.growth.families import modules_of
 from paramend.growth.numbered import Layers
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import Names
 from paramend.reports import wording
-from paramend.selectors.layers import known
+from paramend.selectors.layers import candidates, known
 from paramend.selectors.patterns import parse
 from paramend.selectors.selector import Union, sel
 
@@ -32,7 +36,15 @@ class DepthPlan:
         said: a description of its changes.
     """
 
-    def __init__(self, tree: Editable, layers: Any, order: Any, identity: Any, config_at: ConfigAt) -> None:
+    def __init__(
+        self,
+        tree: Editable,
+        layers: Any,
+        order: Any,
+        identity: Any,
+        config_at: ConfigAt,
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
         if layers is not None and not isinstance(layers, str):
             text = getattr(layers, "text", None)
             if text is None:
@@ -45,14 +57,57 @@ class DepthPlan:
         self.config: dict[str, Any] | None = None
         self.said: list[str] = []
         config = config_at(self.runs[0].parent)
+        self._given = given
         if config:
-            self.config, self.said = configs.configured(config, self.order, self.runs[0].parent)
-            if not self.said:
-                self.said = [f"not changed: nothing in it counts {wording.plural(count, 'layer')}"]
+            self.config, counted = dict(config), False
+            for move in self.moves:
+                self.config, said = followed(self.config, move)
+                self.said += said
+                counted = counted or bool(sections.sections_of(self.config, len(move.sources), move.where))
+            if not self.said and not counted:
+                self.said = [f"not changed: nothing in it counts {wording.plural(self.moves[0].n, 'layer')}"]
+            self.said += self._left() if counted else []
+        elif given:
+            raise BadArgument(f"config={dict(given)!r} is given, and there is no configuration beside the weights")
         self.family = ""
         self.strict = True
-        self.rules = self._rules(identity, configs.model_type(config, count, self.runs[0].parent) if config else None)
+        self.rules = self._rules(identity, self._model_type(config))
         self._check_rules()
+
+    def _left(self) -> list[str]:
+        """Lists beside the layers, of as many entries, that do not move with them."""
+        moving = {run.parent for run in self.runs}
+        beside = {(run.parent[:-1], run.numbers) for run in self.runs if len(run.numbers) > 1 and not run.head}
+        found = [one for one in candidates(self.tree.index) if (one.parent[:-1], one.numbers) in beside]
+        return [
+            f"{'.'.join(one.parent)} keeps its {len(one.numbers)} entries: if they belong to the layers, name both"
+            for one in found
+            if one.parent not in moving and not one.head and not self._trivial
+        ]
+
+    @property
+    def _trivial(self) -> bool:
+        return all(move.trivial for move in self.moves)
+
+    @cached_property
+    def moves(self) -> list[Move]:
+        """How the layers of each run move, for a configuration."""
+        return [self._move(run) for run in self.runs]
+
+    def _move(self, run: Layers) -> Move:
+        sources, n = run.whole(self.order)
+        numbers = (*run.before, *run.numbers, *run.after)[:n]
+        shapes: dict[int, dict[tuple[str, ...], object]] = {number: {} for number in numbers}
+        for leaf in self.tree.index.numbers:
+            pieces = self.tree.index.pieces(leaf)
+            number = run.place(pieces)
+            if number in shapes:
+                shapes[number][pieces[len(run.parent) + 1 :]] = self.tree.spec(leaf).shape
+        leaves = list(shapes.values()) if run.step == 1 else None
+        return Move(run.parent, sources, n, numbers[0], len(run.blocks), self._given, leaves)
+
+    def _model_type(self, config: Mapping[str, Any] | None) -> str | None:
+        return sections.model_type(config, self.moves[0].n, self.moves[0].where) if config else None
 
     def _rules(self, identity: Any, model_type: str | None) -> list[dict[int, Any]]:
         """For each run of layers, old layer → the rules that make its copy the identity."""

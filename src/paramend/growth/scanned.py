@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
+from paramend.anatomy import families
+from paramend.anatomy.families import modules_of
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.growth import families, identities, numbered
+from paramend.growth import identities, numbered
 from paramend.growth.depth import order_of
-from paramend.growth.families import modules_of
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.paths import write_path
 from paramend.reports import wording

@@ -27,6 +27,23 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+class Layered(dict[Label, Any]):
+    """Names of numbered layers, where the entries from some number on are no layers.
+
+    Attributes:
+        layers: that number. Positions such as `[-1]` count what is below it.
+    """
+
+    __slots__ = ("layers",)
+
+    def __init__(self, names: Names, layers: int) -> None:
+        super().__init__(names)
+        self.layers = layers
+
+    def __reduce__(self) -> tuple[type["Layered"], tuple[Names, int]]:
+        return Layered, (dict(self), self.layers)
+
+
 class Index:
     """The names of a tree's array leaves. One index serves every tree of the same structure.
 
@@ -36,6 +53,7 @@ class Index:
         separator: the text between keys of a printed path: "/" for JAX trees, "." for torch ones.
         spans: for each container `(type, start, stop)`: its leaves are `numbers[start:stop]`.
         found: earlier matches, by selector.
+        layers: path of numbered entries → the first number of those that are no layers; see `mark`.
     """
 
     def __init__(self, separator: str = "/") -> None:
@@ -44,10 +62,11 @@ class Index:
         self.separator = separator
         self.spans: list[tuple[type, int, int]] = []
         self.found: dict[Hashable, tuple[int, ...]] = {}
+        self.layers: dict[tuple[str, ...], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found out again when it is wanted."""
-        kept = ("names", "numbers", "separator", "spans")
+        kept = ("names", "numbers", "separator", "spans", "layers")
         return {name: getattr(self, name) for name in kept} | {"found": {}}
 
     @classmethod
@@ -87,6 +106,25 @@ class Index:
             found = known[prefix[:end]] = found.setdefault(label, {})
         return found
 
+    def mark(self, path: tuple[str, ...], layers: int) -> None:
+        """Make the numbered entries at a path, from a number on, no layers to positions; nothing if it leads nowhere.
+
+        >>> index = Index.of_names(["h.0.w", "h.1.w", "h.2.eh_proj"])
+        >>> index.mark(("h",), 2)
+        >>> from paramend.selectors.patterns import parse
+        >>> parse("h[-1].**").find(index.names), parse("h.2.**").find(index.names)
+        ([1], [2])
+        """
+        *above, last = path
+        names = self.names
+        for text in above:
+            names = next((c for label, c in names.items() if text_of(label) == text and type(c) is not int), {})
+        for label, child in names.items():
+            if text_of(label) == last and type(child) is not int:
+                names[label] = Layered(child, layers)
+                self.layers[path] = layers
+                self.found.clear()
+
     def add(self, names: Names, key: object, child: Any) -> None:
         """Enter a leaf number or a subtree under a key of a subtree of names."""
         if type(key) is str and key not in names and "/" not in key and "." not in key:  # nearly all keys
@@ -95,7 +133,7 @@ class Index:
         path = labels(key)
         for label in path[:-1]:
             inner = names.get(label)
-            if type(inner) is not dict:
+            if inner is None or type(inner) is int:
                 inner = names[label] = {}
             names = inner
         last = path[-1]

@@ -1,6 +1,7 @@
 """Layouts: the files of a rewrite and the content of each, byte by byte, before any is written."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, FOREIGN_SUFFIXES, Format, format_for, format_of, writable
 from paramend.formats.shards import Shards
 from paramend.reports import wording
+from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file, overlays
 from paramend.rewriting.files import File, base_of, fresh_file, mode_of, nbytes_of, ordered, text_file
 from paramend.rewriting.folders import own_files, tree_within
@@ -30,6 +32,7 @@ class Layout:
         tree: for a format whose checkpoints are directories, the folder in it that holds the tree; "" for all of it.
         fresh: whether the writer of the format fills that folder; if not, it is a copy with new chunks for edits.
         more: about how many bytes are written besides those of the files.
+        said: what is to be said of files beside the weights.
     """
 
     files: tuple[File, ...]
@@ -39,6 +42,7 @@ class Layout:
     tree: str = ""
     fresh: bool = False
     more: int = 0
+    said: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -158,9 +162,22 @@ def _again(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
         _check(made, wish.format)
     if not wish.folder:
         rows = [(row.source, row) for row in made.rows]
-        return Layout((edited_file(made, source, rows, "", link=link),), False, wish.format)
-    files, left_out = sidecars(source)
-    return Layout((*same_shards(made, source, link=link), *files), True, wish.format, tuple(left_out))
+        file = edited_file(made, source, rows, "", link=link)
+        return Layout((file,), False, wish.format, said=left_behind(made, source))
+    beside, left_out, said = _beside(made, source)
+    return Layout((*same_shards(made, source, link=link), *beside), True, wish.format, tuple(left_out), said=said)
+
+
+def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
+    """The files beside the weights, what is left out, and what is to be said of them."""
+    files, left_out, weights = sidecars(source) if isinstance(source, Shards) else ([], [], [])
+    if isinstance(made.leaves, Gathered):
+        texts = made.leaves.texts
+        files = [file for file in files if file.name not in texts]
+        files += [text_file(name, text, mode_of(source)) for name, text in texts.items()]
+    beside, said = followed_files(made, files)
+    said += [f"copied as they are, with weights of their own: {wording.listing(weights, 4)}"] if weights else []
+    return beside, left_out, tuple(said)
 
 
 def _fresh(made: Plan, source: Any, wish: _Wish, limit: int | None) -> Layout:
@@ -169,11 +186,7 @@ def _fresh(made: Plan, source: Any, wish: _Wish, limit: int | None) -> Layout:
     lost = _lost(source, wish.format, folder=wish.folder)
     if not wish.folder:
         file = fresh_file(made, ordered(made, wish.format), wish.format, "")
-        return Layout((file,), False, wish.format, lost)
+        return Layout((file,), False, wish.format, lost, said=left_behind(made, source))
     files = new_shards(made, wish.format, largest(source) if limit is None else limit)
-    beside, left_out = sidecars(source) if isinstance(source, Shards) else ([], [])
-    if isinstance(made.leaves, Gathered):
-        texts = made.leaves.texts
-        beside = [file for file in beside if file.name not in texts]
-        beside += [text_file(name, text, mode_of(source)) for name, text in texts.items()]
-    return Layout((*files, *beside), True, wish.format, (*lost, *left_out))
+    beside, left_out, said = _beside(made, source)
+    return Layout((*files, *beside), True, wish.format, (*lost, *left_out), said=said)

@@ -56,6 +56,7 @@ class RewriteReport(Paged):
         files: the files of a directory that was written.
         left_out: files of a directory that were not copied, each with the reason.
         record: where a record of what was done was written; "" if none was.
+        said: what is to be said of files beside the weights, such as what a configuration still counts.
     """
 
     source: str
@@ -67,6 +68,7 @@ class RewriteReport(Paged):
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     record: str = ""
+    said: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plan", self.plan.told())
@@ -81,13 +83,14 @@ class RewriteReport(Paged):
 
     @property
     def summary(self) -> str:
-        """What was written, in one line, and what was left out in another."""
+        """What was written, in one line, and what was left out, and is to be said of other files, in further ones."""
         copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
+        said = "".join(f"\n{line}" for line in self.said)
         record = ", with a record of edits" if self.record else ""
         damage = f"; {self.plan.damage}" if self.plan.damage else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{damage}{left}"
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{damage}{left}{said}"
 
     def page(self) -> Page:
         """The page of the plan, with what was written."""
@@ -109,6 +112,8 @@ class RewriteReport(Paged):
             data |= {"bytes_linked": self.bytes_linked, "files": list(self.files)}
         if self.files or self.left_out:
             data["left_out"] = list(self.left_out)
+        if self.said:
+            data["said"] = list(self.said)
         if self.record:
             data["record"] = self.record
         return data
@@ -164,7 +169,7 @@ def write(
         run.inputs.close()
     path = str(Path(getattr(made.leaves, "path", "")))
     counts = run.copied, run.computed, run.linked
-    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name)
+    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name, layout.said)
 
 
 class _Inputs:

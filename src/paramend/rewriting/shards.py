@@ -1,16 +1,17 @@
 """Sharded models: the shards of the source, edited, or new ones of a given size, and their index."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from paramend.edits.plan import Plan, Row
 from paramend.errors import BadArgument
-from paramend.formats.index import SUFFIX, index_text
+from paramend.formats.index import index_name, index_text
 from paramend.formats.registry import Format
 from paramend.formats.safetensors_header import layout
 from paramend.formats.shards import Shards
 from paramend.rewriting.copies import edited_file, rows_by_file
-from paramend.rewriting.files import File, fresh_file, mode_of, nbytes_of, ordered, text_file
+from paramend.rewriting.files import File, base_of, fresh_file, mode_of, nbytes_of, ordered, text_file
 
 
 def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
@@ -51,19 +52,49 @@ def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
             filled = 0
         groups[-1].append(row)
         filled += nbytes
+    stem = _stem(base_of(made))
     if len(groups) == 1:
-        return [fresh_file(made, groups[0], form, "model.safetensors")]
+        return [fresh_file(made, groups[0], form, f"{stem}.safetensors")]
     files: list[File] = []
     weight_map: dict[str, str] = {}
     for place, group in enumerate(groups, 1):
-        name = f"model-{place:05}-of-{len(groups):05}.safetensors"
+        name = f"{stem}-{place:05}-of-{len(groups):05}.safetensors"
         files.append(fresh_file(made, group, form, name))
         for row in group:
             if weight_map.setdefault(made.name(row), name) != name:
                 layout(((made.name(row), row.spec, 0) for row in made.rows), None)  # its error names the duplicate
     table = {"metadata": {"total_size": sum(nbytes_of(made, row) for row in made.rows)}, "weight_map": weight_map}
-    files.append(text_file("model.safetensors" + SUFFIX, index_text(table), mode_of(made.leaves)))
+    files.append(text_file(index_name(stem), index_text(table), mode_of(made.leaves)))
     return files
+
+
+# The names of weight files in directories, which readers look for, with a variant and the number of a shard.
+_NAMED = re.compile(
+    r"(?P<name>[^.]+)(?P<variant>\.(?!0)[A-Za-z0-9_]+)?(?:-\d+-of-\d+)?(?P<late>\.[A-Za-z0-9_]+)?\.(?:safetensors|bin)"
+)
+
+
+def _stem(source: Any) -> str:
+    """The name of new weight files without numbers and suffix: that of the source, where readers look for it."""
+    files = [file.path for file in source.files] if isinstance(source, Shards) else [Path(getattr(source, "path", ""))]
+    found = {_stem_of(path.name) for path in files}
+    stem = found.pop() if len(found) == 1 else "model"
+    return stem if isinstance(source, Shards) or stem.startswith(_READ) else "model"
+
+
+_READ = ("model", "adapter_model", "diffusion_pytorch_model")
+
+
+def _stem_of(name: str) -> str:
+    """
+    >>> _stem_of("diffusion_pytorch_model.fp16-00001-of-00002.safetensors"), _stem_of("pytorch_model-1-of-2.bin")
+    ('diffusion_pytorch_model.fp16', 'model')
+    """
+    found = _NAMED.fullmatch(name)
+    if found is None:
+        return "model"
+    stem = re.sub(r"-\d+-of-\d+$", "", found["name"])
+    return ("model" if stem == "pytorch_model" else stem) + (found["variant"] or found["late"] or "")
 
 
 def largest(source: Any) -> int | None:

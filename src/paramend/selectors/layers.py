@@ -37,6 +37,7 @@ class Numbered:
         tail: the text after it.
         numbers: the numbers of the entries, ascending.
         width: the number of digits if numbers are padded with zeros, else 0.
+        blocks: the numbers of the entries after them that are no layers, such as those that predict further tokens.
     """
 
     parent: Pieces
@@ -44,6 +45,7 @@ class Numbered:
     tail: str
     numbers: tuple[int, ...]
     width: int = 0
+    blocks: tuple[int, ...] = ()
 
     def piece(self, number: int) -> str:
         """The numbered piece."""
@@ -299,23 +301,32 @@ def _families(names: Names, parent: Pieces, said: Notation) -> Iterator[Numbered
     siblings `head<number>`."""
     if said.head and not said.tail and not said.captured:
         holders = [c for label, c in names.items() if text_of(label) == said.head and type(c) is not int]
-        children = _numbered((*parent, said.head), "", "", (text_of(inner) for holder in holders for inner in holder))
+        children = _numbered((*parent, said.head), "", "", *_told(holders))
         if children is not None:
             yield children
             return
-    siblings = _numbered(parent, said.head, said.tail, map(text_of, names))
+    end = None if said.head or said.tail else getattr(names, "layers", None)
+    siblings = _numbered(parent, said.head, said.tail, map(text_of, names), end)
     if siblings is not None:
         yield siblings
 
 
-def _numbered(parent: Pieces, head: str, tail: str, texts: Iterable[str]) -> Numbered | None:
+def _told(holders: list[Names]) -> tuple[Iterable[str], int | None]:
+    """The names below holders of numbered entries, and the first number of those that are no layers."""
+    ends = [end for holder in holders if (end := getattr(holder, "layers", None)) is not None]
+    return (text_of(label) for holder in holders for label in holder), min(ends, default=None)
+
+
+def _numbered(parent: Pieces, head: str, tail: str, texts: Iterable[str], end: int | None = None) -> Numbered | None:
     """The entries among these names of the form `head<number>tail`; None if there are none."""
     inner = (t[len(head) : len(t) - len(tail)] for t in texts if t.startswith(head) and t.endswith(tail))
     found = {number: text for text in inner if (number := number_of(text)) is not None}
     if not found:
         return None
     padded = max((len(text) for text in found.values() if text[0] == "0" != text), default=0)
-    return Numbered(parent, head, tail, tuple(sorted(found)), padded)
+    numbers = sorted(found)
+    layers = [number for number in numbers if end is None or number < end]
+    return Numbered(parent, head, tail, tuple(layers), padded, tuple(numbers[len(layers) :]))
 
 
 def _children(names: Names) -> list[Numbered]:
@@ -323,7 +334,8 @@ def _children(names: Names) -> list[Numbered]:
     for path, inner in _subtrees(names, ()):
         if any(path[:depth] in found for depth in range(len(path) + 1)):
             continue
-        one = _numbered(path, "", "", (text_of(label) for label, child in inner.items() if type(child) is not int))
+        subtrees = (text_of(label) for label, child in inner.items() if type(child) is not int)
+        one = _numbered(path, "", "", subtrees, getattr(inner, "layers", None))
         if one is not None:
             found[path] = one
     return list(found.values())

@@ -251,9 +251,10 @@ def families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[t
         if role is _NO_ROLE:
             continue
         if role.heads and type(child) is not int:
+            end = getattr(child, "layers", None)
             for inner in child:
                 number = number_of(text_of(inner))
-                if number is not None:
+                if number is not None and (end is None or number < end):
                     children.setdefault(text_of(label), {}).setdefault(number, []).append((label, inner))
         if role.number is not None:
             siblings.setdefault(role.family, {}).setdefault(role.number, []).append((label,))

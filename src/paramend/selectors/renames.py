@@ -302,7 +302,7 @@ def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
             child
             for parent in parents
             for label, child in parent.items()
-            if text_of(label) == text and type(child) is dict
+            if text_of(label) == text and type(child) is not int
         ]
     found = [(place, which) for parent in parents for place, which in _positions(parent, pick.piece).items()]
     chosen = sorted({tuple(map(text_of, place)) for place, which in found if pick.which in (None, which)})

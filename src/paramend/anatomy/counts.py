@@ -1,0 +1,116 @@
+"""Counts: what a configuration says of a whole model (layers, experts, dtype) against the leaves of an outcome."""
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from paramend.anatomy.sections import CONFIG, COUNTS, SIDES, part_at, sections_of
+from paramend.leaves.paths import number_of
+from paramend.reports import wording
+
+Pieces = tuple[str, ...]
+# Keys that count the experts of a layer.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_DTYPES = ("torch_dtype", "dtype")
+_FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+def miscounted(
+    config: Mapping[str, Any],
+    before: Iterable[Pieces],
+    after: Iterable[Pieces],
+    ends: Mapping[Pieces, int] | None = None,
+) -> list[str]:
+    """What a configuration counts that the leaves of an outcome no longer have, though those before had it.
+
+    Args:
+        config: the configuration of the outcome.
+        before: the paths of the leaves of the model that it came from.
+        after: those of the outcome.
+        ends: path of numbered layers → the first number of those that are no layers.
+
+    >>> layers = [("layers", str(i), "w") for i in range(3)]
+    >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2])
+    ['config.json still says num_hidden_layers: 3, and layers has 2']
+    """
+    old, new = _numbered(before, ends or {}), _numbered(after, ends or {})
+    said = []
+    for parent, numbers in old.items():
+        now = new.get(parent)
+        if now is None or now == numbers or parent[-1:] == ("experts",):
+            continue
+        for place in sections_of(config, len(numbers), parent):
+            part = part_at(config, place)
+            keys = [key for key in (*COUNTS, *SIDES["encoder"], *SIDES["decoder"]) if part.get(key) == len(numbers)]
+            if keys and numbers == set(range(len(numbers))):
+                gaps = sorted(set(range(max(now) + 1)) - now)
+                without = f", without {wording.listing(list(map(str, gaps)), 4)}" if gaps else ""
+                said.append(_still((*place, keys[0]), len(numbers), f"{'.'.join(parent)} has {len(now)}{without}"))
+    experts = {parent: numbers for parent, numbers in old.items() if parent[-1:] == ("experts",) and parent in new}
+    for key, count in dict.fromkeys(_experts(config)):
+        changed = [parent for parent, numbers in experts.items() if len(numbers) == count != len(new[parent])]
+        if changed:
+            held = wording.listing(sorted({str(len(new[parent])) for parent in changed}), 3)
+            has = f"{wording.plural(len(changed), 'layer has', 'layers have')} {held}"
+            said.append(_still((key,), count, has))
+    return said
+
+
+def _still(path: Sequence[str], value: Any, has: str) -> str:
+    return f"{CONFIG} still says {'.'.join(path)}: {value}, and {has}"
+
+
+def _numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces, set[int]]:
+    """Path → the numbers of the entries there."""
+    found: dict[Pieces, set[int]] = defaultdict(set)
+    for path in paths:
+        for depth, piece in enumerate(path[:-1]):
+            number = number_of(piece)
+            if number is not None and number < ends.get(path[:depth], number + 1):
+                found[path[:depth]].add(number)
+    return found
+
+
+def _experts(part: Any) -> Iterator[tuple[str, int]]:
+    if isinstance(part, Mapping):
+        yield from ((key, part[key]) for key in EXPERTS if type(part.get(key)) is int)
+        for inner in part.values():
+            yield from _experts(inner)
+
+
+def retyped(config: Mapping[str, Any], before: Sequence[str], after: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration after leaves got other dtypes, and what is to be said of it.
+
+    Args:
+        config: the configuration; it is not changed.
+        before: the dtype of each leaf of the outcome, as it was.
+        after: its dtype now.
+
+    >>> retyped({"torch_dtype": "float32"}, ["float32", "int64"], ["bfloat16", "int64"])
+    ({'torch_dtype': 'bfloat16'}, ['config.json: torch_dtype: float32 -> bfloat16'])
+    """
+    new = copy.deepcopy(dict(config))
+    said: list[str] = []
+    changed = Counter(now for was, now in zip(before, after, strict=True) if was != now)
+    floats = {now for now in after if "float" in now}
+    for path, value in _dtypes(config) if changed else ():
+        if len(floats) == 1 and floats <= _FLOATS:
+            wanted = floats.copy().pop()
+            if value != wanted:
+                part_at(new, path[:-1])[path[-1]] = wanted
+                said.append(f"{CONFIG}: {'.'.join(path)}: {value} -> {wanted}")
+        elif len(path) == 1:
+            of = wording.plural(len(after), "leaf", "leaves")
+            told = [f"{count} of {of} became {dtype}" for dtype, count in changed.items()]
+            said.append(_still(path, value, wording.listing(told, 3)))
+    return new, said
+
+
+def _dtypes(part: Mapping[str, Any], path: Pieces = ()) -> Iterator[tuple[Pieces, str]]:
+    """Where a configuration says the dtype of the weights."""
+    for key, value in part.items():
+        if key in _DTYPES and isinstance(value, str) and value in _FLOATS:
+            yield (*path, key), value
+        elif isinstance(value, Mapping) and key != "quantization_config":
+            yield from _dtypes(value, (*path, key))

@@ -1,0 +1,135 @@
+"""Sections: which part of a configuration counts the layers at a path of a model, and under which keys."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paramend.errors import BadCheckpoint
+from paramend.leaves.nested import is_deep
+from paramend.reports import wording
+
+CONFIG = "config.json"
+# Keys that count layers. If a section has several, all are changed.
+COUNTS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth", "num_blocks"),
+    "num_layers_per_stack",
+)
+# The same for models with an encoder and a decoder.
+SIDES: Mapping[str, tuple[str, ...]] = {
+    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+# Keys that count the blocks that predict further tokens. They are numbered after the last layer.
+BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+# Words in the paths of parts of a multimodal model that are not its text model.
+SENSES = ("vision", "visual", "image", "audio", "speech", "vit")
+_TEXT = ("text", "llm", "language", "thinker", "decoder")
+
+
+def parsed(text: bytes, file: Path) -> dict[str, Any]:
+    """A configuration, read from its text.
+
+    Raises:
+        BadCheckpoint: it is damaged.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{file} is not JSON: {error}", hint=f"python -m json.tool {file}") from None
+    if is_deep(config):
+        raise BadCheckpoint(f"{file}: brackets are nested too deeply")
+    if not isinstance(config, dict):
+        raise BadCheckpoint(f"{file} holds {wording.described(config)}, not an object")
+    return config
+
+
+def written(config: Mapping[str, Any]) -> bytes:
+    """A configuration as the text of its file."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """Where a configuration counts n layers: () for itself, ("text_config",) for a part; empty if nowhere.
+
+    There may be several: some configurations repeat what their text model counts.
+
+    Args:
+        config: the configuration.
+        n: how many layers.
+        where: the path of the layers in the model, which selects one of several parts.
+
+    >>> sections_of({"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 4}}, 4)
+    [('text_config',)]
+    """
+    found = list(_counting(config, n, where))
+    if len(found) < 2:
+        return found
+    path = "/".join(where)
+    sense = any(word in path for word in SENSES)
+    named = [place for place in found if place and any(word in path for word in _words(place))]
+    if not named and not sense and where:
+        named = [place for place in found if not any(word in "/".join(place) for word in SENSES)]
+    if named and not any(word in "/".join(named[0]) for word in SENSES):
+        named = [place for place in found if not place or place in named]
+    return named if len([place for place in named if place]) < 2 else []
+
+
+def _counting(config: Mapping[str, Any], n: int, where: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    if any(config.get(name) == n for name in counts_of(config, where)):
+        yield ()
+    for key, part in config.items():
+        if isinstance(part, Mapping):
+            yield from ((key, *inner) for inner in _counting(part, n, where))
+
+
+def _words(place: Sequence[str]) -> tuple[str, ...]:
+    """The words in paths of models that correspond to a part of the configuration."""
+    name = place[0].removesuffix("_config")
+    return SENSES[:2] if name == "vision" else _TEXT[:3] if name in _TEXT[:3] else (name,)
+
+
+def counts_of(part: Mapping[str, Any], where: Sequence[str]) -> tuple[str, ...]:
+    """The keys that count the layers at a path."""
+    if any("single" in piece for piece in where) and "num_single_layers" in part:  # diffusion models have both kinds
+        return ("num_single_layers",)
+    if not part.get("is_encoder_decoder"):
+        return (*COUNTS, *SIDES["encoder"][:2], *SIDES["decoder"])
+    side = side_of(where)
+    return SIDES[side] if side else (*SIDES["encoder"], *SIDES["decoder"])
+
+
+def side_of(where: Sequence[str]) -> str:
+    """The side of a model with an encoder and a decoder that a path leads to; "" if it says none."""
+    return next((side for side in ("decoder", "encoder") if side in where), "")
+
+
+def part_at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
+    """The section at a place."""
+    part: Any = config
+    for key in place:
+        part = part[key]
+    return part
+
+
+def model_type(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> str | None:
+    """The model type of the section that counts n layers."""
+    places = sections_of(config, n, where)
+    part = part_at(config, places[-1] if places else ())
+    found = part.get("model_type") or config.get("model_type")
+    return found if isinstance(found, str) else None
+
+
+def counted(config: Any) -> Iterator[tuple[int, int]]:
+    """How many layers each section counts, and how many blocks after the last one predict further tokens."""
+    for part in _parts(config):
+        blocks = max((part[key] for key in BLOCKS if type(part.get(key)) is int), default=0)
+        if blocks > 0:
+            yield from ((part[key], blocks) for key in COUNTS if type(part.get(key)) is int)
+
+
+def _parts(config: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(config, Mapping):
+        yield config
+        for part in config.values():
+            yield from _parts(part)

@@ -1,0 +1,53 @@
+"""Configurations beside the weights: what they say of the dtype follows a cast; what they count is compared."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paramend.anatomy.counts import miscounted, retyped
+from paramend.anatomy.sections import CONFIG, parsed, written
+from paramend.edits.plan import Plan
+from paramend.errors import BadCheckpoint
+from paramend.rewriting.files import File, text_file
+
+_MAX = 10_000_000
+
+
+def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...], list[str]]:
+    """The files of an outcome, its configuration adapted to the plan, and what is to be said of it."""
+    place = next((place for place, file in enumerate(files) if file.name == CONFIG), None)
+    retypes = any(row.spec.dtype != row.before.dtype for row in made.rows if row.calls)
+    if place is None or not (made.restructured or retypes) or files[place].nbytes > _MAX:
+        return tuple(files), []
+    file = files[place]
+    try:
+        config: dict[str, Any] = parsed(_text(file), file.origin or made.leaves.path)  # type: ignore[attr-defined]
+    except (BadCheckpoint, OSError):  # it is copied as it is
+        return tuple(files), []
+    said: list[str] = []
+    if made.restructured:
+        old, new = made.leaves.index, made.index
+        said = miscounted(config, map(old.pieces, old.numbers), map(new.pieces, new.numbers), old.layers)
+    changed, told = retyped(config, [row.before.dtype for row in made.rows], [row.spec.dtype for row in made.rows])
+    if changed == config:
+        return tuple(files), said + told
+    new_file = text_file(file.name, written(changed), file.mode)
+    return (*files[:place], new_file, *files[place + 1 :]), said + told
+
+
+def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
+    """What the configuration beside the weights says that does not hold for a file of these leaves alone."""
+    home = Path(getattr(source, "path", ""))
+    path = (home if home.is_dir() else home.parent) / CONFIG
+    if not getattr(source, "stats", None) or not path.is_file():
+        return ()
+    files, said = followed_files(made, [File(CONFIG, path.stat().st_size, 0, (), path)])
+    if files[0].origin is None:
+        said = [f"{path} is not changed, and should be: {line.removeprefix(f'{CONFIG}: ')}" for line in said]
+    return tuple(said)
+
+
+def _text(file: File) -> bytes:
+    if file.origin is not None:
+        return file.origin.read_bytes()
+    return b"".join(piece for piece in file.pieces if isinstance(piece, bytes))
