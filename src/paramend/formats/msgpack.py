@@ -16,10 +16,10 @@ import numpy as np
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.limits import MAX_PIECES, U64
-from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, KeyedText, MsgpackWriter
+from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension, MsgpackWriter
 from paramend.formats.source import Extent, check_readable
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import labels, write_path
+from paramend.leaves.outlines import Outline, outline, shown
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
@@ -91,6 +91,11 @@ class MsgpackFile(FileSource):
         self.metadata: Mapping[str, Any] = walk.others
 
     # ---- what is there ---------------------------------------------------------------------------------------
+
+    def outline(self) -> Outline:
+        """What is there, with true keys."""
+        numbers = iter(range(len(self.arrays)))
+        return outline(self._structure, lambda node: next(numbers) if type(node) is MsgpackEntry else None, self.format)
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf; a dtype that only numpy has, such as str96, is "raw<str96>"."""
@@ -446,10 +451,8 @@ class _Walk:
                     self.index.add(names, key, inner)
             self._trail.pop()
 
-    def _path(self) -> KeyedText:
-        found = KeyedText(write_path([label for key in self._trail for label in labels(key)], "/"))
-        found.keys = tuple(self._trail)
-        return found
+    def _path(self) -> str:
+        return shown(tuple(self._trail))
 
 
 def _is_plain(node: Any) -> bool:

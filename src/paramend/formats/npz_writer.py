@@ -11,6 +11,7 @@ from paramend.errors import RenameClash
 from paramend.formats.limits import shown
 from paramend.formats.writer import Item, LeafBytes
 from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
+from paramend.leaves.outlines import Outline
 from paramend.leaves.specs import Spec
 
 MAGIC = b"\x93NUMPY"
@@ -28,12 +29,19 @@ class NpzWriter:
 
     seals = True
     copies_raw = False
+    flat = True
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
+    def holds(self, value: Any) -> bool:
+        """False: such files hold arrays alone."""
+        return False
+
+    def parts(
+        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
+    ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:

@@ -40,6 +40,8 @@ class Format:
         framework: the name of the library of these files in the metadata of a safetensors file.
         padded: whether each leaf is aligned, whatever comes before it.
         structural: whether an edited file keeps its other content when leaves get other names or specs.
+        single: whether a checkpoint may be a single array without a name.
+        typed_keys: whether it tells typed PRNG keys from their numbers.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Format:
     framework: str = ""
     padded: bool = True
     structural: bool = False
+    single: bool = True
+    typed_keys: bool = False
 
     def open(self, path: Path) -> Source:
         """A checkpoint of this format, opened."""
@@ -177,6 +181,7 @@ FORMATS: tuple[Format, ...] = (
         patches=True,
         keeps="other files in the archive",
         framework="np",
+        single=False,
     ),
     Format(
         "msgpack",
@@ -203,6 +208,8 @@ FORMATS: tuple[Format, ...] = (
         extra="orbax",
         folder=True,
         framework="flax",
+        single=False,
+        typed_keys=True,
     ),
 )
 

@@ -11,8 +11,9 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, FOREIGN_SUFFIXES, Format, format_for, format_of, writable
 from paramend.formats.shards import Shards
 from paramend.reports import wording
+from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.copies import edited_file, overlays
-from paramend.rewriting.files import File, base_of, fresh_file, mode_of, nbytes_of, ordered, text_file
+from paramend.rewriting.files import File, fresh_file, mode_of, nbytes_of, ordered, text_file
 from paramend.rewriting.folders import own_files, tree_within
 from paramend.rewriting.shards import largest, new_shards, parse_size, same_shards
 from paramend.rewriting.sidecars import sidecars
@@ -71,6 +72,16 @@ def lay_out(
     return _fresh(made, source, wish, None if max_shard_size is None else parse_size(max_shard_size))
 
 
+def named_format(out: str, *, sized: bool) -> Format:
+    """The format of a tree in memory that is written under a name; without a suffix, the default.
+
+    Raises:
+        BadArgument: the suffix is that of no format.
+    """
+    named = format_for(Path(out))
+    return DEFAULT if named is None or (not named.folder and (sized or out.endswith(os.sep))) else named
+
+
 class _Wish(NamedTuple):
     """What a name implies: a format, a directory or a file, and whether to edit the files of the source."""
 
@@ -122,16 +133,18 @@ def _check(made: Plan, form: Format) -> None:
     for row in made.rows:
         formats = source.formats(row.source) if isinstance(source, Gathered) else {source.format}
         copied = writer.copies_raw and not row.calls and formats == {form.name}
+        if row.spec.dtype.startswith("key<"):
+            raise Unsupported(
+                f"{row.path} is typed PRNG keys ({row.spec}), and {form.says} hold plain numbers",
+                hint="jax.random.key_data(key) in its place, or a name that ends in .orbax",
+            )
+        if not form.single and not made.name(row):
+            raise Unsupported(
+                f"{form.says} hold arrays under names, and this is a single one", hint='pm.save({"w": array}, path)'
+            )
         why = "" if copied else writer.refusal(row.spec)
         if why:
             raise Unsupported(f"{row.path} cannot be written: {why}", hint="cast it, or delete it first")
-
-
-def _lost(source: Any, form: Format, *, folder: bool) -> tuple[str, ...]:
-    """The metadata of the source for which a new file in a format has no place."""
-    own = format_of(source)
-    keeps = own in (None, DEFAULT) or (own is form and not folder and not own.structural)
-    return () if keeps else tuple(f"{key} (not a tensor)" for key in source.metadata)
 
 
 def _folder(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
@@ -141,9 +154,7 @@ def _folder(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
     if fresh:
         _check(made, wish.format)
     if not wish.again:
-        own = format_of(source)
-        lost = () if own in (None, DEFAULT) else tuple(f"{key} (not a tensor)" for key in source.metadata)
-        return Layout((), True, wish.format, lost, fresh=True, more=more)
+        return Layout((), True, wish.format, lost(source, wish.format), fresh=True, more=more)
     files, left_out = own_files(source, link=link)
     inner = tree_within(source)
     tree = "" if inner == Path() else inner.as_posix()
@@ -166,14 +177,14 @@ def _again(made: Plan, source: Any, wish: _Wish, *, link: bool) -> Layout:
 def _fresh(made: Plan, source: Any, wish: _Wish, limit: int | None) -> Layout:
     """New files of a format, with the sidecars of a directory."""
     _check(made, wish.format)
-    lost = _lost(source, wish.format, folder=wish.folder)
+    gone = lost(source, wish.format)
     if not wish.folder:
         file = fresh_file(made, ordered(made, wish.format), wish.format, "")
-        return Layout((file,), False, wish.format, lost)
+        return Layout((file,), False, wish.format, gone)
     files = new_shards(made, wish.format, largest(source) if limit is None else limit)
     beside, left_out = sidecars(source) if isinstance(source, Shards) else ([], [])
     if isinstance(made.leaves, Gathered):
         texts = made.leaves.texts
         beside = [file for file in beside if file.name not in texts]
         beside += [text_file(name, text, mode_of(source)) for name, text in texts.items()]
-    return Layout((*files, *beside), True, wish.format, (*lost, *left_out))
+    return Layout((*files, *beside), True, wish.format, (*gone, *left_out))

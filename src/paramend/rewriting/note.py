@@ -19,7 +19,8 @@ from paramend.formats.gathered import Gathered, Part
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
-from paramend.rewriting.files import Copy, File, base_of, set_to
+from paramend.rewriting.arrangement import base_of
+from paramend.rewriting.files import Copy, File, set_to
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,

@@ -19,17 +19,16 @@ from paramend.disk.publishing import create_file, published, sync_file
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
 from paramend.formats.source import Extent
-from paramend.formats.writer import Item
 from paramend.journal.records import records_beside
 from paramend.journal.store import retiring
-from paramend.leaves.leaves import keys_of
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Report, Section
-from paramend.rewriting.files import Computed, File
+from paramend.rewriting.arrangement import arranged, base_of
+from paramend.rewriting.files import Computed, File, items_of
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output, operands, sources
@@ -236,8 +235,9 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         if self.layout.fresh:
             rows = self.made.rows
-            items = [Item(self.made.name(r), keys_of(r.labels), r.spec, r.spec.nbytes, r.source) for r in rows]
-            self.layout.format.writer().write(folder, items, lambda place: self._data(rows[place]), self.source)
+            items, outline = items_of(self.made, rows), arranged(self.made, rows)
+            writer = self.layout.format.writer()
+            writer.write(folder, items, lambda place: self._data(rows[place]), outline, base_of(self.made))
         else:
             work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
             restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from paramend.errors import BadCheckpoint
 
 # Larger integers, in bytes, take longer to print than to read.
-_MAX_INTEGER = 255
+MAX_INTEGER = 255
 _COPIED = frozenset({str, bytes, bytearray, list, tuple, dict, OrderedDict, set})
 
 
@@ -252,7 +252,7 @@ class _Machine:
             setattr(thing, key, value)
 
     def integer(self, length: int) -> None:
-        if length > _MAX_INTEGER:
+        if length > MAX_INTEGER:
             raise Flaw(f"an integer of {length:,} bytes is too long")
         self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 

@@ -207,6 +207,10 @@ class _Pickler:
         yield from self._made(Rebuilt(Name(name), (text, "latin1")), depth)
         yield self.keep(node)
 
+    def _complex(self, node: complex, depth: int) -> Iterator[bytes]:
+        yield from self._made(Rebuilt(Name("builtins.complex"), (node.real, node.imag)), depth)
+        yield self.keep(node)
+
     _PARTS: Mapping[type, Callable[["_Pickler", Any, int], Iterator[bytes]]] = {
         str: _text,
         dict: _mapping,
@@ -218,6 +222,7 @@ class _Pickler:
         set: _set,
         bytes: _bytes,
         bytearray: _bytes,
+        complex: _complex,
     }
 
 

@@ -24,6 +24,7 @@ from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index
+from paramend.leaves.outlines import Outline, outline
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -113,6 +114,11 @@ class TorchFile(ZipSource):
             return node
 
         return build(self._structure)
+
+    def outline(self) -> Outline:
+        """What is there, with true keys."""
+        numbers = iter(range(len(self.tensors)))
+        return outline(self._structure, lambda node: next(numbers) if type(node) is Tensor else None)
 
     def recorded(self) -> tuple[Any, list[Any]]:
         """The content of the pickle in a form that can be written again: see `paramend.formats.torch.recordings`.
