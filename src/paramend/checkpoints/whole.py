@@ -95,8 +95,9 @@ def load(
         made: dict[int, Any] = {}
         for number, (_, place) in outline.places.items():
             if (first := source.ties.get(number, number)) not in made:
-                array = convert(source.read(first) if mmap else copied(source, first))
-                made[first] = _keyed(array, place.key) if place.key and kind == "jax" else array
+                array = source.read(first) if mmap else copied(source, first)
+                made[first] = array.item() if place.scalar and not array.ndim else convert(array)
+                made[first] = _keyed(made[first], place.key) if place.key and kind == "jax" else made[first]
         arrays = {number: made[source.ties.get(number, number)] for number in source.index.numbers}
         given = source.metadata.get(SEPARATOR)
     finally:

@@ -53,9 +53,17 @@ class NpzWriter:
         (LeafBytes(item=0, start=0, stop=8), b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }")
         """
         taken: set[str] = set()
+        read: dict[str, Item] = {}
         zipped = ZipHeaders()
         for place, item in enumerate(items):
             _check_name(item.name, taken)
+            other = read.setdefault(item.name.replace(".", "/"), item)
+            if other is not item:
+                raise RenameClash(
+                    f"{shown(other.name)} and {shown(item.name)} read the same, and in a file of names nothing tells "
+                    "their keys apart",
+                    hint="rename one of them, or save to .safetensors, .pt or .msgpack",
+                )
             head = _head(item.spec)
             crc = 0 if item.nbytes else zlib.crc32(head)
             yield zipped.open(f"{item.name}.npy", len(head) + item.nbytes, crc)

@@ -28,6 +28,7 @@ class Place(NamedTuple):
         boxed: whether Orbax holds it under a further key, "value", as it does the content of an NNX Variable.
         key: the implementation of a typed PRNG key whose numbers the leaf is; "" for other leaves.
         device: the device of such a key.
+        scalar: whether the leaf is a number that Orbax keeps as an array.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Place(NamedTuple):
     boxed: bool = False
     key: str = ""
     device: str = ""
+    scalar: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class OrbaxWalk:
                 continue
             own, name, number = keys[:-1] if keys in boxed else keys, ".".join(map(str, keys)), len(self.names)
             self._leaf(tree, own, title, number)
-            place = Place(number, number, keys in boxed, implementations.get(name, ""))
+            place = Place(number, number, keys in boxed, implementations.get(name, ""), scalar=kind == "scalar")
             self.entries.append((own, place))
             self.keys.append(own)
             self.names.append(name)
