@@ -199,8 +199,10 @@ def save(
         progress: called with an `Event` as bytes are written.
 
     Raises:
+        BadArgument: the suffix of the name is that of no format.
         CannotWrite: the output exists, or its folder does not.
-        Unsupported: two leaves would have one name, or no format can hold a leaf.
+        RenameClash: two leaves would have one name.
+        Unsupported: the format cannot hold a leaf.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -212,8 +214,8 @@ def save(
     """
     if isinstance(tree, Checkpoint):
         return tree.save(path, force=force, max_shard_size=max_shard_size, progress=progress)
-    from paramend.rewriting.layouts import named_format  # not needed to look at a checkpoint
-    from paramend.rewriting.rewrite import write
+    from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
+    from paramend.rewriting.wishes import named_format
 
     form = named_format(os.fspath(path), sized=max_shard_size is not None)
     made = Plan.of(InMemory(tree, flat=form.writer().flat, keys=form.typed_keys))

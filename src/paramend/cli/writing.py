@@ -11,6 +11,8 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
 from paramend.pages.paged import Paged
+from paramend.reports import wording
+from paramend.rewriting.layouts import Layout
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
@@ -28,6 +30,7 @@ def carry_out(
     link: bool = False,
     max_shard_size: str | None = None,
     record: str | None = None,
+    to: str | None = None,
     quiet: bool = False,
     told: Paged | None = None,
     page: Path | None = None,
@@ -44,21 +47,26 @@ def carry_out(
         link: whether unchanged shards are linked.
         max_shard_size: the most bytes of tensors in one file.
         record: the recipe that made the plan, or "", if the output carries a record of it; None for no record.
+        to: the name of the format, if OUT need not say it; "" if it must.
         quiet: whether no table is printed.
         told: a report that is printed instead of the plan's table.
         page: where to write the report as an HTML page.
     """
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
+    layout: Layout | None = None
     if out is not None:
-        check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+        layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
+        data["format"] = layout.format.name
     if dry_run or out is None:
         data |= made.to_dict() if as_json else {}
         done = "dry run: nothing was written"
+        if layout is not None and layout.left_out:
+            data["left_out"] = list(layout.left_out)
+            done += f"\nnot copied: {wording.listing(layout.left_out)}"
     else:
         with _ui.bar(f"writing {Path(out).name}") as progress:
-            report = write(
-                made, out, force=force, link=link, max_shard_size=max_shard_size, record=record, progress=progress
-            )
+            given: dict[str, Any] = {"force": force, "link": link, "max_shard_size": max_shard_size, "to": to}
+            report = write(made, out, record=record, progress=progress, **given)
         data |= report.to_dict() if as_json else {}
         done = report.summary
     if page is not None and told is not None:

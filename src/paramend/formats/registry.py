@@ -160,7 +160,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "torch",
         "zip files of torch.save",
-        (".pt", ".pth", ".bin", ".ckpt"),
+        (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar"),
         _is_torch,
         "paramend.formats.torch.source",
         "TorchFile",
@@ -230,6 +230,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 # Suffixes of formats that cannot be written here.
 FOREIGN_SUFFIXES = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
+FOREIGN_SUFFIXES += (".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel")
 
 
 def writable() -> list[Format]:

@@ -53,6 +53,7 @@ class RewriteReport(Report):
         files: the files of a directory that was written.
         left_out: files of a directory that were not copied, each with the reason.
         record: where a record of what was done was written; "" if none was.
+        format: the format that was written.
     """
 
     source: str
@@ -64,6 +65,7 @@ class RewriteReport(Report):
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     record: str = ""
+    format: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plan", self.plan.told())
@@ -83,7 +85,7 @@ class RewriteReport(Report):
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         record = ", with a record of edits" if self.record else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{left}"
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}, as {self.format}{record}{left}"
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"
@@ -93,6 +95,7 @@ class RewriteReport(Report):
         data: dict[str, Any] = {
             "source": self.source,
             "path": self.path,
+            "format": self.format,
             **self.plan.to_dict(),
             "bytes_copied": self.bytes_copied,
             "bytes_computed": self.bytes_computed,
@@ -114,6 +117,7 @@ def write(
     link: bool = False,
     max_shard_size: int | str | None = None,
     record: str | None = None,
+    to: str | None = None,
     progress: Progress | None = None,
 ) -> RewriteReport:
     """Write a plan for an opened checkpoint into a new one, and report what was written.
@@ -125,13 +129,14 @@ def write(
         link: whether unchanged files are hard-linked instead of copied, where the system allows it.
         max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
         record: the recipe of the plan, or "": the output then carries a record of what was done.
+        to: the name of the format, if the name of the output need not say it; see `wish_of`.
         progress: called with an `Event` as bytes are written.
 
     Raises:
         CannotWrite: nothing was written; the message says why.
         BadCheckpoint: the source changed while it was being read. Nothing was written.
     """
-    layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+    layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
     out = Path(out)
     note = Note(made, out, layout, record)
     layout = note.layout
@@ -156,7 +161,7 @@ def write(
         run.inputs.close()
     path = str(Path(getattr(made.leaves, "path", "")))
     counts = run.copied, run.computed, run.linked
-    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name)
+    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name, layout.format.name)
 
 
 class _Inputs:
