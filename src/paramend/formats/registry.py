@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import stat
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,6 +341,8 @@ def _open_folder(path: Path) -> Source:
         raise CannotRead(f"{path}: {error.strerror or error}") from None
     if found is not None:
         return found
+    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
+        raise _distributed(path)
     inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
     below = [name for name in inside if any((path / name).glob("*.safetensors"))]
     if not inside:
@@ -378,6 +381,8 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
 
 
 def _open_file(path: Path) -> Source:
+    if path.name.endswith(".distcp") or (path.name == ".metadata" and any(path.parent.glob("*.distcp"))):
+        raise _distributed(path.parent)
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
@@ -395,9 +400,21 @@ def _head(path: Path) -> bytes:
             raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
 
 
+def _distributed(folder: Path) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{folder}: it is a distributed checkpoint of torch (DCP), whose tensors are spread over its files",
+        hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name or 'model'}.pt",
+    )
+
+
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:
     if not head:
         return BadCheckpoint(f"{path}: byte 0: the file is empty", hint="copy or download it again")
+    if tarfile.is_tarfile(path):
+        return BadCheckpoint(
+            f"{path}: it is a tar archive, which may hold a checkpoint",
+            hint=f"tar -xf {path}, then open what was in it",
+        )
     for magic, what, hint in _FOREIGN:
         if head.startswith(magic):
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)

@@ -155,5 +155,7 @@ def what(value: Any, *, flat: bool) -> str:
     if flat:
         return "not a tensor"
     kind = type(value)
-    module = "" if kind.__module__ in ("builtins", "paramend.formats.torch.pickles") else f"{kind.__module__}."
+    if hasattr(value, "text"):  # a name in a pickle, or an object that is carried unread
+        return str(value.text)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"

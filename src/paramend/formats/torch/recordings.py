@@ -76,6 +76,10 @@ class Recorder:
         """The known names."""
         return self._names
 
+    def foreign(self, module: str, name: str) -> Name:
+        """Raise: objects of other classes cannot be written again."""
+        raise Flaw(f"objects of {module}.{name} cannot be written again")
+
     def resolve(self, reference: Any) -> StorageRef:
         """A storage, recorded."""
         return StorageRef(reference[1:])

@@ -17,7 +17,8 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.source import Extent, check_readable
-from paramend.formats.torch.pickles import unpickle
+from paramend.formats.torch.foreign import check_whole
+from paramend.formats.torch.pickles import Flaw, unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
 from paramend.formats.torch.writer import TorchWriter
@@ -27,6 +28,7 @@ from paramend.leaves.leaves import Index
 from paramend.leaves.outlines import Outline, outline
 from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.reports import wording
 
 MAX_PICKLE = 256_000_000
 _MAX_DEPTH = 100
@@ -50,6 +52,7 @@ class TorchFile(ZipSource):
         metadata: what else is in the structure, by path: epochs, learning rates, lists of plain values.
         tensors: of each leaf, which elements of which storage it views.
         archive: the members of the zip.
+        carried: the classes of objects that stay in the pickle as they are, unread.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.
@@ -126,7 +129,16 @@ class TorchFile(ZipSource):
         Returns:
             The structure, in which each leaf is an array that holds its number, and the call that rebuilds each
             leaf.
+
+        Raises:
+            Unsupported: the pickle holds objects that are carried unread, and cannot be written again.
         """
+        if self.carried:
+            raise Unsupported(
+                f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread: they "
+                "stay when values change, and not when leaves get other names or specs",
+                hint="a name that ends in .safetensors leaves them out",
+            )
         calls: list[Any] = []
 
         def build(node: Any, seen: Any) -> Any:
@@ -257,8 +269,12 @@ class TorchFile(ZipSource):
         folder = f"{self._root}/data/"
         members = self.archive.members.values()
         storages = {member.name[len(folder) :]: member.nbytes for member in members if member.name.startswith(folder)}
-        data = self.archive.read(self._pickle.name)
-        return unpickle(data, TorchWords(storages), file=str(self.path), place="data.pkl")
+        data, words = self.archive.read(self._pickle.name), TorchWords(storages)
+        found = unpickle(data, words, file=str(self.path), place="data.pkl")
+        self.carried = tuple(dict.fromkeys(words.carried))
+        if self.carried:
+            _check_whole(found, self.path)
+        return found
 
     def _place(self, key: str) -> int:
         return self.archive.offsets(f"{self._root}/data/{key}").start
@@ -293,7 +309,10 @@ def _check_kind(file: OpenFile) -> None:
     if not head:
         raise BadCheckpoint(f"{file.path}: the file is empty")
     reason = "it is not a file of torch.save (not a zip file)"
-    if head.startswith(_LEGACY) or head[257:262] == b"ustar":
+    if head[257:262] == b"ustar":
+        reason = "it is a tar archive: the first, old format of torch.save, or a bundle with a checkpoint in it"
+        raise BadCheckpoint(f"{file.path}: {reason}", hint=f"tar -xf {file.path}, or {_resave(file.path)}")
+    if head.startswith(_LEGACY):
         raise BadCheckpoint(
             f"{file.path}: it is in the old format of torch.save, which is not a zip file", hint=_resave(file.path)
         )
@@ -310,6 +329,16 @@ def _check_kind(file: OpenFile) -> None:
 def _resave(path: Path) -> str:
     new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
     return f"torch.save(torch.load({str(path)!r}, weights_only=True), {new!r})"
+
+
+def _check_whole(structure: Any, path: Path) -> None:
+    """Raise for a pickled module, whose weights are inside an object."""
+    try:
+        check_whole(structure)
+    except Flaw as flaw:
+        new = path.with_name(f"{path.stem}-new{path.suffix}")
+        hint = flaw.hint.replace("PATH", repr(str(path))).replace("NEW", repr(str(new)))
+        raise BadCheckpoint(f"{path}: data.pkl: {flaw}", hint=hint) from None
 
 
 def _root(archive: Archive) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from paramend.formats.torch.pickles import MAX_INTEGER, Name
+from paramend.formats.torch.rebuilds import KNOWN
 from paramend.formats.torch.recordings import Rebuilt, StorageRef, pickled
 from paramend.formats.writer import Item, LeafBytes, outline_of_items
 from paramend.formats.zips.headers import ZipHeaders
@@ -132,7 +133,7 @@ def written(value: Any) -> Any:
         return value
     if kind is set:
         return value if all(type(each) in ATOMS for each in value) else _NOTHING
-    if kind in (bytearray, Name):
+    if kind is bytearray or (kind is Name and value.text in KNOWN):
         return value
     if f"{kind.__module__}.{kind.__name__}" == "torch.dtype":
         return Name(str(value))
