@@ -104,7 +104,8 @@ def load(
         source.close()
     if names is not None or given == "":
         return {name: arrays[number] for name, number in (names or _names(source)).items()}
-    return _tree(outline, arrays, given, natural="." if kind == "torch" else "/")
+    tree: dict[str, Any] = _tree(outline, arrays, given, natural="." if kind == "torch" else "/")
+    return tree
 
 
 def _names(source: Source) -> dict[str, int]:

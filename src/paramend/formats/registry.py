@@ -230,8 +230,24 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 
 # Suffixes of formats that cannot be written here.
-FOREIGN_SUFFIXES = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
-FOREIGN_SUFFIXES += (".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel")
+FOREIGN_SUFFIXES = (
+    *(
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".hdf5",
+        ".keras",
+        ".onnx",
+        ".ot",
+        ".tflite",
+        ".pkl",
+        ".pickle",
+        ".npy",
+        ".zarr",
+        ".tar",
+    ),
+    *(".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
+)
 
 
 def writable() -> list[Format]:

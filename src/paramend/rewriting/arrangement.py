@@ -51,8 +51,8 @@ def arranged(made: Plan, rows: Sequence[Row]) -> Outline:
         pair = (keys, like._replace(number=at, like=-1 if of is None else of, key=key))
         (late if of is None else found.setdefault(of, [])).append(pair)
     pairs: list[_Pair] = []
-    for keys, value in old.entries:
-        pairs += found.get(value.number, []) if type(value) is Place else [(list(keys), value)]
+    for above, value in old.entries:
+        pairs += found.get(value.number, []) if type(value) is Place else [(list(above), value)]
     pairs = _apart([*pairs, *late])
     _settle(pairs, old)
     return Outline([(tuple(keys), value) for keys, value in pairs], _containers(pairs, old), old.format)
@@ -113,11 +113,11 @@ def _containers(pairs: list[_Pair], old: Outline) -> dict[Keys, Any]:
         for at, key in enumerate(keys):
             inside.setdefault(tuple(keys[:at]), set()).add(key)
     found: dict[Keys, Any] = {}
-    for keys, inner in inside.items():
+    for above, inner in inside.items():
         whole = inner == set(range(len(inner)))
-        like = likes.get(texts(keys), None if texts(keys) in there else [])
+        like = likes.get(texts(above), None if texts(above) in there else [])
         if like is not None and (whole or not isinstance(like, list | tuple)):
-            found[keys] = like
+            found[above] = like
     return found
 
 

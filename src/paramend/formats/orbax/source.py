@@ -126,7 +126,9 @@ class OrbaxCheckpoint:
     def outline(self) -> Outline:
         """What is there, with true keys: whole numbers in lists."""
         entries = self.walk.entries
-        lists = {keys[:at]: [] for keys, _ in entries for at, key in enumerate(keys) if type(key) is int}
+        lists: dict[Any, Any] = {
+            keys[:at]: [] for keys, _ in entries for at, key in enumerate(keys) if type(key) is int
+        }
         return Outline([] if entries == [((), {})] else entries, lists, self.format)
 
     def spec(self, number: int) -> Spec:

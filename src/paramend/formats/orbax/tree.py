@@ -143,9 +143,9 @@ def _implementations(folder: Path) -> dict[str, str]:
         rows = read_json(path).get("array_metadatas")
         for row in rows if type(rows) is list else ():
             said = row.get("array_metadata") if type(row) is dict else None
-            more = said.get("ext_metadata") if type(said) is dict else None
-            if type(more) is dict and type(said.get("param_name")) is str and type(more.get(KEY)) is str:
-                found[said["param_name"]] = more[KEY]
+            name, more = (said.get("param_name"), said.get("ext_metadata")) if type(said) is dict else (None, None)
+            if type(name) is str and type(more) is dict and type(more.get(KEY)) is str:
+                found[name] = more[KEY]
     return found
 
 

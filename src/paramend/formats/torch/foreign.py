@@ -38,9 +38,8 @@ def foreign(module: str, name: str) -> Name:
     >>> foreign("argparse", "Namespace").call()
     <argparse.Namespace, not read>
     """
-    module, name = NAME_MAPPING.get(
-        (module, name), (IMPORT_MAPPING.get(module, module), name)
-    )  # as Python 2 wrote them
+    old = {"builtins": "__builtin__"}.get(module, module)  # protocol 2 has the names of Python 2
+    module, name = NAME_MAPPING.get((old, name), (IMPORT_MAPPING.get(old, module), name))
     text, top = f"{module}.{name}", module.partition(".")[0]
     if name in _PARTS:
         raise Flaw(f"it holds {text}, {_PARTS[name]}", hint=_WHOLE)

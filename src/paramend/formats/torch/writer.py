@@ -99,7 +99,7 @@ def _pickle(items: Sequence[Item], own: Sequence[bool], outline: Outline) -> byt
 def _close(entries: dict[Any, Any], like: Any) -> Any:
     """A container of entries, with those attributes of an OrderedDict that are plain."""
     if isinstance(like, OrderedDict):
-        plain = OrderedDict()
+        plain: OrderedDict[Any, Any] = OrderedDict()
         vars(plain).update({name: value for name, value in vars(like).items() if _is_plain(value)})
         like = plain
     return closed(entries, like)
