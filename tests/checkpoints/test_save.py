@@ -1,5 +1,8 @@
 """What `pm.save` writes of a tree, read back by the library that defines the format."""
 
+import copy
+import json
+import pickle
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 
 import jax
@@ -10,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
-from flax import nnx, serialization
+from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
 
 import paramend as pm
@@ -398,9 +401,40 @@ def test_new_keys_are_named_like_those_around_them(tmp_path):
     tree["b"]["c"]["v"] = np.zeros(1)
     pm.save(tree, tmp_path / "y.safetensors")
     assert sorted(safetensors.numpy.load_file(tmp_path / "y.safetensors")) == ["a.new", "a.w", "b.c.v", "d.w"]
-    import copy
-    import pickle
 
     assert pickle.loads(pickle.dumps(tree)).keys() == tree.keys()
     pm.save(copy.deepcopy(tree), tmp_path / "z.safetensors")
     assert sorted(safetensors.numpy.load_file(tmp_path / "z.safetensors")) == ["a.new", "a.w", "b.c.v", "d.w"]
+
+
+def test_boxes_of_flax_metadata_are_restored(tmp_path):
+    box = linen.Partitioned(jnp.ones((2, 2)), names=("a", "b"))
+    params = {"params": {"Dense_0": {"kernel": box, "bias": jnp.zeros(2)}}}
+    pm.save(params, tmp_path / "x.msgpack")
+    back = serialization.from_bytes(params, (tmp_path / "x.msgpack").read_bytes())
+    assert type(back["params"]["Dense_0"]["kernel"]) is linen.Partitioned
+    pm.save(params, tmp_path / "x.orbax")
+    found = restored(tmp_path / "x.orbax", jax.eval_shape(lambda: params))
+    assert np.asarray(found["params"]["Dense_0"]["kernel"].value).tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_directory_of_torch_files_names_what_is_left(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "one" / "pytorch_model.bin")
+    for place in (1, 2):
+        torch.save(
+            {f"w{place}": torch.ones(2), "n": place}, tmp_path / "two" / f"pytorch_model-0000{place}-of-00002.bin"
+        )
+    files = {f"w{place}": f"pytorch_model-0000{place}-of-00002.bin" for place in (1, 2)}
+    index = json.dumps({"metadata": {}, "weight_map": files})
+    (tmp_path / "two" / "pytorch_model.bin.index.json").write_text(index)
+    with pm.open(tmp_path / "one") as checkpoint:
+        assert checkpoint.save(tmp_path / "one.safetensors").left_out == ("epoch (not a tensor)",)
+        assert checkpoint.save(tmp_path / "one.pt").left_out == ()
+    found = torch.load(tmp_path / "one.pt", weights_only=True)
+    assert same(found, {"model": {"w": torch.ones(2)}, "epoch": 3}) and same(pm.load(tmp_path / "one", "torch"), found)
+    with pm.open(tmp_path / "two") as checkpoint:
+        assert checkpoint.save(tmp_path / "two.safetensors").left_out == ("n (not a tensor)",)
+        checkpoint.save(tmp_path / "two.pt")
+    assert sorted(torch.load(tmp_path / "two.pt", weights_only=True)) == ["n", "w1", "w2"]

@@ -96,7 +96,8 @@ class InMemory:
         if backend_of(type(value)) is None:
             self._entries.append((keys, value))
             return
-        number, place = len(self._leaves), Place(len(self._leaves), boxed=box is not None)
+        kind = None if box is None else find_kind(box)
+        number, place = len(self._leaves), Place(len(self._leaves), boxed="" if kind is None else kind.name)
         if self._keys and is_key(value):
             from paramend.arrays import jax  # imports jax
 

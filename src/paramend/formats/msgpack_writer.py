@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.errors import Unsupported
 from paramend.formats.writer import Item, LeafBytes, outline_of_items
-from paramend.leaves.outlines import ATOMS, Outline, Place
+from paramend.leaves.outlines import ATOMS, BOXED, Keys, Outline, Place
 from paramend.leaves.specs import BITS, Spec
 
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
@@ -72,12 +72,18 @@ class MsgpackWriter:
         """Nested maps and lists with the place of each item."""
         own = outline.format == "msgpack"
         entries = [
-            (tuple(key if type(key) is int and own else str(key) for key in keys), value)
+            (_path(keys, value, own=own), value)
             for keys, value in outline.entries
             if type(value) is Place or self.holds(value)
         ]
         containers = outline.containers if own else {}
         return Outline(entries, containers).nested(lambda value: value if own else _as_flax(value))
+
+
+def _path(keys: Keys, value: Any, *, own: bool) -> Keys:
+    """Keys as flax writes them; those of a msgpack file may be whole numbers. Boxes of metadata are maps."""
+    path = tuple(key if type(key) is int and own else str(key) for key in keys)
+    return (*path, BOXED) if type(value) is Place and value.boxed == "box" else path
 
 
 def _as_flax(value: Any) -> Any:

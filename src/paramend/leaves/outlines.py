@@ -16,6 +16,8 @@ from paramend.leaves.paths import labels, write_path
 # Keys from the root: text and whole numbers mostly.
 Keys = tuple[Any, ...]
 
+# The key of the content of a box.
+BOXED = "value"
 CONTAINERS = (dict, OrderedDict, list, tuple)
 
 
@@ -25,7 +27,8 @@ class Place(NamedTuple):
     Attributes:
         number: the leaf.
         like: the leaf of the source that it takes after; -1 for none.
-        boxed: whether Orbax holds it under a further key, "value", as it does the content of an NNX Variable.
+        boxed: the kind of box whose content it is, "NNX Variable" or "box" (of Flax metadata); "" for none. Orbax holds
+            such content under a further key, "value"; flax holds that of metadata so.
         key: the implementation of a typed PRNG key whose numbers the leaf is; "" for other leaves.
         device: the device of such a key.
         scalar: whether the leaf is a number that Orbax keeps as an array.
@@ -33,7 +36,7 @@ class Place(NamedTuple):
 
     number: int
     like: int = -1
-    boxed: bool = False
+    boxed: str = ""
     key: str = ""
     device: str = ""
     scalar: bool = False

@@ -33,7 +33,7 @@ def arranged(made: Plan, rows: Sequence[Row]) -> Outline:
     places, gathered = old.places, isinstance(made.leaves, Gathered)
     known = {texts(keys): number for number, (keys, _) in places.items()}
     numbered = {keys[:at] for keys, _ in old.entries for at, key in enumerate(keys) if type(key) is int}
-    boxed = any(place.boxed for _, place in places.values())
+    boxed = next((place.boxed for _, place in places.values() if place.boxed), "")
     found: dict[int, list[_Pair]] = {}  # a leaf of the source → the rows that take its place
     late: list[_Pair] = []
     for at, row in enumerate(rows):
@@ -152,10 +152,10 @@ def _beside(source: Any) -> Iterable[str]:
 
 def what(value: Any, *, flat: bool) -> str:
     """What an entry is, for a message."""
+    if hasattr(value, "text"):  # a name in a pickle, or an object that is carried unread
+        return str(value.text)
     if flat:
         return "not a tensor"
     kind = type(value)
-    if hasattr(value, "text"):  # a name in a pickle, or an object that is carried unread
-        return str(value.text)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"

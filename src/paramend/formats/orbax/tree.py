@@ -9,7 +9,7 @@ from paramend.formats.jsontext import bad
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.orbax.store import read_json
 from paramend.leaves.leaves import Index
-from paramend.leaves.outlines import Place
+from paramend.leaves.outlines import BOXED, Place
 from paramend.leaves.outlines import shown as shown_keys
 
 Keys = tuple[str | int, ...]
@@ -65,7 +65,8 @@ class OrbaxWalk:
                 continue
             own, name, number = keys[:-1] if keys in boxed else keys, ".".join(map(str, keys)), len(self.names)
             self._leaf(tree, own, title, number)
-            place = Place(number, number, keys in boxed, implementations.get(name, ""), scalar=kind == "scalar")
+            box = "NNX Variable" if keys in boxed else ""
+            place = Place(number, number, box, implementations.get(name, ""), scalar=kind == "scalar")
             self.entries.append((own, place))
             self.keys.append(own)
             self.names.append(name)
@@ -116,7 +117,6 @@ class OrbaxWalk:
 
 
 _LEAF = object()
-BOXED = "value"
 
 
 def _boxes(found: list[tuple[str, Keys, str, Any]], rows: Mapping[str, Any]) -> set[Keys]:

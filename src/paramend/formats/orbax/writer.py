@@ -13,9 +13,9 @@ import numpy as np
 from paramend.disk.io import write_file
 from paramend.errors import RenameClash
 from paramend.formats.orbax.store import Box, Stage, content, read_json
-from paramend.formats.orbax.tree import ARRAYS, BOXED, KEY, STRINGS, TREE, Keys, table_row
+from paramend.formats.orbax.tree import ARRAYS, KEY, STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item
-from paramend.leaves.outlines import CONTAINERS, Outline, Place
+from paramend.leaves.outlines import BOXED, CONTAINERS, Outline, Place
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
 # The most bytes of a chunk, which is in memory at once.
