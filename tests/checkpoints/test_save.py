@@ -17,7 +17,7 @@ from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
 
 import paramend as pm
-from paramend.errors import RenameClash, Unsupported
+from paramend.errors import BadArgument, RenameClash, Unsupported
 
 Point = namedtuple("Point", "x y")
 
@@ -390,6 +390,23 @@ def test_names_of_a_state_dict_survive_in_pt(tmp_path):
             found = torch.load(tmp_path / "z.pt", weights_only=True)
             assert found["epoch"] == 3 and sorted(found["state_dict"]) == sorted(flat)
     assert "weight" in pm.load(tmp_path / "x.pt")["0"]
+    # flax has nested dicts
+    pm.save(pm.load(tmp_path / "x.pt"), tmp_path / "x.msgpack")
+    found = serialization.msgpack_restore((tmp_path / "x.msgpack").read_bytes())
+    assert found["1"]["running_var"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "thing", [5, "x.pt", None, object(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1)]
+)
+def test_what_is_no_tree_is_refused(thing, tmp_path):
+    for suffix in ("pt", "safetensors", "npz", "msgpack", "orbax"):
+        with pytest.raises(BadArgument, match="is not a tree of arrays") as caught:
+            pm.save(thing, tmp_path / f"x.{suffix}")
+        assert ("state_dict" in caught.value.hint) == isinstance(thing, torch.optim.Optimizer)
+    with pytest.raises(Unsupported, match="at least one array"):
+        pm.save({"a": {}}, tmp_path / "x.orbax")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_new_keys_are_named_like_those_around_them(tmp_path):

@@ -1,6 +1,7 @@
 """`InMemory`: a tree in memory as a source, which formats are written from."""
 
 import os
+import reprlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, backend_of, to_numpy
-from paramend.errors import Unsupported
+from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.leaves import Index
 from paramend.leaves.outlines import ATOMS, Keys, Outline, Place
 from paramend.leaves.paths import Joined, Names, Part, labels
@@ -28,8 +29,10 @@ class InMemory:
         tree: the tree. A torch module in it stands for its state dict.
         flat: whether it is written into a table of names, from which keys must be told apart again.
         keys: whether typed PRNG keys are written as their numbers, as Orbax does.
+        joined: whether names that `pm.load` has split are one key again, as torch and tables of names have them.
 
     Raises:
+        BadArgument: it is a value that is no tree.
         Unsupported: keys contain both separators, so that names could not be split again.
 
     >>> source = InMemory({"fc": {"weight": np.ones(2, "int8")}, "step": 3})
@@ -40,9 +43,9 @@ class InMemory:
     format = ""
     stats: Mapping[Path, os.stat_result] = {}
 
-    def __init__(self, tree: Any, *, flat: bool = False, keys: bool = False) -> None:
+    def __init__(self, tree: Any, *, flat: bool = False, keys: bool = False, joined: bool = True) -> None:
         self.path = Path()
-        self._keys = keys
+        self._keys, self._joined = keys, joined
         self._last: tuple[int, Array] | None = None
         self._leaves: list[Any] = []
         self._paths: list[tuple[str, ...]] = []
@@ -51,6 +54,9 @@ class InMemory:
         self._owners: list[Hashable] = []
         self._marks: list[str] = []
         self._visit(tree, (), (), ())
+        if not self._leaves and [keys for keys, _ in self._entries] == [()]:
+            _check_tree(tree)
+            self._entries.clear()
         self.ties: Mapping[int, int] = self._tied()
         self.metadata = {"format": _library(self._leaves)}
         self.index = self._named(flat=flat)
@@ -87,7 +93,7 @@ class InMemory:
         for name, child in zip(names or range(len(children)), children, strict=True):
             if name is ELIDED:
                 self._visit(child, keys, path, above, node)
-            elif mark and keys:
+            elif mark and keys and self._joined:
                 self._visit(child, (*keys[:-1], f"{keys[-1]}{mark}{name}"), (*path, str(name)), above)
             else:
                 self._visit(child, (*keys, _key(name)), (*path, str(name)), above)
@@ -181,6 +187,16 @@ _NOTHING = object()
 def is_key(value: Any) -> bool:
     """Whether it is an array of typed PRNG keys."""
     return str(getattr(value, "dtype", "")).startswith("key<")
+
+
+def _check_tree(tree: Any) -> None:
+    """Raise for a value that is no container."""
+    if tree is None or find_kind(tree) is None:
+        state = hasattr(tree, "state_dict")
+        raise BadArgument(
+            f"{reprlib.repr(tree)} ({type(tree).__name__}) is not a tree of arrays",
+            hint="its .state_dict()" if state else "pm.save(tree, path)",
+        )
 
 
 def _empty(node: Any) -> Any:

@@ -219,5 +219,6 @@ def save(
     from paramend.rewriting.wishes import named_format
 
     form = named_format(os.fspath(path), sized=max_shard_size is not None)
-    made = Plan.of(InMemory(tree, flat=form.writer().flat, keys=form.typed_keys))
+    joined = form.framework != "flax"
+    made = Plan.of(InMemory(tree, flat=form.writer().flat, keys=form.typed_keys, joined=joined))
     return write(made, path, force=force, max_shard_size=max_shard_size, progress=progress)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from paramend.disk.io import write_file
-from paramend.errors import RenameClash
+from paramend.errors import RenameClash, Unsupported
 from paramend.formats.orbax.store import Box, Stage, content, read_json
 from paramend.formats.orbax.tree import ARRAYS, KEY, STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item
@@ -70,11 +70,14 @@ class OrbaxWriter:
             MissingExtra: tensorstore is not installed.
             RenameClash: two leaves would have the same name in the store.
             CannotWrite: the files cannot be written, for example because the disk is full.
+            Unsupported: there is nothing that is not empty.
         """
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
         given = "" if orbax else base.metadata.get("paramend.separator")
         entries = _entries(outline, self.holds) if orbax else _split(_entries(outline, self.holds), given)
+        if all(type(value) in _KINDS for _, value in entries):
+            raise Unsupported("Orbax checkpoints hold at least one array or number", hint="a .msgpack file")
         stage = Stage(None, folder, database=database, zarr3=zarr3)
         rows: dict[str, Any] = {}
         texts: dict[str, str] = {}
