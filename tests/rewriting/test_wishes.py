@@ -72,8 +72,8 @@ def test_a_conversion_must_know_its_format(source, tmp_path):
     assert done.exit_code == 0 and json.loads(done.stdout)["format"] == pm.open(tmp_path / "z").format == "orbax"
     for suffix in ("safetensors", "pt", "pth.tar", "npz", "msgpack", "orbax"):
         done = run("convert", source, tmp_path / f"a.{suffix}")
-        assert done.exit_code == 0 and f"as {pm.open(tmp_path / f'a.{suffix}').format}" in done.stderr
-    assert run("convert", source, f"{tmp_path}/folder/").exit_code == 0
+        assert done.exit_code == 0 and ", as " not in done.stderr
+    assert ", as safetensors" in run("convert", source, f"{tmp_path}/folder/").stderr
     assert run("convert", source, tmp_path / "sized", "--max-shard-size", "1kB").exit_code == 0
     assert run("convert", source, tmp_path / "sized2", "--max-shard-size", "1kB", "--to", "safetensors").exit_code == 0
     for args in (("b.pt", "--to", "npz"), ("b/", "--to", "npz"), ("b", "--to", "npz", "--max-shard-size", "1kB")):

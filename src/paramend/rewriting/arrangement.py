@@ -152,10 +152,10 @@ def _beside(source: Any) -> Iterable[str]:
 
 def what(value: Any, *, flat: bool) -> str:
     """What an entry is, for a message."""
-    if hasattr(value, "text"):  # a name in a pickle, or an object that is carried unread
+    kind = type(value)
+    if kind.__module__ == "paramend.formats.torch.pickles":  # a name, or an object that is carried unread
         return str(value.text)
     if flat:
         return "not a tensor"
-    kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"

@@ -18,6 +18,7 @@ from paramend.disk.io import put
 from paramend.disk.publishing import create_file, published, sync_file
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
+from paramend.formats.registry import format_for
 from paramend.formats.source import Extent
 from paramend.journal.records import records_beside
 from paramend.journal.store import retiring
@@ -80,12 +81,14 @@ class RewriteReport(Report):
 
     @property
     def summary(self) -> str:
-        """What was written, in one line, and what was left out in another."""
+        """What was written, in one line, with the format if the name does not say it; what was left out in another."""
         copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         record = ", with a record of edits" if self.record else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}, as {self.format}{record}{left}"
+        named = format_for(Path(self.path))
+        said = "" if named is not None and named.name == self.format else f", as {self.format}"
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{said}{record}{left}"
 
     def __str__(self) -> str:
         return f"{self.plan}\n{self.summary}"

@@ -2,8 +2,10 @@
 
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from pathlib import Path
 from typing import Any
 
+from paramend.errors import BadCheckpoint
 from paramend.formats.torch.pickles import Flaw, Foreign, Name
 
 # Modules of the standard library whose classes hold data. The rest of it (os, subprocess, functools ...) is code.
@@ -18,9 +20,6 @@ _BUILTINS = frozenset({
 })
 # fmt: on
 _CODE = frozenset(sys.stdlib_module_names) | {"commands", "distutils", "imp", "pipes", "popen2"}
-_RESAVE = (
-    "torch.save(torch.load(PATH, weights_only=False).state_dict(), NEW)  # runs code of the file: only if you trust it"
-)
 # Tensors that are a part of others, by the name of their class, and how to save them whole.
 _PARTS = {"DTensor": "one part of a tensor that is spread over devices", "ShardedTensor": "one shard of a tensor"}
 _WHOLE = (
@@ -52,14 +51,20 @@ def foreign(module: str, name: str) -> Name:
     return Name(text, lambda *arguments: {} if text == "collections.defaultdict" else Foreign(text, *arguments))
 
 
-def check_whole(structure: Any) -> None:
+def check_whole(structure: Any, path: Path) -> None:
     """Raise for a pickled module, whose weights are inside an object.
 
     Raises:
-        Flaw: it is a module, or holds one.
+        BadCheckpoint: it is a module, or holds one.
     """
+    new = path.with_name(f"{path.stem}-new{path.suffix}")
+    resave = (
+        f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {str(new)!r})"
+        "  # runs code of the file: only if you trust it"
+    )
     if type(structure) is Foreign and not _is_module(structure):
-        raise Flaw(f"it is a pickled {structure.text}, not a dict of tensors", hint=_RESAVE)
+        hint = resave if structure.text.startswith("torch.") else "torch.save(model.state_dict(), path)"
+        raise BadCheckpoint(f"{path}: it is a pickled {structure.text}, not a dict of tensors", hint=hint)
     rest, seen = [structure], set()
     while rest:
         node = rest.pop()
@@ -68,7 +73,8 @@ def check_whole(structure: Any) -> None:
         seen.add(id(node))
         if type(node) is Foreign:
             if _is_module(node):
-                raise Flaw(f"it holds a whole module, a pickled {node.text}: save model.state_dict()", hint=_RESAVE)
+                why = f"it holds a whole module, a pickled {node.text}: save model.state_dict()"
+                raise BadCheckpoint(f"{path}: {why}", hint=resave)
             rest += node.parts
         elif isinstance(node, dict):
             rest += node.values()

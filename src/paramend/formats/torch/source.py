@@ -18,7 +18,7 @@ from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.source import Extent, check_readable
 from paramend.formats.torch.foreign import check_whole
-from paramend.formats.torch.pickles import Flaw, unpickle
+from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
 from paramend.formats.torch.writer import TorchWriter
@@ -273,7 +273,7 @@ class TorchFile(ZipSource):
         found = unpickle(data, words, file=str(self.path), place="data.pkl")
         self.carried = tuple(dict.fromkeys(words.carried))
         if self.carried:
-            _check_whole(found, self.path)
+            check_whole(found, self.path)
         return found
 
     def _place(self, key: str) -> int:
@@ -329,16 +329,6 @@ def _check_kind(file: OpenFile) -> None:
 def _resave(path: Path) -> str:
     new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
     return f"torch.save(torch.load({str(path)!r}, weights_only=True), {new!r})"
-
-
-def _check_whole(structure: Any, path: Path) -> None:
-    """Raise for a pickled module, whose weights are inside an object."""
-    try:
-        check_whole(structure)
-    except Flaw as flaw:
-        new = path.with_name(f"{path.stem}-new{path.suffix}")
-        hint = flaw.hint.replace("PATH", repr(str(path))).replace("NEW", repr(str(new)))
-        raise BadCheckpoint(f"{path}: data.pkl: {flaw}", hint=hint) from None
 
 
 def _root(archive: Archive) -> str:
