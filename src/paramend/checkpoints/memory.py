@@ -12,7 +12,7 @@ import numpy as np
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.leaves import Index
-from paramend.leaves.outlines import ATOMS, Keys, Outline, Place
+from paramend.leaves.outlines import ATOMS, Keys, Outline, Place, once
 from paramend.leaves.paths import Joined, Names, Part, labels
 from paramend.leaves.specs import Array, Spec
 from paramend.trees.kind import ELIDED
@@ -53,6 +53,7 @@ class InMemory:
         self._containers: dict[Keys, Any] = {}
         self._owners: list[Hashable] = []
         self._marks: list[str] = []
+        self._plain = once(lambda node: ATOMS.issuperset(map(type, node)))
         self._visit(tree, (), (), ())
         if not self._leaves and [keys for keys, _ in self._entries] == [()]:
             _check_tree(tree)
@@ -76,17 +77,17 @@ class InMemory:
             if id(node) in above:  # modules may refer to each other in a circle
                 return
             above = (*above, id(node))
+        if type(node) in (list, tuple):
+            if self._plain(node):
+                self._entries.append((keys, node))
+                return
+            self._containers[keys] = type(node)()
         names, children, _ = kind.open(node)
         empty = _NOTHING if children or kind.replace is not None else _empty(node)
         if empty is not _NOTHING:
             self._entries.append((keys, empty))
             return
-        if type(node) in (list, tuple):
-            if ATOMS.issuperset(map(type, node)):
-                self._entries.append((keys, node))
-                return
-            self._containers[keys] = type(node)()
-        elif isinstance(node, OrderedDict):
+        if isinstance(node, OrderedDict):
             self._containers[keys] = node
         mark = next((name.before for name in names if type(name) is Joined), "")
         self._marks += [mark] if mark else []

@@ -17,7 +17,7 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.source import Source
-from paramend.leaves.outlines import ATOMS, Outline, Place, closed, outline_of
+from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once, outline_of
 from paramend.leaves.paths import Joined
 from paramend.leaves.specs import AnyTree, Array
 from paramend.reports import wording
@@ -138,7 +138,9 @@ def _tree(outline: Outline, arrays: Mapping[int, Any], given: str | None, *, nat
     Keys that were split off a name remember it if trees of this kind have another separator, so that the names survive
     a later `save`.
     """
-    entries = [pair for pair in outline.entries if type(pair[1]) is Place or _is_data(pair[1])]
+    is_data = once(_is_data)
+    memo: dict[int, Any] = {}
+    entries = [pair for pair in outline.entries if type(pair[1]) is Place or is_data(pair[1])]
     names = [keys[0] if len(keys) == 1 else None for keys, value in entries if type(value) is Place]
     if names and all(type(name) is str for name in names):
         separator = given or ("/" if any("/" in str(name) for name in names) else ".")
@@ -146,7 +148,7 @@ def _tree(outline: Outline, arrays: Mapping[int, Any], given: str | None, *, nat
         entries = [(_split(keys[0], separator, join) if type(v) is Place else keys, v) for keys, v in entries]
     try:
         return Outline(entries, outline.containers).nested(
-            lambda value: arrays[value.number] if type(value) is Place else copy.deepcopy(value),
+            lambda value: arrays[value.number] if type(value) is Place else copy.deepcopy(value, memo),
             lambda inner, like: closed(inner, like if isinstance(like, list | tuple) else None),
         )
     except RenameClash as error:

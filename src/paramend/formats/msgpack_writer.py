@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.errors import Unsupported
 from paramend.formats.writer import Item, LeafBytes, outline_of_items
-from paramend.leaves.outlines import ATOMS, BOXED, Keys, Outline, Place
+from paramend.leaves.outlines import ATOMS, BOXED, Keys, Outline, Place, once
 from paramend.leaves.specs import BITS, Spec
 
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
@@ -70,11 +70,11 @@ class MsgpackWriter:
 
     def _tree(self, outline: Outline) -> Any:
         """Nested maps and lists with the place of each item."""
-        own = outline.format == "msgpack"
+        own, holds = outline.format == "msgpack", once(self.holds)
         entries = [
             (_path(keys, value, own=own), value)
             for keys, value in outline.entries
-            if type(value) is Place or self.holds(value)
+            if type(value) is Place or holds(value)
         ]
         containers = outline.containers if own else {}
         return Outline(entries, containers).nested(lambda value: value if own else _as_flax(value))

@@ -7,11 +7,13 @@ is one key or two. An outline can, so formats that hold more than a flat table o
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from paramend.errors import RenameClash
 from paramend.leaves.leaves import Leaves, keys_of
 from paramend.leaves.paths import labels, write_path
+
+T = TypeVar("T")
 
 # Keys from the root: text and whole numbers mostly.
 Keys = tuple[Any, ...]
@@ -151,12 +153,13 @@ def outline(root: Any, place: Callable[[Any], int | None], format: str = "") -> 
     entries: list[tuple[Keys, Any]] = []
     containers: dict[Keys, Any] = {}
     rest: list[tuple[Keys, Any]] = [((), root)]
+    plain = once(_is_plain)
     while rest:
         keys, node = rest.pop()
         number = place(node)
         if number is not None:
             entries.append((keys, Place(number)))
-        elif type(node) not in CONTAINERS or not node or _is_plain(node, place):
+        elif type(node) not in CONTAINERS or not node or plain(node):
             entries.append((keys, node))
         else:
             if type(node) is not dict:
@@ -166,7 +169,7 @@ def outline(root: Any, place: Callable[[Any], int | None], format: str = "") -> 
     return Outline([] if entries == [((), {})] else entries, containers, format)
 
 
-def _is_plain(node: Any, place: Callable[[Any], int | None]) -> bool:
+def _is_plain(node: Any) -> bool:
     """Whether it is a list of plain values, which is kept whole."""
     kinds = set(map(type, node)) if type(node) in (list, tuple) else {dict}
     return kinds.isdisjoint(CONTAINERS) and kinds <= ATOMS
@@ -174,6 +177,21 @@ def _is_plain(node: Any, place: Callable[[Any], int | None]) -> bool:
 
 # The types of plain values.
 ATOMS = frozenset({int, float, bool, complex, str, bytes, type(None)})
+
+
+def once(ask: Callable[[Any], T]) -> Callable[[Any], T]:
+    """A function of values that is called once for each object: one list may be at thousands of places.
+
+    The objects must outlive it.
+    """
+    known: dict[int, T] = {}
+
+    def asked(value: Any) -> T:
+        if id(value) not in known:
+            known[id(value)] = ask(value)
+        return known[id(value)]
+
+    return asked
 
 
 def texts(keys: Iterable[Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import Format, format_of
 from paramend.formats.source import Source
 from paramend.leaves.leaves import keys_of
-from paramend.leaves.outlines import CONTAINERS, Keys, Outline, Place, outline_of, shown, texts
+from paramend.leaves.outlines import CONTAINERS, Keys, Outline, Place, once, outline_of, shown, texts
 from paramend.leaves.paths import number_of
 
 _Pair = tuple[list[Any], Any]
@@ -127,11 +127,12 @@ def _containers(pairs: list[_Pair], old: Outline) -> dict[Keys, Any]:
 def lost(source: Source, form: Format) -> tuple[str, ...]:
     """What a new file in a format has no place for, each with the reason."""
     writer = form.writer()
+    holds = once(writer.holds)
     own = format_of(source)
     said = [
         f"{shown(keys, source.index.separator)} ({what(value, flat=writer.flat)})"
         for keys, value in outline_of(source).others
-        if not writer.holds(value) and not _is_fieldless(value)
+        if not holds(value) and not _is_fieldless(value)
     ]
     if own is not form:
         said += [f"{name} (not a tensor)" for name in _beside(source)]

@@ -14,7 +14,7 @@ from paramend.formats.torch.rebuilds import KNOWN
 from paramend.formats.torch.recordings import Rebuilt, StorageRef, pickled
 from paramend.formats.writer import Item, LeafBytes, outline_of_items
 from paramend.formats.zips.headers import ZipHeaders
-from paramend.leaves.outlines import ATOMS, Outline, Place, closed
+from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once
 from paramend.leaves.specs import Spec, kind_of
 
 _STORAGES = {
@@ -86,13 +86,15 @@ class TorchWriter:
 def _pickle(items: Sequence[Item], own: Sequence[bool], outline: Outline) -> bytes:
     tensors = [tensor(item.spec, str(i)) if own[i] else None for i, item in enumerate(items)]
 
+    plain = once(written)  # a list in several places is written once
+
     def made(value: Any) -> Any:
         if type(value) is not Place:
-            return written(value)
+            return plain(value)
         i = value.number
         return tensors[i] if own[i] else tensors[items[i].tied]
 
-    entries = [entry for entry in outline.entries if type(entry[1]) is Place or written(entry[1]) is not _NOTHING]
+    entries = [entry for entry in outline.entries if type(entry[1]) is Place or plain(entry[1]) is not _NOTHING]
     return pickled(Outline(entries, outline.containers).nested(made, _close))
 
 
