@@ -354,7 +354,7 @@ def test_trees_with_typed_keys(tmp_path):
 
 def model_of(seed):
     rngs = nnx.Rngs(seed)
-    return nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
+    return nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
 
 
 def test_states_of_nnx_have_the_names_of_their_model(tmp_path):
@@ -365,9 +365,15 @@ def test_states_of_nnx_have_the_names_of_their_model(tmp_path):
         assert "layers/0/kernel" in checkpoint.index.texts.values()
         assert not pm.diff(model, checkpoint) and not pm.diff(nnx.state(model), checkpoint)
         grafted, report = pm.graft(other, checkpoint)
-    assert len(report.copied) == 6 and not report.unused
+    assert len(report.copied) == 8 and not report.unused
+    key, old = (net.layers[2].rngs.key[...] for net in (grafted, model))
+    assert key.dtype == old.dtype and (jax.random.key_data(key) == jax.random.key_data(old)).all()
     assert (grafted.layers[0].kernel[...] == model.layers[0].kernel[...]).all()
-    assert not pm.diff(model, pm.load(tmp_path / "x"))
+    assert not pm.diff(model, pm.load(tmp_path / "x", "jax"))
+    assert not pm.diff(tmp_path / "x", nnx.state(model)) and not pm.diff(tmp_path / "x", tmp_path / "x")
+    assert [row.path for row in pm.diff(other, tmp_path / "x").changed] == ["layers/0/kernel", "layers/2/rngs/key"]
+    pm.graft_(other, pm.open(tmp_path / "x"))
+    assert not pm.diff(other, model)
 
 
 def test_states_of_nnx_are_restored_onto_the_abstract_state(tmp_path):

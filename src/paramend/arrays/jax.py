@@ -228,6 +228,11 @@ def key_numbers(x: Any) -> tuple[str, str, Any]:
     return str(jax.random.key_impl(x)), str(next(iter(x.devices()))), jax.random.key_data(x)
 
 
+def key_dtype(implementation: str) -> str:
+    """The dtype of typed PRNG keys, such as "key<fry>"."""
+    return str(jax.eval_shape(lambda: jax.random.key(0, impl=implementation)).dtype)
+
+
 def typed_keys(numbers: Any, implementation: str) -> Any:
     """Typed PRNG keys made from their numbers."""
     return jax.random.wrap_key_data(jnp.asarray(numbers), impl=implementation)

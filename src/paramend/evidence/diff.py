@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.keys import typed
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
 from paramend.evidence.comparisons import Comparer, Pair
@@ -140,9 +141,9 @@ def _leaves(tree: Any) -> Iterator[Editable]:
     """Any tree as leaves; a checkpoint given by its path is open meanwhile."""
     if isinstance(tree, str | os.PathLike):
         with open_checkpoint(tree) as checkpoint:
-            yield checkpoint
+            yield typed(checkpoint)
     else:
-        yield tree if isinstance(tree, Editable) else Memory(tree)
+        yield typed(tree) if isinstance(tree, Editable) else Memory(tree)
 
 
 def _is_all(selector: Any) -> bool:

@@ -123,6 +123,11 @@ class OrbaxCheckpoint:
 
     # ---- what is there ---------------------------------------------------------------------------------------
 
+    @property
+    def implementations(self) -> Mapping[int, str]:
+        """Leaf number → the implementation of the typed PRNG key whose numbers it is."""
+        return self.walk.implementations
+
     def outline(self) -> Outline:
         """What is there, with true keys: whole numbers in lists."""
         entries = self.walk.entries

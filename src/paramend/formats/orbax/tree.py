@@ -31,6 +31,7 @@ class OrbaxWalk:
         names: by number, the name of a leaf in the store.
         kinds: by number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
         others: path → an entry that is not an array.
+        implementations: by number, the implementation of a typed PRNG key whose numbers a leaf is.
         custom: the user's metadata, or None.
     """
 
@@ -38,6 +39,7 @@ class OrbaxWalk:
         self.file = str(folder / TREE)
         self.index = Index("/")
         self.entries: list[tuple[Keys, Any]] = []
+        self.implementations: dict[int, str] = {}
         self.keys: list[Keys] = []
         self.names: list[str] = []
         self.kinds: list[str] = []
@@ -67,6 +69,7 @@ class OrbaxWalk:
             self._leaf(tree, own, title, number)
             box = "NNX Variable" if keys in boxed else ""
             place = Place(number, number, box, implementations.get(name, ""), scalar=kind == "scalar")
+            self.implementations |= {number: place.key} if place.key else {}
             self.entries.append((own, place))
             self.keys.append(own)
             self.names.append(name)

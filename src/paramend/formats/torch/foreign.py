@@ -39,13 +39,13 @@ def foreign(module: str, name: str) -> Name:
     """
     old = {"builtins": "__builtin__"}.get(module, module)  # protocol 2 has the names of Python 2
     module, name = NAME_MAPPING.get((old, name), (IMPORT_MAPPING.get(old, module), name))
-    text, top = f"{module}.{name}", module.partition(".")[0]
+    text, top = f"{module[:100]}.{name[:100]}", module.partition(".")[0]
     if name in _PARTS:
         raise Flaw(f"it holds {text}, {_PARTS[name]}", hint=_WHOLE)
     known = name in _BUILTINS if top == "builtins" else top in _DATA or top not in _CODE
     if not known or "." in name or not module:
         raise Flaw(
-            f"{module[:100]}.{name[:100]} is not among the names allowed in a checkpoint",
+            f"{text} is not among the names allowed in a checkpoint",
             hint="ask for the weights alone: torch.save(model.state_dict(), path)",
         )
     return Name(text, lambda *arguments: {} if text == "collections.defaultdict" else Foreign(text, *arguments))
