@@ -372,6 +372,10 @@ def test_states_of_nnx_have_the_names_of_their_model(tmp_path):
     assert not pm.diff(model, pm.load(tmp_path / "x", "jax"))
     assert not pm.diff(tmp_path / "x", nnx.state(model)) and not pm.diff(tmp_path / "x", tmp_path / "x")
     assert [row.path for row in pm.diff(other, tmp_path / "x").changed] == ["layers/0/kernel", "layers/2/rngs/key"]
+    numbers = jax.tree.map(
+        lambda x: jax.random.key_data(x) if x.dtype == key.dtype else x, nnx.to_pure_dict(nnx.state(model))
+    )
+    assert not pm.diff(tmp_path / "x", numbers)
     pm.graft_(other, pm.open(tmp_path / "x"))
     assert not pm.diff(other, model)
 

@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-from paramend._optional import imported
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.memory import is_key
 from paramend.formats.source import HoldsKeys, Source
@@ -11,27 +10,27 @@ from paramend.leaves.specs import Spec
 from paramend.trees.tree import Tree
 
 
-def typed(leaves: Any) -> Any:
-    """A checkpoint with its typed keys as keys, if it has any and JAX is imported; anything else as it is.
+def matched(leaves: Any, other: Any) -> Any:
+    """A tree or a checkpoint whose typed keys are of the kind that the other side has.
 
-    A file holds the numbers of a key and says that they are one; as a leaf they are these numbers.
+    A checkpoint holds the numbers of a key and says that they are one; as a leaf they are these numbers. Where the
+    other side is a tree in memory that holds keys, they are keys.
     """
-    if type(leaves) is Checkpoint and isinstance(leaves.source, HoldsKeys) and leaves.source.implementations:
-        return Keyed(leaves) if imported("jax") else leaves
-    return leaves
+    held = getattr(leaves, "source", None)
+    if type(leaves) is not Checkpoint or not isinstance(held, HoldsKeys) or not held.implementations:
+        return leaves
+    return Keyed(leaves) if isinstance(other, Tree) and any(map(is_key, other.values)) else leaves
 
 
-def matched(target: Any, source: Any) -> Any:
-    """The source of a graft as leaves that fit a target: keys for keys in memory, and numbers for those in a file."""
-    if isinstance(target, Tree):
-        return typed(source)
-    held = getattr(target, "source", None)
-    if not isinstance(source, Tree) or not isinstance(held, HoldsKeys) or not held.implementations:
-        return source
+def numbered(tree: Any, other: Any) -> Any:
+    """A tree in memory with numbers in place of typed keys, if the other side is a checkpoint that holds keys."""
+    held = getattr(other, "source", None)
+    if not isinstance(tree, Tree) or not isinstance(held, HoldsKeys) or not held.implementations:
+        return tree
     from paramend.arrays import jax  # needed for keys alone
 
-    twin = copy.copy(source)
-    twin.values = [jax.key_numbers(value)[2] if is_key(value) else value for value in source.values]
+    twin = copy.copy(tree)
+    twin.values = [jax.key_numbers(value)[2] if is_key(value) else value for value in tree.values]
     return twin
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.keys import typed
+from paramend.checkpoints.keys import matched
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, NoMatch, ParamendError, UnexpectedChange, Unsupported
 from paramend.evidence.comparisons import Comparer, Pair
@@ -80,7 +80,7 @@ def diff(
     """
     if sort not in ("change", "path"):
         raise BadArgument(f"sort={sort!r} is not an order", hint='sort="change" or sort="path"')
-    with _leaves(before) as old, _leaves(after) as new:
+    with _sides(before, after) as (old, new):
         found = matches(old, new)
         if not _is_all(selector):
             within = _chosen(selector, old, new)
@@ -112,7 +112,7 @@ def verify(before: AnyTree, after: AnyTree, *, only: SelectorLike | None = None)
     paramend.errors.UnexpectedChange: 1 leaf changed that must not
       bias: 2 of 2 values, by at most 1
     """
-    with _leaves(before) as old, _leaves(after) as new:
+    with _sides(before, after) as (old, new):
         found = matches(old, new)
         allowed = _allowance(only, old, new)
         comparer = Comparer(Meter(None, 0))
@@ -137,13 +137,20 @@ def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
 
 
 @contextmanager
+def _sides(before: Any, after: Any) -> Iterator[tuple[Editable, Editable]]:
+    """Both sides as leaves, with typed keys of one kind."""
+    with _leaves(before) as old, _leaves(after) as new:
+        yield matched(old, new), matched(new, old)
+
+
+@contextmanager
 def _leaves(tree: Any) -> Iterator[Editable]:
     """Any tree as leaves; a checkpoint given by its path is open meanwhile."""
     if isinstance(tree, str | os.PathLike):
         with open_checkpoint(tree) as checkpoint:
-            yield typed(checkpoint)
+            yield checkpoint
     else:
-        yield typed(tree) if isinstance(tree, Editable) else Memory(tree)
+        yield tree if isinstance(tree, Editable) else Memory(tree)
 
 
 def _is_all(selector: Any) -> bool:

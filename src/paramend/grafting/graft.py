@@ -7,7 +7,7 @@ change. So a refused graft changes nothing.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from paramend.checkpoints.keys import matched, typed
+from paramend.checkpoints.keys import matched, numbered
 from paramend.errors import Unsupported
 from paramend.grafting import engine
 from paramend.grafting.ends import Ends
@@ -91,7 +91,7 @@ def graft(
       Dense_1/kernel  float64[2,2]  nothing in the source
     """
     tree, leaves = engine.leaves_of(target), engine.leaves_of(source)
-    leaves = matched(tree, leaves)
+    leaves = numbered(matched(leaves, tree), tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype)
     if isinstance(tree, Tree) and (done := _with_states(tree, leaves, options)) is not None:
         return tree.with_leaves(done.values), done.report
@@ -147,7 +147,8 @@ def graft_(
             "the files of a checkpoint are not grafted in place",
             hint="tree, report = pm.graft(target, source); tree.save(out)",
         )
-    tree, leaves = Tree(module), typed(engine.leaves_of(source))
+    tree = Tree(module)
+    leaves = matched(engine.leaves_of(source), tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True)
     if (done := _with_states(tree, leaves, options)) is not None:
         engine.put_in(tree, done.values)
