@@ -98,6 +98,13 @@ def test_objects_are_carried_unread(name, tmp_path):
     assert pm.load(tmp_path / "z.safetensors")["w"].tolist() == [1, 1]
 
 
+def test_keys_that_are_objects_become_text_in_a_new_file(tmp_path):
+    path = save(tmp_path / "x.pt", {Color.RED: torch.ones(1)})
+    with pm.open(path) as checkpoint:
+        checkpoint.save(tmp_path / "x.msgpack")
+        assert pm.load(tmp_path / "x.msgpack")["thing"][f"<{Color.__module__}.Color, not read>"].tolist() == [1]
+
+
 def test_tensors_in_a_defaultdict_are_leaves(tmp_path):
     path = save(tmp_path / "x.pt", collections.defaultdict(list, b=[torch.ones(1)]))
     with pm.open(path) as checkpoint:

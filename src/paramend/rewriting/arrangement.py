@@ -9,7 +9,7 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import Format, format_of
 from paramend.formats.source import Source
 from paramend.leaves.leaves import keys_of
-from paramend.leaves.outlines import CONTAINERS, Keys, Outline, Place, once, outline_of, shown, texts
+from paramend.leaves.outlines import ATOMS, CONTAINERS, Keys, Outline, Place, once, outline_of, shown, texts
 from paramend.leaves.paths import number_of
 
 _Pair = tuple[list[Any], Any]
@@ -55,6 +55,8 @@ def arranged(made: Plan, rows: Sequence[Row]) -> Outline:
         pairs += found.get(value.number, []) if type(value) is Place else [(list(above), value)]
     pairs = _apart([*pairs, *late])
     _settle(pairs, old)
+    for keys, _ in pairs:  # no file can hold keys that are objects
+        keys[:] = [key if type(key) in ATOMS or type(key) is tuple else str(key) for key in keys]
     return Outline([(tuple(keys), value) for keys, value in pairs], _containers(pairs, old), old.format)
 
 
