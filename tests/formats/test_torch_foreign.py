@@ -8,6 +8,7 @@ import enum
 import importlib
 import io
 import pathlib
+import pickle
 import sys
 import tarfile
 import types
@@ -81,6 +82,8 @@ def test_objects_are_carried_unread(name, tmp_path):
         assert checkpoint["model.a.b"].tolist() == [0, 1, 2]
         pm.at(checkpoint, "model.**").multiply(2).save(tmp_path / "y.pt")
         loaded = pm.load(path)
+        twin = pickle.loads(pickle.dumps(checkpoint))
+        assert twin["w"].tolist() == [1, 1] and twin.metadata.keys() == checkpoint.metadata.keys()
         report = checkpoint.save(tmp_path / "z.safetensors")
         if name not in ("function", "class", "default"):
             assert any(said.startswith("thing") for said in report.left_out)

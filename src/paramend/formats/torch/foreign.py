@@ -2,6 +2,7 @@
 
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,12 @@ def foreign(module: str, name: str) -> Name:
             f"{text} is not among the names allowed in a checkpoint",
             hint="ask for the weights alone: torch.save(model.state_dict(), path)",
         )
-    return Name(text, lambda *arguments: {} if text == "collections.defaultdict" else Foreign(text, *arguments))
+    return Name(text, _filled_dict if text == "collections.defaultdict" else partial(Foreign, text))
+
+
+def _filled_dict(*factory: Any) -> dict[Any, Any]:
+    """A defaultdict as the dict that its entries are then put into."""
+    return {}
 
 
 def check_whole(structure: Any, path: Path) -> None:
