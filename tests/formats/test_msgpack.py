@@ -15,11 +15,13 @@ import optax
 import pytest
 from flax.serialization import msgpack_restore, msgpack_serialize, to_bytes
 
+import paramend as pm
 from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
 from paramend.formats.msgpack import WRITER, MsgpackFile
 from paramend.formats.msgpack_writer import Extension
 from paramend.formats.registry import FORMATS
 from paramend.formats.writer import Item
+from paramend.leaves.outlines import Outline, Place
 from paramend.leaves.specs import Spec, numpy_dtype
 from support.writing import write
 
@@ -272,7 +274,9 @@ def test_other_entries_stay(tmp_path):
     with MsgpackFile(path) as file:
         items = items_of({})
         items.append((Item("a.b/c/w", ("a.b/c", "w"), Spec((2,), "float64"), 16), np.ones(2).tobytes()))
-        out = write(tmp_path / "out.msgpack", MSGPACK, items, dict(file.metadata) | {"format": "pt"})
+        entries = [*file.outline().entries, (("a.b/c", "w"), Place(0))]
+        outline = Outline(entries[-1:] + [pair for pair in entries if type(pair[1]) is not Place], {}, "msgpack")
+        out = write(tmp_path / "out.msgpack", MSGPACK, items, {"format": "pt"}, outline)
     restored = msgpack_restore(out.read_bytes())
     assert restored.pop("a.b/c")["w"].tolist() == others["a.b/c"].pop("w").tolist()
     assert others.pop("a.b/c") == {"d": 5}
@@ -280,14 +284,14 @@ def test_other_entries_stay(tmp_path):
 
 
 def test_an_empty_map_is_filled(tmp_path):
-    path = save(tmp_path, pack({"empty": {}, "full": {"n": 1}}))
-    with MsgpackFile(path) as file:
-        metadata = dict(file.metadata)
-        items = items_of({"empty": {"w": np.ones(1)}, "full": {"w": np.ones(2)}})
-        out = write(tmp_path / "out.msgpack", MSGPACK, items, metadata)
+    path = save(tmp_path, pack({"empty": {}, "full": {"n": 1, "w": np.ones(2)}, "a": np.ones(1)}))
+    with pm.open(path) as file:
         assert file.metadata["empty"] == {}
-    restored = msgpack_restore(out.read_bytes())
-    assert restored["empty"]["w"].tolist() == [1]
+        pm.at(file, "a").rename("empty/w").save(tmp_path / "out.msgpack")
+        with pytest.raises(RenameClash, match="a leaf would take the place of full/n, which is 1"):
+            pm.at(file, "a").rename("full/n").save(tmp_path / "never.msgpack")
+    restored = msgpack_restore((tmp_path / "out.msgpack").read_bytes())
+    assert restored["empty"]["w"].tolist() == [1] and restored["full"]["w"].tolist() == [1, 1]
     assert restored["full"]["n"] == 1
 
 

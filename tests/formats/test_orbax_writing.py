@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
+from flax import nnx
 
 import paramend as pm
 from paramend.cli.main import cli
@@ -303,3 +304,110 @@ def test_leaves_gathered_around_an_orbax_checkpoint_keep_its_tree(saved, tmp_pat
     expected["params"]["new"] = np.ones(2, "float32")
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert bits(found) == bits(expected)
+
+
+# ---- typed keys, and states of NNX -------------------------------------------------------------------------------
+
+KEYS = {"rng": jax.random.key(3), "more": [jax.random.split(jax.random.key(1, impl="rbg"), 2)]}
+OTHERS = {"w": jnp.ones(2), "v": jnp.zeros((2, 2)), "step": 3}
+
+
+def keys_of(tree):
+    return [(str(key.dtype), np.asarray(jax.random.key_data(key)).tolist()) for key in (tree["rng"], tree["more"][0])]
+
+
+@pytest.mark.parametrize("zarr", [True, False])
+def test_typed_keys_stay_keys(zarr, tmp_path):
+    with ocp.PyTreeCheckpointer(use_ocdbt=not zarr) as checkpointer:
+        checkpointer.save(tmp_path / "x", KEYS | OTHERS)
+    edits = {
+        "rename": lambda c: pm.at(c, "w").rename("deep/u"),
+        "cast": lambda c: pm.at(c, "w").cast("bfloat16"),
+        "delete": lambda c: pm.at(c, "w").delete(),
+        "zero": lambda c: pm.at(c, "w").zero(),
+        "nothing": lambda c: c,
+    }
+    for name, edit in edits.items():
+        with pm.open(tmp_path / "x") as checkpoint:
+            edit(checkpoint).save(tmp_path / name)
+        found = standard(tmp_path / name)
+        assert keys_of(found) == keys_of(KEYS) and found["step"] == 3
+        loaded = pm.load(tmp_path / name, "jax")
+        assert keys_of(loaded) == keys_of(KEYS) and loaded["step"] == 3
+    with pm.open(tmp_path / "x") as checkpoint:
+        pm.at(checkpoint, "rng").rename("keys/rng").save(tmp_path / "moved")
+        pm.graft(checkpoint, {"w": jnp.full(2, 5.0)})[0].save(tmp_path / "grafted")
+    assert str(standard(tmp_path / "moved")["keys"]["rng"].dtype) == "key<fry>"
+    assert keys_of(standard(tmp_path / "grafted")) == keys_of(KEYS)
+    assert standard(tmp_path / "grafted")["w"].tolist() == [5, 5]
+
+
+def test_trees_with_typed_keys(tmp_path):
+    pm.save(KEYS | OTHERS, tmp_path / "x.orbax")
+    assert keys_of(standard(tmp_path / "x.orbax")) == keys_of(KEYS)
+    abstract = jax.eval_shape(lambda: KEYS | OTHERS)
+    assert keys_of(standard(tmp_path / "x.orbax", abstract)) == keys_of(KEYS)
+    for suffix in ("safetensors", "npz", "pt", "msgpack"):
+        with pytest.raises(Unsupported, match="rng is typed PRNG keys") as caught:
+            pm.save(KEYS, tmp_path / f"x.{suffix}")
+        assert "jax.random.key_data" in caught.value.hint
+
+
+def model_of(seed):
+    rngs = nnx.Rngs(seed)
+    return nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+
+def test_states_of_nnx_have_the_names_of_their_model(tmp_path):
+    model, other = model_of(0), model_of(1)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "x", nnx.state(model))
+    with pm.open(tmp_path / "x") as checkpoint:
+        assert "layers/0/kernel" in checkpoint.index.texts.values()
+        assert not pm.diff(model, checkpoint) and not pm.diff(nnx.state(model), checkpoint)
+        grafted, report = pm.graft(other, checkpoint)
+    assert len(report.copied) == 8 and not report.unused
+    key, old = (net.layers[2].rngs.key[...] for net in (grafted, model))
+    assert key.dtype == old.dtype and (jax.random.key_data(key) == jax.random.key_data(old)).all()
+    assert (grafted.layers[0].kernel[...] == model.layers[0].kernel[...]).all()
+    assert not pm.diff(model, pm.load(tmp_path / "x", "jax"))
+    assert not pm.diff(tmp_path / "x", nnx.state(model)) and not pm.diff(tmp_path / "x", tmp_path / "x")
+    assert [row.path for row in pm.diff(other, tmp_path / "x").changed] == ["layers/0/kernel", "layers/2/rngs/key"]
+    numbers = jax.tree.map(
+        lambda x: jax.random.key_data(x) if x.dtype == key.dtype else x, nnx.to_pure_dict(nnx.state(model))
+    )
+    assert not pm.diff(tmp_path / "x", numbers)
+    pm.graft_(other, pm.open(tmp_path / "x"))
+    assert not pm.diff(other, model)
+
+
+def test_states_of_nnx_are_restored_onto_the_abstract_state(tmp_path):
+    model, other = model_of(0), model_of(1)
+    abstract = jax.eval_shape(lambda: nnx.state(model))
+    kernel = np.asarray(model.layers[0].kernel[...])
+    pm.save(nnx.state(model), tmp_path / "state.orbax")
+    pm.save(model, tmp_path / "model.orbax")
+    with pm.open(tmp_path / "state.orbax") as checkpoint:
+        pm.at(checkpoint, "**/kernel").multiply(2).save(tmp_path / "doubled")
+        pm.at(checkpoint, "**/kernel").cast("float16").save(tmp_path / "cast")
+        pm.graft(checkpoint, other)[0].save(tmp_path / "grafted")
+    expected = {"state.orbax": kernel, "model.orbax": kernel, "doubled": kernel * 2, "cast": kernel.astype("float16")}
+    expected["grafted"] = np.asarray(other.layers[0].kernel[...])
+    for name, values in expected.items():
+        found = standard(tmp_path / name, abstract)
+        assert jax.tree.structure(found) == jax.tree.structure(abstract)
+        assert np.array_equal(np.asarray(found["layers"][0]["kernel"][...]), values.astype("float32"))
+    both = {"model": nnx.state(model), "step": 5, "count": jnp.asarray(3)}
+    pm.save(both, tmp_path / "both.orbax")
+    found = standard(tmp_path / "both.orbax", jax.eval_shape(lambda: both) | {"step": 0})
+    assert found["step"] == 5 and isinstance(found["model"], nnx.State)
+    with pm.open(tmp_path / "both.orbax") as checkpoint:
+        assert "model/layers/0/kernel" in checkpoint.index.texts.values()
+
+
+def test_a_parameter_called_value_is_one(tmp_path):
+    tree = {"head": {"value": np.ones(2)}, "body": {"kernel": np.ones((2, 2))}}
+    pm.save(tree, tmp_path / "x.orbax")
+    with pm.open(tmp_path / "x.orbax") as checkpoint:
+        assert sorted(checkpoint.index.texts.values()) == ["body/kernel", "head/value"]
+    assert not pm.diff(tree, pm.load(tmp_path / "x.orbax"))

@@ -721,7 +721,10 @@ PICKLES = {
     "another reference": (b"\x80\x02X\x01\x00\x00\x00aQ.", "other than a storage"),
     "protocol 9": (b"\x80\x09}.", "protocol 9 is unknown"),
     "a state of nothing": (b"\x80\x02}}b.", "dict takes no state"),
-    "a numpy object": (b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00O8\x85R.", "not a plain number"),
+    "a numpy object": (
+        b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00O8\x85RC\x01a\x86R.",
+        "not a plain number",
+    ),
 }
 
 

@@ -7,11 +7,11 @@ from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.origins.origin import Extent
 
 
-def write(path: Path, form, leaves: list[tuple[Item, bytes]], metadata=None) -> Path:
+def write(path: Path, form, leaves: list[tuple[Item, bytes]], metadata=None, outline=None) -> Path:
     """The path of a file of a format with these leaves, each an item and its bytes; long runs of zeros are holes."""
     writer, ranges = form.writer(), []
     with path.open("wb") as file:
-        for part in writer.parts([item for item, _ in leaves], metadata or {}):
+        for part in writer.parts([item for item, _ in leaves], metadata or {}, outline):
             data = leaves[part.item][1] if isinstance(part, LeafBytes) else part
             if isinstance(part, LeafBytes):
                 ranges += [(file.tell(), file.tell() + part.stop - part.start)] if part.start < part.stop else []

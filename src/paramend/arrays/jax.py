@@ -263,3 +263,18 @@ def initialize(name: str, row: tuple[float, str, str], key: Any, spec: Spec, out
     kind = "truncated_normal" if distribution == "truncated" else distribution
     make = jax.nn.initializers.variance_scaling(scale, mode, kind, in_axis=axes[0], out_axis=axes[1])
     return make(key, spec.shape, numpy_dtype(spec.dtype))
+
+
+def key_numbers(x: Any) -> tuple[str, str, Any]:
+    """The implementation, the device and the numbers of an array of typed PRNG keys."""
+    return str(jax.random.key_impl(x)), str(next(iter(x.devices()))), jax.random.key_data(x)
+
+
+def key_dtype(implementation: str) -> str:
+    """The dtype of typed PRNG keys, such as "key<fry>"."""
+    return str(jax.eval_shape(lambda: jax.random.key(0, impl=implementation)).dtype)
+
+
+def typed_keys(numbers: Any, implementation: str) -> Any:
+    """Typed PRNG keys made from their numbers."""
+    return jax.random.wrap_key_data(jnp.asarray(numbers), impl=implementation)

@@ -316,6 +316,7 @@ class Checkpoint(Editable):
             progress: called with an `Event` as bytes are written.
 
         Raises:
+            BadArgument: the suffix is mistyped.
             CannotWrite: the output exists, is the source, or its folder does not exist. Nothing was written.
         """
         from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint

@@ -1,22 +1,25 @@
 """Whole trees: a checkpoint as nested dicts of arrays, and a tree in memory as a checkpoint."""
 
+import copy
 import importlib
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 
 from paramend._optional import need
-from paramend.arrays.registry import backend_of, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint, copied, recover
+from paramend.checkpoints.memory import SEPARATOR, InMemory
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, Unsupported
+from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.formats.registry import open_source
-from paramend.leaves.leaves import Index, keys_of, plain
-from paramend.leaves.specs import AnyTree, Array, Spec
+from paramend.formats.source import Source
+from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once, outline_of
+from paramend.leaves.paths import Joined
+from paramend.leaves.specs import AnyTree, Array
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 
@@ -25,111 +28,6 @@ if TYPE_CHECKING:
     import torch
 
     from paramend.rewriting.rewrite import RewriteReport
-
-# The metadata key for the separator of keys, written where the names alone would mislead.
-_SEPARATOR = "paramend.separator"
-
-
-class _InMemory:
-    """A tree in memory as a source."""
-
-    format = ""
-    ties: Mapping[int, int] = {}
-    stats: Mapping[Path, os.stat_result] = {}
-
-    def __init__(self, tree: Any) -> None:
-        self._tree = tree
-        self._last: tuple[int, Array] | None = None
-        self.path = ""
-        paths = tree.index.paths
-        keys = {number: keys_of(path) for number, path in paths.items()}
-        flat = all(len(key) == 1 for key in keys.values())
-        self.index = Index(tree.index.separator if flat else _separator(tree.index.separator, keys.values()))
-        self.index.names, self.index.numbers = tree.index.names, tree.index.numbers
-        self.metadata = {"format": _kind(tree)}
-        names = {number: plain(paths[number], self.index.separator) for number in self.index.numbers}
-        split = "/" if any("/" in name for name in names.values()) else "."
-        if any(tuple(names[number].split(split)) != key for number, key in keys.items()):
-            self.metadata[_SEPARATOR] = "" if flat else self.index.separator
-        # For formats that tell lists from dicts and hold more than arrays.
-        self._lists: set[tuple[str, ...]] = set()
-        self.rest: list[tuple[tuple[str | int, ...], str, Any]] = []
-        self._look(tree.root, ())
-        self.keys = {number: self._true(key) for number, key in keys.items()}
-
-    def _look(self, node: Any, above: tuple[str | int, ...]) -> None:
-        """Collect the lists, and what is not an array."""
-        inner: Iterable[tuple[str | int, Any]] = ()
-        kind = {int: "scalar", float: "scalar", str: "string", type(None): "None"}.get(type(node), "")
-        if hasattr(node, "_fields"):
-            inner = [(name, getattr(node, name)) for name in node._fields]
-            kind, node = ("", node) if inner else ("None", None)
-        elif isinstance(node, list | tuple):
-            self._lists.add(tuple(map(str, above)))
-            inner = enumerate(node)
-            kind = "" if node else type(node).__name__.capitalize()
-        elif isinstance(node, Mapping):
-            inner = [(str(key), child) for key, child in node.items()]
-            kind, node = ("", node) if inner else ("Dict", {})
-        elif is_dataclass(node) and not isinstance(node, type):
-            inner = [(f.name, getattr(node, f.name)) for f in fields(node) if f.metadata.get("pytree_node", True)]
-        for key, child in inner:
-            self._look(child, (*above, key))
-        if kind and above:
-            self.rest.append((above, kind, node))
-
-    def _true(self, keys: tuple[str, ...]) -> tuple[str | int, ...]:
-        return tuple(int(key) if keys[:at] in self._lists else key for at, key in enumerate(keys))
-
-    def spec(self, number: int) -> Spec:
-        found: Spec = self._tree.spec(number)
-        return found
-
-    def nbytes(self, number: int) -> int:
-        return self.spec(number).nbytes
-
-    def refusal(self, number: int) -> str:
-        return ""
-
-    def extent(self, number: int) -> None:
-        return None
-
-    def read(self, number: int) -> Array:
-        if self._last is None or self._last[0] != number:
-            self._last = number, np.ascontiguousarray(to_numpy(self._tree.read(number)))
-        return self._last[1]
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        return self.read(number).reshape(-1)[start:stop]
-
-    def children(self, node: Any) -> None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-def _separator(natural: str, keys: Iterable[tuple[str, ...]]) -> str:
-    """A separator that is in none of the keys."""
-    text = "\n".join(key for path in keys for key in path)
-    for separator in str(natural), "/", ".":
-        if separator not in text:
-            return separator
-    slash, dot = (next(key for path in keys for key in path if char in key) for char in "/.")
-    raise Unsupported(
-        f"keys contain both separators, as {slash!r} and {dot!r} do, so names could not be split again",
-        hint="rename some keys first",
-    )
-
-
-def _kind(tree: Any) -> str:
-    """What transformers calls the library of a tree's arrays."""
-    for number in tree.index.numbers[:1]:
-        library = str(getattr(backend_of(type(tree.read(number))), "__name__", "")).rpartition(".")[2]
-        kinds: dict[str, str] = {"torch": "pt", "jax": "flax"}
-        return kinds.get(library, "np")
-    return "np"
-
 
 Kind: TypeAlias = Literal["numpy", "jax", "torch"]
 _KINDS = get_args(Kind)
@@ -158,24 +56,27 @@ def load(
 def load(
     path: str | os.PathLike[str], kind: Kind = "numpy", *, nested: bool = True, mmap: bool = False
 ) -> dict[str, AnyTree]:
-    """The arrays of a checkpoint, as nested dicts.
+    """What a checkpoint holds, as nested dicts of arrays.
 
     They are copies, which later changes of the file do not affect. Leaves that are tied in the file are one array under
-    several paths; those of JAX are one each, so that a step may donate them.
+    several paths; those of JAX are one each, so that a step may donate them. Steps, learning rates and all else that is
+    not an array are there as the file has them; so are lists and tuples. Typed PRNG keys are their numbers; with "jax"
+    they are keys.
 
     Args:
         path: a file or a directory.
         kind: "numpy", "jax" or "torch".
         nested: whether names are split into keys at their separators, "/" if some name contains one, otherwise ".";
-            if False, the result is a flat dict by name, as `load_state_dict` takes it.
+            if False, the result is a flat dict of the arrays by name, as `load_state_dict` takes it.
         mmap: whether numpy arrays are read-only views of the file where the format allows it. They take no memory
             until they are read, and **a later `pm.patch` or `pm.undo` of the file changes them**.
 
     Raises:
         BadArgument: there is no such kind, or `mmap` is used with a kind other than numpy.
-        Unsupported: a leaf cannot be read, or that library has no such dtype.
+        Unsupported: a leaf cannot be read, that library has no such dtype, or two leaves have one name.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"fc": {"bias": np.ones(2, "float32")}}, path)
     >>> load(path)
@@ -190,43 +91,83 @@ def load(
     recover(path)
     source = open_source(path)
     try:
-        paths, separator = source.index.paths, source.index.separator
+        names = None if nested else _names(source)
+        outline = outline_of(source)
         ties = {} if kind == "jax" else source.ties
         made: dict[int, Any] = {}
-        for number in source.index.numbers:
+        for number, (_, place) in outline.places.items():
             if (first := ties.get(number, number)) not in made:
-                made[first] = convert(source.read(first) if mmap else copied(source, first))
-        flat = {plain(paths[n], separator): made[ties.get(n, n)] for n in source.index.numbers}
-        given = source.metadata.get(_SEPARATOR)
-        keys = {number: keys_of(paths[number]) for number in source.index.numbers}
+                array = source.read(first) if mmap else copied(source, first)
+                made[first] = array.item() if place.scalar and not array.ndim else convert(array)
+                made[first] = _keyed(made[first], place.key) if place.key and kind == "jax" else made[first]
+        arrays = {number: made[ties.get(number, number)] for number in source.index.numbers}
+        given = source.metadata.get(SEPARATOR)
     finally:
         source.close()
-    if not nested or given == "":
-        return flat
-    if all(len(key) == 1 for key in keys.values()):  # a flat table of names
-        separator = given or ("/" if any("/" in name for name in flat) else ".")
-        return _nested((tuple(name.split(separator)), array) for name, array in flat.items())
-    return _nested(zip(keys.values(), flat.values(), strict=True))
-
-
-def _nested(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, array in leaves:
-        node = tree
-        for at, key in enumerate(path[:-1]):
-            node = node.setdefault(key, {})
-            if type(node) is not dict:
-                raise Unsupported(
-                    f"{'/'.join(path[: at + 1])} is a leaf, and {'/'.join(path)} would be below it",
-                    hint="pm.load(path, nested=False) gives a flat dict by name",
-                )
-        if path[-1] in node:
-            raise Unsupported(
-                f"{'/'.join(path)} is a leaf, and others would be below it",
-                hint="pm.load(path, nested=False) gives a flat dict by name",
-            )
-        node[path[-1]] = array
+    if names is not None or given == "":
+        return {name: arrays[number] for name, number in (names or _names(source)).items()}
+    tree: dict[str, Any] = _tree(outline, arrays, given, natural="." if kind == "torch" else "/")
     return tree
+
+
+def _names(source: Source) -> dict[str, int]:
+    """Name → leaf.
+
+    Raises:
+        Unsupported: two leaves have one name.
+    """
+    found: dict[str, int] = {}
+    for number in source.index.numbers:
+        name = source.index.name(number)
+        if name in found:
+            raise Unsupported(
+                f"{source.path}: two leaves are called {name}: they have different keys, which read the same",
+                hint=f"pm.load({str(source.path)!r}) keeps both",
+            )
+        found[name] = number
+    return found
+
+
+def _keyed(numbers: Any, implementation: str) -> Any:
+    from paramend.arrays import jax  # imports jax
+
+    return jax.typed_keys(numbers, implementation)
+
+
+def _tree(outline: Outline, arrays: Mapping[int, Any], given: str | None, *, natural: str) -> Any:
+    """The tree of a checkpoint, with the names of a flat table split.
+
+    Keys that were split off a name remember it if trees of this kind have another separator, so that the names survive
+    a later `save`.
+    """
+    is_data = once(_is_data)
+    memo: dict[int, Any] = {}
+    entries = [pair for pair in outline.entries if type(pair[1]) is Place or is_data(pair[1])]
+    names = [keys[0] if len(keys) == 1 else None for keys, value in entries if type(value) is Place]
+    if names and all(type(name) is str for name in names):
+        separator = given or ("/" if any("/" in str(name) for name in names) else ".")
+        join = partial(Joined, before=separator) if separator != natural else str
+        entries = [(_split(keys[0], separator, join) if type(v) is Place else keys, v) for keys, v in entries]
+    try:
+        return Outline(entries, outline.containers).nested(
+            lambda value: arrays[value.number] if type(value) is Place else copy.deepcopy(value, memo),
+            lambda inner, like: closed(inner, like if isinstance(like, list | tuple) else None),
+        )
+    except RenameClash as error:
+        hint = "pm.load(path, nested=False) gives a flat dict by name"
+        raise Unsupported(str(error).partition("\n")[0], hint=hint) from None
+
+
+def _split(name: str, separator: str, join: Callable[[str], str]) -> tuple[str, ...]:
+    first, *rest = name.split(separator)
+    return first, *map(join, rest)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether an entry that is not an array can be given without running code of its file."""
+    if isinstance(value, list | tuple):
+        return not hasattr(value, "_fields") and all(map(_is_data, value))
+    return type(value) in ATOMS or type(value) in (bytearray, dict, OrderedDict, set) or isinstance(value, np.generic)
 
 
 def _converter(kind: str) -> Any:
@@ -248,8 +189,12 @@ def save(
 ) -> "RewriteReport":
     """The report of what was written: a tree in memory, or a `Checkpoint`, as a checkpoint on disk.
 
+    A `.pt` file holds the tree as it is: dicts, lists, tuples, plain values, ties. `.msgpack` and `.orbax` hold dicts,
+    numbers, texts and None as flax and Orbax have them. Other formats hold arrays alone. What has no place is in
+    `left_out` of the report. A torch module is saved as its state dict.
+
     The name of a leaf is its path: keys joined by "." in torch trees, by "/" in others, or by the other one where
-    keys contain the first. `pm.load` returns the tree of dicts.
+    keys contain the first. A tree from `pm.load` keeps the names of its file. `pm.load` returns the tree of dicts.
 
     Args:
         tree: any tree of arrays.
@@ -259,10 +204,13 @@ def save(
         progress: called with an `Event` as bytes are written.
 
     Raises:
+        BadArgument: the suffix of the name is that of no format.
         CannotWrite: the output exists, or its folder does not.
-        Unsupported: two leaves would have one name, or no format can hold a leaf.
+        RenameClash: two leaves would have one name.
+        Unsupported: the format cannot hold a leaf.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = save({"fc": {"weight": np.ones((2, 2), "float32")}}, path)
     >>> load(path)
@@ -272,7 +220,9 @@ def save(
     if isinstance(tree, Checkpoint):
         return tree.save(path, force=force, max_shard_size=max_shard_size, progress=progress)
     from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
-    from paramend.trees.tree import Tree
+    from paramend.rewriting.wishes import named_format
 
-    made = Plan.of(_InMemory(Tree(tree)))
+    form = named_format(os.fspath(path), sized=max_shard_size is not None)
+    joined = form.framework != "flax"
+    made = Plan.of(InMemory(tree, flat=form.writer().flat, keys=form.typed_keys, joined=joined))
     return write(made, path, force=force, max_shard_size=max_shard_size, progress=progress)

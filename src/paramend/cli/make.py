@@ -12,6 +12,7 @@ from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import HTML, RECORD, carry_out, makes, write_made
 from paramend.errors import GraftRefused
+from paramend.formats.registry import writable
 from paramend.grafting import inserting
 from paramend.grafting.graft import graft as graft_onto
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
@@ -20,23 +21,25 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 @click.command()
 @click.argument("path", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT")
+@click.option("--to", type=click.Choice([row.name for row in writable()]), help="The format, if OUT does not say it.")
 @click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--record", is_flag=True, help=RECORD)
 @click.option("--dry-run", is_flag=True, help="Check that it can be done, and write no checkpoint.")
 @click.option("--html", **HTML)
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def convert(path: Path, out: str, record: bool, **given: Any) -> None:
+def convert(path: Path, out: str, to: str | None, record: bool, **given: Any) -> None:
     """Write a checkpoint in another format, as one file, or as several.
 
     IN is a file or a directory. The suffix of OUT selects the format (model.safetensors, model.pt ...); a trailing
-    slash, or --max-shard-size, selects a directory of safetensors files. Every value is kept bit for bit.
+    slash, or --max-shard-size, selects a directory of safetensors files; --to says it for other names. Every value is
+    kept bit for bit; what the format cannot hold is named.
 
     Exit status: 0 done; 2 an unreadable or damaged file, a leaf that the format cannot hold, or an OUT that cannot
     be written.
     """
     with open_checkpoint(path) as checkpoint:
-        carry_out(checkpoint.plan, path, out, record="" if record else None, quiet=True, **given)
+        carry_out(checkpoint.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
 
 
 def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:

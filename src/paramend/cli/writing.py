@@ -14,7 +14,8 @@ from paramend.edits.plan import Plan
 from paramend.errors import ParamendError
 from paramend.pages.paged import Paged
 from paramend.piecewise.rows import survey
-from paramend.rewriting.layouts import lay_out
+from paramend.reports import wording
+from paramend.rewriting.layouts import Layout, lay_out
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
@@ -38,6 +39,7 @@ def carry_out(
     link: bool = False,
     max_shard_size: str | None = None,
     record: str | None = None,
+    to: str | None = None,
     quiet: bool = False,
     told: Paged | None = None,
     html: Path | None = None,
@@ -54,6 +56,7 @@ def carry_out(
         link: whether unchanged shards are linked.
         max_shard_size: the most bytes of tensors in one file.
         record: the recipe that made the plan, or "", if the output carries a record of it; None for no record.
+        to: the name of the format, if OUT need not say it; "" if it must.
         quiet: whether no table is printed.
         told: a report that is printed instead of the plan's table.
         html: where to write the report as an HTML page.
@@ -63,11 +66,16 @@ def carry_out(
         raise click.UsageError("OUT and the page of --html need names of their own.")
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     said: tuple[str, ...] = ()
+    layout: Layout | None = None
     if out is None:
         with suppress(ParamendError):  # a name may solve it
             said = lay_out(made, path).said
     else:
-        said = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size).said
+        layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
+        data["format"], said = layout.format.name, layout.said
+        if layout.left_out and (dry_run or out is None):
+            data["left_out"] = list(layout.left_out)
+            said = (f"not copied: {wording.listing(layout.left_out)}", *said)
     shown: Paged = made if told is None else told
     if dry_run or out is None:
         if told is None:
@@ -78,9 +86,8 @@ def carry_out(
     else:
         _ui.watch(fates.Outputs([Path(out), *([] if html is None else [html])]))
         with _ui.bar(f"writing {Path(out).name}") as progress:
-            report = write(
-                made, out, force=force, link=link, max_shard_size=max_shard_size, record=record, progress=progress
-            )
+            given: dict[str, Any] = {"force": force, "link": link, "max_shard_size": max_shard_size, "to": to}
+            report = write(made, out, record=record, progress=progress, **given)
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
     if as_json:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.keys import matched
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, UnexpectedChange, Unsupported
 from paramend.evidence.choices import chosen
@@ -80,7 +81,7 @@ def diff(
     """
     if sort not in ("change", "path"):
         raise BadArgument(f"sort={sort!r} is not an order", hint='sort="change" or sort="path"')
-    with _leaves(before) as old, _leaves(after) as new:
+    with _sides(before, after) as (old, new):
         found = matches(old, new)
         if not _is_all(selector):
             within = chosen(selector, old, new)
@@ -112,7 +113,7 @@ def verify(before: AnyTree, after: AnyTree, *, only: SelectorLike | None = None)
     paramend.errors.UnexpectedChange: 1 leaf changed that must not
       bias: 2 of 2 values, by at most 1
     """
-    with _leaves(before) as old, _leaves(after) as new:
+    with _sides(before, after) as (old, new):
         found = matches(old, new)
         allowed = _allowance(only, old, new)
         comparer = Comparer(Meter(None, 0))
@@ -134,6 +135,13 @@ def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
 
 
 # ---- the two sides ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _sides(before: Any, after: Any) -> Iterator[tuple[Editable, Editable]]:
+    """Both sides as leaves, with typed keys of one kind."""
+    with _leaves(before) as old, _leaves(after) as new:
+        yield matched(old, new), matched(new, old)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.limits import MAX_PIECES
 from paramend.formats.msgpack_parser import MsgpackEntry, Parser, shown_key
-from paramend.formats.msgpack_writer import KeyedText, MsgpackWriter
+from paramend.formats.msgpack_writer import MsgpackWriter
 from paramend.formats.source import check_readable
 from paramend.leaves.leaves import Index
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.paths import labels, write_path
+from paramend.leaves.outlines import Outline, outline, shown
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
 WRITER = MsgpackWriter()
@@ -67,6 +67,11 @@ class MsgpackFile(FileSource):
         self.metadata: Mapping[str, Any] = walk.others
 
     # ---- what is there ---------------------------------------------------------------------------------------
+
+    def outline(self) -> Outline:
+        """What is there, with true keys."""
+        numbers = iter(range(len(self.arrays)))
+        return outline(self._structure, lambda node: next(numbers) if type(node) is MsgpackEntry else None, self.format)
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf; a dtype that only numpy has, such as str96, is "raw<str96>"."""
@@ -189,10 +194,8 @@ class _Walk:
                     self.index.add(names, key, inner)
             self._trail.pop()
 
-    def _path(self) -> KeyedText:
-        found = KeyedText(write_path([label for key in self._trail for label in labels(key)], "/"))
-        found.keys = tuple(self._trail)
-        return found
+    def _path(self) -> str:
+        return shown(tuple(self._trail))
 
 
 def _is_plain(node: Any) -> bool:

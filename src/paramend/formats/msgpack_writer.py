@@ -1,11 +1,15 @@
 """`MsgpackWriter`: files as `flax.serialization.to_bytes` writes them, without flax."""
 
 import struct
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paramend.errors import RenameClash, Unsupported
-from paramend.formats.writer import Item, LeafBytes
+import numpy as np
+
+from paramend.errors import Unsupported
+from paramend.formats.writer import Item, LeafBytes, outline_of_items
+from paramend.leaves.outlines import ATOMS, BOXED, Keys, Outline, Place, once
 from paramend.leaves.specs import BITS, Spec
 
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
@@ -13,17 +17,6 @@ ARRAY, COMPLEX, SCALAR = 1, 2, 3
 CHUNKED = "__msgpack_chunked_array__"
 # A test sets it low.
 MAX_CHUNK = 1 << 30
-
-
-class KeyedText(str):
-    """The path of an entry as text that remembers its keys, so that a writer can put the entry back there.
-
-    Attributes:
-        keys: as they are in the maps and lists of the file.
-    """
-
-    __slots__ = ("keys",)
-    keys: tuple[str | int, ...]
 
 
 class Extension(NamedTuple):
@@ -34,14 +27,15 @@ class Extension(NamedTuple):
 
 
 class MsgpackWriter:
-    """Lays out files that `flax.serialization.from_bytes` reads: nested maps of arrays, by their keys.
+    """Lays out files that `flax.serialization.from_bytes` reads: nested maps of arrays and plain values, by their keys.
 
-    Entries of a msgpack file that are not arrays stay in place. The metadata of other formats is left out: flax would
-    take it for parameters.
+    Lists and tuples become maps by position, as flax writes them; those of a msgpack file stay lists. The metadata of
+    other formats is left out: flax would take it for parameters.
     """
 
     seals = False
     copies_raw = False
+    flat = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
@@ -49,7 +43,19 @@ class MsgpackWriter:
             return f"flax cannot write {spec.dtype}"
         return ""
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
+    def holds(self, value: Any) -> bool:
+        """Whether the format has a place for an entry that is not an array."""
+        if isinstance(value, list | tuple) and type(value) is not Extension:
+            return all(map(self.holds, value))
+        if isinstance(value, np.generic):
+            value = value.item()
+        if type(value) is int:
+            return -(1 << 63) <= value < 1 << 64
+        return type(value) in ATOMS or type(value) is Extension or (type(value) in (dict, OrderedDict) and not value)
+
+    def parts(
+        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
+    ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:
@@ -60,55 +66,43 @@ class MsgpackWriter:
         >>> bias
         LeafBytes(item=0, start=0, stop=8)
         """
-        return _emit(_tree(items, metadata), items)
+        return _emit(self._tree(outline or outline_of_items(items)), items)
+
+    def _tree(self, outline: Outline) -> Any:
+        """Nested maps and lists with the place of each item."""
+        own, holds = outline.format == "msgpack", once(self.holds)
+        entries = [
+            (_path(keys, value, own=own), value)
+            for keys, value in outline.entries
+            if type(value) is Place or holds(value)
+        ]
+        containers = outline.containers if own else {}
+        return Outline(entries, containers).nested(lambda value: value if own else _as_flax(value))
 
 
-class _Place(NamedTuple):
-    """The place of an item in a tree, by its number."""
-
-    number: int
-
-
-class _Node(dict[str, Any]):
-    """A map made from the keys of leaves."""
+def _path(keys: Keys, value: Any, *, own: bool) -> Keys:
+    """Keys as flax writes them; those of a msgpack file may be whole numbers. Boxes of metadata are maps."""
+    path = tuple(key if type(key) is int and own else str(key) for key in keys)
+    return (*path, BOXED) if type(value) is Place and value.boxed == "box" else path
 
 
-def _tree(items: Sequence[Item], metadata: Mapping[str, Any]) -> Any:
-    """Nested dicts with the place of each item, and the entries of another msgpack file."""
-    wanted: list[tuple[tuple[str, ...], Any]] = [(item.keys, _Place(i)) for i, item in enumerate(items)]
-    wanted += [
-        (tuple(map(str, where.keys)), value) for where, value in metadata.items() if isinstance(where, KeyedText)
-    ]
-    if len(wanted) == 1 and wanted[0][0] in ((), ("",)):
-        return wanted[0][1]  # the file is one value
-    tree = _Node()
-    for keys, value in wanted:
-        node = tree
-        for key in keys[:-1]:
-            inner = node.get(key, {})
-            if inner == {} and type(inner) is dict:  # also an empty map of the file that leaves were moved into
-                inner = node[key] = _Node()
-            if type(inner) is not _Node:
-                raise RenameClash(f"{'/'.join(keys)} would go into {key!r}, which is a leaf")
-            node = inner
-        if not keys or keys[-1] in node:
-            if keys and value == {} and type(node[keys[-1]]) is _Node:
-                continue
-            raise RenameClash(f"{'/'.join(keys)}: another leaf or container has that path")
-        node[keys[-1]] = value
-    return tree
+def _as_flax(value: Any) -> Any:
+    """A value as flax writes it: lists and tuples become maps by position."""
+    if type(value) is Place or not isinstance(value, list | tuple) or type(value) is Extension:
+        return value
+    return {str(at): _as_flax(each) for at, each in enumerate(value)}
 
 
 def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | LeafBytes]:
     """The bytes of a value, in order."""
-    if type(node) is _Place:
+    if type(node) is Place:
         yield from _item(node.number, items[node.number])
     elif isinstance(node, dict):
         yield _count(node, (0x80, 15), 0xDE)
         for key, child in node.items():
             yield _plain(key)
             yield from _emit(child, items)
-    elif type(node) is list:
+    elif type(node) in (list, tuple):
         yield _count(node, (0x90, 15), 0xDC)
         for child in node:
             yield from _emit(child, items)
@@ -144,6 +138,8 @@ def _head(shape: tuple[int, ...], dtype: str, nbytes: int) -> bytes:
 
 def _plain(value: Any) -> bytes:
     """A value that holds no others."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or type(value) is bool:
         return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
     if type(value) is int:

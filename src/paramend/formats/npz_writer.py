@@ -11,6 +11,7 @@ from paramend.errors import RenameClash
 from paramend.formats.limits import shown
 from paramend.formats.writer import Item, LeafBytes
 from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
+from paramend.leaves.outlines import Outline
 from paramend.leaves.specs import Spec
 
 MAGIC = b"\x93NUMPY"
@@ -28,12 +29,19 @@ class NpzWriter:
 
     seals = True
     copies_raw = False
+    flat = True
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
+    def holds(self, value: Any) -> bool:
+        """False: such files hold arrays alone."""
+        return False
+
+    def parts(
+        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
+    ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:
@@ -45,9 +53,17 @@ class NpzWriter:
         (LeafBytes(item=0, start=0, stop=8), b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }")
         """
         taken: set[str] = set()
+        read: dict[str, Item] = {}
         zipped = ZipHeaders()
         for place, item in enumerate(items):
             _check_name(item.name, taken)
+            other = read.setdefault(item.name.replace(".", "/"), item)
+            if other is not item:
+                raise RenameClash(
+                    f"{shown(other.name)} and {shown(item.name)} read the same, and in a file of names nothing tells "
+                    "their keys apart",
+                    hint="rename one of them, or save to .safetensors, .pt or .msgpack",
+                )
             head = _head(item.spec)
             crc = 0 if item.nbytes else zlib.crc32(head)
             yield zipped.open(f"{item.name}.npy", len(head) + item.nbytes, crc)

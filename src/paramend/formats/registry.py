@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import stat
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Format:
         framework: the name of the library of these files in the metadata of a safetensors file.
         padded: whether each leaf is aligned, whatever comes before it.
         structural: whether an edited file keeps its other content when leaves get other names or specs.
+        single: whether a checkpoint may be a single array without a name.
+        typed_keys: whether it tells typed PRNG keys from their numbers.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Format:
     framework: str = ""
     padded: bool = True
     structural: bool = False
+    single: bool = True
+    typed_keys: bool = False
 
     def open(self, path: Path) -> Source:
         """A checkpoint of this format, opened."""
@@ -157,7 +162,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "torch",
         "zip files of torch.save",
-        (".pt", ".pth", ".bin", ".ckpt"),
+        (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar"),
         _is_torch,
         "paramend.formats.torch.source",
         "TorchFile",
@@ -178,6 +183,7 @@ FORMATS: tuple[Format, ...] = (
         patches=True,
         keeps="other files in the archive",
         framework="np",
+        single=False,
     ),
     Format(
         "msgpack",
@@ -204,6 +210,8 @@ FORMATS: tuple[Format, ...] = (
         extra="orbax",
         folder=True,
         framework="flax",
+        single=False,
+        typed_keys=True,
     ),
 )
 
@@ -223,7 +231,24 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 
 # Suffixes of formats that cannot be written here.
-FOREIGN_SUFFIXES = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
+FOREIGN_SUFFIXES = (
+    *(
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".hdf5",
+        ".keras",
+        ".onnx",
+        ".ot",
+        ".tflite",
+        ".pkl",
+        ".pickle",
+        ".npy",
+        ".zarr",
+        ".tar",
+    ),
+    *(".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
+)
 
 
 def writable() -> list[Format]:
@@ -334,6 +359,8 @@ def _open_folder(path: Path) -> Source:
         raise CannotRead(f"{path}: {error.strerror or error}") from None
     if found is not None:
         return found
+    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
+        raise _distributed(path)
     inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
     below = [name for name in inside if any((path / name).glob("*.safetensors"))]
     if not inside:
@@ -372,6 +399,8 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
 
 
 def _open_file(path: Path) -> Source:
+    if path.name.endswith(".distcp") or (path.name == ".metadata" and any(path.parent.glob("*.distcp"))):
+        raise _distributed(path.parent)
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
@@ -389,9 +418,21 @@ def _head(path: Path) -> bytes:
             raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
 
 
+def _distributed(folder: Path) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{folder}: it is a distributed checkpoint of torch (DCP), whose tensors are spread over its files",
+        hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name or 'model'}.pt",
+    )
+
+
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:
     if not head:
         return BadCheckpoint(f"{path}: byte 0: the file is empty", hint="copy or download it again")
+    if tarfile.is_tarfile(path):
+        return BadCheckpoint(
+            f"{path}: it is a tar archive, which may hold a checkpoint",
+            hint=f"tar -xf {path}, then open what was in it",
+        )
     for magic, what, hint in _FOREIGN:
         if head.startswith(magic):
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)

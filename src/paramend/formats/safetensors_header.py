@@ -14,6 +14,7 @@ from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
 from paramend.formats.writer import Item, LeafBytes
+from paramend.leaves.outlines import Outline
 from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec
 from paramend.reports import wording
 
@@ -317,6 +318,7 @@ class SafetensorsWriter:
 
     seals = False
     copies_raw = True
+    flat = True
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
@@ -327,7 +329,13 @@ class SafetensorsWriter:
             f"safetensors files pack {spec.dtype}, {bits} bits each; here its values are not packed" if bits % 8 else ""
         )
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
+    def holds(self, value: Any) -> bool:
+        """False: such files hold arrays alone."""
+        return False
+
+    def parts(
+        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
+    ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:

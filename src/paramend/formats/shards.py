@@ -13,6 +13,7 @@ from paramend.formats.limits import shown
 from paramend.formats.source import Flat, Overlapping, Released, Source
 from paramend.leaves.leaves import Index, entries, separator_of, uncollected
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.outlines import Keys, Outline, Place, outline_of
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 
@@ -63,6 +64,21 @@ class Shards:
         self.ties: Mapping[int, int] = ties
         self.index = Index.of_names(names, separator_of(names))
         self.metadata: Mapping[str, Any] = self._agreed()
+
+    def outline(self) -> Outline:
+        """What the files hold, with true keys."""
+        numbers = {home: number for number, home in enumerate(self._homes)}
+        found: dict[Keys, Any] = {}
+        containers: dict[Keys, Any] = {}
+        for place, file in enumerate(self.files):
+            inner = outline_of(file)
+            for keys, value in inner.entries:
+                if type(value) is Place:
+                    number = numbers[place, value.number]
+                    value = value._replace(number=number, like=number)
+                found.setdefault(keys, value)
+            containers |= inner.containers
+        return Outline([*found.items()], containers, self.format)
 
     def __repr__(self) -> str:
         leaves = wording.plural(len(self._homes), "leaf", "leaves")

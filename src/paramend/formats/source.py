@@ -73,6 +73,15 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class HoldsKeys(Protocol):
+    """A file that tells typed PRNG keys from other numbers."""
+
+    @property
+    def implementations(self) -> Mapping[int, str]:
+        """Leaf number → the implementation of the key whose numbers it is."""
+
+
+@runtime_checkable
 class Sealed(Protocol):
     """A file that holds checksums of its leaves."""
 

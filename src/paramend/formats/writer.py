@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from paramend.leaves.outlines import Outline, Place
 from paramend.leaves.specs import Spec
 
 
@@ -17,14 +18,19 @@ class Item:
         keys: its path key by key.
         spec: shape and dtype.
         nbytes: the number of its bytes.
-        number: that of the leaf in its source.
+        tied: the position of the first of the items that are one leaf; its own if it is not tied to an earlier one.
     """
 
     name: str
     keys: tuple[str, ...]
     spec: Spec
     nbytes: int
-    number: int = -1
+    tied: int = -1
+
+
+def outline_of_items(items: Sequence[Item]) -> Outline:
+    """The outline of items alone, by their keys."""
+    return Outline([(() if item.keys == ("",) else item.keys, Place(at)) for at, item in enumerate(items)])
 
 
 class LeafBytes(NamedTuple):
@@ -51,20 +57,28 @@ class Writer(Protocol):
         seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
             `after_patch` of the finished file.
         copies_raw: whether leaves from files of this format are copied unchanged, whatever `refusal` says of them.
+        flat: whether a file is a table of names, without containers.
     """
 
     seals: bool
     copies_raw: bool
+    flat: bool
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
+    def holds(self, value: Any) -> bool:
+        """Whether the format has a place for an entry that is not an array."""
+
+    def parts(
+        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
+    ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last. The spans of a leaf come one after the other, first to last.
 
         Args:
             items: the leaves.
             metadata: that of the source; a writer takes what its format can hold.
+            outline: where the items are among containers and other entries; not needed by formats that are flat.
         """
 
 
@@ -72,12 +86,21 @@ class FolderWriter(Protocol):
     """Writes directories of one format."""
 
     copies_raw: bool
+    flat: bool
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
 
+    def holds(self, value: Any) -> bool:
+        """Whether the format has a place for an entry that is not an array."""
+
     def write(
-        self, folder: Path, items: Sequence[Item], data: Callable[[int], Iterator[memoryview]], source: Any
+        self,
+        folder: Path,
+        items: Sequence[Item],
+        data: Callable[[int], Iterator[memoryview]],
+        outline: Outline,
+        base: Any,
     ) -> None:
         """Fill an empty folder. The engine creates it, makes it durable and gives it its name.
 
@@ -85,5 +108,6 @@ class FolderWriter(Protocol):
             folder: the folder.
             items: the leaves.
             data: the position of a leaf → its bytes, in pieces of bounded size.
-            source: where they come from; its other content is kept if it has this format.
+            outline: where the items are among containers and other entries.
+            base: the checkpoint that the result is modelled on; its layout is kept if it has this format.
         """

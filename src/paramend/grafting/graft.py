@@ -7,6 +7,7 @@ change. So a refused graft changes nothing.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from paramend.checkpoints.keys import matched, numbered
 from paramend.errors import Unsupported
 from paramend.grafting import engine
 from paramend.grafting.ends import Ends
@@ -91,6 +92,7 @@ def graft(
       Dense_1/kernel  float64[2,2]  nothing in the source
     """
     tree, leaves = engine.leaves_of(target), engine.leaves_of(source)
+    leaves = numbered(matched(leaves, tree), tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype)
     if isinstance(leaves, Editable) and isinstance(tree, Counted):
         leaves = with_numbers(leaves, tree)
@@ -159,7 +161,8 @@ def graft_(
             if swapped
             else "tree, report = pm.graft(target, source); tree.save(out)",
         )
-    tree, leaves = Counted(module), engine.leaves_of(source)
+    tree = Counted(module)
+    leaves = matched(engine.leaves_of(source), tree)
     if isinstance(leaves, Editable):
         leaves = with_numbers(leaves, tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True)

@@ -30,6 +30,37 @@ class Part(NamedTuple):
     serial: int = 0
 
 
+class Joined(str):
+    """A key that a separator joins to the key above it: the two were one name, split when a flat table was nested.
+
+    It is text like any other, and outlives edits and `jax.tree.map`; a pickle of it is plain text.
+
+    Attributes:
+        before: the separator.
+
+    >>> key = Joined("weight", ".")
+    >>> key == "weight", key.before
+    (True, '.')
+    """
+
+    __slots__ = ("before",)
+    before: str
+
+    def __new__(cls, text: str, before: str) -> "Joined":
+        made = super().__new__(cls, text)
+        made.before = before
+        return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+    def __copy__(self) -> "Joined":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Joined":
+        return self
+
+
 Label = str | Part
 
 # A tree of names: label → subtree, or → the number of a leaf.

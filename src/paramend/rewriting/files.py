@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from paramend.edits.plan import Plan, Row
-from paramend.formats.gathered import Gathered
 from paramend.formats.registry import Format, format_of
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.writer import Item, LeafBytes
@@ -15,6 +14,7 @@ from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS
 from paramend.piecewise.rows import expression
+from paramend.rewriting.arrangement import arranged, base_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,22 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
     if name:
         metadata.pop(RECORD, None)  # a directory keeps its record in a separate file
     writer = form.writer()
-    items = [Item(made.name(r), keys_of(r.labels), r.spec, nbytes_of(made, r), r.source) for r in rows]
-    pieces, ranges, nbytes = laid(made, rows, writer.parts(items, metadata))
+    outline = None if writer.flat else arranged(made, rows)
+    pieces, ranges, nbytes = laid(made, rows, writer.parts(items_of(made, rows), metadata, outline))
     patched = tuple(ranges) if writer.seals else ()
     return File(name, nbytes, mode_of(made.leaves), pieces, patched=patched, reopen=form.open)
+
+
+def items_of(made: Plan, rows: Sequence[Row]) -> list[Item]:
+    """The leaves of some rows on their way into a new file. Of tied leaves, the first one counts."""
+    first: dict[Any, int] = {}
+    items = []
+    for at, row in enumerate(rows):
+        one = made.leaves.ties.get(row.source, row.source), *map(id, row.calls)
+        items.append(
+            Item(made.name(row), keys_of(row.labels), row.spec, nbytes_of(made, row), first.setdefault(one, at))
+        )
+    return items
 
 
 def ordered(made: Plan, form: Format) -> list[Row]:
@@ -180,11 +192,6 @@ def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int]
 
 
 # ---- common to the files of a plan -----------------------------------------------------------------------------
-
-
-def base_of(made: Plan) -> Any:
-    """The checkpoint that the result is modelled on."""
-    return made.leaves.base if isinstance(made.leaves, Gathered) else made.leaves
 
 
 def nbytes_of(made: Plan, row: Row) -> int:

@@ -21,7 +21,8 @@ from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
-from paramend.rewriting.files import Copy, File, base_of
+from paramend.rewriting.arrangement import base_of
+from paramend.rewriting.files import Copy, File
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,

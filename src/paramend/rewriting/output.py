@@ -23,6 +23,7 @@ def check_output(
     force: bool = False,
     link: bool = False,
     max_shard_size: int | str | None = None,
+    to: str | None = None,
 ) -> Layout:
     """The files that a rewrite will make, after checking that they can be written, as far as that is known beforehand.
 
@@ -30,7 +31,7 @@ def check_output(
         CannotWrite: the output exists, is the source, or its folder cannot take it.
         Unsupported: the format of the output cannot hold a leaf.
     """
-    layout = lay_out(made, out, link=link, max_shard_size=max_shard_size)
+    layout = lay_out(made, out, link=link, max_shard_size=max_shard_size, to=to)
     source: Any = made.leaves
     out = Path(out)
     found = _look(out)

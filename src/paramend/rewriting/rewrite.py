@@ -18,10 +18,9 @@ from paramend.disk.io import put
 from paramend.disk.publishing import create_file, published, sync_file
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
-from paramend.formats.writer import Item
+from paramend.formats.registry import format_for
 from paramend.journal.records import records_beside
 from paramend.journal.store import retiring
-from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent
 from paramend.pages.page import Page
 from paramend.pages.paged import Paged
@@ -31,7 +30,8 @@ from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Section
-from paramend.rewriting.files import Computed, File
+from paramend.rewriting.arrangement import arranged, base_of
+from paramend.rewriting.files import Computed, File, items_of
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output, sources
@@ -57,6 +57,7 @@ class RewriteReport(Paged):
         left_out: files of a directory that were not copied, each with the reason.
         record: where a record of what was done was written; "" if none was.
         said: what is to be said of files beside the weights, such as what a configuration still counts.
+        format: the format that was written.
     """
 
     source: str
@@ -69,6 +70,7 @@ class RewriteReport(Paged):
     left_out: tuple[str, ...] = ()
     record: str = ""
     said: tuple[str, ...] = ()
+    format: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plan", self.plan.told())
@@ -83,14 +85,17 @@ class RewriteReport(Paged):
 
     @property
     def summary(self) -> str:
-        """What was written, in one line, and what was left out, and is to be said of other files, in further ones."""
+        """What was written, in one line, with the format if the name does not say it; what was left out, and is to be
+        said of other files, in further ones."""
         copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         said = "".join(f"\n{line}" for line in self.said)
         record = ", with a record of edits" if self.record else ""
         damage = f"; {self.plan.damage}" if self.plan.damage else ""
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{record}{damage}{left}{said}"
+        named = format_for(Path(self.path))
+        form = "" if named is not None and named.name == self.format else f", as {self.format}"
+        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{form}{record}{damage}{left}{said}"
 
     def page(self) -> Page:
         """The page of the plan, with what was written."""
@@ -104,6 +109,7 @@ class RewriteReport(Paged):
         data: dict[str, Any] = {
             "source": self.source,
             "path": self.path,
+            "format": self.format,
             **self.plan.to_dict(),
             "bytes_copied": self.bytes_copied,
             "bytes_computed": self.bytes_computed,
@@ -127,6 +133,7 @@ def write(
     link: bool = False,
     max_shard_size: int | str | None = None,
     record: str | None = None,
+    to: str | None = None,
     progress: Progress | None = None,
 ) -> RewriteReport:
     """Write a plan for an opened checkpoint into a new one, and report what was written.
@@ -138,13 +145,14 @@ def write(
         link: whether unchanged files are hard-linked instead of copied, where the system allows it.
         max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
         record: the recipe of the plan, or "": the output then carries a record of what was done.
+        to: the name of the format, if the name of the output need not say it; see `wish_of`.
         progress: called with an `Event` as bytes are written.
 
     Raises:
         CannotWrite: nothing was written; the message says why.
         BadCheckpoint: the source changed while it was being read. Nothing was written.
     """
-    layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size)
+    layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
     out = Path(out)
     note = Note(made, out, layout, record)
     layout = note.layout
@@ -169,7 +177,9 @@ def write(
         run.inputs.close()
     path = str(Path(getattr(made.leaves, "path", "")))
     counts = run.copied, run.computed, run.linked
-    return RewriteReport(path, str(out), made, *counts, names, layout.left_out, note.name, layout.said)
+    return RewriteReport(
+        path, str(out), made, *counts, names, layout.left_out, note.name, layout.said, layout.format.name
+    )
 
 
 class _Inputs:
@@ -248,8 +258,9 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         if self.layout.fresh:
             rows = self.made.rows
-            items = [Item(self.made.name(r), keys_of(r.labels), r.spec, r.spec.nbytes, r.source) for r in rows]
-            self.layout.format.writer().write(folder, items, lambda place: self._data(rows[place]), self.source)
+            items, outline = items_of(self.made, rows), arranged(self.made, rows)
+            writer = self.layout.format.writer()
+            writer.write(folder, items, lambda place: self._data(rows[place]), outline, base_of(self.made))
         else:
             work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
             restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)

@@ -10,8 +10,9 @@ from paramend.formats.index import index_name, index_text
 from paramend.formats.registry import Format
 from paramend.formats.safetensors_header import layout
 from paramend.formats.shards import Shards
+from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.copies import edited_file, rows_by_file
-from paramend.rewriting.files import File, base_of, fresh_file, mode_of, nbytes_of, ordered, text_file
+from paramend.rewriting.files import File, fresh_file, mode_of, nbytes_of, ordered, text_file
 
 
 def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:

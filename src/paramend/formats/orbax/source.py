@@ -21,6 +21,7 @@ from paramend.formats.orbax.tree import TREE, OrbaxWalk
 from paramend.formats.orbax.writer import OrbaxWriter
 from paramend.formats.source import check_readable
 from paramend.leaves.leaves import entries
+from paramend.leaves.outlines import Outline
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
@@ -43,7 +44,7 @@ class OrbaxCheckpoint:
         steps: the steps in the folder of a manager, ascending; the last one was opened.
         index: the names; keys of dicts and positions of lists, joined by "/".
         ties: nothing: in a checkpoint each array has one name.
-        keys: the path of each leaf by its true keys: text in dicts, whole numbers in lists.
+        keys: by number, the keys of a leaf: text in dicts, whole numbers in lists. That of a box, "value", is left out.
         metadata: what else is in the tree, by path: text, None, empty containers; and custom metadata under
             "custom_metadata".
         store: where the arrays are.
@@ -106,7 +107,7 @@ class OrbaxCheckpoint:
 
     def __repr__(self) -> str:
         step = f", step {self.steps[-1]} of {wording.listing([*map(str, self.steps)], 10)}" if self.steps else ""
-        return f"<{self.path}: {wording.plural(len(self.keys), 'leaf', 'leaves')}{step}>"
+        return f"<{self.path}: {wording.plural(len(self.names), 'leaf', 'leaves')}{step}>"
 
     def __enter__(self) -> "OrbaxCheckpoint":
         return self
@@ -121,6 +122,19 @@ class OrbaxCheckpoint:
         self._block = None
 
     # ---- what is there ---------------------------------------------------------------------------------------
+
+    @property
+    def implementations(self) -> Mapping[int, str]:
+        """Leaf number → the implementation of the typed PRNG key whose numbers it is."""
+        return self.walk.implementations
+
+    def outline(self) -> Outline:
+        """What is there, with true keys: whole numbers in lists."""
+        entries = self.walk.entries
+        lists: dict[Any, Any] = {
+            keys[:at]: [] for keys, _ in entries for at, key in enumerate(keys) if type(key) is int
+        }
+        return Outline([] if entries == [((), {})] else entries, lists, self.format)
 
     def spec(self, number: int) -> Spec:
         """Shape and dtype of a leaf. The first call reads those of all leaves.

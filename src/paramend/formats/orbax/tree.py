@@ -1,5 +1,6 @@
 """The tree of an Orbax checkpoint: the table in `_METADATA`, one row for each leaf, with its keys and its kind."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from paramend.formats.jsontext import bad
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.orbax.store import read_json
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import labels, write_path
+from paramend.leaves.outlines import BOXED, Place
+from paramend.leaves.outlines import shown as shown_keys
 
 Keys = tuple[str | int, ...]
 
 TREE, STRINGS = "_METADATA", "_strings.json"
+# A folder of tables of what arrays are besides numbers; for keys, under this name, the implementation.
+ARRAYS, KEY = "array_metadatas", "random_key_impl"
 
 _EMPTY: dict[str, Callable[[], Any]] = {"None": lambda: None, "Dict": dict, "List": list, "Tuple": tuple}
 
@@ -22,38 +26,54 @@ class OrbaxWalk:
 
     Attributes:
         index: the names.
-        keys: by number, the path of a leaf by true keys.
+        entries: keys → the place of a leaf, or an entry that is not an array. The key "value" of a box is left out.
+        keys: by number, the keys of a leaf, likewise.
         names: by number, the name of a leaf in the store.
         kinds: by number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
         others: path → an entry that is not an array.
-        rest: (keys, kind, value) of each entry that is not an array.
+        implementations: by number, the implementation of a typed PRNG key whose numbers a leaf is.
         custom: the user's metadata, or None.
     """
 
     def __init__(self, folder: Path, table: Mapping[str, Any]) -> None:
         self.file = str(folder / TREE)
         self.index = Index("/")
+        self.entries: list[tuple[Keys, Any]] = []
+        self.implementations: dict[int, str] = {}
         self.keys: list[Keys] = []
         self.names: list[str] = []
         self.kinds: list[str] = []
-        self.rest: list[tuple[Keys, str, Any]] = []
         self.others: dict[str, Any] = {}
         rows = table.get("tree_metadata")
         if type(rows) is not dict:
             raise bad(self.file, "tree_metadata", "an object is expected")
         texts = read_json(folder / STRINGS) if (folder / STRINGS).is_file() else {}
-        tree: dict[str | int, Any] = {}
+        found: list[tuple[str, Keys, str, Any]] = []
         for title, row in rows.items():
             keys, kind = self._row(title, row)
-            name = ".".join(map(str, keys))
-            if kind == "string" and type(texts.get(name)) is str:
-                self._other(keys, kind, texts[name])
+            value: Any = _LEAF
+            if kind == "string" and type(texts.get(".".join(map(str, keys)))) is str:
+                value = texts[".".join(map(str, keys))]
             elif kind in _EMPTY or row["value_metadata"].get("skip_deserialize"):
-                self._other(keys, kind, _EMPTY.get(kind, dict)())
-            else:
-                self._leaf(tree, keys, title)
-                self.names.append(name)
-                self.kinds.append(kind)
+                value = _EMPTY.get(kind, dict)()
+            found.append((title, keys, kind, value))
+        boxed = _boxes(found, rows)
+        implementations = _implementations(folder)
+        tree: dict[str | int, Any] = {}
+        for title, keys, kind, value in found:
+            if value is not _LEAF:
+                self.entries.append((keys, value))
+                self.others[shown_keys(keys)] = value
+                continue
+            own, name, number = keys[:-1] if keys in boxed else keys, ".".join(map(str, keys)), len(self.names)
+            self._leaf(tree, own, title, number)
+            box = "NNX Variable" if keys in boxed else ""
+            place = Place(number, number, box, implementations.get(name, ""), scalar=kind == "scalar")
+            self.implementations |= {number: place.key} if place.key else {}
+            self.entries.append((own, place))
+            self.keys.append(own)
+            self.names.append(name)
+            self.kinds.append(kind)
         self._enter(tree, self.index.names)
         self.custom = table.get("custom_metadata")
         if self.custom is not None:
@@ -78,7 +98,7 @@ class OrbaxWalk:
             raise bad(self.file, place, f"the name has more than {MAX_PIECES} pieces")
         return tuple(found), value["value_type"]
 
-    def _leaf(self, tree: dict[str | int, Any], keys: Keys, title: str) -> None:
+    def _leaf(self, tree: dict[str | int, Any], keys: Keys, title: str, number: int) -> None:
         *outer, last = keys or ("",)  # a tree that is a single array
         for key in outer:
             tree = tree.setdefault(key, {})
@@ -86,8 +106,7 @@ class OrbaxWalk:
                 break
         if type(tree) is not dict or last in tree:
             raise bad(self.file, f"tree_metadata, {shown(title)}", "another leaf has its path, or part of it")
-        number = tree[last] = len(self.keys)
-        self.keys.append(keys)
+        tree[last] = number
         self.index.numbers.append(number)
 
     def _enter(self, tree: Mapping[str | int, Any], names: dict[Any, Any]) -> None:
@@ -99,9 +118,38 @@ class OrbaxWalk:
             else:
                 self.index.add(names, key, child)
 
-    def _other(self, keys: Keys, kind: str, value: Any) -> None:
-        self.rest.append((keys, kind, value))
-        self.others[write_path([label for key in keys for label in labels(key)], "/")] = value
+
+_LEAF = object()
+
+
+def _boxes(found: list[tuple[str, Keys, str, Any]], rows: Mapping[str, Any]) -> set[Keys]:
+    """The leaves that are the content of boxes: all leaves but counters are the only entry, "value", of a dict.
+
+    Orbax writes the Variables of an `nnx.state` so; the names of the module end at the Variable.
+    """
+    inside = Counter(keys[:at] for _, keys, _, _ in found for at in {len(keys) - 1} if keys)
+    leaves = {title: keys for title, keys, kind, value in found if value is _LEAF}
+    boxes = {keys for keys in leaves.values() if len(keys) > 1 and keys[-1] == BOXED and inside[keys[:-1]] == 1}
+    others = (
+        title
+        for title, keys in leaves.items()
+        if keys not in boxes and rows[title]["value_metadata"].get("write_shape") != []
+    )
+    kinds = {title: kind for title, _, kind, _ in found}
+    return set() if any(kinds[title] != "scalar" for title in others) else boxes
+
+
+def _implementations(folder: Path) -> dict[str, str]:
+    """The implementation of each typed PRNG key, by the name of its numbers in the store."""
+    found: dict[str, str] = {}
+    for path in sorted((folder / ARRAYS).glob("process_*")):
+        rows = read_json(path).get("array_metadatas")
+        for row in rows if type(rows) is list else ():
+            said = row.get("array_metadata") if type(row) is dict else None
+            name, more = (said.get("param_name"), said.get("ext_metadata")) if type(said) is dict else (None, None)
+            if type(name) is str and type(more) is dict and type(more.get(KEY)) is str:
+                found[name] = more[KEY]
+    return found
 
 
 def table_row(keys: Keys, kind: str, shape: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:

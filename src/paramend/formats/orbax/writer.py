@@ -3,6 +3,7 @@
 import base64
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from paramend.disk.io import write_file
-from paramend.errors import RenameClash
+from paramend.errors import RenameClash, Unsupported
 from paramend.formats.orbax.store import Box, Stage, content, read_json
-from paramend.formats.orbax.tree import STRINGS, TREE, Keys, table_row
+from paramend.formats.orbax.tree import ARRAYS, KEY, STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item
+from paramend.leaves.outlines import BOXED, CONTAINERS, Outline, Place
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
 # The most bytes of a chunk, which is in memory at once.
@@ -21,6 +23,8 @@ MAX_CHUNK = 1 << 26
 STEP = "_CHECKPOINT_METADATA"
 _SHARDING = "_sharding"
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+# What Orbax calls entries that are not arrays; the others are "scalar".
+_KINDS = {type(None): "None", str: "string", dict: "Dict", OrderedDict: "Dict", list: "List", tuple: "Tuple"}
 # The dtypes of other formats for which tensorstore has no name, or which it pads to whole bytes.
 _NAMELESS = frozenset({"uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3"})
 
@@ -34,6 +38,7 @@ class OrbaxWriter:
     """
 
     copies_raw = False
+    flat = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
@@ -41,8 +46,23 @@ class OrbaxWriter:
             return f"Orbax cannot hold {spec.dtype}"
         return ""
 
+    def holds(self, value: Any) -> bool:
+        """Whether the format has a place for an entry that is not an array."""
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, list | tuple):
+            return all(map(self.holds, value))
+        if type(value) is int:
+            return -(1 << 63) <= value < 1 << 63
+        return type(value) in (bool, float, str, type(None)) or (type(value) in CONTAINERS and not value)
+
     def write(
-        self, folder: Path, items: Sequence[Item], data: Callable[[int], Iterator[memoryview]], source: Any
+        self,
+        folder: Path,
+        items: Sequence[Item],
+        data: Callable[[int], Iterator[memoryview]],
+        outline: Outline,
+        base: Any,
     ) -> None:
         """Fill an empty folder with a checkpoint.
 
@@ -50,37 +70,37 @@ class OrbaxWriter:
             MissingExtra: tensorstore is not installed.
             RenameClash: two leaves would have the same name in the store.
             CannotWrite: the files cannot be written, for example because the disk is full.
+            Unsupported: there is nothing that is not empty.
         """
-        base = getattr(source, "base", source)  # the checkpoint that the leaves were gathered around
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
-        olds = _numbers(items, source, base)
-        rest = base.walk.rest if orbax else getattr(base, "rest", ())
-        keys, others = _true_keys(items, olds, base, [key for key, _, _ in rest])
-        names = _names(keys)
+        given = "" if orbax else base.metadata.get("paramend.separator")
+        entries = _entries(outline, self.holds) if orbax else _split(_entries(outline, self.holds), given)
+        if all(type(value) in _KINDS for _, value in entries):
+            raise Unsupported("Orbax checkpoints hold at least one array or number", hint="a .msgpack file")
         stage = Stage(None, folder, database=database, zarr3=zarr3)
-        for place, (name, item) in enumerate(zip(names, items, strict=True)):
-            chunks = chunk_shape(item.spec)
-            stage.create(name, item.spec, chunks)
-            for box, values in _cut(item.spec, data(place), chunks):
-                stage.write(name, box, values)
-        kinds = ["np.ndarray" if old is None or not orbax else base.walk.kinds[old] for old in olds]
-        rows = dict(table_row(key, kind, item.spec.shape) for key, kind, item in zip(keys, kinds, items, strict=True))
+        rows: dict[str, Any] = {}
         texts: dict[str, str] = {}
-        whole = set(keys)
-        taken = {other[:at] for other in keys for at in range(len(other) + 1)}
-        for key, (_, kind, value) in zip(others, rest, strict=True):
-            # Entries that are not arrays stay, unless leaves were moved to their place, or below it.
-            if key in taken or any(key[:at] in whole for at in range(len(key))):
-                continue
-            name = ".".join(map(str, key))
-            if kind == "scalar":
-                array = np.asarray(value)
-                stage.create(name, Spec((), array.dtype.name), ())
-                stage.write(name, (), array)
-            elif kind == "string":
-                texts[name] = value
-            title, row = table_row(key, kind, () if kind == "scalar" else None)
+        names = _names([keys for keys, _ in entries])
+        places: list[tuple[Place, str]] = []
+        for name, (keys, value) in zip(names, entries, strict=True):
+            if type(value) is Place:
+                item, chunks = items[value.number], chunk_shape(items[value.number].spec)
+                stage.create(name, item.spec, chunks)
+                for box, values in _cut(item.spec, data(value.number), chunks):
+                    stage.write(name, box, values)
+                old = base.walk.kinds[value.like] if orbax and value.like >= 0 else "np.ndarray"
+                kind, shape = "jax.Array" if value.key else old, item.spec.shape
+                places.append((value, name))
+            else:
+                kind, shape = _KINDS.get(type(value), "scalar"), None
+                if kind == "scalar":
+                    array, shape = np.asarray(value), ()
+                    stage.create(name, Spec((), array.dtype.name), ())
+                    stage.write(name, (), array)
+                elif kind == "string":
+                    texts[name] = value
+            title, row = table_row(keys, kind, shape)
             rows[title] = row
         stage.flush()
         table = {"tree_metadata": rows, "use_ocdbt": database, "use_zarr3": zarr3}
@@ -89,19 +109,20 @@ class OrbaxWriter:
         _put(folder / TREE, table)
         if texts:
             _put(folder / STRINGS, texts)
+        _put_keys(folder, [(place, name, items[place.number].spec) for place, name in places if place.key])
         if orbax:
-            self._carry(base, folder, zip(olds, names, strict=True))
+            self._carry(base, folder, [(place.like, name) for place, name in places if place.like >= 0])
         else:
             now = time.time_ns()
             said = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
             _put(folder / STEP, said | {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now})
         write_file(folder / "commit_success.txt", b"Checkpoint commit was successful")
 
-    def _carry(self, base: Any, folder: Path, names: Iterable[tuple[int | None, str]]) -> None:
+    def _carry(self, base: Any, folder: Path, names: Iterable[tuple[int, str]]) -> None:
         """Copy the shardings and the metadata of the checkpoint from another Orbax checkpoint."""
         if (base.folder / _SHARDING).is_file():
             old = read_json(base.folder / _SHARDING)
-            found = {_code(name): old.get(_code(base.names[number])) for number, name in names if number is not None}
+            found = {_code(name): old.get(_code(base.names[number])) for number, name in names}
             _put(folder / _SHARDING, {code: text for code, text in found.items() if text is not None})
         if (base.folder / STEP).is_file():
             write_file(folder / STEP, content(base.folder / STEP))
@@ -144,68 +165,52 @@ def _cut(
     next(pieces, None)  # at its end it checks how much it yielded
 
 
-def _numbers(items: Sequence[Item], source: Any, base: Any) -> list[int | None]:
-    """The number of each leaf in the source, or in the base that the source was gathered around; None if in neither."""
-    if source is base:
-        return [item.number for item in items]
-    known = {tuple(map(str, keys)): number for number, keys in enumerate(getattr(base, "keys", ()))}
-    return [known.get(item.keys) for item in items]
+def _put_keys(folder: Path, keys: Sequence[tuple[Place, str, Spec]]) -> None:
+    """Say of the numbers of typed PRNG keys what they are. Orbax makes keys of them only where it knows a device."""
+    rows = [
+        {"param_name": name, "write_shape": list(spec.shape), "chunk_shape": list(spec.shape)}
+        | {"ext_metadata": {KEY: place.key}}
+        for place, name, spec in keys
+    ]
+    if rows:
+        (folder / ARRAYS).mkdir()
+        _put(folder / ARRAYS / "process_0", {"array_metadatas": [{"array_metadata": row} for row in rows]})
+    devices = {name: place.device for place, name, _ in keys if place.device}
+    if devices:
+        single = {"sharding_type": "SingleDeviceSharding"}
+        found = {_code(name): json.dumps(single | {"device_str": device}) for name, device in devices.items()}
+        _put(folder / _SHARDING, found)
 
 
-def _true_keys(
-    items: Sequence[Item], olds: Sequence[int | None], base: Any, rest: Sequence[Keys]
-) -> tuple[list[Keys], list[Keys]]:
-    """The keys of leaves and other entries, with whole numbers for positions in lists where the source has lists."""
-    if not hasattr(base, "keys"):
-        return list(map(tuple, _nested(items, base.metadata.get("paramend.separator")))), list(rest)
-    lists = {tuple(map(str, keys[:at])) for keys in (*_all(base.keys), *rest) for at in _places(keys)}
-    found: list[list[str | int]] = []
-    for item, old in zip(items, olds, strict=True):
-        was: Keys = () if old is None else base.keys[old]
-        moved = tuple(map(str, was)) != item.keys and bool(_places(was))
-        keys = item.keys
-        found.append(
-            [int(key) if _is_position(key) and (moved or keys[:at] in lists) else key for at, key in enumerate(keys)]
-        )
-    # A list needs all its positions, and no other keys.
-    everything = [*found, *map(list, rest)]
-    inside: dict[tuple[str, ...], set[str | int]] = {}
-    for path in everything:
-        for at, key in enumerate(path):
-            inside.setdefault(tuple(map(str, path[:at])), set()).add(key)
-    for path in everything:
-        for at, key in enumerate(path):
-            around = inside[tuple(map(str, path[:at]))]
-            if type(key) is int and around != set(range(len(around))):
-                path[at] = str(key)
-    done = [tuple(path) for path in everything]
-    return done[: len(found)], done[len(found) :]
-
-
-def _places(keys: Keys) -> list[int]:
-    """The places in a path that are positions in lists."""
-    return [at for at, key in enumerate(keys) if type(key) is int]
-
-
-def _all(keys: Any) -> Iterable[Keys]:
-    return keys.values() if isinstance(keys, dict) else keys
-
-
-def _nested(items: Sequence[Item], given: Any) -> list[list[str | int]]:
-    """The keys of leaves; those of a flat table of names as `pm.load` splits them."""
-    names = [item.keys[0] for item in items]
-    if given == "" or any(len(item.keys) > 1 for item in items):
-        return [list(item.keys) for item in items]
-    split = given or ("/" if any("/" in name for name in names) else ".")
-    found: list[list[str | int]] = [list(name.split(split)) for name in names]
-    whole = set(map(tuple, found))
-    if any(tuple(keys[:at]) in whole for keys in found for at in range(len(keys))):
-        return [[name] for name in names]
+def _entries(outline: Outline, holds: Callable[[Any], bool]) -> list[tuple[Keys, Any]]:
+    """The entries as Orbax has them: whole numbers in lists alone, the content of a box under its own key."""
+    lists = {keys for keys, node in outline.containers.items() if isinstance(node, list | tuple)}
+    found: list[tuple[Keys, Any]] = []
+    for keys, value in outline.entries:
+        path: Keys = tuple(key if type(key) is int and keys[:at] in lists else str(key) for at, key in enumerate(keys))
+        if type(value) is Place:
+            found.append(((*path, BOXED) if value.boxed else path, value))
+        elif holds(value):
+            found += _spread(path, value)
     return found
 
 
-def _is_position(key: str) -> bool:
-    return key.isdigit() and key.isascii() and len(key) < 19 and (key == "0" or key[0] != "0")
+def _spread(keys: Keys, value: Any) -> list[tuple[Keys, Any]]:
+    """A value that is not an array, one entry for each in a list."""
+    if isinstance(value, list | tuple) and value:
+        return [pair for at, each in enumerate(value) for pair in _spread((*keys, at), each)]
+    return [(keys, None if isinstance(value, tuple) and hasattr(value, "_fields") else value)]
+
+
+def _split(entries: list[tuple[Keys, Any]], given: Any) -> list[tuple[Keys, Any]]:
+    """The entries with the names of a flat table split as `pm.load` splits them."""
+    names = [str(keys[0]) for keys, value in entries if type(value) is Place and len(keys) == 1]
+    if given == "" or any(len(keys) > 1 for keys, value in entries if type(value) is Place):
+        return entries
+    separator = given or ("/" if any("/" in name for name in names) else ".")
+    found = [(tuple(str(keys[0]).split(separator)) if type(value) is Place else keys, value) for keys, value in entries]
+    whole = {keys for keys, _ in found}
+    return entries if any(keys[:at] in whole for keys in whole for at in range(len(keys))) else found
 
 
 def _names(keys: Sequence[Keys]) -> list[str]:

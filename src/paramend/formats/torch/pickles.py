@@ -13,14 +13,22 @@ from typing import Any, Protocol
 from paramend.errors import BadCheckpoint
 
 # Larger integers, in bytes, take longer to print than to read.
-_MAX_INTEGER = 255
+MAX_INTEGER = 255
 # Tuples can be made to collide as keys, unlike text: then the time grows with the square of their number.
 _MAX_TUPLES = 10_000
 _COPIED = frozenset({str, bytes, bytearray, list, tuple, dict, OrderedDict, set})
 
 
 class Flaw(ValueError):
-    """A fault in one step of a pickle; the reader adds the byte."""
+    """A fault in one step of a pickle; the reader adds the byte.
+
+    Attributes:
+        hint: what to do about it, or "".
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 class Name:
@@ -47,11 +55,38 @@ class Name:
         return self
 
 
+class Foreign:
+    """An object of a class, or the result of a function, that is not loaded.
+
+    Attributes:
+        text: the name of the class, such as "argparse.Namespace".
+        parts: what it was made from.
+    """
+
+    __slots__ = ("parts", "text")
+
+    def __init__(self, text: str, *parts: Any) -> None:
+        self.text = text
+        self.parts: list[Any] = list(parts)
+
+    def __repr__(self) -> str:
+        return f"<{self.text}, not read>"
+
+    def __copy__(self) -> "Foreign":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Foreign":
+        return self
+
+
 class Vocabulary(Protocol):
     """The meaning of the names in a pickle."""
 
     def names(self) -> Mapping[str, Name]:
-        """The known names. All others are refused."""
+        """The known names."""
+
+    def foreign(self, module: str, name: str) -> Name:
+        """A name that is not known. Raises `Flaw` if it is refused."""
 
     def resolve(self, reference: Any) -> Any:
         """The object that a persistent id, such as the key of a storage, refers to. Raises `Flaw`."""
@@ -74,27 +109,28 @@ def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
 
     >>> class Nothing:
     ...     def names(self): return {}
+    ...     def foreign(self, module, name): raise Flaw(f"{module}.{name} is not among the names allowed")
     >>> import os, pickle
     >>> unpickle(pickle.dumps({"epoch": [1, 2]}, 2), Nothing(), file="x.pt", place="data.pkl")
     {'epoch': [1, 2]}
     >>> unpickle(pickle.dumps(os.system, 2), Nothing(), file="x.pt", place="data.pkl")
     Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.pt: data.pkl, byte 2: posix.system is not among the names allowed in ...
+    paramend.errors.BadCheckpoint: x.pt: data.pkl, byte 2: posix.system is not among the names allowed
     """
     machine = _Machine(data, words)
-    at = 0
+    at, hint = 0, ""
     try:
         while not machine.done:
             at = machine.at
             machine.at = at + 1
             _TABLE[data[at]](machine)
     except Flaw as flaw:
-        reason = str(flaw)
+        reason, hint = str(flaw), flaw.hint
     except IndexError:
         reason = "the pickle ends too early" if machine.at >= len(data) else "an instruction has no operand"
     else:
         return machine.pop()
-    raise BadCheckpoint(f"{file}: {place}, byte {at:,}: {reason}")
+    raise BadCheckpoint(f"{file}: {place}, byte {at:,}: {reason}", hint=hint)
 
 
 class _Machine:
@@ -187,6 +223,9 @@ class _Machine:
     def enter(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict and type(target) is not OrderedDict:
+            if type(target) is Foreign:
+                target.parts += pairs
+                return
             raise Flaw(f"entries can be added to a dict, not to {_kind(target)}")
         if len(pairs) % 2:
             raise Flaw("the last key has no value")
@@ -198,12 +237,18 @@ class _Machine:
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
+            if type(target) is Foreign:
+                target.parts += values
+                return
             raise Flaw(f"values can be appended to a list, not to {_kind(target)}")
         target.extend(values)
 
     def unite(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not set:
+            if type(target) is Foreign:
+                target.parts += values
+                return
             raise Flaw(f"values can be added to a set, not to {_kind(target)}")
         for value in values:
             self.check_key(value)
@@ -217,10 +262,7 @@ class _Machine:
 
     def find(self, module: str, name: str) -> None:
         module = {"__builtin__": "builtins"}.get(module, module)
-        found = self.names.get(f"{module}.{name}")
-        if found is None:
-            raise Flaw(f"{module[:100]}.{name[:100]} is not among the names allowed in a checkpoint")
-        self.stack.append(found)
+        self.stack.append(self.names.get(f"{module}.{name}") or self.words.foreign(module, name))
 
     def find_on_stack(self) -> None:
         name, module = self.pop(), self.pop()
@@ -249,6 +291,9 @@ class _Machine:
 
     def build(self) -> None:
         state, thing = self.pop(), self.stack[-1]
+        if type(thing) is Foreign:
+            thing.parts.append(state)
+            return
         if type(thing) is not OrderedDict:
             self.words.build(thing, state)
             return
@@ -262,7 +307,7 @@ class _Machine:
             setattr(thing, key, value)
 
     def integer(self, length: int) -> None:
-        if length > _MAX_INTEGER:
+        if length > MAX_INTEGER:
             raise Flaw(f"an integer of {length:,} bytes is too long")
         self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 
@@ -303,7 +348,7 @@ def check_key(key: Any) -> None:
             if -(2**63) <= part < 2**64:
                 continue
             raise Flaw("an integer of more than 64 bits cannot be a key")
-        if type(part) not in (str, bytes, bool, float, type(None)):
+        if type(part) not in (str, bytes, bool, float, type(None), Foreign):
             raise Flaw(f"{_kind(part)} cannot be a key")
 
 

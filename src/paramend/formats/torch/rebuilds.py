@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from paramend.formats.limits import MAX_AXES
-from paramend.formats.torch.pickles import Flaw, Name
+from paramend.formats.torch.foreign import foreign
+from paramend.formats.torch.pickles import Flaw, Foreign, Name
 from paramend.leaves.specs import BITS, Spec, kind_of
 
 # Bits per element of the dtypes that torch has but numpy lacks: their bytes can only be copied.
@@ -166,15 +167,25 @@ class TorchWords:
 
     Args:
         storages: the length of each record that may be a storage, by key.
+
+    Attributes:
+        carried: the names of classes whose objects are in the pickle as they are, and could not be written again.
     """
 
     def __init__(self, storages: Mapping[str, int]) -> None:
         self._storages = storages
+        self.carried: list[str] = []
         self._met: dict[tuple[str, str], Storage] = {}
 
     def names(self) -> Mapping[str, Name]:
         """The known names."""
-        return _NAMES
+        return KNOWN
+
+    def foreign(self, module: str, name: str) -> Name:
+        """A name that is not known: what it makes is carried unread."""
+        found = foreign(module, name)
+        self.carried.append(found.text)
+        return found
 
     def resolve(self, reference: Any) -> Storage:
         """The storage of a persistent id ("storage", class, key, device, number of elements)."""
@@ -198,16 +209,18 @@ class TorchWords:
         """Check the state of a numpy dtype; nothing else has one."""
         if type(thing) is not _NumpyDtype:
             raise Flaw(f"{type(thing).__name__.lower()} takes no state")
-        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
-            raise Flaw("a numpy dtype is not little-endian")
+        if type(state) is not tuple or len(state) < 2:
+            raise Flaw("a numpy dtype of an unknown kind")
+        thing.swapped = state[1] not in ("<", "|", "=")
 
 
 # ---- what calls return ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _NumpyDtype:
     code: str
+    swapped: bool = False
 
 
 def _whole(value: Any, what: str) -> int:
@@ -304,7 +317,8 @@ def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     if type(function) is not Name or function.call is None or not function.text.startswith("torch._utils._rebuild"):
         raise Flaw("a tensor is rebuilt by an unknown function")
     if type(kind) is not Name or kind.text not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
-        raise Flaw("a tensor of an unknown class")
+        what = f", {kind.text:.100}" if type(kind) is Name else ""
+        raise Flaw(f"a tensor of an unknown class{what}", hint="save plain tensors: tensor.as_subclass(torch.Tensor)")
     if type(arguments) is not tuple:
         raise Flaw("the arguments of a function must be a tuple")
     return function.call(*arguments)
@@ -330,7 +344,9 @@ def _set(values: Any = ()) -> set[Any]:
     if type(values) not in (list, tuple):
         raise Flaw("a set is made from something that is not a list")
     for value in values:
-        if type(value) not in (str, bytes, bool, int, float, type(None)) or (type(value) is int and abs(value) >= _I63):
+        if type(value) not in (str, bytes, bool, int, float, type(None), Foreign) or (
+            type(value) is int and abs(value) >= _I63
+        ):
             raise Flaw("a set contains something other than plain values")
     return set(values)
 
@@ -368,14 +384,18 @@ def _layout(name: Any) -> Name:
 
 
 def _numpy_dtype(code: Any, align: Any = False, copy: Any = False) -> _NumpyDtype:
-    if type(code) is not str or code not in _NUMPY_CODES:
-        raise Flaw("a numpy dtype is not a plain number")
+    if type(code) is not str:
+        raise Flaw("a numpy dtype without a name")
     return _NumpyDtype(code)
 
 
 def _numpy_scalar(dtype: Any, raw: Any) -> Any:
     if type(dtype) is not _NumpyDtype or type(raw) is not bytes:
         raise Flaw("a numpy scalar of an unknown kind")
+    if dtype.code not in _NUMPY_CODES:
+        raise Flaw("a numpy dtype is not a plain number")
+    if dtype.swapped:
+        raise Flaw("a numpy dtype is not little-endian")
     found = np.dtype(dtype.code)
     if len(raw) != found.itemsize:
         raise Flaw(f"a numpy scalar has {len(raw):,} bytes instead of {found.itemsize}")
@@ -421,5 +441,5 @@ _CONSTANTS = [
     "torch.Tensor",
     "torch.nn.parameter.Parameter",
 ]
-_NAMES: dict[str, Name] = {name: Name(name) for name in _CONSTANTS}
-_NAMES |= {name: Name(name, call) for name, call in _CALLS.items()}
+KNOWN: dict[str, Name] = {name: Name(name) for name in _CONSTANTS}
+KNOWN |= {name: Name(name, call) for name, call in _CALLS.items()}

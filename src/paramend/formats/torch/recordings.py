@@ -77,6 +77,10 @@ class Recorder:
         """The known names."""
         return self._names
 
+    def foreign(self, module: str, name: str) -> Name:
+        """Raise: objects of other classes cannot be written again."""
+        raise Flaw(f"objects of {module}.{name} cannot be written again")
+
     def resolve(self, reference: Any) -> StorageRef:
         """A storage, recorded."""
         return StorageRef(reference[1:])
@@ -207,6 +211,9 @@ class _Pickler:
         name = "_codecs.encode" if type(node) is bytes else "builtins.bytearray"
         return [Rebuilt(Name(name), (node.decode("latin1"), "latin1")), _Done(node)]
 
+    def _complex(self, node: complex) -> _Parts:
+        return [Rebuilt(Name("builtins.complex"), (node.real, node.imag)), _Done(node)]
+
     _PARTS: Mapping[type, Callable[["_Pickler", Any], _Parts]] = {
         str: _text,
         dict: _mapping,
@@ -218,6 +225,7 @@ class _Pickler:
         set: _set,
         bytes: _bytes,
         bytearray: _bytes,
+        complex: _complex,
     }
 
 

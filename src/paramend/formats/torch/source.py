@@ -17,6 +17,7 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import shown
 from paramend.formats.source import check_readable
+from paramend.formats.torch.foreign import check_whole
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
@@ -26,8 +27,10 @@ from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
 from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.outlines import Outline, outline
 from paramend.leaves.overlaps import share
 from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.reports import wording
 
 MAX_PICKLE = 256_000_000
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
@@ -49,6 +52,7 @@ class TorchFile(ZipSource):
         metadata: what else is in the structure, by path: epochs, learning rates, lists of plain values.
         tensors: of each leaf, which elements of which storage it views.
         archive: the members of the zip.
+        carried: the classes of objects that stay in the pickle as they are, unread.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.
@@ -105,13 +109,27 @@ class TorchFile(ZipSource):
 
         return folded(self._structure, children_of, close)
 
+    def outline(self) -> Outline:
+        """What is there, with true keys."""
+        numbers = iter(range(len(self.tensors)))
+        return outline(self._structure, lambda node: next(numbers) if type(node) is Tensor else None)
+
     def recorded(self) -> tuple[Any, list[Any]]:
         """The content of the pickle in a form that can be written again: see `paramend.formats.torch.recordings`.
 
         Returns:
             The structure, in which each leaf is an array that holds its number, and the call that rebuilds each
             leaf.
+
+        Raises:
+            Unsupported: the pickle holds objects that are carried unread, and cannot be written again.
         """
+        if self.carried:
+            raise Unsupported(
+                f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread: they "
+                "stay when values change, and not when leaves get other names or specs",
+                hint="a name that ends in .safetensors leaves them out",
+            )
         calls: list[Any] = []
 
         def children(pair: tuple[Any, Any]) -> Iterable[tuple[Any, Any]]:
@@ -245,8 +263,12 @@ class TorchFile(ZipSource):
         folder = f"{self._root}/data/"
         members = self.archive.members.values()
         storages = {member.name[len(folder) :]: member.nbytes for member in members if member.name.startswith(folder)}
-        data = self.archive.read(self._pickle.name)
-        return unpickle(data, TorchWords(storages), file=str(self.path), place="data.pkl")
+        data, words = self.archive.read(self._pickle.name), TorchWords(storages)
+        found = unpickle(data, words, file=str(self.path), place="data.pkl")
+        self.carried = tuple(dict.fromkeys(words.carried))
+        if self.carried:
+            check_whole(found, self.path)
+        return found
 
     def _place(self, key: str) -> int:
         return self.archive.offsets(f"{self._root}/data/{key}").start
@@ -281,7 +303,10 @@ def _check_kind(file: OpenFile) -> None:
     if not head:
         raise BadCheckpoint(f"{file.path}: the file is empty")
     reason = "it is not a file of torch.save (not a zip file)"
-    if head.startswith(_LEGACY) or head[257:262] == b"ustar":
+    if head[257:262] == b"ustar":
+        reason = "it is a tar archive: the first, old format of torch.save, or a bundle with a checkpoint in it"
+        raise BadCheckpoint(f"{file.path}: {reason}", hint=f"tar -xf {file.path}, or {_resave(file.path)}")
+    if head.startswith(_LEGACY):
         raise BadCheckpoint(
             f"{file.path}: it is in the old format of torch.save, which is not a zip file", hint=_resave(file.path)
         )

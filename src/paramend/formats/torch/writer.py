@@ -7,11 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from paramend.errors import RenameClash
-from paramend.formats.torch.pickles import Name
+import numpy as np
+
+from paramend.formats.torch.pickles import MAX_INTEGER, Name
+from paramend.formats.torch.rebuilds import KNOWN
 from paramend.formats.torch.recordings import Rebuilt, StorageRef, pickled
-from paramend.formats.writer import Item, LeafBytes
+from paramend.formats.writer import Item, LeafBytes, outline_of_items
 from paramend.formats.zips.headers import ZipHeaders
+from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once
 from paramend.leaves.specs import Spec, kind_of
 
 _STORAGES = {
@@ -35,19 +38,26 @@ _FOLDER = "archive"
 
 
 class TorchWriter:
-    """Lays out files that `torch.load(weights_only=True)` reads: nested dicts of tensors, by their keys.
+    """Lays out files that `torch.load(weights_only=True)` reads: dicts, lists and tuples of tensors and plain values.
 
-    The metadata of a source has no place in such a dict, and is left out.
+    Leaves that are tied are one tensor.
     """
 
     seals = True
     copies_raw = False
+    flat = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in _STORAGES or spec.dtype in _NEWER else f"torch cannot hold {spec.dtype}"
 
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any]) -> Iterator[bytes | LeafBytes]:
+    def holds(self, value: Any) -> bool:
+        """Whether the format has a place for an entry that is not an array."""
+        return written(value) is not _NOTHING
+
+    def parts(
+        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
+    ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
 
         Raises:
@@ -58,12 +68,14 @@ class TorchWriter:
         [LeafBytes(item=0, start=0, stop=8)]
         """
         zipped = ZipHeaders()
-        yield from zipped.member(f"{_FOLDER}/data.pkl", _pickle(items))
+        own = [item.tied in (-1, i) for i, item in enumerate(items)]
+        yield from zipped.member(f"{_FOLDER}/data.pkl", _pickle(items, own, outline or outline_of_items(items)))
         yield from zipped.member(f"{_FOLDER}/byteorder", b"little")
         for i, item in enumerate(items):
-            yield zipped.open(f"{_FOLDER}/data/{i}", item.nbytes)
-            yield LeafBytes(i, 0, item.nbytes)
-            yield zipped.close()
+            if own[i]:
+                yield zipped.open(f"{_FOLDER}/data/{i}", item.nbytes)
+                yield LeafBytes(i, 0, item.nbytes)
+                yield zipped.close()
         yield from zipped.member(f"{_FOLDER}/version", b"3\n")
         yield zipped.finish()
 
@@ -71,18 +83,65 @@ class TorchWriter:
 # ---- the pickle ----------------------------------------------------------------------------------------------
 
 
-def _pickle(items: Sequence[Item]) -> bytes:
-    tree: dict[str, Any] = {}
-    for i, item in enumerate(items):
-        node = tree
-        for key in item.keys[:-1]:
-            node = node.setdefault(key, {})
-            if type(node) is not dict:
-                raise RenameClash(f"{item.name} would go into {key!r}, which is a leaf")
-        if item.keys[-1] in node:
-            raise RenameClash(f"{item.name}: another leaf or container has that path")
-        node[item.keys[-1]] = tensor(item.spec, str(i))
-    return pickled(tree)
+def _pickle(items: Sequence[Item], own: Sequence[bool], outline: Outline) -> bytes:
+    tensors = [tensor(item.spec, str(i)) if own[i] else None for i, item in enumerate(items)]
+
+    plain = once(written)  # a list in several places is written once
+
+    def made(value: Any) -> Any:
+        if type(value) is not Place:
+            return plain(value)
+        i = value.number
+        return tensors[i] if own[i] else tensors[items[i].tied]
+
+    entries = [entry for entry in outline.entries if type(entry[1]) is Place or plain(entry[1]) is not _NOTHING]
+    return pickled(Outline(entries, outline.containers).nested(made, _close))
+
+
+def _close(entries: dict[Any, Any], like: Any) -> Any:
+    """A container of entries, with those attributes of an OrderedDict that are plain."""
+    if isinstance(like, OrderedDict):
+        plain: OrderedDict[Any, Any] = OrderedDict()
+        vars(plain).update({name: value for name, value in vars(like).items() if _is_plain(value)})
+        like = plain
+    return closed(entries, like)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nested dicts and lists hold plain values alone."""
+    if isinstance(value, dict):
+        return all(type(key) in ATOMS and _is_plain(child) for key, child in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else written(value) is not _NOTHING
+
+
+_NOTHING = object()
+
+
+def written(value: Any) -> Any:
+    """A value that is not an array as a pickle holds it without torch; `_NOTHING` if it has no place there."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = type(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _NOTHING if value else {}
+    if isinstance(value, list | tuple):
+        items = [written(each) for each in value]
+        if _NOTHING in items:
+            return _NOTHING
+        return items if isinstance(value, list) else tuple(items)
+    if kind is int:
+        return value if value.bit_length() < 8 * MAX_INTEGER else _NOTHING
+    if kind in ATOMS or (kind in (dict, OrderedDict) and not value):
+        return value
+    if kind is set:
+        return value if all(type(each) in ATOMS for each in value) else _NOTHING
+    if kind is bytearray or (kind is Name and value.text in KNOWN):
+        return value
+    if f"{kind.__module__}.{kind.__name__}" == "torch.dtype":
+        return Name(str(value))
+    if f"{kind.__module__}.{kind.__name__}" == "torch.device":
+        return Rebuilt(Name("torch.device"), (value.type,) if value.index is None else (value.type, value.index))
+    return _NOTHING
 
 
 def tensor(
