@@ -39,6 +39,11 @@ def test_paths_that_jax_writes_find_the_leaves_that_they_name(name):
             assert pm.at(tree, path).one() is leaf
 
 
+def test_a_position_at_the_root_stays_a_position():
+    assert pm.at({"1": {"w": np.ones(1)}, "2": {"w": np.ones(1)}}, "[0].w").paths == ["1/w"]
+    assert pm.at({"a": [np.ones(1)]}, ".a[0]").paths == ["a/0"]
+
+
 def test_tuples_of_keys_as_in_flattened_dicts():
     tree = params() | {"list": [jnp.ones(1), jnp.zeros(1)]}
     for keys, leaf in flatten_dict(params()).items():

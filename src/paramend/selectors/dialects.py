@@ -18,7 +18,7 @@ def from_keystr(text: str) -> str | None:
     >>> from_keystr("['params']['Dense_0']['kernel']"), from_keystr("[0].mu['a/b']"), from_keystr("layers[0].w")
     ('params/Dense_0/kernel', '0/mu/a/b', None)
     """
-    if "['" not in text and '["' not in text and not re.match(r"\.\w|\[[0-9]+\]\.", text):
+    if "['" not in text and '["' not in text and not re.match(r"\.[^\W0-9]", text):
         return None
     keys: list[str] = []
     end = 0
