@@ -93,6 +93,14 @@ def test_a_head_of_another_size_whose_weight_is_transposed():
     assert np.array_equal(tree["fc"]["kernel"], a(3, 3).T) and not tree["head"]["kernel"].any()
 
 
+def test_a_stack_of_matrices():
+    target, source = {"experts": {"kernel": zeros(2, 3, 4)}}, {"experts": {"weight": a(2, 4, 3)}}
+    error = refused(target, source, rename=FIRST)
+    assert "each matrix transposed" in str(error)
+    tree = by_the_hint(error, target, source)
+    assert np.array_equal(tree["experts"]["kernel"], a(2, 4, 3).swapaxes(1, 2))
+
+
 def test_kernels_with_an_axis_of_heads():
     error = refused({"q": {"kernel": zeros(4, 2, 2)}}, {"q": {"weight": a(4, 4)}}, rename=FIRST)
     assert "transposed, and with another number of axes" in str(error)

@@ -52,6 +52,11 @@ def axes_to_first(ndim: int) -> tuple[int, ...]:
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
+def _matrices(ndim: int) -> tuple[int, ...]:
+    """The permutation that transposes each matrix of a stack."""
+    return (*range(ndim - 2), ndim - 1, ndim - 2)
+
+
 def permuted(shape: Shape, axes: Iterable[int]) -> Shape:
     """A shape with its axes in another order."""
     return tuple(shape[axis] for axis in axes)
@@ -72,19 +77,29 @@ def transposing(ours: Spec, theirs: Spec) -> tuple[int, ...]:
     """
     if ours.ndim != theirs.ndim or ours.ndim < 2 or ours.shape == theirs.shape:
         return ()
-    orders = (axes_to_last(ours.ndim), axes_to_first(ours.ndim), tuple(range(ours.ndim))[::-1])
+    orders = (axes_to_last(ours.ndim), axes_to_first(ours.ndim), tuple(range(ours.ndim))[::-1], _matrices(ours.ndim))
     return next((order for order in orders if permuted(theirs.shape, order) == ours.shape), ())
 
 
-def axes(ours: Sequence[str], ndim: int) -> tuple[int, ...]:
-    """The permutation of axes for a leaf of the target with a crossed name."""
-    return axes_to_last(ndim) if outputs_last(ours) else axes_to_first(ndim)
+def axes(name: Sequence[str], ours: Spec, theirs: Spec) -> tuple[int, ...]:
+    """The permutation of axes for a leaf of the target with a crossed name.
+
+    Where that of a convolution does not fit and a transposition of the last two axes does, as in a stack of matrices,
+    it is that.
+    """
+    ndim = ours.ndim
+    order = axes_to_last(ndim) if outputs_last(name) else axes_to_first(ndim)
+    stack = _matrices(ndim)
+    fits = [permuted(theirs.shape, each) == ours.shape for each in (order, stack)]
+    return stack if fits == [False, True] else order
 
 
 def said(name: Sequence[str], ours: Spec, theirs: Spec) -> str:
     """What the axes of a pair of leaves with crossed names are."""
     if ours.ndim != theirs.ndim:
         return "transposed, and with another number of axes"
+    if ours.ndim > 2 and axes(name, ours, theirs)[0] == 0:
+        return "each matrix transposed"
     space = _SPACE[min(ours.ndim - 2, 3)]
     first = f"weight (out, in{', ' + space[:-2] if space else ''})"
     last = f"{name[-1] if outputs_last(name) else 'kernel'} ({space}in, out)"

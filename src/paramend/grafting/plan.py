@@ -333,7 +333,7 @@ class GraftPlan:
             why = layouts.said(self.target.index.pieces(number), spec, theirs)
             self._case("layout", both, f"{said}: {why}")
             if spec.ndim == theirs.ndim:
-                self.orders[number] = origin, layouts.axes(self.target.index.pieces(number), spec.ndim)
+                self.orders[number] = origin, layouts.axes(self.target.index.pieces(number), spec, theirs)
             return "differs", None
         if spec.shape == theirs.shape and not (rule and rule.acts(theirs.shape, spec.shape)):
             return "copied", None
