@@ -23,6 +23,7 @@ from paramend.formats.writer import Item
 from paramend.journal.records import records_beside
 from paramend.journal.store import retiring
 from paramend.leaves.leaves import keys_of
+from paramend.leaves.nested import unexhausted
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data
@@ -107,6 +108,7 @@ class RewriteReport(Report):
         return data
 
 
+@unexhausted("the checkpoint")
 def write(
     made: Plan,
     out: str | os.PathLike[str],
