@@ -157,3 +157,24 @@ def test_a_tensor_expanded_beyond_memory_is_loaded_as_a_view(tmp_path):
     small = pm.load(tmp_path / "small.pt")["w"]
     small += 1
     assert small.tolist() == [[1] * 4, [2] * 4, [3] * 4]
+
+
+def test_names_of_many_digits_and_of_many_numbers(tmp_path):
+    names = [f"w{'1' * 5000}", f"w{'2' * 5000}"]
+    names += ["a".join("2" if place == at else "1" for at in range(100)) for place in range(100)]
+    for file, value in (("before", 0), ("after", 1)):
+        leaves = {name: np.full(2, value, "float32") for name in names}
+        safetensors.numpy.save_file(leaves, tmp_path / f"{file}.safetensors")
+    report = pm.diff(tmp_path / "before.safetensors", tmp_path / "after.safetensors")
+    assert names[0] in str(report)
+    assert len(report.changed) == 102
+    assert "layers.{0..29}.w" in str(pm.diff({f"layers.{i}.w": np.ones(1) for i in range(30)}, {}))
+
+
+def test_a_folder_deeper_than_the_stack(tmp_path):
+    (tmp_path / "model").mkdir()
+    pm.save({"w": np.ones(2)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "/".join("d" * 300)).mkdir(parents=True)
+    with pytest.raises(ParamendError, match="nested deeper than the calls that are left"):
+        with_few_calls_left(150, lambda: pm.open(tmp_path / "model").save(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

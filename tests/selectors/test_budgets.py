@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import paramend as pm
-from paramend.errors import NoMatch, OutOfRange, SelectorError
+from paramend.errors import NoMatch, OutOfRange, SelectorError, Unsupported
 from paramend.leaves.leaves import Index
 from paramend.selectors.division import acceptor, divide, taken
 from paramend.selectors.grammar import Either, Literal, Piece, Reader, Star
@@ -142,3 +142,12 @@ def test_layers_are_found_among_many_families():
     assert len(candidates(index)) == 4000
     assert without_rest("a" + "/**" * 50_000) == "a"
     assert without_rest("/**" * 50_000 + "a") == "/**" * 50_000 + "a"
+
+
+def test_algebra_nested_deeper_than_the_stack():
+    tree = {"w": np.ones(1)}
+    chosen = pm.sel("**")
+    for _ in range(2000):
+        chosen = chosen & pm.sel("w")
+    with pytest.raises(Unsupported, match="the selector is nested deeper than the calls that are left"):
+        len(pm.at(tree, chosen))

@@ -24,6 +24,8 @@ from paramend.journal.store import retiring
 from paramend.leaves.origins.origin import Extent
 from paramend.pages.page import Page
 from paramend.pages.paged import Paged
+from paramend.leaves.leaves import keys_of
+from paramend.leaves.nested import unexhausted
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression
@@ -125,6 +127,7 @@ class RewriteReport(Paged):
         return data
 
 
+@unexhausted("the checkpoint")
 def write(
     made: Plan,
     out: str | os.PathLike[str],

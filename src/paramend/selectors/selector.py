@@ -14,6 +14,7 @@ from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
 from paramend.leaves.leaves import Explained, Leaves, unique
 from paramend.leaves.names import by_name
+from paramend.leaves.nested import unexhausted
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
@@ -468,6 +469,7 @@ def _text_selector(text: str) -> Text:
     return Text(text, pattern)
 
 
+@unexhausted("the selector")
 def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
     """The numbers of the selected leaves in the order of the tree, one for each leaf however many paths it has.
 
