@@ -64,12 +64,12 @@ def assemble(
     )
     made = Plan.of(gathered)
     if not any(row is not None and row.calls for _, row in taken):
-        return Checkpoint(gathered)
+        return Checkpoint(gathered, raw=base.raw)
     rows = (
         mine if row is None else replace(mine, spec=row.spec, calls=row.calls, places=row.places)
         for mine, (_, row) in zip(made.rows, taken, strict=True)
     )
-    return Checkpoint(gathered, Plan(gathered, tuple(rows)))
+    return Checkpoint(gathered, Plan(gathered, tuple(rows)), raw=base.raw)
 
 
 def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
+from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
@@ -35,6 +36,7 @@ class Checkpoint(Editable):
         source: what was opened.
         plan: what the edits so far will do; its text is the table of a dry run.
         recipe: the recipe that the plan comes from, as YAML; "" if it does not come from one alone.
+        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights.
 
     >>> import tempfile
     >>> from paramend.checkpoints.whole import save
@@ -47,9 +49,10 @@ class Checkpoint(Editable):
     [1.0, 1.0]
     """
 
-    def __init__(self, source: Source, plan: Plan | None = None, recipe: str = "") -> None:
+    def __init__(self, source: Source, plan: Plan | None = None, recipe: str = "", *, raw: bool = False) -> None:
         self.source = source
         self.recipe = recipe
+        self.raw = raw
         self._plan = plan
 
     @property
@@ -74,6 +77,13 @@ class Checkpoint(Editable):
         """The name of the format in the table of formats."""
         found: str = self.source.format
         return found
+
+    @property
+    def quantization(self) -> Mapping[str, object] | None:
+        """What the configuration beside the weights says of their quantisation; None if it says nothing."""
+        from paramend.checkpoints.quantization import quantization_of  # few checkpoints are edited
+
+        return quantization_of(self.path)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -180,7 +190,12 @@ class Checkpoint(Editable):
 
     def edited(self, calls: Mapping[int, Call]) -> "Checkpoint":
         """The checkpoint with calls on some leaves added to its plan."""
-        return Checkpoint(self.source, self.plan.edited(calls))
+        check_calls(self, calls)
+        return self.planned(self.plan.edited(calls))
+
+    def planned(self, plan: Plan, recipe: str = "") -> "Checkpoint":
+        """The same checkpoint with another plan."""
+        return Checkpoint(self.source, plan, recipe, raw=self.raw)
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
         """Raise: the files of a checkpoint are edited in place by `pm.patch`, which can be undone."""
@@ -199,14 +214,18 @@ class Checkpoint(Editable):
 
     def deleted(self, numbers: Iterable[int]) -> "Checkpoint":
         """The checkpoint without some leaves."""
-        return Checkpoint(self.source, self.plan.without(numbers))
+        gone = {twin for number in numbers for twin in self.plan.twins(number)}
+        check_whole(self, gone)
+        return self.planned(self.plan.without(gone))
 
     def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
         """The checkpoint with some leaves under other paths, like `structure.move` for trees in memory."""
         from paramend.edits import structure  # most programs rename nothing
 
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
-        return Checkpoint(self.source, self.plan.renamed(structure.moves(self.index, selector, chosen, to)))
+        moved = structure.moves(self.index, selector, chosen, to)
+        check_renamed(self, lambda: moved)
+        return self.planned(self.plan.renamed(moved))
 
     def save(
         self,
@@ -246,13 +265,15 @@ class Checkpoint(Editable):
         )
 
 
-def open(path: str | os.PathLike[str]) -> Checkpoint:
+def open(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
     """A checkpoint, opened: its leaves are read on demand, as copies.
 
     If a patch of yours was cut short, it is taken back first.
 
     Args:
         path: a file or a directory; its format is detected from its content.
+        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights; without it,
+            edits that would take these for values are refused.
 
     Raises:
         CannotRead: there is no such file.
@@ -268,7 +289,7 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     w float32[3]
     """
     recover(path)
-    return Checkpoint(open_source(path))
+    return Checkpoint(open_source(path), raw=raw)
 
 
 def recover(path: str | os.PathLike[str]) -> None:

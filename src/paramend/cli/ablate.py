@@ -11,6 +11,7 @@ from paramend.ablation.ablate import ablate as ablate_tree
 from paramend.ablation.methods import METHODS, How
 from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
+from paramend.cli.opening import raw
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording
 
@@ -60,7 +61,9 @@ def ablate(
     score = _function(file)
     tree = load(path, kind, nested=not flat)
     try:
-        report = ablate_tree(tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None)
+        report = ablate_tree(
+            tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None, raw=raw()
+        )
     except ParamendError:
         raise
     except Exception as error:  # the user's score may raise anything

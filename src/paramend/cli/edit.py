@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.cli.opening import raw
 from paramend.cli.writing import edit_checkpoint, options
 from paramend.edits.arguments import NUMBER, TEXT, Value
 from paramend.edits.call import Op
@@ -84,7 +85,7 @@ def _donated(
     value = args[name]
     file, leaf = _split(value)
     by = sel(selector)
-    found = Donors().values(file, leaf, checkpoint, [(number, by) for number in numbers])
+    found = Donors(raw=raw()).values(file, leaf, checkpoint, [(number, by) for number in numbers])
     calls = {number: call(op.name, {**args, name: array}) for number, array in found.items()}
     wrong = list(_refused(checkpoint, calls))
     if wrong:
@@ -134,7 +135,7 @@ def _recipe(name: str, selector: str, args: Args) -> str:
         else:
             body[key] = value
     with suppress(BadRecipe):
-        return str(Recipe([{name: body}]))
+        return str(Recipe([{name: body}], raw=raw()))
     return ""
 
 
@@ -170,7 +171,7 @@ def _command(
     ) -> None:
         def edit(checkpoint: Checkpoint) -> Checkpoint:
             found = edited(checkpoint, selector, resolve(selector, checkpoint), args)
-            return Checkpoint(found.source, found.plan, _recipe(name, selector, args)) if record else found
+            return found.planned(found.plan, _recipe(name, selector, args)) if record else found
 
         edit_checkpoint(
             path,

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.cli.opening import open_checkpoint
 from paramend.cli.writing import RECORD, carry_out, makes, write_made
 from paramend.errors import GraftRefused
 from paramend.grafting.graft import graft as graft_onto

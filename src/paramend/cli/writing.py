@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
+from paramend.cli.opening import open_checkpoint, raw
 from paramend.edits.plan import Plan
 from paramend.pages.paged import Paged
 from paramend.rewriting.output import check_output
@@ -168,7 +168,7 @@ def edit_checkpoint(
     from paramend.checkpoints.patching import patch  # only for --in-place
 
     with _ui.bar(f"patching {path.name}") as progress:
-        report = patch(path, edit, dry_run=dry_run, progress=progress)
+        report = patch(path, edit, dry_run=dry_run, raw=raw(), progress=progress)
     if as_json:
         _ui.emit(report.to_dict())
     else:

@@ -38,6 +38,8 @@ class Op:
         optional: the optional arguments and their defaults.
         aliases: other names for it on the command line.
         also: other words that users may search for.
+        bytewise: whether it moves stored bytes and takes them for no values, so that it is right for the codes and
+            scales of quantised weights, too.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Op:
     optional: Args = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    bytewise: bool = False
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"

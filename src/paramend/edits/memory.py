@@ -6,6 +6,7 @@ from typing import Any
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
+from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import NoMatch, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.trees.tree import Tree
@@ -47,12 +48,15 @@ class Memory(Tree, Editable):
         """The tree without some leaves, under all their paths."""
         from paramend.edits import structure  # rarely needed, and imports take time
 
-        return structure.delete(self, {twin for number in numbers for twin in self.twins(number)})
+        gone = {twin for number in numbers for twin in self.twins(number)}
+        check_whole(self, gone)
+        return structure.delete(self, gone)
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
         """The tree with the leaves that a selector found under new paths."""
         from paramend.edits import structure  # as above
 
+        check_renamed(self, lambda: structure.moves(self.index, selector, set(numbers), to))
         return structure.move(self, selector, tuple(numbers), to)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
@@ -65,6 +69,7 @@ class Memory(Tree, Editable):
             yield number, call.run(self.values[number], self._place(number) if call.op.placed else NOWHERE)
 
     def _check(self, calls: Mapping[int, Call]) -> None:
+        check_calls(self, calls)
         for number, call in calls.items():
             leaf = self.values[number]
             library = backend(leaf)
@@ -79,9 +84,15 @@ class Memory(Tree, Editable):
         return Site(self.index.pieces(self.ties.get(number, number)), out_first=self.index.separator == ".")
 
 
-def editable(tree: Any) -> Editable:
-    """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory."""
-    return tree if isinstance(tree, Editable) else Memory(tree)
+def editable(tree: Any, *, raw: bool = False) -> Editable:
+    """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory.
+
+    Args:
+        tree: the checkpoint or the tree.
+        raw: whether leaves are taken as they are stored; a checkpoint that was opened so stays so.
+    """
+    leaves = tree if isinstance(tree, Editable) else Memory(tree)
+    return leaves.as_stored() if raw else leaves
 
 
 def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:

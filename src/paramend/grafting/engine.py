@@ -9,6 +9,7 @@ from paramend.errors import BadArgument, GraftRefused, ParamendError, Unsupporte
 from paramend.grafting import alignment, conversions
 from paramend.grafting.options import Options
 from paramend.grafting.plan import KINDS, GraftPlan, Move
+from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.reports import wording
@@ -99,11 +100,13 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
 
     Raises:
         GraftRefused: the source does not fit the target.
+        Quantized: codes of a quantised weight would become values, or values codes.
     """
     for tree, name in ((target, "your model"), (source, "the source")):
         if not tree.index.numbers:
             raise BadArgument(f"{name} holds no arrays", hint="pm.graft(target, source): the model first")
     plan = GraftPlan(target, source, options)
+    check_groups(plan)
     if not plan.cases:
         return plan
     report = plan.report()

@@ -4,9 +4,10 @@ import gc
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from paramend.leaves.paths import Label, Names, Part, labels, text_of, write_piece
 from paramend.leaves.specs import Spec
@@ -36,6 +37,7 @@ class Index:
         separator: the text between keys of a printed path: "/" for JAX trees, "." for torch ones.
         spans: for each container `(type, start, stop)`: its leaves are `numbers[start:stop]`.
         found: earlier matches, by selector.
+        near: which leaves may be one weight together, by their names, from `leaves.groups`; None until it is asked for.
     """
 
     def __init__(self, separator: str = "/") -> None:
@@ -44,11 +46,12 @@ class Index:
         self.separator = separator
         self.spans: list[tuple[type, int, int]] = []
         self.found: dict[Hashable, tuple[int, ...]] = {}
+        self.near: dict[int, tuple[Any, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found out again when it is wanted."""
         kept = ("names", "numbers", "separator", "spans")
-        return {name: getattr(self, name) for name in kept} | {"found": {}}
+        return {name: getattr(self, name) for name in kept} | {"found": {}, "near": None}
 
     @classmethod
     def of_names(cls, names: Iterable[str], separator: str = ".") -> "Index":
@@ -244,7 +247,18 @@ class Editable(Leaves):
     """Leaves that carry out edits: trees in memory immediately, checkpoints when they are saved.
 
     Methods return an edited copy; the numbers of a checkpoint's leaves stay.
+
+    Attributes:
+        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights.
     """
+
+    raw = False
+
+    def as_stored(self, raw: bool = True) -> Self:
+        """The same leaves, taken as they are stored or not."""
+        again = copy(self)
+        again.raw = raw
+        return again
 
     @property
     def patched_by(self) -> str:
