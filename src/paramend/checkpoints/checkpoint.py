@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Hashable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,7 +79,7 @@ class Checkpoint(Editable):
         found: str = self.source.format
         return found
 
-    @property
+    @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
         from paramend.checkpoints.quantization import quantization_of  # few checkpoints are edited

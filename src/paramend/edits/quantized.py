@@ -1,6 +1,6 @@
 """Refusals for quantised weights: edits that would take codes for values, and changes that would part a group."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import groupby
 
 from paramend.edits.call import Call
@@ -47,24 +47,26 @@ def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) 
     if getattr(leaves, "raw", False) or not may_hold_groups(leaves):
         return
     chosen = list(numbers)
-    found: dict[int, Group] = {}
-    for number in chosen:
-        for twin in getattr(leaves, "twins", lambda n: (n,))(number):
-            group = group_of(leaves, twin)
-            if group is not None:
-                found[number] = group
-                break
+    found = _touched(leaves, (twin for number in chosen for twin in _twins(leaves, number)))
     if not found:
         return
-    first, group = next(iter(found.items()))
-    path, name = leaves.index.path(first), group.scheme.name
-    part = f"is {group.companions[first].says}" if first in group.companions else "holds the codes"
+    inside = {twin for group in found for number in group.numbers for twin in _twins(leaves, number)}
+    first = next(number for number in chosen if number in inside)
+    group = next(group for group in found if not set(_twins(leaves, first)).isdisjoint(group.numbers))
+    part = next((each.says for number, each in group.companions.items() if number == first), "")
     raise refusal(
         leaves,
-        list({each.numbers: each for each in found.values()}.values()),
-        f"{path} {said}: it {part} of a quantised weight ({name})",
-        hints=[*_rest(leaves, chosen, found), *ways, *as_stored(leaves, not ways)],
+        [group, *(each for each in found if each is not group)],
+        f"{leaves.index.path(first)} {said}: it {f'is {part}' if part else 'holds the codes'} of a quantised weight "
+        f"({group.scheme.name})",
+        hints=[*_rest(leaves, chosen, inside), *ways, *as_stored(leaves, not ways)],
     )
+
+
+def _twins(leaves: Leaves, number: int) -> Sequence[int]:
+    """The numbers of all paths of a leaf."""
+    one = leaves.ties.get(number)
+    return (number,) if one is None else [twin for twin, other in leaves.ties.items() if other == one]
 
 
 def check_whole(leaves: Editable, numbers: Iterable[int]) -> None:
@@ -171,10 +173,11 @@ def refusal(leaves: Leaves, groups: Sequence[Group], message: str, hints: Sequen
         says = "" if number == group.payload else group.companions[number].says
         rows.append((of, leaves.index.path(number), str(leaves.spec(number)), says))
     rows += [("missing", f"{role}: in another file, by quantization_config") for role in group.missing]
-    more = len(groups) - 1
-    said = "\n".join(f"    {line}" for line in aligned(rows))
-    said += f"\n\n{wording.plural(more, 'more quantised weight')} alike" if more else ""
     paths = leaves.index.path
+    said = "\n".join(f"    {line}" for line in aligned(rows))
+    others = [paths(each.numbers[0]) for each in groups[1:]]
+    if others:
+        said += f"\n\nso {'is' if len(others) == 1 else 'are'} {wording.listing(others, 4)}"
     return Quantized(
         f"{message}\n\n{said}",
         scheme=group.scheme.name,
@@ -191,11 +194,11 @@ def as_stored(leaves: Leaves, always: bool = True) -> list[str]:
     return [f"{opened} takes leaves as they are stored"] if path or always else []
 
 
-def _rest(leaves: Leaves, chosen: Sequence[int], found: Mapping[int, Group]) -> list[str]:
+def _rest(leaves: Leaves, chosen: Sequence[int], inside: Set[int]) -> list[str]:
     """The selection of the other leaves, if a dtype tells them from those of groups."""
-    inside = {leaves.spec(number).dtype for number in found}
-    rest = {leaves.spec(number).dtype for number in chosen if number not in found}
-    if len(rest) != 1 or rest & inside:
+    met = {leaves.spec(number).dtype for number in chosen if number in inside}
+    rest = {leaves.spec(number).dtype for number in chosen if number not in inside}
+    if len(rest) != 1 or rest & met:
         return []
     return [f'pm.sel(selector).where(dtype="{rest.pop()}") leaves quantised weights out']
 

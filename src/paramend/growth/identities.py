@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
+from paramend.edits.quantized import check_values
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth import families
 from paramend.leaves.leaves import Leaves
@@ -59,6 +60,7 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
 
     Raises:
         NoMatch: a rule matches nothing.
+        Quantized: a leaf is a part of a quantised weight.
     """
     found: dict[int, Call] = {}
     for text, value in rules.items():
@@ -76,6 +78,7 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
             found[number] = call(value)
     if not found:
         raise NoMatch(f"no leaf of {where} matches the identity rules", hint='identity=["mlp.down_proj.*"]')
+    check_values(leaves, found, "cannot be set in an identity layer", "identity=None copies layers as they are")
     return found
 
 

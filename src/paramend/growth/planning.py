@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from paramend.edits.call import Call
-from paramend.edits.quantized import check_values
 from paramend.errors import BadArgument
 from paramend.growth import configs, families, identities, numbered
 from paramend.growth.depth import Order, order_of
@@ -20,8 +19,6 @@ from paramend.selectors.selector import Union, sel
 
 # Path of the layers → the configuration of the model that they are in; None if it has none.
 ConfigAt = Callable[[Sequence[str]], Mapping[str, Any] | None]
-
-_AS_THEY_ARE = "identity=None copies layers as they are"
 
 
 class DepthPlan:
@@ -98,7 +95,6 @@ class DepthPlan:
                 found = identities.calls(self.tree, names, rule, where, strict=self.strict)
                 within = {n for inner in names for n in _all(inner)}
                 identities.check_untied(self.tree, found, within)
-                check_values(self.tree, found, "cannot be set in an identity layer", _AS_THEY_ARE)
 
     def finished(self, new: Editable) -> tuple[dict[int, Call], DeepenReport]:
         """The edits still to be made to the rearranged tree, and the report."""

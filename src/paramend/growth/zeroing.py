@@ -43,7 +43,7 @@ def zero_(layer: Any) -> None:
     for name, inner in layer.named_modules():
         _refuse_computed(name, inner)
     held = Memory(layer)
-    check_values(held, held.index.numbers, "cannot become zero", "layer.requires_grad_(False) leaves it as it is")
+    check_values(held, held.index.numbers, "cannot become zero")
     parameters = dict(layer.named_parameters())
     for name, parameter in parameters.items():
         why = _refusal(parameter)

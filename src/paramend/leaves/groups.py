@@ -83,13 +83,15 @@ def group_of(leaves: Named, number: int) -> Group | None:
         if (found := _fitting(leaves, near)) is not None and number in found.numbers:
             return found
     methods = methods_of(getattr(leaves, "quantization", None))
-    return _configured(leaves, number, methods) if methods else None
+    return _configured(leaves, number, methods) if methods and leaves.index.names else None
 
 
 # ---- by names ----------------------------------------------------------------------------------------------------
 
-# The leaves of one module by the text of their names in it, and the name of one that may be a payload.
-_Near = tuple[Mapping[str, int], str]
+# The rows that a payload may be of by the names beside it, each with its companions and their names.
+_Rows = tuple[tuple[Scheme, tuple[tuple[Companion, str], ...]], ...]
+# The leaves of one module by the text of their names in it, the name of one that may be a payload, and its rows.
+_Near = tuple[Mapping[str, int], str, _Rows]
 
 
 def _end(text: str) -> str:
@@ -113,9 +115,9 @@ def _named(index: Index) -> dict[int, tuple[_Near, ...]]:
         near: dict[int, tuple[_Near, ...]] = {}
         for names in _modules(index.names):
             here = _local(names)
-            for payload, others in _pairs(tuple(here)):
-                for name in (payload, *others):
-                    near[here[name]] = (*near.get(here[name], ()), (here, payload))
+            for payload, rows in _payloads(tuple(here)):
+                for name in {payload, *(name for _, found in rows for _, name in found)}:
+                    near[here[name]] = (*near.get(here[name], ()), (here, payload, rows))
         index.near = near
     return index.near
 
@@ -150,19 +152,19 @@ def _below(names: Names, above: str, depth: int) -> Iterator[tuple[str, int]]:
 
 
 @lru_cache(maxsize=256)
-def _pairs(names: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The names that may be payloads, each with those that may be its companions. Layers share their names."""
+def _payloads(names: tuple[str, ...]) -> tuple[tuple[str, _Rows], ...]:
+    """The names that may be payloads, each with its rows. Layers share their names."""
     known = frozenset(names)
     payloads = {name: None for name in names if name in _ALONE}
     for name in names:
         for end, texts in _BY_END.items():
             if end in name:
                 for text, template in texts:
-                    payloads |= dict.fromkeys(known & _payloads(name, text, template))
-    return tuple((name, tuple(_others(name, known))) for name in payloads)
+                    payloads |= dict.fromkeys(known & _payload_names(name, text, template))
+    return tuple((name, _rows(name, known)) for name in payloads)
 
 
-def _payloads(name: str, text: str, template: str) -> set[str]:
+def _payload_names(name: str, text: str, template: str) -> set[str]:
     """The names of the payloads that a leaf with the name of a companion may belong to."""
     stem = _stem(text, name)
     if stem is None:
@@ -171,9 +173,10 @@ def _payloads(name: str, text: str, template: str) -> set[str]:
     return {template.replace("*", each) for each in stems} - {name}
 
 
-def _others(payload: str, known: Container[str]) -> set[str]:
-    """The names of all leaves that some row takes for companions of a payload."""
-    return {name for row in SCHEMES for _, name in _companions(row, payload, known) or ()}
+def _rows(payload: str, known: Container[str]) -> _Rows:
+    """The rows that a payload may be of."""
+    found = ((row, _companions(row, payload, known)) for row in SCHEMES)
+    return tuple((row, tuple(companions)) for row, companions in found if companions)
 
 
 def _companions(row: Scheme, payload: str, known: Container[str]) -> list[tuple[Companion, str]] | None:
@@ -210,12 +213,12 @@ def _stem(template: str, name: str) -> str | None:
 
 def _fitting(leaves: Named, near: _Near) -> Group | None:
     """The group of a payload, by the first row whose dtypes and shapes agree."""
-    here, payload = near
+    here, payload, rows = near
     number = here[payload]
     spec = leaves.spec(number)
-    for row in SCHEMES:
-        found = None if row.dtypes and spec.dtype not in row.dtypes else _companions(row, payload, here)
-        if found is not None and row.fits(spec, {each.role: leaves.spec(here[name]) for each, name in found}):
+    for row, found in rows:
+        fits = not row.dtypes or spec.dtype in row.dtypes
+        if fits and row.fits(spec, {each.role: leaves.spec(here[name]) for each, name in found}):
             return Group(row, number, {here[name]: each for each, name in found})
     alone = _ALONE.get(payload)
     return _lone(alone, number) if alone is not None and spec.kind == "int" else None
@@ -228,6 +231,8 @@ def _lone(row: Scheme, number: int) -> Group:
 def _configured(leaves: Named, number: int, methods: set[str]) -> Group | None:
     """The group of a leaf whose payload or companions are elsewhere, by what the configuration says."""
     name, spec = leaves.index.pieces(number)[-1], leaves.spec(number)
+    if spec.dtype not in _CODES and not name.endswith(_ENDS):
+        return None
     for row in (row for row in SCHEMES if not methods.isdisjoint(row.methods)):
         stems = (stem for template in row.payload if (stem := _stem(template, name)) is not None)
         if spec.dtype in row.dtypes and any(map(_is_weight, stems)):
@@ -238,6 +243,10 @@ def _configured(leaves: Named, number: int, methods: set[str]) -> Group | None:
                 if not _beside(leaves.index, number, {template.replace("*", stem) for template in row.payload}):
                     return Group(row, None, {number: companion}, ("payload",))
     return None
+
+
+# The dtypes of codes that a configuration tells of.
+_CODES = {dtype for row in SCHEMES if row.methods for dtype in row.dtypes}
 
 
 def _is_weight(stem: str) -> bool:
