@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -126,6 +127,12 @@ def test_the_hint_selects_the_rest(fp8):
         pm.at(opened, "**").multiply(2)
     assert 'pm.sel(selector).where(dtype="float64") leaves quantised weights out' in caught.value.hint
     assert pm.at(opened, pm.sel("**").where(dtype="float64")).multiply(2).plan.changed[0].path == "model.norm.weight"
+
+
+def test_a_traced_tree_is_refused_as_it_is_traced():
+    layer = {"kernel": jnp.ones((4, 8), jnp.int8), "scale": jnp.ones(8)}
+    with pytest.raises(Quantized, match="kernel cannot take multiply"):
+        jax.make_jaxpr(lambda layer: pm.at(layer, "**").multiply(2))(layer)
 
 
 def test_several_weights_are_counted(tmp_path):

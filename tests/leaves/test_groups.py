@@ -1,8 +1,16 @@
 """Quantised weights are known by the names and specs of their leaves, and nothing else is taken for one."""
 
+import json
+from types import SimpleNamespace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from flax import nnx
 
 import paramend as pm
 from paramend.leaves.groups import group_of, groups_of, methods_of
@@ -97,6 +105,45 @@ def test_experts_and_dense_layers_of_one_model_are_groups_of_their_own():
     tree |= stored(LAYOUTS["fp8-tensor", "compressed-tensors"], "layers.0.q_proj", norm=False)
     tree |= {"layers.0.attn.k_scale": np.ones((), "float32"), "layers.0.router.weight": np.ones((2, 4), "float32")}
     assert [scheme for scheme, _ in told(Tree(tree))] == ["fp8-block", "fp8-tensor"]
+
+
+def test_a_weight_whose_scale_is_in_another_shard_is_one_weight(tmp_path):
+    tree = stored(LAYOUTS["fp8-block", "DeepSeek-V3"])
+    names = {}
+    for n, (name, values) in enumerate(tree.items(), 1):
+        file = f"model-{n:05}-of-{len(tree):05}.safetensors"
+        write(tmp_path / file, {name: values})
+        names[name] = file
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    ((scheme, roles),) = told(pm.open(tmp_path))
+    assert scheme == "fp8-block" and list(roles.values()) == ["payload", "scale"]
+
+
+def test_groups_of_modules_of_every_framework():
+    class Layer(eqx.Module):
+        weight: jax.Array
+        weight_scale: jax.Array
+
+    class Dense(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jnp.ones((4, 8), jnp.int8))
+            self.scale = nnx.Param(jnp.ones(8))
+
+    class Model(torch.nn.Module):
+        """As transformers loads it with bitsandbytes: scales are no leaves, and the configuration tells."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(2, 2)
+            self.fc.weight = torch.nn.Parameter(torch.ones(8, 1, dtype=torch.uint8), requires_grad=False)
+            to_dict = {"quant_method": "bitsandbytes", "load_in_4bit": True}.copy
+            self.config = SimpleNamespace(quantization_config=SimpleNamespace(to_dict=to_dict))
+
+    layer = Layer(jnp.ones((4, 8), jnp.int8), jnp.ones((4, 1)))
+    schemes = [[scheme for scheme, _ in told(Tree(each))] for each in (layer, Dense(), nnx.state(Dense()), Model())]
+    assert schemes == [["int8"], ["int8"], ["int8"], ["bnb-4bit"]]
+    with pytest.raises(pm.errors.Quantized, match="not here  scale"):
+        pm.at(Model(), "**").zero_()
 
 
 def test_a_list_of_one_scale_is_a_scale():

@@ -53,7 +53,7 @@ def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) 
     inside = {twin for group in found for number in group.numbers for twin in _twins(leaves, number)}
     first = next(number for number in chosen if number in inside)
     group = next(group for group in found if not set(_twins(leaves, first)).isdisjoint(group.numbers))
-    part = next((each.says for number, each in group.companions.items() if number == first), "")
+    part = next((each.says.partition(",")[0] for number, each in group.companions.items() if number == first), "")
     raise refusal(
         leaves,
         [group, *(each for each in found if each is not group)],
@@ -172,7 +172,7 @@ def refusal(leaves: Leaves, groups: Sequence[Group], message: str, hints: Sequen
         of = "payload" if number == group.payload else "companion"
         says = "" if number == group.payload else group.companions[number].says
         rows.append((of, leaves.index.path(number), str(leaves.spec(number)), says))
-    rows += [("missing", f"{role}: in another file, by quantization_config") for role in group.missing]
+    rows += [("not here", role) for role in group.missing]
     paths = leaves.index.path
     said = "\n".join(f"    {line}" for line in aligned(rows))
     others = [paths(each.numbers[0]) for each in groups[1:]]
