@@ -22,6 +22,20 @@ def test_an_identity_of_codes_is_refused_and_copies_are_made():
     assert len(pm.deepen(tree, layers="layers[*]", order=order, identity=None)[0]["layers"]) == 3
 
 
+def test_a_quantised_layer_of_a_known_family_is_told_as_such():
+    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    tree = {f"model.layers.{n}.{name}.qweight": np.ones((1, 8), "int32") for n in range(2) for name in names}
+    tree |= {name.replace("qweight", "scales"): np.ones((1, 8), "float16") for name in tree}
+    tree |= {
+        f"model.layers.{n}.{norm}_layernorm.weight": np.ones(8)
+        for n in range(2)
+        for norm in ("input", "post_attention")
+    }
+    with pytest.raises(Quantized, match="set in an identity layer"):
+        pm.deepen(tree, order=pm.depth.blocks(2, count=1))
+    assert len(pm.deepen(tree, order=[0, 0, 1])[0]) == 3 * 16
+
+
 def test_in_place_a_model_stays_as_it_is():
     class Layer(torch.nn.Module):
         def __init__(self):

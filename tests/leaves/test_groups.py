@@ -198,6 +198,10 @@ def test_files_in_place_of_a_configuration(tmp_path):
     (tmp_path / "quantize_config.json").write_text('{"bits": 4, "desc_act": false}')
     opened = pm.open(file)
     assert methods_of(opened.quantization) == {"gptq"} and groups_of(opened) == []
+    alone = {"a.scales": np.ones((1, 8), "float16"), "b.scales": np.ones(8, "float16"), "b.weight": np.ones((8, 8))}
+    assert told(pm.open(write(tmp_path / "model-00001-of-00002.safetensors", alone))) == [
+        ("gptq", {"a.scales": "scale"})
+    ]
 
 
 def test_groups_are_found_at_once_in_a_model_of_many_layers():

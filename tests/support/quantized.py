@@ -39,6 +39,17 @@ LAYOUTS = {
         "activation_scale": ("float32", ()),
     },
     ("fp8-tensor", "ComfyUI"): {"weight": (F8, (8, 4)), "scale_weight": ("float32", (1,))},
+    ("fp8-tensor", "Mistral"): {
+        "weight": (F8, (8, 4)),
+        "qscale_weight": ("bfloat16", ()),
+        "qscale_act": ("bfloat16", ()),
+    },
+    ("fp8-tensor", "TensorRT-LLM"): {
+        "weight": (F8, (8, 4)),
+        "weights_scaling_factor": ("float32", (1,)),
+        "activation_scaling_factor": ("float32", (1,)),
+    },
+    ("tinygemm", "gpt-fast"): {"weight": ("int32", (1, 1, 32, 4)), "scales_and_zeros": ("bfloat16", (1, 8, 2))},
     ("int4", "compressed-tensors"): {
         "weight_packed": ("int32", (8, 2)),
         "weight_scale": ("bfloat16", (8, 1)),

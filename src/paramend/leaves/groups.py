@@ -238,11 +238,18 @@ def _configured(leaves: Named, number: int, methods: set[str]) -> Group | None:
         if spec.dtype in row.dtypes and any(map(_is_weight, stems)):
             return _lone(row, number)
         for companion in row.companions:
-            stems = (stem for text in companion.names if "*" in text and (stem := _stem(text, name)) is not None)
-            for stem in filter(_is_weight, stems):
+            for stem in _weights_of(row, companion, name, spec):
                 if not _beside(leaves.index, number, {template.replace("*", stem) for template in row.payload}):
                     return Group(row, None, {number: companion}, ("payload",))
     return None
+
+
+def _weights_of(row: Scheme, companion: Companion, name: str, spec: Spec) -> list[str]:
+    """The names of the weights that a leaf may be a companion of, "" for the only one of a module."""
+    found = [stem for text in companion.names if "*" in text and (stem := _stem(text, name)) is not None]
+    # A layer may have `scales` of its own, which are of one axis.
+    only = row.alone and name in companion.names and spec.ndim > 1
+    return [*filter(_is_weight, found), *([""] if only else [])]
 
 
 # The dtypes of codes that a configuration tells of.

@@ -62,14 +62,17 @@ FP4 = ("int8", "uint8", "float4_e2m1fn")
 INT8 = ("int8", "int4", "uint4")
 POWERS = ("float8_e8m0fnu", "uint8")
 
-_SCALE = ("*_scale_inv", "*_scales_inv", "*_scale", "*_scales", "*_quantized_scale", "scale_weight", "scale", "scales")
-_ZERO = Companion("zero", ("*_zero_point", "*_zp", "*_quantized_zp"), "zero points", optional=True)
-_INPUT = Companion(
-    "input",
-    ("input_scale", "*_input_scale", "activation_scale", "*_activation_scale", "input_scale_ub", "scale_input"),
-    "the scale of the inputs",
-    optional=True,
+# In names of most libraries, of Mistral's own files, of TensorRT-LLM.
+_SCALE = (
+    *("*_scale_inv", "*_scales_inv", "*_scale", "*_scales", "*_quantized_scale", "scale_weight", "scale", "scales"),
+    *("qscale_weight", "weights_scaling_factor", "per_channel_scale"),
 )
+_INPUTS = (
+    *("input_scale", "*_input_scale", "activation_scale", "*_activation_scale", "input_scale_ub", "scale_input"),
+    *("qscale_act", "activation_scaling_factor", "prequant_scaling_factor"),
+)
+_ZERO = Companion("zero", ("*_zero_point", "*_zp", "*_quantized_zp"), "zero points", optional=True)
+_INPUT = Companion("input", _INPUTS, "the scale of the inputs", optional=True)
 _FORMAT = Companion("format", ("comfy_quant",), "the format, as bytes of JSON", optional=True)
 _FP8 = (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT, _FORMAT)
 _FP8_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp8", "quark")
@@ -262,6 +265,13 @@ SCHEMES: tuple[Scheme, ...] = (
         ("uint8",),
         (Companion("scale", ("weight_scale",), "the scale"),),
         methods=("bitnet",),
+    ),
+    Scheme(
+        "tinygemm",
+        "int4 of tinygemm, as gpt-fast stores it",
+        ("weight",),
+        ("int32", "uint8"),
+        (Companion("scale", ("scales_and_zeros",), "scales and zero points"),),
     ),
     Scheme(
         "torchao",
