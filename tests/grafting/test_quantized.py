@@ -1,5 +1,7 @@
 """Quantised weights in grafts: all leaves together onto the same scheme, or a refusal before anything is read."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -56,6 +58,17 @@ def test_all_leaves_of_a_weight_go_together_as_bytes(who, tmp_path):
         assert not made.raw
         made.save(tmp_path / f"out.{suffix}")
         assert not pm.diff(tmp_path / f"out.{suffix}", there)
+
+
+def test_modules_and_abstract_trees_take_whole_weights():
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    module.weight_scale_inv = torch.nn.Parameter(torch.ones(1, 1), requires_grad=False)
+    codes = torch.full((4, 4), 2.0).to(torch.float8_e4m3fn)
+    pm.graft_(module, {"weight": codes, "weight_scale_inv": torch.full((1, 1), 3.0)})
+    assert module.weight.float().sum() == 32 and module.weight_scale_inv.item() == 3
+    layer = {"kernel": jnp.ones((4, 8), jnp.int8), "scale": jnp.ones(8)}
+    assert pm.graft(jax.eval_shape(lambda: layer), layer)[0]["scale"].tolist() == [1] * 8
 
 
 def test_renamed_leaves_go_together_too():

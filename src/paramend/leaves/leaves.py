@@ -256,6 +256,8 @@ class Editable(Leaves):
 
     def as_stored(self, raw: bool = True) -> Self:
         """The same leaves, taken as they are stored or not."""
+        if self.raw == raw:
+            return self
         again = copy(self)
         again.raw = raw
         return again
