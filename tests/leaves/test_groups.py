@@ -181,6 +181,21 @@ def test_a_shard_whose_scales_are_in_another_is_known_by_the_configuration(confi
     assert groups_of(pm.open(tmp_path / "model-00001-of-00002.safetensors")) == []
 
 
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "modelopt", "gptq", "awq", "bitsandbytes", "mxfp4"])
+def test_a_module_that_was_left_as_it_is_has_no_group_whatever_the_configuration_says(method, tmp_path):
+    layer = (
+        PLAIN["a scale beside floats"]
+        | PLAIN["scales of keys and values"]
+        | PLAIN["a norm"]
+        | PLAIN["ids and counters"]
+    )
+    config = {"quantization_config": {"quant_method": method}}
+    opened = pm.open(
+        write(tmp_path / "m.safetensors", stored({**layer, "lm_head.weight": ("bfloat16", (4, 4))}), config)
+    )
+    assert methods_of(opened.quantization) == {method} and told(opened) == []
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"quantization_config": 3}', '{"quantization_config": {}}', "[" * 9999])
 def test_a_configuration_that_says_nothing_is_no_error(text, tmp_path):
     file = write(tmp_path / "m.safetensors", ONE_SHARD)

@@ -167,6 +167,12 @@ LAYOUTS = {
         "q_groups": ("int16", (2,)),
         "q_invperm": ("int32", (32,)),
     },
+    ("mlc", "MLC"): {"q_weight": ("uint32", (8, 4)), "q_scale": ("float16", (8, 1))},
+    ("uint8", "asymmetric"): {
+        "weight": ("uint8", (8, 4)),
+        "weight_scale": ("float32", (8, 1)),
+        "weight_zero_point": ("uint8", (8, 1)),
+    },
     ("exl3", "ExLlamaV3"): {
         "trellis": ("int16", (1, 1, 64)),
         "suh": ("float16", (16,)),

@@ -239,7 +239,7 @@ def _configured(leaves: Named, number: int, methods: set[str]) -> Group | None:
             return _lone(row, number)
         for companion in row.companions:
             for stem in _weights_of(row, companion, name, spec):
-                if not _beside(leaves.index, number, {template.replace("*", stem) for template in row.payload}):
+                if not _beside(leaves.index, number, {template.replace("*", stem) for template in _PAYLOADS}):
                     return Group(row, None, {number: companion}, ("payload",))
     return None
 
@@ -252,6 +252,8 @@ def _weights_of(row: Scheme, companion: Companion, name: str, spec: Spec) -> lis
     return [*filter(_is_weight, found), *([""] if only else [])]
 
 
+# The names of payloads; where one of them is, with codes or floats, the leaves beside it are known by it.
+_PAYLOADS = {template for row in SCHEMES for template in row.payload}
 # The dtypes of codes that a configuration tells of.
 _CODES = {dtype for row in SCHEMES if row.methods for dtype in row.dtypes}
 

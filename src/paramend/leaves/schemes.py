@@ -259,6 +259,18 @@ SCHEMES: tuple[Scheme, ...] = (
         ("mlx", "metal"),
     ),
     Scheme(
+        "uint8",
+        "uint8, with scales and zero points",
+        ("*",),
+        ("uint8",),
+        (
+            Companion("scale", _SCALE, "the scale, a multiplier"),
+            Companion("zero", (*_ZERO.names, "zero_point", "zero", "zeros"), "zero points"),
+            _INPUT,
+        ),
+        _in_groups,
+    ),
+    Scheme(
         "bitnet",
         "BitNet",
         ("weight",),
@@ -362,6 +374,7 @@ SCHEMES: tuple[Scheme, ...] = (
             Companion("order", ("q_invperm", "q_perm"), "the order of the inputs", optional=True),
         ),
     ),
+    Scheme("mlc", "MLC", ("q_weight",), ("uint32",), (Companion("scale", ("q_scale",), "the scales of the groups"),)),
     Scheme(
         "exl3",
         "EXL3",
