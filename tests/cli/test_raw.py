@@ -127,6 +127,12 @@ def test_a_record_says_that_leaves_were_taken_as_they_are_stored(model):
     assert again[WEIGHT].tobytes() == bytes(256 * 200)
 
 
+def test_a_recipe_that_was_applied_with_raw_is_recorded_so(model):
+    (model.parent / "zero.yaml").write_text(f"version: 1\nsteps: [zero: {WEIGHT}]\n")
+    assert run("apply zero.yaml m.safetensors --raw --record -o out.safetensors").exit_code == 0
+    assert pm.record("out.safetensors").recipe.startswith("version: 1\nraw: true\n")
+
+
 def test_raw_of_one_command_is_not_that_of_the_next(model):
     assert run(f"zero m.safetensors {WEIGHT} --raw --dry-run").exit_code == 0
     assert run(f"zero m.safetensors {WEIGHT} --dry-run").exit_code == 2

@@ -146,6 +146,14 @@ def test_groups_of_modules_of_every_framework():
         pm.at(Model(), "**").zero_()
 
 
+def test_boxes_of_one_value_are_leaves():
+    params = {"fc": {"kernel": {"value": np.ones((4, 8), "int8")}, "scale": {"value": np.ones(8)}}}
+    assert told(Tree(params)) == [("int8", {"fc/kernel/value": "payload", "fc/scale/value": "scale"})]
+    with pytest.raises(pm.errors.Quantized):
+        pm.at(params, "**/kernel/value").zero()
+    assert list(pm.at(params, "fc/**").rename("dense/**")) == ["dense"]
+
+
 def test_a_list_of_one_scale_is_a_scale():
     params = {"kernel": {"qvalue": np.ones((4, 8), "int8"), "scale": [np.ones((1, 8), "float32")]}}
     assert told(Tree(params)) == [("aqt", {"kernel/qvalue": "payload", "kernel/scale/0": "scale"})]

@@ -134,11 +134,13 @@ def _modules(names: Names) -> Iterator[Names]:
 
 
 def _local(names: Names) -> dict[str, int]:
-    """The leaves of a module by name, with those below a name that is a leaf too, and lists of one leaf."""
+    """The leaves of a module by name, with those below a name that is a leaf too, and lists and boxes of one leaf."""
     here = {text_of(label): child for label, child in names.items() if type(child) is int}
     for label, child in names.items():
         if type(child) is dict and (text_of(label) in here or len(child) == 1):
-            here = {**dict(_below(child, text_of(label), 2)), **here}
+            below = dict(_below(child, text_of(label), 2))
+            # Files of Orbax hold the Variables of NNX as boxes with a `value`.
+            here = {**{name.removesuffix(".value"): number for name, number in below.items()}, **here}
     return here
 
 

@@ -162,7 +162,8 @@ class Recipe:
         self._refuse(problems)
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
             alone = not (tree.plan.changed or tree.plan.deleted)
-            found = found.planned(found.plan, self._told() if alone else "").as_stored(tree.raw)
+            told = self._told(raw=self._raw or tree.raw) if alone else ""
+            found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]
 
     def apply_(self, module: AnyTree) -> None:
@@ -197,13 +198,13 @@ class Recipe:
         raw = self._raw or getattr(tree, "raw", False) is True
         return run(self._steps, tree, Donors(self._folder, raw=raw), raw=raw)
 
-    def _told(self) -> str:
+    def _told(self, *, raw: bool) -> str:
         """The recipe as a record stores it: file names without the folders of this machine."""
         steps = self.to_dict()["steps"]
         bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
         for body in bodies:
             body["from"] = Path(body["from"]).name
-        return str(Recipe(steps, raw=self._raw)) if bodies else str(self)
+        return str(Recipe(steps, raw=raw)) if bodies or raw else str(self)
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
         if problems:
