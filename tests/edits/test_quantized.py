@@ -294,3 +294,12 @@ def test_the_codes_of_bitsandbytes_are_refused_in_a_module_that_keeps_their_scal
     weight.quant_state = object()
     with pytest.raises(pm.errors.Unsupported, match="codes of bitsandbytes"):
         pm.at({"weight": weight}, "weight").zero()
+
+
+def test_a_tied_weight_is_refused_under_every_path():
+    codes, scale = torch.ones(4, 4).to(torch.float8_e4m3fn), torch.ones(1, 1)
+    tree = {"embed": {"weight": codes, "weight_scale": scale}, "head": {"tied": codes}}
+    for path in ("embed.weight", "head.tied"):
+        with pytest.raises(Quantized) as caught:
+            pm.at(tree, path).zero()
+        assert caught.value.payload == "embed.weight"

@@ -47,12 +47,12 @@ def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) 
     if getattr(leaves, "raw", False) or not may_hold_groups(leaves):
         return
     chosen = list(numbers)
-    found = _touched(leaves, (twin for number in chosen for twin in _twins(leaves, number)))
+    found = _touched(leaves, _with_twins(leaves, chosen))
     if not found:
         return
-    inside = {twin for group in found for number in group.numbers for twin in _twins(leaves, number)}
+    inside = set(_with_twins(leaves, [number for group in found for number in group.numbers]))
     first = next(number for number in chosen if number in inside)
-    group = next(group for group in found if not set(_twins(leaves, first)).isdisjoint(group.numbers))
+    group = next(group for group in found if not set(_with_twins(leaves, [first])).isdisjoint(group.numbers))
     part = next((each.says.partition(",")[0] for number, each in group.companions.items() if number == first), "")
     raise refusal(
         leaves,
@@ -63,10 +63,10 @@ def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) 
     )
 
 
-def _twins(leaves: Leaves, number: int) -> Sequence[int]:
-    """The numbers of all paths of a leaf."""
-    one = leaves.ties.get(number)
-    return (number,) if one is None else [twin for twin, other in leaves.ties.items() if other == one]
+def _with_twins(leaves: Leaves, numbers: Sequence[int]) -> list[int]:
+    """The numbers, and those of all other paths of the same leaves."""
+    ones = {leaves.ties[number] for number in numbers if number in leaves.ties}
+    return [*numbers, *(twin for twin, one in leaves.ties.items() if one in ones)]
 
 
 def check_whole(leaves: Editable, numbers: Iterable[int]) -> None:
