@@ -7,6 +7,7 @@
     ├── WrongCount         (LookupError)    something matched, but not the demanded number of leaves
     ├── SpecMismatch       (ValueError)     a shape or dtype differs where it must agree
     ├── Unsupported        (TypeError)      this leaf or container cannot take this edit
+    │   └── Quantized                       it is a part of a quantised weight: leave it out, or take it as it is stored
     ├── BadArgument        (ValueError)     an argument that is not a valid choice
     ├── BadRecipe          (ValueError)     fix the recipe; `problems` lists all faults, each with its address
     ├── RenameClash        (ValueError)     two leaves with one path, or an impossible path
@@ -138,6 +139,26 @@ class Unsupported(ParamendError, TypeError):
     """A leaf or a container cannot take this edit."""
 
     code = "unsupported"
+
+
+class Quantized(Unsupported):
+    """A leaf is a part of a quantised weight, and what was asked would take codes for values, or part the group.
+
+    Attributes:
+        scheme: the name of its scheme, such as "fp8-block".
+        payload: the path of the leaf with the codes; "" if it is in another file.
+        companions: the paths of its scales, zero points and tables.
+    """
+
+    code = "quantized"
+
+    def __init__(
+        self, message: str, *, scheme: str, payload: str, companions: Sequence[str] = (), hint: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.scheme = scheme
+        self.payload = payload
+        self.companions = tuple(companions)
 
 
 class BadArgument(ParamendError, ValueError):

@@ -502,3 +502,16 @@ def test_score_files_that_do_not_work(on_disk, source, said):
 def test_the_command_without_targets_or_without_a_file(on_disk):
     assert "no targets" in run("ablate", on_disk / "m.safetensors", "--score", on_disk / "score.py").stderr
     assert run("ablate", on_disk / "m.safetensors", "**", "--score", on_disk / "nope.py").exit_code == 2
+
+
+# ---- quantised weights -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["zero", "mean", "noise", "permuted", lambda x: x])
+def test_targets_of_codes_are_refused_before_the_model_is_scored(how):
+    tree = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16")}, "head": np.ones(2)}
+    with pytest.raises(pm.errors.Quantized, match=r"fc/scales cannot be ablated as 'fc/\*\*'") as caught:
+        pm.ablate(tree, ["head", "fc/**"], lambda tree: 1 / 0, how=how)
+    assert "pm.ablate(..., raw=True)" in caught.value.hint
+    assert pm.ablate(tree, ["head", "fc/**"], lambda tree: float(tree["fc"]["scales"].sum()), raw=True).baseline == 8
+    assert pm.ablate(tree, "head", lambda tree: float(tree["head"].sum())).rows[0].delta == -2

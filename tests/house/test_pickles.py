@@ -247,6 +247,9 @@ def example_errors():
         raised(errors.WrongCount, pm.at, TREE, "a/*", count=3),
         raised(errors.SpecMismatch, pm.at(TREE, "a/bias").set, np.ones(2)),
         raised(errors.Unsupported, pickle.dumps, pm.sel(lambda path, spec: True)),
+        raised(
+            errors.Quantized, pm.at({"qweight": np.zeros((1, 8), "int32"), "scales": np.ones((1, 8))}, "scales").zero
+        ),
         raised(errors.BadArgument, pm.sel, None),
         recipe,
         raised(errors.RenameClash, pm.at(TREE, "a/kernel").rename, "a/bias"),

@@ -7,6 +7,7 @@ import pytest
 
 from paramend import errors
 from paramend.edits.ops import OPS
+from paramend.leaves.schemes import SCHEMES
 from paramend.recipes.verbs import VERBS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -54,11 +55,23 @@ def commands_table() -> str:
     return "\n".join(rows)
 
 
+def schemes_table() -> str:
+    rows = ["| scheme | what it is | the codes | beside them | perhaps too |", "|---|---|---|---|---|"]
+    for row in SCHEMES:
+        cells = [" or ".join(f"`{name}`" for name in row.payload)]
+        for optional in (False, True):
+            found = (each.names for each in row.companions if each.optional == optional)
+            cells.append(", ".join(" or ".join(f"`{name}`" for name in names) for names in found))
+        rows.append(f"| `{row.name}` | {row.says} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 TABLES = {
     "ops": ("reference.md", ops_table),
     "steps": ("reference.md", steps_table),
     "errors": ("reference.md", errors_table),
     "commands": ("cli.md", commands_table),
+    "schemes": ("quantised.md", schemes_table),
 }
 
 

@@ -848,3 +848,35 @@ def test_what_is_wrong_with_a_file_and_with_its_fit_are_listed_together(tmp_path
     assert all(address in done.stderr for address in ("$.steps[0].at", "$.steps[1].fil", "$.steps[2].value"))
     recipe.write_text("version: 1\nsteps:\n  - zero: b\n")
     assert not pm.Recipe.apply_file(recipe, tree)["b"].any()
+
+
+# ---- quantised weights -------------------------------------------------------------------------------------------
+
+QUANTISED = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16"), "bias": np.ones(8)}}
+
+
+def test_steps_on_quantised_weights_are_refused_each_with_its_address():
+    recipe = Recipe(
+        [{"zero": "fc/bias"}, {"zero": "fc/*"}, {"delete": "fc/scales"}, {"cast": {"at": "**", "dtype": "f32"}}]
+    )
+    with pytest.raises(BadRecipe) as caught:
+        recipe.apply(QUANTISED)
+    problems = caught.value.problems
+    assert [problem.address for problem in problems] == ["$.steps[1].at", "$.steps[2].at", "$.steps[3].at"]
+    assert {problem.code for problem in problems} == {"quantized"}
+    assert {problem.hint for problem in problems} == {"raw: true beside steps takes leaves as they are stored"}
+
+
+def test_raw_is_a_key_of_a_recipe():
+    recipe = Recipe.parse("version: 1\nraw: true\nsteps: [zero: fc/qweight, delete: fc/scales]")
+    assert recipe.apply(QUANTISED)["fc"]["qweight"].sum() == 0
+    assert Recipe.parse(str(recipe)) == recipe and Recipe(**recipe.to_dict()) == recipe
+    assert str(recipe).startswith("version: 1\nraw: true\nsteps:")
+    tree = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16")}}
+    with pytest.raises(BadRecipe, match="gptq"):
+        Recipe([{"zero": "**"}]).apply_(tree)
+    assert tree["fc"]["qweight"].sum() == 8
+    Recipe([{"zero": "**"}], raw=True).apply_(tree)
+    assert tree["fc"]["qweight"].sum() == 0
+    with pytest.raises(BadRecipe, match=r"\$\.raw .*raw is true or false"):
+        Recipe.parse("version: 1\nraw: please\nsteps: [zero: w]")

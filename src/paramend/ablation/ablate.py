@@ -10,7 +10,8 @@ from paramend.ablation.methods import How, calls, floating
 from paramend.ablation.report import AblationReport, AblationRow
 from paramend.ablation.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
-from paramend.edits.memory import Memory
+from paramend.edits.memory import Memory, editable
+from paramend.edits.quantized import check_values
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Scalar
@@ -23,6 +24,8 @@ from paramend.trees.lookup import is_torch_module
 T = TypeVar("T")
 Targets: TypeAlias = str | Mapping[str, SelectorLike] | Sequence[SelectorLike]
 
+_RAW = "pm.ablate(..., raw=True) takes leaves as they are stored"
+
 
 def ablate(
     tree: T,
@@ -34,6 +37,7 @@ def ablate(
     seed: int = 0,
     jit: bool | None = None,
     batch: int = 0,
+    raw: bool = False,
     order: int | None = None,
 ) -> AblationReport:
     """The report of the model's score without each target in turn.
@@ -55,6 +59,7 @@ def ablate(
         seed: the seed of "noise" and "permuted".
         jit: whether JAX traces the score, once for the whole sweep. None: only if the leaves are JAX arrays.
         batch: how many targets `vmap` maps a traced score over at once; 0 for one after the other.
+        raw: whether leaves are taken as they are stored. Without it, targets with quantised weights are refused.
         order: deprecated: `order=2` is `pairs=True`.
 
     Returns:
@@ -64,6 +69,7 @@ def ablate(
         NoMatch: a target matches nothing; nothing was scored.
         BadArgument: a target holds no floating leaf, or a star in it matches the numbers of several layers; the score
             does not return one number, or JAX cannot trace it.
+        Quantized: a target holds a leaf of a quantised weight.
         Unsupported: the score changes the module, as batch norms in training mode do.
 
     >>> import numpy as np
@@ -81,11 +87,13 @@ def ablate(
             raise BadArgument(f"order={order!r} is neither 1 nor 2", hint="pairs=True")
         warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
         pairs = order == 2
-    leaves = tree if isinstance(tree, Editable) else Memory(tree)
+    leaves = editable(tree, raw=raw)
     chosen = {name: _chosen(leaves, name, selector) for name, selector in named(leaves, targets).items()}
     stage = _stage(leaves, score, jit, batch)
     groups = [(name,) for name in chosen] + (list(combinations(chosen, 2)) if pairs else [])
     edits: dict[str, Calls] = {name: calls(leaves, numbers, how, seed) for name, numbers in chosen.items()}
+    for name, edited in edits.items():
+        check_values(leaves, edited, f"cannot be ablated as {name!r}", _RAW)
     found = stage.run([{}, *({n: c for name in group for n, c in edits[name].items()} for group in groups)])
     baseline, alone = found[0], dict(zip(chosen, found[1:], strict=False))
     rows = []

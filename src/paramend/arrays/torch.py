@@ -27,6 +27,8 @@ def refusal(x: Any) -> str:
     """Why arithmetic makes no sense, or ""."""
     if x.is_quantized:
         return f"it is quantized ({x.dtype})"
+    if getattr(x, "quant_state", None) is not None:  # Params4bit
+        return "it holds codes of bitsandbytes, and their scales are no leaf"
     return "it is on the meta device and has no values" if x.is_meta else ""
 
 

@@ -57,7 +57,7 @@ def assemble(
             if isinstance(given, tuple) and isinstance(given[0], Checkpoint) and given[0].source is base.source:
                 own.setdefault(given[1], []).append(place)
         ties = ties_of(base.ties, own)
-    return Checkpoint.planned(gathered(base.source, leaves, texts=texts, ties=ties))
+    return base.remade(gathered(base.source, leaves, texts=texts, ties=ties))
 
 
 def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:

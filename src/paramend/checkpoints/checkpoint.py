@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -12,6 +13,7 @@ from paramend.anatomy.blocks import mark_blocks
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
+from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import BadArgument, Unsupported, printable
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
@@ -57,6 +59,7 @@ class Checkpoint(Editable):
         source: what was opened.
         plan: what the edits so far will do; its text is the table of a dry run.
         recipe: the recipe that the plan comes from, as YAML; "" if it does not come from one alone.
+        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights.
 
     >>> import tempfile
     >>> from paramend.checkpoints.whole import save
@@ -69,9 +72,10 @@ class Checkpoint(Editable):
     [1.0, 1.0]
     """
 
-    def __init__(self, source: Source, plan: Plan | None = None, recipe: str = "") -> None:
+    def __init__(self, source: Source, plan: Plan | None = None, recipe: str = "", *, raw: bool = False) -> None:
         self.source = source
         self.recipe = recipe
+        self.raw = raw
         self._plan = plan
 
     @property
@@ -96,6 +100,13 @@ class Checkpoint(Editable):
         """The name of the format in the table of formats."""
         found: str = self.source.format
         return found
+
+    @cached_property
+    def quantization(self) -> Mapping[str, object] | None:
+        """What the configuration beside the weights says of their quantisation; None if it says nothing."""
+        from paramend.checkpoints.quantization import quantization_of  # few checkpoints are edited
+
+        return quantization_of(self.path)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -253,7 +264,12 @@ class Checkpoint(Editable):
 
     def edited(self, calls: Mapping[int, Call]) -> "Checkpoint":
         """The checkpoint with calls on some leaves added to its plan."""
-        return Checkpoint(self.source, self.plan.edited(calls))
+        check_calls(self, calls)
+        return self.planned(self.plan.edited(calls))
+
+    def planned(self, plan: Plan, recipe: str = "") -> "Checkpoint":
+        """The same checkpoint with another plan."""
+        return Checkpoint(self.source, plan, recipe, raw=self.raw)
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
         """Raise: the files of a checkpoint are edited in place by `pm.patch`, which can be undone."""
@@ -270,13 +286,13 @@ class Checkpoint(Editable):
         """The checkpoint with groups of leaves replaced by others."""
         from paramend.checkpoints.gathering import regrouped  # most edits regroup nothing
 
-        return Checkpoint.planned(regrouped(self.plan, groups))
+        check_whole(self, {number for group in groups for number in group.numbers})
+        return self.remade(regrouped(self.plan, groups))
 
-    @classmethod
-    def planned(cls, plan: Plan) -> "Checkpoint":
-        """The checkpoint that a plan makes of its source."""
+    def remade(self, plan: Plan) -> "Checkpoint":
+        """What a plan makes of other leaves, taken like those of this checkpoint."""
         source = cast(Source, plan.leaves)
-        return cls(source, plan if any(map(attrgetter("calls"), plan.rows)) else None)
+        return Checkpoint(source, plan if any(map(attrgetter("calls"), plan.rows)) else None, raw=self.raw)
 
     def labelled(self, labels: Mapping[int, L], rest: L) -> dict[str, L]:
         """A dict from paths to labels."""
@@ -284,14 +300,18 @@ class Checkpoint(Editable):
 
     def deleted(self, numbers: Iterable[int]) -> "Checkpoint":
         """The checkpoint without some leaves."""
-        return Checkpoint(self.source, self.plan.without(numbers))
+        gone = {twin for number in numbers for twin in self.plan.twins(number)}
+        check_whole(self, gone)
+        return self.planned(self.plan.without(gone))
 
     def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
         """The checkpoint with some leaves under other paths, like `structure.move` for trees in memory."""
         from paramend.edits import structure  # most programs rename nothing
 
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
-        return Checkpoint(self.source, self.plan.renamed(structure.moves(self.index, selector, chosen, to)))
+        moved = structure.moves(self.index, selector, chosen, to)
+        check_renamed(self, lambda: moved)
+        return self.planned(self.plan.renamed(moved))
 
     def save(
         self,
@@ -332,13 +352,15 @@ class Checkpoint(Editable):
         )
 
 
-def open(path: str | os.PathLike[str]) -> Checkpoint:
+def open(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
     """A checkpoint, opened: its leaves are read on demand, as copies.
 
     If a patch of yours was cut short, it is taken back first.
 
     Args:
         path: a file or a directory; its format is detected from its content.
+        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights; without it,
+            edits that would take these for values are refused.
 
     Raises:
         CannotRead: there is no such file.
@@ -354,14 +376,14 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     w float32[3]
     """
     recover(path)
-    return checkpoint_at(path)
+    return checkpoint_at(path, raw=raw)
 
 
-def checkpoint_at(path: str | os.PathLike[str]) -> Checkpoint:
+def checkpoint_at(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
     """The same as `open`, without a look at records of patches."""
     source = open_source(path)
     mark_blocks(source, Path(source.path))
-    return Checkpoint(source)
+    return Checkpoint(source, raw=raw)
 
 
 def recover(path: str | os.PathLike[str]) -> None:

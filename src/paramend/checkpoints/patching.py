@@ -116,6 +116,7 @@ def patch(
     edit: Callable[[Checkpoint], Checkpoint],
     *,
     dry_run: bool = False,
+    raw: bool = False,
     progress: Progress | None = None,
 ) -> PatchReport:
     """The report of what was changed: an edit made in the checkpoint's own files, all or nothing, and undoable.
@@ -124,6 +125,7 @@ def patch(
         path: a file, or a folder of shards.
         edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype.
         dry_run: whether to check all that can be known before writing, and write nothing.
+        raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
 
     Raises:
@@ -145,9 +147,9 @@ def patch(
     path = Path(path)
     store = UndoStore.of(path)
     if dry_run or not os.path.lexists(store.base):
-        with open_checkpoint(path) as checkpoint:
+        with open_checkpoint(path, raw=raw) as checkpoint:
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
-    with store.writing(), checkpoint_at(path) as checkpoint:  # what was cut short has been taken back
+    with store.writing(), checkpoint_at(path, raw=raw) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
         return _Patch(store, checkpoint.source, plan, progress).carry_out()
 
@@ -169,6 +171,7 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
         source: the checkpoint that the plan was made for. It reads the new values afterwards.
         plan: only edits that keep shape and dtype.
         dry_run: whether to check all that can be known before writing, and write nothing.
+        raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
 
     Raises:

@@ -13,6 +13,7 @@ from paramend.ablation.methods import METHODS, How
 from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT
+from paramend.cli.opening import raw
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording
@@ -77,7 +78,9 @@ def ablate(
         resolve(spared, leaves)  # each must match something
         chosen = {name: sel(target) & ~spared for name, target in named_targets(leaves, chosen).items()}
     try:
-        report = ablate_tree(tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None)
+        report = ablate_tree(
+            tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None, raw=raw()
+        )
     except ParamendError:
         raise
     except Exception as error:  # the user's score may raise anything

@@ -12,6 +12,7 @@ import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, Chosen, chosen
+from paramend.cli.opening import raw
 from paramend.cli.writing import edit_checkpoint, options
 from paramend.edits.arguments import NUMBER, TEXT, Value
 from paramend.edits.call import Op
@@ -91,7 +92,7 @@ def _donated(
     value = args[name]
     file, leaf = _split(value)
     by = choice.named
-    found = Donors().values(file, leaf, checkpoint, [(number, by) for number in numbers])
+    found = Donors(raw=raw()).values(file, leaf, checkpoint, [(number, by) for number in numbers])
     calls = {number: call(op.name, {**args, name: array}) for number, array in found.items()}
     wrong = list(_refused(checkpoint, calls))
     if wrong:
@@ -141,7 +142,7 @@ def _recipe(name: str, choice: Chosen, args: Args) -> str:
         else:
             body[key] = value
     with suppress(BadRecipe):
-        return str(Recipe([{name: body}]))
+        return str(Recipe([{name: body}], raw=raw()))
     return ""
 
 
@@ -169,7 +170,7 @@ def _command(
 
         def edit(checkpoint: Checkpoint) -> Checkpoint:
             found = edited(checkpoint, choice, choice.numbers(checkpoint), args)
-            return Checkpoint(found.source, found.plan, _recipe(name, choice, args)) if given["record"] else found
+            return found.planned(found.plan, _recipe(name, choice, args)) if given["record"] else found
 
         edit_checkpoint(path, edit, patches=in_place, **given)
 

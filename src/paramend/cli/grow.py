@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.cli.opening import open_checkpoint
 from paramend.cli.writing import makes, write_made
 from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model

@@ -17,6 +17,7 @@ import click
 
 from paramend.cli import _ui
 from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
+from paramend.cli.opening import takes_raw
 from paramend.cli.topics import MEANT, TOPICS
 from paramend.errors import MissingExtra, ParamendError
 from paramend.reports import wording
@@ -32,6 +33,7 @@ class CommandRow:
         says: what it does.
         aliases: its other names.
         also: words that users may look for it by.
+        opens: whether it opens checkpoints, and so takes `--raw`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class CommandRow:
     says: str
     aliases: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    opens: bool = True
 
 
 # Without the edits of values, which `edits()` finds.
@@ -61,12 +64,18 @@ ROWS = (
     CommandRow("insert", "paramend.cli.make", "Write a checkpoint with leaves of another that it lacks."),
     CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
-    CommandRow("undo", "paramend.cli.undo", "Take back the last edit that was made in place."),
-    CommandRow("history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place."),
-    CommandRow("verify", "paramend.cli.undo", "Check a checkpoint against the record that it carries."),
-    CommandRow("demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits."),
-    CommandRow("lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer."),
-    CommandRow("help", "paramend.cli.main", "Show this text, or that of a command."),
+    CommandRow("undo", "paramend.cli.undo", "Take back the last edit that was made in place.", opens=False),
+    CommandRow(
+        "history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place.", opens=False
+    ),
+    CommandRow("verify", "paramend.cli.undo", "Check a checkpoint against the record that it carries.", opens=False),
+    CommandRow(
+        "demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits.", opens=False
+    ),
+    CommandRow(
+        "lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer.", opens=False
+    ),
+    CommandRow("help", "paramend.cli.main", "Show this text, or that of a command.", opens=False),
 )
 
 
@@ -102,11 +111,12 @@ class _Group(click.Group):
         try:
             if row is not None:
                 found: click.Command = getattr(importlib.import_module(row.module), row.name)
-                return found
+                return takes_raw(found) if row.opens else found
             if any(cmd_name in (row.name, *row.aliases) for row in edits()):
                 from paramend.cli.edit import named  # imports the engines
 
-                return named(cmd_name)
+                made = named(cmd_name)
+                return made and takes_raw(made)
         except ImportError as error:
             if isinstance(error, MissingExtra):
                 raise

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import click
 
-from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli.choosing import EXCEPT, chosen
+from paramend.cli.opening import open_checkpoint
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import HTML, RECORD, carry_out, makes, write_made
 from paramend.errors import GraftRefused

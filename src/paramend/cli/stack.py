@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.cli.opening import open_checkpoint
 from paramend.cli.writing import makes, write_made
 from paramend.edits.arguments import SIZES
 from paramend.leaves.specs import Spec

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui, fates
+from paramend.cli.opening import open_checkpoint, raw
 from paramend.edits.plan import Plan
 from paramend.errors import ParamendError
 from paramend.pages.paged import Paged
@@ -211,7 +211,7 @@ def edit_checkpoint(
     if not dry_run:
         _ui.watch(fates.Patched(path))
     with _ui.bar(f"patching {path.name}") as progress:
-        report = patch(path, edit, dry_run=dry_run, progress=progress)
+        report = patch(path, edit, dry_run=dry_run, raw=raw(), progress=progress)
     if as_json:
         _ui.emit(report.to_dict())
     else:

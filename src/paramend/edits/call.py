@@ -42,6 +42,8 @@ class Op:
         aliases: other names for it on the command line.
         also: other words that users may search for.
         moves: for edits that only move elements: (origin, args) → the origin after it, whose bytes are copied.
+        bytewise: whether it moves stored bytes and takes them for no values, so that it is right for the codes and
+            scales of quantised weights, too.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Op:
     aliases: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     moves: Callable[[Origin, Args], Origin] | None = None
+    bytewise: bool = False
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"

@@ -10,6 +10,7 @@ from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.call import Call
 from paramend.edits.damage import Damage, of_call, said
+from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import NoMatch, SpecMismatch, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.overlaps import overlapping
@@ -82,18 +83,22 @@ class Memory(Tree, Editable):
         """The tree without some leaves, under all their paths."""
         from paramend.edits import structure  # rarely needed, and imports take time
 
-        return structure.delete(self, {twin for number in numbers for twin in self.twins(number)})
+        gone = {twin for number in numbers for twin in self.twins(number)}
+        check_whole(self, gone)
+        return structure.delete(self, gone)
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
         """The tree with the leaves that a selector found under new paths."""
         from paramend.edits import structure  # as above
 
+        check_renamed(self, lambda: structure.moves(self.index, selector, set(numbers), to))
         return structure.move(self, selector, tuple(numbers), to)
 
     def regrouped(self, groups: Sequence[Group]) -> Any:
         """The tree with groups of leaves replaced by others."""
         from paramend.edits import structure  # as above
 
+        check_whole(self, {number for group in groups for number in group.numbers})
         return structure.regroup(self, groups)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
@@ -117,6 +122,7 @@ class Memory(Tree, Editable):
             warnings.warn(f"{call}: {said(found)}", ValuesLost, stacklevel=_CALLER)
 
     def _check(self, calls: Mapping[int, Call]) -> None:
+        check_calls(self, calls)
         for number, call in calls.items():
             leaf = self.values[number]
             library = backend(leaf)
@@ -131,16 +137,19 @@ class Memory(Tree, Editable):
         return Site(self.index.pieces(self.ties.get(number, number)), out_first=self.index.separator == ".")
 
 
-def editable(tree: Any) -> Editable:
-    """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory."""
-    if isinstance(tree, Editable):
-        return tree
-    memory = Memory(tree)
-    if not memory.index.numbers:
+def editable(tree: Any, *, raw: bool = False) -> Editable:
+    """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory.
+
+    Args:
+        tree: the checkpoint or the tree.
+        raw: whether leaves are taken as they are stored; a checkpoint that was opened so stays so.
+    """
+    leaves = tree if isinstance(tree, Editable) else Memory(tree)
+    if not isinstance(tree, Editable) and not leaves.index.numbers:
         from paramend.edits.subjects import check_subject  # needed only for errors
 
         check_subject(tree)
-    return memory
+    return leaves.as_stored() if raw else leaves
 
 
 def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:

@@ -9,6 +9,7 @@ from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable, explain
 from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
+from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, read_slice, resolve, sel, slice_of, write_index
@@ -24,9 +25,10 @@ class Selection(Edits[T]):
     in `_` change torch modules and tensors, NNX modules and numpy arrays in place and return None.
     """
 
-    def __init__(self, tree: T, selector: SelectorLike, count: int | None = None) -> None:
+    def __init__(self, tree: T, selector: SelectorLike, count: int | None = None, *, raw: bool = False) -> None:
         self._selector, self._index = slice_of(selector)
-        self._tree = editable(tree)
+        self._tree = editable(tree, raw=raw)
+        self._stays_raw = isinstance(tree, Editable) and tree.raw
         self._numbers = resolve(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
             raise WrongCount(
@@ -75,6 +77,7 @@ class Selection(Edits[T]):
         index = read_slice(index)
         new: Selection[T] = object.__new__(type(self))
         new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
+        new._stays_raw = self._stays_raw
         for number in self._numbers:
             explain(self._tree, number, sliced_shape, self._tree.spec(number).shape, index)
         return new
@@ -140,7 +143,7 @@ class Selection(Edits[T]):
         {'b': array([1.])}
         """
         self._whole("delete")
-        return self._tree.deleted(self._numbers)  # type: ignore[no-any-return]
+        return self._made(self._tree.deleted(self._numbers))
 
     def rename(self, to: str) -> T:
         """The tree with the selected leaves under other paths; the wildcards in `to` take what those of the selector
@@ -159,9 +162,13 @@ class Selection(Edits[T]):
         if not isinstance(cast(object, to), str):
             given = shown(to)
             raise BadArgument(f"rename takes the text of a path, and this is {given}", hint='.rename("layers/<n>/**")')
-        return self._tree.moved(self._selector, self._numbers, to)  # type: ignore[no-any-return]
+        return self._made(self._tree.moved(self._selector, self._numbers, to))
 
     # -- the parts
+
+    def _made(self, made: Any) -> T:
+        """What a verb made; a checkpoint takes its leaves as the given one did."""
+        return made.as_stored(self._stays_raw) if isinstance(made, Editable) else made  # type: ignore[return-value]
 
     def _whole(self, what: str) -> None:
         if self._index is not None:
@@ -176,7 +183,7 @@ class Selection(Edits[T]):
         return dict.fromkeys(self._numbers, Call(op, args, self._index))
 
     def _edit(self, op: Op, args: Args) -> T:
-        return self._tree.edited(self._calls(op, args))  # type: ignore[no-any-return]
+        return self._made(self._tree.edited(self._calls(op, args)))
 
     def _edit_(self, op: Op, args: Args) -> None:
         calls = self._calls(op, args)
@@ -216,7 +223,7 @@ def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
     return [values[path] for path in paths]
 
 
-def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selection[T]:
+def at(tree: T, selector: SelectorLike, *, count: int | None = None, raw: bool = False) -> Selection[T]:
     """The selected leaves of a tree, ready to be read or edited.
 
     Args:
@@ -224,6 +231,8 @@ def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selectio
             modules and state dicts.
         selector: text such as `"**/Dense_[-1]/kernel"`, or anything that `pm.sel` takes.
         count: the number of leaves that must match.
+        raw: whether leaves are taken as they are stored. Without it, verbs that would take the codes and scales of a
+            quantised weight for values are refused.
 
     Raises:
         NoMatch: nothing matches; the message names the nearest paths.
@@ -234,7 +243,7 @@ def at(tree: T, selector: SelectorLike, *, count: int | None = None) -> Selectio
     array([[0., 0.],
            [0., 0.]])
     """
-    return Selection(tree, selector, count)
+    return Selection(tree, selector, count, raw=raw)
 
 
 def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:

@@ -55,8 +55,10 @@ def _edited(target: Checkpoint, taken: Mapping[int, Origin | tuple[Any, int]]) -
     origins = {number: origin_of(*each) if isinstance(each, tuple) else each for number, each in taken.items()}
     operands = Gathered(None, ((labels(str(number)), origin) for number, origin in origins.items()))
     others = {n: call("cast", {"dtype": o.spec.dtype}) for n, o in origins.items() if o.spec != target.spec(n)}
-    target = target.edited(others) if others else target
-    return target.edited({n: call("set", {"value": Stored(operands, at)}) for at, n in enumerate(origins)})
+    made = target.as_stored()  # that its quantised weights stay together was checked
+    made = made.edited(others) if others else made
+    made = made.edited({n: call("set", {"value": Stored(operands, at)}) for at, n in enumerate(origins)})
+    return made.as_stored(target.raw)
 
 
 def _taken(plan: GraftPlan, move: Move) -> Origin | tuple[Any, int]:
@@ -70,7 +72,8 @@ def _taken(plan: GraftPlan, move: Move) -> Origin | tuple[Any, int]:
         overflowed, lost = _damage(plan, move.origin, ours.dtype)
         move.row = replace(move.row, overflowed=overflowed, lost=lost)
         if isinstance(plan.source, Checkpoint):
-            return plan.source.edited({move.origin: call("cast", {"dtype": ours.dtype})}), move.origin
+            cast = call("cast", {"dtype": ours.dtype})
+            return plan.source.as_stored().edited({move.origin: cast}), move.origin
     value_of(plan, move)  # enters in the report what overflows or is lost
     spec = Spec(ours.shape, theirs.dtype if plan.options.dtype == "source" else ours.dtype)
     return Made(spec, lambda: to_numpy(value_of(plan, move)))

@@ -13,6 +13,7 @@ from paramend.grafting import conversions, ways
 from paramend.grafting.numbers import Counted, counts
 from paramend.grafting.options import Options
 from paramend.grafting.plan import KINDS, GraftPlan, Move
+from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.reports import wording
@@ -115,6 +116,7 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
 
     Raises:
         GraftRefused: the source does not fit the target.
+        Quantized: codes of a quantised weight would become values, or values codes.
     """
     for tree, name in ((target, "your model"), (source, "the source")):
         if len(tree.index.numbers) == len(counts(tree)):
@@ -124,6 +126,7 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
                 hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first",
             )
     plan = GraftPlan(target, source, options)
+    check_groups(plan)
     if not plan.cases:
         return plan
     plan, found, hint = ways.out_of(plan)

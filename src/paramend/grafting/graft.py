@@ -38,6 +38,7 @@ def graft(
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
+    raw: bool = False,
 ) -> tuple[T, GraftReport]:
     """The target with the values of the source where their names agree, and a report.
 
@@ -68,6 +69,8 @@ def graft(
         missing: when a target leaf has no source: "fresh" leaves it as it is; "error".
         dtype: when dtypes differ: "target" converts to the target's dtype, and values that overflow or are lost are
             counted; "source" adopts the source's dtype; "error".
+        raw: whether leaves are taken as they are stored. Without it, leaves of a quantised weight go only together,
+            onto one of the same scheme.
 
     Returns:
         A new tree of the target's type, and the report. Leaves that were not grafted are the same objects.
@@ -75,6 +78,7 @@ def graft(
     Raises:
         GraftRefused: the two do not fit, nothing would be copied, or an abstract leaf would get no values; every case
             is listed, and `report` on the error covers every leaf. Nothing was changed.
+        Quantized: codes of a quantised weight would become values, or values codes. Nothing was changed.
 
     >>> small = {"Dense_0": {"kernel": np.ones((2, 2))}, "Dense_1": {"kernel": np.full((2, 1), 5.0)}}
     >>> big = {f"Dense_{i}": {"kernel": np.zeros((2, 1 if i == 2 else 2))} for i in range(3)}
@@ -93,7 +97,7 @@ def graft(
     """
     tree, leaves = engine.leaves_of(target), engine.leaves_of(source)
     leaves = numbered(matched(leaves, tree), tree)
-    options = Options(rename, only, mismatch, place, resize, unused, missing, dtype)
+    options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, raw=raw)
     if isinstance(leaves, Editable) and isinstance(tree, Counted):
         leaves = with_numbers(leaves, tree)
     if isinstance(tree, Counted) and (done := _with_states(tree, leaves, options)) is not None:
@@ -127,6 +131,7 @@ def graft_(
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
+    raw: bool = False,
 ) -> GraftReport:
     """The report of a graft in place: a torch or NNX module, or a tree of numpy arrays, takes values of the source.
 
@@ -143,6 +148,7 @@ def graft_(
         unused: as in `graft`.
         missing: as in `graft`.
         dtype: as in `graft`.
+        raw: as in `graft`.
 
     Raises:
         GraftRefused: the two do not fit; every case is listed. Nothing was changed.
@@ -165,7 +171,7 @@ def graft_(
     leaves = matched(engine.leaves_of(source), tree)
     if isinstance(leaves, Editable):
         leaves = with_numbers(leaves, tree)
-    options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True)
+    options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True, raw=raw)
     if (done := _with_states(tree, leaves, options)) is not None:
         engine.put_in(tree, done.values)
         return done.report

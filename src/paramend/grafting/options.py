@@ -32,6 +32,7 @@ class Options:
     missing: str = "fresh"
     dtype: str = "target"
     in_place: bool = False
+    raw: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -125,7 +126,7 @@ def _code(value: Any) -> str:
     """An option as code."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_code(key)}: {_code(choice)}' for key, choice in value.items())}}}"
-    if value is None or isinstance(value, Resize):
+    if value is None or isinstance(value, Resize | bool):
         return repr(value)
     return quoted(value) if isinstance(value, str) else repr(sel(value))
 

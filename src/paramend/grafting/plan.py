@@ -263,6 +263,13 @@ class GraftPlan:
     def _case(self, kind: str, paths: tuple[str, ...], said: str = "") -> None:
         self.cases.append(Case(kind, paths, said))
 
+    def pairs(self) -> dict[int, int]:
+        """The leaf of the source for each leaf of the target that would change."""
+        kept = {row.path for row in self.rows["mismatched"] if row.did == "kept"}
+        inside = (number for number in self._arrivals if number in self._inside)
+        changing = (number for number in inside if self.target.index.path(number) not in kept)
+        return {number: _unit(self.source, self._arrivals[number][0]) for number in changing}
+
     # -- what becomes of each leaf
 
     def _decide(self, number: int) -> set[int]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 from paramend.anatomy import families
+from paramend.edits import quantized
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, Unsupported
@@ -59,6 +60,7 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
 
     Raises:
         NoMatch: a rule matches nothing.
+        Quantized: a leaf is a part of a quantised weight.
     """
     found: dict[int, Call] = {}
     for text, value in rules.items():
@@ -76,7 +78,19 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
             found[number] = call(value)
     if not found:
         raise NoMatch(f"no leaf of {where} matches the identity rules", hint='identity=["mlp.down_proj.*"]')
+    check_values(leaves, found)
     return found
+
+
+def check_values(leaves: Leaves, numbers: Iterable[int]) -> None:
+    """Refuse to make a layer the identity by leaves of quantised weights.
+
+    Raises:
+        Quantized: there is one among them.
+    """
+    quantized.check_values(
+        leaves, numbers, "cannot be set in an identity layer", "identity=None copies layers as they are"
+    )
 
 
 def call(value: float, index: Any = None) -> Call:

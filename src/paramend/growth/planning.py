@@ -125,12 +125,21 @@ class DepthPlan:
             for source in sorted({self.order.sources[target] for target in self.order.identity}):
                 rules[source] = given
                 if given is None:
-                    family = identities.family_of(modules_of(self._leaves(run, source)), identity, model_type)
+                    family = self._family(run, source, identity, model_type)
                     self.family = family.name
                     rules[source] = families.values(family)
             found.append(rules)
         self.strict = given is not None
         return found
+
+    def _family(self, run: Layers, source: int, identity: str, model_type: str | None) -> families.Family:
+        """The family of a layer; one with quantised weights is of none."""
+        try:
+            return identities.family_of(modules_of(self._leaves(run, source)), identity, model_type)
+        except BadArgument:
+            inside = [n for names in self._names(self.tree.index, run, run.numbers[source]) for n in _all(names)]
+            identities.check_values(self.tree, inside)
+            raise
 
     def _names(self, index: Any, run: Layers, number: int) -> list[Any]:
         return numbered.under(index.names, (*run.parent, run.piece(number)))

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from paramend._optional import imported
 from paramend.arrays.registry import backend
+from paramend.edits.memory import Memory
+from paramend.edits.quantized import check_values
 from paramend.errors import Unsupported
 from paramend.reports import wording
 from paramend.trees.lookup import is_torch_module
@@ -25,6 +27,7 @@ def zero_(layer: Any) -> None:
         layer: a `torch.nn.Module`.
 
     Raises:
+        Quantized: it holds a quantised weight.
         Unsupported: it is not a torch module; a weight is computed from other parameters (weight norm, pruning); or it
             holds no values yet (on the meta device, a lazy layer).
 
@@ -39,6 +42,8 @@ def zero_(layer: Any) -> None:
         raise _no_layer(layer)
     for name, inner in layer.named_modules():
         _refuse_computed(name, inner)
+    held = Memory(layer)
+    check_values(held, held.index.numbers, "cannot become zero")
     parameters = dict(layer.named_parameters())
     for name, parameter in parameters.items():
         why = _refusal(parameter)

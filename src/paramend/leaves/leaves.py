@@ -4,9 +4,10 @@ import gc
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from paramend.leaves.paths import Label, Names, Part, labels, text_of, write_piece
 from paramend.leaves.specs import Spec
@@ -54,6 +55,7 @@ class Index:
         spans: for each container `(type, start, stop)`: its leaves are `numbers[start:stop]`.
         found: earlier matches, by selector.
         layers: path of numbered entries → the first number of those that are no layers; see `mark`.
+        near: which leaves may be one weight together, by their names, from `leaves.groups`; None until it is asked for.
     """
 
     def __init__(self, separator: str = "/") -> None:
@@ -63,11 +65,12 @@ class Index:
         self.spans: list[tuple[type, int, int]] = []
         self.found: dict[Hashable, tuple[int, ...]] = {}
         self.layers: dict[tuple[str, ...], int] = {}
+        self.near: dict[int, tuple[Any, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found out again when it is wanted."""
         kept = ("names", "numbers", "separator", "spans", "layers")
-        return {name: getattr(self, name) for name in kept} | {"found": {}}
+        return {name: getattr(self, name) for name in kept} | {"found": {}, "near": None}
 
     @classmethod
     def of_names(cls, names: Iterable[str], separator: str = ".") -> "Index":
@@ -287,7 +290,20 @@ class Editable(Leaves):
     """Leaves that carry out edits: trees in memory immediately, checkpoints when they are saved.
 
     Methods return an edited copy; the numbers of a checkpoint's leaves stay.
+
+    Attributes:
+        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights.
     """
+
+    raw = False
+
+    def as_stored(self, raw: bool = True) -> Self:
+        """The same leaves, taken as they are stored or not."""
+        if self.raw == raw:
+            return self
+        again = copy(self)
+        again.raw = raw
+        return again
 
     @property
     def patched_by(self) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.edits.quantized import check_values
 from paramend.edits.structure import moves
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular
@@ -25,9 +26,11 @@ class Donors:
 
     Args:
         folder: the folder that relative names start from.
+        raw: whether leaves are taken as they are stored.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] = "") -> None:
+    def __init__(self, folder: str | os.PathLike[str] = "", *, raw: bool = False) -> None:
+        self._raw = raw
         self._folder = Path(folder)
         self._open: dict[Path, Array | Checkpoint] = {}
 
@@ -40,7 +43,7 @@ class Donors:
         """
         path = self._folder / name
         if path not in self._open:
-            self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path)
+            self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
         return self._open[path]
 
     def values(
@@ -70,6 +73,7 @@ class Donors:
         lazy = isinstance(leaves, Checkpoint) and not _share(leaves, donor)
 
         def read(number: int) -> Array | Stored:
+            check_values(donor, [number], f"of {name} is no value to take")
             why = donor.refusal(number)
             if why:
                 raise Unsupported(f"{name}: {donor.index.path(number)} cannot be read: {why}")

@@ -26,6 +26,7 @@ class Recipe:
     Args:
         steps: maps of one key each, as listed in `docs/recipes.md`.
         version: the version of the format; there is one.
+        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights.
 
     Raises:
         BadRecipe: keys or values are wrong; `problems` lists them all, each with its address.
@@ -40,12 +41,13 @@ class Recipe:
       - fill: {at: "**/kernel", value: 0.5}
     """
 
-    def __init__(self, steps: Sequence[Mapping[str, object]], *, version: int = VERSION) -> None:
-        self._read(Document({"version": version, "steps": steps}), "recipe", Path())
+    def __init__(self, steps: Sequence[Mapping[str, object]], *, version: int = VERSION, raw: bool = False) -> None:
+        self._read(Document({"version": version, "raw": raw, "steps": steps}), "recipe", Path())
 
     def _read(self, document: Document, name: str, folder: Path) -> None:
         problems = Problems(document.problems)
         self._steps = parse_steps(document.data, problems)
+        self._raw = isinstance(document.data, Mapping) and document.data.get("raw") is True
         self._name, self._folder, self._lines = name, folder, document.lines
         self._flaws: Sequence[Problem] = problems
         self._refuse(problems)
@@ -77,7 +79,7 @@ class Recipe:
             partial = error.recipe
             if not isinstance(partial, Recipe) or not partial._flaws:
                 raise
-            problems = run(partial._steps, tree, Donors(partial._folder))[1]
+            problems = partial._run(tree)[1]
             every = [*partial._flaws, *problems]
             partial._refuse(sorted(every, key=lambda problem: problem.line or partial._line(problem.address)))
             raise
@@ -156,11 +158,12 @@ class Recipe:
                 f"{str(tree)!r} is a path, not a tree",
                 hint="recipe.apply(pm.open(path)).save(out)",
             )
-        found, problems = run(self._steps, tree, Donors(self._folder))
+        found, problems = self._run(tree)
         self._refuse(problems)
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
             alone = not (tree.plan.changed or tree.plan.deleted)
-            found = Checkpoint(found.source, found.plan, self._told() if alone else "")
+            told = self._told(raw=self._raw or tree.raw) if alone else ""
+            found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]
 
     def apply_(self, module: AnyTree) -> None:
@@ -181,22 +184,27 @@ class Recipe:
             raise Unsupported(
                 "apply_ cannot edit an opened checkpoint in place", hint=module.patched_by.format("recipe.apply(tree)")
             )
-        work, problems = check_in_place(self._steps, module, Donors(self._folder))
+        work, problems = check_in_place(self._steps, module, Donors(self._folder, raw=self._raw), raw=self._raw)
         self._refuse(problems)
         for carry_out in work:
             carry_out()
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as data: `Recipe(**recipe.to_dict())` equals it."""
-        return {"version": VERSION, "steps": [step.to_dict() for step in self._steps]}
+        raw = {"raw": True} if self._raw else {}
+        return {"version": VERSION, **raw, "steps": [step.to_dict() for step in self._steps]}
 
-    def _told(self) -> str:
+    def _run(self, tree: Any) -> tuple[Any, list[Problem]]:
+        raw = self._raw or getattr(tree, "raw", False) is True
+        return run(self._steps, tree, Donors(self._folder, raw=raw), raw=raw)
+
+    def _told(self, *, raw: bool) -> str:
         """The recipe as a record stores it: file names without the folders of this machine."""
         steps = self.to_dict()["steps"]
         bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
         for body in bodies:
             body["from"] = Path(body["from"]).name
-        return str(Recipe(steps)) if bodies else str(self)
+        return str(Recipe(steps, raw=raw)) if bodies or raw else str(self)
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
         if problems:
@@ -213,7 +221,7 @@ class Recipe:
 
     def __str__(self) -> str:
         steps = (f"  - {verb}: {write_scalar(body)}" for step in self._steps for verb, body in step.to_dict().items())
-        return "\n".join([f"version: {VERSION}", "steps:", *steps])
+        return "\n".join([f"version: {VERSION}", *(["raw: true"] if self._raw else []), "steps:", *steps])
 
     def __repr__(self) -> str:
         return f"<{self._name}: {len(self._steps)} step{'' if len(self._steps) == 1 else 's'}>"

@@ -33,13 +33,13 @@ _FOLLOWS_PATHS = re.compile(r"\.((at|except)(\[\d+\])?|where|to|count|from|leaf)
 _FOLLOWS_SPECS = re.compile(rf"\.(at|where|from|{'|'.join({name for op in OPS.values() for name in op.parameters})})$")
 
 
-def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors) -> tuple[Any, list[Problem]]:
+def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors, *, raw: bool) -> tuple[Any, list[Problem]]:
     """The edited tree and all problems; if there are any, the tree has only the steps that could be done."""
     problems = Problems()
     broken: list[_Attempt] = []
     with suppress(Enough), searching(_SECONDS):
         for step in steps:
-            at = _Attempt(step, editable(tree), donors, f"$.steps[{step.number}]")
+            at = _Attempt(step, editable(tree, raw=raw), donors, f"$.steps[{step.number}]")
             found = None
             with suppress(Enough):
                 found = at.carry_out()
@@ -53,12 +53,12 @@ def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors) -> tuple[Any, li
 
 
 def check_in_place(
-    steps: Sequence[RecipeStep], module: Any, donors: Donors
+    steps: Sequence[RecipeStep], module: Any, donors: Donors, *, raw: bool
 ) -> tuple[list[Callable[[], None]], list[Problem]]:
     """The functions that carry out the steps in place, in order, and all problems."""
     problems = Problems()
     work: list[Callable[[], None]] = []
-    leaves: Any = editable(module)
+    leaves: Any = editable(module, raw=raw)
     with suppress(Enough), searching(_SECONDS):
         for step in steps:
             at = _Attempt(step, leaves, donors, f"$.steps[{step.number}]")
@@ -72,14 +72,14 @@ def check_in_place(
             if calls and not at.problems:
                 at.problems.tried(f"{at.address}.at", leaves.check_, calls)
                 # All steps have the same leaves: only values change.
-                work.append(partial(_edit_, module, calls))
+                work.append(partial(_edit_, module, calls, raw=raw))
             for problem in at.problems:
                 problems.append(problem)
     return work, problems
 
 
-def _edit_(module: AnyTree, calls: Mapping[int, Call]) -> None:
-    editable(module).edited_(calls)
+def _edit_(module: AnyTree, calls: Mapping[int, Call], *, raw: bool) -> None:
+    editable(module, raw=raw).edited_(calls)
 
 
 def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:

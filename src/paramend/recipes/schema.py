@@ -17,6 +17,7 @@ def make_schema() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "version": {"const": 1, "description": "the version of the format"},
+            "raw": {"type": "boolean", "description": "whether leaves are taken as they are stored"},
             "steps": {
                 "type": "array",
                 "minItems": 1,

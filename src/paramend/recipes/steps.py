@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
-from paramend.errors import ParamendError, Problem, printable_lines
+from paramend.errors import ParamendError, Problem, Quantized, printable_lines
 from paramend.leaves.nested import is_deep
 from paramend.recipes.text import MAX_LEVELS, MAX_PROBLEMS, below, write_scalar
 from paramend.recipes.verbs import CODE, CONDITIONS, SELECTOR, VERBS, Key, Verb
@@ -17,6 +17,7 @@ from paramend.selectors.selector import Selector, sel
 T = TypeVar("T")
 
 VERSION = 1
+_KEYS = ("version", "raw", "steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class Problems(list[Problem]):
 def problem_of(error: ParamendError, address: str) -> Problem:
     """An error as a problem with an address."""
     tail = printable_lines(f"\n\nhint: {error.hint}") if error.hint else ""
-    return Problem(address, str(error).removesuffix(tail), error.hint, error.code)
+    hint = "raw: true beside steps takes leaves as they are stored" if isinstance(error, Quantized) else error.hint
+    return Problem(address, str(error).removesuffix(tail), hint, error.code)
 
 
 def parse_steps(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
@@ -113,8 +115,10 @@ def _parse(data: Any, problems: Problems) -> tuple[RecipeStep, ...]:
         )
         return ()
     for key in data:
-        if key not in ("version", "steps"):
-            problems.add(below("$", str(key)), f"there is no key {key!r}", _near(str(key), ["version", "steps"]))
+        if key not in _KEYS:
+            problems.add(below("$", str(key)), f"there is no key {key!r}", _near(str(key), _KEYS))
+    if type(data.get("raw", False)) is not bool:
+        problems.add("$.raw", f"raw is true or false, not {_kind(data['raw'])}", "raw: true")
     if "version" not in data:
         problems.add("$", "there is no version", f"version: {VERSION}")
     elif type(data["version"]) is not int or data["version"] != VERSION:

@@ -21,11 +21,10 @@ from paramend.errors import CannotRead
 from paramend.formats.registry import format_for
 from paramend.journal.records import records_beside
 from paramend.journal.store import retiring
+from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
 from paramend.pages.page import Page
 from paramend.pages.paged import Paged
-from paramend.leaves.leaves import keys_of
-from paramend.leaves.nested import unexhausted
 from paramend.piecewise.changes import work_of
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression

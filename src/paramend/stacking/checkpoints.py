@@ -29,7 +29,7 @@ def stacked(tree: Checkpoint, groups: Sequence[Sequence[Member]], axes: Mapping[
         axis = axes[(*first.stack, *first.rest)]
         parts = [_readable(tree, member.number, axis) for member in group]
         places[first.number].append((labels_of(paths[first.number]), join(parts, axis, "stack"), None))
-    return Checkpoint.planned(replaced(tree.plan, places, 'into="stack", a path that is free'))
+    return tree.remade(replaced(tree.plan, places, 'into="stack", a path that is free'))
 
 
 def unstacked(
@@ -58,7 +58,7 @@ def unstacked(
             if layer < depths[member.stack]:
                 taken = _layer(origins[member.number], layer, axes[(*member.stack, *member.rest)])
                 places[firsts[member.stack]].append((labels_of(new[member.number]), taken, None))
-    return Checkpoint.planned(replaced(tree.plan, places, 'into="stack", a path that is free'))
+    return tree.remade(replaced(tree.plan, places, 'into="stack", a path that is free'))
 
 
 def _readable(tree: Checkpoint, number: int, axis: int) -> Origin:

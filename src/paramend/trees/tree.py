@@ -122,6 +122,14 @@ class Tree:
         return self._structure.index
 
     @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """What the configuration of a torch model says of its quantisation; None if it says nothing."""
+        config = getattr(self.root, "config", None) if is_torch_module(self.root) else None
+        found: Any = getattr(config, "quantization_config", None)
+        found = found.to_dict() if hasattr(found, "to_dict") else found
+        return found if isinstance(found, Mapping) else None
+
+    @property
     def ties(self) -> Mapping[int, int]:
         """Leaf number → the first number of the same leaf, for leaves with several paths."""
         if self._ties is None:

@@ -1,0 +1,56 @@
+"""What the configuration beside the weights says of their quantisation."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Files in the order in which they count, and the keys below which they say it; () is the file itself.
+_FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("config.json", ("quantization_config", "compression_config", "quantization")),
+    ("quantize_config.json", ()),
+    ("quant_config.json", ()),
+    ("hf_quant_config.json", ("quantization",)),
+)
+# A configuration is a few kilobytes; larger files are none.
+_MOST = 1 << 24
+
+
+def quantization_of(path: Path) -> Mapping[str, object] | None:
+    """The part of a configuration that tells how weights are quantised, or None. A damaged one tells nothing here.
+
+    Args:
+        path: the checkpoint, a directory or a file in it.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}')
+    >>> quantization_of(folder), quantization_of(folder / "model.safetensors")
+    ({'quant_method': 'fp8'}, {'quant_method': 'fp8'})
+    """
+    folder = path if path.is_dir() else path.parent
+    for name, keys in _FILES:
+        file = folder / name
+        try:
+            if not file.is_file() or file.stat().st_size > _MOST:
+                continue
+            data = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        found = _part(data, keys)
+        if found is not None:
+            return found
+    return None
+
+
+def _part(data: Any, keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """What lies below one of the keys, in the data itself or in the configuration of its text model."""
+    if not isinstance(data, Mapping):
+        return None
+    if not keys:
+        return data
+    for part in (data, data.get("text_config")):
+        for key in keys:
+            if isinstance(part, Mapping) and isinstance(part.get(key), Mapping):
+                return part[key]  # type: ignore[no-any-return]
+    return None
