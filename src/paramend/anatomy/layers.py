@@ -8,8 +8,8 @@ from typing import Any
 
 from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, entry_of, moved
 from paramend.anatomy.moves import Move, check_places
-from paramend.anatomy.schedules import FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
-from paramend.anatomy.sections import BLOCKS, SENSES, counts_of, part_at, sections_of, side_of
+from paramend.anatomy.schedules import COMMON, FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
+from paramend.anatomy.sections import BLOCKS, COUNTS, SENSES, SIDES, counts_of, part_at, sections_of, side_of
 from paramend.errors import BadArgument, Unsupported
 
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
@@ -51,19 +51,16 @@ BOUND: Mapping[str, tuple[str, str]] = {
     "zamba": ("layers share blocks, one after the other", ""),
     "zamba2": ("layers share blocks, one after the other", ""),
 }
-_BLOCK = (
-    r"(?:layer|attn|attention|moe|mlp|expert|sparse|dense|window|cross|global|local|mamba|full|hybrid|linear|sliding"
-    r"|index)"
-)
 # Keys that name layers whose outputs other parts of a model read.
 _FEATURES = ("vision_feature_layer", "feature_layer", "out_indices", "backbone_out_indices", "extract_layers")
 # Numbers that make a period, and those that set the first or the last layers apart, where no schedule reads them.
-_PERIOD = re.compile(
-    rf".*{_BLOCK}.*(?:period|interval|freq|frequency|step|every\w*|pattern|group_size)|every_.*layers?"
-)
-_ENDS = re.compile(
-    r".*(?:first|dense|initial|leading|hash|prefix|last|final|trailing)\w*_layers?|(?:first|last)_k_.*"
-    r"|.*layers?_(?:start|end)(?:_(?:index|idx|id))?|.*(?:start|end)_layers?(?:_(?:index|idx|id))?"
+_PERIOD = re.compile(r"(?:.*_)?(?:period|interval|freq|frequency|step|every\w*|pattern|layer_group_size)")
+_ENDS = re.compile(r".*layers?(?:_(?:start|end|index|idx|id))*|(?:first|last)_k_.*")
+# Words of keys that count or time something else.
+_ELSE = re.compile(
+    r"time|audio|frame|mel|hop|ema|stat|delta|inference|symbol|cache|rope|base|sample|train|save|log|eval|max_|min_|rescale"
+    r"|adapter|decoder|encoder|feat|conv|lstm|residual|pool|proj|vision|text|speech|nextn|mtp|fusion|memory|fov|mask"
+    r"|perceiver|predict|iou|auxiliary|prior|temporal|spatial|query|cross_modal|link|token|insert|quant|head|num_kv|lqe|num_global|_num_"
 )
 
 
@@ -381,7 +378,15 @@ def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
     if kind in SCHEDULES or f"{kind}_text" in SCHEDULES:
         return
     part, n, m = section.part, move.n, len(move.sources)
-    counts = {*counts_of(part, move.where), *BLOCKS, "decoder_sparse_step", "first_k_dense_replace", "num_dense_layers"}
+    counts = {
+        *COUNTS,
+        *SIDES["encoder"],
+        *SIDES["decoder"],
+        *BLOCKS,
+        *COMMON,
+        "num_single_layers",
+        "decoder_sparse_step",
+    }
     for key, value in part.items():
         if key in counts or key in section.done or move.holds(section.place, key):
             continue
@@ -390,7 +395,7 @@ def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
             section.note([layer % period for layer in range(n)])
             if any((target - source) % period for target, source in enumerate(move.sources)):
                 raise _cannot(f"{key}={value!r}", "layers move to places of another kind", {key: value})
-        elif type(value) is int and 0 < value < n and _ENDS.fullmatch(key):
+        elif type(value) is int and 0 < value < n and _ENDS.fullmatch(key) and not _ELSE.search(key):
             last = re.search("last|final|trailing", key) is not None
             before = [n - layer <= value if last else layer < value for layer in range(n)]
             section.note(before)
@@ -410,7 +415,7 @@ def _refuse_last(section: Section, kind: str) -> None:
 
 def _period(key: str, value: Any, n: int) -> int:
     """The period that a key may tell; 0 if it tells none."""
-    if not _PERIOD.fullmatch(key) or key in OTHERS or key in LISTS or key in CYCLES:
+    if not _PERIOD.fullmatch(key) or _ELSE.search(key) or key in OTHERS or key in LISTS or key in CYCLES:
         return 0
     if type(value) is int:
         return value if 1 < value <= n else 0
