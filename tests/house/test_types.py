@@ -107,7 +107,7 @@ ALLOWED = {
     r"graft_?\.(mismatch|place|resize)": KEYS,
     r"resize\.Resize\.options": "the keywords of the rule that made it, each of its own type",
     r"errors\.GraftRefused\.__init__\.(report|ways)": "errors lie below reports and options, and name neither",
-    r"(graft_optimizer_\.optimizer|(graft|carry)_optimizer_\.old)": "`nnx.Optimizer` is generic in the model, which does not matter here",
+    r"(graft_optimizer_\.optimizer|(graft|carry)_optimizer_\.old)": "`nnx.Optimizer` is generic in the model, which is nothing here",
     r"nnx_filter\.model": "`nnx.State` is generic in keys and values, which do not matter here",
 }
 
