@@ -121,7 +121,8 @@ def test_a_hint_never_offers_far_more_than_was_typed():
         "model.lm_head.weight",
         "lm_head.*",
         "lm_head.**",
-        "head.weight",
+        "hd.weight",
+        "weight",
     ):
         with pytest.raises(NoMatch) as caught:
             pm.at(llama, text)

@@ -108,11 +108,14 @@ class _Search:
             return False
 
     def is_wider(self, segments: Segments, typed: Segments) -> bool:
-        """Whether the segments name several leaves, because a key that was typed gave way to a wildcard.
+        """Whether the segments name several leaves, because a key that was typed gave way to a wildcard; or most of a
+        tree, where one leaf was typed.
 
         The few leaves beside one that does not exist are no risk.
         """
         count = len(self.reach(segments)[0])
+        if count > _MOST_BESIDE and not any(map(_is_many, typed)) and 2 * count > len(self.reach((AnyPieces(),))[0]):
+            return True
         if count < 2 or _named(segments) >= _named(typed) or not any(map(_is_wild, segments)):
             return False
         return count > _MOST_BESIDE or segments[:-1] != typed[:-1] or not segments[:-1]
@@ -155,6 +158,13 @@ class _Search:
 
 def _is_wild(segment: Segment) -> bool:
     return isinstance(segment, AnyPieces) or segment == Piece((Star(),))
+
+
+def _is_many(segment: Segment) -> bool:
+    """Whether a segment may name several keys."""
+    return not isinstance(segment, Quoted) and segment != Piece(
+        tuple(atom for atom in getattr(segment, "atoms", ()) if isinstance(atom, Literal))
+    )
 
 
 def _named(segments: Segments) -> int:
