@@ -7,11 +7,9 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 
 import contextlib
 import errno
-import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,13 @@ from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
+from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Extent, Sealed, Source
-from paramend.journal.exchange import STAGED, check_replaceable, exchange
+from paramend.journal.exchange import STAGED, NewFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
@@ -293,14 +292,12 @@ class _Patch:
             states = target.states()
             self._check_room(target.ranges, states)
             _allocate(descriptors, target.ranges)
-            modes = (os.fstat(descriptor).st_mode for descriptor in descriptors)
-            mode = reduce(operator.and_, modes, 0o666)  # only those who may read all files may read the record
-            path = self.store.next_path()
-            with contextlib.closing(Writer(path, mode)) as writer:
+            access = access_of(map(os.fstat, descriptors))  # who may read all files may read the record
+            with contextlib.closing(Writer(self.store.next_path(), access)) as writer:
                 try:
                     self._record_and_write(writer, target, states, followers)
                 except BaseException as error:
-                    self.store.take_back(path, error)
+                    self.store.take_back(writer, target, error)
                     raise
             return target.ranges.nbytes, writer
 
@@ -310,7 +307,7 @@ class _Patch:
         meter = Meter(self.progress, target.ranges.nbytes + sum(each.steps for each in self.work))
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
         names = [self.store.name_of(file) for file in target.files]
-        writer.frame(b"HEAD", new_head(self.edits, names).to_bytes())
+        writer.head(new_head(self.edits, names))
         writer.files(states)
         writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
         writer.become(PENDING)
@@ -325,6 +322,7 @@ class _Patch:
         after = b"".join(target.digests(len(self.work)))  # while the disk writes
         target.sync()
         writer.frame(b"DONE", after)
+        target.check_named("the patch was taken back in the file that was there")
         writer.become(DONE)
 
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
@@ -363,22 +361,23 @@ class _Patch:
         self._check_chunks()
         base, path = self.store.base, self.store.next_path()
         staged = path.with_suffix(f".{STAGED}")
-        staged.mkdir()
-        writer: Writer | None = None
+        staged.mkdir(PRIVATE)
         try:
             nbytes = sum(nbytes_of(self.source, each) for each in self.work)
             restage(self.source, self.work, staged, Meter(self.progress, nbytes))
             check_still(self.source.stats)
-            writer = Writer(path, 0o666 & base.stat().st_mode)
-            return exchange(base, staged, writer, self.edits), writer
-        except BaseException as error:
-            self.store.take_back(path, error)
-            raise
+            new = NewFiles(base, staged)
+            with contextlib.closing(Writer(path, new.access)) as writer:
+                try:
+                    return new.exchange(writer, self.edits), writer
+                except BaseException as error:
+                    self.store.take_back(writer, None, error)
+                    raise
         finally:
-            if writer is not None:
-                writer.close()
-            _remove(staged)
-            self.source.forget()
+            with contextlib.suppress(OSError):
+                _remove(staged)
+            with contextlib.suppress(OSError):
+                self.source.forget()
 
     def _check_chunks(self) -> None:
         source = self.source

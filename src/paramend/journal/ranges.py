@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from paramend.disk.io import get, get_into
+from paramend.errors import Busy
 
 Array = np.ndarray[Any, Any]
 
@@ -132,6 +133,27 @@ class OpenRanges:
         return all(
             get(self.descriptors[file], start, len(data), self.files[file]) == data for _, file, start, data in pieces
         )
+
+    def check_named(self, become: str) -> None:
+        """Check that the files still have their names.
+
+        Args:
+            become: what became of the files that were opened.
+
+        Raises:
+            Busy: another program put another file there, or removed or renamed it.
+        """
+        for file, descriptor in zip(self.files, self.descriptors, strict=True):
+            try:
+                same = os.path.samestat(os.fstat(descriptor), file.lstat())
+            except OSError:
+                same = False
+            if not same:
+                raise Busy(
+                    f"{file}: another program replaced, renamed or removed it meanwhile; {become}, and what has the "
+                    "name now was left alone",
+                    hint="try again",
+                )
 
     def sync(self) -> None:
         """Make what was written durable."""

@@ -10,11 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from paramend.disk.copying import WriteBack
-from paramend.disk.io import get_into, put
+from paramend.disk.io import get_into, put, release
+from paramend.disk.permissions import Access, create_file
 from paramend.disk.publishing import sync_folder
 from paramend.journal import claims
 from paramend.journal.ranges import BUFFER, Ranges, State
-from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, seal_text, states_text
+from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Record, seal_text, states_text
 
 
 def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
@@ -34,20 +35,28 @@ class Descriptors(Protocol):
 class Writer:
     """A record that is being written. Creating it creates the file."""
 
-    def __init__(self, path: Path, mode: int) -> None:
+    def __init__(self, path: Path, access: Access) -> None:
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(path, flags, mode)
+        self._descriptor = create_file(path, access.within(0o666))
         self.nbytes = 0
+        self.begun = False  # whether bytes of the checkpoint may have changed
         self._digests: list[bytes] = []
         self._back = WriteBack(self._descriptor)
-        self._put(MAGIC)
 
     def close(self) -> None:
         """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            release(descriptor)
+
+    def read(self, path: Path) -> Record:
+        """The record so far, which has this name, or none."""
+        return Record(path, self._descriptor)
+
+    def head(self, head: Head) -> None:
+        """Begin with what is done."""
+        self._put(MAGIC)
+        self.frame(b"HEAD", head.to_bytes())
 
     def frame(self, kind: bytes, payload: bytes) -> None:
         """Add a short frame."""
@@ -94,6 +103,7 @@ class Writer:
         self.path.rename(new)
         self.path = new
         sync_folder(new.parent)
+        self.begun = True
 
     def sync(self) -> None:
         """Make all that was written durable."""

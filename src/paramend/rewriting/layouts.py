@@ -12,7 +12,7 @@ from paramend.formats.registry import DEFAULT, FOREIGN_SUFFIXES, Format, format_
 from paramend.formats.shards import Shards
 from paramend.reports import wording
 from paramend.rewriting.copies import edited_file, overlays
-from paramend.rewriting.files import File, base_of, fresh_file, mode_of, nbytes_of, ordered, text_file
+from paramend.rewriting.files import File, base_of, fresh_file, nbytes_of, ordered, text_file
 from paramend.rewriting.folders import own_files, tree_within
 from paramend.rewriting.shards import largest, new_shards, parse_size, same_shards
 from paramend.rewriting.sidecars import sidecars
@@ -175,5 +175,5 @@ def _fresh(made: Plan, source: Any, wish: _Wish, limit: int | None) -> Layout:
     if isinstance(made.leaves, Gathered):
         texts = made.leaves.texts
         beside = [file for file in beside if file.name not in texts]
-        beside += [text_file(name, text, mode_of(source)) for name, text in texts.items()]
+        beside += [text_file(name, text) for name, text in texts.items()]
     return Layout((*files, *beside), True, wish.format, (*lost, *left_out))

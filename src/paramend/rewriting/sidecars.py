@@ -51,7 +51,7 @@ def _collect(folder: Path, name: str, files: list[File], left_out: list[str]) ->
                 _collect(folder, f"{name}/{inner.name}", files, left_out)
     elif stat.S_ISREG(status.st_mode):
         copy = (Copy(path, 0, status.st_size),) if status.st_size else ()
-        files.append(File(name, status.st_size, stat.S_IMODE(status.st_mode), copy, path))
+        files.append(File(name, status.st_size, copy, path))
     else:
         left_out.append(f"{name} (not a regular file)")
 
