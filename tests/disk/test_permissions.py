@@ -8,9 +8,12 @@ import stat
 import numpy as np
 import pytest
 import safetensors.numpy
+from click.testing import CliRunner
 
 import paramend as pm
+from paramend.cli.main import cli
 from paramend.disk.permissions import NEW_FILE, access_of, create_file, reach, settle
+from paramend.errors import CannotWrite
 from paramend.journal.store import UndoStore
 from paramend.rewriting.provenance import FILE
 
@@ -332,3 +335,55 @@ def test_what_a_folder_leaves_to_its_files():
     found = [reach(os.stat_result([given, *[0] * 9])) for given in (0o755, 0o700, 0o750, 0o711, 0o744)]
     assert found == [0o777, 0o700, 0o770, 0o777, 0o700]
     assert NEW_FILE.here(os.stat_result([0o100600, *[0] * 9])).mode == 0o600
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_is_as_private_as_what_it_tells_of(tmp_path):
+    a, b, page = write(tmp_path / "a.safetensors"), write(tmp_path / "b.npz"), tmp_path / "page.html"
+    pm.diff(a, b).to_html(page)
+    assert mode(page) == 0o644
+    page.unlink()
+    b.chmod(0o640)
+    pm.diff(a, b).to_html(page)
+    assert mode(page) == 0o640
+    page.chmod(0o600)
+    pm.stats(tree()).to_html(page)  # which tells of no file
+    assert mode(page) == 0o600
+    page.unlink()
+    pm.stats(tree()).to_html(page)
+    assert mode(page) == 0o644
+    pm.stats(folder(tmp_path / "x", {}, own=0o700)).to_html(tmp_path / "other.html")
+    assert mode(tmp_path / "other.html") == 0o600
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["diff", "a.safetensors", "b.npz"],
+        ["graft", "b.npz", "--into", "a.safetensors", "--dry-run"],
+        ["graft", "b.npz", "--into", "a.safetensors", "-o", "out.safetensors"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+)
+def test_a_page_of_the_command_line_too(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.safetensors")
+    write(tmp_path / "b.npz").chmod(0o600)
+    CliRunner().invoke(cli, [*arguments, "--html", "page.html"])
+    assert mode(tmp_path / "page.html") == 0o600
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    pm.stats(tree()).to_html(page)
+    before = page.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(CannotWrite, match="the disk is full; nothing was written"):
+        pm.stats({"c": np.ones(3)}).to_html(page)
+    assert page.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["page.html"]

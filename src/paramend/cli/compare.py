@@ -40,7 +40,7 @@ def diff(
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
         order: Sort = "path" if sort == "path" else "change"
         report = diff_of(a, b, selector, only=only, sort=order, histograms=html is not None, progress=progress)
-    _ui.tell(report, page=html, as_json=as_json)
+    _ui.tell(report, a, b, page=html, as_json=as_json)
     holds = not report if only is None else not report.unexpected and (bool(report) or allow_noop)
     if not holds:
         raise SystemExit(1)

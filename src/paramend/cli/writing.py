@@ -11,6 +11,7 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
 from paramend.edits.plan import Plan
 from paramend.pages.paged import Paged
+from paramend.rewriting.files import sources
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
@@ -62,6 +63,7 @@ def carry_out(
         data |= report.to_dict() if as_json else {}
         done = report.summary
     if page is not None and told is not None:
+        told.tells_of(path, *(Path(file) for source in sources(made) for file in source.stats))
         told.to_html(page)
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))

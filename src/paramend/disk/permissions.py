@@ -3,7 +3,7 @@
 import contextlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +80,30 @@ def of_folder(files: Access) -> Access:
 def reach(folder: os.stat_result) -> int:
     """The bits that the permissions of a folder leave to the files in it."""
     return sum(0o7 << shift for shift in (0, 3, 6) if folder.st_mode >> shift & 1)
+
+
+def files_in(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The regular files of a checkpoint that is a folder, without its undo records."""
+    for place, inside, names in os.walk(folder):
+        inside[:] = [name for name in inside if name != ".undo"]
+        for name in names:
+            path = Path(place, name)
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                yield path, status
+
+
+def access_of_paths(paths: Iterable[Path]) -> Access:
+    """The access of what tells of checkpoints, files or folders: what all of them allow."""
+    found: list[os.stat_result] = []
+    mode = _ALL
+    for path in paths:
+        if path.is_dir():
+            mode &= reach(path.stat())
+            found += [status for _, status in files_in(path)]
+        elif path.exists():
+            found.append(path.stat())
+    return access_of(found).within(mode & 0o666)
 
 
 def create_file(path: Path, access: Access) -> int:

@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paramend.disk.failures import reason
 from paramend.disk.io import write_file
+from paramend.disk.permissions import NEW_FILE, Access, access_of, access_of_paths
+from paramend.disk.publishing import published, sync_file
 from paramend.errors import CannotWrite
 from paramend.pages.page import Page
 from paramend.reports.report import Report
@@ -18,6 +21,12 @@ _DOCTYPE = b"<!doctype html"
 class Paged(Report):
     """A report that can be shown as a page."""
 
+    _access: Access = NEW_FILE
+
+    def tells_of(self, *paths: Path) -> None:
+        """Note the checkpoints that were read: a page of the report is as private as they are."""
+        object.__setattr__(self, "_access", access_of_paths(paths))
+
     def page(self) -> Page:
         """The contents of the page."""
         raise NotImplementedError
@@ -26,14 +35,16 @@ class Paged(Report):
         """The text of the report as one HTML file that needs no network.
 
         Args:
-            path: where to write it, if given. An existing page is replaced; any other file is not.
+            path: where to write it, if given. An existing page is replaced, in one step; any other file is not. It is
+                as private as the page that it replaces, and as the files that the report tells of, where these are
+                known.
 
         Raises:
             CannotWrite: something else is there, or there is no such folder.
         """
         text = self.page().html()
         if path is not None:
-            _write(Path(path), text)
+            _write(Path(path), text, self._access)
         return text
 
     def plot(self) -> "Figure":
@@ -50,14 +61,17 @@ class Paged(Report):
         return self.page().notebook()
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, access: Access) -> None:
     try:
         if path.exists():
             with path.open("rb") as file:
                 if file.read(len(_DOCTYPE)).lower() != _DOCTYPE:
                     raise CannotWrite(f"{path} already exists and is not an HTML page", hint=f"{path}.html")
-        write_file(path, text.encode())
+            access = access_of([], path.stat(), new=access)
+        with published(path.resolve(), force=True, access=access) as temporary:
+            write_file(temporary, text.encode())
+            sync_file(temporary)
     except OSError as error:
         if isinstance(error, CannotWrite):
             raise
-        raise CannotWrite(f"{path}: {error.strerror or error}") from None
+        raise CannotWrite(f"{path}: {reason(error)}") from None

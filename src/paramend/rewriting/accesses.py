@@ -1,13 +1,12 @@
 """`Accesses`: who may do what with each file of an output: what all that it is made from, or replaces, allows."""
 
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.permissions import NEW_FILE, NEW_FOLDER, PRIVATE, Access, access_of, of_folder, reach
+from paramend.disk.permissions import NEW_FILE, NEW_FOLDER, PRIVATE, Access, access_of, files_in, of_folder, reach
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import SUFFIXES
@@ -44,7 +43,7 @@ class Accesses:
         for found in self._read.values():
             self._all |= found
         self._home = _home(base_of(made)) if folder else None
-        self._old = {path.relative_to(out).as_posix(): status for path, status in _walked(out)} if folder else {}
+        self._old = {path.relative_to(out).as_posix(): status for path, status in files_in(out)} if folder else {}
 
     def of_file(self, file: File) -> Access:
         """The access of a file."""
@@ -130,18 +129,8 @@ def _home(source: Any) -> Path | None:
 def _files(source: Any, home: Path | None) -> _Found:
     """The files of a checkpoint, each as it is now."""
     if home is not None and isinstance(source, Chunked):
-        return dict(_walked(home))
+        return dict(files_in(home))
     return {path: _status(path) or then for path, then in getattr(source, "stats", {}).items()}
-
-
-def _walked(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for place, inside, names in os.walk(folder):
-        inside[:] = [name for name in inside if name != ".undo"]
-        for name in names:
-            path = Path(place, name)
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                yield path, status
 
 
 def _status(path: Path) -> os.stat_result | None:
