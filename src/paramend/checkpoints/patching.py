@@ -33,7 +33,8 @@ from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer, new_head
-from paramend.piecewise.changes import Work, change, work_of
+from paramend.leaves.leaves import uncollected
+from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
@@ -191,6 +192,7 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
 # ---- what can be patched -----------------------------------------------------------------------------------
 
 
+@uncollected()
 def check_patch(source: Source, plan: Plan) -> list[Work]:
     """What would be written where, if the plan can be carried out in place.
 
@@ -202,6 +204,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         hint = f"paramend delete {name} '{row.path}' -o OUT"
         raise Unsupported(f"{name}: only values can change in place, and {row.path} would be deleted", hint=hint)
     work = []
+    works, chunked = Works(), isinstance(source, Chunked)
     done: set[int] = set()
     for row in plan.changed:
         if row.was:
@@ -215,7 +218,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         why = source.refusal(row.source)
         if why:
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
-        extent = laid_flat(source, row) if isinstance(source, Chunked) else source.extent(row.source)
+        extent = laid_flat(source, row) if chunked else source.extent(row.source)
         if extent is None:
             raise Unsupported(
                 f"{row.path}: its bytes are not contiguous in {name}, so they cannot be changed in place",
@@ -223,10 +226,10 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
             )
         one = source.ties.get(row.source, row.source)
         if extent.nbytes and one not in done:  # a leaf with several names has a row for each
-            found = work_of(row, extent)
+            found = works.of(row, extent)
             work += [found] if len(found.ranges) else []  # an empty slice writes nothing
         done.add(one)
-    if not isinstance(source, Chunked):
+    if not chunked:
         _check_apart(work)
     return work
 
@@ -312,8 +315,7 @@ class _Patch:
         writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
         writer.become(PENDING)
         # Up to here no byte of the checkpoint has changed; from here on the record can restore them.
-        for each in self.work:
-            change(descriptors[each.extent.path], self.source, each, meter)
+        change_all(descriptors, self.source, self.work, meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
@@ -328,11 +330,10 @@ class _Patch:
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
         """All ranges that will be written: those of each leaf, then checksums and the like."""
         places = {file: n for n, file in enumerate(self.files)}
-        parts = []
-        for row, each in enumerate(self.work):
-            part = np.empty((len(each.ranges), 4), np.int64)
-            part[:, 0], part[:, 1], part[:, 2:] = row, places[each.extent.path], each.ranges
-            parts.append(part)
+        counts = [len(each.ranges) for each in self.work]
+        rows = np.repeat(np.arange(len(counts)), counts)
+        files = np.repeat([places[each.extent.path] for each in self.work], counts)
+        parts = [np.column_stack([rows, files, np.concatenate([each.ranges for each in self.work])])]
         for file, extents in followers:
             found = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
             parts.append(np.array(found, np.int64).reshape(-1, 4))

@@ -22,7 +22,7 @@ from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
 from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
-from paramend.journal.ranges import BUFFER, Ranges, State, checksum
+from paramend.journal.ranges import BUFFER, Ranges, State, checksum, checksums
 from paramend.journal.records import DONE, PENDING, Record
 from paramend.journal.writer import Writer, new_head
 from paramend.reports.progress import Meter
@@ -161,9 +161,9 @@ class WholeFiles:
         new, old, now = record.after, _old_digests(record), self.digests()
         wanted = {n for n in range(len(self.names)) if now[n] != old[n] and (force or now[n] == new[n])}
         scratch = record.path.with_suffix(f".{BACK}")
-        for n, pieces in groupby(record.old_bytes(), key=lambda piece: piece[1]):
+        for n, batches in groupby(record.old_bytes(), key=lambda batch: batch[0]):
             if n in wanted:
-                _write_file(scratch, (data for _, _, _, data in pieces))
+                _write_file(scratch, (data for _, _, data in batches))
                 meter.advance(record.states[n].size)
                 self._take_place(scratch, self.names[n])
         for n in sorted(wanted):
@@ -317,11 +317,11 @@ def _digest_of(path: Path) -> bytes:
 
 def _old_digests(record: Record) -> list[bytes]:
     found = [_ABSENT if state.size < 0 else hashlib.sha256() for state in record.states]
-    for _, file, _, data in record.old_bytes():
+    for file, lines, data in record.old_bytes():
         digest = found[file]
         if isinstance(digest, bytes):
             raise record.damaged("it holds bytes of a file that did not exist")
-        digest.update(checksum(data))
+        digest.update(checksums(lines, data))
     return [digest if isinstance(digest, bytes) else digest.digest() for digest in found]
 
 

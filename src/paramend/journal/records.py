@@ -56,7 +56,7 @@ from paramend.disk.io import get, get_into, put, release
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.journal import claims
-from paramend.journal.ranges import BUFFER, Ranges, State
+from paramend.journal.ranges import BUFFER, Array, Ranges, State
 
 MAGIC = b"PMUNDO1\n"
 PARTIAL, PENDING, DONE = "partial", "pending", "done"
@@ -241,20 +241,20 @@ class Record:
         frame = self._frames[2]
         digest = hashlib.sha256(get(self._descriptor, frame.start - FRAME.size, FRAME.size + COUNT.size, self.path))
         digest.update(np.ascontiguousarray(self.ranges.table).reshape(-1).view(np.uint8).data)
-        for _, _, _, data in self.old_bytes():
+        for _, _, data in self.old_bytes():
             digest.update(data)
         if digest.digest() != self._digest_of(frame):
             raise self.damaged("the old bytes do not match their checksum")
 
-    def old_bytes(self) -> Iterator[tuple[int, int, int, memoryview]]:
-        """(row, file, start, bytes) of each piece; all pieces share one buffer."""
+    def old_bytes(self) -> Iterator[tuple[int, Array, memoryview]]:
+        """(file, lines of the table, bytes) of each batch; all batches share one buffer."""
         at = self._frames[2].start + COUNT.size + self.ranges.table.nbytes
         buffer = memoryview(bytearray(BUFFER))
-        for row, file, start, stop in self.ranges.pieces():
-            view = buffer[: stop - start]
+        for file, lines in self.ranges.batches():
+            view = buffer[: int((lines[:, 3] - lines[:, 2]).sum())]
             get_into(view, self._descriptor, at, self.path)
-            yield row, file, start, view
-            at += stop - start
+            yield file, lines, view
+            at += len(view)
 
     @cached_property
     def after(self) -> list[bytes]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paramend.disk.failures import explained, reason
-from paramend.disk.io import put
 from paramend.disk.locks import opened
 from paramend.disk.publishing import sync_folder
+from paramend.disk.scattered import scatter
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 from paramend.journal.exchange import WholeFiles
 from paramend.journal.ranges import OpenRanges, State
@@ -147,8 +147,8 @@ class Rollback:
         meter = Meter(self.progress, self.record.ranges.nbytes)
         if isinstance(target, WholeFiles):
             return target.put_back(self.record, meter, force=self.force)
-        for _, file, start, data in self.record.old_bytes():
-            put(target.descriptors[file], data, start)
+        for file, lines, data in self.record.old_bytes():
+            scatter(target.descriptors[file], lines[:, 2:], data, target.files[file], lines[:, 0])
             meter.advance(len(data))
         target.sync()
         return []

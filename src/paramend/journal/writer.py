@@ -10,11 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from paramend.disk.copying import WriteBack
-from paramend.disk.io import get_into, put, release
+from paramend.disk.io import put, release
 from paramend.disk.permissions import Access, create_file
 from paramend.disk.publishing import sync_folder
+from paramend.disk.scattered import gather
 from paramend.journal import claims
-from paramend.journal.ranges import BUFFER, Ranges, State
+from paramend.journal.ranges import Ranges, State
 from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Record, seal_text, states_text
 
 
@@ -79,19 +80,11 @@ class Writer:
         digest.update(rows)
         self._put(head)
         self._put(rows)
-        # Thousands of short ranges are gathered into few writes.
-        buffer, filled = memoryview(bytearray(BUFFER)), 0
-        for _, file, start, stop in ranges.pieces():
-            count = stop - start
-            if filled + count > BUFFER:
-                self._put(buffer[:filled])
-                filled = 0
-            piece = buffer[filled : filled + count]
-            get_into(piece, descriptors[file], start, names[file])
-            digest.update(piece)
-            filled += count
-            meter(count)
-        self._put(buffer[:filled])
+        for file, lines in ranges.batches():
+            data = gather(descriptors[file], lines[:, 2:], names[file])
+            digest.update(data)
+            self._put(data)
+            meter(len(data))
         self._end(digest)
 
     def become(self, state: str) -> None:

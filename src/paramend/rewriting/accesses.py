@@ -45,13 +45,33 @@ class Accesses:
         self._home = _home(base_of(made)) if folder else None
         self._old = {path.relative_to(out).as_posix(): status for path, status in files_in(out)} if folder else {}
 
+    @property
+    def read(self) -> _Found:
+        """The files that are read, each as it was when this was made."""
+        return self._all
+
+    def read_by(self, row: Row) -> set[Path]:
+        """The files that a leaf is computed from."""
+        found: set[Path] = set()
+        for source, number in [
+            (self._made.leaves, row.source),
+            *((each.source, each.number) for each in operands(row)),
+        ]:
+            extent = source.extent(number)
+            if extent is not None:
+                found.add(extent.path)
+            else:
+                for each in _each([source]):
+                    found |= set(self._read.get(id(each), ()))
+        return found
+
     def of_file(self, file: File) -> Access:
         """The access of a file."""
         read = {piece.path for piece in file.pieces if isinstance(piece, Copy)}
         read |= set() if file.origin is None else {file.origin}
         rows = {id(piece.row): piece.row for piece in file.pieces if isinstance(piece, Computed)}
         for row in rows.values():
-            read |= self._read_by(row)
+            read |= self.read_by(row)
         return self._of(read or self._all, file.name, derived=file.origin is None)
 
     def of_all(self, name: str) -> Access:
@@ -95,21 +115,6 @@ class Accesses:
                 if other.lower().endswith(SUFFIXES):
                     access = access.within(status.st_mode)
         return access
-
-    def _read_by(self, row: Row) -> set[Path]:
-        """The files that a leaf is computed from."""
-        found: set[Path] = set()
-        for source, number in [
-            (self._made.leaves, row.source),
-            *((each.source, each.number) for each in operands(row)),
-        ]:
-            extent = source.extent(number)
-            if extent is not None:
-                found.add(extent.path)
-            else:
-                for each in _each([source]):
-                    found |= set(self._read.get(id(each), ()))
-        return found
 
 
 def _each(found: Iterable[Any]) -> Iterator[Any]:

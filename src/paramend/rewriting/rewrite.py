@@ -31,7 +31,7 @@ from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Report, Section
 from paramend.rewriting.accesses import Accesses
-from paramend.rewriting.files import Computed, File, operands, sources
+from paramend.rewriting.files import Computed, File, sources
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output
@@ -218,6 +218,7 @@ class _Run:
         self.source: Any = made.leaves
         self.inputs = _Inputs(sources(made))
         self.accesses = Accesses(made, out, folder=layout.folder)
+        self.inputs.seen = {**self.accesses.read, **self.inputs.seen}
         self.copier = Copier()
         self.copied = self.computed = self.linked = 0
         self.meter = Meter(progress, layout.nbytes)
@@ -276,7 +277,7 @@ class _Run:
             if isinstance(piece, bytes):
                 counts: Iterable[int] = [put(target, piece)]
             elif isinstance(piece, Computed):
-                self._note_reads(piece.row)
+                self.inputs.touched |= self.accesses.read_by(piece.row)
                 counts, name = flow.put(piece, target), piece.row.path
                 self.computed += piece.stop - piece.start
             else:
@@ -293,15 +294,9 @@ class _Run:
                 for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
                     put(target, data, at)
 
-    def _note_reads(self, row: Row) -> None:
-        for source, number in ((self.source, row.source), *((each.source, each.number) for each in operands(row))):
-            extent = source.extent(number)
-            if extent is not None:
-                self.inputs.touched.add(extent.path)
-
     def _data(self, row: Row) -> Iterator[memoryview]:
         """The bytes of a leaf for a format that writes directories."""
-        self._note_reads(row)
+        self.inputs.touched |= self.accesses.read_by(row)
         for piece in self.note.taking(row, data(self.source, row)):
             yield piece
             self.meter.advance(len(piece), row.path)
