@@ -387,3 +387,13 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(CannotWrite, match="the disk is full; nothing was written"):
         pm.stats({"c": np.ones(3)}).to_html(page)
     assert page.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_page_that_cannot_be_written_after_the_checkpoint_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.safetensors")
+    write(tmp_path / "b.npz")
+    command = ["graft", "b.npz", "--into", "a.safetensors", "-o", "out.safetensors", "--html", "no/page.html"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 2 and "page.html: No such file or directory; out.safetensors was written" in done.output
+    assert pm.load("out.safetensors").keys() == tree().keys()

@@ -9,7 +9,9 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli import _ui
+from paramend.disk.failures import reason
 from paramend.edits.plan import Plan
+from paramend.errors import CannotWrite
 from paramend.pages.paged import Paged
 from paramend.rewriting.files import sources
 from paramend.rewriting.output import check_output
@@ -64,7 +66,12 @@ def carry_out(
         done = report.summary
     if page is not None and told is not None:
         told.tells_of(path, *(Path(file) for source in sources(made) for file in source.stats))
-        told.to_html(page)
+        try:
+            told.to_html(page)
+        except CannotWrite as error:
+            if dry_run or out is None:
+                raise
+            raise CannotWrite(f"{reason(error)}; {Path(out)} was written", hint=error.hint) from error
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:

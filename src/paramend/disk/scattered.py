@@ -1,6 +1,5 @@
 """Many short ranges of a file, read and written with few calls of the system."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,7 @@ def scatter(descriptor: int, ranges: Array, data: Bytes, name: Path, leaves: Arr
     if leaves is None or len(ranges) < _MANY:
         at = 0
         for start, stop in ranges.tolist():
-            end = at + stop - start
-            count = os.pwrite(descriptor, view[at:end], start) if end > at else 0
-            if at + count < end:  # the system wrote less than it was asked to, and says why if it is asked again
-                put(descriptor, view[at + count : end], start + count)
-            at = end
+            at += put(descriptor, view[at : at + stop - start], start)
         return
     for at, end, group in _groups(ranges, leaves):
         if len(group) == 1:

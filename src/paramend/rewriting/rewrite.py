@@ -154,8 +154,8 @@ def write(
             if layout.folder:
                 made_files = (path for path in temporary.rglob("*") if path.is_file())
                 names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
-                for path in (path for path in temporary.rglob("*") if path.is_dir()):
-                    settle(path, run.accesses.of_folder(path.relative_to(temporary).as_posix()))
+                for inner in (inner for inner in temporary.rglob("*") if inner.is_dir()):
+                    settle(inner, run.accesses.of_folder(inner.relative_to(temporary).as_posix()))
             note.clear()
     finally:
         run.inputs.close()
