@@ -186,7 +186,7 @@ class CannotRead(ParamendError, OSError):
 
 
 class CannotWrite(ParamendError, OSError):
-    """The output exists, the folder is read-only or the disk is full; the message says what was written, if anything."""
+    """The output exists, the folder is read-only or the disk is full; the message says what was written."""
 
     code = "cannot-write"
 
