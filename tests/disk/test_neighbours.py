@@ -121,6 +121,22 @@ def test_what_is_read_still_counts(tmp_path, link):
         pm.undo(patched)
 
 
+def test_a_half_patch_of_other_shards_of_a_folder(tmp_path, monkeypatch):
+    """One that may not be taken back unasked stops those who open what it is about."""
+    folder = shards(tmp_path / "x")
+    one, two = (folder / f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    killed(folder, next(iter(pm.load(two))))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another's"))
+    pm.open(one).close()
+    pm.open(one).save(tmp_path / "out.safetensors")
+    pm.patch(one, lambda t: pm.at(t, "**").fill(3))
+    pm.undo(one)
+    for path in (two, folder):
+        with pytest.raises(pm.errors.BadCheckpoint, match="not known as a patch that you made here"):
+            pm.open(path)
+    pm.save({"new": np.ones(3)}, folder / "other.safetensors")
+
+
 # ---- over what was half patched --------------------------------------------------------------------------------------
 
 

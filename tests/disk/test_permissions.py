@@ -292,6 +292,15 @@ def test_orbax_stays_private(tmp_path, database):
     assert mode(tmp_path / "y.safetensors") == 0o600 and mode(tmp_path / "other.orbax") == 0o700
 
 
+def test_a_folder_in_one_that_hands_on_its_group_hands_it_on_too(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o2775)
+    source = folder(tmp_path / "x", {})
+    edit(pm.open(source)).save(tmp_path / "shared" / "y")
+    pm.save(tree(), f"{tmp_path}/shared/z/")
+    assert mode(tmp_path / "shared" / "y") == mode(tmp_path / "shared" / "z") == 0o2755
+
+
 # ---- groups and owners ----------------------------------------------------------------------------------------------
 
 

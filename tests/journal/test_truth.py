@@ -12,7 +12,7 @@ import safetensors.numpy
 import paramend as pm
 from paramend.disk import publishing
 from paramend.errors import Busy, CannotWrite, ParamendError
-from paramend.journal.records import DONE, PENDING
+from paramend.journal.records import DONE, PENDING, Record
 from paramend.journal.store import UndoStore
 from paramend.journal.undo import drop, history, recover, undo
 
@@ -164,6 +164,30 @@ def test_an_undo_that_fails_says_what_it_left(tmp_path, kind, lasts):
             assert "are back" not in said or weights(path) == right
             recover(path)
             assert weights(path) == right and history(path) == []
+
+
+def half(path):
+    """A checkpoint whose undo has begun, and was cut short at once."""
+    patched(path)
+    (found,) = UndoStore.of(path).records(DONE)
+    with Record(found) as record:
+        record.become_pending()
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "lasting"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recovery_that_fails_says_what_it_left(tmp_path, kind, lasts):
+    for path, before, right, error in everywhere(tmp_path, kind, half, lambda path: pm.open(path).close(), lasts=lasts):
+        said = "" if error is None else str(error).partition("\n")[0]
+        now = weights(path)
+        if error is None:
+            assert now == right
+        elif said.endswith("nothing was changed"):
+            assert now == before
+        else:
+            assert "only in part" in said or ("old bytes are back in place, but" in said and now == right)
+        recover(path)
+        assert weights(path) == right and history(path) == []
 
 
 # ---- other programs meanwhile ------------------------------------------------------------------------------------

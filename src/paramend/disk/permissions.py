@@ -129,6 +129,8 @@ def settle(path: int | Path, access: Access) -> None:
     now = os.stat(path)  # noqa: PTH116
     if access.gids - {now.st_gid}:
         mode = mode & ~_GROUP | mode & (mode & 0o007) << 3
+    if stat.S_ISDIR(now.st_mode):  # what is made in a folder of a group goes to the group
+        mode |= now.st_mode & stat.S_ISGID
     if mode != stat.S_IMODE(now.st_mode):
         with contextlib.suppress(OSError):  # of file systems without permissions
             os.chmod(path, mode)  # noqa: PTH101

@@ -13,7 +13,7 @@ from paramend.disk.io import release
 from paramend.disk.locks import is_held, locked
 from paramend.disk.permissions import access_of, of_folder, settle
 from paramend.disk.publishing import drop_spare_names, is_other, look, sync_folder
-from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
+from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
 from paramend.journal import claims
@@ -41,8 +41,14 @@ class UndoStore:
     models/.model.safetensors.undo models
     """
 
-    def __init__(self, base: Path) -> None:
-        self.base = base
+    def __init__(self, base: Path, *, about: str = "") -> None:
+        """The store of a checkpoint.
+
+        Args:
+            base: the checkpoint.
+            about: the one file of a folder whose patches count; "" if all do.
+        """
+        self.base, self._about = base, about
         self.is_folder = base.is_dir()
         self.home = base if self.is_folder else base.parent
         self.folder = base / ".undo" if self.is_folder else base.with_name(f".{base.name}.undo")
@@ -65,7 +71,7 @@ class UndoStore:
         """The stores of checkpoints that share files: of the folder of a file, or of the files of a folder."""
         if not self.is_folder:
             # Only a folder has `.undo` inside, so the kind of the parent need not be checked.
-            return [UndoStore(self.home)] if (self.home / ".undo").is_dir() else []
+            return [UndoStore(self.home, about=self.base.name)] if (self.home / ".undo").is_dir() else []
         names: list[str] = []
         with contextlib.suppress(OSError):
             names = sorted(path.name for path in self.base.iterdir() if path.suffix == ".undo")
@@ -81,6 +87,11 @@ class UndoStore:
             CannotRead: there is no permission to look.
         """
         return records_in(self.folder, *states)
+
+    def pending(self) -> list[Path]:
+        """The records of patches that were cut short or are being made, and that count, the oldest first."""
+        found = self.records(PENDING)
+        return found if not self._about else [path for path in found if _is_about(path, {self._about}, unsure=True)]
 
     def next_path(self) -> Path:
         """The path of the next record."""
@@ -196,9 +207,9 @@ class UndoStore:
         Raises:
             BadCheckpoint: a record is damaged or not this user's own, or the file has been replaced since.
         """
-        pending = self.records(PENDING)
+        pending = self.pending()
         if claims.read(self.folder) is None:
-            if pending and not is_held(self.lock) and self.records(PENDING):
+            if pending and not is_held(self.lock) and self.pending():
                 raise _not_own(self.base, pending[0])
             return []
         # Half-written leftovers take room but do no harm, so failing to remove them is not an error.
@@ -212,7 +223,7 @@ class UndoStore:
     def recover_held(self) -> list[HistoryRow]:
         """The same, with the lock held."""
         rows = []
-        for found in self.records(PENDING):
+        for found in self.pending():
             if claims.read(self.folder) is None:
                 raise _not_own(self.base, found)
             with Record(found) as record:
@@ -226,7 +237,7 @@ class UndoStore:
     def recover_related(self) -> None:
         """The same for related stores, each of them locked."""
         for store in self.related:
-            if store.records(PENDING):
+            if store.pending():
                 with store.locked():
                     store.recover_held()
                     store.close()
@@ -234,7 +245,7 @@ class UndoStore:
     def check_nothing_pending(self) -> None:
         """Check, with the files locked, that no program has just been killed while it patched them."""
         for store in self.related:
-            if store.records(PENDING):
+            if store.pending():
                 raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
     def take_back(self, writer: Writer, target: OpenRanges | None, error: BaseException) -> None:
@@ -316,7 +327,9 @@ def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
             for name in sorted(stores & {f".{each}.undo" for each in read}):
                 found += records_in(folder / name, PENDING, DONE)
             if ".undo" in stores:
-                found += _about(UndoStore(folder), read, PENDING, DONE)
+                found += [
+                    path for path in records_in(folder / ".undo", PENDING, DONE) if _is_about(path, read, unsure=True)
+                ]
     for record in found:
         if refuses and record.suffix == f".{PENDING}":
             raise Busy(
@@ -342,11 +355,13 @@ def retiring(out: Path) -> Iterator[None]:
                 try:
                     stack.enter_context(locked(store.lock, name=out))
                 except Busy:
-                    raise
+                    if store is own or _records_about(store, {out.name}, PENDING):
+                        raise
+                    continue
                 except OSError:  # another user's records
                     continue
                 held.append(store)
-                if store is not own and _about(store, {out.name}, PENDING):  # other files are half patched, too
+                if store is not own and _records_about(store, {out.name}, PENDING):  # other files are half patched, too
                     store.recover_held()
         then = look(out)
         try:
@@ -354,23 +369,25 @@ def retiring(out: Path) -> Iterator[None]:
         finally:
             for store in held if is_other(out, then) else ():
                 with contextlib.suppress(OSError):
-                    for path in store.records(PENDING, DONE) if store is own else _about(store, {out.name}, DONE):
+                    for path in (
+                        store.records(PENDING, DONE) if store is own else _records_about(store, {out.name}, DONE)
+                    ):
                         path.unlink()
                     store.close()
 
 
-def _about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
+def _records_about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
     """The records of a folder that have a file of one of these names, or that replaced whole files of a format."""
-    found = []
-    for path in store.records(*states):
-        try:
-            with Record(path) as record:
-                found += [path] if record.head.whole or names & set(record.head.files) else []
-        except CannotRead:  # another user's
-            found += [path] if PENDING in states else []
-        except ParamendError:
-            continue
-    return found
+    return [path for path in store.records(*states) if _is_about(path, names, unsure=False)]
+
+
+def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
+    """Whether a record has a file of one of these names; the answer for one that is damaged or another user's."""
+    try:
+        with Record(path) as record:
+            return record.head.whole or bool(names & set(record.head.files))
+    except ParamendError:
+        return unsure
 
 
 def _not_own(base: Path, record: Path) -> BadCheckpoint:

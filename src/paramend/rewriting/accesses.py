@@ -36,8 +36,9 @@ class Accesses:
         self._homes: dict[Path, os.stat_result] = {}
         for source in _each(sources(made)):
             home = _home(source)
-            if home is not None:
-                self._homes[home] = home.stat()
+            status = None if home is None else _status(home)
+            if home is not None and status is not None:
+                self._homes[home] = status
             self._read[id(source)] = _files(source, home)
         self._all: dict[Path, os.stat_result] = {}
         for found in self._read.values():
@@ -90,8 +91,8 @@ class Accesses:
     def of_folder(self, name: str = "") -> Access:
         """The access of the output, or of a folder in it."""
         if self._home is not None:
-            same = self._home / name
-            found = access_of([(same if same.is_dir() else self._home).stat()])
+            status = _status(self._home / name) or _status(self._home)
+            found = access_of([] if status is None else [status], new=NEW_FOLDER)
         elif self._all:
             found = of_folder(access_of(self._all.values()))
         else:
@@ -104,7 +105,8 @@ class Accesses:
         return replace(found, mode=found.mode | PRIVATE)
 
     def _of(self, read: Iterable[Path], name: str, *, derived: bool) -> Access:
-        found = {path: self._all.get(path) or path.stat() for path in read}
+        statuses = {path: self._all.get(path) or _status(path) for path in read}
+        found = {path: status for path, status in statuses.items() if status is not None}
         old = self._old.get(name) if name or self._home is not None else _status(self._out)
         access = access_of(found.values(), old, new=NEW_FILE)
         for home, status in self._homes.items():
