@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import paramend as pm
+from paramend.checkpoints import whole
 from paramend.disk.identity import changed, check_still, unchanged
 from paramend.errors import BadCheckpoint
 
@@ -192,3 +193,27 @@ def test_files_are_linked_again_and_again_from_one_opened_checkpoint(tmp_path):
     with pm.open(source) as checkpoint:  # and from one that has several names when it is opened
         for turn in range(3):
             assert pm.at(checkpoint, "a").fill(2).save(tmp_path / "out", link=True, force=turn > 0).bytes_linked
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_file_that_is_written_into_or_replaced_while_it_is_loaded(tmp_path, monkeypatch, suffix):
+    path, tree = tmp_path / f"x.{suffix}", {f"w{n}": np.full(200_000, 1.0, "float32") for n in range(3)}
+    (safetensors.numpy.save_file(tree, path) if suffix == "safetensors" else np.savez(path, **tree))
+    real, turns = whole.copied, []
+    for name in ("kept", "aside"):
+        shutil.copyfile(path, tmp_path / name)
+
+    def act(source, number):
+        turns.append(number)
+        if len(turns) == 2:
+            does()
+        return real(source, number)
+
+    monkeypatch.setattr(whole, "copied", act)
+    does = lambda: overwritten(path, 7.0)
+    with pytest.raises(BadCheckpoint, match="another program changed it"):
+        pm.load(path)
+    turns.clear()
+    (tmp_path / "kept").rename(path)
+    does = lambda: (tmp_path / "aside").rename(path)  # as a trainer does that saves its next step
+    assert pm.load(path).keys() == tree.keys()

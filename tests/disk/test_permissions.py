@@ -301,6 +301,16 @@ def test_a_folder_in_one_that_hands_on_its_group_hands_it_on_too(tmp_path):
     assert mode(tmp_path / "shared" / "y") == mode(tmp_path / "shared" / "z") == 0o2755
 
 
+@pytest.mark.slow
+def test_an_orbax_checkpoint_that_is_replaced_stays_private(tmp_path):
+    for out in ("x.orbax", "x.orbax/"):
+        pm.save(tree(), tmp_path / "x.orbax", force=True)
+        for file in (file for file in (tmp_path / "x.orbax").rglob("*") if file.is_file()):
+            file.chmod(0o600)
+        pm.save(tree(), f"{tmp_path}/{out}", force=True)
+        assert {mode(file) for file in (tmp_path / "x.orbax").rglob("*") if file.is_file()} == {0o600}
+
+
 # ---- groups and owners ----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from paramend._optional import need
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint, copied, recover
+from paramend.disk.identity import check_not_overwritten
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import open_source
@@ -174,6 +175,7 @@ def load(
     Raises:
         BadArgument: there is no such kind, or `mmap` is used with a kind other than numpy.
         Unsupported: a leaf cannot be read, or that library has no such dtype.
+        BadCheckpoint: it is damaged, or another program wrote into it while it was read.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
@@ -196,6 +198,8 @@ def load(
             if (first := source.ties.get(number, number)) not in made:
                 made[first] = convert(source.read(first) if mmap else copied(source, first))
         flat = {plain(paths[n], separator): made[source.ties.get(n, n)] for n in source.index.numbers}
+        if not mmap:
+            check_not_overwritten(source.stats)
         given = source.metadata.get(_SEPARATOR)
         keys = {number: keys_of(paths[number]) for number in source.index.numbers}
     finally:

@@ -369,15 +369,14 @@ def retiring(out: Path) -> Iterator[None]:
         finally:
             for store in held if is_other(out, then) else ():
                 with contextlib.suppress(OSError):
-                    for path in (
-                        store.records(PENDING, DONE) if store is own else _records_about(store, {out.name}, DONE)
-                    ):
+                    mine = store is own
+                    for path in store.records(PENDING, DONE) if mine else _records_about(store, {out.name}, DONE):
                         path.unlink()
                     store.close()
 
 
 def _records_about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
-    """The records of a folder that have a file of one of these names, or that replaced whole files of a format."""
+    """The records of a folder that have a file of one of these names, or replaced whole files."""
     return [path for path in store.records(*states) if _is_about(path, names, unsure=False)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from paramend.disk.permissions import NEW_FILE, NEW_FOLDER, PRIVATE, Access, access_of, files_in, of_folder, reach
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
-from paramend.formats.registry import SUFFIXES
+from paramend.formats.registry import SUFFIXES, is_tree
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked
 from paramend.rewriting.files import Computed, Copy, File, base_of, operands, sources
@@ -44,6 +44,7 @@ class Accesses:
         for found in self._read.values():
             self._all |= found
         self._home = _home(base_of(made)) if folder else None
+        self._chunks = is_tree(out)  # then all its files hold weights
         self._old = {path.relative_to(out).as_posix(): status for path, status in files_in(out)} if folder else {}
 
     @property
@@ -114,7 +115,7 @@ class Accesses:
                 access = access.within(reach(status))
         if derived or name not in self._old:
             for other, status in self._old.items():
-                if other.lower().endswith(SUFFIXES):
+                if self._chunks or other.lower().endswith(SUFFIXES):
                     access = access.within(status.st_mode)
         return access
 
