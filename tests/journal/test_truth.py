@@ -56,13 +56,7 @@ def make(folder, kind):
     return folder / "model.orbax"
 
 
-KINDS = [
-    "file",
-    "torch",
-    "shards",
-    pytest.param("ocdbt", marks=pytest.mark.slow),
-    pytest.param("zarr", marks=pytest.mark.slow),
-]
+KINDS = ["file", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("torch", "shards", "ocdbt", "zarr"))]
 
 
 def patched(path):
@@ -352,6 +346,9 @@ def test_a_drop_that_fails_says_how_many_are_left(tmp_path, monkeypatch):
 
 
 # ---- outputs ------------------------------------------------------------------------------------------------------
+
+
+OUTPUTS = ["out.pt", *(pytest.param(out, marks=pytest.mark.slow) for out in ("out.safetensors", "out/"))]
 
 
 def seen(folder):
