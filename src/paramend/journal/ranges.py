@@ -99,7 +99,8 @@ def witness(descriptor: int, size: int, ranges: Ranges, file: int, name: Path = 
         lengths = np.minimum(_SAMPLE, ends[gaps] - places)
     digest = hashlib.sha256()
     zeros = np.zeros_like(starts)
-    for _, lines in Ranges(np.column_stack([zeros, zeros, starts, starts + lengths])).batches():
+    table = np.column_stack([zeros, zeros, np.minimum(np.stack([starts, starts + lengths], 1), size)])
+    for _, lines in Ranges(table).batches():  # a record may be about a longer file
         digest.update(gather(descriptor, lines[:, 2:], name))
     return digest.hexdigest()
 
