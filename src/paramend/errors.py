@@ -250,13 +250,13 @@ class CannotRead(ParamendError, OSError):
 
 
 class CannotWrite(ParamendError, OSError):
-    """Nothing was written: the output exists, the folder is read-only or the disk is full."""
+    """The output exists, the folder is read-only or the disk is full; the message says what was written."""
 
     code = "cannot-write"
 
 
 class Busy(CannotWrite):
-    """Another program is writing; nothing was changed."""
+    """Another program is writing, or has just put another file in the place; try again."""
 
     code = "busy"
 

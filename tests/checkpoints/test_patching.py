@@ -596,7 +596,7 @@ def test_an_undo_that_fails_half_way_is_finished_by_the_next(model, monkeypatch)
 
     def failing(*args):
         count[0] += 1
-        if count[0] == 3:  # the first is the note that the undo begins
+        if count[0] == 2:  # the first is the note that the undo begins
             raise OSError(errno.EIO, "Input/output error")
         return real(*args)
 

@@ -16,6 +16,7 @@ import paramend as pm
 from paramend.checkpoints.patching import patch
 from paramend.disk import publishing
 from paramend.disk.locks import hold
+from paramend.disk.permissions import NEW_FILE, NEW_FOLDER
 from paramend.disk.publishing import published
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 
@@ -167,15 +168,15 @@ def test_programs_that_write_one_output(tmp_path, folder):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, "x.safetensors"])
 
 
-@pytest.mark.parametrize("mode", [None, 0o644], ids=["folder", "file"])
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
 @pytest.mark.parametrize("moment", ["open", "flock", "locked"])
-def test_a_temporary_that_is_swept_away_before_it_is_locked_is_made_anew(tmp_path, monkeypatch, mode, moment):
+def test_a_temporary_that_is_swept_away_before_it_is_locked_is_made_anew(tmp_path, monkeypatch, folder, moment):
     """Between the making of a temporary and its lock another writer takes it for what a killed one left behind."""
     out, turns, held = tmp_path / "out", [], []
 
     def whole(text):
-        with published(out, force=True, mode=mode) as temporary:
-            (temporary / "x" if mode is None else temporary).write_text(text)
+        with published(out, force=True, access=NEW_FOLDER if folder else NEW_FILE, folder=folder) as temporary:
+            (temporary / "x" if folder else temporary).write_text(text)
 
     def another():
         """The other writer, from its sweep to its end, or only to the moment in which it has the lock."""
@@ -202,8 +203,8 @@ def test_a_temporary_that_is_swept_away_before_it_is_locked_is_made_anew(tmp_pat
         monkeypatch.setattr(fcntl, "flock", before(fcntl.flock))
     whole("mine")
     monkeypatch.undo()
-    assert len(turns) == (0 if (mode, moment) == (0o644, "open") else 1)  # a file is made and opened at once
-    assert (out / "x" if mode is None else out).read_text() == "mine"
+    assert len(turns) == (0 if (folder, moment) == (False, "open") else 1)  # a file is made and opened at once
+    assert (out / "x" if folder else out).read_text() == "mine"
     for descriptor in held:
         os.close(descriptor)
     whole("last")  # sweeps what the other writer, had it been killed, would have left
@@ -221,13 +222,13 @@ def test_an_old_state_that_a_living_writer_put_aside_stays_its_own(tmp_path, mon
     def renamed(path, target):
         if Path(target) == out and not told:
             assert not out.exists()
-            with pytest.raises(Busy) as error, published(out, force=True, mode=None):
+            with pytest.raises(Busy) as error, published(out, force=True, access=NEW_FOLDER, folder=True):
                 pass
             told.append(error.value)
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", renamed)
-    with published(out, force=True, mode=None) as temporary:
+    with published(out, force=True, access=NEW_FOLDER, folder=True) as temporary:
         (temporary / "x").write_text("new")
     assert told and (out / "x").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

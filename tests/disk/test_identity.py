@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import paramend as pm
+from paramend.checkpoints import whole
 from paramend.disk.identity import changed, check_still, unchanged
 from paramend.errors import BadCheckpoint
 
@@ -112,6 +113,46 @@ def test_a_source_overwritten_in_mid_save_is_not_copied_half_and_half(tmp_path):
     assert done and sorted(entry.name for entry in tmp_path.iterdir()) == ["x.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "kind", ["a compressed file", "a donor", "a sidecar", pytest.param("orbax", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("edited", [False, True])
+def test_any_file_that_is_read_is_looked_at_again(tmp_path, kind, edited):
+    """Also one whose leaves are not bytes in it, one of which a leaf is taken, one beside the weights."""
+    tree, victim = {f"w{n}": np.full(200_000, float(n), "float32") for n in range(3)}, tmp_path / "x.npz"
+    if kind == "a compressed file":
+        np.savez_compressed(victim, **tree)
+        made = pm.open(victim)
+    elif kind == "orbax":
+        import orbax.checkpoint as ocp
+
+        ocp.PyTreeCheckpointer(use_ocdbt=False).save(tmp_path / "x", tree)
+        victim, made = tmp_path / "x" / "w2" / "0", pm.open(tmp_path / "x")
+    elif kind == "a donor":
+        np.savez_compressed(victim, **tree)
+        made, _ = pm.graft(pm.open(write(tmp_path / "x.safetensors")), pm.open(victim))
+    else:
+        (tmp_path / "x").mkdir()
+        write(tmp_path / "x" / "model.safetensors")
+        victim, made = tmp_path / "x" / "vocabulary.txt", pm.open(tmp_path / "x")
+        victim.write_bytes(bytes(3_000_000))
+    then, data, done = victim.stat(), bytearray(victim.read_bytes()), []
+
+    def heard(event):
+        if event.done == event.total and not done:  # its bytes have been read, or most of them
+            done.append(1)
+            while victim.stat().st_ctime_ns == then.st_ctime_ns:
+                time.sleep(0.002)
+                with victim.open("r+b") as file:
+                    file.write(data)
+                os.utime(victim, ns=(then.st_atime_ns, then.st_mtime_ns))
+
+    out = f"{tmp_path}/out/" if kind == "a sidecar" else tmp_path / "out.safetensors"
+    with pytest.raises(BadCheckpoint, match="another program changed it"):
+        (pm.at(made, "w1").add(2) if edited else made).save(out, progress=heard)
+    assert done and not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_source_overwritten_before_it_is_saved_or_patched(tmp_path):
     path = write(tmp_path / "x.safetensors")
     with pm.open(path) as checkpoint:
@@ -152,3 +193,27 @@ def test_files_are_linked_again_and_again_from_one_opened_checkpoint(tmp_path):
     with pm.open(source) as checkpoint:  # and from one that has several names when it is opened
         for turn in range(3):
             assert pm.at(checkpoint, "a").fill(2).save(tmp_path / "out", link=True, force=turn > 0).bytes_linked
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_file_that_is_written_into_or_replaced_while_it_is_loaded(tmp_path, monkeypatch, suffix):
+    path, tree = tmp_path / f"x.{suffix}", {f"w{n}": np.full(200_000, 1.0, "float32") for n in range(3)}
+    (safetensors.numpy.save_file(tree, path) if suffix == "safetensors" else np.savez(path, **tree))
+    real, turns = whole.copied, []
+    for name in ("kept", "aside"):
+        shutil.copyfile(path, tmp_path / name)
+
+    def act(source, number):
+        turns.append(number)
+        if len(turns) == 2:
+            does()
+        return real(source, number)
+
+    monkeypatch.setattr(whole, "copied", act)
+    does = lambda: overwritten(path, 7.0)
+    with pytest.raises(BadCheckpoint, match="another program changed it"):
+        pm.load(path)
+    turns.clear()
+    (tmp_path / "kept").rename(path)
+    does = lambda: (tmp_path / "aside").rename(path)  # as a trainer does that saves its next step
+    assert pm.load(path).keys() == tree.keys()

@@ -7,11 +7,9 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 
 import contextlib
 import errno
-import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,21 @@ from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
+from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
-from paramend.journal.exchange import STAGED, check_replaceable, exchange
+from paramend.journal.exchange import STAGED, NewFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer, new_head
+from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
 from paramend.pages.page import Page
 from paramend.pages.paged import Paged
-from paramend.piecewise.changes import Work, change, work_of
+from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
@@ -204,6 +204,7 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
 # ---- what can be patched -----------------------------------------------------------------------------------
 
 
+@uncollected()
 def check_patch(source: Source, plan: Plan) -> list[Work]:
     """What would be written where, if the plan can be carried out in place.
 
@@ -215,6 +216,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         hint = f"paramend delete {name} '{row.path}' -o OUT"
         raise Unsupported(f"{name}: only values can change in place, and {row.path} would be deleted", hint=hint)
     work = []
+    works, chunked = Works(), isinstance(source, Chunked)
     done: set[int] = set()
     for row in plan.changed:
         if row.was:
@@ -228,7 +230,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
         why = source.refusal(row.source)
         if why:
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
-        extent = laid_flat(source, row) if isinstance(source, Chunked) else source.extent(row.source)
+        extent = laid_flat(source, row) if chunked else source.extent(row.source)
         if extent is None:
             raise Unsupported(
                 f"{row.path}: its bytes are not contiguous in {name}, so they cannot be changed in place",
@@ -236,7 +238,7 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
             )
         one = source.ties.get(row.source, row.source)
         if extent.nbytes and one not in done:  # a leaf with several names has a row for each
-            found = work_of(row, extent)
+            found = works.of(row, extent)
             work += [found] if len(found.ranges) else []  # an empty slice writes nothing
         done.add(one)
     _check_apart(source, work)
@@ -308,14 +310,12 @@ class _Patch:
             states = target.states()
             self._check_room(target.ranges, states)
             _allocate(descriptors, target.ranges)
-            modes = (os.fstat(descriptor).st_mode for descriptor in descriptors)
-            mode = reduce(operator.and_, modes, 0o666)  # only those who may read all files may read the record
-            path = self.store.next_path()
-            with contextlib.closing(Writer(path, mode)) as writer:
+            access = access_of(map(os.fstat, descriptors))  # who may read all files may read the record
+            with contextlib.closing(Writer(self.store.next_path(), access)) as writer:
                 try:
                     self._record_and_write(writer, target, states, followers)
                 except BaseException as error:
-                    self.store.take_back(path, error)
+                    self.store.take_back(writer, target, error)
                     raise
             return target.ranges.nbytes, writer
 
@@ -325,13 +325,12 @@ class _Patch:
         meter = Meter(self.progress, target.ranges.nbytes + sum(each.steps for each in self.work))
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
         names = [self.store.name_of(file) for file in target.files]
-        writer.frame(b"HEAD", new_head(self.edits, names).to_bytes())
+        writer.head(new_head(self.edits, names))
         writer.files(states)
         writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
         writer.become(PENDING)
         # Up to here no byte of the checkpoint has changed; from here on the record can restore them.
-        for each in self.work:
-            change(descriptors[each.extent.path], self.source, each, meter)
+        change_all(descriptors, self.source, self.work, meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
@@ -340,16 +339,16 @@ class _Patch:
         after = b"".join(target.digests(len(self.work)))  # while the disk writes
         target.sync()
         writer.frame(b"DONE", after)
+        target.check_named("the patch was taken back in the file that was there")
         writer.become(DONE)
 
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
         """All ranges that will be written: those of each leaf, then checksums and the like."""
         places = {file: n for n, file in enumerate(self.files)}
-        parts = []
-        for row, each in enumerate(self.work):
-            part = np.empty((len(each.ranges), 4), np.int64)
-            part[:, 0], part[:, 1], part[:, 2:] = row, places[each.extent.path], each.ranges
-            parts.append(part)
+        counts = [len(each.ranges) for each in self.work]
+        rows = np.repeat(np.arange(len(counts)), counts)
+        files = np.repeat([places[each.extent.path] for each in self.work], counts)
+        parts = [np.column_stack([rows, files, np.concatenate([each.ranges for each in self.work])])]
         for file, extents in followers:
             found = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
             parts.append(np.array(found, np.int64).reshape(-1, 4))
@@ -378,22 +377,23 @@ class _Patch:
         self._check_chunks()
         base, path = self.store.base, self.store.next_path()
         staged = path.with_suffix(f".{STAGED}")
-        staged.mkdir()
-        writer: Writer | None = None
+        staged.mkdir(PRIVATE)
         try:
             nbytes = sum(nbytes_of(self.source, each) for each in self.work)
             restage(self.source, self.work, staged, Meter(self.progress, nbytes))
             check_still(self.source.stats)
-            writer = Writer(path, 0o666 & base.stat().st_mode)
-            return exchange(base, staged, writer, self.edits), writer
-        except BaseException as error:
-            self.store.take_back(path, error)
-            raise
+            new = NewFiles(base, staged)
+            with contextlib.closing(Writer(path, new.access)) as writer:
+                try:
+                    return new.exchange(writer, self.edits), writer
+                except BaseException as error:
+                    self.store.take_back(writer, None, error)
+                    raise
         finally:
-            if writer is not None:
-                writer.close()
-            _remove(staged)
-            self.source.forget()
+            with contextlib.suppress(OSError):
+                _remove(staged)
+            with contextlib.suppress(OSError):
+                self.source.forget()
 
     def _check_chunks(self) -> None:
         source = self.source

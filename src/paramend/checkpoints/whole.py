@@ -13,6 +13,7 @@ import numpy as np
 from paramend._optional import need
 from paramend.checkpoints.checkpoint import Checkpoint, copied, recover
 from paramend.checkpoints.memory import SEPARATOR, InMemory
+from paramend.disk.identity import check_not_overwritten
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.formats.registry import open_source
@@ -74,6 +75,7 @@ def load(
     Raises:
         BadArgument: there is no such kind, or `mmap` is used with a kind other than numpy.
         Unsupported: a leaf cannot be read, that library has no such dtype, or two leaves have one name.
+        BadCheckpoint: it is damaged, or another program wrote into it while it was read.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -101,6 +103,8 @@ def load(
                 made[first] = array.item() if place.scalar and not array.ndim else convert(array)
                 made[first] = _keyed(made[first], place.key) if place.key and kind == "jax" else made[first]
         arrays = {number: made[ties.get(number, number)] for number in source.index.numbers}
+        if not mmap:
+            check_not_overwritten(source.stats)
         given = source.metadata.get(SEPARATOR)
     finally:
         source.close()

@@ -44,8 +44,10 @@ def emit(data: Any) -> None:
     click.echo(json.dumps(_jsonable(data), indent=2, allow_nan=False))
 
 
-def tell(report: Any, *, page: Path | None, as_json: bool) -> None:
-    """Print a report as a table or as JSON, and write it as an HTML page if `page` is given."""
+def tell(report: Any, *paths: Path, page: Path | None, as_json: bool) -> None:
+    """Print a report on checkpoints as a table or as JSON, and write it as an HTML page if `page` is given."""
+    if page is not None:
+        report.tells_of(*paths)
     if as_json:
         emit(report.to_dict())
     else:

@@ -85,7 +85,7 @@ def ablate(
         raise
     except Exception as error:  # the user's score may raise anything
         raise BadArgument(f"{file}: score(tree) raised {type(error).__name__}: {error}") from error
-    _ui.tell(report, page=html, as_json=as_json)
+    _ui.tell(report, path, page=html, as_json=as_json)
 
 
 def _targets(targets: tuple[str, ...], named: tuple[str, ...]) -> Any:

@@ -73,7 +73,7 @@ def diff(
         )
     if only:
         report.only = str(allowed)
-    _ui.tell(report, page=html, as_json=as_json)
+    _ui.tell(report, a, b, page=html, as_json=as_json)
     holds = not report.unexpected and (bool(report) or allow_noop) if only else not report
     if not holds:
         raise SystemExit(1)

@@ -15,6 +15,7 @@ from paramend.errors import ParamendError
 from paramend.pages.paged import Paged
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
+from paramend.rewriting.files import sources
 from paramend.rewriting.layouts import Layout, lay_out
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
@@ -90,6 +91,8 @@ def carry_out(
             report = write(made, out, record=record, progress=progress, **given)
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
+    if html is not None:
+        shown.tells_of(path, *(Path(file) for source in sources(made) for file in source.stats))
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:

@@ -3,11 +3,15 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from paramend.errors import CannotWrite, ParamendError
 from paramend.reports import wording
+
+# What a part of the work says of itself may not hold of the whole.
+_NOTHING = re.compile("; nothing was (changed|written)$")
 
 ELSEWHERE = "write a new file instead: -o OUT"
 
@@ -34,7 +38,7 @@ def reason(error: BaseException) -> str:
     words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
     if isinstance(error, OSError) and not isinstance(error, ParamendError):
         return words.get(error.errno or 0) or error.strerror or str(error)
-    return str(error).split("\n", maxsplit=1)[0] or type(error).__name__
+    return _NOTHING.sub("", str(error).split("\n", maxsplit=1)[0]) or type(error).__name__
 
 
 def linked(path: Path) -> CannotWrite:

@@ -1,5 +1,6 @@
 """Identity: whether files are unchanged since they were opened."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,19 @@ def check_still(stats: Mapping[Path, os.stat_result]) -> None:
         except OSError:
             raise changed(path) from None
         check_unchanged(path, then, now)
+
+
+def check_not_overwritten(stats: Mapping[Path, os.stat_result]) -> None:
+    """Check that no program wrote into files while they were read. A file that was replaced was read as it was.
+
+    Raises:
+        BadCheckpoint: one differs.
+    """
+    for path, then in stats.items():
+        with contextlib.suppress(OSError):
+            now = path.stat()
+            if os.path.samestat(then, now):
+                check_unchanged(path, then, now)
 
 
 def changed(path: Path) -> BadCheckpoint:

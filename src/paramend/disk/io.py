@@ -3,6 +3,7 @@
 Every byte of an output goes through `put`, except those that the kernel copies (`paramend.disk.copying`).
 """
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -63,6 +64,12 @@ def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
 def shrunk(path: Path) -> BadCheckpoint:
     """The error for a file that became shorter while it was being read."""
     return BadCheckpoint(f"{path}: the file became shorter while it was being read")
+
+
+def release(descriptor: int) -> None:
+    """Close a file that was only read, or whose content is durable: what the system says then changes nothing."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def write_file(path: Path, data: Bytes) -> None:

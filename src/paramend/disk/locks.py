@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paramend.disk.failures import ELSEWHERE, linked
+from paramend.disk.io import release
 from paramend.errors import Busy, CannotRead, CannotWrite
 
 _HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK})
@@ -82,7 +83,8 @@ def locked(path: Path, *, name: Path) -> Iterator[None]:
     hint: try again when it is done, or write a new file: -o OUT
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        mode = path.parent.stat().st_mode & 0o666 | 0o600
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         try:
             take(descriptor, name)
             # The previous holder may have removed the file: a lock on a removed file keeps nobody out.
@@ -90,7 +92,7 @@ def locked(path: Path, *, name: Path) -> Iterator[None]:
                 yield
                 return
         finally:
-            os.close(descriptor)
+            release(descriptor)
 
 
 def is_held(path: Path) -> bool:
@@ -106,7 +108,7 @@ def is_held(path: Path) -> bool:
     except (CannotWrite, OSError):
         return False
     finally:
-        os.close(descriptor)
+        release(descriptor)
     return False
 
 
@@ -124,7 +126,7 @@ def opened(files: Sequence[Path], *, links: bool = False, lock: bool = True) -> 
         found = []
         for file in files:
             descriptor = _open(file)
-            stack.callback(os.close, descriptor)
+            stack.callback(release, descriptor)
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise CannotWrite(f"{file} is not a regular file; nothing was changed")

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from paramend.disk.failures import reason
+from paramend.disk.io import release
 from paramend.disk.locks import hold
+from paramend.disk.permissions import PRIVATE, Access, create_file, settle
 from paramend.errors import Busy, CannotWrite
 
-_FOLDER_MODE = 0o777
 _ASIDE = ".old"
 # How many temporaries may be swept by others before they are locked.
 _TRIES = 100
@@ -26,28 +27,29 @@ _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSY
 
 
 @contextlib.contextmanager
-def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
+def published(out: Path, *, force: bool, access: Access, folder: bool = False) -> Iterator[Path]:
     """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed.
 
     Args:
         out: the final name.
         force: whether something of that name is replaced, in one step.
-        mode: the permissions of a file; None asks for a directory.
+        access: who may do what with it. Until it is complete, a directory is private.
+        folder: whether it is a directory.
 
     Raises:
-        CannotWrite: the name is taken, or the system refused.
+        CannotWrite: the name is taken, or the system refused; if nothing was written, the message says so.
         Busy: another program is writing it.
     """
-    prefix = f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
-    temporary, lock, tries = _fresh(out, prefix), None, 1
+    temporary, made, tries = spare(out), None, 1
     try:
-        _sweep(out, prefix)
-        while (lock := _create(temporary, mode)) is None:
+        _sweep(out)
+        while (made := _create(temporary, access, folder=folder)) is None:
             if tries == _TRIES:
                 raise _busy(out, "keeps removing what this one begins")  # noqa: TRY301
-            temporary, tries = _fresh(out, prefix), tries + 1
+            temporary, tries = spare(out), tries + 1
         yield temporary
-        if mode is None:
+        settle(*made)
+        if folder:
             _sync_tree(temporary)
             _publish_folder(temporary, out, force=force)
         else:
@@ -58,22 +60,50 @@ def published(out: Path, *, force: bool, mode: int | None) -> Iterator[Path]:
             raise CannotWrite(f"{out}: {reason(error)}; nothing was written") from error
         raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        if made is not None:
+            release(made[0])
     try:
         sync_folder(out.parent)
+    except OSError as error:
+        raise CannotWrite(
+            f"{out} was written, but it is not certain to outlast a power failure: {reason(error)}"
+        ) from error
     finally:
         _clear(temporary)  # the old state, after a swap
+
+
+def look(path: Path) -> os.stat_result | None:
+    """What has a name; None if nothing has."""
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
+def is_other(path: Path, then: os.stat_result | None) -> bool:
+    """Whether something else has a name than had it then."""
+    now = look(path)
+    return now is not None and (then is None or not os.path.samestat(then, now))
+
+
+def spare(out: Path) -> Path:
+    """A new name for what is kept beside an output while it is written: the next writer of it removes what is left."""
+    return out.parent / f"{_prefix(out)}{secrets.token_hex(6)}.tmp"
+
+
+def drop_spare_names(file: Path) -> None:
+    """Remove names that a killed writer of a file left it beside its own."""
+    with contextlib.suppress(OSError):
+        status = file.lstat()
+        if status.st_nlink > 1:
+            for other in file.parent.glob(f"{_prefix(file)}*"):
+                if os.path.samestat(other.lstat(), status):
+                    other.unlink()
 
 
 def exists(out: Path) -> CannotWrite:
     """The error for a name that is taken."""
     return CannotWrite(f"{out} already exists", hint="--force on the command line, force=True in Python, replaces it")
-
-
-def create_file(path: Path, mode: int) -> int:
-    """The descriptor of a new file, open for writing; its owner may always read and write it."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o777 | 0o600)
 
 
 def sync_file(path: Path) -> None:
@@ -82,7 +112,7 @@ def sync_file(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        release(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -94,48 +124,51 @@ def sync_folder(folder: Path) -> None:
         if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not all file systems can
             raise
     finally:
-        os.close(descriptor)
+        release(descriptor)
 
 
 # ---- temporaries -------------------------------------------------------------------------------------------
 
 
-def _fresh(out: Path, prefix: str) -> Path:
-    return out.parent / f"{prefix}{secrets.token_hex(6)}.tmp"
+def _prefix(out: Path) -> str:
+    return f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
 
 
-def _create(temporary: Path, mode: int | None) -> int | None:
-    """The lock on a new temporary, a descriptor; None if it is gone.
+def _create(temporary: Path, access: Access, *, folder: bool) -> tuple[int, Access] | None:
+    """The lock on a new temporary, a descriptor, and its final access; None if it is gone.
 
     Until it is locked, another writer may take it for a leftover of a killed one, lock it and remove it. Once it is
     locked and still has its name, it is safe: no other writer can lock it.
     """
-    if mode is None:
-        temporary.mkdir(_FOLDER_MODE)
+    if folder:
+        temporary.mkdir(access.mode if access.asked else PRIVATE)
         try:
             descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
+        access = access.here(os.fstat(descriptor))
+        settle(descriptor, Access(PRIVATE))
     else:
-        descriptor = create_file(temporary, mode)
+        descriptor = create_file(temporary, access)
+        access = access.here(os.fstat(descriptor))
     kept = False
     try:
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             hold(descriptor)
             kept = os.path.samestat(os.fstat(descriptor), temporary.lstat())
-        return descriptor if kept else None
+        return (descriptor, access) if kept else None
     finally:
         if not kept:
-            os.close(descriptor)
+            release(descriptor)
 
 
-def _sweep(out: Path, prefix: str) -> None:
+def _sweep(out: Path) -> None:
     """Remove what killed writers of this output left behind.
 
     Raises:
         Busy: another program is writing it.
     """
-    names = [entry.name for entry in os.scandir(out.parent) if entry.name.startswith(prefix)]
+    names = [entry.name for entry in os.scandir(out.parent) if entry.name.startswith(_prefix(out))]
     # The writer that moved an old state aside holds the lock of the new one, so that comes first.
     for name in sorted(names, key=lambda name: name.endswith(_ASIDE)):
         path = out.parent / name
@@ -157,7 +190,7 @@ def _sweep(out: Path, prefix: str) -> None:
         except BlockingIOError:
             raise _busy(out, f"holds the lock of {name}") from None
         finally:
-            os.close(descriptor)
+            release(descriptor)
 
 
 def _busy(out: Path, sign: str) -> Busy:
@@ -206,7 +239,10 @@ def _publish_file(temporary: Path, out: Path, *, force: bool) -> None:
         temporary.replace(out)
         return
     try:
-        out.hardlink_to(temporary)  # unlike a rename, never replaces a file that appeared meanwhile
+        # Neither replaces a file that appeared meanwhile, as a plain rename would; the first leaves no second name.
+        if not _rename_at_once(temporary, out, _NOREPLACE):
+            out.hardlink_to(temporary)
+            _clear(temporary)
     except FileExistsError:
         raise exists(out) from None
     except OSError as error:
@@ -237,8 +273,13 @@ def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
     out.rename(aside)
     try:
         temporary.rename(out)
-    except BaseException:
-        aside.rename(out)
+    except BaseException as error:
+        try:
+            aside.rename(out)
+        except OSError:
+            raise CannotWrite(
+                f"{out}: {reason(error)}; what was there is now {aside}", hint=f"mv {aside} {out}"
+            ) from error
         raise
     with contextlib.suppress(OSError):
         _remove(aside)

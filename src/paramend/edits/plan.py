@@ -15,7 +15,7 @@ from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.leaves.described import Described
-from paramend.leaves.leaves import Index, Leaves, keys_of, plain
+from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
@@ -128,6 +128,7 @@ class Plan(Paged):
         return Plan(*copy.deepcopy((self.leaves, self.rows, self.deleted), memo))
 
     @classmethod
+    @uncollected()
     def of(cls, leaves: Leaves) -> "Plan":
         """The plan that changes nothing."""
         index = leaves.index
@@ -179,6 +180,7 @@ class Plan(Paged):
         """The path of a row as plain text: the name of the leaf in a file."""
         return plain(row.labels, self.leaves.index.separator)
 
+    @uncollected()
     def edited(self, calls: Mapping[int, Call]) -> "Plan":
         """The plan with further calls on some leaves, checked against their specs.
 
@@ -188,8 +190,10 @@ class Plan(Paged):
         """
         index = self.index
         new: dict[int, Row] = {}
-        for number, edit in calls.items():
-            edit = _settled(edit)
+        settled = {id(edit): _settled(edit) for edit in calls.values()}
+        specs: dict[tuple[int, Spec], Spec] = {}  # many leaves have the same spec
+        for number, given in calls.items():
+            edit = settled[id(given)]
             first = min(self.twins(number), key=index.numbers.index) if self.leaves.ties else number
             place = Site(index.pieces(first), out_first=index.separator == ".") if edit.op.placed else NOWHERE
             for twin in self.twins(number):
@@ -197,7 +201,8 @@ class Plan(Paged):
                 why = "" if row.calls else self.leaves.refusal(twin)
                 if why:
                     raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
-                after = _after(edit, row.spec, row.path)
+                key = id(edit), row.spec
+                after = specs.get(key) or specs.setdefault(key, _after(edit, row.spec, row.path))
                 done = (*row.calls, edit), (*row.places, place)
                 new[twin] = replace(row, spec=after, calls=done[0], places=done[1], damage=Damage())
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
@@ -247,6 +252,7 @@ class Plan(Paged):
         depths = tuple(row.depths[depth] if depth and row.depths else depth for _, depth in keys)
         return replace(row, path=path, labels=new, was="" if path == was else was, depths=depths)
 
+    @uncollected()
     def told(self) -> "Plan":
         """The plan for a report, which neither holds arrays nor keeps files open."""
         rows, deleted = (

@@ -17,6 +17,7 @@ from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
+from paramend.evidence.streams import read_by
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import BITS, AnyTree
 from paramend.reports import wording
@@ -86,7 +87,9 @@ def diff(
         if not _is_all(selector):
             within = chosen(selector, old, new)
             found = [match for match in found if match.a in within[0] or match.b in within[1]]
-        return _report(old, new, found, only, sort, histograms, progress)
+        report = _report(old, new, found, only, sort, histograms, progress)
+        report.tells_of(*read_by(old), *read_by(new))
+        return report
 
 
 def verify(before: AnyTree, after: AnyTree, *, only: SelectorLike | None = None) -> list[str]:

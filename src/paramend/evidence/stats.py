@@ -12,7 +12,7 @@ from paramend.evidence.measurements import measured
 from paramend.evidence.measures import Measures
 from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
-from paramend.evidence.streams import stream_of
+from paramend.evidence.streams import read_by, stream_of
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyTree
 from paramend.reports.progress import Meter, Progress
@@ -73,6 +73,7 @@ def stats(
     if histograms:
         read = [number for number in numbers if not isinstance(found[number], str)]
         report.histograms = histograms_of({leaves.index.path(n): (stream_of(leaves, n),) for n in read})
+    report.tells_of(*read_by(leaves))
     return report
 
 

@@ -16,7 +16,7 @@ from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors_header import MAX_HEADER, Header, SafetensorsWriter, parse_header
 from paramend.formats.source import check_readable
-from paramend.leaves.leaves import Index, separator_of
+from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
@@ -154,6 +154,7 @@ class SafetensorsFile(FileSource):
             raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
 
 
+@uncollected()
 def _read_header(opened: OpenFile) -> Header:
     file, size = str(opened.path), opened.size
     head = opened.read(0, min(size, 64))

@@ -15,7 +15,7 @@ import os
 import stat
 from pathlib import Path
 
-from paramend.disk.io import put
+from paramend.disk.io import put, release
 from paramend.disk.publishing import sync_folder
 
 _LONGEST = 200
@@ -49,7 +49,7 @@ def seal(store: Path, record: str) -> None:
         put(descriptor, record.encode())
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        release(descriptor)
     sync_folder(path.parent)
 
 
@@ -69,7 +69,7 @@ def read(store: Path) -> str | None:
             mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
             return os.read(descriptor, _LONGEST).decode("ascii", "replace") if mine else None
         finally:
-            os.close(descriptor)
+            release(descriptor)
     return None
 
 

@@ -16,55 +16,96 @@ from pathlib import Path
 import numpy as np
 
 from paramend.disk.failures import ELSEWHERE, linked
-from paramend.disk.io import get_into, put
+from paramend.disk.identity import changed, check_unchanged
+from paramend.disk.io import get_into, put, release
+from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
 from paramend.disk.publishing import sync_file, sync_folder
-from paramend.errors import BadCheckpoint, CannotWrite
+from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
-from paramend.journal.ranges import BUFFER, Ranges, State, checksum
+from paramend.journal.ranges import BUFFER, Ranges, State, checksum, checksums
 from paramend.journal.records import DONE, PENDING, Record
 from paramend.journal.writer import Writer, new_head
+from paramend.reports.progress import Meter
 
 STAGED, BACK = "new", "back"
 
 
-def exchange(base: Path, staged: Path, writer: Writer, edits: Sequence[tuple[str, str]]) -> int:
-    """The number of bytes of the new files, all files of a folder, which replace those of a checkpoint.
+class NewFiles:
+    """New files that are about to replace those of a checkpoint.
 
-    Args:
+    Attributes:
         base: the folder of the checkpoint.
-        staged: the folder with the new files, each at its path in the checkpoint.
-        writer: the writer of the record, which is begun here and done when this ends.
-        edits: (leaf, edit) for the record.
+        staged: the folder of the new files, each at its path in the checkpoint.
+        names: their names. The manifest of a database comes last: it puts the other files into effect.
+        old: the files that they replace.
+        access: that of all files that are replaced together.
     """
-    names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
-    # The manifest of a database comes last: it puts the other files into effect.
-    names.sort(key=lambda name: (os.path.lexists(base / name), name))
-    whole = WholeFiles(base, names)
-    whole.check()
-    for name in names:
-        sync_file(staged / name)
-    for folder in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
-        sync_folder(folder)
-    sizes = [file.lstat().st_size if os.path.lexists(file) else -1 for file in whole.files]
-    rows = [(-1, n, 0, size) for n, size in enumerate(sizes) if size >= 0]
-    ranges = Ranges(np.array(rows, np.int64).reshape(-1, 4))
-    writer.frame(b"HEAD", new_head(edits, names, whole=True).to_bytes())
-    seen = whole.witness_of_rest()
-    writer.files([State(size, "" if n else seen) for n, size in enumerate(sizes)])
-    with contextlib.closing(_OneOpen(whole.files)) as descriptors:
-        writer.old_bytes(ranges, descriptors, whole.files, lambda count: None)
-    writer.frame(b"DONE", b"".join(WholeFiles(staged, names).digests()))
-    written = sum((staged / name).stat().st_size for name in names)
-    writer.become(PENDING)
-    # Up to here nothing in the checkpoint has changed; from here on the record can restore it.
-    for name, file, size in zip(names, whole.files, sizes, strict=True):
-        if size >= 0:
-            (staged / name).chmod(stat.S_IMODE(file.lstat().st_mode))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        (staged / name).rename(file)
-    whole.sync()
-    writer.become(DONE)
-    return written
+
+    def __init__(self, base: Path, staged: Path) -> None:
+        self.base, self.staged = base, staged
+        names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
+        self.names = sorted(names, key=lambda name: (os.path.lexists(base / name), name))
+        self.old = WholeFiles(base, self.names)
+        self.old.check()
+        self._then = [file.lstat() if os.path.lexists(file) else None for file in self.old.files]
+        found = [status for status in self._then if status is not None]
+        folder = base.stat()
+        self.access = access_of(found or [folder]).within(reach(folder))
+
+    def exchange(self, writer: Writer, edits: Sequence[tuple[str, str]]) -> int:
+        """The number of bytes of the new files, which have replaced the old ones.
+
+        Args:
+            writer: the writer of the record, which is begun here and done when this ends.
+            edits: (leaf, edit) for the record.
+        """
+        for name in self.names:
+            sync_file(self.staged / name)
+        for folder in [self.staged, *(path for path in self.staged.rglob("*") if path.is_dir())]:
+            sync_folder(folder)
+        sizes = [-1 if status is None else status.st_size for status in self._then]
+        rows = [(-1, n, 0, size) for n, size in enumerate(sizes) if size >= 0]
+        ranges = Ranges(np.array(rows, np.int64).reshape(-1, 4))
+        writer.head(new_head(edits, self.names, whole=True))
+        seen = self.old.witness_of_rest()
+        writer.files([State(size, "" if n else seen) for n, size in enumerate(sizes)])
+        with contextlib.closing(_OneOpen(self.old.files)) as descriptors:
+            writer.old_bytes(ranges, descriptors, self.old.files, lambda count: None)
+        writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
+        written = sum((self.staged / name).stat().st_size for name in self.names)
+        writer.become(PENDING)
+        # Up to here nothing in the checkpoint has changed; from here on the record can restore it.
+        for name, file, then in zip(self.names, self.old.files, self._then, strict=True):
+            self._replace(name, file, then)
+        self.old.sync()
+        writer.become(DONE)
+        return written
+
+    def _replace(self, name: str, file: Path, then: os.stat_result | None) -> None:
+        if (then is not None) != os.path.lexists(file):
+            raise changed(file)
+        if then is None:
+            make_folders(self.base, file.parent)
+            settle(self.staged / name, access_beside(file))
+        else:
+            check_unchanged(file, then, file.lstat())
+            settle(self.staged / name, access_of([then], then))
+        (self.staged / name).rename(file)
+
+
+def access_beside(file: Path) -> Access:
+    """The access of a new file of a checkpoint: what the files beside it all allow, or else its folder."""
+    with os.scandir(file.parent) as inside:
+        found = [each.stat(follow_symlinks=False) for each in inside if each.is_file(follow_symlinks=False)]
+    return access_of(found or [file.parent.stat()]).within(0o666)
+
+
+def make_folders(base: Path, folder: Path) -> None:
+    """Make the folders down to one in a checkpoint, as open as that of the checkpoint."""
+    for each in reversed([folder, *folder.parents]):
+        if each.is_relative_to(base) and not each.is_dir():
+            each.mkdir(PRIVATE)
+            settle(each, access_of([each.parent.stat()]))
 
 
 class WholeFiles:
@@ -95,29 +136,35 @@ class WholeFiles:
         differ = [name for name, now, new in zip(self.names, self.digests(), record.after, strict=True) if now != new]
         return differ or ([] if self._rest_is_same(record) else ["what the patch left alone"])
 
-    def put_back(self, record: Record, *, force: bool = False) -> bool:
-        """Replace the new files of a pending record by the old ones. False if all the old ones are still there.
-
-        Raises:
-            BadCheckpoint: a file holds neither the old nor the new content, and `force` is False.
-        """
+    def compared(self, record: Record) -> tuple[bool, str]:
+        """(whether a file is not the old one of a pending record, the first that is neither old nor new)."""
         self.check()
         new, old, now = record.after, _old_digests(record), self.digests()
         strange = [name for n, name in enumerate(self.names) if now[n] not in (new[n], old[n])]
-        wanted = {n for n in range(len(self.names)) if now[n] != old[n]}
-        if wanted and not strange and not self._rest_is_same(record):
+        changed = now != old
+        if changed and not strange and not self._rest_is_same(record):
             strange = ["the checkpoint"]
-        if strange and not force:
-            raise BadCheckpoint(
-                f"{self.base}: a patch of it was cut short, and {strange[0]} is not the one that was patched: it has "
-                "been replaced since; nothing was written",
-                hint=f"paramend undo {self.base} --force puts the old bytes back, "
-                f"paramend undo {self.base} --drop forgets them (right for a new download)",
-            )
+        return changed, "".join(strange[:1])
+
+    def put_back(self, record: Record, meter: Meter, *, force: bool) -> list[str]:
+        """Replace the new files of a pending record by the old ones, durably.
+
+        Args:
+            record: the record.
+            meter: receives the number of bytes.
+            force: whether files that are neither the new nor the old ones are replaced too.
+
+        Returns:
+            The names of those that are neither, and were left alone.
+        """
+        self.check()
+        new, old, now = record.after, _old_digests(record), self.digests()
+        wanted = {n for n in range(len(self.names)) if now[n] != old[n] and (force or now[n] == new[n])}
         scratch = record.path.with_suffix(f".{BACK}")
-        for n, pieces in groupby(record.old_bytes(), key=lambda piece: piece[1]):
+        for n, batches in groupby(record.old_bytes(), key=lambda batch: batch[0]):
             if n in wanted:
-                _write_file(scratch, (data for _, _, _, data in pieces))
+                _write_file(scratch, (data for _, _, data in batches))
+                meter.advance(record.states[n].size)
                 self._take_place(scratch, self.names[n])
         for n in sorted(wanted):
             if not record.states[n].size:
@@ -128,7 +175,7 @@ class WholeFiles:
             if record.states[n].size < 0:
                 self._take_away(self.names[n])
         self.sync()
-        return bool(wanted)
+        return [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
 
     def sync(self) -> None:
         """Make the names durable, including those of folders that were created for them."""
@@ -167,8 +214,11 @@ class WholeFiles:
 
     def _take_place(self, file: Path, name: str) -> None:
         with _folder_of(self.base, name, make=True) as (folder, last):
-            with contextlib.suppress(FileNotFoundError):
-                file.chmod(stat.S_IMODE(os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode))
+            try:
+                now = os.stat(last, dir_fd=folder, follow_symlinks=False)
+                settle(file, access_of([now], now))
+            except FileNotFoundError:
+                settle(file, access_beside(self.base / name))
             os.rename(file, last, dst_dir_fd=folder)
 
     def _take_away(self, name: str) -> None:
@@ -230,7 +280,7 @@ class _OneOpen:
     def close(self) -> None:
         descriptor, self._descriptor, self._now = self._descriptor, -1, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            release(descriptor)
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:
@@ -244,7 +294,7 @@ def _pieces(path: Path) -> Iterator[memoryview]:
             get_into(view, descriptor, start, path)
             yield view
     finally:
-        os.close(descriptor)
+        release(descriptor)
 
 
 _ABSENT = bytes(32)
@@ -267,24 +317,24 @@ def _digest_of(path: Path) -> bytes:
 
 def _old_digests(record: Record) -> list[bytes]:
     found = [_ABSENT if state.size < 0 else hashlib.sha256() for state in record.states]
-    for _, file, _, data in record.old_bytes():
+    for file, lines, data in record.old_bytes():
         digest = found[file]
         if isinstance(digest, bytes):
             raise record.damaged("it holds bytes of a file that did not exist")
-        digest.update(checksum(data))
+        digest.update(checksums(lines, data))
     return [digest if isinstance(digest, bytes) else digest.digest() for digest in found]
 
 
 def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         for piece in pieces:
             put(descriptor, piece)
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        release(descriptor)
 
 
 @contextlib.contextmanager
@@ -299,11 +349,11 @@ def _folder_of(base: Path, name: str, *, make: bool = False) -> Iterator[tuple[i
         for part in above:
             if make:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=descriptor)
+                    os.mkdir(part, os.fstat(descriptor).st_mode & 0o777, dir_fd=descriptor)
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             inner = os.open(part, flags, dir_fd=descriptor)
-            os.close(descriptor)
+            release(descriptor)
             descriptor = inner
         yield descriptor, last
     finally:
-        os.close(descriptor)
+        release(descriptor)

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from paramend.disk.io import get, get_into
+from paramend.disk.scattered import gather
+from paramend.errors import Busy
 
 Array = np.ndarray[Any, Any]
 
 # Bytes that are read and written at once.
 BUFFER = 1 << 20
+_LINES = 1 << 14
 # The witness of a file with more free bytes than the first is that many samples of that many bytes.
 _WITNESSED, _SAMPLES, _SAMPLE = 1 << 22, 128, 4096
 
@@ -49,17 +51,29 @@ class Ranges:
         return int((self.table[:, 3] - self.table[:, 2]).sum())
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        for at in range(0, len(self.table), 1 << 14):
-            yield from self.table[at : at + (1 << 14)].tolist()
+        for at in range(0, len(self.table), _LINES):
+            yield from self.table[at : at + _LINES].tolist()
 
-    def pieces(self) -> Iterator[tuple[int, int, int, int]]:
-        """The lines, split so that none is longer than a buffer."""
-        for row, file, start, stop in self:
-            for at in range(start, stop, BUFFER):
-                yield row, file, at, min(at + BUFFER, stop)
+    def batches(self) -> Iterator[tuple[int, Array]]:
+        """(file, lines of that file) in order, split so that no line is longer than a buffer, nor are all together."""
+        for first in range(0, len(self.table), _LINES):
+            lines = self.table[first : first + _LINES]
+            counts = -((lines[:, 2] - lines[:, 3]) // BUFFER)
+            pieces = np.repeat(lines, counts, axis=0)
+            within = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
+            pieces[:, 2] += within * BUFFER
+            pieces[:, 3] = np.minimum(pieces[:, 2] + BUFFER, pieces[:, 3])
+            ends = np.cumsum(pieces[:, 3] - pieces[:, 2])
+            turns = np.append(np.flatnonzero(pieces[1:, 1] != pieces[:-1, 1]) + 1, len(pieces))
+            at = done = 0
+            while at < len(pieces):
+                full = np.searchsorted(ends, done + BUFFER, "right")
+                stop = int(min(full, turns[np.searchsorted(turns, at, "right")]))
+                yield int(pieces[at, 1]), pieces[at:stop]
+                at, done = stop, int(ends[stop - 1])
 
 
-def witness(descriptor: int, size: int, ranges: Ranges, file: int) -> str:
+def witness(descriptor: int, size: int, ranges: Ranges, file: int, name: Path = Path()) -> str:
     """The digest of samples of a file's bytes outside of its ranges: changes within them do not affect it.
 
     >>> import tempfile
@@ -84,10 +98,18 @@ def witness(descriptor: int, size: int, ranges: Ranges, file: int) -> str:
         starts = starts[gaps] + places - (ends - lengths)[gaps]
         lengths = np.minimum(_SAMPLE, ends[gaps] - places)
     digest = hashlib.sha256()
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        for at in range(start, start + length, BUFFER):
-            digest.update(os.pread(descriptor, min(BUFFER, start + length - at), at))
+    zeros = np.zeros_like(starts)
+    table = np.column_stack([zeros, zeros, np.minimum(np.stack([starts, starts + lengths], 1), size)])
+    for _, lines in Ranges(table).batches():  # a record may be about a longer file
+        digest.update(gather(descriptor, lines[:, 2:], name))
     return digest.hexdigest()
+
+
+def checksums(lines: Array, data: bytes | bytearray | memoryview) -> bytes:
+    """The checksums of the bytes of each line of a batch, one after the other."""
+    view, ends = memoryview(data), np.cumsum(lines[:, 3] - lines[:, 2]).tolist()
+    found = [zlib.crc32(view[at:end]) for at, end in zip([0, *ends], ends, strict=False)]
+    return np.array(found, "<u4").tobytes()
 
 
 def checksum(data: bytes | bytearray | memoryview) -> bytes:
@@ -113,25 +135,46 @@ class OpenRanges:
         """How each file is recognized."""
         sizes = [os.fstat(descriptor).st_size for descriptor in self.descriptors]
         return [
-            State(size, witness(descriptor, size, self.ranges, n))
+            State(size, witness(descriptor, size, self.ranges, n, self.files[n]))
             for n, (size, descriptor) in enumerate(zip(sizes, self.descriptors, strict=True))
         ]
 
     def digests(self, rows: int) -> list[bytes]:
         """The digest of the bytes in the ranges of each row, then of those without a row, as in `DONE` frames."""
         found = [hashlib.sha256() for _ in range(rows + 1)]  # row -1 is the last
-        buffer = memoryview(bytearray(BUFFER))
-        for row, file, start, stop in self.ranges.pieces():
-            view = buffer[: stop - start]
-            get_into(view, self.descriptors[file], start, self.files[file])
-            found[row].update(checksum(view))
+        for file, lines in self.ranges.batches():
+            sums = checksums(lines, gather(self.descriptors[file], lines[:, 2:], self.files[file]))
+            turns = [0, *(np.flatnonzero(lines[1:, 0] != lines[:-1, 0]) + 1).tolist(), len(lines)]
+            for row, at, stop in zip(lines[turns[:-1], 0].tolist(), turns, turns[1:], strict=False):
+                found[row].update(sums[4 * at : 4 * stop])
         return [digest.digest() for digest in found]
 
-    def hold(self, pieces: Iterator[tuple[int, int, int, memoryview]]) -> bool:
-        """Whether the files hold these bytes: (row, file, start, bytes) of each piece."""
+    def hold(self, batches: Iterator[tuple[int, Array, memoryview]]) -> bool:
+        """Whether the files hold these bytes: (file, lines, bytes) of each batch."""
         return all(
-            get(self.descriptors[file], start, len(data), self.files[file]) == data for _, file, start, data in pieces
+            gather(self.descriptors[file], lines[:, 2:], self.files[file]) == data for file, lines, data in batches
         )
+
+    def check_named(self, become: str) -> None:
+        """Check that the files still have their names.
+
+        Args:
+            become: what became of the files that were opened.
+
+        Raises:
+            Busy: another program put another file there, or removed or renamed it.
+        """
+        for file, descriptor in zip(self.files, self.descriptors, strict=True):
+            try:
+                same = os.path.samestat(os.fstat(descriptor), file.lstat())
+            except OSError:
+                same = False
+            if not same:
+                raise Busy(
+                    f"{file}: another program replaced, renamed or removed it meanwhile; {become}, and what has the "
+                    "name now was left alone",
+                    hint="try again",
+                )
 
     def sync(self) -> None:
         """Make what was written durable."""

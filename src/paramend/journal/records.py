@@ -37,14 +37,13 @@ after these may be cut short and then does not count. Anything else that does no
 nothing is written.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -52,11 +51,12 @@ from typing import Any
 
 import numpy as np
 
-from paramend.disk.io import get, get_into, put
+from paramend.disk.failures import reason
+from paramend.disk.io import get, get_into, put, release
 from paramend.disk.publishing import sync_folder
-from paramend.errors import BadCheckpoint, Busy, CannotRead
+from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.journal import claims
-from paramend.journal.ranges import BUFFER, Ranges, State
+from paramend.journal.ranges import BUFFER, Array, Ranges, State
 
 MAGIC = b"PMUNDO1\n"
 PARTIAL, PENDING, DONE = "partial", "pending", "done"
@@ -87,30 +87,6 @@ def records_in(folder: Path, *states: str) -> list[Path]:
         why = ", so it is not known whether a patch was cut short" if closed == folder else ""
         raise CannotRead(f"{closed}: no permission to read it{why}", hint=f"ls -ld {closed}") from None
     return [path for _, path in sorted(found)]
-
-
-def records_beside(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
-    """The records of all patches of some files, and of the folders that these are in.
-
-    Args:
-        files: the files.
-        refuses: whether a patch that is being made, or was cut short, is an error.
-
-    Raises:
-        Busy: there is such a patch.
-    """
-    found = []
-    for folder in {path.parent for path in files}:
-        with contextlib.suppress(OSError):
-            stores = [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".undo")]
-            found += [record for store in stores for record in records_in(store, PENDING, DONE)]
-    for record in found:
-        if refuses and record.suffix == f".{PENDING}":
-            raise Busy(
-                f"{record.parent.parent}: a patch of it is being made at this moment ({record}); nothing was written",
-                hint="try again when it is done",
-            )
-    return sorted(found)
 
 
 # ---- what a record holds -----------------------------------------------------------------------------------
@@ -181,12 +157,19 @@ class Record:
         BadCheckpoint: it is damaged, or not a record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        """Open a record.
+
+        Args:
+            path: its name.
+            descriptor: the file, if it is open already; it may have lost its name.
+        """
         self.path = path
         self.number = int(path.stem)
         self.state = path.suffix[1:]
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._descriptor = os.open(path, flags) if descriptor is None else os.dup(descriptor)
         except OSError as error:
             raise CannotRead(f"{path}: {error.strerror}") from None
         try:
@@ -210,7 +193,7 @@ class Record:
         """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            release(descriptor)
 
     def damaged(self, reason: str) -> BadCheckpoint:
         """The error for a record that breaks the format."""
@@ -258,20 +241,20 @@ class Record:
         frame = self._frames[2]
         digest = hashlib.sha256(get(self._descriptor, frame.start - FRAME.size, FRAME.size + COUNT.size, self.path))
         digest.update(np.ascontiguousarray(self.ranges.table).reshape(-1).view(np.uint8).data)
-        for _, _, _, data in self.old_bytes():
+        for _, _, data in self.old_bytes():
             digest.update(data)
         if digest.digest() != self._digest_of(frame):
             raise self.damaged("the old bytes do not match their checksum")
 
-    def old_bytes(self) -> Iterator[tuple[int, int, int, memoryview]]:
-        """(row, file, start, bytes) of each piece; all pieces share one buffer."""
+    def old_bytes(self) -> Iterator[tuple[int, Array, memoryview]]:
+        """(file, lines of the table, bytes) of each batch; all batches share one buffer."""
         at = self._frames[2].start + COUNT.size + self.ranges.table.nbytes
         buffer = memoryview(bytearray(BUFFER))
-        for row, file, start, stop in self.ranges.pieces():
-            view = buffer[: stop - start]
+        for file, lines in self.ranges.batches():
+            view = buffer[: int((lines[:, 3] - lines[:, 2]).sum())]
             get_into(view, self._descriptor, at, self.path)
-            yield row, file, start, view
-            at += stop - start
+            yield file, lines, view
+            at += len(view)
 
     @cached_property
     def after(self) -> list[bytes]:
@@ -296,16 +279,33 @@ class Record:
             put(descriptor, framed + hashlib.sha256(framed).digest(), end)
             os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            release(descriptor)
+        self.nbytes = os.fstat(self._descriptor).st_size
+        self._frames = self._read_frames()
+        self.__dict__.pop("states", None)
 
-    def become_pending(self) -> Path:
-        """Its new path: old bytes are about to be written, and if this is cut short, another program finishes it."""
-        with Record(self.path) as noted:  # including what was added to it
-            claims.seal(self.path.parent, seal_text(self.path, [noted._digest_of(frame) for frame in noted._frames]))
-        new = self.path.with_suffix(f".{PENDING}")
-        self.path.rename(new)
-        sync_folder(new.parent)
-        return new
+    def become_pending(self) -> None:
+        """Note that old bytes are about to be written: if this is cut short, another program finishes it.
+
+        Raises:
+            OSError: it could not be noted, and the record is done as before.
+            CannotWrite: it could not be noted for good, and the record is pending all the same.
+        """
+        claims.seal(self.path.parent, seal_text(self.path, [self._digest_of(frame) for frame in self._frames]))
+        done, pending = self.path, self.path.with_suffix(f".{PENDING}")
+        done.rename(pending)
+        try:
+            sync_folder(pending.parent)
+        except OSError as error:
+            try:
+                pending.rename(done)
+            except OSError:
+                raise CannotWrite(
+                    f"{pending}: {reason(error)}; this undo has begun, and the next program of yours that opens the "
+                    "checkpoint finishes it"
+                ) from error
+            raise
+        self.path, self.state = pending, PENDING
 
     def is_own(self) -> bool:
         """Whether this user made it pending here, as it is, provided that `check` passes.

@@ -1,18 +1,19 @@
 """Rollback: the old bytes of a patch are put back into its files, from its record."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paramend.disk.failures import explained, reason
-from paramend.disk.io import put
 from paramend.disk.locks import opened
 from paramend.disk.publishing import sync_folder
-from paramend.errors import BadCheckpoint, CannotWrite
+from paramend.disk.scattered import scatter
+from paramend.errors import BadCheckpoint, Busy, CannotWrite
 from paramend.journal.exchange import WholeFiles
 from paramend.journal.ranges import OpenRanges, State
-from paramend.journal.records import Record
+from paramend.journal.records import PENDING, Record
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 
@@ -39,96 +40,132 @@ class Rollback:
         """Take back a complete patch.
 
         Raises:
-            CannotWrite: its bytes have changed since. Nothing was written.
+            CannotWrite: its bytes have changed since, and nothing was written; or the message says what was.
         """
         self.record.check()
-        with explained(self.base):
-            if self.record.head.whole:
-                whole = WholeFiles(self.base, self.record.head.files)
-                differ = whole.changed_since(self.record)
+        with explained(self.base), self._target() as target:
+            if isinstance(target, WholeFiles):
+                differ = target.changed_since(self.record)
                 if differ and not self.force:
                     raise self._changed_since(differ)
-                with Record(self.record.become_pending()) as pending:
-                    whole.put_back(pending, force=self.force)
-                    _forget(pending)
-                return
-            with self._opened() as target:
+            else:
                 now = target.states()
                 self._check_sizes(now)
                 if not self.force:
                     self._check_new(target, now)
                 self.record.note(now)
-                with Record(self.record.become_pending()) as pending:
-                    replace(self, record=pending)._put_old_and_forget(target)
+            self.record.become_pending()
+            self._restore(target)
+            _check_named(target)
 
     def finish(self) -> bool:
         """Take back a patch that was cut short. False if all the old bytes are still there.
 
         Raises:
             BadCheckpoint: the file is not the one that was patched. Nothing was written.
+            CannotWrite: the message says what was written.
         """
         self.record.check()
-        with explained(self.base):
-            if self.record.head.whole:
-                return self._put_files_back()
-            with self._opened() as target:
-                now = target.states()
-                self._check_sizes(now)
-                same = all(one.witness == then.witness for _, one, then in self._by_file(now))
-                changed = not target.hold(self.record.old_bytes())
-                if changed and not same and not self.force:
-                    raise BadCheckpoint(
-                        f"{self.base}: a patch of it was cut short, and the file is not the one that was patched: it "
-                        "has been replaced since; nothing was written",
-                        hint=f"paramend undo {self.base} --force puts the old bytes back, "
-                        f"paramend undo {self.base} --drop forgets them (right for a new download)",
-                    )
-                if changed:
-                    self._put_old(target)
+        with explained(self.base), self._target() as target:
+            changed = self._is_changed(target)
+            if changed:
+                self._restore(target)
+                _check_named(target)
+            else:
                 target.sync()  # a recovery may have put them back and been killed before it got here
-                _forget(self.record)
-                return changed
+                self._forget()
+            return changed
 
-    def abandon(self) -> None:
-        """Take back a patch that this program is making, with the locks held."""
-        self.record.check()
-        if self.record.head.whole:
-            self._put_files_back()
-            return
-        with opened(self.files, links=True, lock=False) as descriptors:
-            self._put_old(OpenRanges(self.files, descriptors, self.record.ranges))
-        _forget(self.record)
-
-    def _put_files_back(self) -> bool:
-        changed = WholeFiles(self.base, self.record.head.files).put_back(self.record, force=self.force)
-        _forget(self.record)
-        return changed
+    def abandon(self, target: OpenRanges | WholeFiles) -> None:
+        """Take back a patch that this program is making, in the files that it has open."""
+        self._restore(target)
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[OpenRanges]:
-        with opened(self.files) as descriptors:
-            yield OpenRanges(self.files, descriptors, self.record.ranges)
+    def _target(self) -> Iterator[OpenRanges | WholeFiles]:
+        if self.record.head.whole:
+            yield WholeFiles(self.base, self.record.head.files)
+        else:
+            with opened(self.files) as descriptors:
+                yield OpenRanges(self.files, descriptors, self.record.ranges)
 
-    def _put_old_and_forget(self, target: OpenRanges) -> None:
+    def _is_changed(self, target: OpenRanges | WholeFiles) -> bool:
+        """Whether the files of a pending record do not hold the old bytes.
+
+        Raises:
+            BadCheckpoint: they are not the files that were patched.
+        """
+        if isinstance(target, WholeFiles):
+            changed, strange = target.compared(self.record)
+        else:
+            now = target.states()
+            self._check_sizes(now)
+            same = all(one.witness == then.witness for _, one, then in self._by_file(now))
+            changed, strange = not target.hold(self.record.old_bytes()), "" if same else "the file"
+        if changed and strange and not self.force:
+            raise BadCheckpoint(
+                f"{self.base}: a patch of it was cut short, and {strange} is not the one that was patched: it has been "
+                "replaced since; nothing was written",
+                hint=f"paramend undo {self.base} --force puts the old bytes back, "
+                f"paramend undo {self.base} --drop forgets them (right for a new download)",
+            )
+        return changed
+
+    def _restore(self, target: OpenRanges | WholeFiles) -> None:
+        """Put the old bytes back, durably, and remove the record."""
+        left: list[str] = []
         try:
-            self._put_old(target)
-        except (KeyboardInterrupt, SystemExit):
-            replace(self, progress=None)._put_old(target)
-            _forget(self.record)
-            raise
-        _forget(self.record)
+            try:
+                left = self._put_old(target)
+            except OSError:
+                raise
+            except BaseException:  # Ctrl-C, or an error of `progress`: once more, from the start
+                replace(self, progress=None)._put_old(target)
+                self._forget()
+                raise
+        except OSError as error:
+            path, hint = self.record.path, f"paramend undo {self.base}"
+            where = f"All of them are in {path}"
+            if not os.path.lexists(path):
+                where, hint = "Another program has removed the undo record", ""
+            elif path.suffix == f".{PENDING}":
+                where += ", and the next program of yours that opens the checkpoint tries again"
+            else:
+                hint += " --force"
+            raise CannotWrite(
+                f"{self.base}: {reason(error)}; the old bytes were put back only in part. {where}", hint=hint
+            ) from error
+        self._forget()
+        if left:
+            raise Busy(
+                f"{self.base}: another program replaced {wording.listing(left)} meanwhile, and that was left alone; "
+                "elsewhere the old bytes are back",
+                hint="try again",
+            )
 
-    def _put_old(self, target: OpenRanges) -> None:
+    def _put_old(self, target: OpenRanges | WholeFiles) -> list[str]:
+        """Put the old bytes back; the names of files that were left alone, because another program replaced them."""
         meter = Meter(self.progress, self.record.ranges.nbytes)
+        if isinstance(target, WholeFiles):
+            return target.put_back(self.record, meter, force=self.force)
+        for file, lines, data in self.record.old_bytes():
+            scatter(target.descriptors[file], lines[:, 2:], data, target.files[file], lines[:, 0])
+            meter.advance(len(data))
+        target.sync()
+        return []
+
+    def _forget(self) -> None:
+        """Remove the record: the old bytes are in place, for good."""
+        path = self.record.path
         try:
-            for _, file, start, data in self.record.old_bytes():
-                put(target.descriptors[file], data, start)
-                meter.advance(len(data))
-            target.sync()
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+        except FileNotFoundError:  # another program removed the records
+            pass
         except OSError as error:
             raise CannotWrite(
-                f"{self.base}: {reason(error)}; the old bytes were put back only in part. All of them are in "
-                f"{self.record.path}, and the next program that opens the checkpoint tries again"
+                f"{self.base}: the old bytes are back in place, but the undo record {path} could not be removed: "
+                f"{reason(error)}",
+                hint=f"paramend undo {self.base} --drop",
             ) from error
 
     # ---- what is there now -----------------------------------------------------------------------------------
@@ -169,6 +206,6 @@ class Rollback:
         )
 
 
-def _forget(record: Record) -> None:
-    record.path.unlink()
-    sync_folder(record.path.parent)
+def _check_named(target: OpenRanges | WholeFiles) -> None:
+    if isinstance(target, OpenRanges):
+        target.check_named("the old bytes were put back into the file that was there")

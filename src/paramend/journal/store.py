@@ -4,20 +4,25 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from paramend.disk.failures import ELSEWHERE, explained, linked, reason
+from paramend.disk.io import release
 from paramend.disk.locks import is_held, locked
-from paramend.disk.publishing import sync_folder
+from paramend.disk.permissions import access_of, of_folder, settle
+from paramend.disk.publishing import drop_spare_names, is_other, look, sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
 from paramend.journal import claims
-from paramend.journal.exchange import BACK, STAGED
+from paramend.journal.exchange import BACK, STAGED, WholeFiles
 from paramend.journal.history import HistoryRow
+from paramend.journal.ranges import OpenRanges
 from paramend.journal.records import DONE, PARTIAL, PENDING, Record, records_in
 from paramend.journal.rollback import Rollback
+from paramend.journal.writer import Writer
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 
@@ -36,8 +41,14 @@ class UndoStore:
     models/.model.safetensors.undo models
     """
 
-    def __init__(self, base: Path) -> None:
-        self.base = base
+    def __init__(self, base: Path, *, about: str = "") -> None:
+        """The store of a checkpoint.
+
+        Args:
+            base: the checkpoint.
+            about: the one file of a folder whose patches count; "" if all do.
+        """
+        self.base, self._about = base, about
         self.is_folder = base.is_dir()
         self.home = base if self.is_folder else base.parent
         self.folder = base / ".undo" if self.is_folder else base.with_name(f".{base.name}.undo")
@@ -60,7 +71,7 @@ class UndoStore:
         """The stores of checkpoints that share files: of the folder of a file, or of the files of a folder."""
         if not self.is_folder:
             # Only a folder has `.undo` inside, so the kind of the parent need not be checked.
-            return [UndoStore(self.home)] if (self.home / ".undo").is_dir() else []
+            return [UndoStore(self.home, about=self.base.name)] if (self.home / ".undo").is_dir() else []
         names: list[str] = []
         with contextlib.suppress(OSError):
             names = sorted(path.name for path in self.base.iterdir() if path.suffix == ".undo")
@@ -76,6 +87,11 @@ class UndoStore:
             CannotRead: there is no permission to look.
         """
         return records_in(self.folder, *states)
+
+    def pending(self) -> list[Path]:
+        """The records of patches that were cut short or are being made, and that count, the oldest first."""
+        found = self.records(PENDING)
+        return found if not self._about else [path for path in found if _is_about(path, {self._about}, unsure=True)]
 
     def next_path(self) -> Path:
         """The path of the next record."""
@@ -135,6 +151,8 @@ class UndoStore:
         if self.base.is_symlink():
             raise linked(self.base)
         with explained(self.base):
+            for file in self.base.iterdir() if self.is_folder else [self.base]:
+                drop_spare_names(file)
             self._make_folder()
             with self.locked():
                 claims.begin(self.folder)
@@ -151,21 +169,26 @@ class UndoStore:
         return locked(self.lock, name=self.base)
 
     def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir()
-        except FileExistsError:
+        if os.path.lexists(self.folder):
             if self.folder.is_symlink() or not self.folder.is_dir():
-                raise CannotWrite(
-                    f"{self.folder} is not a folder, and undo records belong there; nothing was changed"
-                ) from None
-        else:
+                raise CannotWrite(f"{self.folder} is not a folder, and undo records belong there; nothing was changed")
+            return
+        status = self.base.stat()
+        access = replace(access_of([status]), uid=status.st_uid)  # who may open the checkpoint looks for records
+        access = access if self.is_folder else of_folder(access)
+        self.folder.mkdir(access.mode, exist_ok=True)  # another program may be quicker
+        try:
+            settle(self.folder, replace(access, asked=True))
             sync_folder(self.folder.parent)
+        except OSError:
+            self.folder.rmdir()
+            raise
 
     def close(self) -> None:
         """Remove what a killed program left half written, and the folder if it is empty, with the lock held."""
-        if not self.records(PENDING):
-            claims.end(self.folder)
         with contextlib.suppress(OSError):
+            if not self.records(PENDING):
+                claims.end(self.folder)
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 for name in filter(_LEFT.fullmatch, _names(folder)):
@@ -174,7 +197,7 @@ class UndoStore:
                     self.lock.unlink(missing_ok=True)
                     self.folder.rmdir()
             finally:
-                os.close(folder)
+                release(folder)
 
     # ---- what was cut short ----------------------------------------------------------------------------------
 
@@ -184,9 +207,9 @@ class UndoStore:
         Raises:
             BadCheckpoint: a record is damaged or not this user's own, or the file has been replaced since.
         """
-        pending = self.records(PENDING)
+        pending = self.pending()
         if claims.read(self.folder) is None:
-            if pending and not is_held(self.lock) and self.records(PENDING):
+            if pending and not is_held(self.lock) and self.pending():
                 raise _not_own(self.base, pending[0])
             return []
         # Half-written leftovers take room but do no harm, so failing to remove them is not an error.
@@ -200,7 +223,7 @@ class UndoStore:
     def recover_held(self) -> list[HistoryRow]:
         """The same, with the lock held."""
         rows = []
-        for found in self.records(PENDING):
+        for found in self.pending():
             if claims.read(self.folder) is None:
                 raise _not_own(self.base, found)
             with Record(found) as record:
@@ -214,7 +237,7 @@ class UndoStore:
     def recover_related(self) -> None:
         """The same for related stores, each of them locked."""
         for store in self.related:
-            if store.records(PENDING):
+            if store.pending():
                 with store.locked():
                     store.recover_held()
                     store.close()
@@ -222,39 +245,41 @@ class UndoStore:
     def check_nothing_pending(self) -> None:
         """Check, with the files locked, that no program has just been killed while it patched them."""
         for store in self.related:
-            if store.records(PENDING):
+            if store.pending():
                 raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
-    def take_back(self, path: Path, error: BaseException) -> None:
-        """Put the old bytes back after an error within a patch whose record was begun at this path.
+    def take_back(self, writer: Writer, target: OpenRanges | None, error: BaseException) -> None:
+        """Put the old bytes back after an error within a patch.
+
+        Args:
+            writer: the writer of the record.
+            target: the open files; None if they are replaced whole.
+            error: what went wrong.
 
         Raises:
-            CannotWrite: the error came from the system, or the bytes could not be put back.
+            CannotWrite: the error came from the system, or the bytes could not be put back; the message says which.
         """
         try:
-            try:
-                self._abandon(path)
-            except (KeyboardInterrupt, SystemExit):  # once more, from the start
-                self._abandon(path)
-                raise
-        except (OSError, ParamendError) as second:
-            raise CannotWrite(
-                f"{self.base}: {reason(error)}; then the old bytes could not be put back: {reason(second)}. They "
-                f"are in {path.parent}, and the next program that opens the checkpoint tries again",
-                hint=f"paramend undo {self.base}",
-            ) from error
+            if writer.begun:
+                self._abandon(writer, target)
+            else:
+                for state in (PARTIAL, PENDING):  # if one stays, `close` sweeps it, or a recovery finds all as it was
+                    with contextlib.suppress(OSError):
+                        writer.path.with_suffix(f".{state}").unlink()
+        except OSError as second:
+            told = str(second).partition("\n")[0].removeprefix(f"{self.base}: ")
+            hint = second.hint if isinstance(second, ParamendError) else ""
+            raise CannotWrite(f"{self.base}: {reason(error)}; then: {told}", hint=hint) from error
         if isinstance(error, OSError) and not isinstance(error, ParamendError):
             raise CannotWrite(f"{self.base}: {reason(error)}; nothing was changed") from error
 
-    def _abandon(self, path: Path) -> None:
-        done, pending = path.with_suffix(f".{DONE}"), path.with_suffix(f".{PENDING}")
-        if done.exists():  # it was marked done before the error
-            done.rename(pending)
-        if pending.exists():
-            with Record(pending) as record:
-                self.rollback(record, own=True).abandon()
-        elif path.exists():
-            path.unlink()
+    def _abandon(self, writer: Writer, target: OpenRanges | None) -> None:
+        # It may have been marked as done before the error, and another program may have removed it.
+        names = [writer.path.with_suffix(f".{state}") for state in (PENDING, DONE)]
+        with contextlib.suppress(OSError):
+            names[1].rename(names[0])
+        with writer.read(next(filter(os.path.lexists, names), names[0])) as record:
+            self.rollback(record, own=True).abandon(target or WholeFiles(self.base, record.head.files))
 
     # ---- forgetting ------------------------------------------------------------------------------------------
 
@@ -269,17 +294,58 @@ class UndoStore:
                     gone.append(HistoryRow.of(record))
             except ParamendError:
                 gone.append(path)
-            path.unlink()
-        sync_folder(self.folder)
+            try:
+                path.unlink()
+            except OSError as error:
+                count = wording.plural(len(gone) - 1, "undo record")
+                raise CannotWrite(
+                    f"{self.base}: forgot {count}, and {len(found) - len(gone) + 1} are left: {path}: {reason(error)}; "
+                    "the checkpoint itself was left alone"
+                ) from error
+        with contextlib.suppress(OSError):
+            sync_folder(self.folder)
         return gone
+
+
+def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
+    """The records of all patches of some files.
+
+    Args:
+        files: the files.
+        refuses: whether a patch that is being made, or was cut short, is an error.
+
+    Raises:
+        Busy: there is such a patch.
+    """
+    names: dict[Path, set[str]] = {}
+    for path in {real for file in files for real in (file, file.resolve())}:
+        names.setdefault(path.parent, set()).add(path.name)
+    found: list[Path] = []
+    for folder, read in names.items():
+        with contextlib.suppress(OSError):
+            stores = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".undo")}
+            for name in sorted(stores & {f".{each}.undo" for each in read}):
+                found += records_in(folder / name, PENDING, DONE)
+            if ".undo" in stores:
+                found += [
+                    path for path in records_in(folder / ".undo", PENDING, DONE) if _is_about(path, read, unsure=True)
+                ]
+    for record in found:
+        if refuses and record.suffix == f".{PENDING}":
+            raise Busy(
+                f"{record.parent.parent}: a patch of it is being made at this moment ({record}); nothing was written",
+                hint="try again when it is done",
+            )
+    return sorted(found)
 
 
 @contextlib.contextmanager
 def retiring(out: Path) -> Iterator[None]:
-    """While it lasts, a checkpoint gets its name; if it ends without an error, the records of the old one are removed.
+    """While it lasts, a checkpoint gets its name; if another one has it in the end, the records of the old are removed.
 
     Raises:
         Busy: the old one is being patched.
+        BadCheckpoint: it is a shard of a model whose patch was cut short, and that cannot be taken back unasked.
     """
     own = UndoStore.of(out)
     with contextlib.ExitStack() as stack:
@@ -289,25 +355,38 @@ def retiring(out: Path) -> Iterator[None]:
                 try:
                     stack.enter_context(locked(store.lock, name=out))
                 except Busy:
-                    raise
+                    if store is own or _records_about(store, {out.name}, PENDING):
+                        raise
+                    continue
                 except OSError:  # another user's records
                     continue
                 held.append(store)
-        yield
-        for store in held:
-            with contextlib.suppress(OSError):
-                for path in store.records(PENDING, DONE) if store is own else _about(store, out.name):
-                    path.unlink()
-                store.close()
+                if store is not own and _records_about(store, {out.name}, PENDING):  # other files are half patched, too
+                    store.recover_held()
+        then = look(out)
+        try:
+            yield
+        finally:
+            for store in held if is_other(out, then) else ():
+                with contextlib.suppress(OSError):
+                    mine = store is own
+                    for path in store.records(PENDING, DONE) if mine else _records_about(store, {out.name}, DONE):
+                        path.unlink()
+                    store.close()
 
 
-def _about(store: UndoStore, name: str) -> list[Path]:
-    """The records of a folder that have a file of this name."""
-    found = []
-    for path in store.records(DONE):
-        with contextlib.suppress(ParamendError), Record(path) as record:
-            found += [path] if name in record.head.files else []
-    return found
+def _records_about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
+    """The records of a folder that have a file of one of these names, or replaced whole files."""
+    return [path for path in store.records(*states) if _is_about(path, names, unsure=False)]
+
+
+def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
+    """Whether a record has a file of one of these names; the answer for one that is damaged or another user's."""
+    try:
+        with Record(path) as record:
+            return record.head.whole or bool(names & set(record.head.files))
+    except ParamendError:
+        return unsure
 
 
 def _not_own(base: Path, record: Path) -> BadCheckpoint:

@@ -10,11 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from paramend.disk.copying import WriteBack
-from paramend.disk.io import get_into, put
+from paramend.disk.io import put, release
+from paramend.disk.permissions import Access, create_file
 from paramend.disk.publishing import sync_folder
+from paramend.disk.scattered import gather
 from paramend.journal import claims
-from paramend.journal.ranges import BUFFER, Ranges, State
-from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, seal_text, states_text
+from paramend.journal.ranges import Ranges, State
+from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Record, seal_text, states_text
 
 
 def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
@@ -34,20 +36,28 @@ class Descriptors(Protocol):
 class Writer:
     """A record that is being written. Creating it creates the file."""
 
-    def __init__(self, path: Path, mode: int) -> None:
+    def __init__(self, path: Path, access: Access) -> None:
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(path, flags, mode)
+        self._descriptor = create_file(path, access.within(0o666))
         self.nbytes = 0
+        self.begun = False  # whether bytes of the checkpoint may have changed
         self._digests: list[bytes] = []
         self._back = WriteBack(self._descriptor)
-        self._put(MAGIC)
 
     def close(self) -> None:
         """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            release(descriptor)
+
+    def read(self, path: Path) -> Record:
+        """The record so far, which has this name, or none."""
+        return Record(path, self._descriptor)
+
+    def head(self, head: Head) -> None:
+        """Begin with what is done."""
+        self._put(MAGIC)
+        self.frame(b"HEAD", head.to_bytes())
 
     def frame(self, kind: bytes, payload: bytes) -> None:
         """Add a short frame."""
@@ -70,19 +80,11 @@ class Writer:
         digest.update(rows)
         self._put(head)
         self._put(rows)
-        # Thousands of short ranges are gathered into few writes.
-        buffer, filled = memoryview(bytearray(BUFFER)), 0
-        for _, file, start, stop in ranges.pieces():
-            count = stop - start
-            if filled + count > BUFFER:
-                self._put(buffer[:filled])
-                filled = 0
-            piece = buffer[filled : filled + count]
-            get_into(piece, descriptors[file], start, names[file])
-            digest.update(piece)
-            filled += count
-            meter(count)
-        self._put(buffer[:filled])
+        for file, lines in ranges.batches():
+            data = gather(descriptors[file], lines[:, 2:], names[file])
+            digest.update(data)
+            self._put(data)
+            meter(len(data))
         self._end(digest)
 
     def become(self, state: str) -> None:
@@ -94,6 +96,7 @@ class Writer:
         self.path.rename(new)
         self.path = new
         sync_folder(new.parent)
+        self.begun = True
 
     def sync(self) -> None:
         """Make all that was written durable."""

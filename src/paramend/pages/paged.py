@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paramend.disk.io import write_file
+from paramend.disk.permissions import NEW_FILE, Access, access_of, access_of_paths
+from paramend.disk.publishing import published, sync_file
 from paramend.errors import CannotWrite
 from paramend.pages.page import Page
 from paramend.reports.report import Report
@@ -18,6 +20,12 @@ _DOCTYPE = b"<!doctype html"
 class Paged(Report):
     """A report that can be shown as a page."""
 
+    _access: Access = NEW_FILE
+
+    def tells_of(self, *paths: Path) -> None:
+        """Note the checkpoints that were read: a page of the report is as private as they are."""
+        object.__setattr__(self, "_access", access_of_paths(paths))
+
     def page(self) -> Page:
         """The contents of the page."""
         raise NotImplementedError
@@ -26,14 +34,16 @@ class Paged(Report):
         """The text of the report as one HTML file that needs no network.
 
         Args:
-            path: where to write it, if given. An existing page is replaced; any other file is not.
+            path: where to write it, if given. An existing page is replaced, in one step; any other file is not. It is
+                as private as the page that it replaces, and as the files that the report tells of, where these are
+                known.
 
         Raises:
             CannotWrite: something else is there, or there is no such folder.
         """
         text = self.page().html()
         if path is not None:
-            _write(Path(path), text)
+            _write(Path(path), text, self._access)
         return text
 
     def plot(self) -> "Figure":
@@ -70,10 +80,9 @@ def check_page(path: Path) -> None:
         raise CannotWrite(f"{path}: {error.strerror or error}") from None
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, access: Access) -> None:
     check_page(path)
-    from paramend.disk.publishing import published  # most programs write no page
-
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666
-    with published(path, force=True, mode=mode) as temporary:
+    access = access_of([], path.stat(), new=access) if path.exists() else access
+    with published(path.resolve(), force=True, access=access) as temporary:
         write_file(temporary, text.encode())
+        sync_file(temporary)

@@ -1,11 +1,13 @@
 """Changing: the elements of a leaf that an edit affects, replaced in their file."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from paramend.arrays.initializers import Site
+from paramend.arrays.initializers import NOWHERE, Site
 from paramend.disk.io import put
 from paramend.edits.call import Call
 from paramend.edits.damage import of_call
@@ -42,9 +44,27 @@ class Work:
 
 def work_of(row: Row, extent: Extent) -> Work:
     """The work on the leaf of a row, whose bytes are in the extent."""
-    spec = row.before
+    return Works().of(row, extent)
+
+
+class Works:
+    """Makes the work on leaves. What leaves of one spec with the same edits have in common is computed once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, tuple[tuple[Call, ...], Work]] = {}
+
+    def of(self, row: Row, extent: Extent) -> Work:
+        """The work on the leaf of a row, whose bytes are in the extent."""
+        key = (row.before, extent.nbytes, *map(id, row.calls))
+        _, first = self._seen.get(key) or self._seen.setdefault(key, (row.calls, _work_at_0(row, extent.nbytes)))
+        return Work(row, extent, first.regions, first.ranges + extent.start, first.steps)
+
+
+def _work_at_0(row: Row, nbytes: int) -> Work:
+    """The work on a leaf that is at the beginning of a file."""
+    spec, extent = row.before, Extent(Path(), 0, nbytes)
     if any(edit.spec(spec) != spec or edit.op.moves for edit in row.calls):  # a cast and a cast back, for example
-        return Work(row, extent, (), np.array([[extent.start, extent.start + extent.nbytes]]), extent.nbytes)
+        return Work(row, extent, (), np.array([[0, nbytes]]), nbytes)
     itemsize = numpy_dtype(spec.dtype).itemsize
     regions = tuple(region(spec.shape, edit.index) for edit in row.calls)
     found = [
@@ -54,7 +74,7 @@ def work_of(row: Row, extent: Extent) -> Work:
     steps = int((ranges[:, 1] - ranges[:, 0]).sum())
     if len(ranges):
         ranges = _merged(ranges[np.argsort(ranges[:, 0], kind="stable")])
-    return Work(row, extent, regions, ranges + extent.start, steps)
+    return Work(row, extent, regions, ranges, steps)
 
 
 def _merged(ranges: Array) -> Array:
@@ -64,6 +84,80 @@ def _merged(ranges: Array) -> Array:
     first = np.concatenate([[0], cuts + 1])
     last = np.concatenate([cuts, [len(ranges) - 1]])
     return np.stack([ranges[first, 0], reach[last]], 1)
+
+
+# The bytes of a leaf up to which it is changed together with others like it.
+_SMALL = 1 << 16
+# The elements of a run below which runs all over a leaf are put in order first.
+_FEW = 1 << 10
+
+
+def change_all(descriptors: Mapping[Path, int], source: Source, work: Sequence[Work], meter: Meter) -> None:
+    """Write the new elements of all leaves into open files: small leaves with the same edits together.
+
+    Args:
+        descriptors: the files, open for reading and writing.
+        source: the source of leaves that cannot be changed piece by piece in place.
+        work: what to do; no two leaves share bytes.
+        meter: receives the number of bytes.
+    """
+    alike: dict[Any, list[Work]] = {}
+    for each in work:
+        row, extent = each.row, each.extent
+        if extent.nbytes > _SMALL or not each.regions or not is_alike(row):
+            change(descriptors[extent.path], source, each, meter)
+            continue
+        rest = extent.start % numpy_dtype(row.before.dtype).itemsize
+        key = (extent.path, row.before.dtype, extent.nbytes, rest, *map(id, row.calls))
+        alike.setdefault(key, []).append(each)
+    for group in alike.values():
+        _change_alike(descriptors[group[0].extent.path], group, meter)
+
+
+def is_alike(row: Row) -> bool:
+    """Whether each new element depends neither on its place nor on other elements."""
+    return all(edit.index is None and is_orderless(edit) for edit in row.calls)
+
+
+def is_orderless(edit: Call) -> bool:
+    """Whether a call gives the elements that it takes new values that do not depend on their order."""
+    ordered = edit.op.name == "set" or "seed" in edit.op.parameters or np.ndim(edit.args.get("value", 0)) > 0
+    return edit.op.chunks and not ordered
+
+
+def _change_alike(descriptor: int, group: Sequence[Work], meter: Meter) -> None:
+    """Write the new elements of leaves of one dtype and size, which take the same edits."""
+    row, extent = group[0].row, group[0].extent
+    dtype = numpy_dtype(row.before.dtype)
+    run, spec = extent.nbytes // dtype.itemsize, Spec((extent.nbytes // dtype.itemsize,), row.before.dtype)
+    group = sorted(group, key=lambda each: each.extent.start)
+    begins = np.array([each.extent.start for each in group])
+    for each in group:
+        each.row.damage.clear()
+    whole = replace(extent, start=int(begins[0]))
+    starts, together = (begins - begins[0]) // dtype.itemsize, max(computing.CHUNK // run, 1)
+    for edit in row.calls:
+        step = step_of(edit, spec, NOWHERE)
+        assert step is not None
+        with np.errstate(all="ignore"):  # an overflow to inf is a valid result
+            for at in range(0, len(starts), together):
+                # The bytes between leaves are other leaves, which are not recorded.
+                window = Window(descriptor, whole, dtype, starts[at : at + together], run, gap=0)
+                count = len(starts[at : at + together]) * run
+                x = window.read() if edit.op.reads else np.empty(count, dtype)
+                new = flat(step(x, 0), Spec((count,), row.spec.dtype), f"{row.path}: {edit}")
+                _count(edit, group[at : at + together], x, new)
+                meter.advance(window.write(new), row.path)
+
+
+def _count(edit: Call, group: Sequence[Work], before: Array, after: Array) -> None:
+    """Enter in the rows of leaves of one size, which were computed together, what their dtype could not hold."""
+    losses = edit.op.losses
+    if losses is None or not any(losses(before, after, edit.args)):
+        return
+    pairs = zip(np.split(before, len(group)), np.split(after, len(group)), strict=True)
+    for each, (x, made) in zip(group, pairs, strict=True):
+        each.row.damage.add(losses(x, made, edit.args))
 
 
 def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
@@ -97,13 +191,16 @@ def _change_slice(
 ) -> None:
     dtype = numpy_dtype(row.before.dtype)
     inner = Spec(where.shape, row.before.dtype)
+    if where.last is None and is_orderless(edit):
+        where = where.ascending()
     step = None if where.last is not None else step_of(edit, inner, place, row.damage)
 
     def window(starts: Array, run: int) -> Window:
         return Window(descriptor, extent, dtype, starts, run)
 
     with np.errstate(all="ignore"):  # an overflow to inf is a valid result
-        if step is not None:
+        # Runs all over the leaf are read and written in the order of the leaf.
+        if step is not None and not (where.shuffled and where.run < _FEW):
             constant = edit.op.chunks and not edit.op.reads
             new = np.empty(0, dtype)
             for at, starts, run in _pieces(where, dtype.itemsize):
@@ -115,21 +212,35 @@ def _change_slice(
             return
         x = np.empty(where.size, dtype)
         if edit.op.reads:
-            for at, starts, run in _pieces(where, dtype.itemsize):
-                x[at : at + len(starts) * run] = window(starts, run).read()
+            for places, starts, run in _spans(where, dtype.itemsize, None):
+                x[places] = window(starts, run).read()
         x = x.reshape(where.shape)
         made = edit.run(x, place)
         row.damage.add(of_call(edit, x, made))
         new = flat(made, inner, f"{row.path}: {edit}")
-    if where.last is not None:
-        chosen = where.last[np.argsort(where.starts(0, where.count)[where.last])]
-        starts = where.starts(0, where.count)[chosen]
-        for at in range(0, len(chosen), 1024):
-            written = window(starts[at : at + 1024], 1).write(new[chosen[at : at + 1024]])
-            meter.advance(written, row.path)
+    for places, starts, run in _spans(where, dtype.itemsize, where.last):
+        meter.advance(window(starts, run).write(new[places]), row.path)
+
+
+def _spans(where: Region, itemsize: int, chosen: Array | None) -> Iterator[tuple[Any, Array, int]]:
+    """The slice in pieces: (places in the slice, where runs begin in the leaf, their length).
+
+    Args:
+        where: the slice. Short runs all over a leaf come in the order of the leaf.
+        itemsize: the bytes of an element.
+        chosen: the runs, by number; None for all.
+    """
+    if chosen is None and not (where.shuffled and where.run < _FEW):
+        for at, starts, run in _pieces(where, itemsize):
+            yield slice(at, at + len(starts) * run), starts, run
         return
-    for at, starts, run in _pieces(where, dtype.itemsize):
-        meter.advance(window(starts, run).write(new[at : at + len(starts) * run]), row.path)
+    begins, run = where.starts(0, where.count), where.run
+    numbers = np.arange(where.count) if chosen is None else chosen
+    numbers = numbers[np.argsort(begins[numbers], kind="stable")]
+    together = max(computing.CHUNK // run, 1)
+    for at in range(0, len(numbers), together):
+        some = numbers[at : at + together]
+        yield (some[:, None] * run + np.arange(run)).reshape(-1), begins[some], run
 
 
 def _pieces(where: Region, itemsize: int) -> Iterator[tuple[int, Array, int]]:

@@ -15,7 +15,7 @@ import numpy as np
 from paramend.edits.plan import Row
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
-from paramend.piecewise.changes import Work, change
+from paramend.piecewise.changes import Work, change, is_alike
 from paramend.piecewise.edited import steps_of
 from paramend.piecewise.steps import flat
 from paramend.reports.progress import Meter
@@ -118,7 +118,7 @@ def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Ar
     row, boxes = work.row, touched(source, work)
     row.damage.clear()
     dtype = numpy_dtype(row.before.dtype)
-    if _is_alike(row):
+    if is_alike(row):
         steps, before = steps_of(row.before, row.calls, row.places, row.damage)
         for box in boxes:
             shape = tuple(part.stop - part.start for part in box)
@@ -146,12 +146,3 @@ def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Ar
 def _mapped(file: Any, dtype: np.dtype[Any], row: Row) -> Array:
     # Each map, and with it the memory, is freed after one chunk.
     return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype).reshape(row.before.shape)
-
-
-def _is_alike(row: Row) -> bool:
-    """Whether each new element depends neither on its place nor on other elements."""
-    for edit in row.calls:
-        ordered = edit.op.name == "set" or "seed" in edit.op.parameters or np.ndim(edit.args.get("value", 0)) > 0
-        if edit.index is not None or ordered or not edit.op.chunks:
-            return False
-    return True

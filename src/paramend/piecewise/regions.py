@@ -86,6 +86,11 @@ class Region:
         """Whether the elements of the slice are in the order of the leaf."""
         return all(_ascends(axis.positions) for axis in self.axes)
 
+    @property
+    def shuffled(self) -> bool:
+        """Whether the runs are at positions of a list, in another order than in the leaf."""
+        return any(not isinstance(axis.positions, range) and not _ascends(axis.positions) for axis in self.axes)
+
     def ascending(self) -> "Region":
         """The same elements in the order of the leaf.
 

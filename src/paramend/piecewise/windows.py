@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.disk.io import get, put
+from paramend.disk.scattered import gather, scatter
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array
 
@@ -12,9 +12,9 @@ from paramend.leaves.specs import Array
 GAP = 64
 
 
-def joined(starts: Array, run: int, itemsize: int) -> tuple[Array, Array]:
+def joined(starts: Array, run: int, itemsize: int, gap: int = GAP) -> tuple[Array, Array]:
     """The byte ranges that cover ascending runs of elements, and the range that each run is in."""
-    cuts = starts[1:] - starts[:-1] - run > GAP // itemsize
+    cuts = starts[1:] - starts[:-1] - run > gap // itemsize
     first = np.flatnonzero(np.concatenate([[True], cuts]))
     last = np.concatenate([first[1:] - 1, [len(starts) - 1]])
     inside = np.concatenate([[0], np.cumsum(cuts)])
@@ -24,12 +24,14 @@ def joined(starts: Array, run: int, itemsize: int) -> tuple[Array, Array]:
 class Window:
     """Runs of elements of a leaf in a file, read and written with as few calls as there are gaps between them."""
 
-    def __init__(self, descriptor: int, extent: Extent, dtype: np.dtype[Any], starts: Array, run: int) -> None:
-        self.descriptor, self.extent, self.dtype = descriptor, extent, dtype
+    def __init__(
+        self, descriptor: int, extent: Extent, dtype: np.dtype[Any], starts: Array, run: int, gap: int = GAP
+    ) -> None:
+        self.descriptor, self.extent, self.dtype, self.gap = descriptor, extent, dtype, gap
         ascending = len(starts) == 1 or bool((starts[1:] > starts[:-1]).all())
         order = None if ascending else np.argsort(starts, kind="stable")
-        ranges, inside = joined(starts if order is None else starts[order], run, dtype.itemsize)
-        self.ranges = (ranges + extent.start).tolist()
+        ranges, inside = joined(starts if order is None else starts[order], run, dtype.itemsize, gap)
+        self.ranges = ranges + extent.start
         lengths = ranges[:, 1] - ranges[:, 0]
         self.nbytes = int(lengths.sum())
         self.places: Array | None = None
@@ -58,15 +60,9 @@ class Window:
         else:
             buffer = np.empty(self.nbytes // self.dtype.itemsize, self.dtype) if self.solid else self._load()
             buffer[self.places] = values
-        data, at = buffer.view(np.uint8).data, 0
-        for start, stop in self.ranges:
-            put(self.descriptor, data[at : at + stop - start], start)
-            at += stop - start
+        leaves = np.zeros(len(self.ranges), np.int8) if self.gap else None
+        scatter(self.descriptor, self.ranges, buffer.view(np.uint8).data, self.extent.path, leaves)
         return self.nbytes
 
     def _load(self) -> Array:
-        if len(self.ranges) == 1:
-            start, stop = self.ranges[0]
-            return np.frombuffer(get(self.descriptor, start, stop - start, self.extent.path), self.dtype)
-        parts = [get(self.descriptor, start, stop - start, self.extent.path) for start, stop in self.ranges]
-        return np.frombuffer(bytearray().join(parts), self.dtype)
+        return np.frombuffer(gather(self.descriptor, self.ranges, self.extent.path), self.dtype)

@@ -31,7 +31,7 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
     changed, told = retyped(config, [row.before.dtype for row in made.rows], [row.spec.dtype for row in made.rows])
     if changed == config:
         return tuple(files), said + told
-    new_file = text_file(file.name, written(changed), file.mode)
+    new_file = text_file(file.name, written(changed))
     return (*files[:place], new_file, *files[place + 1 :]), said + told
 
 
@@ -41,7 +41,7 @@ def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     path = (home if home.is_dir() else home.parent) / CONFIG
     if not getattr(source, "stats", None) or not path.is_file():
         return ()
-    files, said = followed_files(made, [File(CONFIG, path.stat().st_size, 0, (), path)])
+    files, said = followed_files(made, [File(CONFIG, path.stat().st_size, (), path)])
     if files[0].origin is None:
         said = [f"{path} is not changed, and should be: {line.removeprefix(f'{CONFIG}: ')}" for line in said]
     return tuple(said)

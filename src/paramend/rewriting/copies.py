@@ -1,6 +1,5 @@
 """Copies of the files of a source in which some leaves have other values, names or specs; everything else stays."""
 
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -64,10 +63,9 @@ def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]],
     """A file that keeps the header of another as far as it can: metadata, unknown fields, both orders."""
     by_place: Mapping[int, Row] = dict(rows)
     header = file.header.edited({place: (made.name(row), row.spec) for place, row in by_place.items()})
-    mode = stat.S_IMODE(file.stat.st_mode)
     if header is file.header and not any(row.calls for row in by_place.values()):
         size = file.stat.st_size
-        return File(name, size, mode, (Copy(file.path, 0, size),), file.path, link)
+        return File(name, size, (Copy(file.path, 0, size),), file.path, link)
     ordered = [by_place[place] for place in sorted(by_place)]
 
     def parts() -> Iterator[bytes | Copy | LeafBytes]:
@@ -76,12 +74,12 @@ def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]],
             yield LeafBytes(place, 0, entry.nbytes)
 
     pieces, _, nbytes = laid(made, ordered, parts())
-    return File(name, nbytes, mode, pieces)
+    return File(name, nbytes, pieces)
 
 
 def _overlaid(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, link: bool) -> File:
     """A copy of a file with the edited leaves computed in place. Tied leaves are one, and edited once."""
-    size, mode = file.stat.st_size, stat.S_IMODE(file.stat.st_mode)
+    size = file.stat.st_size
     places: dict[tuple[int, int], Row] = {}
     for number, row in rows:
         if not row.calls:
@@ -97,4 +95,4 @@ def _overlaid(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, link: bo
     ranges = tuple(sorted((start, stop) for start, stop in places if start < stop))
     origin = None if ranges else file.path
     sealed = ranges if isinstance(file, Sealed) else ()
-    return File(name, size, mode, tuple(pieces), origin, link=link and not ranges, patched=sealed, reopen=type(file))
+    return File(name, size, tuple(pieces), origin, link=link and not ranges, patched=sealed, reopen=type(file))

@@ -1,6 +1,5 @@
 """`File`: one file to write, as pieces: bytes of other files, leaves to compute, known bytes."""
 
-import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from paramend.formats.safetensors_header import RECORD
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 from paramend.piecewise.rows import expression
 from paramend.rewriting.arrangement import arranged, base_of
@@ -57,7 +57,6 @@ class File:
     Attributes:
         name: its path within the directory; "" for a checkpoint of a single file.
         nbytes: its size.
-        mode: its permissions.
         pieces: its content, first byte to last. The pieces of a leaf come one after the other.
         patched: the ranges (start, stop) whose checksums in the format are not yet correct.
         reopen: the function that opens such a file.
@@ -67,7 +66,6 @@ class File:
 
     name: str
     nbytes: int
-    mode: int
     pieces: tuple[Piece, ...]
     origin: Path | None = None
     link: bool = False
@@ -88,7 +86,7 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
     outline = None if writer.flat else arranged(made, rows)
     pieces, ranges, nbytes = laid(made, rows, writer.parts(items_of(made, rows), metadata, outline))
     patched = tuple(ranges) if writer.seals else ()
-    return File(name, nbytes, mode_of(made.leaves), pieces, patched=patched, reopen=form.open)
+    return File(name, nbytes, pieces, patched=patched, reopen=form.open)
 
 
 def items_of(made: Plan, rows: Sequence[Row]) -> list[Item]:
@@ -200,16 +198,17 @@ def nbytes_of(made: Plan, row: Row) -> int:
     return row.spec.nbytes if row.calls or row.spec.dtype in BITS else source.nbytes(row.source)
 
 
-def mode_of(source: Any) -> int:
-    """The permissions that a new file takes from a source."""
-    for status in source.stats.values():
-        return stat.S_IMODE(status.st_mode)
-    try:
-        return stat.S_IMODE(Path(source.path).stat().st_mode) & 0o666
-    except OSError:  # a tree in memory
-        return 0o666
+def operands(row: Row) -> list[Stored]:
+    """The leaves of other files that edits of a leaf read."""
+    return [value for edit in row.calls if isinstance(value := edit.args.get("value"), Stored)]
 
 
-def text_file(name: str, text: bytes, mode: int) -> File:
+def sources(made: Plan) -> list[Any]:
+    """The sources of a plan: the checkpoint that it edits, then the files of other leaves."""
+    found = [made.leaves, *(value.source for row in made.rows for value in operands(row))]
+    return list({id(source): source for source in found}.values())
+
+
+def text_file(name: str, text: bytes) -> File:
     """A file of known bytes."""
-    return File(name, len(text), mode, (text,))
+    return File(name, len(text), (text,))

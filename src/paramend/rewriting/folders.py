@@ -2,7 +2,6 @@
 
 import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,6 @@ def _gather(home: Path, name: str, files: list[File], left_out: list[str], *, li
         status = path.stat()
         copy = (Copy(path, 0, status.st_size),) if status.st_size else ()
         linked = link and _OWN.fullmatch(path.name) is None
-        files.append(File(name, status.st_size, stat.S_IMODE(status.st_mode), copy, path, linked))
+        files.append(File(name, status.st_size, copy, path, linked))
     else:
         left_out.append(f"{name} (not a regular file)")

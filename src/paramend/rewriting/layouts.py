@@ -15,7 +15,7 @@ from paramend.reports import wording
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file
-from paramend.rewriting.files import File, fresh_file, mode_of, nbytes_of, ordered, text_file
+from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_file
 from paramend.rewriting.folders import own_files, tree_within
 from paramend.rewriting.shards import largest, new_shards, parse_size, same_shards
 from paramend.rewriting.sidecars import sidecars
@@ -134,7 +134,7 @@ def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[s
     if isinstance(made.leaves, Gathered):
         texts = made.leaves.texts
         files = [file for file in files if file.name not in texts]
-        files += [text_file(name, text, mode_of(source)) for name, text in texts.items()]
+        files += [text_file(name, text) for name, text in texts.items()]
     beside, said = followed_files(made, files)
     said += [f"copied as they are, with weights of their own: {wording.listing(weights, 4)}"] if weights else []
     return beside, left_out, tuple(said)

@@ -11,16 +11,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.io import put
-from paramend.disk.publishing import create_file, published
+from paramend.disk.failures import reason
+from paramend.disk.io import put, release
+from paramend.disk.permissions import create_file, settle
+from paramend.disk.publishing import is_other, look, published, spare
 from paramend.edits.plan import Plan, Row
-from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
+from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.files import Copy, File
 from paramend.rewriting.layouts import Layout
@@ -69,6 +72,7 @@ class Note:
         self._touched: dict[int, tuple[str, str]] = {}
         self._record: EditRecord | None = None
         self._head = b""
+        self._aside: Path | None = None
         self.layout = layout
         base = base_of(made)
         self._text = self._carried(base) if recipe is None else self._begun(base, recipe)
@@ -81,11 +85,6 @@ class Note:
         if self._text is None:
             return ""
         return str({"folder": self._out / FILE, "beside": beside(self._out)}.get(self._where, self._out))
-
-    @property
-    def _mode(self) -> int:
-        """The permissions of a separate record file: those of the weights."""
-        return next((file.mode for file in self.layout.files), 0o666) | 0o200
 
     def _carried(self, base: Any) -> bytes | None:
         """The record of the source, if it is not copied with the files; None if there is nothing to write."""
@@ -146,7 +145,7 @@ class Note:
                 self._head = first[8:]
             header = self._header()
             nbytes = file.nbytes - 8 - len(self._head) + len(header)
-            new = File(file.name, nbytes, file.mode, (header, *rest))
+            new = File(file.name, nbytes, (header, *rest))
             self.layout = replace(self.layout, files=(new,))
 
     def _header(self) -> bytes:
@@ -174,15 +173,17 @@ class Note:
             yield piece
         self._digests[row.source] = digest.hexdigest()
 
-    def finish(self, temporary: Path) -> None:
+    def finish(self, temporary: Path, accesses: Accesses) -> None:
         """Write the record into the output: a directory, or the header of a file."""
         if self._record is not None:
             self._complete(temporary)
         if self._text is None or self._where == "beside":
             return
         if self._where == "folder":
-            os.close(create_file(temporary / FILE, self._mode))
+            access = accesses.of_all(FILE)
+            release(create_file(temporary / FILE, access))
             _put(temporary / FILE, self._text)
+            settle(temporary / FILE, access)
         elif self._record is not None:
             _put(temporary, self._header())
 
@@ -212,15 +213,47 @@ class Note:
         self._record = replace(self._record, leaves=tuple(leaves))
         self._text = self._written()
 
-    def clear(self) -> None:
-        """Remove the record beside a file that is about to be replaced: no file ever has another's record."""
-        if self._where == "beside" and os.path.lexists(self._out):
-            beside(self._out).unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def beside(self, accesses: Accesses) -> Iterator[None]:
+        """While it lasts, a file gets its name. Then the record beside it is its own, or that of the old file stays.
 
-    def publish(self) -> None:
+        Raises:
+            CannotWrite: the file was written, but its record was not.
+        """
+        then = look(self._out)
+        try:
+            yield
+        except BaseException as error:
+            if is_other(self._out, then):
+                try:
+                    self._publish(accesses)
+                except CannotWrite as second:
+                    raise CannotWrite(f"{reason(error)}; its record was not written: {reason(second)}") from error
+            elif self._aside is not None:
+                place = beside(self._out)
+                try:
+                    self._aside.rename(place)
+                except OSError:
+                    said = f"{reason(error)}; the file is as it was, and its record is now {self._aside}"
+                    raise CannotWrite(said, hint=f"mv {self._aside} {place}") from error
+            raise
+        try:
+            self._publish(accesses)
+        except CannotWrite as error:
+            raise CannotWrite(f"{self._out} was written, but its record was not: {reason(error)}") from error
+
+    def clear(self) -> None:
+        """Put the record beside a file that is about to be replaced aside: no file ever has another's record."""
+        if self._where == "beside" and os.path.lexists(self._out) and os.path.lexists(beside(self._out)):
+            self._aside = beside(self._out).rename(spare(self._out))
+
+    def _publish(self, accesses: Accesses) -> None:
         """Put the record beside the file, which has its name now."""
+        if self._aside is not None:
+            with contextlib.suppress(OSError):  # the next writer sweeps it
+                self._aside.unlink()
         if self._text is not None and self._where == "beside":
-            with published(beside(self._out), force=True, mode=self._mode) as temporary:
+            with published(beside(self._out), force=True, access=accesses.of_all("")) as temporary:
                 _put(temporary, self._text)
 
 
@@ -231,7 +264,7 @@ def _put(path: Path, data: bytes) -> None:
         put(descriptor, data, 0)
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        release(descriptor)
 
 
 def _name_of(source: Any) -> str:

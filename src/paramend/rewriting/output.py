@@ -8,11 +8,11 @@ from typing import Any
 
 from paramend.disk.failures import check_room, reason
 from paramend.disk.publishing import exists
-from paramend.edits.plan import Plan, Row
+from paramend.edits.plan import Plan
 from paramend.errors import CannotWrite
 from paramend.formats.registry import SUFFIXES, find_format, home_of
-from paramend.leaves.origins.stored import Stored
 from paramend.reports import wording
+from paramend.rewriting.files import sources
 from paramend.rewriting.layouts import Layout, lay_out
 
 
@@ -96,14 +96,3 @@ def _look(path: Path) -> os.stat_result | None:
         return None
     except OSError as error:
         raise CannotWrite(f"{path}: {reason(error)}") from None
-
-
-def operands(row: Row) -> list[Stored]:
-    """The leaves of other files that edits of a leaf read."""
-    return [value for edit in row.calls if isinstance(value := edit.args.get("value"), Stored)]
-
-
-def sources(made: Plan) -> list[Any]:
-    """The sources of a plan: the checkpoint that it edits, then the files of other leaves."""
-    found = [made.leaves, *(value.source for row in made.rows for value in operands(row))]
-    return list({id(source): source for source in found}.values())

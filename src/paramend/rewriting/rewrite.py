@@ -6,6 +6,7 @@ the new one, never a third.
 """
 
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -14,13 +15,13 @@ from typing import Any
 
 from paramend.disk.copying import WINDOW, Copier, WriteBack
 from paramend.disk.identity import changed, check_still, check_unchanged
-from paramend.disk.io import put
-from paramend.disk.publishing import create_file, published, sync_file
+from paramend.disk.io import put, release
+from paramend.disk.permissions import Access, create_file, settle
+from paramend.disk.publishing import published, sync_file
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
 from paramend.formats.registry import format_for
-from paramend.journal.records import records_beside
-from paramend.journal.store import retiring
+from paramend.journal.store import records_of, retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
 from paramend.pages.page import Page
@@ -31,11 +32,12 @@ from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.reports.report import Section
+from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
-from paramend.rewriting.files import Computed, File, items_of
+from paramend.rewriting.files import Computed, File, items_of, sources
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
-from paramend.rewriting.output import check_output, sources
+from paramend.rewriting.output import check_output
 
 # Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
 _HOLE = 1 << 20
@@ -158,23 +160,25 @@ def write(
     out = Path(out)
     note = Note(made, out, layout, record)
     layout = note.layout
-    run = _Run(made, progress, layout, note)
+    run = _Run(made, out, progress, layout, note)
     names: tuple[str, ...] = ()
     try:
-        mode = None if layout.folder else layout.files[0].mode
-        with retiring(out), published(out, force=force, mode=mode) as temporary:
+        access = run.accesses.of_folder() if layout.folder else run.accesses.of_file(layout.files[0])
+        publishing = published(out, force=force, access=access, folder=layout.folder)
+        with retiring(out), note.beside(run.accesses), publishing as temporary:
             if layout.format.folder:
                 run.fill(temporary / layout.tree)
             for file in layout.files:
                 if not layout.format.folder or not (temporary / file.name).exists():
                     run.make(file, temporary / file.name if layout.folder else temporary)
-            note.finish(temporary)
+            note.finish(temporary, run.accesses)
             run.inputs.check()
             if layout.folder:
                 made_files = (path for path in temporary.rglob("*") if path.is_file())
                 names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
+                for inner in (inner for inner in temporary.rglob("*") if inner.is_dir()):
+                    settle(inner, run.accesses.of_folder(inner.relative_to(temporary).as_posix()))
             note.clear()
-        note.publish()
     finally:
         run.inputs.close()
     path = str(Path(getattr(made.leaves, "path", "")))
@@ -192,7 +196,7 @@ class _Inputs:
         for source in sources:
             self.seen |= source.stats
         self.touched: set[Path] = set()
-        self._records = records_beside(self.seen, refuses=True)
+        self._records = records_of(self.seen, refuses=True)
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:
@@ -207,13 +211,13 @@ class _Inputs:
             check_unchanged(path, self.seen.setdefault(path, now), now)
             self.touched.add(path)
             if len(self._open) > _OPEN:
-                os.close(self._open.popitem(last=False)[1])
+                release(self._open.popitem(last=False)[1])
         self._open.move_to_end(path)
         return self._open[path]
 
     def check(self) -> None:
         """Raise if another program changed a file in the meantime."""
-        if records_beside(self.seen) != self._records:  # a patch, which times alone may not show
+        if records_of(self.seen) != self._records:  # a patch, which times alone may not show
             raise changed(next(iter(self.seen)))
         for path in self.touched:
             try:
@@ -225,18 +229,20 @@ class _Inputs:
     def close(self) -> None:
         """Close the files."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            release(self._open.popitem()[1])
 
 
 class _Run:
     """One rewrite in progress: it makes files and counts bytes."""
 
-    def __init__(self, made: Plan, progress: Progress | None, layout: Layout, note: Note) -> None:
+    def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made = made
         self.note = note
         self.layout = layout
         self.source: Any = made.leaves
         self.inputs = _Inputs(sources(made))
+        self.accesses = Accesses(made, out, folder=layout.folder)
+        self.inputs.seen = {**self.accesses.read, **self.inputs.seen}
         self.copier = Copier()
         self.copied = self.computed = self.linked = 0
         self.meter = Meter(progress, layout.nbytes)
@@ -245,15 +251,18 @@ class _Run:
         """Make one file, durably."""
         if "/" in file.name:
             path.parent.mkdir(parents=True, exist_ok=True)
-        if file.link and file.origin is not None and self._link(file.origin, path):
+        access = self.accesses.of_file(file)
+        if file.link and file.origin is not None and self._link(file.origin, path, access):
             self.linked += file.nbytes
             return
-        target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, file.mode)
+        target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, access)
         try:
             self._write_pieces(file, target, path)
+            if file.name:
+                settle(target, access)
             os.fsync(target)
         finally:
-            os.close(target)
+            release(target)
 
     def fill(self, folder: Path) -> None:
         """Write the tree of a checkpoint that is a directory, or the changed chunks of a copied one."""
@@ -270,10 +279,13 @@ class _Run:
             check_still(self.source.stats)
         for path in folder.rglob("*"):
             if path.is_file():
+                settle(path, self.accesses.of_chunks((Path(self.layout.tree) / path.relative_to(folder)).as_posix()))
                 sync_file(path)
 
-    def _link(self, origin: Path, path: Path) -> bool:
+    def _link(self, origin: Path, path: Path, access: Access) -> bool:
         now = origin.stat()
+        if stat.S_IMODE(now.st_mode) & ~access.mode:  # what it replaces is more private
+            return False
         check_unchanged(origin, self.inputs.seen.setdefault(origin, now), now)
         try:
             os.link(origin.resolve(), path)
@@ -290,7 +302,7 @@ class _Run:
             if isinstance(piece, bytes):
                 counts: Iterable[int] = [put(target, piece)]
             elif isinstance(piece, Computed):
-                self._note_reads(piece.row)
+                self.inputs.touched |= self.accesses.read_by(piece.row)
                 counts, name = flow.put(piece, target), piece.row.path
                 self.computed += piece.stop - piece.start
             else:
@@ -307,14 +319,9 @@ class _Run:
                 for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
                     put(target, data, at)
 
-    def _note_reads(self, row: Row) -> None:
-        for each in expression(self.source, row).stored():
-            if each.extent is not None:
-                self.inputs.touched.add(each.extent.path)
-
     def _data(self, row: Row) -> Iterator[memoryview]:
         """The bytes of a leaf for a format that writes directories."""
-        self._note_reads(row)
+        self.inputs.touched |= self.accesses.read_by(row)
         for piece in self.note.taking(row, data(expression(self.source, row))):
             yield piece
             self.meter.advance(len(piece), row.path)

@@ -12,7 +12,7 @@ from paramend.formats.safetensors_header import layout
 from paramend.formats.shards import Shards
 from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.copies import edited_file, rows_by_file
-from paramend.rewriting.files import File, fresh_file, mode_of, nbytes_of, ordered, text_file
+from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_file
 
 
 def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
@@ -22,7 +22,7 @@ def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
         return files + _index_file(made, source)
     if source.shard_index is not None:
         path = source.shard_index.path
-        files.append(text_file(path.name, path.read_bytes(), mode_of(source)))
+        files.append(text_file(path.name, path.read_bytes()))
     return files
 
 
@@ -39,7 +39,7 @@ def _index_file(made: Plan, source: Shards) -> list[File]:
     once = {ties.get(row.source, row.source): row for row in made.rows}.values()
     nbytes, size = sum(nbytes_of(made, row) for row in once), sum(row.spec.size for row in once)
     text = source.shard_index.to_bytes(weight_map, nbytes=nbytes, size=size)
-    return [text_file(source.shard_index.path.name, text, mode_of(source))]
+    return [text_file(source.shard_index.path.name, text)]
 
 
 def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
@@ -65,7 +65,7 @@ def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
             if weight_map.setdefault(made.name(row), name) != name:
                 layout(((made.name(row), row.spec, 0) for row in made.rows), None)  # its error names the duplicate
     table = {"metadata": {"total_size": sum(nbytes_of(made, row) for row in made.rows)}, "weight_map": weight_map}
-    files.append(text_file(index_name(stem), index_text(table), mode_of(made.leaves)))
+    files.append(text_file(index_name(stem), index_text(table)))
     return files
 
 

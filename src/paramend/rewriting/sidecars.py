@@ -74,7 +74,7 @@ class _Sidecars:
             self.left_out.append(f"{name} (other weights)")
         else:
             copy = (Copy(path, 0, status.st_size),) if status.st_size else ()
-            self.files.append(File(name, status.st_size, stat.S_IMODE(status.st_mode), copy, path))
+            self.files.append(File(name, status.st_size, copy, path))
 
     def _stale(self, name: str, path: Path) -> bool:
         """Whether a file holds weights of the same model in another form; those of other models are noted."""

@@ -4,7 +4,6 @@ Dicts, lists, numbers, attributes and parameters stay as they are; so do storage
 that changes in more than its values, or that shares bytes with another, gets a separate storage.
 """
 
-import stat
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -75,8 +74,7 @@ def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
     used: set[str] = set()
     data = pickled(_relocated(structure, len(calls), rows), dict(enumerate(calls)), used=used)
     pieces, patched, nbytes = _zipped(file, data, used, fresh, inside)
-    mode = stat.S_IMODE(file.stat.st_mode)
-    return File(name, nbytes, mode, tuple(pieces), patched=tuple(patched), reopen=TorchFile)
+    return File(name, nbytes, tuple(pieces), patched=tuple(patched), reopen=TorchFile)
 
 
 def _relocated(structure: Any, count: int, rows: _Rows) -> Any:
