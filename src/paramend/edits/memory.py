@@ -13,7 +13,7 @@ from paramend.edits.damage import Damage, of_call, said
 from paramend.errors import NoMatch, SpecMismatch, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable
 from paramend.leaves.overlaps import overlapping
-from paramend.selectors.selector import write_index
+from paramend.selectors.slices import write_index
 from paramend.trees.tree import Tree
 
 # From `computed` through an edit and its verb to the line that calls the verb.

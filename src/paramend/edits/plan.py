@@ -21,7 +21,8 @@ from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.reports.tables import aligned
-from paramend.selectors.selector import resolve, slice_of, write_index
+from paramend.selectors.selector import resolve, slice_of
+from paramend.selectors.slices import write_index
 
 
 @dataclass(frozen=True, slots=True, repr=False)

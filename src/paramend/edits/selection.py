@@ -10,7 +10,8 @@ from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
-from paramend.selectors.selector import SelectorLike, read_slice, resolve, sel, slice_of, write_index
+from paramend.selectors.selector import SelectorLike, resolve, sel, slice_of
+from paramend.selectors.slices import read_slice, write_index
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from paramend.errors import BadArgument
 from paramend.freezing.report import FreezeReport, FrozenReport, FrozenRow
 from paramend.freezing.slices import release, withhold
 from paramend.leaves.specs import Spec, dtype_name
-from paramend.selectors.selector import resolve, sel, write_index
+from paramend.selectors.selector import resolve, sel
+from paramend.selectors.slices import write_index
 from paramend.trees.tree import Tree
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
