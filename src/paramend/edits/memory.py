@@ -14,7 +14,7 @@ from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import NoMatch, SpecMismatch, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.overlaps import overlapping
-from paramend.selectors.selector import write_index
+from paramend.selectors.slices import write_index
 from paramend.trees.tree import Tree
 
 # From `computed` through an edit and its verb to the line that calls the verb.

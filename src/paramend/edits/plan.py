@@ -24,7 +24,8 @@ from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Section
 from paramend.reports.tables import aligned
-from paramend.selectors.selector import resolve, slice_of, write_index
+from paramend.selectors.selector import resolve, slice_of
+from paramend.selectors.slices import write_index
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -13,6 +13,7 @@ from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, read_slice, resolve, sel, slice_of, write_index
+from paramend.selectors.slices import read_slice, write_index
 from paramend.trees.lookup import is_torch_module
 
 T = TypeVar("T")

@@ -10,7 +10,8 @@ from paramend.freezing.schedules import When, read_schedule
 from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.reports.wording import described
-from paramend.selectors.selector import SelectorLike, sel, slice_of, write_index
+from paramend.selectors.selector import SelectorLike, sel, slice_of
+from paramend.selectors.slices import write_index
 from paramend.trees.lookup import is_torch_module
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 
 from paramend.edits.call import sliced_shape
 from paramend.errors import BadArgument, Unsupported
-from paramend.selectors.selector import write_index
+from paramend.selectors.slices import write_index
 
 
 class _Withheld:

@@ -12,7 +12,8 @@ from paramend.freezing import torch_buffers
 from paramend.freezing.report import FreezeReport, FrozenReport, FrozenRow
 from paramend.freezing.slices import release, withhold
 from paramend.leaves.specs import Spec, dtype_name
-from paramend.selectors.selector import resolve, sel, write_index
+from paramend.selectors.selector import resolve, sel
+from paramend.selectors.slices import write_index
 from paramend.trees.tree import Tree
 
 

@@ -1,16 +1,15 @@
 """Selectors: which leaves. Mostly text, and values that print as the code that makes them."""
 
 import inspect
-import operator
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
 
 import numpy as np
 
-from paramend.arrays.registry import backend_of, to_numpy
+from paramend.arrays.registry import backend_of
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
 from paramend.leaves.leaves import Explained, Leaves, unique
 from paramend.leaves.names import by_name
@@ -22,6 +21,7 @@ from paramend.selectors.dialects import advice, from_keys, from_keystr, keys_in
 from paramend.selectors.grammar import Number, Piece
 from paramend.selectors.messages import absent, count_of, examples, nothing, out_of_range, quoted
 from paramend.selectors.patterns import Pattern, parse
+from paramend.selectors.slices import plain_slice, read_slice, write_index
 from paramend.trees.kind import ELIDED
 
 
@@ -386,10 +386,10 @@ class Sliced(Selector):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sliced):
             return NotImplemented
-        return self.part == other.part and _plain(self.index) == _plain(other.index)
+        return self.part == other.part and plain_slice(self.index) == plain_slice(other.index)
 
     def __hash__(self) -> int:
-        return hash((self.part, _plain(self.index)))
+        return hash((self.part, plain_slice(self.index)))
 
     def __repr__(self) -> str:
         return f"{_tight(self.part)}[{write_index(self.index)}]"
@@ -489,69 +489,6 @@ def slice_of(selector: SelectorLike) -> tuple[Selector, Any]:
     return (selector.part, selector.index) if isinstance(selector, Sliced) else (selector, None)
 
 
-def read_slice(index: Slice) -> Any:
-    """What stands between brackets, in the one form that every library reads alike.
-
-    Returns:
-        An int, a slice, None, `...`, a bool, a numpy array of positions or of bools, or a tuple of these.
-
-    Raises:
-        BadArgument: it is no slice, or a traced array, which is not known yet.
-
-    >>> read_slice([1, 3]), read_slice((np.int64(2), range(2)))
-    (array([1, 3]), (2, array([0, 1])))
-    """
-    return tuple(map(_along, index)) if isinstance(index, tuple) else _along(index)
-
-
-def _along(part: Any) -> Any:
-    """The same for one axis."""
-    try:
-        if part is None or part is Ellipsis or isinstance(part, bool):
-            return part
-        if isinstance(part, slice):
-            return slice(*(None if end is None else operator.index(end) for end in (part.start, part.stop, part.step)))
-        array = to_numpy(part)
-    except BadArgument:
-        raise
-    except Exception as error:  # traced, ragged, or no number
-        traced = backend_of(type(part)) is not None
-        raise BadArgument(
-            "a slice must be known before the edit runs; this one holds a traced value"
-            if traced
-            else f"{wording.described(part)} is not a slice",
-            hint="x.at[i] of jax.numpy takes traced indices" if traced else _SLICES,
-        ) from error
-    if not array.size and not hasattr(part, "dtype"):  # an empty list
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "biu":
-        raise BadArgument(f"{wording.described(part)} is not a slice", hint=_SLICES)
-    array = array if array.dtype == bool else array.astype(np.int64)
-    return array if array.ndim else array.item()
-
-
-_SLICES = "-1, :4, ::2, [1, 3], or one for each axis: [0, :4]"
-
-
-def write_index(index: Any) -> str:
-    """A slice as it is written between brackets.
-
-    >>> write_index((slice(None, 4), -1))
-    ':4, -1'
-    """
-    if isinstance(index, tuple):
-        return ", ".join(map(write_index, index))
-    if isinstance(index, slice):
-        step = "" if index.step is None else f":{index.step}"
-        return f"{'' if index.start is None else index.start}:{'' if index.stop is None else index.stop}{step}"
-    if isinstance(index, np.ndarray):
-        return str(index.tolist()) if index.size <= _MOST_WRITTEN else f"<{index.size:,} positions>"
-    return "..." if index is Ellipsis else repr(index)
-
-
-_MOST_WRITTEN = 32
-
-
 def _bound(function: Any) -> tuple[Any, ...]:
     """What a function is compared by: partial ones compare by identity, which no copy shares."""
     return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function,)
@@ -563,18 +500,6 @@ def _called(function: Any) -> str:
         given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"functools.partial({', '.join([_called(function.func), *given])})"
     return str(getattr(function, "__qualname__", repr(function)))
-
-
-def _plain(index: Any) -> Hashable:
-    """A slice that can be compared and hashed, which slices of Python 3.11 and arrays cannot."""
-    if isinstance(index, tuple):
-        return tuple(map(_plain, index))
-    if isinstance(index, slice):
-        return slice, index.start, index.stop, index.step
-    if isinstance(index, list) or hasattr(index, "__array__"):
-        return str(np.asarray(index).tolist())
-    found: Hashable = index
-    return found
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------
