@@ -12,7 +12,7 @@ from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, print
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
-from paramend.selectors.selector import SelectorLike, read_slice, resolve, sel, slice_of, write_index
+from paramend.selectors.selector import SelectorLike, resolve, sel, slice_of
 from paramend.selectors.slices import read_slice, write_index
 from paramend.trees.lookup import is_torch_module
 
