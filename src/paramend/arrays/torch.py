@@ -234,7 +234,10 @@ def assign(x: Any, value: Any) -> None:
 
 def storage(x: Any) -> object:
     """A key that is equal for tied tensors. In a state dict, tied weights are two tensors over one storage."""
-    pointer = 0 if x.is_meta else x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
+    try:
+        pointer = 0 if x.is_meta or x.layout != torch.strided else x.untyped_storage().data_ptr()
+    except RuntimeError:  # a tensor of another kind, as within `torch.func.vmap`
+        pointer = 0
     if not pointer or not x.numel():
         return id(x)
     return (pointer, x.device, x.dtype, x.storage_offset(), tuple(x.shape), x.stride())

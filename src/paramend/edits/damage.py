@@ -86,6 +86,8 @@ def of_call(call: Any, before: Any, after: Any) -> tuple[int, int]:
     ):
         return 0, 0
     if call.index is not None:
+        if not _is_known(before):  # nothing is added to what is traced
+            return 0, 0
         before, after = library.get(before, call.index), library.get(after, call.index)
     values = losses.on_host(before), losses.on_host(after)
     if not all(isinstance(each, np.ndarray | np.generic) for each in values):
