@@ -126,9 +126,9 @@ def everywhere(tmp_path, kind, begin, job, *, lasts):
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "lasting"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_patch_that_fails_says_what_it_left(tmp_path, kind, lasts):
-    for path, before, right, error in everywhere(tmp_path, kind, lambda path: None, patched, lasts=lasts):
+    for path, before, _, error in everywhere(tmp_path, kind, lambda path: None, patched, lasts=lasts):
         if error is None:
-            assert weights(path) == right and len(history(path)) == 1
+            assert all((leaf == 5).all() for leaf in pm.load(path).values()) and len(history(path)) == 1
         elif str(error).partition("\n")[0].endswith("nothing was changed"):
             assert weights(path) == before
             assert history(path) == [] and weights(path) == before
