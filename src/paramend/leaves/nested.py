@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from paramend.errors import ParamendError, Unsupported
 
@@ -19,7 +19,7 @@ def is_deep(data: object, levels: int = MAX_DEPTH) -> bool:
     >>> is_deep([[1]], 2), is_deep([[[]]], 2)
     (False, True)
     """
-    here = [data]
+    here: list[Any] = [data]
     for _ in range(levels + 1):
         here = [node for node in here if isinstance(node, Mapping | list | tuple)]
         if not here:
