@@ -139,25 +139,33 @@ class MatchWalk:
                     elif wanted[1] & done:
                         hits.append(child)
                 continue
-            inner: dict[Label, dict[Label, int]] = {}
-            if state & machine.indexed:
-                added = added or {}
-                self._index(names, state, added, inner)
             moves = machine.moves.get(state)
             if moves is None or len(moves) > _REMEMBERED:
                 moves = machine.moves[state] = {}
             first = len(rest)
-            for label, child in names.items() if state else [(label, names[label]) for label in added or ()]:
-                after = moves.get(label)
-                if after is None:
-                    after = moves[label] = machine.move(state, label)
-                if added:
+            if added is None and not state & machine.indexed:  # as nearly always
+                for label, child in names.items():
+                    after = moves.get(label)
+                    if after is None:
+                        after = moves[label] = machine.move(state, label)
+                    if after:
+                        if type(child) is not int:
+                            rest.append((child, after, None))
+                        elif after & done:
+                            hits.append(child)
+            else:
+                added, inner = added or {}, dict[Label, dict[Label, int]]()
+                self._index(names, state, added, inner)
+                for label in names if state else added:
+                    child, after = names[label], moves.get(label)
+                    if after is None:
+                        after = moves[label] = machine.move(state, label)
                     after |= added.get(label, 0)
-                if type(child) is not int:
-                    if after or label in inner:
-                        rest.append((child, after, inner.get(label)))
-                elif after & done:
-                    hits.append(child)
+                    if type(child) is not int:
+                        if after or label in inner:
+                            rest.append((child, after, inner.get(label)))
+                    elif after & done:
+                        hits.append(child)
             if len(rest) > first + 1:
                 rest[first:] = rest[first:][::-1]
 
