@@ -197,14 +197,26 @@ def rewrite(path: Path, verb: Callable[[Checkpoint], Checkpoint], options: Mappi
 @click.argument("layout", metavar="NAME|FILE")
 @click.argument("path", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option("--back", is_flag=True, help="From right to left: the other way of storing the model to the first.")
+@click.option(
+    "--set", "numbers", multiple=True, metavar="NAME=NUMBER", help="A number that config.json lacks; may be repeated."
+)
 @makes("what would be made")
-def layout(layout: str, path: Path, back: bool, **options: Any) -> None:
+def layout(layout: str, path: Path, back: bool, numbers: Sequence[str], **options: Any) -> None:
     """Write a checkpoint stored another way, by the rules of a layout.
 
-    NAME is one of those that ship, such as 'mixtral_4_to_5'; FILE is a YAML file of your own.
+    NAME is one of those that ship, such as 'mixtral_4_to_5'; FILE is a YAML file of your own. Numbers that it needs,
+    such as num_attention_heads, are read from config.json.
 
-    Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a file is unreadable or
-    damaged, or OUT cannot be written.
+    Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a number is not known, a file
+    is unreadable or damaged, or OUT cannot be written.
     """
     rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
-    rewrite(path, lambda old: (rules.back(old) if back else rules.to(old))[0], options)
+    given = dict(map(_number, numbers))
+    rewrite(path, lambda old: (rules.back(old, **given) if back else rules.to(old, **given))[0], options)
+
+
+def _number(text: str) -> tuple[str, int]:
+    name, equals, number = text.partition("=")
+    if not name or not equals or not number.isdecimal():
+        raise click.BadParameter(f"{text!r} is not NAME=NUMBER; write --set num_attention_heads=8")
+    return name, int(number)
