@@ -340,10 +340,34 @@ def test_heads_that_do_not_fit_are_refused(rule, shapes, numbers, says):
         pm.Layout([rule]).to({name: np.zeros(shape) for name, shape in shapes.items()}, **numbers)
 
 
-@pytest.mark.parametrize("heads", ["4 heads", 2.0, None, [4], True])
+@pytest.mark.parametrize("heads", ["4 heads", 2.0, None, [4], True, 0, -2])
 def test_a_count_is_a_whole_number_or_a_name(heads):
     with pytest.raises(ValueError, match="heads cannot be"):
         pm.Layout([{"from": "q", "to": "q", "do": [{"rope": {"heads": heads}}]}])
+
+
+def test_groups_along_an_inner_axis(tmp_path):
+    counts = {"heads": 4, "kv_heads": 2, "axis": 1}
+    tree = {name: torch.arange(6 * size).reshape(3, size, 2) for name, size in (("q", 4), ("k", 2), ("v", 2))}
+    layout = pm.Layout([GROUP | {"do": [{"group_qkv": counts}]}])
+    save_file(tree, tmp_path / "m.safetensors")
+    with pm.open(tmp_path / "m.safetensors") as model:
+        new, report = layout.to(model)
+        new.save(tmp_path / "out.safetensors")
+    assert "concat(reshape(q, [3, 2, 2, 2]), reshape(k, [3, 2, 1, 2])" in report.rows[0].origin
+    found = load_file(tmp_path / "out.safetensors")
+    right = [("q", 0), ("q", 1), ("k", 0), ("v", 0), ("q", 2), ("q", 3), ("k", 1), ("v", 1)]
+    assert torch.equal(found["qkv"], torch.stack([tree[name][:, row] for name, row in right], 1))
+    apart = pm.Layout([{"from": "qkv", "to": ["q", "k", "v"], "do": [{"ungroup_qkv": counts}]}])
+    assert equal(apart.to(found)[0], tree)
+    assert equal(layout.back(found)[0], tree)
+
+
+@pytest.mark.parametrize("step", ["split", "deal", {"ungroup_qkv": {"heads": 2, "kv_heads": 1}}])
+def test_what_cuts_one_leaf_takes_one_path(step):
+    layout = pm.Layout([{"from": ["a", "b"], "to": ["q", "k", "v"], "do": [step]}])
+    with pytest.raises(ValueError, match="takes one path, and there are 2"):
+        layout.to({"a": np.zeros(6), "b": np.zeros(6)})
 
 
 QKV = pm.Layout([GROUP | {"do": [{"group_qkv": {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}}]}])

@@ -100,7 +100,8 @@ def read_step(data: Any) -> Step:
         single = key == "axis" or key in COUNTS
         whole = single or isinstance(value, list | tuple)
         named = key in COUNTS and isinstance(value, str) and value.isidentifier()
-        if not named and (not whole or not all(type(each) is int for each in ([value] if single else value))):
+        values = [value] if single else value
+        if not named and not (whole and all(type(each) is int and (each > 0 or key not in COUNTS) for each in values)):
             raise BadArgument(
                 f"{name}: {key} cannot be {shown(value)}",
                 hint="a whole number or a name, such as num_attention_heads" if key in COUNTS else "whole numbers",
@@ -170,6 +171,12 @@ def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
     return {key: [family[key] for family in bundle] for key in keys}
 
 
+def _alone(name: str, bundle: Bundle) -> Family:
+    if len(bundle) != 1:
+        raise BadArgument(f"{name} takes one path, and there are {len(bundle)}")
+    return bundle[0]
+
+
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Family = {}
     for key, parts in _abreast(how, bundle).items():
@@ -183,9 +190,8 @@ def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
-    (family,) = bundle
     out: Bundle = [{} for _ in range(count)]
-    for key, x in family.items():
+    for key, x in _alone("split", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         length = spec.shape[axis]
@@ -200,9 +206,8 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
-    (family,) = bundle
     out: Bundle = [{} for _ in range(count)]
-    for key, x in family.items():
+    for key, x in _alone("deal", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         if spec.shape[axis] % count:
@@ -263,10 +268,16 @@ def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
             raise SpecMismatch(
                 f"rope: heads of {length // heads} places do not have {turned} that are rotated in pairs"
             )
-        places = np.arange(length).reshape(heads, -1)
-        halves = places[:, :turned].reshape(heads, 2, -1).swapaxes(1, 2)
-        index = np.concatenate([halves.reshape(heads, -1), places[:, turned:]], 1).reshape(-1)
-        return hands.take(x, np.argsort(index) if back else index, axis)
+        size, before, after = length // heads, (*spec.shape[:axis], heads), spec.shape[axis + 1 :]
+        apart = hands.reshape(x, (*before, size, *after))
+        halves = (turned // 2, 2) if back else (2, turned // 2)
+        pairs = hands.reshape(hands.take(apart, range(turned), axis + 1), (*before, *halves, *after))
+        axes = list(range(spec.ndim + 2))
+        axes[axis + 1 : axis + 3] = axis + 2, axis + 1
+        done = hands.reshape(hands.transpose(pairs, axes), (*before, turned, *after))
+        if turned < size:
+            done = hands.join([done, hands.take(apart, range(turned, size), axis + 1)], axis + 1, "concat")
+        return hands.reshape(done, spec.shape)
 
     return _each(bundle, changed)
 
@@ -278,6 +289,10 @@ def _grouped(name: str, args: Data, length: int, heads: int) -> int:
     if length % heads:
         raise SpecMismatch(f"{name}: an axis of {length:,} does not hold {heads:,} heads of one size")
     return length // heads
+
+
+def _by_groups(spec: Spec, axis: int, groups: int) -> tuple[int, ...]:
+    return (*spec.shape[:axis], groups, spec.shape[axis] // groups, *spec.shape[axis + 1 :])
 
 
 def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -292,28 +307,25 @@ def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
         size = _grouped("group_qkv", args, specs[0].shape[axis], args["heads"])
         if any(spec.shape[axis] != groups * size for spec in specs[1:]):
             raise SpecMismatch(f"group_qkv: {specs[1]} and {specs[2]} do not hold {groups:,} heads of {size:,}")
-        rows = [spec.shape[axis] // groups for spec in specs]
-        cut = [
-            hands.take(part, range(group * each, (group + 1) * each), axis)
-            for group in range(groups)
-            for part, each in zip(parts, rows, strict=True)
-        ]
-        out[key] = hands.join(cut, axis, "concat")
+        apart = [hands.reshape(part, _by_groups(spec, axis, groups)) for part, spec in zip(parts, specs, strict=True)]
+        length = sum(spec.shape[axis] for spec in specs)
+        whole = (*specs[0].shape[:axis], length, *specs[0].shape[axis + 1 :])
+        out[key] = hands.reshape(hands.join(apart, axis + 1, "concat"), whole)
     return [out]
 
 
 def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
-    (family,) = bundle
     groups, heads = args["kv_heads"], args["heads"]
     out: Bundle = [{}, {}, {}]
-    for key, x in family.items():
+    for key, x in _alone("ungroup_qkv", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
+        apart = hands.reshape(x, _by_groups(spec, axis, groups))
         ends = np.cumsum([0, heads // groups * size, size, size]).tolist()
         for part, start, end in zip(out, ends, ends[1:], strict=False):
-            cut = [hands.take(x, range(at + start, at + end), axis) for at in range(0, spec.shape[axis], ends[-1])]
-            part[key] = hands.join(cut, axis, "concat")
+            whole = (*spec.shape[:axis], groups * (end - start), *spec.shape[axis + 1 :])
+            part[key] = hands.reshape(hands.take(apart, range(start, end), axis + 1), whole)
     return out
 
 
