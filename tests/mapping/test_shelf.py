@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import paramend as pm
 from paramend.cli.main import cli
+from paramend.testing import assert_identical
 
 SMALL = {
     "hidden_size": 8,
@@ -272,7 +273,7 @@ def test_maxtext_takes_its_layers_from_axis_1_at_any_prefix():
             assert (np.take(kernel, n, axis=1) == layer["mlp"]["wo"]["kernel"]).all()
             assert (np.take(scanned["layers"]["norm"]["scale"], n, axis=1) == layer["norm"]["scale"]).all()
     again, _ = layout.back(found)
-    assert pm.diff(again, state).identical
+    assert_identical(again, state)
     deep = decoder({"dense_layers": 1, "moe_layers": 2})
     scanned = layout.to(deep)[0]["params"]["decoder"]
     assert scanned["moe_layers"]["mlp"]["wo"]["kernel"].shape == (3, 2, 4)
