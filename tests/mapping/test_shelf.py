@@ -426,7 +426,9 @@ def test_numbers_as_options(tmp_path):
 
     assert "--set num_attention_heads=8" in run(status=2).partition("hint:")[2]
     assert "is not NAME=NUMBER" in run("--set", "num_attention_heads", status=2)
-    run("--set", "num_attention_heads=4", "--set", "num_key_value_heads=2", status=0)
+    heads = ("--set", "num_attention_heads=4", "--set", "num_key_value_heads=2")
+    assert "qkv ◄─ reshape(concat(reshape(q, [2, 4, 3]), reshape(k, [2, 2, 3])" in run(*heads, "--dry-run", status=0)
+    run(*heads, status=0)
     found = load_file(tmp_path / "out.safetensors")["qkv"]
     order = [tree["q"][:4], tree["k"][:2], tree["v"][:2], tree["q"][4:], tree["k"][2:], tree["v"][2:]]
     assert torch.equal(found, torch.cat(order))

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
 
+from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.cli.writing import makes, write_made
@@ -15,6 +17,7 @@ from paramend.edits.arguments import SIZES
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
 from paramend.mapping.layout import Layout
+from paramend.mapping.report import shortened
 from paramend.mapping.shelf import layout as named_layout
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -30,6 +33,12 @@ class _Told(Paged):
     old: Checkpoint
     new: Checkpoint
 
+    @cached_property
+    def _made(self) -> dict[str, tuple[Spec, str]]:
+        """The new leaves: path → spec, and what it is made of, as an expression over the old ones."""
+        numbers = _alone(self.new, self.old)
+        return {path: (self.new.spec(one), str(origin_of(self.new, one))) for path, one in numbers.items()}
+
     def headline(self) -> str:
         """The number of leaves before and after."""
         before = wording.plural(len(self.old), "leaf", "leaves")
@@ -37,32 +46,32 @@ class _Told(Paged):
 
     def sections(self) -> list[Section]:
         """The leaves by their paths."""
-        return [_section("from", _alone(self.old, self.new)), _section("to", _alone(self.new, self.old))]
+        gone = [Line((path,), (str(self.old.spec(one)),)) for path, one in _alone(self.old, self.new).items()]
+        come = [Line((path, shortened(origin)), (str(spec),)) for path, (spec, origin) in self._made.items()]
+        return [Section("from", gone), Section("to", come)]
 
     def page(self) -> Page:
         """The result as a map: what is new in it, and what was kept."""
-        index, come = self.new.index, _alone(self.new, self.old)
+        index, come = self.new.index, self._made
         paths = {index.path(number): self.new.spec(number) for number in index.numbers}
         specs = Column("spec", list(map(str, paths.values())), "text")
         groups = ["new" if path in come else "kept" for path in paths]
         return Page("leaves", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The old paths, and the new ones with their specs."""
-        gone, come = _alone(self.old, self.new), _alone(self.new, self.old)
-        made = [{"path": path, "dtype": spec.dtype, "shape": list(spec.shape)} for path, spec in come.items()]
-        return {"from": list(gone), "to": made, "kept": len(self.new) - len(made)}
+        """The old paths, and the new ones with their specs and what they are made of."""
+        made = [
+            {"path": path, "dtype": spec.dtype, "shape": list(spec.shape), "origin": origin}
+            for path, (spec, origin) in self._made.items()
+        ]
+        return {"from": list(_alone(self.old, self.new)), "to": made, "kept": len(self.new) - len(made)}
 
 
-def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, Spec]:
-    """The leaves that only the first of two checkpoints has: path → spec."""
+def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, int]:
+    """The leaves that only the first of two checkpoints has: path → number."""
     other = {there.index.path(number) for number in there.index.numbers}
     paths = {here.index.path(number): number for number in here.index.numbers}
-    return {path: here.spec(number) for path, number in paths.items() if path not in other}
-
-
-def _section(title: str, leaves: Mapping[str, Spec]) -> Section:
-    return Section(title, [Line((path,), (str(spec),)) for path, spec in leaves.items()])
+    return {path: number for path, number in paths.items() if path not in other}
 
 
 def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
