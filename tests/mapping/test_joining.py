@@ -152,7 +152,8 @@ def test_as_commands(tmp_path):
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "h.{0,1}.ab  2 × float32[6,6]" in run("concat", path, "h.<n>.a", "h.<n>.b", "--into", "h.<n>.ab", "-o", out)
+    said = run("concat", path, "h.<n>.a", "h.<n>.b", "--into", "h.<n>.ab", "-o", out)
+    assert "h.{0,1}.ab ◄─ concat(h.{0,1}.a, h.{0,1}.b, axis=0)  2 × float32[6,6]" in said
     same(load_file(out)["h.1.ab"], np.concatenate([Q, K]) + 1)
     run("split", out, "h.<n>.ab", "--into", "h.<n>.a", "--into", "h.<n>.b", "--sizes", "4,2", "-o", back)
     assert {name: array.tolist() for name, array in load_file(back).items()} == {

@@ -309,7 +309,8 @@ def test_command_line(tmp_path):
     done = run("stack", file, "model.layers.<n>", "--into", "model.all", "-o", out, "--json")
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert {"path": "model.all.w", "dtype": "float32", "shape": [3, 4, 3]} in said["to"]
+    origin = "stack(model.layers.0.w, model.layers.1.w, model.layers.2.w, axis=0)"
+    assert {"path": "model.all.w", "dtype": "float32", "shape": [3, 4, 3], "origin": origin} in said["to"]
     assert "model.layers.0.w" in said["from"]
     assert said["kept"] == 2
     assert said["bytes_computed"] == 0

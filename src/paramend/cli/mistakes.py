@@ -46,7 +46,7 @@ class Typed:
         name = next((other for other in others if given.get(other) is not None), name)
         param = next((param for param in self.command.params if param.name == name), None)
         if param is None:
-            return ""
+            return f"--set {name}={value}" if "--set" in _options(self.command) else ""
         first = param.opts[0] if isinstance(param, click.Option) else name.upper()
         values = [",".join(map(str, value))] if numbers else value if isinstance(value, list) else [value]
         return " ".join(f"{first} {shlex.quote(str(each))}" for each in values)

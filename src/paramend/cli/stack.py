@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
 
+from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.writing import makes, write_made
@@ -15,6 +17,7 @@ from paramend.edits.arguments import SIZES
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
 from paramend.mapping.layout import Layout
+from paramend.mapping.report import shortened
 from paramend.mapping.shelf import layout as named_layout
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -30,6 +33,12 @@ class _Told(Paged):
     old: Checkpoint
     new: Checkpoint
 
+    @cached_property
+    def _made(self) -> dict[str, tuple[Spec, str]]:
+        """The new leaves: path → spec, and what it is made of, as an expression over the old ones."""
+        numbers = _alone(self.new, self.old)
+        return {path: (self.new.spec(one), str(origin_of(self.new, one))) for path, one in numbers.items()}
+
     def headline(self) -> str:
         """The number of leaves before and after."""
         before = wording.plural(len(self.old), "leaf", "leaves")
@@ -37,32 +46,32 @@ class _Told(Paged):
 
     def sections(self) -> list[Section]:
         """The leaves by their paths."""
-        return [_section("from", _alone(self.old, self.new)), _section("to", _alone(self.new, self.old))]
+        gone = [Line((path,), (str(self.old.spec(one)),)) for path, one in _alone(self.old, self.new).items()]
+        come = [Line((path, shortened(origin)), (str(spec),)) for path, (spec, origin) in self._made.items()]
+        return [Section("from", gone), Section("to", come)]
 
     def page(self) -> Page:
         """The result as a map: what is new in it, and what was kept."""
-        index, come = self.new.index, _alone(self.new, self.old)
+        index, come = self.new.index, self._made
         paths = {index.path(number): self.new.spec(number) for number in index.numbers}
         specs = Column("spec", list(map(str, paths.values())), "text")
         groups = ["new" if path in come else "kept" for path in paths]
         return Page("leaves", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The old paths, and the new ones with their specs."""
-        gone, come = _alone(self.old, self.new), _alone(self.new, self.old)
-        made = [{"path": path, "dtype": spec.dtype, "shape": list(spec.shape)} for path, spec in come.items()]
-        return {"from": list(gone), "to": made, "kept": len(self.new) - len(made)}
+        """The old paths, and the new ones with their specs and what they are made of."""
+        made = [
+            {"path": path, "dtype": spec.dtype, "shape": list(spec.shape), "origin": origin}
+            for path, (spec, origin) in self._made.items()
+        ]
+        return {"from": list(_alone(self.old, self.new)), "to": made, "kept": len(self.new) - len(made)}
 
 
-def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, Spec]:
-    """The leaves that only the first of two checkpoints has: path → spec."""
+def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, int]:
+    """The leaves that only the first of two checkpoints has: path → number."""
     other = {there.index.path(number) for number in there.index.numbers}
     paths = {here.index.path(number): number for number in here.index.numbers}
-    return {path: here.spec(number) for path, number in paths.items() if path not in other}
-
-
-def _section(title: str, leaves: Mapping[str, Spec]) -> Section:
-    return Section(title, [Line((path,), (str(spec),)) for path, spec in leaves.items()])
+    return {path: number for path, number in paths.items() if path not in other}
 
 
 def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,14 +206,26 @@ def rewrite(path: Path, verb: Callable[[Checkpoint], Checkpoint], options: Mappi
 @click.argument("layout", metavar="NAME|FILE")
 @click.argument("path", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option("--back", is_flag=True, help="From right to left: the other way of storing the model to the first.")
+@click.option(
+    "--set", "numbers", multiple=True, metavar="NAME=NUMBER", help="A number that config.json lacks; may be repeated."
+)
 @makes("what would be made")
-def layout(layout: str, path: Path, back: bool, **options: Any) -> None:
+def layout(layout: str, path: Path, back: bool, numbers: Sequence[str], **options: Any) -> None:
     """Write a checkpoint stored another way, by the rules of a layout.
 
-    NAME is one of those that ship, such as 'mixtral_4_to_5'; FILE is a YAML file of your own.
+    NAME is one of those that ship, such as 'mixtral_4_to_5'; FILE is a YAML file of your own. Numbers that it needs,
+    such as num_attention_heads, are read from config.json.
 
-    Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a file is unreadable or
-    damaged, or OUT cannot be written.
+    Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a number is not known, a file
+    is unreadable or damaged, or OUT cannot be written.
     """
     rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
-    rewrite(path, lambda old: (rules.back(old) if back else rules.to(old))[0], options)
+    given = dict(map(_number, numbers))
+    rewrite(path, lambda old: (rules.back(old, **given) if back else rules.to(old, **given))[0], options)
+
+
+def _number(text: str) -> tuple[str, int]:
+    name, equals, number = text.partition("=")
+    if not name or not equals or not number.isdecimal():
+        raise click.BadParameter(f"{text!r} is not NAME=NUMBER; write --set num_attention_heads=8")
+    return name, int(number)

@@ -1,8 +1,8 @@
 """`Layout`: a reversible map between two ways of storing one model, as rules that are data."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -13,6 +13,7 @@ from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels, write_path
+from paramend.mapping.numbers import Numbers
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.mapping.steps import Bundle, Step, read_step
 from paramend.reports import wording
@@ -46,6 +47,10 @@ class Rule:
     def inverse(self) -> "Rule":
         """The rule read from right to left."""
         return Rule(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.do)), self.optional)
+
+    def bound(self, number: Callable[[str], int]) -> "Rule":
+        """The rule with numbers in place of their names."""
+        return replace(self, do=tuple(step.bound(number) for step in self.do))
 
     def __str__(self) -> str:
         return f"{wording.listing(self.sources, 4)} -> {wording.listing(self.targets, 4)}"
@@ -157,32 +162,35 @@ class Layout:
     def __repr__(self) -> str:
         return f"<layout {self.name or 'without a name'}: {wording.plural(len(self._rules), 'rule')}>"
 
-    def to(self, tree: T) -> tuple[T, LayoutReport]:
+    def to(self, tree: T, **numbers: int) -> tuple[T, LayoutReport]:
         """The tree stored the other way, rules read from left to right, and a report.
 
         Args:
             tree: nested dicts, a state dict, an NNX State ...; or a checkpoint opened by `pm.open`: then the result is
                 one too, and nothing is read before its `.save(out)`.
+            numbers: numbers of the model that steps name, such as `num_attention_heads=8`. Those that are not given are
+                read from the `config.json` beside a checkpoint.
 
         Raises:
             NoMatch: a rule takes nothing.
-            BadArgument: a leaf is taken by no rule, or by two; or leaves of a rule are missing.
+            BadArgument: a leaf is taken by no rule, or by two; leaves of a rule are missing; a number is not known.
             SpecMismatch: leaves of a rule do not fit together.
             RenameClash: two leaves would have one path.
         """
-        return self._mapped(tree, self._rules)
+        return self._mapped(tree, self._rules, numbers)
 
-    def back(self, tree: T) -> tuple[T, LayoutReport]:
+    def back(self, tree: T, **numbers: int) -> tuple[T, LayoutReport]:
         """The tree stored the first way: the inverse of `to`, with the same arguments and errors."""
-        return self._mapped(tree, tuple(rule.inverse() for rule in self._rules))
+        return self._mapped(tree, tuple(rule.inverse() for rule in self._rules), numbers)
 
-    def _mapped(self, tree: T, rules: Sequence[Rule]) -> tuple[T, LayoutReport]:
+    def _mapped(self, tree: T, rules: Sequence[Rule], given: Mapping[str, int]) -> tuple[T, LayoutReport]:
         leaves = editable(tree)
+        numbers = Numbers(leaves, given, {name for rule in rules for step in rule.do for name in step.names})
         groups: list[Group] = []
         rows: list[Moved] = []
         taken: dict[int, Rule] = {}
         for rule in rules:
-            for group, made in _groups(leaves, rule):
+            for group, made in _groups(leaves, rule, numbers):
                 for number in group.numbers:
                     if taken.setdefault(number, rule) is not rule:
                         raise BadArgument(
@@ -190,6 +198,8 @@ class Layout:
                         )
                 groups.append(group)
                 rows += made
+        if not groups:
+            raise NoMatch("no rule takes anything:\n  " + "\n  ".join(map(str, rules)))
         twins = {twin for number in taken for twin in leaves.twins(number)}
         kept = [leaves.index.path(number) for number in leaves.index.numbers if number not in twins]
         if kept and self.rest == "error":
@@ -233,7 +243,7 @@ def _absent(here: Sequence[str], there: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for path in here for name in captures_of(path) if name not in known))
 
 
-def _groups(leaves: Editable, rule: Rule) -> list[tuple[Group, list[Moved]]]:
+def _groups(leaves: Editable, rule: Rule, number_of: Callable[[str], int]) -> list[tuple[Group, list[Moved]]]:
     """What a rule does with a tree: the leaves that it takes, and what it makes of them."""
     counting, counted = _absent(rule.sources, rule.targets), _absent(rule.targets, rule.sources)
     probe = _numbered(rule.targets[0], dict.fromkeys(counted, 0))
@@ -249,7 +259,8 @@ def _groups(leaves: Editable, rule: Rule) -> list[tuple[Group, list[Moved]]]:
         for source in rule.sources:
             resolve(source, leaves)  # for its error, which names near matches
         raise NoMatch(f"the rule {rule} takes nothing")
-    return [_group(leaves, rule, families, counted) for families in found.values()]
+    bound = rule.bound(number_of) if found else rule
+    return [_group(leaves, bound, families, counted) for families in found.values()]
 
 
 def _group(

@@ -47,7 +47,7 @@ class LayoutReport(Report):
 
     def sections(self) -> list[Section]:
         """The leaves that were made, and those that stayed."""
-        made = [Line((row.path,), (str(row.spec), _short(row.origin)), row.spec.size) for row in self.rows]
+        made = [Line((row.path, shortened(row.origin)), (str(row.spec),), row.spec.size) for row in self.rows]
         return [Section("made", made), Section("kept", [Line((path,)) for path in self.kept])]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,5 +60,6 @@ class LayoutReport(Report):
         return {"layout": self.layout, "made": rows, "kept": list(self.kept)}
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
+    """An expression without its middle where it is long."""
     return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

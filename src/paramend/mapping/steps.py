@@ -23,6 +23,7 @@ from paramend.reports import wording
 Family: TypeAlias = dict[tuple[int, ...], Any]
 Bundle: TypeAlias = list[Family]
 Data: TypeAlias = Mapping[str, Any]
+COUNTS = ("heads", "kv_heads", "rotary_dim")  # numbers of the model, which may be given by name
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,17 @@ class Step:
     def run(self, bundle: Bundle, count: int) -> Bundle:
         """The bundle after the step, in a rule that ends in `count` paths."""
         return _ROWS[self.name].run(bundle, self.args, count)
+
+    @property
+    def names(self) -> list[str]:
+        """The numbers of the model that it names."""
+        return [value for value in self.args.values() if isinstance(value, str)]
+
+    def bound(self, number: Callable[[str], int]) -> "Step":
+        """The step with numbers in place of their names."""
+        return Step(
+            self.name, {key: number(value) if isinstance(value, str) else value for key, value in self.args.items()}
+        )
 
     def inverse(self) -> "Step":
         """The step that takes this one back."""
@@ -85,9 +97,15 @@ def read_step(data: Any) -> Step:
     if wrong:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
-        whole = isinstance(value, list | tuple) if key != "axis" else True
-        if not whole or not all(type(each) is int for each in (value if key != "axis" else [value])):
-            raise BadArgument(f"{name}: {key} cannot be {shown(value)}", hint="whole numbers")
+        single = key == "axis" or key in COUNTS
+        whole = single or isinstance(value, list | tuple)
+        named = key in COUNTS and isinstance(value, str) and value.isidentifier()
+        values = [value] if single else value
+        if not named and not (whole and all(type(each) is int and (each > 0 or key not in COUNTS) for each in values)):
+            raise BadArgument(
+                f"{name}: {key} cannot be {shown(value)}",
+                hint="a whole number or a name, such as num_attention_heads" if key in COUNTS else "whole numbers",
+            )
     return Step(name, args)
 
 
@@ -145,13 +163,23 @@ def _alike(specs: Sequence[Spec], axis: int, how: How) -> None:
             raise SpecMismatch(f"{how} along axis {axis}: {first} and {spec} do not fit")
 
 
-def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
+def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
+    """For each number the leaves of all paths."""
     keys = bundle[0].keys()
     if any(family.keys() != keys for family in bundle):
-        raise BadArgument(f"{how}: the paths of `from` do not have the same numbers")
+        raise BadArgument(f"{name}: the paths of `from` do not have the same numbers")
+    return {key: [family[key] for family in bundle] for key in keys}
+
+
+def _alone(name: str, bundle: Bundle) -> Family:
+    if len(bundle) != 1:
+        raise BadArgument(f"{name} takes one path, and there are {len(bundle)}")
+    return bundle[0]
+
+
+def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Family = {}
-    for key in keys:
-        parts = [family[key] for family in bundle]
+    for key, parts in _abreast(how, bundle).items():
         specs = [hands.spec_of(part) for part in parts]
         axis = axis_of(specs[0], args["axis"])
         _alike(specs, axis, how)
@@ -162,9 +190,8 @@ def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
-    (family,) = bundle
     out: Bundle = [{} for _ in range(count)]
-    for key, x in family.items():
+    for key, x in _alone("split", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         length = spec.shape[axis]
@@ -179,9 +206,8 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
-    (family,) = bundle
     out: Bundle = [{} for _ in range(count)]
-    for key, x in family.items():
+    for key, x in _alone("deal", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         if spec.shape[axis] % count:
@@ -228,7 +254,90 @@ def _permute(bundle: Bundle, args: Data, count: int) -> Bundle:
     return _each(bundle, changed)
 
 
+def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
+    heads = args["heads"]
+
+    def changed(x: Any) -> Any:
+        spec = hands.spec_of(x)
+        axis = axis_of(spec, args["axis"])
+        length = spec.shape[axis]
+        if length % heads:
+            raise SpecMismatch(f"rope: axis {axis} of {spec} does not hold {heads:,} heads of one size")
+        turned = args.get("rotary_dim", length // heads)
+        if turned % 2 or not 0 < turned <= length // heads:
+            raise SpecMismatch(
+                f"rope: heads of {length // heads} places do not have {turned} that are rotated in pairs"
+            )
+        size, before, after = length // heads, (*spec.shape[:axis], heads), spec.shape[axis + 1 :]
+        apart = hands.reshape(x, (*before, size, *after))
+        halves = (turned // 2, 2) if back else (2, turned // 2)
+        pairs = hands.reshape(hands.take(apart, range(turned), axis + 1), (*before, *halves, *after))
+        axes = list(range(spec.ndim + 2))
+        axes[axis + 1 : axis + 3] = axis + 2, axis + 1
+        done = hands.reshape(hands.transpose(pairs, axes), (*before, turned, *after))
+        if turned < size:
+            done = hands.join([done, hands.take(apart, range(turned, size), axis + 1)], axis + 1, "concat")
+        return hands.reshape(done, spec.shape)
+
+    return _each(bundle, changed)
+
+
+def _grouped(name: str, args: Data, length: int, heads: int) -> int:
+    """The size of a head where an axis of some length holds so many."""
+    if args["heads"] % args["kv_heads"]:
+        raise SpecMismatch(f"{name}: {args['kv_heads']:,} groups do not divide {args['heads']:,} heads")
+    if length % heads:
+        raise SpecMismatch(f"{name}: an axis of {length:,} does not hold {heads:,} heads of one size")
+    return length // heads
+
+
+def _by_groups(spec: Spec, axis: int, groups: int) -> tuple[int, ...]:
+    return (*spec.shape[:axis], groups, spec.shape[axis] // groups, *spec.shape[axis + 1 :])
+
+
+def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
+    groups = args["kv_heads"]
+    if len(bundle) != 3:
+        raise BadArgument(f"group_qkv takes the paths of q, k and v, and there are {len(bundle)}")
+    out: Family = {}
+    for key, parts in _abreast("group_qkv", bundle).items():
+        specs = [hands.spec_of(part) for part in parts]
+        axis = axis_of(specs[0], args["axis"])
+        _alike(specs, axis, "concat")
+        size = _grouped("group_qkv", args, specs[0].shape[axis], args["heads"])
+        if any(spec.shape[axis] != groups * size for spec in specs[1:]):
+            raise SpecMismatch(f"group_qkv: {specs[1]} and {specs[2]} do not hold {groups:,} heads of {size:,}")
+        apart = [hands.reshape(part, _by_groups(spec, axis, groups)) for part, spec in zip(parts, specs, strict=True)]
+        length = sum(spec.shape[axis] for spec in specs)
+        whole = (*specs[0].shape[:axis], length, *specs[0].shape[axis + 1 :])
+        out[key] = hands.reshape(hands.join(apart, axis + 1, "concat"), whole)
+    return [out]
+
+
+def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
+    groups, heads = args["kv_heads"], args["heads"]
+    out: Bundle = [{}, {}, {}]
+    for key, x in _alone("ungroup_qkv", bundle).items():
+        spec = hands.spec_of(x)
+        axis = axis_of(spec, args["axis"])
+        size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
+        apart = hands.reshape(x, _by_groups(spec, axis, groups))
+        ends = np.cumsum([0, heads // groups * size, size, size]).tolist()
+        for part, start, end in zip(out, ends, ends[1:], strict=False):
+            whole = (*spec.shape[:axis], groups * (end - start), *spec.shape[axis + 1 :])
+            part[key] = hands.reshape(hands.take(apart, range(start, end), axis + 1), whole)
+    return out
+
+
 _ROWS: Mapping[str, _Kind] = {
+    "rope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), lambda args: ("unrope", args)),
+    "unrope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, True), lambda args: ("rope", args)),
+    "group_qkv": _Kind(
+        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, lambda args: ("ungroup_qkv", args)
+    ),
+    "ungroup_qkv": _Kind(
+        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _ungroup_qkv, lambda args: ("group_qkv", args)
+    ),
     "stack": _Kind(("axis",), (), _stack, lambda args: ("unstack", args)),
     "unstack": _Kind(("axis",), (), _unstack, lambda args: ("stack", args)),
     "concat": _Kind(("axis", "sizes"), (), partial(_join, "concat"), lambda args: ("split", args)),

@@ -1,0 +1,94 @@
+"""Numbers of a model that the steps of a layout name, such as its heads."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from paramend.errors import BadArgument, BadCheckpoint
+from paramend.formats.gathered import Gathered
+from paramend.leaves.leaves import Editable
+from paramend.reports import wording
+
+_CONFIG = "config.json"
+# What a configuration that lacks a number means by that.
+_DERIVED: Mapping[str, Callable[[Callable[[str], int]], int]] = {
+    "num_key_value_heads": lambda number: number("num_attention_heads"),
+    "head_dim": lambda number: number("hidden_size") // number("num_attention_heads"),
+}
+_SOURCES = {"num_key_value_heads": ("num_attention_heads",), "head_dim": ("hidden_size", "num_attention_heads")}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of a model by name: those given, else those of its configuration.
+
+    Attributes:
+        leaves: the model.
+        given: numbers given by name.
+        named: the names that may be asked for.
+    """
+
+    leaves: Editable
+    given: Mapping[str, int]
+    named: Iterable[str]
+
+    def __post_init__(self) -> None:
+        known = sorted({*self.named, *(name for one in self.named for name in _SOURCES.get(one, ()))})
+        for name, value in self.given.items():
+            if name not in known:
+                near = wording.closest(name, known, limit=1)
+                said = f"the numbers of this layout: {', '.join(known)}" if known else "this layout takes no numbers"
+                raise BadArgument(f"no step names {name!r}", hint=near[0] if near else said)
+            _check(name, value)
+
+    def __call__(self, name: str) -> int:
+        """A number.
+
+        Raises:
+            BadArgument: it is neither given nor in the configuration, or it is no number.
+        """
+        if name in self.given:
+            return self.given[name]
+        for config in (self._config, self._config.get("text_config")):
+            if isinstance(config, Mapping) and config.get(name) is not None:
+                return _check(name, config[name])
+        if name in _DERIVED and self._config:
+            return _DERIVED[name](self)
+        where = f"{_CONFIG} has no {name}" if self._config else f"there is no {_CONFIG} that says {name}"
+        raise BadArgument(where, hint=f"pass it: {name}=8")
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        return read_config(self.leaves)
+
+
+def _check(name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise BadArgument(f"{name} is {value!r}, and not a whole number above 0", hint=f"{name}=8")
+    return value
+
+
+def read_config(leaves: Editable) -> Mapping[str, Any]:
+    """The `config.json` beside an opened checkpoint, {} for other trees and where there is none.
+
+    Raises:
+        BadCheckpoint: it is damaged.
+    """
+    path = getattr(leaves, "path", None)  # checkpoints alone have one
+    if not isinstance(path, Path):
+        return {}
+    file = (path if path.is_dir() else path.parent) / _CONFIG
+    source = getattr(leaves, "source", None)
+    text = source.texts.get(_CONFIG) if isinstance(source, Gathered) else None
+    if text is None and not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_bytes() if text is None else text)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{file}: {error}") from None
+    if not isinstance(config, Mapping):
+        raise BadCheckpoint(f"{file} is not a map")
+    return config
