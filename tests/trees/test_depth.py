@@ -6,7 +6,7 @@ import pytest
 
 import paramend as pm
 from paramend.errors import Unsupported
-from support.stacks import with_few_calls_left
+from support.stacks import with_all_calls_left, with_few_calls_left
 
 
 def nested_to(depth, leaf, wrap):
@@ -20,10 +20,14 @@ def nested_to(depth, leaf, wrap):
 @pytest.mark.parametrize("make", [np.ones, jnp.ones])
 def test_two_hundred_levels_and_no_more(wrap, make):
     deepest = nested_to(200, make(2), wrap)
-    (leaf,) = pm.at(pm.at(deepest, "**/w").zero(), "**/w").get().values()
-    assert leaf.tolist() == [0, 0]
-    assert len(pm.at(pm.at(deepest, "**/w").rename("**/v"), "**/v")) == 1
-    assert pm.at(deepest, pm.at(deepest, "**").mask()).one().tolist() == [1, 1]
+
+    def edited():
+        (leaf,) = pm.at(pm.at(deepest, "**/w").zero(), "**/w").get().values()
+        assert leaf.tolist() == [0, 0]
+        assert len(pm.at(pm.at(deepest, "**/w").rename("**/v"), "**/v")) == 1
+        assert pm.at(deepest, pm.at(deepest, "**").mask()).one().tolist() == [1, 1]
+
+    with_all_calls_left(edited)
     for depth in (201, 3000):
         tree = nested_to(depth, make(2), wrap)
         for verb in (lambda t: pm.at(t, "**").zero(), lambda t: pm.graft(t, t), lambda t: pm.diff(t, t)):

@@ -230,24 +230,11 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
-# Suffixes of formats that cannot be written here.
+# Suffixes of formats that cannot be written here: those of weights, and others.
+FOREIGN_WEIGHTS = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
 FOREIGN_SUFFIXES = (
-    *(
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".hdf5",
-        ".keras",
-        ".onnx",
-        ".ot",
-        ".tflite",
-        ".pkl",
-        ".pickle",
-        ".npy",
-        ".zarr",
-        ".tar",
-    ),
-    *(".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
+    *FOREIGN_WEIGHTS,
+    *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
 )
 
 

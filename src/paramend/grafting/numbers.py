@@ -61,7 +61,7 @@ class Counted(Tree):
         value = self.values[number]
         return np.asarray(value, self.spec(number).dtype) if number in self.counts else value
 
-    def raw(self, number: int) -> Any:
+    def bare(self, number: int) -> Any:
         """The leaf itself."""
         return self.values[number]
 
@@ -166,9 +166,9 @@ class _FromFile(WithGuests):
         """A copy of a leaf."""
         return self.read(number) if number in self.counts else self._checkpoint.fetch(number)
 
-    def raw(self, number: int) -> Any:
+    def bare(self, number: int) -> Any:
         """The leaf itself."""
-        return self._numbers.raw(number - self.first) if number in self.counts else self.target.read(number)
+        return self._numbers.bare(number - self.first) if number in self.counts else self.target.read(number)
 
 
 def counts(leaves: Leaves) -> frozenset[int]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from paramend.errors import RenameClash
 from paramend.leaves.leaves import Leaves, keys_of
+from paramend.leaves.nested import folded
 from paramend.leaves.paths import labels, write_path
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ class Outline:
             if not keys or keys[-1] in node:
                 raise RenameClash(f"two leaves would be at {shown(keys)}", hint="rename or delete one first")
             node[keys[-1]] = made(value)
-        return _closed(tree, (), self.containers, close or closed)
+        return _closed(tree, self.containers, close or closed)
 
 
 class _Node(dict[Any, Any]):
@@ -119,11 +120,16 @@ def closed(entries: dict[Any, Any], like: Any) -> Any:
     return made
 
 
-def _closed(node: Any, keys: Keys, containers: Mapping[Keys, Any], close: Callable[..., Any]) -> Any:
-    if type(node) is not _Node:
-        return node
-    inner = {key: _closed(child, (*keys, key), containers, close) for key, child in node.items()}
-    return close(inner, containers.get(keys))
+def _closed(root: Any, containers: Mapping[Keys, Any], close: Callable[..., Any]) -> Any:
+    def inside(entry: tuple[Keys, Any]) -> list[tuple[Keys, Any]]:
+        keys, node = entry
+        return [((*keys, key), child) for key, child in node.items()] if type(node) is _Node else []
+
+    def made(entry: tuple[Keys, Any], inner: list[Any]) -> Any:
+        keys, node = entry
+        return close(dict(zip(node, inner, strict=True)), containers.get(keys)) if type(node) is _Node else node
+
+    return folded(((), root), inside, made)
 
 
 @runtime_checkable

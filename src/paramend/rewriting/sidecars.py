@@ -5,12 +5,12 @@ import stat
 from pathlib import Path
 
 from paramend.formats.index import is_index
-from paramend.formats.registry import FOREIGN_SUFFIXES, SUFFIXES
+from paramend.formats.registry import FOREIGN_WEIGHTS, SUFFIXES
 from paramend.formats.shards import Shards
 from paramend.rewriting.files import Copy, File
 
 # Weights of the same model in another form would contradict the edited ones.
-_ENDS = rf"(?:{'|'.join(map(re.escape, (*SUFFIXES, *FOREIGN_SUFFIXES)))})"
+_ENDS = rf"(?:{'|'.join(map(re.escape, (*SUFFIXES, *FOREIGN_WEIGHTS)))})"
 _OTHER_WEIGHTS = re.compile(
     r"(?:pytorch_model|tf_model|flax_model|rust_model|model|consolidated|diffusion_pytorch_model|adapter_model)"
     rf"[-_.0-9a-z]*{_ENDS}"

@@ -352,7 +352,7 @@ def _read(source: Any) -> Counted:
     """A tree in memory; a checkpoint is read."""
     if isinstance(source, Counted):
         return source
-    read = getattr(source, "raw", source.read)
+    read = getattr(source, "bare", source.read)
     return Counted({source.index.name(number): read(number) for number in source.index.numbers})
 
 
