@@ -67,11 +67,11 @@ def test_an_output_that_was_not_written(model, tmp_path, number):
 
 
 def test_an_output_that_was_written(model, tmp_path):
-    said = stopped(tmp_path, REWRITE, "Note.publish", ["zero", model.name, "w", "-o", "out.safetensors"])
+    said = stopped(tmp_path, REWRITE, "Note._publish", ["zero", model.name, "w", "-o", "out.safetensors"])
     assert said == "out.safetensors had been written in full"
     assert pm.load(tmp_path / "out.safetensors")["w"].tolist() == [0] * 4
     args = ["zero", model.name, "w", "-o", "new.safetensors", "--html", "page.html"]
-    said = stopped(tmp_path, REWRITE, "Note.publish", args)
+    said = stopped(tmp_path, REWRITE, "Note._publish", args)
     assert said == "1 of 2 outputs had been written: new.safetensors; not page.html"
     assert (tmp_path / "new.safetensors").exists() and not (tmp_path / "page.html").exists()
 
@@ -79,7 +79,7 @@ def test_an_output_that_was_written(model, tmp_path):
 def test_a_patch_that_was_stopped(model, tmp_path):
     before = model.read_bytes()
     args = ["zero", model.name, "w", "--in-place"]
-    assert stopped(tmp_path, PATCH, "change", args) == f"nothing was changed: {model.name} has its old bytes"
+    assert stopped(tmp_path, PATCH, "change_all", args) == f"nothing was changed: {model.name} has its old bytes"
     assert model.read_bytes() == before
     said = stopped(tmp_path, PATCH, "_Patch.carry_out", args)
     assert said == f"{model.name} had been changed in full; to take it back: paramend undo {model.name}"
@@ -97,12 +97,12 @@ def test_an_undo_that_was_stopped(model, tmp_path):
     assert said == f"nothing was changed: no patch of {model.name} was taken back"
     assert model.read_bytes() == after
     # A second signal, amid the way back, leaves a half.
-    said = stopped(tmp_path, "paramend.journal.rollback", "put", args, often=True)
+    said = stopped(tmp_path, "paramend.journal.rollback", "scatter", args, often=True)
     assert said.startswith(f"{model.name} has its old bytes only in part; all are in .{model.name}.undo/000001.pending")
     pm.open(model).close()
     assert model.read_bytes() == before
     pm.patch(model, lambda t: pm.at(t, "w").zero())
-    said = stopped(tmp_path, "paramend.journal.rollback", "put", args)
+    said = stopped(tmp_path, "paramend.journal.rollback", "scatter", args)
     assert said == f"the last patch of {model.name} had been taken back in full"
     assert model.read_bytes() == before
 

@@ -31,6 +31,10 @@ ARGS = {
     "cast": ("bfloat16",),
     "noise": (0.1,),
     "reinit": ("lecun_normal",),
+    "transpose": ((1, 0),),
+    "reshape": ((-1,),),
+    "take": ([0],),
+    "permute": ([0],),
 }
 
 

@@ -110,6 +110,7 @@ ALLOWED = {
     r"errors\.GraftRefused\.__init__\.(report|ways)": "errors lie below reports and options, and name neither",
     r"graft_optimizer_\.(optimizer|old)": NNX,
     r"carry_optimizer_\.old": NNX,
+    r"Layout\.(__init__\.rules|of\.data|to_data\.return)": "rules as data, which are checked when they are read",
     r"nnx_filter\.model": "`nnx.State` is generic in keys and values, which do not matter here",
 }
 

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import stat
 import zlib
 from collections.abc import Iterator
@@ -88,7 +87,7 @@ def is_other(path: Path, then: os.stat_result | None) -> bool:
 
 def spare(out: Path) -> Path:
     """A new name for what is kept beside an output while it is written: the next writer of it removes what is left."""
-    return out.parent / f"{_prefix(out)}{secrets.token_hex(6)}.tmp"
+    return out.parent / f"{_prefix(out)}{os.urandom(6).hex()}.tmp"
 
 
 def drop_spare_names(file: Path) -> None:

@@ -140,13 +140,13 @@ class Layout:
         """Write the layout into a YAML file."""
         import yaml  # as above
 
-        from paramend.disk.io import put  # only here something is written
+        from paramend.disk.io import write_file  # only here something is written
         from paramend.disk.permissions import NEW_FILE  # as above
         from paramend.disk.publishing import published  # as above
 
         text = yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
-        with published(Path(path), force=True, access=NEW_FILE) as temporary, temporary.open("r+b") as file:
-            put(file.fileno(), text.encode())
+        with published(Path(path), force=True, access=NEW_FILE) as temporary:
+            write_file(temporary, text.encode())
 
     def to_data(self) -> dict[str, Any]:
         """The layout as a map."""

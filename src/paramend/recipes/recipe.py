@@ -134,7 +134,7 @@ class Recipe:
         """The JSON Schema (2020-12) of recipes, for editors and other programs.
 
         >>> sorted(Recipe.schema()["properties"])
-        ['steps', 'version']
+        ['raw', 'steps', 'version']
         """
         return make_schema()
 
