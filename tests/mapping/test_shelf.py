@@ -402,7 +402,7 @@ def test_numbers_are_read_beside_the_checkpoint(tmp_path, config, rows):
         ('{"hidden_size": 8}', "config.json has no num_attention_heads"),
         ('{"num_attention_heads": "4"}', "num_attention_heads is '4'"),
         ("[", "config.json"),
-        ("[4]", "is not a map"),
+        ("[4]", "holds a list, not an object"),
     ],
 )
 def test_numbers_that_no_configuration_says(tmp_path, config, says):

@@ -3,12 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from paramend.anatomy.sections import BLOCKS, CONFIG, counted, parsed
-from paramend.errors import BadCheckpoint
+from paramend.anatomy.sections import config_beside, counted
 from paramend.formats.source import Source
 from paramend.leaves.paths import Names, number_of, text_of
-
-_MAX = 10_000_000  # a configuration is a few thousand bytes
 
 
 def mark_blocks(source: Source, path: Path) -> None:
@@ -19,14 +16,7 @@ def mark_blocks(source: Source, path: Path) -> None:
         path: its path; the configuration in its folder says how many layers there are. A damaged one says
             nothing here: whoever needs it reports it.
     """
-    file = (path if path.is_dir() else path.parent) / CONFIG
-    try:
-        if file.stat().st_size > _MAX:
-            return
-        text = file.read_bytes()
-        config = parsed(text, file) if any(key.encode() in text for key in BLOCKS) else {}
-    except (OSError, BadCheckpoint):
-        return
+    config = config_beside(path)
     for layers, blocks in dict.fromkeys(counted(config)):
         for place in list(_places(source.index.names, (), layers, blocks)):
             source.index.mark(place, layers)

@@ -24,6 +24,8 @@ SIDES: Mapping[str, tuple[str, ...]] = {
 BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 # Words in the paths of parts of a multimodal model that are not its text model.
 SENSES = ("vision", "visual", "image", "audio", "speech", "vit")
+# A configuration is a few kilobytes; larger files are none.
+_MOST = 1 << 24
 _TEXT = ("text", "llm", "language", "thinker", "decoder")
 
 
@@ -42,6 +44,30 @@ def parsed(text: bytes, file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BadCheckpoint(f"{file} holds {wording.described(config)}, not an object")
     return config
+
+
+def beside(path: Path, name: str = CONFIG) -> Path:
+    """The file of this name beside the weights.
+
+    Args:
+        path: the checkpoint, a directory or a file in it.
+        name: the name of the file.
+    """
+    return (path if path.is_dir() else path.parent) / name
+
+
+def config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The configuration beside the weights; {} if there is none, or a damaged one: whoever needs it reports that.
+
+    Args:
+        path: the checkpoint, a directory or a file in it.
+        name: the name of the file.
+    """
+    file = beside(path, name)
+    try:
+        return parsed(file.read_bytes(), file) if file.stat().st_size <= _MOST else {}
+    except (OSError, BadCheckpoint):
+        return {}
 
 
 def written(config: Mapping[str, Any]) -> bytes:

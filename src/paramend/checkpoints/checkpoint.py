@@ -104,7 +104,7 @@ class Checkpoint(Editable):
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
-        from paramend.checkpoints.quantization import quantization_of  # few checkpoints are edited
+        from paramend.anatomy.quantization import quantization_of  # few checkpoints are edited
 
         return quantization_of(self.path)
 
@@ -191,7 +191,7 @@ class Checkpoint(Editable):
         """Why a selector finds nothing, and the path of what it means: a head that is tied to the embedding."""
         if self._plan is not None and self._plan.restructured:  # what is absent may have been there
             return None
-        from paramend.checkpoints.heads import absent_head  # needed only for errors
+        from paramend.anatomy.heads import absent_head  # needed only for errors
 
         return absent_head(text, self.index, self.path if self.path.is_dir() else self.path.parent)
 

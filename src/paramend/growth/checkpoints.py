@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.layers import renamed
-from paramend.anatomy.sections import CONFIG, parsed, written
+from paramend.anatomy.sections import CONFIG, beside, parsed, written
 from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import Unsupported
@@ -57,8 +57,7 @@ def deepened(
 
 def _config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any] | None, Path | None]:
     """The configuration beside the weights, and its file."""
-    path = Path(checkpoint.path)
-    file = (path if path.is_dir() else path.parent) / CONFIG
+    file = beside(Path(checkpoint.path))
     text = _text(checkpoint, file)
     return (None, None) if text is None else (parsed(text, file), file)
 

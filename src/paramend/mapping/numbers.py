@@ -1,18 +1,17 @@
 """Numbers of a model that the steps of a layout name, such as its heads."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from paramend.errors import BadArgument, BadCheckpoint
+from paramend.anatomy.sections import CONFIG, beside, parsed
+from paramend.errors import BadArgument
 from paramend.formats.gathered import Gathered
 from paramend.leaves.leaves import Editable
 from paramend.reports import wording
 
-_CONFIG = "config.json"
 # What a configuration that lacks a number means by that.
 _DERIVED: Mapping[str, Callable[[Callable[[str], int]], int]] = {
     "num_key_value_heads": lambda number: number("num_attention_heads"),
@@ -57,7 +56,7 @@ class Numbers:
                 return _check(name, config[name])
         if name in _DERIVED and self._config:
             return _DERIVED[name](self)
-        where = f"{_CONFIG} has no {name}" if self._config else f"there is no {_CONFIG} that says {name}"
+        where = f"{CONFIG} has no {name}" if self._config else f"there is no {CONFIG} that says {name}"
         raise BadArgument(where, hint=f"pass it: {name}=8")
 
     @cached_property
@@ -80,15 +79,8 @@ def read_config(leaves: Editable) -> Mapping[str, Any]:
     path = getattr(leaves, "path", None)  # checkpoints alone have one
     if not isinstance(path, Path):
         return {}
-    file = (path if path.is_dir() else path.parent) / _CONFIG
-    source = getattr(leaves, "source", None)
-    text = source.texts.get(_CONFIG) if isinstance(source, Gathered) else None
+    file, source = beside(path), getattr(leaves, "source", None)
+    text = source.texts.get(CONFIG) if isinstance(source, Gathered) else None
     if text is None and not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_bytes() if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{file}: {error}") from None
-    if not isinstance(config, Mapping):
-        raise BadCheckpoint(f"{file} is not a map")
-    return config
+    return parsed(file.read_bytes() if text is None else text, file)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.counts import miscounted, retyped
-from paramend.anatomy.sections import CONFIG, parsed, written
+from paramend.anatomy.sections import CONFIG, beside, parsed, written
 from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint
 from paramend.rewriting.files import File, text_file
@@ -37,8 +37,7 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
 
 def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     """What the configuration beside the weights says that does not hold for a file of these leaves alone."""
-    home = Path(getattr(source, "path", ""))
-    path = (home if home.is_dir() else home.parent) / CONFIG
+    path = beside(Path(getattr(source, "path", "")))
     if not getattr(source, "stats", None) or not path.is_file():
         return ()
     files, said = followed_files(made, [File(CONFIG, path.stat().st_size, (), path)])

@@ -1,9 +1,10 @@
 """What the configuration beside the weights says of their quantisation."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from paramend.anatomy.sections import config_beside
 
 # Files in the order in which they count, and the keys below which they say it; () is the file itself.
 _FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -12,8 +13,6 @@ _FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("quant_config.json", ()),
     ("hf_quant_config.json", ("quantization",)),
 )
-# A configuration is a few kilobytes; larger files are none.
-_MOST = 1 << 24
 
 
 def quantization_of(path: Path) -> Mapping[str, object] | None:
@@ -28,25 +27,12 @@ def quantization_of(path: Path) -> Mapping[str, object] | None:
     >>> quantization_of(folder), quantization_of(folder / "model.safetensors")
     ({'quant_method': 'fp8'}, {'quant_method': 'fp8'})
     """
-    folder = path if path.is_dir() else path.parent
-    for name, keys in _FILES:
-        file = folder / name
-        try:
-            if not file.is_file() or file.stat().st_size > _MOST:
-                continue
-            data = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        found = _part(data, keys)
-        if found is not None:
-            return found
-    return None
+    found = (_part(config_beside(path, name), keys) for name, keys in _FILES)
+    return next((part for part in found if part), None)
 
 
-def _part(data: Any, keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+def _part(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
     """What lies below one of the keys, in the data itself or in the configuration of its text model."""
-    if not isinstance(data, Mapping):
-        return None
     if not keys:
         return data
     for part in (data, data.get("text_config")):

@@ -1,10 +1,9 @@
 """Heads that are no leaves: a model whose head shares the weight of its embedding stores that weight once."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
+from paramend.anatomy.sections import config_beside
 from paramend.leaves.leaves import Index
 
 # How families name the two modules that may share one weight.
@@ -12,7 +11,6 @@ _HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projec
 _LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
 _EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
-_MOST = 1 << 24
 
 
 def absent_head(text: str, index: Index, folder: Path) -> tuple[str, str] | None:
@@ -33,9 +31,10 @@ def absent_head(text: str, index: Index, folder: Path) -> tuple[str, str] | None
         head, shared = "embed_tokens", by_name["shared",]  # of an encoder or a decoder
     if head is None or shared is None:
         return None
-    config = _config(folder)
-    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
-    kinds = config.get("architectures") or [""]
+    config = config_beside(folder)
+    inner, kinds = config.get("text_config"), config.get("architectures")
+    tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
+    kinds = kinds if isinstance(kinds, list) and kinds else [""]
     if tied is False or (config and tied is None and not str(kinds[0]).endswith(_WITH_HEAD)):
         return None
     path = index.path(shared)
@@ -43,14 +42,3 @@ def absent_head(text: str, index: Index, folder: Path) -> tuple[str, str] | None
         return f"the {head} is tied to {path} (tie_word_embeddings in config.json)", path
     family = config.get("model_type")
     return f"the {head} is not stored, as in {f'{family} ' if family else ''}models that tie it to {path}", path
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The configuration in a folder; {} if there is none that can be read."""
-    file = folder / "config.json"
-    try:
-        found = json.loads(file.read_bytes()) if file.stat().st_size < _MOST else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    inner = isinstance(found, dict) and isinstance(found.get("text_config"), dict | None)
-    return found if inner and isinstance(found.get("architectures") or [], list) else {}
