@@ -432,3 +432,11 @@ def test_numbers_as_options(tmp_path):
     found = load_file(tmp_path / "out.safetensors")["qkv"]
     order = [tree["q"][:4], tree["k"][:2], tree["v"][:2], tree["q"][4:], tree["k"][2:], tree["v"][2:]]
     assert torch.equal(found, torch.cat(order))
+
+
+@pytest.mark.parametrize("name", [name for name in pm.layouts() if name.endswith(("_llama", "_llama_local"))])
+def test_a_model_with_the_names_of_another_is_refused(tmp_path, name):
+    save_file({"model.embed_tokens.weight": torch.zeros(8, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
+    with pm.open(tmp_path) as model, pytest.raises(ValueError, match=r"is for .*llama.*, and config.json says gemma"):
+        pm.layout(name).to(model)

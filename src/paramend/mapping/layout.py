@@ -13,7 +13,7 @@ from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels, write_path
-from paramend.mapping.numbers import Numbers
+from paramend.mapping.numbers import Numbers, read_config
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.mapping.steps import Bundle, Step, read_step
 from paramend.reports import wording
@@ -76,6 +76,8 @@ class Layout:
             what `stack` runs over. `optional: true` allows a rule to take nothing.
         name: what the layout is called.
         rest: what becomes of leaves that no rule takes: "error" lists them, "keep" leaves them as they are.
+        models: the values of `model_type` that it is for; a checkpoint whose `config.json` says another is refused.
+            Names and shapes of other models may be the same, and mean something else.
 
     Raises:
         BadArgument: a rule is not one; the message says which and why.
@@ -86,12 +88,14 @@ class Layout:
     ([0.0, 0.0, 1.0, 1.0], [1.0, 1.0])
     """
 
-    def __init__(self, rules: Sequence[Mapping[str, Any]], *, name: str = "", rest: Rest = "error") -> None:
+    def __init__(
+        self, rules: Sequence[Mapping[str, Any]], *, name: str = "", rest: Rest = "error", models: Sequence[str] = ()
+    ) -> None:
         if rest not in ("error", "keep"):
             raise BadArgument(f"rest={rest!r} is not one of error, keep")
         if isinstance(rules, str | Mapping) or not rules:
             raise BadArgument("a layout is a list of rules", hint='[{"from": "a.<n>", "to": "b.<n>"}]')
-        self.name, self.rest = name, rest
+        self.name, self.rest, self.models = name, rest, tuple(models)
         self._rules = tuple(_rule(data, f"rules[{place}]") for place, data in enumerate(rules))
 
     @classmethod
@@ -125,7 +129,7 @@ class Layout:
         Raises:
             BadArgument: it is not a layout.
         """
-        known = ("version", "name", "rest", "rules")
+        known = ("version", "name", "rest", "models", "rules")
         if not isinstance(data, Mapping):
             raise BadArgument(f"{what} is not a map of {', '.join(known)}")
         unknown = [key for key in data if key not in known]
@@ -134,7 +138,12 @@ class Layout:
             raise BadArgument(f"{what}: there is no key {unknown[0]!r}", hint=near[0] if near else ", ".join(known))
         if data.get("version") != VERSION:
             raise BadArgument(f"{what}: {data.get('version')!r} is not a known version", hint=f"version: {VERSION}")
-        return cls(data.get("rules") or (), name=str(data.get("name") or ""), rest=data.get("rest", "error"))
+        return cls(
+            data.get("rules") or (),
+            name=str(data.get("name") or ""),
+            rest=data.get("rest", "error"),
+            models=data.get("models") or (),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the layout into a YAML file."""
@@ -151,7 +160,14 @@ class Layout:
     def to_data(self) -> dict[str, Any]:
         """The layout as a map."""
         name = {"name": self.name} if self.name else {}
-        return {"version": VERSION, **name, "rest": self.rest, "rules": [rule.to_data() for rule in self._rules]}
+        models = {"models": list(self.models)} if self.models else {}
+        return {
+            "version": VERSION,
+            **name,
+            "rest": self.rest,
+            **models,
+            "rules": [rule.to_data() for rule in self._rules],
+        }
 
     def __eq__(self, other: object) -> bool:
         return self.to_data() == other.to_data() if isinstance(other, Layout) else NotImplemented
@@ -183,8 +199,18 @@ class Layout:
         """The tree stored the first way: the inverse of `to`, with the same arguments and errors."""
         return self._mapped(tree, tuple(rule.inverse() for rule in self._rules), numbers)
 
+    def _check_model(self, leaves: Editable) -> None:
+        kind = read_config(leaves).get("model_type") if self.models else None
+        if kind is not None and kind not in self.models:
+            raise BadArgument(
+                f"{self.name or 'the layout'} is for {wording.listing(self.models)}, and config.json says {kind}: its "
+                "leaves may have the same names and mean something else",
+                hint='pm.layouts() lists what ships; a layout of your own may say models: ["..."]',
+            )
+
     def _mapped(self, tree: T, rules: Sequence[Rule], given: Mapping[str, int]) -> tuple[T, LayoutReport]:
         leaves = editable(tree)
+        self._check_model(leaves)
         numbers = Numbers(leaves, given, {name for rule in rules for step in rule.do for name in step.names})
         groups: list[Group] = []
         rows: list[Moved] = []
