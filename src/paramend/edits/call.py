@@ -159,6 +159,8 @@ class _Said(str):
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Origin):  # a leaf of another file
+        return str(value.spec)
     if backend_of(type(value)) is None:
         return repr(value) if isinstance(value, _PLAIN) or callable(value) else shown(value)
     spec = backend(value).spec(value)
