@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import paramend as pm
 from paramend.cli.main import cli
+from support.quantized import LAYOUTS, stored, write
 
 RNG = np.random.default_rng(5)
 Q, K, V = (RNG.normal(size=(rows, 6)).astype("float32") for rows in (4, 2, 2))
@@ -185,3 +186,16 @@ def test_in_a_recipe(tmp_path):
     with pytest.raises(pm.errors.BadRecipe, match=r"steps\[0\].into.*cannot be cut into 3") as error:
         pm.Recipe([{"split": {"at": "layers.0.q.weight", "into": ["a", "b", "c"]}}]).apply(layers())
     assert error.value.problems[0].address == "$.steps[0].into"
+
+
+def test_a_quantised_weight_is_not_parted(tmp_path):
+    fp8 = write(tmp_path / "m.safetensors", stored(LAYOUTS["fp8-block", "DeepSeek-V3"]))
+    with pm.open(fp8) as model:
+        weight = next(path for path in model.paths if path.endswith("weight_scale_inv")).removesuffix("_scale_inv")
+        with pytest.raises(pm.errors.Quantized, match=r"would be made part of other leaves, and .*weight_scale_inv"):
+            pm.split(model, weight, into=["a", "b"])
+        with pytest.raises(pm.errors.Quantized, match=r"would be inserted, and .*weight_scale_inv would stay"):
+            pm.insert({"x": np.ones(1)}, model, weight)
+        assert len(pm.at(pm.insert({"x": np.ones(1, "f4")}, model, f"{weight}*"), "**").paths) == 3
+    with pm.open(fp8, raw=True) as model:
+        assert {"a", "b"} < set(pm.split(model, weight, into=["a", "b"]).paths)

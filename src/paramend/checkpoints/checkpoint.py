@@ -286,7 +286,7 @@ class Checkpoint(Editable):
         """The checkpoint with groups of leaves replaced by others."""
         from paramend.checkpoints.gathering import regrouped  # most edits regroup nothing
 
-        check_whole(self, {number for group in groups for number in group.numbers})
+        check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")
         return self.remade(regrouped(self.plan, groups))
 
     def remade(self, plan: Plan) -> "Checkpoint":

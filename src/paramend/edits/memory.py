@@ -98,7 +98,7 @@ class Memory(Tree, Editable):
         """The tree with groups of leaves replaced by others."""
         from paramend.edits import structure  # as above
 
-        check_whole(self, {number for group in groups for number in group.numbers})
+        check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")
         return structure.regroup(self, groups)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:

@@ -69,8 +69,13 @@ def _with_twins(leaves: Leaves, numbers: Sequence[int]) -> list[int]:
     return [*numbers, *(twin for twin, one in leaves.ties.items() if one in ones)]
 
 
-def check_whole(leaves: Editable, numbers: Iterable[int]) -> None:
-    """Refuse to delete a part of a quantised weight.
+def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted") -> None:
+    """Refuse to take a part of a quantised weight away.
+
+    Args:
+        leaves: the tree or the checkpoint.
+        numbers: the leaves that would go.
+        did: what would be done to them.
 
     Raises:
         Quantized: a part of a group would stay.
@@ -81,12 +86,13 @@ def check_whole(leaves: Editable, numbers: Iterable[int]) -> None:
     parted = [group for group in _touched(leaves, gone) if not gone.issuperset(group.numbers)]
     if parted:
         left = [number for number in parted[0].numbers if number not in gone]
+        way = [f"delete all of it: {_all_of(leaves, parted[0])}"] if did == "be deleted" else []
         raise refusal(
             leaves,
             parted,
-            f"a part of a quantised weight ({parted[0].scheme.name}) would be deleted, and "
+            f"a part of a quantised weight ({parted[0].scheme.name}) would {did}, and "
             f"{wording.listing([leaves.index.path(number) for number in left])} would stay",
-            hints=[f"delete all of it: {_all_of(leaves, parted[0])}", *as_stored(leaves)],
+            hints=[*way, *as_stored(leaves)],
         )
 
 

@@ -8,6 +8,7 @@ from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.assemble import assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
+from paramend.edits.quantized import check_whole
 from paramend.edits.structure import enter
 from paramend.errors import RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
@@ -37,6 +38,7 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
 
     Raises:
         NoMatch: the selector matches nothing.
+        Quantized: a part of a quantised weight would be inserted without the rest.
         RenameClash: leaves are there already; the message lists them all.
         Unsupported: the target is a module, whose class determines what it holds.
 
@@ -45,6 +47,7 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
     """
     host, donor = editable(target), editable(source)
     numbers = resolve(selector, donor)
+    check_whole(donor, numbers, "be inserted")
     paths = _new_paths(donor, numbers, rename or {})
     _check(host, donor, paths)
     if isinstance(host, Checkpoint):
