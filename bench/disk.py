@@ -255,6 +255,28 @@ class Bench:
         shutil.rmtree(deep)
         return rows
 
+    def experts(self):
+        """Experts fused by a layout, 18,432 tensors: `cp` + sync"""
+        source, out = self.folder / "experts.safetensors", self.folder / "out.safetensors"
+        models.make(models.make_experts, source, self.options.size)
+        rows = self.compare(
+            Way("cp + sync", cp(source, out), remove(out)),
+            Way("paramend layout", paramend("layout", "qwen3_moe_4_to_5", source, "-o", out), remove(out)),
+        )
+        source.unlink()
+        return rows
+
+    def transpose(self):
+        """One tensor transposed: `cp` + sync"""
+        source, out = self.folder / "square.safetensors", self.folder / "out.safetensors"
+        models.make(models.make_square, source, self.options.size)
+        rows = self.compare(
+            Way("cp + sync", cp(source, out), remove(out)),
+            Way("paramend transpose", paramend("transpose", source, "w", "1,0", "-o", out), remove(out)),
+        )
+        source.unlink()
+        return rows
+
     def show(self):
         """List 100 shards: `python -c 'import numpy'`"""
         folder = self.folder / "hundred"
@@ -281,7 +303,10 @@ class Bench:
         return rows
 
 
-SCENARIOS = ("new_file", "full_cache", "scale", "peers", "linked", "in_place", "deepen", "memory", "show", "trillion")
+SCENARIOS = (
+    *("new_file", "full_cache", "scale", "peers", "linked", "in_place", "deepen", "experts", "transpose"),
+    *("memory", "show", "trillion"),
+)
 # Without these, the table has no ratios: nothing is the reference.
 ALONE = ("memory", "trillion")
 

@@ -143,6 +143,17 @@ def make_shards(folder, layers, shards, *, sparse=False):
     write_shards(folder, mixture() if layers is None else llama(layers), shards, sparse=sparse)
 
 
+def make_experts(path, nbytes):
+    """A file of a mixture of experts; of 4 GB it holds 18,432 of their tensors."""
+    write_file(path, mixture(max(round(48 * nbytes / 4e9), 1), 128, 384, 288))
+
+
+def make_square(path, nbytes):
+    """A file with one square tensor of about so many bytes."""
+    side = int((nbytes / 2) ** 0.5)
+    write_file(path, {"w": (side, side)})
+
+
 def make_large(path):
     """A sparse file with a tensor of 2 GB."""
     write_file(path, {"large.weight": (1 << 15, 1 << 15), "small.weight": (8, 8)}, sparse=True)
