@@ -1,5 +1,6 @@
 """The tables of the reference and of the command line are true. `python tests/house/test_reference.py` writes them."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def errors_table() -> str:
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.ParamendError) and error is not errors.ParamendError:
             builtin = next(base for base in error.__mro__ if base.__module__ == "builtins")
-            rows.append(f"| `{error.__name__}` | `{builtin.__name__}` | `{error.code}` | {error.__doc__} |")
+            rows.append(f"| `{error.__name__}` | `{builtin.__name__}` | `{error.code}` | {' '.join(inspect.getdoc(error).split())} |")
     return "\n".join(rows)
 
 

@@ -272,7 +272,9 @@ class _Patch:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
         self.work = check_patch(source, plan)
         self.files = [] if isinstance(source, Chunked) else sorted({each.extent.path for each in self.work})
-        self.edits = [(each.row.path, each.row.edit) for each in self.work]
+        known: dict[Any, str] = {}  # many leaves take the same calls
+        said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
+        self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]
 
     def rehearse(self) -> PatchReport:
         """The report of a dry run, after all checks that are possible before writing."""

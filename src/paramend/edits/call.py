@@ -159,10 +159,12 @@ class _Said(str):
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, _PLAIN):
+        return repr(value)
     if isinstance(value, Origin):  # a leaf of another file
         return str(value.spec)
     if backend_of(type(value)) is None:
-        return repr(value) if isinstance(value, _PLAIN) or callable(value) else shown(value)
+        return repr(value) if callable(value) else shown(value)
     spec = backend(value).spec(value)
     return str(spec) if spec.ndim else "scalar"
 
