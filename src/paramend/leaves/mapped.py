@@ -7,6 +7,8 @@ import numpy as np
 
 from paramend.leaves.specs import Array
 
+_AROUND = 1 << 16  # the fault-around of Linux
+
 
 def mapping(array: Array) -> tuple[mmap.mmap, int] | None:
     """The read-only mapping that holds an array, and the offset of the array; None if there is none."""
@@ -31,6 +33,7 @@ def forget(array: Array, start: int, stop: int) -> None:
 
 
 def give_back(pages: mmap.mmap, start: int, nbytes: int) -> None:
-    """Give back the pages of a range of bytes of a mapping."""
-    first = start - start % mmap.PAGESIZE
-    pages.madvise(mmap.MADV_DONTNEED, first, start + nbytes - first)
+    """Give back the pages of a range of bytes of a mapping, and those around it that the system mapped with them."""
+    first = max(start - _AROUND, 0)
+    first -= first % mmap.PAGESIZE
+    pages.madvise(mmap.MADV_DONTNEED, first, min(start + nbytes + _AROUND, len(pages)) - first)

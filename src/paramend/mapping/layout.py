@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -18,7 +18,7 @@ from paramend.mapping.report import LayoutReport, Moved
 from paramend.mapping.steps import Bundle, Step, read_step
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
-from paramend.selectors.renames import keys, pieces, rename
+from paramend.selectors.renames import NewPath, keys, pieces, rename
 from paramend.selectors.selector import resolve
 
 T = TypeVar("T")
@@ -286,11 +286,17 @@ def _groups(leaves: Editable, rule: Rule, number_of: Callable[[str], int]) -> li
             resolve(source, leaves)  # for its error, which names near matches
         raise NoMatch(f"the rule {rule} takes nothing")
     bound = rule.bound(number_of) if found else rule
-    return [_group(leaves, bound, families, counted) for families in found.values()]
+    firsts = {families[0][min(families[0])] for families in found.values() if families[0]}
+    paths = cache(lambda target: rename(rule.sources[0], target).over(leaves.index, firsts))
+    return [_group(leaves, bound, families, counted, paths) for families in found.values()]
 
 
 def _group(
-    leaves: Editable, rule: Rule, families: Sequence[Mapping[tuple[int, ...], int]], counted: Sequence[str]
+    leaves: Editable,
+    rule: Rule,
+    families: Sequence[Mapping[tuple[int, ...], int]],
+    counted: Sequence[str],
+    new_paths: Callable[[str], Mapping[int, NewPath]],
 ) -> tuple[Group, list[Moved]]:
     lacking = [source for source, family in zip(rule.sources, families, strict=True) if not family]
     paths = [leaves.index.path(number) for family in families for number in family.values()]
@@ -307,7 +313,7 @@ def _group(
     for target, family in zip(rule.targets, made, strict=True):
         for key in family:
             new = _numbered(target, dict(zip(counted, key, strict=True)))
-            targets.append((keys(rename(rule.sources[0], new).over(leaves.index)[numbers[0]]), family[key]))
+            targets.append((keys(new_paths(new)[numbers[0]]), family[key]))
     rows = [
         Moved(_text(path, leaves.index.separator), origin.spec, str(origin), tuple(paths)) for path, origin in targets
     ]

@@ -4,7 +4,7 @@ A rename is applied to a whole tree of names at once, not leaf by leaf: so rotat
 the last one in this tree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -48,8 +48,12 @@ class Rename:
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"
 
-    def over(self, index: Index) -> dict[int, NewPath]:
+    def over(self, index: Index, only: Collection[int] | None = None) -> dict[int, NewPath]:
         """The new paths of the leaves of a tree that match, by leaf number.
+
+        Args:
+            index: the names of the tree.
+            only: the leaves whose new paths are wanted; None for all.
 
         Raises:
             OutOfRange: a position in the source does not exist.
@@ -63,6 +67,8 @@ class Rename:
         reader, tables = _Reader(self.source.segments, index.names), Tables(index)
         found: dict[int, NewPath] = {}
         for number in index.ordered(self.source.find(index.names)):
+            if only is not None and number not in only:
+                continue
             path = index.paths[number]
             spans = reader.split(path)
             if spans is not None:

@@ -96,6 +96,11 @@ def contiguous(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
     return start, start + math.prod(shape_of(box))
 
 
+def bare(array: Array) -> Array:
+    """The array as unsigned integers of its width: numpy moves them faster than dtypes that it does not know itself."""
+    return array.view(f"u{array.itemsize}") if array.itemsize in (1, 2, 4, 8) and array.dtype.kind != "O" else array
+
+
 def select(array: Array, box: Box) -> Array:
     """The elements of an array at some places, axis by axis; a view where all places are ranges."""
     found = array[tuple(_slice(places) if isinstance(places, range) else slice(None) for places in box)]

@@ -12,13 +12,13 @@ from typing import Literal
 import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.origins.boxes import Box, Places, Runs, boxes_of, chosen, cut, evenly, shape_of
+from paramend.leaves.origins.boxes import Box, Places, Runs, bare, boxes_of, chosen, cut, evenly, shape_of
 from paramend.leaves.origins.origin import PAGE, TILE, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 Traced = list[tuple[Origin, Runs]]
 # Elements that change places together.
-_BAND = 1 << 15
+_BAND = 1 << 17
 How = Literal["concat", "stack", "interleave"]
 
 
@@ -200,13 +200,13 @@ class Permuted(Origin):
         back = np.argsort(self.axes).tolist()
         old = tuple(box[new] for new in back)
         found = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
-        target = found.transpose(back)
+        target = bare(found).transpose(back)
         # Band by band: a band is in the CPU cache while its axes change places.
         axis = next((axis for axis, places in enumerate(old) if len(places) > 1), 0)
         rows = max(_BAND * len(old[axis]) // max(found.size, 1), 1)
         for at in range(0, len(old[axis]), rows):
             band = self.whole.read_box((*old[:axis], old[axis][at : at + rows], *old[axis + 1 :]))
-            target[(slice(None),) * axis + (slice(at, at + rows),)] = band
+            target[(slice(None),) * axis + (slice(at, at + rows),)] = bare(band)
         return found
 
     def trace(self, runs: Runs, most: int) -> Traced | None:
