@@ -27,9 +27,8 @@ def errors_table() -> str:
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.ParamendError) and error is not errors.ParamendError:
             builtin = next(base for base in error.__mro__ if base.__module__ == "builtins")
-            rows.append(
-                f"| `{error.__name__}` | `{builtin.__name__}` | `{error.code}` | {' '.join(inspect.getdoc(error).split())} |"
-            )
+            says = " ".join(inspect.getdoc(error).split())
+            rows.append(f"| `{error.__name__}` | `{builtin.__name__}` | `{error.code}` | {says} |")
     return "\n".join(rows)
 
 
