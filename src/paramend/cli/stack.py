@@ -139,41 +139,34 @@ def _write(
 # ---- along an axis that there is -----------------------------------------------------------------------------------
 
 _ALONG = click.option("--axis", type=int, default=0, show_default=True, help="The axis.")
-_NEW = click.option("--into", required=True, metavar="NEW", help="The path of the new leaf, with the same wildcards.")
 
 
-@click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("leaves", metavar="LEAF...", nargs=-1, required=True)
-@_NEW
-@_ALONG
-@makes("what would be made")
-def concat(path: Path, leaves: Sequence[str], into: str, axis: int, **options: Any) -> None:
-    """Write a checkpoint in which several leaves are one, one after the other along an axis.
+def _joins(verb: Callable[..., Checkpoint], how: str) -> click.Command:
+    """The command of a verb that makes one leaf of several."""
 
-    A LEAF is a selector; with a number, as in 'layers.<n>.q.weight', one leaf is made for each.
+    @click.command(
+        verb.__name__,
+        help=f"""Write a checkpoint in which several leaves are one, {how}.
 
-    Exit status: 0 done; 2 a leaf is missing, they do not fit together, a file is unreadable or damaged, or OUT cannot
-    be written.
-    """
-    rewrite(path, lambda old: joining.concat(old, leaves, into=into, axis=axis), options)
+        A LEAF is a selector; with a number, as in 'layers.<n>.q.weight', one leaf is made for each.
+
+        Exit status: 0 done; 2 a leaf is missing, they do not fit together, a file is unreadable or damaged, or OUT
+        cannot be written.
+        """,
+    )
+    @click.argument("path", type=click.Path(path_type=Path))
+    @click.argument("leaves", metavar="LEAF...", nargs=-1, required=True)
+    @click.option("--into", required=True, metavar="NEW", help="The path of the new leaf, with the same wildcards.")
+    @_ALONG
+    @makes("what would be made")
+    def command(path: Path, leaves: Sequence[str], into: str, axis: int, **options: Any) -> None:
+        rewrite(path, lambda old: verb(old, leaves, into=into, axis=axis), options)
+
+    return command
 
 
-@click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("leaves", metavar="LEAF...", nargs=-1, required=True)
-@_NEW
-@_ALONG
-@makes("what would be made")
-def interleave(path: Path, leaves: Sequence[str], into: str, axis: int, **options: Any) -> None:
-    """Write a checkpoint in which several leaves are one, their places along an axis in turns.
-
-    A LEAF is a selector; with a number, as in 'layers.<n>.gate', one leaf is made for each.
-
-    Exit status: 0 done; 2 a leaf is missing, they do not fit together, a file is unreadable or damaged, or OUT cannot
-    be written.
-    """
-    rewrite(path, lambda old: joining.interleave(old, leaves, into=into, axis=axis), options)
+concat = _joins(joining.concat, "one after the other along an axis")
+interleave = _joins(joining.interleave, "their places along an axis in turns")
 
 
 @click.command()
