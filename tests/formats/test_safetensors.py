@@ -446,3 +446,12 @@ file = SafetensorsFile({str(path)!r})
 print(file.spec(0), file.read(1))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"float32[{count}] [0.]\n"
+
+
+@pytest.mark.parametrize("length", [0x80, 0x3C, 0x4B50])
+def test_a_cut_file_is_not_taken_for_one_of_another_kind(tmp_path, length):
+    """The length of the header may begin like a pickle, a web page or a zip file."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[2]')
+    with pytest.raises(BadCheckpoint, match=f"the header should be {length:,} bytes long, but only 31 bytes follow"):
+        SafetensorsFile(path)

@@ -167,7 +167,7 @@ def _read_header(opened: OpenFile) -> Header:
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER or length > size - 8:
         for magic, what, hint in _FOREIGN:
-            if head.startswith(magic):
+            if head.startswith(magic) and head[8:].lstrip()[:1] != b"{":  # else the length only looks like one
                 raise bad(file, "byte 0", f"it is {what}", hint)
         if length > MAX_HEADER:
             raise bad(file, "byte 0", f"not a safetensors file: its header would be {length:,} bytes long")

@@ -126,7 +126,8 @@ def refuse_kinds(optimizer: Any, old: Any) -> None:
         mine = set(optimizer.defaults) - _EVERYWHERE
         if all(set(group) - _EVERYWHERE == mine for group in old["param_groups"]):
             return
-        theirs = f"an optimizer with {wording.listing(sorted(set(old['param_groups'][0]) - _EVERYWHERE))}"
+        settings = sorted(set(old["param_groups"][0]) - _EVERYWHERE) if old["param_groups"] else []
+        theirs = f"an optimizer with {wording.listing(settings) or 'no settings'}"
     else:
         raise Unsupported("this dict is not the state dict of an optimizer", hint="old_optimizer.state_dict()")
     raise GraftRefused(
