@@ -835,7 +835,8 @@ def test_files_of_numpy(tmp_path, pack):
     tree = {"fc/kernel": np.ones((3, 2), "float32"), "fc/bias": np.arange(3.0)}
     pack(tmp_path / "x.npz", **tree)
     pm.at(checkpoints.open(tmp_path / "x.npz"), "fc/bias").multiply(2).save(tmp_path / "out.npz")
-    after = np.load(tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as file:
+        after = dict(file)
     assert after["fc/bias"].tolist() == [0, 2, 4] and after["fc/kernel"].tolist() == tree["fc/kernel"].tolist()
     pm.at(checkpoints.open(tmp_path / "x.npz"), "fc/*").rename("head/*").save(tmp_path / "moved.npz")
     assert set(np.load(tmp_path / "moved.npz")) == {"head/kernel", "head/bias"}

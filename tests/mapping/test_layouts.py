@@ -144,8 +144,8 @@ def test_as_a_command(tmp_path):
 
     run("layout", tmp_path / "mine.yaml", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors")
     run("layout", tmp_path / "mine.yaml", tmp_path / "out.safetensors", "-o", tmp_path / "back.npz", "--back")
-    found = np.load(tmp_path / "back.npz")
-    assert all((found[name] == array).all() for name, array in model().items())
+    with np.load(tmp_path / "back.npz") as found:
+        assert all((found[name] == array).all() for name, array in model().items())
     said = run("layout", "mixtrl_4_to_5", tmp_path / "m.safetensors", "-o", tmp_path / "no", status=2)
     assert "there is no layout 'mixtrl_4_to_5'" in said
     assert "mixtral_4_to_5" in said.partition("hint:")[2]
