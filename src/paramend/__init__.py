@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from paramend.ablation.influence import block_influence as block_influence
     from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
     from paramend.checkpoints.checkpoint import open as open
+    from paramend.checkpoints.config import Config as Config
+    from paramend.checkpoints.config import config as config
     from paramend.checkpoints.patching import patch as patch
     from paramend.checkpoints.whole import load as load
     from paramend.checkpoints.whole import save as save
@@ -70,6 +72,7 @@ _LATER = {
         "paramend.ablation.ablate": ("ablate",),
         "paramend.ablation.influence": ("block_influence",),
         "paramend.checkpoints.checkpoint": ("Checkpoint", "open"),
+        "paramend.checkpoints.config": ("Config", "config"),
         "paramend.checkpoints.whole": ("load", "save"),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),

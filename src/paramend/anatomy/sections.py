@@ -36,7 +36,7 @@ def parsed(text: bytes, file: Path) -> dict[str, Any]:
         BadCheckpoint: it is damaged.
     """
     try:
-        config = json.loads(text)
+        config = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{file} is not JSON: {error}", hint=f"python -m json.tool {file}") from None
     if is_deep(config):
@@ -68,11 +68,6 @@ def config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
         return parsed(file.read_bytes(), file) if file.stat().st_size <= _MOST else {}
     except (OSError, BadCheckpoint):
         return {}
-
-
-def written(config: Mapping[str, Any]) -> bytes:
-    """A configuration as the text of its file."""
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> list[tuple[str, ...]]:
