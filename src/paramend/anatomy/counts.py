@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from paramend.anatomy.sections import CONFIG, COUNTS, SIDES, part_at, sections_of
+from paramend.anatomy.sections import COUNTS, SIDES, part_at, sections_of
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.paths import number_of
 from paramend.reports import wording
 

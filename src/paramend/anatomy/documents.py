@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paramend.anatomy.sections import CONFIG, beside, parsed
+from paramend.anatomy.sections import beside, parsed
 from paramend.errors import BadArgument, NoMatch
 from paramend.formats.jsonchanges import rewritten
+from paramend.formats.jsontext import CONFIG
 from paramend.reports import wording
 
 _SHOWN = 60  # characters of a value in a table
@@ -95,7 +96,7 @@ class Document:
         new = self.values
         for key, value in values.items():
             part, last = place_of(new, key)
-            part[last] = _json(key, value)
+            part[last] = json_value(key, value)
         for key in gone:
             part, last = place_of(new, key)
             if last not in part:
@@ -149,8 +150,9 @@ def place_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 def absent(config: Mapping[str, Any], key: str) -> NoMatch:
     """The error for a key that is not there."""
     keys = list(_keys(config))
-    last = key.rpartition(".")[2]
-    near = [one for one in keys if one.rpartition(".")[2] == last] or wording.closest(key, keys, limit=1)
+    last, tails = key.rpartition(".")[2], {one.rpartition(".")[2]: one for one in keys}
+    near = wording.closest(key, keys, limit=1) if "." in key else []
+    near = near or [tails[tail] for tail in wording.closest(last, tails, limit=1)]
     return NoMatch(f"{CONFIG} has no {key!r}", hint=f'did you mean "{near[0]}"?' if near else "", near=near)
 
 
@@ -170,7 +172,12 @@ def _changes(file: str, old: Mapping[str, Any], new: Mapping[str, Any], above: s
             yield Change(file, f"{above}{key}", before, after)
 
 
-def _json(key: str, value: Any) -> Any:
+def json_value(key: str, value: Any) -> Any:
+    """A value as JSON would read it back.
+
+    Raises:
+        BadArgument: JSON has no such value.
+    """
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()

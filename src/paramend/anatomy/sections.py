@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from paramend.errors import BadCheckpoint
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.nested import is_deep
 from paramend.reports import wording
 
-CONFIG = "config.json"
 # Keys that count layers. If a section has several, all are changed.
 COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth", "num_blocks"),

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramend.anatomy.documents import Document, absent, document_of, place_of
-from paramend.anatomy.sections import CONFIG
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadArgument, CannotRead, NoMatch, Unsupported
 from paramend.formats.gathered import Gathered
+from paramend.formats.jsontext import CONFIG
 from paramend.formats.shards import Shards
 from paramend.reports import wording
 
@@ -118,10 +118,7 @@ def config(checkpoint: Checkpoint) -> Config:
     0 of 1 leaf change, 2 keys of config.json change
     """
     if not isinstance(checkpoint, Checkpoint):
-        raise BadArgument(
-            f"{wording.described(checkpoint)} has no configuration beside it; an opened checkpoint may",
-            hint='pm.config(pm.open("model/"))',
-        )
+        raise BadArgument("a configuration is beside an opened checkpoint alone", hint='pm.config(pm.open("model/"))')
     found = document_of(checkpoint)
     if found is None:
         raise CannotRead(f"{checkpoint.path}: there is no {CONFIG} beside the weights")

@@ -8,7 +8,7 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
-from paramend.disk.identity import check_still, check_unchanged
+from paramend.disk.identity import changed, check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
 from paramend.disk.permissions import PRIVATE, access_of
@@ -27,11 +27,11 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
-from paramend.journal.exchange import STAGED, NewFiles, check_replaceable
-from paramend.journal.ranges import OpenRanges, Ranges, State
-from paramend.journal.records import DONE, PENDING
+from paramend.journal.exchange import STAGED, NewFiles, WholeFiles, check_replaceable
+from paramend.journal.ranges import OpenRanges, Ranges
+from paramend.journal.records import DONE
 from paramend.journal.store import UndoStore
-from paramend.journal.writer import Writer, new_head
+from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
 from paramend.pages.page import Page
@@ -171,7 +171,6 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
         source: the checkpoint that the plan was made for. It reads the new values afterwards.
         plan: only edits that keep shape and dtype.
         dry_run: whether to check all that can be known before writing, and write nothing.
-        raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
 
     Raises:
@@ -271,17 +270,21 @@ class _Patch:
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
         self.work = check_patch(source, plan)
-        self.files = [] if isinstance(source, Chunked) else sorted({each.extent.path for each in self.work})
+        self.chunked = isinstance(source, Chunked)
+        self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
+        self.documents = [document for document in plan.texts if document.text != document.before]
         known: dict[Any, str] = {}  # many leaves take the same calls
         said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]
+        self.edits += [(change.file, str(change)) for change in plan.configured]
 
     def rehearse(self) -> PatchReport:
         """The report of a dry run, after all checks that are possible before writing."""
         survey(self.plan)
         base = self.store.base
         with explained(base):
-            if isinstance(self.source, Chunked):
+            WholeFiles(base, [document.name for document in self.documents]).check()
+            if self.chunked:
                 self._check_chunks()
                 written = sum(nbytes_of(self.source, each) for each in self.work)
             else:
@@ -290,62 +293,67 @@ class _Patch:
                 if base.is_symlink():
                     raise linked(base)
                 written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in self.work)
+        written += sum(len(document.text) for document in self.documents)
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
         """Write, with the lock of the store held."""
-        if not self.work:  # only leaves or slices without elements
+        if not self.work and not self.documents:  # only leaves or slices without elements
             return PatchReport(str(self.source.path), self.plan, 0)
-        with explained(self.store.base):
-            written, record = self._exchange() if isinstance(self.source, Chunked) else self._write()
+        path = self.store.next_path()
+        with explained(self.store.base), self._staged(path.with_suffix(f".{STAGED}")) as new:
+            written, record = self._write(path, new)
         return PatchReport(str(self.source.path), self.plan, written, record.nbytes, str(record.path))
 
-    # ---- in place --------------------------------------------------------------------------------------------
-
-    def _write(self) -> tuple[int, Writer]:
-        """(bytes written, the record), for a format whose files are written in place."""
+    def _write(self, path: Path, new: NewFiles) -> tuple[int, Writer]:
+        """(bytes written, the record): files are written in place, and new ones take the places of others."""
         with opened(self.files) as descriptors:
             self.store.check_nothing_pending()
             self._check_same(descriptors)
             followers = _followers(self.source, self.work)
             target = OpenRanges(self.files, descriptors, self._ranges(followers))
-            states = target.states()
-            self._check_room(target.ranges, states)
+            self._check_room(target)
             _allocate(descriptors, target.ranges)
-            access = access_of(map(os.fstat, descriptors))  # who may read all files may read the record
-            with contextlib.closing(Writer(self.store.next_path(), access)) as writer:
+            there = [*map(os.fstat, descriptors), *filter(None, new.then)]  # who may read all may read the record
+            access = access_of(there) if descriptors else new.access
+            written = target.ranges.nbytes + new.nbytes
+            with contextlib.closing(Writer(path, access)) as writer:
                 try:
-                    self._record_and_write(writer, target, states, followers)
+                    self._record_and_write(writer, target, followers, new)
                 except BaseException as error:
                     self.store.take_back(writer, target, error)
                     raise
-            return target.ranges.nbytes, writer
+            return written, writer
 
     def _record_and_write(
-        self, writer: Writer, target: OpenRanges, states: Sequence[State], followers: "list[_Follower]"
+        self, writer: Writer, target: OpenRanges, followers: "list[_Follower]", new: NewFiles
     ) -> None:
-        meter = Meter(self.progress, target.ranges.nbytes + sum(each.steps for each in self.work))
+        old = target.ranges.nbytes + sum(len(document.before) for document in self.documents)
+        meter = Meter(None if self.chunked else self.progress, old + sum(each.steps for each in self.work))
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
         names = [self.store.name_of(file) for file in target.files]
-        writer.head(new_head(self.edits, names))
-        writer.files(states)
-        writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
-        writer.become(PENDING)
+        new.sync()
+        new.record(writer, self.edits, target, names, meter.advance)
         # Up to here no byte of the checkpoint has changed; from here on the record can restore them.
-        change_all(descriptors, self.source, self.work, meter)
+        if target.files:
+            change_all(descriptors, self.source, self.work, meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
         for descriptor in target.descriptors:
             begin_write_back(descriptor)
-        after = b"".join(target.digests(len(self.work)))  # while the disk writes
+        after = b"".join(target.digests(len(self.edits)))  # while the disk writes
+        new.exchange()
         target.sync()
-        writer.frame(b"DONE", after)
+        if target.files:
+            writer.frame(b"DONE", after)
         target.check_named("the patch was taken back in the file that was there")
         writer.become(DONE)
 
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
         """All ranges that will be written: those of each leaf, then checksums and the like."""
+        if not self.files:
+            return Ranges(np.empty((0, 4), np.int64))
         places = {file: n for n, file in enumerate(self.files)}
         counts = [len(each.ranges) for each in self.work]
         rows = np.repeat(np.arange(len(counts)), counts)
@@ -363,39 +371,43 @@ class _Patch:
             now = os.fstat(descriptor)
             check_unchanged(file, stats.get(file, now), now)
 
-    def _check_room(self, ranges: Ranges, states: Sequence[State]) -> None:
-        base = self.store.base
-        sizes = np.array([state.size for state in states])
+    def _check_room(self, target: OpenRanges) -> None:
+        base, ranges = self.store.base, target.ranges
+        sizes = np.array([os.fstat(descriptor).st_size for descriptor in target.descriptors])
         if (ranges.table[:, 3] > sizes[ranges.table[:, 1]]).any():
             raise BadCheckpoint(f"{base}: it has become shorter since it was opened; nothing was changed")
         needed = ranges.nbytes + ranges.table.nbytes + (1 << 16)
         hint = f"paramend undo {base} --drop frees the space of older records"
         check_room(self.store.folder.parent, needed, f"{base}: the undo record", hint=hint)
 
-    # ---- chunks ----------------------------------------------------------------------------------------------
+    # ---- new files -------------------------------------------------------------------------------------------
 
-    def _exchange(self) -> tuple[int, Writer]:
-        """(bytes written, the record), for chunks: new files replace the old ones, which are not written in place."""
-        self._check_chunks()
-        base, path = self.store.base, self.store.next_path()
-        staged = path.with_suffix(f".{STAGED}")
+    @contextlib.contextmanager
+    def _staged(self, staged: Path) -> Iterator[NewFiles]:
+        """New files that will take the places of others: chunks, which are not written in place, and documents."""
+        if not self.chunked and not self.documents:
+            yield NewFiles(self.store.base, staged)
+            return
         staged.mkdir(PRIVATE)
         try:
-            nbytes = sum(nbytes_of(self.source, each) for each in self.work)
-            restage(self.source, self.work, staged, Meter(self.progress, nbytes))
-            check_still(self.source.stats)
-            new = NewFiles(base, staged)
-            with contextlib.closing(Writer(path, new.access)) as writer:
-                try:
-                    return new.exchange(writer, self.edits), writer
-                except BaseException as error:
-                    self.store.take_back(writer, None, error)
-                    raise
+            if self.chunked:
+                self._check_chunks()
+                nbytes = sum(nbytes_of(self.source, each) for each in self.work)
+                restage(self.source, self.work, staged, Meter(self.progress, nbytes))
+                check_still(self.source.stats)
+            for document in self.documents:
+                (staged / document.name).write_bytes(document.text)
+            new = NewFiles(self.store.base, staged)
+            for document in self.documents:
+                if document.file.read_bytes() != document.before:
+                    raise changed(document.file)
+            yield new
         finally:
             with contextlib.suppress(OSError):
                 _remove(staged)
-            with contextlib.suppress(OSError):
-                self.source.forget()
+            if self.chunked:
+                with contextlib.suppress(OSError):
+                    self.source.forget()
 
     def _check_chunks(self) -> None:
         source = self.source

@@ -53,6 +53,7 @@ ROWS = (
     CommandRow("delete", "paramend.cli.edit", "Write a checkpoint without some leaves."),
     CommandRow("rename", "paramend.cli.edit", "Write a checkpoint with leaves under other paths."),
     CommandRow("apply", "paramend.cli.recipe", "Apply a recipe: edits as data, in a YAML or JSON file."),
+    CommandRow("config", "paramend.cli.recipe", "Read or edit the configuration beside the weights."),
     CommandRow("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
     CommandRow("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
     CommandRow("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),

@@ -150,9 +150,11 @@ class OpenRanges:
         return [digest.digest() for digest in found]
 
     def hold(self, batches: Iterator[tuple[int, Array, memoryview]]) -> bool:
-        """Whether the files hold these bytes: (file, lines, bytes) of each batch."""
+        """Whether the files hold these bytes: (file, lines, bytes) of each batch; those of other files do not count."""
         return all(
-            gather(self.descriptors[file], lines[:, 2:], self.files[file]) == data for file, lines, data in batches
+            gather(self.descriptors[file], lines[:, 2:], self.files[file]) == data
+            for file, lines, data in batches
+            if file < len(self.files)
         )
 
     def check_named(self, become: str) -> None:

@@ -14,10 +14,11 @@ from paramend.disk.locks import is_held, locked
 from paramend.disk.permissions import access_of, of_folder, settle
 from paramend.disk.publishing import drop_spare_names, is_other, look, sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
+from paramend.formats.jsontext import CONFIG
 from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
 from paramend.journal import claims
-from paramend.journal.exchange import BACK, STAGED, WholeFiles
+from paramend.journal.exchange import BACK, STAGED
 from paramend.journal.history import HistoryRow
 from paramend.journal.ranges import OpenRanges
 from paramend.journal.records import DONE, PARTIAL, PENDING, Record, records_in
@@ -135,9 +136,10 @@ class UndoStore:
         """The names of the files of a record that a patch of the checkpoint may write."""
         if is_tree(self.base):
             return {name for name in record.head.files if record.head.whole and may_change(self.base, name)}
-        if record.head.whole:
-            return set()
-        return weight_files(self.base) if self.is_folder else {self.base.name}
+        written = record.head.files[: record.head.written]
+        weights = weight_files(self.base) if self.is_folder else {self.base.name}
+        replaced = record.head.files[record.head.written :] if self.is_folder else ()
+        return weights.intersection(written) | {CONFIG}.intersection(replaced)
 
     # ---- one writer at a time --------------------------------------------------------------------------------
 
@@ -248,12 +250,12 @@ class UndoStore:
             if store.pending():
                 raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
-    def take_back(self, writer: Writer, target: OpenRanges | None, error: BaseException) -> None:
+    def take_back(self, writer: Writer, target: OpenRanges, error: BaseException) -> None:
         """Put the old bytes back after an error within a patch.
 
         Args:
             writer: the writer of the record.
-            target: the open files; None if they are replaced whole.
+            target: the open files, which are written in place.
             error: what went wrong.
 
         Raises:
@@ -273,13 +275,13 @@ class UndoStore:
         if isinstance(error, OSError) and not isinstance(error, ParamendError):
             raise CannotWrite(f"{self.base}: {reason(error)}; nothing was changed") from error
 
-    def _abandon(self, writer: Writer, target: OpenRanges | None) -> None:
+    def _abandon(self, writer: Writer, target: OpenRanges) -> None:
         # It may have been marked as done before the error, and another program may have removed it.
         names = [writer.path.with_suffix(f".{state}") for state in (PENDING, DONE)]
         with contextlib.suppress(OSError):
             names[1].rename(names[0])
         with writer.read(next(filter(os.path.lexists, names), names[0])) as record:
-            self.rollback(record, own=True).abandon(target or WholeFiles(self.base, record.head.files))
+            self.rollback(record, own=True).abandon(target)
 
     # ---- forgetting ------------------------------------------------------------------------------------------
 
@@ -376,7 +378,7 @@ def retiring(out: Path) -> Iterator[None]:
 
 
 def _records_about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
-    """The records of a folder that have a file of one of these names, or replaced whole files."""
+    """The records of a folder that have a file of one of these names, or replaced the files of a tree."""
     return [path for path in store.records(*states) if _is_about(path, names, unsure=False)]
 
 
@@ -384,7 +386,7 @@ def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
     """Whether a record has a file of one of these names; the answer for one that is damaged or another user's."""
     try:
         with Record(path) as record:
-            return record.head.whole or bool(names & set(record.head.files))
+            return not names.isdisjoint(record.head.files) or (record.head.whole > 0 and is_tree(path.parent.parent))
     except ParamendError:
         return unsure
 

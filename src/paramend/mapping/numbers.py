@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from paramend.anatomy.documents import document_of
-from paramend.anatomy.sections import CONFIG
 from paramend.errors import BadArgument
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable
 from paramend.reports import wording
 

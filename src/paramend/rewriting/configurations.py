@@ -6,9 +6,10 @@ from typing import Any
 
 from paramend.anatomy.counts import miscounted, retyped
 from paramend.anatomy.documents import Document
-from paramend.anatomy.sections import CONFIG, beside
+from paramend.anatomy.sections import beside
 from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint
+from paramend.formats.jsontext import CONFIG
 from paramend.rewriting.files import File, text_file
 
 _MAX = 10_000_000

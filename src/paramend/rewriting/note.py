@@ -117,6 +117,7 @@ class Note:
                 for number, (edit, was) in self._touched.items()
             ),
             deleted=tuple(_deleted(self._made)),
+            config=tuple(self._made.configured),
             recipe="" if isinstance(self._made.leaves, Gathered) else recipe,  # which would be only half of it
             earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
         )

@@ -8,6 +8,7 @@ directory, in the file `paramend.record.json` in it; for any other file, in `<na
     time       when it was written, as ISO 8601 in UTC
     source     the name of what was edited, without its folder
     recipe     the recipe that was carried out, as YAML; "" if there was none
+    config     what changed in files beside the weights, if anything did: {"file", "key", "before", "after"}
     leaves     what was written: {"path", "dtype", "shape", "sha256", "edit"}; also "was", if it had another path
     deleted    the deleted paths
     earlier    the records that the source carried, oldest first, each of this schema without `earlier`
@@ -18,6 +19,7 @@ on request: a damaged one does not keep a checkpoint from being opened.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from paramend.anatomy.documents import Change
 from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object
@@ -89,6 +92,7 @@ class EditRecord(Report):
         source: the name of what was edited.
         leaves: what was written.
         deleted: the deleted paths.
+        config: what changed in files beside the weights.
         recipe: the recipe that was carried out, or "".
         earlier: the records of earlier edits, oldest first.
     """
@@ -99,6 +103,7 @@ class EditRecord(Report):
     leaves: tuple[RecordedLeaf, ...]
     deleted: tuple[str, ...] = ()
     recipe: str = ""
+    config: tuple[Change, ...] = ()
     earlier: "tuple[EditRecord, ...]" = ()
 
     def headline(self) -> str:
@@ -106,9 +111,11 @@ class EditRecord(Report):
         return f"{self.time:%Y-%m-%d %H:%M:%S} UTC: written from {self.source} by Paramend {self.paramend}"
 
     def sections(self) -> list[Section]:
-        """The leaves that were written, and those that were deleted."""
+        """The leaves that were written, those that were deleted, and what changed beside them."""
         lines = [Line((leaf.path,), (str(leaf.spec), leaf.edit)) for leaf in self.leaves]
-        return [Section("edited", lines), Section("deleted", [Line((path,)) for path in self.deleted])]
+        deleted = [Line((path,)) for path in self.deleted]
+        configured = [Line((change.file,), (str(change),)) for change in self.config]
+        return [Section("edited", lines), Section("deleted", deleted), Section("configured", configured)]
 
     def to_dict(self) -> dict[str, Any]:
         """The record as data that JSON can hold."""
@@ -121,6 +128,8 @@ class EditRecord(Report):
             "leaves": [leaf.to_dict() for leaf in self.leaves],
             "deleted": list(self.deleted),
         }
+        if self.config:
+            found["config"] = [change.to_dict() for change in self.config]
         return found | ({"earlier": [each.to_dict() for each in self.earlier]} if self.earlier else {})
 
     def __str__(self) -> str:
@@ -325,6 +334,10 @@ def parse(text: bytes, file: str) -> EditRecord:
             raise bad(file, f"{place}, 'sha256'", f"64 hexadecimal digits are expected, not {shown(sha256)}")
         return RecordedLeaf(path, Spec(tuple(shape), dtype), sha256, edit, field(row, place, "was", str, ""))
 
+    def change(row: Any, place: str) -> Change:
+        sides = (json.dumps(row[side], ensure_ascii=False) if side in row else None for side in ("before", "after"))
+        return Change(field(row, place, "file", str), field(row, place, "key", str), *sides)
+
     def one(row: Any, place: str) -> EditRecord:
         version = field(row, place, "version", int)
         if version != VERSION:
@@ -344,6 +357,7 @@ def parse(text: bytes, file: str) -> EditRecord:
             leaves=tuple(leaf(each, f"{place}, leaf {n}") for n, each in enumerate(field(row, place, "leaves", list))),
             deleted=tuple(deleted),
             recipe=field(row, place, "recipe", str, ""),
+            config=tuple(change(each, f"{place}, 'config'") for each in field(row, place, "config", list, [])),
         )
 
     field(table, "record", "version", int)
