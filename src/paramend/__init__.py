@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from paramend.grafting.graft import graft as graft
     from paramend.grafting.graft import graft_ as graft_
     from paramend.grafting.inserting import insert as insert
+    from paramend.grafting.parts import part as part
     from paramend.grafting.states.verbs import carry_opt_state as carry_opt_state
     from paramend.grafting.states.verbs import carry_optimizer_ as carry_optimizer_
     from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state
@@ -102,6 +103,7 @@ _LATER = {
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.specs": ("Spec",),
         "paramend.grafting.inserting": ("insert",),
+        "paramend.grafting.parts": ("part",),
         "paramend.mapping.joining": ("concat", "interleave", "split"),
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),

@@ -113,7 +113,7 @@ def test_it_is_read_like_a_dict(model):
         False,
     )
     assert list(found) == list(json.loads(TEXT)) and dict(found) == json.loads(TEXT)
-    with pytest.raises(pm.errors.NoMatch, match='did you mean "text_config.layers"') as error:
+    with pytest.raises(pm.errors.NoMatch, match=r'did you mean "text_config\.layers"') as error:
         found["layers"]
     assert error.value.near == ("text_config.layers",)
 
@@ -301,7 +301,7 @@ def test_problems_of_a_step_have_addresses(model):
         recipe.apply(pm.open(model))
     assert [problem.address for problem in error.value.problems] == ['$.steps[0].set["no.x"]', "$.steps[0].delete[1]"]
     for tree in ({"w": np.ones(1)}, pm.open(model / "model-00001-of-00002.safetensors")):
-        with pytest.raises(pm.errors.BadRecipe, match="configuration|weights alone"):
+        with pytest.raises(pm.errors.BadRecipe, match=r"configuration|weights alone"):
             pm.Recipe([{"config": {"set": {"b": 2}}}]).apply(tree)
     with pytest.raises(pm.errors.BadRecipe, match="configuration"):
         pm.Recipe([{"config": {"set": {"b": 2}}}]).apply_({"w": np.ones(1)})

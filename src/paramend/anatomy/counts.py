@@ -35,7 +35,7 @@ def miscounted(
     >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2])
     ['config.json still says num_hidden_layers: 3, and layers has 2']
     """
-    old, new = _numbered(before, ends or {}), _numbered(after, ends or {})
+    old, new = numbered(before, ends or {}), numbered(after, ends or {})
     said = []
     for parent, numbers in old.items():
         now = new.get(parent)
@@ -62,8 +62,8 @@ def _still(path: Sequence[str], value: Any, has: str) -> str:
     return f"{CONFIG} still says {'.'.join(path)}: {value}, and {has}"
 
 
-def _numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces, set[int]]:
-    """Path → the numbers of the entries there."""
+def numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces, set[int]]:
+    """Path → the numbers of the entries there, below those that `ends` says are no layers."""
     found: dict[Pieces, set[int]] = defaultdict(set)
     for path in paths:
         for depth, piece in enumerate(path[:-1]):

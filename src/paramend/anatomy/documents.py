@@ -8,7 +8,7 @@ from typing import Any
 
 from paramend.anatomy.sections import beside, parsed
 from paramend.errors import BadArgument, NoMatch
-from paramend.formats.jsonchanges import rewritten
+from paramend.formats.jsonchanges import entry_of, rewritten
 from paramend.formats.jsontext import CONFIG
 from paramend.reports import wording
 
@@ -58,12 +58,14 @@ class Document:
         before: its text there.
         text: its text after the edits.
         asked: whether a user asked for edits of it; others follow from those of leaves.
+        said: what is to be said of it.
     """
 
     file: Path
     before: bytes
     text: bytes
     asked: bool = False
+    said: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -82,6 +84,10 @@ class Document:
     def holding(self, values: Mapping[str, Any]) -> "Document":
         """The document with other values; what stays keeps its characters."""
         return replace(self, text=rewritten(self.text.decode(), values).encode())
+
+    def inner(self, key: str) -> "Document":
+        """The document that holds what a key of it does, and nothing else."""
+        return replace(self, text=entry_of(self.text.decode(), key).encode())
 
     def edited(self, values: Mapping[str, Any], gone: Iterable[str] = ()) -> "Document":
         """The document with some keys set, then others deleted; dots lead into parts.

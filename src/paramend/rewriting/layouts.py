@@ -141,6 +141,7 @@ def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[s
     files = [file for file in files if file.name not in changed]
     files += [text_file(name, text) for name, text in changed.items()]
     beside, said = followed_files(made, files)
+    said += [line for document in made.texts for line in document.said]
     said += [f"copied as they are, with weights of their own: {wording.listing(weights, 4)}"] if weights else []
     return beside, left_out, tuple(said)
 
