@@ -53,9 +53,11 @@ def make(folder, kind):
 
 
 def edit(kind):
-    """An edit of all leaves; of a kind of torch also one that needs a file of another structure."""
+    """An edit of all leaves; of shards also of the configuration, of a kind of torch also one of the structure."""
     if kind == "structure":
         return lambda t: pm.at(pm.at(t, "model.layers[0].w").rename("model.first"), "**.layers.1.w").cast("float16")
+    if kind == "shards":
+        return lambda t: pm.config(pm.at(t, "**").add(1)).set({"a key": "a value"})
     return lambda t: pm.at(t, "**").add(1)
 
 
@@ -158,7 +160,7 @@ def patches(folder, kind, rounds, signum, rng):
 
 def main(engine, kind, rounds, signum="9", seed="0"):
     run = {"rewrite": rewrites, "patch": patches}[engine]
-    assert all((pm.patch, pm.undo, pm.history, pm.open))  # opened lazily: not in the child
+    assert all((pm.patch, pm.undo, pm.history, pm.open, pm.config))  # opened lazily: not in the child
     with tempfile.TemporaryDirectory() as folder:
         seen = run(Path(folder), kind, int(rounds), int(signum), random.Random(seed))
     print(f"{engine} {kind}, signal {signum}: {rounds} rounds: {dict(seen)}")
