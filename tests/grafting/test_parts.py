@@ -72,8 +72,8 @@ def test_the_text_model_with_its_configuration(tmp_path):
     assert written(tmp_path / "out") == {name: leaf.tobytes() for name, leaf in right.items()}
     assert (tmp_path / "out" / "config.json").read_text() == (
         '{\n  "model_type": "llama",\n  "num_hidden_layers": 1,\n  "rms_norm_eps": 1E-6,\n'
-        '  "architectures": [\n    "LlamaForCausalLM"\n  ],\n  "tie_word_embeddings": false,\n'
-        '  "dtype": "bfloat16"\n}\n'
+        '  "architectures": [\n    "LlamaForCausalLM"\n  ],\n  "dtype": "bfloat16",\n'
+        '  "tie_word_embeddings": false\n}\n'
     )
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert report.said == ("config.json: text_config becomes the configuration, of a LlamaForCausalLM",)

@@ -82,10 +82,11 @@ def _configured(old: Checkpoint, new: Checkpoint, paths: Mapping[int, Path]) -> 
         return new
     pieces = {number: old.index.pieces(number) for number in old.index.numbers}
     renamed = {number: tuple(map(text_of, _labels(path))) for number, path in paths.items()}
-    found = part_config(document.values, pieces, set(paths), renamed)
+    found = part_config(document.values, pieces, renamed)
     if found is None:
-        said = (f"{CONFIG} stays that of the whole model: what was taken is not exactly one of its parts",)
-        return new.planned(new.plan.beside(replace(document, said=said)))
-    name, config, told = found
-    said = tuple(f"{CONFIG}: {line}" for line in told)
-    return new.planned(new.plan.beside(replace(document.inner(name).holding(config), said=said)))
+        said = [f"{CONFIG} stays that of the whole model: what was taken is not exactly one of its parts"]
+    else:
+        name, config, told = found
+        said = [f"{CONFIG}: {line}" for line in told]
+        document = document.inner(name).holding(config)
+    return new.planned(new.plan.beside(replace(document, said=tuple(said))))
