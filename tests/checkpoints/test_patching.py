@@ -823,15 +823,15 @@ class Machine:
                 self.dead = True
                 if self.torn and name in ("write", "pwrite") and len(args[1]) > 1:
                     half = memoryview(args[1])[: len(args[1]) // 2]
-                    self.note(name, (args[0], half, *args[2:]))
+                    self.note(name, (args[0], half, *args[2:]), options)
                     real(args[0], half, *args[2:])
                 raise Crash
-            self.note(name, args)
+            self.note(name, args, options)
             return real(*args, **options)
 
         return run
 
-    def note(self, name, args):
+    def note(self, name, args, options):
         if self.power is None:
             return
         if name in ("write", "pwrite"):
@@ -848,10 +848,18 @@ class Machine:
             self.unsynced.pop(status.st_ino, None)
             self.names = [(where, back) for where, back in self.names if where != folder]
         elif name == "rename":
-            old, new = map(str, args)
-            self.names.append((str(Path(new).parent), lambda: self.real["rename"](new, old)))
+            old, new = args[0], placed(args[1], options.get("dst_dir_fd"))
+            before = new.read_bytes() if new.exists() else None
+
+            def back():
+                self.real["rename"](new, old)
+                if before is not None:
+                    new.write_bytes(before)
+
+            self.names.append((str(new.parent), back))
         elif name == "unlink":
-            file, data = Path(args[0]), Path(args[0]).read_bytes()
+            file = placed(args[0], options.get("dir_fd"))
+            data = file.read_bytes()
             self.names.append((str(file.parent), lambda: file.write_bytes(data)))
 
     def lose(self, folder):
@@ -866,6 +874,11 @@ class Machine:
         kept = rng.randrange(len(self.names) + 1)
         for _, back in reversed(self.names[kept:]):
             back()
+
+
+def placed(name, folder):
+    """The path of a name that is relative to an open folder."""
+    return Path(name) if folder is None else Path(f"/proc/self/fd/{folder}").readlink() / name
 
 
 def crash_everywhere(tmp_path, make, action, check, **how):
@@ -892,8 +905,23 @@ def crash_everywhere(tmp_path, make, action, check, **how):
 HOW = [{}, {"torn": True}, *({"power": seed, "torn": bool(seed % 2)} for seed in range(6))]
 
 
+def make_configured(folder):
+    """Shards beside a configuration."""
+    make_shards(folder)
+    (folder / "config.json").write_text('{"n": 1}\n')
+    return folder
+
+
+def configured(path):
+    """A patch of leaves and of the configuration, which has another length then."""
+    pm.patch(path, lambda t: pm.config(pm.at(t, "layers/**").add(1)).set({"n": 2, "a new key": [1]}))
+
+
+MANY = {"file": None, "shards and their configuration": make_configured, "torch shards": make_torch_shards}
+
+
 @pytest.mark.parametrize("how", HOW, ids=repr)
-@pytest.mark.parametrize("many", [None, make_shards, make_torch_shards], ids=["file", "shards", "torch shards"])
+@pytest.mark.parametrize("many", MANY.values(), ids=MANY)
 def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
     def make(folder):
         if many:
@@ -902,7 +930,10 @@ def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
         return "model.safetensors"
 
     def action(path):
-        patched(path, "layers/**", "add", value=1)
+        if many is make_configured:
+            configured(path)
+        else:
+            patched(path, "layers/**", "add", value=1)
 
     make(tmp_path)
     name = "model" if many else "model.safetensors"
@@ -931,9 +962,9 @@ def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
 @pytest.mark.parametrize("how", HOW, ids=repr)
 def test_an_undo_cut_short_anywhere_leaves_old_or_new(tmp_path, how):
     def make(folder):
-        path = make_shards(folder / "model")
+        path = make_configured(folder / "model")
         patched(path, "embed/**", "zero")
-        patched(path, "layers/**", "add", value=1)
+        configured(path)
         return path.name
 
     path = tmp_path / make(tmp_path)

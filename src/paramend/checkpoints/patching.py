@@ -6,7 +6,6 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 """
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -313,7 +312,7 @@ class _Patch:
             followers = _followers(self.source, self.work)
             target = OpenRanges(self.files, descriptors, self._ranges(followers))
             self._check_room(target)
-            _allocate(descriptors, target.ranges)
+            target.allocate()
             there = [*map(os.fstat, descriptors), *filter(None, new.then)]  # who may read all may read the record
             access = access_of(there) if descriptors else new.access
             written = target.ranges.nbytes + new.nbytes
@@ -425,24 +424,6 @@ def _remove(folder: Path) -> None:
     import shutil  # slow to import
 
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:
-    """Reserve room for the holes of sparse files before anything is recorded: a full disk fails early."""
-    sparse = {n for n, descriptor in enumerate(descriptors) if _is_sparse(os.fstat(descriptor))}
-    if not sparse or not hasattr(os, "posix_fallocate"):
-        return
-    for _, file, start, stop in ranges:
-        if file in sparse:
-            try:
-                os.posix_fallocate(descriptors[file], start, stop - start)
-            except OSError as error:
-                if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
-                    raise
-
-
-def _is_sparse(status: os.stat_result) -> bool:
-    return status.st_blocks * 512 < status.st_size
 
 
 # A file whose format maintains derived bytes, such as checksums, with the leaves that change in it.
