@@ -80,7 +80,6 @@ class Memory(Tree, Editable):
         return any(min(pair) < len(arrays) <= max(pair) for pair in found)
 
     def deleted(self, numbers: Iterable[int]) -> Any:
-        """The tree without some leaves, under all their paths."""
         from paramend.edits import structure  # rarely needed, and imports take time
 
         gone = {twin for number in numbers for twin in self.twins(number)}
@@ -88,14 +87,12 @@ class Memory(Tree, Editable):
         return structure.delete(self, gone)
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
-        """The tree with the leaves that a selector found under new paths."""
         from paramend.edits import structure  # as above
 
         check_renamed(self, lambda: structure.moves(self.index, selector, set(numbers), to))
         return structure.move(self, selector, tuple(numbers), to)
 
     def regrouped(self, groups: Sequence[Group]) -> Any:
-        """The tree with groups of leaves replaced by others."""
         from paramend.edits import structure  # as above
 
         check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")

@@ -77,22 +77,18 @@ class Gathered:
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """The stat result of each file when it was opened."""
         found: dict[Path, os.stat_result] = {}
         for source in self.sources:
             found |= source.stats
         return found
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         return self.origins[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf."""
         return self.origins[number].nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         return self.origins[number].refusal
 
     def extent(self, number: int) -> Extent | None:
@@ -104,11 +100,9 @@ class Gathered:
         return self.origins[number].extents
 
     def read(self, number: int) -> Array:
-        """A leaf."""
         return self.origins[number].read()
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A range of the elements of a leaf in C order."""
         return self.origins[number].read_range(start, stop)
 
     def ranges(self, number: int) -> Iterator[tuple[int, int]]:
@@ -116,7 +110,6 @@ class Gathered:
         return self.origins[number].ranges()
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
         return entries(node)
 
     def close(self) -> None:

@@ -69,7 +69,6 @@ class MsgpackFile(FileSource):
     # ---- what is there ---------------------------------------------------------------------------------------
 
     def outline(self) -> Outline:
-        """What is there, with true keys."""
         numbers = iter(range(len(self.arrays)))
         return outline(self._structure, lambda node: next(numbers) if type(node) is MsgpackEntry else None, self.format)
 
@@ -82,7 +81,6 @@ class MsgpackFile(FileSource):
         return self.arrays[number].nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is one that only numpy has: its bytes can only be copied"

@@ -38,13 +38,11 @@ class MsgpackWriter:
     flat = False
 
     def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in BITS or BITS[spec.dtype] % 8:
             return f"flax cannot write {spec.dtype}"
         return ""
 
     def holds(self, value: Any) -> bool:
-        """Whether the format has a place for an entry that is not an array."""
         if isinstance(value, list | tuple) and type(value) is not Extension:
             return all(map(self.holds, value))
         if isinstance(value, np.generic):

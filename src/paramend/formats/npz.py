@@ -131,7 +131,6 @@ class NpzFile(ZipSource):
         return self.arrays[number].nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         return self.arrays[number].sealed
 
     def extent(self, number: int) -> Extent | None:

@@ -90,11 +90,9 @@ class SafetensorsFile(FileSource):
         return self.header.metadata or {}
 
     def release(self) -> None:
-        """Close the descriptor until a leaf is read again: of many files only a few need to be open."""
         self._file.release()
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         return self.header.entries[number].spec
 
     def nbytes(self, number: int) -> int:
@@ -102,7 +100,6 @@ class SafetensorsFile(FileSource):
         return self.header.entries[number].nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is unknown: its bytes can only be copied"
@@ -111,7 +108,6 @@ class SafetensorsFile(FileSource):
         return ""
 
     def extent(self, number: int) -> Extent:
-        """Where the bytes of a leaf are."""
         entry = self.header.entries[number]
         return Extent(self.path, self.header.nbytes + entry.start, entry.nbytes)
 

@@ -117,55 +117,45 @@ class Shards:
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """The stat result of each file when it was opened, where known."""
         found: dict[Path, os.stat_result] = {}
         for file in self.files:
             found |= file.stats
         return found
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         place, inner = self._homes[number]
         return self.files[place].spec(inner)  # type: ignore[no-any-return]
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf on disk."""
         place, inner = self._homes[number]
         return self.files[place].nbytes(inner)  # type: ignore[no-any-return]
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         place, inner = self._homes[number]
         return self.files[place].refusal(inner)  # type: ignore[no-any-return]
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf are."""
         place, inner = self._homes[number]
         return self.files[place].extent(inner)  # type: ignore[no-any-return]
 
     def overlaps(self, number: int) -> tuple[int, ...]:
-        """The other leaves that share bytes with a leaf without being tied to it."""
         place, inner = self._homes[number]
         file = self.files[place]
         found = set(file.overlaps(inner)) if isinstance(file, Overlapping) else set()
         return tuple(n for n, (home, own) in enumerate(self._homes) if home == place and own in found) if found else ()
 
     def read(self, number: int) -> Array:
-        """The array."""
         file, inner = self._file(number)
         return file.read(inner)  # type: ignore[no-any-return]
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A copy of a range of the elements of a leaf in C order."""
         file, inner = self._file(number)
         return file.read_range(inner, start, stop)  # type: ignore[no-any-return]
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
         return entries(node)
 
     def close(self) -> None:
-        """Close the files."""
         for file in self.files:
             file.close()
 

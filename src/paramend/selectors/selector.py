@@ -277,7 +277,6 @@ class Mask(Selector):
         return found
 
     def _place(self, path: tuple[str, ...], flags: Mapping[tuple[str, ...], bool]) -> tuple[str, ...] | None:
-        """The part of a path that has a flag."""
         return next((path[:i] for i in range(len(path), -1, -1) if path[:i] in flags), None)
 
     def _flags(self, leaves: Leaves) -> Iterator[tuple[tuple[str, ...], bool]]:

@@ -131,7 +131,6 @@ class Tree:
 
     @property
     def ties(self) -> Mapping[int, int]:
-        """Leaf number → the first number of the same leaf, for leaves with several paths."""
         if self._ties is None:
             self._ties = self._find_ties() if self.boxes or self._structure.torch else {}
         return self._ties
@@ -158,12 +157,10 @@ class Tree:
         return {number: one for number, one in ties.items() if one in shared}
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         value = self.values[number]
         return backend(value).spec(value)
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf."""
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
@@ -171,11 +168,9 @@ class Tree:
         return ""
 
     def read(self, number: int) -> Any:
-        """The leaf itself."""
         return self.values[number]
 
     def twins(self, number: int) -> Sequence[int]:
-        """The numbers of all paths of a leaf."""
         one = self.ties.get(number) if self.ties else None
         return (number,) if one is None else [n for n, o in self.ties.items() if o == one]
 

@@ -116,7 +116,6 @@ class OrbaxCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the files."""
         self._closed = True
         self._stores.clear()
         self._block = None
@@ -125,7 +124,6 @@ class OrbaxCheckpoint:
 
     @property
     def implementations(self) -> Mapping[int, str]:
-        """Leaf number → the implementation of the typed PRNG key whose numbers it is."""
         return self.walk.implementations
 
     def outline(self) -> Outline:
@@ -150,7 +148,6 @@ class OrbaxCheckpoint:
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is unknown"
@@ -230,7 +227,6 @@ class OrbaxCheckpoint:
         return stage
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, as masks for a checkpoint have them; None for a leaf."""
         return entries(node)
 
     # ---- behind the scenes -----------------------------------------------------------------------------------

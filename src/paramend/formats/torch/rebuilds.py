@@ -178,7 +178,6 @@ class TorchWords:
         self._met: dict[tuple[str, str], Storage] = {}
 
     def names(self) -> Mapping[str, Name]:
-        """The known names."""
         return KNOWN
 
     def foreign(self, module: str, name: str) -> Name:

@@ -74,7 +74,6 @@ class Recorder:
         self._names = {text: _recording(name) for text, name in words.names().items()}
 
     def names(self) -> Mapping[str, Name]:
-        """The known names."""
         return self._names
 
     def foreign(self, module: str, name: str) -> Name:

@@ -173,7 +173,6 @@ class TorchFile(ZipSource):
         return self.tensors[number].nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         return self.tensors[number].sealed
 
     def extent(self, number: int) -> Extent | None:
@@ -189,7 +188,6 @@ class TorchFile(ZipSource):
         return None if rest else Extent(self.path, self._place(tensor.storage.key) + first, tensor.nbytes)
 
     def overlaps(self, number: int) -> tuple[int, ...]:
-        """The other leaves that share bytes with a leaf without being tied to it: an edit of one edits them too."""
         tensor = self.tensors[number]
         mates = self._sharing.get(tensor.storage.key) if tensor.storage and tensor.size else None
         if mates is None:

@@ -48,11 +48,9 @@ class TorchWriter:
     flat = False
 
     def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in _STORAGES or spec.dtype in _NEWER else f"torch cannot hold {spec.dtype}"
 
     def holds(self, value: Any) -> bool:
-        """Whether the format has a place for an entry that is not an array."""
         return written(value) is not _NOTHING
 
     def parts(
