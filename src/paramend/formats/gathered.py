@@ -10,14 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from paramend.leaves.leaves import Index, entries, uncollected
+from paramend.formats.source import Opened
+from paramend.leaves.leaves import Index, uncollected
 from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import Label
 from paramend.leaves.specs import Array, Spec
 
 
-class Gathered:
+class Gathered(Opened):
     """Leaves from anywhere as one source.
 
     Attributes:
@@ -108,9 +109,6 @@ class Gathered:
     def ranges(self, number: int) -> Iterator[tuple[int, int]]:
         """Ranges of the elements of a leaf, first to last, that are best read one by one."""
         return self.origins[number].ranges()
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        return entries(node)
 
     def close(self) -> None:
         """Close the files of all sources."""

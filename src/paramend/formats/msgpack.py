@@ -4,23 +4,22 @@ Opening walks the structure and skips the bytes of arrays, which are contiguous.
 msgpack package is needed.
 """
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import FileSource, OpenFile
+from paramend.errors import BadCheckpoint
+from paramend.formats.files import FileSource
 from paramend.formats.limits import MAX_PIECES
 from paramend.formats.msgpack_parser import MsgpackEntry, Parser, shown_key
 from paramend.formats.msgpack_writer import MsgpackWriter
-from paramend.formats.source import check_readable
+from paramend.formats.source import padded
 from paramend.leaves.leaves import Index
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline, outline, shown
-from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Array, numpy_dtype
 
 WRITER = MsgpackWriter()
 
@@ -34,13 +33,7 @@ class MsgpackFile(FileSource):
     Attributes:
         path: as the user gave it.
         index: the names; keys of maps and positions of lists, joined by "/".
-        ties: nothing: in a file each array has one name.
         metadata: what else is in the structure, by path: numbers, text, None, lists of these, empty maps.
-        arrays: of each leaf, its spec and where its bytes are.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, or of another format.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "model.msgpack")
@@ -52,88 +45,36 @@ class MsgpackFile(FileSource):
     """
 
     format = "msgpack"
+    rows: Sequence[MsgpackEntry]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = OpenFile(path)
-        self.path = self._file.path
-        self.ties: Mapping[int, int] = {}
-        try:
-            self._structure = Parser(self._file).root()
-            walk = _Walk(self._structure, self.path, room=self._file.size)
-        except BaseException:
-            self.close()
-            raise
-        self.index, self.arrays = walk.index, walk.arrays
+    def _begin(self) -> None:
+        self._structure = Parser(self._file).root()
+        walk = _Walk(self._structure, self.path, room=self._file.size)
+        self.index, self.rows = walk.index, walk.arrays
         self.metadata: Mapping[str, Any] = walk.others
 
-    # ---- what is there ---------------------------------------------------------------------------------------
-
     def outline(self) -> Outline:
-        numbers = iter(range(len(self.arrays)))
+        numbers = iter(range(len(self.rows)))
         return outline(self._structure, lambda node: next(numbers) if type(node) is MsgpackEntry else None, self.format)
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; a dtype that only numpy has, such as str96, is "raw<str96>"."""
-        return self.arrays[number].spec
-
-    def nbytes(self, number: int) -> int:
-        """The bytes of a leaf in the file."""
-        return self.arrays[number].nbytes
 
     def refusal(self, number: int) -> str:
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is one that only numpy has: its bytes can only be copied"
-        # No other format stores integers of 4 bits; for these floats other formats expect packed bytes.
-        if BITS[dtype] % 8 and dtype.startswith("float"):
-            return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
-        return ""
+        return padded(dtype)
 
     def extent(self, number: int) -> Extent | None:
         """Where the bytes of a leaf are; None if flax split it (above 1 GB), or if its values are padded."""
-        entry = self.arrays[number]
+        entry = self.rows[number]
         if len(entry.pieces) != 1 or BITS.get(entry.spec.dtype, 8) % 8:
             return None
         return Extent(self.path, *entry.pieces[0])
 
-    # ---- reading ---------------------------------------------------------------------------------------------
-
-    def read(self, number: int) -> Array:
-        """The array, read-only; memory-mapped if it is aligned and contiguous in the file.
-
-        Raises:
-            Unsupported: the dtype is one that only numpy has.
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
-        check_readable(self, number)
-        entry = self.arrays[number]
-        dtype = numpy_dtype(entry.spec.dtype)
-        flat: Array
-        if len(entry.pieces) == 1 and entry.nbytes:
-            flat = np.frombuffer(self._file.map, np.uint8, entry.nbytes, entry.pieces[0][0]).view(dtype)
-            if not flat.flags.aligned:
-                flat = flat.copy()
-        else:
-            flat = self.read_range(number, 0, entry.spec.size)
-        flat.flags.writeable = False
-        try:
-            return flat.reshape(entry.spec.shape)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
-            raise Unsupported(f"numpy has no array of shape {entry.spec.shape}: {error}") from error
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
-
-        Raises:
-            Unsupported: the dtype is one that only numpy has.
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
-        check_readable(self, number)
-        entry = self.arrays[number]
-        dtype = numpy_dtype(entry.spec.dtype)
+    def _gathered(self, number: int, start: int, stop: int) -> Array:
+        dtype = numpy_dtype(self.spec(number).dtype)
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         first, at = start * dtype.itemsize, 0
-        for place, length in entry.pieces:
+        for place, length in self.rows[number].pieces:
             if first < length and at < len(buffer):
                 count = min(length - first, len(buffer) - at)
                 self._file.read_into(buffer[at : at + count].data, place + first)

@@ -10,9 +10,10 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Flat, Overlapping, Released, Source
-from paramend.leaves.leaves import Index, entries, separator_of, uncollected
+from paramend.formats.source import Flat, Opened, Overlapping, Released, Source
+from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
@@ -21,7 +22,7 @@ from paramend.reports import wording
 _OPEN = 64
 
 
-class Shards:
+class Shards(Opened):
     """A directory of weight files as one `Source`. Made by `open_directory`.
 
     Attributes:
@@ -84,12 +85,6 @@ class Shards:
         leaves = wording.plural(len(self._homes), "leaf", "leaves")
         return f"<{self.path}: {leaves} in {wording.plural(len(self.files), 'file')}>"
 
-    def __enter__(self) -> "Shards":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _check_index(self, shard_index: ShardIndex, where: Mapping[str, int]) -> None:
         for name, shard in shard_index.weight_map.items():
             place = where.get(name)
@@ -106,14 +101,18 @@ class Shards:
         """Which of `files` holds a leaf, and the number of the leaf in it."""
         return self._homes[number]
 
-    def _file(self, number: int) -> tuple[Any, int]:
-        """The file that holds a leaf, ready to be read; the files read last stay open."""
+    def _leaf(self, number: int) -> Stored:
         place, inner = self._homes[number]
+        return Stored(self.files[place], inner)
+
+    def _opened(self, number: int) -> Stored:
+        """A leaf, ready to be read; the files read last stay open."""
+        place, _ = self._homes[number]
         self._open[place] = None
         self._open.move_to_end(place)
         if len(self._open) > _OPEN:
             _release(self.files[self._open.popitem(last=False)[0]])
-        return self.files[place], inner
+        return self._leaf(number)
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
@@ -123,20 +122,16 @@ class Shards:
         return found
 
     def spec(self, number: int) -> Spec:
-        place, inner = self._homes[number]
-        return self.files[place].spec(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).spec
 
     def nbytes(self, number: int) -> int:
-        place, inner = self._homes[number]
-        return self.files[place].nbytes(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).nbytes
 
     def refusal(self, number: int) -> str:
-        place, inner = self._homes[number]
-        return self.files[place].refusal(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).refusal
 
     def extent(self, number: int) -> Extent | None:
-        place, inner = self._homes[number]
-        return self.files[place].extent(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).extent
 
     def overlaps(self, number: int) -> tuple[int, ...]:
         place, inner = self._homes[number]
@@ -145,15 +140,10 @@ class Shards:
         return tuple(n for n, (home, own) in enumerate(self._homes) if home == place and own in found) if found else ()
 
     def read(self, number: int) -> Array:
-        file, inner = self._file(number)
-        return file.read(inner)  # type: ignore[no-any-return]
+        return self._opened(number).read()
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        file, inner = self._file(number)
-        return file.read_range(inner, start, stop)  # type: ignore[no-any-return]
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        return entries(node)
+        return self._opened(number).read_range(start, stop)
 
     def close(self) -> None:
         for file in self.files:

@@ -1,14 +1,15 @@
 """`Source`: the leaves of a file on disk, which engines copy, compute and patch by the place of their bytes."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Index
+from paramend.leaves.leaves import Index, Leaves, entries
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.specs import Array, Spec
+from paramend.leaves.specs import BITS, Array, Spec
 
 
 class Source(Protocol):
@@ -67,6 +68,24 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close its files."""
+
+
+class Opened:
+    """What all sources are: context managers, and containers of masks as files have them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        raise NotImplementedError
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
+        return entries(node)
 
 
 # ---- what only some sources can do -----------------------------------------------------------------------------
@@ -136,12 +155,31 @@ class Released(Protocol):
         """Close the descriptor."""
 
 
-def check_readable(source: Source, number: int) -> None:
+def check_readable(leaves: Leaves, number: int) -> None:
     """Refuse a leaf that cannot be read as an array.
 
     Raises:
         Unsupported: it cannot; the message says why.
     """
-    why = source.refusal(number)
+    why = leaves.refusal(number)
     if why:
-        raise Unsupported(f"{source.index.path(number)} cannot be read: {why}")
+        raise Unsupported(f"{leaves.index.path(number)} cannot be read: {why}")
+
+
+def padded(dtype: str) -> str:
+    """Why leaves of a file with a byte for each value cannot be read, or "": other formats pack these floats.
+
+    No other format stores integers of 4 bits.
+    """
+    if BITS[dtype] % 8 and dtype.startswith("float"):
+        return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
+    return ""
+
+
+@contextmanager
+def in_numpy(shape: tuple[int, ...]) -> Iterator[None]:
+    """Raise `Unsupported` where numpy has no array of a shape: of more axes, or longer ones around one of length 0."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error

@@ -4,7 +4,6 @@ Files are read without torch, and nothing in them is run: see `paramend.formats.
 directory and the pickle; storages are read on demand.
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -16,7 +15,7 @@ import numpy as np
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import shown
-from paramend.formats.source import check_readable
+from paramend.formats.source import check_readable, in_numpy
 from paramend.formats.torch.foreign import check_whole
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
@@ -29,7 +28,7 @@ from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline, outline
 from paramend.leaves.overlaps import share
-from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.leaves.specs import Array, numpy_dtype
 from paramend.reports import wording
 
 MAX_PICKLE = 256_000_000
@@ -54,10 +53,6 @@ class TorchFile(ZipSource):
         archive: the members of the zip.
         carried: the classes of objects that stay in the pickle as they are, unread.
 
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, of another format, or holds more than tensors and plain values.
-
     >>> import tempfile, zipfile
     >>> path = Path(tempfile.mkdtemp(), "model.pt")
     >>> tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + (
@@ -72,23 +67,15 @@ class TorchFile(ZipSource):
 
     format = "torch"
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = OpenFile(path)
-        self.path = self._file.path
-        try:
-            _check_kind(self._file)
-            self.archive = Archive(self._file)
-            self._root = _root(self.archive)
-            self._structure = self._unpickled()
-            walk = Walk(self._structure, self.path, room=self._pickle.nbytes)
-        except BaseException:
-            self.close()
-            raise
-        self.index, self.tensors = walk.index, walk.tensors
-        self.ties: Mapping[int, int] = walk.ties
+    def _begin(self) -> None:
+        _check_kind(self._file)
+        self.archive = Archive(self._file)
+        self._root = _root(self.archive)
+        self._structure = self._unpickled()
+        walk = Walk(self._structure, self.path, room=self._pickle.nbytes)
+        self.index, self.ties = walk.index, walk.ties
+        self.rows = self.tensors = walk.tensors
         self.metadata: Mapping[str, Any] = walk.others
-
-    # ---- what is there ---------------------------------------------------------------------------------------
 
     @property
     def structure(self) -> Any:
@@ -164,14 +151,6 @@ class TorchFile(ZipSource):
         """The folder in the zip that holds everything."""
         return self._root
 
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; a dtype that numpy lacks, such as qint8, is "raw<qint8>"."""
-        return self.tensors[number].spec
-
-    def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf's elements, also for dtypes that cannot be read."""
-        return self.tensors[number].nbytes
-
     def refusal(self, number: int) -> str:
         return self.tensors[number].sealed
 
@@ -201,18 +180,13 @@ class TorchFile(ZipSource):
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Array:
-        """The array, read-only and memory-mapped: pages are read when touched.
-
-        Raises:
-            Unsupported: the tensor is quantized, sparse or of a dtype that numpy lacks.
-        """
         tensor = self.tensors[number]
         check_readable(self, number)
         assert tensor.storage is not None
         dtype = numpy_dtype(tensor.dtype)
         strides = tuple(step * dtype.itemsize for step in tensor.stride)
         memory = self._file.map
-        try:
+        with in_numpy(tensor.shape):
             if not tensor.size:
                 empty = np.empty(tensor.shape, dtype)
                 empty.flags.writeable = False
@@ -228,26 +202,8 @@ class TorchFile(ZipSource):
             if tensor.neg:
                 np.negative(span, out=span)
             array = np.ndarray(tensor.shape, dtype, span.view(np.uint8).data, 0, strides)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
-            raise Unsupported(f"numpy has no array of shape {tensor.shape}: {error}") from error
         array.flags.writeable = False
         return array
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
-
-        Raises:
-            Unsupported: the tensor is quantized, sparse or of a dtype that numpy lacks.
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
-        check_readable(self, number)
-        extent = self.extent(number)
-        if extent is None:
-            return self.read(number).flat[start:stop]
-        dtype = numpy_dtype(self.spec(number).dtype)
-        buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
-        self._file.read_into(buffer.data, extent.start + start * dtype.itemsize)
-        return buffer.view(dtype)
 
     # ---- behind the scenes -------------------------------------------------------------------------------------
 
@@ -345,12 +301,3 @@ def _root(archive: Archive) -> str:
     if order and (order.nbytes > 16 or archive.read(order.name) != b"little"):
         raise archive.bad(order.name, "only little-endian files are read", _resave(path))
     return root
-
-
-def _share(a: Array, b: Array) -> bool:
-    """Whether two views share an element; assumed if that is too hard to decide."""
-    work: Any = 100_000
-    try:
-        return np.shares_memory(a, b, max_work=work)
-    except np.exceptions.TooHardError:
-        return True
