@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from paramend.edits.arguments import shown
-from paramend.edits.call import Args, Call, Op, sliced_shape
+from paramend.edits.call import Args, Call, Op, explained, sliced_shape
 from paramend.edits.labelling import Labels
-from paramend.edits.memory import editable, explain
+from paramend.edits.memory import editable
 from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
 from paramend.leaves.leaves import Editable
@@ -80,7 +80,7 @@ class Selection(Edits[T]):
         new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
         new._stays_raw = self._stays_raw
         for number in self._numbers:
-            explain(self._tree, number, sliced_shape, self._tree.spec(number).shape, index)
+            explained(self._tree.index.path(number), sliced_shape, self._tree.spec(number).shape, index)
         return new
 
     def get(self) -> dict[str, AnyArray]:
