@@ -2,7 +2,7 @@
 
 import copyreg
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from typing import Any, Concatenate, Generic, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
@@ -78,7 +78,7 @@ def edit(
 
 
 # An edit that only moves elements: of leaves on disk, bytes are copied.
-move = partial(edit, keeps_spec=False, chunks=False, arithmetic=False)
+MOVES: Mapping[str, Any] = {"keeps_spec": False, "chunks": False, "arithmetic": False}
 
 
 def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
@@ -328,13 +328,14 @@ class Edits(Generic[T]):
 
     reinit_ = in_place(reinit)
 
-    @move(
+    @edit(
         "the axes get another order",
         check=moves.transposed_spec,
         run=moves.transpose,
         moves=moves.transposed,
         takes=(AXES,),
         also=("swapaxes", "T"),
+        **MOVES,
     )
     def transpose(self, axes: Sequence[SupportsIndex]) -> T:
         """The tree with the axes of the selected leaves in another order, as by `numpy.transpose`.
@@ -351,13 +352,14 @@ class Edits(Generic[T]):
                [2, 4]])}
         """
 
-    @move(
+    @edit(
         "the elements, in C order, get another shape",
         check=moves.reshaped_spec,
         run=moves.reshape,
         moves=moves.reshaped,
         takes=(NEW_SHAPE,),
         also=("view", "flatten"),
+        **MOVES,
     )
     def reshape(self, shape: Sequence[SupportsIndex]) -> T:
         """The tree with the elements of the selected leaves, in C order, in another shape.
@@ -373,13 +375,14 @@ class Edits(Generic[T]):
                [3, 4, 5]])}
         """
 
-    @move(
+    @edit(
         "some places along an axis stay, in the order given",
         check=moves.taken_spec,
         run=moves.take,
         moves=moves.taken,
         takes=(PLACES, AXIS),
         also=("gather", "index_select"),
+        **MOVES,
     )
     def take(self, indices: slice | Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
         """The tree with some places along an axis of the selected leaves, in the order given.
@@ -397,13 +400,14 @@ class Edits(Generic[T]):
                [6, 4]])}
         """
 
-    @move(
+    @edit(
         "the places along an axis get another order",
         check=moves.permuted_spec,
         run=moves.permute,
         moves=moves.permuted,
         takes=(PERMUTATION, AXIS),
         also=("reorder", "shuffle"),
+        **MOVES,
     )
     def permute(self, index: Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
         """The tree with the places along an axis of the selected leaves in another order: `new[i] = old[index[i]]`.
