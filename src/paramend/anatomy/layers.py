@@ -103,7 +103,6 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
 
     Args:
         config: the data of Hugging Face's `config.json`; it is not changed.
-        move: what moves.
 
     Returns:
         A new configuration, in which the number of layers, and all that is said of single layers, follow. The

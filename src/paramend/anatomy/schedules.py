@@ -56,8 +56,6 @@ class Schedule:
         """Numbers with which the rule gives these kinds, as near to those of the configuration as possible; else None.
 
         Args:
-            part: the section.
-            kinds: the kind of each layer of the outcome.
             sources: which old layer each of them is; lists that the rule reads follow them.
 
         >>> Schedule(lambda i, n, first: i >= first, {"first_k_dense_replace": 1}).solved({}, [False, False, True])
@@ -304,13 +302,7 @@ COMMON: Mapping[str, Schedule] = {
 
 
 def schedules_of(part: Mapping[str, Any], model_type: str | None, side: str = "") -> list[Schedule]:
-    """The schedules that hold for the layers that a section counts.
-
-    Args:
-        part: the section.
-        model_type: its model type, or that of the whole configuration.
-        side: the side of a model with an encoder and a decoder.
-    """
+    """The schedules that hold for the layers that a section counts."""
     known = SCHEDULES.get(str(model_type), SCHEDULES.get(f"{model_type}_text"))
     if known is not None:
         return [one for one in known if one.side in ("", side)]

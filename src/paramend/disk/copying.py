@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.failures import UNSUPPORTED
 from paramend.disk.io import put, shrunk
 
 # Bytes that the kernel copies at once: between windows, progress is reported and Ctrl-C takes effect.
@@ -29,13 +30,6 @@ class Copier:
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
         """Append the bytes from `start` to `stop`, and yield the number of bytes of each step.
-
-        Args:
-            source: the descriptor of the file to read.
-            target: the descriptor of the file to write, at its position.
-            start: the first byte.
-            stop: the byte after the last.
-            path: the name of the source in messages.
 
         Raises:
             BadCheckpoint: the source has fewer bytes.
@@ -62,19 +56,7 @@ class Copier:
 
 
 # Across file systems, on old kernels and on special file systems.
-_NOT_THIS_WAY = frozenset(
-    {
-        errno.EXDEV,
-        errno.ENOSYS,
-        errno.EINVAL,
-        errno.EOPNOTSUPP,
-        errno.ENOTSUP,
-        errno.EPERM,
-        errno.EBADF,
-        errno.ENOTSOCK,
-        errno.EOVERFLOW,
-    }
-)
+_NOT_THIS_WAY = UNSUPPORTED | {errno.EXDEV, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ENOTSOCK, errno.EOVERFLOW}
 
 
 def _copy_in_kernel(source: int, target: int, start: int, count: int) -> int:

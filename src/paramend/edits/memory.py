@@ -84,13 +84,15 @@ class Memory(Tree, Editable):
 
         gone = {twin for number in numbers for twin in self.twins(number)}
         check_whole(self, gone)
-        return structure.delete(self, gone)
+        return structure.relocate(self, {}, gone)
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
         from paramend.edits import structure  # as above
 
-        check_renamed(self, lambda: structure.moves(self.index, selector, set(numbers), to))
-        return structure.move(self, selector, tuple(numbers), to)
+        chosen = tuple(numbers)
+        check_renamed(self, lambda: structure.moves(self.index, selector, set(chosen), to))
+        twins = {twin for number in chosen for twin in self.twins(number)}
+        return structure.relocate(self, structure.moves(self.index, selector, twins, to), ())
 
     def regrouped(self, groups: Sequence[Group]) -> Any:
         from paramend.edits import structure  # as above

@@ -218,10 +218,7 @@ class Plan(Paged):
         return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
 
     def renamed(self, moved: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Plan":
-        """The plan that moves some leaves to other paths.
-
-        Args:
-            moved: the new paths, from `structure.moves`.
+        """The plan that moves some leaves to other paths, from `structure.moves`.
 
         Raises:
             RenameClash: two leaves would have one path, or one would have the path of a container of others.
@@ -362,11 +359,6 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
 
 def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
     """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
-
-    Args:
-        leaves: a checkpoint or a tree.
-        selector: text, or anything that `pm.sel` takes, also with a slice.
-        edit: the edit, from `call`.
 
     Raises:
         NoMatch: nothing matches.

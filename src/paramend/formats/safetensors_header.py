@@ -190,11 +190,6 @@ def _encode(table: dict[str, Any]) -> bytes:
 def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
     """The header, validated.
 
-    Args:
-        raw: the JSON text.
-        data_nbytes: how many bytes follow it.
-        file: what messages call the file.
-
     Raises:
         BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
 

@@ -179,12 +179,8 @@ def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) 
     float32, or float64 for a float64 array.
 
     Args:
-        x: the array.
-        axis: the axis of its rows.
-        count: the new number of rows.
         fresh: "mean+cov": drawn with the mean of the old rows and 1e-9 of their covariance (Hewitt 2021); "mean";
             "random": normal, with the standard deviation of all old values about 0; "zeros".
-        rng: the source of random numbers.
 
     >>> rows(np.array([[1.0, 2.0], [3.0, 6.0]]), 0, 3, "mean", np.random.default_rng(0))
     array([[1., 2.],

@@ -71,7 +71,6 @@ def advice(text: str, index: Index | None = None) -> str:
     """What to write instead of text in another dialect; "" if it is none.
 
     Args:
-        text: the text of a selector that cannot be read, or finds nothing.
         index: the names of the tree, if it is known: then only what finds something is proposed.
 
     >>> advice("a/Dense_[0-2]/w"), advice("~a/b"), advice("a | b"), advice(r".*\\.kernel")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from paramend.errors import SelectorError
-from paramend.leaves.paths import SPECIAL, labels
+from paramend.leaves.paths import escaped, in_quotes, labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Literal:
     text: str
 
     def __str__(self) -> str:
-        return "".join("\\" + char if char in SPECIAL else char for char in self.text)
+        return escaped(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,18 @@ class Positions:
 
     def pick(self, count: int) -> tuple[set[int], list[int]]:
         """The positions chosen among `count`, and the integers that are out of range."""
-        chosen: set[int] = set()
-        missing: list[int] = []
+        missing = [item for item in self.items if isinstance(item, int) and not -count <= item < count]
+        return set(self.among(count)), missing
+
+    def among(self, count: int) -> list[int]:
+        """The positions chosen among `count`, in the order written."""
+        out: dict[int, None] = {}
         for item in self.items:
             if isinstance(item, tuple):
-                chosen.update(range(*slice(*item).indices(count)))
+                out |= dict.fromkeys(range(*slice(*item).indices(count)))
             elif -count <= item < count:
-                chosen.add(item % count)
-            else:
-                missing.append(item)
-        return chosen, missing
+                out[item % count] = None
+        return list(out)
 
 
 Atom = Literal | Star | Either | Number | Positions
@@ -102,8 +104,7 @@ class Quoted:
     text: str
 
     def __str__(self) -> str:
-        escaped = self.text.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return in_quotes(self.text)
 
 
 @dataclass(frozen=True, slots=True)

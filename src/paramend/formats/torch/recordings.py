@@ -106,7 +106,6 @@ def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str
     """The pickle of what was recorded; a value in several places is written once.
 
     Args:
-        root: the outermost value.
         leaves: what to write for each array in it, which is a scalar that holds a leaf number.
         used: receives the keys of all storages.
 

@@ -352,12 +352,6 @@ def _widen(
     """Length, length in the archive and offset, from the zip64 field of a header where the narrow fields overflow.
 
     Args:
-        extra: the extra fields of the header.
-        nbytes: the narrow length.
-        packed: the narrow length in the archive.
-        header: the narrow offset; 0 in a local header, which has none.
-        file: for messages.
-        name: for messages.
         lax: whether padding that is not an extra field is allowed: some writers align members with it.
     """
     wide: bytes | None = None
