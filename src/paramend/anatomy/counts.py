@@ -100,7 +100,6 @@ def retyped(config: Mapping[str, Any], before: Sequence[str], after: Sequence[st
 
 
 def _dtypes(part: Mapping[str, Any], path: Pieces = ()) -> Iterator[tuple[Pieces, str]]:
-    """Where a configuration says the dtype of the weights."""
     for key, value in part.items():
         if key in _DTYPES and isinstance(value, str) and value in _FLOATS:
             yield (*path, key), value

@@ -200,7 +200,6 @@ class Names:
         ) or any(word in pieces and word not in self._where for word in words[4:])
 
     def told(self, value: Any) -> Iterator[str]:
-        """All names in a value, at any depth."""
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):

@@ -34,7 +34,6 @@ _RANK = {"bool": 0, "int": 1, "float": 2, "complex": 3}
 
 
 def _fits(value: Any, spec: Spec, what: str) -> None:
-    """Raise if the dtype cannot hold a scalar."""
     number = _concrete(value)
     if number is None or spec.kind == "other":
         return

@@ -144,7 +144,6 @@ class _Renamed:
 
 
 def _touched(leaves: Leaves, numbers: Iterable[int]) -> list[Group]:
-    """The groups that some leaves belong to."""
     found: dict[int, Group] = {}
     for number in numbers:
         if number not in found and (group := group_of(leaves, number)) is not None:
@@ -199,7 +198,6 @@ def _rest(leaves: Leaves, chosen: Sequence[int], inside: Set[int]) -> list[str]:
 
 
 def _all_of(leaves: Leaves, group: Group) -> str:
-    """A selector for the leaves of a group."""
     separator = leaves.index.separator
     paths = [leaves.index.paths[number] for number in group.numbers]
     shared = 0

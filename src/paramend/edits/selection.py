@@ -176,7 +176,6 @@ class Selection(Edits[T]):
             raise BadArgument(f"{what} takes whole leaves, not slices [{write_index(self._index)}]")
 
     def _calls(self, op: Op, args: Args) -> dict[int, Call]:
-        """One call for each selected leaf."""
         if op.name == "set" and isinstance(args["value"], Mapping):
             values = _by_path(args["value"], self.paths)
             calls = [Call(op, {"value": value}, self._index) for value in values]

@@ -134,7 +134,6 @@ class _Container:
 
     @property
     def fixed(self) -> bool:
-        """Whether entries cannot be removed or added."""
         return self.kind.rekey is None
 
     def key(self, text: str) -> Any:
@@ -346,7 +345,6 @@ def _entry(names: Names, key: Any, met: set[Label]) -> Any:
 
 
 def _numbers(entry: Any) -> Iterator[int]:
-    """The leaf numbers of an entry and below it."""
     if type(entry) is int:
         yield entry
     for child in entry.values() if type(entry) is dict else ():

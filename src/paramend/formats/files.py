@@ -169,7 +169,6 @@ class FileSource(Opened):
             raise
 
     def _begin(self) -> None:
-        """Read what tells of the leaves."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

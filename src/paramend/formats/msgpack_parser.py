@@ -158,7 +158,6 @@ class Parser:
         raise self._bad(start, f"no msgpack value begins with {first:#04x}")
 
     def _value(self) -> Any:
-        """The next value, with all that is in it."""
         open_: list[_Open] = []
         found = self._begin(open_)
         while open_:

@@ -67,7 +67,6 @@ class MsgpackWriter:
         return _emit(self._tree(outline or outline_of_items(items)), items)
 
     def _tree(self, outline: Outline) -> Any:
-        """Nested maps and lists with the place of each item."""
         own, holds = outline.format == "msgpack", once(self.holds)
         entries = [
             (_path(keys, value, own=own), value)
@@ -92,7 +91,6 @@ def _as_flax(value: Any) -> Any:
 
 
 def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | LeafBytes]:
-    """The bytes of a value, in order."""
     if type(node) is Place:
         yield from _item(node.number, items[node.number])
     elif isinstance(node, dict):
@@ -167,7 +165,6 @@ def _sized(length: int, first: int) -> bytes:
 
 
 def _count(values: Any, short: tuple[int, int], first: int) -> bytes:
-    """The head of a list or a map."""
     if len(values) <= short[1]:
         return bytes([short[0] | len(values)])
     return (

@@ -134,7 +134,6 @@ class Page:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -269,7 +269,6 @@ def hint_of(index: Index, argument: str, text: str = "") -> str:
 
 
 def _parents(names: Names, above: Pattern | None) -> Iterator[tuple[Pieces, Names]]:
-    """The subtrees that a pattern names, with their paths."""
     if above is None:
         yield (), names
         return

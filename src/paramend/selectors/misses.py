@@ -67,7 +67,6 @@ class _Search:
         self.known: dict[Segments, tuple[list[int], list[Names]]] = {(): ([], [names])}
 
     def reach(self, segments: Segments) -> tuple[list[int], list[Names]]:
-        """The leaves and the subtrees that the segments name."""
         if segments not in self.known:
             self.known[segments] = Pattern(segments).reach(self.names)
         return self.known[segments]
@@ -161,14 +160,12 @@ def _is_wild(segment: Segment) -> bool:
 
 
 def _is_many(segment: Segment) -> bool:
-    """Whether a segment may name several keys."""
     return not isinstance(segment, Quoted) and segment != Piece(
         tuple(atom for atom in getattr(segment, "atoms", ()) if isinstance(atom, Literal))
     )
 
 
 def _named(segments: Segments) -> int:
-    """How many segments name something."""
     return sum(not _is_wild(segment) for segment in segments)
 
 
@@ -220,7 +217,6 @@ def _words(atoms: Sequence[Atom]) -> list[str]:
 
 
 def _texts(atom: Atom) -> list[str]:
-    """The texts that an atom spells; one, empty, for a wildcard."""
     if isinstance(atom, Either):
         return ["".join(a.text for a in option if isinstance(a, Literal)) for option in atom.options]
     return [atom.text if isinstance(atom, Literal) else ""]

@@ -256,7 +256,6 @@ def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
 
 
 def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
-    """The pieces that a pick means, below the pieces above it."""
     parents = [names]
     for text in above:
         parents = [
@@ -329,7 +328,6 @@ class _Writer:
                 self.choices.append((which, [star for _, star in found]))
 
     def write(self) -> NewPath:
-        """The new path."""
         stars, choices, whiches = iter(self.stars), iter(self.choices), iter(self.whiches)
         runs: list[list[str | Pick | Quoted]] = [[]]
         for segment in self.rule.target.segments:
@@ -392,8 +390,6 @@ def _fill(option: tuple[Literal | Star, ...], stars: Sequence[str]) -> list[Lite
 
 @dataclass
 class _Wildcards:
-    """The wildcards of one side of a rename."""
-
     anys: int
     stars: int
     choices: list[Either]

@@ -494,7 +494,6 @@ def _bound(function: Any) -> tuple[Any, ...]:
 
 
 def _called(function: Any) -> str:
-    """A function as it is written."""
     if isinstance(function, partial):
         given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"functools.partial({', '.join([_called(function.func), *given])})"

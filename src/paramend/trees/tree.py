@@ -41,8 +41,6 @@ class _Structure:
 
 
 class _Cache(OrderedDict[Hashable, _Structure]):
-    """The structures seen last."""
-
     def remember(self, key: Hashable, structure: _Structure) -> _Structure:
         if len(self) >= 128:
             self.popitem(last=False)

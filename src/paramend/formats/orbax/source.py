@@ -220,7 +220,6 @@ class OrbaxCheckpoint(Opened):
 
     @cached_property
     def _arrays(self) -> list[OrbaxEntry]:
-        """The store's entry for each array."""
         self._check_open()
         return self.store.describe(self.names)
 

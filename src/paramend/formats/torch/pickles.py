@@ -151,7 +151,6 @@ class _Machine:
         self.tuples = 0
 
     def take(self, length: int) -> bytes:
-        """The next bytes of the pickle."""
         stop = self.at + length
         if stop > len(self.data):
             raise Flaw("the pickle ends too early")

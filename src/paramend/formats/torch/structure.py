@@ -144,7 +144,6 @@ class Walk:
         return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
 
     def _length(self) -> int:
-        """About how long the path of an entry is."""
         return sum(len(key) if type(key) is str else 20 for key in self._trail)
 
     def _leaf(self, names: dict[Any, Any], key: Any, tensor: Tensor) -> None:
