@@ -177,8 +177,7 @@ def find(modules: set[str], model_type: str | None = None, name: str | None = No
     elif not rows:
         near = wording.closest(name, NAMES, limit=1)
         raise BadArgument(
-            f"{name!r} is not a known family: {', '.join(NAMES)}",
-            hint=f'identity="{(near or NAMES)[0]}"',
+            f"{name!r} is not a known family: {', '.join(NAMES)}", hint=f'identity="{(near or NAMES)[0]}"'
         )
     fitting = [family for family in rows or FAMILIES if family.fits(modules)]
     if not rows:

@@ -259,21 +259,12 @@ NUMBER = Value("a number", read_number, {"$ref": "#/$defs/number"}, scalar=True,
 BOUND = replace(NUMBER, says="a bound", scalar=False)  # in Python also None
 ARRAY = Value("a list of numbers", _array, _ARRAY_SCHEMA, array=True)
 OPERAND = Value(
-    "a number or a list of numbers",
-    _numbers,
-    {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]},
-    array=True,
-    example="0.5",
+    "a number or a list of numbers", _numbers, {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]}, array=True, example="0.5"
 )
 DEVIATION = Value(
     "a standard deviation",
     _deviation,
-    {
-        "anyOf": [
-            {"type": "number", "minimum": 0},
-            {"type": "string", "pattern": rf"^\+?{_DECIMAL}$"},
-        ]
-    },
+    {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": rf"^\+?{_DECIMAL}$"}]},
     scalar=True,
     example="0.01",
 )

@@ -281,7 +281,6 @@ def check_cast(spec: Spec, args: Args) -> Spec:
         raise SpecMismatch(f"{spec} cannot be cast to {dtype}")
     if spec.kind == "complex" and after.kind != "complex":
         raise SpecMismatch(
-            f"a cast from {spec.dtype} to {dtype} drops the imaginary part",
-            hint=".apply(fn, keep_spec=False)",
+            f"a cast from {spec.dtype} to {dtype} drops the imaginary part", hint=".apply(fn, keep_spec=False)"
         )
     return after

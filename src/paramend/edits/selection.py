@@ -72,8 +72,7 @@ class Selection(Edits[T]):
         """
         if self._index is not None:
             raise BadArgument(
-                f"the leaves are sliced already, [{write_index(self._index)}]",
-                hint="[i, j] slices two axes at once",
+                f"the leaves are sliced already, [{write_index(self._index)}]", hint="[i, j] slices two axes at once"
             )
         index = read_slice(index)
         new: Selection[T] = object.__new__(type(self))
@@ -96,8 +95,7 @@ class Selection(Edits[T]):
         }
         if len(found) != len(self._numbers):
             raise Unsupported(
-                f"two leaves have one path: {wording.listing(sorted(set(self.paths)))}",
-                hint="rename one of the keys",
+                f"two leaves have one path: {wording.listing(sorted(set(self.paths)))}", hint="rename one of the keys"
             )
         return found
 

@@ -90,14 +90,7 @@ def _interpolated(x: Array, sizes: Mapping[int, int], cubic: bool, antialias: bo
 
 
 def grid(
-    x: Array,
-    axis: int,
-    *,
-    prefix: int,
-    old: tuple[int, int],
-    new: tuple[int, int],
-    cubic: bool,
-    antialias: bool,
+    x: Array, axis: int, *, prefix: int, old: tuple[int, int], new: tuple[int, int], cubic: bool, antialias: bool
 ) -> Array:
     """A table of positions along an axis: `prefix` tokens unchanged, then a resized grid, row by row.
 

@@ -99,11 +99,7 @@ def _holding(old: Shape, prefix: int | None, grid: Grid) -> list[int]:
 
 
 def grids(
-    old: int,
-    new: int,
-    prefix: int | None = None,
-    grid: Grid | None = None,
-    new_grid: Grid | None = None,
+    old: int, new: int, prefix: int | None = None, grid: Grid | None = None, new_grid: Grid | None = None
 ) -> tuple[int, Grid, Grid]:
     """The prefix and the two grids that make up these numbers of positions.
 

@@ -273,10 +273,7 @@ class Reader:
             parts = [part.strip() for part in (":" if text.strip() == "*" else text).split(":", 3)]
             if parts == [""] or len(parts) > 3 or not all(not part or _INT.fullmatch(part) for part in parts):
                 raise self.fail(
-                    "an index is an int or a slice",
-                    at,
-                    at + max(len(text), 1),
-                    hint="[-1], [:2], [0,3] or [4:8:2]",
+                    "an index is an int or a slice", at, at + max(len(text), 1), hint="[-1], [:2], [0,3] or [4:8:2]"
                 )
             first, second, third = (int(part) if part else None for part in (*parts, "", "")[:3])
             if len(parts) > 1:
