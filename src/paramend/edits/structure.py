@@ -193,7 +193,6 @@ class Draft:
     """An opened tree, closed again by `root.close`.
 
     Attributes:
-        root: its outermost container.
         places: leaf number → its place.
         clashes: a sentence on each leaf whose new place is taken.
     """

@@ -25,7 +25,6 @@ class Gathered(Opened):
         base: the checkpoint whose directory layout, metadata and format the result has.
         texts: new contents of files beside the weights, by name, where they differ from those of `base`.
         index: the names; leaf `n` is the n-th one given.
-        ties: leaf number → the first number of the same leaf.
 
     >>> from paramend.leaves.paths import labels
     >>> from paramend.leaves.origins.moved import join

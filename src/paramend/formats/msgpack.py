@@ -31,7 +31,6 @@ class MsgpackFile(FileSource):
     a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         index: the names; keys of maps and positions of lists, joined by "/".
         metadata: what else is in the structure, by path: numbers, text, None, lists of these, empty maps.
 
@@ -90,8 +89,6 @@ class _Walk:
     """The leaves of a structure.
 
     Attributes:
-        index: the names.
-        arrays: by number.
         others: path → what neither is nor holds an array; lists of plain values are kept whole.
     """
 

@@ -70,9 +70,6 @@ class _Open:
     """A map or a list of which some entries are still to be read.
 
     Attributes:
-        start: where it begins.
-        held: what has been read.
-        left: how many entries are left.
         key: the key of the next value of a map.
     """
 

@@ -156,9 +156,12 @@ def _plain(value: Any) -> bytes:
     return _sized(len(encoded), 0xD9) + encoded
 
 
-def _sized(length: int, first: int) -> bytes:
+_FORMS = ((">B", 1 << 8), (">H", 1 << 16), (">I", 1 << 32))
+
+
+def _sized(length: int, first: int, forms: Sequence[tuple[str, int]] = _FORMS) -> bytes:
     """The head of a value of so many bytes, for lengths of one, two or four bytes."""
-    for step, form, most in ((0, ">B", 1 << 8), (1, ">H", 1 << 16), (2, ">I", 1 << 32)):
+    for step, (form, most) in enumerate(forms):
         if length < most:
             return bytes([first + step]) + struct.pack(form, length)
     raise Unsupported(f"a msgpack value cannot have {length:,} bytes")
@@ -167,8 +170,4 @@ def _sized(length: int, first: int) -> bytes:
 def _count(values: Any, short: tuple[int, int], first: int) -> bytes:
     if len(values) <= short[1]:
         return bytes([short[0] | len(values)])
-    return (
-        bytes([first]) + struct.pack(">H", len(values))
-        if len(values) < 1 << 16
-        else bytes([first + 1]) + struct.pack(">I", len(values))
-    )
+    return _sized(len(values), first, _FORMS[1:])

@@ -73,10 +73,8 @@ class NpzFile(ZipSource):
     Use it as a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
         metadata: what else is in the archive, by name, as bytes.
-        archive: the members of the zip.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -189,10 +187,7 @@ class _Stream:
     def pull(self, most: int) -> bytes:
         """Up to so many bytes, and at least one."""
         while True:
-            packed = self._inflater.unconsumed_tail
-            if not packed and not self._inflater.eof:
-                packed = self.archive.file.read(self._next, min(self._left, _PIECE))
-                self._next, self._left = self._next + len(packed), self._left - len(packed)
+            packed = self._packed()
             if not packed or self._inflater.eof:
                 raise self.archive.bad(self.member.name, "it decompresses to fewer bytes than the file says")
             data = self._decompress(packed, most)
@@ -215,15 +210,21 @@ class _Stream:
     def finish(self) -> None:
         """Check that the member ends here, and that its bytes match their checksum."""
         while not self._inflater.eof:
-            packed = self._inflater.unconsumed_tail or self.archive.file.read(self._next, min(self._left, _PIECE))
+            packed = self._packed()
             if not packed:
                 raise self.archive.bad(self.member.name, "its compressed bytes are cut short")
-            if not self._inflater.unconsumed_tail:
-                self._next, self._left = self._next + len(packed), self._left - len(packed)
             if self._decompress(packed, 1):
                 raise self.archive.bad(self.member.name, "it decompresses to more bytes than the file says")
         if self._crc != self.member.crc:
             raise self.archive.bad(self.member.name, "its bytes do not match their checksum (CRC32)")
+
+    def _packed(self) -> bytes:
+        """Compressed bytes that were not used, or the next ones; none at the end."""
+        packed = self._inflater.unconsumed_tail
+        if not packed and not self._inflater.eof:
+            packed = self.archive.file.read(self._next, min(self._left, _PIECE))
+            self._next, self._left = self._next + len(packed), self._left - len(packed)
+        return packed
 
     def _decompress(self, packed: bytes, most: int) -> bytes:
         try:

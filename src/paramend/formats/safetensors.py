@@ -37,7 +37,6 @@ class SafetensorsFile(FileSource):
     arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         header: names, specs, offsets and metadata.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
 

@@ -27,11 +27,8 @@ class Shards(Opened):
 
     Attributes:
         path: the directory, or the index file, as the user wrote it.
-        folder: the directory.
         files: the weight files in order, each a source.
         shard_index: the index beside them; None if there is none.
-        index: the names of all tensors.
-        ties: leaf number → the first number of the same leaf.
         metadata: the metadata of the files, where all agree.
     """
 

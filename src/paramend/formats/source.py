@@ -7,52 +7,33 @@ from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Index, Leaves, entries
+from paramend.leaves.leaves import Leaves, entries
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.specs import BITS, Array, Spec
+from paramend.leaves.specs import BITS, Array
 
 
-class Source(Protocol):
+class Source(Leaves, Protocol):
     """A checkpoint file or directory, opened for reading: `Leaves` on disk.
 
     Opening reads headers only. Every format has a module in this folder that makes such objects.
 
     Attributes:
-        format: the name of its row in the table of formats; "" for a tree in memory.
         path: as the user wrote it.
-        stats: the stat result of each of its files when it was opened.
-        index: the names.
-        ties: leaf number → the first number of the same leaf, for formats in which two names can be one tensor.
-        metadata: what the file holds besides its leaves, as the format has it.
     """
 
     path: Path
-    ties: Mapping[int, int]
-
-    @property
-    def index(self) -> Index:
-        """The names."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The metadata of the file, as the format stores it."""
+        """What the file holds besides its leaves, as the format has it."""
 
     @property
     def format(self) -> str:
-        """The name of its row in the table of formats."""
+        """The name of its row in the table of formats; "" for a tree in memory."""
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
         """The stat result of each of its files when it was opened."""
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
-
-    def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf on disk, also for dtypes of unknown width."""
-
-    def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
 
     def read(self, number: int) -> Array:
         """A leaf; memory-mapped and read-only where the format allows it."""
@@ -62,9 +43,6 @@ class Source(Protocol):
 
     def extent(self, number: int) -> Extent | None:
         """Where the bytes of a leaf are; None if they are compressed, strided or split."""
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a container, for trees of bools as selectors: `leaves.entries`."""
 
     def close(self) -> None:
         """Close its files."""

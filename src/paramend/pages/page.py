@@ -56,8 +56,6 @@ class Page:
     """What a page shows. Names from files may hold control characters: these are written out.
 
     Attributes:
-        title: its title.
-        headline: a one-sentence summary.
         paths: the leaves.
         sizes: the number of scalars of each.
         columns: the columns of the table.

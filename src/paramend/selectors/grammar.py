@@ -12,8 +12,9 @@ atom      :=  text | "\\" char         a literal
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from paramend.errors import SelectorError
 from paramend.leaves.paths import escaped, in_quotes, labels
@@ -87,6 +88,7 @@ class Positions:
 
 
 Atom = Literal | Star | Either | Number | Positions
+A = TypeVar("A", bound=Atom)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,22 +172,16 @@ class Reader:
             atom = self.atom()
             if isinstance(atom, Positions) and any(isinstance(a, Positions) for a in atoms):
                 raise self.fail("one key takes one index", here, self.at, hint="[0,3] or [1:4] picks several")
-            if isinstance(atom, Literal) and atoms and isinstance(last := atoms[-1], Literal):
-                atom = Literal(last.text + atom.text)
-                del atoms[-1]
             atoms.append(atom)
-        if not atoms:
-            raise self.fail(
-                "a key is missing here",
-                start,
-                start + 1,
-                hint='an empty key is written ""; a separator stands only between keys',
-            )
-        if any("/" in text or "." in text for atom in atoms for text in _literals(atom)):
-            if len(atoms) == 1 and isinstance(atoms[0], Literal):
-                return Quoted(atoms[0].text)
+        joined = merged(atoms)
+        if not joined:
+            hint = 'an empty key is written ""; a separator stands only between keys'
+            raise self.fail("a key is missing here", start, start + 1, hint)
+        if any("/" in text or "." in text for atom in joined for text in _literals(atom)):
+            if len(joined) == 1 and isinstance(joined[0], Literal):
+                return Quoted(joined[0].text)
             raise self.fail("an escaped separator cannot stand beside wildcards", start, self.at)
-        return Piece(tuple(atoms))
+        return Piece(joined)
 
     def quoted(self) -> Quoted:
         start = self.at
@@ -249,17 +245,13 @@ class Reader:
             if char in '{[<]>"':
                 raise self.fail(f"'{char}' cannot stand inside {{...}}", self.at, hint="write two selectors in a list")
             if char in ",}":
-                options.append(tuple(option))
+                options.append(merged(option))
                 option = []
                 self.at += 1
                 if char == "}":
                     return Either(tuple(options))
             else:
-                piece = self.simple()
-                if isinstance(piece, Literal) and option and isinstance(last := option[-1], Literal):
-                    piece = Literal(last.text + piece.text)
-                    del option[-1]
-                option.append(piece)
+                option.append(self.simple())
 
     def positions(self) -> Positions:
         start = self.at
@@ -303,6 +295,17 @@ class Reader:
         self.at = found.end()
         factor, name, shift = found.groups()
         return Number(name, int(factor or 1), int(shift or 0))
+
+
+def merged(atoms: Iterable[A]) -> tuple[A, ...]:
+    """Atoms with adjacent literals joined and empty ones left out."""
+    out: list[Any] = []
+    for atom in atoms:
+        if isinstance(atom, Literal) and out and isinstance(last := out[-1], Literal):
+            out[-1] = Literal(last.text + atom.text)
+        elif atom != Literal(""):
+            out.append(atom)
+    return tuple(out)
 
 
 def around_captures(text: str) -> list[str]:

@@ -166,13 +166,9 @@ class Regex(Selector):
         found = {n for n in index.numbers if self.expression.fullmatch(index.path(n))}
         if not found:
             searched = [index.path(n) for n in index.numbers if self.expression.search(index.path(n))]
+            within = f"; it occurs within {wording.listing(searched, 3)}, but must match the whole path"
             raise NoMatch(
-                f"{self!r} matches none of {count_of(leaves.index)}"
-                + (
-                    f"; it occurs within {wording.listing(searched, 3)}, but must match the whole path"
-                    if searched
-                    else ""
-                ),
+                f"{self!r} matches none of {count_of(leaves.index)}{within if searched else ''}",
                 hint=self._written(f".*{self.expression.pattern}.*") if searched else examples(leaves.index),
                 near=searched[:3],
             )

@@ -28,7 +28,6 @@ class _Structure:
     """What all trees of a structure share.
 
     Attributes:
-        index: the names.
         compiled: whether JAX's walk yields these leaves.
         copier: for compiled structures of only dicts and lists, how to copy them.
         torch: whether a leaf is a torch tensor.

@@ -38,7 +38,6 @@ class OrbaxCheckpoint(Opened):
     read stay valid.
 
     Attributes:
-        path: as the user gave it.
         folder: the folder within it that holds the tree.
         steps: the steps in the folder of a manager, ascending; the last one was opened.
         index: the names; keys of dicts and positions of lists, joined by "/".

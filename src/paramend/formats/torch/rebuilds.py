@@ -77,7 +77,6 @@ class Tensor:
     """A tensor of a checkpoint: a view of the elements of a storage.
 
     Attributes:
-        shape: the length of each axis.
         stride: the step along each axis, in elements.
         dtype: in torch's spelling.
         storage: where its elements are; None if they are not in a single storage.

@@ -23,8 +23,6 @@ class Rebuilt:
     """The result of a call.
 
     Attributes:
-        function: the function.
-        arguments: its arguments.
         state: the state that is set afterwards; None if there is none.
     """
 

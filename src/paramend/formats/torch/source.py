@@ -44,13 +44,12 @@ class TorchFile(ZipSource):
     a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         index: the names; dict keys and list positions, joined by ".".
         ties: leaf number → the first number of the same tensor, for tensors with several paths, which view the same
             elements of a storage in the same order.
         metadata: what else is in the structure, by path: epochs, learning rates, lists of plain values.
         tensors: of each leaf, which elements of which storage it views.
-        archive: the members of the zip.
+        folder: the folder in it that holds everything.
         carried: the classes of objects that stay in the pickle as they are, unread.
 
     >>> import tempfile, zipfile
@@ -70,7 +69,7 @@ class TorchFile(ZipSource):
     def _begin(self) -> None:
         _check_kind(self._file)
         self.archive = Archive(self._file)
-        self._root = _root(self.archive)
+        self.folder = _root(self.archive)
         self._structure = self._unpickled()
         walk = Walk(self._structure, self.path, room=self._pickle.nbytes)
         self.index, self.ties = walk.index, walk.ties
@@ -144,12 +143,7 @@ class TorchFile(ZipSource):
     def member(self, number: int) -> Member | None:
         """The member of the zip that holds the elements of a leaf; None if they are in several, or nowhere."""
         storage = self.tensors[number].storage
-        return None if storage is None else self.archive.members[f"{self._root}/data/{storage.key}"]
-
-    @property
-    def folder(self) -> str:
-        """The folder in the zip that holds everything."""
-        return self._root
+        return None if storage is None else self.archive.members[f"{self.folder}/data/{storage.key}"]
 
     def refusal(self, number: int) -> str:
         return self.tensors[number].sealed
@@ -209,12 +203,12 @@ class TorchFile(ZipSource):
 
     @property
     def _pickle(self) -> Member:
-        return self.archive.members[f"{self._root}/data.pkl"]
+        return self.archive.members[f"{self.folder}/data.pkl"]
 
     def _unpickled(self) -> Any:
         if self._pickle.nbytes > MAX_PICKLE:
             raise self.archive.bad(self._pickle.name, f"a pickle of {self._pickle.nbytes:,} bytes is too long")
-        folder = f"{self._root}/data/"
+        folder = f"{self.folder}/data/"
         members = self.archive.members.values()
         storages = {member.name[len(folder) :]: member.nbytes for member in members if member.name.startswith(folder)}
         data, words = self.archive.read(self._pickle.name), TorchWords(storages)
@@ -225,7 +219,7 @@ class TorchFile(ZipSource):
         return found
 
     def _place(self, key: str) -> int:
-        return self.archive.offsets(f"{self._root}/data/{key}").start
+        return self.archive.offsets(f"{self.folder}/data/{key}").start
 
     @cached_property
     def _sharing(self) -> dict[str, Array]:

@@ -49,8 +49,6 @@ class Walk:
     Containers may be in several places, but not within themselves.
 
     Attributes:
-        index: the names.
-        tensors: by number.
         ties: number → the first number of the same tensor, where several are the same.
         others: path → what neither is nor holds a tensor; lists of plain values are kept whole.
     """
