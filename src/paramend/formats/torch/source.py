@@ -5,7 +5,7 @@ directory and the pickle; storages are read on demand.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,25 +75,6 @@ class TorchFile(ZipSource):
         self.index, self.ties = walk.index, walk.ties
         self.rows = self.tensors = walk.tensors
         self.metadata: Mapping[str, Any] = walk.others
-
-    @property
-    def structure(self) -> Any:
-        """The nested dicts, lists and tuples of the file, with the `Spec` of each tensor in its place."""
-        return self.assemble(self.spec)
-
-    def assemble(self, leaf: Callable[[int], Any]) -> Any:
-        """The nested dicts, lists and tuples of the file, with what `leaf` gives for each number in its place.
-
-        The attribute `_metadata` of a state dict stays.
-        """
-        numbers = iter(range(len(self.tensors)))
-
-        def close(node: Any, made: list[Any]) -> Any:
-            if type(node) is Tensor:
-                return leaf(next(numbers))
-            return like(node, made, vars(node) if type(node) is OrderedDict else {})
-
-        return folded(self._structure, children_of, close)
 
     def outline(self) -> Outline:
         """What is there, with true keys."""
