@@ -5,20 +5,17 @@ msgpack package is needed.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paramend.errors import BadCheckpoint
 from paramend.formats.files import FileSource
-from paramend.formats.limits import MAX_PIECES
-from paramend.formats.msgpack_parser import MsgpackEntry, Parser, shown_key
+from paramend.formats.msgpack_parser import MsgpackEntry, Parser
 from paramend.formats.msgpack_writer import MsgpackWriter
 from paramend.formats.source import padded
-from paramend.leaves.leaves import Index
+from paramend.formats.structure import Walk
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.outlines import Outline, outline, shown
+from paramend.leaves.outlines import Outline, outline
 from paramend.leaves.specs import BITS, Array, numpy_dtype
 
 WRITER = MsgpackWriter()
@@ -35,6 +32,7 @@ class MsgpackFile(FileSource):
         metadata: what else is in the structure, by path: numbers, text, None, lists of these, empty maps.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp(), "model.msgpack")
     >>> array = b"\x93\x91\x02\xa4int8\xc4\x02\x07\x08"  # shape, dtype, bytes
     >>> _ = path.write_bytes(b"\x82\xa1w\xc7" + bytes([len(array), 1]) + array + b"\xa4step\x05")
@@ -48,8 +46,8 @@ class MsgpackFile(FileSource):
 
     def _begin(self) -> None:
         self._structure = Parser(self._file).root()
-        walk = _Walk(self._structure, self.path, room=self._file.size)
-        self.index, self.rows = walk.index, walk.arrays
+        walk = _Walk(self._structure, str(self.path), room=self._file.size)
+        self.index, self.rows = walk.index, walk.leaves
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:
@@ -82,60 +80,5 @@ class MsgpackFile(FileSource):
         return buffer.view(dtype)
 
 
-# ---- the tree ------------------------------------------------------------------------------------------------
-
-
-class _Walk:
-    """The leaves of a structure.
-
-    Attributes:
-        others: path → what neither is nor holds an array; lists of plain values are kept whole.
-    """
-
-    def __init__(self, root: Any, path: Path, *, room: int) -> None:
-        self._room = 64_000_000 + 16 * room  # for the characters of all paths: many values may be under a long key
-        self.index = Index("/")
-        self.arrays: list[MsgpackEntry] = []
-        self.others: dict[str, Any] = {}
-        self._file = path
-        self._trail: list[Any] = []
-        if type(root) is MsgpackEntry:
-            self._visit({"": root}, self.index.names, 0)
-        elif type(root) in (dict, list) and root:
-            self._visit(root, self.index.names, 0)
-        elif type(root) is not dict:
-            self.others[""] = root
-
-    def _visit(self, node: Any, names: dict[Any, Any], pieces: int) -> None:
-        for key, child in node.items() if type(node) is dict else enumerate(node):
-            self._trail.append(key)
-            below = pieces + (key.count(".") + key.count("/") if type(key) is str else 0) + 1
-            if below > MAX_PIECES:
-                place = shown_key(self._path())
-                raise BadCheckpoint(f"{self._file}: {place}: the name has more than {MAX_PIECES} pieces")
-            self._room -= sum(len(key) if type(key) is str else 20 for key in self._trail)
-            if self._room < 0:
-                raise BadCheckpoint(f"{self._file}: too many values are under long keys")
-            if type(child) is MsgpackEntry:
-                number = len(self.arrays)
-                self.arrays.append(child)
-                self.index.numbers.append(number)
-                self.index.add(names, key, number)
-            elif _is_plain(child):
-                self.others[self._path()] = child
-            else:
-                inner: dict[Any, Any] = {}
-                self._visit(child, inner, below)
-                if inner:
-                    self.index.add(names, key, inner)
-            self._trail.pop()
-
-    def _path(self) -> str:
-        return shown(tuple(self._trail))
-
-
-def _is_plain(node: Any) -> bool:
-    """Whether it is not a container, is an empty one, or is a list of plain values."""
-    if type(node) is list:
-        return not any(type(child) in (dict, list, MsgpackEntry) for child in node)
-    return type(node) is not dict or not node
+class _Walk(Walk):
+    kind, separator = MsgpackEntry, "/"

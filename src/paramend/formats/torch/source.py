@@ -20,7 +20,7 @@ from paramend.formats.torch.foreign import check_whole
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
-from paramend.formats.torch.structure import Walk, children_of, like
+from paramend.formats.torch.structure import TorchWalk, children_of, like
 from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
@@ -65,15 +65,16 @@ class TorchFile(ZipSource):
     """
 
     format = "torch"
+    tensors: list[Tensor]
 
     def _begin(self) -> None:
         _check_kind(self._file)
         self.archive = Archive(self._file)
         self.folder = _root(self.archive)
         self._structure = self._unpickled()
-        walk = Walk(self._structure, self.path, room=self._pickle.nbytes)
+        walk = TorchWalk(self._structure, f"{self.path}: data.pkl", room=self._pickle.nbytes)
         self.index, self.ties = walk.index, walk.ties
-        self.rows = self.tensors = walk.tensors
+        self.rows = self.tensors = walk.leaves
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:
