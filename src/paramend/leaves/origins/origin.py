@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ class Origin(ABC):
         found = self.extents if self.children else None
         return found[0] if found is not None and len(found) == 1 else None
 
-    @property
+    @cached_property
     def extents(self) -> list[Extent] | None:
         """Where its bytes are, one extent after the other; None if some are computed, or lie in many short runs."""
         if not self.spec.size or not self.bits:
