@@ -14,7 +14,7 @@ from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 # Elements read or computed at once: they fit into the CPU cache; whole tensors are two to three times slower.
 CHUNK = 1 << 18
 # Bytes read at once where the last axis moves: the runs that a tile takes from the file are long enough then.
-TILE = 1 << 25
+TILE = 24 << 20
 # Shorter runs, on average, are read and put together; longer ones are left to the kernel.
 PAGE = 4096
 _MOST = 1 << 22
