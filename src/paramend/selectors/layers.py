@@ -171,7 +171,7 @@ def notation(text: str) -> Notation | None:
     return Notation(text, tuple(above), head, tail, positions, isinstance(number, Number))
 
 
-def layers_of(index: Index, text: str) -> tuple[Notation, list[Numbered]]:
+def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
     """The notation of a text, and the numbered entries of a tree that it means.
 
     Raises:
@@ -185,11 +185,11 @@ def layers_of(index: Index, text: str) -> tuple[Notation, list[Numbered]]:
     said = notation(text)
     if said is None:
         raise BadArgument(
-            f'layers="{text}" does not end in a key with the number of a layer', hint=hint_of(index, "layers", text)
+            f'{argument}="{text}" does not end in a key with the number of a layer', hint=hint_of(index, argument, text)
         )
     found = said.find(index.names)
     if not found:
-        raise NoMatch(f'layers="{text}" names no numbered layers', hint=hint_of(index, "layers"))
+        raise NoMatch(f'{argument}="{text}" names no numbered layers', hint=hint_of(index, argument))
     return said, found
 
 
