@@ -2,21 +2,22 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from paramend.evidence.measures import MEASURES, Measures
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Histogram, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 
-MEASURES = ("min", "max", "mean", "std", "norm", "zeros", "nans", "infs")
-SPECTRAL = ("spectral_norm", "stable_rank", "dead", "units")
+_LEAF = ("path", "shape", "dtype", "nbytes", "also", "unread")
+_SPECTRAL = ("spectral_norm", "stable_rank", "dead", "units")
 
 
 @dataclass(frozen=True, slots=True)
-class StatsRow:
+class StatsRow(Measures):
     """Statistics of the values of one leaf, computed in float64; of complex values, those of their absolute values.
 
     Attributes:
@@ -46,14 +47,6 @@ class StatsRow:
     nbytes: int
     also: tuple[str, ...] = ()
     unread: str = ""
-    min: float | None = None
-    max: float | None = None
-    mean: float | None = None
-    std: float | None = None
-    norm: float | None = None
-    zeros: int | None = None
-    nans: int | None = None
-    infs: int | None = None
     spectral_norm: float | None = None
     stable_rank: float | None = None
     dead: int | None = None
@@ -71,9 +64,8 @@ class StatsRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
-        found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        unasked = () if self.units is not None else SPECTRAL
-        return {name: value for name, value in found.items() if name not in unasked}
+        names = (*_LEAF, *MEASURES, *(_SPECTRAL if self.units is not None else ()))
+        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
 
 
 @dataclass(repr=False)
@@ -126,7 +118,7 @@ class StatsReport(Paged):
 
     def page(self) -> Page:
         """The tree as a map, coloured by norm."""
-        names = [*MEASURES, *(SPECTRAL if any(row.units is not None for row in self.leaves) else ())]
+        names = [*MEASURES, *(_SPECTRAL if any(row.units is not None for row in self.leaves) else ())]
         return Page(
             "stats",
             self.headline(),
