@@ -1,9 +1,9 @@
 """The report of a graft: which leaves were copied and which not."""
 
+import weakref
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paramend.grafting.ends import Ends
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -43,10 +43,48 @@ class GraftRow:
     overflowed: int = 0
     lost: int = 0
 
+    @classmethod
+    def of(
+        cls, path: str, spec: Spec, did: str, source: str | None = None, theirs: Spec | None = None, **more: Any
+    ) -> "GraftRow":
+        """The row of a leaf of some spec, and of the leaf of the source that it meets, if there is one."""
+        shape, dtype = (None, None) if theirs is None else (theirs.shape, theirs.dtype)
+        return cls(path, source, spec.shape, shape, spec.dtype, dtype, did, **more)
+
     @property
     def size(self) -> int:
         """The number of scalars of the leaf at `path`."""
         return Spec(self.shape, self.dtype).size
+
+
+class Ends:
+    """The models that a graft was between, for as long as someone else holds them."""
+
+    def __init__(self, target: Any = None, source: Any = None) -> None:
+        self._refs = tuple(map(_weak, (target, source)))
+
+    @property
+    def target(self) -> Any:
+        """What was grafted into, or None."""
+        return self._refs[0]()
+
+    @property
+    def source(self) -> Any:
+        """What was grafted from, or None."""
+        return self._refs[1]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ends, ()  # another process has other models
+
+    def __deepcopy__(self, memo: object) -> "Ends":
+        return self
+
+
+def _weak(subject: Any) -> Any:
+    try:
+        return weakref.ref(subject)
+    except TypeError:  # dicts
+        return lambda: None
 
 
 @dataclass(repr=False)

@@ -1,6 +1,7 @@
 """States of torch optimizers carried over to other parameters and groups, or from files."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,11 +184,9 @@ def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _copied(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the moments, on the device of the parameter."""
-
-    def copied(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return list(value) if isinstance(value, list) else value
-        return value.detach().to(device_for(name, parameter, group), copy=True)
-
-    return {name: copied(name, value) for name, value in state.items()}
+    return {
+        name: value.detach().to(device_for(name, parameter, group), copy=True)
+        if isinstance(value, torch.Tensor)
+        else copy(value)
+        for name, value in state.items()
+    }

@@ -268,7 +268,7 @@ class _Work:
     def _carried(self, pairs: list[_Pair], old: States, links: Links) -> Grafted:
         """The values and the report."""
         report = GraftReport()
-        work = _Moves(self.target, _Readable(self.source), Options(dtype="target"))
+        work = _Moves(self.target, self.source, Options(dtype="target"))
         found: dict[int, Any] = {}
         used: set[int] = set()
         for pair in pairs:
@@ -276,7 +276,7 @@ class _Work:
             ours = _spec(leaf.value)
             path = write_path(leaf.path)
             if origin is None or pair.why:
-                report.fresh.append(GraftRow(path, None, ours.shape, None, ours.dtype, None, pair.why))
+                report.fresh.append(GraftRow.of(path, ours, pair.why))
                 continue
             used.add(origin.place)
             theirs = _spec(origin.value)
@@ -287,8 +287,7 @@ class _Work:
                 did = corner.did
             if ours.dtype != theirs.dtype:
                 did += f", cast from {theirs.dtype}"
-            name = write_path(origin.path)
-            row = GraftRow(path, name, ours.shape, theirs.shape, ours.dtype, theirs.dtype, did, taken=theirs.size)
+            row = GraftRow.of(path, ours, did, write_path(origin.path), theirs, taken=theirs.size)
             if type(leaf.value) in (int, float):
                 count = origin.value
                 found[leaf.place] = count if type(count) in (int, float) else backend(count).like(count, count)
@@ -302,21 +301,8 @@ class _Work:
         for leaf in old.leaves:
             if leaf.place not in used:
                 spec, path = _spec(leaf.value), write_path(leaf.path)
-                did = _left(leaf, arrived)
-                report.unused.append(GraftRow(path, path, spec.shape, spec.shape, spec.dtype, spec.dtype, did))
+                report.unused.append(GraftRow.of(path, spec, _left(leaf, arrived), path, spec))
         return Grafted(found, report)
-
-
-class _Readable:
-    """The leaves of a tree as arrays, Python numbers too."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-
-    def read(self, number: int) -> Any:
-        """The array."""
-        value = self.tree.values[number]
-        return np.asarray(value) if type(value) in (int, float) else value
 
 
 def _spec(value: Any) -> Spec:
