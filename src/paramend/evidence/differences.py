@@ -148,7 +148,6 @@ class DiffReport(Paged):
         }
 
     def headline(self) -> str:
-        """The summary in one sentence."""
         counts = {name: len(getattr(self, name)) for name in PARTS}
         every = sum(counts.values())
         nbytes = wording.size(sum(part["nbytes"] for part in self.totals.values()))
@@ -178,22 +177,16 @@ class DiffReport(Paged):
     def page(self) -> Page:
         """The tree b as a map, coloured by what became of each leaf, beside the leaves that b lacks."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
-        paths = [row.path for _, row in rows]
-        return Page(
-            "diff",
-            self.headline(),
-            paths,
-            [row.spec.size for _, row in rows],
-            [
-                Column("spec", [str(row.spec) for _, row in rows], "text"),
-                Column(
-                    "was", [row.was or (str(row.spec_before) if row.shape_before else "") for _, row in rows], "text"
-                ),
-                *(Column(name.replace("_", " "), [getattr(row, name) for _, row in rows]) for name in FIGURES),
-            ],
-            [name if row.allowed else f"{name}, unexpected" for name, row in rows],
-            histograms={place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms},
-        )
+        was = [row.was or (str(row.spec_before) if row.shape_before else "") for _, row in rows]
+        columns = [
+            Column("spec", [str(row.spec) for _, row in rows], "text"),
+            Column("was", was, "text"),
+            *(Column(name.replace("_", " "), [getattr(row, name) for _, row in rows]) for name in FIGURES),
+        ]
+        paths, sizes = [row.path for _, row in rows], [row.spec.size for _, row in rows]
+        groups = [name if row.allowed else f"{name}, unexpected" for name, row in rows]
+        drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
+        return Page("diff", self.headline(), paths, sizes, columns, groups, histograms=drawn)
 
     @property
     def changes(self) -> dict[str, str]:
@@ -201,7 +194,6 @@ class DiffReport(Paged):
         return {row.path: said(name, row) for name in DIFFERENT for row in getattr(self, name)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         rows = {name: [row.to_dict() for row in getattr(self, name)] for name in PARTS}
         return {"different": bool(self), "only": self.only, "totals": self.totals, **rows}
 

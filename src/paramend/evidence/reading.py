@@ -45,14 +45,7 @@ def looked(tasks: Iterable[Task], look: Callable[["Span", Desk], R]) -> Iterator
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Some elements of streams that are read together.
-
-    Attributes:
-        index: the number of the task.
-        streams: the streams, of one size.
-        start: the first element.
-        stop: the element after the last.
-    """
+    """Some elements of the streams of a task, which are of one size and are read together."""
 
     index: int
     streams: tuple[Stream, ...]

@@ -91,7 +91,6 @@ class StatsReport(Paged):
         }
 
     def headline(self) -> str:
-        """The summary in one sentence."""
         totals = self.totals
         odd = [f"{totals[name]:,} {said}" for name, said in (("nans", "NaN"), ("infs", "inf")) if totals[name]]
         norm = "-" if totals["norm"] is None else f"{totals['norm']:.4g}"
@@ -119,23 +118,15 @@ class StatsReport(Paged):
     def page(self) -> Page:
         """The tree as a map, coloured by norm."""
         names = [*MEASURES, *(_SPECTRAL if any(row.units is not None for row in self.leaves) else ())]
-        return Page(
-            "stats",
-            self.headline(),
-            [row.path for row in self.leaves],
-            [row.spec.size for row in self.leaves],
-            [
-                Column("spec", [str(row.spec) for row in self.leaves], "text"),
-                *(Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names),
-            ],
-            histograms={
-                n: self.histograms[row.path] for n, row in enumerate(self.leaves) if row.path in self.histograms
-            },
-            colour="norm",
-        )
+        columns = [
+            Column("spec", [str(row.spec) for row in self.leaves], "text"),
+            *(Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names),
+        ]
+        paths, sizes = [row.path for row in self.leaves], [row.spec.size for row in self.leaves]
+        drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
+        return Page("stats", self.headline(), paths, sizes, columns, histograms=drawn, colour="norm")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         return {"totals": self.totals, "leaves": [row.to_dict() for row in self.leaves]}
 
 

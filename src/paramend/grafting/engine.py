@@ -105,13 +105,7 @@ def _converted(value: Any, dtype: str) -> Any:
 
 
 def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
-    """Raise if leaves of a tree have no values and are given none.
-
-    Args:
-        tree: the target.
-        given: the new values, by number.
-        report: what became of each leaf.
-    """
+    """Raise if leaves of a tree have no values and are given none."""
     left = [
         n
         for n in tree.index.numbers

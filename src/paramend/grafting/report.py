@@ -123,7 +123,6 @@ class GraftReport(Paged):
         return found
 
     def headline(self) -> str:
-        """The summary in one sentence."""
         totals = self.totals
         ours = [totals[name] for name in ("copied", "fresh", "mismatched")]
         leaves, size = sum(one["leaves"] for one in ours), sum(one["parameters"] for one in ours)
@@ -143,27 +142,16 @@ class GraftReport(Paged):
     def page(self) -> Page:
         """The target as a map, coloured by what became of each leaf, beside the unused leaves of the source."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
-        cells = [(str(Spec(row.shape, row.dtype)), row.source or "", _line(row).cells[1]) for _, row in rows]
-        return Page(
-            "graft",
-            self.headline(),
-            [row.path for _, row in rows],
-            [row.size for _, row in rows],
-            [
-                *(
-                    Column(n, v, "text")
-                    for n, v in zip(("spec", "source", "did"), zip(*cells, strict=True), strict=False)
-                ),
-                Column("taken", [row.taken for _, row in rows]),
-                Column("overflowed", [row.overflowed for _, row in rows]),
-                Column("lost", [row.lost for _, row in rows]),
-            ],
-            [name for name, _ in rows],
-            "part",
-        )
+        columns = [
+            Column("spec", [str(Spec(row.shape, row.dtype)) for _, row in rows], "text"),
+            Column("source", [row.source or "" for _, row in rows], "text"),
+            Column("did", [_line(row).cells[1] for _, row in rows], "text"),
+            *(Column(name, [getattr(row, name) for _, row in rows]) for name in ("taken", "overflowed", "lost")),
+        ]
+        paths, sizes = [row.path for _, row in rows], [row.size for _, row in rows]
+        return Page("graft", self.headline(), paths, sizes, columns, [name for name, _ in rows], "part")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         rows = {name: [_plain(asdict(row)) for row in getattr(self, name)] for name in PARTS}
         return {"refused": self.refused, "totals": self.totals, **rows}
 

@@ -24,15 +24,7 @@ ConfigAt = Callable[[Sequence[str]], Mapping[str, Any] | None]
 
 
 class DepthPlan:
-    """One change of depth.
-
-    Attributes:
-        tree: the old model.
-        runs: its layers.
-        order: the order of the new ones.
-        config: the new configuration; None if there is none.
-        said: a description of its changes.
-    """
+    """One change of depth. `config` is the new configuration, or None, and `said` tells of its changes."""
 
     def __init__(
         self,

@@ -15,18 +15,10 @@ Keys = Mapping[int, Sequence[tuple[str, int | None]]]
 
 
 def stacked(tree: Checkpoint, groups: Sequence[Sequence[Member]], axes: Mapping[Path, int], paths: Keys) -> Checkpoint:
-    """The checkpoint with each group of leaves as one leaf, in the position of the first.
-
-    Args:
-        tree: the checkpoint.
-        groups: the leaves that become one, in layer order.
-        axes: path of the stack and within the layer → the new axis.
-        paths: the new path of the first leaf of each group.
-    """
+    """The checkpoint with each group of leaves, in layer order, as one leaf in the position of the first."""
     places: dict[int, list[Leaf]] = {member.number: [] for group in groups for member in group}
     for group in groups:
-        first = group[0]
-        axis = axes[(*first.stack, *first.rest)]
+        first, axis = group[0], axes[group[0].name]
         parts = [_readable(tree, member.number, axis) for member in group]
         places[first.number].append((labels_of(paths[first.number]), join(parts, axis, "stack"), None))
     return tree.remade(replaced(tree.plan, places, 'into="stack", a path that is free'))
@@ -39,24 +31,16 @@ def unstacked(
     axes: Mapping[Path, int],
     paths: Sequence[Keys],
 ) -> Checkpoint:
-    """The checkpoint with the layers of stacks one after the other, from the position of each stack's first leaf.
-
-    Args:
-        tree: the checkpoint.
-        members: the leaves of the stacks.
-        depths: path of a stack → how many layers it holds.
-        axes: path of the stack and within the layer → the axis of the layers.
-        paths: the new path of each leaf, layer by layer.
-    """
+    """The checkpoint with the layers of stacks one after the other, from the position of each stack's first leaf."""
     places: dict[int, list[Leaf]] = {member.number: [] for member in members}
     firsts: dict[Path, int] = {}
     for member in members:
         firsts.setdefault(member.stack, member.number)
-    origins = {m.number: _readable(tree, m.number, axes[(*m.stack, *m.rest)]) for m in members}
+    origins = {m.number: _readable(tree, m.number, axes[m.name]) for m in members}
     for layer, new in enumerate(paths):
         for member in members:
             if layer < depths[member.stack]:
-                taken = _layer(origins[member.number], layer, axes[(*member.stack, *member.rest)])
+                taken = _layer(origins[member.number], layer, axes[member.name])
                 places[firsts[member.stack]].append((labels_of(new[member.number]), taken, None))
     return tree.remade(replaced(tree.plan, places, 'into="stack", a path that is free'))
 

@@ -75,7 +75,7 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     resolve(f"{layers}/**", leaves)  # for its error, which names near matches
     members = members_of(leaves, rename(f"{layers}/**", f"<{name}>/{into}/{REST}/**"), places)
     groups = checked(leaves, members, layers)
-    axes = axes_of(leaves, {(*m[0].stack, *m[0].rest): m[0].number for m in groups}, axis, like, extra=1)
+    axes = axes_of(leaves, {group[0].name: group[0].number for group in groups}, axis, like, extra=1)
     paths = keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
     if not isinstance(leaves, Tree):
         from paramend.stacking.checkpoints import stacked  # only for checkpoints
@@ -85,9 +85,8 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     boxes = {member.number: draft.take(member.number) for group in groups for member in group}
     _remove_layers(draft, members, lists=number_at(layers)[1])
     for group in groups:
-        first = group[0].number
+        first, at = group[0].number, axes[group[0].name]
         values = [leaves.values[member.number] for member in group]
-        at = axes[(*group[0].stack, *group[0].rest)]
         stacked = backend(values[0]).stack(values, at)
         draft.put(first, paths[first], _boxed(boxes[first], stacked, at, grows=True))
     return _closed(draft, members)  # type: ignore[no-any-return]
@@ -127,7 +126,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     resolve(f"{stack}/**", leaves)
     zeroth = numbered(into, 0)
     members = members_of(leaves, rename(f"{stack}/**", f"0/{zeroth}/{REST}/**"))
-    axes = axes_of(leaves, {(*m.stack, *m.rest): m.number for m in members}, axis, like, extra=-1)
+    axes = axes_of(leaves, {member.name: member.number for member in members}, axis, like, extra=-1)
     depths = depths_of(leaves, members, axes)
     layers = range(max(depths.values()))
     paths = [keys_of_leaves(leaves, rename(f"{stack}/**", f"{numbered(into, layer)}/**")) for layer in layers]
@@ -142,8 +141,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     for layer in layers:
         for member in members:
             if layer < depths[member.stack]:
-                value = leaves.values[member.number]
-                at = axes[(*member.stack, *member.rest)]
+                value, at = leaves.values[member.number], axes[member.name]
                 piece = backend(value).get(value, (*[slice(None)] * at, layer))
                 box = _boxed(boxes[member.number], piece, at, grows=False)
                 path = paths[layer][member.number]
@@ -170,12 +168,7 @@ def _boxed(box: Any, value: Any, axis: int, *, grows: bool) -> Any:
 
 
 def _remove_layers(draft: Draft, members: Sequence[Member], *, lists: bool) -> None:
-    """Remove the containers of layers from which all leaves were taken.
-
-    Args:
-        draft: the tree.
-        members: the leaves that were taken.
-        lists: whether the layers have a container of their own, which is removed too.
+    """Remove the containers of layers from which all leaves were taken; with `lists`, also that of the layers.
 
     Raises:
         Unsupported: something that is not an array is left.

@@ -24,15 +24,8 @@ from paramend.reports import wording
 
 @dataclass(frozen=True)
 class _Old:
-    """What an earlier optimizer has for one parameter.
+    """What an earlier optimizer has for one parameter: its moments, and its hyperparameters."""
 
-    Attributes:
-        key: the id of the parameter, its name or its number.
-        state: its moments.
-        group: its hyperparameters.
-    """
-
-    key: Any
     state: Mapping[str, Any]
     group: Mapping[str, Any]
 
@@ -120,7 +113,7 @@ def _matched(
         if not keys or not old_keys:
             _refuse_order(keys, old_keys, optimizer.param_groups, groups)
             keys, old_keys = list(range(len(new))), list(range(len(entries)))
-    known = {key: _Old(key, state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
+    known = {key: _Old(state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
     return keys, known
 
 

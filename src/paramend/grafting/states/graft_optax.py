@@ -32,12 +32,7 @@ _ANEW = "tx.init(params) starts anew"
 
 @dataclass
 class Grafted:
-    """The result of a graft.
-
-    Attributes:
-        values: the new leaves by number.
-        report: which leaves were copied and which not.
-    """
+    """The result of a graft: the new leaves by number, and the report."""
 
     values: dict[int, Any]
     report: GraftReport
@@ -87,14 +82,8 @@ def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | Non
 
 @dataclass
 class _Pair:
-    """A leaf of the new state, and the one of the old state that it continues.
-
-    Attributes:
-        leaf: the leaf of the new state.
-        origin: the leaf that it continues, or None.
-        link: what became of its parameter, or None for a number.
-        why: the reason why it stays as it is, or "".
-    """
+    """A leaf of the new state, the one of the old state that it continues, what became of its parameter (None for a
+    number), and why it stays as it is, or ""."""
 
     leaf: Leaf
     origin: Leaf | None
@@ -182,14 +171,8 @@ class _Work:
     # -- the states
 
     def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
-        """The states, with what the earlier ones have for them.
-
-        Args:
-            links: what became of each parameter.
-            options: whether something may be left over.
-            ours: the paths of numbers outside the states that go on too.
-            theirs: the same in the source.
-        """
+        """The states, with what the earlier ones have for them; numbers outside the states, at the paths `ours` and
+        `theirs`, go on too."""
         new, old = self.ours.states(set(links.targets)), self._states_of_source(links)
         new.add_numbers(self.target, ours)
         old.add_numbers(self.source, theirs)
@@ -223,7 +206,6 @@ class _Work:
         return self.theirs.states(links.sources)
 
     def _refuse(self, new: States, old: States, options: Options) -> None:
-        """Raise if the states do not belong together."""
         if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
             raise GraftRefused(
                 f"the earlier state is of another optimizer: it keeps {_kept(old.kinds)} for each parameter, and this "
@@ -266,7 +248,6 @@ class _Work:
         return _Pair(leaf, origin, link, "" if same else f"{theirs} in the earlier state means something else")
 
     def _carried(self, pairs: list[_Pair], old: States, links: Links) -> Grafted:
-        """The values and the report."""
         report = GraftReport()
         work = _Moves(self.target, self.source, Options(dtype="target"))
         found: dict[int, Any] = {}
