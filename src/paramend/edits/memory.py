@@ -94,12 +94,12 @@ class Memory(Tree, Editable):
         check_renamed(self, lambda: structure.moves(self.index, selector, set(numbers), to))
         return structure.move(self, selector, tuple(numbers), to)
 
-    def regrouped(self, groups: Sequence[Group]) -> Any:
+    def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:
         """The tree with groups of leaves replaced by others."""
         from paramend.edits import structure  # as above
 
         check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")
-        return structure.regroup(self, groups)
+        return structure.regroup(self, groups, close_up=close_up)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
         """The same containers with labels, and with `rest` at other leaves and at values that are not arrays."""
