@@ -92,8 +92,8 @@ class RewriteReport(Paged):
     def summary(self) -> str:
         """What was written, in one line, with the format if the name does not say it; what was left out, and is to be
         said of other files, in further ones."""
-        copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
-        copied += f" ({wording.size(self.bytes_shared)} of them shared)" if self.bytes_shared else ""
+        moved = f"{wording.size(self.bytes_computed)} computed, {wording.size(self.bytes_copied)} copied"
+        moved += f" ({wording.size(self.bytes_shared)} of them shared)" if self.bytes_shared else ""
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         said = "".join(f"\n{line}" for line in self.said)
@@ -101,7 +101,7 @@ class RewriteReport(Paged):
         damage = f"; {self.plan.damage}" if self.plan.damage else ""
         named = format_for(Path(self.path))
         form = "" if named is not None and named.name == self.format else f", as {self.format}"
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{form}{record}{damage}{left}{said}"
+        return f"wrote {self.path}: {moved}{linked}{form}{record}{damage}{left}{said}"
 
     def page(self) -> Page:
         """The page of the plan, with what was written."""
