@@ -35,7 +35,7 @@ class Copier:
             self._ways.insert(0, _copy_in_kernel)
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
-        """Append the bytes from `start` to `stop`, and yield the number of bytes of each step.
+        """Append the bytes from `start` to `stop`, shared as far as they can be, and yield the number of each step.
 
         Args:
             source: the descriptor of the file to read.
