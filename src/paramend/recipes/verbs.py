@@ -95,19 +95,26 @@ WHERE = Value(
     },
 )
 
-NEW_PATH = TEXT.named("a path", "layers/<n>/w")
-PATHS = Value(
-    "a list of paths",
-    lambda data: [TEXT.read(path) for path in (data if isinstance(data, list | tuple) else [data])],
-    {"type": "array", "minItems": 1, "items": TEXT.schema},
-    example="layers/<n>/w",
-)
+
+def _texts(data: Any) -> list[str]:
+    if isinstance(data, list | tuple) and not data:
+        raise BadArgument("an empty list names nothing")
+    return [TEXT.read(text) for text in (data if isinstance(data, list | tuple) else [data])]
 
 
 def _values(data: Any) -> dict[str, Any]:
     if not isinstance(data, Mapping) or not data:
         raise BadArgument(f"{shown(data)} is not a map of keys and values", hint="{num_hidden_layers: 12}")
     return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
+
+
+NEW_PATH = TEXT.named("a path", "layers/<n>/w")
+PATHS = Value(
+    "a list of paths",
+    _texts,
+    {"type": "array", "minItems": 1, "items": TEXT.schema},
+    example="layers/<n>/w",
+)
 
 
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
