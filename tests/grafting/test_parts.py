@@ -132,6 +132,14 @@ def test_what_is_derived_and_what_is_said(tmp_path, selector, config, classes, t
     assert found["dtype"] == "bfloat16" and "torch_dtype" not in found
 
 
+def test_a_single_file_has_no_configuration_and_says_so(tmp_path):
+    make(tmp_path / "hf", [TEXT | HEAD | REST])
+    with pm.open(tmp_path / "hf") as model:
+        report = pm.part(model, "language_model.**").save(tmp_path / "out.safetensors")
+    assert report.said[-1] == "config.json changes, and is not written beside a single file"
+    assert load_file(tmp_path / "out.safetensors").keys() == (TEXT | HEAD).keys()
+
+
 def test_a_head_that_is_not_stored_is_tied(tmp_path):
     data = json.loads(CONFIG)
     del data["tie_word_embeddings"]

@@ -80,11 +80,10 @@ class Config(Mapping[str, Any]):
         source: Any = self.checkpoint.source
         base = source.base if isinstance(source, Gathered) else source
         if not isinstance(base, Shards):
-            folder = self.document.file.parent
+            file = self.document.file
             raise Unsupported(
-                f"{base.path} holds weights alone, and {self.document.file} is beside it: an edit of both needs the "
-                "directory",
-                hint=f"pm.open({str(folder)!r})",
+                f"{file} is no part of {base.path}: both are edited together only in a directory of weight files",
+                hint=f"pm.open({str(file.parent)!r})" if base.path.is_file() else f"edit {file} itself",
             )
         return self.checkpoint.planned(self.checkpoint.plan.beside(self.document.edited(values, gone)))
 

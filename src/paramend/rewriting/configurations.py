@@ -42,6 +42,10 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
 
 def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     """What the configuration beside the weights says that does not hold for a file of these leaves alone."""
+    changed = [document for document in made.texts if document.text != document.before]
+    if changed:
+        told = [line for document in changed for line in document.said]
+        return (*told, *(f"{document.name} changes, and is not written beside a single file" for document in changed))
     path = beside(Path(getattr(source, "path", "")))
     if not getattr(source, "stats", None) or not path.is_file():
         return ()

@@ -150,6 +150,8 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     assert_type(pm.interleave(checkpoint, ["gate", "up"], into="gate_up"), pm.Checkpoint)
     assert_type(pm.split(params, "qk", into=["q", "k"], sizes=[4, 2]), Params)
     assert_type(pm.insert(params, checkpoint, "mtp.**", rename={"mtp.**": "model.mtp.**"}), Params)
+    assert_type(pm.part(checkpoint, "text.**", rename={"text.**": "**"}), pm.Checkpoint)
+    assert_type(pm.config(checkpoint).set({"a.b": 1}), pm.Checkpoint)
     fused, moved = pm.Layout([{"from": "a.<n>", "to": "b.<n>"}], rest="keep").to(params)
     assert_type(fused, Params)
     assert_type(moved, pm.LayoutReport)
