@@ -169,6 +169,13 @@ def test_what_cannot_be_is_said(model, edit, error, says):
         edit(pm.config(pm.open(model)))
 
 
+def test_an_empty_one_gets_its_first_key(model):
+    (model / "config.json").write_text("{}\n")
+    report = pm.patch(model, lambda tree: pm.config(tree).set({"a": [1]}))
+    assert "a: [1] (new)" in str(report) and (model / "config.json").read_text() == '{"a": [1]}\n'
+    assert pm.undo(model).left == 0 and (model / "config.json").read_text() == "{}\n"
+
+
 def test_where_there_is_none_or_it_is_another_file(model, tmp_path):
     one = pm.open(model / "model-00001-of-00002.safetensors")
     assert pm.config(one)["b"] == 1e-5

@@ -32,20 +32,16 @@ class Change:
     after: str | None
 
     def __str__(self) -> str:
-        before, after = (text and (text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...") for text in self.sides)
+        both = self.before, self.after
+        before, after = (text and (text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...") for text in both)
         if after is None:
             return f"{self.key}: {before} is deleted"
         return f"{self.key}: {after} (new)" if before is None else f"{self.key}: {before} -> {after}"
 
-    @property
-    def sides(self) -> tuple[str | None, str | None]:
-        """Its value before and after."""
-        return self.before, self.after
-
     def to_dict(self) -> dict[str, Any]:
         """The change as data that JSON can hold."""
-        sides = zip(("before", "after"), self.sides, strict=True)
-        values = {name: json.loads(text) for name, text in sides if text is not None}
+        sides = {"before": self.before, "after": self.after}
+        values = {name: json.loads(text) for name, text in sides.items() if text is not None}
         return {"file": self.file, "key": self.key, **values}
 
 
@@ -113,8 +109,9 @@ class Document:
     @property
     def changes(self) -> list[Change]:
         """What the edits change."""
-        old = parsed(self.before, self.file) if self.before and self.before != self.text else {}
-        return list(_changes(self.name, old, self.values if old else {}))
+        if self.before in (b"", self.text):
+            return []
+        return list(_changes(self.name, parsed(self.before, self.file), self.values))
 
 
 def document_of(leaves: Any, name: str = CONFIG) -> Document | None:

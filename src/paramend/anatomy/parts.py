@@ -9,55 +9,41 @@ from paramend.anatomy.counts import Pieces, numbered
 from paramend.anatomy.heads import HEADS, WITH_HEAD
 from paramend.anatomy.sections import SENSES, sections_of
 
-# model_type → the stem of the names of its classes.
-_STEMS = {
-    "cohere": "Cohere",
-    "cohere2": "Cohere2",
-    "deepseek_v2": "DeepseekV2",
-    "deepseek_v3": "DeepseekV3",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "glm": "Glm",
-    "glm4": "Glm4",
-    "granite": "Granite",
-    "llama": "Llama",
-    "ministral3": "Ministral3",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "olmo2": "Olmo2",
-    "phi": "Phi",
-    "phi3": "Phi3",
-    "qwen2": "Qwen2",
-    "qwen2_moe": "Qwen2Moe",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3Moe",
-    "persimmon": "Persimmon",
-    "smollm3": "SmolLM3",
-    "stablelm": "StableLm",
-}
+
+def _rows(kinds: str, with_head: str, without: str) -> dict[str, tuple[str, str]]:
+    """The names of classes by model_type, from the stem that is written after it."""
+    pairs = (kind.split(":") for kind in kinds.split())
+    return {kind: (with_head.format(stem), without.format(stem)) for kind, stem in pairs}
+
+
 # model_type → the class with a head, "" if there is none, and the class without.
-_CLASSES: Mapping[str, tuple[str, str]] = {
-    **{kind: (f"{stem}ForCausalLM", f"{stem}Model") for kind, stem in _STEMS.items()},
-    "aria_text": ("AriaTextForCausalLM", "AriaTextModel"),
-    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextModel"),
-    "gemma3n_text": ("Gemma3nForCausalLM", "Gemma3nTextModel"),
-    "gemma4_text": ("Gemma4ForCausalLM", "Gemma4TextModel"),
-    "glm4v_moe_text": ("", "Glm4vMoeTextModel"),
-    "glm4v_text": ("", "Glm4vTextModel"),
-    "llama4_text": ("Llama4ForCausalLM", "Llama4TextModel"),
-    "mllama_text_model": ("MllamaForCausalLM", "MllamaTextModel"),
-    "qwen2_5_vl_text": ("", "Qwen2_5_VLTextModel"),
-    "qwen2_vl_text": ("", "Qwen2VLTextModel"),
-    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextModel"),
-    "qwen3_5_text": ("Qwen3_5ForCausalLM", "Qwen3_5TextModel"),
-    "qwen3_vl_moe_text": ("", "Qwen3VLMoeTextModel"),
-    "qwen3_vl_text": ("", "Qwen3VLTextModel"),
-    "clip_vision_model": ("", "CLIPVisionModel"),
-    "idefics3_vision": ("", "Idefics3VisionTransformer"),
-    "mllama_vision_model": ("", "MllamaVisionModel"),
-    "pixtral": ("", "PixtralVisionModel"),
-    "siglip_vision_model": ("", "SiglipVisionModel"),
-    "smolvlm_vision": ("", "SmolVLMVisionTransformer"),
+_CLASSES = {
+    **_rows(
+        "cohere:Cohere cohere2:Cohere2 deepseek_v2:DeepseekV2 deepseek_v3:DeepseekV3 gemma:Gemma gemma2:Gemma2 glm:Glm "
+        "glm4:Glm4 granite:Granite llama:Llama ministral3:Ministral3 mistral:Mistral mixtral:Mixtral olmo2:Olmo2 "
+        "persimmon:Persimmon phi:Phi phi3:Phi3 qwen2:Qwen2 qwen2_moe:Qwen2Moe qwen3:Qwen3 qwen3_moe:Qwen3Moe "
+        "smollm3:SmolLM3 stablelm:StableLm aria_text:AriaText",
+        "{}ForCausalLM",
+        "{}Model",
+    ),
+    **_rows(
+        "gemma3_text:Gemma3 gemma3n_text:Gemma3n gemma4_text:Gemma4 llama4_text:Llama4 mllama_text_model:Mllama "
+        "qwen3_5_moe_text:Qwen3_5Moe qwen3_5_text:Qwen3_5",
+        "{}ForCausalLM",
+        "{}TextModel",
+    ),
+    **_rows(
+        "glm4v_moe_text:Glm4vMoe glm4v_text:Glm4v qwen2_5_vl_text:Qwen2_5_VL qwen2_vl_text:Qwen2VL "
+        "qwen3_vl_moe_text:Qwen3VLMoe qwen3_vl_text:Qwen3VL",
+        "",
+        "{}TextModel",
+    ),
+    **_rows(
+        "clip_vision_model:CLIP mllama_vision_model:Mllama pixtral:Pixtral siglip_vision_model:Siglip",
+        "",
+        "{}VisionModel",
+    ),
+    **_rows("idefics3_vision:Idefics3 smolvlm_vision:SmolVLM", "", "{}VisionTransformer"),
 }
 _TEXT = "text_config"
 _DTYPES = ("dtype", "torch_dtype")
