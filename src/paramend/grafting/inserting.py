@@ -48,7 +48,7 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
     host, donor = editable(target), editable(source)
     numbers = resolve(selector, donor)
     check_whole(donor, numbers, "be inserted")
-    paths = new_paths(donor, numbers, rename or {})
+    paths = new_paths(donor, numbers, moved_by(donor, numbers, rename or {}))
     hint = 'rename={"old.**": "new.**"}, or delete what is there first; to replace values: pm.graft'
     check_free(donor, paths, host.index.paths.values(), host.index.separator, hint)
     if isinstance(host, Checkpoint):
@@ -59,13 +59,23 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
     return cast(T, enter(tree, [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]))
 
 
-def new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Path]:
-    """The keys of each leaf in the result."""
-    found: dict[int, Path] = {}
+def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, list[tuple[str, Any]]]:
+    """The new paths of the leaves that rules move, in the form of `renames.keys`; the first that matches one counts."""
+    found: dict[int, list[tuple[str, Any]]] = {}
+    chosen = set(numbers)
     for old, new in rules.items():
         for number, path in rename(old, new).over(donor.index).items():
-            found.setdefault(number, tuple(key for key, _ in keys(path)))
-    return {number: found.get(number) or keys_of(donor.index.paths[number]) for number in numbers}
+            if number in chosen:
+                found.setdefault(number, keys(path))
+    return found
+
+
+def new_paths(
+    donor: Editable, numbers: Sequence[int], moved: Mapping[int, Sequence[tuple[str, Any]]]
+) -> dict[int, Path]:
+    """The keys of each leaf in the result."""
+    index = donor.index
+    return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
 
 
 def check_free(

@@ -12,8 +12,8 @@ from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import enter, relocate
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.grafting.inserting import Path, check_free, new_paths
-from paramend.leaves.leaves import Editable, plain
+from paramend.grafting.inserting import Path, check_free, moved_by, new_paths
+from paramend.leaves.leaves import plain
 from paramend.leaves.paths import labels, text_of
 from paramend.selectors.selector import SelectorLike, resolve
 from paramend.trees.lookup import is_torch_module
@@ -50,9 +50,9 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
     host = editable(model)
     numbers = resolve(selector, host)
     check_whole(host, numbers, "be taken out")
-    paths = new_paths(host, numbers, rename or {})
+    moved = moved_by(host, numbers, rename or {})
+    paths = new_paths(host, numbers, moved)
     check_free(host, paths, [], host.index.separator, 'rename={"old.**": "new.**"}, with paths that are free')
-    moved = {n: [(key, None) for key in path] for n, path in paths.items() if rename and path != _old(host, n)}
     check_renamed(host, lambda: moved)
     taken = set(numbers)
     gone = [number for number in host.index.numbers if number not in taken]
@@ -65,10 +65,6 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
         joined = is_torch_module(tree.root)
         entries = [((plain(_labels(path), "."),) if joined else path, tree.values[n]) for n, path in paths.items()]
         return cast(T, enter(Memory({}), entries))
-
-
-def _old(host: Editable, number: int) -> Path:
-    return new_paths(host, [number], {})[number]
 
 
 def _labels(path: Path) -> list[Any]:
