@@ -153,7 +153,7 @@ def place_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 def absent(config: Mapping[str, Any], key: str) -> NoMatch:
     """The error for a key that is not there."""
     keys = list(_keys(config))
-    last, tails = key.rpartition(".")[2], {one.rpartition(".")[2]: one for one in keys}
+    last, tails = key.rpartition(".")[2], {one.rpartition(".")[2]: one for one in reversed(keys)}
     near = wording.closest(key, keys, limit=1) if "." in key else []
     near = near or [tails[tail] for tail in wording.closest(last, tails, limit=1)]
     return NoMatch(f"{CONFIG} has no {key!r}", hint=f'did you mean "{near[0]}"?' if near else "", near=near)

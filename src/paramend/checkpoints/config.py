@@ -81,9 +81,10 @@ class Config(Mapping[str, Any]):
         base = source.base if isinstance(source, Gathered) else source
         if not isinstance(base, Shards):
             file = self.document.file
+            opened = f"pm.open({str(file.parent)!r}), or {file.parent} on the command line"
             raise Unsupported(
                 f"{file} is no part of {base.path}: both are edited together only in a directory of weight files",
-                hint=f"pm.open({str(file.parent)!r})" if base.path.is_file() else f"edit {file} itself",
+                hint=opened if base.path.is_file() else f"edit {file} itself",
             )
         return self.checkpoint.planned(self.checkpoint.plan.beside(self.document.edited(values, gone)))
 

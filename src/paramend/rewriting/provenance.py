@@ -111,11 +111,9 @@ class EditRecord(Report):
         return f"{self.time:%Y-%m-%d %H:%M:%S} UTC: written from {self.source} by Paramend {self.paramend}"
 
     def sections(self) -> list[Section]:
-        """The leaves that were written, those that were deleted, and what changed beside them."""
+        """The leaves that were written, and those that were deleted."""
         lines = [Line((leaf.path,), (str(leaf.spec), leaf.edit)) for leaf in self.leaves]
-        deleted = [Line((path,)) for path in self.deleted]
-        configured = [Line((change.file,), (str(change),)) for change in self.config]
-        return [Section("edited", lines), Section("deleted", deleted), Section("configured", configured)]
+        return [Section("edited", lines), Section("deleted", [Line((path,)) for path in self.deleted])]
 
     def to_dict(self) -> dict[str, Any]:
         """The record as data that JSON can hold."""
@@ -133,7 +131,8 @@ class EditRecord(Report):
         return found | ({"earlier": [each.to_dict() for each in self.earlier]} if self.earlier else {})
 
     def __str__(self) -> str:
-        own = super().__str__() + (f"\n\nrecipe:\n{self.recipe}" if self.recipe else "")
+        own = "\n".join([super().__str__(), *(f"\n{change.file}: {change}" for change in self.config)])
+        own += f"\n\nrecipe:\n{self.recipe}" if self.recipe else ""
         return "\n\n".join([*map(str, self.earlier), own])
 
     @property
