@@ -140,14 +140,17 @@ def test_a_single_file_has_no_configuration_and_says_so(tmp_path):
     assert load_file(tmp_path / "out.safetensors").keys() == (TEXT | HEAD).keys()
 
 
-def test_a_head_that_is_not_stored_is_tied(tmp_path):
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_head_that_is_not_stored_is_tied(tmp_path, inner):
+    """Where the two configurations differ, what is stored decides."""
     data = json.loads(CONFIG)
-    del data["tie_word_embeddings"]
+    data["text_config"]["tie_word_embeddings"] = inner
     data |= {"quantization_config": {"quant_method": "x"}, "eos_token_id": 2}
     make(tmp_path / "hf", [TEXT | REST], json.dumps(data))
     with pm.open(tmp_path / "hf") as model:
         found = pm.config(pm.part(model, "language_model.**"))
-        assert (found["tie_word_embeddings"], found["architectures"]) == (True, ["LlamaForCausalLM"])
+        assert found["tie_word_embeddings"] == inner
+        assert found["architectures"] == ["LlamaForCausalLM" if inner else "LlamaModel"]
         assert (found["quantization_config"], found["eos_token_id"]) == ({"quant_method": "x"}, 2)
 
 

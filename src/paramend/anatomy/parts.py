@@ -45,7 +45,7 @@ _CLASSES = {
     ),
     **_rows("idefics3_vision:Idefics3 smolvlm_vision:SmolVLM", "", "{}VisionTransformer"),
 }
-_TEXT = "text_config"
+_TEXT, _TIED = "text_config", "tie_word_embeddings"
 _DTYPES = ("dtype", "torch_dtype")
 # What the configuration of the whole model may say of its parts too.
 _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "transformers_version")
@@ -119,11 +119,12 @@ def part_config(
     if part is None:
         return None
     inner = config[part.name]
-    tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
-    if part.head or part.name != _TEXT or tied is False:
-        head = bool(part.head & taken)
-    else:  # the head of the whole model is its embedding
-        head = str([*(config.get("architectures") or ()), ""][0]).endswith(WITH_HEAD)
+    ties = [side[_TIED] for side in (config, inner) if side.get(_TIED) is not None]
+    if part.head or part.name != _TEXT:
+        head, tied = bool(part.head & taken), ties[:1] == [True]
+    else:  # the head of the whole model, if it has one, is its embedding
+        whole = str([*(config.get("architectures") or ()), ""][0])
+        head = tied = whole.endswith(WITH_HEAD) and (True in ties or not ties)
     kind, own = inner.get("model_type"), [*(inner.get("architectures") or ()), ""][0]
     with_head, without = _CLASSES.get(kind, ("", ""))
     known = own if str(own).endswith(WITH_HEAD) == head else ""
@@ -144,7 +145,7 @@ def part_config(
     new = {key: value for key, value in inner.items() if key not in (*(_DTYPES if dtypes else ()), "architectures")}
     new |= ({"architectures": [found]} if found else {}) | shared | dtypes
     if part.name == _TEXT:
-        new["tie_word_embeddings"] = head and not part.head if tied is None else tied
+        new[_TIED] = tied
     return part.name, new, said
 
 
