@@ -17,17 +17,19 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.exchanging import Addition, exchange
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
-from paramend.disk.permissions import PRIVATE, access_of
+from paramend.disk.permissions import access_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
+from paramend.formats.gathered import Gathered
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
-from paramend.journal.exchange import STAGED, NewFiles, check_replaceable
+from paramend.journal.exchange import check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
@@ -123,7 +125,8 @@ def patch(
 
     Args:
         path: a file, or a folder of shards.
-        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype.
+        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype, and `pm.insert`
+            into a folder of safetensors files: what comes goes into further files.
         dry_run: whether to check all that can be known before writing, and write nothing.
         raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
@@ -151,12 +154,13 @@ def patch(
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
     with store.writing(), checkpoint_at(path, raw=raw) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
-        return _Patch(store, checkpoint.source, plan, progress).carry_out()
+        return _change(store, checkpoint.source, plan, progress).carry_out()
 
 
 def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) -> Plan:
     found = edit(checkpoint)
-    if not isinstance(found, Checkpoint) or found.source is not checkpoint.source:
+    source = found.source if isinstance(found, Checkpoint) else None
+    if (source.base if isinstance(source, Gathered) else source) is not checkpoint.source:
         raise BadArgument(
             f"the edit function must return the edited checkpoint; it returned {type(found).__name__}",
             hint='pm.patch(path, lambda t: pm.at(t, "**/bias").zero())',
@@ -194,11 +198,15 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     >>> undo(path).left, np.fromfile(path, "float32")[-3:].tolist()
     (0, [1.0, 1.0, 1.0])
     """
-    patch = _Patch(UndoStore.of(source.path), source, plan, progress)
+    store = UndoStore.of(source.path)
     if dry_run:
-        return patch.rehearse()
-    with patch.store.writing():
-        return patch.carry_out()
+        return _change(store, source, plan, progress).rehearse()
+    with store.writing():
+        return _change(store, source, plan, progress).carry_out()
+
+
+def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | _Addition":
+    return (_Addition if isinstance(plan.leaves, Gathered) else _Patch)(store, source, plan, progress)
 
 
 # ---- what can be patched -----------------------------------------------------------------------------------
@@ -377,25 +385,16 @@ class _Patch:
     def _exchange(self) -> tuple[int, Writer]:
         """(bytes written, the record), for chunks: new files replace the old ones, which are not written in place."""
         self._check_chunks()
-        base, path = self.store.base, self.store.next_path()
-        staged = path.with_suffix(f".{STAGED}")
-        staged.mkdir(PRIVATE)
         try:
-            nbytes = sum(nbytes_of(self.source, each) for each in self.work)
-            restage(self.source, self.work, staged, Meter(self.progress, nbytes))
-            check_still(self.source.stats)
-            new = NewFiles(base, staged)
-            with contextlib.closing(Writer(path, new.access)) as writer:
-                try:
-                    return new.exchange(writer, self.edits), writer
-                except BaseException as error:
-                    self.store.take_back(writer, None, error)
-                    raise
+            return exchange(self.store, self.edits, self._restage)
         finally:
             with contextlib.suppress(OSError):
-                _remove(staged)
-            with contextlib.suppress(OSError):
                 self.source.forget()
+
+    def _restage(self, staged: Path) -> None:
+        nbytes = sum(nbytes_of(self.source, each) for each in self.work)
+        restage(self.source, self.work, staged, Meter(self.progress, nbytes))
+        check_still(self.source.stats)
 
     def _check_chunks(self) -> None:
         source = self.source
@@ -409,10 +408,24 @@ class _Patch:
                 check_replaceable(self.store.base, file)
 
 
-def _remove(folder: Path) -> None:
-    import shutil  # slow to import
+class _Addition:
+    """Leaves that come to a checkpoint, in further files of its folder."""
 
-    shutil.rmtree(folder, ignore_errors=True)
+    def __init__(self, store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> None:
+        self.base, self.addition = store.base, Addition(store, plan, progress)
+
+    def rehearse(self) -> PatchReport:
+        """The report of a dry run, after all checks that are possible before writing."""
+        survey(self.addition.shown)
+        with explained(self.base):
+            self.addition.check()
+        return PatchReport(str(self.base), self.addition.shown, self.addition.nbytes, dry_run=True)
+
+    def carry_out(self) -> PatchReport:
+        """Write, with the lock of the store held."""
+        with explained(self.base):
+            written, record = self.addition.write()
+        return PatchReport(str(self.base), self.addition.shown, written, record.nbytes, str(record.path))
 
 
 def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:

@@ -43,6 +43,7 @@ class Row:
         was: the path in the source, if it is another.
         damage: what a run of the edits did to values that the dtype cannot hold.
         depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
+        added: where it comes from, in reports of what came to a checkpoint in its own files.
     """
 
     path: str
@@ -55,18 +56,20 @@ class Row:
     was: str = ""
     depths: tuple[int | None, ...] = ()
     damage: Damage = field(default_factory=Damage, compare=False)
+    added: str = ""
 
     def __repr__(self) -> str:
         return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
 
     def with_calls(self, calls: tuple[Call, ...], places: tuple[Site, ...], spec: Spec, damage: Damage) -> "Row":
         """The row with other calls; `dataclasses.replace` takes four times as long, and there may be 100,000 rows."""
-        return Row(self.path, spec, self.source, self.before, calls, places, self.labels, self.was, self.depths, damage)
+        known = self.labels, self.was, self.depths
+        return Row(self.path, spec, self.source, self.before, calls, places, *known, damage, self.added)
 
     @property
     def stays(self) -> bool:
         """Whether neither values nor path change."""
-        return not self.calls and not self.was
+        return not self.calls and not self.was and not self.added
 
     @property
     def edit(self) -> str:
@@ -75,8 +78,9 @@ class Row:
         >>> Row("wo", Spec((3, 2), "float32"), 0, Spec((3, 2), "float32"), (Call(OPS["zero"], {}, -1),)).edit
         '[-1] zero()'
         """
+        added = (f"inserted from {self.added}",) if self.added else ()
         moved = (f"renamed from {self.was}",) if self.was else ()
-        return ", ".join((*map(_said, self.calls), *moved))
+        return ", ".join((*added, *map(_said, self.calls), *moved))
 
     @property
     def outcome(self) -> str:
@@ -86,7 +90,8 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
-        more = {"renamed_from": self.was, "overflowed": self.damage.overflowed, "lost": self.damage.lost}
+        more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added}
+        more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
         return {
             "path": self.path,
             "dtype": self.spec.dtype,
@@ -292,7 +297,9 @@ class Plan(Paged):
         """The result as a map, coloured by what becomes of each leaf, beside the leaves that are deleted."""
         rows = [*self.rows, *self.deleted]
         ends = [""] * len(self.rows) + ["deleted"] * len(self.deleted)
-        kinds = ["changed" if row.calls else "renamed" if row.was else "kept" for row in rows]
+        kinds = [
+            "inserted" if row.added else "changed" if row.calls else "renamed" if row.was else "kept" for row in rows
+        ]
         columns = [
             Column("spec", [str(row.spec) for row in rows], "text"),
             Column("before", [str(row.before) if row.before != row.spec else "" for row in rows], "text"),
@@ -316,11 +323,15 @@ class Plan(Paged):
             stays = row.spec == row.before or id(row) in deleted
             spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
             table.append((row.path, spec, "deleted" if id(row) in deleted else row.outcome))
-        count, gone = len(rows) - len(self.deleted), len(self.deleted)
+        gone, come = len(self.deleted), sum(bool(row.added) for row in rows)
+        count = len(rows) - gone - come
         all_leaves = wording.plural(len(self.rows) + gone, "leaf", "leaves")
-        sums = [f"{count:,} of {all_leaves} {'changes' if count == 1 else 'change'}"] if count or not gone else []
-        if gone:
-            sums.append(f"{gone:,}{'' if count else f' of {all_leaves}'} {'is' if gone == 1 else 'are'} deleted")
+        said = [f"{count:,} {'changes' if count == 1 else 'change'}"] if count or not (gone or come) else []
+        said += [
+            f"{n:,} {'is' if n == 1 else 'are'} {what}" for n, what in ((come, "inserted"), (gone, "deleted")) if n
+        ]
+        number, _, what = said[0].partition(" ")
+        sums = [f"{number} of {all_leaves} {what}", *said[1:]]
         return [*aligned(table), "", ", ".join(filter(None, (*sums, self.damage)))]
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,11 +19,17 @@ from paramend.journal.ranges import Ranges, State
 from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Record, seal_text, states_text
 
 
-def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
+def new_head(
+    edits: Sequence[tuple[str, str]],
+    files: Sequence[str],
+    *,
+    whole: bool = False,
+    moved: Sequence[tuple[str, str]] = (),
+) -> Head:
     """The head of a record of a patch that is made now, from (leaf, edit) for each row."""
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
-    return Head(time.time(), tuple(numbers), rows, tuple(files), whole)
+    return Head(time.time(), tuple(numbers), rows, tuple(files), whole, tuple(moved))
 
 
 class Descriptors(Protocol):
