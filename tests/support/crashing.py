@@ -83,6 +83,10 @@ class Machine:
             file = within(args[0], options.get("dir_fd"))
             data = file.read_bytes()
             self.names.append((str(file.parent), lambda: file.write_bytes(data)))
+        elif name == "rmdir":
+            gone = within(args[0], options.get("dir_fd"))
+            if not any(gone.iterdir()):
+                self.names.append((str(gone.parent), lambda: self.real["mkdir"](gone)))
 
     def lose(self, folder):
         """The power fails."""
