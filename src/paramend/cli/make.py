@@ -15,7 +15,6 @@ from paramend.cli.writing import HTML, RECORD, carry_out, edit_checkpoint, makes
 from paramend.errors import GraftRefused
 from paramend.formats.registry import writable
 from paramend.grafting import inserting
-from paramend.grafting.graft import graft as graft_onto
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
@@ -113,6 +112,8 @@ def graft(source: Path, target: Path, only: tuple[str, ...], excepts: tuple[str,
 
     Exit status: 0 done; 2 the two do not fit, a file is unreadable or damaged, or OUT cannot be written.
     """
+    from paramend.grafting.graft import graft as graft_onto  # the other commands here graft nothing
+
     given = {name: value for name in _OPTIONS if (value := options.pop(name))}
     choice = chosen(only, excepts)
     if only or excepts:

@@ -66,8 +66,8 @@ def grown_shards(made: Plan, source: Any, *, link: bool, splits: bool) -> list[F
     groups = grouped(made, rest, largest(source)) if rest else []
     first, *further = _free_names(source, stem, len(whole) + len(groups))
     files, homes = [], homes_of(made, source, own)
-    for file, rows in rows_by_file(source, own):
-        files.append(edited_file(made, file, rows, first if single else file.path.name, link=link))
+    for file, mine in rows_by_file(source, own):
+        files.append(edited_file(made, file, mine, first if single else file.path.name, link=link))
     if single:
         homes = dict.fromkeys(homes, first)
     for name, (file, rows) in zip(further, whole, strict=False):
