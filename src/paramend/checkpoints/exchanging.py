@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.failures import check_room, linked
+from paramend.checkpoints.report import PatchReport
+from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import changed, check_still
 from paramend.disk.locks import opened
 from paramend.disk.permissions import PRIVATE
@@ -18,6 +19,7 @@ from paramend.journal.exchange import STAGED, NewFiles
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.origins.stored import Stored
+from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 from paramend.rewriting.additions import parted
@@ -60,12 +62,7 @@ def exchange(
 
 
 class Addition:
-    """Leaves that come to a checkpoint in its own folder, in further files.
-
-    Attributes:
-        shown: the plan, as reports show it.
-        nbytes: the bytes that are written.
-    """
+    """Leaves that come to a checkpoint in its own folder, in further files."""
 
     def __init__(self, store: UndoStore, plan: Plan, progress: Progress | None) -> None:
         """Lay out the new files.
@@ -73,44 +70,50 @@ class Addition:
         Raises:
             Unsupported: the checkpoint has no place for them.
         """
-        self.store, self._plan, self._progress = store, plan, progress
-        self._source: Shards = plan.leaves.base  # type: ignore[attr-defined]
-        self._files, self._moved = lay_in_place(plan)
-        self._names = [*(file.name for file in self._files), *(old for old, _ in self._moved)]
-        self.nbytes = sum(file.nbytes for file in self._files)
+        self.store, self.plan, self.progress = store, plan, progress
+        self.files, self.moved = lay_in_place(plan)
         new = {row.source for row in parted(plan)[1]}
         rows = (replace(row, added=_from(plan.leaves, row.source)) if row.source in new else row for row in plan.rows)
         self.shown = Plan(plan.leaves, tuple(rows))
 
-    def check(self) -> None:
-        """Check all that can be checked before anything is written."""
-        if self.store.base.is_symlink():
-            raise linked(self.store.base)
-        with self._replaced(lock=False):
-            pass
+    def rehearse(self) -> PatchReport:
+        """The report of a dry run, after all checks that are possible before writing."""
+        survey(self.shown)
+        with explained(self.store.base):
+            if self.store.base.is_symlink():
+                raise linked(self.store.base)
+            with self._replaced(lock=False):
+                return PatchReport(str(self.store.base), self.shown, self._nbytes, dry_run=True)
 
-    def write(self) -> tuple[int, Writer]:
-        """(bytes written, the record), with the lock of the store held."""
-        with self._replaced(lock=True):
+    def carry_out(self) -> PatchReport:
+        """Write, with the lock of the store held."""
+        with explained(self.store.base), self._replaced(lock=True):
             self.store.check_nothing_pending()
             edits = [(row.path, row.edit) for row in self.shown.changed]
-            return exchange(self.store, edits, self._fill, moved=self._moved, private=True)
+            written, record = exchange(self.store, edits, self._fill, moved=self.moved, private=True)
+        return PatchReport(str(self.store.base), self.shown, written, record.nbytes, str(record.path))
+
+    @property
+    def _nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
 
     @contextlib.contextmanager
     def _replaced(self, *, lock: bool) -> Iterator[None]:
         """While it lasts, no other program writes to the files that are replaced or moved."""
-        folder, base = self._source.folder, self.store.base
-        old = {name: (folder / name).stat().st_size for name in self._names if (folder / name).exists()}
+        folder = base = self.store.base
+        names = *(file.name for file in self.files), *(name for name, _ in self.moved)
+        old = {name: (folder / name).stat().st_size for name in names if (folder / name).exists()}
         with opened([folder / name for name in old], lock=lock):
-            recorded = sum(size for name, size in old.items() if name not in dict(self._moved))
+            recorded = sum(size for name, size in old.items() if name not in dict(self.moved))
             hint = f"paramend undo {base} --drop frees the space of older records"
-            check_room(folder, self.nbytes + recorded + (1 << 16), f"{base}: what comes", hint=hint)
+            check_room(folder, self._nbytes + recorded + (1 << 16), f"{base}: what comes", hint=hint)
             yield
 
     def _fill(self, staged: Path) -> None:
-        stage(self._plan, self._files, self._source.folder, staged, self._progress)
-        check_still(self._source.stats)
-        index = self._source.shard_index
+        stage(self.plan, self.files, self.store.base, staged, self.progress)
+        source: Shards = self.plan.leaves.base  # type: ignore[attr-defined]
+        check_still(source.stats)
+        index = source.shard_index
         if index is not None and read_index(index.path).table != index.table:
             raise changed(index.path)
 

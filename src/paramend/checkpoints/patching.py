@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.exchanging import Addition, exchange
+from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
@@ -25,7 +25,7 @@ from paramend.disk.io import put
 from paramend.disk.locks import opened
 from paramend.disk.permissions import access_of
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
+from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
@@ -36,79 +36,11 @@ from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer, new_head
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
-from paramend.pages.page import Page
-from paramend.pages.paged import Paged
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Section
-
-# ---- the report -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class PatchReport(Paged):
-    """What a patch did.
-
-    Attributes:
-        path: the checkpoint.
-        plan: the rows; its text is the table of a dry run.
-        bytes_written: bytes of the checkpoint that were written.
-        bytes_recorded: the size of the undo record.
-        record: its path; None if nothing was written.
-        dry_run: whether this was a dry run, which writes nothing.
-    """
-
-    path: str
-    plan: Plan
-    bytes_written: int
-    bytes_recorded: int = 0
-    record: str | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", self.plan.told())
-
-    def headline(self) -> str:
-        """What was written, in one line."""
-        return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
-
-    @property
-    def summary(self) -> str:
-        """What was written, in one line."""
-        damage = f"; {self.plan.damage}" if self.plan.damage else ""
-        written = f"{wording.size(self.bytes_written)} written in place{damage}"
-        if self.dry_run:
-            would = f"{wording.size(self.bytes_written)} would be written in place"
-            return f"dry run: {self.path} was not changed; {would}{damage}"
-        if self.record is None:
-            return f"{self.path} has nothing to change"
-        return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
-
-    def page(self) -> Page:
-        """The page of the plan, with what was written."""
-        return replace(self.plan.page(), headline=self.summary)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n{printable_lines(self.summary)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        return {
-            "path": self.path,
-            **self.plan.to_dict(),
-            "dry_run": self.dry_run,
-            "bytes_written": self.bytes_written,
-            "bytes_recorded": self.bytes_recorded,
-            "record": self.record,
-        }
-
 
 # ---- patching ------------------------------------------------------------------------------------------------
 
@@ -205,8 +137,10 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
         return _change(store, source, plan, progress).carry_out()
 
 
-def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | _Addition":
-    return (_Addition if isinstance(plan.leaves, Gathered) else _Patch)(store, source, plan, progress)
+def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
+    if isinstance(plan.leaves, Gathered):
+        return Addition(store, plan, progress)
+    return _Patch(store, source, plan, progress)
 
 
 # ---- what can be patched -----------------------------------------------------------------------------------
@@ -406,26 +340,6 @@ class _Patch:
         for file in dict.fromkeys(file for name in names for file in source.store.files_of(name)):
             if file.is_symlink() or not file.is_dir():
                 check_replaceable(self.store.base, file)
-
-
-class _Addition:
-    """Leaves that come to a checkpoint, in further files of its folder."""
-
-    def __init__(self, store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> None:
-        self.base, self.addition = store.base, Addition(store, plan, progress)
-
-    def rehearse(self) -> PatchReport:
-        """The report of a dry run, after all checks that are possible before writing."""
-        survey(self.addition.shown)
-        with explained(self.base):
-            self.addition.check()
-        return PatchReport(str(self.base), self.addition.shown, self.addition.nbytes, dry_run=True)
-
-    def carry_out(self) -> PatchReport:
-        """Write, with the lock of the store held."""
-        with explained(self.base):
-            written, record = self.addition.write()
-        return PatchReport(str(self.base), self.addition.shown, written, record.nbytes, str(record.path))
 
 
 def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:

@@ -15,7 +15,7 @@ from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 from paramend.rewriting.copies import edited_file, rows_by_file
 from paramend.rewriting.files import Copy, File, fresh_file
-from paramend.rewriting.shards import grouped, homes_of, index_file, largest, shard_name, stem_of
+from paramend.rewriting.shards import grouped, homes_of, index_file, largest, stem_of
 
 # Names of weights whose readers look for an index if there is no single file.
 _INDEXED = ("model", "diffusion_pytorch_model")
@@ -65,19 +65,22 @@ def grown_shards(made: Plan, source: Any, *, link: bool, splits: bool) -> list[F
     rest = sorted((row for row in new if id(row) not in come), key=lambda row: -BITS.get(row.spec.dtype, 8))
     groups = grouped(made, rest, largest(source)) if rest else []
     first, *further = _free_names(source, stem, len(whole) + len(groups))
-    files, homes = [], homes_of(made, source, own)
-    for file, mine in rows_by_file(source, own):
-        files.append(edited_file(made, file, mine, first if single else file.path.name, link=link))
-    if single:
-        homes = dict.fromkeys(homes, first)
-    for name, (file, rows) in zip(further, whole, strict=False):
-        size = file.stat.st_size
-        files.append(File(name, size, (Copy(file.path, 0, size),), file.path, link))
+    homes, names = homes_of(made, source, own), iter(further)
+    homes = dict.fromkeys(homes, first) if single else homes
+    files = [
+        edited_file(made, file, rows, first if single else file.path.name, link=link)
+        for file, rows in rows_by_file(source, own)
+    ]
+    for file, rows in [*whole, *((None, rows) for rows in groups)]:
+        name = next(names)
         homes |= {made.name(row): name for row in rows}
-    for name, rows in zip(further[len(whole) :], groups, strict=True):
-        files.append(fresh_file(made, rows, DEFAULT, name))
-        homes |= {made.name(row): name for row in rows}
+        files.append(fresh_file(made, rows, DEFAULT, name) if file is None else _copy(file, name, link=link))
     return [*files, index_file(made, source, homes)] if indexed or single else files
+
+
+def _copy(file: SafetensorsFile, name: str, *, link: bool) -> File:
+    size = file.stat.st_size
+    return File(name, size, (Copy(file.path, 0, size),), file.path, link)
 
 
 def _free_names(source: Shards, stem: str, count: int) -> list[str]:
@@ -85,9 +88,10 @@ def _free_names(source: Shards, stem: str, count: int) -> list[str]:
     numbers = [int(found[1]) for file in source.files if (found := _NUMBERED.search(file.path.name))]
     last = max([*numbers, len(source.files)])
     while True:
-        all_names = [shard_name(stem, number, last + count) for number in (1, *range(last + 1, last + count + 1))]
-        if not any(os.path.lexists(source.folder / name) for name in all_names):
-            return all_names
+        end = last + count
+        names = [f"{stem}-{number:05}-of-{end:05}.safetensors" for number in (1, *range(last + 1, end + 1))]
+        if not any(os.path.lexists(source.folder / name) for name in names):
+            return names
         last += 1
 
 

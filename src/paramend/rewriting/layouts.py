@@ -13,7 +13,7 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, Format
 from paramend.formats.shards import Shards
 from paramend.reports import wording
-from paramend.rewriting.additions import grown_shards, parted
+from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file
@@ -93,7 +93,11 @@ def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
     source = base_of(made)
     files = grown_shards(made, source, link=False, splits=True)
     if files is None:
-        raise _not_added(made, source)
+        raise Unsupported(
+            f"{source.path}: in place only values can change, and leaves come in a file of their own, which readers "
+            "find in a folder with model.safetensors or shards of it; other leaves keep their names",
+            hint=ELSEWHERE,
+        )
     _check(made, DEFAULT)
     own = {file.path for file in source.files}
     stay = {each.origin: each.name for each in files if each.origin in own}
@@ -104,25 +108,8 @@ def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
                 f"{path}: it would both change and become the first of several files, with another name",
                 hint="two patches: one that edits, one that inserts",
             )
-    beside = [each for each in _beside(made, source)[0] if each.origin is None]
-    new += [each for each in beside if not _holds(source.folder / each.name, each)]
+    new += [each for each in _beside(made, source)[0] if each.origin is None]
     return new, [(path.name, stay[path]) for path in own if stay.get(path, path.name) != path.name]
-
-
-def _not_added(made: Plan, source: Any) -> Unsupported:
-    if isinstance(source, Shards) and len(parted(made)[0]) < len(source.index.numbers):
-        why = "in place only values can change and leaves be added, and here leaves go or get other names"
-    else:
-        why = (
-            "leaves are added in place in a file of their own, which readers find only in a folder with "
-            "model.safetensors or shards of it"
-        )
-    return Unsupported(f"{source.path}: {why}", hint=ELSEWHERE)
-
-
-def _holds(path: Path, file: File) -> bool:
-    """Whether a file has this text already."""
-    return path.is_file() and path.read_bytes() == b"".join(piece for piece in file.pieces if isinstance(piece, bytes))
 
 
 def _check(made: Plan, form: Format) -> None:

@@ -189,18 +189,7 @@ def write(
 
 
 def stage(made: Plan, files: Sequence[File], home: Path, folder: Path, progress: Progress | None) -> None:
-    """Make some of the files of a plan, durably, on their way into a folder that is there.
-
-    Args:
-        made: the plan.
-        files: the files.
-        home: the folder that they go to: they are not more open than what is in it.
-        folder: where they are made.
-        progress: called with an `Event` as bytes are written.
-
-    Raises:
-        BadCheckpoint: what is read changed meanwhile.
-    """
+    """Make some of the files of a plan in a folder, durably, on their way to one that is there: their home."""
     layout = Layout(tuple(files), True, DEFAULT)
     run = _Run(made, home, progress, layout, Note(made, home, layout, None))
     try:

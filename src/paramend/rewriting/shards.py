@@ -70,7 +70,7 @@ def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
     files: list[File] = []
     weight_map: dict[str, str] = {}
     for place, group in enumerate(groups, 1):
-        name = shard_name(stem, place, len(groups))
+        name = f"{stem}-{place:05}-of-{len(groups):05}.safetensors"
         files.append(fresh_file(made, group, form, name))
         for row in group:
             if weight_map.setdefault(made.name(row), name) != name:
@@ -92,11 +92,6 @@ def grouped(made: Plan, rows: Iterable[Row], limit: int | None) -> list[list[Row
         groups[-1].append(row)
         filled += nbytes
     return groups
-
-
-def shard_name(stem: str, number: int, count: int) -> str:
-    """The name of one of several files of a model, as Hugging Face writes it."""
-    return f"{stem}-{number:05}-of-{count:05}.safetensors"
 
 
 # The names of weight files in directories, which readers look for, with a variant and the number of a shard.
