@@ -16,6 +16,7 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.index import read_index
 from paramend.formats.shards import Shards
 from paramend.journal.exchange import STAGED, NewFiles
+from paramend.journal.records import Moved
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.origins.stored import Stored
@@ -32,7 +33,7 @@ def exchange(
     edits: Sequence[tuple[str, str]],
     fill: Callable[[Path], None],
     *,
-    moved: Sequence[tuple[str, str]] = (),
+    moved: Moved = (),
     private: bool = False,
 ) -> tuple[int, Writer]:
     """(bytes written, the record): new files replace old ones, with the lock of the store held.
@@ -41,7 +42,7 @@ def exchange(
         store: the undo records of the checkpoint.
         edits: (leaf, edit) for the record.
         fill: makes the new files in a folder, each at its path in the checkpoint.
-        moved: (old name, new name) of files that get another name.
+        moved: files that get another name.
         private: whether new files stay as private as they were made.
     """
     path = store.next_path()
@@ -106,7 +107,7 @@ class Addition:
         with opened([folder / name for name in old], lock=lock):
             recorded = sum(size for name, size in old.items() if name not in dict(self.moved))
             hint = f"paramend undo {base} --drop frees the space of older records"
-            check_room(folder, self._nbytes + recorded + (1 << 16), f"{base}: what comes", hint=hint)
+            check_room(folder, self._nbytes + recorded + (1 << 16), f"{base}: the insertion", hint=hint)
             yield
 
     def _fill(self, staged: Path) -> None:

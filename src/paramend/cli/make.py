@@ -175,6 +175,8 @@ def insert(
     """
     if in_place and max_shard_size is not None:
         raise click.UsageError("--in-place changes TARGET itself: it excludes --max-shard-size.")
+    if not (in_place or options["out"] or options["dry_run"]):
+        raise click.UsageError("-o OUT or --in-place is needed.")
     with open_checkpoint(source) as donor:
 
         def inserted(old: Checkpoint) -> Checkpoint:

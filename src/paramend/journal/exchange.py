@@ -24,7 +24,7 @@ from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
 from paramend.journal.ranges import BUFFER, Ranges, State, checksum, checksums, witness
-from paramend.journal.records import DONE, PENDING, Record
+from paramend.journal.records import DONE, PENDING, Moved, Record
 from paramend.journal.writer import Writer, new_head
 from paramend.reports.progress import Meter
 
@@ -43,17 +43,8 @@ class NewFiles:
         access: that of all files that are replaced together.
     """
 
-    def __init__(
-        self, base: Path, staged: Path, moved: Sequence[tuple[str, str]] = (), *, private: bool = False
-    ) -> None:
-        """Look at the files that new ones are about to replace.
-
-        Args:
-            base: the folder of the checkpoint.
-            staged: the folder of the new files.
-            moved: (old name, new name) of files that get another name once the new files are in place.
-            private: whether those that replace none stay as private as they are.
-        """
+    def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
+        """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
         self.base, self.staged, self._private = base, staged, private
         names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
         self.names = sorted(names, key=lambda name: (os.path.lexists(base / name), name))
@@ -133,10 +124,10 @@ class WholeFiles:
         base: the folder of the checkpoint.
         names: the names of the files, relative to it.
         files: their paths.
-        moved: (old name, new name) of files that get another name; their content stays.
+        moved: files that get another name once the others are in place; their content stays.
     """
 
-    def __init__(self, base: Path, names: Sequence[str], moved: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, base: Path, names: Sequence[str], moved: Moved = ()) -> None:
         self.base, self.names, self.moved = base, names, moved
         self.files = [base / name for name in names]
 
@@ -182,9 +173,10 @@ class WholeFiles:
         wanted = {n for n in range(len(self.names)) if now[n] != old[n] and (force or now[n] == new[n])}
         left = [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
         for before, after in self.moved:  # first: readers that look for the old name see the old state again
-            if not os.path.lexists(self.base / before):
+            there = [os.path.lexists(self.base / name) for name in (before, after)]
+            if there == [False, True]:
                 (self.base / after).rename(self.base / before)
-            elif os.path.lexists(self.base / after):
+            elif there != [True, False]:
                 left.append(before)
         scratch = record.path.with_suffix(f".{BACK}")
         for n, batches in groupby(record.old_bytes(), key=lambda batch: batch[0]):

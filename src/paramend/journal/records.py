@@ -67,6 +67,8 @@ COUNT = struct.Struct("<Q")
 _DIGEST = 32
 # HEAD and FILE frames are read into memory: our records have no larger ones.
 _MAX_TEXT = 1 << 30
+# (old name, new name) of files that get another name.
+Moved = Sequence[tuple[str, str]]
 
 
 def records_in(folder: Path, *states: str) -> list[Path]:
@@ -103,7 +105,7 @@ class Head:
         rows: the path of each leaf that changed, and the number of its edit.
         files: the files that changed, relative to the folder of the checkpoint.
         whole: whether whole files were replaced.
-        moved: (old name, new name) of files that got another name.
+        moved: the files that got another name.
     """
 
     time: float
@@ -111,7 +113,7 @@ class Head:
     rows: tuple[tuple[str, int], ...]
     files: tuple[str, ...]
     whole: bool = False
-    moved: tuple[tuple[str, str], ...] = ()
+    moved: Moved = ()
 
     @property
     def names(self) -> set[str]:

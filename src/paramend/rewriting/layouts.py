@@ -94,8 +94,8 @@ def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
     files = grown_shards(made, source, link=False, splits=True)
     if files is None:
         raise Unsupported(
-            f"{source.path}: in place only values can change, and leaves come in a file of their own, which readers "
-            "find in a folder with model.safetensors or shards of it; other leaves keep their names",
+            f"{source.path}: in place, values can change and leaves can be added; added leaves go into a file of their "
+            "own, which readers find only in a folder with model.safetensors or its shards, and others keep their name",
             hint=ELSEWHERE,
         )
     _check(made, DEFAULT)
