@@ -215,8 +215,9 @@ class Bench:
         """Insert a tenth into 4 shards: `cp` + sync of the tenth"""
         folder, out, copy = self.folder / "shards", self.folder / "out", self.folder / "out.safetensors"
         models.make(models.make_shards, folder, self.layers, 4)
-        donor = self.model(self.options.size / 10) / "model.safetensors"
-        insert = paramend("insert", folder, donor, "**", "--rename", "**=mtp.**")
+        donor = self.folder / "head.safetensors"
+        models.make(models.make_head, donor, self.options.size / 10)
+        insert, renamed = paramend("insert", folder, donor, "**"), ["--rename", "mtp.**=model.mtp.**"]
         undo = list(map(str, paramend("undo", folder)))
 
         def take_back():
@@ -224,10 +225,12 @@ class Bench:
 
         rows = self.compare(
             Way("cp + sync of the tenth", cp(donor, copy), remove(copy)),
-            Way("paramend insert --link -o", [*insert, "--link", "-o", out], remove(out)),
+            Way("paramend insert --link -o, the file linked too", [*insert, "--link", "-o", out], remove(out)),
+            Way("paramend insert --link -o, renamed", [*insert, *renamed, "--link", "-o", out], remove(out)),
             Way("paramend insert --in-place", [*insert, "--in-place"], take_back),
         )
         shutil.rmtree(folder)
+        donor.unlink()
         return rows
 
     def in_place(self):
