@@ -160,6 +160,19 @@ def test_leaves_of_every_kind(tmp_path):
         assert made["x.y"].tolist() == [1, 1]
 
 
+def test_layers_at_the_end_and_what_counts_them(model):
+    """Whatever only adds leaves can be done in place; the configuration is a file like the others."""
+    (model / "config.json").write_text('{"num_hidden_layers": 2}')
+    before = content(model)
+    pm.patch(model, lambda t: pm.deepen(t, layers="layers[*]", order=[0, 1, 1])[0])
+    assert by_index(model)["layers.2.w"].tobytes() == LEAVES["layers.1.w"].tobytes()
+    assert json.loads((model / "config.json").read_text()) == {"num_hidden_layers": 3}
+    with pytest.raises(Unsupported, match="others keep their name"):
+        pm.patch(model, lambda t: pm.deepen(t, layers="layers[*]", order=[0, 0, 1, 2])[0])
+    pm.undo(model)
+    assert content(model) == before
+
+
 def test_names_that_are_taken_stay(tmp_path, donor):
     model = make(tmp_path / "model")
     (model / THIRD).write_bytes(b"not in the index")
