@@ -75,7 +75,7 @@ def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
     """
     draft = take_apart(tree)
     for path, value in leaves:
-        draft.enter(path, value)
+        draft.put(None, [(key, None) for key in path], value)
     draft.check("rename=, paths that are free")
     return draft.root.close(close_up=False)
 
@@ -233,24 +233,23 @@ class Draft:
         return chain[-1].entries.pop(path[-1])
 
     def put(
-        self, number: int, path: Sequence[tuple[str, int | None]], value: Any, *, position: int | None = None
+        self, number: int | None, path: Sequence[tuple[str, int | None]], value: Any, *, position: int | None = None
     ) -> None:
         """Put a leaf under new keys; missing containers are made like those that the keys come from.
 
         Args:
-            number: the leaf whose old containers serve as templates.
+            number: the leaf whose old containers serve as templates; None if it comes from elsewhere.
             path: the keys, each with the depth in the old path of the template of its container, or None.
             value: the value to put there.
             position: which of the keys is a position, for which a list is made if there is no container yet.
         """
-        old = self.places[number]
+        old = _Place((), (), None) if number is None else self.places[number]
         container = self.root
         for depth, (text, _) in enumerate(path):
             key = container.key(text)
             if container.positional and type(key) is not int:
-                self.clashes.append(
-                    f"{self.index.path(number)} ({'/'.join(container.path)} is a list and has no {text!r})"
-                )
+                moves = "/".join(key for key, _ in path) if number is None else self.index.path(number)
+                self.clashes.append(f"{moves} ({'/'.join(container.path)} is a list and has no {text!r})")
                 return
             if container in old.chain and key not in container.rank:
                 container.rank[key] = container.rank.get(old.keys[old.chain.index(container)], math.inf)
@@ -272,23 +271,10 @@ class Draft:
         else:
             container.entries[key] = value
 
-    def enter(self, path: Sequence[str], value: Any) -> None:
-        """Put a value that comes from elsewhere under keys."""
-        container = self.root
-        for depth, text in enumerate(path):
-            key, last = container.key(text), depth == len(path) - 1
-            if last and key not in container.entries:
-                container.entries[key] = value
-            elif not last and key not in container.entries:
-                container.entries[key] = _like(None, path[depth + 1], (*container.path, text))
-            inner = container.entries[key]
-            if (last and inner is not value) or (not last and not isinstance(inner, _Container)):
-                self.clashes.append(f"{'/'.join(path)} (which is taken)")
-                return
-            container = inner
-
-    def _clash(self, number: int, path: Sequence[tuple[str, Any]], why: str) -> None:
-        self.clashes.append(f"{self.index.path(number)} would go to {'/'.join(text for text, _ in path)} ({why})")
+    def _clash(self, number: int | None, path: Sequence[tuple[str, Any]], why: str) -> None:
+        to = "/".join(text for text, _ in path)
+        moves = f"{self.index.path(number)} would go to {to} ({why})" if number is not None else ""
+        self.clashes.append(moves or f"{to} (which is taken)")
 
     def check(self, hint: str) -> None:
         """Raise if the new places of leaves are taken."""

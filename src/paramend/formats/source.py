@@ -8,8 +8,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Leaves, entries
-from paramend.leaves.origins.origin import Extent
-from paramend.leaves.specs import BITS, Array
+from paramend.leaves.origins.origin import Extent, Origin
+from paramend.leaves.specs import BITS, Array, Spec
 
 
 class Source(Leaves, Protocol):
@@ -64,6 +64,32 @@ class Opened:
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
         return entries(node)
+
+
+class Gathering(Opened):
+    """A source whose leaves are those of others, or are made of them."""
+
+    def origin(self, number: int) -> Origin:
+        """Where a leaf comes from."""
+        raise NotImplementedError
+
+    def spec(self, number: int) -> Spec:
+        return self.origin(number).spec
+
+    def nbytes(self, number: int) -> int:
+        return self.origin(number).nbytes
+
+    def refusal(self, number: int) -> str:
+        return self.origin(number).refusal
+
+    def extent(self, number: int) -> Extent | None:
+        return self.origin(number).extent
+
+    def read(self, number: int) -> Array:
+        return self.origin(number).read()
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        return self.origin(number).read_range(start, stop)
 
 
 # ---- what only some sources can do -----------------------------------------------------------------------------
