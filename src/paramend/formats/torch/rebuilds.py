@@ -14,21 +14,9 @@ from paramend.formats.torch.pickles import Flaw, Foreign, Name
 from paramend.leaves.specs import BITS, Spec, kind_of
 
 # Bits per element of the dtypes that torch has but numpy lacks: their bytes can only be copied.
-_RAW_BITS = {
-    "complex32": 32,
-    "float4_e2m1fn_x2": 8,
-    "qint8": 8,
-    "quint8": 8,
-    "qint32": 32,
-    "quint4x2": 4,
-    "quint2x4": 2,
-    "bits8": 8,
-    "bits16": 16,
-    "bits1x8": 8,
-    "bits2x4": 8,
-    "bits4x2": 8,
-    **{f"{sign}int{bits}": 8 for sign in ("", "u") for bits in range(1, 8)},
-}
+_RAW_BITS = {"complex32": 32, "qint32": 32, "bits16": 16, "quint4x2": 4, "quint2x4": 2}
+_BYTES = ("float4_e2m1fn_x2", "qint8", "quint8", "bits8", "bits1x8", "bits2x4", "bits4x2")
+_RAW_BITS |= dict.fromkeys((*_BYTES, *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))), 8)
 _DTYPES = {name: bits for name, bits in BITS.items() if bits % 8 == 0} | _RAW_BITS
 # Names of storage classes → the dtype of their elements; "" if only the tensors say.
 STORAGES = {
