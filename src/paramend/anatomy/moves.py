@@ -62,7 +62,7 @@ class Move:
 
 
 def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
-    """Check that each layer has the leaves that its new place must have.
+    """Raise `Unsupported` if a layer has not the leaves that its new place must have.
 
     Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
     say tells them apart by their places: the first or the last layer must stay what it is, or each place must get the
@@ -70,9 +70,6 @@ def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
 
     Args:
         kinds: for each old layer, all that the configuration says of it alone.
-
-    Raises:
-        Unsupported: a layer has other leaves than its new place had.
     """
     if move.leaves is None or move.given is not None or move.trivial:
         return

@@ -30,11 +30,7 @@ _TEXT = ("text", "llm", "language", "thinker", "decoder")
 
 
 def parsed(text: bytes, file: Path) -> dict[str, Any]:
-    """A configuration, read from its text.
-
-    Raises:
-        BadCheckpoint: it is damaged.
-    """
+    """A configuration, read from its text; `BadCheckpoint` if it is damaged."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:

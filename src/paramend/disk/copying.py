@@ -29,11 +29,7 @@ class Copier:
             self._ways.insert(0, _copy_in_kernel)
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
-        """Append the bytes from `start` to `stop`, and yield the number of bytes of each step.
-
-        Raises:
-            BadCheckpoint: the source has fewer bytes.
-        """
+        """Append bytes, and yield the number of each step; `BadCheckpoint` if the source has fewer."""
         while start < stop:
             count = self._step(source, target, start, min(stop - start, WINDOW), path)
             start += count

@@ -38,22 +38,14 @@ def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
 
 
 def get(descriptor: int, start: int, count: int, name: Path) -> bytearray:
-    """`count` bytes of a file.
-
-    Raises:
-        BadCheckpoint: the file is shorter.
-    """
+    """`count` bytes of a file; `BadCheckpoint` if it is shorter."""
     data = bytearray(count)
     get_into(memoryview(data), descriptor, start, name)
     return data
 
 
 def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
-    """Fill a buffer with bytes of a file.
-
-    Raises:
-        BadCheckpoint: the file is shorter.
-    """
+    """Fill a buffer with bytes of a file; `BadCheckpoint` if it is shorter."""
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + _STEP]], start + done)

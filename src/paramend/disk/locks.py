@@ -21,7 +21,7 @@ _NONE_HERE = UNSUPPORTED | {errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
 def hold(descriptor: int) -> bool:
-    """Whether the lock of an open file was taken; not all file systems have locks. It ends when the file is closed.
+    """Whether the lock of an open file was taken, until it is closed; not all file systems have locks.
 
     Raises:
         BlockingIOError: another writer has the lock.
@@ -38,12 +38,7 @@ def hold(descriptor: int) -> bool:
 
 
 def take(descriptor: int, path: Path) -> None:
-    """Take the lock of an open file. It ends when the file is closed.
-
-    Raises:
-        Busy: another writer has it.
-        CannotWrite: the file system has no locks.
-    """
+    """Take the lock of an open file until it is closed; `Busy` if another writer has it."""
     try:
         taken = hold(descriptor)
     except BlockingIOError:

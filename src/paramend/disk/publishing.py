@@ -155,11 +155,7 @@ def _create(temporary: Path, access: Access, *, folder: bool) -> tuple[int, Acce
 
 
 def _sweep(out: Path) -> None:
-    """Remove what killed writers of this output left behind.
-
-    Raises:
-        Busy: another program is writing it.
-    """
+    """Remove what killed writers of this output left behind; `Busy` if another program is writing it."""
     names = [entry.name for entry in os.scandir(out.parent) if entry.name.startswith(_prefix(out))]
     # The writer that moved an old state aside holds the lock of the new one, so that comes first.
     for name in sorted(names, key=lambda name: name.endswith(_ASIDE)):

@@ -21,10 +21,7 @@ _MANY = 1 << 10
 
 
 def gather(descriptor: int, ranges: Array, name: Path) -> bytearray:
-    """The bytes of ranges (start, stop) of a file, one after the other.
-
-    Raises:
-        BadCheckpoint: the file is shorter.
+    """The bytes of ranges (start, stop) of a file, one after the other; `BadCheckpoint` if it is shorter.
 
     >>> import tempfile
     >>> with tempfile.TemporaryFile() as file:

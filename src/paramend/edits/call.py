@@ -92,11 +92,7 @@ class Op:
         return self.check is not None or any(value.scalar for value in self.takes)
 
     def after(self, spec: Spec, args: Args) -> Spec:
-        """The spec after the edit.
-
-        Raises:
-            SpecMismatch: the arguments do not fit the leaf.
-        """
+        """The spec after the edit; `SpecMismatch` if the arguments do not fit the leaf."""
         for name, value in zip(self.parameters, self.takes, strict=False):
             if value.scalar and name in args:
                 check_scalar(self.name, name, args[name])
@@ -124,12 +120,7 @@ class Call:
         return Call(self.op, args, self.index)
 
     def spec(self, spec: Spec) -> Spec:
-        """The spec after the call.
-
-        Raises:
-            SpecMismatch: the arguments do not fit the leaf.
-            OutOfRange: the slice does not fit the leaf.
-        """
+        """The spec after the call; `SpecMismatch` or `OutOfRange` if arguments or slice do not fit the leaf."""
         if self.index is None:
             return self.op.after(spec, self.args)
         inner = Spec(sliced_shape(spec.shape, self.index), spec.dtype)
@@ -182,10 +173,7 @@ def explained(path: str, check: Callable[..., T], *args: Any) -> T:
 
 
 def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
-    """The shape of a slice of an array.
-
-    Raises:
-        OutOfRange: an integer is beyond an axis, or the axes are too few.
+    """The shape of a slice of an array; `OutOfRange` if an integer is beyond an axis, or the axes are too few.
 
     >>> sliced_shape((12, 4, 8), -1), sliced_shape((12, 4), (slice(0, 3), 0))
     ((4, 8), (3,))

@@ -60,10 +60,7 @@ def _fits(value: Any, spec: Spec, what: str) -> None:
 
 
 def fitted(value: Any, spec: Spec) -> np.ndarray[Any, Any]:
-    """Numbers from text as an array of a leaf's dtype.
-
-    Raises:
-        SpecMismatch: the dtype cannot hold one of them.
+    """Numbers from text as an array of a leaf's dtype; `SpecMismatch` if it cannot hold one of them.
 
     >>> fitted([1, 0.5], Spec((2,), "float16"))
     array([1. , 0.5], dtype=float16)
@@ -229,9 +226,6 @@ def _number(value: Any, name: str) -> int | float | None:
 
 def bounds(spec: Spec, args: Args) -> tuple[Any, Any]:
     """The bounds of a clip that the dtype can hold; None on a side where every value of the dtype is within.
-
-    Raises:
-        SpecMismatch: the dtype has no value between them.
 
     >>> bounds(Spec((2,), "int8"), {"lo": -0.5, "hi": 1e6}), bounds(Spec((2,), "float16"), {"lo": -1e6, "hi": 1})
     ((0, None), (None, 1))

@@ -25,11 +25,7 @@ def _whole(value: Any, what: str, hint: str) -> int:
 
 
 def axis_of(spec: Spec, axis: Any) -> int:
-    """An axis of a leaf, counted from the front.
-
-    Raises:
-        OutOfRange: the leaf has no such axis.
-    """
+    """An axis of a leaf, counted from the front; `OutOfRange` if the leaf has no such axis."""
     found = _whole(axis, "the axis", "axis=0")
     if not -spec.ndim <= found < spec.ndim:
         raise OutOfRange(f"{spec} has no axis {found}; it has {wording.plural(spec.ndim, 'axis', 'axes')}")

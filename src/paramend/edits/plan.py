@@ -218,11 +218,7 @@ class Plan(Paged):
         return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
 
     def renamed(self, moved: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Plan":
-        """The plan that moves some leaves to other paths, from `structure.moves`.
-
-        Raises:
-            RenameClash: two leaves would have one path, or one would have the path of a container of others.
-        """
+        """The plan that moves some leaves to other paths, from `structure.moves`; `RenameClash` if they cannot."""
         rows = tuple(self._moved(row, moved[row.source]) if row.source in moved else row for row in self.rows)
         taken: dict[tuple[str, ...], Row] = {}
         inside: set[tuple[str, ...]] = set()

@@ -20,11 +20,7 @@ RAW = "pm.at(tree, selector, raw=True)"
 
 
 def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
-    """Refuse calls that compute or put values in a quantised weight.
-
-    Raises:
-        Quantized: a leaf is the payload or a companion of one.
-    """
+    """Raise `Quantized` for calls that compute or put values in a quantised weight."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     taken = {number: call for number, call in calls.items() if not call.op.bytewise}
@@ -68,11 +64,7 @@ def _with_twins(leaves: Leaves, numbers: Sequence[int]) -> list[int]:
 
 
 def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted") -> None:
-    """Refuse to take a part of a quantised weight away.
-
-    Raises:
-        Quantized: a part of a group would stay.
-    """
+    """Raise `Quantized` if a part of a quantised weight would go and another stay."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     gone = set(numbers)

@@ -1,7 +1,8 @@
 """Changes of structure: leaves deleted from a tree, leaves moved to other paths.
 
 The containers are opened as drafts, entries are removed and added, and the drafts are closed again. A container in
-which nothing changed stays the same object; the given tree is never written to.
+which nothing changed stays the same object; the given tree is never written to. What is already at a new path is a
+`RenameClash`, and so is a hole in a list; containers with fixed entries are `Unsupported`.
 """
 
 import math
@@ -47,12 +48,7 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
 
 
 def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
-    """A tree in which groups of leaves are replaced by others, each in a box like that of the first leaf of its group.
-
-    Raises:
-        RenameClash: something is already at a new path.
-        Unsupported: a container on the way has fixed entries.
-    """
+    """A tree in which groups of leaves are replaced by others, each in a box like that of the first of its group."""
     draft = take_apart(tree)
     boxes = {number: draft.take(number) for number in dict.fromkeys(n for group in groups for n in group.numbers)}
     for group in groups:
@@ -67,12 +63,7 @@ def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
 
 
 def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
-    """A tree with more leaves, each under keys; containers that are missing are dicts.
-
-    Raises:
-        RenameClash: something is already at a path, or a list would have a hole.
-        Unsupported: a container on the way has fixed entries.
-    """
+    """A tree with more leaves, each under keys; containers that are missing are dicts."""
     draft = take_apart(tree)
     for path, value in leaves:
         draft.put(None, [(key, None) for key in path], value)
@@ -83,11 +74,7 @@ def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
 def moves(
     index: Index, selector: Selector, chosen: Collection[int], to: str
 ) -> dict[int, list[tuple[str, int | None]]]:
-    """The new paths of the chosen leaves that the selector's text names, by number, in the form of `renames.keys`.
-
-    Raises:
-        BadArgument: the selector is not text, or its wildcards are not those of `to`.
-    """
+    """The new paths of the chosen leaves that the selector's text names, by number, in the form of `renames.keys`."""
     found: dict[int, list[tuple[str, int | None]]] = {}
     for rule in _rules(selector, to):
         for number, path in rule.over(index).items():
@@ -296,11 +283,7 @@ class Draft:
 
 
 def take_apart(tree: Tree) -> Draft:
-    """The draft of a tree.
-
-    Raises:
-        Unsupported: the class of the tree fixes its entries.
-    """
+    """The draft of a tree; `Unsupported` if its class fixes its entries."""
     kind = find_kind(tree.root)
     if kind is None:
         raise Unsupported("a single array has no entries to delete or rename")

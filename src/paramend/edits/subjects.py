@@ -14,11 +14,7 @@ from paramend.trees.lookup import find_kind
 
 
 def check_subject(tree: Any) -> None:
-    """Raise if what holds no arrays is no tree, but has or finds one.
-
-    Raises:
-        BadArgument: it is a selector, a path, a class, a function, a model without its parameters.
-    """
+    """Raise `BadArgument` if what holds no arrays is no tree, but finds or has one: a path, a selector, a model."""
     given = wording.described(tree)
     if isinstance(tree, os.PathLike) or (isinstance(tree, str) and _is_file(tree)):
         shown = quoted(str(tree))

@@ -73,11 +73,7 @@ class OpenFile:
         return self._held().number
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """Bytes of the file, exactly as many as requested.
-
-        Raises:
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
+        """Bytes of the file, exactly as many as requested; `BadCheckpoint` if it has become shorter."""
         handle = self._held()
         piece = os.pread(handle.number, min(nbytes, _SMALL), start)
         if len(piece) == nbytes:  # nearly always
@@ -85,11 +81,7 @@ class OpenFile:
         return bytes(get(handle.number, start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """Fill a view of bytes.
-
-        Raises:
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
+        """Fill a view of bytes; `BadCheckpoint` if the file has become shorter since it was opened."""
         handle = self._held()
         get_into(view, handle.number, start, self.path)
 
@@ -205,12 +197,7 @@ class FileSource(Opened):
         raise NotImplementedError
 
     def read(self, number: int) -> Array:
-        """The array, read-only; memory-mapped where its bytes are in the file as they are, and aligned.
-
-        Raises:
-            Unsupported: it cannot be read as an array.
-            BadCheckpoint: its bytes are damaged, or the file has become shorter since it was opened.
-        """
+        """The array, read-only; memory-mapped where its bytes are in the file as they are, and aligned."""
         check_readable(self, number)
         spec, extent = self.spec(number), self.extent(number)
         mapped = extent is not None and extent.nbytes
@@ -220,12 +207,7 @@ class FileSource(Opened):
             return flat.reshape(spec.shape)
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
-
-        Raises:
-            Unsupported: it cannot be read as an array.
-            BadCheckpoint: its bytes are damaged, or the file has become shorter since it was opened.
-        """
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory."""
         check_readable(self, number)
         extent, dtype = self.extent(number), numpy_dtype(self.spec(number).dtype)
         if extent is None:

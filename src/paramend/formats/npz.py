@@ -109,11 +109,7 @@ class NpzFile(ZipSource):
         return self.rows[number].sealed
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf are; None if they are compressed, big-endian, or in Fortran order.
-
-        Raises:
-            BadCheckpoint: the member's two headers in the zip disagree.
-        """
+        """Where the bytes of a leaf are; None if they are compressed, big-endian, or in Fortran order."""
         entry = self.rows[number]
         place = self._place(entry) if entry.straight else None
         return None if place is None else Extent(self.path, place, entry.nbytes)
@@ -344,11 +340,7 @@ _FIELDS = ("descr", "fortran_order", "shape")
 
 
 def _fields(text: str) -> tuple[Any, bool, tuple[int, ...]]:
-    """Dtype, order and shape from the header of a .npy file, which is a Python dict of constants.
-
-    Raises:
-        ValueError: the header is not such a dict.
-    """
+    """Dtype, order and shape from the header of a .npy file; `ValueError` if it is no such Python dict of constants."""
     text = re.sub(r"(?<=[0-9])L(?=[,)])", "", text.strip(" \n\0"))  # whole numbers as Python 2 wrote them
     try:
         node = ast.parse(text, mode="eval").body

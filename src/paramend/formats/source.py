@@ -36,7 +36,7 @@ class Source(Leaves, Protocol):
         """The stat result of each of its files when it was opened."""
 
     def read(self, number: int) -> Array:
-        """A leaf; memory-mapped and read-only where the format allows it."""
+        """A leaf; memory-mapped and read-only where the format allows it. `Unsupported` if it cannot be read."""
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
         """A copy of a range of the elements of a leaf in C order."""
@@ -160,11 +160,7 @@ class Released(Protocol):
 
 
 def check_readable(leaves: Leaves, number: int) -> None:
-    """Refuse a leaf that cannot be read as an array.
-
-    Raises:
-        Unsupported: it cannot; the message says why.
-    """
+    """Raise `Unsupported`, with the reason, for a leaf that cannot be read as an array."""
     why = leaves.refusal(number)
     if why:
         raise Unsupported(f"{leaves.index.path(number)} cannot be read: {why}")

@@ -75,14 +75,11 @@ class Outline:
         return [(keys, value) for keys, value in self.entries if type(value) is not Place]
 
     def nested(self, made: Callable[[Any], Any], close: Callable[[dict[Any, Any], Any], Any] | None = None) -> Any:
-        """The tree.
+        """The tree; `RenameClash` if two entries have the same keys, or one would be below another.
 
         Args:
             made: what to put in the place of an entry.
             close: (entries by key, the container that held them; None for a dict) → the container that holds them.
-
-        Raises:
-            RenameClash: two entries have the same keys, or one would be below another.
         """
         tree: Any = _Node()
         for keys, value in self.entries:

@@ -101,10 +101,7 @@ def _holding(old: Shape, prefix: int | None, grid: Grid) -> list[int]:
 def grids(
     old: int, new: int, prefix: int | None = None, grid: Grid | None = None, new_grid: Grid | None = None
 ) -> tuple[int, Grid, Grid]:
-    """The prefix and the two grids that make up these numbers of positions.
-
-    Raises:
-        SpecMismatch: there are none.
+    """The prefix and the two grids that make up these numbers of positions; `SpecMismatch` if there are none.
 
     >>> grids(197, 577)
     (1, (14, 14), (24, 24))

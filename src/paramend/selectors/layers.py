@@ -107,11 +107,7 @@ class Notation:
         return [found for parent, inner in parents for found in _families(inner, parent, self)]
 
     def pick(self, found: Numbered) -> list[int]:
-        """The positions of the layers that are meant among numbered entries, ascending.
-
-        Raises:
-            OutOfRange: a position does not exist.
-        """
+        """The positions of the layers that are meant among numbered entries; `OutOfRange` if one is missing."""
         count = len(found.numbers)
         chosen, missing = self.positions.pick(count)
         if missing:
@@ -153,9 +149,6 @@ def without_rest(text: str) -> str:
 
 def notation(text: str) -> Notation | None:
     """A text that names layers, parsed; None if its last key, ignoring `**`, holds no number.
-
-    Raises:
-        SelectorError: the text breaks the grammar.
 
     >>> notation("model.layers.<n>.**").head, notation("Dense_[:-1]").head, notation("Dense_0")
     ('', 'Dense_', None)
@@ -210,9 +203,6 @@ def known(index: Index, argument: str = "layers") -> str:
 
 def spelled(index: Index, text: str) -> dict[str, tuple[str, ...]]:
     """A text filled in with each combination of captured numbers that exists → the numbers; in numeric order.
-
-    Raises:
-        NoMatch: nothing matches.
 
     >>> spelled(Index.of_names(["h.0.w", "h.1.w", "h.1.b"]), "h.<n>.w")
     {'h.0.w': ('0',), 'h.1.w': ('1',)}

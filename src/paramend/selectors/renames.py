@@ -143,10 +143,7 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
 
 
 def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
-    """The pieces of a new path; picks are looked up in the tree of names that the path is for.
-
-    Raises:
-        OutOfRange: that tree has no such position.
+    """The pieces of a new path; picks are looked up in the tree of names that it is for, which may lack the position.
 
     >>> index = Index.of_names(["Dense_0.w", "Dense_9.w"])
     >>> pieces((Pick(parse("Dense_[-1]").segments[0], None), PathStep("w")), index.names)

@@ -466,12 +466,7 @@ def _text_selector(text: str) -> Text:
 
 @unexhausted("the selector")
 def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
-    """The numbers of the selected leaves in the order of the tree, one for each leaf however many paths it has.
-
-    Raises:
-        NoMatch: nothing matches; the message names what comes close.
-        OutOfRange: a position in the selector does not exist.
-    """
+    """The numbers of the selected leaves in tree order, one for each leaf however many paths it has; `NoMatch` for none."""
     selector = sel(selector)
     key = selector.text if isinstance(selector, Text) else None
     known = leaves.index.found.get(key) if key is not None else None

@@ -213,11 +213,7 @@ class Tree:
         return list(zip(keys or range(len(children)), children, strict=True))
 
     def in_place(self, number: int) -> None:
-        """Raise for leaves that can only be replaced.
-
-        Raises:
-            Unsupported: the leaf is an immutable array outside of a box, or repeats its elements.
-        """
+        """Raise `Unsupported` for leaves that can only be replaced: immutable arrays without a box, expanded ones."""
         if number in self.boxes:
             return
         value = self.values[number]

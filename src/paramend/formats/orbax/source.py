@@ -127,12 +127,7 @@ class OrbaxCheckpoint(Opened):
         return Outline([] if entries == [((), {})] else entries, lists, self.format)
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf. The first call reads those of all leaves.
-
-        Raises:
-            MissingExtra: the store is OCDBT, and tensorstore is not installed.
-            BadCheckpoint: an array is missing, or damaged.
-        """
+        """Shape and dtype of a leaf. The first call reads those of all leaves, of OCDBT with tensorstore."""
         return self._arrays[number].spec
 
     def nbytes(self, number: int) -> int:
@@ -151,13 +146,7 @@ class OrbaxCheckpoint(Opened):
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Array:
-        """The array, read-only, decompressed into memory.
-
-        Raises:
-            MissingExtra: tensorstore is not installed.
-            Unsupported: the dtype is unknown.
-            BadCheckpoint: a piece is missing or damaged.
-        """
+        """The array, read-only, decompressed into memory."""
         check_readable(self, number)
         array = self._fetch(number, ...)
         array.flags.writeable = False
@@ -168,11 +157,6 @@ class OrbaxCheckpoint(Opened):
 
         Whole chunks of the store are decompressed, and the last ones are kept, so that consecutive ranges share one
         pass. Memory is bounded by the rows that a chunk spans.
-
-        Raises:
-            MissingExtra: tensorstore is not installed.
-            Unsupported: the dtype is unknown.
-            BadCheckpoint: a piece is missing or damaged.
         """
         check_readable(self, number)
         spec, step = self.spec(number), self._arrays[number].rows

@@ -277,11 +277,7 @@ def files(folder: Path, path: str = "") -> dict[str, Any]:
 
 
 def opened(what: str) -> ModuleType:
-    """tensorstore, imported.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
+    """tensorstore, imported; `MissingExtra` if it is not installed."""
     return need("tensorstore", extra="orbax", to=f"{what} Orbax checkpoints")
 
 

@@ -30,10 +30,7 @@ _WHOLE = (
 
 
 def foreign(module: str, name: str) -> Name:
-    """The name of a class or function that is not known, for a `Foreign` in place of what it makes.
-
-    Raises:
-        Flaw: it is code, or a tensor that is a part of another.
+    """The name of a class or function that is not known, for a `Foreign` in place of what it makes; `Flaw` for code.
 
     >>> foreign("argparse", "Namespace").call()
     <argparse.Namespace, not read>
@@ -58,11 +55,7 @@ def _filled_dict(*factory: Any) -> dict[Any, Any]:
 
 
 def check_whole(structure: Any, path: Path) -> None:
-    """Raise for a pickled module, whose weights are inside an object.
-
-    Raises:
-        BadCheckpoint: it is a module, or holds one.
-    """
+    """Raise `BadCheckpoint` for a pickled module, or what holds one: its weights are inside an object."""
     new = path.with_name(f"{path.stem}-new{path.suffix}")
     resave = (
         f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {str(new)!r})"

@@ -321,12 +321,10 @@ class _Machine:
 
 
 def check_key(key: Any) -> None:
-    """Raise if a value cannot be a key of a dict, or only at great cost.
+    """Raise `Flaw` if a value cannot be a key of a dict, or only at great cost: anything but plain values and flat
+    tuples.
 
     Tuples in tuples take exponential time to hash, and huge integers can be made to collide.
-
-    Raises:
-        Flaw: it is neither text, a number, None, nor a flat tuple of such.
     """
     for part in key if type(key) is tuple else (key,):
         if type(part) is int:

@@ -131,11 +131,7 @@ class TorchFile(ZipSource):
         return self.tensors[number].sealed
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf are; None if they are strided, sparse, or are not the values themselves.
-
-        Raises:
-            BadCheckpoint: the member's two headers in the zip disagree.
-        """
+        """Where the bytes of a leaf are; None if they are strided, sparse, or are not the values themselves."""
         tensor = self.tensors[number]
         if tensor.storage is None or not tensor.contiguous or tensor.conj or tensor.neg:
             return None

@@ -18,11 +18,7 @@ class ZipSource(FileSource):
     archive: Archive
 
     def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
-        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them.
-
-        Raises:
-            BadArgument: an extent is not within one member.
-        """
+        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them."""
         members = self.archive.touched(_ranges(extents))
         return [Extent(self.path, at, 4) for member in members for at in self.archive.offsets(member.name).crcs]
 
@@ -30,9 +26,6 @@ class ZipSource(FileSource):
         r"""What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
 
         The members concerned are read once, in chunks.
-
-        Raises:
-            BadArgument: an extent is not within one member.
 
         >>> import tempfile, zipfile
         >>> from paramend.formats.torch.source import TorchFile
