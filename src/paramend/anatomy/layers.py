@@ -98,14 +98,7 @@ class Section:
 
 
 def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], list[str]]:
-    """The configuration of the model that a move of layers makes, and a description of the changes.
-
-    Args:
-        config: the data of Hugging Face's `config.json`; it is not changed.
-
-    Returns:
-        A new configuration, in which the number of layers, and all that is said of single layers, follow. The
-        description is empty if it counts no such layers.
+    """A new configuration of the model that a move of layers makes, and what changed.
 
     Raises:
         Unsupported: a layer would be of another kind in its new place, and the configuration cannot say otherwise.

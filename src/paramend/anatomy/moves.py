@@ -62,14 +62,11 @@ class Move:
 
 
 def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
-    """Raise `Unsupported` if a layer has not the leaves that its new place must have.
+    """Raise `Unsupported` if a layer has not the leaves of its new place; `kinds` is what is said of each layer alone.
 
     Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
     say tells them apart by their places: the first or the last layer must stay what it is, or each place must get the
     leaves that it had.
-
-    Args:
-        kinds: for each old layer, all that the configuration says of it alone.
     """
     if move.leaves is None or move.given is not None or move.trivial:
         return

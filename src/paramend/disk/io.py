@@ -17,10 +17,7 @@ _STEP = 1 << 26  # some systems refuse or truncate more than 2 GB
 
 
 def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
-    """The number of bytes written: all of them, at an offset or at the position of the file.
-
-    Raises:
-        OSError: the system refused, or wrote nothing.
+    """The number of bytes written: all, at an offset or at the position of the file; `OSError` if the system refused.
 
     >>> import tempfile
     >>> with tempfile.TemporaryFile() as file:

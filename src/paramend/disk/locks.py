@@ -21,11 +21,7 @@ _NONE_HERE = UNSUPPORTED | {errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
 def hold(descriptor: int) -> bool:
-    """Whether the lock of an open file was taken, until it is closed; not all file systems have locks.
-
-    Raises:
-        BlockingIOError: another writer has the lock.
-    """
+    """Whether the lock of an open file was taken: some file systems have none; `BlockingIOError` if another has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -55,14 +51,7 @@ def take(descriptor: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, name: Path) -> Iterator[None]:
-    """Hold a lock file, created if it does not exist.
-
-    Args:
-        path: the lock file.
-        name: the name of what is locked, in messages.
-
-    Raises:
-        Busy: another writer has it.
+    """Hold a lock file, created if it does not exist; `Busy` says that `name` is locked if another program holds it.
 
     >>> import tempfile
     >>> lock = Path(tempfile.mkdtemp(), "lock")

@@ -46,9 +46,6 @@ def scatter(descriptor: int, ranges: Array, data: Bytes, name: Path, leaves: Arr
     Args:
         leaves: the leaf of each range. If there are thousands of them, those of one leaf that are less than a page
             apart are written together with the bytes between them, which stay.
-
-    Raises:
-        OSError: the system refused.
     """
     view = memoryview(data).cast("B")
     apart = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1]) + 1

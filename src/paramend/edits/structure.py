@@ -30,10 +30,6 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
     Args:
         moved: the new paths of leaves, from `moves`.
         gone: the leaves to delete. If there are any, list positions close up.
-
-    Raises:
-        RenameClash: two leaves would have one path, or a list would have a hole.
-        Unsupported: a container on the way has fixed entries.
     """
     draft = take_apart(tree)
     values = {number: draft.take(number) for number in moved}
@@ -297,11 +293,7 @@ def take_apart(tree: Tree) -> Draft:
 
 
 def _entry(names: Names, key: Any, met: set[Label]) -> Any:
-    """The entry of an index for a key: a leaf number, the names below it, or None if there are no arrays.
-
-    Args:
-        met: the last labels of the keys before; a further key with the same text has a label with a serial.
-    """
+    """The entry of an index for a key: a leaf number, names, or None; `met` are the labels of the keys before."""
     *first, last = labels(key)
     for label in first:
         names = names.get(label, {})

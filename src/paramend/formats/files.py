@@ -227,11 +227,7 @@ class FileSource(Opened):
 
 
 def open_regular(path: Path, *, holds: str = "") -> int:
-    """The descriptor of a regular file, opened for reading.
-
-    Args:
-        path: as the user gave it.
-        holds: a glob pattern of the files that the hint names if the path is a directory.
+    """The descriptor of a regular file, opened for reading; the hint for a directory names the files that it `holds`.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.

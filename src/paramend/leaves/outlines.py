@@ -146,11 +146,7 @@ def outline_of(source: Leaves) -> Outline:
 
 
 def outline(root: Any, place: Callable[[Any], int | None], format: str = "") -> Outline:
-    """The outline of nested dicts, lists and tuples.
-
-    Args:
-        place: (a value) → its number if it is a leaf, else None. Leaves are asked for in order.
-    """
+    """The outline of nested dicts, lists and tuples; `place` gives the number of a leaf, and is asked in order."""
     entries: list[tuple[Keys, Any]] = []
     containers: dict[Keys, Any] = {}
     rest: list[tuple[Keys, Any]] = [((), root)]

@@ -79,10 +79,7 @@ class Pattern:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Pattern:
-    """The pattern that a selector's text means.
-
-    Raises:
-        SelectorError: the text breaks the grammar; the message points at the character.
+    """The pattern that a selector's text means; `SelectorError` points at the character that breaks the grammar.
 
     >>> str(parse("model.layers[-1].{q,k}_proj.weight"))
     'model/layers[-1]/{q,k}_proj/weight'

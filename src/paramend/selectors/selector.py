@@ -466,7 +466,7 @@ def _text_selector(text: str) -> Text:
 
 @unexhausted("the selector")
 def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
-    """The numbers of the selected leaves in tree order, one for each leaf however many paths it has; `NoMatch` for none."""
+    """The numbers of the selected leaves in tree order, one for each however many paths it has; `NoMatch` for none."""
     selector = sel(selector)
     key = selector.text if isinstance(selector, Text) else None
     known = leaves.index.found.get(key) if key is not None else None

@@ -188,12 +188,7 @@ class OrbaxCheckpoint(Opened):
         self.stats = {path: path.stat() for path in (self.folder / TREE, self.folder / MANIFEST) if path.is_file()}
 
     def stage(self, folder: Path, numbers: Iterable[int]) -> Stage:
-        """A stage that takes new chunks of some leaves and puts them into files in a folder.
-
-        Args:
-            folder: its files belong at the same places in `self.folder`.
-            numbers: the leaves.
-        """
+        """A stage for new chunks of some leaves, in files in a folder that are then moved to the same places here."""
         stage = Stage(self.store, folder)
         for number in numbers:
             stage.open(self.names[number], self._arrays[number])

@@ -96,10 +96,7 @@ class Vocabulary(Protocol):
 
 
 def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
-    """The value of a pickle: plain containers and scalars, and what the vocabulary makes.
-
-    Raises:
-        BadCheckpoint: it is damaged, or needs a name that is not in the vocabulary.
+    """The value of a pickle: plain containers and scalars, and what the vocabulary makes; `BadCheckpoint` for all else.
 
     >>> class Nothing:
     ...     def names(self): return {}

@@ -83,11 +83,7 @@ class TorchFile(ZipSource):
         return outline(self._structure, lambda node: next(numbers) if type(node) is Tensor else None)
 
     def recorded(self) -> tuple[Any, list[Any]]:
-        """The content of the pickle in a form that can be written again: see `paramend.formats.torch.recordings`.
-
-        Returns:
-            The structure, in which each leaf is an array that holds its number, and the call that rebuilds each
-            leaf.
+        """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `recordings`.
 
         Raises:
             Unsupported: the pickle holds objects that are carried unread, and cannot be written again.

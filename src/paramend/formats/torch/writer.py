@@ -129,11 +129,7 @@ def written(value: Any) -> Any:
 def tensor(
     spec: Spec, key: str, *, device: Any = "cpu", grad: bool = False, hooks: Mapping[str, Any] | None = None
 ) -> Rebuilt:
-    """The call that rebuilds a tensor whose storage holds exactly its elements, contiguous.
-
-    Args:
-        grad: whether it requires gradients, if its dtype can.
-    """
+    """The call that rebuilds a tensor whose storage holds its elements alone; with gradients if its dtype has them."""
     strides: list[int] = []
     step = 1
     for length in reversed(spec.shape):
@@ -153,11 +149,7 @@ _V2, _V3 = Name("torch._utils._rebuild_tensor_v2"), Name("torch._utils._rebuild_
 
 
 def retargeted(made: Rebuilt, spec: Spec, key: str) -> Rebuilt:
-    """The call that rebuilds a tensor, with other elements: it stays a parameter, and keeps its attributes.
-
-    Args:
-        key: the key of the member that holds the new elements.
-    """
+    """The call that rebuilds a tensor with the elements of another member: it keeps its class and its attributes."""
     around: list[Callable[[Rebuilt], Rebuilt]] = []
     while (wrapper := _wrapper(made, spec)) is not None:
         made, again = wrapper

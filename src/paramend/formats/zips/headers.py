@@ -36,11 +36,7 @@ class ZipHeaders:
         yield self.close()
 
     def open(self, name: str, nbytes: int, crc: int = 0) -> bytes:
-        """The bytes before a member.
-
-        Args:
-            crc: its checksum; 0 if it is corrected later.
-        """
+        """The bytes before a member; its checksum is 0 if it is corrected later."""
         self._header, self._name, self._nbytes, self._crc = self.at, name.encode(), nbytes, crc
         wide = nbytes >= WIDE
         sizes = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
