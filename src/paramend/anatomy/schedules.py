@@ -53,7 +53,7 @@ class Schedule:
     def solved(
         self, part: Mapping[str, Any], kinds: Sequence[Any], sources: Sequence[int] = ()
     ) -> dict[str, int] | None:
-        """Numbers with which the rule gives these kinds, near those of the configuration; else None. Lists follow sources.
+        """Numbers with which the rule gives these kinds, near those that are there; else None. Lists follow sources.
 
         >>> Schedule(lambda i, n, first: i >= first, {"first_k_dense_replace": 1}).solved({}, [False, False, True])
         {'first_k_dense_replace': 2}

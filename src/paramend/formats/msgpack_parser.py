@@ -53,11 +53,7 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 @dataclass(slots=True)
 class _Open:
-    """A map or a list of which some entries are still to be read.
-
-    Attributes:
-        key: the key of the next value of a map.
-    """
+    """A map or a list of which some entries are still to be read; `key` is that of the next value of a map."""
 
     start: int
     held: Any

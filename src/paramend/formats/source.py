@@ -16,9 +16,6 @@ class Source(Leaves, Protocol):
     """A checkpoint file or directory, opened for reading: `Leaves` on disk.
 
     Opening reads headers only. Every format has a module in this folder that makes such objects.
-
-    Attributes:
-        path: as the user wrote it.
     """
 
     path: Path

@@ -9,11 +9,7 @@ from paramend.leaves.specs import Spec
 
 
 class Described:
-    """What leaves are called and what they are, without their values.
-
-    Attributes:
-        path: the checkpoint that they are of; "" for those of a tree in memory.
-    """
+    """What leaves are called and what they are, without values; `path` is that of their checkpoint, or ""."""
 
     def __init__(self, leaves: Leaves) -> None:
         self.path = str(getattr(leaves, "path", ""))

@@ -29,11 +29,7 @@ def uncollected() -> Iterator[None]:
 
 
 class Layered(dict[Label, Any]):
-    """Names of numbered layers, where the entries from some number on are no layers.
-
-    Attributes:
-        layers: that number. Positions such as `[-1]` count what is below it.
-    """
+    """Names of numbered layers, where the entries from number `layers` on are none: positions do not count them."""
 
     __slots__ = ("layers",)
 

@@ -31,12 +31,9 @@ class Part(NamedTuple):
 
 
 class Joined(str):
-    """A key that a separator joins to the key above it: the two were one name, split when a flat table was nested.
+    """A key that a separator, `before`, joins to the key above it: they were one name in a table that was nested.
 
     It is text like any other, and outlives edits and `jax.tree.map`; a pickle of it is plain text.
-
-    Attributes:
-        before: the separator.
 
     >>> key = Joined("weight", ".")
     >>> key == "weight", key.before

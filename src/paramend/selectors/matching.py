@@ -106,9 +106,7 @@ class MatchWalk:
     """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions.
 
     Each subtree is visited once, with all states that lead to it: a pattern with several `**` reaches it in many ways.
-
-    Args:
-        lenient: whether a position that is missing stands for all siblings.
+    In a `lenient` search a missing position stands for all siblings.
     """
 
     def __init__(self, machine: Machine, *, lenient: bool = False) -> None:

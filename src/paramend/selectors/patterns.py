@@ -11,11 +11,7 @@ from paramend.selectors.matching import Machine, MatchWalk, Missing, steps_of
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed selector.
-
-    Attributes:
-        segments: what the text says, as data. `str(pattern)` is text that parses to the same segments.
-    """
+    """A parsed selector: its `segments` as data. `str(pattern)` is text that parses to the same segments."""
 
     segments: tuple[Segment, ...]
     _machine: Machine = field(init=False, repr=False, compare=False)

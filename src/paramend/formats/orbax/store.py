@@ -64,11 +64,7 @@ class OrbaxEntry:
 
 
 class Store:
-    """The arrays of a folder by their names.
-
-    Attributes:
-        whole: whether every chunk was written, so that a missing one is a sign of damage.
-    """
+    """The arrays of a folder by their names. In a `whole` store each chunk was written: a missing one is damage."""
 
     def __init__(self, folder: Path, *, database: bool, zarr3: bool = False, whole: bool = False) -> None:
         self.folder, self.database, self.zarr3, self.whole = folder, database, zarr3, whole

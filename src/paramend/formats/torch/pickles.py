@@ -20,11 +20,7 @@ _COPIED = frozenset({str, bytes, bytearray, list, tuple, dict, OrderedDict, set}
 
 
 class Flaw(ValueError):
-    """A fault in one step of a pickle; the reader adds the byte.
-
-    Attributes:
-        hint: what to do about it, or "".
-    """
+    """A fault in one step of a pickle; the reader adds the byte, and `hint` says what to do about it."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
         super().__init__(reason)
@@ -44,12 +40,7 @@ class _Alone:
 
 
 class Name(_Alone):
-    """A global name in a pickle, for a class, function or constant that is never loaded.
-
-    Attributes:
-        text: with its module, such as "torch.float32".
-        call: what to call in its place; None if it cannot be called.
-    """
+    """A global name in a pickle, such as "torch.float32": it is never loaded, and `call` is called in its place."""
 
     __slots__ = ("call", "text")
 
@@ -62,12 +53,7 @@ class Name(_Alone):
 
 
 class Foreign(_Alone):
-    """An object of a class, or the result of a function, that is not loaded.
-
-    Attributes:
-        text: the name of the class, such as "argparse.Namespace".
-        parts: what it was made from.
-    """
+    """An object of a class that is not loaded: the name of the class, and what the object was made from."""
 
     __slots__ = ("parts", "text")
 

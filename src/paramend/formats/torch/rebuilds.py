@@ -151,14 +151,7 @@ class Tensor:
 
 
 class TorchWords:
-    """The vocabulary of torch's pickles.
-
-    Args:
-        storages: the length of each record that may be a storage, by key.
-
-    Attributes:
-        carried: the names of classes whose objects are in the pickle as they are, and could not be written again.
-    """
+    """The vocabulary of torch's pickles, for storages of these lengths; `carried` names classes that are left unread."""
 
     def __init__(self, storages: Mapping[str, int]) -> None:
         self._storages = storages

@@ -20,11 +20,7 @@ _DEPTH = 3 * MAX_DEPTH
 
 
 class Rebuilt:
-    """The result of a call.
-
-    Attributes:
-        state: the state that is set afterwards; None if there is none.
-    """
+    """The result of a call, and the state that is set afterwards; None if there is none."""
 
     __slots__ = ("arguments", "function", "state")
 
@@ -35,11 +31,7 @@ class Rebuilt:
 
 
 class StorageRef:
-    """A storage that tensors view.
-
-    Attributes:
-        reference: the kind, the key of the record, the device and the length; then what some writers add.
-    """
+    """A storage that tensors view: its kind, the key of its record, device, length, and what some writers add."""
 
     __slots__ = ("reference",)
 
@@ -54,10 +46,7 @@ class StorageRef:
 
 
 class Recorder:
-    """A vocabulary with the names of another, which records calls of them.
-
-    Args:
-        words: the other. Read the pickle with it first, because it checks arguments.
+    """A vocabulary with the names of another, which records calls of them; the other, read first, checks arguments.
 
     >>> import pickle
     >>> from paramend.formats.torch.pickles import unpickle

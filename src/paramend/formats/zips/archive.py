@@ -71,10 +71,7 @@ class Offsets(NamedTuple):
 
 
 class Archive:
-    """The members of a zip file.
-
-    Attributes:
-        members: by name, in the order of the central directory. Folders are left out.
+    """The members of a zip file by name, in the order of the central directory; folders are left out.
 
     Raises:
         BadCheckpoint: it is not a zip file, or one that readers could see in two ways.

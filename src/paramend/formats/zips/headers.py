@@ -12,10 +12,7 @@ _DAY = 0x21  # 1 January 1980, the first day of zip's calendar
 
 
 class ZipHeaders:
-    """The headers of a zip file that grows from its first byte to its last. Records are uncompressed and aligned.
-
-    Attributes:
-        at: the length of the file so far.
+    """The headers of a zip file that has grown to `at` bytes. Records are uncompressed and aligned.
 
     >>> import io, zipfile
     >>> zipped = ZipHeaders()

@@ -9,11 +9,7 @@ from paramend.leaves.origins.origin import Extent
 
 
 class ZipSource(FileSource):
-    """A source over one zip file, whose members are not compressed where they can be patched.
-
-    Attributes:
-        archive: the members of the zip.
-    """
+    """A source over one zip file, an `archive` whose members are not compressed where they can be patched."""
 
     archive: Archive
 
