@@ -88,11 +88,9 @@ class Section:
         self.tell(f"{'.'.join(path)}: {says or value}")
 
     def tell(self, text: str) -> None:
-        """Tell of a change in this section."""
         self.said.append("".join(f"{key}." for key in self.place) + text)
 
     def note(self, kinds: Sequence[object]) -> None:
-        """Note what the configuration says of each layer."""
         for layer, kind in zip(self.kinds, kinds, strict=True):
             layer.append(kind)
 

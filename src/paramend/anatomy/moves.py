@@ -48,7 +48,6 @@ class Move:
         return not any(_FIRST & set(other) for layer in self.leaves[1:] for other in layer)
 
     def names(self) -> Names:
-        """The names of modules in these layers."""
         to: dict[int, list[int]] = {number: [] for number in range(self.first, self.first + self.n)}
         for target, source in enumerate(self.sources):
             to[self.first + source].append(self.first + target)

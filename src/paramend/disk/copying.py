@@ -83,7 +83,6 @@ class WriteBack:
         self._done = self._begun = self._at = 0
 
     def advance(self, count: int) -> None:
-        """Note that the file has grown."""
         self._at += count
         if self._at - self._begun < WINDOW:
             return

@@ -73,7 +73,6 @@ class Op:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Other words for it."""
         return (*self.aliases, *self.also)
 
     @property

@@ -30,7 +30,6 @@ class Damage:
     lost: int = 0
 
     def clear(self) -> None:
-        """Begin anew."""
         self.overflowed = self.lost = 0
 
     def add(self, found: tuple[int, int]) -> None:

@@ -59,7 +59,6 @@ class OpenFile:
         return self.stat.st_size
 
     def close(self) -> None:
-        """Close the file."""
         self._closed = True
         self._map = None
         self.release()
@@ -69,7 +68,6 @@ class OpenFile:
         self._handle = None
 
     def fileno(self) -> int:
-        """The descriptor of the open file."""
         return self._held().number
 
     def read(self, start: int, nbytes: int) -> bytes:
@@ -168,20 +166,16 @@ class FileSource(Opened):
 
     @property
     def stat(self) -> os.stat_result:
-        """The result of `os.fstat` when the file was opened."""
         return self._file.stat
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """`stat` by the path of the file."""
         return {self.path: self.stat}
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     def fileno(self) -> int:
-        """The descriptor of the open file."""
         return self._file.fileno()
 
     def spec(self, number: int) -> Spec:

@@ -93,7 +93,6 @@ class Gathered(Gathering):
         return self.origins[number].ranges()
 
     def close(self) -> None:
-        """Close the files of all sources."""
         with ExitStack() as stack:
             for source in self.sources:
                 stack.callback(source.close)

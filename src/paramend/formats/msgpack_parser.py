@@ -31,7 +31,6 @@ class MsgpackEntry:
 
     @property
     def nbytes(self) -> int:
-        """The number of its bytes in the file."""
         return sum(length for _, length in self.pieces)
 
 

@@ -35,7 +35,6 @@ class NpzWriter:
         return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
 
     def holds(self, value: Any) -> bool:
-        """False: such files hold arrays alone."""
         return False
 
     def parts(

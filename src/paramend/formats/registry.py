@@ -64,7 +64,6 @@ class Format:
     typed_keys: bool = False
 
     def open(self, path: Path) -> Source:
-        """A checkpoint of this format, opened."""
         found: Source = getattr(self._load(), self.reader)(path)
         return found
 

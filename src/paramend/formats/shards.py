@@ -63,7 +63,6 @@ class Shards(Gathering):
         self.metadata: Mapping[str, Any] = self._agreed()
 
     def outline(self) -> Outline:
-        """What the files hold, with true keys."""
         numbers = {home: number for number, home in enumerate(self._homes)}
         found: dict[Keys, Any] = {}
         containers: dict[Keys, Any] = {}

@@ -35,7 +35,6 @@ class Described:
         return self._nbytes[number]
 
     def refusal(self, number: int) -> str:
-        """Why: the values are elsewhere."""
         return f"a report tells of {self.index.path(number)} and does not hold it"
 
     def read(self, number: int) -> NoReturn:

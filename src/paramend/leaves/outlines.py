@@ -71,7 +71,6 @@ class Outline:
 
     @property
     def others(self) -> list[tuple[Keys, Any]]:
-        """What is not an array."""
         return [(keys, value) for keys, value in self.entries if type(value) is not Place]
 
     def nested(self, made: Callable[[Any], Any], close: Callable[[dict[Any, Any], Any], Any] | None = None) -> Any:

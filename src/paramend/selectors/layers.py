@@ -49,15 +49,12 @@ class Numbered:
     blocks: tuple[int, ...] = ()
 
     def piece(self, number: int) -> str:
-        """The numbered piece."""
         return f"{self.head}{self.digits(number)}{self.tail}"
 
     def digits(self, number: int) -> str:
-        """The number as it is written."""
         return f"{number:0{self.width}d}"
 
     def path(self, number: int, separator: str) -> str:
-        """The path of a numbered entry."""
         return write_path((*self.parent, self.piece(number)), separator)
 
     def number(self, text: str) -> int | None:

@@ -419,7 +419,6 @@ class _Writer:
         return tuple(out)
 
     def path(self, tables: Tables) -> NewPath:
-        """The new path."""
         joints = tables.joints(self.old)
         words: list[Word] = []
         picks: dict[int, Pick] = {}

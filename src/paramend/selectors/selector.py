@@ -358,7 +358,6 @@ class Where(Selector):
         return f"{_tight(self.part)}.where({said})"
 
     def fits(self, spec: Spec) -> bool:
-        """Whether a spec passes every condition."""
         return (
             (self.ndim is None or spec.ndim == self.ndim)
             and (self.dtype is None or self.dtype in (spec.dtype, spec.kind))

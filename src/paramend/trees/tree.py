@@ -161,7 +161,6 @@ class Tree:
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """ "": every leaf in memory can be read."""
         return ""
 
     def read(self, number: int) -> Any:

@@ -131,7 +131,6 @@ class OrbaxCheckpoint(Opened):
         return self._arrays[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf, decompressed."""
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
@@ -173,11 +172,9 @@ class OrbaxCheckpoint(Opened):
     # ---- chunks ----------------------------------------------------------------------------------------------
 
     def chunks(self, number: int) -> tuple[int, ...]:
-        """The shape of the chunks of a leaf; each is written as a whole."""
         return self._arrays[number].chunks
 
     def read_box(self, number: int, box: Box) -> Array:
-        """A part of a leaf, one slice for each axis: a new array."""
         check_readable(self, number)
         return self._fetch(number, box)
 

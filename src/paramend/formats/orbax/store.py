@@ -59,7 +59,6 @@ class OrbaxEntry:
 
     @property
     def chunk(self) -> int:
-        """The number of elements in a chunk."""
         return math.prod(self.chunks)
 
 
@@ -86,7 +85,6 @@ class Store:
         return files(self.folder, path)
 
     def describe(self, names: Sequence[str]) -> list[OrbaxEntry]:
-        """The entry of each array."""
         texts = self._said(names) if self.database else map(self._said_beside, names)
         return [self._entry(name, text) for name, text in zip(names, texts, strict=True)]
 

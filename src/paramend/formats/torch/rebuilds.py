@@ -92,12 +92,10 @@ class Tensor:
 
     @property
     def bits(self) -> int:
-        """Bits of one element."""
         return _DTYPES[self.dtype]
 
     @property
     def size(self) -> int:
-        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -121,7 +119,6 @@ class Tensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements are contiguous in C order."""
         step = 1
         for length, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if length != 1 and stride != step and self.size:
@@ -151,7 +148,7 @@ class Tensor:
 
 
 class TorchWords:
-    """The vocabulary of torch's pickles, for storages of these lengths; `carried` names classes that are left unread."""
+    """The vocabulary of torch's pickles, for storages of these lengths; `carried` names classes that stay unread."""
 
     def __init__(self, storages: Mapping[str, int]) -> None:
         self._storages = storages
@@ -162,7 +159,6 @@ class TorchWords:
         return KNOWN
 
     def foreign(self, module: str, name: str) -> Name:
-        """A name that is not known: what it makes is carried unread."""
         found = foreign(module, name)
         self.carried.append(found.text)
         return found

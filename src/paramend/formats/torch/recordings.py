@@ -64,15 +64,12 @@ class Recorder:
         return self._names
 
     def foreign(self, module: str, name: str) -> Name:
-        """Raise: objects of other classes cannot be written again."""
         raise Flaw(f"objects of {module}.{name} cannot be written again")
 
     def resolve(self, reference: Any) -> StorageRef:
-        """A storage, recorded."""
         return StorageRef(reference[1:])
 
     def build(self, thing: Any, state: Any) -> None:
-        """Record the state of what a call returned."""
         if type(thing) is not Rebuilt:
             raise Flaw(f"{type(thing).__name__.lower()} takes no state")
         thing.state = state

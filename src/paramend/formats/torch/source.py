@@ -78,7 +78,6 @@ class TorchFile(ZipSource):
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:
-        """What is there, with true keys."""
         numbers = iter(range(len(self.tensors)))
         return outline(self._structure, lambda node: next(numbers) if type(node) is Tensor else None)
 

@@ -106,7 +106,6 @@ class Archive:
                 del self.members[member.name]
 
     def bad(self, name: str, reason: str, hint: str = "") -> BadCheckpoint:
-        """The error for a member of this archive."""
         return BadCheckpoint(f"{self.file.path}: member {shown(name)}: {reason}", hint=hint)
 
     def offsets(self, name: str) -> Offsets:

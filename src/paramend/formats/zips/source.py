@@ -14,7 +14,6 @@ class ZipSource(FileSource):
     archive: Archive
 
     def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
-        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them."""
         members = self.archive.touched(_ranges(extents))
         return [Extent(self.path, at, 4) for member in members for at in self.archive.offsets(member.name).crcs]
 
