@@ -164,9 +164,6 @@ def moved(value: Any, how: str, sources: Sequence[int], n: int) -> Any:
     return new if how == "cycle" else [*new, *value[n:]]
 
 
-# ---- names of modules --------------------------------------------------------------------------------------------
-
-
 class Names:
     """Names of modules in a configuration, such as those that stay unquantised, with the numbers of layers in them.
 

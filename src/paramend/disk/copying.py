@@ -67,8 +67,6 @@ def _copy_by_hand(source: int, target: int, start: int, count: int) -> int:
     return put(target, os.pread(source, min(count, _BUFFER), start))
 
 
-# ---- write-back --------------------------------------------------------------------------------------------
-
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 
 

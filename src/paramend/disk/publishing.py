@@ -119,9 +119,6 @@ def sync_folder(folder: Path) -> None:
                 raise
 
 
-# ---- temporaries -------------------------------------------------------------------------------------------
-
-
 def _prefix(out: Path) -> str:
     return f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
 
@@ -217,9 +214,6 @@ def _sync_tree(folder: Path) -> None:
         if entry.is_dir(follow_symlinks=False):
             _sync_tree(folder / entry.name)
     sync_folder(folder)
-
-
-# ---- names -------------------------------------------------------------------------------------------------
 
 
 def _publish_file(temporary: Path, out: Path, *, force: bool) -> None:

@@ -32,9 +32,6 @@ def axis_of(spec: Spec, axis: Any) -> int:
     return found % spec.ndim
 
 
-# ---- transpose ---------------------------------------------------------------------------------------------------
-
-
 def _axes_of(spec: Spec, axes: Any) -> tuple[int, ...]:
     found = tuple(axis_of(spec, axis) for axis in axes)
     if sorted(found) != list(range(spec.ndim)):
@@ -58,9 +55,6 @@ def transpose(library: Backend, x: Any, args: Args, place: Site) -> Any:
 def transposed(origin: Origin, args: Args) -> Origin:
     """The origin with its axes in another order."""
     return moved.permute_axes(origin, _axes_of(origin.spec, args["axes"]))
-
-
-# ---- reshape -----------------------------------------------------------------------------------------------------
 
 
 def _shape_of(spec: Spec, shape: Any) -> tuple[int, ...]:
@@ -90,8 +84,6 @@ def reshaped(origin: Origin, args: Args) -> Origin:
     """The origin in another shape."""
     return moved.reshape(origin, _shape_of(origin.spec, args["shape"]))
 
-
-# ---- take, permute -----------------------------------------------------------------------------------------------
 
 _LIST = "[0, 2], a slice, or a mask of bools"
 

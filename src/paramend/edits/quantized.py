@@ -133,9 +133,6 @@ def _touched(leaves: Leaves, numbers: Iterable[int]) -> list[Group]:
     return list({group.numbers: group for group in found.values()}.values())
 
 
-# ---- words -------------------------------------------------------------------------------------------------------
-
-
 def refusal(leaves: Leaves, groups: Sequence[Group], message: str, hints: Sequence[str]) -> Quantized:
     """The error that names a quantised weight, the first of those that were met, and all its leaves."""
     group = groups[0]

@@ -40,8 +40,6 @@ class Selection(Edits[T]):
                 hint=f"count={len(self._numbers)}",
             )
 
-    # -- reading
-
     @property
     def paths(self) -> list[str]:
         """The paths of the selected leaves, in the order of the tree; each is a selector for its leaf.
@@ -130,8 +128,6 @@ class Selection(Edits[T]):
         chosen = {twin: True for number in self._numbers for twin in self._tree.twins(number)}
         return self._tree.labelled(chosen, rest=False)
 
-    # -- changing the structure
-
     def delete(self) -> T:
         """The tree without the selected leaves, or dicts and lists that became empty; list positions close up.
 
@@ -162,8 +158,6 @@ class Selection(Edits[T]):
             given = shown(to)
             raise BadArgument(f"rename takes the text of a path, and this is {given}", hint='.rename("layers/<n>/**")')
         return self._made(self._tree.moved(self._selector, self._numbers, to))
-
-    # -- the parts
 
     def _made(self, made: Any) -> T:
         """What a verb made; a checkpoint takes its leaves as the given one did."""

@@ -229,9 +229,6 @@ class _Stream:
             raise self.archive.bad(self.member.name, f"its compressed bytes are damaged: {error}") from None
 
 
-# ---- what a member is ----------------------------------------------------------------------------------------
-
-
 def _check_kind(file: OpenFile) -> None:
     if not file.size:
         raise BadCheckpoint(f"{file.path}: the file is empty")

@@ -234,9 +234,6 @@ def starred(index: Index, text: str) -> str | None:
     return written if len(spelled(index, written)) > 1 else None
 
 
-# ---- the parts -------------------------------------------------------------------------------------------------
-
-
 def hint_of(index: Index, argument: str, text: str = "") -> str:
     """The layers that a text may mean, or else all layers: code that works."""
     base = without_rest(text).rstrip("/.*")

@@ -490,9 +490,6 @@ def _called(function: Any) -> str:
     return str(getattr(function, "__qualname__", repr(function)))
 
 
-# ---- the parts -------------------------------------------------------------------------------------------------
-
-
 def _described(node: Any) -> str:
     """A value in a message, without its elements if it is an array."""
     library = backend_of(type(node))

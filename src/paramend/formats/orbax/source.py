@@ -112,8 +112,6 @@ class OrbaxCheckpoint(Opened):
         self._stores.clear()
         self._block = None
 
-    # ---- what is there ---------------------------------------------------------------------------------------
-
     @property
     def implementations(self) -> Mapping[int, str]:
         return self.walk.implementations
@@ -142,8 +140,6 @@ class OrbaxCheckpoint(Opened):
     def extent(self, number: int) -> None:
         """None: the bytes in a store are compressed and chunked."""
 
-    # ---- reading ---------------------------------------------------------------------------------------------
-
     def read(self, number: int) -> Array:
         """The array, read-only, decompressed into memory."""
         check_readable(self, number)
@@ -169,8 +165,6 @@ class OrbaxCheckpoint(Opened):
             parts.append(block[max(start - first * inner, 0) : stop - first * inner])
         return np.concatenate(parts)
 
-    # ---- chunks ----------------------------------------------------------------------------------------------
-
     def chunks(self, number: int) -> tuple[int, ...]:
         return self._arrays[number].chunks
 
@@ -190,8 +184,6 @@ class OrbaxCheckpoint(Opened):
         for number in numbers:
             stage.open(self.names[number], self._arrays[number])
         return stage
-
-    # ---- behind the scenes -----------------------------------------------------------------------------------
 
     @cached_property
     def _arrays(self) -> list[OrbaxEntry]:
@@ -251,9 +243,6 @@ class OrbaxCheckpoint(Opened):
             where = slice(first, stop) if self.spec(number).shape else ...
             self._block = (number, first, self._fetch(number, where).reshape(-1))
         return self._block[2]
-
-
-# ---- where the tree is ---------------------------------------------------------------------------------------
 
 
 def home(path: Path) -> Path:

@@ -83,9 +83,6 @@ def _recording(name: Name) -> Name:
     return made
 
 
-# ---- writing -----------------------------------------------------------------------------------------------------
-
-
 def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str] | None = None) -> bytes:
     """The pickle of what was recorded; a value in several places is written once.
 

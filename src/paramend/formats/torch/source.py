@@ -144,8 +144,6 @@ class TorchFile(ZipSource):
         here = self._bytes(tensor)
         return tuple(other for other in others if share(here, self._bytes(self.tensors[other])))
 
-    # ---- reading ---------------------------------------------------------------------------------------------
-
     def read(self, number: int) -> Array:
         tensor = self.tensors[number]
         check_readable(self, number)
@@ -171,8 +169,6 @@ class TorchFile(ZipSource):
             array = np.ndarray(tensor.shape, dtype, span.view(np.uint8).data, 0, strides)
         array.flags.writeable = False
         return array
-
-    # ---- behind the scenes -------------------------------------------------------------------------------------
 
     @property
     def _pickle(self) -> Member:
@@ -212,9 +208,6 @@ class TorchFile(ZipSource):
         width = tensor.bits // 8
         strides = tuple(step * width for step in tensor.stride)
         return np.ndarray(tensor.shape, f"V{width}", self._file.map, start, strides)
-
-
-# ---- what kind of file it is ---------------------------------------------------------------------------------
 
 
 def _check_kind(file: OpenFile) -> None:

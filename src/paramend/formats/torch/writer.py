@@ -62,9 +62,6 @@ class TorchWriter:
         yield zipped.finish()
 
 
-# ---- the pickle ----------------------------------------------------------------------------------------------
-
-
 def _pickle(items: Sequence[Item], own: Sequence[bool], outline: Outline) -> bytes:
     tensors = [tensor(item.spec, str(i)) if own[i] else None for i, item in enumerate(items)]
 
