@@ -33,9 +33,9 @@ class Format:
         recognise: (path, the first bytes; none for a directory) → whether it has this format.
         module: the module that reads it.
         reader: the class or function in it that opens one.
+        keeps: what survives an edit besides the leaves.
         writes: whether new files can be written; the module then has a `WRITER`.
         patches: whether leaves can be changed in place.
-        keeps: what survives an edit besides the leaves.
         extra: the extra needed to read it; "" for none.
         folder: whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which
             finds the one that holds the tree, and its `WRITER` fills a directory.
@@ -52,9 +52,9 @@ class Format:
     recognise: Callable[[Path, bytes], bool]
     module: str
     reader: str
-    writes: bool
-    patches: bool
     keeps: str
+    writes: bool = True
+    patches: bool = True
     extra: str = ""
     folder: bool = False
     framework: str = ""
@@ -149,8 +149,6 @@ FORMATS: tuple[Format, ...] = (
         _is_safetensors,
         "paramend.formats.safetensors",
         "SafetensorsFile",
-        writes=True,
-        patches=True,
         keeps="metadata, order of tensors, unknown dtypes, index, sidecars",
         padded=False,
     ),
@@ -161,8 +159,6 @@ FORMATS: tuple[Format, ...] = (
         _is_torch,
         "paramend.formats.torch.source",
         "TorchFile",
-        writes=True,
-        patches=True,
         keeps="entries that are not tensors, shared storages",
         framework="pt",
         structural=True,
@@ -174,8 +170,6 @@ FORMATS: tuple[Format, ...] = (
         _is_zip,
         "paramend.formats.npz",
         "NpzFile",
-        writes=True,
-        patches=True,
         keeps="other files in the archive",
         framework="np",
         single=False,
@@ -187,8 +181,6 @@ FORMATS: tuple[Format, ...] = (
         _is_msgpack,
         "paramend.formats.msgpack",
         "MsgpackFile",
-        writes=True,
-        patches=True,
         keeps="entries that are not arrays",
         framework="flax",
     ),
@@ -199,8 +191,6 @@ FORMATS: tuple[Format, ...] = (
         _is_orbax,
         "paramend.formats.orbax.source",
         "OrbaxCheckpoint",
-        writes=True,
-        patches=True,
         keeps="layout, shardings, true key paths, custom metadata, other items of a step",
         extra="orbax",
         folder=True,

@@ -3,7 +3,7 @@
 import pickle
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from paramend.errors import Unsupported
 
@@ -33,6 +33,18 @@ def by_name(thing: Any, what: str, where: str = "", hint: str = "") -> Any:
                 hint=f"define it with `def` or `class` at the top level of a module{hint}",
             ) from error
     return thing
+
+
+class Alone:
+    """A value whose copies are itself; a pickle may be another."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
 
 def _sends_code(frame: FrameType | None) -> bool:

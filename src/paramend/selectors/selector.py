@@ -5,14 +5,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
+from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 import numpy as np
 
 from paramend.arrays.registry import backend_of
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
 from paramend.leaves.leaves import Explained, Leaves, unique
-from paramend.leaves.names import by_name
+from paramend.leaves.names import Alone, by_name
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.paths import labels, text_of, write_path
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
@@ -175,18 +175,8 @@ class Regex(Selector):
         return found
 
 
-class _Named(Selector):
-    """A choice by a function or a class, which is pickled by its name; a copy within a process needs no name."""
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-
 @dataclass(frozen=True)
-class Held(_Named):
+class Held(Alone, Selector):
     """Leaves held by instances of a class of modules or containers, at any depth below them."""
 
     kind: type
@@ -211,7 +201,7 @@ class Held(_Named):
 
 
 @dataclass(frozen=True, eq=False)
-class Predicate(_Named):
+class Predicate(Alone, Selector):
     """Leaves for which `f(path, spec)` is true."""
 
     function: Callable[[str, Spec], object]

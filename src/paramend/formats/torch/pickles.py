@@ -8,9 +8,10 @@ folder is ever called. Memory and time are bounded by the length of the pickle.
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from paramend.errors import BadCheckpoint
+from paramend.leaves.names import Alone
 
 # Larger integers, in bytes, take longer to print than to read.
 MAX_INTEGER = 255
@@ -27,19 +28,7 @@ class Flaw(ValueError):
         self.hint = hint
 
 
-class _Alone:
-    """A value of which there is no copy."""
-
-    __slots__ = ()
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-
-class Name(_Alone):
+class Name(Alone):
     """A global name in a pickle, such as "torch.float32": it is never loaded, and `call` is called in its place."""
 
     __slots__ = ("call", "text")
@@ -52,7 +41,7 @@ class Name(_Alone):
         return self.text
 
 
-class Foreign(_Alone):
+class Foreign(Alone):
     """An object of a class that is not loaded: the name of the class, and what the object was made from."""
 
     __slots__ = ("parts", "text")
