@@ -11,6 +11,9 @@ from paramend.errors import BadArgument
 from paramend.leaves.specs import ALIASES, BITS, dtype_name
 from paramend.reports import wording
 
+# The arguments of an edit by name.
+Args = Mapping[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Value:

@@ -1,6 +1,6 @@
 """A call: one edit of the table with its arguments, checked against specs and then run on an array."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ import numpy as np
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.arguments import Value, shown
+from paramend.edits.arguments import Args, Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
@@ -18,7 +18,6 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 
 T = TypeVar("T")
-Args = Mapping[str, Any]
 Run = Callable[[Backend, Any, Args, Site], Any]
 Check = Callable[[Spec, Args], Spec]
 

@@ -2,20 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays import initializers
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.arguments import shown
+from paramend.edits.arguments import Args, shown
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS, Spec, dtype_name, numpy_dtype
 from paramend.reports.wording import described
-
-Args = Mapping[str, Any]
 
 
 def _is_scalar(value: Any) -> bool:
@@ -179,11 +176,14 @@ def check_reinit(spec: Spec, args: Args) -> Spec:
     return _check_float(spec, args)
 
 
+def is_key(seed: Any) -> bool:
+    """Whether a seed is a key of JAX."""
+    return bool(getattr(backend_of(type(seed)), "is_key", lambda x: False)(seed))
+
+
 def _check_seed(seed: Any) -> None:
-    library: Any = backend_of(type(seed))
-    is_key = getattr(library, "is_key", None)
     whole = isinstance(seed, int | np.integer) or (np.shape(seed) == () and hasattr(seed, "__index__"))
-    if not whole and not (is_key is not None and is_key(seed)):
+    if not whole and not is_key(seed):
         raise BadArgument(f"seed={shown(seed)} is not a seed", hint="seed=0 or another whole number, or a JAX PRNG key")
 
 

@@ -1,21 +1,19 @@
 """The verbs that move elements: checked against specs, run on arrays, and as origins of leaves on disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
-from paramend.edits.arguments import read_index, shown
+from paramend.edits.arguments import Args, read_index, shown
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch
 from paramend.leaves.origins import moved
 from paramend.leaves.origins.boxes import Places
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
-
-Args = Mapping[str, Any]
 
 
 def _whole(value: Any, what: str, hint: str) -> int:

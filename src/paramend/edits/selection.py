@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from paramend.edits.arguments import shown
-from paramend.edits.call import Args, Call, Op, explained, sliced_shape
+from paramend.edits.arguments import Args, shown
+from paramend.edits.call import Call, Op, explained, sliced_shape
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable
 from paramend.edits.ops import Edits

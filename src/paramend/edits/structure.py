@@ -173,12 +173,7 @@ class _Place(NamedTuple):
 
 
 class Draft:
-    """An opened tree, closed again by `root.close`.
-
-    Attributes:
-        places: leaf number → its place.
-        clashes: a sentence on each leaf whose new place is taken.
-    """
+    """An opened tree, closed again by `root.close`: the places of its leaves, and a sentence on each that is taken."""
 
     def __init__(self, tree: Tree, kind: Kind) -> None:
         self.index = tree.index

@@ -7,7 +7,6 @@ from typing import Any
 
 from paramend.errors import BadArgument
 from paramend.reports import wording
-from paramend.reports.wording import described
 from paramend.selectors.messages import quoted
 from paramend.selectors.selector import Selector
 from paramend.trees.lookup import find_kind
@@ -59,13 +58,15 @@ def barren(root: Any) -> tuple[str, str]:
     if isinstance(root, str | os.PathLike):
         return "a path, and nothing was opened", f'pm.open("{os.fspath(root)}")'
     if isinstance(root, type):
-        return described(root), "an instance of it"
+        return wording.described(root), "an instance of it"
     if any(base.__module__.startswith("flax.linen") for base in type(root).__mro__):
-        return f"{described(root)}, which holds no parameters", "its parameters: params = model.init(key, x)"
+        return f"{wording.described(root)}, which holds no parameters", "its parameters: params = model.init(key, x)"
     if isinstance(root, tuple) and all(callable(getattr(root, verb, None)) for verb in ("init", "update")):
         return "an optax transformation, which holds no state", "its state: tx.init(params)"
     if isinstance(root, tuple) and all(callable(getattr(root, verb, None)) for verb in ("init", "apply")):
         return "a pair of functions, which holds no parameters", "its parameters: params = model.init(key, x)"
     if root is None or callable(root) or isinstance(root, bool | int | float | complex | bytes):
-        return "None" if root is None else described(root), "a tree of arrays: parameters, a model, a checkpoint"
+        return "None" if root is None else wording.described(
+            root
+        ), "a tree of arrays: parameters, a model, a checkpoint"
     return "", ""

@@ -22,13 +22,9 @@ _SMALL = 1 << 20
 
 
 class OpenFile:
-    """A regular file, open for reading. `close()` it; maps that were handed out stay valid.
+    """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid.
 
     A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
-
-    Attributes:
-        path: as the user gave it.
-        stat: the result of `os.fstat` when it was opened.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.

@@ -254,12 +254,10 @@ def is_tree(path: Path) -> bool:
 
 def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
-    if not path.is_dir():
-        return path
     try:
-        row = find_format(path, b"")
+        row = find_format(path, b"") if path.is_dir() else None
     except OSError:
-        return path
+        row = None
     if row is None or not row.folder:
         return path
     found: Path = row._load().home(path)

@@ -184,10 +184,7 @@ class Index:
 
 def plain(path: Iterable[Label], separator: str) -> str:
     """A path as plain text: keys joined by the separator, nothing escaped."""
-    out = ""
-    for at, label in enumerate(path):
-        out += (getattr(label, "before", "") or separator if at else "") + text_of(label)
-    return out
+    return separator.join(keys_of(path))
 
 
 def keys_of(path: Iterable[Label]) -> tuple[str, ...]:

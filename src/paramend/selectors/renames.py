@@ -21,12 +21,7 @@ from paramend.selectors.patterns import Pattern, parse
 
 
 class Pick(NamedTuple):
-    """A piece that is resolved in the tree that a path is for: `Dense_[-1]`.
-
-    Attributes:
-        piece: the piece with its index.
-        which: which of the positions it takes, counted in the order written; None if there must be exactly one.
-    """
+    """A piece with an index, for the tree that a path is for, and which of its positions it takes; None for the one."""
 
     piece: Piece
     which: int | None

@@ -8,7 +8,6 @@ as fast; the order of dict keys, which that walk loses, is restored.
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from operator import is_
 from typing import Any
 
@@ -75,8 +74,10 @@ class Tree:
         """The structure by JAX's walk, or None if that walk sees the tree differently."""
         if not imported("jax") or type(self.root) in leaf_types or _holds_modules(self.root):
             return None
+        from paramend.trees.pytree import flatten  # imports jax
+
         try:
-            values, treedef = _jax_flatten()(self.root)
+            values, treedef = flatten(self.root)
             key = (_landmarks(self.root), treedef, tuple(map(type, values)))
             structure = _structures.get(key)
         except (TypeError, ValueError, SystemError):  # keys that do not sort, static fields without hash, great depth
@@ -284,13 +285,6 @@ def _holds_modules(root: Any) -> bool:
         return False
     children = kind.open(root)[1]
     return len(children) <= 16 and not all((k := find_kind(child)) is None or k.compiled for child in children)
-
-
-@cache
-def _jax_flatten() -> Any:
-    from paramend.trees.pytree import flatten  # imports jax
-
-    return flatten
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:

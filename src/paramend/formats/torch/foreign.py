@@ -46,12 +46,8 @@ def foreign(module: str, name: str) -> Name:
             f"{text} is not among the names allowed in a checkpoint",
             hint="ask for the weights alone: torch.save(model.state_dict(), path)",
         )
-    return Name(text, _filled_dict if text == "collections.defaultdict" else partial(Foreign, text))
-
-
-def _filled_dict(*factory: Any) -> dict[Any, Any]:
-    """A defaultdict as the dict that its entries are then put into."""
-    return {}
+    # A defaultdict is the dict that its entries are then put into.
+    return Name(text, (lambda *factory: {}) if text == "collections.defaultdict" else partial(Foreign, text))
 
 
 def check_whole(structure: Any, path: Path) -> None:
