@@ -274,6 +274,10 @@ class _Machine:
             raise Flaw("an instruction has no operand")
         self.stack[-length:] = [tuple(values)]
 
+    def close_tuple(self) -> None:
+        values = tuple(self.items())  # which is another stack then
+        self.stack.append(values)
+
     def open_mark(self) -> None:
         self.below.append(self.stack)
         self.stack = []
@@ -358,7 +362,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
         "\x85": lambda m: m.tuple(1),
         "\x86": lambda m: m.tuple(2),
         "\x87": lambda m: m.tuple(3),
-        "t": lambda m: m.stack.append(tuple(m.items())),
+        "t": _Machine.close_tuple,
         "a": lambda m: m.extend([m.stack.pop()]),
         "e": lambda m: m.extend(m.items()),
         "s": lambda m: m.enter([m.stack.pop(), m.stack.pop()][::-1]),
