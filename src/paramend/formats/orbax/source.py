@@ -204,10 +204,9 @@ class OrbaxCheckpoint(Opened):
         check_still(self.stats)
 
     def _store(self, number: int) -> Any:
-        store = self._stores.get(number)
-        if store is None:
-            store = self._stores[number] = self.store.open(self.names[number], self.index.path(number))
-        return store
+        if number not in self._stores:
+            self._stores[number] = self.store.open(self.names[number], self.index.path(number))
+        return self._stores[number]
 
     def _fetch(self, number: int, where: Any) -> Array:
         self._check_open()
