@@ -42,7 +42,8 @@ class Labels:
 
 def _part(labels: Any, params: Any, kind: Any = None) -> Any:
     if isinstance(labels, Mapping) and isinstance(params, Mapping):  # within a State these are plain dicts
-        return (kind or type(params))({key: _part(labels[key], params[key], dict) for key in params})
+        kind = kind or type(params)
+        return kind({key: _part(labels[key], params[key], dict) for key in params})
     return labels
 
 

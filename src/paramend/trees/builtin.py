@@ -11,7 +11,8 @@ from paramend.trees.kind import Kind
 def _close_mapping(node: Any, children: Any) -> Any:
     # A copy keeps the order of the keys, the default factory and attributes such as a state dict's `_metadata`.
     new = copy.copy(node)
-    new.update(zip(node, children, strict=True))
+    for key, child in zip(node, children, strict=True):
+        new[key] = child
     return new
 
 
