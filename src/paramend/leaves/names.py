@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from functools import partial
 from types import FrameType
 from typing import Any, Self
 
@@ -52,3 +53,16 @@ def _sends_code(frame: FrameType | None) -> bool:
     while frame is not None and not frame.f_globals.get("__name__", "").endswith("cloudpickle"):
         frame = frame.f_back
     return frame is not None
+
+
+def bound(function: Any) -> tuple[Any, ...]:
+    """What a function is compared by: partial ones compare by identity, which no copy shares."""
+    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function,)
+
+
+def called(function: Any) -> str:
+    """A function as it is written."""
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"functools.partial({', '.join([called(function.func), *given])})"
+    return str(getattr(function, "__qualname__", repr(function)))
