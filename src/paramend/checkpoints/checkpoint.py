@@ -278,8 +278,8 @@ class Checkpoint(Editable):
         path = repr(str(self.path)).replace("{", "{{").replace("}", "}}")
         return f"pm.patch({path}, lambda tree: {{}})"
 
-    def regrouped(self, groups: Sequence[Group]) -> "Checkpoint":
-        """The checkpoint with groups of leaves replaced by others."""
+    def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> "Checkpoint":
+        """The checkpoint with groups of leaves replaced by others; the paths of all others stay."""
         from paramend.checkpoints.gathering import regrouped  # most edits regroup nothing
 
         check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")

@@ -10,6 +10,7 @@ from typing import Any
 
 from paramend.disk.failures import UNSUPPORTED
 from paramend.disk.io import put, shrunk
+from paramend.disk.sharing import share, shareable
 
 # Bytes that the kernel copies at once: between windows, progress is reported and Ctrl-C takes effect.
 WINDOW = 1 << 25
@@ -19,9 +20,15 @@ _Way = Callable[[int, int, int, int], int]
 
 
 class Copier:
-    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again."""
+    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again.
+
+    Attributes:
+        shared: of the bytes copied so far, those that a source and its copy share.
+    """
 
     def __init__(self) -> None:
+        self.shared = 0
+        self._apart: set[Path] = set()  # sources whose bytes cannot be shared
         self._ways: list[_Way] = [_copy_by_hand]
         if hasattr(os, "sendfile"):
             self._ways.insert(0, _send)
@@ -29,7 +36,21 @@ class Copier:
             self._ways.insert(0, _copy_in_kernel)
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
-        """Append bytes, and yield the number of each step; `BadCheckpoint` if the source has fewer."""
+        """Append bytes, shared where they can be, and yield the number of each step; `BadCheckpoint` for too few."""
+        low = high = stop
+        if path not in self._apart:
+            low, high = shareable(start, stop, os.lseek(target, 0, os.SEEK_CUR))
+        yield from self._copied(source, target, start, low, path)
+        while low < high:
+            count = min(high - low, WINDOW)
+            if not share(source, target, low, count):
+                self._apart.add(path)
+                break
+            low, self.shared = low + count, self.shared + count
+            yield count
+        yield from self._copied(source, target, low, stop, path)
+
+    def _copied(self, source: int, target: int, start: int, stop: int, path: Path) -> Iterator[int]:
         while start < stop:
             count = self._step(source, target, start, min(stop - start, WINDOW), path)
             start += count

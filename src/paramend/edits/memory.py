@@ -93,11 +93,11 @@ class Memory(Tree, Editable):
         twins = {twin for number in chosen for twin in self.twins(number)}
         return structure.relocate(self, structure.moves(self.index, selector, twins, to), ())
 
-    def regrouped(self, groups: Sequence[Group]) -> Any:
+    def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:
         from paramend.edits import structure  # as above
 
         check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")
-        return structure.regroup(self, groups)
+        return structure.regroup(self, groups, close_up=close_up)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])

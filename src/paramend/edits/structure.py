@@ -43,19 +43,21 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
     return draft.root.close(close_up=bool(gone))
 
 
-def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
+def regroup(tree: Tree, groups: Sequence[Group], *, close_up: bool = True) -> Any:
     """A tree in which groups of leaves are replaced by others, each in a box like that of the first of its group."""
     draft = take_apart(tree)
     boxes = {number: draft.take(number) for number in dict.fromkeys(n for group in groups for n in group.numbers)}
     for group in groups:
         values, box = [tree.values[number] for number in group.numbers], boxes[group.numbers[0]]
         kind = find_kind(box)
+        box = group.boxed(box) if group.boxed is not None and kind is not None else box
         for path, value in zip(group.paths, group.make(values), strict=True):
-            draft.put(group.numbers[0], path, value if kind is None else kind.close(box, [value]))
+            made = value if kind is None else kind.close(box, [value])
+            draft.put(group.numbers[0], path, made, position=group.position)
     draft.check("into=, paths that are free")
     for number in boxes:
         draft.prune(number)
-    return draft.root.close(close_up=True)
+    return draft.root.close(close_up=close_up)
 
 
 def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
@@ -164,6 +166,11 @@ def _vacated(child: Any) -> bool:
     return isinstance(child, _Container) and bool(child.before) and all(map(_vacated, child.entries.values()))
 
 
+def _is_stale(child: Any, following: str, *, is_list: bool) -> bool:
+    """Whether a container gives way to one of another kind: a list for positions, or a dict where a list was."""
+    return _vacated(child) and (is_list or (child.positional and number_of(following) is None))
+
+
 class _Place(NamedTuple):
     """The place of a leaf: the containers from the root to its own, the key in each, and what seals it in, or None."""
 
@@ -234,8 +241,8 @@ class Draft:
             if depth == len(path) - 1:
                 break
             inner = container.entries.get(key)
-            if key not in container.entries:
-                following, like = path[depth + 1]
+            following, like = path[depth + 1]
+            if key not in container.entries or _is_stale(inner, following, is_list=depth + 1 == position):
                 template = old.chain[like] if like is not None else None
                 here = (*container.path, text)
                 inner = _list_in(self.root, here) if depth + 1 == position else _like(template, following, here)
