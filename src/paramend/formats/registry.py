@@ -283,10 +283,7 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A checkpoint, opened for reading. Its content tells the format; only headers are read.
-
-    Args:
-        path: a file, a directory, or the index file of a model in several files.
+    """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read.
 
     Raises:
         BadCheckpoint: it is damaged, or its format is unknown.

@@ -13,8 +13,6 @@ def by_name(thing: Any, what: str, where: str = "", hint: str = "") -> Any:
     """The function or class, if another process finds it by its name, or the pickler sends its code.
 
     Args:
-        thing: the function or class.
-        what: what is pickled.
         where: what it is there for, which goes before the reason and names it.
         hint: another way out, which goes behind the first one.
 

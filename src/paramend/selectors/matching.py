@@ -241,9 +241,7 @@ def families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[t
     """The numbered families that `head[...]tail` may mean under one parent: each a name and number → places.
 
     `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`.
-
-    Args:
-        roles: what labels may be to the step; it is filled as they are met.
+    What labels are to the step is kept in `roles`.
     """
     children: dict[str, _Family] = {}
     siblings: dict[str, _Family] = {}

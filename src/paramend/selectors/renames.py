@@ -46,10 +46,7 @@ class Rename:
         return f"{self.source} -> {self.target}"
 
     def over(self, index: Index, only: Collection[int] | None = None) -> dict[int, NewPath]:
-        """The new paths of the leaves of a tree that match, by leaf number.
-
-        Args:
-            only: the leaves whose new paths are wanted; None for all.
+        """The new paths of the leaves of a tree that match, or `only` of some of them, by leaf number.
 
         Raises:
             OutOfRange: a position in the source does not exist.

@@ -227,10 +227,7 @@ class Tree:
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
 
     def apart(self, numbers: Collection[int]) -> dict[int, int]:
-        """Check that leaves can change in place without changing others; those that are one array are changed once.
-
-        Returns:
-            The number of a leaf → that of an earlier one of these leaves that is the same array.
+        """Check that leaves can change in place without changing others; of those that are one array, → the first one.
 
         Raises:
             Unsupported: a leaf shares memory with a leaf that is not among them, or shares a part of it with any.
