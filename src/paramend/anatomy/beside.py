@@ -36,7 +36,6 @@ def mark_blocks(source: Source, path: Path) -> None:
 
 
 def _places(names: Names, path: tuple[str, ...], layers: int, blocks: int) -> Iterator[tuple[str, ...]]:
-    """Where entries are numbered as so many layers with blocks after them."""
     numbers: set[int] = set()
     for label, child in names.items():
         if type(child) is not int:

@@ -83,7 +83,6 @@ def _groups(ranges: Array, leaves: Array | None) -> Iterator[tuple[int, int, Arr
 
 
 def _copy(window: memoryview, data: memoryview, ranges: Array, *, out: bool) -> None:
-    """Copy ranges out of a window that begins with the first of them, or into it."""
     lengths = ranges[:, 1] - ranges[:, 0]
     ends = np.cumsum(lengths)
     shift = ranges[:, 0] - ranges[0, 0] - (ends - lengths)

@@ -114,7 +114,6 @@ def check_set(spec: Spec, args: Args) -> Spec:
 
 
 def _spec_of(value: Any, takes: str) -> Spec:
-    """The spec of an array of any library, of a list, or of a leaf on disk."""
     if isinstance(value, Stored):
         return value.spec
     library = backend_of(type(value))

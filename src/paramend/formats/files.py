@@ -207,11 +207,9 @@ class FileSource(Opened):
         return buffer.view(dtype)
 
     def _gathered(self, number: int, start: int, stop: int) -> Array:
-        """A range of a leaf whose bytes are not in the file as they are."""
         return self.read(number).flat[start:stop]
 
     def _mapped(self, start: int, spec: Spec) -> Array:
-        """The elements in the file from a byte on, as one axis."""
         flat = np.frombuffer(self._file.map, np.uint8, spec.nbytes, start).view(numpy_dtype(spec.dtype))
         return flat if flat.flags.aligned else flat.copy()
 

@@ -154,7 +154,6 @@ class Parser:
         return found
 
     def _begin(self, open_: list["_Open"]) -> Any:
-        """The next value; a map or a list is only opened, and put on the stack."""
         start = self.at
         kind, length = self._head()
         self._room -= 1

@@ -151,7 +151,6 @@ class NpzFile(ZipSource):
         return self.archive.offsets(entry.member).start + entry.head if stored else None
 
     def _inflated(self, entry: NpzEntry, start: int, nbytes: int) -> Array:
-        """Bytes of a compressed array, or of an empty one."""
         if not entry.nbytes:
             return np.empty(0, np.uint8)
         start += entry.head

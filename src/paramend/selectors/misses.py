@@ -183,7 +183,6 @@ def _key(text: str) -> Segment:
 
 
 def _near_keys(segment: Segment, known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
-    """Existing keys in place of one that does not exist, each with a cost."""
     if isinstance(segment, Quoted):
         pieces = labels(segment.text)
         if len(pieces) == 1:
@@ -297,7 +296,6 @@ def _lowered_text(atom: Literal | Star) -> Literal | Star:
 
 
 def _lower(text: str) -> str:
-    """A text in lower case, of the same length."""
     lower = text.lower()
     return lower if len(lower) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 

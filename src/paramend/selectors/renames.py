@@ -244,7 +244,6 @@ class _Reader:
 
 
 def _unrolled(trail: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:
-    """The range of each segment, from where the segments end, last to first."""
     stops = []
     while trail:
         trail, stop = trail

@@ -87,7 +87,6 @@ def _close(entries: dict[Any, Any], like: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether nested dicts and lists hold plain values alone."""
     if isinstance(value, dict):
         return all(type(key) in ATOMS and _is_plain(child) for key, child in value.items())
     return all(map(_is_plain, value)) if isinstance(value, list | tuple) else written(value) is not _NOTHING

@@ -200,7 +200,6 @@ class Archive:
         raise self.bad(member.name, "the sizes and checksum after it differ from the central directory")
 
     def _limit(self, member: Member) -> int:
-        """The offset of what follows a member."""
         at = bisect_right(self._headers, member.header)
         return self._headers[at] if at < len(self._headers) else self._directory
 
