@@ -1,21 +1,19 @@
 """The verbs that move elements: checked against specs, run on arrays, and as origins of leaves on disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
-from paramend.edits.arguments import read_index, shown
+from paramend.edits.arguments import Args, read_index, shown
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch
 from paramend.leaves.origins import moved
 from paramend.leaves.origins.boxes import Places
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
-
-Args = Mapping[str, Any]
 
 
 def _whole(value: Any, what: str, hint: str) -> int:
@@ -25,18 +23,11 @@ def _whole(value: Any, what: str, hint: str) -> int:
 
 
 def axis_of(spec: Spec, axis: Any) -> int:
-    """An axis of a leaf, counted from the front.
-
-    Raises:
-        OutOfRange: the leaf has no such axis.
-    """
+    """An axis of a leaf, counted from the front; `OutOfRange` if the leaf has no such axis."""
     found = _whole(axis, "the axis", "axis=0")
     if not -spec.ndim <= found < spec.ndim:
         raise OutOfRange(f"{spec} has no axis {found}; it has {wording.plural(spec.ndim, 'axis', 'axes')}")
     return found % spec.ndim
-
-
-# ---- transpose ---------------------------------------------------------------------------------------------------
 
 
 def _axes_of(spec: Spec, axes: Any) -> tuple[int, ...]:
@@ -62,9 +53,6 @@ def transpose(library: Backend, x: Any, args: Args, place: Site) -> Any:
 def transposed(origin: Origin, args: Args) -> Origin:
     """The origin with its axes in another order."""
     return moved.permute_axes(origin, _axes_of(origin.spec, args["axes"]))
-
-
-# ---- reshape -----------------------------------------------------------------------------------------------------
 
 
 def _shape_of(spec: Spec, shape: Any) -> tuple[int, ...]:
@@ -94,8 +82,6 @@ def reshaped(origin: Origin, args: Args) -> Origin:
     """The origin in another shape."""
     return moved.reshape(origin, _shape_of(origin.spec, args["shape"]))
 
-
-# ---- take, permute -----------------------------------------------------------------------------------------------
 
 _LIST = "[0, 2], a slice, or a mask of bools"
 

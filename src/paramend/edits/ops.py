@@ -21,9 +21,10 @@ from paramend.edits.arguments import (
     PERMUTATION,
     PLACES,
     SEED,
+    Args,
     Value,
 )
-from paramend.edits.call import Args, Check, Op, Run
+from paramend.edits.call import Check, Op, Run
 from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed
 
 # mypy: disable-error-code="empty-body"

@@ -192,12 +192,7 @@ class Plan(Paged):
 
     @uncollected()
     def edited(self, calls: Mapping[int, Call]) -> "Plan":
-        """The plan with further calls on some leaves, checked against their specs.
-
-        Raises:
-            SpecMismatch: a call does not fit its leaf; the message names it.
-            Unsupported: the values cannot be read, or the result of the call is not known before it runs.
-        """
+        """The plan with further calls on some leaves; `SpecMismatch` or `Unsupported` where one does not fit."""
         index = self.index
         new: dict[int, Row] = {}
         settled = {id(edit): _settled(edit) for edit in calls.values()}
@@ -223,11 +218,7 @@ class Plan(Paged):
         return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
 
     def renamed(self, moved: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Plan":
-        """The plan that moves some leaves to other paths, from `structure.moves`.
-
-        Raises:
-            RenameClash: two leaves would have one path, or one would have the path of a container of others.
-        """
+        """The plan that moves some leaves to other paths, from `structure.moves`; `RenameClash` if they cannot."""
         rows = tuple(self._moved(row, moved[row.source]) if row.source in moved else row for row in self.rows)
         taken: dict[tuple[str, ...], Row] = {}
         inside: set[tuple[str, ...]] = set()
@@ -341,10 +332,7 @@ class Plan(Paged):
 
 
 def call(op: str, args: Mapping[str, Any]) -> Call:
-    """An edit of the table with its arguments; an array of any library becomes a numpy array.
-
-    Raises:
-        BadArgument: there is no such edit, or it has other arguments.
+    """An edit of the table with its arguments, numpy arrays for those of any library; `BadArgument` for others.
 
     >>> print(call("fill", {"value": 0.5}))
     fill(0.5)
@@ -370,10 +358,6 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
 
 def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
     """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
-
-    Raises:
-        NoMatch: nothing matches.
-        SpecMismatch: the edit does not fit a selected leaf; the message names it.
 
     >>> from paramend.trees.tree import Tree
     >>> tree = Tree({"a": np.ones((2, 3)), "b": np.ones(3)})
