@@ -10,7 +10,7 @@ from paramend.edits.call import Call
 from paramend.edits.damage import Damage, of_call
 from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select
-from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.origin import Namer, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.steps import Step, step_of
@@ -27,6 +27,7 @@ class Edited(Origin):
         damage: where values that the dtype cannot hold are counted.
     """
 
+    moves = False
     refusal = ""  # a leaf that cannot be read takes no edits but those that do not read it
 
     def __init__(self, base: Origin, calls: Sequence[Call], places: Sequence[Site], path: str, damage: Damage) -> None:
@@ -41,8 +42,8 @@ class Edited(Origin):
     def __reduce__(self) -> tuple[Any, ...]:
         return Edited, (self.base, self.calls, self.places, self.path, self.damage)
 
-    def __str__(self) -> str:
-        return ".".join((str(self.base), *map(str, self.calls)))
+    def text(self, name: Namer) -> str:
+        return ".".join((self.base.text(name), *map(str, self.calls)))
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]

@@ -1,9 +1,11 @@
 """`Origin`: where the values of a leaf come from, an expression over stored leaves."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -34,6 +36,10 @@ class Extent:
     nbytes: int
 
 
+# What an origin without children is called in a text.
+Namer: TypeAlias = Callable[["Origin"], str]
+
+
 class Origin(ABC):
     """Where a leaf comes from: its spec is known without data, its elements are read box by box.
 
@@ -41,9 +47,11 @@ class Origin(ABC):
 
     Attributes:
         children: the origins that its elements come from; empty if it is a leaf of a source, or made.
+        says: what it is called in a text; "" if it has children.
     """
 
     children: tuple["Origin", ...] = ()
+    says: str = ""
 
     @property
     @abstractmethod
@@ -54,8 +62,12 @@ class Origin(ABC):
     def read_box(self, box: Box) -> Array:
         """The elements at some places, axis by axis: an array of the shape of the box."""
 
-    @abstractmethod
-    def __str__(self) -> str: ...
+    def text(self, name: Namer) -> str:
+        """The expression, which `read_origin` reads."""
+        return name(self)
+
+    def __str__(self) -> str:
+        return self.text(attrgetter("says"))
 
     def __repr__(self) -> str:
         return f"<{self} {self.spec}>"
@@ -64,6 +76,11 @@ class Origin(ABC):
     def refusal(self) -> str:
         """Why it cannot be read as an array, or ""."""
         return next((child.refusal for child in self.children if child.refusal), "")
+
+    @property
+    def moves(self) -> bool:
+        """Whether its elements are zeros and those of leaves of sources, with their bits: its text then says all."""
+        return all(child.moves for child in self.children)
 
     @property
     def bits(self) -> int:
