@@ -1,4 +1,4 @@
-"""How the text of an origin writes places and many parts, and the names of leaves, so that it is short and can be read."""
+"""How the text of an origin writes places, many parts, and names: short, and so that it can be read."""
 
 import json
 import re
@@ -10,7 +10,8 @@ from paramend.leaves.origins.boxes import Places
 from paramend.leaves.origins.origin import Namer, Origin
 
 # What stands in a text without quotes.
-BARE = re.compile(r"[\w./+@~-]+")
+CHARACTERS = r"\w./+@~#-"
+_bare = re.compile(f"[{CHARACTERS}]+").fullmatch
 _numbers = re.compile(r"(?<![0-9])([0-9]{1,15})(?![0-9])").split
 _HOLE = "\0leaf\0"
 # Fewer names, and fewer places, are written one by one.
@@ -23,7 +24,7 @@ def quoted(name: str) -> str:
     >>> quoted("layers.0.w"), quoted("a b")
     ('layers.0.w', '"a b"')
     """
-    return name if BARE.fullmatch(name) else json.dumps(name)
+    return name if _bare(name) else json.dumps(name)
 
 
 def written(places: Places) -> str:
@@ -63,7 +64,7 @@ def _apart(part: Origin, name: Namer) -> tuple[str, str]:
     while len(bottom.children) == 1 and not hasattr(bottom, "parts"):  # which count up names of their own
         bottom = bottom.children[0]
     leaf = "" if bottom.children else name(bottom)
-    return (part.text(lambda _: _HOLE), leaf) if BARE.fullmatch(leaf.replace(":", "")) else (part.text(name), "")
+    return (part.text(lambda _: _HOLE), leaf) if _bare(leaf.replace(":", "")) else (part.text(name), "")
 
 
 def _counted(found: Sequence[tuple[str, str]], at: int) -> tuple[int, str]:
