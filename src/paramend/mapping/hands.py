@@ -1,16 +1,18 @@
 """Moves of elements, the same on arrays of any library and on origins of leaves on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from paramend.arrays.registry import backend
+from paramend.arrays.registry import backend, to_numpy
+from paramend.errors import Unsupported
 from paramend.leaves.origins import moved
 from paramend.leaves.origins.boxes import Places
 from paramend.leaves.origins.moved import How
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.specs import Spec
+from paramend.leaves.origins.stored import Zeros
+from paramend.leaves.specs import Array, Spec
 
 
 def spec_of(x: Any) -> Spec:
@@ -47,3 +49,35 @@ def join(parts: Sequence[Any], axis: int, how: How) -> Any:
     shape = list(library.spec(parts[0]).shape)
     shape[axis] *= len(parts)
     return library.reshape(library.stack(parts, axis + 1), shape)
+
+
+def pad(x: Any, count: int, axis: int) -> Any:
+    """So many places of zeros behind those along an axis."""
+    if not isinstance(x, Origin):
+        return join([x, backend(x).zeros(take(x, np.zeros(count, np.int64), axis))], axis, "concat")
+    shape = list(x.spec.shape)
+    shape[axis] = count
+    return join([x, Zeros(Spec(tuple(shape), x.spec.dtype))], axis, "concat")
+
+
+def is_zero(x: Any) -> bool:
+    """Whether every bit is zero."""
+    return not any(piece.any() for piece in _bits(x, x))
+
+
+def equal(x: Any, y: Any) -> bool:
+    """Whether every bit is the same."""
+    return x is y or all(map(np.array_equal, _bits(x, x), _bits(y, x)))
+
+
+def _bits(x: Any, like: Any) -> Iterator[Array]:
+    """The bytes, an origin's in the pieces in which another one is best read.
+
+    Raises:
+        Unsupported: there are no values.
+    """
+    if not isinstance(x, Origin) and backend(x).abstract(x):
+        raise Unsupported(f"{spec_of(x)} has no values that could be checked")
+    pieces = (x.read_range(*each) for each in like.ranges()) if isinstance(x, Origin) else [to_numpy(x)]
+    for piece in pieces:
+        yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8)

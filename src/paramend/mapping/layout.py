@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from paramend.edits.arguments import shown
 from paramend.edits.memory import editable
@@ -22,6 +22,7 @@ from paramend.selectors.renames import NewPath, keys, pieces, rename
 from paramend.selectors.selector import resolve
 
 T = TypeVar("T")
+Slot: TypeAlias = tuple[int, tuple[int, ...]]  # the place of a path in its rule, and the numbers that count its leaves
 Rest = Literal["error", "keep"]
 VERSION = 1
 _MARK = "…"  # separates the numbers that count a family from the path of what is made of it
@@ -304,11 +305,8 @@ def _group(
         raise BadArgument(f"there is no {wording.listing(lacking)} beside {wording.listing(paths, 3)}")
     slots = [(place, key) for place, family in enumerate(families) for key in sorted(family)]
     numbers = tuple(families[place][key] for place, key in slots)
-    try:
-        made = _made(rule, slots, len(rule.sources), [Stored(leaves, number) for number in numbers])
-    except ParamendError as error:
-        error.args = (f"{wording.listing(paths, 3)}: {error.args[0]}", *error.args[1:])
-        raise
+    said = wording.listing(paths, 3)
+    made = _made(rule, slots, said, [Stored(leaves, number) for number in numbers])
     targets = []
     for target, family in zip(rule.targets, made, strict=True):
         for key in family:
@@ -317,15 +315,25 @@ def _group(
     rows = [
         Moved(_text(path, leaves.index.separator), origin.spec, str(origin), tuple(paths)) for path, origin in targets
     ]
-    make = partial(_values, rule, slots, len(rule.sources))
+    make = partial(_values, rule, slots, said)
     return Group(numbers, tuple(path for path, _ in targets), make), rows
 
 
-def _made(rule: Rule, slots: Sequence[tuple[int, tuple[int, ...]]], count: int, values: Sequence[Any]) -> Bundle:
-    bundle: Bundle = [{} for _ in range(count)]
+def _made(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any], *, check: bool = False) -> Bundle:
+    bundle: Bundle = [{} for _ in rule.sources]
     for (place, key), value in zip(slots, values, strict=True):
         bundle[place][key] = value
+    try:
+        return _stepped(rule, bundle, check)
+    except ParamendError as error:
+        error.args = (f"{paths}: {error.args[0]}", *error.args[1:])
+        raise
+
+
+def _stepped(rule: Rule, bundle: Bundle, check: bool) -> Bundle:
     for step in rule.do:
+        if check:
+            step.check(bundle)
         bundle = step.run(bundle, len(rule.targets))
     if len(bundle) != len(rule.targets):
         raise BadArgument(f"{rule} makes {len(bundle)} leaves, and `to` has {len(rule.targets)} paths")
@@ -337,8 +345,8 @@ def _made(rule: Rule, slots: Sequence[tuple[int, tuple[int, ...]]], count: int, 
     return bundle
 
 
-def _values(rule: Rule, slots: Any, count: int, values: Sequence[Any]) -> list[Any]:
-    return [family[key] for family in _made(rule, slots, count, values) for key in family]
+def _values(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any]) -> list[Any]:
+    return [family[key] for family in _made(rule, slots, paths, values, check=True) for key in family]
 
 
 def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:

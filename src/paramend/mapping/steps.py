@@ -4,6 +4,7 @@ A rule takes one leaf for each of its paths, or, where a captured number counts 
 such a bundle into another, on arrays and on origins alike.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,8 @@ from paramend.reports import wording
 Family: TypeAlias = dict[tuple[int, ...], Any]
 Bundle: TypeAlias = list[Family]
 Data: TypeAlias = Mapping[str, Any]
-COUNTS = ("heads", "kv_heads", "rotary_dim")  # numbers of the model, which may be given by name
+# Numbers of the model, which may be given by name; the last one may be a product of several.
+COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,25 @@ class Step:
         """The bundle after the step, in a rule that ends in `count` paths."""
         return _ROWS[self.name].run(bundle, self.args, count)
 
+    def check(self, bundle: Bundle) -> None:
+        """Raise if the step would lose values, which are read for it."""
+        check = _ROWS[self.name].check
+        if check is not None:
+            check(bundle, self.args)
+
     @property
     def names(self) -> list[str]:
         """The numbers of the model that it names."""
-        return [value for value in self.args.values() if isinstance(value, str)]
+        return [name for value in self.args.values() for name in _listed(value) if isinstance(name, str)]
 
     def bound(self, number: Callable[[str], int]) -> "Step":
         """The step with numbers in place of their names."""
-        return Step(
-            self.name, {key: number(value) if isinstance(value, str) else value for key, value in self.args.items()}
-        )
+
+        def known(value: Any) -> Any:
+            return number(value) if isinstance(value, str) else value
+
+        args = self.args.items()
+        return Step(self.name, {key: [*map(known, _listed(v))] if isinstance(v, list) else known(v) for key, v in args})
 
     def inverse(self) -> "Step":
         """The step that takes this one back."""
@@ -64,12 +75,18 @@ class Step:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of step: the keys that it takes, those that it needs, what it does, and its inverse as name and keys."""
+    """A kind of step: the keys that it takes, those that it needs ("a|b" is one of two), what it does, its inverse as
+    name and keys, and what raises if values would be lost."""
 
     keys: tuple[str, ...]
     needs: tuple[str, ...]
     run: Callable[[Bundle, Data, int], Bundle]
     inverse: Callable[[Data], tuple[str, Data]]
+    check: Callable[[Bundle, Data], None] | None = None
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def read_step(data: Any) -> Step:
@@ -93,15 +110,18 @@ def read_step(data: Any) -> Step:
     if isinstance(given, list | tuple):
         given = {row.keys[0]: list(given)}
     args = {"axis": 0, **(given or {})} if "axis" in row.keys else dict(given or {})
-    wrong = [key for key in args if key not in row.keys] + [key for key in row.needs if key not in args]
+    wrong = [key for key in args if key not in row.keys]
+    wrong += [key for key in row.needs if sum(one in args for one in key.split("|")) != 1]
     if wrong:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
-        single = key == "axis" or key in COUNTS
-        whole = single or isinstance(value, list | tuple)
-        named = key in COUNTS and isinstance(value, str) and value.isidentifier()
-        values = [value] if single else value
-        if not named and not (whole and all(type(each) is int and (each > 0 or key not in COUNTS) for each in values)):
+        single, counts = key == "axis" or key in COUNTS, key in COUNTS
+        values = [value] if single and key != COUNTS[-1] else value if not single else _listed(value)
+        if not isinstance(values, list | tuple) or not all(
+            (type(each) is int and (each > 0 or not counts))
+            or (counts and isinstance(each, str) and each.isidentifier())
+            for each in values
+        ):
             raise BadArgument(
                 f"{name}: {key} cannot be {shown(value)}",
                 hint="a whole number or a name, such as num_attention_heads" if key in COUNTS else "whole numbers",
@@ -329,7 +349,83 @@ def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     return out
 
 
+def _padded(args: Data, size: int) -> int:
+    """The length of an axis of some length with what `pad` adds."""
+    multiple = math.prod(_listed(args.get("multiple", 1)))
+    return int(args["to"]) if "to" in args else -(-size // multiple) * multiple
+
+
+def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
+    def changed(x: Any) -> Any:
+        spec = hands.spec_of(x)
+        axis = axis_of(spec, args["axis"])
+        length = spec.shape[axis]
+        padded = _padded(args, length)
+        if length != (args["size"] or length) or padded < length:
+            raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {args['size']:,} to {padded:,}")
+        return hands.pad(x, padded - length, axis) if padded > length else x
+
+    return _each(bundle, changed)
+
+
+def _cut(bundle: Bundle, args: Data, count: int) -> Bundle:
+    return _each(bundle, lambda x: _apart(x, args)[0])
+
+
+def _apart(x: Any, args: Data) -> tuple[Any, Any]:
+    """A leaf as it was before `pad`, and what `pad` put behind it, or None."""
+    spec = hands.spec_of(x)
+    axis = axis_of(spec, args["axis"])
+    length = spec.shape[axis]
+    size = args["size"] or (length if _padded(args, 1) == 1 else 0)
+    if length == size:
+        return x, None
+    if not size or length != _padded(args, size):
+        said = f"and for {size:,} places `pad` makes {_padded(args, size):,}" if size else "of which `size` are true"
+        raise SpecMismatch(
+            f"pad: axis {axis} of {spec} is {length:,} long, {said}",
+            hint="the numbers that `pad` names, such as vocab_size=32000",
+        )
+    return hands.take(x, range(size), axis), hands.take(x, range(size, length), axis)
+
+
+def _check_cut(bundle: Bundle, args: Data) -> None:
+    for x in (x for family in bundle for x in family.values()):
+        kept, rest = _apart(x, args)
+        if rest is not None and not hands.is_zero(rest):
+            raise BadArgument(
+                f"what follows {hands.spec_of(kept)} is not zero: `pad` did not put it there",
+                hint=f"if it may go: pm.at(tree, path).take(slice(0, {args['size']}), axis={args['axis']}) first",
+            )
+
+
+def _tie(bundle: Bundle, args: Data, count: int) -> Bundle:
+    family = _alone("tie", bundle)
+    return [dict(family) for _ in range(count)]
+
+
+def _untie(bundle: Bundle, args: Data, count: int) -> Bundle:
+    for parts in _abreast("untie", bundle).values():
+        _alike([hands.spec_of(part) for part in parts], 0, "stack")
+    return bundle[:1]
+
+
+def _check_untie(bundle: Bundle, args: Data) -> None:
+    for parts in _abreast("untie", bundle).values():
+        if not all(hands.equal(parts[0], part) for part in parts[1:]):
+            raise BadArgument(
+                "they are not equal: one of them would be lost",
+                hint="a rule for each of them; or delete the one that may go, and take the other by a rename",
+            )
+
+
 _ROWS: Mapping[str, _Kind] = {
+    "pad": _Kind(("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, lambda args: ("cut", args)),
+    "cut": _Kind(
+        ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _cut, lambda args: ("pad", args), _check_cut
+    ),
+    "tie": _Kind((), (), _tie, lambda args: ("untie", args)),
+    "untie": _Kind((), (), _untie, lambda args: ("tie", args), _check_untie),
     "rope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), lambda args: ("unrope", args)),
     "unrope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, True), lambda args: ("rope", args)),
     "group_qkv": _Kind(
