@@ -83,6 +83,11 @@ class Origin(ABC):
         return all(child.moves for child in self.children)
 
     @property
+    def boxed(self) -> bool:
+        """Whether its boxes can be read in any order, in memory that is bounded by a box."""
+        return all(child.boxed for child in self.children)
+
+    @property
     def bits(self) -> int:
         """The bits of one element, also for dtypes of unknown width; 0 if they are not all of one width."""
         return BITS.get(self.spec.dtype) or next((child.bits for child in self.children if child.bits), 0)
