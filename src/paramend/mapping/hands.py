@@ -41,6 +41,7 @@ def join(parts: Sequence[Any], axis: int, how: How) -> Any:
     """Several along an axis."""
     if isinstance(parts[0], Origin):
         return moved.join(parts, axis, how)
+    moved.check_fit([spec_of(part) for part in parts], axis, how)
     library = backend(parts[0])
     if how == "concat":
         return library.concat(parts, axis)

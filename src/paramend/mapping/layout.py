@@ -217,7 +217,7 @@ class Layout:
         rows: list[Moved] = []
         taken: dict[int, Rule] = {}
         for rule in rules:
-            for group, made in _groups(leaves, rule, numbers):
+            for group, made in groups_of(leaves, rule, numbers):
                 for number in group.numbers:
                     if taken.setdefault(number, rule) is not rule:
                         raise BadArgument(
@@ -270,7 +270,9 @@ def _absent(here: Sequence[str], there: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for path in here for name in captures_of(path) if name not in known))
 
 
-def _groups(leaves: Editable, rule: Rule, number_of: Callable[[str], int]) -> list[tuple[Group, list[Moved]]]:
+def groups_of(
+    leaves: Editable, rule: Rule, number_of: Callable[[str], int] | None = None
+) -> list[tuple[Group, list[Moved]]]:
     """What a rule does with a tree: the leaves that it takes, and what it makes of them."""
     counting, counted = _absent(rule.sources, rule.targets), _absent(rule.targets, rule.sources)
     probe = _numbered(rule.targets[0], dict.fromkeys(counted, 0))
@@ -286,7 +288,7 @@ def _groups(leaves: Editable, rule: Rule, number_of: Callable[[str], int]) -> li
         for source in rule.sources:
             resolve(source, leaves)  # for its error, which names near matches
         raise NoMatch(f"the rule {rule} takes nothing")
-    bound = rule.bound(number_of) if found else rule
+    bound = rule.bound(number_of) if found and number_of is not None else rule
     firsts = {families[0][min(families[0])] for families in found.values() if families[0]}
     paths = cache(lambda target: rename(rule.sources[0], target).over(leaves.index, firsts))
     return [_group(leaves, bound, families, counted, paths) for families in found.values()]

@@ -5,7 +5,7 @@ such a bundle into another, on arrays and on origins alike.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ import numpy as np
 from paramend.edits.arguments import shown
 from paramend.edits.moves import axis_of
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.origins.moved import How
+from paramend.leaves.origins.moved import How, check_fit
 from paramend.leaves.specs import Spec
 from paramend.mapping import hands
 from paramend.reports import wording
@@ -115,12 +115,11 @@ def read_step(data: Any) -> Step:
     if wrong:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
-        single, counts = key == "axis" or key in COUNTS, key in COUNTS
-        values = [value] if single and key != COUNTS[-1] else value if not single else _listed(value)
-        if not isinstance(values, list | tuple) or not all(
-            (type(each) is int and (each > 0 or not counts))
-            or (counts and isinstance(each, str) and each.isidentifier())
-            for each in values
+        counts, lists = key in COUNTS, isinstance(value, list | tuple)
+        fits = key == COUNTS[-1] or lists != (counts or key == "axis")
+        if not fits or not all(
+            counts and each.isidentifier() if isinstance(each, str) else type(each) is int and (each > 0 or not counts)
+            for each in _listed(value)
         ):
             raise BadArgument(
                 f"{name}: {key} cannot be {shown(value)}",
@@ -154,7 +153,6 @@ def _stacked(family: Family, axis: int) -> Family:
             raise BadArgument(f"the leaves to stack are numbered {there}, not 0 to {len(numbers) - 1}")
         spec = hands.spec_of(layers[0])
         grown = axis_of(Spec((*spec.shape, 1), spec.dtype), axis)
-        _alike([hands.spec_of(layers[number]) for number in numbers], grown, "stack")
         out[key] = hands.join([layers[number] for number in numbers], grown, "stack")
     return out
 
@@ -171,16 +169,6 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
                 cut[*key, place] = hands.reshape(hands.take(x, range(place, place + 1), axis), rest)
         out.append(cut)
     return out
-
-
-def _alike(specs: Sequence[Spec], axis: int, how: How) -> None:
-    first = specs[0]
-    for spec in specs[1:]:
-        ours, theirs = list(first.shape), list(spec.shape)
-        if how == "concat" and len(ours) == len(theirs):
-            ours[axis] = theirs[axis]
-        if (ours, first.dtype) != (theirs, spec.dtype):
-            raise SpecMismatch(f"{how} along axis {axis}: {first} and {spec} do not fit")
 
 
 def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
@@ -200,12 +188,10 @@ def _alone(name: str, bundle: Bundle) -> Family:
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Family = {}
     for key, parts in _abreast(how, bundle).items():
-        specs = [hands.spec_of(part) for part in parts]
-        axis = axis_of(specs[0], args["axis"])
-        _alike(specs, axis, how)
-        if how == "concat" and "sizes" in args and [spec.shape[axis] for spec in specs] != list(args["sizes"]):
-            raise SpecMismatch(f"concat: the lengths along axis {axis} are not {list(args['sizes'])}")
+        axis = axis_of(hands.spec_of(parts[0]), args["axis"])
         out[key] = hands.join(parts, axis, how)
+        if "sizes" in args and [hands.spec_of(part).shape[axis] for part in parts] != list(args["sizes"]):
+            raise SpecMismatch(f"concat: the lengths along axis {axis} are not {list(args['sizes'])}")
     return [out]
 
 
@@ -216,9 +202,12 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
         axis = axis_of(spec, args["axis"])
         length = spec.shape[axis]
         sizes = list(args.get("sizes", [length // count] * count))
-        if sum(sizes) != length or len(sizes) != count:
-            said = f"into {count} equal parts" if "sizes" not in args else f"into {sizes}"
-            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut {said}", hint="sizes: [...]")
+        if "sizes" not in args and length % count:
+            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint="sizes=[...]")
+        if sum(sizes) != length or len(sizes) != count or min(sizes) < 0:
+            raise SpecMismatch(
+                f"the sizes {sizes} do not add up to {length:,}, axis {axis} of {spec}, in {count} parts"
+            )
         ends = np.cumsum(sizes).tolist()
         for part, size, end in zip(out, sizes, ends, strict=True):
             part[key] = hands.take(x, range(end - size, end), axis)
@@ -323,7 +312,7 @@ def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     for key, parts in _abreast("group_qkv", bundle).items():
         specs = [hands.spec_of(part) for part in parts]
         axis = axis_of(specs[0], args["axis"])
-        _alike(specs, axis, "concat")
+        check_fit(specs, axis, "concat")
         size = _grouped("group_qkv", args, specs[0].shape[axis], args["heads"])
         if any(spec.shape[axis] != groups * size for spec in specs[1:]):
             raise SpecMismatch(f"group_qkv: {specs[1]} and {specs[2]} do not hold {groups:,} heads of {size:,}")
@@ -406,7 +395,7 @@ def _tie(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 def _untie(bundle: Bundle, args: Data, count: int) -> Bundle:
     for parts in _abreast("untie", bundle).values():
-        _alike([hands.spec_of(part) for part in parts], 0, "stack")
+        check_fit([hands.spec_of(part) for part in parts], 0, "stack")
     return bundle[:1]
 
 

@@ -337,20 +337,24 @@ def take(origin: Origin, places: Places, axis: int) -> Origin:
     return origin if nothing else Taken(origin, axis, places)
 
 
+def check_fit(specs: Sequence[Spec], axis: int, how: How) -> None:
+    """Raise `SpecMismatch` if arrays cannot be joined."""
+    one = specs[0]
+    for spec in specs[1:]:
+        ours, theirs = list(one.shape), list(spec.shape)
+        if how == "concat" and len(ours) == len(theirs):
+            ours[axis] = theirs[axis]
+        if (ours, one.dtype) != (theirs, spec.dtype):
+            raise SpecMismatch(f"{how} along axis {axis}: {one} and {spec} do not fit")
+
+
 def join(parts: Sequence[Origin], axis: int, how: How) -> Origin:
     """Origins along an axis.
 
     Raises:
-        SpecMismatch: they do not fit together; the message says which.
+        SpecMismatch: they do not fit together.
     """
-    one = parts[0].spec
-    for at, part in enumerate(parts):
-        spec = part.spec
-        ours, theirs = list(one.shape), list(spec.shape)
-        if how == "concat" and len(ours) == len(theirs):
-            ours[axis] = theirs[axis] = 0
-        if (ours, one.dtype) != (theirs, spec.dtype):
-            raise SpecMismatch(f"{how} of {one} and {spec}: part {at} differs from part 0")
+    check_fit([part.spec for part in parts], axis, how)
     return parts[0] if len(parts) == 1 and how != "stack" else Joined(tuple(parts), axis, how)
 
 
