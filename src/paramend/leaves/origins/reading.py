@@ -123,21 +123,25 @@ class _Reader:
         return moved.join(parts, int(axis), verb)  # type: ignore[arg-type]
 
     def joined(self) -> Iterator[Origin]:
-        outer, start = (self.number, self.last), self.at
-        self.number = None
+        outer = self.number, self.last
         while True:
-            yield self.origin()
-            self.parts -= 1
-            if self.parts < 0:
-                raise BadArgument(f"it has more than {_PARTS:,} parts")
-            if self.number is not None and self.number < self.last:
-                self.number, self.at = self.number + 1, start
-                continue
+            start = self.at
+            found, first = self.part(start, None)
+            yield found
+            for number in range(first + 1, self.last + 1) if first is not None else ():
+                yield self.part(start, number)[0]
             if _end(self.text, self.at) or not self.text.startswith(", ", self.at):
                 break
-            self.at = start = self.at + 2
-            self.number = None
+            self.at += 2
         self.number, self.last = outer
+
+    def part(self, start: int, number: int | None) -> tuple[Origin, int | None]:
+        """A part, and what stood in its name for numbers that count up."""
+        self.at, self.number = start, number
+        self.parts -= 1
+        if self.parts < 0:
+            raise BadArgument(f"it has more than {_PARTS:,} parts")
+        return self.origin(), self.number
 
     def lengths(self, text: str) -> list[int]:
         words = text.split(", ") if text else []

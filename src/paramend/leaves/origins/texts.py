@@ -39,7 +39,8 @@ def written(places: Places) -> str:
             return f"{start}:{start + 1}"
         return f"{start}:{stop if stop >= 0 else ''}{f':{step}' if step != 1 else ''}"
     ends = [*(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
-    found, first, each = [], 0, places.tolist()
+    first, each = 0, places.tolist()
+    found: list[str] = []
     for end in ends:
         run = each[first:end]
         found += [f"{run[0]}:{run[-1] + 1}"] if len(run) >= _FEW else map(str, run)
