@@ -341,8 +341,8 @@ class Edits(Generic[T]):
 
     @edit(
         "the axes get another order",
-        check=moves.transposed_spec,
-        run=moves.transpose,
+        check=moves.checked(moves.transposed),
+        run=moves.run(moves.transposed),
         moves=moves.transposed,
         keeps_spec=False,
         chunks=False,
@@ -367,8 +367,8 @@ class Edits(Generic[T]):
 
     @edit(
         "the elements, in C order, get another shape",
-        check=moves.reshaped_spec,
-        run=moves.reshape,
+        check=moves.checked(moves.reshaped),
+        run=moves.run(moves.reshaped),
         moves=moves.reshaped,
         keeps_spec=False,
         chunks=False,
@@ -392,8 +392,8 @@ class Edits(Generic[T]):
 
     @edit(
         "some places along an axis stay, in the order given",
-        check=moves.taken_spec,
-        run=moves.take,
+        check=moves.checked(moves.taken),
+        run=moves.run(moves.taken),
         moves=moves.taken,
         keeps_spec=False,
         chunks=False,
@@ -419,8 +419,8 @@ class Edits(Generic[T]):
 
     @edit(
         "the places along an axis get another order",
-        check=moves.permuted_spec,
-        run=moves.permute,
+        check=moves.checked(moves.permuted),
+        run=moves.run(moves.permuted),
         moves=moves.permuted,
         keeps_spec=False,
         chunks=False,

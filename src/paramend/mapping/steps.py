@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from paramend.edits import hands, moves
 from paramend.edits.arguments import shown
 from paramend.edits.moves import axis_of
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins.moved import How, check_fit
 from paramend.leaves.specs import Spec
-from paramend.mapping import hands
 from paramend.reports import wording
 
 # One family for each path: the numbers that count its leaves → a leaf; () → the leaf where nothing counts them.
@@ -226,39 +226,16 @@ def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
     return out
 
 
-def _transpose(bundle: Bundle, args: Data, count: int) -> Bundle:
-    axes = args["axes"]
-
-    def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        if sorted(axes) != list(range(spec.ndim)):
-            raise SpecMismatch(f"transpose takes each axis of {spec} once, and axes is {list(axes)}")
-        return hands.transpose(x, axes)
-
-    return _each(bundle, changed)
+def _moved(move: Callable[[Any, Data], Any], bundle: Bundle, args: Data, count: int) -> Bundle:
+    return _each(bundle, lambda x: move(x, args))
 
 
 def _reshape(bundle: Bundle, args: Data, count: int) -> Bundle:
     def changed(x: Any) -> Any:
         spec = hands.spec_of(x)
-        for key, have in (("shape", np.prod(args["shape"])), ("back", spec.shape)):
-            want = spec.size if key == "shape" else tuple(args["back"])
-            if have != want:
-                raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
-        return hands.reshape(x, args["shape"])
-
-    return _each(bundle, changed)
-
-
-def _permute(bundle: Bundle, args: Data, count: int) -> Bundle:
-    index = np.asarray(args["index"], np.int64)
-
-    def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
-        if sorted(args["index"]) != list(range(spec.shape[axis])):
-            raise SpecMismatch(f"permute: index is not a permutation of the {spec.shape[axis]:,} places of {spec}")
-        return hands.take(x, index, axis)
+        if spec.shape != tuple(args["back"]):
+            raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
+        return moves.reshaped(x, args)
 
     return _each(bundle, changed)
 
@@ -430,7 +407,10 @@ _ROWS: Mapping[str, _Kind] = {
     "interleave": _Kind(("axis",), (), partial(_join, "interleave"), lambda args: ("deal", args)),
     "deal": _Kind(("axis",), (), _deal, lambda args: ("interleave", args)),
     "transpose": _Kind(
-        ("axes",), ("axes",), _transpose, lambda args: ("transpose", {"axes": np.argsort(args["axes"]).tolist()})
+        ("axes",),
+        ("axes",),
+        partial(_moved, moves.transposed),
+        lambda args: ("transpose", {"axes": np.argsort(args["axes"]).tolist()}),
     ),
     "reshape": _Kind(
         ("shape", "back"),
@@ -441,7 +421,7 @@ _ROWS: Mapping[str, _Kind] = {
     "permute": _Kind(
         ("index", "axis"),
         ("index",),
-        _permute,
+        partial(_moved, moves.permuted),
         lambda args: ("permute", {**args, "index": np.argsort(args["index"]).tolist()}),
     ),
 }
