@@ -1,17 +1,14 @@
 """The verbs that move elements, the same on arrays of any library and on origins of leaves on disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from paramend.arrays.backend import Backend
-from paramend.arrays.initializers import Site
 from paramend.edits import hands
 from paramend.edits.arguments import read_index, shown
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch
 from paramend.leaves.origins.boxes import Places
-from paramend.leaves.origins.stored import Zeros
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 
@@ -118,16 +115,3 @@ def taken(x: Any, args: Args) -> Any:
 def permuted(x: Any, args: Args) -> Any:
     """All places along an axis in another order."""
     return hands.take(x, *_permutation(hands.spec_of(x), args))
-
-
-# ---- as the table of ops has them --------------------------------------------------------------------------------
-
-
-def checked(move: Callable[[Any, Args], Any]) -> Callable[[Spec, Args], Spec]:
-    """What a verb makes of a spec."""
-    return lambda spec, args: hands.spec_of(move(Zeros(spec), args))
-
-
-def run(move: Callable[[Any, Args], Any]) -> Callable[[Backend, Any, Args, Site], Any]:
-    """A verb on arrays."""
-    return lambda library, x, args, place: move(x, args)

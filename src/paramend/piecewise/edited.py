@@ -115,7 +115,7 @@ class Edited(Origin):
         base = self.base
         self.damage.clear()
         steps, deaf = steps_of(base.spec, self.calls, self.places, self.damage)
-        # An overflow to inf is a valid result. Between pieces the caller's rules hold, and another thread may take over.
+        # An overflow to inf is a valid result. Between pieces the caller's rules hold: another thread may take over.
         quiet = partial(np.errstate, all="ignore")
         if None in steps:
             with quiet():
