@@ -299,7 +299,7 @@ def test_parts_that_do_not_fit_are_refused(leaves):
     with pytest.raises(SpecMismatch, match="concat along axis 1"):
         join([a, b], 1, "concat")
     assert join([a, b], 0, "concat").spec.shape == (9, 6)
-    with pytest.raises(BadArgument, match=r"has 24 elements, and \[5, 5\] has 25"):
+    with pytest.raises(SpecMismatch, match=r"has 24 elements, and \[5, 5\] has 25"):
         reshape(a, (5, 5))
 
 

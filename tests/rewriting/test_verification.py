@@ -165,9 +165,9 @@ def test_leaves_of_another_file_stand_after_its_name(model, tmp_path):
         both = pm.insert(both, second, "**", rename={"mtp.w": "other.w"})
         pm.concat(both, ["mtp.w", "other.w"], into="both").save(tmp_path / "out.safetensors", record=True)
     found = recorded(tmp_path / "out.safetensors")
-    text = 'concat("my head.safetensors":mtp.w, "my head.safetensors#3":mtp.w, axis=0)'
-    assert found["both"].origin == text and found["x y"].origin == '"my head.safetensors#3":"x y"'
-    given = {"my head.safetensors": heads[0], "my head.safetensors#3": heads[1]}
+    text = 'concat("my head.safetensors":mtp.w, "my head.safetensors#2":mtp.w, axis=0)'
+    assert found["both"].origin == text and found["x y"].origin == '"my head.safetensors#2":"x y"'
+    given = {"my head.safetensors": heads[0], "my head.safetensors#2": heads[1]}
     assert len(pm.verify_record(tmp_path / "out.safetensors", sources=given)) == 2
     with pytest.raises(UnexpectedChange) as error:
         pm.verify_record(tmp_path / "out.safetensors", sources=dict(zip(given, heads[::-1], strict=True)))
@@ -217,7 +217,7 @@ def test_the_output_is_not_its_own_source(model, tmp_path):
     assert list(json.loads(run("verify", out, "--json").stdout)["lacking"]) == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("text", ["concat(", "h.0.q[0:99]", "../x:h.0.q", "..:h.0.q"])
+@pytest.mark.parametrize("text", ["concat(", "h.0.q(", "h.0.q[0:99]", "../x:h.0.q", "..:h.0.q", f"{'x' * 999}:w"])
 def test_an_expression_that_is_none_is_damage_and_a_name_never_leaves_the_folder(model, tmp_path, text):
     leaf = {"path": "h.0.q", "dtype": "float64", "shape": [4, 6], "edit": "", "origin": text}
     with pm.open(model) as opened:
@@ -226,7 +226,7 @@ def test_an_expression_that_is_none_is_damage_and_a_name_never_leaves_the_folder
     data = json.loads(place.read_text())
     data["leaves"] = [leaf | {"sha256": data["leaves"][0]["sha256"]}]
     place.write_text(json.dumps(data))
-    if ".." in text.replace("..3", ""):
+    if "(" not in text:
         assert json.loads(run("verify", tmp_path / "o.npz", "--json").stdout)["lacking"]
     else:
         with pytest.raises(BadCheckpoint, match=r"record, the origin of h\.0\.q"):

@@ -103,7 +103,7 @@ def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
         lines = [f"{path}: {wording.plural(len(found.leaves), 'recorded leaf is', 'recorded leaves are')} as written"]
         made = wording.plural(len(found.remade), "leaf is", "leaves are")
         lines += [f"{made} what their sources give"] * bool(found.remade)
-        lines += [f"not made again: {lacks(*each)}" for each in found.lacking.items()]
+        lines += [f"not made again: {lacks(*each)} (--source [NAME=]PATH)" for each in found.lacking.items()]
     except UnexpectedChange as error:
         changes, hint = error.changes, error.hint
         lines = str(error).partition("\n\nhint:")[0].split("\n")

@@ -299,10 +299,9 @@ class _Texts:
             return leaf.says
         place, name = Path(leaf.source.path).resolve(), quoted(leaf.source.index.name(leaf.number))
         if place not in self._files:
-            file = own = _name_of(leaf.source)
-            while file in (_name_of(self._base), *self._files.values()):
-                file = f"{own}#{len(self._files) + 1}"
-            self._files[place] = file
+            own, known = _name_of(leaf.source), {_name_of(self._base), *self._files.values()}
+            names = (own, *(f"{own}#{number}" for number in range(2, len(known) + 2)))
+            self._files[place] = next(each for each in names if each not in known)
         return f"{quoted(self._files[place])}:{name}" if self._files[place] else name
 
 

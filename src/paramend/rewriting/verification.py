@@ -24,7 +24,7 @@ from paramend.rewriting.provenance import EditRecord, RecordedLeaf, alike, conte
 _SHOWN = 40
 # Where the files are that leaves are made of: paths, or names in the record → paths.
 PathLike: TypeAlias = str | os.PathLike[str]
-Places: TypeAlias = Mapping[str, PathLike] | Iterable[PathLike]
+Places: TypeAlias = PathLike | Mapping[str, PathLike] | Iterable[PathLike]
 
 
 class Verified(NamedTuple):
@@ -155,6 +155,7 @@ class _Sources:
 
     def __init__(self, path: Path, given: Places, stack: contextlib.ExitStack) -> None:
         self._path, self._stack = path, stack
+        given = [given] if isinstance(given, str | os.PathLike) else given
         self._given = dict(given) if isinstance(given, Mapping) else {Path(each).name: each for each in given}
         self._open: dict[str, tuple[Any, Callable[[str], int | None]]] = {}
 
@@ -195,12 +196,12 @@ class _Sources:
 
     def _opened(self, name: str) -> tuple[Any, Callable[[str], int | None]]:
         place = Path(self._given.get(name, self._path.absolute().parent / name))
-        if name not in self._given and (place.name != name or not place.exists() or place.samefile(self._path)):
-            raise _Gone(name)
         try:
+            if name not in self._given and (place.name != name or not place.exists() or place.samefile(self._path)):
+                raise _Gone(name)
             recover(place)
             source = self._stack.enter_context(contextlib.closing(open_source(place)))
-        except ParamendError:
+        except (ParamendError, OSError):  # such as a name in the record that is too long for a file
             if name in self._given:
                 raise
             raise _Gone(name) from None

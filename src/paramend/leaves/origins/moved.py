@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from paramend.errors import BadArgument, SpecMismatch
+from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, Places, Runs, bare, boxes_of, chosen, cut, evenly, shape_of
 from paramend.leaves.origins.origin import PAGE, TILE, Namer, Origin
 from paramend.leaves.origins.texts import listed, written
@@ -369,11 +369,11 @@ def reshape(origin: Origin, shape: Sequence[int]) -> Origin:
     """The elements in another shape of the same size.
 
     Raises:
-        BadArgument: the sizes differ.
+        SpecMismatch: the sizes differ.
     """
     old, new = origin.spec.shape, tuple(shape)
     if math.prod(old) != math.prod(new):
-        raise BadArgument(f"{origin.spec} has {math.prod(old):,} elements, and {list(new)} has {math.prod(new):,}")
+        raise SpecMismatch(f"{origin.spec} has {math.prod(old):,} elements, and {list(new)} has {math.prod(new):,}")
     inner = origin
     while isinstance(inner, Reshape) and inner.spec.shape != new:
         inner = inner.whole

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from paramend.errors import BadArgument
+from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins import moved
 from paramend.leaves.origins.boxes import Places
 from paramend.leaves.origins.origin import Origin
@@ -39,7 +39,7 @@ def read_origin(text: str, find: Finder) -> Origin:
 
     Raises:
         BadArgument: it is none, or asks for too much; and what `find` raises.
-        SpecMismatch: what it joins does not fit.
+        SpecMismatch: the leaves do not fit it.
 
     >>> from paramend.leaves.origins.stored import Held
     >>> found = read_origin('concat(a[1:3], b.npz:"c d", axis=0)', lambda file, name: Held(np.arange(4)))
@@ -116,10 +116,10 @@ class _Reader:
             if verb == "reshape":
                 return moved.reshape(parts[0], numbers)
             if sorted(numbers) != list(range(spec.ndim)):
-                raise BadArgument(f"{numbers} are not the axes of {spec}")
+                raise SpecMismatch(f"{numbers} are not the axes of {spec}")
             return moved.permute_axes(parts[0], numbers)
         if axis is None or int(axis) >= spec.ndim + (verb == "stack"):
-            raise BadArgument(f"{spec} has no axis {axis or lengths}")
+            raise SpecMismatch(f"{spec} has no axis {axis or lengths}")
         return moved.join(parts, int(axis), verb)  # type: ignore[arg-type]
 
     def joined(self) -> Iterator[Origin]:
@@ -153,13 +153,13 @@ class _Reader:
         before, start, stop, step, places = self.taken(_index(self.text, self.at), "an index").groups()
         axis = len(before) // len(":, ")
         if axis >= whole.spec.ndim or step == "0":
-            raise BadArgument(f"{whole.spec} has no axis {axis}, or an index no step")
+            raise SpecMismatch(f"{whole.spec} has no axis {axis}, or an index no step")
         length, by = whole.spec.shape[axis], int(step or 1)
         if places is not None:
             return moved.take(whole, self.scattered(places, length), axis)
         found = range(int(start), int(stop) if stop is not None else length if by > 0 else -1, by)
         if found and not (0 <= found[0] < length and 0 <= found[-1] < length):
-            raise BadArgument(f"axis {axis} of {whole.spec} does not have the places {start} to {stop}")
+            raise SpecMismatch(f"axis {axis} of {whole.spec} does not have the places {start} to {stop}")
         return moved.take(whole, found, axis)
 
     def scattered(self, text: str, length: int) -> Places:
@@ -168,7 +168,9 @@ class _Reader:
             run = _run(word)
             first, stop = (int(run[1]), int(run[2] or int(run[1]) + 1)) if run else (0, 0)
             self.places -= stop - first
-            if not 0 <= first < stop <= length or self.places < 0:
-                raise BadArgument(f"{word} is not among {length:,} places")
+            if not 0 <= first < stop or self.places < 0:
+                raise BadArgument(f"{word} is not a place, or one too many")
+            if stop > length:
+                raise SpecMismatch(f"{word} is not among {length:,} places")
             found.append(np.arange(first, stop))
         return np.concatenate(found)
