@@ -203,3 +203,7 @@ def test_leaves_without_values_cannot_be_checked():
     assert set(TIE.to({"h.0.embed": spec})[0]) == {"h.0.words", "h.0.out"}
     with pytest.raises(Unsupported, match="has no values that could be checked"):
         TIE.back({"h.0.words": spec, "h.0.out": jax.ShapeDtypeStruct((10, 3), np.float32)})
+    with pytest.raises(Unsupported, match="has no values that could be checked"):
+        jax.eval_shape(lambda tree: TIE.back(tree)[0], {"h.0.words": spec, "h.0.out": spec})
+    made = jax.eval_shape(lambda tree: layout(size=10, to=16).to(tree)[0], {"embed": spec})
+    assert made["words"].shape == (16, 3)

@@ -1,6 +1,6 @@
 """Moves of elements, the same on arrays of any library and on origins of leaves on disk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,14 @@ def _bits(x: Any, like: Any) -> Iterator[Array]:
     Raises:
         Unsupported: there are no values.
     """
-    if not isinstance(x, Origin) and backend(x).abstract(x):
-        raise Unsupported(f"{spec_of(x)} has no values that could be checked")
-    pieces = (x.read_range(*each) for each in like.ranges()) if isinstance(x, Origin) else [to_numpy(x)]
+    if isinstance(x, Origin):
+        pieces: Iterable[Array] = (x.read_range(*each) for each in like.ranges())
+    else:
+        try:
+            pieces = [] if backend(x).abstract(x) else [to_numpy(x)]
+        except Exception:  # what is traced by `jax.jit` says so in its own way
+            pieces = []
+        if not pieces:
+            raise Unsupported(f"{spec_of(x)} has no values that could be checked")
     for piece in pieces:
         yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
