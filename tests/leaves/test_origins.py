@@ -1,5 +1,6 @@
 """Origins against numpy: any composition, read in pieces of any size, and by the bytes that it says it is made of."""
 
+import contextlib
 import math
 import pickle
 from itertools import pairwise
@@ -240,6 +241,7 @@ def test_numbers_that_count_up_are_read_as_so_many_leaves():
         "w[9:12]",
         "w[-1:2]",
         "w[0:2:0]",
+        "w[0:2:-00]",
         "w[:, :, 0:1]",
         "w[[0, 7]]",
         "w[[0:99999999999]]",
@@ -269,7 +271,7 @@ def test_numbers_that_count_up_are_read_as_so_many_leaves():
         "w" + "[0:1]" * 5000 + "x",
         "concat(" * 101 + "w" + ", axis=0)" * 101,
     ],
-    ids=range(34),
+    ids=range(35),
 )
 def test_a_text_that_is_none_is_refused(leaves, text):
     leaf = next(origin for origin, array in leaves if array.shape == (4, 6))
@@ -325,3 +327,43 @@ def test_too_many_runs_are_not_traced():
     runs = Runs(np.array([0]), np.array([100]), np.array([0]))
     assert cut(runs, np.array([0, 1]), 99) is None
     assert cut(runs, np.array([0, 1]), 100) is not None
+
+
+def test_no_text_raises_anything_else(leaves):
+    leaf = next(origin for origin, array in leaves if array.shape == (4, 6))
+    words = [
+        "concat(",
+        "stack(",
+        "transpose(",
+        "reshape(",
+        "zeros(",
+        "w",
+        '"a b"',
+        "f:",
+        "[",
+        "]",
+        "[0:2]",
+        "[:, 5::-2]",
+    ]
+    words += [
+        "[[1, 2:4]]",
+        ", ",
+        "axis=0)",
+        "[1, 0])",
+        "[4, 6], float32)",
+        "w.{0..3}",
+        ")",
+        "0",
+        "-",
+        ":",
+        "\\",
+        '"',
+        "é",
+    ]
+    rng = np.random.default_rng(5)
+    read = 0
+    for _ in range(4000):
+        text = "".join(rng.choice(words, rng.integers(1, 8)))
+        with contextlib.suppress(BadArgument, SpecMismatch):
+            read += read_origin(text, lambda file, name: leaf).spec.dtype == "float32"
+    assert read > 50

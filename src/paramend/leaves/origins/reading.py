@@ -151,10 +151,10 @@ class _Reader:
 
     def indexed(self, whole: Origin) -> Origin:
         before, start, stop, step, places = self.taken(_index(self.text, self.at), "an index").groups()
-        axis = len(before) // len(":, ")
-        if axis >= whole.spec.ndim or step == "0":
+        axis, by = len(before) // len(":, "), int(step or 1)
+        if axis >= whole.spec.ndim or not by:
             raise SpecMismatch(f"{whole.spec} has no axis {axis}, or an index no step")
-        length, by = whole.spec.shape[axis], int(step or 1)
+        length = whole.spec.shape[axis]
         if places is not None:
             return moved.take(whole, self.scattered(places, length), axis)
         found = range(int(start), int(stop) if stop is not None else length if by > 0 else -1, by)
