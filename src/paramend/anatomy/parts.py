@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paramend.anatomy.beside import HEADS, WITH_HEAD
 from paramend.anatomy.counts import Pieces, numbered
-from paramend.anatomy.heads import HEADS, WITH_HEAD
 from paramend.anatomy.sections import SENSES, sections_of
 
 

@@ -7,8 +7,7 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,96 +15,29 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.exchanging import Addition, carried_out, staged
+from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
-from paramend.disk.identity import changed, check_still, check_unchanged
+from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
-from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
+from paramend.errors import BadArgument, BadCheckpoint, Unsupported
+from paramend.formats.gathered import Gathered
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
-from paramend.journal.exchange import STAGED, NewFiles, WholeFiles, check_replaceable
+from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
-from paramend.journal.records import DONE
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
-from paramend.pages.page import Page
-from paramend.pages.paged import Paged
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Section
-
-# ---- the report -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class PatchReport(Paged):
-    """What a patch did.
-
-    Attributes:
-        path: the checkpoint.
-        plan: the rows; its text is the table of a dry run.
-        bytes_written: bytes of the checkpoint that were written.
-        bytes_recorded: the size of the undo record.
-        record: its path; None if nothing was written.
-        dry_run: whether this was a dry run, which writes nothing.
-    """
-
-    path: str
-    plan: Plan
-    bytes_written: int
-    bytes_recorded: int = 0
-    record: str | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", self.plan.told())
-
-    def headline(self) -> str:
-        """What was written, in one line."""
-        return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
-
-    @property
-    def summary(self) -> str:
-        """What was written, in one line."""
-        damage = f"; {self.plan.damage}" if self.plan.damage else ""
-        written = f"{wording.size(self.bytes_written)} written in place{damage}"
-        if self.dry_run:
-            would = f"{wording.size(self.bytes_written)} would be written in place"
-            return f"dry run: {self.path} was not changed; {would}{damage}"
-        if self.record is None:
-            return f"{self.path} has nothing to change"
-        return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
-
-    def page(self) -> Page:
-        """The page of the plan, with what was written."""
-        return replace(self.plan.page(), headline=self.summary)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n{printable_lines(self.summary)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        return {
-            "path": self.path,
-            **self.plan.to_dict(),
-            "dry_run": self.dry_run,
-            "bytes_written": self.bytes_written,
-            "bytes_recorded": self.bytes_recorded,
-            "record": self.record,
-        }
-
 
 # ---- patching ------------------------------------------------------------------------------------------------
 
@@ -122,7 +54,8 @@ def patch(
 
     Args:
         path: a file, or a folder of shards.
-        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype.
+        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype, and `pm.insert`
+            into a folder of safetensors files: what comes goes into further files.
         dry_run: whether to check all that can be known before writing, and write nothing.
         raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
@@ -150,12 +83,13 @@ def patch(
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
     with store.writing(), checkpoint_at(path, raw=raw) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
-        return _Patch(store, checkpoint.source, plan, progress).carry_out()
+        return _change(store, checkpoint.source, plan, progress).carry_out()
 
 
 def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) -> Plan:
     found = edit(checkpoint)
-    if not isinstance(found, Checkpoint) or found.source is not checkpoint.source:
+    source = found.source if isinstance(found, Checkpoint) else None
+    if (source.base if isinstance(source, Gathered) else source) is not checkpoint.source:
         raise BadArgument(
             f"the edit function must return the edited checkpoint; it returned {type(found).__name__}",
             hint='pm.patch(path, lambda t: pm.at(t, "**/bias").zero())',
@@ -192,11 +126,17 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     >>> undo(path).left, np.fromfile(path, "float32")[-3:].tolist()
     (0, [1.0, 1.0, 1.0])
     """
-    patch = _Patch(UndoStore.of(source.path), source, plan, progress)
+    store = UndoStore.of(source.path)
     if dry_run:
-        return patch.rehearse()
-    with patch.store.writing():
-        return patch.carry_out()
+        return _change(store, source, plan, progress).rehearse()
+    with store.writing():
+        return _change(store, source, plan, progress).carry_out()
+
+
+def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
+    if isinstance(plan.leaves, Gathered):
+        return Addition(store, plan, progress)
+    return _Patch(store, source, plan, progress)
 
 
 # ---- what can be patched -----------------------------------------------------------------------------------
@@ -299,12 +239,17 @@ class _Patch:
         """Write, with the lock of the store held."""
         if not self.work and not self.documents:  # only leaves or slices without elements
             return PatchReport(str(self.source.path), self.plan, 0)
-        path = self.store.next_path()
-        with explained(self.store.base), self._staged(path.with_suffix(f".{STAGED}")) as new:
-            written, record = self._write(path, new)
+        try:
+            fill = self._fill if self.chunked or self.documents else None
+            with explained(self.store.base), staged(self.store, fill, self.documents) as new:
+                written, record = self._write(new)
+        finally:
+            if self.chunked:
+                with contextlib.suppress(OSError):
+                    self.source.forget()
         return PatchReport(str(self.source.path), self.plan, written, record.nbytes, str(record.path))
 
-    def _write(self, path: Path, new: NewFiles) -> tuple[int, Writer]:
+    def _write(self, new: NewFiles) -> tuple[int, Writer]:
         """(bytes written, the record): files are written in place, and new ones take the places of others."""
         with opened(self.files) as descriptors:
             self.store.check_nothing_pending()
@@ -313,41 +258,22 @@ class _Patch:
             target = OpenRanges(self.files, descriptors, self._ranges(followers))
             self._check_room(target)
             target.allocate()
-            there = [*map(os.fstat, descriptors), *filter(None, new.then)]  # who may read all may read the record
-            access = access_of(there) if descriptors else new.access
             written = target.ranges.nbytes + new.nbytes
-            with contextlib.closing(Writer(path, access)) as writer:
-                try:
-                    self._record_and_write(writer, target, followers, new)
-                except BaseException as error:
-                    self.store.take_back(writer, target, error)
-                    raise
-            return written, writer
+            old = target.ranges.nbytes + sum(len(document.before) for document in self.documents)
+            meter = Meter(None if self.chunked else self.progress, old + sum(each.steps for each in self.work))
+            record = carried_out(
+                self.store, self.edits, new, target, lambda: self._change(target, followers, meter), meter.advance
+            )
+            return written, record
 
-    def _record_and_write(
-        self, writer: Writer, target: OpenRanges, followers: "list[_Follower]", new: NewFiles
-    ) -> None:
-        old = target.ranges.nbytes + sum(len(document.before) for document in self.documents)
-        meter = Meter(None if self.chunked else self.progress, old + sum(each.steps for each in self.work))
+    def _change(self, target: OpenRanges, followers: "list[_Follower]", meter: Meter) -> None:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
-        names = [self.store.name_of(file) for file in target.files]
-        new.sync()
-        new.record(writer, self.edits, target, names, meter.advance)
-        # Up to here no byte of the checkpoint has changed; from here on the record can restore them.
-        if target.files:
-            change_all(descriptors, self.source, self.work, meter)
+        change_all(descriptors, self.source, self.work, meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
         for descriptor in target.descriptors:
             begin_write_back(descriptor)
-        after = b"".join(target.digests(len(self.edits)))  # while the disk writes
-        new.exchange()
-        target.sync()
-        if target.files:
-            writer.frame(b"DONE", after)
-        target.check_named("the patch was taken back in the file that was there")
-        writer.become(DONE)
 
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
         """All ranges that will be written: those of each leaf, then checksums and the like."""
@@ -381,32 +307,15 @@ class _Patch:
 
     # ---- new files -------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _staged(self, staged: Path) -> Iterator[NewFiles]:
-        """New files that will take the places of others: chunks, which are not written in place, and documents."""
-        if not self.chunked and not self.documents:
-            yield NewFiles(self.store.base, staged)
-            return
-        staged.mkdir(PRIVATE)
-        try:
-            if self.chunked:
-                self._check_chunks()
-                nbytes = sum(nbytes_of(self.source, each) for each in self.work)
-                restage(self.source, self.work, staged, Meter(self.progress, nbytes))
-                check_still(self.source.stats)
-            for document in self.documents:
-                (staged / document.name).write_bytes(document.text)
-            new = NewFiles(self.store.base, staged)
-            for document in self.documents:
-                if document.file.read_bytes() != document.before:
-                    raise changed(document.file)
-            yield new
-        finally:
-            with contextlib.suppress(OSError):
-                _remove(staged)
-            if self.chunked:
-                with contextlib.suppress(OSError):
-                    self.source.forget()
+    def _fill(self, folder: Path) -> None:
+        """Make the files that will take the places of others: chunks, which are not written in place, and texts."""
+        if self.chunked:
+            self._check_chunks()
+            nbytes = sum(nbytes_of(self.source, each) for each in self.work)
+            restage(self.source, self.work, folder, Meter(self.progress, nbytes))
+            check_still(self.source.stats)
+        for document in self.documents:
+            (folder / document.name).write_bytes(document.text)
 
     def _check_chunks(self) -> None:
         source = self.source
@@ -418,12 +327,6 @@ class _Patch:
         for file in dict.fromkeys(file for name in names for file in source.store.files_of(name)):
             if file.is_symlink() or not file.is_dir():
                 check_replaceable(self.store.base, file)
-
-
-def _remove(folder: Path) -> None:
-    import shutil  # slow to import
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 # A file whose format maintains derived bytes, such as checksums, with the leaves that change in it.

@@ -1,7 +1,8 @@
 """Exchange: whole files of a checkpoint replaced by new ones, and the old ones put back.
 
-This is how formats change whose files are never written in place, such as copy-on-write databases. The new files are
-complete and durable in a folder beside the undo records before the first of them is renamed into place.
+This is how formats change whose files are never written in place, such as copy-on-write databases, how a folder of
+shards gets one more, and how texts beside weights change. The new files are complete and durable in a folder beside the
+undo records before the first of them is renamed into place.
 """
 
 import contextlib
@@ -22,8 +23,8 @@ from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
 from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
-from paramend.journal.ranges import BUFFER, OpenRanges, Ranges, State, checksum, checksums
-from paramend.journal.records import PENDING, Record
+from paramend.journal.ranges import BUFFER, OpenRanges, Ranges, State, checksum, checksums, witness
+from paramend.journal.records import PENDING, Moved, Record
 from paramend.journal.writer import Writer, new_head
 from paramend.reports.progress import Meter
 
@@ -36,16 +37,18 @@ class NewFiles:
     Attributes:
         base: the folder of the checkpoint.
         staged: the folder of the new files, each at its path in the checkpoint.
-        names: their names. The manifest of a database comes last: it puts the other files into effect.
+        names: their names. The manifest of a database, or the index of shards, comes last: it puts the other files into
+            effect.
         old: the files that they replace.
         then: how each was found.
     """
 
-    def __init__(self, base: Path, staged: Path) -> None:
-        self.base, self.staged = base, staged
+    def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
+        """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
+        self.base, self.staged, self._private = base, staged, private
         names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
         self.names = sorted(names, key=lambda name: (os.path.lexists(base / name), name))
-        self.old = WholeFiles(base, self.names)
+        self.old = WholeFiles(base, self.names, moved)
         self.old.check()
         self.then = [file.lstat() if os.path.lexists(file) else None for file in self.old.files]
 
@@ -79,7 +82,7 @@ class NewFiles:
             meter: receives the number of bytes.
         """
         states = target.states()
-        writer.head(new_head(edits, [*names, *self.names], whole=len(self.names)))
+        writer.head(new_head(edits, [*names, *self.names], whole=len(self.names), moved=self.old.moved))
         sizes = [-1 if status is None else status.st_size for status in self.then]
         seen = self.old.witness_of_rest() if self.names else ""
         writer.files([*states, *(State(size, "" if n else seen) for n, size in enumerate(sizes))])
@@ -96,6 +99,10 @@ class NewFiles:
         """Put the new files in the places of the old ones, durably."""
         for name, file, then in zip(self.names, self.old.files, self.then, strict=True):
             self._replace(name, file, then)
+        for old, new in self.old.moved:
+            if os.path.lexists(self.base / new):
+                raise changed(self.base / new)
+            (self.base / old).rename(self.base / new)
         self.old.sync()
 
     def sync(self) -> None:
@@ -110,7 +117,9 @@ class NewFiles:
             raise changed(file)
         if then is None:
             make_folders(self.base, file.parent)
-            settle(self.staged / name, access_beside(file))
+            new = self.staged / name
+            access = access_beside(file)
+            settle(new, access.within(new.stat().st_mode) if self._private else access)
         else:
             check_unchanged(file, then, file.lstat())
             settle(self.staged / name, access_of([then], then))
@@ -140,15 +149,16 @@ class WholeFiles:
         names: the names of the files, relative to it.
         first: the number of the first of them in records.
         files: their paths.
+        moved: files that get another name once the others are in place; their content stays.
     """
 
-    def __init__(self, base: Path, names: Sequence[str], first: int = 0) -> None:
-        self.base, self.names, self.first = base, names, first
+    def __init__(self, base: Path, names: Sequence[str], moved: Moved = (), first: int = 0) -> None:
+        self.base, self.names, self.moved, self.first = base, names, moved, first
         self.files = [base / name for name in names]
 
     def check(self) -> None:
-        """Raise if one of them must not be replaced: see `check_replaceable`."""
-        for file in self.files:
+        """Raise if one of them must not be replaced or moved: see `check_replaceable`."""
+        for file in (*self.files, *(self.base / name for pair in self.moved for name in pair)):
             check_replaceable(self.base, file)
 
     def digests(self) -> list[bytes]:
@@ -160,6 +170,7 @@ class WholeFiles:
         self.check()
         both = zip(self.names, self.digests(), record.new_files, strict=True)
         differ = [name for name, now, new in both if now != new]
+        differ += [name for name, there in self._there() if there != (name in dict(self.moved).values())]
         return differ or ([] if self._rest_is_same(record) else ["what the patch left alone"])
 
     def compared(self, record: Record) -> tuple[bool, str]:
@@ -167,7 +178,7 @@ class WholeFiles:
         self.check()
         new, old, now = record.new_files, self._old_digests(record), self.digests()
         strange = [name for n, name in enumerate(self.names) if now[n] not in (new[n], old[n])]
-        changed = now != old
+        changed = now != old or any(there != (name in dict(self.moved)) for name, there in self._there())
         if changed and not strange and not self._rest_is_same(record):
             strange = ["the checkpoint"]
         return changed, "".join(strange[:1])
@@ -187,6 +198,13 @@ class WholeFiles:
         new, old, now = record.new_files, self._old_digests(record), self.digests()
         states = record.states[self.first :]
         wanted = {n for n in range(len(self.names)) if now[n] != old[n] and (force or now[n] == new[n])}
+        left = [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
+        for before, after in self.moved:  # first: readers that look for the old name see the old state again
+            there = [os.path.lexists(self.base / name) for name in (before, after)]
+            if there == [False, True]:
+                (self.base / after).rename(self.base / before)
+            elif there != [True, False]:
+                left.append(before)
         scratch = record.path.with_suffix(f".{BACK}")
         for n, batches in groupby(record.old_bytes(), key=lambda batch: batch[0] - self.first):
             if n in wanted:
@@ -202,7 +220,7 @@ class WholeFiles:
             if states[n].size < 0:
                 self._take_away(self.names[n])
         self.sync()
-        return [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
+        return left
 
     def sync(self) -> None:
         """Make the names durable, including those of folders that were created for them."""
@@ -234,7 +252,13 @@ class WholeFiles:
             for piece in _pieces(self.base / rest[n]):
                 digest.update(piece)
                 break
+        for before, after in self.moved:
+            digest.update(_witness_of(self.base / (after if os.path.lexists(self.base / after) else before)))
         return digest.hexdigest()
+
+    def _there(self) -> list[tuple[str, bool]]:
+        """Whether there is a file, for each name of those that move."""
+        return [(name, os.path.lexists(self.base / name)) for pair in self.moved for name in pair]
 
     def _rest_is_same(self, record: Record) -> bool:
         return not self.names or self.witness_of_rest() == record.states[self.first].witness
@@ -353,6 +377,20 @@ def _digest_of(path: Path) -> bytes:
             raise
         return b"no file"
     return digest.digest()
+
+
+def _witness_of(path: Path) -> bytes:
+    """The size of a file and the digest of samples of it; nothing if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return b""
+    try:
+        none = Ranges(np.empty((0, 4), np.int64))
+        size = os.fstat(descriptor).st_size
+        return f"{size}\0{witness(descriptor, size, none, 0, path)}".encode()
+    finally:
+        release(descriptor)
 
 
 def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:

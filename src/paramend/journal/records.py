@@ -24,9 +24,10 @@ The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, 
            With "whole": n, the last n files were replaced whole by others; true stands for all. A SPAN then covers a
            whole file, and the size is -1 where there was none. A first DONE, which comes before the record is
            pending, has one digest for each new file.
+           "moved": [[old name, new name]] are files that got another name, with the content that they had.
     FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
            frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of the whole files only
-           the first has one, computed from the other files that a patch could replace.
+           the first has one, computed from the other files that a patch could replace, and from those that moved.
     SPAN   old bytes: a count (8 bytes), then that many quadruples of signed 8-byte integers (row, file, start, stop),
            with row -1 for bytes that a format maintains itself, such as checksums; then the bytes start to stop of
            each. It is durable before the first byte that it covers changes.
@@ -68,6 +69,8 @@ COUNT = struct.Struct("<Q")
 _DIGEST = 32
 # HEAD and FILE frames are read into memory: our records have no larger ones.
 _MAX_TEXT = 1 << 30
+# (old name, new name) of files that get another name.
+Moved = Sequence[tuple[str, str]]
 
 
 def records_in(folder: Path, *states: str) -> list[Path]:
@@ -104,6 +107,7 @@ class Head:
         rows: the path of each leaf that changed, and the number of its edit.
         files: the files that changed, relative to the folder of the checkpoint.
         whole: how many of them, the last ones, were replaced whole.
+        moved: the files that got another name.
     """
 
     time: float
@@ -111,17 +115,25 @@ class Head:
     rows: tuple[tuple[str, int], ...]
     files: tuple[str, ...]
     whole: int = 0
+    moved: Moved = ()
 
     @property
     def written(self) -> int:
         """How many of the files, the first ones, were written in place."""
         return len(self.files) - self.whole
 
+    @property
+    def names(self) -> set[str]:
+        """All names of files that the patch is about."""
+        return {*self.files, *(name for pair in self.moved for name in pair)}
+
     def to_bytes(self) -> bytes:
         """The payload of the frame."""
         data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
         if self.whole:
             data["whole"] = True if self.whole == len(self.files) else self.whole
+        if self.moved:
+            data["moved"] = self.moved
         return json.dumps(data, separators=(",", ":")).encode()
 
 
@@ -390,13 +402,15 @@ class Record:
                 tuple((str(path), int(edit)) for path, edit in data["rows"]),
                 tuple(map(str, data["files"])),
                 len(data["files"]) if data.get("whole") is True else int(data.get("whole", 0)),
+                tuple((str(old), str(new)) for old, new in data.get("moved", ())),
             )
         except (TypeError, KeyError, ValueError):
             raise self.damaged("its head is invalid") from None
         rows = all(0 <= edit < len(head.edits) for _, edit in head.rows)
-        if not rows or not head.files or not 0 <= head.whole <= len(head.files):
+        wholes = 0 <= head.whole <= len(head.files) and bool(head.whole) >= bool(head.moved)
+        if not rows or not head.files or not wholes:
             raise self.damaged("its head is invalid")
-        for name in head.files:
+        for name in head.names:
             parts = PurePosixPath(name).parts
             if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
                 raise self.damaged(f"it names a file outside the checkpoint: {name!r}")

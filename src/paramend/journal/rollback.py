@@ -74,6 +74,7 @@ class Rollback:
                 target.check_named(_BACK)
             else:
                 target.sync()  # a recovery may have put them back and been killed before it got here
+                self._whole.sync()
                 self._forget()
             return changed
 
@@ -93,7 +94,7 @@ class Rollback:
     def _whole(self) -> WholeFiles:
         """The files that were replaced."""
         head = self.record.head
-        return WholeFiles(self.base, head.files[head.written :], head.written)
+        return WholeFiles(self.base, head.files[head.written :], head.moved, head.written)
 
     def _is_changed(self, target: OpenRanges) -> bool:
         """Whether the files of a pending record do not hold the old bytes.

@@ -14,7 +14,6 @@ from paramend.disk.locks import is_held, locked
 from paramend.disk.permissions import access_of, of_folder, settle
 from paramend.disk.publishing import drop_spare_names, is_other, look, sync_folder
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
-from paramend.formats.jsontext import CONFIG
 from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
 from paramend.journal import claims
@@ -125,21 +124,22 @@ class UndoStore:
         Raises:
             BadCheckpoint: the record has files that patches of the checkpoint never write.
         """
-        names = record.head.files
-        others = [] if own else sorted(set(names) - self._may_write(record))
+        others = [] if own else self._foreign(record)
         if others:
             what = wording.listing(others)
             raise record.damaged(f"it is about {what}, and no patch of {self.base.name} writes there")
-        return Rollback(record, self.base, [self.home / name for name in names], force, progress)
+        return Rollback(record, self.base, [self.home / name for name in record.head.files], force, progress)
 
-    def _may_write(self, record: Record) -> set[str]:
-        """The names of the files of a record that a patch of the checkpoint may write."""
-        if is_tree(self.base):
-            return {name for name in record.head.files if record.head.whole and may_change(self.base, name)}
-        written = record.head.files[: record.head.written]
-        weights = weight_files(self.base) if self.is_folder else {self.base.name}
-        replaced = record.head.files[record.head.written :] if self.is_folder else ()
-        return weights.intersection(written) | {CONFIG}.intersection(replaced)
+    def _foreign(self, record: Record) -> list[str]:
+        """The names of the files of a record that no patch of the checkpoint writes, or replaces."""
+        head, tree = record.head, is_tree(self.base)
+        written = set(head.files[: head.written])
+        if written and not tree:
+            written -= weight_files(self.base) if self.is_folder else {self.base.name}
+        replaced = set(head.files[head.written :]).union(*head.moved)
+        if self.is_folder:
+            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else _PUT.fullmatch(n))}
+        return sorted(written | replaced)
 
     # ---- one writer at a time --------------------------------------------------------------------------------
 
@@ -378,7 +378,7 @@ def retiring(out: Path) -> Iterator[None]:
 
 
 def _records_about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
-    """The records of a folder that have a file of one of these names, or replaced the files of a tree."""
+    """The records of a folder that have a file of one of these names, or replaced files of a tree."""
     return [path for path in store.records(*states) if _is_about(path, names, unsure=False)]
 
 
@@ -386,7 +386,8 @@ def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
     """Whether a record has a file of one of these names; the answer for one that is damaged or another user's."""
     try:
         with Record(path) as record:
-            return not names.isdisjoint(record.head.files) or (record.head.whole > 0 and is_tree(path.parent.parent))
+            nested = any("/" in name for name in record.head.names)  # the files of a tree are never named alone
+            return (record.head.whole and nested) or bool(names & record.head.names)
     except ParamendError:
         return unsure
 
@@ -399,6 +400,8 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
     )
 
 
+# The files that a patch puts whole into a folder of shards, or replaces there.
+_PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
 
