@@ -44,12 +44,9 @@ def staged(
 ) -> Iterator[NewFiles]:
     """New files that will take the places of others, with the lock of the store held; in the end, none is left.
 
-    Args:
-        store: the undo records of the checkpoint.
-        fill: makes the new files in a folder, each at its path in the checkpoint; None if there are none.
-        documents: those of them that are texts, whose old ones must be as they were read.
-        moved: files that get another name.
-        private: whether new files stay as private as they were made.
+    `fill` makes them in a folder, each at its path in the checkpoint; None if there are none. Those that are documents
+    must be as they were read. Files that are `moved` get another name; new ones that are `private` stay as private as
+    they were made.
     """
     folder = store.next_path().with_suffix(f".{STAGED}")
     if fill is None:
@@ -78,13 +75,8 @@ def carried_out(
 ) -> Writer:
     """The record of a patch, which has been made: all of it, or nothing, with the lock of the store held.
 
-    Args:
-        store: the undo records of the checkpoint.
-        edits: (leaf, edit) for the record.
-        new: files that take the places of others.
-        target: files that are written in place.
-        change: writes to them.
-        progress: receives the number of bytes recorded.
+    New files take the places of others, and `change` writes to those of `target`, in place; `progress` receives the
+    number of bytes recorded.
     """
     there = [*map(os.fstat, target.descriptors), *filter(None, new.then)]  # who may read all may read the record
     access = access_of(there) if target.files else new.access
@@ -109,14 +101,9 @@ def carried_out(
 
 
 class Addition:
-    """Leaves that come to a checkpoint in its own folder, in further files."""
+    """Leaves that come to a checkpoint in its own folder, in further files. `Unsupported` without a place for them."""
 
     def __init__(self, store: UndoStore, plan: Plan, progress: Progress | None) -> None:
-        """Lay out the new files.
-
-        Raises:
-            Unsupported: the checkpoint has no place for them.
-        """
         self.store, self.plan, self.progress = store, plan, progress
         self.files, self.moved = lay_in_place(plan)
         new = {row.source for row in parted(plan)[1]}

@@ -23,17 +23,12 @@ SEPARATOR = "paramend.separator"
 
 
 class InMemory:
-    """A tree in memory as a source.
+    """A tree in memory as a source. A torch module in it stands for its state dict.
 
-    Args:
-        tree: the tree. A torch module in it stands for its state dict.
-        flat: whether it is written into a table of names, from which keys must be told apart again.
-        keys: whether typed PRNG keys are written as their numbers, as Orbax does.
-        joined: whether names that `pm.load` has split are one key again, as torch and tables of names have them.
-
-    Raises:
-        BadArgument: it is a value that is no tree.
-        Unsupported: keys contain both separators, so that names could not be split again.
+    With `flat` it is written into a table of names, from which keys must be told apart again; with `keys` typed PRNG
+    keys are written as their numbers, as Orbax does; with `joined` names that `pm.load` has split are one key again, as
+    torch and tables of names have them. `BadArgument` if it is a value that is no tree, `Unsupported` if keys contain
+    both separators, so that names could not be split again.
 
     >>> source = InMemory({"fc": {"weight": np.ones(2, "int8")}, "step": 3})
     >>> source.index.path(0), source.spec(0), source.outline().others

@@ -98,17 +98,8 @@ def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) ->
 
 
 def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: Progress | None = None) -> PatchReport:
-    """The report of what was changed: the plan carried out in the files of its source, all or nothing.
-
-    Args:
-        source: the checkpoint that the plan was made for. It reads the new values afterwards.
-        plan: only edits that keep shape and dtype.
-        dry_run: whether to check all that can be known before writing, and write nothing.
-        progress: called with an `Event` as bytes are written, first those of the undo record.
-
-    Raises:
-        Unsupported: the plan needs a new file.
-        CannotWrite: a file is read-only, has several names, is being written, or the disk is full. Nothing was changed.
+    """The report of what was changed: the plan carried out in the files of its source, which reads the new values
+    afterwards. All or nothing; see `patch`.
 
     >>> import tempfile
     >>> from paramend.formats.safetensors import SafetensorsFile
@@ -144,11 +135,7 @@ def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | N
 
 @uncollected()
 def check_patch(source: Source, plan: Plan) -> list[Work]:
-    """What would be written where, if the plan can be carried out in place.
-
-    Raises:
-        Unsupported: it cannot; the hint is the command that can do it.
-    """
+    """What would be written where, if the plan can be carried out in place; `Unsupported` says what can do it else."""
     name = source.path
     for row in plan.deleted:
         hint = f"paramend delete {name} '{row.path}' -o OUT"

@@ -115,11 +115,7 @@ def load(
 
 
 def _names(source: Source) -> dict[str, int]:
-    """Name → leaf.
-
-    Raises:
-        Unsupported: two leaves have one name.
-    """
+    """Name → leaf; `Unsupported` if two leaves have one name."""
     found: dict[str, int] = {}
     for number in source.index.numbers:
         name = source.index.name(number)

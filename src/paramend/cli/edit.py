@@ -154,15 +154,9 @@ def _command(
     *,
     in_place: bool,
 ) -> click.Command:
-    """A command that edits the leaves that selectors match.
-
-    Args:
-        name: its name, and that of the recipe step that does the same.
-        says: what it does.
-        params: what it takes besides PATH, SELECTOR... and the common options.
-        edited: (checkpoint, choice, chosen leaves, args) → the edited checkpoint.
-        in_place: whether the files themselves can be edited; if not, the option is hidden.
-    """
+    """A command that edits the leaves that selectors match, named like the recipe step that does the same. `params` are
+    what it takes besides PATH, SELECTOR... and the common options; `edited` makes of (checkpoint, choice, chosen
+    leaves, args) the edited checkpoint. Where the files themselves cannot be edited, `--in-place` is hidden."""
 
     def run(path: Path, selectors: tuple[str, ...], excepts: tuple[str, ...], **given: Any) -> None:
         choice = chosen(selectors, excepts)

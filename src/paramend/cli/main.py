@@ -25,16 +25,8 @@ from paramend.reports import wording
 
 @dataclass(frozen=True, slots=True)
 class CommandRow:
-    """A subcommand: `paramend --help` reads these rows, so that it imports no framework.
-
-    Attributes:
-        name: its name, as it is typed.
-        module: the module that defines it.
-        says: what it does.
-        aliases: its other names.
-        also: words that users may look for it by.
-        opens: whether it opens checkpoints, and so takes `--raw`.
-    """
+    """A subcommand: `paramend --help` reads these rows, so that it imports no framework. `also` are words that users
+    may look for it by. One that `opens` checkpoints takes `--raw`."""
 
     name: str
     module: str

@@ -45,23 +45,9 @@ def carry_out(
     told: Paged | None = None,
     html: Path | None = None,
 ) -> None:
-    """Write the result of a plan, or only show it in a dry run.
-
-    Args:
-        made: the plan.
-        path: the checkpoint, as it was typed.
-        out: what to write; may be None in a dry run.
-        force: whether it may exist.
-        dry_run: whether nothing is written.
-        as_json: whether data is printed as JSON.
-        link: whether unchanged shards are linked.
-        max_shard_size: the most bytes of tensors in one file.
-        record: the recipe that made the plan, or "", if the output carries a record of it; None for no record.
-        to: the name of the format, if OUT need not say it; "" if it must.
-        quiet: whether no table is printed.
-        told: a report that is printed instead of the plan's table.
-        html: where to write the report as an HTML page.
-    """
+    """Write the result of a plan, or only show it in a dry run, which needs no `out`. `record` is the recipe of the
+    plan, or "", if the output carries a record of it. `to` names the format, "" if the name of `out` must say it.
+    `told` is printed instead of the plan's table, of which `quiet` prints nothing."""
     _ui.check_page(html)
     if html is not None and out is not None and html.absolute() == Path(out).absolute():
         raise click.UsageError("OUT and the page of --html need names of their own.")
@@ -105,11 +91,8 @@ def carry_out(
 
 
 def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a command that makes a checkpoint from others; `write_made` takes their values.
-
-    Args:
-        shows: what a dry run shows.
-    """
+    """The options of a command that makes a checkpoint from others, and what its dry run shows; `write_made` takes
+    their values."""
     rows: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         (("-o", "--out"), {"metavar": "OUT", "help": "The file or directory to write."}),
         (("--max-shard-size",), {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'}),
@@ -129,28 +112,15 @@ def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def write_made(made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, **given: Any) -> None:
-    """Write a checkpoint that was made from others, or only show its report in a dry run.
-
-    Args:
-        made: the checkpoint.
-        path: what it was made from, as it was typed.
-        told: the report.
-        out: what to write.
-        record: whether it carries a record of what was done.
-        given: the other options of `makes`, as `carry_out` takes them.
-    """
+    """Write a checkpoint that was made from others, or only show its report in a dry run."""
     if out is None and not given["dry_run"]:
         raise click.UsageError("-o OUT is needed.")
     carry_out(made.plan, path, out, record="" if record else None, told=told, **given)
 
 
 def options(*, in_place: bool = True) -> list[click.Parameter]:
-    """The options of a command that edits a checkpoint.
-
-    Args:
-        in_place: whether it can change the files themselves; if not, `--in-place` is hidden: using it raises an error
-            that says why.
-    """
+    """The options of a command that edits a checkpoint. Where it cannot change the files themselves, `--in-place` is
+    hidden: using it raises an error that says why."""
     return [
         click.Option(["-o", "--out"], metavar="OUT", help="The file or directory to write."),
         click.Option(
@@ -182,21 +152,8 @@ def edit_checkpoint(
     as_json: bool,
     patches: bool = True,
 ) -> None:
-    """Write an edited checkpoint, or change its own files, or only show the edit in a dry run.
-
-    Args:
-        path: the checkpoint.
-        edit: (opened checkpoint) → edited checkpoint.
-        out: what to write.
-        in_place: whether its own files change.
-        link: whether unchanged shards are linked.
-        force: whether `out` may exist.
-        record: whether it carries a record of what was done.
-        dry_run: whether no checkpoint is written.
-        html: where to write the report as an HTML page.
-        as_json: whether data is printed as JSON.
-        patches: whether the edit can be made in place.
-    """
+    """Write an edited checkpoint, or change its own files, or only show the edit in a dry run. `patches` says whether
+    the edit can be made in place."""
     if in_place and (out is not None or link or force or record):
         raise click.UsageError("--in-place changes PATH itself: it excludes -o, --link, --force and --record.")
     if out is None and not (dry_run or in_place):

@@ -32,15 +32,10 @@ STAGED, BACK = "new", "back"
 
 
 class NewFiles:
-    """New files that are about to replace those of a checkpoint.
+    """New files that are about to replace those of a checkpoint, staged in a folder, each at its path in the
+    checkpoint.
 
-    Attributes:
-        base: the folder of the checkpoint.
-        staged: the folder of the new files, each at its path in the checkpoint.
-        names: their names. The manifest of a database, or the index of shards, comes last: it puts the other files into
-            effect.
-        old: the files that they replace.
-        then: how each was found.
+    The manifest of a database, or the index of shards, comes last among the names: it puts the other files into effect.
     """
 
     def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
@@ -72,15 +67,8 @@ class NewFiles:
         names: Sequence[str],
         meter: Callable[[int], None],
     ) -> None:
-        """Write a record up to where it is pending: from then on it can restore all files, and until then none changes.
-
-        Args:
-            writer: the writer of the record.
-            edits: (leaf, edit) for the record.
-            target: the files that are written in place, besides those that are replaced.
-            names: their names.
-            meter: receives the number of bytes.
-        """
+        """Write a record, with (leaf, edit) for each row, up to where it is pending: from then on it can restore all
+        files, also those of `target`, which are written in place; until then none changes."""
         states = target.states()
         writer.head(new_head(edits, [*names, *self.names], whole=len(self.names), moved=self.old.moved))
         sizes = [-1 if status is None else status.st_size for status in self.then]
@@ -142,15 +130,8 @@ def make_folders(base: Path, folder: Path) -> None:
 
 
 class WholeFiles:
-    """Files of a checkpoint that a patch replaces, or has replaced, whole.
-
-    Attributes:
-        base: the folder of the checkpoint.
-        names: the names of the files, relative to it.
-        first: the number of the first of them in records.
-        files: their paths.
-        moved: files that get another name once the others are in place; their content stays.
-    """
+    """Files of a checkpoint that a patch replaces, or has replaced, whole; `first` is the number of the first of them
+    in records. Files that are `moved` get another name once the others are in place; their content stays."""
 
     def __init__(self, base: Path, names: Sequence[str], moved: Moved = (), first: int = 0) -> None:
         self.base, self.names, self.moved, self.first = base, names, moved, first
@@ -184,16 +165,8 @@ class WholeFiles:
         return changed, "".join(strange[:1])
 
     def put_back(self, record: Record, meter: Meter, *, force: bool) -> list[str]:
-        """Replace the new files of a pending record by the old ones, durably.
-
-        Args:
-            record: the record.
-            meter: receives the number of bytes.
-            force: whether files that are neither the new nor the old ones are replaced too.
-
-        Returns:
-            The names of those that are neither, and were left alone.
-        """
+        """Replace the new files of a pending record by the old ones, durably. Files that are neither, which another
+        program put there, are replaced only with `force`; the names of those that were left alone are returned."""
         self.check()
         new, old, now = record.new_files, self._old_digests(record), self.digests()
         states = record.states[self.first :]
@@ -292,11 +265,7 @@ class WholeFiles:
 
 
 def check_replaceable(base: Path, file: Path) -> None:
-    """Check that a file can be replaced.
-
-    Raises:
-        CannotWrite: it is a link, read-only, or not a regular file. Nothing was changed.
-    """
+    """Raise if a file cannot be replaced: it is a link, read-only, or not a regular file."""
     folder = file.parent
     while folder != base and folder != folder.parent:
         if folder.is_symlink():

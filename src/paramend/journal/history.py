@@ -31,11 +31,7 @@ class HistoryRow:
 
     @classmethod
     def of(cls, record: Record) -> "HistoryRow":
-        """The row of a record.
-
-        Raises:
-            BadCheckpoint: its time is invalid.
-        """
+        """The row of a record; `BadCheckpoint` if its time is invalid."""
         head = record.head
         leaves = tuple((path, head.edits[edit]) for path, edit in head.rows)
         try:

@@ -22,15 +22,8 @@ _BACK = "the old bytes were put back into the file that was there"
 
 @dataclass(frozen=True)
 class Rollback:
-    """A patch to take back.
-
-    Attributes:
-        record: the record of the patch, which is removed once the old bytes are durable.
-        base: the checkpoint.
-        files: the files of the record, by number.
-        force: whether to put the old bytes back even over other bytes, or into another file of the same size.
-        progress: called with an `Event` as bytes are written.
-    """
+    """A patch to take back, from its record, which is removed once the old bytes are durable. With `force`, the old
+    bytes go even over other bytes, or into another file of the same size."""
 
     record: Record
     base: Path
@@ -39,11 +32,8 @@ class Rollback:
     progress: Progress | None = None
 
     def undo(self) -> None:
-        """Take back a complete patch.
-
-        Raises:
-            CannotWrite: its bytes have changed since, and nothing was written; or the message says what was.
-        """
+        """Take back a complete patch; `CannotWrite` if its bytes have changed since, and nothing was written, or the
+        message says what was."""
         self.record.check()
         with explained(self.base), self._target() as target:
             now = target.states()
@@ -60,12 +50,8 @@ class Rollback:
             target.check_named(_BACK)
 
     def finish(self) -> bool:
-        """Take back a patch that was cut short. False if all the old bytes are still there.
-
-        Raises:
-            BadCheckpoint: the file is not the one that was patched. Nothing was written.
-            CannotWrite: the message says what was written.
-        """
+        """Take back a patch that was cut short. False if all the old bytes are still there; `BadCheckpoint` if the file
+        is not the one that was patched, and nothing was written."""
         self.record.check()
         with explained(self.base), self._target() as target:
             changed = self._is_changed(target)
@@ -97,11 +83,8 @@ class Rollback:
         return WholeFiles(self.base, head.files[head.written :], head.moved, head.written)
 
     def _is_changed(self, target: OpenRanges) -> bool:
-        """Whether the files of a pending record do not hold the old bytes.
-
-        Raises:
-            BadCheckpoint: they are not the files that were patched.
-        """
+        """Whether the files of a pending record do not hold the old bytes; `BadCheckpoint` if they are not those that
+        were patched."""
         now = target.states()
         self._check_sizes(now)
         changed, strange = self._whole.compared(self.record)

@@ -28,13 +28,8 @@ from paramend.reports.progress import Progress
 
 
 class UndoStore:
-    """The undo records of a checkpoint: in a folder beside a file, or inside a checkpoint that is a folder.
-
-    Attributes:
-        base: the checkpoint, a file or a folder.
-        home: the folder that the names of its files are relative to.
-        folder: the folder of the records. It need not exist.
-        lock: the file in it that is locked while a program writes there.
+    """The undo records of a checkpoint: in a folder beside a file, or inside a checkpoint that is a folder. The names
+    of its files are relative to `home`. With `about`, only patches of that file of a folder count.
 
     >>> store = UndoStore(Path("models/model.safetensors"))
     >>> print(store.folder, store.home)
@@ -42,12 +37,6 @@ class UndoStore:
     """
 
     def __init__(self, base: Path, *, about: str = "") -> None:
-        """The store of a checkpoint.
-
-        Args:
-            base: the checkpoint.
-            about: the one file of a folder whose patches count; "" if all do.
-        """
         self.base, self._about = base, about
         self.is_folder = base.is_dir()
         self.home = base if self.is_folder else base.parent
@@ -81,11 +70,7 @@ class UndoStore:
     # ---- records ---------------------------------------------------------------------------------------------
 
     def records(self, *states: str) -> list[Path]:
-        """The records in these states, the oldest first.
-
-        Raises:
-            CannotRead: there is no permission to look.
-        """
+        """The records in these states, the oldest first."""
         return records_in(self.folder, *states)
 
     def pending(self) -> list[Path]:
@@ -113,17 +98,8 @@ class UndoStore:
     def rollback(
         self, record: Record, *, force: bool = False, progress: Progress | None = None, own: bool = False
     ) -> Rollback:
-        """The rollback of the patch of a record.
-
-        Args:
-            record: the record.
-            force: whether to put the old bytes back even over other bytes.
-            progress: called with an `Event` as bytes are written.
-            own: whether this program is writing the record; others cannot be trusted.
-
-        Raises:
-            BadCheckpoint: the record has files that patches of the checkpoint never write.
-        """
+        """The rollback of the patch of a record. Unless this program is writing it (`own`), it cannot be trusted:
+        `BadCheckpoint` if it has files that patches of the checkpoint never write."""
         others = [] if own else self._foreign(record)
         if others:
             what = wording.listing(others)
@@ -145,11 +121,7 @@ class UndoStore:
 
     @contextlib.contextmanager
     def writing(self, *, recovers: bool = True) -> Iterator[None]:
-        """While it lasts, the folder of records exists and is locked, and patches that were cut short are taken back.
-
-        Raises:
-            Busy: another program is writing.
-        """
+        """While it lasts, the folder of records exists and is locked; patches that were cut short are taken back."""
         if self.base.is_symlink():
             raise linked(self.base)
         with explained(self.base):
@@ -204,11 +176,8 @@ class UndoStore:
     # ---- what was cut short ----------------------------------------------------------------------------------
 
     def recover(self) -> list[HistoryRow]:
-        """Take back this user's own patches that were cut short, unless they are still being made.
-
-        Raises:
-            BadCheckpoint: a record is damaged or not this user's own, or the file has been replaced since.
-        """
+        """Take back this user's own patches that were cut short, unless they are still being made; `BadCheckpoint` if a
+        record is damaged or not this user's own, or the file has been replaced since."""
         pending = self.pending()
         if claims.read(self.folder) is None:
             if pending and not is_held(self.lock) and self.pending():
@@ -251,16 +220,8 @@ class UndoStore:
                 raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
     def take_back(self, writer: Writer, target: OpenRanges, error: BaseException) -> None:
-        """Put the old bytes back after an error within a patch.
-
-        Args:
-            writer: the writer of the record.
-            target: the open files, which are written in place.
-            error: what went wrong.
-
-        Raises:
-            CannotWrite: the error came from the system, or the bytes could not be put back; the message says which.
-        """
+        """Put the old bytes back after an error within a patch; `CannotWrite` if it came from the system, or they could
+        not be put back."""
         try:
             if writer.begun:
                 self._abandon(writer, target)
@@ -310,15 +271,7 @@ class UndoStore:
 
 
 def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
-    """The records of all patches of some files.
-
-    Args:
-        files: the files.
-        refuses: whether a patch that is being made, or was cut short, is an error.
-
-    Raises:
-        Busy: there is such a patch.
-    """
+    """The records of all patches of some files; if it `refuses`, one that is being made, or was cut short, raises."""
     names: dict[Path, set[str]] = {}
     for path in {real for file in files for real in (file, file.resolve())}:
         names.setdefault(path.parent, set()).add(path.name)
@@ -344,11 +297,8 @@ def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
 @contextlib.contextmanager
 def retiring(out: Path) -> Iterator[None]:
     """While it lasts, a checkpoint gets its name; if another one has it in the end, the records of the old are removed.
-
-    Raises:
-        Busy: the old one is being patched.
-        BadCheckpoint: it is a shard of a model whose patch was cut short, and that cannot be taken back unasked.
-    """
+    `Busy` if the old one is being patched; `BadCheckpoint` if it is a shard of a model whose patch was cut short, and
+    that cannot be taken back unasked."""
     own = UndoStore.of(out)
     with contextlib.ExitStack() as stack:
         held = []

@@ -31,14 +31,8 @@ _MAX_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a layout, read from left to right.
-
-    Attributes:
-        sources: the paths that it takes.
-        targets: the paths that it makes.
-        do: the steps between them.
-        optional: whether it may take nothing.
-    """
+    """One rule of a layout, read from left to right: the paths that it takes, those that it makes, and the steps
+    between them. One that is optional may take nothing."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]

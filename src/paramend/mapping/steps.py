@@ -30,12 +30,7 @@ COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a rule.
-
-    Attributes:
-        name: its row in the table.
-        args: its arguments, as data.
-    """
+    """A step of a rule: the name of its row in the table, and its arguments, as data."""
 
     name: str
     args: Data
@@ -90,10 +85,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def read_step(data: Any) -> Step:
-    """A step from data.
-
-    Raises:
-        BadArgument: it is not one; the message says why.
+    """A step from data; `BadArgument` says why it is none.
 
     >>> read_step({"stack": {"axis": 0}}), read_step({"transpose": [1, 0]}).inverse().args
     (Step(name='stack', args={'axis': 0}), {'axes': [1, 0]})

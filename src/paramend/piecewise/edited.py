@@ -21,15 +21,8 @@ from paramend.piecewise.steps import Step, step_of
 
 class Edited(Origin):
     """The elements of an origin, edited. Boxes with gaps are taken from the whole, kept until its last element is read,
-    if elements depend on their places or on others.
-
-    Attributes:
-        base: the origin.
-        calls: the edits, first to last.
-        places: where the leaf was when each call was made.
-        path: the path of the leaf, for errors.
-        damage: where values that the dtype cannot hold are counted.
-    """
+    if elements depend on their places or on others. `places` says where the leaf was when each call was made; values
+    that the dtype cannot hold are counted in `damage`."""
 
     moves = False
     refusal = ""  # a leaf that cannot be read takes no edits but those that do not read it
@@ -157,12 +150,9 @@ def are_alike(calls: Sequence[Call]) -> bool:
 def steps_of(
     spec: Spec, calls: Sequence[Call], places: Sequence[Site], damage: Damage
 ) -> tuple[list[Step | None], np.dtype[Any] | None]:
-    """Edits of a leaf as steps over flat pieces, first to last, without those whose results are overwritten.
-
-    Returns:
-        The steps, None for an edit that needs the whole leaf; and, if the first step does not read the old values, the
-        dtype of its input, else None.
-    """
+    """Edits of a leaf as steps over flat pieces, first to last, without those whose results are overwritten; None for
+    an edit that needs the whole leaf. Then, if the first step does not read the old values, the dtype of its input,
+    else None."""
     deaf = [at for at, edit in enumerate(calls) if not edit.op.reads and edit.index is None]
     first = deaf[-1] if deaf else 0
     for edit in calls[:first]:

@@ -13,12 +13,8 @@ from paramend.leaves.specs import Array
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """The positions that a slice takes along one axis, in its order.
-
-    Attributes:
-        positions: a range, or an array of indices.
-        stride: the distance of two positions in elements of the leaf.
-    """
+    """The positions that a slice takes along one axis, in its order, and the distance of two positions in elements of
+    the leaf."""
 
     positions: range | Array
     stride: int
@@ -33,14 +29,10 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The elements of a slice, as contiguous runs in the leaf, in the order of the slice.
+    """The elements of a slice, as contiguous runs of `run` elements in the leaf, in the order of the slice.
 
-    Attributes:
-        shape: of the slice.
-        run: the number of elements of each run.
-        first: what is added to all positions.
-        axes: the axes over which the runs are numbered in C order.
-        last: if the slice repeats elements of the leaf, the places in the slice whose values count; else None.
+    `first` is added to all positions; the runs are numbered over the axes in C order. If the slice repeats elements of
+    the leaf, `last` are the places in the slice whose values count.
 
     >>> [region((4, 6), index).count for index in (None, -1, slice(1, 3), (slice(None), 0), (slice(None), slice(2, 4)))]
     [1, 1, 1, 4, 4]
@@ -103,10 +95,8 @@ class Region:
     def pieces(self, budget: int, slack: int) -> Iterator[tuple[int, Array, int]]:
         """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length).
 
-        Args:
-            budget: about how many elements of the leaf a piece may span; neighbouring short runs count with the gaps
-                between them.
-            slack: the gap, in elements, from which two runs are not neighbours.
+        The budget is about how many elements of the leaf a piece may span; neighbouring short runs, with gaps of less
+        than `slack` elements, count with the gaps between them.
         """
         if not self.size:
             return
@@ -142,9 +132,6 @@ def _step(axis: Axis) -> int:
 
 def region(shape: tuple[int, ...], index: Any) -> Region:
     """The elements that `x[index]` takes from an array of this shape, in its order.
-
-    Raises:
-        OutOfRange: the index does not fit.
 
     >>> region((3, 4), (0, slice(1, 3)))
     Region(shape=(2,), run=2, first=1, axes=(), last=None)

@@ -22,12 +22,8 @@ from paramend.selectors.selector import Selector, resolve
 
 
 class Donors:
-    """Files that values come from, each opened once and closed when nothing refers to its values any more.
-
-    Args:
-        folder: the folder that relative names start from.
-        raw: whether leaves are taken as they are stored.
-    """
+    """Files that values come from, by names relative to a folder, each opened once and closed when nothing refers to
+    its values any more."""
 
     def __init__(self, folder: str | os.PathLike[str] = "", *, raw: bool = False) -> None:
         self._raw = raw
@@ -35,12 +31,7 @@ class Donors:
         self._open: dict[Path, Array | Checkpoint] = {}
 
     def open(self, name: str) -> Array | Checkpoint:
-        """The array of a `.npy` file, or a checkpoint.
-
-        Raises:
-            CannotRead: there is no such file.
-            BadCheckpoint: it is damaged or its format is unknown.
-        """
+        """The array of a `.npy` file, or a checkpoint."""
         path = self._folder / name
         if path not in self._open:
             self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
@@ -49,20 +40,13 @@ class Donors:
     def values(
         self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
     ) -> dict[int, Array | Stored]:
-        """Leaf number → an array, or a reference to one.
+        """Leaf number → an array, or a reference to one, for the chosen leaves, each with the selector that matched it.
+
+        `leaf` is the path in the file, whose wildcards stand for what those of the selectors matched; without it, the
+        leaf of the same path, whatever the separators. `NoMatch` lists all that are missing.
 
         An edited checkpoint gets references. Trees in memory get copies, which become leaves and outlive the file; so
         do checkpoints that take leaves from their own file, because a patch writes one leaf before it reads the next.
-
-        Args:
-            name: the file.
-            leaf: the path of its leaf; its wildcards stand for what those of the selectors matched. None: the leaf of
-                the same path, whatever the separators.
-            leaves: the tree.
-            chosen: numbers of selected leaves, each with the selector that matched it.
-
-        Raises:
-            NoMatch: the file has no such leaf; the message lists all that are missing.
         """
         donor = self.open(name)
         if not isinstance(donor, Checkpoint):

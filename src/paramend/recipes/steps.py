@@ -22,13 +22,8 @@ _KEYS = ("version", "raw", "steps")
 
 @dataclass(frozen=True, slots=True)
 class RecipeStep:
-    """One step.
-
-    Attributes:
-        verb: its row of the table.
-        given: its keys with their values read: numbers are numbers, dtypes have their full names.
-        number: its place in the recipe.
-    """
+    """One step: a row of the table, its keys with their values read (numbers are numbers, dtypes have their full
+    names), and its place in the recipe."""
 
     verb: Verb
     given: Mapping[str, Any]

@@ -23,16 +23,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A kind of step.
+    """A kind of step: its key, what it does, and what the map below it may hold.
 
-    Attributes:
-        name: its key in a step.
-        says: what it does.
-        keys: what the map below it may hold.
-        op: its row of the table of ops; None for changes of structure and for expectations.
-        one_of: keys, exactly one of which is required.
-        any_of: keys, at least one of which is required.
-        changes: whether the steps after it see different paths or specs.
+    `op` is its row of the table of ops; None for changes of structure and for expectations. Exactly one of the keys
+    `one_of` is required, at least one of `any_of`. If it `changes`, the steps after it see different paths or specs.
     """
 
     name: str

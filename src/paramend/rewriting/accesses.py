@@ -21,19 +21,12 @@ _Found = Mapping[Path, os.stat_result]
 
 
 class Accesses:
-    """The access of each file and folder of an output.
+    """The access of each file and folder of an output, from all files that a plan reads, and what its output replaces.
 
     Files that are copied with edits stay as open as they are, in folders that stay as open as they are.
     """
 
     def __init__(self, made: Plan, out: Path, *, folder: bool) -> None:
-        """Look at all files that a plan reads, and at what its output replaces.
-
-        Args:
-            made: the plan.
-            out: the output.
-            folder: whether it is a directory.
-        """
         self._made, self._out = made, out
         self._read: dict[int, _Found] = {}
         self._homes: dict[Path, os.stat_result] = {}
@@ -77,11 +70,7 @@ class Accesses:
         return self._of(read or self._all, file.name, derived=file.origin is None)
 
     def of_all(self, name: str) -> Access:
-        """The access of a file that tells of everything that is read.
-
-        Args:
-            name: its path within the output, or that of a file.
-        """
+        """The access of a file, at a path within the output, that tells of everything that is read."""
         return self._of(self._all, name, derived=True)
 
     def of_chunks(self, name: str) -> Access:

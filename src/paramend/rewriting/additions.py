@@ -37,19 +37,12 @@ def parted(made: Plan) -> tuple[list[tuple[int, Row]], list[Row]]:
 
 
 def grown_shards(made: Plan, source: Any, *, link: bool, splits: bool) -> list[File] | None:
-    """The files of a source as they are, what comes to its leaves in further ones, and the index.
+    """The files of a source as they are, what comes to its leaves in further ones, and the index; None if leaves of the
+    source go, move or are made anew, or if its readers would not find further files.
 
-    The files keep their names, but a single `model.safetensors` becomes the first of several: readers prefer a file of
-    that name to an index. A file of another checkpoint whose leaves all come under their names comes as it is.
-
-    Args:
-        made: the plan.
-        source: the source.
-        link: whether files that stay as they are become hard links.
-        splits: whether a single file without an index may become the first of several.
-
-    Returns:
-        None if leaves of the source go, move or are made anew, or if its readers would not find further files.
+    The files keep their names, but a single `model.safetensors` may become the first of several if `splits`: readers
+    prefer a file of that name to an index. A file of another checkpoint whose leaves all come under their names comes
+    as it is.
     """
     if not isinstance(source, Shards) or not isinstance(made.leaves, Gathered):
         return None
@@ -96,13 +89,7 @@ def _free_names(source: Shards, stem: str, count: int) -> list[str]:
 
 
 def _whole_files(made: Plan, rows: Sequence[Row], framework: str | None) -> Iterator[tuple[SafetensorsFile, list[Row]]]:
-    """The files whose leaves all come as they are, each with its rows.
-
-    Args:
-        made: the plan.
-        rows: what comes.
-        framework: the framework that the metadata of a file must name.
-    """
+    """The files whose leaves all come as they are, each with its rows. Their metadata must name the framework."""
     found: dict[int, tuple[SafetensorsFile, list[Row]]] = {}
     source: Any = made.leaves
     for row in rows:

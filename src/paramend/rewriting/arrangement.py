@@ -24,10 +24,8 @@ def arranged(made: Plan, rows: Sequence[Row]) -> Outline:
     """The outline of a plan's result; the number of a place is the position of a row.
 
     A leaf that is not moved keeps its true keys. In a path that is new, a number is a position where the source has a
-    list, and where a leaf of a list is moved to a new place. A list that would have holes becomes a dict.
-
-    Raises:
-        RenameClash: a leaf would take the place of an entry that is not an array.
+    list, and where a leaf of a list is moved to a new place. A list that would have holes becomes a dict. `RenameClash`
+    if a leaf would take the place of an entry that is not an array.
     """
     old = outline_of(base_of(made))
     places, gathered = old.places, isinstance(made.leaves, Gathered)

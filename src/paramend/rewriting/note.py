@@ -49,27 +49,15 @@ _BLANK = "0" * 64
 
 
 class Note:
-    """The record of a rewrite: a new one, that of the source unchanged, or none.
+    """The record of a rewrite: a new one, that of the source unchanged, or none; `layout` has its place.
 
     Digests are computed from bytes on their way into the output. If the record is in a header, the header is written
     first with blank digests of the same length, and again when the digests are known.
-
-    Attributes:
-        layout: what is written, including the place of the record.
     """
 
     def __init__(self, made: Plan, out: Path, layout: Layout, recipe: str | None) -> None:
-        """Prepare the record of a plan that is about to be carried out.
-
-        Args:
-            made: the plan.
-            out: where it goes.
-            layout: what is written without a record.
-            recipe: the recipe of the plan, "" if unknown; None for no new record.
-
-        Raises:
-            BadCheckpoint: the record of the source, which the new one contains, is damaged.
-        """
+        """Prepare the record of a plan that is about to be carried out. The recipe is "" if it is unknown, None for no
+        new record. `BadCheckpoint` if the record of the source, which the new one contains, is damaged."""
         self._made, self._out = made, out
         self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
         self._digests: dict[int, str] = {}
@@ -219,11 +207,7 @@ class Note:
 
     @contextlib.contextmanager
     def beside(self, accesses: Accesses) -> Iterator[None]:
-        """While it lasts, a file gets its name. Then the record beside it is its own, or that of the old file stays.
-
-        Raises:
-            CannotWrite: the file was written, but its record was not.
-        """
+        """While it lasts, a file gets its name. Then the record beside it is its own, or that of the old file stays."""
         then = look(self._out)
         try:
             yield

@@ -29,12 +29,7 @@ def check_output(
     max_shard_size: int | str | None = None,
     to: str | None = None,
 ) -> Layout:
-    """The files that a rewrite will make, after checking that they can be written, as far as that is known beforehand.
-
-    Raises:
-        CannotWrite: the output exists, is the source, or its folder cannot take it.
-        Unsupported: the format of the output cannot hold a leaf.
-    """
+    """The files that a rewrite will make, after all checks that are possible before anything is written."""
     layout = lay_out(made, out, link=link, max_shard_size=max_shard_size, to=to)
     source: Any = made.leaves
     out = Path(out)

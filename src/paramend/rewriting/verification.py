@@ -28,13 +28,8 @@ Places: TypeAlias = PathLike | Mapping[str, PathLike] | Iterable[PathLike]
 
 
 class Verified(NamedTuple):
-    """What was found in a checkpoint that is as its record says.
-
-    Attributes:
-        leaves: the paths of the recorded leaves.
-        remade: those that were made again from their sources and are the same.
-        lacking: source that is not there → the leaves that are made of it.
-    """
+    """What was found in a checkpoint that is as its record says: its recorded leaves, those that were made again from
+    their sources and are the same, and source that is not there → the leaves that are made of it."""
 
     leaves: list[str]
     remade: list[str]

@@ -25,13 +25,7 @@ How = Literal["concat", "stack", "interleave"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Taken(Origin):
-    """Some places along an axis, in their order: a slice, one layer of a stack, permuted rows.
-
-    Attributes:
-        whole: what they are taken from.
-        axis: the axis.
-        places: the places, each of which may occur often.
-    """
+    """Some places along an axis, in their order, each perhaps often: a slice, one layer of a stack, permuted rows."""
 
     whole: Origin
     axis: int
@@ -71,13 +65,10 @@ class Taken(Origin):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Joined(Origin):
-    """Several origins along an axis: one after the other, along a new axis, or with their places in turns.
+    """Several origins along an axis, which "stack" makes.
 
-    Attributes:
-        parts: the origins, at least one.
-        axis: the axis, which "stack" makes.
-        how: element i of part j comes to j·n + i for "concat", to i·k + j for "interleave", n places and k parts; for
-            "stack" part j is place j.
+    Element i of part j comes to j·n + i for "concat", to i·k + j for "interleave", n places and k parts; for "stack"
+    part j is place j.
     """
 
     parts: tuple[Origin, ...]
@@ -157,12 +148,7 @@ class Joined(Origin):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Permuted(Origin):
-    """The axes in another order, as by numpy's `transpose`.
-
-    Attributes:
-        whole: what has the axes.
-        axes: for each new axis, the old one.
-    """
+    """The axes in another order, as by numpy's `transpose`."""
 
     whole: Origin
     axes: tuple[int, ...]
@@ -244,13 +230,7 @@ class Reshape(Origin):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Merged(Reshape):
-    """Some axes as one.
-
-    Attributes:
-        whole: what has the axes.
-        axis: the first of them.
-        count: how many; 0 makes an axis of one place.
-    """
+    """Some axes as one: `count` from the first on; 0 makes an axis of one place."""
 
     whole: Origin
     axis: int
@@ -301,13 +281,7 @@ class Merged(Reshape):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split(Reshape):
-    """One axis as several.
-
-    Attributes:
-        whole: what has the axis.
-        axis: the axis.
-        lengths: those of the new axes; none for an axis of one place that goes.
-    """
+    """One axis as several of these lengths; none for an axis of one place that goes."""
 
     whole: Origin
     axis: int
@@ -349,11 +323,7 @@ def check_fit(specs: Sequence[Spec], axis: int, how: How) -> None:
 
 
 def join(parts: Sequence[Origin], axis: int, how: How) -> Origin:
-    """Origins along an axis.
-
-    Raises:
-        SpecMismatch: they do not fit together.
-    """
+    """Origins along an axis; `SpecMismatch` if they do not fit together."""
     check_fit([part.spec for part in parts], axis, how)
     return parts[0] if len(parts) == 1 and how != "stack" else Joined(tuple(parts), axis, how)
 
@@ -366,11 +336,7 @@ def permute_axes(origin: Origin, axes: Sequence[int]) -> Origin:
 
 
 def reshape(origin: Origin, shape: Sequence[int]) -> Origin:
-    """The elements in another shape of the same size.
-
-    Raises:
-        SpecMismatch: the sizes differ.
-    """
+    """The elements in another shape of the same size; `SpecMismatch` if the sizes differ."""
     old, new = origin.spec.shape, tuple(shape)
     if math.prod(old) != math.prod(new):
         raise SpecMismatch(f"{origin.spec} has {math.prod(old):,} elements, and {list(new)} has {math.prod(new):,}")
