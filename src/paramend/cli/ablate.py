@@ -14,6 +14,7 @@ from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT
 from paramend.cli.opening import raw
+from paramend.cli.options import takes
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording
@@ -45,8 +46,7 @@ from paramend.selectors.selector import resolve, sel
 )
 @click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
 @click.option("--no-jit", is_flag=True, help="Call the score directly instead of letting JAX trace it.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("html", "json")
 def ablate(
     path: Path,
     targets: tuple[str, ...],

@@ -6,6 +6,7 @@ import click
 
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
+from paramend.cli.options import takes
 from paramend.evidence.diff import Sort
 from paramend.evidence.diff import diff as diff_of
 
@@ -33,8 +34,7 @@ from paramend.evidence.diff import diff as diff_of
     default="change",
     help="The order of changed leaves; by change, largest first.",
 )
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("html", "json")
 def diff(
     a: Path,
     b: Path,

@@ -8,6 +8,7 @@ import click
 
 from paramend._optional import need
 from paramend.cli import _ui, fates
+from paramend.cli.options import takes
 from paramend.reports import wording
 from paramend.reports.tables import aligned
 
@@ -31,7 +32,7 @@ NEEDS = ("sklearn.model_selection", "safetensors.numpy", "flax.linen", "optax", 
     show_default=True,
     help="Seed of all randomness.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 @click.pass_context
 def demo(context: click.Context, out: Path, force: bool, seed: int, as_json: bool) -> None:
     """Run the five surgeries on a classifier of handwritten digits.

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from paramend.cli.limited import run_limited
+from paramend.cli.options import takes
 from paramend.errors import ParamendError
 from paramend.lessons.catalogue import ROWS, find, row_of
 from paramend.lessons.grading import draw, grade, summary
@@ -39,7 +40,7 @@ from paramend.reports.tables import aligned
     help="How long grading may take, in a process of its own; 0: no limit, in this process.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random inputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 @click.pass_context
 def lesson(
     context: click.Context,

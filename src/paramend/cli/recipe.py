@@ -13,7 +13,8 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.config import config as config_of
 from paramend.cli import _ui
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.writing import edit_checkpoint, options
+from paramend.cli.options import edits
+from paramend.cli.writing import edit_checkpoint
 from paramend.errors import BadRecipe
 from paramend.recipes.recipe import Recipe
 
@@ -49,7 +50,7 @@ apply = click.Command(
     params=[
         click.Argument(["recipe"], type=click.Path(path_type=Path)),
         click.Argument(["path"], type=click.Path(path_type=Path)),
-        *options(),
+        *edits(),
     ],
     help=_run.__doc__,
 )
@@ -113,7 +114,7 @@ config = click.Command(
             help="Set a key; VALUE is JSON, or else text; may be repeated.",
         ),
         click.Option(["--delete", "gone"], multiple=True, metavar="KEY", help="Delete a key; may be repeated."),
-        *options(),
+        *edits(),
     ],
     help=_configure.__doc__,
 )

@@ -12,7 +12,8 @@ import click
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.writing import makes, write_made
+from paramend.cli.options import makes
+from paramend.cli.writing import write_made
 from paramend.edits.arguments import SIZES
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining

@@ -20,14 +20,6 @@ from paramend.rewriting.layouts import Layout, lay_out
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
 
-# What click is told of the option `--html`.
-HTML: dict[str, Any] = {
-    "type": click.Path(path_type=Path),
-    "metavar": "FILE",
-    "help": "Write the report as an HTML page, in a dry run too.",
-}
-RECORD = "Add a record of what was done to OUT; `paramend verify OUT` checks it."
-
 
 def carry_out(
     made: Plan,
@@ -90,52 +82,11 @@ def carry_out(
     _ui.write_page(shown, html)
 
 
-def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a command that makes a checkpoint from others, and what its dry run shows; `write_made` takes
-    their values."""
-    rows: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("-o", "--out"), {"metavar": "OUT", "help": "The file or directory to write."}),
-        (("--max-shard-size",), {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'}),
-        (("--force",), {"is_flag": True, "help": "Replace OUT if it exists."}),
-        (("--record",), {"is_flag": True, "help": RECORD}),
-        (("--dry-run",), {"is_flag": True, "help": f"Show {shows}, and write no checkpoint."}),
-        (("--html",), HTML),
-        (("--json", "as_json"), {"is_flag": True, "help": "Print data as JSON."}),
-    ]
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for names, said in reversed(rows):
-            command = click.option(*names, **said)(command)
-        return command
-
-    return add
-
-
 def write_made(made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, **given: Any) -> None:
     """Write a checkpoint that was made from others, or only show its report in a dry run."""
     if out is None and not given["dry_run"]:
         raise click.UsageError("-o OUT is needed.")
     carry_out(made.plan, path, out, record="" if record else None, told=told, **given)
-
-
-def options(*, in_place: bool = True) -> list[click.Parameter]:
-    """The options of a command that edits a checkpoint. Where it cannot change the files themselves, `--in-place` is
-    hidden: using it raises an error that says why."""
-    return [
-        click.Option(["-o", "--out"], metavar="OUT", help="The file or directory to write."),
-        click.Option(
-            ["--in-place"],
-            is_flag=True,
-            hidden=not in_place,
-            help="Change PATH itself; `paramend undo PATH` takes it back.",
-        ),
-        click.Option(["--link"], is_flag=True, help="Hard-link unchanged shards."),
-        click.Option(["--force"], is_flag=True, help="Replace OUT if it exists."),
-        click.Option(["--record"], is_flag=True, help=RECORD),
-        click.Option(["--dry-run"], is_flag=True, help="Show what would change, and write no checkpoint."),
-        click.Option(["--html"], **HTML),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print data as JSON."),
-    ]
 
 
 def edit_checkpoint(
