@@ -20,6 +20,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "html": {"type": click.Path(path_type=Path), "metavar": "FILE", "help": "Write the report as an HTML page."},
     "json": {"param_decls": ("--json", "as_json"), "is_flag": True, "help": "Print data as JSON."},
 }
+EDITS = "out", "in_place", "link", "force", "record", "dry_run", "html", "json"
 DRY_TOO = "Write the report as an HTML page, in a dry run too."
 
 
@@ -49,6 +50,5 @@ def makes(shows: str) -> Decorator:
 def edits(*, in_place: bool = True) -> list[click.Parameter]:
     """The options of a command that edits a checkpoint. Where it cannot change the files themselves, `--in-place` is
     hidden: using it raises an error that says why."""
-    names = "out", "in_place", "link", "force", "record", "dry_run", "html", "json"
-    rows = [_told(name, {"html": DRY_TOO}) for name in names]
+    rows = [_told(name, {"html": DRY_TOO}) for name in EDITS]
     return [click.Option(**row, hidden=row["param_decls"] == ("--in-place",) and not in_place) for row in rows]
