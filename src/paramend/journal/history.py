@@ -96,13 +96,7 @@ class UndoReport(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
-        return {
-            "path": self.path,
-            "undone": self.undone.to_dict(),
-            "bytes_written": self.bytes_written,
-            "left": self.left,
-            "interrupted": self.interrupted,
-        }
+        return {**vars(self), "undone": self.undone.to_dict()}
 
 
 def table(rows: Sequence[HistoryRow]) -> list[str]:

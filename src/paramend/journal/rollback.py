@@ -46,7 +46,7 @@ class Rollback:
             if target.files:
                 self.record.note([*now, *self.record.states[len(now) :]])
             self.record.become_pending()
-            self._restore(target)
+            self.restore(target)
             target.check_named(_BACK)
 
     def finish(self) -> bool:
@@ -56,17 +56,13 @@ class Rollback:
         with explained(self.base), self._target() as target:
             changed = self._is_changed(target)
             if changed:
-                self._restore(target)
+                self.restore(target)
                 target.check_named(_BACK)
             else:
                 target.sync()  # a recovery may have put them back and been killed before it got here
                 self._whole.sync()
                 self._forget()
             return changed
-
-    def abandon(self, target: OpenRanges) -> None:
-        """Take back a patch that this program is making, in the files that it has open and those that it replaced."""
-        self._restore(target)
 
     @contextlib.contextmanager
     def _target(self) -> Iterator[OpenRanges]:
@@ -100,8 +96,8 @@ class Rollback:
             )
         return changed
 
-    def _restore(self, target: OpenRanges) -> None:
-        """Put the old bytes back, durably, and remove the record."""
+    def restore(self, target: OpenRanges) -> None:
+        """Put the old bytes back, durably, into open files and those that were replaced, and remove the record."""
         left: list[str] = []
         try:
             try:

@@ -242,7 +242,7 @@ class UndoStore:
         with contextlib.suppress(OSError):
             names[1].rename(names[0])
         with writer.read(next(filter(os.path.lexists, names), names[0])) as record:
-            self.rollback(record, own=True).abandon(target)
+            self.rollback(record, own=True).restore(target)
 
     # ---- forgetting ------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class Writer:
 
     def become(self, state: str) -> None:
         """Make all that was written durable, then rename the record to its new state."""
-        self.sync()
+        os.fsync(self._descriptor)
         if state == PENDING:
             claims.seal(self.path.parent, seal_text(self.path, self._digests))
         new = self.path.with_suffix(f".{state}")
@@ -97,10 +97,6 @@ class Writer:
         self.path = new
         sync_folder(new.parent)
         self.begun = True
-
-    def sync(self) -> None:
-        """Make all that was written durable."""
-        os.fsync(self._descriptor)
 
     def _end(self, digest: "hashlib._Hash") -> None:
         self._digests.append(digest.digest())

@@ -37,11 +37,6 @@ class Work:
     steps: int
 
 
-def work_of(row: Row, extent: Extent) -> Work:
-    """The work on the leaf of a row, whose bytes are in the extent."""
-    return Works().of(row, extent)
-
-
 class Works:
     """Makes the work on leaves. What leaves of one spec with the same edits have in common is computed once."""
 

@@ -125,23 +125,21 @@ def _containers(pairs: list[_Pair], old: Outline) -> dict[Keys, Any]:
 
 
 def lost(source: Source, form: Format) -> tuple[str, ...]:
-    """What a new file in a format has no place for, each with the reason."""
+    """What a new file in a format has no place for, each with the reason.
+
+    Of a named tuple without fields, such as an empty optimizer state, there is only one: it is not lost.
+    """
     writer = form.writer()
     holds = once(writer.holds)
     own = format_of(source)
     said = [
         f"{shown(keys, source.index.separator)} ({what(value, flat=writer.flat)})"
         for keys, value in outline_of(source).others
-        if not holds(value) and not _is_fieldless(value)
+        if not holds(value) and not (isinstance(value, tuple) and not value and hasattr(value, "_fields"))
     ]
     if own is not form:
         said += [f"{name} (not a tensor)" for name in _beside(source)]
     return tuple(said)
-
-
-def _is_fieldless(value: Any) -> bool:
-    """Whether it is a named tuple without fields, such as an empty optimizer state, of which there is only one."""
-    return isinstance(value, tuple) and not value and hasattr(value, "_fields")
 
 
 def _beside(source: Any) -> Iterable[str]:

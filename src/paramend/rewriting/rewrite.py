@@ -9,7 +9,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,18 @@ from paramend.disk.identity import changed, check_still, check_unchanged
 from paramend.disk.io import put, release
 from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import published, sync_file
+from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
 from paramend.formats.registry import DEFAULT, format_for
 from paramend.journal.store import records_of, retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
-from paramend.pages.page import Page
-from paramend.pages.paged import Paged
-from paramend.piecewise.changes import work_of
+from paramend.piecewise.changes import Works
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Section
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
 from paramend.rewriting.files import Computed, File, items_of, sources
@@ -46,7 +44,7 @@ _OPEN = 64
 
 
 @dataclass(frozen=True, repr=False)
-class RewriteReport(Paged):
+class RewriteReport(Outcome):
     """What a rewrite has done.
 
     Attributes:
@@ -77,17 +75,6 @@ class RewriteReport(Paged):
     said: tuple[str, ...] = ()
     format: str = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", self.plan.told())
-
-    def headline(self) -> str:
-        """What was written, in one line."""
-        return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
-
     @property
     def summary(self) -> str:
         """What was written, in one line, with the format if the name does not say it; what was left out, and is to be
@@ -102,13 +89,6 @@ class RewriteReport(Paged):
         named = format_for(Path(self.path))
         form = "" if named is not None and named.name == self.format else f", as {self.format}"
         return f"wrote {self.path}: {moved}{linked}{form}{record}{damage}{left}{said}"
-
-    def page(self) -> Page:
-        """The page of the plan, with what was written."""
-        return replace(self.plan.page(), headline=self.summary)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n{self.summary}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
@@ -276,7 +256,8 @@ class _Run:
             writer = self.layout.format.writer()
             writer.write(folder, items, lambda place: self._data(rows[place]), outline, base_of(self.made))
         else:
-            work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
+            works, some = Works(), (row for row in self.made.rows if row.calls and row.spec.size)
+            work = [works.of(row, laid_flat(self.source, row)) for row in some]
             restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
             self.computed += sum(each.row.spec.nbytes for each in work)
             check_still(self.source.stats)
