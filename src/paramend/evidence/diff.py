@@ -84,7 +84,7 @@ def diff(
         raise BadArgument(f"sort={sort!r} is not an order", hint='sort="change" or sort="path"')
     with _sides(before, after) as (old, new):
         found = matches(old, new)
-        if not _is_all(selector):
+        if not (isinstance(selector, str) and selector == "**"):
             within = chosen(selector, old, new)
             found = [match for match in found if match.a in within[0] or match.b in within[1]]
         report = _report(old, new, found, only, sort, histograms, progress)
@@ -155,10 +155,6 @@ def _leaves(tree: Any) -> Iterator[Editable]:
             yield checkpoint
     else:
         yield tree if isinstance(tree, Editable) else Memory(tree)
-
-
-def _is_all(selector: Any) -> bool:
-    return isinstance(selector, str) and selector == "**"
 
 
 def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str], bool]:

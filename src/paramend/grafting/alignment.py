@@ -166,14 +166,10 @@ def _by_families(source: Shapes, target: Shapes) -> list[Rules]:
     return [_generalised(pairs, source, target, wanted), exact]
 
 
-def _texts(path: Path) -> Path:
-    return tuple(_NUMBER.sub("\0", piece) for piece in path)
-
-
 def _families(leaves: Shapes) -> list[_Family]:
     members: dict[Path, list[Path]] = {}
     for path in leaves:
-        members.setdefault(_texts(path), []).append(path)
+        members.setdefault(tuple(_NUMBER.sub("\0", piece) for piece in path), []).append(path)
     families: list[_Family] = []
     for texts, paths in members.items():
         rows = [[int(number) for piece in path for number in _NUMBER.findall(piece)] for path in paths]

@@ -42,7 +42,7 @@ class Rebuilder:
         self.numbers = {id(value): number for number, value in enumerate(tree.values)}
         self.boxes = {id(box): number for number, box in tree.boxes.items()}
         self.shared = shared(tree, runs)
-        self.made: dict[tuple[int, Any], Any] = {}
+        self.made: dict[tuple[int | None, Any], Any] = {}
 
     # ---- trees ---------------------------------------------------------------------------------------------
 
@@ -84,7 +84,8 @@ class Rebuilder:
                 new.append((entry.key, entry.child))
             elif id(place[0]) not in done:
                 done.add(id(place[0]))
-                new += [(e.key, self._child(e)) for e in self._moved(path, place[0], entries)]
+                moved, again = self._moved(path, place[0], entries), self.order.new
+                new += [(e.key, self._copied(e.child, e.target) if e.target in again else e.child) for e in moved]
         listed = positional or (isinstance(node, list | tuple) and not hasattr(node, "_fields"))
         if listed and [key for key, _ in new] != list(range(len(new))):
             raise BadArgument(
@@ -119,12 +120,7 @@ class Rebuilder:
                     return run, depth, number
         return None
 
-    def _child(self, entry: _Entry) -> Any:
-        if entry.target is None or entry.target not in self.order.new:
-            return entry.child
-        return self._copied(entry.child, entry.target)
-
-    def _copied(self, node: Any, target: int) -> Any:
+    def _copied(self, node: Any, target: int | None) -> Any:
         kind = find_kind(node)
         box = self.boxes.get(id(node))
         number = self.numbers.get(id(node)) if box is None else box

@@ -58,10 +58,6 @@ def _filled(layer: Any, value: float) -> Any:
     return {**layer, "kernel": jnp.full_like(layer["kernel"], value)}
 
 
-def _without_bias(params: Any, value: float) -> Any:
-    return {"params": {"kernel": jnp.full_like(params["params"]["kernel"], value)}}
-
-
 def _without_layer(seed: float, x: Any, features: float, value: float) -> Any:
     params = nn.Dense(int(features)).init(jax.random.PRNGKey(int(seed)), jnp.asarray(x))
     return jnp.asarray(x) @ jnp.full_like(params["params"]["kernel"], value)
@@ -110,7 +106,7 @@ LESSON = Lesson(
             (
                 *wrong(
                     _solved,
-                    _without_bias,
+                    lambda params, value: {"params": {"kernel": jnp.full_like(params["params"]["kernel"], value)}},
                     lambda params, value: at(at(params, "params/kernel").fill(value), "params/bias").zero(),
                 ),
                 _without_layer,

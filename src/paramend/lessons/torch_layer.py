@@ -73,11 +73,6 @@ def _if_weight(solve: Solve) -> Solve:
 
 
 @torch.no_grad()
-def _weight_only(layer: Any) -> None:
-    layer.weight.zero_()
-
-
-@torch.no_grad()
 def _without_bias(layer: Any) -> None:
     layer.weight.zero_()
     layer.bias = None
@@ -88,12 +83,6 @@ def _unguarded_weight(layer: Any) -> None:
     layer.weight.zero_()
     if layer.bias is not None:
         layer.bias.zero_()
-
-
-@torch.no_grad()
-def _every_tensor(layer: Any) -> None:
-    for tensor in layer.state_dict().values():
-        tensor.zero_()
 
 
 def observe(solve: Solve, case: Case) -> Observation:
@@ -174,7 +163,7 @@ LESSON = Lesson(
         Mistake(
             "the bias dropped or left as it was",
             "A layer is its weight and its bias: both become zero, and both stay there.",
-            (_if_weight(_weight_only), _if_weight(_without_bias)),
+            (_if_weight(torch.no_grad()(lambda layer: layer.weight.zero_())), _if_weight(_without_bias)),
         ),
         Mistake(
             "a layer without weight or bias is not expected",
@@ -225,7 +214,7 @@ LESSON = Lesson(
         Mistake(
             "every tensor zeroed, buffers too",
             "The state dict also holds buffers: a BatchNorm with running_var zero divides by almost nothing.",
-            (_every_tensor,),
+            (torch.no_grad()(lambda layer: [tensor.zero_() for tensor in layer.state_dict().values()]),),
         ),
         Mistake(
             "a copy zeroed instead of the layer",

@@ -52,7 +52,11 @@ def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) 
             f"{wording.described(target.root)} is not an optimizer state, as optax or NNX build them",
             hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)",
         )
-    work.refuse_parameters()
+    if work.holds_parameters:
+        raise BadArgument(
+            "this holds the parameters as well as the optimizer's state",
+            hint="pm.graft(state, old_state, rename=...) grafts both",
+        )
     return work.follow(Links(report), Options(unused=unused), work.ours.outside, work.theirs.outside)
 
 
@@ -116,14 +120,6 @@ class _Work:
             return prefix_of(set(self.ours.outside), self.ours.parameters) is not None
         return any(self.target.spec(number).shape for number in self.arrays(self.target, self.ours).values())
 
-    def refuse_parameters(self) -> None:
-        """Raise for a train state, whose parameters would have to be grafted too."""
-        if self.holds_parameters:
-            raise BadArgument(
-                "this holds the parameters as well as the optimizer's state",
-                hint="pm.graft(state, old_state, rename=...) grafts both",
-            )
-
     # -- the parameters
 
     def report_of_moments(self, options: Options) -> GraftReport:
@@ -173,7 +169,8 @@ class _Work:
     def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
         """The states, with what the earlier ones have for them; numbers outside the states, at the paths `ours` and
         `theirs`, go on too."""
-        new, old = self.ours.states(set(links.targets)), self._states_of_source(links)
+        new, known = self.ours.states(set(links.targets)), links.sources
+        old = States.of_file(self.source, known, self.ours) if self.from_file else self.theirs.states(known)
         new.add_numbers(self.target, ours)
         old.add_numbers(self.source, theirs)
         self._refuse(new, old, options)
@@ -199,11 +196,6 @@ class _Work:
             pairs.append(self._pair(leaf, origin, links.targets.get(leaf.param) if leaf.param else None))
         _together(pairs)
         return self._carried(pairs, old, links)
-
-    def _states_of_source(self, links: Links) -> States:
-        if self.from_file:
-            return States.of_file(self.source, links.sources, self.ours)
-        return self.theirs.states(links.sources)
 
     def _refuse(self, new: States, old: States, options: Options) -> None:
         if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
