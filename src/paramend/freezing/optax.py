@@ -215,7 +215,7 @@ def _matched(updates: Any, params: Any, finder: Finder) -> tuple[Any, Any]:
     """Updates and parameters of one structure.
 
     Parameters become None where there is neither array nor update, as for the functions of an Equinox module, and what
-    the updates have where there is no update. Frozen leaves without a gradient get updates of zero, which nothing reads.
+    the updates have where there is no update. Frozen leaves without a gradient get updates of zero that nothing reads.
     """
     if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
         return updates, params
