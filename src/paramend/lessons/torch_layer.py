@@ -58,10 +58,10 @@ def _each(write: Callable[[Any, str, Any], object]) -> Solve:
 def _unguarded(write: Callable[[Any], object]) -> Solve:
     """A solution that writes to weight and bias, whether they are there or not."""
 
-    @torch.no_grad()
     def solve(layer: Any) -> None:
-        write(layer.weight)
-        write(layer.bias)
+        with torch.no_grad():
+            write(layer.weight)
+            write(layer.bias)
 
     return solve
 

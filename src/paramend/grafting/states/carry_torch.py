@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,22 +11,16 @@ from paramend.grafting.report import GraftReport
 from paramend.grafting.states.graft_torch import (
     OWN,
     SCALARS,
+    Entry,
     as_tensor,
     device_for,
+    entries,
     refuse_kinds,
     shape_for,
     state_row,
     steps_as_tensors,
 )
 from paramend.reports import wording
-
-
-@dataclass(frozen=True)
-class _Old:
-    """What an earlier optimizer has for one parameter: its moments, and its hyperparameters."""
-
-    state: Mapping[str, Any]
-    group: Mapping[str, Any]
 
 
 def carry_optimizer_(
@@ -92,29 +85,24 @@ def _written(keys: Iterable[Any]) -> list[str]:
 
 def _matched(
     optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None
-) -> tuple[list[Any], dict[Any, _Old]]:
+) -> tuple[list[Any], dict[Any, Entry]]:
     """Keys that identify the parameters of both: those of the new ones in order, and the old ones by key."""
-    new = [p for group in optimizer.param_groups for p in group["params"]]
-    is_dict = isinstance(old, Mapping)
-    groups = old["param_groups"] if is_dict else old.param_groups
-    entries = [(p, group) for group in groups for p in group["params"]]
-    states = [old["state"].get(p, {}) if is_dict else old.state.get(p, {}) for p, _ in entries]
-    if not is_dict and {id(p) for p in new} & {id(p) for p, _ in entries}:
-        keys: list[Any] = [id(p) for p in new]
-        old_keys: list[Any] = [id(p) for p, _ in entries]
-    else:
+    new, earlier = entries(optimizer), entries(old)
+    groups = old["param_groups"] if isinstance(old, Mapping) else old.param_groups
+    keys: list[Any] = [id(entry.parameter) for entry in new]
+    old_keys: list[Any] = [id(entry.parameter) for entry in earlier]
+    if isinstance(old, Mapping) or not set(keys) & set(old_keys):
         keys, old_keys = _names(optimizer.param_groups, modules[0]), list(names or _names(groups, modules[1]))
-        if old_keys and (len(old_keys) != len(entries) or len(set(old_keys)) != len(old_keys)):
+        if old_keys and (len(old_keys) != len(earlier) or len(set(old_keys)) != len(old_keys)):
             raise BadArgument(
                 f"{wording.plural(len(set(old_keys)), 'name')} for the "
-                f"{wording.plural(len(entries), 'parameter')} of the earlier state",
+                f"{wording.plural(len(earlier), 'parameter')} of the earlier state",
                 hint="names=[name for name, p in model.named_parameters() if p.requires_grad]",
             )
         if not keys or not old_keys:
             _refuse_order(keys, old_keys, optimizer.param_groups, groups)
-            keys, old_keys = list(range(len(new))), list(range(len(entries)))
-    known = {key: _Old(state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
-    return keys, known
+            keys, old_keys = list(range(len(new))), list(range(len(earlier)))
+    return keys, dict(zip(old_keys, earlier, strict=True))
 
 
 def _refuse_order(keys: list[Any], old_keys: list[Any], groups: Any, old_groups: Any) -> None:
@@ -155,7 +143,7 @@ def _names(groups: Any, module: Any) -> list[Any]:
     return [name for group in groups for name in group["param_names"]]
 
 
-def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found: list[_Old | None]) -> None:
+def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found: list[Entry | None]) -> None:
     wrong = []
     for number, ((parameter, _), key, source) in enumerate(zip(new, keys, found, strict=True)):
         for name, value in source.state.items() if source is not None else ():

@@ -198,28 +198,21 @@ class _Work:
         return self._carried(pairs, old, links)
 
     def _refuse(self, new: States, old: States, options: Options) -> None:
-        if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
-            raise GraftRefused(
-                f"the earlier state is of another optimizer: it keeps {_kept(old.kinds)} for each parameter, and this "
-                f"one {_kept(new.kinds)}",
-                report=GraftReport(refused=True),
-                hint=_ANEW,
-            )
         homeless = [kind for kind in old.kinds if kind not in new.kinds]
-        if homeless and options.unused == "error":
-            raise GraftRefused(
-                f"the earlier state keeps {_kept(homeless)} for each parameter, which have no place here",
-                report=GraftReport(refused=True),
-                hint='unused="ok" leaves these behind',
-            )
-        for states, whose in ((new, "this"), (old, "the earlier")):
-            if states.unknown:
-                some = wording.listing([write_path(path) for path in states.unknown], 4)
-                raise GraftRefused(
-                    f"{whose} state has moments of parameters that are not in the report: {some}",
-                    report=GraftReport(refused=True),
-                    hint="tree, report = pm.graft(params, old_params)  # with what the optimizer was made for",
-                )
+        unknown = new.unknown or old.unknown
+        if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
+            said = f"is of another optimizer: it keeps {_kept(old.kinds)} for each parameter, and this one "
+            said, hint = f"the earlier state {said}{_kept(new.kinds)}", _ANEW
+        elif homeless and options.unused == "error":
+            said = f"the earlier state keeps {_kept(homeless)} for each parameter, which have no place here"
+            hint = 'unused="ok" leaves these behind'
+        elif unknown:
+            whose, some = "this" if new.unknown else "the earlier", wording.listing(list(map(write_path, unknown)), 4)
+            said = f"{whose} state has moments of parameters that are not in the report: {some}"
+            hint = "tree, report = pm.graft(params, old_params)  # with what the optimizer was made for"
+        else:
+            return
+        raise GraftRefused(said, report=GraftReport(refused=True), hint=hint)
 
     def _pair(self, leaf: Leaf, origin: Leaf | None, link: Link | None) -> _Pair:
         if leaf.path[-2:-1] == (OWN,) or leaf.field == (OWN,):
