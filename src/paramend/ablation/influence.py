@@ -80,7 +80,6 @@ def block_influence(
 
 
 def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
-    """The blocks by name."""
     known = dict(module.named_modules())
     names = [layers] if isinstance(layers, str) else list(layers)
     index = Index.of_names([name for name, inner in known.items() if name and not inner._modules])

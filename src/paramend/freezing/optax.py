@@ -166,7 +166,6 @@ _WAYS: dict[str, Callable[[Any, Finder], _Way]] = {
 
 
 def _trained(tx: Any, gone: Any) -> Any:
-    """The transformation of the leaves that are not gone."""
     # Gradients among the extra arguments are cut to the trained leaves too.
     return optax.masked(tx, jax.tree.map(lambda flag: not flag, gone), mask_compatible_extra_args=True)
 

@@ -59,7 +59,6 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
 
 
 def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Path]:
-    """The keys of each leaf in the result."""
     found: dict[int, Path] = {}
     for old, new in rules.items():
         for number, path in rename(old, new).over(donor.index).items():
@@ -102,7 +101,6 @@ def _nested(host: Editable, path: Path) -> Path:
 
 
 def _native(host: Any, value: Any) -> Any:
-    """The value in the library of the target's leaves."""
     library = backend(host.read(host.index.numbers[0])) if host.index.numbers else backend(value)
     convert = getattr(library, "from_numpy", None)
     return value if backend(value) is library or convert is None else convert(to_numpy(value))

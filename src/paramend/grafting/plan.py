@@ -421,7 +421,6 @@ def _refusal(leaves: Leaves, number: int) -> str:
 
 
 def _equal(leaves: Leaves, one: int, other: int) -> bool:
-    """Whether two leaves are the same, bit for bit."""
     if leaves.spec(one) != leaves.spec(other):
         return False
     a, b = leaves.read(one), leaves.read(other)

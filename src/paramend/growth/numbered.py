@@ -92,7 +92,6 @@ def find(leaves: Leaves, text: str | None) -> list[Layers]:
 
 
 def _layers(said: Notation, found: Numbered) -> Layers:
-    """The layers that a notation picks among numbered entries."""
     places, numbers = said.pick(found), found.numbers
     if not places or places != list(range(places[0], places[-1] + 1)):
         run = f"[{places[0]}:{places[-1] + 1}]" if places else "[*]"

@@ -97,7 +97,6 @@ class Rebuilder:
         return kind.rekey(node, dict(new))
 
     def _moved(self, path: Pieces, run: Layers, entries: list[_Entry]) -> list[_Entry]:
-        """All entries of the layers in their new order."""
         moved: list[_Entry] = []
         for entry in entries:
             place = self._place(path, entry.key)
@@ -266,7 +265,6 @@ def _modules(root: Any, child: Any) -> list[Any]:
 
 
 def _descend(node: Any, pieces: Pieces) -> Any:
-    """The object at a path below a module."""
     for piece in pieces:
         kind = find_kind(node)
         assert kind is not None

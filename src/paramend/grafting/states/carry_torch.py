@@ -159,7 +159,6 @@ def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found:
 
 
 def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether an entry of a state may belong to a parameter of this shape."""
     single = value.numel() == 1 and (name in SCALARS or not shape)
     return single or tuple(value.shape) == shape_for(name, shape)
 

@@ -215,7 +215,6 @@ def _paths(module: Any) -> dict[int, Path]:
 
 
 def _known(name: str | None, paths: Any) -> Path | None:
-    """The path of a name, or None if it is not among the paths."""
     path = tuple(name.split(".")) if name else ()
     return path if path in paths else None
 
