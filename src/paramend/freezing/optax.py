@@ -234,35 +234,29 @@ def _matched(updates: Any, params: Any, finder: Finder) -> tuple[Any, Any]:
 def _of_all(loss: Callable[..., Any], frozen: Any, params: Any) -> Callable[..., Any]:
     """The loss as a function of parameters without the frozen leaves."""
 
-    def of_all(trained: Any, *args: Any, **kwargs: Any) -> Any:
-        def pick(now: Any, t: Any, p: Any) -> Any:
-            return t if now is False else p if now is True else jnp.where(now, p, t)
+    return lambda trained, *args, **kwargs: loss(jax.tree.map(_where, frozen, params, trained), *args, **kwargs)
 
-        return loss(jax.tree.map(pick, frozen, trained, params), *args, **kwargs)
 
-    return of_all
+def _where(now: Any, frozen: Any, trained: Any) -> Any:
+    """One of two values of a leaf, or elements of both, by what is frozen now."""
+    return trained if now is False else frozen if now is True else jnp.where(now, frozen, trained)
 
 
 def _zeroed(now: Any, gradients: Any) -> Any:
     """The gradients, with zero where frozen, even for NaN."""
-
-    def zeroed(now: Any, g: Any) -> Any:
-        if now is False or is_void(g):
-            return g
-        return jnp.zeros_like(g) if now is True else jnp.where(now, jnp.zeros_like(g), g)
-
-    return jax.tree.map(zeroed, now, gradients)
+    return jax.tree.map(
+        lambda now, g: g if now is False or is_void(g) else _where(now, jnp.zeros_like(g), g), now, gradients
+    )
 
 
 def _still(now: Any, updates: Any, params: Any) -> Any:
     """The updates, with those of frozen elements adding nothing."""
-
-    def still(now: Any, u: Any, p: Any) -> Any:
-        if now is False or is_void(u):
-            return u if now is False else _nothing(u, p)
-        return _nothing(u, p) if now is True else jnp.where(now, _nothing(u, p), u)
-
-    return jax.tree.map(still, now, updates, updates if params is None else params)
+    return jax.tree.map(
+        lambda now, u, p: u if now is False else _where(is_void(u) or now, _nothing(u, p), u),
+        now,
+        updates,
+        updates if params is None else params,
+    )
 
 
 def _nothing(update: Any, param: Any) -> Any:

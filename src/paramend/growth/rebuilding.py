@@ -197,7 +197,7 @@ def _copied_torch(root: Any, child: Any) -> Any:
     inside = {id(module) for module in child.modules()}
     memo: dict[int, Any] = {}
     outside: set[int] = set()
-    for module in _modules(root, child):
+    for _, module in root.named_modules(memo={child}):  # not through the layer
         outside.add(id(module))
         outside |= {id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
         outside |= {id(value) for name, value in vars(module).items() if not name.startswith("_")}
@@ -246,21 +246,6 @@ def _objects(node: Any, without: int, met: set[int] | None = None) -> list[Any]:
     found = [node] if kind.replace is not None or kind.assign is not None else []
     for child in kind.open(node)[1]:
         found += _objects(child, without, met)
-    return found
-
-
-def _modules(root: Any, child: Any) -> list[Any]:
-    """The modules of a torch model that can be reached without passing through one of them."""
-    found: list[Any] = []
-    met: set[int] = {id(child)}
-    waiting = [root]
-    while waiting:
-        module = waiting.pop()
-        if id(module) in met:
-            continue
-        met.add(id(module))
-        found.append(module)
-        waiting += [inner for inner in module._modules.values() if inner is not None]
     return found
 
 
