@@ -173,7 +173,7 @@ def entries(optimizer: Any) -> list[Entry]:
     ]
 
 
-def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor, Mapping[str, Any], Path]]:
+def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor, dict[str, Any], Path]]:
     """The parameters of the new optimizer, with their groups and the paths that the report knows them by."""
     paths = _paths(module)
     every = [(p, group, paths.get(id(p)) or _known(name, links.targets)) for p, name, group, _ in entries(optimizer)]
