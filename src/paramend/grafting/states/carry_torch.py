@@ -8,18 +8,7 @@ import torch
 
 from paramend.errors import BadArgument, GraftRefused, SpecMismatch
 from paramend.grafting.report import GraftReport
-from paramend.grafting.states.graft_torch import (
-    OWN,
-    SCALARS,
-    Entry,
-    as_tensor,
-    device_for,
-    entries,
-    refuse_kinds,
-    shape_for,
-    state_row,
-    steps_as_tensors,
-)
+from paramend.grafting.states import graft_torch as states
 from paramend.reports import wording
 
 
@@ -27,7 +16,7 @@ def carry_optimizer_(
     optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None, unused: str
 ) -> GraftReport:
     """The report, after the optimizer has taken over what the earlier one has for the parameters of both."""
-    refuse_kinds(optimizer, old)
+    states.refuse_kinds(optimizer, old)
     new = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     keys, known = _matched(optimizer, old, modules, names)
     found = [known.get(key) for key in keys]
@@ -41,7 +30,7 @@ def carry_optimizer_(
     used = set(keys)
     for name, (key, earlier) in zip(_written(known), known.items(), strict=True):
         for entry, value in _tensors(earlier.state) if key not in used else ():
-            report.unused.append(state_row((name,), entry, value, "its parameter is not in this optimizer"))
+            report.unused.append(states.state_row((name,), entry, value, "its parameter is not in this optimizer"))
     if report.unused and unused == "error":
         report.refused = True
         raise GraftRefused(
@@ -58,24 +47,26 @@ def carry_optimizer_(
     for key, (parameter, group), source in zip(_written(keys), new, found, strict=True):
         if source is None or not source.state:
             report.fresh.append(
-                state_row((key,), "", parameter, "starts in its first step (nothing in the earlier state)")
+                states.state_row((key,), "", parameter, "starts in its first step (nothing in the earlier state)")
             )
         elif not of_all:
             optimizer.state[parameter] = made = _copied(source.state, parameter, group)
             for entry, value in _tensors(made):
-                report.copied.append(state_row((key,), entry, value, did, (key,), value))
-    steps_as_tensors(optimizer)
+                report.copied.append(states.state_row((key,), entry, value, did, (key,), value))
+    states.steps_as_tensors(optimizer)
     for group in optimizer.param_groups:
         ids = {id(p) for p in group["params"]}
         sources = {id(s.group): s.group for (p, _), s in zip(new, found, strict=True) if s is not None and id(p) in ids}
         if len(sources) == 1:  # with parameters from several groups it is ambiguous whose rate to take
             (source_group,) = sources.values()
-            group |= {k: v for k, v in source_group.items() if k not in OWN and (k in group or k == "initial_lr")}
+            group |= {
+                k: v for k, v in source_group.items() if k not in states.OWN and (k in group or k == "initial_lr")
+            }
     return report
 
 
 def _tensors(state: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor) for name, value in state.items() if (tensor := as_tensor(name, value)) is not None]
+    return [(name, tensor) for name, value in state.items() if (tensor := states.as_tensor(name, value)) is not None]
 
 
 def _written(keys: Iterable[Any]) -> list[str]:
@@ -85,9 +76,9 @@ def _written(keys: Iterable[Any]) -> list[str]:
 
 def _matched(
     optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None
-) -> tuple[list[Any], dict[Any, Entry]]:
+) -> tuple[list[Any], dict[Any, states.Entry]]:
     """Keys that identify the parameters of both: those of the new ones in order, and the old ones by key."""
-    new, earlier = entries(optimizer), entries(old)
+    new, earlier = states.entries(optimizer), states.entries(old)
     groups = old["param_groups"] if isinstance(old, Mapping) else old.param_groups
     keys: list[Any] = [id(entry.parameter) for entry in new]
     old_keys: list[Any] = [id(entry.parameter) for entry in earlier]
@@ -143,7 +134,7 @@ def _names(groups: Any, module: Any) -> list[Any]:
     return [name for group in groups for name in group["param_names"]]
 
 
-def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found: list[Entry | None]) -> None:
+def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found: list[states.Entry | None]) -> None:
     wrong = []
     for number, ((parameter, _), key, source) in enumerate(zip(new, keys, found, strict=True)):
         for name, value in source.state.items() if source is not None else ():
@@ -159,13 +150,13 @@ def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found:
 
 
 def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    single = value.numel() == 1 and (name in SCALARS or not shape)
-    return single or tuple(value.shape) == shape_for(name, shape)
+    single = value.numel() == 1 and (name in states.SCALARS or not shape)
+    return single or tuple(value.shape) == states.shape_for(name, shape)
 
 
 def _copied(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: value.detach().to(device_for(name, parameter, group), copy=True)
+        name: value.detach().to(states.device_for(name, parameter, group), copy=True)
         if isinstance(value, torch.Tensor)
         else copy(value)
         for name, value in state.items()

@@ -22,7 +22,7 @@ from paramend.grafting.report import PARTS, GraftReport, GraftRow
 from paramend.grafting.states.carry_optax import Leaf, Sources
 from paramend.grafting.states.moments import OWN, States, Survey, numbers_of, prefix_of
 from paramend.leaves.paths import write_path
-from paramend.leaves.specs import Spec, kind_of
+from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.selectors.patterns import parse
 from paramend.trees.tree import Tree
@@ -86,13 +86,11 @@ def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | Non
 
 @dataclass
 class _Pair:
-    """A leaf of the new state, the one of the old state that it continues, what became of its parameter (None for a
-    number), and why it stays as it is, or ""."""
+    """A leaf of the new state, the one of the old state that it continues, and why it stays as it is, or ""."""
 
     leaf: Leaf
     origin: Leaf | None
-    link: Link | None = None
-    why: str = ""
+    why: str
 
 
 @dataclass
@@ -193,7 +191,8 @@ class _Work:
             origin = None if found is None else origins[found.place]
             if origin is not None and new.kind(leaf) != old.kind(origin):
                 origin = None
-            pairs.append(self._pair(leaf, origin, links.targets.get(leaf.param) if leaf.param else None))
+            fate = links.targets.get(leaf.param) if leaf.param else None
+            pairs.append(_Pair(leaf, origin, _why_not(leaf, origin, fate)))
         _together(pairs)
         return self._carried(pairs, old, links)
 
@@ -213,24 +212,6 @@ class _Work:
         else:
             return
         raise GraftRefused(said, report=GraftReport(refused=True), hint=hint)
-
-    def _pair(self, leaf: Leaf, origin: Leaf | None, link: Link | None) -> _Pair:
-        if leaf.path[-2:-1] == (OWN,) or leaf.field == (OWN,):
-            return _Pair(leaf, None, link, "a hyperparameter, the new optimizer's own")
-        if link is not None and link.source is None:
-            return _Pair(leaf, None, link, f"as its parameter: {link.did}")
-        if origin is None:
-            return _Pair(leaf, None, link, "nothing in the earlier state")
-        ours, theirs = _spec(leaf.value), _spec(origin.value)
-        if link is None:
-            fits = ours.shape == theirs.shape and kind_of(ours.dtype) == kind_of(theirs.dtype)
-            return _Pair(leaf, origin, None, "" if fits else f"{theirs} in the earlier state")
-        field_name = leaf.field[-1]
-        mine = _relation(field_name, ours.shape, link.shape)
-        same = mine == _relation(field_name, theirs.shape, link.source_shape or ())
-        if same and mine == "other":
-            same = ours.shape == theirs.shape and (not link.corner or ours.size == 1)
-        return _Pair(leaf, origin, link, "" if same else f"{theirs} in the earlier state means something else")
 
     def _carried(self, pairs: list[_Pair], old: States, links: Links) -> Grafted:
         report = GraftReport()
@@ -286,6 +267,25 @@ def _flat_part(tree: Counted, numbers: dict[Path, int]) -> Counted:
     flat = _flat({path: tree.values[number] for path, number in numbers.items()})
     flat.beside = frozenset(n for n in flat.counts if numbers[flat.index.pieces(n)] in tree.beside)
     return flat
+
+
+def _why_not(leaf: Leaf, origin: Leaf | None, link: Link | None) -> str:
+    """Why a leaf is not carried, or ""; `link` is what became of its parameter, None for a number."""
+    if leaf.path[-2:-1] == (OWN,) or leaf.field == (OWN,):
+        return "a hyperparameter, the new optimizer's own"
+    if link is not None and link.source is None:
+        return f"as its parameter: {link.did}"
+    if origin is None:
+        return "nothing in the earlier state"
+    ours, theirs = _spec(leaf.value), _spec(origin.value)
+    if link is None:
+        fits = ours.shape == theirs.shape and ours.kind == theirs.kind
+        return "" if fits else f"{theirs} in the earlier state"
+    mine = _relation(leaf.field[-1], ours.shape, link.shape)
+    fits = mine == _relation(leaf.field[-1], theirs.shape, link.source_shape or ())
+    if fits and mine == "other":
+        fits = ours.shape == theirs.shape and (not link.corner or ours.size == 1)
+    return "" if fits else f"{theirs} in the earlier state means something else"
 
 
 def _together(pairs: Iterable[_Pair]) -> None:
