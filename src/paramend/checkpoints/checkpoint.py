@@ -305,7 +305,7 @@ class Checkpoint(Editable):
         return self.planned(self.plan.without(gone))
 
     def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
-        """The checkpoint with some leaves under other paths, like `structure.move` for trees in memory."""
+        """The checkpoint with some leaves under other paths, like `structure.relocate` for trees in memory."""
         from paramend.edits import structure  # most programs rename nothing
 
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}

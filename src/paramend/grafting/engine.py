@@ -8,6 +8,7 @@ import numpy as np
 
 from paramend.arrays import losses
 from paramend.arrays.registry import backend
+from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import ways
 from paramend.grafting.cases import KINDS
@@ -20,7 +21,6 @@ from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import kind_of, numpy_dtype
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table
-from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 

@@ -45,11 +45,19 @@ class GraftRow:
 
     @classmethod
     def of(
-        cls, path: str, spec: Spec, did: str, source: str | None = None, theirs: Spec | None = None, **more: Any
+        cls,
+        path: str,
+        spec: Spec,
+        did: str,
+        source: str | None = None,
+        theirs: Spec | None = None,
+        *,
+        fit: str = "",
+        taken: int = 0,
     ) -> "GraftRow":
         """The row of a leaf of some spec, and of the leaf of the source that it meets, if there is one."""
         shape, dtype = (None, None) if theirs is None else (theirs.shape, theirs.dtype)
-        return cls(path, source, spec.shape, shape, spec.dtype, dtype, did, **more)
+        return cls(path, source, spec.shape, shape, spec.dtype, dtype, did, fit, taken)
 
     @property
     def size(self) -> int:

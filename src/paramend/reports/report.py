@@ -107,7 +107,6 @@ def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = (
     """The lines, folded: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do.
 
     Args:
-        lines: one per leaf.
         limit: the number of lines beyond which subtrees are folded.
         elsewhere: paths in other sections of the report: a subtree that holds one of them is not folded.
 
