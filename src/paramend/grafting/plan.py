@@ -5,15 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paramend.arrays.registry import backend
-from paramend.errors import (
-    BadArgument,
-    NoMatch,
-    OutOfRange,
-    ParamendError,
-    RenameClash,
-    SpecMismatch,
-    Unsupported,
-)
+from paramend.errors import BadArgument, NoMatch, OutOfRange, ParamendError, RenameClash, SpecMismatch, Unsupported
 from paramend.grafting import layouts, mismatches
 from paramend.grafting.cases import Case
 from paramend.grafting.guests import WithGuests

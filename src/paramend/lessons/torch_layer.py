@@ -136,10 +136,7 @@ def cases(rng: np.random.Generator) -> list[Case]:
             ("a bfloat16 layer", nn.Conv1d(a, b, 2).to(torch.bfloat16)),
             ("bias=None, and a nan in the weight", nn.Linear(a, b, bias=False)),
             ("a frozen float64 layer with buffers", nn.BatchNorm1d(a).double().requires_grad_(False)),
-            (
-                "layer by layer",
-                nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, a, bias=False), nn.LayerNorm(a)),
-            ),
+            ("layer by layer", nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, a, bias=False), nn.LayerNorm(a))),
         ]
     for _, layer in layers:
         for parameter in layer.parameters():
