@@ -368,3 +368,15 @@ def unique(leaves: Leaves, numbers: Sequence[int]) -> tuple[int, ...]:
     for number in numbers:
         first.setdefault(leaves.ties.get(number, number), number)
     return tuple(first.values())
+
+
+def tied(owners: Mapping[int, Hashable]) -> dict[int, int]:
+    """Leaf number → the first number of the same owner, for owners of several: the ties of a tree.
+
+    >>> tied({0: "a", 1: "b", 2: "a"})
+    {0: 0, 2: 0}
+    """
+    first: dict[Hashable, int] = {}
+    ones = {number: first.setdefault(owner, number) for number, owner in owners.items()}
+    shared = {one for number, one in ones.items() if one != number}
+    return {number: one for number, one in ones.items() if one in shared}
