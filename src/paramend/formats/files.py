@@ -129,7 +129,7 @@ class Row(Protocol):
 
 
 class FileSource(Opened):
-    """What sources over a single file share. Use one as a context manager, or `close()` it.
+    """What sources over a single file share. Use one as a context manager, or `close()` it; its arrays stay valid.
 
     Attributes:
         path: as the user gave it.

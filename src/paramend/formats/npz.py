@@ -70,8 +70,6 @@ class NpzEntry:
 class NpzFile(ZipSource):
     """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
 
-    Use it as a context manager, or `close()` it; arrays that were read stay valid.
-
     Attributes:
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
         metadata: what else is in the archive, by name, as bytes.

@@ -34,8 +34,7 @@ WRITER = OrbaxWriter()
 class OrbaxCheckpoint(Opened):
     """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
 
-    In the folder of a manager the latest step is opened. Use it as a context manager, or `close()` it; arrays that were
-    read stay valid.
+    In the folder of a manager the latest step is opened.
 
     Attributes:
         folder: the folder within it that holds the tree.
