@@ -20,8 +20,6 @@ class Family:
         name: its name for `identity=`.
         model_types: its model types in Hugging Face configurations.
         writers: the modules whose output is added to the residual stream. Their weights become `value`, their biases 0.
-        others: the other projections.
-        norms: the norms that a layer may have.
         value: the weight with which a writer returns zeros: 0, or -1 for the gain of a norm that computes (1 + w).
         by_name: whether the names alone show that `value` is right.
         refused: why no parameters make a layer of this family the identity, or "".

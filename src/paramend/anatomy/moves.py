@@ -21,7 +21,6 @@ class Move:
     Attributes:
         where: their path in the model.
         sources: for each new layer the old one that it is made of, from 0.
-        n: how many layers there were.
         first: the number of the first of them.
         blocks: how many blocks that predict further tokens follow them.
         given: key → value, as the user wants them in the outcome; dots lead into sections.

@@ -26,10 +26,6 @@ class OpenFile:
 
     A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
 
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is a directory, a pipe or a device.
-
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "x.bin")
     >>> _ = path.write_bytes(b"abcdef")

@@ -36,7 +36,6 @@ class SafetensorsFile(FileSource):
     A leaf's number is its position in the order of the bytes.
 
     Attributes:
-        header: names, specs, offsets and metadata.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
 
     >>> import tempfile

@@ -20,7 +20,6 @@ class Group:
     """The leaves that are one quantised weight.
 
     Attributes:
-        scheme: the row of the table.
         payload: the number of the leaf with the codes; None if it is not there.
         companions: number → its row in the scheme.
         missing: the roles of what the weight cannot be read without and is not there.

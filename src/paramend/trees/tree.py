@@ -53,7 +53,6 @@ class Tree:
     """A tree in memory.
 
     Attributes:
-        root: the tree as the user gave it.
         values: its leaves, also those that are not arrays. A leaf's number is its position here.
         boxes: leaf number → the box (an NNX Variable) that holds it.
     """

@@ -44,7 +44,6 @@ class OrbaxCheckpoint(Opened):
         keys: by number, the keys of a leaf: text in dicts, whole numbers in lists. That of a box, "value", is left out.
         metadata: what else is in the tree, by path: text, None, empty containers; and custom metadata under
             "custom_metadata".
-        store: where the arrays are.
         walk: the rows of its table, for writing a similar one.
         names: by number, the name of a leaf in the store.
         stats: the stat results of the table, and of a database's manifest, when they were opened.
