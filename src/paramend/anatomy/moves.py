@@ -60,7 +60,7 @@ class Move:
 
 
 def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
-    """Raise `Unsupported` if a layer has not the leaves of its new place; `kinds` is what is said of each layer alone.
+    """Raise `Unsupported` if a layer has other leaves than its new place must have; `kinds` is what is said of each.
 
     Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
     say tells them apart by their places: the first or the last layer must stay what it is, or each place must get the
