@@ -53,7 +53,6 @@ class Tree:
     """A tree in memory.
 
     Attributes:
-        root: the tree as the user gave it.
         values: its leaves, also those that are not arrays. A leaf's number is its position here.
         boxes: leaf number → the box (an NNX Variable) that holds it.
     """
@@ -225,7 +224,7 @@ class Tree:
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
 
     def apart(self, numbers: Collection[int]) -> dict[int, int]:
-        """Check that leaves can change in place without changing others; of those that are one array, → the first one.
+        """Check that leaves can change in place alone. Those that are one array lead to the first of them, by number.
 
         Raises:
             Unsupported: a leaf shares memory with a leaf that is not among them, or shares a part of it with any.
