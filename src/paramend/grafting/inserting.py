@@ -53,7 +53,7 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
     check_free(donor, paths, host.index.paths.values(), host.index.separator, hint)
     if isinstance(host, Checkpoint):
         own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
-        new = [(tuple(label for key in paths[n] for label in labels(key)), (donor, n)) for n in numbers]
+        new = [(_labels(paths[n]), (donor, n)) for n in numbers]
         return cast(T, assemble(host, [*own, *new], ties=host.ties))
     tree = cast(Memory, host)
     return cast(T, enter(tree, [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]))
@@ -78,6 +78,10 @@ def new_paths(
     return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
 
 
+def _labels(path: Path) -> tuple[Label, ...]:
+    return tuple(label for key in path for label in labels(key))
+
+
 def check_free(
     donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
 ) -> None:
@@ -90,7 +94,7 @@ def check_free(
         separator: what stands between keys there.
         hint: the way out.
     """
-    new = {number: [label for key in path for label in labels(key)] for number, path in paths.items()}
+    new = {number: _labels(path) for number, path in paths.items()}
     every = [*there, *new.values()]
     count = Counter(plain(path, separator) for path in every)
     inside = {plain(path[:depth], separator) for path in every for depth in range(1, len(path))}
@@ -108,14 +112,13 @@ def check_free(
 def _nested(host: Editable, path: Path) -> Path:
     """The keys in a tree like the host: one for a state dict, one for each piece in nested containers."""
     theirs = host.index.paths.values()
-    whole = [label for key in path for label in labels(key)]
+    whole = _labels(path)
     if theirs and all(len(keys_of(each)) == 1 for each in theirs) and any(len(each) > 1 for each in theirs):
         return (plain(whole, host.index.separator),)
     return path if any(len(keys_of(each)) < len(each) for each in theirs) else tuple(map(text_of, whole))
 
 
 def _native(host: Any, value: Any) -> Any:
-    """The value in the library of the target's leaves."""
     library = backend(host.read(host.index.numbers[0])) if host.index.numbers else backend(value)
     convert = getattr(library, "from_numpy", None)
     return value if backend(value) is library or convert is None else convert(to_numpy(value))
