@@ -111,7 +111,6 @@ class Addition:
         self.shown = replace(plan, rows=tuple(rows))
 
     def rehearse(self) -> PatchReport:
-        """The report of a dry run, after all checks that are possible before writing."""
         survey(self.shown)
         with explained(self.store.base):
             if self.store.base.is_symlink():
@@ -120,7 +119,6 @@ class Addition:
                 return PatchReport(str(self.store.base), self.shown, self._nbytes, dry_run=True)
 
     def carry_out(self) -> PatchReport:
-        """Write, with the lock of the store held."""
         with explained(self.store.base), self._replaced(lock=True):
             self.store.check_nothing_pending()
             edits = [(row.path, row.edit) for row in self.shown.changed]

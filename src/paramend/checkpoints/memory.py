@@ -142,12 +142,10 @@ class InMemory:
         return Outline(self._entries, self._containers)
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         value = self._leaves[number]
         return backend(value).spec(value)
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf."""
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
@@ -164,7 +162,6 @@ class InMemory:
         return self._last[1]
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A range of the elements of a leaf in C order."""
         return self.read(number).reshape(-1)[start:stop]
 
     def children(self, node: Any) -> None:
@@ -183,7 +180,6 @@ def is_key(value: Any) -> bool:
 
 
 def _check_tree(tree: Any) -> None:
-    """Raise for a value that is no container."""
     if tree is None or find_kind(tree) is None:
         state = hasattr(tree, "state_dict")
         raise BadArgument(

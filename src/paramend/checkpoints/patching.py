@@ -223,7 +223,6 @@ class _Patch:
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
-        """Write, with the lock of the store held."""
         if not self.work and not self.documents:  # only leaves or slices without elements
             return PatchReport(str(self.source.path), self.plan, 0)
         try:

@@ -103,7 +103,6 @@ def _targets(targets: tuple[str, ...], named: tuple[str, ...]) -> Any:
 
 
 def _function(file: Path) -> Callable[[Any], Any]:
-    """The function `score` of a Python file."""
     if not file.is_file():
         raise BadArgument(f"{file}: no such file")
     try:

@@ -32,7 +32,6 @@ class Chosen:
 
     @property
     def named(self) -> Selector:
-        """The leaves before the exceptions."""
         return sel(list(self.texts))
 
     @property
@@ -44,7 +43,6 @@ class Chosen:
 
     @property
     def typed(self) -> str:
-        """The choice as it is typed in a shell."""
         return " ".join([*map(shlex.quote, self.texts), *(f"--except {shlex.quote(text)}" for text in self.excepts)])
 
     def numbers(self, leaves: Leaves) -> tuple[int, ...]:

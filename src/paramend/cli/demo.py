@@ -85,7 +85,6 @@ def _told(row: Any) -> list[str]:
 
 
 def _summary(report: Any) -> list[str]:
-    """A table, one line for each step."""
     rows = [("", "step", "leaves changed", "accuracy", "claims")]
     for row in report.rows:
         outcome = row.outcome
@@ -95,7 +94,6 @@ def _summary(report: Any) -> list[str]:
 
 
 def _ending(report: Any) -> list[str]:
-    """The verdict, the files, and what to try next."""
     claims = [held for row in report.rows for held in row.outcome.claims.values()]
     return [
         "",

@@ -26,7 +26,6 @@ class Outputs:
 
     @property
     def written(self) -> list[Path]:
-        """Those that were written since."""
         return [path for path, state in self.before.items() if _state(path) != state]
 
     def __call__(self) -> str:
@@ -45,8 +44,6 @@ class Outputs:
 
 
 class _Journal:
-    """The undo records of a checkpoint, as they were and as they are."""
-
     def __init__(self, path: Path) -> None:
         self.path, self.store = path, UndoStore.of(path)
         self.done = self.store.records(DONE)

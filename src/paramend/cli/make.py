@@ -130,7 +130,6 @@ def graft(source: Path, target: Path, only: tuple[str, ...], excepts: tuple[str,
 
 
 def _typed(options: Mapping[str, Any]) -> str:
-    """The options of a graft as they are typed."""
     said = []
     for name, value in options.items():
         many = [f"{old}={new or ''}" for old, new in value.items()] if isinstance(value, Mapping) else value

@@ -70,7 +70,6 @@ def told(message: str, error: Exception, typed: Typed, parent: click.Context) ->
 
 
 def _typed_hint(hint: str, typed: Typed, given: Mapping[str, Any]) -> str:
-    """A hint without what only Python understands."""
     call = re.fullmatch(r"\.(\w+)\(([^()]*)\)", hint)
     if call and call[1] == typed.name and isinstance(given.get("path"), Path):
         words = [str(given["path"]), *_texts(given.get("selectors")), *call[2].split(", ")]

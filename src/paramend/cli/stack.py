@@ -39,12 +39,10 @@ class _Told(Paged):
         return {path: (self.new.spec(one), str(origin_of(self.new, one))) for path, one in numbers.items()}
 
     def headline(self) -> str:
-        """The number of leaves before and after."""
         before = wording.plural(len(self.old), "leaf", "leaves")
         return f"{before} before, {len(self.new):,} after"
 
     def sections(self) -> list[Section]:
-        """The leaves by their paths."""
         gone = [Line((path,), (str(self.old.spec(one)),)) for path, one in _alone(self.old, self.new).items()]
         come = [Line((path, shortened(origin)), (str(spec),)) for path, (spec, origin) in self._made.items()]
         return [Section("from", gone), Section("to", come)]
@@ -141,8 +139,6 @@ _ALONG = click.option("--axis", type=int, default=0, show_default=True, help="Th
 
 
 def _joins(verb: Callable[..., Checkpoint], how: str) -> click.Command:
-    """The command of a verb that makes one leaf of several."""
-
     @click.command(
         verb.__name__,
         help=f"""Write a checkpoint in which several leaves are one, {how}.

@@ -143,7 +143,6 @@ class WholeFiles:
             check_replaceable(self.base, file)
 
     def digests(self) -> list[bytes]:
-        """The digest of the content of each, as in a record."""
         return [_digest_of(file) for file in self.files]
 
     def changed_since(self, record: Record) -> list[str]:

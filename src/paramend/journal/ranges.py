@@ -39,7 +39,6 @@ class Ranges:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes covered."""
         return int((self.table[:, 3] - self.table[:, 2]).sum())
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
@@ -171,6 +170,5 @@ class OpenRanges:
                 )
 
     def sync(self) -> None:
-        """Make what was written durable."""
         for descriptor in self.descriptors:
             os.fsync(descriptor)

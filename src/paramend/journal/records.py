@@ -120,7 +120,6 @@ class Head:
         return {*self.files, *(name for pair in self.moved for name in pair)}
 
     def to_bytes(self) -> bytes:
-        """The payload of the frame."""
         data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
         if self.whole:
             data["whole"] = True if self.whole == len(self.files) else self.whole
@@ -185,7 +184,6 @@ class Record:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             release(descriptor)
@@ -213,7 +211,6 @@ class Record:
 
     @cached_property
     def ranges(self) -> Ranges:
-        """All recorded ranges."""
         frame = self._frames[2]
         (count,) = COUNT.unpack(get(self._descriptor, frame.start, COUNT.size, self.path))
         if count > (frame.length - COUNT.size) // 32:

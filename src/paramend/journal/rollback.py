@@ -74,7 +74,6 @@ class Rollback:
 
     @property
     def _whole(self) -> WholeFiles:
-        """The files that were replaced."""
         head = self.record.head
         return WholeFiles(self.base, head.files[head.written :], head.moved, head.written)
 
@@ -139,7 +138,6 @@ class Rollback:
         return self._whole.put_back(self.record, meter, force=self.force) if self.record.head.whole else []
 
     def _forget(self) -> None:
-        """Remove the record: the old bytes are in place, for good."""
         path = self.record.path
         try:
             path.unlink(missing_ok=True)

@@ -70,7 +70,6 @@ class UndoStore:
     # ---- records ---------------------------------------------------------------------------------------------
 
     def records(self, *states: str) -> list[Path]:
-        """The records in these states, the oldest first."""
         return records_in(self.folder, *states)
 
     def pending(self) -> list[Path]:
@@ -79,7 +78,6 @@ class UndoStore:
         return found if not self._about else [path for path in found if _is_about(path, {self._about}, unsure=True)]
 
     def next_path(self) -> Path:
-        """The path of the next record."""
         last = self.records(PARTIAL, PENDING, DONE)
         number = int(last[-1].stem) + 1 if last else 1
         return self.folder / f"{number:06}.{PARTIAL}"
@@ -139,7 +137,6 @@ class UndoStore:
                     self.close()
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """The lock of the store."""
         return locked(self.lock, name=self.base)
 
     def _make_folder(self) -> None:

@@ -45,7 +45,6 @@ class Writer:
         self._back = WriteBack(self._descriptor)
 
     def close(self) -> None:
-        """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             release(descriptor)
@@ -55,18 +54,15 @@ class Writer:
         return Record(path, self._descriptor)
 
     def head(self, head: Head) -> None:
-        """Begin with what is done."""
         self._put(MAGIC)
         self.frame(b"HEAD", head.to_bytes())
 
     def frame(self, kind: bytes, payload: bytes) -> None:
-        """Add a short frame."""
         framed = FRAME.pack(kind, len(payload)) + payload
         self._put(framed)
         self._end(hashlib.sha256(framed))
 
     def files(self, states: Sequence[State]) -> None:
-        """Add the current states of the files."""
         self.frame(b"FILE", states_text(states))
 
     def old_bytes(

@@ -44,14 +44,12 @@ class Rule:
         return Rule(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.do)), self.optional)
 
     def bound(self, number: Callable[[str], int]) -> "Rule":
-        """The rule with numbers in place of their names."""
         return replace(self, do=tuple(step.bound(number) for step in self.do))
 
     def __str__(self) -> str:
         return f"{wording.listing(self.sources, 4)} -> {wording.listing(self.targets, 4)}"
 
     def to_data(self) -> dict[str, Any]:
-        """The rule as YAML has it."""
         data: dict[str, Any] = {"from": _one(self.sources), "to": _one(self.targets)}
         if self.do:
             data["do"] = [step.to_data() for step in self.do]
@@ -153,7 +151,6 @@ class Layout:
             write_file(temporary, text.encode())
 
     def to_data(self) -> dict[str, Any]:
-        """The layout as a map."""
         name = {"name": self.name} if self.name else {}
         models = {"models": list(self.models)} if self.models else {}
         return {
@@ -349,7 +346,6 @@ def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:
 
 
 def _numbered(path: str, numbers: Mapping[str, int]) -> str:
-    """A path with numbers in place of some captured ones."""
     return re.sub(r"<(\w+)>", lambda found: str(numbers.get(found[1], found[0])), path)
 
 

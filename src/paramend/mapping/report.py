@@ -46,7 +46,6 @@ class LayoutReport(Report):
         return f"{self.layout or 'layout'}: {made} made of {taken:,}, {len(self.kept):,} kept"
 
     def sections(self) -> list[Section]:
-        """The leaves that were made, and those that stayed."""
         made = [Line((row.path, shortened(row.origin)), (str(row.spec),), row.spec.size) for row in self.rows]
         return [Section("made", made), Section("kept", [Line((path,)) for path in self.kept])]
 

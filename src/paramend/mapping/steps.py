@@ -47,12 +47,9 @@ class Step:
 
     @property
     def names(self) -> list[str]:
-        """The numbers of the model that it names."""
         return [name for value in self.args.values() for name in _listed(value) if isinstance(name, str)]
 
     def bound(self, number: Callable[[str], int]) -> "Step":
-        """The step with numbers in place of their names."""
-
         def known(value: Any) -> Any:
             return number(value) if isinstance(value, str) else value
 
@@ -64,7 +61,6 @@ class Step:
         return Step(*_ROWS[self.name].inverse(self.args))
 
     def to_data(self) -> dict[str, Any]:
-        """The step as YAML has it."""
         return {self.name: self.args["axes"] if self.name == "transpose" else dict(self.args)}
 
 

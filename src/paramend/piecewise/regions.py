@@ -48,12 +48,10 @@ class Region:
 
     @property
     def size(self) -> int:
-        """The number of elements of the slice."""
         return math.prod(self.shape)
 
     @property
     def count(self) -> int:
-        """The number of runs."""
         return math.prod(len(axis.positions) for axis in self.axes)
 
     def starts(self, begin: int, end: int) -> Array:

@@ -119,7 +119,6 @@ class _Attempt:
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
 
     def _configured(self) -> Any:
-        """The checkpoint after a step that edits its configuration."""
         tree: Any = self.leaves
         if self.problems.tried(self.address, config, tree) is None:
             return None
@@ -133,7 +132,6 @@ class _Attempt:
         return tree
 
     def _regrouped(self) -> Any:
-        """The tree after a step that joins leaves, or cuts one."""
         given, name = self.step.given, self.step.verb.name
         texts, axis = self.step.texts, given.get("axis", 0)
         if name == "split":

@@ -31,7 +31,6 @@ class RecipeStep:
 
     @property
     def texts(self) -> list[str]:
-        """The texts of `at`."""
         return [text for _, text in self.addressed("at")]
 
     def addressed(self, key: str) -> list[tuple[str, str]]:
@@ -40,11 +39,9 @@ class RecipeStep:
         return [(f"{key}[{n}]", text) for n, text in enumerate(texts)] if isinstance(texts, list) else [(key, texts)]
 
     def selectors(self) -> list[Selector]:
-        """A selector for each text of `at`."""
         return list(map(sel, self.texts))
 
     def to_dict(self) -> dict[str, Any]:
-        """The step as data of a recipe."""
         if self.verb.short and list(self.given) == ["at"]:
             return {self.verb.name: self.given["at"]}
         return {self.verb.name: dict(self.given)}
@@ -58,13 +55,11 @@ class Problems(list[Problem]):
     """Problems, in the order in which they are found. One too many raises `Enough`."""
 
     def append(self, problem: Problem) -> None:
-        """Append a problem."""
         if len(self) >= MAX_PROBLEMS:
             raise Enough
         super().append(problem)
 
     def add(self, address: str, message: str, hint: str = "", code: str = "recipe") -> None:
-        """Append a problem."""
         self.append(Problem(address, message, hint, code))
 
     def tried(self, address: str, make: Callable[..., T], *args: Any) -> T | None:
@@ -236,7 +231,6 @@ def _verbs_beside(name: str) -> str:
 
 
 def _example(verb: Verb) -> str:
-    """A step of the verb with all that it needs, as text of a recipe."""
     ((name, body),) = verb.example.items()
     return f"{name}: {write_scalar(body)}"
 

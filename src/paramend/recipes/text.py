@@ -130,7 +130,6 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
     values = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """One value, with what is in it."""
         self.values, self.depth = self.values + 1, self.depth + 1
         if self.depth > MAX_LEVELS or self.values > _MAX_VALUES:
             deep = self.depth > MAX_LEVELS
@@ -142,8 +141,6 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
 
 
 class _Reader:
-    """A reader of one YAML text."""
-
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text = name, text
         self.document = Document()

@@ -42,7 +42,6 @@ class Verb:
 
     @property
     def example(self) -> dict[str, Any]:
-        """A step of the verb with all that it needs, as data."""
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
         new = {key.name for key in self.keys} & {"to", "into"}

@@ -61,7 +61,6 @@ class Accesses:
         return found
 
     def of_file(self, file: File) -> Access:
-        """The access of a file."""
         read = {piece.path for piece in file.pieces if isinstance(piece, Copy)}
         read |= set() if file.origin is None else {file.origin}
         rows = {id(piece.row): piece.row for piece in file.pieces if isinstance(piece, Computed)}
@@ -116,7 +115,6 @@ def _each(found: Iterable[Any]) -> Iterator[Any]:
 
 
 def _home(source: Any) -> Path | None:
-    """The folder of a checkpoint that is a folder."""
     path = getattr(source, "path", None)
     if not isinstance(path, Path) or not (isinstance(source, Shards | Chunked)):
         return None

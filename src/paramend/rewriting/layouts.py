@@ -45,7 +45,6 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that will be written."""
         return self.more + sum(file.nbytes for file in self.files if not file.link)
 
 

@@ -121,7 +121,6 @@ class Note:
         return json.dumps(self._record.to_dict(), ensure_ascii=False, **form).encode("utf-8", "replace")
 
     def _place(self) -> None:
-        """Make room for the record in the layout."""
         if self._where == "folder":
             kept = tuple(file for file in self.layout.files if file.name != FILE)
             self.layout = replace(self.layout, files=kept)
@@ -236,7 +235,6 @@ class Note:
             self._aside = beside(self._out).rename(spare(self._out))
 
     def _publish(self, accesses: Accesses) -> None:
-        """Put the record beside the file, which has its name now."""
         if self._aside is not None:
             with contextlib.suppress(OSError):  # the next writer sweeps it
                 self._aside.unlink()
@@ -279,7 +277,6 @@ class _Texts:
         return text
 
     def named(self, leaf: Origin) -> str:
-        """What an origin without children is called."""
         if not isinstance(leaf, Stored):
             return leaf.says
         place, name = Path(leaf.source.path).resolve(), quoted(leaf.source.index.name(leaf.number))

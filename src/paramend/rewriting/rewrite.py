@@ -183,7 +183,6 @@ class _Inputs:
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:
-        """The descriptor of a file, open for reading."""
         if path not in self._open:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -210,7 +209,6 @@ class _Inputs:
             check_unchanged(path, self.seen.get(path, now), now)
 
     def close(self) -> None:
-        """Close the files."""
         while self._open:
             release(self._open.popitem()[1])
 
@@ -231,7 +229,6 @@ class _Run:
         self.meter = Meter(progress, layout.nbytes)
 
     def make(self, file: File, path: Path) -> None:
-        """Make one file, durably."""
         if "/" in file.name:
             path.parent.mkdir(parents=True, exist_ok=True)
         access = self.accesses.of_file(file)

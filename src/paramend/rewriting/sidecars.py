@@ -46,8 +46,6 @@ def sidecars(source: Shards) -> tuple[list[File], list[str], list[str]]:
 
 
 class _Sidecars:
-    """The files found so far."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: list[File] = []

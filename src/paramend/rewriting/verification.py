@@ -134,7 +134,6 @@ def _not_as_written(path: Path, changes: Mapping[str, str], count: int) -> Unexp
 
 
 def _finder(source: Any) -> Callable[[str], int | None]:
-    """How a leaf of a source is found by its name."""
     index = source.index
     numbers = {alike(index.name(number)): number for number in index.numbers}
     numbers |= {index.name(number): number for number in index.numbers}

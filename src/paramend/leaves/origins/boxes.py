@@ -125,7 +125,6 @@ class Runs(NamedTuple):
     at: Array
 
     def where(self, which: Array) -> "Runs":
-        """Some of them."""
         return Runs(self.starts[which], self.lengths[which], self.at[which])
 
 

@@ -34,7 +34,6 @@ class Stored(Origin):
 
     @property
     def ndim(self) -> int:
-        """The number of its axes."""
         return self.spec.ndim
 
     @property
