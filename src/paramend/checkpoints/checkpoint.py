@@ -33,18 +33,8 @@ L = TypeVar("L")
 
 # What `dir` shows.
 _PUBLIC = {
-    "close",
-    "format",
-    "items",
-    "keys",
-    "metadata",
-    "path",
-    "paths",
-    "plan",
-    "recipe",
-    "save",
-    "source",
-    "values",
+    *("close", "format", "items", "keys", "metadata", "path", "paths"),
+    *("plan", "recipe", "save", "source", "values"),
 }
 
 
@@ -189,8 +179,6 @@ class Checkpoint(Editable):
         """Close the files, which are shared with edited checkpoints."""
         self.source.close()
 
-    # -- as leaves
-
     def absence(self, text: str) -> tuple[str, str] | None:
         """Why a selector finds nothing, and the path of what it means: a head that is tied to the embedding."""
         if self._plan is not None and self._plan.restructured:  # what is absent may have been there
@@ -255,8 +243,6 @@ class Checkpoint(Editable):
 
     def children(self, node: object) -> list[tuple[Hashable, object]] | None:
         return self.source.children(node)
-
-    # -- edits
 
     def edited(self, calls: Mapping[int, Call]) -> "Checkpoint":
         check_calls(self, calls)

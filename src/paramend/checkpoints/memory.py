@@ -57,8 +57,6 @@ class InMemory:
         self.metadata = {"format": _library(self._leaves)}
         self.index = self._named(flat=flat)
 
-    # ---- the walk ----------------------------------------------------------------------------------------------
-
     def _visit(self, node: Any, keys: Keys, path: tuple[str, ...], above: tuple[int, ...], box: Any = None) -> None:
         """Enter what a node holds: at its keys, in which names that were split are whole, and at its path."""
         kind = find_kind(node)
@@ -134,8 +132,6 @@ class InMemory:
         if any(tuple(name.split(split)) != path for name, path in zip(names, self._paths, strict=True)):
             self.metadata[SEPARATOR] = "" if single else separator
         return index
-
-    # ---- as a source -------------------------------------------------------------------------------------------
 
     def outline(self) -> Outline:
         """What is there, with true keys."""

@@ -39,8 +39,6 @@ from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 
-# ---- patching ------------------------------------------------------------------------------------------------
-
 
 def patch(
     path: str | os.PathLike[str],
@@ -80,7 +78,7 @@ def patch(
     store = UndoStore.of(path)
     if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path, raw=raw) as checkpoint:
-            return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
+            return _change(store, checkpoint.source, _edited(checkpoint, edit), None).rehearse()
     with store.writing(), checkpoint_at(path, raw=raw) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
         return _change(store, checkpoint.source, plan, progress).carry_out()
@@ -95,33 +93,6 @@ def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) ->
             hint='pm.patch(path, lambda t: pm.at(t, "**/bias").zero())',
         )
     return found.plan
-
-
-def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: Progress | None = None) -> PatchReport:
-    """The report of what was changed: the plan carried out in the files of its source, which reads the new values
-    afterwards. All or nothing; see `patch`.
-
-    >>> import tempfile
-    >>> from paramend.formats.safetensors import SafetensorsFile
-    >>> from paramend.formats.safetensors_header import write_header
-    >>> from paramend.leaves.specs import Spec
-    >>> from paramend.edits.plan import call, plan
-    >>> from paramend.journal.undo import undo
-    >>> path = Path(tempfile.mkdtemp(), "model.st")
-    >>> header = write_header({"fc.weight": Spec((2,), "float32"), "fc.bias": Spec((1,), "float32")})
-    >>> _ = path.write_bytes(header.to_bytes() + np.ones(3, "float32").tobytes())
-    >>> with SafetensorsFile(path) as file:
-    ...     report = patch_plan(file, plan(file, "**/weight", call("fill", {"value": 0.5})))
-    >>> report.bytes_written, np.fromfile(path, "float32")[-3:].tolist()
-    (8, [0.5, 0.5, 1.0])
-    >>> undo(path).left, np.fromfile(path, "float32")[-3:].tolist()
-    (0, [1.0, 1.0, 1.0])
-    """
-    store = UndoStore.of(source.path)
-    if dry_run:
-        return _change(store, source, plan, progress).rehearse()
-    with store.writing():
-        return _change(store, source, plan, progress).carry_out()
 
 
 def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
@@ -185,9 +156,6 @@ def _check_apart(source: Source, work: Sequence[Work]) -> None:
                 "one changes the other",
                 hint=f"paramend {call.op.name} {source.path} '{each.row.path}'{typed} -o OUT",
             )
-
-
-# ---- carrying out ------------------------------------------------------------------------------------------
 
 
 class _Patch:
@@ -290,8 +258,6 @@ class _Patch:
         needed = ranges.nbytes + ranges.table.nbytes + (1 << 16)
         hint = f"paramend undo {base} --drop frees the space of older records"
         check_room(self.store.folder.parent, needed, f"{base}: the undo record", hint=hint)
-
-    # ---- new files -------------------------------------------------------------------------------------------
 
     def _fill(self, folder: Path) -> None:
         """Make the files that will take the places of others: chunks, which are not written in place, and texts."""

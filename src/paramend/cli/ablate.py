@@ -9,7 +9,7 @@ import click
 
 from paramend.ablation.ablate import ablate as ablate_tree
 from paramend.ablation.ablate import named as named_targets
-from paramend.ablation.methods import METHODS, How
+from paramend.ablation.methods import METHODS
 from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT
@@ -53,14 +53,12 @@ def ablate(
     file: Path,
     named: tuple[str, ...],
     excepts: tuple[str, ...],
-    how: How,
-    pairs: bool,
-    seed: int,
     kind: Kind,
     flat: bool,
     no_jit: bool,
     html: Path | None,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Score PATH without each TARGET in turn; PATH is only read.
 
@@ -78,9 +76,7 @@ def ablate(
         resolve(spared, leaves)  # each must match something
         chosen = {name: sel(target) & ~spared for name, target in named_targets(leaves, chosen).items()}
     try:
-        report = ablate_tree(
-            tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None, raw=raw()
-        )
+        report = ablate_tree(tree, chosen, score, jit=False if no_jit else None, raw=raw(), **given)
     except ParamendError:
         raise
     except Exception as error:  # the user's score may raise anything

@@ -1,6 +1,7 @@
 """`paramend diff`: what differs between two checkpoints, and whether only what may differ does."""
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -30,7 +31,7 @@ from paramend.evidence.diff import diff as diff_of
 @click.option("--allow-noop", is_flag=True, help="With --only: also pass if nothing differs.")
 @click.option(
     "--sort",
-    type=click.Choice(["change", "path"]),
+    type=click.Choice(get_args(Sort)),
     default="change",
     help="The order of changed leaves; by change, largest first.",
 )
@@ -42,7 +43,7 @@ def diff(
     only: tuple[str, ...],
     excepts: tuple[str, ...],
     allow_noop: bool,
-    sort: str,
+    sort: Sort,
     html: Path | None,
     as_json: bool,
 ) -> None:
@@ -60,14 +61,13 @@ def diff(
         raise click.UsageError("--allow-noop needs --only.")
     _ui.check_page(html)
     compared, allowed = chosen(selectors, () if only else excepts), chosen(only, excepts)
-    order: Sort = "path" if sort == "path" else "change"
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
         report = diff_of(
             a,
             b,
             compared.selector,
             only=allowed.selector if only else None,
-            sort=order,
+            sort=sort,
             histograms=html is not None,
             progress=progress,
         )

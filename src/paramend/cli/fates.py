@@ -49,15 +49,12 @@ class _Journal:
         self.done = self.store.records(DONE)
         self.pending = self.store.records(PENDING)
 
-    def now(self) -> "_Journal":
-        return _Journal(self.path)
-
 
 class Patched(_Journal):
     """A checkpoint whose own files change."""
 
     def __call__(self) -> str:
-        now = self.now()
+        now = _Journal(self.path)
         if now.pending:
             return (
                 f"{self.path} has been changed in part; its old bytes are in {now.pending[0]}, and the next command "
@@ -72,7 +69,7 @@ class Undone(_Journal):
     """A checkpoint whose last patch is taken back."""
 
     def __call__(self) -> str:
-        now = self.now()
+        now = _Journal(self.path)
         if now.pending:
             return (
                 f"{self.path} has its old bytes only in part; all are in {now.pending[0]}, and the next command that "
@@ -87,7 +84,7 @@ class Dropped(_Journal):
     """A checkpoint whose undo records are deleted."""
 
     def __call__(self) -> str:
-        before, now = (len(each.done) + len(each.pending) for each in (self, self.now()))
+        before, now = (len(each.done) + len(each.pending) for each in (self, _Journal(self.path)))
         return f"{before - now} of {wording.plural(before, 'undo record')} of {self.path} had been deleted"
 
 

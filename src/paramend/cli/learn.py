@@ -61,8 +61,10 @@ def lesson(
     """
     if name is None:
         if file is not None or solution:
-            raise click.UsageError(f"Which lesson? Write {_usage('--solution' if solution else '--grade FILE.py')}")
-        _print(_contents(), as_json, _contents_text)
+            option = "--solution" if solution else "--grade FILE.py"
+            raise click.UsageError(f"Which lesson? Write paramend lesson NAME {option}")
+        rows = [{"name": row.name, "title": row.title, "needs": list(row.needs), "extra": row.extra} for row in ROWS]
+        _print(rows, as_json, _contents_text)
         return
     if file is not None and solution:
         raise click.UsageError("--grade and --solution are two commands: grade first, look later.")
@@ -85,16 +87,8 @@ def lesson(
     context.exit(0 if verdict.passed else 1)
 
 
-def _usage(option: str) -> str:
-    return f"paramend lesson NAME {option}"
-
-
 def _print(data: Any, as_json: bool, text: Any) -> None:
     click.echo(json.dumps(data, indent=2) if as_json else text(data))
-
-
-def _contents() -> list[dict[str, Any]]:
-    return [{"name": row.name, "title": row.title, "needs": list(row.needs), "extra": row.extra} for row in ROWS]
 
 
 def _contents_text(rows: list[dict[str, Any]]) -> str:

@@ -73,13 +73,9 @@ def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, int]:
 
 def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for the axis of the layers, and those of all commands that make a checkpoint."""
-    for option in (
-        makes("what would be made"),
-        click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes determine the axis."),
-        click.option("--axis", type=int, default=0, show_default=True, help="The axis of the layers."),
-    ):
-        command = option(command)
-    return command
+    like = click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes determine the axis.")
+    axis = click.option("--axis", type=int, default=0, show_default=True, help="The axis of the layers.")
+    return axis(like(makes("what would be made")(command)))
 
 
 @click.command()
@@ -132,8 +128,6 @@ def _write(
         new = verb(old, layers, into=into, axis=axis, like=other)
         write_made(new, path, _Told(old, new), **options)
 
-
-# ---- along an axis that there is -----------------------------------------------------------------------------------
 
 _ALONG = click.option("--axis", type=int, default=0, show_default=True, help="The axis.")
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import click
 
@@ -16,9 +16,10 @@ from paramend.pages.paged import Paged
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.rewriting.files import sources
-from paramend.rewriting.layouts import Layout, lay_out
+from paramend.rewriting.layouts import lay_out
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
+from paramend.rewriting.wishes import How
 
 
 def carry_out(
@@ -29,30 +30,27 @@ def carry_out(
     force: bool,
     dry_run: bool,
     as_json: bool,
-    link: bool = False,
-    max_shard_size: str | None = None,
     record: str | None = None,
-    to: str | None = None,
     quiet: bool = False,
     told: Paged | None = None,
     html: Path | None = None,
+    **how: Unpack[How],
 ) -> None:
     """Write the result of a plan, or only show it in a dry run, which needs no `out`. `record` is the recipe of the
-    plan, or "", if the output carries a record of it. `to` names the format, "" if the name of `out` must say it.
-    `told` is printed instead of the plan's table, of which `quiet` prints nothing."""
+    plan, or "", if the output carries a record of it. `told` is printed instead of the plan's table, of which `quiet`
+    prints nothing."""
     _ui.check_page(html)
     if html is not None and out is not None and html.absolute() == Path(out).absolute():
         raise click.UsageError("OUT and the page of --html need names of their own.")
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     said: tuple[str, ...] = ()
-    layout: Layout | None = None
     if out is None:
         with suppress(ParamendError):  # a name may solve it
             said = lay_out(made, path).said
     else:
-        layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
+        layout = check_output(made, out, force=force, **how)
         data["format"], said = layout.format.name, layout.said
-        if layout.left_out and (dry_run or out is None):
+        if layout.left_out and dry_run:
             data["left_out"] = list(layout.left_out)
             said = (f"not copied: {wording.listing(layout.left_out)}", *said)
     shown: Paged = made if told is None else told
@@ -65,8 +63,7 @@ def carry_out(
     else:
         _ui.watch(fates.Outputs([Path(out), *([] if html is None else [html])]))
         with _ui.bar(f"writing {Path(out).name}") as progress:
-            given: dict[str, Any] = {"force": force, "link": link, "max_shard_size": max_shard_size, "to": to}
-            report = write(made, out, record=record, progress=progress, **given)
+            report = write(made, out, force=force, record=record, progress=progress, **how)
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
     if html is not None:
@@ -95,17 +92,15 @@ def edit_checkpoint(
     *,
     out: str | None,
     in_place: bool,
-    link: bool,
-    force: bool,
     record: bool,
     dry_run: bool,
     html: Path | None,
-    as_json: bool,
     patches: bool = True,
+    **given: Any,
 ) -> None:
     """Write an edited checkpoint, or change its own files, or only show the edit in a dry run. `patches` says whether
-    the edit can be made in place."""
-    if in_place and (out is not None or link or force or record):
+    the edit can be made in place; the others are as in `EDITS`."""
+    if in_place and (out is not None or record or given["link"] or given["force"]):
         raise click.UsageError("--in-place changes PATH itself: it excludes -o, --link, --force and --record.")
     if out is None and not (dry_run or in_place):
         raise click.UsageError(f"-o OUT {'or --in-place ' * patches}is needed.")
@@ -114,8 +109,7 @@ def edit_checkpoint(
         with open_checkpoint(path) as checkpoint:
             edited = edit(checkpoint)
             by = edited.recipe if record else None
-            given: dict[str, Any] = {"force": force, "dry_run": dry_run, "html": html, "as_json": as_json, "link": link}
-            carry_out(edited.plan, path, out, record=by, **given)
+            carry_out(edited.plan, path, out, record=by, dry_run=dry_run, html=html, **given)
         return
     from paramend.checkpoints.patching import patch  # only for --in-place
 
@@ -123,7 +117,7 @@ def edit_checkpoint(
         _ui.watch(fates.Patched(path))
     with _ui.bar(f"patching {path.name}") as progress:
         report = patch(path, edit, dry_run=dry_run, raw=raw(), progress=progress)
-    if as_json:
+    if given["as_json"]:
         _ui.emit(report.to_dict())
     else:
         _ui.show_lines(report.plan.lines(), header=True)

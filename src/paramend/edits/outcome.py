@@ -6,7 +6,6 @@ from paramend.edits.plan import Plan
 from paramend.errors import printable_lines
 from paramend.pages.page import Page
 from paramend.pages.paged import Paged
-from paramend.reports.report import Section
 
 
 class Outcome(Paged):
@@ -24,9 +23,6 @@ class Outcome(Paged):
 
     def headline(self) -> str:
         return self.summary
-
-    def sections(self) -> list[Section]:
-        return []
 
     def page(self) -> Page:
         return replace(self.plan.page(), headline=self.summary)

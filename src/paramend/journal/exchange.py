@@ -77,8 +77,8 @@ class NewFiles:
         rows = [(-1, len(names) + n, 0, size) for n, size in enumerate(sizes) if size >= 0]
         ranges = Ranges(np.concatenate([target.ranges.table, np.array(rows, np.int64).reshape(-1, 4)]))
         files = [*target.files, *self.old.files]
-        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptors:
-            writer.old_bytes(ranges, descriptors, files, meter)
+        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptor:
+            writer.old_bytes(ranges, descriptor, files, meter)
         if self.names:
             writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
         writer.become(PENDING)
@@ -104,7 +104,10 @@ class NewFiles:
         if (then is not None) != os.path.lexists(file):
             raise changed(file)
         if then is None:
-            make_folders(self.base, file.parent)
+            for folder in reversed([file.parent, *file.parent.parents]):  # as open as that of the checkpoint
+                if folder.is_relative_to(self.base) and not folder.is_dir():
+                    folder.mkdir(PRIVATE)
+                    settle(folder, access_of([folder.parent.stat()]))
             new = self.staged / name
             access = access_beside(file)
             settle(new, access.within(new.stat().st_mode) if self._private else access)
@@ -119,14 +122,6 @@ def access_beside(file: Path) -> Access:
     with os.scandir(file.parent) as inside:
         found = [each.stat(follow_symlinks=False) for each in inside if each.is_file(follow_symlinks=False)]
     return access_of(found or [file.parent.stat()]).within(0o666)
-
-
-def make_folders(base: Path, folder: Path) -> None:
-    """Make the folders down to one in a checkpoint, as open as that of the checkpoint."""
-    for each in reversed([folder, *folder.parents]):
-        if each.is_relative_to(base) and not each.is_dir():
-            each.mkdir(PRIVATE)
-            settle(each, access_of([each.parent.stat()]))
 
 
 class WholeFiles:
@@ -289,9 +284,6 @@ def check_replaceable(base: Path, file: Path) -> None:
             raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)
 
 
-# ---- files -------------------------------------------------------------------------------------------------
-
-
 class _OneOpen:
     """Files by number, the first ones open already, and only the last of the others open for reading: there may be more
     than a system can open at once."""
@@ -300,7 +292,7 @@ class _OneOpen:
         self._files, self._opened = files, opened
         self._now, self._descriptor = -1, -1
 
-    def __getitem__(self, file: int) -> int:
+    def __call__(self, file: int) -> int:
         if file < len(self._opened):
             return self._opened[file]
         if file != self._now:

@@ -90,9 +90,6 @@ def records_in(folder: Path, *states: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-# ---- what a record holds -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Head:
     """What was done, when and to which files.
@@ -137,9 +134,6 @@ def states_text(states: Sequence[State]) -> bytes:
     """How files are recognized, as the payload of a frame."""
     rows = [{"size": state.size, "witness": state.witness} for state in states]
     return json.dumps(rows, separators=(",", ":")).encode()
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,8 +306,6 @@ class Record:
             return False
         self._frames = self._frames[: int(match[1])]
         return said == seal_text(self.path, [self._digest_of(frame) for frame in self._frames])
-
-    # -- frames
 
     def _digest_of(self, frame: _Frame) -> bytes:
         return bytes(get(self._descriptor, frame.stop - _DIGEST, _DIGEST, self.path))

@@ -151,8 +151,6 @@ class Rollback:
                 hint=f"paramend undo {self.base} --drop",
             ) from error
 
-    # ---- what is there now -----------------------------------------------------------------------------------
-
     def _by_file(self, now: Sequence[State]) -> Iterator[tuple[str, State, State]]:
         """(name, current state, recorded state) of each file."""
         head = self.record.head

@@ -67,8 +67,6 @@ class UndoStore:
         found = [UndoStore(self.base / name[1:-5]) for name in names if name.startswith(".") and len(name) > 6]
         return [store for store in found if not store.is_folder]  # nor "..": only files have records beside them
 
-    # ---- records ---------------------------------------------------------------------------------------------
-
     def records(self, *states: str) -> list[Path]:
         return records_in(self.folder, *states)
 
@@ -240,8 +238,6 @@ class UndoStore:
             names[1].rename(names[0])
         with writer.read(next(filter(os.path.lexists, names), names[0])) as record:
             self.rollback(record, own=True).restore(target)
-
-    # ---- forgetting ------------------------------------------------------------------------------------------
 
     def drop(self, keep: int = 0) -> list[HistoryRow | Path]:
         """Forget records, the oldest first, with the lock held. A row for each, or the path of a damaged one."""

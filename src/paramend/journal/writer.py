@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -24,13 +23,6 @@ def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: i
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
     return Head(time.time(), tuple(numbers), rows, tuple(files), whole, tuple(moved))
-
-
-class Descriptors(Protocol):
-    """Open files by number."""
-
-    def __getitem__(self, file: int, /) -> int:
-        """The descriptor of a file."""
 
 
 class Writer:
@@ -66,9 +58,9 @@ class Writer:
         self.frame(b"FILE", states_text(states))
 
     def old_bytes(
-        self, ranges: Ranges, descriptors: Descriptors, names: Sequence[Path], meter: Callable[[int], None]
+        self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Callable[[int], None]
     ) -> None:
-        """Add the bytes that the files hold now."""
+        """Add the bytes that the files, each with its descriptor by number, hold now."""
         table = np.ascontiguousarray(ranges.table, "<i8")
         head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))
         rows = table.reshape(-1).view(np.uint8).data
@@ -77,7 +69,7 @@ class Writer:
         self._put(head)
         self._put(rows)
         for file, lines in ranges.batches():
-            data = gather(descriptors[file], lines[:, 2:], names[file])
+            data = gather(descriptor(file), lines[:, 2:], names[file])
             digest.update(data)
             self._put(data)
             meter(len(data))

@@ -24,6 +24,8 @@ from paramend.reports import wording
 Family: TypeAlias = dict[tuple[int, ...], Any]
 Bundle: TypeAlias = list[Family]
 Data: TypeAlias = Mapping[str, Any]
+Run: TypeAlias = Callable[[Bundle, Data, int], Bundle]
+Check: TypeAlias = Callable[[Bundle, Data], None]
 # Numbers of the model, which may be given by name; the last one may be a product of several.
 COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
@@ -71,9 +73,9 @@ class _Kind:
 
     keys: tuple[str, ...]
     needs: tuple[str, ...]
-    run: Callable[[Bundle, Data, int], Bundle]
+    run: Run
     inverse: Callable[[Data], tuple[str, Data]]
-    check: Callable[[Bundle, Data], None] | None = None
+    check: Check | None = None
 
 
 def _listed(value: Any) -> list[Any]:
@@ -150,13 +152,18 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
     for family in bundle:
         cut: Family = {}
         for key, x in family.items():
-            spec = hands.spec_of(x)
-            axis = axis_of(spec, args["axis"])
+            spec, axis = _along(x, args)
             rest = (*spec.shape[:axis], *spec.shape[axis + 1 :])
             for place in range(spec.shape[axis]):
                 cut[*key, place] = hands.reshape(hands.take(x, range(place, place + 1), axis), rest)
         out.append(cut)
     return out
+
+
+def _along(x: Any, args: Data) -> tuple[Spec, int]:
+    """The spec of a leaf, and the axis that a step names."""
+    spec = hands.spec_of(x)
+    return spec, axis_of(spec, args["axis"])
 
 
 def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
@@ -186,8 +193,7 @@ def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
 def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Bundle = [{} for _ in range(count)]
     for key, x in _alone("split", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         sizes = list(args.get("sizes", [length // count] * count))
         if "sizes" not in args and length % count:
@@ -205,8 +211,7 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
 def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Bundle = [{} for _ in range(count)]
     for key, x in _alone("deal", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         if spec.shape[axis] % count:
             raise SpecMismatch(f"axis {axis} of {spec} does not hold {count} parts in turns")
         for place, part in enumerate(out):
@@ -232,8 +237,7 @@ def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
     heads = args["heads"]
 
     def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         if length % heads:
             raise SpecMismatch(f"rope: axis {axis} of {spec} does not hold {heads:,} heads of one size")
@@ -292,8 +296,7 @@ def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     groups, heads = args["kv_heads"], args["heads"]
     out: Bundle = [{}, {}, {}]
     for key, x in _alone("ungroup_qkv", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
         apart = hands.reshape(x, _by_groups(spec, axis, groups))
         ends = np.cumsum([0, heads // groups * size, size, size]).tolist()
@@ -311,8 +314,7 @@ def _padded(args: Data, size: int) -> int:
 
 def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
     def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         padded = _padded(args, length)
         if length != (args["size"] or length) or padded < length:
@@ -328,8 +330,7 @@ def _cut(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 def _apart(x: Any, args: Data) -> tuple[Any, Any]:
     """A leaf as it was before `pad`, and what `pad` put behind it, or None."""
-    spec = hands.spec_of(x)
-    axis = axis_of(spec, args["axis"])
+    spec, axis = _along(x, args)
     length = spec.shape[axis]
     size = args["size"] or (length if _padded(args, 1) == 1 else 0)
     if length == size:
@@ -373,27 +374,22 @@ def _check_untie(bundle: Bundle, args: Data) -> None:
             )
 
 
+def _pair(
+    name: str, back: str, keys: tuple[str, ...], needs: tuple[str, ...], run: Run, undo: Run, check: Check | None = None
+) -> dict[str, _Kind]:
+    """A kind of step and its inverse, which take the same keys; the inverse may lose values."""
+    there = _Kind(keys, needs, run, lambda args: (back, args))
+    return {name: there, back: _Kind(keys, needs, undo, lambda args: (name, args), check)}
+
+
 _ROWS: Mapping[str, _Kind] = {
-    "pad": _Kind(("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, lambda args: ("cut", args)),
-    "cut": _Kind(
-        ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _cut, lambda args: ("pad", args), _check_cut
-    ),
-    "tie": _Kind((), (), _tie, lambda args: ("untie", args)),
-    "untie": _Kind((), (), _untie, lambda args: ("tie", args), _check_untie),
-    "rope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), lambda args: ("unrope", args)),
-    "unrope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, True), lambda args: ("rope", args)),
-    "group_qkv": _Kind(
-        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, lambda args: ("ungroup_qkv", args)
-    ),
-    "ungroup_qkv": _Kind(
-        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _ungroup_qkv, lambda args: ("group_qkv", args)
-    ),
-    "stack": _Kind(("axis",), (), _stack, lambda args: ("unstack", args)),
-    "unstack": _Kind(("axis",), (), _unstack, lambda args: ("stack", args)),
-    "concat": _Kind(("axis", "sizes"), (), partial(_join, "concat"), lambda args: ("split", args)),
-    "split": _Kind(("axis", "sizes"), (), _split, lambda args: ("concat", args)),
-    "interleave": _Kind(("axis",), (), partial(_join, "interleave"), lambda args: ("deal", args)),
-    "deal": _Kind(("axis",), (), _deal, lambda args: ("interleave", args)),
+    **_pair("pad", "cut", ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, _cut, _check_cut),
+    **_pair("tie", "untie", (), (), _tie, _untie, _check_untie),
+    **_pair("rope", "unrope", ("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), partial(_rope, True)),
+    **_pair("group_qkv", "ungroup_qkv", ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, _ungroup_qkv),
+    **_pair("stack", "unstack", ("axis",), (), _stack, _unstack),
+    **_pair("concat", "split", ("axis", "sizes"), (), partial(_join, "concat"), _split),
+    **_pair("interleave", "deal", ("axis",), (), partial(_join, "interleave"), _deal),
     "transpose": _Kind(
         ("axes",),
         ("axes",),

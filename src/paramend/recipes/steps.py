@@ -218,9 +218,6 @@ def _conditions(data: Any, address: str, problems: Problems) -> Any:
     return {name: _read(key, data[name], below(address, name), problems) for name, key in known.items() if name in data}
 
 
-# ---- words -------------------------------------------------------------------------------------------------------
-
-
 def _near(word: Any, known: Iterable[str]) -> str:
     near = wording.closest(str(word), known, limit=1)
     return f"did you mean {near[0]}?" if near else ""

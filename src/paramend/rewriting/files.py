@@ -188,9 +188,6 @@ def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int]
     return [*pieces, Copy(path, start, stop)] if start < stop else pieces
 
 
-# ---- common to the files of a plan -----------------------------------------------------------------------------
-
-
 def nbytes_of(made: Plan, row: Row) -> int:
     """The number of bytes that a leaf will have, also for a dtype of unknown width."""
     source: Any = made.leaves

@@ -147,8 +147,6 @@ class Note:
             )
         return raw
 
-    # -- while it is written
-
     def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         """The bytes of a leaf on their way into the output, hashed if the record contains the leaf."""
         if row.source not in self._touched:

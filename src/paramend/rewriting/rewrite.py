@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from paramend.disk.copying import WINDOW, Copier, WriteBack
 from paramend.disk.identity import changed, check_still, check_unchanged
@@ -36,6 +36,7 @@ from paramend.rewriting.files import Computed, File, items_of, sources
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output
+from paramend.rewriting.wishes import How
 
 # Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
 _HOLE = 1 << 20
@@ -118,16 +119,13 @@ def write(
     out: str | os.PathLike[str],
     *,
     force: bool = False,
-    link: bool = False,
-    max_shard_size: int | str | None = None,
     record: str | None = None,
-    to: str | None = None,
     progress: Progress | None = None,
+    **how: Unpack[How],
 ) -> RewriteReport:
     """Write a plan for an opened checkpoint into a new one, and report what was written: see `Checkpoint.save`.
-    `record` is the recipe of the plan, or "", if the output carries a record; `to` names the format, if the name of the
-    output need not say it: see `wish_of`. If it raises, nothing was written."""
-    layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
+    `record` is the recipe of the plan, or "", if the output carries a record. If it raises, nothing was written."""
+    layout = check_output(made, out, force=force, **how)
     out = Path(out)
     note = Note(made, out, layout, record)
     layout = note.layout

@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
@@ -24,6 +24,15 @@ from paramend.rewriting.copies import overlays
 
 # What looks like the suffix of a format; others, as in model.v2 and step.100, belong to the name.
 _WORD = re.compile(r"\.[a-z_]+")
+
+
+class How(TypedDict, total=False):
+    """How an output is written: with hard links to unchanged files, in files with at most so many bytes of tensors,
+    and in the format of that name, if the name of the output need not say it."""
+
+    link: bool
+    max_shard_size: int | str | None
+    to: str | None
 
 
 class Wish(NamedTuple):

@@ -23,17 +23,23 @@ _BAND = 1 << 17
 How = Literal["concat", "stack", "interleave"]
 
 
+class _Whole(Origin):
+    """The elements of one other origin, elsewhere."""
+
+    whole: Origin
+
+    @property
+    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
+        return (self.whole,)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Taken(Origin):
+class Taken(_Whole):
     """Some places along an axis, in their order, each perhaps often: a slice, one layer of a stack, permuted rows."""
 
     whole: Origin
     axis: int
     places: Places
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
 
     @property
     def spec(self) -> Spec:
@@ -147,15 +153,11 @@ class Joined(Origin):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Permuted(Origin):
+class Permuted(_Whole):
     """The axes in another order, as by numpy's `transpose`."""
 
     whole: Origin
     axes: tuple[int, ...]
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
 
     @property
     def spec(self) -> Spec:
@@ -206,14 +208,8 @@ class Permuted(Origin):
         return f"transpose({self.whole.text(name)}, {list(self.axes)})"
 
 
-class Reshape(Origin):
+class Reshape(_Whole):
     """The same elements in the same order, with other axes."""
-
-    whole: Origin
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
 
     def read_range(self, start: int, stop: int) -> Array:
         return self.whole.read_range(start, stop)
