@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from paramend.mapping.report import LayoutReport as LayoutReport
     from paramend.mapping.shelf import layout as layout
     from paramend.mapping.shelf import layouts as layouts
+    from paramend.porting.port import port as port
+    from paramend.porting.port import port_ as port_
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.provenance import verify_record as verify_record
@@ -103,6 +105,7 @@ _LATER = {
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),
         "paramend.mapping.shelf": ("layout", "layouts"),
+        "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),
     }.items()

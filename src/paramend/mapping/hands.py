@@ -1,16 +1,20 @@
 """Moves of elements, the same on arrays of any library and on origins of leaves on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 
-from paramend.arrays.registry import backend
+from paramend.arrays.registry import backend, to_numpy
+from paramend.errors import BadArgument
+from paramend.leaves.leaves import Editable
 from paramend.leaves.origins import moved
 from paramend.leaves.origins.boxes import Places
 from paramend.leaves.origins.moved import How
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.specs import Spec
+from paramend.leaves.origins.stored import Made, Stored
+from paramend.leaves.specs import Spec, numpy_dtype
 
 
 def spec_of(x: Any) -> Spec:
@@ -47,3 +51,51 @@ def join(parts: Sequence[Any], axis: int, how: How) -> Any:
     shape = list(library.spec(parts[0]).shape)
     shape[axis] *= len(parts)
     return library.reshape(library.stack(parts, axis + 1), shape)
+
+
+def add(parts: Sequence[Any]) -> Any:
+    """The sum of several."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Origin):
+        return moved.Summed(tuple(parts))
+    return reduce(backend(parts[0]).add, parts)
+
+
+def zeros(x: Any) -> Any:
+    """+0.0 in every element."""
+    if isinstance(x, Origin):
+        return Made(x.spec, partial(np.zeros, x.spec.shape, numpy_dtype(x.spec.dtype)), "zeros")
+    return backend(x).zeros(x)
+
+
+def check_zero(x: Any) -> None:
+    """Raise if an element is not zero."""
+    largest = max((float(np.abs(piece.astype("float64")).max()) for piece in _pieces(x) if piece.size), default=0.0)
+    if largest:
+        raise BadArgument(
+            f"this part of {spec_of(x)} must be zero, because nothing there takes it, and its largest value is "
+            f"{largest:.3g}",
+            hint="give the other model a place for it",
+        )
+
+
+def same(x: Any, y: Any) -> bool:
+    """Whether two leaves are equal, bit for bit."""
+    if x is y or spec_of(x) != spec_of(y):
+        return x is y
+    return all(a.tobytes() == b.tobytes() for a, b in zip(_pieces(x), _pieces(y), strict=True))
+
+
+def check_equal(x: Any, y: Any) -> None:
+    """Raise if two leaves that are to be one differ."""
+    if not same(x, y):
+        raise BadArgument(f"{spec_of(x)} and {spec_of(y)} are to be one leaf, and their values differ")
+
+
+def _pieces(x: Any) -> Iterator[Any]:
+    """The values, piece by piece; none of a plan, which is made before them."""
+    if not isinstance(x, Origin):
+        return iter([to_numpy(x)])
+    planned = any(isinstance(each, Stored) and isinstance(each.source, Editable) for each in x.stored())
+    return (x.read_range(*each) for each in (() if planned else x.ranges()))

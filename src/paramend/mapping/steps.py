@@ -59,7 +59,9 @@ class Step:
 
     def to_data(self) -> dict[str, Any]:
         """The step as YAML has it."""
-        return {self.name: self.args["axes"] if self.name == "transpose" else dict(self.args)}
+        if not self.args:
+            return {self.name: {}}
+        return {self.name: self.args["axes"] if self.name in ("transpose", "flip") else dict(self.args)}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def read_step(data: Any) -> Step:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
         single = key == "axis" or key in COUNTS
+        if key == "groups":
+            _check_groups(value)
+            continue
         whole = single or isinstance(value, list | tuple)
         named = key in COUNTS and isinstance(value, str) and value.isidentifier()
         values = [value] if single else value
@@ -107,6 +112,12 @@ def read_step(data: Any) -> Step:
                 hint="a whole number or a name, such as num_attention_heads" if key in COUNTS else "whole numbers",
             )
     return Step(name, args)
+
+
+def _check_groups(groups: Any) -> None:
+    whole = isinstance(groups, list | tuple) and all(isinstance(group, list | tuple) and group for group in groups)
+    if not whole or not groups or sorted(n for group in groups for n in group) != list(range(sum(map(len, groups)))):
+        raise BadArgument(f"sum: groups cannot be {shown(groups)}", hint="places of the leaves: [[0, 2], [1, 3]]")
 
 
 # ---- what the rows do --------------------------------------------------------------------------------------------
@@ -178,6 +189,12 @@ def _alone(name: str, bundle: Bundle) -> Family:
 
 
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
+    if "parts" in args:
+        ends = np.cumsum(args["parts"]).tolist()
+        if not ends or ends[-1] != len(bundle):
+            raise BadArgument(f"concat: parts {list(args['parts'])} do not add up to the {len(bundle)} leaves")
+        rest = {"axis": args["axis"]}
+        return [_join(how, bundle[end - n : end], rest, 1)[0] for n, end in zip(args["parts"], ends, strict=True)]
     out: Family = {}
     for key, parts in _abreast(how, bundle).items():
         specs = [hands.spec_of(part) for part in parts]
@@ -190,6 +207,11 @@ def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
+    if "parts" in args:
+        if len(args["parts"]) != len(bundle):
+            raise BadArgument(f"split: parts {list(args['parts'])} are not those of {len(bundle)} leaves")
+        rest = {"axis": args["axis"]}
+        return [part for x, n in zip(bundle, args["parts"], strict=True) for part in _split([x], rest, n)]
     out: Bundle = [{} for _ in range(count)]
     for key, x in _alone("split", bundle).items():
         spec = hands.spec_of(x)
@@ -252,6 +274,56 @@ def _permute(bundle: Bundle, args: Data, count: int) -> Bundle:
         return hands.take(x, index, axis)
 
     return _each(bundle, changed)
+
+
+def _flip(bundle: Bundle, args: Data, count: int) -> Bundle:
+    def changed(x: Any) -> Any:
+        spec = hands.spec_of(x)
+        for axis in (axis_of(spec, each) for each in args["axes"]):
+            x = hands.take(x, range(spec.shape[axis] - 1, -1, -1), axis)
+        return x
+
+    return _each(bundle, changed)
+
+
+def _sum(bundle: Bundle, args: Data, count: int) -> Bundle:
+    groups, zero = args.get("groups", [list(range(len(bundle)))]), args.get("zero", [])
+    if sum(map(len, groups)) + len(zero) != len(bundle):
+        raise BadArgument(f"sum: groups {groups} are not those of {len(bundle)} leaves")
+    for place in zero:
+        for x in bundle[place].values():
+            hands.check_zero(x)
+    return [
+        {key: hands.add(parts) for key, parts in _abreast("sum", [bundle[place] for place in group]).items()}
+        for group in groups
+    ]
+
+
+def _spread(bundle: Bundle, args: Data, count: int) -> Bundle:
+    groups, zero = args.get("groups", [list(range(count))]), args.get("zero", [])
+    if len(groups) != len(bundle):
+        raise BadArgument(f"spread: groups {groups} are not those of {len(bundle)} leaves")
+    out: Bundle = [{} for _ in range(sum(map(len, groups)) + len(zero))]
+    for group, family in zip(groups, bundle, strict=True):
+        out[group[0]] = family
+        for place in group[1:]:
+            out[place] = {key: hands.zeros(x) for key, x in family.items()}
+    for place in zero:
+        out[place] = {key: hands.zeros(x) for key, x in bundle[0].items()}
+    return out
+
+
+def _tie(bundle: Bundle, args: Data, count: int) -> Bundle:
+    there = [family for family in bundle if family]
+    for twin in there[1:]:
+        for key, x in there[0].items():
+            if key in twin:
+                hands.check_equal(x, twin[key])
+    return there[:1]
+
+
+def _untie(bundle: Bundle, args: Data, count: int) -> Bundle:
+    return [dict(_alone("untie", bundle)) for _ in range(count)]
 
 
 def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -340,8 +412,13 @@ _ROWS: Mapping[str, _Kind] = {
     ),
     "stack": _Kind(("axis",), (), _stack, lambda args: ("unstack", args)),
     "unstack": _Kind(("axis",), (), _unstack, lambda args: ("stack", args)),
-    "concat": _Kind(("axis", "sizes"), (), partial(_join, "concat"), lambda args: ("split", args)),
-    "split": _Kind(("axis", "sizes"), (), _split, lambda args: ("concat", args)),
+    "concat": _Kind(("axis", "sizes", "parts"), (), partial(_join, "concat"), lambda args: ("split", args)),
+    "split": _Kind(("axis", "sizes", "parts"), (), _split, lambda args: ("concat", args)),
+    "sum": _Kind(("groups", "zero"), (), _sum, lambda args: ("spread", args)),
+    "spread": _Kind(("groups", "zero"), (), _spread, lambda args: ("sum", args)),
+    "tie": _Kind((), (), _tie, lambda args: ("untie", args)),
+    "untie": _Kind((), (), _untie, lambda args: ("tie", args)),
+    "flip": _Kind(("axes",), ("axes",), _flip, lambda args: ("flip", args)),
     "interleave": _Kind(("axis",), (), partial(_join, "interleave"), lambda args: ("deal", args)),
     "deal": _Kind(("axis",), (), _deal, lambda args: ("interleave", args)),
     "transpose": _Kind(

@@ -1,0 +1,331 @@
+"""The plan of a port: which leaf is made of which, as the rules of a layout, and what speaks against it."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from paramend.errors import BadArgument, NoMatch
+from paramend.mapping.layout import Layout
+from paramend.mapping.steps import Step, read_step
+from paramend.porting.kinds import Move, Path
+from paramend.porting.matching import Order, Pair, match
+from paramend.porting.models import Model, Unit
+from paramend.selectors.renames import captures, pieces
+from paramend.selectors.renames import rename as parse_rename
+from paramend.selectors.selector import resolve
+
+Renames: TypeAlias = Mapping[str, str | None]
+Rules: TypeAlias = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
+# Words in the name of a table of a row for each position or token, which is never transposed.
+_TABLE = ("pos", "emb", "tok", "table", "query", "latent")
+
+
+class PortPlan:
+    """Which leaf of a target is made of which leaves of a source.
+
+    Attributes:
+        pairs: the layers that are one, by their unit of the target.
+        doubtful: layers that could be paired in several ways.
+        lone: units of the source and of the target that have no partner.
+        left: units of the source that `rename` leaves behind.
+        twins: second names of tied leaves that go with the first.
+        questions: target path → why its layout is not known, and steps that it may have.
+        notes: target path → what was assumed.
+    """
+
+    def __init__(
+        self,
+        target: Model,
+        source: Model,
+        rename: Renames | None = None,
+        rules: Rules | None = None,
+        order: tuple[Order, Order] | None = None,
+    ) -> None:
+        self.target, self.source = target, source
+        self._given, steps = _read_rules(rules)
+        self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
+        self.left: list[Unit] = []
+        renamed = self._renamed(rename or {})
+        sources = [unit for unit in source.units if unit not in self.left]
+        self.notes: dict[str, str] = {}
+        self.questions: dict[str, tuple[str, list[Step]]] = {}
+        self.flattened: dict[Unit, tuple[int, ...]] = {}
+        firsts = (
+            [unit for unit in sources if not _second(source, unit)],
+            [u for u in target.units if not _second(target, u)],
+        )
+        found = match(*_broken(source, target, *firsts, renamed), renamed, order)
+        self.pairs = found.pairs
+        self.doubtful = found.doubtful
+        self.lone = found.lone
+        self._second_names(sources, renamed)
+        self._look_closer()
+
+    # -- who goes where
+
+    def _renamed(self, rename: Renames) -> dict[Unit, Unit]:
+        """The pairs that the user gave, by name and by rule."""
+        found: dict[Unit, Unit] = {}
+        rows = [(old, new) for old, new in rename.items()] + [
+            (old, new) for rule in self._given for old in _listed(rule["from"]) for new in _listed(rule["to"])[:1]
+        ]
+        for old, new in rows:
+            for unit, path in self._moved(old, new):
+                if unit in self.left or unit in found:
+                    continue
+                if path is None:
+                    self.left.append(unit)
+                    continue
+                partner = self._at(path)
+                if partner is None:
+                    raise NoMatch(f"{new!r}: there is no {'/'.join(path)} in the target")
+                found[unit] = partner
+        return found
+
+    def _moved(self, old: str, new: str | None) -> list[tuple[Unit, Path | None]]:
+        """The units that a rename takes, and the path of a leaf or a module of the target for each."""
+        index = self.source.leaves.index
+        if not captures(old) or not old.endswith("**"):
+            try:
+                resolve(old, self.source.leaves)
+            except NoMatch:  # perhaps a module
+                old, new = f"{old}/**", None if new is None else f"{new}/**"
+        hits = resolve(old, self.source.leaves)
+        paths = {} if new is None else parse_rename(old, new, indexed=True).over(index)
+        out: list[tuple[Unit, Path | None]] = []
+        for number in hits:
+            unit = next((unit for unit in self.source.units if number in unit.leaves.values()), None)
+            if unit is not None:
+                path = None if new is None else pieces(paths[number], self.target.leaves.index.names)
+                out.append((unit, path))
+        return out
+
+    def _at(self, path: Path) -> Unit | None:
+        """The unit of the target that a renamed leaf belongs to: by its own path, or by that of its module."""
+        numbers = {self.target.leaves.index.pieces(n): n for n in self.target.names}
+        for lead in ((), ("params",)):
+            number = numbers.get((*lead, *path))
+            for unit in self.target.units:
+                if number in unit.leaves.values():
+                    return unit
+        bare = path[1:] if path[:1] == ("params",) else path
+        units = {unit.path: unit for unit in self.target.units}
+        return next((units[bare[:depth]] for depth in range(len(bare), -1, -1) if bare[:depth] in units), None)
+
+    def _second_names(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit]) -> None:
+        """Pair what is left of the target with second names of tied leaves; those of the source go with the first."""
+        twins = [unit for unit in sources if _second(self.source, unit)]
+        if self.lone[1] and twins:
+            more = match(twins, self.lone[1], {})
+            self.pairs += more.pairs
+            self.lone = self.lone[0], more.lone[1] + [u for _, theirs in more.doubtful for u in theirs]
+        taken = {number for pair in self.pairs for number in pair.source.leaves.values()}
+        self.lone = [unit for unit in self.lone[0] if not self._copies(unit, taken)], self.lone[1]
+
+    def _copies(self, unit: Unit, taken: Iterable[int]) -> bool:
+        """Whether the leaves of a unit are those of another one again: a tied head in a file that holds it twice."""
+        from paramend.mapping.hands import same  # few units are left over
+
+        leaves = self.source.leaves
+        return all(
+            any(leaves.spec(n) == leaves.spec(other) and same(leaves.read(n), leaves.read(other)) for other in taken)
+            for n in unit.leaves.values()
+        )
+
+    # -- how it is stored
+
+    def _look_closer(self) -> None:
+        """Find what the names leave open: square leaves, transposed convolutions, what comes after a flattening."""
+        for pair in self.pairs:
+            path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
+            if path in self._steps:
+                continue
+            form = pair.ways[0][1].form
+            if len(pair.ways) > 1 and (
+                form.kind == "conv_transpose" or "Einsum" in (pair.source.kind, pair.target.kind)
+            ):
+                self.questions[path] = ("it may be stored in several ways", list(pair.ways[1][2][0].do))
+            elif form.kind == "parameter" and self._open(pair):
+                self.questions[path] = ("it is square, and its name does not say what comes first", [_transpose()])
+        self._flattenings()
+
+    def _open(self, pair: Pair) -> bool:
+        shapes = [dict(way.shapes)[""] for way in pair.ways[0][:2]]
+        names = [unit.path[-1].lower() for unit in (pair.source, pair.target)]
+        alike = self.channels_last(self.source) == self.channels_last(self.target) and names[0] == names[1]
+        square = len(shapes[0]) >= 2 and shapes[0][-1] == shapes[0][-2] > 1
+        return square and not alike and not any(word in name for name in names for word in _TABLE)
+
+    @staticmethod
+    def channels_last(model: Model) -> bool:
+        """Whether the arrays of features of a model have their channels last."""
+        libraries = {*model.libraries.values()}
+        if "torch" in libraries or "equinox" in libraries:
+            return False
+        return any(shaped.form.last for unit in model.units for shaped in unit.shaped[:1])
+
+    def _flattenings(self) -> None:
+        """Find the dense layers that follow a flattened convolution where one library has its channels last."""
+        last = self.channels_last(self.source), self.channels_last(self.target)
+        if last[0] == last[1]:
+            return
+        first = self.target if last[0] else self.source  # its order is that in which its layers were made
+        partner = {(pair.target if last[0] else pair.source): pair for pair in self.pairs}
+        before: tuple[int, int] | None = None
+        for unit in first.units:
+            pair = partner.get(unit)
+            if pair is None:
+                continue
+            shaped = pair.ways[pair.way][1 if last[0] else 0]
+            shape = shaped.shapes[0][1]
+            if shaped.form.kind in ("conv", "conv_transpose"):
+                before = (shape[0] if shaped.form.kind == "conv" else shape[1]), len(shape) - 2
+            elif shaped.form.kind in ("linear", "attention", "lstm", "gru", "rnn", "embedding"):
+                if shaped.form.kind == "linear" and before is not None:
+                    self._after_convolution(pair, shape[1], *before)
+                before = None
+
+    def _after_convolution(self, pair: Pair, features: int, channels: int, space: int) -> None:
+        places, rest = divmod(features, channels)
+        if rest or places == 1:
+            return
+        path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
+        side = round(places ** (1 / space))
+        if path in self._steps:
+            return
+        if side**space != places:
+            square = _factors(places)
+            self.questions[path] = (
+                f"it follows {channels} channels of {places} places each, and their height and width are not known",
+                flattened((features, 0), (channels, *square)),
+            )
+            return
+        self.flatten(pair, (channels, *(side,) * space))
+        self.notes[path] = f"flattened from {channels} channels of {'×'.join(map(str, (side,) * space))} places"
+
+    def flatten(self, pair: Pair, axes: tuple[int, ...]) -> None:
+        """Let a dense layer follow a flattening of these axes, channels first."""
+        self.flattened[pair.target] = axes
+
+    # -- telling
+
+    def rules(self) -> list[dict[str, Any]]:
+        """The rules of the layout."""
+        rows = []
+        for pair in self.pairs:
+            for move in pair.moves:
+                rows.append(self.rule(pair, move))
+        return rows
+
+    def rule(self, pair: Pair, move: Move) -> dict[str, Any]:
+        """One rule."""
+        ours = [pair.source.leaves[name] for name in move.sources]
+        theirs = [pair.target.leaves[name] for name in move.targets]
+        targets = [self.target.text(number) for number in theirs]
+        steps = list(move.do)
+        if pair.target in self.flattened and move.do and len(ours) == len(theirs) == 1:
+            steps = self._flat(pair, move)
+        given = self._steps.get(targets[0])
+        steps = steps if given is None else list(given)
+        sources = [self.source.text(number) for number in ours]
+        if len(ours) == 1 and (twins := self._twins(self.source, ours[0])):
+            sources, steps = sources + twins, [Step("tie", {}), *steps]
+        if len(theirs) == 1 and (twins := self._twins(self.target, theirs[0])):
+            targets, steps = targets + twins, [*steps, Step("untie", {})]
+        return {"from": _one(sources), "to": _one(targets)} | (
+            {"do": [step.to_data() for step in steps]} if steps else {}
+        )
+
+    def _flat(self, pair: Pair, move: Move) -> list[Step]:
+        axes = self.flattened[pair.target]
+        old, new = (
+            self.source.spec(pair.source.leaves[move.sources[0]]),
+            self.target.spec(pair.target.leaves[move.targets[0]]),
+        )
+        if self.channels_last(self.source):
+            features, outputs = old.shape[0], old.shape[-1]
+            return [step.inverse() for step in reversed(flattened((features, outputs), axes))]
+        return flattened((math.prod(new.shape[:-1]) if len(new.shape) == 2 else old.shape[1], old.shape[0]), axes)
+
+    def _twins(self, model: Model, number: int) -> list[str]:
+        paired = {n for pair in self.pairs for unit in (pair.source, pair.target) for n in unit.leaves.values()}
+        return [model.text(n) for n in model.leaves.twins(number) if n != number and n not in paired]
+
+    def layout(self) -> Layout:
+        """The layout of the port."""
+        behind = [self.source.text(n) for n in self.source.leaves.index.numbers if self.goes_nowhere(n)]
+        stored = {"from": self.source.stored, "to": self.target.stored}
+        return Layout(self.rules(), name="port", drop=behind, stored={k: how for k, how in stored.items() if how})
+
+    def goes_nowhere(self, number: int) -> bool:
+        """Whether a leaf of the source, under all its names, has no place in the target."""
+        taken = {n for pair in self.pairs for n in pair.source.leaves.values()}
+        return not taken & {number, *self.source.leaves.twins(number)}
+
+
+def flattened(shape: tuple[int, int], axes: Sequence[int]) -> list[Step]:
+    """The steps from a torch weight after a flattening of (channels, *space) to a kernel after one of (*space, channels)."""
+    features, outputs = shape
+    space = len(axes) - 1
+    return [
+        read_step({"reshape": {"shape": [outputs, *axes], "back": [outputs, features]}}),
+        read_step({"transpose": [*range(2, space + 2), 1, 0]}),
+        read_step({"reshape": {"shape": [features, outputs], "back": [*axes[1:], axes[0], outputs]}}),
+    ]
+
+
+def _factors(count: int) -> tuple[int, int]:
+    """Two factors as near to each other as they can be."""
+    low = next(each for each in range(math.isqrt(count), 0, -1) if not count % each)
+    return low, count // low
+
+
+def _transpose() -> Step:
+    return read_step({"transpose": [1, 0]})
+
+
+def _one(paths: list[str]) -> str | list[str]:
+    return paths[0] if len(paths) == 1 else paths
+
+
+def _listed(paths: str | Sequence[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _second(model: Model, unit: Unit) -> bool:
+    """Whether all leaves of a unit are second names of others."""
+    ties = model.leaves.ties
+    return all(ties.get(number, number) != number for number in unit.leaves.values())
+
+
+def _broken(
+    source: Model, target: Model, ours: list[Unit], theirs: list[Unit], renamed: Mapping[Unit, Unit]
+) -> tuple[list[Unit], list[Unit]]:
+    """Layers of several modules as one unit for each module, where the other side has no such layer."""
+    keys = [{shaped.key for unit in units for shaped in unit.shaped} for units in (ours, theirs)]
+
+    def parts(model: Model, units: list[Unit], other: set[Any]) -> list[Unit]:
+        out: list[Unit] = []
+        for unit in units:
+            whole = unit in (*renamed, *renamed.values()) or any(shaped.key in other for shaped in unit.shaped)
+            nested = any("/" in name and name != "kernel/scale" for name in unit.leaves)
+            out += [unit] if whole or not nested else model.simple(unit)
+        return out
+
+    return parts(source, ours, keys[1]), parts(target, theirs, keys[0])
+
+
+def _read_rules(rules: Rules | None) -> tuple[list[Mapping[str, Any]], dict[str, list[Step]]]:
+    """The rules of the user as pairs of paths, and the steps of each target path."""
+    if rules is None:
+        return [], {}
+    if isinstance(rules, Layout):
+        rules = rules.to_data()["rules"]
+    if isinstance(rules, Mapping):
+        return [], {path: [read_step(step) for step in steps] for path, steps in rules.items()}
+    if isinstance(rules, str) or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
+        raise BadArgument(
+            f"rules={rules!r} is not a list of rules", hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]'
+        )
+    steps = {_listed(rule["to"])[0]: [read_step(step) for step in rule.get("do") or ()] for rule in rules}
+    return list(rules), steps
