@@ -379,7 +379,11 @@ def _made(rule: Rule, slots: Sequence[tuple[int, tuple[int, ...]]], count: int, 
 
 
 def _values(rule: Rule, slots: Any, count: int, values: Sequence[Any]) -> list[Any]:
-    return [family[key] for family in _made(rule, slots, count, values) for key in family]
+    try:
+        return [family[key] for family in _made(rule, slots, count, values) for key in family]
+    except ParamendError as error:
+        error.args = (f"{rule}: {error.args[0]}", *error.args[1:])
+        raise
 
 
 def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:

@@ -35,6 +35,11 @@ class Pair:
         """The rules that are taken."""
         return self.ways[self.way][2]
 
+    @property
+    def rare(self) -> list[bool]:
+        """For each way, whether it takes a weight as (in, out) without a class that says so."""
+        return [_rare(way, self.source, self.target) for way in self.ways]
+
     def taking(self, way: int) -> "Pair":
         """The pair with another way."""
         return replace(self, way=way)
@@ -62,7 +67,16 @@ def ways(source: Unit, target: Unit) -> Ways:
         for theirs in target.shaped:
             if ours.key == theirs.key and (made := moves(ours, theirs)) is not None:
                 out += [(ours, theirs, made)] if all(made != other for _, _, other in out) else []
-    return tuple(way for way in out if way[0].form is way[1].form) or tuple(out)
+    same = [way for way in out if way[0].form is way[1].form]
+    return tuple(sorted(same or out, key=lambda way: _rare(way, source, target)))
+
+
+def _rare(way: tuple[Shaped, Shaped, tuple[Move, ...]], source: Unit, target: Unit) -> bool:
+    """Whether a weight is taken as (in, out), as GPT-2 holds it, without a class that says so."""
+    return any(
+        shaped.form.classes == {"Conv1D"} and not unit.kind
+        for shaped, unit in zip(way[:2], (source, target), strict=True)
+    )
 
 
 def match(
@@ -314,7 +328,8 @@ _COMMON = set(
 def _plain(piece: str) -> tuple[str, tuple[int, ...]]:
     """A piece of a path without case, underscores and numbers, and its numbers."""
     text = _DIGITS.sub("", piece).lower().replace("_", "").replace("-", "").replace("~", "")
-    return _SYNONYMS.get(text, text), tuple(map(int, _DIGITS.findall(piece)))
+    numbers = tuple(map(int, _DIGITS.findall(piece)))
+    return "direction" if numbers and text in ("forward", "reverse") else _SYNONYMS.get(text, text), numbers
 
 
 def families(units: Iterable[Unit]) -> dict[str, dict[tuple[int, ...], Unit]]:

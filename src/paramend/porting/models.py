@@ -75,6 +75,7 @@ class Model:
         self.classes = {path: type(module).__name__ for path, module in self.modules.items()}
         self.libraries = {path: type(module).__module__.partition(".")[0] for path, module in self.modules.items()}
         pieces = {number: self.leaves.index.pieces(number) for number in self.leaves.index.numbers}
+        self._paths = {*pieces.values()}
         tops = {path[0] for path in pieces.values() if len(path) > 1}
         self._collected = "params" in tops and not self.modules and all(len(path) > 1 for path in pieces.values())
         self.names = {number: name for number, path in pieces.items() if (name := self._name(number, path)) is not None}
@@ -88,7 +89,8 @@ class Model:
         *above, last = path[1:] if self._collected else path
         layer = _RECURRENT(last)
         if layer is not None:
-            return (*above, layer[2], *["reverse"] * bool(layer[3]), layer[1])
+            both = layer[3] or ((*above, f"{last}_reverse") in self._paths)
+            return (*above, layer[2], *(["reverse1" if layer[3] else "forward0"] if both else []), layer[1])
         if last in _WEIGHT_NORM and above[-2:] == ["parametrizations", "weight"]:
             return (*above[:-2], _WEIGHT_NORM[last])
         if above[-1:] == ["kernel"] and last == "scale" and len(above) > 2 and above[-3].startswith("WeightNorm_"):

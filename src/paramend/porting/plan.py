@@ -1,6 +1,7 @@
 """The plan of a port: which leaf is made of which, as the rules of a layout, and what speaks against it."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -85,6 +86,9 @@ class PortPlan:
     def _moved(self, old: str, new: str | None) -> list[tuple[Unit, Path | None]]:
         """The units that a rename takes, and the path of a leaf or a module of the target for each."""
         index = self.source.leaves.index
+        unit = next((unit for unit in self.source.units if unit.path == tuple(re.split("[./]", old))), None)
+        if unit is not None:
+            return [(unit, None if new is None else tuple(re.split("[./]", new)))]
         if not captures(old) or not old.endswith("**"):
             try:
                 resolve(old, self.source.leaves)
@@ -136,11 +140,17 @@ class PortPlan:
 
     def _look_closer(self) -> None:
         """Find what the names leave open: square leaves, transposed convolutions, what comes after a flattening."""
+        backwards = {pair.source.path[-1:] for pair in self.pairs if pair.rare[0]}  # of GPT-2
+        self.pairs = [p.taking(p.rare.index(True)) if any(p.rare[1:]) and p.source.path[-1:] in backwards else p for p in self.pairs]
         for pair in self.pairs:
             path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
             if path in self._steps:
                 continue
             form = pair.ways[0][1].form
+            if len(pair.ways) > 1 and any(pair.rare):
+                if backwards and not pair.way:
+                    self.questions[path] = ("other weights of the source are (in, out), and this one is square", [])
+                continue
             if len(pair.ways) > 1 and (
                 form.kind == "conv_transpose" or "Einsum" in (pair.source.kind, pair.target.kind)
             ):

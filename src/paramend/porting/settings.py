@@ -107,7 +107,7 @@ def _padding(module: Any) -> Value:
     if word:
         return word
     pairs = [each if isinstance(each, tuple | list) else (each, each) for each in _per_axis(padding, len(size))]
-    if "Transpose" in type(module).__name__ and _is_torch(module):
+    if hasattr(module, "output_padding") and "Transpose" in type(module).__name__:
         more = _per_axis(module.output_padding, len(size))
         return [(s - low, s - high + m) for (low, high), s, m in zip(pairs, spread, more, strict=True)]
     return [tuple(pair) for pair in pairs]
