@@ -1,10 +1,10 @@
 """`calls`: which modules of a model are called, in which order, on what, computed in float64."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -33,23 +33,8 @@ class Run:
     calls: list[Call]
 
 
-class Adapter(Protocol):
-    """What is known of a framework, in `porting/calls_<framework>.py`."""
-
-    ARRAYS: str
-    """The library of its arrays."""
-
-    def owns(self, model: object) -> bool:
-        """Whether it is a model of this framework, to be called as it is."""
-
-    def replaced(self, model: Any, change: Change) -> Any:
-        """A copy of the model with other leaves: path, values → new values, or None for a leaf that stays."""
-
-    def watched(self, recorder: Recorder) -> AbstractContextManager[object]:
-        """A context in which the recorder makes the calls of modules."""
-
-
-# Each is opened once the user has imported its framework; so is the arithmetic of an array library.
+# `calls_<name>.py` for each, opened once the user has imported the framework: the library of its arrays, which models
+# it owns, `replaced` for them, and `watched`: a context in which a recorder makes the calls of modules.
 _FRAMEWORKS = {"torch": "torch", "flax": "linen", "flax.nnx": "nnx", "equinox": "equinox", "haiku": "haiku"}
 _LIBRARIES = ("jax", "torch")
 
@@ -83,17 +68,16 @@ def run(model: Any, inputs: object) -> Run:
         what = wording.described(model)
         raise BadArgument(f"{what} cannot run", hint="module.bind(variables) for linen, or a function of the inputs")
     given: Arguments = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_tuple(inputs), {})
-    with float64():
-        if adapter is None:
-            return _first([lambda each=each: _recorded(model, given, each) for each in _libraries(given)])
-        twin, library = adapter.replaced(model, lambda _, values: wide(values)), adapter.ARRAYS
-        whole = lambda: _recorded(twin, given, library, root=twin)
-        each = lambda: _stacked([_recorded(twin, one, library, root=twin) for one in _examples(given)])
-        return _first([whole, each] if adapter.__name__.endswith("equinox") else [whole])
+    if adapter is None:
+        return _first([lambda each=each: _recorded(model, given, each) for each in _libraries(given)])
+    twin, library = adapter.replaced(model, lambda _, values: wide(values)), adapter.ARRAYS
+    whole = lambda: _recorded(twin, given, library, root=twin)
+    each = lambda: _stacked([_recorded(twin, one, library, root=twin) for one in _examples(given)])
+    return _first([whole, each] if adapter.__name__.endswith("equinox") else [whole])
 
 
 def adapter_of(model: object) -> Any:
-    """What is known of the framework of a model, an `Adapter`; None for functions and bare trees."""
+    """The file for the framework of a model; None for functions and bare trees."""
     return next((adapter for adapter in _adapters() if adapter.owns(model)), None)
 
 
@@ -103,10 +87,10 @@ def _adapters() -> list[Any]:
 
 
 @contextmanager
-def float64() -> Iterator[None]:
-    """A context in which the libraries that the user has imported compute in float64."""
+def float64(libraries: Sequence[str] = _LIBRARIES) -> Iterator[None]:
+    """A context in which these libraries, if the user has imported them, compute in float64."""
     with ExitStack() as stack:
-        for library in filter(imported, _LIBRARIES):
+        for library in filter(imported, libraries):
             stack.enter_context(importlib.import_module(f"paramend.porting.float64_{library}").float64())
         yield
 
@@ -114,13 +98,14 @@ def float64() -> Iterator[None]:
 def replaced(tree: Any, change: Change) -> Any:
     """A tree of the same containers with other leaves: path, values → new values, or None for a leaf that stays."""
     leaves, new = Tree(tree), {}
-    for number in leaves.index.numbers:
-        if leaves.ties.get(number, number) == number and leaves.spec(number).kind in ("float", "complex"):
-            old = leaves.read(number)
-            values = change(leaves.index.path(number), to_numpy(old))
-            if values is not None:
-                new[number] = getattr(backend_of(type(old)), "from_numpy", np.asarray)(values)
-    return leaves.with_leaves(new)
+    with float64(["jax"]):  # or JAX would make float32 of them
+        for number in leaves.index.numbers:
+            if leaves.ties.get(number, number) == number and leaves.spec(number).kind in ("float", "complex"):
+                old = leaves.read(number)
+                values = change(leaves.index.path(number), to_numpy(old))
+                if values is not None:
+                    new[number] = getattr(backend_of(type(old)), "from_numpy", np.asarray)(values)
+        return leaves.with_leaves(new)
 
 
 def _tuple(inputs: Any) -> tuple[Any, ...]:
@@ -146,8 +131,8 @@ def _first(ways: list[Callable[[], Run]]) -> Run:
 
 def _recorded(model: Any, given: Arguments, library: str, root: Any = None) -> Run:
     recorder = Recorder(root)
-    args, options = mapped(given, given_as(library))
-    with ExitStack() as stack:
+    with float64(), ExitStack() as stack:
+        args, options = mapped(given, given_as(library))
         for adapter in _adapters():
             stack.enter_context(adapter.watched(recorder))
         outputs = noted(model(*args, **options))
