@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from paramend.mapping.shelf import layouts as layouts
     from paramend.porting.port import port as port
     from paramend.porting.port import port_ as port_
+    from paramend.porting.proof import prove as prove
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.provenance import verify_record as verify_record
@@ -96,6 +97,7 @@ _LATER = {
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
+        "paramend.porting.proof": ("prove",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.rewriting.provenance": ("record", "verify_record"),
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),

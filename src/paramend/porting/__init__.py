@@ -1,1 +1,1 @@
-"""Ports: a model of one framework takes the parameters of a model of another."""
+"""A model of one framework in another: which weight goes where, and the proof that both compute the same."""
