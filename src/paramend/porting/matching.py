@@ -272,7 +272,7 @@ def _clusters(near: Mapping[Unit, Sequence[Unit]]) -> list[tuple[list[Unit], lis
 
 def _called(path: Path, order: Order) -> int | None:
     """The place of the first call of a module, or of the one that holds a parameter."""
-    return next((order[path[:depth]] for depth in range(len(path), len(path) - 2, -1) if path[:depth] in order), None)
+    return next((order[path[:depth]] for depth in range(len(path), len(path) - 3, -1) if path[:depth] in order), None)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------

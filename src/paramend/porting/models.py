@@ -11,6 +11,7 @@ from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.paths import Part, labels, text_of
 from paramend.leaves.specs import Spec
 from paramend.porting.kinds import FORMS, NESTED, PARAMETER, Form, Path, Shaped
+from paramend.porting.recorder import Call
 from paramend.trees.kind import ELIDED
 from paramend.trees.lookup import find_kind
 from paramend.trees.tree import Tree
@@ -105,13 +106,17 @@ class Model:
             return auto[1]
         return found or ""
 
-    def add_classes(self, calls: Sequence[Any]) -> None:
-        """Learn the classes of modules from their calls: a linen module says them only when it runs."""
-        for call in calls:
-            if call.kind:
-                path = tuple(map(text_of, labels(call.path))) if call.path else ()
-                self.classes.setdefault(path, call.kind)
+    def learn(self, calls: Sequence[Call]) -> dict[Path, int]:
+        """The place of the first call of each module; the classes that a linen module says only when it runs are kept."""
+        places: dict[Path, int] = {}
+        for place, call in enumerate(calls):
+            path = tuple(map(text_of, labels(call.path))) if call.path else ()
+            places.setdefault(path, place)
+            if path not in self.modules:
+                self.modules[path], self.classes[path] = call.module, call.kind
+                self.libraries[path] = type(call.module).__module__.partition(".")[0]
         vars(self).pop("units", None)
+        return places
 
     @cached_property
     def units(self) -> list[Unit]:

@@ -49,8 +49,8 @@ class PortPlan:
         renamed = self._renamed(rename or {})
         sources = [unit for unit in source.units if unit not in self.left]
         self.notes: dict[str, str] = {}
-        self.questions: dict[str, tuple[str, list[Step]]] = {}
-        self.flattened: dict[Unit, tuple[int, ...]] = {}
+        self.questions: dict[str, tuple[str, list[list[Step]]]] = {}
+        self.flattened: dict[str, int] = {}
         firsts = (
             [unit for unit in sources if not _second(source, unit)],
             [u for u in target.units if not _second(target, u)],
@@ -149,14 +149,15 @@ class PortPlan:
             form = pair.ways[0][1].form
             if len(pair.ways) > 1 and any(pair.rare):
                 if backwards and not pair.way:
-                    self.questions[path] = ("other weights of the source are (in, out), and this one is square", [])
+                    why = "it is square, and other weights of the source are (in, out)"
+                    self.questions[path] = (why, [list(way[2][0].do) for way in pair.ways])
                 continue
             if len(pair.ways) > 1 and (
                 form.kind == "conv_transpose" or "Einsum" in (pair.source.kind, pair.target.kind)
             ):
-                self.questions[path] = ("it may be stored in several ways", list(pair.ways[1][2][0].do))
+                self.questions[path] = ("it may be stored in several ways", [list(way[2][0].do) for way in pair.ways])
             elif form.kind == "parameter" and self._open(pair):
-                self.questions[path] = ("it is square, and its name does not say what comes first", [_transpose()])
+                self.questions[path] = ("it is square, and its name does not say what comes first", [[], [_transpose()]])
         self._flattenings()
 
     def _open(self, pair: Pair) -> bool:
@@ -203,19 +204,25 @@ class PortPlan:
         side = round(places ** (1 / space))
         if path in self._steps:
             return
-        if side**space != places:
-            square = _factors(places)
-            self.questions[path] = (
-                f"it follows {channels} channels of {places} places each, and their height and width are not known",
-                flattened((features, 0), (channels, *square)),
-            )
+        if side**space != places and not (self.source.modules or self.target.modules):
+            why = f"it may follow {channels} channels of {places} places each, which are flattened in another order"
+            self.questions[path] = (why, [_flat_steps(self, pair, channels)])
             return
-        self.flatten(pair, (channels, *(side,) * space))
-        self.notes[path] = f"flattened from {channels} channels of {'×'.join(map(str, (side,) * space))} places"
+        self.flatten(pair, channels)
 
-    def flatten(self, pair: Pair, axes: tuple[int, ...]) -> None:
-        """Let a dense layer follow a flattening of these axes, channels first."""
-        self.flattened[pair.target] = axes
+    def flatten(self, pair: Pair, channels: int) -> None:
+        """Let a dense layer follow a flattening of so many channels; 0 for none."""
+        path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
+        for found in (self.questions, self.notes, self.flattened):
+            found.pop(path, None)  # type: ignore[attr-defined]
+        if channels:
+            self.flattened[path] = channels
+            self.notes[path] = f"{channels} channels are flattened before it, in another order on each side"
+
+    def choose(self, path: str, steps: Sequence[Step]) -> None:
+        """Answer a question."""
+        self.questions.pop(path, None)
+        self._steps[path] = list(steps)
 
     # -- telling
 
@@ -233,8 +240,8 @@ class PortPlan:
         theirs = [pair.target.leaves[name] for name in move.targets]
         targets = [self.target.text(number) for number in theirs]
         steps = list(move.do)
-        if pair.target in self.flattened and move.do and len(ours) == len(theirs) == 1:
-            steps = self._flat(pair, move)
+        if targets[0] in self.flattened:
+            steps = _flat_steps(self, pair, self.flattened[targets[0]])
         given = self._steps.get(targets[0])
         steps = steps if given is None else list(given)
         sources = [self.source.text(number) for number in ours]
@@ -245,17 +252,6 @@ class PortPlan:
         return {"from": _one(sources), "to": _one(targets)} | (
             {"do": [step.to_data() for step in steps]} if steps else {}
         )
-
-    def _flat(self, pair: Pair, move: Move) -> list[Step]:
-        axes = self.flattened[pair.target]
-        old, new = (
-            self.source.spec(pair.source.leaves[move.sources[0]]),
-            self.target.spec(pair.target.leaves[move.targets[0]]),
-        )
-        if self.channels_last(self.source):
-            features, outputs = old.shape[0], old.shape[-1]
-            return [step.inverse() for step in reversed(flattened((features, outputs), axes))]
-        return flattened((math.prod(new.shape[:-1]) if len(new.shape) == 2 else old.shape[1], old.shape[0]), axes)
 
     def _twins(self, model: Model, number: int) -> list[str]:
         paired = {n for pair in self.pairs for unit in (pair.source, pair.target) for n in unit.leaves.values()}
@@ -273,21 +269,22 @@ class PortPlan:
         return not taken & {number, *self.source.leaves.twins(number)}
 
 
-def flattened(shape: tuple[int, int], axes: Sequence[int]) -> list[Step]:
-    """The steps from a torch weight after a flattening of (channels, *space) to a kernel after one of (*space, channels)."""
-    features, outputs = shape
-    space = len(axes) - 1
-    return [
-        read_step({"reshape": {"shape": [outputs, *axes], "back": [outputs, features]}}),
-        read_step({"transpose": [*range(2, space + 2), 1, 0]}),
-        read_step({"reshape": {"shape": [features, outputs], "back": [*axes[1:], axes[0], outputs]}}),
+def _flat_steps(plan: PortPlan, pair: Pair, channels: int) -> list[Step]:
+    """The steps between a weight after a flattening of (channels, space) and a kernel after one of (space, channels)."""
+    back = plan.channels_last(plan.source)
+    model, unit, name = (
+        (plan.source, pair.source, pair.moves[0].sources[0])
+        if back
+        else (plan.target, pair.target, pair.moves[0].targets[0])
+    )
+    features, outputs = model.spec(unit.leaves[name]).shape
+    space = features // channels
+    steps = [
+        read_step({"reshape": {"shape": [outputs, channels, space], "back": [outputs, features]}}),
+        read_step({"transpose": [2, 1, 0]}),
+        read_step({"reshape": {"shape": [features, outputs], "back": [space, channels, outputs]}}),
     ]
-
-
-def _factors(count: int) -> tuple[int, int]:
-    """Two factors as near to each other as they can be."""
-    low = next(each for each in range(math.isqrt(count), 0, -1) if not count % each)
-    return low, count // low
+    return [step.inverse() for step in reversed(steps)] if back else steps
 
 
 def _transpose() -> Step:

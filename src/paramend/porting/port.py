@@ -5,15 +5,16 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from paramend.errors import PortRefused
-from paramend.grafting.graft import graft, graft_
+from paramend.grafting.graft import graft_
 from paramend.grafting.report import GraftReport, GraftRow
-from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.layout import Layout
 from paramend.porting.models import Model, Unit
 from paramend.porting.plan import PortPlan, Renames, Rules
+from paramend.porting.proof import Proof
 from paramend.porting.report import PortReport
 from paramend.porting.settings import differences
+from paramend.porting.trial import carried, stored, tried
 from paramend.reports import wording
 
 T = TypeVar("T")
@@ -58,12 +59,10 @@ def port(
     True
     >>> print(report)
     """
-    ends = Model(target), Model(source)
-    plan = _planned(*ends, rename, rules, prove)
+    plan, proof = _planned(Model(target), Model(source), rename, rules, prove)
     layout = plan.layout()
-    made, told = graft(ends[0].tree, _stored(ends[1], layout))
-    report = _report(plan, told, layout)
-    return cast(T, _bound(target, made)), report
+    made, told = carried(plan.target, plan.source, layout)
+    return cast(T, made), _report(plan, told, layout, proof)
 
 
 def port_(
@@ -87,32 +86,35 @@ def port_(
     >>> module.weight.tolist(), module.bias.tolist()
     ([[1.0, 2.0]], [3.0])
     """
-    ends = Model(module), Model(source)
-    plan = _planned(*ends, rename, rules, prove)
+    plan, proof = _planned(Model(module), Model(source), rename, rules, prove)
     layout = plan.layout()
-    return _report(plan, graft_(ends[0].tree, _stored(ends[1], layout)), layout)
+    return _report(plan, graft_(plan.target.tree, stored(plan.source, layout)), layout, proof)
 
 
-def _bound(root: Any, made: Any) -> Any:
-    """A linen module bound to other variables; anything else as it was made."""
-    return root.unbind()[0].bind(made) if Model(root).bound else made
-
-
-def _stored(source: Model, layout: Layout) -> Any:
-    """The source under the names and in the shapes of the target."""
-    return layout.to(source.root if isinstance(source.root, Editable) else source.flat())[0]
-
-
-def _planned(target: Model, source: Model, rename: Renames | None, rules: Rules | None, prove: Any) -> PortPlan:
-    """The plan of a port without questions.
+def _planned(
+    target: Model, source: Model, rename: Renames | None, rules: Rules | None, inputs: Any
+) -> tuple[PortPlan, Proof | None]:
+    """The plan of a port without questions, and its proof.
 
     Raises:
-        PortRefused: some are left.
+        PortRefused: questions are left, or the models do not compute the same.
     """
-    plan = PortPlan(target, source, rename, rules)
+    if inputs is None:
+        plan, proof = PortPlan(target, source, rename, rules), None
+    else:
+        plan, proof = tried(target, source, rename, rules, inputs)
     if plan.doubtful or plan.questions or any(plan.lone):
         raise _refusal(plan)
-    return plan
+    if proof is not None and not proof:
+        report = _report(plan, GraftReport(refused=True), plan.layout(), proof)
+        beside = "".join(f"\n  {each}" for each in report.warnings)
+        raise PortRefused(
+            f"with the same parameters the two models do not compute the same, and nothing was changed\n\n{proof}"
+            + f"\n\nwhat differs beside parameters:{beside}" * bool(beside),
+            report=report,
+            hint="rename={...} if layers are paired wrongly; else correct the model",
+        )
+    return plan, proof
 
 
 def _refusal(plan: PortPlan) -> PortRefused:
@@ -126,7 +128,7 @@ def _refusal(plan: PortPlan) -> PortRefused:
         hints.append({_name(a): _name(b) for a, b in zip(ours, theirs, strict=False)})
     for path, (why, steps) in plan.questions.items():
         blocks.append(f"the layout of {path} is not known: {why}")
-        hints.append({path: [step.to_data() for step in steps]})
+        hints.append({path: [step.to_data() for step in steps[-1]]})
     for units, said in zip(
         plan.lone, ("of the source has no place in the target", "of the target has nothing in the source"), strict=True
     ):
@@ -144,7 +146,7 @@ def _refusal(plan: PortPlan) -> PortRefused:
     hint = "\n      ".join(
         [each for each in said if each] + ["prove=(x,) finds it out, where both models run"] * bool(renames or rules)
     )
-    report = _report(plan, GraftReport(refused=True), None)
+    report = _report(plan, GraftReport(refused=True))
     return PortRefused("\n\n".join(blocks), report=report, candidates=candidates, hint=hint)
 
 
@@ -160,7 +162,9 @@ def _shapes(unit: Unit) -> str:
     return ", ".join(f"{name or 'value'} {list(shape)}" for name, shape in unit.shaped[0].shapes)
 
 
-def _report(plan: PortPlan, told: GraftReport, layout: Layout | None) -> PortReport:
+def _report(
+    plan: PortPlan, told: GraftReport, layout: Layout | None = None, proof: Proof | None = None
+) -> PortReport:
     """The report of a graft of stored leaves as that of the port."""
     made: dict[str, tuple[str, str, str]] = {}
     unproven = []
@@ -191,7 +195,9 @@ def _report(plan: PortPlan, told: GraftReport, layout: Layout | None) -> PortRep
     both = [(pair.target.path, pair.target.module, pair.source.module) for pair in plan.pairs]
     beside = differences([row for row in both if None not in row], (plan.target.modules, plan.source.modules))
     warnings = [*beside, *(f"{path}: {note}" for path, note in plan.notes.items())]
-    return PortReport(**rows, refused=told.refused, layout=layout, warnings=warnings, unproven=unproven)
+    return PortReport(
+        **rows, refused=told.refused, layout=layout, warnings=warnings, unproven=unproven, proof=proof
+    )
 
 
 def _left_row(plan: PortPlan, number: int) -> GraftRow:

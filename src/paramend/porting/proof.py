@@ -201,7 +201,7 @@ def prove(
     """
     if not tolerance >= 0:
         raise BadArgument(f"tolerance={tolerance!r} is not a share of the largest value", hint="tolerance=1e-11")
-    given = _sides(inputs)
+    given = sides_of(inputs)
     ours, theirs = (_run(model, given[side], side) for side, model in (("target", target), ("source", source)))
     (left, right), names = _inputs(given), _common(ours.outputs, theirs.outputs)
     proof = Proof(tolerance, alone=len(ours.outputs) + len(theirs.outputs) - 2 * len(names))
@@ -252,7 +252,8 @@ def _least(inputs: Sequence[Values]) -> float:
     return 0.1 * float(max(filter(np.isfinite, floats), default=0.0))
 
 
-def _sides(inputs: Any) -> dict[str, Any]:
+def sides_of(inputs: Any) -> dict[str, Any]:
+    """The inputs of the target and of the source."""
     if isinstance(inputs, Mapping) and (there := {"target", "source"} & set(inputs)):
         if len(there) < 2 or len(inputs) > 2:
             raise BadArgument(

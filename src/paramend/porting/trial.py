@@ -1,0 +1,122 @@
+"""Trials: a port is carried out with random parameters, and what names leave open is found in what the models compute."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import BadArgument
+from paramend.grafting.graft import graft
+from paramend.grafting.report import GraftReport
+from paramend.leaves.leaves import Editable
+from paramend.mapping.layout import Layout
+from paramend.porting.calls import calls
+from paramend.porting.kinds import Path
+from paramend.porting.matching import Pair
+from paramend.porting.models import Model
+from paramend.porting.perturbation import perturbed
+from paramend.porting.plan import PortPlan, Renames, Rules
+from paramend.porting.proof import Proof, prove, sides_of
+from paramend.porting.recorder import Call
+
+_MOST = 64  # ways to answer all questions
+
+
+def stored(source: Model, layout: Layout) -> Any:
+    """The source under the names and in the shapes of the target."""
+    return layout.to(source.root if isinstance(source.root, Editable) else source.flat())[0]
+
+
+def carried(target: Model, source: Model, layout: Layout) -> tuple[Any, GraftReport]:
+    """The target with what a layout makes of the source, and the report of the graft."""
+    made, report = graft(target.tree, stored(source, layout))
+    return (target.root.unbind()[0].bind(made) if target.bound else made), report
+
+
+def tried(
+    target: Model, source: Model, rename: Renames | None, rules: Rules | None, inputs: Any
+) -> tuple[PortPlan, Proof | None]:
+    """A plan whose questions are answered by running both models, and its proof; None if questions are left.
+
+    Raises:
+        BadArgument: one of the models cannot run.
+    """
+    given = sides_of(inputs)
+    ours, theirs = (_calls(model, given[side], side) for side, model in (("target", target), ("source", source)))
+    order = source.learn(theirs), target.learn(ours)
+    plan = PortPlan(target, source, rename, rules, order)
+    if plan.doubtful or any(plan.lone):
+        return plan, None
+    random = Model(perturbed(source.root))
+    proof = None
+    for answers in _answers(plan):
+        for path, steps in answers:
+            plan.choose(path, steps)
+        made = _unflattened(plan, random, given, order[0])
+        pairs = {(_text(target, pair.target.path), _text(source, pair.source.path)) for pair in plan.pairs}
+        proof = prove(made, random.root, given, pairs=pairs)
+        if proof:
+            break
+    return plan, proof
+
+
+def _calls(model: Model, inputs: Any, side: str) -> list[Call]:
+    if not callable(model.root):
+        raise BadArgument(
+            f"prove= runs both models, and the {side} is parameters alone",
+            hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)",
+        )
+    return calls(model.root, inputs)
+
+
+def _answers(plan: PortPlan) -> Iterator[tuple[tuple[str, Any], ...]]:
+    """All answers to all questions, the likeliest first; that on flattenings comes from values."""
+    open_ = {path: ways for path, (_, ways) in plan.questions.items() if len(ways) > 1}
+    return itertools.islice(itertools.product(*([(path, way) for way in ways] for path, ways in open_.items())), _MOST)
+
+
+def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: dict[Path, int]) -> Any:
+    """The target with random parameters, once its dense layers take flattened features in its own order.
+
+    Layer by layer, as they are called: the inputs of both are equal, or equal once their channels change places.
+    """
+    dense = [p for p in plan.pairs if p.ways[p.way][0].form.kind == "linear" and p.source.path in order]
+    crossed = plan.channels_last(plan.source) != plan.channels_last(plan.target)
+    for pair in sorted(dense, key=lambda pair: order[pair.source.path]) if crossed else ():
+        if not _could_follow(pair):
+            continue
+        made = carried(plan.target, source, plan.layout())[0]
+        ours = _input(plan.target, pair.target.path, calls(made, given["target"]))
+        theirs = _input(plan.source, pair.source.path, calls(source.root, given["source"]))
+        if ours is not None and theirs is not None and ours.shape == theirs.shape:
+            last = plan.channels_last(plan.target)
+            plan.flatten(pair, _channels(*((theirs, ours) if last else (ours, theirs))))
+    return carried(plan.target, source, plan.layout())[0]
+
+
+def _could_follow(pair: Pair) -> bool:
+    """Whether a dense layer may take flattened features: its weight is a matrix."""
+    return all(len(shaped.shapes[0][1]) == 2 for shaped in pair.ways[pair.way][:2])
+
+
+def _input(model: Model, path: Path, found: list[Call]) -> Any:
+    call = next((call for call in found if call.path == _text(model, path) and call.inputs), None)
+    return None if call is None else call.inputs[0].reshape(-1, call.inputs[0].shape[-1])
+
+
+def _channels(first: Any, last: Any) -> int:
+    """How many channels were flattened, if features with channels first are those with channels last; else 0."""
+    rows, features = first.shape
+    if np.allclose(first, last, rtol=1e-6, atol=1e-9):
+        return 0
+    for channels in range(2, features):
+        if not features % channels:
+            turned = first.reshape(rows, channels, -1).swapaxes(1, 2).reshape(rows, features)
+            if np.allclose(turned, last, rtol=1e-6, atol=1e-9):
+                return channels
+    return 0
+
+
+def _text(model: Model, path: Path) -> str:
+    return model.leaves.index.separator.join(path)
