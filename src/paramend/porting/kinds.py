@@ -7,7 +7,7 @@ and each projection on its own. A port opens the form of the source and closes t
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,12 +58,12 @@ class Form:
     optional: frozenset[str] = frozenset()
     last: bool = False
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """The paths of all leaves."""
         return frozenset(name for hold in self.holds for name in hold.names)
 
-    @property
+    @cached_property
     def needed(self) -> frozenset[str]:
         """The paths of the leaves that it cannot lack."""
         return frozenset(name for hold in self.holds if not self.optional.issuperset(hold.parts) for name in hold.names)
@@ -311,7 +311,7 @@ FORMS: tuple[Form, ...] = (
     _cell({"ih": "dense_i", "hh": "dense_h"}, {"bh": "dense_i"}, "rnn", "SimpleCell"),
 )
 # A leaf of no known layer: a class token, a table of positions, a parameter of the user's own.
-PARAMETER = _form("parameter", "", _hold("", "value"))
+PARAMETER = Form("parameter", frozenset(), (Hold(("",), ("value",)),))
 # A part with these axes is of this kind.
 _NDIM = {
     "linear": (2, 99),
@@ -341,7 +341,7 @@ class Shaped:
         """The holds whose leaves are there."""
         return self.form.present(name for name, _ in self.shapes)
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...] | None:
         """What a form of the other side must share: the kind, and the sizes of its parts. None if it does not open."""
         return _key(self)

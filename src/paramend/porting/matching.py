@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TypeAlias
 
 from paramend.porting.kinds import Move, Path, Shaped, moves
@@ -61,14 +62,19 @@ class Matching:
 
 
 def ways(source: Unit, target: Unit) -> Ways:
-    """The ways from one unit to another; none if they do not fit."""
+    """The ways from one unit to another, the likeliest first; none if they do not fit."""
+    found = _ways(source.shaped, target.shaped)
+    return tuple(sorted(found, key=lambda way: _rare(way, source, target))) if len(found) > 1 else found
+
+
+@cache
+def _ways(sources: tuple[Shaped, ...], targets: tuple[Shaped, ...]) -> Ways:
     out: list[tuple[Shaped, Shaped, tuple[Move, ...]]] = []
-    for ours in source.shaped:
-        for theirs in target.shaped:
+    for ours in sources:
+        for theirs in targets:
             if ours.key == theirs.key and (made := moves(ours, theirs)) is not None:
                 out += [(ours, theirs, made)] if all(made != other for _, _, other in out) else []
-    same = [way for way in out if way[0].form is way[1].form]
-    return tuple(sorted(same or out, key=lambda way: _rare(way, source, target)))
+    return tuple(way for way in out if way[0].form is way[1].form) or tuple(out)
 
 
 def _rare(way: tuple[Shaped, Shaped, tuple[Move, ...]], source: Unit, target: Unit) -> bool:
@@ -228,7 +234,8 @@ class _Search:
         done = True
         for members, others in bijections:
             rows = [[family[numbers] for numbers in sorted(family)] for family in (members, others)]
-            done = self._in_order(*rows, by="number" if len(members) > 1 else by) and done
+            named = len(members) == 1 or (by == "name" and members.keys() == others.keys())
+            done = self._in_order(*rows, by=by if named else "number") and done
         return done
 
     def _in_order(self, sources: Sequence[Unit], targets: Sequence[Unit], *, by: str) -> bool:

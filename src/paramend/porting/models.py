@@ -24,6 +24,7 @@ _RECURRENT = re.compile(r"((?:weight|bias)_(?:ih|hh))_(l\d+)(_reverse)?").fullma
 _WEIGHT_NORM = {"original0": "weight_g", "original1": "weight_v"}
 _AUTO = re.compile(r"([A-Z][A-Za-z]*\d?[dD]?)_\d+").fullmatch
 _KNOWN = {name.rpartition(":")[2] for form in FORMS for name in form.classes} | {"ConvTranspose"}
+_SPECIAL = re.compile(r"(?!torch:)\w+:\w+").fullmatch
 _NOT_LEARNED = ("RngKey", "RngCount", "RngState", "Cache", "Intermediate")
 
 
@@ -169,12 +170,8 @@ class Model:
     def _shaped(self, path: Path, leaves: dict[str, int], forms: Sequence[Form]) -> tuple[Shaped, ...]:
         """The forms that a module with these leaves may have: those of its class, if it is one that is known."""
         fit = [form for form in forms if form.needed <= leaves.keys() and self._whole(form, leaves, forms)]
-        if self.libraries.get(path) != "equinox":  # Equinox has no bare trees
-            fit = [
-                form
-                for form in fit
-                if not all(name.startswith("equinox:") for name in form.classes) or not form.classes
-            ]
+        # What only some classes hold so is not tried without the class.
+        fit = [f for f in fit if self._is_of(f, path) or not f.classes or not all(map(_SPECIAL, f.classes))]
         named = [form for form in fit if self._is_of(form, path)]
         if not named and fit and self.class_of(path) in _KNOWN and self.libraries.get(path) in _LIBRARIES:
             named = [form for form in fit if not form.classes]

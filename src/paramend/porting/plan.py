@@ -254,19 +254,23 @@ class PortPlan:
         )
 
     def _twins(self, model: Model, number: int) -> list[str]:
+        twins = model.leaves.twins(number)
+        if len(twins) == 1:
+            return []
         paired = {n for pair in self.pairs for unit in (pair.source, pair.target) for n in unit.leaves.values()}
-        return [model.text(n) for n in model.leaves.twins(number) if n != number and n not in paired]
+        return [model.text(n) for n in twins if n != number and n not in paired]
 
     def layout(self) -> Layout:
         """The layout of the port."""
-        behind = [self.source.text(n) for n in self.source.leaves.index.numbers if self.goes_nowhere(n)]
+        behind = [self.source.text(number) for number in self.left_behind()]
         stored = {"from": self.source.stored, "to": self.target.stored}
         return Layout(self.rules(), name="port", drop=behind, stored={k: how for k, how in stored.items() if how})
 
-    def goes_nowhere(self, number: int) -> bool:
-        """Whether a leaf of the source, under all its names, has no place in the target."""
-        taken = {n for pair in self.pairs for n in pair.source.leaves.values()}
-        return not taken & {number, *self.source.leaves.twins(number)}
+    def left_behind(self) -> list[int]:
+        """The leaves of the source that have, under all their names, no place in the target."""
+        leaves = self.source.leaves
+        taken = {twin for pair in self.pairs for n in pair.source.leaves.values() for twin in leaves.twins(n)}
+        return [number for number in leaves.index.numbers if number not in taken]
 
 
 def _flat_steps(plan: PortPlan, pair: Pair, channels: int) -> list[Step]:

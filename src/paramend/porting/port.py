@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
+from paramend.checkpoints.assemble import assemble
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.edits.plan import call
 from paramend.errors import PortRefused
 from paramend.grafting.graft import graft_
 from paramend.grafting.report import GraftReport, GraftRow
+from paramend.leaves.paths import labels
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.layout import Layout
 from paramend.porting.models import Model, Unit
@@ -89,6 +93,28 @@ def port_(
     plan, proof = _planned(Model(module), Model(source), rename, rules, prove)
     layout = plan.layout()
     return _report(plan, graft_(plan.target.tree, stored(plan.source, layout)), layout, proof)
+
+
+def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = None) -> tuple[Checkpoint, PortReport]:
+    """A checkpoint with the names, shapes and dtypes of a target in memory, and a report; nothing is read before it is
+    saved."""
+    plan, _ = _planned(Model(target), Model(source), rename, None, None)
+    layout, like = plan.layout(), plan.target
+    made = stored(plan.source, layout)
+    numbers = {made.index.pieces(number): number for number in made.index.numbers}
+    rows = []
+    for number in like.leaves.index.numbers:
+        here, spec = numbers.get(like.leaves.index.pieces(number)), like.spec(number)
+        if here is None:
+            continue
+        was = made.spec(here)
+        path = like.text(number)
+        did = "copied" if was.dtype == spec.dtype else f"copied, cast from {was.dtype}"
+        rows.append((here, spec, GraftRow(path, path, spec.shape, was.shape, spec.dtype, was.dtype, did, "", spec.size)))
+    casts = {here: call("cast", {"dtype": spec.dtype}) for here, spec, row in rows if row.did != "copied"}
+    made = made.edited(casts) if casts else made
+    picks = [(labels(row.path), (made, here)) for here, _, row in rows]
+    return assemble(made, picks), _report(plan, GraftReport(copied=[row for *_, row in rows]), layout)
 
 
 def _planned(
@@ -185,9 +211,7 @@ def _report(
         did = "; ".join(filter(None, (steps or row.did, f"by {by}" * bool(by))))
         cast_ = "" if not steps or "cast" not in row.did else row.did.removeprefix("copied, ")
         rows["copied"][place] = replace(row, source=source, did="; ".join(filter(None, (did, cast_))))
-    rows["unused"] += [
-        _left_row(plan, number) for number in plan.source.leaves.index.numbers if plan.goes_nowhere(number)
-    ]
+    rows["unused"] += [_left_row(plan, number) for number in plan.left_behind()]
     if told.refused:
         rows["fresh"] = [
             _row(plan.target, n, "nothing in the source") for unit in plan.lone[1] for n in unit.leaves.values()
