@@ -52,9 +52,10 @@ class Gpt2(nn.Module):
 
 
 def turned(x, base=10000.0):
-    """Rotary positions, in halves."""
+    """Rotary positions, in halves; the frequencies are those of float32, as in transformers."""
     half = x.shape[-1] // 2
-    angles = np.arange(x.shape[1])[:, None] / base ** (np.arange(half) / half)
+    frequencies = (1 / base ** (np.arange(half) / half)).astype("float32")
+    angles = np.arange(x.shape[1])[:, None] * frequencies.astype(float)
     cos, sin = np.cos(angles)[None, :, None], np.sin(angles)[None, :, None]
     one, two = x[..., :half], x[..., half:]
     return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1)

@@ -24,7 +24,7 @@ _RECURRENT = re.compile(r"((?:weight|bias)_(?:ih|hh))_(l\d+)(_reverse)?").fullma
 _WEIGHT_NORM = {"original0": "weight_g", "original1": "weight_v"}
 _AUTO = re.compile(r"([A-Z][A-Za-z]*\d?[dD]?)_\d+").fullmatch
 _KNOWN = {name.rpartition(":")[2] for form in FORMS for name in form.classes} | {"ConvTranspose"}
-_SPECIAL = re.compile(r"(?!torch:)\w+:\w+").fullmatch
+_SPECIAL = re.compile(r"(equinox|Einsum):\w+").fullmatch
 _NOT_LEARNED = ("RngKey", "RngCount", "RngState", "Cache", "Intermediate")
 
 

@@ -257,7 +257,8 @@ class PortPlan:
         twins = model.leaves.twins(number)
         if len(twins) == 1:
             return []
-        paired = {n for pair in self.pairs for unit in (pair.source, pair.target) for n in unit.leaves.values()}
+        side = "source" if model is self.source else "target"
+        paired = {n for pair in self.pairs for n in getattr(pair, side).leaves.values()}
         return [model.text(n) for n in twins if n != number and n not in paired]
 
     def layout(self) -> Layout:
