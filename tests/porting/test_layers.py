@@ -10,12 +10,12 @@ import torch
 from flax import nnx
 
 import paramend as pm
+from support.porting import KEY, compact, random, zeros
 from support.slow import slow_except
 
 t = torch.nn
 F64 = {"dtype": np.float64, "param_dtype": np.float64}
 RNGS = nnx.Rngs(0)
-KEY = jax.random.key(0)
 weight_norm = torch.nn.utils.parametrizations.weight_norm
 
 
@@ -23,17 +23,6 @@ weight_norm = torch.nn.utils.parametrizations.weight_norm
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-def random(module, seed=0):
-    """A torch module whose parameters and statistics are random, in evaluation mode."""
-    torch.manual_seed(seed)
-    module = module.double()
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.normal_() if "var" not in name else tensor.uniform_(0.5, 2)
-    return module.eval()
 
 
 class Recurrent(t.Module):
@@ -73,12 +62,6 @@ class Shared(t.Module):
 
     def forward(self, x):
         return self.last(self.again(torch.tanh(self.first(x))))
-
-
-def compact(function, **settings):
-    """A linen module that computes a function of (module, x)."""
-    kind = type("Compact", (nn.Module,), {"__call__": nn.compact(lambda self, x: function(x))})
-    return kind(**settings)
 
 
 def tied(x):
@@ -248,11 +231,6 @@ LAYERS = {
 def inputs(shape):
     rng = np.random.default_rng(0)
     return rng.integers(0, 4, (2, 3)) if shape is TOKENS else rng.normal(size=shape)
-
-
-def zeros(leaf):
-    """Statistics are float32 in Flax, whatever the parameters are."""
-    return np.zeros(leaf.shape, "float64" if leaf.dtype == "float32" else leaf.dtype)
 
 
 COMPILED = [name for name in LAYERS if any(word in name for word in ("lstm", "gru", "rnn"))]  # scans

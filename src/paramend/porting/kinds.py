@@ -87,6 +87,7 @@ def _flipped(ndim: int, axes: Sequence[int], first: int) -> list[Step]:
 _WORDS: Mapping[str, Any] = {
     "in_out": lambda n: [_step("transpose", axes=list(axes_to_first(n)))],
     "flipped": lambda n: _flipped(n, (n - 2, n - 1, *range(n - 2)), 0),
+    "flipped_last": lambda n: _flipped(n, (n - 1, n - 2, *range(n - 2)), 0),
     "flipped_out_in": lambda n: _flipped(n, (1, 0, *range(2, n)), 2),
 }
 _GATES = {"lstm": "ifgo", "gru": "rzn", "rnn": "h"}
@@ -175,6 +176,13 @@ FORMS: tuple[Form, ...] = (
     _form("conv_transpose", "torch:ConvTranspose1d torch:ConvTranspose2d torch:ConvTranspose3d", _WEIGHT, _BIAS),
     _form("conv_transpose", "ConvTranspose", _hold("kernel", "weight", "flipped"), _BIAS, last=True),
     _form("conv_transpose", "ConvTranspose:transposed", _KERNEL, _BIAS, last=True),
+    _form(
+        "conv_transpose",
+        "Conv1DTranspose Conv2DTranspose Conv3DTranspose",
+        _hold("w", "weight", "flipped_last"),
+        _B,
+        last=True,
+    ),
     _form(
         "conv_transpose",
         "equinox:ConvTranspose1d equinox:ConvTranspose2d equinox:ConvTranspose3d",

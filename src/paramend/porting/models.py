@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from paramend.errors import BadArgument
-from paramend.leaves.leaves import Editable, Leaves
-from paramend.leaves.paths import Part, labels, text_of
+from paramend.leaves.leaves import Editable, Leaves, keys_of
+from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
 from paramend.porting.kinds import FORMS, NESTED, PARAMETER, Form, Path, Shaped
 from paramend.porting.recorder import Call
@@ -23,6 +23,7 @@ _LIBRARIES = ("torch", "flax", "equinox", "haiku", "transformers", "timm")
 _RECURRENT = re.compile(r"((?:weight|bias)_(?:ih|hh))_(l\d+)(_reverse)?").fullmatch
 _WEIGHT_NORM = {"original0": "weight_g", "original1": "weight_v"}
 _AUTO = re.compile(r"([A-Z][A-Za-z]*\d?[dD]?)_\d+").fullmatch
+_HAIKU_TRANSPOSE = re.compile(r"conv(\d)_d_transpose(?:_\d+)?").fullmatch
 _KNOWN = {name.rpartition(":")[2] for form in FORMS for name in form.classes} | {"ConvTranspose"}
 _SPECIAL = re.compile(r"(equinox|Einsum):\w+").fullmatch
 _NOT_LEARNED = ("RngKey", "RngCount", "RngState", "Cache", "Intermediate")
@@ -75,7 +76,7 @@ class Model:
         )
         self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree, (), ()))
         self.classes = {path: type(module).__name__ for path, module in self.modules.items()}
-        self.libraries = {path: type(module).__module__.partition(".")[0] for path, module in self.modules.items()}
+        self.libraries = {path: _library(module) for path, module in self.modules.items()}
         pieces = {number: self.leaves.index.pieces(number) for number in self.leaves.index.numbers}
         self._paths = {*pieces.values()}
         tops = {path[0] for path in pieces.values() if len(path) > 1}
@@ -105,6 +106,8 @@ class Model:
         found = self.classes.get(path)
         if found is None and path and (auto := _AUTO(path[-1])) and auto[1] in _KNOWN:
             return auto[1]
+        if found is None and path and (haiku := _HAIKU_TRANSPOSE(path[-1])):
+            return f"Conv{haiku[1]}DTranspose"
         return found or ""
 
     def learn(self, calls: Sequence[Call]) -> dict[Path, int]:
@@ -115,7 +118,7 @@ class Model:
             places.setdefault(path, place)
             if path not in self.modules:
                 self.modules[path], self.classes[path] = call.module, call.kind
-                self.libraries[path] = type(call.module).__module__.partition(".")[0]
+                self.libraries[path] = _library(call.module)
         vars(self).pop("units", None)
         return places
 
@@ -208,16 +211,36 @@ class Model:
         return str(self.leaves.index.path(number))
 
     @property
+    def framework(self) -> str:
+        """The framework of a model, "jax" for all but Equinox; "" for parameters that do not say."""
+        for name in ("torch", "equinox"):
+            if name in self.libraries.values():
+                return name
+        if self.modules:
+            return "jax"
+        if self.leaves.index.separator == "." and not isinstance(self.root, Editable):
+            return "torch"
+        last = {name[-1] for name in self.names.values()}
+        return "jax" if last & {"kernel", "scale", "embedding", "w"} else "torch" if "weight" in last else ""
+
+    @property
     def stored(self) -> str:
         """What a layout makes in place of this tree: "flat" names or "nested" dicts; "" where keys hold separators."""
         index = self.leaves.index
-        if index.separator == ".":
+        keys = [keys_of(path) for path in index.paths.values()]
+        if all(len(path) == 1 and "/" not in path[0] for path in keys) or index.separator == ".":
             return "flat"
-        return "" if any(isinstance(label, Part) for path in index.paths.values() for label in path) else "nested"
+        return "" if any("/" in key or "." in key for path in keys for key in path) else "nested"
 
     def flat(self) -> dict[str, Any]:
         """The leaves by name, which a layout can take whatever held them."""
         return {self.leaves.index.name(number): self.leaves.read(number) for number in self.leaves.index.numbers}
+
+
+def _library(module: Any) -> str:
+    """The framework that a class is made of, "" if it is none of those known."""
+    roots = [base.__module__.partition(".")[0] for base in type(module).__mro__]
+    return next((root for root in roots if root in _LIBRARIES), "")
 
 
 def einsum_names(text: str | None) -> set[str]:

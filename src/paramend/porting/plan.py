@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from paramend.errors import BadArgument, NoMatch
@@ -51,16 +51,24 @@ class PortPlan:
         self.notes: dict[str, str] = {}
         self.questions: dict[str, tuple[str, list[list[Step]]]] = {}
         self.flattened: dict[str, int] = {}
-        firsts = (
-            [unit for unit in sources if not _second(source, unit)],
-            [u for u in target.units if not _second(target, u)],
-        )
-        found = match(*_broken(source, target, *firsts, renamed), renamed, order)
-        self.pairs = found.pairs
-        self.doubtful = found.doubtful
-        self.lone = found.lone
+        self.copies: dict[int, list[int]] = {}
+        self._find(sources, renamed, order)
+        if any(len(ours) > len(theirs) for ours, theirs in self.doubtful) and self._find_copies():
+            self._find(sources, renamed, order)
         self._second_names(sources, renamed)
         self._look_closer()
+
+    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: tuple[Order, Order] | None) -> None:
+        """Pair the units, all but those that are second names of others."""
+        ours = [unit for unit in sources if not self._second(self.source, unit)]
+        theirs = [unit for unit in self.target.units if not self._second(self.target, unit)]
+        found = match(*_broken(self.source, self.target, ours, theirs, renamed), renamed, order)
+        self.pairs, self.doubtful, self.lone = found.pairs, found.doubtful, found.lone
+
+    def _second(self, model: Model, unit: Unit) -> bool:
+        """Whether all leaves of a unit are second names of others, or copies."""
+        copies = {n for each in self.copies.values() for n in each} if model is self.source else set()
+        return all(n in copies or model.leaves.ties.get(n, n) != n for n in unit.leaves.values())
 
     # -- who goes where
 
@@ -118,23 +126,29 @@ class PortPlan:
 
     def _second_names(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit]) -> None:
         """Pair what is left of the target with second names of tied leaves; those of the source go with the first."""
-        twins = [unit for unit in sources if _second(self.source, unit)]
+        twins = [unit for unit in sources if self._second(self.source, unit)]
         if self.lone[1] and twins:
             more = match(twins, self.lone[1], {})
             self.pairs += more.pairs
             self.lone = self.lone[0], more.lone[1] + [u for _, theirs in more.doubtful for u in theirs]
-        taken = {number for pair in self.pairs for number in pair.source.leaves.values()}
-        self.lone = [unit for unit in self.lone[0] if not self._copies(unit, taken)], self.lone[1]
+        if self.lone[0]:
+            self._find_copies()
+            self.lone = [unit for unit in self.lone[0] if not self._second(self.source, unit)], self.lone[1]
 
-    def _copies(self, unit: Unit, taken: Iterable[int]) -> bool:
-        """Whether the leaves of a unit are those of another one again: a tied head in a file that holds it twice."""
-        from paramend.mapping.hands import same  # few units are left over
+    def _find_copies(self) -> bool:
+        """Find units without partner that are others again: a tied head in a file that holds it twice."""
+        from paramend.mapping.hands import same  # few models leave something over
 
-        leaves = self.source.leaves
-        return all(
-            any(leaves.spec(n) == leaves.spec(other) and same(leaves.read(n), leaves.read(other)) for other in taken)
-            for n in unit.leaves.values()
-        )
+        leaves, before = self.source.leaves, len(self.copies)
+        open_ = [*self.lone[0], *(unit for ours, theirs in self.doubtful if len(ours) > len(theirs) for unit in ours)]
+        known = [n for pair in self.pairs for n in pair.source.leaves.values()]
+        for number in (number for unit in open_ for number in unit.leaves.values()):
+            spec, value = leaves.spec(number), leaves.read(number)
+            first = next((n for n in known if leaves.spec(n) == spec and same(leaves.read(n), value)), None)
+            known.append(number)
+            if first is not None:
+                self.copies.setdefault(first, []).append(number)
+        return len(self.copies) > before
 
     # -- how it is stored
 
@@ -163,15 +177,14 @@ class PortPlan:
     def _open(self, pair: Pair) -> bool:
         shapes = [dict(way.shapes)[""] for way in pair.ways[0][:2]]
         names = [unit.path[-1].lower() for unit in (pair.source, pair.target)]
-        alike = self.channels_last(self.source) == self.channels_last(self.target) and names[0] == names[1]
+        alike = self.source.framework == self.target.framework != "" and names[0] == names[1]
         square = len(shapes[0]) >= 2 and shapes[0][-1] == shapes[0][-2] > 1
         return square and not alike and not any(word in name for name in names for word in _TABLE)
 
     @staticmethod
     def channels_last(model: Model) -> bool:
         """Whether the arrays of features of a model have their channels last."""
-        libraries = {*model.libraries.values()}
-        if "torch" in libraries or "equinox" in libraries:
+        if model.framework in ("torch", "equinox"):
             return False
         return any(shaped.form.last for unit in model.units for shaped in unit.shaped[:1])
 
@@ -210,14 +223,16 @@ class PortPlan:
             return
         self.flatten(pair, channels)
 
-    def flatten(self, pair: Pair, channels: int) -> None:
-        """Let a dense layer follow a flattening of so many channels; 0 for none."""
+    def flatten(self, pair: Pair, channels: int) -> bool:
+        """Let a dense layer follow a flattening of so many channels, 0 for none; whether that is a change."""
         path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
-        for found in (self.questions, self.notes, self.flattened):
-            found.pop(path, None)  # type: ignore[attr-defined]
+        before = self.flattened.pop(path, 0)
+        self.questions.pop(path, None)
+        self.notes.pop(path, None)
         if channels:
             self.flattened[path] = channels
             self.notes[path] = f"{channels} channels are flattened before it, in another order on each side"
+        return channels != before
 
     def choose(self, path: str, steps: Sequence[Step]) -> None:
         """Answer a question."""
@@ -254,7 +269,7 @@ class PortPlan:
         )
 
     def _twins(self, model: Model, number: int) -> list[str]:
-        twins = model.leaves.twins(number)
+        twins = [*model.leaves.twins(number), *(self.copies.get(number, ()) if model is self.source else ())]
         if len(twins) == 1:
             return []
         side = "source" if model is self.source else "target"
@@ -271,6 +286,7 @@ class PortPlan:
         """The leaves of the source that have, under all their names, no place in the target."""
         leaves = self.source.leaves
         taken = {twin for pair in self.pairs for n in pair.source.leaves.values() for twin in leaves.twins(n)}
+        taken |= {number for first, copies in self.copies.items() if first in taken for number in copies}
         return [number for number in leaves.index.numbers if number not in taken]
 
 
@@ -302,12 +318,6 @@ def _one(paths: list[str]) -> str | list[str]:
 
 def _listed(paths: str | Sequence[str]) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
-
-
-def _second(model: Model, unit: Unit) -> bool:
-    """Whether all leaves of a unit are second names of others."""
-    ties = model.leaves.ties
-    return all(ties.get(number, number) != number for number in unit.leaves.values())
 
 
 def _broken(

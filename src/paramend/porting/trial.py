@@ -31,7 +31,10 @@ def stored(source: Model, layout: Layout) -> Any:
 def carried(target: Model, source: Model, layout: Layout) -> tuple[Any, GraftReport]:
     """The target with what a layout makes of the source, and the report of the graft."""
     made, report = graft(target.tree, stored(source, layout))
-    return (target.root.unbind()[0].bind(made) if target.bound else made), report
+    if target.bound:
+        scope, module = target.root.scope, target.root.unbind()[0]
+        made = module.bind(made, rngs={n: r.as_jax_rng() for n, r in scope.rngs.items()}, mutable=scope.mutable)
+    return made, report
 
 
 def tried(
@@ -45,20 +48,40 @@ def tried(
     given = sides_of(inputs)
     ours, theirs = (_calls(model, given[side], side) for side, model in (("target", target), ("source", source)))
     order = source.learn(theirs), target.learn(ours)
+    random, proof = Model(perturbed(source.root)), None
     plan = PortPlan(target, source, rename, rules, order)
-    if plan.doubtful or any(plan.lone):
-        return plan, None
-    random = Model(perturbed(source.root))
-    proof = None
+    for pairs in _pairings(plan):
+        trial = PortPlan(target, source, {**pairs, **(rename or {})}, rules, order) if pairs else plan
+        if not (trial.doubtful or any(trial.lone)):
+            plan, proof = trial, _proven(trial, random, given, order[0])
+            if proof:
+                break
+    return plan, proof
+
+
+def _pairings(plan: PortPlan) -> Iterator[dict[str, str]]:
+    """The ways to pair what is in doubt, as renames."""
+    rows = [
+        [list(zip(ours, other, strict=True)) for other in itertools.permutations(theirs)]
+        for ours, theirs in plan.doubtful
+        if len(ours) == len(theirs) <= 4
+    ]
+    for chosen in itertools.islice(itertools.product(*rows), _MOST):
+        yield {"/".join(a.path): "/".join(b.path) for pairs in chosen for a, b in pairs}
+
+
+def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Path, int]) -> Proof | None:
+    """The proof of a plan whose questions are answered; a false one if no answers prove it."""
+    target, source, proof = plan.target, plan.source, None
     for answers in _answers(plan):
         for path, steps in answers:
             plan.choose(path, steps)
-        made = _unflattened(plan, random, given, order[0])
+        made = _unflattened(plan, random, given, order)
         pairs = {(_text(target, pair.target.path), _text(source, pair.source.path)) for pair in plan.pairs}
         proof = prove(made, random.root, given, pairs=pairs)
         if proof:
             break
-    return plan, proof
+    return proof
 
 
 def _calls(model: Model, inputs: Any, side: str) -> list[Call]:
@@ -81,23 +104,29 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
 
     Layer by layer, as they are called: the inputs of both are equal, or equal once their channels change places.
     """
-    dense = [p for p in plan.pairs if p.ways[p.way][0].form.kind == "linear" and p.source.path in order]
-    crossed = plan.channels_last(plan.source) != plan.channels_last(plan.target)
-    for pair in sorted(dense, key=lambda pair: order[pair.source.path]) if crossed else ():
-        if not _could_follow(pair):
+    made = carried(plan.target, source, plan.layout())[0]
+    last = plan.channels_last(plan.target)
+    if plan.channels_last(plan.source) == last:
+        return made
+    dense = [pair for pair in plan.pairs if pair.source.path in order and _could_follow(pair)]
+    theirs, ours = calls(source.root, given["source"]), calls(made, given["target"])
+    for pair in sorted(dense, key=lambda pair: order[pair.source.path]):
+        one, other = (
+            _input(model, path, found)
+            for model, path, found in ((plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs))
+        )
+        if one is None or other is None or one.shape != other.shape:
             continue
-        made = carried(plan.target, source, plan.layout())[0]
-        ours = _input(plan.target, pair.target.path, calls(made, given["target"]))
-        theirs = _input(plan.source, pair.source.path, calls(source.root, given["source"]))
-        if ours is not None and theirs is not None and ours.shape == theirs.shape:
-            last = plan.channels_last(plan.target)
-            plan.flatten(pair, _channels(*((theirs, ours) if last else (ours, theirs))))
-    return carried(plan.target, source, plan.layout())[0]
+        if plan.flatten(pair, _channels(*((other, one) if last else (one, other)))):
+            made = carried(plan.target, source, plan.layout())[0]
+            ours = calls(made, given["target"])
+    return made
 
 
 def _could_follow(pair: Pair) -> bool:
-    """Whether a dense layer may take flattened features: its weight is a matrix."""
-    return all(len(shaped.shapes[0][1]) == 2 for shaped in pair.ways[pair.way][:2])
+    """Whether it is a dense layer that may take flattened features: its weight is a matrix."""
+    forms = pair.ways[pair.way][:2]
+    return forms[0].form.kind == "linear" and all(len(shaped.shapes[0][1]) == 2 for shaped in forms)
 
 
 def _input(model: Model, path: Path, found: list[Call]) -> Any:
