@@ -127,12 +127,22 @@ def test_the_model_stays_as_it_is(name):
 
 
 def test_what_is_switched_on_is_switched_off_after_a_failure():
-    seen = (torch.nn.Module.__call__, nnx.Linear.__call__, eqx.nn.Linear.__call__, jax.nn.dot_product_attention)
+    def held():
+        classes = torch.nn.Module.__call__, nnx.Linear.__call__, eqx.nn.Linear.__call__
+        return *classes, jax.nn.dot_product_attention, jnp.float32, jnp.bfloat16, torch.get_default_dtype()
+
+    before = held()
     with pytest.raises(RuntimeError, match="shapes"):
         calls(torch_model(), X[:, :3])
-    assert torch.get_default_dtype() == torch.float32 and torch.backends.mha.get_fastpath_enabled()
-    assert jnp.ones(1).dtype == jnp.float32
-    assert seen == (torch.nn.Module.__call__, nnx.Linear.__call__, eqx.nn.Linear.__call__, jax.nn.dot_product_attention)
+    assert held() == before and torch.backends.mha.get_fastpath_enabled() and jnp.ones(1).dtype == jnp.float32
+
+
+def test_what_jax_compiled_during_a_run_is_not_used_after_it():
+    function = jax.jit(lambda x: x.astype(jnp.float32).astype(jnp.float64))
+    with jax.enable_x64(True):
+        third = jnp.full((), 1 / 3)
+        assert run(function, third).outputs[""] == 1 / 3
+        assert float(function(third)) == np.float32(1 / 3)
 
 
 def test_a_model_that_casts_to_float32_is_computed_in_float64():

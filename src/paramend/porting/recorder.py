@@ -138,7 +138,8 @@ _DTYPES = ("dtype", "param_dtype")
 def steady(module: Any) -> Iterator[None]:
     """A context in which a module, and the cells that it holds, compute in float64 and without chance."""
     old: list[tuple[Any, str, Any]] = []
-    for each in (module, *vars(module).values()):
+    members: list[Any] = [module, *vars(module).values()]
+    for each in members:
         held = getattr(each, "__dict__", {})
         if each is module or ("param_dtype" in held and not isinstance(each, type)):
             old += [(each, name, held[name]) for name in _DTYPES if _is_float(held.get(name))]
@@ -187,6 +188,7 @@ def _through(method: Any) -> Any:
 
 def subclasses(kind: type) -> Iterator[type]:
     """All classes that are made of this one."""
-    for each in kind.__subclasses__():
+    made: list[type] = kind.__subclasses__()
+    for each in made:
         yield each
         yield from subclasses(each)
