@@ -349,10 +349,11 @@ class _Flow:
             chunks = _blank(row.spec.nbytes) if hole else data(expression(self._source, row))
             self._row, self._chunks, self._rest = row, self._note.taking(row, chunks), memoryview(b"")
         while left:
-            chunk = self._rest if len(self._rest) else next(self._chunks)
-            chunk, self._rest = chunk[:left], chunk[left:]
-            left -= len(chunk)
-            yield os.lseek(target, len(chunk), os.SEEK_CUR) and len(chunk) if hole else put(target, chunk)
+            self._rest = self._rest if len(self._rest) else next(self._chunks)
+            count = min(left, len(self._rest))
+            yield os.lseek(target, count, os.SEEK_CUR) and count if hole else put(target, self._rest[:count])
+            self._rest = self._rest[count:] if count < len(self._rest) else memoryview(b"")  # which frees a tile
+            left -= count
         if piece.stop == row.spec.nbytes:
             next(self._chunks, None)  # its end confirms that all was taken
 
