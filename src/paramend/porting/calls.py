@@ -70,7 +70,7 @@ def run(model: Any, inputs: object) -> Run:
         if not callable(model) or hasattr(model, "init_with_output"):
             what, hint = wording.described(model), "module.bind(variables) for linen, or a function of the inputs"
             raise BadArgument(f"{what} cannot run", hint=hint)
-        return _first([partial(_recorded, model, _given(inputs), each, None) for each in _libraries(inputs)])
+        return _first([partial(_recorded, model, _given(inputs), each, None) for each in _libraries(inputs)], TypeError)
     library = "torch" if is_torch_module(model) else "jax"
     twin = copied(model, lambda _, values: wide(values))
     return _first([partial(way, twin, _given(inputs), library, twin) for way in (_recorded, _each_recorded)])
@@ -130,15 +130,15 @@ def _libraries(inputs: Any) -> list[str]:
     return list(dict.fromkeys([*filter(_LIBRARIES.__contains__, theirs), *filter(imported, _LIBRARIES), "numpy"]))
 
 
-def _first(ways: list[Callable[[], Run]]) -> Run:
-    """The first run that does not fail. If all do, what is raised is no complaint about the library of the inputs."""
+def _first(ways: list[Callable[[], Run]], expected: type[Exception] | tuple[()] = ()) -> Run:
+    """The first run that does not fail; if all do, the first error is raised, if possible one that was not expected."""
     failures: list[Exception] = []
     for way in ways:
         try:
             return way()
         except Exception as error:
             failures.append(error)
-    raise next((each for each in failures if not isinstance(each, TypeError)), failures[0])
+    raise next((each for each in failures if not isinstance(each, expected)), failures[0])
 
 
 def _recorded(model: Any, given: Given, library: str, root: Any) -> Run:
@@ -155,7 +155,7 @@ def _each_recorded(model: Any, given: Given, library: str, root: Any) -> Run:
     """The runs of the examples of a batch as one: all arrays are given without their first axis."""
     lengths = {np.shape(array)[:1] for _, array in arrays(given)}
     if len(lengths) != 1 or () in lengths:
-        raise TypeError("the inputs have no axis of examples in common")
+        raise ValueError("the inputs have no axis of examples in common")
     examples = [mapped(given, partial(_example, at)) for at in range(*lengths.pop())]
     found = [_recorded(model, each, library, root) for each in examples]
     outputs = {name: np.stack([run.outputs[name] for run in found]) for name in found[0].outputs}

@@ -86,8 +86,8 @@ class Proof(Paged):
         said = f"{wording.plural(len(self.outputs), 'output')} compared"
         said += f", {self.alone} without counterpart" if self.alone else ""
         worst = max(self.outputs, key=lambda row: row.relative, default=None)
-        if worst is None:
-            return f"nothing is proven: {said}"
+        if worst is None or (not self and worst.relative <= self.tolerance):
+            return f"nothing is proven: {said}{', one without a finite value' if worst else ''}"
         within = f"{worst.relative:.2g} of the largest value (tolerance {self.tolerance:g})"
         if self:
             return f"both compute the same: {said}, {within}; {wording.plural(len(self.layers), 'layer')} compared"
@@ -201,7 +201,7 @@ def prove(
     """
     if not tolerance >= 0:
         raise BadArgument(f"tolerance={tolerance!r} is not a share of the largest value", hint="tolerance=1e-11")
-    given = _sides(inputs)
+    given = sides_of(inputs)
     ours, theirs = (_run(model, given[side], side) for side, model in (("target", target), ("source", source)))
     (left, right), names = _inputs(given), _common(ours.outputs, theirs.outputs)
     proof = Proof(tolerance, alone=len(ours.outputs) + len(theirs.outputs) - 2 * len(names))
@@ -252,7 +252,8 @@ def _least(inputs: Sequence[Values]) -> float:
     return 0.1 * float(max(filter(np.isfinite, floats), default=0.0))
 
 
-def _sides(inputs: Any) -> dict[str, Any]:
+def sides_of(inputs: Any) -> dict[str, Any]:
+    """The inputs of the target and of the source."""
     if isinstance(inputs, Mapping) and (there := {"target", "source"} & set(inputs)):
         if len(there) < 2 or len(inputs) > 2:
             raise BadArgument(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class Call:
         inputs: the arrays among its arguments, those in containers too, with floats as float64.
         outputs: the arrays that it returned. Both are empty if JAX traced it, as in a scan; it is then noted once.
         composite: whether it called other modules.
+        module: the module.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Call:
     inputs: tuple[Values, ...]
     outputs: tuple[Values, ...]
     composite: bool = False
+    module: Any = field(default=None, repr=False, compare=False)
 
     @property
     def output(self) -> Values | None:
@@ -70,8 +72,8 @@ class Recorder:
         kind = type(module).__name__
         if self._open and self._open[-1] is module:
             return call(*args, **options)
-        if _RANDOM.fullmatch(kind) and args:
-            return args[0]
+        if _RANDOM.fullmatch(kind):
+            return next(iter((*args, *options.values())))
         inputs, before = noted((args, options)), len(self._found)
         self._open.append(module)
         try:
@@ -87,7 +89,9 @@ class Recorder:
             inputs = outputs = {}
         root = (*self._open, module)[0] if self._root is None else self._root
         values = tuple(inputs.values()), tuple(outputs.values())
-        self._found.append((root, module, Call(path, kind, *values, composite=len(self._found) > before)))
+        self._found.append(
+            (root, module, Call(path, kind, *values, composite=len(self._found) > before, module=module))
+        )
         return output
 
     def calls(self) -> list[Call]:
