@@ -56,7 +56,7 @@ class Recorder:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._open: list[Any] = []
-        self._found: list[tuple[Any, Any, Call]] = []
+        self._found: list[tuple[Any, Call]] = []
         self._traced: set[Any] = set()
 
     def around(self, module: Any, call: Any, args: Any, options: Any, path: str = "?") -> Any:
@@ -89,20 +89,18 @@ class Recorder:
             inputs = outputs = {}
         root = (*self._open, module)[0] if self._root is None else self._root
         values = tuple(inputs.values()), tuple(outputs.values())
-        self._found.append(
-            (root, module, Call(path, kind, *values, composite=len(self._found) > before, module=module))
-        )
+        self._found.append((root, Call(path, kind, *values, len(self._found) > before, module)))
         return output
 
     def calls(self) -> list[Call]:
         """The calls that were noted. Modules that were made for the call alone have no path, and are left out."""
         names: dict[int, dict[int, str]] = {}
         found: list[Call] = []
-        for root, module, call in self._found:
+        for root, call in self._found:
             if call.path == "?":
                 if id(root) not in names:
                     names[id(root)] = paths(root)
-                call = replace(call, path=names[id(root)].get(id(module), "?"))
+                call = replace(call, path=names[id(root)].get(id(call.module), "?"))
             found.append(call)
         return [call for call in found if call.path != "?"]
 
