@@ -3,9 +3,9 @@
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,14 +23,8 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 M = TypeVar("M")
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What a model returned, and what was called in it.
-
-    Attributes:
-        outputs: the arrays that it returned, by their places in what it returned.
-        calls: the calls, in the order in which they returned.
-    """
+class Run(NamedTuple):
+    """The arrays that a model returned, by their places in what it returned, and the calls in it."""
 
     outputs: dict[str, Values]
     calls: list[Call]
