@@ -53,7 +53,6 @@ class Rename:
         """The new paths of the leaves of a tree that match, by leaf number.
 
         Args:
-            index: the names of the tree.
             only: the leaves whose new paths are wanted; None for all.
 
         Raises:
@@ -85,30 +84,6 @@ class Rename:
             spans = reader.split(path)
             if spans is not None:
                 yield number, _Writer(self, path, spans, reader)
-
-    def inverse(self) -> "Rename":
-        """The rename that leads back, if the wildcards of the target can match a new path in only one way.
-
-        Raises:
-            BadArgument: two old paths may have one new path.
-
-        >>> print(rename("h/<n>/{q,k}", "layers/<2*n+1>/{query,key}").inverse())
-        layers/<2*n+1>/{query,key} -> h/<n>/{q,k}
-        """
-        have, want = _wildcards(self.source), _wildcards(self.target)
-        reason = ""
-        if sorted(have.names) != sorted(want.names):
-            lost = sorted(set(have.names) - set(want.names))
-            reason = f"<{lost[0]}> is lost" if lost else "a number is in the target twice"
-        elif any(atom.factor == 0 for atom in want.numbers):
-            reason = "all numbers become one"
-        elif any(len(set(either.options)) < len(either.options) for either in want.choices):
-            reason = "two choices become one"
-        elif len(want.positions) < len(have.positions) and any(map(_takes_several, have.positions)):
-            reason = "several positions become one"
-        if reason:
-            raise BadArgument(f"{self} cannot be inverted: {reason}")
-        return Rename(self.target, self.source)
 
 
 def captures(target: str) -> bool:
@@ -321,11 +296,6 @@ def _captured(piece: Piece, text: str) -> _Captured | None:
             which, inner = next((i, inner) for i, inner in options if inner is not None)
             captured.choices.append((which, [star for _, star in inner]))
         elif isinstance(atom, Number):
-            if (atom.factor, atom.shift) != (1, 0):  # occurs only in inverses
-                value, left = divmod(int(part) - atom.shift, atom.factor)
-                if left or value < 0:
-                    return None
-                part = str(value)
             captured.numbers[atom.name] = part
     return captured
 
@@ -341,24 +311,12 @@ def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
     out: dict[tuple[Label, ...], int] = {}
     for _, members in families(names, step, {}):
         numbers = sorted(members)
-        for which, position in enumerate(_ordered(step.positions, len(numbers))):
+        for which, position in enumerate(step.positions.among(len(numbers))):
             out.update(dict.fromkeys(members[numbers[position]], which))
     return out
 
 
-def _ordered(index: Positions, count: int) -> list[int]:
-    """The positions that an index names among `count`, in the order written."""
-    out: dict[int, None] = {}
-    for item in index.items:
-        if isinstance(item, tuple):
-            out.update(dict.fromkeys(range(*slice(*item).indices(count))))
-        elif -count <= item < count:
-            out[item % count] = None
-    return list(out)
-
-
 def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
-    """The pieces that a pick means, below the pieces above it."""
     parents = [names]
     for text in above:
         parents = [
@@ -502,17 +460,11 @@ def _fill(option: tuple[Literal | Star, ...], stars: Sequence[str]) -> list[Lite
 
 @dataclass
 class _Wildcards:
-    """The wildcards of one side of a rename."""
-
     anys: int
     stars: int
     choices: list[Either]
     numbers: list[Number]
     positions: list[Positions]
-
-    @property
-    def names(self) -> list[str]:
-        return [number.name for number in self.numbers]
 
 
 def _wildcards(pattern: Pattern) -> _Wildcards:
@@ -529,7 +481,3 @@ def _wildcards(pattern: Pattern) -> _Wildcards:
 def _shape_of(either: Either) -> list[int]:
     """The number of stars in each option: options pair up in order, and so do their stars."""
     return [sum(isinstance(atom, Star) for atom in option) for option in either.options]
-
-
-def _takes_several(positions: Positions) -> bool:
-    return len(positions.items) > 1 or any(isinstance(item, tuple) for item in positions.items)
