@@ -255,6 +255,30 @@ class Bench:
         shutil.rmtree(deep)
         return rows
 
+    def sharing(self):
+        """On XFS, which shares blocks: `cp` of all bytes + sync"""
+        image, top = self.folder / "xfs", self.folder / "mounted"
+        top.mkdir()
+        with image.open("wb") as file:
+            file.truncate(int(3 * self.options.size) + (1 << 29))
+        for command in (["mkfs.xfs", "-q", "-m", "reflink=1", image], ["mount", "-o", "loop", image, top]):
+            subprocess.run(list(map(str, command)), check=True)
+        try:
+            models.make(models.make_one, top / "model", self.layers)
+            folder, source, out = top / "model", top / "model" / "model.safetensors", top / "out.safetensors"
+            gone, deep = remove(out), top / "deep"
+            copy = ["sh", "-c", 'cp --reflink=never "$1" "$2" && sync "$2"', "sh", source, out]
+            return self.compare(
+                Way("cp + sync", copy, gone),
+                Way("paramend zero --dry-run", paramend("zero", source, TENSOR, "--dry-run")),
+                Way("paramend zero -o", paramend("zero", source, TENSOR, "-o", out), gone),
+                Way("paramend rename -o", paramend("rename", source, "model.**", "decoder.**", "-o", out), gone),
+                Way("paramend deepen", paramend("deepen", folder, "--blocks", 1, "-o", deep), remove(deep)),
+            )
+        finally:
+            subprocess.run(["umount", top], check=True)
+            image.unlink()
+
     def experts(self):
         """Experts fused by a layout, 18,432 tensors: `cp` + sync"""
         source, out = self.folder / "experts.safetensors", self.folder / "out.safetensors"
@@ -307,6 +331,8 @@ SCENARIOS = (
     *("new_file", "full_cache", "scale", "peers", "linked", "in_place", "deepen", "experts", "transpose"),
     *("memory", "show", "trillion"),
 )
+# Needs root and mkfs.xfs, and so runs only when it is asked for.
+MOUNTING = ("sharing",)
 # Without these, the table has no ratios: nothing is the reference.
 ALONE = ("memory", "trillion")
 
@@ -337,7 +363,7 @@ def table(path):
     """The figures that were saved in a file as a table of markdown."""
     found = json.loads(path.read_text())
     lines = ["| | time | peak RSS | written |", "|---|---|---|---|"]
-    for name in filter(found.get, SCENARIOS):
+    for name in filter(found.get, SCENARIOS + MOUNTING):
         load = found[name]["load"]
         busy = f", load average {load:.0f}" if load > os.cpu_count() + 1 else ""  # other programs were at work
         lines.append(f"| **{found[name]['says']}**{busy} | | | |")
@@ -355,7 +381,7 @@ def main(args=None):
     parser.add_argument("--folder", help="where models are made: six times the size must be free")
     parser.add_argument("--mergekit", help="the python of an environment that has mergekit")
     parser.add_argument("--save", type=Path, default="figures.json", help="where the figures go (figures.json)")
-    parser.add_argument("--only", nargs="*", choices=SCENARIOS, help="scenarios to run")
+    parser.add_argument("--only", nargs="*", choices=SCENARIOS + MOUNTING, help="scenarios to run")
     options = parser.parse_args(args)
     measure(options)
     print(table(options.save))

@@ -1,4 +1,4 @@
-"""Eight host devices for the sharding tests, set before JAX starts; examples that do not change; browsers on demand."""
+"""Eight host devices for the sharding tests, set before JAX starts; examples that do not change; tests on demand."""
 
 import os
 import sys
@@ -26,30 +26,34 @@ def _seeded():
         torch.manual_seed(0)
 
 
-LEFT_OUT = pytest.StashKey[int]()
+# Markers of tests that need more than a machine may have: they run when `-m` names them, and fail where it is missing.
+ON_DEMAND = {"browser": "in a browser", "mounts": "on file systems that they mount"}
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests in a browser run when `-m` names them, and fail where there is none; otherwise they are left out."""
-    if "browser" in config.option.markexpr:
-        return
-    browser = [item for item in items if item.get_closest_marker("browser")]
-    if browser:
-        config.hook.pytest_deselected(items=browser)
-        items[:] = [item for item in items if not item.get_closest_marker("browser")]
-    config.stash[LEFT_OUT] = len(browser)
+    """Leave out what runs on demand, and was not asked for."""
+    config.stash[LEFT_OUT] = counts = {}
+    for marker in ON_DEMAND:
+        if marker in config.option.markexpr:
+            continue
+        if left := [item for item in items if item.get_closest_marker(marker)]:
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+            counts[marker] = len(left)
 
 
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # of pytest-xdist
-        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, {})
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if count := config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} tests in a browser left out; to run them: python -m pytest -m browser")
+    for marker, count in config.stash.get(LEFT_OUT, {}).items():
+        says = f"{count} tests {ON_DEMAND[marker]} left out; to run them: python -m pytest -m {marker}"
+        terminalreporter.write_line(says)

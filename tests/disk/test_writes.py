@@ -22,7 +22,7 @@ CALLS = ("write", "pwrite", "copy_file_range", "sendfile")
 
 # ---- one place writes ----------------------------------------------------------------------------------------------
 
-SYSTEM = {*CALLS, "writev", "pwritev", "splice"}
+SYSTEM = {*CALLS, "writev", "pwritev", "splice", "ioctl"}
 OTHERS = {"write_text", "write_bytes", "copyfile", "copyfileobj", "copy2", "copytree", "tofile", "savez", "save_file"}
 WRITES = frozenset("wax+")
 
@@ -39,7 +39,7 @@ def ways_to_write(source: str) -> list[str]:
             one.value for one in node.args + [each.value for each in node.keywords] if isinstance(one, ast.Constant)
         ]
         modes = [text for text in texts if type(text) is str and text and set(text) <= set("rwaxbt+")]
-        if (owner == "os" and name in SYSTEM) or name in OTHERS:
+        if (owner in ("os", "fcntl") and name in SYSTEM) or name in OTHERS:
             found.append(name)
         elif name in ("open", "fdopen", "FileIO") and any(WRITES & set(mode) for mode in modes) and owner != "archive":
             found.append("open")
@@ -54,6 +54,7 @@ def test_one_file_writes():
     }
     assert sorted(found.pop("disk/io.py")) == ["pwrite", "write"]
     assert sorted(found.pop("disk/copying.py")) == ["copy_file_range", "sendfile"]
+    assert found.pop("disk/sharing.py") == ["ioctl"]
     assert found.pop("cli/_ui.py") == ["open"]  # of /dev/null, when whoever reads the output is gone
     assert found == {}
 

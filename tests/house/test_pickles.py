@@ -234,6 +234,7 @@ def example_reports():
         pm.ablate(old, {"a": "a/**", "b": "b/**"}, lambda tree: float(tree["a"]["w"].sum()), pairs=True),
         pm.freeze_(torch.nn.Linear(2, 2), "weight"),
         layout,
+        pm.prove(torch.nn.Tanh(), torch.nn.ReLU(), torch.ones(2)),
     ]
 
 

@@ -14,7 +14,9 @@ from flax import nnx
 
 from paramend.errors import BadArgument
 from paramend.porting.calls import calls, run
+from support.numerics import assert_close
 
+pytestmark = pytest.mark.numeric
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 8)).astype("float32")
 W, B = RNG.normal(size=(8, 8)).astype("float32"), RNG.normal(size=8).astype("float32")
@@ -82,7 +84,6 @@ MODELS = {
 }
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("name", MODELS)
 def test_each_call_is_noted_in_float64_without_dropout(name):
     make, paths = MODELS[name]
@@ -94,7 +95,6 @@ def test_each_call_is_noted_in_float64_without_dropout(name):
     assert [call.path for call in found if call.composite] == ([""] if "" in paths else [])
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("library", [np.array, torch.tensor, jnp.array])
 @pytest.mark.parametrize("name", ["torch", "linen"])
 def test_inputs_are_arrays_of_any_library_and_functions_run_as_they_are(name, library):
@@ -127,12 +127,22 @@ def test_the_model_stays_as_it_is(name):
 
 
 def test_what_is_switched_on_is_switched_off_after_a_failure():
-    seen = (torch.nn.Module.__call__, nnx.Linear.__call__, eqx.nn.Linear.__call__, jax.nn.dot_product_attention)
+    def held():
+        classes = torch.nn.Module.__call__, nnx.Linear.__call__, eqx.nn.Linear.__call__
+        return *classes, jax.nn.dot_product_attention, jnp.float32, jnp.bfloat16, torch.get_default_dtype()
+
+    before = held()
     with pytest.raises(RuntimeError, match="shapes"):
         calls(torch_model(), X[:, :3])
-    assert torch.get_default_dtype() == torch.float32 and torch.backends.mha.get_fastpath_enabled()
-    assert jnp.ones(1).dtype == jnp.float32
-    assert seen == (torch.nn.Module.__call__, nnx.Linear.__call__, eqx.nn.Linear.__call__, jax.nn.dot_product_attention)
+    assert held() == before and torch.backends.mha.get_fastpath_enabled() and jnp.ones(1).dtype == jnp.float32
+
+
+def test_what_jax_compiled_during_a_run_is_not_used_after_it():
+    function = jax.jit(lambda x: x.astype(jnp.float32).astype(jnp.float64))
+    with jax.enable_x64(True):
+        third = jnp.full((), 1 / 3)
+        assert run(function, third).outputs[""] == 1 / 3
+        assert float(function(third)) == np.float32(1 / 3)
 
 
 def test_a_model_that_casts_to_float32_is_computed_in_float64():
@@ -146,7 +156,6 @@ def test_a_model_that_casts_to_float32_is_computed_in_float64():
     assert np.abs(found - wide / wide.sum(-1, keepdims=True)).max() < TOLERANCE
 
 
-@pytest.mark.numeric
 def test_attention_of_jax_is_computed_in_float64():
     q, k, v = (RNG.normal(size=(1, 3, heads, 4)) for heads in (4, 2, 2))
     seen = np.tril(np.ones((3, 3), bool))
@@ -182,3 +191,11 @@ def test_what_cannot_run_is_refused(model):
     with pytest.raises(BadArgument, match="cannot run") as caught:
         calls(model, X)
     assert "bind" in caught.value.hint
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_a_hook_computes_are_copied():
+    layer = torch.nn.utils.weight_norm(torch.nn.Linear(8, 3))
+    layer.weight_g.data *= 2
+    wanted = layer(torch.tensor(X)).detach().numpy()
+    assert_close(calls(layer, X)[0].output, wanted, terms=32, scale=20)

@@ -242,6 +242,39 @@ def test_functions_are_run_as_they_are_and_name_the_layers_that_they_call():
     assert prove(lambda x: np.tanh(x), torch.nn.Tanh(), X)
 
 
+class Scores(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.q(x) @ self.k(x).mT
+
+
+def test_layers_of_one_shape_that_changed_places_are_compared_in_their_order():
+    source = perturbed(Scores())
+    target = perturbed(Scores())
+    target.q, target.k = source.k, source.q
+    proof = prove(target, source, X)
+    assert not proof and (proof.first.target, proof.first.source) == ("q", "q")
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_attention_of_nnx_is_computed_in_float64(flipped):
+    source = perturbed(torch.nn.MultiheadAttention(8, 2, batch_first=True))
+    state = numpy(source)
+    target = nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0), decode=False)
+    for name, at in (("query", 0), ("key", 1), ("value", 2)):
+        weight, bias = (np.split(state[f"in_proj_{each}"], 3)[at] for each in ("weight", "bias"))
+        heads = weight.T.reshape(8, 4, 2).swapaxes(1, 2) if flipped else weight.T.reshape(8, 2, 4)
+        getattr(target, name).kernel.set_value(jnp.array(heads))
+        getattr(target, name).bias.set_value(jnp.array(bias.reshape(2, 4)))
+    target.out.kernel.set_value(jnp.array(state["out_proj.weight"].T.reshape(2, 4, 8)))
+    target.out.bias.set_value(jnp.array(state["out_proj.bias"]))
+    proof = prove(target, source, {"target": (X,), "source": (X, X, X)})
+    assert bool(proof) is not flipped and proof.layers[-1].kinds == ("MultiHeadAttention", "MultiheadAttention")
+
+
 def test_the_end_of_a_model_can_differ_alone():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
 
@@ -268,7 +301,8 @@ def test_outputs_are_compared_by_name_or_in_order():
 
 @pytest.mark.parametrize("function", [lambda x: None, lambda x: x * np.nan, lambda x: x[:0]])
 def test_nothing_is_proven_by_nothing(function):
-    assert not prove(function, function, X)
+    proof = prove(function, function, X)
+    assert not proof and proof.headline().startswith("nothing is proven")
 
 
 def test_a_difference_of_shapes_is_told():

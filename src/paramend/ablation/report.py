@@ -94,31 +94,17 @@ class AblationReport(Paged):
         return "\n".join([printable_lines(self.headline()), "", *aligned(table, right="lrrrrr")])
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         rows = [{**asdict(row), "targets": list(row.targets)} for row in self.rows]
         return {"how": self.how, "baseline": self.baseline, "rows": rows, "traces": self.traces}
 
     def page(self) -> Page:
         """A map of the targets, coloured by how far they move the score; pairs are only in the table."""
-        return Page(
-            f"ablation: {self.how}",
-            self.headline(),
-            [row.name for row in self.rows],
-            [row.parameters for row in self.rows],
-            [
-                Column("score", [row.score for row in self.rows]),
-                Column("delta", [row.delta for row in self.rows]),
-                Column("leaves", [row.leaves for row in self.rows]),
-                Column("parameters", [row.parameters for row in self.rows]),
-                Column("interaction", [row.interaction for row in self.rows]),
-            ],
-            [
-                "score falls" if row.delta < 0 else "score rises" if row.delta > 0 else "no difference"
-                for row in self.rows
-            ],
-            "effect",
-            colour="delta",
-        )
+        names, sizes = [row.name for row in self.rows], [row.parameters for row in self.rows]
+        shown = ("score", "delta", "leaves", "parameters", "interaction")
+        columns = [Column(name, [getattr(row, name) for row in self.rows]) for name in shown]
+        said = {-1: "score falls", 0: "no difference", 1: "score rises"}
+        groups = [said[(row.delta > 0) - (row.delta < 0)] for row in self.rows]
+        return Page(f"ablation: {self.how}", self.headline(), names, sizes, columns, groups, "effect", colour="delta")
 
     def plot(self) -> "Figure":
         """A matplotlib figure with a bar for the delta of each row, in the order of the rows.

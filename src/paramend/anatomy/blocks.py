@@ -11,10 +11,8 @@ from paramend.leaves.paths import Names, number_of, text_of
 def mark_blocks(source: Source, path: Path) -> None:
     """Mark the blocks among the numbered layers of a checkpoint, so that positions such as `[-1]` do not count them.
 
-    Args:
-        source: the checkpoint.
-        path: its path; the configuration in its folder says how many layers there are. A damaged one says
-            nothing here: whoever needs it reports it.
+    The configuration in its folder says how many layers there are. A damaged one says nothing here: whoever needs it
+    reports it.
     """
     config = config_beside(path)
     for layers, blocks in dict.fromkeys(counted(config)):

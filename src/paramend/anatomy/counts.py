@@ -25,9 +25,6 @@ def miscounted(
     """What a configuration counts that the leaves of an outcome no longer have, though those before had it.
 
     Args:
-        config: the configuration of the outcome.
-        before: the paths of the leaves of the model that it came from.
-        after: those of the outcome.
         ends: path of numbered layers → the first number of those that are no layers.
 
     >>> layers = [("layers", str(i), "w") for i in range(3)]
@@ -80,12 +77,7 @@ def _experts(part: Any) -> Iterator[tuple[str, int]]:
 
 
 def retyped(config: Mapping[str, Any], before: Sequence[str], after: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The configuration after leaves got other dtypes, and what is to be said of it.
-
-    Args:
-        config: the configuration; it is not changed.
-        before: the dtype of each leaf of the outcome, as it was.
-        after: its dtype now.
+    """A new configuration after leaves got other dtypes, and what is to be said of it.
 
     >>> retyped({"torch_dtype": "float32"}, ["float32", "int64"], ["bfloat16", "int64"])
     ({'torch_dtype': 'bfloat16'}, ['config.json: torch_dtype: float32 -> bfloat16'])
@@ -108,7 +100,6 @@ def retyped(config: Mapping[str, Any], before: Sequence[str], after: Sequence[st
 
 
 def _dtypes(part: Mapping[str, Any], path: Pieces = ()) -> Iterator[tuple[Pieces, str]]:
-    """Where a configuration says the dtype of the weights."""
     for key, value in part.items():
         if key in _DTYPES and isinstance(value, str) and value in _FLOATS:
             yield (*path, key), value

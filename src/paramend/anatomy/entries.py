@@ -73,7 +73,6 @@ def entries(part: Mapping[str, Any], n: int, blocks: int = 0) -> Iterator[tuple[
     "keyed", "unknown".
 
     Args:
-        part: the section.
         n: how many layers it counts.
         blocks: how many blocks after the last layer may have entries at the end of lists.
 
@@ -171,18 +170,14 @@ def moved(value: Any, how: str, sources: Sequence[int], n: int) -> Any:
 class Names:
     """Names of modules in a configuration, such as those that stay unquantised, with the numbers of layers in them.
 
+    `to` says for each old number the new ones.
+
     >>> names = Names(("model", "layers"), {0: [0], 1: [1, 2], 2: [3]})
     >>> names.moved(["lm_head", "model.layers.1.mlp", "model.layers.2"])
     ['lm_head', 'model.layers.1.mlp', 'model.layers.2.mlp', 'model.layers.3']
     """
 
     def __init__(self, where: Sequence[str], to: Mapping[int, Sequence[int]]) -> None:
-        """Prepare for layers.
-
-        Args:
-            where: their path in the model.
-            to: old number → new numbers.
-        """
         self._where, self.to = where, to
         above = re.escape(where[-1]) if where else ""
         self._number = re.compile(rf"(?P<before>(?:^|.*[^\w]){above}(?:\\\.|[./]))(?P<number>\d+)(?!\d)", re.DOTALL)
@@ -205,7 +200,6 @@ class Names:
         ) or any(word in pieces and word not in self._where for word in words[4:])
 
     def told(self, value: Any) -> Iterator[str]:
-        """All names in a value, at any depth."""
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):

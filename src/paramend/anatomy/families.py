@@ -46,32 +46,23 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 _BEFORE = ("input_layernorm", "post_attention_layernorm")
+_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 _HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 _SUBLAYERS = ("self_attn.o_proj", "mlp.down_proj")
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+_VIT_NORMS = ("layernorm_before", "layernorm_after")
 # Buffers that old checkpoints hold beside the weights; their names end in the name of the module.
 _MASKS = ("attn", "attention", "attn.masked_bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        "llama",
-        ("llama", "mistral", "qwen2", "qwen3", "gemma"),
-        _SUBLAYERS,
-        (*_QKV, *_GATED),
-        (*_BEFORE, *_HEADS, "self_attn.rotary_emb.inv_freq"),
-    ),
+    Family("llama", _LLAMAS, _SUBLAYERS, (*_QKV, *_GATED), (*_BEFORE, *_HEADS, "self_attn.rotary_emb.inv_freq")),
     # A norm comes between the projection and the residual stream. Zero projections would be the identity too, but at
     # zero the slope of a norm is gain / sqrt(eps): one optimizer step would destroy what the model computes.
-    Family(
-        "olmo2",
-        ("olmo2", "olmo3"),
-        ("post_attention_layernorm", "post_feedforward_layernorm"),
-        (*_QKV, *_GATED, *_SUBLAYERS),
-        _HEADS,
-    ),
+    Family("olmo2", ("olmo2", "olmo3"), _AFTER, (*_QKV, *_GATED, *_SUBLAYERS), _HEADS),
     Family(
         "gemma2",
         ("gemma2", "gemma3", "gemma3_text"),
-        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        _AFTER,
         (*_QKV, *_GATED, *_SUBLAYERS),
         ("input_layernorm", "pre_feedforward_layernorm", *_HEADS),
         value=-1.0,
@@ -120,14 +111,14 @@ FAMILIES: tuple[Family, ...] = (
         ("vit",),
         ("attention.o_proj", "mlp.fc2"),
         ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.fc1"),
-        ("layernorm_before", "layernorm_after"),
+        _VIT_NORMS,
     ),
     Family(
         "vit",
         ("vit",),
         ("attention.output.dense", "output.dense"),
         (*(f"attention.attention.{name}" for name in ("query", "key", "value")), "intermediate.dense"),
-        ("layernorm_before", "layernorm_after"),
+        _VIT_NORMS,
     ),
     Family("timm_vit", (), ("attn.proj", "mlp.fc2"), ("attn.qkv", "mlp.fc1"), ("norm1", "norm2")),
     # The last norm of the branch: exact if a ReLU precedes every block, as in torchvision.
@@ -186,8 +177,7 @@ def find(modules: set[str], model_type: str | None = None, name: str | None = No
     elif not rows:
         near = wording.closest(name, NAMES, limit=1)
         raise BadArgument(
-            f"{name!r} is not a known family: {', '.join(NAMES)}",
-            hint=f'identity="{(near or NAMES)[0]}"',
+            f"{name!r} is not a known family: {', '.join(NAMES)}", hint=f'identity="{(near or NAMES)[0]}"'
         )
     fitting = [family for family in rows or FAMILIES if family.fits(modules)]
     if not rows:

@@ -14,13 +14,7 @@ _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMask
 
 
 def absent_head(text: str, index: Index, folder: Path) -> tuple[str, str] | None:
-    """Why a head that was typed is not in a checkpoint, and the path of the weight that it shares; None if unknown.
-
-    Args:
-        text: the selector, which finds nothing.
-        index: the names of the checkpoint.
-        folder: where its configuration would be.
-    """
+    """Why a head that was typed is not in a checkpoint, and the path of the weight that it shares; None if unknown."""
     pieces = [piece for piece in re.split(r"[./]", text) if piece and piece.strip("*")]
     head = next((piece for piece in pieces if piece in _HEADS), None)
     if head is None and len(pieces) > 1 and pieces[-2] in _LAST_HEADS:

@@ -71,7 +71,6 @@ class Section:
     Attributes:
         place: the keys that lead to it.
         part: its new content.
-        said: what changed.
         kinds: for each old layer, all that the configuration says of it alone.
         done: the keys that follow already.
     """
@@ -103,7 +102,6 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
 
     Args:
         config: the data of Hugging Face's `config.json`; it is not changed.
-        move: what moves.
 
     Returns:
         A new configuration, in which the number of layers, and all that is said of single layers, follow. The

@@ -69,7 +69,6 @@ def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
     leaves that it had.
 
     Args:
-        move: how the layers move.
         kinds: for each old layer, all that the configuration says of it alone.
 
     Raises:

@@ -18,9 +18,6 @@ _FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
 def quantization_of(path: Path) -> Mapping[str, object] | None:
     """The part of a configuration that tells how weights are quantised, or None. A damaged one tells nothing here.
 
-    Args:
-        path: the checkpoint, a directory or a file in it.
-
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}')

@@ -4,7 +4,7 @@ The rules and the numbers they start from are those of the configuration classes
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -56,8 +56,6 @@ class Schedule:
         """Numbers with which the rule gives these kinds, as near to those of the configuration as possible; else None.
 
         Args:
-            part: the section.
-            kinds: the kind of each layer of the outcome.
             sources: which old layer each of them is; lists that the rule reads follow them.
 
         >>> Schedule(lambda i, n, first: i >= first, {"first_k_dense_replace": 1}).solved({}, [False, False, True])
@@ -142,8 +140,10 @@ def _told(rule: Callable[..., Any], /, side: str = "", **numbers: Any) -> Schedu
     return Schedule(rule, numbers, side=side)
 
 
+_PATTERN_4 = _types(_every(FULL, SLIDING), sliding_window_pattern=4)
 _HALVES = _types(_each(2, FULL, SLIDING))
 _FIRST_DENSE = _mlps(_dense_before)
+_DENSE_1 = _mlps(_dense_before, first_k_dense_replace=1)
 _DENSE = _mlps(_dense_before, first_k_dense_replace=3)
 _DENSE_EVERY = _mlps(_dense_before, first_k_dense_replace=1, moe_layer_freq=1)
 _TOLD_DENSE = _told(_dense_before, first_k_dense_replace=0, moe_layer_freq=1)
@@ -154,9 +154,7 @@ _WINDOWED = _types(
     sliding_window=4096,
     max_window_layers=28,
 )
-_LATE_WINDOWED = Schedule(
-    _WINDOWED.rule, {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 80}, "layer_types"
-)
+_LATE_WINDOWED = replace(_WINDOWED, numbers={**_WINDOWED.numbers, "max_window_layers": 80})
 _INDEXERS = Schedule(
     lambda i, n, freq, skip: "full" if max(i - skip + 1, 0) % max(freq, 1) == 0 else "shared",
     {"index_topk_freq": 1, "index_skip_topk_offset": 2},
@@ -171,21 +169,20 @@ _ROPELESS = Schedule(lambda i, n, p: int((i + 1) % p != 0) if p else 1, {"no_rop
 _HYBRID_SIX = _types(lambda i, n: "hybrid" if (i + 1) % 6 == 0 else "hybrid_sliding", "local_layer_ids")
 _HUNYUAN4 = Schedule(lambda i, n: "full" if not i or (i - 1) % 4 == 0 else "shared", {}, "indexer_types")
 
-# Model type → its schedules.
-SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
+# Model types → their schedules.
+_ROWS: Mapping[str, tuple[Schedule, ...]] = {
     "afmoe": (_types(_every(FULL, SLIDING), global_attn_every_n_layers=4), _told(_dense_before, num_dense_layers=1)),
-    "axk1": (_DENSE_EVERY,),
-    "axk2": (_DENSE_EVERY,),
+    "axk1 axk2": (_DENSE_EVERY,),
     "bailing_hybrid": (_types(_every(FULL, LINEAR), layer_group_size=6), _mlps(_dense_before, first_k_dense_replace=2)),
     "beam": (_types(_every_and_last), _mlps(lambda i, n: DENSE if i < 3 else SPARSE)),
-    "blip_2_qformer": (_CROSSED,),
-    "cohere2": (_types(_every(FULL, SLIDING), sliding_window_pattern=4),),
+    "blip_2_qformer instructblip_qformer instructblipvideo_qformer": (_CROSSED,),
+    "cohere2 exaone4": (_PATTERN_4,),
     "cohere2_moe": (
         _types(_prefixed, first_k_dense_replace=0, prefix_dense_sliding_window_pattern=1, sliding_window_pattern=4),
         _mlps(_dense_before, first_k_dense_replace=0),
     ),
-    "cwm": (_types(_first_of),),
-    "deepseek_ocr2_encoder": (_WINDOWED,),
+    "cwm granite_swa granitemoe_swa": (_types(_first_of),),
+    "deepseek_ocr2_encoder qwen2 qwen2_5_omni_talker qwen2_5_omni_text qwen3": (_WINDOWED,),
     "deepseek_v2": (_TOLD_DENSE,),
     "deepseek_v3": (_told(_dense_before, first_k_dense_replace=3, moe_layer_freq=1),),
     "deepseek_v32": (_DENSE,),
@@ -196,11 +193,8 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
         ),
         _mlps(lambda i, n, k: "hash_moe" if i < k else "moe", num_hash_layers=3),
     ),
-    "diffusion_gemma_text": (_types(_every_and_last),),
-    "dots1": (
-        _types(_beyond, sliding_window=4096, max_window_layers=62),
-        _TOLD_DENSE,
-    ),
+    "diffusion_gemma_text gemma4_text gemma4_unified_text": (_types(_every_and_last),),
+    "dots1": (_types(_beyond, sliding_window=4096, max_window_layers=62), _TOLD_DENSE),
     "dots3_note_text": (
         _types(
             lambda i, n, dsa, use: (INDEXED if dsa else FULL) if not use or i < 2 or i % 4 == 1 else SLIDING,
@@ -218,54 +212,34 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
             moe_layer_end_index=-1,
         ),
     ),
-    "ernie4_5_vl_moe_text": (_FIRST_DENSE,),
-    "exaone4": (_types(_every(FULL, SLIDING), sliding_window_pattern=4),),
-    "exaone_moe": (
-        _types(_every(FULL, SLIDING), sliding_window_pattern=4),
-        _mlps(_dense_before, first_k_dense_replace=1),
-    ),
+    "ernie4_5_vl_moe_text glm4_moe_lite hy_v3 laguna": (_FIRST_DENSE,),
+    "exaone_moe": (_PATTERN_4, _DENSE_1),
     "flint": (
         _types(lambda i, n: FULL if i < 2 or i % 4 == 1 or i == n - 1 else SLIDING),
         Schedule(lambda i, n: i < 2, {}, "mlp_only_layers", numbered=True),
     ),
-    "gemma2": (_HALVES,),
-    "gemma3": (_GEMMA3,),
-    "gemma3_text": (_GEMMA3,),
+    "gemma2 gpt_oss t5_gemma_module vaultgemma": (_HALVES,),
+    "gemma3 gemma3_text t5gemma2_decoder t5gemma2_text": (_GEMMA3,),
     "gemma3n_text": (
         _types(_each(5, FULL, SLIDING)),
         Schedule(lambda i, n: 0.95 if n > 10 and i < 10 else 0.0, {}, "activation_sparsity_pattern"),
     ),
-    "gemma4_text": (_types(_every_and_last),),
-    "gemma4_unified_text": (_types(_every_and_last),),
-    "glm4_moe": (_told(_dense_before, first_k_dense_replace=1),),
-    "glm4v_moe_text": (_told(_dense_before, first_k_dense_replace=1),),
-    "glm4_moe_lite": (_FIRST_DENSE,),
+    "glm4_moe glm4v_moe_text": (_told(_dense_before, first_k_dense_replace=1),),
     "glm5_next_text": (
         _types(lambda i, n: LINEAR if i % 4 != 3 else INDEXED),
         _mlps(lambda i, n: DENSE if i < 3 else SPARSE),
         _INDEXERS,
     ),
     "glm_moe_dsa": (_DENSE, _INDEXERS),
-    "gpt_oss": (_HALVES,),
-    "granite_swa": (_types(_first_of),),
-    "granitemoe_swa": (_types(_first_of),),
-    "hy_v3": (_FIRST_DENSE,),
-    "hy_v4": (_FIRST_DENSE, _HUNYUAN4),
-    "hy_v4_vl_text": (_FIRST_DENSE, _HUNYUAN4),
+    "hy_v4 hy_v4_vl_text": (_FIRST_DENSE, _HUNYUAN4),
     "inkling2_text": (_HYBRID_SIX, _told(lambda i, n, p: i % p == 0, n_layers_per_attn_res_block=6)),
     "inkling_text": (_HYBRID_SIX, _mlps(_dense_before, dense_mlp_idx=0)),
     "jamba": (
         _told(_phased, attn_layer_period=8, attn_layer_offset=4),
         _told(_phased, expert_layer_period=2, expert_layer_offset=1),
     ),
-    "instructblip_qformer": (_CROSSED,),
-    "instructblipvideo_qformer": (_CROSSED,),
-    "kimi_linear": (
-        _types(lambda i, n: FULL if i and i % 4 == 0 else LINEAR, "linear_attn_config"),
-        _mlps(_dense_before, first_k_dense_replace=1),
-    ),
+    "kimi_linear": (_types(lambda i, n: FULL if i and i % 4 == 0 else LINEAR, "linear_attn_config"), _DENSE_1),
     "kolibri1": (_types(_each(5, FULL, SLIDING)),),
-    "laguna": (_FIRST_DENSE,),
     "lara_mini": (_types(lambda i, n: (LINEAR, SLIDING, LINEAR, FULL, SLIDING)[i % 5]),),
     "lfm2": (_types(lambda i, n: FULL, "full_attn_idxs"),),
     "lfm2_moe": (_told(_dense_before, num_dense_layers=2),),
@@ -275,28 +249,20 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
         _ROPELESS,
         Schedule(lambda i, n, p: (i + 1) % p == 0, {"interleave_moe_layer_step": 1}, "moe_layers", numbered=True),
     ),
-    "mimo_v2_flash": (
-        _types(lambda i, n: FULL if not i or (i + 1) % 6 == 0 else SLIDING),
-        _FIRST_DENSE,
-    ),
+    "mimo_v2_flash": (_types(lambda i, n: FULL if not i or (i + 1) % 6 == 0 else SLIDING), _FIRST_DENSE),
     "minimax": (_types(_each(2, LINEAR, FULL)),),
-    "mistral_large4_text": (_ROPELESS, _mlps(_dense_before, first_k_dense_replace=1), _INDEXERS),
-    "modernbert": (_types(_first_of, global_attn_every_n_layers=3),),
-    "modernbert-decoder": (_types(_first_of, global_attn_every_n_layers=3),),
+    "mistral_large4_text": (_ROPELESS, _DENSE_1, _INDEXERS),
+    "modernbert modernbert-decoder": (_types(_first_of, global_attn_every_n_layers=3),),
     "muse_glimmer_text": (_BACKWARD, _backward_rope(10000.0)),
-    "muse_glimmer_vision": (_WINDOW_VISION,),
+    "muse_glimmer_vision muse_spark_vision": (_WINDOW_VISION,),
     "muse_spark_text": (_BACKWARD, _backward_rope(500000.0)),
-    "muse_spark_vision": (_WINDOW_VISION,),
     "nllb-moe": tuple(
         _told(lambda i, n, p: p > 0 and (i + 1) % p == 0, side, **{f"{side}_sparse_step": 4})
         for side in ("encoder", "decoder")
     ),
     "olmo3": (_types(_each(4, FULL, SLIDING)),),
     "olmo_hybrid": (_types(lambda i, n: FULL if i % 4 == 3 or (n < 4 and i == n - 1) else LINEAR),),
-    "qwen2": (_WINDOWED,),
-    "qwen2_5_omni_talker": (_WINDOWED,),
-    "qwen2_5_omni_text": (_WINDOWED,),
-    "qwen2_5_vl_text": (_LATE_WINDOWED,),
+    "qwen2_5_vl_text qwen2_vl_text": (_LATE_WINDOWED,),
     "qwen2_moe": (
         _types(
             lambda i, n, use, last: SLIDING if use and not i % 2 and i < last else FULL,
@@ -304,11 +270,7 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
             max_window_layers=28,
         ),
     ),
-    "qwen2_vl_text": (_LATE_WINDOWED,),
-    "qwen3": (_WINDOWED,),
-    "qwen3_5_moe_text": (_LINEAR_EVERY,),
-    "qwen3_5_text": (_LINEAR_EVERY,),
-    "qwen3_next": (_LINEAR_EVERY,),
+    "qwen3_5_moe_text qwen3_5_text qwen3_next": (_LINEAR_EVERY,),
     "qwen3_omni_moe_talker_code_predictor": (_types(_beyond, sliding_window=None, max_window_layers=28),),
     "qwen4_exp_text": (Schedule(_every(INDEXED, LINEAR), {"full_attention_interval": 4}, "layer_types"),),
     "recurrent_gemma": (Schedule(lambda i, n: "attention" if (i + 1) % 3 == 0 else "recurrent", {}, "block_types"),),
@@ -322,20 +284,13 @@ SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
     "smollm3": (_ROPELESS,),
     "step3p5": (_mlps(lambda i, n: DENSE if i < 3 else SPARSE, "moe_layers_enum"),),
     "switch_transformers": tuple(
-        _told(
-            lambda i, n, k: k > 0 and (i % (n // k) == 1 or n // k == 1),
-            side,
-            **{f"num_sparse_{side}_layers": 3},
-        )
+        _told(lambda i, n, k: k > 0 and (i % (n // k) == 1 or n // k == 1), side, **{f"num_sparse_{side}_layers": 3})
         for side in ("encoder", "decoder")
     ),
-    "t5_gemma_module": (_HALVES,),
-    "t5gemma2_decoder": (_GEMMA3,),
-    "t5gemma2_text": (_GEMMA3,),
     "ultrabert": (_types(_each(3, FULL, SLIDING)),),
-    "unlimited_ocr_text": (_mlps(_dense_before, first_k_dense_replace=1),),
-    "vaultgemma": (_HALVES,),
+    "unlimited_ocr_text": (_DENSE_1,),
 }
+SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {name: row for names, row in _ROWS.items() for name in names.split()}
 
 # Families in which the last layer is of full attention, whatever the configuration says.
 LAST_FULL = ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text")
@@ -347,13 +302,7 @@ COMMON: Mapping[str, Schedule] = {
 
 
 def schedules_of(part: Mapping[str, Any], model_type: str | None, side: str = "") -> list[Schedule]:
-    """The schedules that hold for the layers that a section counts.
-
-    Args:
-        part: the section.
-        model_type: its model type, or that of the whole configuration.
-        side: the side of a model with an encoder and a decoder.
-    """
+    """The schedules that hold for the layers that a section counts."""
     known = SCHEDULES.get(str(model_type), SCHEDULES.get(f"{model_type}_text"))
     if known is not None:
         return [one for one in known if one.side in ("", side)]

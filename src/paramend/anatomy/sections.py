@@ -47,22 +47,12 @@ def parsed(text: bytes, file: Path) -> dict[str, Any]:
 
 
 def beside(path: Path, name: str = CONFIG) -> Path:
-    """The file of this name beside the weights.
-
-    Args:
-        path: the checkpoint, a directory or a file in it.
-        name: the name of the file.
-    """
+    """The file of this name beside a checkpoint, which is a directory or a file in one."""
     return (path if path.is_dir() else path.parent) / name
 
 
 def config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
-    """The configuration beside the weights; {} if there is none, or a damaged one: whoever needs it reports that.
-
-    Args:
-        path: the checkpoint, a directory or a file in it.
-        name: the name of the file.
-    """
+    """The configuration beside the weights; {} if there is none, or a damaged one: whoever needs it reports that."""
     file = beside(path, name)
     try:
         return parsed(file.read_bytes(), file) if file.stat().st_size <= _MOST else {}
@@ -81,8 +71,6 @@ def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) ->
     There may be several: some configurations repeat what their text model counts.
 
     Args:
-        config: the configuration.
-        n: how many layers.
         where: the path of the layers in the model, which selects one of several parts.
 
     >>> sections_of({"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 4}}, 4)

@@ -1,4 +1,4 @@
-"""Verbs over JAX arrays, eager and traced. Imported only after the user has imported jax."""
+"""Verbs over JAX arrays, eager and traced, as `Backend` documents them. Imported only after jax was."""
 
 import math
 from collections.abc import Sequence
@@ -18,19 +18,16 @@ def owns(kind: type) -> bool:
 
 
 def spec(x: Any) -> Spec:
-    """Shape and dtype."""
     return Spec(tuple(x.shape), x.dtype.name if isinstance(x.dtype, np.dtype) else str(x.dtype))
 
 
 def refusal(x: Any) -> str:
-    """Why arithmetic makes no sense, or ""."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return "it is abstract (a ShapeDtypeStruct) and has no values"
     return f"a PRNG key ({x.dtype}) is not a number" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else ""
 
 
 def abstract(x: Any) -> bool:
-    """Whether it is a ShapeDtypeStruct."""
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
@@ -42,12 +39,10 @@ def _placed(result: Any, x: Any) -> Any:
 
 
 def zeros(x: Any) -> Any:
-    """+0.0 in every element."""
     return _placed(jnp.zeros_like(x), x)
 
 
 def full(x: Any, value: Any) -> Any:
-    """The scalar in every element."""
     return _placed(jnp.full_like(x, value), x)
 
 
@@ -107,23 +102,19 @@ def _operand(value: Any, x: Any) -> Any:
 
 
 def add(x: Any, value: Any) -> Any:
-    """x + value, in the dtype of x."""
     return _placed(x + _operand(value, x), x)
 
 
 def multiply(x: Any, value: Any) -> Any:
-    """x * value, in the dtype of x."""
     return _placed(x * _operand(value, x), x)
 
 
 def clip(x: Any, lo: Any, hi: Any) -> Any:
-    """x between two bounds, in the dtype of x."""
     low, high = (None if bound is None else _operand(bound, x) for bound in (lo, hi))
     return _placed(jnp.clip(x, low, high), x)
 
 
 def cast(x: Any, dtype: str) -> Any:
-    """The array in another dtype."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, numpy_dtype(dtype), sharding=x.sharding)
     return _own(x) if x.dtype == dtype else _placed(x.astype(numpy_dtype(dtype)), x)
@@ -152,7 +143,6 @@ def get(x: Any, index: Any) -> Any:
 
 
 def put(x: Any, index: Any, verb: str, value: Any) -> Any:
-    """A new array with the slice changed."""
     if not math.prod(np.broadcast_to(np.empty(()), x.shape)[index].shape):
         return _own(x)
     sharding = _explicit(x)
@@ -185,7 +175,6 @@ def stack(arrays: Any, axis: int) -> Any:
 
 
 def concat(arrays: Any, axis: int) -> Any:
-    """The arrays one after the other; XLA finds the sharding."""
     return jnp.concatenate(arrays, axis)
 
 
@@ -212,12 +201,10 @@ def reshape(x: Any, shape: Sequence[int]) -> Any:
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:
-    """The values on the host."""
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
 def local(x: Any) -> bool:
-    """Whether it is on the host's own devices."""
     return not isinstance(x, jax.core.Tracer) and all(device.platform == "cpu" for device in x.devices())
 
 

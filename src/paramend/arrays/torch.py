@@ -1,4 +1,4 @@
-"""Verbs over torch tensors. Imported only after the user has imported torch."""
+"""Verbs over torch tensors, as `Backend` documents them. Imported only after torch was."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,12 +19,10 @@ def owns(kind: type) -> bool:
 
 
 def spec(x: Any) -> Spec:
-    """Shape and dtype."""
     return Spec(tuple(x.shape), str(x.dtype).removeprefix("torch."))
 
 
 def refusal(x: Any) -> str:
-    """Why arithmetic makes no sense, or ""."""
     if x.is_quantized:
         return f"it is quantized ({x.dtype})"
     if getattr(x, "quant_state", None) is not None:  # Params4bit
@@ -33,7 +31,6 @@ def refusal(x: Any) -> str:
 
 
 def abstract(x: Any) -> bool:
-    """Whether it is on the meta device."""
     return bool(x.is_meta)
 
 
@@ -51,12 +48,10 @@ def _new(x: Any, compute: Callable[[], Any]) -> Any:
 
 
 def zeros(x: Any) -> Any:
-    """+0.0 in every element."""
     return _new(x, lambda: torch.zeros_like(x))
 
 
 def full(x: Any, value: Any) -> Any:
-    """The scalar in every element."""
     return _new(x, lambda: torch.zeros_like(x).copy_(_tensor(value, x)))
 
 
@@ -104,23 +99,19 @@ _VERBS = {"add": _wide(torch.add), "multiply": _wide(torch.mul)}
 
 
 def add(x: Any, value: Any) -> Any:
-    """x + value, in the dtype of x."""
     return _new(x, lambda: _VERBS["add"](x, _tensor(value, x)))
 
 
 def multiply(x: Any, value: Any) -> Any:
-    """x * value, in the dtype of x."""
     return _new(x, lambda: _VERBS["multiply"](x, _tensor(value, x)))
 
 
 def clip(x: Any, lo: Any, hi: Any) -> Any:
-    """x between two bounds, in the dtype of x."""
     low, high = (None if bound is None else _tensor(bound, x) for bound in (lo, hi))
     return _new(x, lambda: _wide(torch.clamp)(x, low, high))
 
 
 def cast(x: Any, dtype: str) -> Any:
-    """The tensor in another dtype."""
     return _new(x, lambda: x.to(getattr(torch, dtype), copy=True))
 
 
@@ -131,7 +122,6 @@ def get(x: Any, index: Any) -> Any:
 
 
 def put(x: Any, index: Any, verb: str, value: Any) -> Any:
-    """A new tensor with the slice changed."""
     index = _torch_index(index, x.shape)
 
     def compute() -> Any:
@@ -144,18 +134,15 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
 
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
-    """A new tensor of slices of x."""
     places = torch.tensor(positions, dtype=torch.int64, device=x.device)
     return _new(x, lambda: torch.index_select(x, axis, places))
 
 
 def transpose(x: Any, axes: Sequence[int]) -> Any:
-    """A new tensor with the axes in another order."""
     return _new(x, lambda: x.permute(*axes).clone(memory_format=torch.contiguous_format))
 
 
 def reshape(x: Any, shape: Sequence[int]) -> Any:
-    """A new tensor in another shape."""
     return _new(x, lambda: x.clone(memory_format=torch.contiguous_format).reshape(tuple(shape)))
 
 
@@ -181,7 +168,6 @@ def concat(tensors: Any, axis: int) -> Any:
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:
-    """The values on the host."""
     x = x.detach().cpu().contiguous()
     name = str(x.dtype).removeprefix("torch.")
     if name == "bfloat16" or name.startswith("float8"):
@@ -193,12 +179,10 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
 
 
 def local(x: Any) -> bool:
-    """Whether it is in the host's memory."""
     return bool(x.device.type == "cpu")
 
 
 def mutable(x: Any) -> bool:
-    """True: tensors change in place."""
     return True
 
 
@@ -227,7 +211,6 @@ def memory(x: Any) -> tuple[str, np.ndarray[Any, Any]] | None:
 
 
 def assign(x: Any, value: Any) -> None:
-    """Write the value into the tensor, which stays the same object."""
     with torch.no_grad():
         x.copy_(value)
 

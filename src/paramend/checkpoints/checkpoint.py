@@ -282,8 +282,8 @@ class Checkpoint(Editable):
         path = repr(str(self.path)).replace("{", "{{").replace("}", "}}")
         return f"pm.patch({path}, lambda tree: {{}})"
 
-    def regrouped(self, groups: Sequence[Group]) -> "Checkpoint":
-        """The checkpoint with groups of leaves replaced by others."""
+    def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> "Checkpoint":
+        """The checkpoint with groups of leaves replaced by others; the paths of all others stay."""
         from paramend.checkpoints.gathering import regrouped  # most edits regroup nothing
 
         check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")
@@ -305,7 +305,7 @@ class Checkpoint(Editable):
         return self.planned(self.plan.without(gone))
 
     def moved(self, selector: Selector, numbers: Iterable[int], to: str) -> "Checkpoint":
-        """The checkpoint with some leaves under other paths, like `structure.move` for trees in memory."""
+        """The checkpoint with some leaves under other paths, like `structure.relocate` for trees in memory."""
         from paramend.edits import structure  # most programs rename nothing
 
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}

@@ -53,7 +53,7 @@ def show(
         found: dict[int, Measures | str] = {}
         if stats:
             with _ui.bar(f"reading {path.name}") as progress:
-                from paramend.evidence.measurements import measured  # only for --stats
+                from paramend.evidence.stats import measured  # only for --stats
 
                 found = measured(file, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
         if as_json:
@@ -98,11 +98,12 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
     rows: list[tuple[str, ...]] = [("path", "dtype", "shape", "size")]
     rows += [(*line.paths, *line.cells, wording.size(line.size)) for line in leaves]
     if found:
-        from paramend.evidence import statistics  # only for --stats
+        from paramend.evidence.measures import MEASURES  # only for --stats
+        from paramend.evidence.statistics import shown  # only for --stats
 
-        rows[0] += statistics.MEASURES
+        rows[0] += MEASURES
         for place, number in enumerate(numbers, 1):
-            rows[place] += tuple(statistics.shown(getattr(found[number], name, None)) for name in statistics.MEASURES)
+            rows[place] += tuple(shown(getattr(found[number], name, None)) for name in MEASURES)
     count = wording.plural(len(numbers), "leaf", "leaves")
     if len(numbers) < len(file.index.numbers):
         count = f"{len(numbers):,} of {wording.plural(len(file.index.numbers), 'leaf', 'leaves')}"

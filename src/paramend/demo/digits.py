@@ -11,14 +11,7 @@ from paramend.leaves.specs import Array
 
 @dataclass(frozen=True)
 class Digits:
-    """Pixels between 0 and 1, one row for each digit, and labels.
-
-    Attributes:
-        train_pixels: the training set.
-        train_labels: its digits.
-        pixels: the held-out set, on which accuracies are measured.
-        labels: its digits.
-    """
+    """Pixels between 0 and 1, one row for each digit, and labels: to train on, and held out for accuracies."""
 
     train_pixels: Array
     train_labels: Array

@@ -18,17 +18,8 @@ from paramend.leaves.specs import Array
 
 @dataclass(frozen=True)
 class Patient:
-    """A trained classifier and what is needed to try an edit on it.
-
-    Attributes:
-        folder: where the steps write their files.
-        digits: the data.
-        model: the network.
-        fresh: its parameters before training.
-        params: its parameters.
-        epochs: how many epochs a step trains that continues training.
-        seed: the seed of all randomness.
-    """
+    """A trained classifier, its parameters before training (`fresh`), and what is needed to try an edit on it: steps
+    write their files to `folder`, and those that continue training do so for some `epochs`."""
 
     folder: Path
     digits: digits.Digits

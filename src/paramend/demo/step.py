@@ -19,8 +19,7 @@ class Outcome:
     """What a step did.
 
     Attributes:
-        changed: the paths of the leaves whose bytes changed.
-        leaves: the number of leaves.
+        changed: the paths of the leaves whose bytes changed, of so many `leaves`.
         before: the accuracy without it.
         after: the accuracy with it.
         claims: what the step claims → whether it held.
@@ -39,7 +38,6 @@ def outcome(
     before: Any,
     after: Any,
     accuracy: Callable[[Any], float],
-    *,
     claims: Mapping[str, bool],
     detail: Sequence[str] = (),
 ) -> Outcome:
@@ -49,14 +47,7 @@ def outcome(
 
 @dataclass(frozen=True)
 class DemoStep:
-    """One step.
-
-    Attributes:
-        name: a short name, for programs.
-        title: what is done, for people.
-        code: the line that a user would type.
-        run: performs the step.
-    """
+    """One step: a name for programs, a title for people, the line that a user would type, and what performs it."""
 
     name: str
     title: str

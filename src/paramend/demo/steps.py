@@ -28,16 +28,12 @@ def look(patient: Patient) -> Outcome:
     loaded = at(fresh, "**").set(safetensors.numpy.load_file(patient.file))
     with SafetensorsFile(patient.file) as file:
         table = [(file.index.path(n), str(file.spec(n))) for n in file.index.numbers]
-    return outcome(
-        fresh,
-        params,
-        patient.accuracy,
-        claims={
-            "it reads more than 9 of 10 digits that it has never seen": patient.accuracy(params) > 0.9,
-            "the file holds every leaf, byte for byte": not moved(params, loaded),
-        },
-        detail=[*aligned(table), f"{param_count(params):,} parameters in {len(table)} leaves"],
-    )
+    claims = {
+        "it reads more than 9 of 10 digits that it has never seen": patient.accuracy(params) > 0.9,
+        "the file holds every leaf, byte for byte": not moved(params, loaded),
+    }
+    detail = [*aligned(table), f"{param_count(params):,} parameters in {len(table)} leaves"]
+    return outcome(fresh, params, patient.accuracy, claims, detail)
 
 
 def replace_kernel(patient: Patient) -> Outcome:
@@ -45,16 +41,12 @@ def replace_kernel(patient: Patient) -> Outcome:
     params = patient.params
     kernel = low_rank(at(params, "**/Dense_0/kernel").one(), rank=8)
     edited = at(params, "**/Dense_0/kernel").set(kernel)
-    return outcome(
-        params,
-        edited,
-        patient.accuracy,
-        claims={
-            "only that kernel changed": moved(params, edited) == ["params/Dense_0/kernel"],
-            "it holds the new values, byte for byte": digest(at(edited, "**/Dense_0/kernel").one()) == digest(kernel),
-            "every other leaf is the same object": touched(params, edited) == ["params/Dense_0/kernel"],
-        },
-    )
+    claims = {
+        "only that kernel changed": moved(params, edited) == ["params/Dense_0/kernel"],
+        "it holds the new values, byte for byte": digest(at(edited, "**/Dense_0/kernel").one()) == digest(kernel),
+        "every other leaf is the same object": touched(params, edited) == ["params/Dense_0/kernel"],
+    }
+    return outcome(params, edited, patient.accuracy, claims)
 
 
 def low_rank(kernel: Any, rank: int) -> np.ndarray[Any, Any]:
@@ -70,18 +62,14 @@ def zero_last_kernel(patient: Patient) -> Outcome:
     logits, bias = patient.logits(edited), np.asarray(at(edited, "**/Dense_[-1]/bias").one())
     loudest = bias.argmax()
     share = float((patient.digits.labels == loudest).mean())
-    return outcome(
-        params,
-        edited,
-        patient.accuracy,
-        claims={
-            "only that kernel changed": moved(params, edited) == ["params/Dense_3/kernel"],
-            "only the bias is left: the logits of every digit are the bias": bool((logits == bias).all()),
-            "all predictions are one class": set(logits.argmax(axis=-1)) == {loudest},
-            "accuracy falls to chance, the share of that class": patient.accuracy(edited) == share,
-        },
-        detail=[f"every digit is read as {loudest}, whose bias is the largest; {share:.1%} of them are"],
-    )
+    claims = {
+        "only that kernel changed": moved(params, edited) == ["params/Dense_3/kernel"],
+        "only the bias is left: the logits of every digit are the bias": bool((logits == bias).all()),
+        "all predictions are one class": set(logits.argmax(axis=-1)) == {loudest},
+        "accuracy falls to chance, the share of that class": patient.accuracy(edited) == share,
+    }
+    detail = [f"every digit is read as {loudest}, whose bias is the largest; {share:.1%} of them are"]
+    return outcome(params, edited, patient.accuracy, claims, detail)
 
 
 def restore(patient: Patient) -> Outcome:
@@ -89,15 +77,11 @@ def restore(patient: Patient) -> Outcome:
     params = patient.params
     zeroed = at(params, "**/Dense_[-1]/kernel").zero()
     restored = at(zeroed, "**/Dense_[-1]/kernel").set(at(params, "**/Dense_[-1]/kernel").get())
-    return outcome(
-        zeroed,
-        restored,
-        patient.accuracy,
-        claims={
-            "every leaf is what it was, byte for byte": not moved(params, restored),
-            "every logit is what it was": bool((patient.logits(params) == patient.logits(restored)).all()),
-        },
-    )
+    claims = {
+        "every leaf is what it was, byte for byte": not moved(params, restored),
+        "every logit is what it was": bool((patient.logits(params) == patient.logits(restored)).all()),
+    }
+    return outcome(zeroed, restored, patient.accuracy, claims)
 
 
 def freeze_first_layer(patient: Patient) -> Outcome:
@@ -107,16 +91,11 @@ def freeze_first_layer(patient: Patient) -> Outcome:
     trained = patient.trained_on(tx)
     rest = [path for path in at(params, "**").paths if path not in at(params, "**/Dense_0/**").paths]
     spared = param_count(adamw.init(params)) - param_count(tx.init(params))
-    return outcome(
-        params,
-        trained,
-        patient.accuracy,
-        claims={
-            "the first layer did not move, byte for byte; every other leaf did": moved(params, trained) == rest,
-            "no moments are kept for it": spared == 2 * param_count(params, "**/Dense_0/**"),
-        },
-        detail=digests(params, trained),
-    )
+    claims = {
+        "the first layer did not move, byte for byte; every other leaf did": moved(params, trained) == rest,
+        "no moments are kept for it": spared == 2 * param_count(params, "**/Dense_0/**"),
+    }
+    return outcome(params, trained, patient.accuracy, claims, digests(params, trained))
 
 
 def digests(before: Any, after: Any) -> list[str]:
@@ -134,16 +113,12 @@ def zero_gradients(patient: Patient) -> Outcome:
     kernel, decayed = (np.asarray(at(tree, "**/Dense_0/kernel").one()) for tree in (params, trained))
     norm, less = np.linalg.norm(kernel), np.linalg.norm(decayed)
     same_direction = np.allclose(kernel / norm, decayed / less, atol=1e-6)
-    return outcome(
-        params,
-        trained,
-        patient.accuracy,
-        claims={
-            "the first layer moved, although it had no gradient": digest(kernel) != digest(decayed),
-            "weight decay did it: its kernel is the old one, scaled down": bool(less < norm and same_direction),
-        },
-        detail=[f"the norm of its kernel went from {norm:.4f} to {less:.4f}"],
-    )
+    claims = {
+        "the first layer moved, although it had no gradient": digest(kernel) != digest(decayed),
+        "weight decay did it: its kernel is the old one, scaled down": bool(less < norm and same_direction),
+    }
+    detail = [f"the norm of its kernel went from {norm:.4f} to {less:.4f}"]
+    return outcome(params, trained, patient.accuracy, claims, detail)
 
 
 def warm_start(patient: Patient) -> Outcome:
@@ -152,16 +127,11 @@ def warm_start(patient: Patient) -> Outcome:
     fresh = first_params(deeper, patient)
     grafted, report = graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})
     new_block = at(fresh, "**/Dense_{3,4}/**").paths
-    return outcome(
-        fresh,
-        grafted,
-        partial(patient.accuracy, model=deeper),
-        claims={
-            "every leaf of the small model was copied": len(report.copied) == len(at(params, "**")),
-            "only the new block is fresh": sorted(row.path for row in report.fresh) == sorted(new_block),
-        },
-        detail=str(report).splitlines(),
-    )
+    claims = {
+        "every leaf of the small model was copied": len(report.copied) == len(at(params, "**")),
+        "only the new block is fresh": sorted(row.path for row in report.fresh) == sorted(new_block),
+    }
+    return outcome(fresh, grafted, partial(patient.accuracy, model=deeper), claims, str(report).splitlines())
 
 
 def new_block_to_identity(patient: Patient) -> Outcome:
@@ -194,15 +164,13 @@ def edit_file(patient: Patient) -> Outcome:
     with open_checkpoint(file) as checkpoint:
         at(checkpoint, "**/Dense_[-1]/kernel").zero().save(streamed)
     save(at(params, "**/Dense_[-1]/kernel").zero(), in_memory)
+    claims = {
+        "file and tree end up with the same bytes": data_digest(streamed) == data_digest(in_memory),
+        "the file that was read is unchanged": data_digest(file) == original,
+    }
+    detail = aligned((f"sha256 {data_digest(path)}", path.name) for path in (file, streamed, in_memory))
     return outcome(
-        params,
-        at(params, "**").set(safetensors.numpy.load_file(streamed)),
-        patient.accuracy,
-        claims={
-            "file and tree end up with the same bytes": data_digest(streamed) == data_digest(in_memory),
-            "the file that was read is unchanged": data_digest(file) == original,
-        },
-        detail=aligned((f"sha256 {data_digest(path)}", path.name) for path in (file, streamed, in_memory)),
+        params, at(params, "**").set(safetensors.numpy.load_file(streamed)), patient.accuracy, claims, detail
     )
 
 
@@ -214,18 +182,14 @@ def edit_torch(patient: Patient) -> Outcome:
     at(twin, "layers[-1].weight").zero_()
     distance = np.abs(twin_logits(before, pixels) - patient.logits(params)).max()
     in_flax = patient.logits(at(params, "**/Dense_[-1]/kernel").zero())
-    return outcome(
-        before,
-        twin,
-        lambda twin: patient.score(twin_logits(twin, pixels)),
-        claims={
-            "before the edit torch and Flax agree": bool(distance < 1e-3),
-            "after it they agree bit by bit": bool((twin_logits(twin, pixels) == in_flax).all()),
-            "the weight is the same object, and is still trained": weight is twin.layers[-1].weight
-            and weight.requires_grad,
-        },
-        detail=[f"the largest difference between the logits of Flax and torch is {distance:.1e}"],
-    )
+    claims = {
+        "before the edit torch and Flax agree": bool(distance < 1e-3),
+        "after it they agree bit by bit": bool((twin_logits(twin, pixels) == in_flax).all()),
+        "the weight is the same object, and is still trained": weight is twin.layers[-1].weight
+        and weight.requires_grad,
+    }
+    detail = [f"the largest difference between the logits of Flax and torch is {distance:.1e}"]
+    return outcome(before, twin, lambda twin: patient.score(twin_logits(twin, pixels)), claims, detail)
 
 
 def zero_torch_layer(patient: Patient) -> Outcome:
@@ -233,15 +197,11 @@ def zero_torch_layer(patient: Patient) -> Outcome:
     params, pixels = patient.params, patient.digits.pixels
     before, twin = twin_of(params), twin_of(params)
     init_zero_(twin.layers[-1])
-    return outcome(
-        before,
-        twin,
-        lambda twin: patient.score(twin_logits(twin, pixels)),
-        claims={
-            "only that layer changed": moved(before, twin) == ["layers.3.weight", "layers.3.bias"],
-            "every logit is 0.0": not twin_logits(twin, pixels).any(),
-        },
-    )
+    claims = {
+        "only that layer changed": moved(before, twin) == ["layers.3.weight", "layers.3.bias"],
+        "every logit is 0.0": not twin_logits(twin, pixels).any(),
+    }
+    return outcome(before, twin, lambda twin: patient.score(twin_logits(twin, pixels)), claims)
 
 
 STEPS = (

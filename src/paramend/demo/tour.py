@@ -21,15 +21,7 @@ NEXT = (
 
 @dataclass(frozen=True)
 class TourRow:
-    """A step that was run.
-
-    Attributes:
-        number: counted from 1.
-        step: the step.
-        code: the line that a user would type.
-        outcome: its outcome.
-        seconds: how long it took.
-    """
+    """A step that was run, numbered from 1; `code` is the line that a user would type."""
 
     number: int
     step: DemoStep
@@ -62,15 +54,7 @@ class TourRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What the demo did.
-
-    Attributes:
-        folder: where its files are.
-        seed: the seed of all randomness.
-        rows: the steps.
-        files: the files that it wrote to the folder.
-        seconds: how long it took in all.
-    """
+    """What the demo did, and the files that it wrote to the folder."""
 
     folder: Path
     seed: int

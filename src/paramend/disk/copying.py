@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.failures import UNSUPPORTED
 from paramend.disk.io import put, shrunk
+from paramend.disk.sharing import share, shareable
 
 # Bytes that the kernel copies at once: between windows, progress is reported and Ctrl-C takes effect.
 WINDOW = 1 << 25
@@ -18,9 +20,15 @@ _Way = Callable[[int, int, int, int], int]
 
 
 class Copier:
-    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again."""
+    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again.
+
+    Attributes:
+        shared: of the bytes copied so far, those that a source and its copy share.
+    """
 
     def __init__(self) -> None:
+        self.shared = 0
+        self._apart: set[Path] = set()  # sources whose bytes cannot be shared
         self._ways: list[_Way] = [_copy_by_hand]
         if hasattr(os, "sendfile"):
             self._ways.insert(0, _send)
@@ -28,18 +36,25 @@ class Copier:
             self._ways.insert(0, _copy_in_kernel)
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
-        """Append the bytes from `start` to `stop`, and yield the number of bytes of each step.
-
-        Args:
-            source: the descriptor of the file to read.
-            target: the descriptor of the file to write, at its position.
-            start: the first byte.
-            stop: the byte after the last.
-            path: the name of the source in messages.
+        """Append the bytes from `start` to `stop`, shared as far as they can be, and yield the number of each step.
 
         Raises:
             BadCheckpoint: the source has fewer bytes.
         """
+        low = high = stop
+        if path not in self._apart:
+            low, high = shareable(start, stop, os.lseek(target, 0, os.SEEK_CUR))
+        yield from self._copied(source, target, start, low, path)
+        while low < high:
+            count = min(high - low, WINDOW)
+            if not share(source, target, low, count):
+                self._apart.add(path)
+                break
+            low, self.shared = low + count, self.shared + count
+            yield count
+        yield from self._copied(source, target, low, stop, path)
+
+    def _copied(self, source: int, target: int, start: int, stop: int, path: Path) -> Iterator[int]:
         while start < stop:
             count = self._step(source, target, start, min(stop - start, WINDOW), path)
             start += count
@@ -62,19 +77,7 @@ class Copier:
 
 
 # Across file systems, on old kernels and on special file systems.
-_NOT_THIS_WAY = frozenset(
-    {
-        errno.EXDEV,
-        errno.ENOSYS,
-        errno.EINVAL,
-        errno.EOPNOTSUPP,
-        errno.ENOTSUP,
-        errno.EPERM,
-        errno.EBADF,
-        errno.ENOTSOCK,
-        errno.EOVERFLOW,
-    }
-)
+_NOT_THIS_WAY = UNSUPPORTED | {errno.EXDEV, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ENOTSOCK, errno.EOVERFLOW}
 
 
 def _copy_in_kernel(source: int, target: int, start: int, count: int) -> int:

@@ -13,6 +13,9 @@ from paramend.reports import wording
 # What a part of the work says of itself may not hold of the whole.
 _NOTHING = re.compile("; nothing was (changed|written)$")
 
+# What is reported where a system or a file system lacks a call.
+UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+
 ELSEWHERE = "write a new file instead: -o OUT"
 
 
@@ -51,12 +54,6 @@ def linked(path: Path) -> CannotWrite:
 
 def check_room(folder: Path, nbytes: int, what: str, *, hint: str = "") -> None:
     """Check that a disk has enough room.
-
-    Args:
-        folder: the folder to write in.
-        nbytes: the number of bytes needed.
-        what: what needs them, for the message.
-        hint: what to do about it.
 
     Raises:
         CannotWrite: fewer bytes are free.

@@ -6,6 +6,7 @@ Every byte of an output goes through `put`, except those that the kernel copies 
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from paramend.errors import BadCheckpoint
@@ -70,6 +71,16 @@ def release(descriptor: int) -> None:
     """Close a file that was only read, or whose content is durable: what the system says then changes nothing."""
     with contextlib.suppress(OSError):
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reading(path: Path, flags: int = 0) -> Iterator[int]:
+    """The descriptor of a file or a folder, open for reading."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        yield descriptor
+    finally:
+        release(descriptor)
 
 
 def write_file(path: Path, data: Bytes) -> None:

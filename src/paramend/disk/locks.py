@@ -11,13 +11,13 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from paramend.disk.failures import ELSEWHERE, linked
-from paramend.disk.io import release
+from paramend.disk.failures import ELSEWHERE, UNSUPPORTED, linked
+from paramend.disk.io import reading, release
 from paramend.errors import Busy, CannotRead, CannotWrite
 
 _HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK})
 # EBADF: over NFS an exclusive lock needs a file that is open for writing.
-_NONE_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF})
+_NONE_HERE = UNSUPPORTED | {errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
 def hold(descriptor: int) -> bool:
@@ -39,10 +39,6 @@ def hold(descriptor: int) -> bool:
 
 def take(descriptor: int, path: Path) -> None:
     """Take the lock of an open file. It ends when the file is closed.
-
-    Args:
-        descriptor: the open file.
-        path: its name in messages.
 
     Raises:
         Busy: another writer has it.
@@ -98,17 +94,12 @@ def locked(path: Path, *, name: Path) -> Iterator[None]:
 def is_held(path: Path) -> bool:
     """Whether a lock file is locked. It is neither created nor changed."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        take(descriptor, path)
+        with reading(path, os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
+            take(descriptor, path)
     except Busy:
         return True
     except (CannotWrite, OSError):
-        return False
-    finally:
-        release(descriptor)
+        pass
     return False
 
 

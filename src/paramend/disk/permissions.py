@@ -49,8 +49,6 @@ def access_of(
     """The access of what is made from files: what all of them allow. It keeps the owner and group of what it replaces.
 
     Args:
-        made_from: the files whose bytes it contains.
-        replaced: the file that it replaces, if any.
         new: the access if it is made from no file.
 
     >>> import tempfile

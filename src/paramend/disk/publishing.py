@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from paramend.disk.failures import reason
-from paramend.disk.io import release
+from paramend.disk.failures import UNSUPPORTED, reason
+from paramend.disk.io import reading, release
 from paramend.disk.locks import hold
 from paramend.disk.permissions import PRIVATE, Access, create_file, settle
 from paramend.errors import Busy, CannotWrite
@@ -22,7 +22,7 @@ from paramend.errors import Busy, CannotWrite
 _ASIDE = ".old"
 # How many temporaries may be swept by others before they are locked.
 _TRIES = 100
-_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+_NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EMLINK}
 
 
 @contextlib.contextmanager
@@ -30,10 +30,8 @@ def published(out: Path, *, force: bool, access: Access, folder: bool = False) -
     """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed.
 
     Args:
-        out: the final name.
         force: whether something of that name is replaced, in one step.
         access: who may do what with it. Until it is complete, a directory is private.
-        folder: whether it is a directory.
 
     Raises:
         CannotWrite: the name is taken, or the system refused; if nothing was written, the message says so.
@@ -107,23 +105,18 @@ def exists(out: Path) -> CannotWrite:
 
 def sync_file(path: Path) -> None:
     """Make the content of a file durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with reading(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        release(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}:  # not all file systems can
-            raise
-    finally:
-        release(descriptor)
+    with reading(folder) as descriptor:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED | {errno.EINVAL}:  # not all file systems can
+                raise
 
 
 # ---- temporaries -------------------------------------------------------------------------------------------
@@ -294,6 +287,6 @@ def _rename_at_once(one: Path, other: Path, flags: int) -> bool:
     if not call(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(flags)):
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+    if number in UNSUPPORTED | {errno.EINVAL}:
         return False
     raise OSError(number, os.strerror(number), str(other))

@@ -47,10 +47,6 @@ def scatter(descriptor: int, ranges: Array, data: Bytes, name: Path, leaves: Arr
     """Write bytes into ranges (start, stop) of a file: the first into the first, and so on.
 
     Args:
-        descriptor: the file, open for reading and writing.
-        ranges: the ranges.
-        data: the bytes of all of them.
-        name: the name of the file in messages.
         leaves: the leaf of each range. If there are thousands of them, those of one leaf that are less than a page
             apart are written together with the bytes between them, which stay.
 

@@ -1,7 +1,7 @@
 """The kinds of arguments of edits as data: how each is read, and its JSON Schema."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,10 +140,14 @@ def _lengths(rows: Any) -> tuple[int, ...]:
     return (len(rows), *(_lengths(rows[0]) if rows else ())) if isinstance(rows, list) else ()
 
 
-def _array(data: Any) -> Any:
+def _sequence(data: Any, what: str, hint: str) -> Sequence[Any]:
     if not isinstance(data, list | tuple):
-        raise BadArgument(f"{shown(data)} is not a list of numbers", hint="[0.5, 0.5]; for one scalar: fill")
-    return _numbers(data)
+        raise BadArgument(f"{shown(data)} is not {what}", hint=hint)
+    return data
+
+
+def _array(data: Any) -> Any:
+    return _numbers(_sequence(data, "a list of numbers", "[0.5, 0.5]; for one scalar: fill"))
 
 
 def _text_of(data: Any) -> str:
@@ -153,9 +157,7 @@ def _text_of(data: Any) -> str:
 
 
 def _lengths_of_axes(data: Any) -> list[int]:
-    if not isinstance(data, list | tuple):
-        raise BadArgument(f"{shown(data)} is not a shape", hint="[4, 8]")
-    return [_natural(length) for length in data]
+    return [_natural(length) for length in _sequence(data, "a shape", "[4, 8]")]
 
 
 def _listed(data: Any) -> Any:
@@ -166,26 +168,19 @@ def _listed(data: Any) -> Any:
 
 
 def _new_shape(data: Any) -> list[int]:
-    found = _listed(data)
-    if not isinstance(found, list | tuple):
-        raise BadArgument(f"{shown(data)} is not a shape", hint="[4, -1]")
+    found = _sequence(_listed(data), "a shape", "[4, -1]")
     return [_integer(length) if length == -1 else _natural(length) for length in found]
 
 
 def _indices(data: Any) -> Any:
     if isinstance(data, str) and ":" in data and isinstance(read_index(data), slice):
         return data
-    found = _listed(data)
-    if not isinstance(found, list | tuple):
-        raise BadArgument(f"{shown(data)} is not a list of places", hint='[0, 2], or a slice such as "0:4"')
+    found = _sequence(_listed(data), "a list of places", '[0, 2], or a slice such as "0:4"')
     return [each if type(each) is bool else _integer(each) for each in found]
 
 
 def _integers(data: Any) -> list[int]:
-    found = _listed(data)
-    if not isinstance(found, list | tuple):
-        raise BadArgument(f"{shown(data)} is not a list of whole numbers", hint="[1, 0]")
-    return [_integer(place) for place in found]
+    return [_integer(place) for place in _sequence(_listed(data), "a list of whole numbers", "[1, 0]")]
 
 
 def _one_of(choices: Iterable[str], says: str) -> Callable[[Any], str]:
@@ -264,21 +259,12 @@ NUMBER = Value("a number", read_number, {"$ref": "#/$defs/number"}, scalar=True,
 BOUND = replace(NUMBER, says="a bound", scalar=False)  # in Python also None
 ARRAY = Value("a list of numbers", _array, _ARRAY_SCHEMA, array=True)
 OPERAND = Value(
-    "a number or a list of numbers",
-    _numbers,
-    {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]},
-    array=True,
-    example="0.5",
+    "a number or a list of numbers", _numbers, {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]}, array=True, example="0.5"
 )
 DEVIATION = Value(
     "a standard deviation",
     _deviation,
-    {
-        "anyOf": [
-            {"type": "number", "minimum": 0},
-            {"type": "string", "pattern": rf"^\+?{_DECIMAL}$"},
-        ]
-    },
+    {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": rf"^\+?{_DECIMAL}$"}]},
     scalar=True,
     example="0.01",
 )

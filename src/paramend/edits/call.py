@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,11 +13,14 @@ from paramend.edits.arguments import Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
-from paramend.errors import OutOfRange, SpecMismatch
+from paramend.errors import NoMatch, OutOfRange, SpecMismatch
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 
+T = TypeVar("T")
 Args = Mapping[str, Any]
+Run = Callable[[Backend, Any, Args, Site], Any]
+Check = Callable[[Spec, Args], Spec]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -49,8 +52,8 @@ class Op:
     name: str
     says: str
     parameters: tuple[str, ...]
-    run: Callable[[Backend, Any, Args, Site], Any]
-    check: Callable[[Spec, Args], Spec] | None = None
+    run: Run
+    check: Check | None = None
     slot: Callable[[Args], tuple[str, Any]] | None = None
     losses: Losses | None = None
     reads: bool = True
@@ -167,6 +170,15 @@ def _short(value: Any) -> str:
         return repr(value) if callable(value) else shown(value)
     spec = backend(value).spec(value)
     return str(spec) if spec.ndim else "scalar"
+
+
+def explained(path: str, check: Callable[..., T], *args: Any) -> T:
+    """What a check of a leaf gives; its error names the path."""
+    try:
+        return check(*args)
+    except (SpecMismatch, NoMatch) as error:
+        error.args = (f"{path}: {error}",)
+        raise
 
 
 def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:

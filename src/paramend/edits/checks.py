@@ -34,7 +34,6 @@ _RANK = {"bool": 0, "int": 1, "float": 2, "complex": 3}
 
 
 def _fits(value: Any, spec: Spec, what: str) -> None:
-    """Raise if the dtype cannot hold a scalar."""
     number = _concrete(value)
     if number is None or spec.kind == "other":
         return
@@ -282,7 +281,6 @@ def check_cast(spec: Spec, args: Args) -> Spec:
         raise SpecMismatch(f"{spec} cannot be cast to {dtype}")
     if spec.kind == "complex" and after.kind != "complex":
         raise SpecMismatch(
-            f"a cast from {spec.dtype} to {dtype} drops the imaginary part",
-            hint=".apply(fn, keep_spec=False)",
+            f"a cast from {spec.dtype} to {dtype} drops the imaginary part", hint=".apply(fn, keep_spec=False)"
         )
     return after

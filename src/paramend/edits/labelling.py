@@ -12,9 +12,6 @@ class Labels:
 
     optax calls labels that can be called, and a tree of the module's own class would run the model. Else it is like the
     tree: it has its attributes, its entries and its leaves, and `jax.tree.map` makes a tree of it.
-
-    Attributes:
-        tree: the tree of labels.
     """
 
     def __init__(self, tree: Any) -> None:

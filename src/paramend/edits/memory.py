@@ -1,17 +1,17 @@
 """The memory engine: edits of a tree in memory, carried out immediately."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.call import Call
+from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, of_call, said
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
-from paramend.errors import NoMatch, SpecMismatch, Unsupported, ValuesLost
+from paramend.errors import Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.overlaps import overlapping
 from paramend.selectors.slices import write_index
@@ -80,26 +80,25 @@ class Memory(Tree, Editable):
         return any(min(pair) < len(arrays) <= max(pair) for pair in found)
 
     def deleted(self, numbers: Iterable[int]) -> Any:
-        """The tree without some leaves, under all their paths."""
         from paramend.edits import structure  # rarely needed, and imports take time
 
         gone = {twin for number in numbers for twin in self.twins(number)}
         check_whole(self, gone)
-        return structure.delete(self, gone)
+        return structure.relocate(self, {}, gone)
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
-        """The tree with the leaves that a selector found under new paths."""
         from paramend.edits import structure  # as above
 
-        check_renamed(self, lambda: structure.moves(self.index, selector, set(numbers), to))
-        return structure.move(self, selector, tuple(numbers), to)
+        chosen = tuple(numbers)
+        check_renamed(self, lambda: structure.moves(self.index, selector, set(chosen), to))
+        twins = {twin for number in chosen for twin in self.twins(number)}
+        return structure.relocate(self, structure.moves(self.index, selector, twins, to), ())
 
-    def regrouped(self, groups: Sequence[Group]) -> Any:
-        """The tree with groups of leaves replaced by others."""
+    def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:
         from paramend.edits import structure  # as above
 
         check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")
-        return structure.regroup(self, groups)
+        return structure.regroup(self, groups, close_up=close_up)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
         """The same containers with labels, and with `rest` at other leaves and at values that are not arrays."""
@@ -130,7 +129,7 @@ class Memory(Tree, Editable):
             if why:
                 raise Unsupported(f"{self.index.path(number)} cannot take {call}: {why}", hint=_LEAVE_OUT)
             if call.op.checks or call.index is not None:
-                explain(self, number, call.spec, library.spec(leaf))
+                explained(self.index.path(number), call.spec, library.spec(leaf))
 
     def _place(self, number: int) -> Site:
         """The place of a leaf; of several paths the first counts, whichever was selected."""
@@ -140,9 +139,7 @@ class Memory(Tree, Editable):
 def editable(tree: Any, *, raw: bool = False) -> Editable:
     """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory.
 
-    Args:
-        tree: the checkpoint or the tree.
-        raw: whether leaves are taken as they are stored; a checkpoint that was opened so stays so.
+    A checkpoint that was opened `raw` stays so.
     """
     leaves = tree if isinstance(tree, Editable) else Memory(tree)
     if not isinstance(tree, Editable) and not leaves.index.numbers:
@@ -150,12 +147,3 @@ def editable(tree: Any, *, raw: bool = False) -> Editable:
 
         check_subject(tree)
     return leaves.as_stored() if raw else leaves
-
-
-def explain(leaves: Any, number: int, check: Callable[..., Any], *args: Any) -> None:
-    """Run a check, and add the path of the leaf to its error."""
-    try:
-        check(*args)
-    except (SpecMismatch, NoMatch) as error:
-        error.args = (f"{leaves.index.path(number)}: {error}",)
-        raise

@@ -6,8 +6,6 @@ from functools import wraps
 from inspect import signature
 from typing import Any, Concatenate, Generic, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
-from paramend.arrays.backend import Backend
-from paramend.arrays.initializers import Site
 from paramend.edits import checks, damage, moves, runs
 from paramend.edits.arguments import (
     ARRAY,
@@ -25,8 +23,8 @@ from paramend.edits.arguments import (
     SEED,
     Value,
 )
-from paramend.edits.call import Args, Op
-from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed, Spec
+from paramend.edits.call import Args, Check, Op, Run
+from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed
 
 # mypy: disable-error-code="empty-body"
 # A row is a function without a body: its name, its arguments and its docstring are those of the verb, and the line
@@ -56,22 +54,9 @@ copyreg.pickle(Op, lambda op: (op_of, (op.name,)))
 
 
 def edit(
-    says: str,
-    *,
-    run: Callable[[Backend, Any, Args, Site], Any],
-    check: Callable[[Spec, Args], Spec] | None = None,
-    takes: tuple[Value, ...] = (),
-    **how: Any,
+    says: str, run: Run, check: Check | None = None, takes: tuple[Value, ...] = (), **how: Any
 ) -> Callable[[F], F]:
-    """A decorator that enters a verb into the table.
-
-    Args:
-        says: as in `Op`.
-        run: as in `Op`.
-        check: as in `Op`.
-        takes: as in `Op`.
-        how: the other attributes of `Op`.
-    """
+    """A decorator that enters a verb into the table; its arguments are the attributes of `Op`."""
 
     def entered(verb: F) -> F:
         own = list(signature(verb).parameters.values())[1:]
@@ -90,6 +75,10 @@ def edit(
         return made  # type: ignore[return-value]
 
     return entered
+
+
+# An edit that only moves elements: of leaves on disk, bytes are copied.
+MOVES: Mapping[str, Any] = {"keeps_spec": False, "chunks": False, "arithmetic": False}
 
 
 def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
@@ -344,11 +333,9 @@ class Edits(Generic[T]):
         check=moves.transposed_spec,
         run=moves.transpose,
         moves=moves.transposed,
-        keeps_spec=False,
-        chunks=False,
-        arithmetic=False,
         takes=(AXES,),
         also=("swapaxes", "T"),
+        **MOVES,
     )
     def transpose(self, axes: Sequence[SupportsIndex]) -> T:
         """The tree with the axes of the selected leaves in another order, as by `numpy.transpose`.
@@ -370,11 +357,9 @@ class Edits(Generic[T]):
         check=moves.reshaped_spec,
         run=moves.reshape,
         moves=moves.reshaped,
-        keeps_spec=False,
-        chunks=False,
-        arithmetic=False,
         takes=(NEW_SHAPE,),
         also=("view", "flatten"),
+        **MOVES,
     )
     def reshape(self, shape: Sequence[SupportsIndex]) -> T:
         """The tree with the elements of the selected leaves, in C order, in another shape.
@@ -395,11 +380,9 @@ class Edits(Generic[T]):
         check=moves.taken_spec,
         run=moves.take,
         moves=moves.taken,
-        keeps_spec=False,
-        chunks=False,
-        arithmetic=False,
         takes=(PLACES, AXIS),
         also=("gather", "index_select"),
+        **MOVES,
     )
     def take(self, indices: slice | Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
         """The tree with some places along an axis of the selected leaves, in the order given.
@@ -422,11 +405,9 @@ class Edits(Generic[T]):
         check=moves.permuted_spec,
         run=moves.permute,
         moves=moves.permuted,
-        keeps_spec=False,
-        chunks=False,
-        arithmetic=False,
         takes=(PERMUTATION, AXIS),
         also=("reorder", "shuffle"),
+        **MOVES,
     )
     def permute(self, index: Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
         """The tree with the places along an axis of the selected leaves in another order: `new[i] = old[index[i]]`.

@@ -10,10 +10,10 @@ import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend_of, to_numpy
-from paramend.edits.call import Call
+from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
-from paramend.errors import BadArgument, NoMatch, RenameClash, SpecMismatch, Unsupported
+from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.leaves.described import Described
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
@@ -207,7 +207,7 @@ class Plan(Paged):
                 if why:
                     raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
                 key = id(edit), row.spec
-                after = specs.get(key) or specs.setdefault(key, _after(edit, row.spec, row.path))
+                after = specs.get(key) or specs.setdefault(key, explained(row.path, edit.spec, row.spec))
                 new[twin] = row.with_calls((*row.calls, edit), (*row.places, place), after, Damage())
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
 
@@ -218,10 +218,7 @@ class Plan(Paged):
         return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
 
     def renamed(self, moved: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Plan":
-        """The plan that moves some leaves to other paths.
-
-        Args:
-            moved: the new paths, from `structure.moves`.
+        """The plan that moves some leaves to other paths, from `structure.moves`.
 
         Raises:
             RenameClash: two leaves would have one path, or one would have the path of a container of others.
@@ -363,11 +360,6 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
 def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
     """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
 
-    Args:
-        leaves: a checkpoint or a tree.
-        selector: text, or anything that `pm.sel` takes, also with a slice.
-        edit: the edit, from `call`.
-
     Raises:
         NoMatch: nothing matches.
         SpecMismatch: the edit does not fit a selected leaf; the message names it.
@@ -405,11 +397,3 @@ def _settled(edit: Call) -> Call:
     if type(value) is not np.ndarray and backend_of(type(value)) is not None:
         edit = replace(edit, args={**edit.args, "value": to_numpy(value)})
     return edit
-
-
-def _after(edit: Call, spec: Spec, path: str) -> Spec:
-    try:
-        return edit.spec(spec)
-    except (SpecMismatch, NoMatch) as error:
-        error.args = (f"{path}: {error}",)
-        raise

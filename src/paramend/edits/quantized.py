@@ -36,8 +36,6 @@ def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) 
     """Refuse what computes or puts values if it meets a quantised weight, before anything is read.
 
     Args:
-        leaves: the tree or the checkpoint.
-        numbers: the leaves whose values would be taken or replaced.
         said: what is refused, as a predicate of the leaf.
         ways: ways out, for the hint.
 
@@ -72,11 +70,6 @@ def _with_twins(leaves: Leaves, numbers: Sequence[int]) -> list[int]:
 def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted") -> None:
     """Refuse to take a part of a quantised weight away.
 
-    Args:
-        leaves: the tree or the checkpoint.
-        numbers: the leaves that would go.
-        did: what would be done to them.
-
     Raises:
         Quantized: a part of a group would stay.
     """
@@ -100,7 +93,6 @@ def check_renamed(leaves: Editable, moves: Callable[[], Moved]) -> None:
     """Refuse new paths by which a quantised weight would no longer be found together.
 
     Args:
-        leaves: the tree or the checkpoint.
         moves: the new paths, from `structure.moves`; asked for only if there may be groups.
 
     Raises:
@@ -152,7 +144,6 @@ class _Renamed:
 
 
 def _touched(leaves: Leaves, numbers: Iterable[int]) -> list[Group]:
-    """The groups that some leaves belong to."""
     found: dict[int, Group] = {}
     for number in numbers:
         if number not in found and (group := group_of(leaves, number)) is not None:
@@ -167,10 +158,7 @@ def refusal(leaves: Leaves, groups: Sequence[Group], message: str, hints: Sequen
     """The error that names a quantised weight and all its leaves.
 
     Args:
-        leaves: the tree or the checkpoint.
         groups: those that were met; the first is shown, the others are counted.
-        message: what is refused.
-        hints: the ways out.
     """
     group = groups[0]
     rows: list[tuple[str, ...]] = [("scheme", group.scheme.name, group.scheme.says)]
@@ -210,7 +198,6 @@ def _rest(leaves: Leaves, chosen: Sequence[int], inside: Set[int]) -> list[str]:
 
 
 def _all_of(leaves: Leaves, group: Group) -> str:
-    """A selector for the leaves of a group."""
     separator = leaves.index.separator
     paths = [leaves.index.paths[number] for number in group.numbers]
     shared = 0

@@ -63,8 +63,7 @@ def cast(library: Backend, x: Any, args: Args, place: Site) -> Any:
         raise Unsupported(f"{type(x).__name__} has no dtype {dtype}") from error
     if library.spec(result).dtype != dtype:
         raise Unsupported(
-            f"JAX made {library.spec(result).dtype} of {dtype}",
-            hint='jax.config.update("jax_enable_x64", True)',
+            f"JAX made {library.spec(result).dtype} of {dtype}", hint='jax.config.update("jax_enable_x64", True)'
         )
     return result
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from paramend.edits.arguments import shown
-from paramend.edits.call import Args, Call, Op, sliced_shape
+from paramend.edits.call import Args, Call, Op, explained, sliced_shape
 from paramend.edits.labelling import Labels
-from paramend.edits.memory import editable, explain
+from paramend.edits.memory import editable
 from paramend.edits.ops import Edits
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
 from paramend.leaves.leaves import Editable
@@ -72,15 +72,14 @@ class Selection(Edits[T]):
         """
         if self._index is not None:
             raise BadArgument(
-                f"the leaves are sliced already, [{write_index(self._index)}]",
-                hint="[i, j] slices two axes at once",
+                f"the leaves are sliced already, [{write_index(self._index)}]", hint="[i, j] slices two axes at once"
             )
         index = read_slice(index)
         new: Selection[T] = object.__new__(type(self))
         new._selector, new._tree, new._numbers, new._index = self._selector, self._tree, self._numbers, index
         new._stays_raw = self._stays_raw
         for number in self._numbers:
-            explain(self._tree, number, sliced_shape, self._tree.spec(number).shape, index)
+            explained(self._tree.index.path(number), sliced_shape, self._tree.spec(number).shape, index)
         return new
 
     def get(self) -> dict[str, AnyArray]:
@@ -96,8 +95,7 @@ class Selection(Edits[T]):
         }
         if len(found) != len(self._numbers):
             raise Unsupported(
-                f"two leaves have one path: {wording.listing(sorted(set(self.paths)))}",
-                hint="rename one of the keys",
+                f"two leaves have one path: {wording.listing(sorted(set(self.paths)))}", hint="rename one of the keys"
             )
         return found
 
@@ -176,7 +174,6 @@ class Selection(Edits[T]):
             raise BadArgument(f"{what} takes whole leaves, not slices [{write_index(self._index)}]")
 
     def _calls(self, op: Op, args: Args) -> dict[int, Call]:
-        """One call for each selected leaf."""
         if op.name == "set" and isinstance(args["value"], Mapping):
             values = _by_path(args["value"], self.paths)
             calls = [Call(op, {"value": value}, self._index) for value in values]

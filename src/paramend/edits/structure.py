@@ -20,38 +20,13 @@ from paramend.trees.lookup import find_kind
 from paramend.trees.tree import Tree
 
 
-def delete(tree: Tree, numbers: Collection[int]) -> Any:
-    """A tree without these leaves, or dicts and lists that became empty; list positions close up.
-
-    Raises:
-        Unsupported: the container of a leaf has fixed entries.
-    """
-    return relocate(tree, {}, numbers)
-
-
-def move(tree: Tree, selector: Selector, numbers: Sequence[int], to: str) -> Any:
-    """A tree with these leaves under new paths. All move at once, so paths may be swapped.
-
-    Args:
-        tree: the tree.
-        selector: the selector of the leaves; its text says what the wildcards of `to` mean.
-        numbers: the selected leaves.
-        to: the new path.
-
-    Raises:
-        BadArgument: the selector is not text, or its wildcards are not those of `to`.
-        RenameClash: two leaves would have one path, or a list would have a hole.
-        Unsupported: a container on the way has fixed entries.
-    """
-    return relocate(tree, moves(tree.index, selector, {twin for n in numbers for twin in tree.twins(n)}, to), ())
-
-
 @unexhausted("the tree")
 def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], gone: Collection[int]) -> Any:
-    """A tree without some leaves, and with others under new paths.
+    """A tree without some leaves, or dicts and lists that became empty, and with others under new paths.
+
+    All move at once, so paths may be swapped.
 
     Args:
-        tree: the tree.
         moved: the new paths of leaves, from `moves`.
         gone: the leaves to delete. If there are any, list positions close up.
 
@@ -71,7 +46,7 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
     return draft.root.close(close_up=bool(gone))
 
 
-def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
+def regroup(tree: Tree, groups: Sequence[Group], *, close_up: bool = True) -> Any:
     """A tree in which groups of leaves are replaced by others, each in a box like that of the first leaf of its group.
 
     Raises:
@@ -83,12 +58,14 @@ def regroup(tree: Tree, groups: Sequence[Group]) -> Any:
     for group in groups:
         values, box = [tree.values[number] for number in group.numbers], boxes[group.numbers[0]]
         kind = find_kind(box)
+        box = group.boxed(box) if group.boxed is not None and kind is not None else box
         for path, value in zip(group.paths, group.make(values), strict=True):
-            draft.put(group.numbers[0], path, value if kind is None else kind.close(box, [value]))
+            made = value if kind is None else kind.close(box, [value])
+            draft.put(group.numbers[0], path, made, position=group.position)
     draft.check("into=, paths that are free")
     for number in boxes:
         draft.prune(number)
-    return draft.root.close(close_up=True)
+    return draft.root.close(close_up=close_up)
 
 
 def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
@@ -108,7 +85,11 @@ def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
 def moves(
     index: Index, selector: Selector, chosen: Collection[int], to: str
 ) -> dict[int, list[tuple[str, int | None]]]:
-    """The new paths of the chosen leaves that the selector's text names, by number, in the form of `renames.keys`."""
+    """The new paths of the chosen leaves that the selector's text names, by number, in the form of `renames.keys`.
+
+    Raises:
+        BadArgument: the selector is not text, or its wildcards are not those of `to`.
+    """
     found: dict[int, list[tuple[str, int | None]]] = {}
     for rule in _rules(selector, to):
         for number, path in rule.over(index).items():
@@ -155,7 +136,6 @@ class _Container:
 
     @property
     def fixed(self) -> bool:
-        """Whether entries cannot be removed or added."""
         return self.kind.rekey is None
 
     def key(self, text: str) -> Any:
@@ -203,6 +183,11 @@ def _vacated(child: Any) -> bool:
     return isinstance(child, _Container) and bool(child.before) and all(map(_vacated, child.entries.values()))
 
 
+def _is_stale(child: Any, following: str, *, is_list: bool) -> bool:
+    """Whether a container gives way to one of another kind: a list for positions, or a dict where a list was."""
+    return _vacated(child) and (is_list or (child.positional and number_of(following) is None))
+
+
 class _Place(NamedTuple):
     """The place of a leaf: the containers from the root to its own, the key in each, and what seals it in, or None."""
 
@@ -215,7 +200,6 @@ class Draft:
     """An opened tree, closed again by `root.close`.
 
     Attributes:
-        root: its outermost container.
         places: leaf number → its place.
         clashes: a sentence on each leaf whose new place is taken.
     """
@@ -280,8 +264,8 @@ class Draft:
             if depth == len(path) - 1:
                 break
             inner = container.entries.get(key)
-            if key not in container.entries:
-                following, like = path[depth + 1]
+            following, like = path[depth + 1]
+            if key not in container.entries or _is_stale(inner, following, is_list=depth + 1 == position):
                 template = old.chain[like] if like is not None else None
                 here = (*container.path, text)
                 inner = _list_in(self.root, here) if depth + 1 == position else _like(template, following, here)
@@ -354,8 +338,6 @@ def _entry(names: Names, key: Any, met: set[Label]) -> Any:
     """The entry of an index for a key: a leaf number, the names below it, or None if there are no arrays.
 
     Args:
-        names: the names of the container.
-        key: one of its keys.
         met: the last labels of the keys before; a further key with the same text has a label with a serial.
     """
     *first, last = labels(key)
@@ -369,7 +351,6 @@ def _entry(names: Names, key: Any, met: set[Label]) -> Any:
 
 
 def _numbers(entry: Any) -> Iterator[int]:
-    """The leaf numbers of an entry and below it."""
     if type(entry) is int:
         yield entry
     for child in entry.values() if type(entry) is dict else ():

@@ -22,14 +22,7 @@ _AT_ONCE = 8 * CHUNK
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two leaves to compare.
-
-    Attributes:
-        old: the tree of the first.
-        a: its number.
-        new: the tree of the second.
-        b: its number.
-    """
+    """Two leaves to compare: number `a` of the tree `old`, and `b` of `new`."""
 
     old: Leaves
     a: int

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from paramend.evidence.distances import FIGURES, Distance
 from paramend.leaves.paths import natural
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Histogram, Page
@@ -14,12 +15,11 @@ from paramend.reports.report import Line, Section
 
 DIFFERENT = ("changed", "respecified", "renamed", "removed", "added")
 PARTS = (*DIFFERENT, "identical")
-_FIGURES = ("differing", "nonfinite", "max_abs", "relative_l2", "cosine", "max_ulp")
 _HEADER = ("differ", "max abs", "rel l2", "cosine", "ulp")
 
 
 @dataclass(frozen=True, slots=True)
-class DiffRow:
+class DiffRow(Distance):
     """What became of one leaf. The figures of leaves that were not compared are None.
 
     Attributes:
@@ -49,12 +49,6 @@ class DiffRow:
     was: str = ""
     shape_before: tuple[int, ...] | None = None
     dtype_before: str | None = None
-    differing: int | None = None
-    nonfinite: int = 0
-    max_abs: float | int | None = None
-    relative_l2: float | None = None
-    cosine: float | None = None
-    max_ulp: int | None = None
     transposed: tuple[int, ...] | None = None
     allowed: bool = True
 
@@ -83,10 +77,9 @@ class DiffRow:
         names = ["path", "also", "shape", "dtype", "nbytes", "allowed"]
         names += ["was"] * bool(self.was)
         names += ["shape_before", "dtype_before"] * (self.shape_before is not None)
-        names += _FIGURES if self.differing is not None else ()
+        names += FIGURES if self.differing is not None else ()
         names += ["transposed"] * (self.transposed is not None)
-        found = asdict(self)
-        return {name: list(value) if isinstance(value := found[name], tuple) else value for name in names}
+        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
 
 
 def said(kind: str, row: DiffRow) -> str:
@@ -155,7 +148,6 @@ class DiffReport(Paged):
         }
 
     def headline(self) -> str:
-        """The summary in one sentence."""
         counts = {name: len(getattr(self, name)) for name in PARTS}
         every = sum(counts.values())
         nbytes = wording.size(sum(part["nbytes"] for part in self.totals.values()))
@@ -185,22 +177,16 @@ class DiffReport(Paged):
     def page(self) -> Page:
         """The tree b as a map, coloured by what became of each leaf, beside the leaves that b lacks."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
-        paths = [row.path for _, row in rows]
-        return Page(
-            "diff",
-            self.headline(),
-            paths,
-            [row.spec.size for _, row in rows],
-            [
-                Column("spec", [str(row.spec) for _, row in rows], "text"),
-                Column(
-                    "was", [row.was or (str(row.spec_before) if row.shape_before else "") for _, row in rows], "text"
-                ),
-                *(Column(name.replace("_", " "), [getattr(row, name) for _, row in rows]) for name in _FIGURES),
-            ],
-            [name if row.allowed else f"{name}, unexpected" for name, row in rows],
-            histograms={place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms},
-        )
+        was = [row.was or (str(row.spec_before) if row.shape_before else "") for _, row in rows]
+        columns = [
+            Column("spec", [str(row.spec) for _, row in rows], "text"),
+            Column("was", was, "text"),
+            *(Column(name.replace("_", " "), [getattr(row, name) for _, row in rows]) for name in FIGURES),
+        ]
+        paths, sizes = [row.path for _, row in rows], [row.spec.size for _, row in rows]
+        groups = [name if row.allowed else f"{name}, unexpected" for name, row in rows]
+        drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
+        return Page("diff", self.headline(), paths, sizes, columns, groups, histograms=drawn)
 
     @property
     def changes(self) -> dict[str, str]:
@@ -208,7 +194,6 @@ class DiffReport(Paged):
         return {row.path: said(name, row) for name in DIFFERENT for row in getattr(self, name)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         rows = {name: [row.to_dict() for row in getattr(self, name)] for name in PARTS}
         return {"different": bool(self), "only": self.only, "totals": self.totals, **rows}
 

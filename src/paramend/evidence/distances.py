@@ -1,7 +1,7 @@
 """Distances between two arrays, in one pass and in bounded memory."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,16 @@ _RUN = 1 << 15
 _UNSIGNED = frozenset({"float8_e8m0fnu"})  # floats without a sign
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Distance:
-    """How far apart two arrays of one shape are, computed in float64.
+    """How far apart two arrays of one shape are, computed in float64: the figures of a `DiffRow`, which describes them.
 
-    Attributes:
-        differing: how many elements differ bit by bit (for two dtypes: in value); None if their width is unknown.
-        nonfinite: how many of these are NaN or inf on a side. The figures below are of the elements that are finite on
-            both sides.
-        max_abs: the greatest |b - a|, exact for integers; None if no finite element differs, or they are not numbers.
-        relative_l2: ‖b - a‖ / ‖a‖; inf if a is 0.
-        cosine: the cosine of the angle between the two as vectors; None if one of them is 0.
-        max_ulp: the greatest distance in units in the last place: the number of floats of this dtype between, plus one;
-            0 between -0.0 and +0.0. None if they are not floats.
+    Elements of two dtypes differ if their values do. `relative_l2` is inf if the old values are 0, and `cosine` is None
+    if one side is 0. `max_abs` is exact for integers; None if no finite element differs, or they are not numbers.
+    `max_ulp` is the number of floats of the dtype between, plus one; 0 between -0.0 and +0.0; None if not floats.
     """
 
-    differing: int | None
+    differing: int | None = None
     nonfinite: int = 0
     max_abs: float | int | None = None
     relative_l2: float | None = None
@@ -38,7 +32,10 @@ class Distance:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures by name."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in FIGURES}
+
+
+FIGURES = tuple(field.name for field in fields(Distance))
 
 
 class Gap:
@@ -90,14 +87,15 @@ class Gap:
 
     def distance(self) -> Distance:
         """The distance of all elements so far."""
+        seen = Distance(differing=self.differing, nonfinite=self.nonfinite, max_abs=self.max_abs, max_ulp=self.max_ulp)
         if self.max_abs is None:
-            return Distance(self.differing, self.nonfinite, max_ulp=self.max_ulp)
+            return seen
         old, new = (math.sqrt(total([*self.same, *part])) for part in (self.old, self.new))
         moved = math.sqrt(total(self.moved))
         dot = total([*self.same, *self.dots])
         cosine = max(-1.0, min(1.0, dot / old / new)) if old and new else None
         relative = moved / old if old else math.inf if moved else 0.0
-        return Distance(self.differing, self.nonfinite, self.max_abs, relative, cosine, self.max_ulp)
+        return replace(seen, relative_l2=relative, cosine=cosine)
 
     def _add(self, a: Array, b: Array) -> None:
         one = a.dtype == b.dtype

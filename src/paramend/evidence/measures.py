@@ -1,7 +1,7 @@
 """Measures of a leaf's values, in one pass and in bounded memory."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,33 +13,25 @@ from paramend.leaves.specs import Array
 _RUN = 1 << 15
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measures:
-    """Statistics of the values of a leaf, computed in float64; of complex values, those of their absolute values.
+    """The measures of a `StatsRow`, which tells what they are."""
 
-    Attributes:
-        min: the least value that is not NaN; None if all are NaN.
-        max: the greatest value that is not NaN; None if all are NaN.
-        mean: the mean of the finite values; None if no value is finite.
-        std: the standard deviation of the finite values, divided by their number; None if no value is finite.
-        norm: the L2 norm of the finite values; None if no value is finite.
-        zeros: how many values are 0.
-        nans: how many are NaN.
-        infs: how many are infinite.
-    """
-
-    min: float | None
-    max: float | None
-    mean: float | None
-    std: float | None
-    norm: float | None
-    zeros: int
-    nans: int
-    infs: int
+    min: float | None = None
+    max: float | None = None
+    mean: float | None = None
+    std: float | None = None
+    norm: float | None = None
+    zeros: int | None = None
+    nans: int | None = None
+    infs: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The measures by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in MEASURES}
+
+
+MEASURES = tuple(field.name for field in fields(Measures))
 
 
 class Tally:

@@ -1,20 +1,28 @@
-"""Reading: one pass over all elements of some streams, on two threads, in pieces made as they are needed."""
+"""Reading: one pass over all elements of some streams, in pieces made as they are needed.
+
+It is done on two threads: numpy, file reads and memory comparisons release the GIL.
+"""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TypeVar
 
 from paramend.evidence.streams import CHUNK, Desk, Stream
-from paramend.evidence.work import spread
 from paramend.leaves.specs import Array
 
+T = TypeVar("T")
 R = TypeVar("R")
 Task = tuple[int, tuple[Stream, ...]]
 
 # The bytes that one thread takes at a time.
 _SPAN = 32 << 20
+_THREADS = 2
+_WAITING = 4  # batches in flight: their arrays are in memory
 
 
 def looked(tasks: Iterable[Task], look: Callable[["Span", Desk], R]) -> Iterator[tuple["Span", R]]:
@@ -31,20 +39,13 @@ def looked(tasks: Iterable[Task], look: Callable[["Span", Desk], R]) -> Iterator
         with turn if batch[0].in_turn else nullcontext(), Desk() as desk:
             return [(span, look(span, desk)) for span in batch]
 
-    for results in spread(_batches(tasks), run):
+    for results in _spread(_batches(tasks), run):
         yield from results
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Some elements of streams that are read together.
-
-    Attributes:
-        index: the number of the task.
-        streams: the streams, of one size.
-        start: the first element.
-        stop: the element after the last.
-    """
+    """Some elements of the streams of a task, which are of one size and are read together."""
 
     index: int
     streams: tuple[Stream, ...]
@@ -88,3 +89,28 @@ def _batches(tasks: Iterable[Task]) -> Iterator[Sequence[Span]]:
                 batch, nbytes = [], 0
     if batch:
         yield batch
+
+
+def _spread(pieces: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
+    """The result of `run` for each piece, in order. Pieces are made as they are needed.
+
+    >>> list(_spread(range(5), lambda n: n * n))
+    [0, 1, 4, 9, 16]
+    """
+    coming = iter(pieces)
+    first = list(islice(coming, 2))
+    if len(first) < 2:
+        yield from map(run, first)
+        return
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="paramend") as pool:
+        try:
+            for piece in chain(first, coming):
+                waiting.append(pool.submit(run, piece))
+                if len(waiting) > _WAITING:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -2,21 +2,22 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from paramend.evidence.measures import MEASURES, Measures
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Histogram, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
 
-MEASURES = ("min", "max", "mean", "std", "norm", "zeros", "nans", "infs")
-SPECTRAL = ("spectral_norm", "stable_rank", "dead", "units")
+_LEAF = ("path", "shape", "dtype", "nbytes", "also", "unread")
+_SPECTRAL = ("spectral_norm", "stable_rank", "dead", "units")
 
 
 @dataclass(frozen=True, slots=True)
-class StatsRow:
+class StatsRow(Measures):
     """Statistics of the values of one leaf, computed in float64; of complex values, those of their absolute values.
 
     Attributes:
@@ -46,14 +47,6 @@ class StatsRow:
     nbytes: int
     also: tuple[str, ...] = ()
     unread: str = ""
-    min: float | None = None
-    max: float | None = None
-    mean: float | None = None
-    std: float | None = None
-    norm: float | None = None
-    zeros: int | None = None
-    nans: int | None = None
-    infs: int | None = None
     spectral_norm: float | None = None
     stable_rank: float | None = None
     dead: int | None = None
@@ -71,9 +64,8 @@ class StatsRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
-        found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        unasked = () if self.units is not None else SPECTRAL
-        return {name: value for name, value in found.items() if name not in unasked}
+        names = (*_LEAF, *MEASURES, *(_SPECTRAL if self.units is not None else ()))
+        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
 
 
 @dataclass(repr=False)
@@ -99,7 +91,6 @@ class StatsReport(Paged):
         }
 
     def headline(self) -> str:
-        """The summary in one sentence."""
         totals = self.totals
         odd = [f"{totals[name]:,} {said}" for name, said in (("nans", "NaN"), ("infs", "inf")) if totals[name]]
         norm = "-" if totals["norm"] is None else f"{totals['norm']:.4g}"
@@ -126,24 +117,16 @@ class StatsReport(Paged):
 
     def page(self) -> Page:
         """The tree as a map, coloured by norm."""
-        names = [*MEASURES, *(SPECTRAL if any(row.units is not None for row in self.leaves) else ())]
-        return Page(
-            "stats",
-            self.headline(),
-            [row.path for row in self.leaves],
-            [row.spec.size for row in self.leaves],
-            [
-                Column("spec", [str(row.spec) for row in self.leaves], "text"),
-                *(Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names),
-            ],
-            histograms={
-                n: self.histograms[row.path] for n, row in enumerate(self.leaves) if row.path in self.histograms
-            },
-            colour="norm",
-        )
+        names = [*MEASURES, *(_SPECTRAL if any(row.units is not None for row in self.leaves) else ())]
+        columns = [
+            Column("spec", [str(row.spec) for row in self.leaves], "text"),
+            *(Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names),
+        ]
+        paths, sizes = [row.path for row in self.leaves], [row.spec.size for row in self.leaves]
+        drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
+        return Page("stats", self.headline(), paths, sizes, columns, histograms=drawn, colour="norm")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         return {"totals": self.totals, "leaves": [row.to_dict() for row in self.leaves]}
 
 

@@ -3,14 +3,19 @@
 import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol
+
+import numpy as np
 
 from paramend.disk.identity import check_unchanged
 from paramend.disk.io import get, get_into
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
-from paramend.leaves.leaves import Index, entries
+from paramend.formats.source import Opened, check_readable, in_numpy
+from paramend.leaves.leaves import Index
+from paramend.leaves.origins.origin import Extent
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _SMALL = 1 << 20
@@ -125,25 +130,49 @@ def closed(path: Path) -> BadArgument:
     return BadArgument(f"{path} is closed", hint=f'pm.open("{path}")')
 
 
-class FileSource:
-    """What sources over a single file share. Use it as a context manager, or `close()` it.
+class Row(Protocol):
+    """What a file says of a leaf."""
+
+    @property
+    def spec(self) -> Spec:
+        """Shape and dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes in the file."""
+
+
+class FileSource(Opened):
+    """What sources over a single file share. Use one as a context manager, or `close()` it.
 
     Attributes:
         path: as the user gave it.
+        rows: of each leaf, its spec and where its bytes are.
+        ties: nothing, for formats in which each leaf has one name.
+
+    Raises:
+        CannotRead: there is no such file, or no permission to read it.
+        BadCheckpoint: it is damaged, or of another format.
     """
 
     index: Index
-    path: Path
-    _file: OpenFile
+    ties: Mapping[int, int] = {}
+    rows: Sequence[Row]
+
+    def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
+        self._file = OpenFile(path, holds=holds)
+        self.path = self._file.path
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"<{self.path}: {wording.plural(len(self.index.numbers), 'leaf', 'leaves')}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def stat(self) -> os.stat_result:
@@ -163,9 +192,56 @@ class FileSource:
         """The descriptor of the open file."""
         return self._file.fileno()
 
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, as masks for a file have them; None for a leaf."""
-        return entries(node)
+    def spec(self, number: int) -> Spec:
+        return self.rows[number].spec
+
+    def nbytes(self, number: int) -> int:
+        return self.rows[number].nbytes
+
+    def refusal(self, number: int) -> str:
+        raise NotImplementedError
+
+    def extent(self, number: int) -> Extent | None:
+        raise NotImplementedError
+
+    def read(self, number: int) -> Array:
+        """The array, read-only; memory-mapped where its bytes are in the file as they are, and aligned.
+
+        Raises:
+            Unsupported: it cannot be read as an array.
+            BadCheckpoint: its bytes are damaged, or the file has become shorter since it was opened.
+        """
+        check_readable(self, number)
+        spec, extent = self.spec(number), self.extent(number)
+        mapped = extent is not None and extent.nbytes
+        flat = self._mapped(extent.start, spec) if extent and mapped else self.read_range(number, 0, spec.size)
+        flat.flags.writeable = False
+        with in_numpy(spec.shape):
+            return flat.reshape(spec.shape)
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
+
+        Raises:
+            Unsupported: it cannot be read as an array.
+            BadCheckpoint: its bytes are damaged, or the file has become shorter since it was opened.
+        """
+        check_readable(self, number)
+        extent, dtype = self.extent(number), numpy_dtype(self.spec(number).dtype)
+        if extent is None:
+            return self._gathered(number, start, stop)
+        buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
+        self._file.read_into(buffer.data, extent.start + start * dtype.itemsize)
+        return buffer.view(dtype)
+
+    def _gathered(self, number: int, start: int, stop: int) -> Array:
+        """A range of a leaf whose bytes are not in the file as they are."""
+        return self.read(number).flat[start:stop]
+
+    def _mapped(self, start: int, spec: Spec) -> Array:
+        """The elements in the file from a byte on, as one axis."""
+        flat = np.frombuffer(self._file.map, np.uint8, spec.nbytes, start).view(numpy_dtype(spec.dtype))
+        return flat if flat.flags.aligned else flat.copy()
 
 
 def open_regular(path: Path, *, holds: str = "") -> int:

@@ -10,21 +10,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from paramend.leaves.leaves import Index, entries, uncollected
+from paramend.formats.source import Opened
+from paramend.leaves.leaves import Index, uncollected
 from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import Label
 from paramend.leaves.specs import Array, Spec
 
 
-class Gathered:
+class Gathered(Opened):
     """Leaves from anywhere as one source.
 
     Attributes:
         base: the checkpoint whose directory layout, metadata and format the result has.
         texts: new contents of files beside the weights, by name, where they differ from those of `base`.
         index: the names; leaf `n` is the n-th one given.
-        ties: leaf number → the first number of the same leaf.
 
     >>> from paramend.leaves.paths import labels
     >>> from paramend.leaves.origins.moved import join
@@ -77,22 +77,18 @@ class Gathered:
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """The stat result of each file when it was opened."""
         found: dict[Path, os.stat_result] = {}
         for source in self.sources:
             found |= source.stats
         return found
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         return self.origins[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf."""
         return self.origins[number].nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         return self.origins[number].refusal
 
     def extent(self, number: int) -> Extent | None:
@@ -104,20 +100,14 @@ class Gathered:
         return self.origins[number].extents
 
     def read(self, number: int) -> Array:
-        """A leaf."""
         return self.origins[number].read()
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A range of the elements of a leaf in C order."""
         return self.origins[number].read_range(start, stop)
 
     def ranges(self, number: int) -> Iterator[tuple[int, int]]:
         """Ranges of the elements of a leaf, first to last, that are best read one by one."""
         return self.origins[number].ranges()
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
-        return entries(node)
 
     def close(self) -> None:
         """Close the files of all sources."""

@@ -39,13 +39,7 @@ class ShardIndex:
         return sorted(set(self.weight_map.values()))
 
     def to_bytes(self, weight_map: Mapping[str, str], *, nbytes: int, size: int) -> bytes:
-        """The text of an index for other tensors; everything else in the file stays.
-
-        Args:
-            weight_map: tensor → file.
-            nbytes: the bytes of all tensors.
-            size: the scalars of all tensors.
-        """
+        """The text of an index for other tensors, of so many bytes and scalars; everything else in the file stays."""
         metadata = dict(self.table.get("metadata") or {})
         metadata["total_size"] = nbytes
         if "total_parameters" in metadata:

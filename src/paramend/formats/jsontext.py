@@ -22,7 +22,6 @@ def parse_object(raw: bytes, file: str, place: str, *, flat: bool = False) -> di
     """A JSON object, validated.
 
     Args:
-        raw: the text.
         file: what messages call the file.
         place: what messages call this text.
         flat: whether the caller refuses what is nested, as one of a huge text does that must be fast.

@@ -4,23 +4,19 @@ Opening walks the structure and skips the bytes of arrays, which are contiguous.
 msgpack package is needed.
 """
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.files import FileSource, OpenFile
-from paramend.formats.limits import MAX_PIECES
-from paramend.formats.msgpack_parser import MsgpackEntry, Parser, shown_key
+from paramend.formats.files import FileSource
+from paramend.formats.msgpack_parser import MsgpackEntry, Parser
 from paramend.formats.msgpack_writer import MsgpackWriter
-from paramend.formats.source import check_readable
-from paramend.leaves.leaves import Index
+from paramend.formats.source import padded
+from paramend.formats.structure import Walk
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.outlines import Outline, outline, shown
-from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
+from paramend.leaves.outlines import Outline, outline
+from paramend.leaves.specs import BITS, Array, numpy_dtype
 
 WRITER = MsgpackWriter()
 
@@ -32,17 +28,11 @@ class MsgpackFile(FileSource):
     a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         index: the names; keys of maps and positions of lists, joined by "/".
-        ties: nothing: in a file each array has one name.
         metadata: what else is in the structure, by path: numbers, text, None, lists of these, empty maps.
-        arrays: of each leaf, its spec and where its bytes are.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, or of another format.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp(), "model.msgpack")
     >>> array = b"\x93\x91\x02\xa4int8\xc4\x02\x07\x08"  # shape, dtype, bytes
     >>> _ = path.write_bytes(b"\x82\xa1w\xc7" + bytes([len(array), 1]) + array + b"\xa4step\x05")
@@ -52,90 +42,36 @@ class MsgpackFile(FileSource):
     """
 
     format = "msgpack"
+    rows: Sequence[MsgpackEntry]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = OpenFile(path)
-        self.path = self._file.path
-        self.ties: Mapping[int, int] = {}
-        try:
-            self._structure = Parser(self._file).root()
-            walk = _Walk(self._structure, self.path, room=self._file.size)
-        except BaseException:
-            self.close()
-            raise
-        self.index, self.arrays = walk.index, walk.arrays
+    def _begin(self) -> None:
+        self._structure = Parser(self._file).root()
+        walk = _Walk(self._structure, str(self.path), room=self._file.size)
+        self.index, self.rows = walk.index, walk.leaves
         self.metadata: Mapping[str, Any] = walk.others
 
-    # ---- what is there ---------------------------------------------------------------------------------------
-
     def outline(self) -> Outline:
-        """What is there, with true keys."""
-        numbers = iter(range(len(self.arrays)))
+        numbers = iter(range(len(self.rows)))
         return outline(self._structure, lambda node: next(numbers) if type(node) is MsgpackEntry else None, self.format)
 
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; a dtype that only numpy has, such as str96, is "raw<str96>"."""
-        return self.arrays[number].spec
-
-    def nbytes(self, number: int) -> int:
-        """The bytes of a leaf in the file."""
-        return self.arrays[number].nbytes
-
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is one that only numpy has: its bytes can only be copied"
-        # No other format stores integers of 4 bits; for these floats other formats expect packed bytes.
-        if BITS[dtype] % 8 and dtype.startswith("float"):
-            return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
-        return ""
+        return padded(dtype)
 
     def extent(self, number: int) -> Extent | None:
         """Where the bytes of a leaf are; None if flax split it (above 1 GB), or if its values are padded."""
-        entry = self.arrays[number]
+        entry = self.rows[number]
         if len(entry.pieces) != 1 or BITS.get(entry.spec.dtype, 8) % 8:
             return None
         return Extent(self.path, *entry.pieces[0])
 
-    # ---- reading ---------------------------------------------------------------------------------------------
-
-    def read(self, number: int) -> Array:
-        """The array, read-only; memory-mapped if it is aligned and contiguous in the file.
-
-        Raises:
-            Unsupported: the dtype is one that only numpy has.
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
-        check_readable(self, number)
-        entry = self.arrays[number]
-        dtype = numpy_dtype(entry.spec.dtype)
-        flat: Array
-        if len(entry.pieces) == 1 and entry.nbytes:
-            flat = np.frombuffer(self._file.map, np.uint8, entry.nbytes, entry.pieces[0][0]).view(dtype)
-            if not flat.flags.aligned:
-                flat = flat.copy()
-        else:
-            flat = self.read_range(number, 0, entry.spec.size)
-        flat.flags.writeable = False
-        try:
-            return flat.reshape(entry.spec.shape)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
-            raise Unsupported(f"numpy has no array of shape {entry.spec.shape}: {error}") from error
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
-
-        Raises:
-            Unsupported: the dtype is one that only numpy has.
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
-        check_readable(self, number)
-        entry = self.arrays[number]
-        dtype = numpy_dtype(entry.spec.dtype)
+    def _gathered(self, number: int, start: int, stop: int) -> Array:
+        dtype = numpy_dtype(self.spec(number).dtype)
         buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         first, at = start * dtype.itemsize, 0
-        for place, length in entry.pieces:
+        for place, length in self.rows[number].pieces:
             if first < length and at < len(buffer):
                 count = min(length - first, len(buffer) - at)
                 self._file.read_into(buffer[at : at + count].data, place + first)
@@ -144,62 +80,5 @@ class MsgpackFile(FileSource):
         return buffer.view(dtype)
 
 
-# ---- the tree ------------------------------------------------------------------------------------------------
-
-
-class _Walk:
-    """The leaves of a structure.
-
-    Attributes:
-        index: the names.
-        arrays: by number.
-        others: path → what neither is nor holds an array; lists of plain values are kept whole.
-    """
-
-    def __init__(self, root: Any, path: Path, *, room: int) -> None:
-        self._room = 64_000_000 + 16 * room  # for the characters of all paths: many values may be under a long key
-        self.index = Index("/")
-        self.arrays: list[MsgpackEntry] = []
-        self.others: dict[str, Any] = {}
-        self._file = path
-        self._trail: list[Any] = []
-        if type(root) is MsgpackEntry:
-            self._visit({"": root}, self.index.names, 0)
-        elif type(root) in (dict, list) and root:
-            self._visit(root, self.index.names, 0)
-        elif type(root) is not dict:
-            self.others[""] = root
-
-    def _visit(self, node: Any, names: dict[Any, Any], pieces: int) -> None:
-        for key, child in node.items() if type(node) is dict else enumerate(node):
-            self._trail.append(key)
-            below = pieces + (key.count(".") + key.count("/") if type(key) is str else 0) + 1
-            if below > MAX_PIECES:
-                place = shown_key(self._path())
-                raise BadCheckpoint(f"{self._file}: {place}: the name has more than {MAX_PIECES} pieces")
-            self._room -= sum(len(key) if type(key) is str else 20 for key in self._trail)
-            if self._room < 0:
-                raise BadCheckpoint(f"{self._file}: too many values are under long keys")
-            if type(child) is MsgpackEntry:
-                number = len(self.arrays)
-                self.arrays.append(child)
-                self.index.numbers.append(number)
-                self.index.add(names, key, number)
-            elif _is_plain(child):
-                self.others[self._path()] = child
-            else:
-                inner: dict[Any, Any] = {}
-                self._visit(child, inner, below)
-                if inner:
-                    self.index.add(names, key, inner)
-            self._trail.pop()
-
-    def _path(self) -> str:
-        return shown(tuple(self._trail))
-
-
-def _is_plain(node: Any) -> bool:
-    """Whether it is not a container, is an empty one, or is a list of plain values."""
-    if type(node) is list:
-        return not any(type(child) in (dict, list, MsgpackEntry) for child in node)
-    return type(node) is not dict or not node
+class _Walk(Walk):
+    kind, separator = MsgpackEntry, "/"

@@ -70,9 +70,6 @@ class _Open:
     """A map or a list of which some entries are still to be read.
 
     Attributes:
-        start: where it begins.
-        held: what has been read.
-        left: how many entries are left.
         key: the key of the next value of a map.
     """
 
@@ -158,7 +155,6 @@ class Parser:
         raise self._bad(start, f"no msgpack value begins with {first:#04x}")
 
     def _value(self) -> Any:
-        """The next value, with all that is in it."""
         open_: list[_Open] = []
         found = self._begin(open_)
         while open_:

@@ -38,13 +38,11 @@ class MsgpackWriter:
     flat = False
 
     def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in BITS or BITS[spec.dtype] % 8:
             return f"flax cannot write {spec.dtype}"
         return ""
 
     def holds(self, value: Any) -> bool:
-        """Whether the format has a place for an entry that is not an array."""
         if isinstance(value, list | tuple) and type(value) is not Extension:
             return all(map(self.holds, value))
         if isinstance(value, np.generic):
@@ -69,7 +67,6 @@ class MsgpackWriter:
         return _emit(self._tree(outline or outline_of_items(items)), items)
 
     def _tree(self, outline: Outline) -> Any:
-        """Nested maps and lists with the place of each item."""
         own, holds = outline.format == "msgpack", once(self.holds)
         entries = [
             (_path(keys, value, own=own), value)
@@ -94,7 +91,6 @@ def _as_flax(value: Any) -> Any:
 
 
 def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | LeafBytes]:
-    """The bytes of a value, in order."""
     if type(node) is Place:
         yield from _item(node.number, items[node.number])
     elif isinstance(node, dict):
@@ -160,20 +156,18 @@ def _plain(value: Any) -> bytes:
     return _sized(len(encoded), 0xD9) + encoded
 
 
-def _sized(length: int, first: int) -> bytes:
+_FORMS = ((">B", 1 << 8), (">H", 1 << 16), (">I", 1 << 32))
+
+
+def _sized(length: int, first: int, forms: Sequence[tuple[str, int]] = _FORMS) -> bytes:
     """The head of a value of so many bytes, for lengths of one, two or four bytes."""
-    for step, form, most in ((0, ">B", 1 << 8), (1, ">H", 1 << 16), (2, ">I", 1 << 32)):
+    for step, (form, most) in enumerate(forms):
         if length < most:
             return bytes([first + step]) + struct.pack(form, length)
     raise Unsupported(f"a msgpack value cannot have {length:,} bytes")
 
 
 def _count(values: Any, short: tuple[int, int], first: int) -> bytes:
-    """The head of a list or a map."""
     if len(values) <= short[1]:
         return bytes([short[0] | len(values)])
-    return (
-        bytes([first]) + struct.pack(">H", len(values))
-        if len(values) < 1 << 16
-        else bytes([first + 1]) + struct.pack(">I", len(values))
-    )
+    return _sized(len(values), first, _FORMS[1:])

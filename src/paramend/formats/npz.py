@@ -5,20 +5,19 @@ contiguous and are memory-mapped. Those of `numpy.savez_compressed` are decompre
 """
 
 import ast
-import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from paramend.errors import BadCheckpoint, Unsupported
+from paramend.errors import BadCheckpoint
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
-from paramend.formats.source import check_readable
+from paramend.formats.source import check_readable, in_numpy
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
 from paramend.leaves.leaves import Index, separator_of
@@ -74,16 +73,8 @@ class NpzFile(ZipSource):
     Use it as a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
-        ties: nothing: in a file each array has one name.
         metadata: what else is in the archive, by name, as bytes.
-        arrays: of each leaf, where it is and how it is stored.
-        archive: the members of the zip.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, or of another format.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -95,44 +86,27 @@ class NpzFile(ZipSource):
     """
 
     format = "npz"
+    rows: Sequence[NpzEntry]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = OpenFile(path)
-        self.path = self._file.path
-        self.ties: Mapping[int, int] = {}
+    def _begin(self) -> None:
         self._stream: _Stream | None = None
-        try:
-            _check_kind(self._file)
-            self.archive = Archive(self._file)
-            members = self.archive.members.values()
-            for member in members:
-                _check_member(self.archive, member)
-            self.arrays = [_entry(self.archive, member) for member in members if member.name.endswith(".npy")]
-            names = [entry.name for entry in self.arrays]
-            self.index = Index.of_names(names, separator_of(names))
-            self.metadata: Mapping[str, Any] = {
-                member.name: _other(self.archive, member) for member in members if not member.name.endswith(".npy")
-            }
-        except BaseException:
-            self.close()
-            raise
+        _check_kind(self._file)
+        self.archive = Archive(self._file)
+        members = self.archive.members.values()
+        for member in members:
+            _check_member(self.archive, member)
+        self.rows = [_entry(self.archive, member) for member in members if member.name.endswith(".npy")]
+        names = [entry.name for entry in self.rows]
+        self.index = Index.of_names(names, separator_of(names))
+        self.metadata: Mapping[str, Any] = {
+            member.name: _other(self.archive, member) for member in members if not member.name.endswith(".npy")
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None}  # a copy starts over
 
-    # ---- what is there ---------------------------------------------------------------------------------------
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; a dtype that only numpy has, such as text, is "raw<U3>"."""
-        return self.arrays[number].spec
-
-    def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf, decompressed; for an array of objects, those of its pickle."""
-        return self.arrays[number].nbytes
-
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
-        return self.arrays[number].sealed
+        return self.rows[number].sealed
 
     def extent(self, number: int) -> Extent | None:
         """Where the bytes of a leaf are; None if they are compressed, big-endian, or in Fortran order.
@@ -140,64 +114,45 @@ class NpzFile(ZipSource):
         Raises:
             BadCheckpoint: the member's two headers in the zip disagree.
         """
-        entry = self.arrays[number]
-        if not entry.straight or self.archive.members[entry.member].method != STORED:
-            return None
-        return Extent(self.path, self.archive.offsets(entry.member).start + entry.head, entry.nbytes)
-
-    # ---- reading ---------------------------------------------------------------------------------------------
+        entry = self.rows[number]
+        place = self._place(entry) if entry.straight else None
+        return None if place is None else Extent(self.path, place, entry.nbytes)
 
     def read(self, number: int) -> Array:
-        """The array, read-only; memory-mapped if it is uncompressed and aligned.
-
-        Raises:
-            Unsupported: it holds Python objects, or has a dtype that only numpy has.
-            BadCheckpoint: the bytes cannot be decompressed, or their checksum differs.
-        """
-        entry = self.arrays[number]
+        entry = self.rows[number]
+        if entry.straight:
+            return super().read(number)
         check_readable(self, number)
-        dtype = numpy_dtype(entry.spec.dtype)
-        stored = self.archive.members[entry.member].method == STORED
-        if stored and entry.nbytes:
-            start = self.archive.offsets(entry.member).start + entry.head
-            flat = np.frombuffer(self._file.map, np.uint8, entry.nbytes, start).view(dtype)
-            if not flat.flags.aligned:
-                flat = flat.copy()
-        else:
-            flat = self._inflated(entry, 0, entry.nbytes).view(dtype)
+        place, dtype = self._place(entry), numpy_dtype(entry.spec.dtype)
+        stored = place is not None and entry.nbytes
+        flat = (
+            self._mapped(place, entry.spec) if place and stored else self._inflated(entry, 0, entry.nbytes).view(dtype)
+        )
         if entry.swapped:
             flat = flat.byteswap()
         flat.flags.writeable = False
-        try:
+        with in_numpy(entry.spec.shape):
             return flat.reshape(entry.spec.shape, order="F" if entry.fortran else "C")
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
-            raise Unsupported(f"numpy has no array of shape {entry.spec.shape}: {error}") from error
 
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis.
-
-        Memory is bounded by the range, unless a compressed array is in Fortran order. Consecutive ranges of a
-        compressed array share one decompression.
-
-        Raises:
-            Unsupported: it holds Python objects, or has a dtype that only numpy has.
-            BadCheckpoint: the file has become shorter, the bytes cannot be decompressed, or their checksum differs.
-        """
-        entry = self.arrays[number]
-        check_readable(self, number)
+    def _gathered(self, number: int, start: int, stop: int) -> Array:
+        # Memory is bounded, unless the array is in Fortran order. Ranges in a row share one decompression.
+        entry = self.rows[number]
         if entry.fortran:
-            return self.read(number).flat[start:stop]
-        dtype = numpy_dtype(entry.spec.dtype)
+            return super()._gathered(number, start, stop)
+        place, dtype = self._place(entry), numpy_dtype(entry.spec.dtype)
         first, nbytes = start * dtype.itemsize, (stop - start) * dtype.itemsize
-        if self.archive.members[entry.member].method == STORED:
-            buffer = np.empty(nbytes, np.uint8)
-            self._file.read_into(buffer.data, self.archive.offsets(entry.member).start + entry.head + first)
-        else:
+        if place is None:
             buffer = self._inflated(entry, first, nbytes)
+        else:
+            buffer = np.empty(nbytes, np.uint8)
+            self._file.read_into(buffer.data, place + first)
         found = buffer.view(dtype)
         return found.byteswap() if entry.swapped else found
 
-    # ---- behind the scenes -----------------------------------------------------------------------------------
+    def _place(self, entry: NpzEntry) -> int | None:
+        """The offset of the first byte of an array; None if it is compressed."""
+        stored = self.archive.members[entry.member].method == STORED
+        return self.archive.offsets(entry.member).start + entry.head if stored else None
 
     def _inflated(self, entry: NpzEntry, start: int, nbytes: int) -> Array:
         """Bytes of a compressed array, or of an empty one."""
@@ -232,10 +187,7 @@ class _Stream:
     def pull(self, most: int) -> bytes:
         """Up to so many bytes, and at least one."""
         while True:
-            packed = self._inflater.unconsumed_tail
-            if not packed and not self._inflater.eof:
-                packed = self.archive.file.read(self._next, min(self._left, _PIECE))
-                self._next, self._left = self._next + len(packed), self._left - len(packed)
+            packed = self._packed()
             if not packed or self._inflater.eof:
                 raise self.archive.bad(self.member.name, "it decompresses to fewer bytes than the file says")
             data = self._decompress(packed, most)
@@ -258,15 +210,21 @@ class _Stream:
     def finish(self) -> None:
         """Check that the member ends here, and that its bytes match their checksum."""
         while not self._inflater.eof:
-            packed = self._inflater.unconsumed_tail or self.archive.file.read(self._next, min(self._left, _PIECE))
+            packed = self._packed()
             if not packed:
                 raise self.archive.bad(self.member.name, "its compressed bytes are cut short")
-            if not self._inflater.unconsumed_tail:
-                self._next, self._left = self._next + len(packed), self._left - len(packed)
             if self._decompress(packed, 1):
                 raise self.archive.bad(self.member.name, "it decompresses to more bytes than the file says")
         if self._crc != self.member.crc:
             raise self.archive.bad(self.member.name, "its bytes do not match their checksum (CRC32)")
+
+    def _packed(self) -> bytes:
+        """Compressed bytes that were not used, or the next ones; none at the end."""
+        packed = self._inflater.unconsumed_tail
+        if not packed and not self._inflater.eof:
+            packed = self.archive.file.read(self._next, min(self._left, _PIECE))
+            self._next, self._left = self._next + len(packed), self._left - len(packed)
+        return packed
 
     def _decompress(self, packed: bytes, most: int) -> bytes:
         try:

@@ -32,7 +32,6 @@ class NpzWriter:
     flat = True
 
     def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
 
     def holds(self, value: Any) -> bool:

@@ -350,10 +350,7 @@ def _open_folder(path: Path) -> Source:
         raise _distributed(path)
     inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
     below = [name for name in inside if any((path / name).glob("*.safetensors"))]
-    if not inside:
-        held = "it is empty"
-    else:
-        held = f"it holds {wording.listing(inside, 4)}"
+    held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
     raise BadCheckpoint(
         f"{path}: it is a directory without a checkpoint: {held}",
         hint=f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax",

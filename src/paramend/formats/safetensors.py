@@ -7,18 +7,13 @@ too, except unknown dtypes: their tensors are listed and copied, never read or e
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
-
-from paramend.errors import Unsupported
 from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors_header import MAX_HEADER, Header, SafetensorsWriter, parse_header
-from paramend.formats.source import check_readable
 from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
+from paramend.leaves.specs import BITS
 from paramend.reports import wording
 
 WRITER = SafetensorsWriter()
@@ -42,16 +37,12 @@ class SafetensorsFile(FileSource):
     arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         header: names, specs, offsets and metadata.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
-        ties: nothing: in a file each tensor has one name.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, or of another format.
 
     >>> import tempfile
+    >>> from pathlib import Path
+    >>> from paramend.leaves.specs import Spec
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
     >>> from paramend.formats.safetensors_header import write_header
     >>> header = write_header({"fc.weight": Spec((2, 1), "float32")})
@@ -64,14 +55,11 @@ class SafetensorsFile(FileSource):
     format = "safetensors"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.ties: Mapping[int, int] = {}
-        self._file = OpenFile(self.path, holds="*.safetensors")
-        try:
-            self.header = _read_header(self._file)
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(path, holds="*.safetensors")
+
+    def _begin(self) -> None:
+        self.header = _read_header(self._file)
+        self.rows = self.header.entries
 
     @cached_property
     def index(self) -> Index:  # type: ignore[override]  # made on first use
@@ -90,19 +78,9 @@ class SafetensorsFile(FileSource):
         return self.header.metadata or {}
 
     def release(self) -> None:
-        """Close the descriptor until a leaf is read again: of many files only a few need to be open."""
         self._file.release()
 
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
-        return self.header.entries[number].spec
-
-    def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf in the file, also for a dtype of unknown width."""
-        return self.header.entries[number].nbytes
-
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is unknown: its bytes can only be copied"
@@ -111,47 +89,8 @@ class SafetensorsFile(FileSource):
         return ""
 
     def extent(self, number: int) -> Extent:
-        """Where the bytes of a leaf are."""
         entry = self.header.entries[number]
         return Extent(self.path, self.header.nbytes + entry.start, entry.nbytes)
-
-    def read(self, number: int) -> Array:
-        """The array, read-only and memory-mapped: pages are read when touched.
-
-        Raises:
-            Unsupported: the dtype is unknown or packed.
-        """
-        spec, entry = self.spec(number), self.header.entries[number]
-        check_readable(self, number)
-        if not entry.nbytes:
-            return self._shaped(np.frombuffer(b"", numpy_dtype(spec.dtype)), number)
-        array = np.frombuffer(self._file.map, np.uint8, entry.nbytes, self.header.nbytes + entry.start)
-        array = array.view(numpy_dtype(spec.dtype))
-        if not array.flags.aligned:
-            array = array.copy()
-            array.flags.writeable = False
-        return self._shaped(array, number)
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
-
-        Raises:
-            Unsupported: the dtype is unknown or packed.
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
-        check_readable(self, number)
-        dtype = numpy_dtype(self.spec(number).dtype)
-        buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
-        offset = self.header.nbytes + self.header.entries[number].start + start * dtype.itemsize
-        self._file.read_into(buffer.data, offset)
-        return buffer.view(dtype)
-
-    def _shaped(self, array: Array, number: int) -> Array:
-        shape = self.spec(number).shape
-        try:
-            return array.reshape(shape)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
-            raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
 
 
 @uncollected()

@@ -72,7 +72,7 @@ class Header:
 
     def to_bytes(self) -> bytes:
         """The bytes at the beginning of the file."""
-        return len(self.raw).to_bytes(8, "little") + self.raw
+        return framed(self.raw, self.nbytes)
 
     def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
         """The header of a file that keeps these tensors, by position in `entries`, under these names and specs.
@@ -158,6 +158,15 @@ def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None =
     return layout(((name, spec, spec.nbytes) for name, spec in specs.items()), metadata)
 
 
+def framed(raw: bytes, nbytes: int) -> bytes:
+    """The first `nbytes` bytes of a file: the length of the header, its JSON text, and spaces, which the format allows.
+
+    >>> framed(b"{}", 16)
+    b'\\x08\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}      '
+    """
+    return (nbytes - 8).to_bytes(8, "little") + raw.ljust(nbytes - 8)
+
+
 def annotated(raw: bytes, key: str, text: str) -> bytes:
     """The JSON text of a header with one more entry in its metadata.
 
@@ -189,11 +198,6 @@ def _encode(table: dict[str, Any]) -> bytes:
 
 def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
     """The header, validated.
-
-    Args:
-        raw: the JSON text.
-        data_nbytes: how many bytes follow it.
-        file: what messages call the file.
 
     Raises:
         BadCheckpoint: a rule is broken; the message names the file, the place and the reason.

@@ -10,9 +10,10 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Flat, Overlapping, Released, Source
-from paramend.leaves.leaves import Index, entries, separator_of, uncollected
+from paramend.formats.source import Flat, Opened, Overlapping, Released, Source
+from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
@@ -21,16 +22,13 @@ from paramend.reports import wording
 _OPEN = 64
 
 
-class Shards:
+class Shards(Opened):
     """A directory of weight files as one `Source`. Made by `open_directory`.
 
     Attributes:
         path: the directory, or the index file, as the user wrote it.
-        folder: the directory.
         files: the weight files in order, each a source.
         shard_index: the index beside them; None if there is none.
-        index: the names of all tensors.
-        ties: leaf number → the first number of the same leaf.
         metadata: the metadata of the files, where all agree.
     """
 
@@ -84,12 +82,6 @@ class Shards:
         leaves = wording.plural(len(self._homes), "leaf", "leaves")
         return f"<{self.path}: {leaves} in {wording.plural(len(self.files), 'file')}>"
 
-    def __enter__(self) -> "Shards":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _check_index(self, shard_index: ShardIndex, where: Mapping[str, int]) -> None:
         for name, shard in shard_index.weight_map.items():
             place = where.get(name)
@@ -106,66 +98,51 @@ class Shards:
         """Which of `files` holds a leaf, and the number of the leaf in it."""
         return self._homes[number]
 
-    def _file(self, number: int) -> tuple[Any, int]:
-        """The file that holds a leaf, ready to be read; the files read last stay open."""
+    def _leaf(self, number: int) -> Stored:
         place, inner = self._homes[number]
+        return Stored(self.files[place], inner)
+
+    def _opened(self, number: int) -> Stored:
+        """A leaf, ready to be read; the files read last stay open."""
+        place, _ = self._homes[number]
         self._open[place] = None
         self._open.move_to_end(place)
         if len(self._open) > _OPEN:
             _release(self.files[self._open.popitem(last=False)[0]])
-        return self.files[place], inner
+        return self._leaf(number)
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """The stat result of each file when it was opened, where known."""
         found: dict[Path, os.stat_result] = {}
         for file in self.files:
             found |= file.stats
         return found
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
-        place, inner = self._homes[number]
-        return self.files[place].spec(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).spec
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf on disk."""
-        place, inner = self._homes[number]
-        return self.files[place].nbytes(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
-        place, inner = self._homes[number]
-        return self.files[place].refusal(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).refusal
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf are."""
-        place, inner = self._homes[number]
-        return self.files[place].extent(inner)  # type: ignore[no-any-return]
+        return self._leaf(number).extent
 
     def overlaps(self, number: int) -> tuple[int, ...]:
-        """The other leaves that share bytes with a leaf without being tied to it."""
         place, inner = self._homes[number]
         file = self.files[place]
         found = set(file.overlaps(inner)) if isinstance(file, Overlapping) else set()
         return tuple(n for n, (home, own) in enumerate(self._homes) if home == place and own in found) if found else ()
 
     def read(self, number: int) -> Array:
-        """The array."""
-        file, inner = self._file(number)
-        return file.read(inner)  # type: ignore[no-any-return]
+        return self._opened(number).read()
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A copy of a range of the elements of a leaf in C order."""
-        file, inner = self._file(number)
-        return file.read_range(inner, start, stop)  # type: ignore[no-any-return]
-
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
-        return entries(node)
+        return self._opened(number).read_range(start, stop)
 
     def close(self) -> None:
-        """Close the files."""
         for file in self.files:
             file.close()
 

@@ -1,57 +1,39 @@
 """`Source`: the leaves of a file on disk, which engines copy, compute and patch by the place of their bytes."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Index
+from paramend.leaves.leaves import Leaves, entries
 from paramend.leaves.origins.origin import Extent
-from paramend.leaves.specs import Array, Spec
+from paramend.leaves.specs import BITS, Array
 
 
-class Source(Protocol):
+class Source(Leaves, Protocol):
     """A checkpoint file or directory, opened for reading: `Leaves` on disk.
 
     Opening reads headers only. Every format has a module in this folder that makes such objects.
 
     Attributes:
-        format: the name of its row in the table of formats; "" for a tree in memory.
         path: as the user wrote it.
-        stats: the stat result of each of its files when it was opened.
-        index: the names.
-        ties: leaf number → the first number of the same leaf, for formats in which two names can be one tensor.
-        metadata: what the file holds besides its leaves, as the format has it.
     """
 
     path: Path
-    ties: Mapping[int, int]
-
-    @property
-    def index(self) -> Index:
-        """The names."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The metadata of the file, as the format stores it."""
+        """What the file holds besides its leaves, as the format has it."""
 
     @property
     def format(self) -> str:
-        """The name of its row in the table of formats."""
+        """The name of its row in the table of formats; "" for a tree in memory."""
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
         """The stat result of each of its files when it was opened."""
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
-
-    def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf on disk, also for dtypes of unknown width."""
-
-    def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
 
     def read(self, number: int) -> Array:
         """A leaf; memory-mapped and read-only where the format allows it."""
@@ -62,11 +44,26 @@ class Source(Protocol):
     def extent(self, number: int) -> Extent | None:
         """Where the bytes of a leaf are; None if they are compressed, strided or split."""
 
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a container, for trees of bools as selectors: `leaves.entries`."""
-
     def close(self) -> None:
         """Close its files."""
+
+
+class Opened:
+    """What all sources are: context managers, and containers of masks as files have them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        raise NotImplementedError
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
+        return entries(node)
 
 
 # ---- what only some sources can do -----------------------------------------------------------------------------
@@ -136,12 +133,31 @@ class Released(Protocol):
         """Close the descriptor."""
 
 
-def check_readable(source: Source, number: int) -> None:
+def check_readable(leaves: Leaves, number: int) -> None:
     """Refuse a leaf that cannot be read as an array.
 
     Raises:
         Unsupported: it cannot; the message says why.
     """
-    why = source.refusal(number)
+    why = leaves.refusal(number)
     if why:
-        raise Unsupported(f"{source.index.path(number)} cannot be read: {why}")
+        raise Unsupported(f"{leaves.index.path(number)} cannot be read: {why}")
+
+
+def padded(dtype: str) -> str:
+    """Why leaves of a file with a byte for each value cannot be read, or "": other formats pack these floats.
+
+    No other format stores integers of 4 bits.
+    """
+    if BITS[dtype] % 8 and dtype.startswith("float"):
+        return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
+    return ""
+
+
+@contextmanager
+def in_numpy(shape: tuple[int, ...]) -> Iterator[None]:
+    """Raise `Unsupported` where numpy has no array of a shape: of more axes, or longer ones around one of length 0."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error

@@ -47,20 +47,14 @@ class LeafBytes(NamedTuple):
     stop: int
 
 
-class Writer(Protocol):
-    """Lays out files of one format. A format's module has one under the name `WRITER`.
-
-    The parts of a file tell the engine its length. It lets the kernel copy what is in other files, and computes the
-    rest.
+class Holder(Protocol):
+    """What a format can hold.
 
     Attributes:
-        seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
-            `after_patch` of the finished file.
         copies_raw: whether leaves from files of this format are copied unchanged, whatever `refusal` says of them.
         flat: whether a file is a table of names, without containers.
     """
 
-    seals: bool
     copies_raw: bool
     flat: bool
 
@@ -69,6 +63,20 @@ class Writer(Protocol):
 
     def holds(self, value: Any) -> bool:
         """Whether the format has a place for an entry that is not an array."""
+
+
+class Writer(Holder, Protocol):
+    """Lays out files of one format. A format's module has one under the name `WRITER`.
+
+    The parts of a file tell the engine its length. It lets the kernel copy what is in other files, and computes the
+    rest.
+
+    Attributes:
+        seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
+            `after_patch` of the finished file.
+    """
+
+    seals: bool
 
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
@@ -82,17 +90,8 @@ class Writer(Protocol):
         """
 
 
-class FolderWriter(Protocol):
+class FolderWriter(Holder, Protocol):
     """Writes directories of one format."""
-
-    copies_raw: bool
-    flat: bool
-
-    def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
-
-    def holds(self, value: Any) -> bool:
-        """Whether the format has a place for an entry that is not an array."""
 
     def write(
         self,

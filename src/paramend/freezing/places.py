@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.freezing.masks import WHOLE, Region, both, is_empty, region_of
 from paramend.freezing.moving import moved_by_model
 from paramend.freezing.schedules import Clause, Schedule, Window
 from paramend.reports import wording
 from paramend.selectors.selector import Held, resolve
-from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 

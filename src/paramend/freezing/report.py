@@ -51,11 +51,18 @@ class FreezeReport(list[str], Report):
         return f"{self.did}: {f'[{self.sliced}] of ' if self.sliced else ''}{count}"
 
     def sections(self) -> list[Section]:
-        return [Section(self.did, [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.rows])]
+        return [_section(self.did, self.rows)]
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [{"path": r.path, "shape": list(r.spec.shape), "dtype": r.spec.dtype} for r in self.rows]
-        return {"did": self.did, "slice": self.sliced, "leaves": rows}
+        return {"did": self.did, "slice": self.sliced, "leaves": list(map(_plain, self.rows))}
+
+
+def _section(title: str, rows: Iterable[FrozenRow]) -> Section:
+    return Section(title, [Line((row.path,), (str(row.spec),), row.spec.size) for row in rows])
+
+
+def _plain(row: FrozenRow) -> dict[str, Any]:
+    return {"path": row.path, "shape": list(row.spec.shape), "dtype": row.spec.dtype}
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,14 +105,8 @@ class FrozenReport(Report):
         return f"{', '.join(parts)} of {wording.plural(len(self.rows), 'leaf', 'leaves')}{state}"
 
     def sections(self) -> list[Section]:
-        return [
-            Section(title, [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.of(status)])
-            for status, title in TITLES.items()
-        ]
+        return [_section(title, self.of(status)) for status, title in TITLES.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {"path": row.path, "shape": list(row.spec.shape), "dtype": row.spec.dtype, "status": row.status}
-            for row in self.rows
-        ]
+        rows = [_plain(row) | {"status": row.status} for row in self.rows]
         return {"leaves": rows, "state_nbytes": self.state_nbytes}

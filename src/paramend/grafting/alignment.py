@@ -97,14 +97,7 @@ def _last_to_last(source: Shapes, target: Shapes) -> Rules:
 
 @dataclass(frozen=True)
 class _Family:
-    """Leaves whose paths differ only in numbers.
-
-    Attributes:
-        texts: the path with "\\0" for each number.
-        members: the paths.
-        numbers: for each slot, the numbers that occur.
-        shapes: the shapes that occur.
-    """
+    """Leaves whose paths differ only in numbers: the path with "\\0" for each of these, and what occurs."""
 
     texts: Path
     members: tuple[Path, ...]
@@ -122,12 +115,8 @@ class _Pair:
     members: tuple[Path, ...]
 
     def rule(self, *, stop: int = 0, middle: tuple[int, int, int] | None = None) -> tuple[str, str]:
-        """The rename of this pair, with `**` for what the two sides have in common.
-
-        Args:
-            stop: how many pieces at the end become `**`.
-            middle: (place in old, place in new, size) of the inner pieces that become `**`.
-        """
+        """The rename of this pair, with `**` for the last `stop` pieces, or for those in the `middle`: (place in old,
+        place in new, size)."""
         at_old, at_new, size = middle or (0, 0, 0)
         old_end, new_end = len(self.old) - stop, len(self.new) - stop
         old_stretch = range(at_old, at_old + size) or range(old_end, len(self.old))

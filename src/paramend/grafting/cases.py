@@ -7,14 +7,8 @@ from paramend.resize.rules import Resize
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One reason against a graft.
-
-    Attributes:
-        kind: the list that it belongs to, a key of `KINDS`.
-        paths: the path in the target, or in the source, and one that belongs to it.
-        said: the details.
-        ways: rules that would resize the leaf.
-    """
+    """One reason against a graft: a key of `KINDS`, the path in the target and one that belongs to it, the details, and
+    rules that would resize the leaf."""
 
     kind: str
     paths: tuple[str, ...]

@@ -8,17 +8,19 @@ import numpy as np
 
 from paramend.arrays import losses
 from paramend.arrays.registry import backend
+from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, GraftRefused, Unsupported
-from paramend.grafting import conversions, ways
+from paramend.grafting import ways
+from paramend.grafting.cases import KINDS
 from paramend.grafting.numbers import Counted, counts
 from paramend.grafting.options import Options
-from paramend.grafting.plan import KINDS, GraftPlan, Move
+from paramend.grafting.plan import GraftPlan, Move
 from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.specs import kind_of, numpy_dtype
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table
-from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 
@@ -75,7 +77,7 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
         if meeting and meeting.computed:  # new numbers near zero are no loss
             lost = losses.damage(before, dtype)[1]
         move.row = replace(move.row, overflowed=overflowed, lost=lost)
-        value = conversions.converted(value, dtype)
+        value = _converted(value, dtype)
     if meeting is not None and meeting.into is not None and ours.abstract(leaf):
         if meeting.taken < ours.spec(leaf).size:
             raise Unsupported(f"{move.row.path} has no values around the {meeting.did}", hint=ways.ADVICE["abstract"])
@@ -88,14 +90,22 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
     return ours.like(value, leaf)
 
 
-def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
-    """Raise if leaves of a tree have no values and are given none.
+def _converted(value: Any, dtype: str) -> Any:
+    """An array in another dtype: of its own library for floats and complex numbers, else of numpy.
 
-    Args:
-        tree: the target.
-        given: the new values, by number.
-        report: what became of each leaf.
+    >>> _converted(np.array([1.5, 2.0]), "int32")
+    array([1, 2], dtype=int32)
     """
+    if kind_of(dtype) in ("float", "complex"):
+        with np.errstate(over="ignore"):
+            return backend(value).cast(value, dtype)
+    # A torch Parameter cannot hold integers; on the host it is a plain array.
+    with np.errstate(invalid="ignore"):
+        return losses.on_host(value).astype(numpy_dtype(dtype))
+
+
+def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
+    """Raise if leaves of a tree have no values and are given none."""
     left = [
         n
         for n in tree.index.numbers

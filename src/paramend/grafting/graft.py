@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from paramend.checkpoints.keys import matched, numbered
 from paramend.errors import Unsupported
 from paramend.grafting import engine
-from paramend.grafting.ends import Ends
 from paramend.grafting.numbers import Counted, is_state, left_in_file, with_numbers
 from paramend.grafting.options import Dtype, Mismatch, Missing, Options, Place, Renames, Unused
-from paramend.grafting.report import GraftReport, GraftRow
+from paramend.grafting.report import Ends, GraftReport, GraftRow
 from paramend.leaves.leaves import Editable, Leaves
-from paramend.leaves.specs import AnyTree
+from paramend.leaves.specs import AnyTree, Spec
 from paramend.selectors.selector import SelectorLike
 from paramend.trees.lookup import find_kind
 
@@ -108,9 +107,7 @@ def graft(
 
         made, report = grafted(plan), plan.report()
         report.fresh += [
-            GraftRow(
-                path, None, (), None, type(value).__name__, None, "a number in the file, which a graft leaves as it is"
-            )
+            GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
             for path, value in left_in_file(tree, leaves).items()
         ]
         return cast(T, made), report

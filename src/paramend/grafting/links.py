@@ -22,8 +22,6 @@ class Link:
         source: the path of the parameter that it continues, or None if it does not continue one.
         corner: whether it continues only in the common corner.
         did: what was done, in words.
-        shape: its shape.
-        source_shape: the shape of the parameter that it continues.
     """
 
     source: Path | None

@@ -15,8 +15,7 @@ from paramend.errors import (
     Unsupported,
 )
 from paramend.grafting import layouts, mismatches
-from paramend.grafting.cases import KINDS as KINDS
-from paramend.grafting.cases import Case as Case
+from paramend.grafting.cases import Case
 from paramend.grafting.guests import WithGuests
 from paramend.grafting.mismatches import Meeting
 from paramend.grafting.numbers import COUNTERS, beside_state, counts
@@ -223,7 +222,7 @@ class GraftPlan:
         if not arrived or number not in self._inside:
             outside = number not in self._inside
             did = "outside `only`" if outside else "nothing in the source"
-            self.rows["fresh"].append(GraftRow(path, None, spec.shape, None, spec.dtype, None, did))
+            self.rows["fresh"].append(GraftRow.of(path, spec, did))
             if abstract(self.target, number):
                 self._case("abstract", (path,), f"{spec}, {did}")
             elif not outside:
@@ -239,18 +238,8 @@ class GraftPlan:
         part = self._pair(number, first, path, spec)
         origin = self.source.index.path(first)
         for other in others:
-            theirs = self.source.spec(other)
-            self.rows[part].append(
-                GraftRow(
-                    path,
-                    self.source.index.path(other),
-                    spec.shape,
-                    theirs.shape,
-                    spec.dtype,
-                    theirs.dtype,
-                    f"equals {origin}, and both are one here",
-                )
-            )
+            said, name = f"equals {origin}, and both are one here", self.source.index.path(other)
+            self.rows[part].append(GraftRow.of(path, spec, said, name, self.source.spec(other)))
         return set(arrived)
 
     def _pair(self, number: int, origin: int, path: str, spec: Spec) -> str:
@@ -260,7 +249,7 @@ class GraftPlan:
         both = (path,) if name == path else (path, name)
         did, meeting = self._shape(number, origin, both, spec, theirs)
         fit = "" if meeting is None else meeting.kind
-        row = GraftRow(path, name, spec.shape, theirs.shape, spec.dtype, theirs.dtype, did, fit)
+        row = GraftRow.of(path, spec, did, name, theirs, fit=fit)
         if did in ("kept", "differs"):
             self.rows["mismatched"].append(row)
             return "mismatched"
@@ -369,7 +358,7 @@ class GraftPlan:
                 did = "no such leaf in your model"
                 if self.options.unused == "error":
                     self._case("unused", (path,), str(spec))
-            self.rows["unused"].append(GraftRow(path, path, spec.shape, spec.shape, spec.dtype, spec.dtype, did))
+            self.rows["unused"].append(GraftRow.of(path, spec, did, path, spec))
 
     def _minded(self, strays: Sequence[int], names: Mapping[int, tuple[str, ...]]) -> Sequence[int]:
         """Those strays whose names `only` would select if your model had them; the others need no place."""

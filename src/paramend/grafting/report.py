@@ -1,9 +1,9 @@
 """The report of a graft: which leaves were copied and which not."""
 
+import weakref
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paramend.grafting.ends import Ends
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -43,10 +43,56 @@ class GraftRow:
     overflowed: int = 0
     lost: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        spec: Spec,
+        did: str,
+        source: str | None = None,
+        theirs: Spec | None = None,
+        *,
+        fit: str = "",
+        taken: int = 0,
+    ) -> "GraftRow":
+        """The row of a leaf of some spec, and of the leaf of the source that it meets, if there is one."""
+        shape, dtype = (None, None) if theirs is None else (theirs.shape, theirs.dtype)
+        return cls(path, source, spec.shape, shape, spec.dtype, dtype, did, fit, taken)
+
     @property
     def size(self) -> int:
         """The number of scalars of the leaf at `path`."""
         return Spec(self.shape, self.dtype).size
+
+
+class Ends:
+    """The models that a graft was between, for as long as someone else holds them."""
+
+    def __init__(self, target: Any = None, source: Any = None) -> None:
+        self._refs = tuple(map(_weak, (target, source)))
+
+    @property
+    def target(self) -> Any:
+        """What was grafted into, or None."""
+        return self._refs[0]()
+
+    @property
+    def source(self) -> Any:
+        """What was grafted from, or None."""
+        return self._refs[1]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ends, ()  # another process has other models
+
+    def __deepcopy__(self, memo: object) -> "Ends":
+        return self
+
+
+def _weak(subject: Any) -> Any:
+    try:
+        return weakref.ref(subject)
+    except TypeError:  # dicts
+        return lambda: None
 
 
 @dataclass(repr=False)
@@ -85,7 +131,6 @@ class GraftReport(Paged):
         return found
 
     def headline(self) -> str:
-        """The summary in one sentence."""
         totals = self.totals
         ours = [totals[name] for name in ("copied", "fresh", "mismatched")]
         leaves, size = sum(one["leaves"] for one in ours), sum(one["parameters"] for one in ours)
@@ -105,27 +150,16 @@ class GraftReport(Paged):
     def page(self) -> Page:
         """The target as a map, coloured by what became of each leaf, beside the unused leaves of the source."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
-        cells = [(str(Spec(row.shape, row.dtype)), row.source or "", _line(row).cells[1]) for _, row in rows]
-        return Page(
-            "graft",
-            self.headline(),
-            [row.path for _, row in rows],
-            [row.size for _, row in rows],
-            [
-                *(
-                    Column(n, v, "text")
-                    for n, v in zip(("spec", "source", "did"), zip(*cells, strict=True), strict=False)
-                ),
-                Column("taken", [row.taken for _, row in rows]),
-                Column("overflowed", [row.overflowed for _, row in rows]),
-                Column("lost", [row.lost for _, row in rows]),
-            ],
-            [name for name, _ in rows],
-            "part",
-        )
+        columns = [
+            Column("spec", [str(Spec(row.shape, row.dtype)) for _, row in rows], "text"),
+            Column("source", [row.source or "" for _, row in rows], "text"),
+            Column("did", [_line(row).cells[1] for _, row in rows], "text"),
+            *(Column(name, [getattr(row, name) for _, row in rows]) for name in ("taken", "overflowed", "lost")),
+        ]
+        paths, sizes = [row.path for _, row in rows], [row.size for _, row in rows]
+        return Page("graft", self.headline(), paths, sizes, columns, [name for name, _ in rows], "part")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         rows = {name: [_plain(asdict(row)) for row in getattr(self, name)] for name in PARTS}
         return {"refused": self.refused, "totals": self.totals, **rows}
 

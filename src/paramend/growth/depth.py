@@ -56,7 +56,7 @@ class Order:
                 kept.setdefault(source, target)
         return kept
 
-    @property
+    @cached_property
     def new(self) -> tuple[int, ...]:
         """The new layers that are not old ones: identities and further copies."""
         return tuple(target for target, source in enumerate(self.sources) if self.kept.get(source) != target)

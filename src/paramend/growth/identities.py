@@ -8,6 +8,7 @@ from paramend.edits import quantized
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, Unsupported
+from paramend.growth.numbered import leaves_below
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.paths import Names
 from paramend.reports import wording
@@ -67,7 +68,7 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         pattern = parse(text)
         numbers = [number for names in layers for number in pattern.find(names)]
         if strict and not numbers:
-            have = [leaves.index.path(n)[len(where) + 1 :] for names in layers for n in parse("**").find(names)]
+            have = [leaves.index.path(n)[len(where) + 1 :] for n in leaves_below(layers)]
             near = wording.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
             raise NoMatch(
                 f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}",

@@ -161,14 +161,12 @@ def zero_residual(tree: T, *, layers: str | None = None, family: Writers = "auto
         config = configuration(tree, run.parent)
         model_type = sections.model_type(config, len(run.numbers), run.parent) if config else None
         for number in run.numbers:
-            path = (*run.parent, run.piece(number))
-            names = numbered.under(memory.index.names, path)
+            where, names = numbered.layer(memory.index, run, number)
             rules = given
             if rules is None:
                 assert isinstance(family, str)
-                leaves = [memory.index.pieces(n)[len(path) :] for below in names for n in parse("**").find(below)]
+                leaves = [memory.index.pieces(n)[len(run.parent) + 1 :] for n in numbered.leaves_below(names)]
                 rules = values(identities.family_of(modules_of(leaves), family, model_type))
-            where = run.path(number, numbered.separator_of(memory.index, run))
             calls |= identities.calls(memory, names, rules, where, strict=given is not None)
     return memory.edited(calls)  # type: ignore[no-any-return]
 
@@ -201,9 +199,8 @@ def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T
     for text in texts:
         for run in numbered.find(memory, text):
             for number in run.numbers:
-                names = numbered.under(memory.index.names, (*run.parent, run.piece(number)))
-                found = memory.index.ordered(n for below in names for n in parse("**").find(below))
-                blocks[run.path(number, numbered.separator_of(memory.index, run))] = found
+                where, names = numbered.layer(memory.index, run, number)
+                blocks[where] = memory.index.ordered(numbered.leaves_below(names))
     calls: dict[int, Call] = {}
     for path, found in blocks.items():
         weights = [n for n in found if memory.spec(n).ndim >= 2]

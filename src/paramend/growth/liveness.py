@@ -85,7 +85,6 @@ class LiveReport(Paged):
         return Page("first gradients", self.headline(), paths, sizes, columns, groups, "gradient")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         rows = [{"path": r.path, "dtype": r.spec.dtype, "shape": list(r.spec.shape), "step": r.step} for r in self.rows]
         return {"steps": self.steps, "dead": [row.path for row in self.dead], "leaves": rows}
 

@@ -9,6 +9,7 @@ from paramend.leaves.leaves import Index, Leaves
 from paramend.leaves.paths import Label, Names, Part, text_of, write_piece
 from paramend.reports import wording
 from paramend.selectors.layers import Notation, Numbered, Pieces, candidates, known, layers_of
+from paramend.selectors.patterns import parse
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,17 @@ def separator_of(index: Index, layers: Layers) -> str:
             label = path[len(layers.parent)]
             return (label.before if isinstance(label, Part) else "") or index.separator
     return index.separator
+
+
+def layer(index: Index, run: Layers, number: int) -> tuple[str, list[Names]]:
+    """The path of a layer as text, and the names below it."""
+    return run.path(number, separator_of(index, run)), under(index.names, (*run.parent, run.piece(number)))
+
+
+def leaves_below(names: Iterable[Names]) -> list[int]:
+    """The numbers of the leaves below some names."""
+    every = parse("**")
+    return [number for inner in names for number in every.find(inner)]
 
 
 def place_in(runs: Iterable[Layers], path: Pieces) -> tuple[Layers, int] | None:

@@ -15,10 +15,8 @@ from paramend.growth.depth import Order, order_of
 from paramend.growth.numbered import Layers
 from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.leaves import Editable
-from paramend.leaves.paths import Names
 from paramend.reports import wording
 from paramend.selectors.layers import candidates, known
-from paramend.selectors.patterns import parse
 from paramend.selectors.selector import Union, sel
 
 # Path of the layers → the configuration of the model that they are in; None if it has none.
@@ -26,15 +24,7 @@ ConfigAt = Callable[[Sequence[str]], Mapping[str, Any] | None]
 
 
 class DepthPlan:
-    """One change of depth.
-
-    Attributes:
-        tree: the old model.
-        runs: its layers.
-        order: the order of the new ones.
-        config: the new configuration; None if there is none.
-        said: a description of its changes.
-    """
+    """One change of depth. `config` is the new configuration, or None, and `said` tells of its changes."""
 
     def __init__(
         self,
@@ -71,23 +61,22 @@ class DepthPlan:
             raise BadArgument(f"config={dict(given)!r} is given, and there is no configuration beside the weights")
         self.family = ""
         self.strict = True
-        self.rules = self._rules(identity, self._model_type(config))
+        first = self.moves[0]
+        self.rules = self._rules(identity, sections.model_type(config, first.n, first.where) if config else None)
         self._check_rules()
 
     def _left(self) -> list[str]:
         """Lists beside the layers, of as many entries, that do not move with them."""
+        if all(move.trivial for move in self.moves):
+            return []
         moving = {run.parent for run in self.runs}
         beside = {(run.parent[:-1], run.numbers) for run in self.runs if len(run.numbers) > 1 and not run.head}
         found = [one for one in candidates(self.tree.index) if (one.parent[:-1], one.numbers) in beside]
         return [
             f"{'.'.join(one.parent)} keeps its {len(one.numbers)} entries: if they belong to the layers, name both"
             for one in found
-            if one.parent not in moving and not one.head and not self._trivial
+            if one.parent not in moving and not one.head
         ]
-
-    @property
-    def _trivial(self) -> bool:
-        return all(move.trivial for move in self.moves)
 
     @cached_property
     def moves(self) -> list[Move]:
@@ -106,9 +95,6 @@ class DepthPlan:
         leaves = list(shapes.values()) if run.step == 1 else None
         return Move(run.parent, sources, n, numbers[0], len(run.blocks), self._given, leaves)
 
-    def _model_type(self, config: Mapping[str, Any] | None) -> str | None:
-        return sections.model_type(config, self.moves[0].n, self.moves[0].where) if config else None
-
     def _rules(self, identity: Any, model_type: str | None) -> list[dict[int, Any]]:
         """For each run of layers, old layer → the rules that make its copy the identity."""
         if not self.order.identity or identity is None:
@@ -119,56 +105,38 @@ class DepthPlan:
                 hint=f"order=pm.depth.Order({list(self.order.sources)}, identity=[{len(self.order) - 1}])",
             )
         given = identities.rules_of(identity)
-        found: list[dict[int, Any]] = []
-        for run in self.runs:
-            rules: dict[int, Any] = {}
-            for source in sorted({self.order.sources[target] for target in self.order.identity}):
-                rules[source] = given
-                if given is None:
-                    family = self._family(run, source, identity, model_type)
-                    self.family = family.name
-                    rules[source] = families.values(family)
-            found.append(rules)
         self.strict = given is not None
-        return found
+        sources = sorted({self.order.sources[target] for target in self.order.identity})
+        if given is not None:
+            return [dict.fromkeys(sources, given) for _ in self.runs]
+        found = [{source: self._family(run, source, identity, model_type) for source in sources} for run in self.runs]
+        self.family = found[-1][sources[-1]].name
+        return [{source: families.values(family) for source, family in each.items()} for each in found]
 
     def _family(self, run: Layers, source: int, identity: str, model_type: str | None) -> families.Family:
         """The family of a layer; one with quantised weights is of none."""
+        index, depth = self.tree.index, len(run.parent) + 1
+        inside = numbered.leaves_below(numbered.layer(index, run, run.numbers[source])[1])
+        leaves = [path for n in inside if (path := index.pieces(n)[depth:])]
         try:
-            return identities.family_of(modules_of(self._leaves(run, source)), identity, model_type)
+            return identities.family_of(modules_of(leaves), identity, model_type)
         except BadArgument:
-            inside = [n for names in self._names(self.tree.index, run, run.numbers[source]) for n in _all(names)]
             identities.check_values(self.tree, inside)
             raise
-
-    def _names(self, index: Any, run: Layers, number: int) -> list[Any]:
-        return numbered.under(index.names, (*run.parent, run.piece(number)))
-
-    def _leaves(self, run: Layers, source: int) -> list[tuple[str, ...]]:
-        depth = len(run.parent) + 1
-        index = self.tree.index
-        numbers = [n for names in self._names(index, run, run.numbers[source]) for n in _all(names)]
-        return [index.pieces(number)[depth:] for number in numbers if len(index.pieces(number)) > depth]
 
     def _check_rules(self) -> None:
         for run, rules in zip(self.runs, self.rules, strict=False):
             for source, rule in rules.items():
-                number = run.numbers[source]
-                where = run.path(number, numbered.separator_of(self.tree.index, run))
-                names = self._names(self.tree.index, run, number)
+                where, names = numbered.layer(self.tree.index, run, run.numbers[source])
                 found = identities.calls(self.tree, names, rule, where, strict=self.strict)
-                within = {n for inner in names for n in _all(inner)}
-                identities.check_untied(self.tree, found, within)
+                identities.check_untied(self.tree, found, set(numbered.leaves_below(names)))
 
     def finished(self, new: Editable) -> tuple[dict[int, Call], DeepenReport]:
         """The edits still to be made to the rearranged tree, and the report."""
         made: dict[tuple[int, int], dict[int, Call]] = {}
-        for i, rules in enumerate(self.rules):
-            run = self.runs[i]
+        for i, (run, rules) in enumerate(zip(self.runs, self.rules, strict=False)):
             for target in self.order.identity:
-                number = run.target(target)
-                names = self._names(new.index, run, number)
-                where = run.path(number, numbered.separator_of(new.index, run))
+                where, names = numbered.layer(new.index, run, run.target(target))
                 rule = rules[self.order.sources[target]]
                 made[i, target] = identities.calls(new, names, rule, where, strict=self.strict)
         calls = {number: call for found in made.values() for number, call in found.items()}
@@ -182,22 +150,17 @@ class DepthPlan:
             for target, source in enumerate(order.sources):
                 calls = made.get((i, target), {})
                 identity = "identity" if calls else "copied"
-                path = run.path(run.target(target), separator)
+                path, names = numbered.layer(tree.index, run, run.target(target))
                 did = "kept" if order.kept.get(source) == target else identity
                 above = len(path) + len(separator)
                 sets = {tree.index.path(n)[above:]: float(c.args.get("value", 0.0)) for n, c in calls.items()}
-                below = [n for names in self._names(tree.index, run, run.target(target)) for n in _all(names)]
-                size = sum(tree.spec(n).size for n in below)
+                size = sum(tree.spec(n).size for n in numbered.leaves_below(names))
                 report.layers.append(LayerRow(path, run.path(run.numbers[source], separator), did, sets, size))
             report.rename |= _renames(run, order, separator)
         if order.new:
             parts = tuple(sel(run.select(order.new, numbered.separator_of(tree.index, run))) for run in self.runs)
             report.new = parts[0] if len(parts) == 1 else Union(parts)
         return report
-
-
-def _all(names: Names) -> list[int]:
-    return parse("**").find(names)
 
 
 def _renames(run: Layers, order: Order, separator: str) -> dict[str, str | None]:

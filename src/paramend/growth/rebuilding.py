@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from paramend._optional import imported
@@ -23,13 +24,12 @@ _NUMBERED = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"
 
 
 class _Entry(NamedTuple):
-    """An entry of a container: its key, its child, its new number, and the new and the old layer it is in, if any."""
+    """An entry of a container: its key, its child, its new number, and the new layer that it is in, if any."""
 
     key: Any
     child: Any
-    number: int
-    target: int | None
-    source: int
+    number: int = 0
+    target: int | None = None
 
 
 class Rebuilder:
@@ -61,7 +61,7 @@ class Rebuilder:
         if ELIDED in named:
             return kind.close(node, [self.rebuilt(child, path) for child in children])
         entries = [
-            _Entry(key, self.rebuilt(child, (*path, *map(text_of, labels(key)))), 0, None, 0)
+            _Entry(key, self.rebuilt(child, (*path, *map(text_of, labels(key)))))
             for key, child in zip(named, children, strict=True)
         ]
         if not any(self._place(path, key) for key in named):
@@ -103,9 +103,8 @@ class Rebuilder:
             if place is not None and place[0] is run:
                 _, piece, number = place
                 for new, target in run.moved(number, self.order):
-                    key = _renumbered(entry.key, piece, run.piece(new), new)
-                    source = 0 if target is None else self.order.sources[target]
-                    moved.append(_Entry(key, entry.child, new, target, source))
+                    text = renumbered(labels(entry.key), piece, run.piece(new))
+                    moved.append(_Entry(new if type(entry.key) is int else keys_of(text)[0], entry.child, new, target))
         return sorted(moved, key=lambda entry: entry.number)
 
     def _place(self, path: Pieces, key: Any) -> tuple[Layers, int, int] | None:
@@ -121,7 +120,7 @@ class Rebuilder:
         return None
 
     def _child(self, entry: _Entry) -> Any:
-        if entry.target is None or self.order.kept.get(entry.source) == entry.target:
+        if entry.target is None or entry.target not in self.order.new:
             return entry.child
         return self._copied(entry.child, entry.target)
 
@@ -139,7 +138,7 @@ class Rebuilder:
         if kind is None:
             return self._fresh(node, None)
         if kind.replace is not None:
-            return self._copied_module(node, kind)
+            return copy.deepcopy(node) if is_torch_module(node) else _twin(node, kind)
         return kind.close(node, [self._copied(child, target) for child in kind.open(node)[1]])
 
     def _fresh(self, node: Any, kind: Kind | None) -> Any:
@@ -170,12 +169,9 @@ class Rebuilder:
                 kept.append((key, child))
                 continue
             for new, target in run.moved(number, self.order):
-                layer = child
-                if target is not None:
-                    source = self.order.sources[target]
-                    if self.order.kept.get(source) != target:
-                        layer = _copied_torch(root, child) if torch else _copied_nnx(root, child)
-                numbered.append((new, (layer, target)))
+                again = target is not None and target in self.order.new
+                made = (_copied_torch if torch else _copied_nnx)(root, child) if again else child
+                numbered.append((new, (made, target)))
         numbered.sort(key=lambda pair: pair[0])
         if [new for new, _ in numbered] != list(range(len(numbered))) and run.step != 1:
             raise BadArgument(
@@ -186,11 +182,6 @@ class Rebuilder:
         for _, (layer, target) in numbered:
             if torch and target is not None and layer is not None:
                 _renumber_(layer, self.order.sources[target], target)
-
-    def _copied_module(self, node: Any, kind: Kind) -> Any:
-        if is_torch_module(node):
-            return copy.deepcopy(node)
-        return _twin(node, kind)
 
 
 def _own(value: Any) -> Any:
@@ -291,38 +282,28 @@ def _descend(node: Any, pieces: Pieces) -> Any:
     return node
 
 
-def _opened(holder: Any) -> tuple[list[tuple[Any, Any]] | None, Callable[[list[tuple[Any, Any]]], None]]:
-    """The entries of a container of layers, and a function that replaces them in place; None if they are attributes."""
+def _items(run: Layers, holder: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[tuple[Any, Any]]], None]]:
+    """The entries of a container of layers, and a function that replaces them in place."""
     if is_torch_module(holder):
         import torch
 
-        if not isinstance(holder, torch.nn.ModuleList | torch.nn.Sequential | torch.nn.ModuleDict):
-            return None, _nothing
-        modules = holder._modules
-        return list(modules.items()), lambda items: _put(modules, items)
-    if imported("flax"):
-        from flax import nnx
-
-        if isinstance(holder, nnx.List):
-            return list(enumerate(holder)), lambda items: _fill(holder, items)
-    if isinstance(holder, list):
-        return list(enumerate(holder)), lambda items: _fill(holder, items)
-    return None, _nothing
+        if isinstance(holder, torch.nn.ModuleList | torch.nn.Sequential | torch.nn.ModuleDict):
+            return list(holder._modules.items()), partial(_put, holder._modules)
+    elif isinstance(holder, list) or _is_nnx_list(holder):
+        return list(enumerate(holder)), partial(_fill, holder)
+    raise Unsupported(
+        f"the layers of {'.'.join(run.parent) or 'the module'} are attributes of {wording.described(holder)}, "
+        "which calls them by name and would not call new ones",
+        hint="put the layers in a torch.nn.ModuleList, a torch.nn.Sequential or an nnx.List",
+    )
 
 
-def _items(run: Layers, holder: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[tuple[Any, Any]]], None]]:
-    items, put = _opened(holder)
-    if items is None:
-        raise Unsupported(
-            f"the layers of {'.'.join(run.parent) or 'the module'} are attributes of {wording.described(holder)}, "
-            "which calls them by name and would not call new ones",
-            hint="put the layers in a torch.nn.ModuleList, a torch.nn.Sequential or an nnx.List",
-        )
-    return items, put
+def _is_nnx_list(holder: Any) -> bool:
+    if not imported("flax"):
+        return False
+    from flax import nnx
 
-
-def _nothing(items: list[tuple[Any, Any]]) -> None:
-    """Never called."""
+    return isinstance(holder, nnx.List)
 
 
 def _put(modules: Any, items: list[tuple[Any, Any]]) -> None:
@@ -343,8 +324,3 @@ def _renumber_(layer: Any, source: int, target: int) -> None:
         for name in _NUMBERED:
             if type(vars(module).get(name)) is int and vars(module)[name] == source:
                 setattr(module, name, target)
-
-
-def _renumbered(key: Any, piece: int, text: str, number: int) -> Any:
-    """A key with one piece replaced."""
-    return number if type(key) is int else keys_of(renumbered(labels(key), piece, text))[0]

@@ -9,7 +9,7 @@ from paramend.growth.depth import Order
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.reports.report import Section
+from paramend.reports.report import Section, braced
 from paramend.reports.tables import aligned
 from paramend.selectors.selector import Selector, sel
 
@@ -97,22 +97,12 @@ class DeepenReport(Paged):
     def page(self) -> Page:
         """A map of the new layers, coloured by what became of them."""
         set_ = [", ".join(f"{path} = {value:g}" for path, value in row.set.items()) for row in self.layers]
-        return Page(
-            "deepen",
-            self.headline(),
-            [row.path for row in self.layers],
-            [row.parameters for row in self.layers],
-            [
-                Column("source", [row.source for row in self.layers], "text"),
-                Column("set", set_, "text"),
-                Column("parameters", [row.parameters for row in self.layers]),
-            ],
-            [row.did for row in self.layers],
-            "layer",
-        )
+        sources, sizes = [row.source for row in self.layers], [row.parameters for row in self.layers]
+        columns = [Column("source", sources, "text"), Column("set", set_, "text"), Column("parameters", sizes)]
+        paths, did = [row.path for row in self.layers], [row.did for row in self.layers]
+        return Page("deepen", self.headline(), paths, sizes, columns, did, "layer")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         return {
             "order": list(self.order.sources),
             "identity": list(self.order.identity),
@@ -169,7 +159,4 @@ def _written(paths: list[str]) -> str:
     if len(paths) == 1:
         return paths[0]
     parts = [_parts(path) for path in paths]
-    numbers = [str(number) for _, number, _ in parts]
-    close = int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1 and len(numbers) > 2
-    inner = f"{numbers[0]}..{numbers[-1]}" if close else ",".join(numbers)
-    return f"{parts[0][0]}{{{inner}}}{parts[0][2]}"
+    return f"{parts[0][0]}{braced([str(number) for _, number, _ in parts])}{parts[0][2]}"

@@ -13,8 +13,6 @@ class Described:
 
     Attributes:
         path: the checkpoint that they are of; "" for those of a tree in memory.
-        index: the names.
-        ties: leaf number → the first number of the same leaf, for leaves with several paths.
     """
 
     def __init__(self, leaves: Leaves) -> None:

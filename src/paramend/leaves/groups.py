@@ -176,7 +176,6 @@ def _payload_names(name: str, text: str, template: str) -> set[str]:
 
 
 def _rows(payload: str, known: Container[str]) -> _Rows:
-    """The rows that a payload may be of."""
     found = ((row, _companions(row, payload, known)) for row in SCHEMES)
     return tuple((row, tuple(companions)) for row, companions in found if companions)
 
@@ -266,7 +265,6 @@ def _is_weight(stem: str) -> bool:
 
 
 def _beside(index: Index, number: int, names: set[str]) -> bool:
-    """Whether there is a leaf of one of these names in the module of a leaf."""
     inner: Any = index.names
     for label in index.paths[number][:-1]:
         inner = inner[label]

@@ -279,11 +279,15 @@ class Group(NamedTuple):
         numbers: the leaves that go.
         paths: the paths of those that come, in the form of `renames.keys`.
         make: the arrays, or the origins, of the first → those of the second.
+        boxed: a box like that of the first, for those that come; None: as it is.
+        position: which key of the paths is a position, for which a list is made if there is none; None: no key.
     """
 
     numbers: tuple[int, ...]
     paths: tuple[Sequence[tuple[str, int | None]], ...]
     make: Callable[[Sequence[Any]], Sequence[Any]]
+    boxed: Callable[[Any], Any] | None = None
+    position: int | None = None
 
 
 class Editable(Leaves):
@@ -335,8 +339,8 @@ class Editable(Leaves):
         """A copy with the selected leaves under new paths."""
 
     @abstractmethod
-    def regrouped(self, groups: Sequence[Group]) -> Any:
-        """A copy in which groups of leaves are replaced by others."""
+    def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:
+        """A copy in which groups of leaves are replaced by others; list positions close up, or must have no holes."""
 
     @abstractmethod
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:

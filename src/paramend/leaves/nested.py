@@ -32,7 +32,6 @@ def folded(root: A, children: Callable[[A], Iterable[A]], close: Callable[[A, li
     """What `close` makes of a value and of what it made of the values in it.
 
     Args:
-        root: the outermost value.
         children: the values within a value, in order; none for one that holds no others.
         close: (a value, the results for its children) → its result.
 

@@ -152,9 +152,7 @@ def outline(root: Any, place: Callable[[Any], int | None], format: str = "") -> 
     """The outline of nested dicts, lists and tuples.
 
     Args:
-        root: the outermost container.
         place: (a value) → its number if it is a leaf, else None. Leaves are asked for in order.
-        format: that of the file.
     """
     entries: list[tuple[Keys, Any]] = []
     containers: dict[Keys, Any] = {}

@@ -109,9 +109,19 @@ def write_piece(text: str) -> str:
     if _plain(text):
         return text
     if not text or "/" in text or "." in text:
-        escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return in_quotes(text)
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """Text within a piece of a selector."""
     return "".join("\\" + char if char in SPECIAL else char for char in text)
+
+
+def in_quotes(text: str) -> str:
+    """A key of several pieces, or of none, in a selector."""
+    inner = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{inner}"'
 
 
 def write_path(path: Iterable[Label], separator: str = "/") -> str:

@@ -77,7 +77,8 @@ _FORMAT = Companion("format", ("comfy_quant",), "the format, as bytes of JSON", 
 _FP8 = (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT, _FORMAT)
 _FP8_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp8", "quark")
 _PACKED = ("*_packed",)
-_GROUP = Companion("group", ("*_g_idx",), "the group of each input", optional=True)
+_CT = ("compressed-tensors",)
+_MXFP4_METHODS = ("fp8", "mxfp4", *_CT, "quark")
 _GPTQ = (
     Companion("scale", ("scales",), "the scales of the groups"),
     Companion("zero", ("qzeros",), "packed zero points", optional=True),
@@ -89,6 +90,81 @@ _BNB4 = (
     Companion("nested scale", ("*.nested_absmax",), "the scales of the scales", optional=True),
     Companion("nested map", ("*.nested_quant_map",), "the values of their codes", optional=True),
 )
+
+
+_NVFP4 = (
+    Companion("scale", ("*_scale",), "the scale of 16 codes"),
+    Companion("global", ("*_scale_2",), "the scale of the scales, a multiplier"),
+    _INPUT,
+)
+_NVFP4_PACKED = (
+    Companion("scale", ("*_scale",), "the scale of 16 codes"),
+    Companion("global", ("*_global_scale",), "the scale of the scales, a divisor"),
+    Companion("input", ("input_global_scale", "*_input_global_scale"), "the scale of the inputs", optional=True),
+)
+_MXFP4_BLOCKS = (Companion("scale", ("*_scales",), "the exponent of 32 codes"),)
+_MXFP4_PACKED = (Companion("scale", ("*_scale", "scale", "scales"), "the exponent of 32 codes"),)
+_INT4 = (
+    Companion("scale", ("*_scale",), "the scales of the groups"),
+    Companion("shape", ("*_shape",), "the shape of the weight", optional=True),
+    Companion("zero", ("*_zero_point",), "packed zero points", optional=True),
+    Companion("group", ("*_g_idx",), "the group of each input", optional=True),
+    _INPUT,
+)
+_BNB8 = (
+    Companion("scale", ("SCB",), "the greatest magnitude of each row"),
+    Companion("format", ("weight_format",), "the layout", optional=True),
+)
+_MLX = (
+    Companion("scale", ("scales",), "the scales of the groups"),
+    Companion("zero", ("biases", "qbiases"), "what the groups begin at", optional=True),
+)
+_UINT8 = (
+    Companion("scale", _SCALE, "the scale, a multiplier"),
+    Companion("zero", (*_ZERO.names, "zero_point", "zero", "zeros"), "zero points"),
+    _INPUT,
+)
+_BITNET = (Companion("scale", ("weight_scale",), "the scale"),)
+_TINYGEMM = (Companion("scale", ("scales_and_zeros",), "scales and zero points"),)
+_TORCHAO = (
+    Companion("scale", ("_*_scale", "_*_scale_and_zero", "*_scale"), "the scale"),
+    Companion("zero", ("_*_zero_point", "*_zero_point"), "zero points", optional=True),
+    Companion("global", ("_*_per_tensor_scale",), "the scale of the scales", optional=True),
+    Companion("input", ("_*_act_pre_scale",), "the scale of the inputs", optional=True),
+)
+_QUANTO = (
+    Companion("scale", ("_scale",), "the scale"),
+    Companion("zero", ("_shift", "_zeropoint"), "the shift", optional=True),
+)
+_HQQ_PACKING = ("nbits", "group_size", "shape", "axis", "packing", "view_as_float", "unpack_view_dtype")
+_HQQ = (
+    Companion("scale", ("scale", "scale_q"), "the scale"),
+    Companion("zero", ("zero", "zero_q"), "the zero point"),
+    *(Companion(name, (name,), "how it is packed", optional=True) for name in _HQQ_PACKING),
+)
+_AQT = (
+    Companion("scale", ("scale", "scale.0"), "the scale"),
+    Companion("zero", ("zero_point", "bias.0"), "zero points", optional=True),
+)
+_AQLM = (Companion("codebooks", ("codebooks",), "the codebooks"), Companion("scale", ("scales",), "the scales"))
+_VPTQ = (Companion("codebooks", ("centroids.weight", "centroids"), "the codebooks"),)
+_HIGGS = (
+    Companion("scale", ("scales",), "the scales"),
+    Companion("codebooks", ("tables",), "the grid"),
+    Companion("pairs", ("tables2",), "the grid of pairs", optional=True),
+)
+_EXL2 = (
+    Companion("scale", ("q_scale",), "packed scales"),
+    Companion("global", ("q_scale_max",), "the scales of the scales", optional=True),
+    Companion("group", ("q_groups",), "the groups", optional=True),
+    Companion("order", ("q_invperm", "q_perm"), "the order of the inputs", optional=True),
+)
+_MLC = (Companion("scale", ("q_scale",), "the scales of the groups"),)
+_EXL3 = (
+    Companion("in", ("suh", "su"), "the signs and scales of the inputs"),
+    Companion("out", ("svh", "sv"), "the signs and scales of the outputs"),
+)
+_INT8_SCALED = (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT)
 
 
 def _state(code: str, *, optional: bool = False) -> Companion:
@@ -170,230 +246,33 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("fp8-channel", "FP8, a scale for each channel", ("*",), FP8, _FP8, _per_channel, _FP8_METHODS),
     Scheme("fp8-block", "FP8, a scale for each block", ("*",), FP8, _FP8, _per_block, _FP8_METHODS),
     Scheme("fp8", "FP8, scales of another layout", ("*",), FP8, _FP8, methods=_FP8_METHODS),
-    Scheme(
-        "nvfp4",
-        "NVFP4 of modelopt",
-        ("*",),
-        FP4,
-        (
-            Companion("scale", ("*_scale",), "the scale of 16 codes"),
-            Companion("global", ("*_scale_2",), "the scale of the scales, a multiplier"),
-            _INPUT,
-        ),
-        _by_16,
-        ("modelopt", "nvfp4"),
-    ),
-    Scheme(
-        "nvfp4",
-        "NVFP4 of compressed-tensors",
-        _PACKED,
-        FP4,
-        (
-            Companion("scale", ("*_scale",), "the scale of 16 codes"),
-            Companion("global", ("*_global_scale",), "the scale of the scales, a divisor"),
-            Companion("input", ("input_global_scale", "*_input_global_scale"), "the scale of the inputs", True),
-        ),
-        _by_16,
-        ("compressed-tensors",),
-    ),
-    Scheme(
-        "mxfp4",
-        "MXFP4 of gpt-oss",
-        ("*_blocks",),
-        ("uint8",),
-        (Companion("scale", ("*_scales",), "the exponent of 32 codes"),),
-        _blocks_of_32,
-        ("mxfp4",),
-    ),
-    Scheme(
-        "mxfp4",
-        "MXFP4, packed",
-        ("*", *_PACKED),
-        FP4,
-        (Companion("scale", ("*_scale", "scale", "scales"), "the exponent of 32 codes"),),
-        _by_32,
-        ("fp8", "mxfp4", "compressed-tensors", "quark"),
-    ),
-    Scheme(
-        "int4",
-        "int4 or int8, packed by compressed-tensors",
-        _PACKED,
-        ("int32",),
-        (
-            Companion("scale", ("*_scale",), "the scales of the groups"),
-            Companion("shape", ("*_shape",), "the shape of the weight", optional=True),
-            Companion("zero", ("*_zero_point",), "packed zero points", optional=True),
-            _GROUP,
-            _INPUT,
-        ),
-        methods=("compressed-tensors",),
-        alone=True,
-    ),
+    Scheme("nvfp4", "NVFP4 of modelopt", ("*",), FP4, _NVFP4, _by_16, ("modelopt", "nvfp4")),
+    Scheme("nvfp4", "NVFP4 of compressed-tensors", _PACKED, FP4, _NVFP4_PACKED, _by_16, _CT),
+    Scheme("mxfp4", "MXFP4 of gpt-oss", ("*_blocks",), ("uint8",), _MXFP4_BLOCKS, _blocks_of_32, ("mxfp4",)),
+    Scheme("mxfp4", "MXFP4, packed", ("*", *_PACKED), FP4, _MXFP4_PACKED, _by_32, _MXFP4_METHODS),
+    Scheme("int4", "int4 or int8, packed by compressed-tensors", _PACKED, ("int32",), _INT4, methods=_CT, alone=True),
     Scheme("gptq", "GPTQ", ("qweight",), ("int32",), _GPTQ, _along_in, ("gptq", "auto-round"), alone=True),
     Scheme("awq", "AWQ", ("qweight",), ("int32",), _GPTQ, _along_out, ("awq", "auto-round"), alone=True),
     Scheme("packed", "codes of another layout", ("qweight",), (), _GPTQ, methods=("gptq", "awq", "fp_quant")),
     Scheme("nf4", "nf4 of bitsandbytes", ("*",), (), (*_BNB4, _state("nf4"))),
     Scheme("fp4", "fp4 of bitsandbytes", ("*",), (), (*_BNB4, _state("fp4"))),
     Scheme("bnb-4bit", "nf4 or fp4 of bitsandbytes", ("*",), ("uint8",), _BNB4, methods=("bitsandbytes",)),
-    Scheme(
-        "bnb-int8",
-        "int8 of bitsandbytes",
-        ("*",),
-        ("int8",),
-        (
-            Companion("scale", ("SCB",), "the greatest magnitude of each row"),
-            Companion("format", ("weight_format",), "the layout", optional=True),
-        ),
-        methods=("bitsandbytes",),
-    ),
-    Scheme(
-        "mlx",
-        "codes of MLX",
-        ("*",),
-        ("uint32",),
-        (
-            Companion("scale", ("scales",), "the scales of the groups"),
-            Companion("zero", ("biases", "qbiases"), "what the groups begin at", optional=True),
-        ),
-        _rows,
-        ("mlx", "metal"),
-    ),
-    Scheme(
-        "uint8",
-        "uint8, with scales and zero points",
-        ("*",),
-        ("uint8",),
-        (
-            Companion("scale", _SCALE, "the scale, a multiplier"),
-            Companion("zero", (*_ZERO.names, "zero_point", "zero", "zeros"), "zero points"),
-            _INPUT,
-        ),
-        _in_groups,
-    ),
-    Scheme(
-        "bitnet",
-        "BitNet",
-        ("weight",),
-        ("uint8",),
-        (Companion("scale", ("weight_scale",), "the scale"),),
-        methods=("bitnet",),
-    ),
-    Scheme(
-        "tinygemm",
-        "int4 of tinygemm, as gpt-fast stores it",
-        ("weight",),
-        ("int32", "uint8"),
-        (Companion("scale", ("scales_and_zeros",), "scales and zero points"),),
-    ),
-    Scheme(
-        "torchao",
-        "torchao",
-        ("_*_qdata", "*_qdata"),
-        (),
-        (
-            Companion("scale", ("_*_scale", "_*_scale_and_zero", "*_scale"), "the scale"),
-            Companion("zero", ("_*_zero_point", "*_zero_point"), "zero points", optional=True),
-            Companion("global", ("_*_per_tensor_scale",), "the scale of the scales", optional=True),
-            Companion("input", ("_*_act_pre_scale",), "the scale of the inputs", optional=True),
-        ),
-        methods=("torchao",),
-    ),
-    Scheme(
-        "quanto",
-        "quanto",
-        ("_data", "_data._data"),
-        (),
-        (
-            Companion("scale", ("_scale",), "the scale"),
-            Companion("zero", ("_shift", "_zeropoint"), "the shift", optional=True),
-        ),
-        methods=("quanto",),
-    ),
-    Scheme(
-        "hqq",
-        "HQQ",
-        ("W_q",),
-        (),
-        (
-            Companion("scale", ("scale", "scale_q"), "the scale"),
-            Companion("zero", ("zero", "zero_q"), "the zero point"),
-            *(
-                Companion(name, (name,), "how it is packed", optional=True)
-                for name in ("nbits", "group_size", "shape", "axis", "packing", "view_as_float", "unpack_view_dtype")
-            ),
-        ),
-        methods=("hqq",),
-    ),
-    Scheme(
-        "aqt",
-        "a QTensor of AQT, or a QArray of Qwix",
-        ("qvalue",),
-        (),
-        (
-            Companion("scale", ("scale", "scale.0"), "the scale"),
-            Companion("zero", ("zero_point", "bias.0"), "zero points", optional=True),
-        ),
-    ),
-    Scheme(
-        "aqlm",
-        "AQLM",
-        ("codes",),
-        ("int8", "int16", "uint8"),
-        (Companion("codebooks", ("codebooks",), "the codebooks"), Companion("scale", ("scales",), "the scales")),
-        methods=("aqlm",),
-    ),
-    Scheme(
-        "vptq",
-        "VPTQ",
-        ("indices",),
-        (),
-        (Companion("codebooks", ("centroids.weight", "centroids"), "the codebooks"),),
-        methods=("vptq",),
-    ),
-    Scheme(
-        "higgs",
-        "HIGGS",
-        ("*",),
-        ("int16",),
-        (
-            Companion("scale", ("scales",), "the scales"),
-            Companion("codebooks", ("tables",), "the grid"),
-            Companion("pairs", ("tables2",), "the grid of pairs", optional=True),
-        ),
-        methods=("higgs",),
-    ),
-    Scheme(
-        "exl2",
-        "EXL2",
-        ("q_weight",),
-        ("int32",),
-        (
-            Companion("scale", ("q_scale",), "packed scales"),
-            Companion("global", ("q_scale_max",), "the scales of the scales", optional=True),
-            Companion("group", ("q_groups",), "the groups", optional=True),
-            Companion("order", ("q_invperm", "q_perm"), "the order of the inputs", optional=True),
-        ),
-    ),
-    Scheme("mlc", "MLC", ("q_weight",), ("uint32",), (Companion("scale", ("q_scale",), "the scales of the groups"),)),
-    Scheme(
-        "exl3",
-        "EXL3",
-        ("trellis",),
-        ("int16", "uint16"),
-        (
-            Companion("in", ("suh", "su"), "the signs and scales of the inputs"),
-            Companion("out", ("svh", "sv"), "the signs and scales of the outputs"),
-        ),
-    ),
-    Scheme(
-        "int8",
-        "int8, with scales",
-        ("*",),
-        INT8,
-        (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT),
-        _in_groups,
-        ("compressed-tensors", "eetq", "quark"),
-    ),
+    Scheme("bnb-int8", "int8 of bitsandbytes", ("*",), ("int8",), _BNB8, methods=("bitsandbytes",)),
+    Scheme("mlx", "codes of MLX", ("*",), ("uint32",), _MLX, _rows, ("mlx", "metal")),
+    Scheme("uint8", "uint8, with scales and zero points", ("*",), ("uint8",), _UINT8, _in_groups),
+    Scheme("bitnet", "BitNet", ("weight",), ("uint8",), _BITNET, methods=("bitnet",)),
+    Scheme("tinygemm", "int4 of tinygemm, as gpt-fast stores it", ("weight",), ("int32", "uint8"), _TINYGEMM),
+    Scheme("torchao", "torchao", ("_*_qdata", "*_qdata"), (), _TORCHAO, methods=("torchao",)),
+    Scheme("quanto", "quanto", ("_data", "_data._data"), (), _QUANTO, methods=("quanto",)),
+    Scheme("hqq", "HQQ", ("W_q",), (), _HQQ, methods=("hqq",)),
+    Scheme("aqt", "a QTensor of AQT, or a QArray of Qwix", ("qvalue",), (), _AQT),
+    Scheme("aqlm", "AQLM", ("codes",), ("int8", "int16", "uint8"), _AQLM, methods=("aqlm",)),
+    Scheme("vptq", "VPTQ", ("indices",), (), _VPTQ, methods=("vptq",)),
+    Scheme("higgs", "HIGGS", ("*",), ("int16",), _HIGGS, methods=("higgs",)),
+    Scheme("exl2", "EXL2", ("q_weight",), ("int32",), _EXL2),
+    Scheme("mlc", "MLC", ("q_weight",), ("uint32",), _MLC),
+    Scheme("exl3", "EXL3", ("trellis",), ("int16", "uint16"), _EXL3),
+    Scheme("int8", "int8, with scales", ("*",), INT8, _INT8_SCALED, _in_groups, (*_CT, "eetq", "quark")),
     _optimizer_state("1"),
     _optimizer_state("2"),
 )

@@ -152,8 +152,7 @@ def dtype_name(dtype: DtypeLike) -> str:
     near = wording.closest(name, BITS) if len(name) < 40 else []
     shown = repr(dtype) if len(name) < 40 else wording.described(dtype)
     raise BadArgument(
-        f"{shown} is not a known dtype",
-        hint=f'"{near[0]}"' if near else 'one such as "float32", "bfloat16", "int8"',
+        f"{shown} is not a known dtype", hint=f'"{near[0]}"' if near else 'one such as "float32", "bfloat16", "int8"'
     )
 
 

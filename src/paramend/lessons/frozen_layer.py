@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.edits.selection import at
-from paramend.lessons.lesson import Case, Lesson, Mistake
+from paramend.lessons.lesson import Case, Lesson, Mistake, wrong
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Picture, Witness, candidates, layer_names, observe, same
 
@@ -95,140 +95,72 @@ def _sgd(params: Any, grads: Any, lr: float) -> Any:
     return jax.tree.map(lambda p, g: p - lr * g, params, grads)
 
 
-def _with_grads(edit: Callable[[Any], Any], seed: float, x: Any, y: Any, lr: float) -> Any:
-    """The lesson's step with another edit of the gradients."""
-    params, mean_square = _start(seed, x, y)
+def _as_it_is(tree: Any) -> Any:
+    return tree
+
+
+def _zeroed(tree: Any) -> Any:
+    return at(tree, "params/Dense_0/**").zero()
+
+
+def _solved(
+    edit: Callable[[Any], Any],
+    seed: float,
+    x: Any,
+    y: Any,
+    lr: float,
+    *,
+    kind: type[nn.Module] = Regressor,
+    before: Callable[[Any], Any] = _as_it_is,
+    between: Callable[[Any], Any] = _as_it_is,
+    after: Callable[[Any], Any] = _as_it_is,
+) -> Any:
+    """The reference with another edit of the gradients, of another model, or with edits of the parameters."""
+    params, mean_square = _start(seed, x, y, kind)
+    params = before(params)
     loss, grads = jax.value_and_grad(mean_square)(params)
-    stepped = _sgd(params, edit(grads), lr)
+    stepped = after(_sgd(between(params), edit(grads), lr))
     return jnp.stack([loss, _norm(stepped), _norm(params)])
 
 
-def _second(*args: Any) -> Any:
-    return _with_grads(lambda grads: at(grads, "params/Dense_1/**").zero(), *args)
+def _zero_layer(layers: Any, name: str, into: str = "") -> Any:
+    return {**layers, into or name: jax.tree.map(jnp.zeros_like, layers[name])}
 
 
-def _zero_where(grads: Any, chosen: Callable[[tuple[str, ...]], bool]) -> Any:
+def _zero_where(chosen: Callable[[tuple[str, ...]], bool]) -> Callable[[Any], Any]:
     def leaf(path: Any, grad: jax.Array) -> jax.Array:
         return jnp.zeros_like(grad) if chosen(tuple(key.key for key in path)) else grad
 
-    return jax.tree_util.tree_map_with_path(leaf, grads)
+    return partial(jax.tree_util.tree_map_with_path, leaf)
 
 
-def _wrong_case_read(*args: Any) -> Any:
-    def edit(grads: Any) -> Any:
-        inner = grads["params"]
-        return {"params": {**inner, "Dense_0": jax.tree.map(jnp.zeros_like, inner["dense_0"])}}
-
-    return _with_grads(edit, *args)
+def _inner_added(grads: Any) -> Any:
+    return {**grads, "Dense_0": jax.tree.map(jnp.zeros_like, grads["params"]["Dense_0"])}
 
 
-def _wrong_case_selected(*args: Any) -> Any:
-    return _with_grads(lambda grads: at(grads, "params/dense_0/**").zero(), *args)
-
-
-def _wrong_case_added(*args: Any) -> Any:
-    def edit(grads: Any) -> Any:
-        inner = grads["params"]
-        return {"params": {**inner, "dense_0": jax.tree.map(jnp.zeros_like, inner["Dense_0"])}}
-
-    return _with_grads(edit, *args)
-
-
-def _wrong_case_compared(*args: Any) -> Any:
-    return _with_grads(lambda grads: _zero_where(grads, lambda path: "dense_0" in path), *args)
-
-
-def _inner_read(*args: Any) -> Any:
-    def edit(grads: Any) -> Any:
-        return {**grads, "Dense_0": jax.tree.map(jnp.zeros_like, grads["Dense_0"])}
-
-    return _with_grads(edit, *args)
-
-
-def _inner_selected(*args: Any) -> Any:
-    return _with_grads(lambda grads: at(grads, "Dense_0/**").zero(), *args)
-
-
-def _inner_added(*args: Any) -> Any:
-    def edit(grads: Any) -> Any:
-        return {**grads, "Dense_0": jax.tree.map(jnp.zeros_like, grads["params"]["Dense_0"])}
-
-    return _with_grads(edit, *args)
-
-
-def _inner_compared(*args: Any) -> Any:
-    return _with_grads(lambda grads: _zero_where(grads, lambda path: path[0] == "Dense_0"), *args)
-
-
-def _kernel_only(*args: Any) -> Any:
-    return _with_grads(lambda grads: at(grads, "params/Dense_0/kernel").zero(), *args)
-
-
-def _bias_dropped(*args: Any) -> Any:
-    def edit(grads: Any) -> Any:
-        inner = grads["params"]
-        return {"params": {**inner, "Dense_0": {"kernel": jnp.zeros_like(inner["Dense_0"]["kernel"])}}}
-
-    return _with_grads(edit, *args)
-
-
-def _every_kernel(*args: Any) -> Any:
-    return _with_grads(lambda grads: at(grads, "**/kernel").zero(), *args)
-
-
-def _everything(*args: Any) -> Any:
-    return _with_grads(lambda grads: jax.tree.map(jnp.zeros_like, grads), *args)
-
-
-def _scalar_layer(*args: Any) -> Any:
-    return _with_grads(lambda grads: {"params": {**grads["params"], "Dense_0": 0.0}}, *args)
-
-
-def _scalar_array(*args: Any) -> Any:
-    return _with_grads(lambda grads: {"params": {**grads["params"], "Dense_0": jnp.zeros(())}}, *args)
+def _without_bias(grads: Any) -> Any:
+    kernel = grads["params"]["Dense_0"]["kernel"]
+    return {"params": {**grads["params"], "Dense_0": {"kernel": jnp.zeros_like(kernel)}}}
 
 
 def _zeroed_before(seed: float, x: Any, y: Any, lr: float) -> Any:
     params, mean_square = _start(seed, x, y)
-    zeroed = at(params, "params/Dense_0/**").zero()
+    zeroed = _zeroed(params)
     loss, grads = jax.value_and_grad(mean_square)(zeroed)
-    stepped = _sgd(zeroed, grads, lr)
-    return jnp.stack([loss, _norm(stepped), _norm(params)])
-
-
-def _zeroed_first(seed: float, x: Any, y: Any, lr: float) -> Any:
-    params, mean_square = _start(seed, x, y)
-    params = at(params, "params/Dense_0/**").zero()
-    loss, grads = jax.value_and_grad(mean_square)(params)
-    return jnp.stack([loss, _norm(_sgd(params, grads, lr)), _norm(params)])
-
-
-def _zeroed_between(seed: float, x: Any, y: Any, lr: float) -> Any:
-    params, mean_square = _start(seed, x, y)
-    loss, grads = jax.value_and_grad(mean_square)(params)
-    stepped = _sgd(at(params, "params/Dense_0/**").zero(), grads, lr)
-    return jnp.stack([loss, _norm(stepped), _norm(params)])
-
-
-def _zeroed_after(seed: float, x: Any, y: Any, lr: float) -> Any:
-    params, mean_square = _start(seed, x, y)
-    loss, grads = jax.value_and_grad(mean_square)(params)
-    stepped = at(_sgd(params, grads, lr), "params/Dense_0/**").zero()
-    return jnp.stack([loss, _norm(stepped), _norm(params)])
+    return jnp.stack([loss, _norm(_sgd(zeroed, grads, lr)), _norm(params)])
 
 
 def _norms_after(seed: float, x: Any, y: Any, lr: float) -> Any:
     params, mean_square = _start(seed, x, y)
     loss, grads = jax.value_and_grad(mean_square)(params)
-    params = _sgd(params, at(grads, "params/Dense_0/**").zero(), lr)
+    params = _sgd(params, _zeroed(grads), lr)
     return jnp.stack([loss, _norm(params), _norm(params)])
 
 
 def _updates_zeroed(seed: float, x: Any, y: Any, lr: float) -> Any:
     params, mean_square = _start(seed, x, y)
     loss, grads = jax.value_and_grad(mean_square)(params)
-    updates = at(jax.tree.map(lambda g: -lr * g, grads), "params/Dense_0/**").zero()
-    stepped = jax.tree.map(jnp.add, params, updates)
+    stepped = jax.tree.map(jnp.add, params, _zeroed(jax.tree.map(lambda g: -lr * g, grads)))
     return jnp.stack([loss, _norm(stepped), _norm(params)])
 
 
@@ -237,21 +169,13 @@ def _table_of_errors(seed: float, x: Any, y: Any, lr: float) -> Any:
     model = Regressor()
     params = model.init(jax.random.PRNGKey(int(seed)), x)
     loss, grads = jax.value_and_grad(lambda params: jnp.mean((model.apply(params, x) - y) ** 2))(params)
-    stepped = _sgd(params, at(grads, "params/Dense_0/**").zero(), lr)
-    return jnp.stack([loss, _norm(stepped), _norm(params)])
+    return jnp.stack([loss, _norm(_sgd(params, _zeroed(grads), lr)), _norm(params)])
 
 
-def _numbered_inside_out(seed: float, x: Any, y: Any, lr: float) -> Any:
-    params, mean_square = _start(seed, x, y, Reversed)
-    loss, grads = jax.value_and_grad(mean_square)(params)
-    stepped = _sgd(params, at(grads, "params/Dense_0/**").zero(), lr)
-    return jnp.stack([loss, _norm(stepped), _norm(params)])
-
-
-def _mutated(seed: float, x: Any, y: Any, lr: float) -> Any:
+def _in_place(seed: float, x: Any, y: Any, lr: float) -> Any:
     params, mean_square = _start(seed, x, y)
     loss, grads = jax.value_and_grad(mean_square)(params)
-    grads, before = at(grads, "params/Dense_0/**").zero(), _norm(params)
+    grads, before = _zeroed(grads), _norm(params)
     for name, layer in params["params"].items():
         for leaf in layer:
             layer[leaf] -= lr * grads["params"][name][leaf]
@@ -308,46 +232,71 @@ LESSON = Lesson(
         Mistake(
             "off by one in the layer name",
             "Layers are numbered from zero: the first is Dense_0. If the gradients of Dense_1 are zero, Dense_0 moves.",
-            (_second,),
+            wrong(_solved, lambda grads: at(grads, "params/Dense_1/**").zero()),
         ),
         Mistake(
             "the layers made inside out",
             "A layer gets its number when it is created. In nn.Dense(1)(nn.relu(nn.Dense(8)(x))) Python "
             "creates the outer layer first, so Dense_0 is the last layer. Give each layer its own line.",
-            (_numbered_inside_out,),
+            (partial(_solved, _zeroed, kind=Reversed),),
         ),
         Mistake(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
             "comparing paths with it is never true, so nothing is frozen.",
-            (_wrong_case_read, _wrong_case_selected, _wrong_case_added, _wrong_case_compared),
+            wrong(
+                _solved,
+                lambda grads: {"params": _zero_layer(grads["params"], "dense_0", into="Dense_0")},
+                lambda grads: at(grads, "params/dense_0/**").zero(),
+                lambda grads: {"params": _zero_layer(grads["params"], "Dense_0", into="dense_0")},
+                _zero_where(lambda path: "dense_0" in path),
+            ),
         ),
         Mistake(
             "the outer `params` level lost",
             'Gradients have the paths of the parameters: grads["params"]["Dense_0"]. Reading without the '
             "outer level fails; comparing paths without it is never true, so nothing is frozen.",
-            (_inner_read, _inner_selected, _inner_added, _inner_compared),
+            wrong(
+                _solved,
+                lambda grads: _zero_layer(grads, "Dense_0"),
+                lambda grads: at(grads, "Dense_0/**").zero(),
+                _inner_added,
+                _zero_where(lambda path: path[0] == "Dense_0"),
+            ),
         ),
         Mistake(
             "the bias dropped or left to move",
             "The layer is its kernel and its bias. Zero both gradients, and keep both in the tree.",
-            (_kernel_only, _bias_dropped),
+            wrong(_solved, lambda grads: at(grads, "params/Dense_0/kernel").zero(), _without_bias),
         ),
         Mistake(
             "every kernel replaced instead of one",
             "More than Dense_0 was frozen: the gradient of Dense_1 was made zero too, so the step teaches nothing.",
-            (_every_kernel, _everything),
+            wrong(
+                _solved,
+                lambda grads: at(grads, "**/kernel").zero(),
+                lambda grads: jax.tree.map(jnp.zeros_like, grads),
+            ),
         ),
         Mistake(
             "a scalar where an array belongs",
             "One number instead of a layer's gradients: the two trees no longer have the same structure. "
             "Zero each leaf.",
-            (_scalar_layer, _scalar_array),
+            wrong(
+                _solved,
+                lambda grads: {"params": {**grads["params"], "Dense_0": 0.0}},
+                lambda grads: {"params": {**grads["params"], "Dense_0": jnp.zeros(())}},
+            ),
         ),
         Mistake(
             "the parameter zeroed instead of its gradient",
             "Zeroing the layer's parameters erases the layer. Zeroing their gradients keeps them where they are.",
-            (_zeroed_before, _zeroed_first, _zeroed_between, _zeroed_after),
+            (
+                _zeroed_before,
+                partial(_solved, _as_it_is, before=_zeroed),
+                partial(_solved, _as_it_is, between=_zeroed),
+                partial(_solved, _as_it_is, after=_zeroed),
+            ),
         ),
         Mistake(
             "the norm taken after the step",
@@ -373,7 +322,7 @@ LESSON = Lesson(
             "the original dict mutated",
             "The numbers are right, but the dict that `init` returned was updated in place: the old "
             "parameters are gone. `jax.tree.map` makes a new tree.",
-            (_mutated,),
+            (_in_place,),
         ),
     ),
 )

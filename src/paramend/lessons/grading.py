@@ -4,7 +4,7 @@ import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,13 +77,8 @@ class Grade:
             "inputs": self.inputs,
             "failures": [asdict(failure) for failure in self.failures],
             "likeness": [
-                {
-                    "name": like.mistake.name,
-                    "why": like.mistake.why,
-                    "on": list(like.on),
-                    "everywhere": like.everywhere,
-                }
-                for like in self.likeness
+                {"name": one.mistake.name, "why": one.mistake.why, "on": list(one.on), "everywhere": one.everywhere}
+                for one in self.likeness
             ],
             "unseen": self.unseen,
         }
@@ -101,7 +96,8 @@ class Grade:
         if not self.likeness:
             blocks.append("It does not behave like any known mistake.")
         for like in self.likeness:
-            where = "" if like.everywhere else f" on {'input' if len(like.on) == 1 else 'inputs'} {_numbers(like.on)}"
+            inputs = f"{'input' if len(like.on) == 1 else 'inputs'} {', '.join(map(str, like.on))}"
+            where = "" if like.everywhere else f" on {inputs}"
             why = textwrap.fill(like.mistake.why, 96, initial_indent="  ", subsequent_indent="  ")
             blocks.append(f"It behaves{where} like a known mistake: {like.mistake.name}.\n{why}")
         return "\n\n".join(blocks)
@@ -127,15 +123,13 @@ def grade(lesson: Lesson | str, solve: Solve, *, trials: int = 5, seed: int = 0)
     if trials < 1:
         raise BadArgument(f"trials is {trials}; at least one is needed")
     cases = draw(lesson, trials=trials, seed=seed)
-    want = [lesson.observe(lesson.reference, case) for case in cases]
-    got = [lesson.observe(solve, case) for case in cases]
-    apart = [differences(g, w) for g, w in zip(got, want, strict=True)]
+    tried = [_Tried(case, lesson.observe(solve, case), lesson.observe(lesson.reference, case)) for case in cases]
     failures = tuple(
-        Failure(number, summary(lesson, case), case.note, *(tuple(side) for side in zip(*pairs, strict=True)))
-        for number, (case, pairs) in enumerate(zip(cases, apart, strict=True), start=1)
-        if pairs
+        Failure(number, summary(lesson, one.case), one.case.note, *(tuple(side) for side in zip(*pairs, strict=True)))
+        for number, one in enumerate(tried, start=1)
+        if (pairs := differences(one.got, one.want))
     )
-    likeness = _likeness(lesson, cases, got, want, [f.number - 1 for f in failures]) if failures else ()
+    likeness = _likeness(lesson, tried, [f.number - 1 for f in failures]) if failures else ()
     return Grade(lesson.name, not failures, trials, len(cases), failures, likeness, lesson.unseen)
 
 
@@ -162,46 +156,42 @@ def summary(lesson: Lesson, case: Case) -> dict[str, str]:
     }
 
 
-def _likeness(
-    lesson: Lesson,
-    cases: Sequence[Case],
-    got: Sequence[Observation],
-    want: Sequence[Observation],
-    failed: Sequence[int],
-) -> tuple[Likeness, ...]:
+class _Tried(NamedTuple):
+    """A case, and what the solution and the reference did."""
+
+    case: Case
+    got: Observation
+    want: Observation
+
+
+def _likeness(lesson: Lesson, tried: Sequence[_Tried], failed: Sequence[int]) -> tuple[Likeness, ...]:
     """The mistakes it behaves like on all inputs; if there are none, the few that explain most failures."""
-    order = [*failed, *(i for i in range(len(cases)) if i not in failed)]
+    order = [*failed, *(i for i in range(len(tried)) if i not in failed)]
     everywhere: list[tuple[Mistake, bool]] = []
     for mistake in lesson.mistakes:
         exact: list[bool] = []
         for form in mistake.forms:
             seen: dict[int, Observation] = {}
             for i in order:  # most forms are ruled out by one call, on the first input that failed
-                seen[i] = lesson.observe(form, cases[i])
-                if not _alike(got[i], seen[i], want[i]):
+                seen[i] = lesson.observe(form, tried[i].case)
+                if not _alike(tried[i], seen[i]):
                     break
             else:
-                exact.append(not any(differences(got[i], observation) for i, observation in seen.items()))
+                exact.append(not any(differences(tried[i].got, observation) for i, observation in seen.items()))
         if exact:
             everywhere.append((mistake, any(exact)))
     if everywhere:
         # Two mistakes may reach one result in two ways; if the way was seen, it decides.
         decided = any(exact for _, exact in everywhere)
-        numbers = tuple(range(1, len(cases) + 1))
+        numbers = tuple(range(1, len(tried) + 1))
         return tuple(Likeness(m, numbers, everywhere=True) for m, exact in everywhere if exact or not decided)
-    return _cover(lesson, cases, got, want, failed)
+    return _cover(lesson, tried, failed)
 
 
-def _cover(
-    lesson: Lesson,
-    cases: Sequence[Case],
-    got: Sequence[Observation],
-    want: Sequence[Observation],
-    failed: Sequence[int],
-) -> tuple[Likeness, ...]:
+def _cover(lesson: Lesson, tried: Sequence[_Tried], failed: Sequence[int]) -> tuple[Likeness, ...]:
     """The fewest mistakes that explain the failed inputs, the one that explains most first."""
     explains = [
-        (mistake, {i for i in failed if _alike(got[i], lesson.observe(form, cases[i]), want[i])})
+        (mistake, {i for i in failed if _alike(tried[i], lesson.observe(form, tried[i].case))})
         for mistake in lesson.mistakes
         for form in mistake.forms
     ]
@@ -217,27 +207,18 @@ def _cover(
     )
 
 
-def _alike(got: Observation, mistaken: Observation, want: Observation) -> bool:
+def _alike(tried: _Tried, mistaken: Observation) -> bool:
     """Whether the solution did what the mistake does.
 
     A wrong result is compared alone. Only if the result is right do other facts distinguish mistakes.
     """
-    wrong_result = bool(differences(Observation(got.result, got.raised), Observation(want.result, want.raised)))
-    if wrong_result:
-        got, mistaken = Observation(got.result, got.raised), Observation(mistaken.result, mistaken.raised)
-    return not differences(got, mistaken)
+    bare = [Observation(one.result, one.raised) for one in (tried.got, tried.want, mistaken)]
+    return not (differences(bare[0], bare[2]) if differences(bare[0], bare[1]) else differences(tried.got, mistaken))
 
 
 def _block(failure: Failure) -> str:
     note = f"  ({failure.note})" if failure.note else ""
-    lines = [
-        f"input {failure.number}{note}",
-        *(f"  {name} = {text}" for name, text in failure.inputs.items()),
-    ]
+    lines = [f"input {failure.number}{note}", *(f"  {name} = {text}" for name, text in failure.inputs.items())]
     for got, want in zip(failure.got, failure.want, strict=True):
         lines += [f"  got   {got}", f"  want  {want}"]
     return "\n".join(lines)
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

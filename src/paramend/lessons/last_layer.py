@@ -2,6 +2,7 @@
 
 # mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.edits.selection import at
-from paramend.lessons.lesson import Case, Lesson, Mistake
+from paramend.lessons.lesson import Case, Lesson, Mistake, two_widths, wrong
 from paramend.lessons.witness import applied_facts, observe
 
 TEXT = """
@@ -60,145 +61,44 @@ def zero_last_layer(seed: float, x: Any, num_layers: float, features: float) -> 
     return model.apply(params, x)
 
 
-def _start(seed: float, x: Any, num_layers: float, features: float) -> tuple[Any, Any, jax.Array, int]:
-    model = Stack(int(num_layers), int(features))
-    x = jnp.asarray(x)
-    return model, model.init(jax.random.PRNGKey(int(seed)), x), x, int(num_layers)
+def _solved(edit: Callable[[Any, int], Any], seed: float, x: Any, num_layers: float, features: float) -> Any:
+    """The reference with another edit of the parameters."""
+    x, model = jnp.asarray(x), Stack(int(num_layers), int(features))
+    return model.apply(edit(model.init(jax.random.PRNGKey(int(seed)), x), int(num_layers)), x)
 
 
-def _with_layer(params: Any, name: str, layer: Any) -> Any:
-    return {"params": {**params["params"], name: layer}}
+def _with(params: Any, name: str, **leaves: Any) -> Any:
+    return {"params": {**params["params"], name: {**params["params"][name], **leaves}}}
 
 
-def _read_past(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    layer = params["params"][f"Dense_{n}"]
-    return model.apply(_with_layer(params, f"Dense_{n}", {**layer, "kernel": jnp.zeros_like(layer["kernel"])}), x)
+def _zeroed(layers: Any, name: str, into: str = "") -> Any:
+    """The layers with one made of zeros and the bias of `name`."""
+    return {**layers, into or name: {**layers[name], "kernel": jnp.zeros_like(layers[name]["kernel"])}}
 
 
-def _added_past(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    layer = params["params"][f"Dense_{n - 1}"]
-    return model.apply(_with_layer(params, f"Dense_{n}", {**layer, "kernel": jnp.zeros_like(layer["kernel"])}), x)
-
-
-def _selected_past(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    return model.apply(at(params, f"params/Dense_{n}/kernel").zero(), x)
-
-
-def _position_past(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    return model.apply(at(params, f"params/Dense_[{n}]/kernel").zero(), x)
-
-
-def _one_early(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    return model.apply(at(params, f"params/Dense_{n - 2}/kernel").zero(), x)
-
-
-def _first(*args: Any) -> Any:
-    model, params, x, _ = _start(*args)
-    return model.apply(at(params, "params/Dense_0/kernel").zero(), x)
-
-
-def _bias_zeroed(*args: Any) -> Any:
-    model, params, x, _ = _start(*args)
-    return model.apply(at(params, "params/Dense_[-1]/**").zero(), x)
-
-
-def _bias_dropped(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
+def _without_bias(params: Any, n: int) -> Any:
     kernel = params["params"][f"Dense_{n - 1}"]["kernel"]
-    return model.apply(_with_layer(params, f"Dense_{n - 1}", {"kernel": jnp.zeros_like(kernel)}), x)
+    return {"params": {**params["params"], f"Dense_{n - 1}": {"kernel": jnp.zeros_like(kernel)}}}
 
 
-def _scalar(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    name = f"Dense_{n - 1}"
-    return model.apply(_with_layer(params, name, {**params["params"][name], "kernel": 0.0}), x)
-
-
-def _scalar_set(*args: Any) -> Any:
-    model, params, x, _ = _start(*args)
-    return model.apply(at(params, "params/Dense_[-1]/kernel").set(0.0), x)
-
-
-def _inner_read(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    name = f"Dense_{n - 1}"
-    layer = {**params[name], "kernel": jnp.zeros_like(params[name]["kernel"])}
-    return model.apply({**params, name: layer}, x)
-
-
-def _inner_selected(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    return model.apply(at(params, f"Dense_{n - 1}/kernel").zero(), x)
-
-
-def _inner_applied(*args: Any) -> Any:
-    model, params, x, _ = _start(*args)
-    return model.apply(at(params["params"], "Dense_[-1]/kernel").zero(), x)
-
-
-def _dtype_lost(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    layer = params["params"][f"Dense_{n - 1}"]
-    return model.apply(_with_layer(params, f"Dense_{n - 1}", {**layer, "kernel": jnp.zeros(layer["kernel"].shape)}), x)
-
-
-def _numpy_dtype(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    layer = params["params"][f"Dense_{n - 1}"]
-    return model.apply(_with_layer(params, f"Dense_{n - 1}", {**layer, "kernel": np.zeros(layer["kernel"].shape)}), x)
-
-
-def _every_kernel(*args: Any) -> Any:
-    model, params, x, _ = _start(*args)
-    return model.apply(at(params, "**/kernel").zero(), x)
-
-
-def _every_leaf(*args: Any) -> Any:
-    model, params, x, _ = _start(*args)
-    return model.apply(jax.tree.map(jnp.zeros_like, params), x)
-
-
-def _wrong_case_read(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    name = f"dense_{n - 1}"
-    layer = params["params"][name]
-    return model.apply(_with_layer(params, name, {**layer, "kernel": jnp.zeros_like(layer["kernel"])}), x)
-
-
-def _wrong_case_added(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    layer = params["params"][f"Dense_{n - 1}"]
-    new = {**layer, "kernel": jnp.zeros_like(layer["kernel"])}
-    return model.apply(_with_layer(params, f"dense_{n - 1}", new), x)
-
-
-def _wrong_case_selected(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
-    return model.apply(at(params, f"params/dense_{n - 1}/kernel").zero(), x)
-
-
-def _mutated(*args: Any) -> Any:
-    model, params, x, n = _start(*args)
+def _in_place(params: Any, n: int) -> Any:
     layer = params["params"][f"Dense_{n - 1}"]
     layer["kernel"] = jnp.zeros_like(layer["kernel"])
-    return model.apply(params, x)
+    return params
+
+
+def _shape(params: Any, n: int) -> tuple[int, ...]:
+    return params["params"][f"Dense_{n - 1}"]["kernel"].shape  # type: ignore[no-any-return]
 
 
 def cases(rng: np.random.Generator) -> list[Case]:
-    """An ordinary model and one in bfloat16, of different widths, so that they share no compiled program."""
+    """Three layers or more: the first, the last and the one before it are three different layers."""
 
     def args(width: int) -> tuple[Any, ...]:
         x = rng.normal(size=(int(rng.integers(2, 6)), width)).astype(np.float32)
-        # With three layers or more, the first, the last and the one before it are three different layers.
         return float(rng.integers(1000)), x, float(rng.integers(3, 6)), float(rng.integers(3, 6))
 
-    odd, even = args(int(rng.choice([3, 5, 7]))), args(int(rng.choice([2, 4, 6])))
-    return [Case(odd), Case(even, note="the model's parameters are bfloat16", half=True)]
+    return two_widths(rng, args)
 
 
 LESSON = Lesson(
@@ -214,54 +114,83 @@ LESSON = Lesson(
             "off by one in the layer name",
             "Layers are numbered from zero, so the last of N is Dense_<N-1>: Dense_<N> does not exist (and "
             "is silently added if written to), Dense_<N-2> is the one before.",
-            (_read_past, _added_past, _selected_past, _position_past, _one_early),
+            wrong(
+                _solved,
+                lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n}")},
+                lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n - 1}", into=f"Dense_{n}")},
+                lambda params, n: at(params, f"params/Dense_{n}/kernel").zero(),
+                lambda params, n: at(params, f"params/Dense_[{n}]/kernel").zero(),
+                lambda params, n: at(params, f"params/Dense_{n - 2}/kernel").zero(),
+            ),
         ),
         Mistake(
             "the first layer zeroed instead of the last",
             "Dense_0 is the layer that reads x. The last one is at position -1.",
-            (_first,),
+            wrong(_solved, lambda params, n: at(params, "params/Dense_0/kernel").zero()),
         ),
         Mistake(
             "the bias dropped or zeroed as well",
             "Only the kernel should become zero. The bias of the last layer is what the answer shows: it "
             "must stay ones.",
-            (_bias_zeroed, _bias_dropped),
+            wrong(_solved, lambda params, n: at(params, "params/Dense_[-1]/**").zero(), _without_bias),
         ),
         Mistake(
             "a scalar where an array belongs",
             "The kernel became the number 0.0. A layer checks that its kernel has the shape it was made "
             "with: use `zeros_like` of the old kernel.",
-            (_scalar, _scalar_set),
+            wrong(
+                _solved,
+                lambda params, n: _with(params, f"Dense_{n - 1}", kernel=0.0),
+                lambda params, n: at(params, "params/Dense_[-1]/kernel").set(0.0),
+            ),
         ),
         Mistake(
             "the outer `params` level lost",
             'Flax keeps the layers below a key for the collection: params["params"]["Dense_0"], and '
             "`apply` needs that outer level too.",
-            (_inner_read, _inner_selected, _inner_applied),
+            wrong(
+                _solved,
+                lambda params, n: _zeroed(params, f"Dense_{n - 1}"),
+                lambda params, n: at(params, f"Dense_{n - 1}/kernel").zero(),
+                lambda params, n: at(params["params"], "Dense_[-1]/kernel").zero(),
+            ),
         ),
         Mistake(
             "dtype lost by zeros(shape)",
             "Zeros made from the shape alone have the default dtype, so in a bfloat16 model one kernel is "
             "suddenly wider. `zeros_like` keeps the old dtype.",
-            (_dtype_lost, _numpy_dtype),
+            wrong(
+                _solved,
+                lambda params, n: _with(params, f"Dense_{n - 1}", kernel=jnp.zeros(_shape(params, n))),
+                lambda params, n: _with(params, f"Dense_{n - 1}", kernel=np.zeros(_shape(params, n))),
+            ),
         ),
         Mistake(
             "every kernel replaced instead of one",
             "With all kernels zero the output is still ones, but the network lost what it had learned; "
             "with all leaves zero the output is zero. Only the last kernel should change.",
-            (_every_kernel, _every_leaf),
+            wrong(
+                _solved,
+                lambda params, n: at(params, "**/kernel").zero(),
+                lambda params, n: jax.tree.map(jnp.zeros_like, params),
+            ),
         ),
         Mistake(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
             "writing to it adds a layer that nothing reads.",
-            (_wrong_case_read, _wrong_case_added, _wrong_case_selected),
+            wrong(
+                _solved,
+                lambda params, n: {"params": _zeroed(params["params"], f"dense_{n - 1}")},
+                lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n - 1}", into=f"dense_{n - 1}")},
+                lambda params, n: at(params, f"params/dense_{n - 1}/kernel").zero(),
+            ),
         ),
         Mistake(
             "the original dict mutated",
             "The answer is right, but the dict that `init` returned was edited in place, so others that "
             "hold it now have other parameters. Make a new dict for each level on the path to the leaf.",
-            (_mutated,),
+            wrong(_solved, _in_place),
         ),
     ),
 )

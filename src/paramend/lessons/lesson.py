@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,17 @@ class Mistake:
     name: str
     why: str
     forms: tuple[Solve, ...]
+
+
+def wrong(solution: Callable[..., Any], *edits: Callable[..., Any]) -> tuple[Solve, ...]:
+    """The forms of a mistake: `solution`, which takes an edit before the arguments of `solve`, with each edit."""
+    return tuple(partial(solution, edit) for edit in edits)
+
+
+def two_widths(rng: np.random.Generator, args: Callable[[int], tuple[Any, ...]]) -> list[Case]:
+    """An ordinary model and one in bfloat16, of different widths, so that they share no compiled program."""
+    odd, even = args(int(rng.choice([3, 5, 7]))), args(int(rng.choice([2, 4, 6])))
+    return [Case(odd), Case(even, note="the model's parameters are bfloat16", half=True)]
 
 
 @dataclass(frozen=True)

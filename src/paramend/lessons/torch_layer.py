@@ -3,7 +3,7 @@
 # mypy: disallow-untyped-decorators=False
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,40 +47,40 @@ def _parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def _each(write: Callable[[Any, str, Any], object]) -> Solve:
+    """A solution that does one thing with every parameter."""
+
+    def solve(layer: Any) -> None:
+        for name, parameter in _parameters(layer):
+            write(layer, name, parameter)
+
+    return solve
+
+
+def _unguarded(write: Callable[[Any], object]) -> Solve:
+    """A solution that writes to weight and bias, whether they are there or not."""
+
+    def solve(layer: Any) -> None:
+        with torch.no_grad():
+            write(layer.weight)
+            write(layer.bias)
+
+    return solve
+
+
+def _if_weight(solve: Solve) -> Solve:
+    return lambda layer: solve(layer) if hasattr(layer, "weight") else None
+
+
 @torch.no_grad()
 def _weight_only(layer: Any) -> None:
-    if hasattr(layer, "weight"):
-        layer.weight.zero_()
-
-
-@torch.no_grad()
-def _bias_gone(layer: Any) -> None:
-    if hasattr(layer, "weight"):
-        layer.weight.zero_()
-        layer.bias = None
-
-
-@torch.no_grad()
-def _unguarded(layer: Any) -> None:
     layer.weight.zero_()
-    layer.bias.zero_()
 
 
 @torch.no_grad()
-def _unguarded_fill(layer: Any) -> None:
-    layer.weight.fill_(0)
-    layer.bias.fill_(0)
-
-
-def _unguarded_data(layer: Any) -> None:
-    layer.weight.data.zero_()
-    layer.bias.data.zero_()
-
-
-@torch.no_grad()
-def _unguarded_copy(layer: Any) -> None:
-    layer.weight.copy_(torch.zeros_like(layer.weight))
-    layer.bias.copy_(torch.zeros_like(layer.bias))
+def _without_bias(layer: Any) -> None:
+    layer.weight.zero_()
+    layer.bias = None
 
 
 @torch.no_grad()
@@ -91,88 +91,9 @@ def _unguarded_weight(layer: Any) -> None:
 
 
 @torch.no_grad()
-def _unguarded_bias(layer: Any) -> None:
-    if hasattr(layer, "weight"):
-        layer.weight.zero_()
-        layer.bias.zero_()
-
-
-@torch.no_grad()
-def _unguarded_bias_data(layer: Any) -> None:
-    if hasattr(layer, "weight"):
-        layer.weight.data.zero_()
-        layer.bias.data.zero_()
-
-
-def _scalar(layer: Any) -> None:
-    for name, _ in _parameters(layer):
-        setattr(layer, name, 0.0)
-
-
-def _scalar_data(layer: Any) -> None:
-    for _, parameter in _parameters(layer):
-        parameter.data = torch.tensor(0.0)
-
-
-def _scalar_number(layer: Any) -> None:
-    for _, parameter in _parameters(layer):
-        parameter.data = 0.0
-
-
-def _scalar_parameter(layer: Any) -> None:
-    for name, _ in _parameters(layer):
-        setattr(layer, name, nn.Parameter(torch.tensor(0.0)))
-
-
-def _dtype_lost(layer: Any) -> None:
-    for _, parameter in _parameters(layer):
-        parameter.data = torch.zeros(parameter.shape)
-
-
-def _dtype_lost_anew(layer: Any) -> None:
-    for name, parameter in _parameters(layer):
-        setattr(layer, name, nn.Parameter(torch.zeros(parameter.shape)))
-
-
-def _replaced(layer: Any) -> None:
-    for name, parameter in _parameters(layer):
-        setattr(layer, name, nn.Parameter(torch.zeros_like(parameter)))
-
-
-def _replaced_alike(layer: Any) -> None:
-    for name, parameter in _parameters(layer):
-        new = nn.Parameter(torch.zeros_like(parameter), requires_grad=parameter.requires_grad)
-        setattr(layer, name, new)
-
-
-@torch.no_grad()
 def _every_tensor(layer: Any) -> None:
     for tensor in layer.state_dict().values():
         tensor.zero_()
-
-
-def _a_copy(layer: Any) -> Any:
-    layer = copy.deepcopy(layer)
-    for _, parameter in _parameters(layer):
-        parameter.data.zero_()
-    return layer
-
-
-@torch.no_grad()
-def _times_zero(layer: Any) -> None:
-    for _, parameter in _parameters(layer):
-        parameter.mul_(0)
-
-
-def _under_autograd(layer: Any) -> None:
-    for _, parameter in _parameters(layer):
-        parameter.zero_()
-
-
-def _frozen(layer: Any) -> None:
-    for _, parameter in _parameters(layer):
-        parameter.requires_grad_(False)
-        parameter.zero_()
 
 
 def observe(solve: Solve, case: Case) -> Observation:
@@ -253,38 +174,53 @@ LESSON = Lesson(
         Mistake(
             "the bias dropped or left as it was",
             "A layer is its weight and its bias: both become zero, and both stay there.",
-            (_weight_only, _bias_gone),
+            (_if_weight(_weight_only), _if_weight(_without_bias)),
         ),
         Mistake(
             "a layer without weight or bias is not expected",
             "nn.ReLU has no weight, and with bias=None the bias is not a tensor. Check before you write: "
             "getattr(layer, 'bias', None) is not None.",
             (
-                _unguarded,
-                _unguarded_fill,
-                _unguarded_data,
-                _unguarded_copy,
+                _unguarded(lambda parameter: parameter.zero_()),
+                _unguarded(lambda parameter: parameter.fill_(0)),
+                _unguarded(lambda parameter: parameter.data.zero_()),
+                _unguarded(lambda parameter: parameter.copy_(torch.zeros_like(parameter))),
                 _unguarded_weight,
-                _unguarded_bias,
-                _unguarded_bias_data,
+                _if_weight(_unguarded(lambda parameter: parameter.zero_())),
+                _if_weight(_unguarded(lambda parameter: parameter.data.zero_())),
             ),
         ),
         Mistake(
             "a scalar where an array belongs",
             "The weight became one number. Write zeros into the existing tensor, which has the layer's shape.",
-            (_scalar, _scalar_data, _scalar_number, _scalar_parameter),
+            (
+                _each(lambda layer, name, _: setattr(layer, name, 0.0)),
+                _each(lambda layer, name, parameter: setattr(parameter, "data", torch.tensor(0.0))),
+                _each(lambda layer, name, parameter: setattr(parameter, "data", 0.0)),
+                _each(lambda layer, name, _: setattr(layer, name, nn.Parameter(torch.tensor(0.0)))),
+            ),
         ),
         Mistake(
             "dtype lost by zeros(shape)",
             "torch.zeros(shape) is float32 on the CPU, whatever the layer was. `parameter.zero_()` keeps "
             "dtype and device.",
-            (_dtype_lost, _dtype_lost_anew),
+            (
+                _each(lambda layer, name, old: setattr(old, "data", torch.zeros(old.shape))),
+                _each(lambda layer, name, old: setattr(layer, name, nn.Parameter(torch.zeros(old.shape)))),
+            ),
         ),
         Mistake(
             "the parameter replaced instead of its numbers",
             "A new nn.Parameter is not the one that the optimizer and tied layers hold, and it is not "
             "frozen if the old one was. Write into the old one.",
-            (_replaced, _replaced_alike),
+            (
+                _each(lambda layer, name, old: setattr(layer, name, nn.Parameter(torch.zeros_like(old)))),
+                _each(
+                    lambda layer, name, old: setattr(
+                        layer, name, nn.Parameter(torch.zeros_like(old), requires_grad=old.requires_grad)
+                    )
+                ),
+            ),
         ),
         Mistake(
             "every tensor zeroed, buffers too",
@@ -294,23 +230,23 @@ LESSON = Lesson(
         Mistake(
             "a copy zeroed instead of the layer",
             "The given layer is unchanged: the zeros are in another object. In place means in this one.",
-            (_a_copy,),
+            (lambda layer: init_zero_(copy.deepcopy(layer)),),
         ),
         Mistake(
             "multiplied by zero",
             "Multiplied by zero, nan and inf become nan, and negative numbers -0.0. `zero_()` writes zeros.",
-            (_times_zero,),
+            (torch.no_grad()(_each(lambda layer, name, parameter: parameter.mul_(0))),),
         ),
         Mistake(
             "the edit recorded by autograd",
             "A parameter that requires a gradient cannot be edited in place outside of torch.no_grad().",
-            (_under_autograd,),
+            (_each(lambda layer, name, parameter: parameter.zero_()),),
         ),
         Mistake(
             "requires_grad changed",
             "requires_grad was switched off for the edit and stayed off: the layer will not train. Use "
             "torch.no_grad().",
-            (_frozen,),
+            (_each(lambda layer, name, parameter: parameter.requires_grad_(False).zero_()),),
         ),
     ),
 )

@@ -2,6 +2,7 @@
 
 # mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from paramend.edits.selection import param_count
 from paramend.grafting.graft import graft
-from paramend.lessons.lesson import Case, Lesson, Mistake
+from paramend.lessons.lesson import Case, Lesson, Mistake, wrong
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Handed, Picture, Witness, candidates, layer_names, observe, same
 
@@ -84,89 +85,31 @@ def _copied(small: Any, big: Any, sources: dict[int, int]) -> Any:
     return {"params": {**big["params"], **layers}}
 
 
-def _one_less(*args: Any) -> Any:
+def _solved(edit: Callable[..., Any], *args: float) -> jax.Array:
+    """The reference with another copy: the edit takes the small tree, the big one, and their layers."""
     small, big, full, extra = _start(*args)
-    return _answer(_copied(small, big, {i: i for i in range(full - 1)}), full, extra)
+    return _answer(edit(small, big, full, extra), full, extra)
 
 
-def _from_one(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    return _answer(_copied(small, big, {i: i for i in range(1, full)}), full, extra)
+def _kernels_only(small: Any, big: Any, full: int, extra: int) -> Any:
+    layers = {name: {**big["params"][name], "kernel": layer["kernel"]} for name, layer in small["params"].items()}
+    return {"params": {**big["params"], **layers}}
 
 
-def _one_more(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    return _answer(_copied(small, big, {i: i for i in range(full + 1)}), full, extra)
-
-
-def _shifted(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    return _answer(_copied(small, big, {i + 1: i for i in range(full)}), full, extra)
-
-
-def _kernels_only(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    layers = {**big["params"]}
-    for name in small["params"]:
-        layers[name] = {**layers[name], "kernel": small["params"][name]["kernel"]}
-    return _answer({"params": layers}, full, extra)
-
-
-def _bias_dropped(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
+def _without_bias(small: Any, big: Any, full: int, extra: int) -> Any:
     layers = {name: {"kernel": layer["kernel"]} for name, layer in small["params"].items()}
-    return _answer({"params": {**big["params"], **layers}}, full, extra)
+    return {"params": {**big["params"], **layers}}
 
 
-def _inner_read(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    params = {**big, **{f"Dense_{i}": small[f"Dense_{i}"] for i in range(full)}}
-    return _answer(params, full, extra)
+def _renamed(small: Any, big: Any, full: int, name: str) -> Any:
+    """The bigger tree with layers called dense_<n>, which are those of the small one that are called `name`_<n>."""
+    layers = {f"dense_{i}": small["params"][f"{name}_{i}"] for i in range(full)}
+    return {"params": {**big["params"], **layers}}
 
 
-def _inner_selected(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    params, _ = graft(big, small, only=f"Dense_[:{full}]/**")
-    return _answer(params, full, extra)
-
-
-def _inner_added(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    return _answer({**big, **small["params"]}, full, extra)
-
-
-def _merged_above(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    return _answer({**big, **small}, full, extra)
-
-
-def _wrong_case_read(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    layers = {f"dense_{i}": small["params"][f"dense_{i}"] for i in range(full)}
-    return _answer({"params": {**big["params"], **layers}}, full, extra)
-
-
-def _wrong_case_added(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    layers = {f"dense_{i}": small["params"][f"Dense_{i}"] for i in range(full)}
-    return _answer({"params": {**big["params"], **layers}}, full, extra)
-
-
-def _tail_of_last(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    return _answer(_copied(small, big, {i: min(i, full - 1) for i in range(full + extra)}), full, extra)
-
-
-def _tail_in_turn(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
+def _in_turn(small: Any, big: Any, full: int, extra: int) -> Any:
     # Layer 0 reads x and fits nowhere else, so the cycle skips it.
-    turn = {i: i if i < full else 1 + (i - full) % (full - 1) for i in range(full + extra)}
-    return _answer(_copied(small, big, turn), full, extra)
-
-
-def _tail_aligned(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
-    return _answer(_copied(small, big, {i + extra: i for i in range(full)}), full, extra)
+    return _copied(small, big, {i: i if i < full else 1 + (i - full) % (full - 1) for i in range(full + extra)})
 
 
 def _one_key(seed: float, x: Any, full: float, extra: float, features: float) -> Any:
@@ -176,16 +119,10 @@ def _one_key(seed: float, x: Any, full: float, extra: float, features: float) ->
     return _answer(_copied(small, big, {i: i for i in range(int(full))}), int(full), int(extra))
 
 
-def _not_copied(*args: Any) -> Any:
-    _, big, full, extra = _start(*args)
-    return _answer(big, full, extra)
-
-
-def _mutated(*args: Any) -> Any:
-    small, big, full, extra = _start(*args)
+def _in_place(small: Any, big: Any, full: int, extra: int) -> Any:
     for i in range(full):
         big["params"][f"Dense_{i}"] = small["params"][f"Dense_{i}"]
-    return _answer(big, full, extra)
+    return big
 
 
 def copy_facts(witness: Witness, seen: Observation) -> dict[str, str]:
@@ -242,30 +179,51 @@ LESSON = Lesson(
         Mistake(
             "off by one in the layer name",
             "Layers are numbered from zero: the first N are Dense_0 to Dense_<N-1>, range(N).",
-            (_one_less, _from_one, _one_more, _shifted),
+            wrong(
+                _solved,
+                lambda small, big, full, extra: _copied(small, big, {i: i for i in range(full - 1)}),
+                lambda small, big, full, extra: _copied(small, big, {i: i for i in range(1, full)}),
+                lambda small, big, full, extra: _copied(small, big, {i: i for i in range(full + 1)}),
+                lambda small, big, full, extra: _copied(small, big, {i + 1: i for i in range(full)}),
+            ),
         ),
         Mistake(
             "the bias dropped or left behind",
             "A layer is its kernel and its bias. Copy both.",
-            (_kernels_only, _bias_dropped),
+            wrong(_solved, _kernels_only, _without_bias),
         ),
         Mistake(
             "the outer `params` level lost",
             'The layers are below a key for the collection: params["params"]["Dense_0"]. Merged one level '
             "too high, the trees lose the extra layers or hold the copies twice.",
-            (_inner_read, _inner_selected, _inner_added, _merged_above),
+            wrong(
+                _solved,
+                lambda small, big, full, extra: {**big, **{f"Dense_{i}": small[f"Dense_{i}"] for i in range(full)}},
+                lambda small, big, full, extra: graft(big, small, only=f"Dense_[:{full}]/**")[0],
+                lambda small, big, full, extra: {**big, **small["params"]},
+                lambda small, big, full, extra: {**big, **small},
+            ),
         ),
         Mistake(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
             "writing to it adds a layer that nothing reads.",
-            (_wrong_case_read, _wrong_case_added),
+            wrong(
+                _solved,
+                lambda small, big, full, extra: _renamed(small, big, full, "dense"),
+                lambda small, big, full, extra: _renamed(small, big, full, "Dense"),
+            ),
         ),
         Mistake(
             "the whole tail copied",
             "The copy reached into the last layers. The extra layers have no original in the small model: "
             "they stay fresh.",
-            (_tail_of_last, _tail_in_turn, _tail_aligned),
+            wrong(
+                _solved,
+                lambda small, big, full, extra: _copied(small, big, {i: min(i, full - 1) for i in range(full + extra)}),
+                _in_turn,
+                lambda small, big, full, extra: _copied(small, big, {i + extra: i for i in range(full)}),
+            ),
         ),
         Mistake(
             "both inits from one key",
@@ -276,13 +234,13 @@ LESSON = Lesson(
         Mistake(
             "nothing copied",
             "The tree that was counted is the bigger model as it was initialised. An edit returns a new tree: keep it.",
-            (_not_copied,),
+            wrong(_solved, lambda small, big, full, extra: big),
         ),
         Mistake(
             "the original dict mutated",
             "The tree is right, but the dict that `init` returned was edited in place, so others that hold "
             "it now have other parameters. Make a new dict.",
-            (_mutated,),
+            wrong(_solved, _in_place),
         ),
     ),
 )

@@ -19,7 +19,7 @@ from paramend.mapping.steps import Bundle, Step, read_step
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
 from paramend.selectors.patterns import parse
-from paramend.selectors.renames import NewPath, keys, pieces, rename
+from paramend.selectors.renames import NewPath, keys, rename
 from paramend.selectors.selector import resolve
 from paramend.trees.tree import Tree
 
@@ -316,8 +316,7 @@ def _groups(leaves: Editable, rule: Rule, number_of: Callable[[str], int]) -> li
     prefix = "".join(f"<{name}>/" for name in counting)
     found: dict[tuple[str, ...], list[dict[tuple[int, ...], int]]] = {}
     for place, source in enumerate(rule.sources):
-        for number, path in rename(source, f"{prefix}{_MARK}/{probe}").over(leaves.index).items():
-            parts = pieces(path)
+        for number, parts in rename(source, f"{prefix}{_MARK}/{probe}").texts(leaves.index).items():
             mark = parts.index(_MARK)
             families = found.setdefault(parts[mark + 1 :], [{} for _ in rule.sources])
             families[place][tuple(map(int, parts[:mark]))] = number

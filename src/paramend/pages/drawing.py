@@ -100,7 +100,6 @@ def _tree(page: Page) -> _Node:
 
 
 def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple[_Node, float, float, int]]:
-    """Nodes with their left edges, widths and depths."""
     yield node, left, width, level
     if level == 7:
         return

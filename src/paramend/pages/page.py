@@ -56,8 +56,6 @@ class Page:
     """What a page shows. Names from files may hold control characters: these are written out.
 
     Attributes:
-        title: its title.
-        headline: a one-sentence summary.
         paths: the leaves.
         sizes: the number of scalars of each.
         columns: the columns of the table.
@@ -134,7 +132,6 @@ class Page:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -1,6 +1,7 @@
 """`Edited`: an origin with edits, which are computed as its elements are read, piece by piece from first to last."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,22 +98,25 @@ class Edited(Origin):
         base = self.base
         self.damage.clear()
         steps, deaf = steps_of(base.spec, self.calls, self.places, self.damage)
-        with np.errstate(all="ignore"):  # an overflow to inf is a valid result
-            if None in steps:
+        # An overflow to inf is a valid result. Between pieces the caller's rules hold, and another thread may take over.
+        quiet = partial(np.errstate, all="ignore")
+        if None in steps:
+            with quiet():
                 x = np.empty(base.spec.size, deaf) if deaf else base.read_range(0, base.spec.size)
                 x = x.reshape(base.spec.shape)
                 for edit, place in list(zip(self.calls, self.places, strict=True))[-len(steps) :]:
                     before, x = x, edit.run(x, place)
                     self.damage.add(of_call(edit, before, x))
                 self.check(np.shape(x), np.asarray(x).dtype.name)
-                yield np.ascontiguousarray(x).reshape(-1)
-                return
-            for start, stop in base.ranges():
+            yield np.ascontiguousarray(x).reshape(-1)
+            return
+        for start, stop in base.ranges():
+            with quiet():
                 x = np.empty(stop - start, deaf) if deaf else base.read_range(start, stop)
                 for step in steps:
                     assert step is not None
                     x = step(x, start)
-                yield x
+            yield x
 
     def check(self, shape: tuple[int, ...], dtype: str) -> None:
         """Raise if a result has not the spec that was planned."""

@@ -1,6 +1,7 @@
 """The rows of a plan as origins: what becomes of a leaf, as one expression, and its elements piece by piece."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -10,7 +11,7 @@ from paramend.arrays.losses import holds
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import leaf_of
-from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.origin import CHUNK, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, numpy_dtype
 from paramend.piecewise.edited import Edited
@@ -62,12 +63,25 @@ def values(source: Any, row: Row) -> Iterator[Array]:
 
 def data(origin: Origin) -> Iterator[memoryview]:
     """The bytes of an origin, in pieces."""
+    found = (_bytes(origin, array) for array in pieces(origin))
+    return _ahead(found) if origin.tile > CHUNK else found
+
+
+def _bytes(origin: Origin, array: Array) -> memoryview:
     spec = origin.spec
-    dtype = numpy_dtype(spec.dtype)
-    for array in pieces(origin):
-        if array.dtype.name != spec.dtype and isinstance(origin, Edited):
-            origin.check(spec.shape, array.dtype.name)
-        yield np.ascontiguousarray(array).astype(dtype, copy=False).reshape(-1).view(np.uint8).data
+    if array.dtype.name != spec.dtype and isinstance(origin, Edited):
+        origin.check(spec.shape, array.dtype.name)
+    flat = np.ascontiguousarray(array).astype(numpy_dtype(spec.dtype), copy=False).reshape(-1)
+    return flat.view(np.uint8).data
+
+
+def _ahead(tiles: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Tiles, each put together by another thread while the one before is written; chunks are too small for that."""
+    with ThreadPoolExecutor(1, thread_name_prefix="paramend") as pool:
+        coming = pool.submit(next, tiles, None)
+        while (tile := coming.result()) is not None:
+            coming = pool.submit(next, tiles, None)
+            yield tile
 
 
 def survey(plan: Plan) -> None:

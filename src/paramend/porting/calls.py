@@ -3,8 +3,9 @@
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,27 +15,23 @@ from paramend.errors import BadArgument
 from paramend.porting.recorder import Call, Recorder
 from paramend.porting.values import Values, arrays, given_as, mapped, noted, wide
 from paramend.reports import wording
+from paramend.trees.lookup import is_torch_module
 from paramend.trees.tree import Tree
 
 Change = Callable[[str, Values], Values | None]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+M = TypeVar("M")
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What a model returned, and what was called in it.
-
-    Attributes:
-        outputs: the arrays that it returned, by their places in what it returned.
-        calls: the calls, in the order in which they returned.
-    """
+class Run(NamedTuple):
+    """The arrays that a model returned, by their places in what it returned, and the calls in it."""
 
     outputs: dict[str, Values]
     calls: list[Call]
 
 
-# `calls_<name>.py` for each, opened once the user has imported the framework: the library of its arrays, which models
-# it owns, `replaced` for them, and `watched`: a context in which a recorder makes the calls of modules.
+# `calls_<name>.py` for each, opened once the user has imported the framework, says which models it `owns`, perhaps how
+# they are `replaced` by copies, and how their modules are `watched`: in a context in which a recorder calls them.
 _FRAMEWORKS = {"torch": "torch", "flax": "linen", "flax.nnx": "nnx", "equinox": "equinox", "haiku": "haiku"}
 _LIBRARIES = ("jax", "torch")
 
@@ -47,7 +44,7 @@ def calls(model: object, inputs: object) -> list[Call]:
 
     Args:
         model: a torch, NNX or Equinox module, a bound linen module, or a function (`functools.partial(f.apply, params,
-            None)` for Haiku). An Equinox module that fails on a batch runs on each example.
+            None)` for Haiku). A module that fails on a batch, as those of Equinox do, runs on each example.
         inputs: a tuple of arguments, a dict of keywords, or one argument; with arrays of any library.
 
     Raises:
@@ -63,22 +60,28 @@ def calls(model: object, inputs: object) -> list[Call]:
 
 def run(model: Any, inputs: object) -> Run:
     """What a model returns, and the calls in it. Arguments and errors are those of `calls`."""
-    adapter = adapter_of(model)
-    if adapter is None and (not callable(model) or hasattr(model, "init_with_output")):
-        what = wording.described(model)
-        raise BadArgument(f"{what} cannot run", hint="module.bind(variables) for linen, or a function of the inputs")
-    given: Arguments = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_tuple(inputs), {})
-    if adapter is None:
-        return _first([lambda each=each: _recorded(model, given, each) for each in _libraries(given)])
-    twin, library = adapter.replaced(model, lambda _, values: wide(values)), adapter.ARRAYS
-    whole = lambda: _recorded(twin, given, library, root=twin)
-    each = lambda: _stacked([_recorded(twin, one, library, root=twin) for one in _examples(given)])
-    return _first([whole, each] if adapter.__name__.endswith("equinox") else [whole])
+    if not runs(model):
+        if not callable(model) or hasattr(model, "init_with_output"):
+            what, hint = wording.described(model), "module.bind(variables) for linen, or a function of the inputs"
+            raise BadArgument(f"{what} cannot run", hint=hint)
+        return _first([partial(_recorded, model, _given(inputs), each, None) for each in _libraries(inputs)], TypeError)
+    library = "torch" if is_torch_module(model) else "jax"
+    twin = copied(model, lambda _, values: wide(values))
+    return _first([partial(way, twin, _given(inputs), library, twin) for way in (_recorded, _each_recorded)])
 
 
-def adapter_of(model: object) -> Any:
-    """The file for the framework of a model; None for functions and bare trees."""
-    return next((adapter for adapter in _adapters() if adapter.owns(model)), None)
+def runs(model: object) -> bool:
+    """Whether it is a model of a framework, with parameters, that can be called as it is."""
+    return any(adapter.owns(model) for adapter in _adapters())
+
+
+def copied(model: M, change: Change) -> M:
+    """A copy of a model or a tree with other leaves: path, values → new values, or None for a leaf that stays."""
+    ways: list[Any] = [
+        adapter.replaced for adapter in _adapters() if adapter.owns(model) and hasattr(adapter, "replaced")
+    ]
+    found: M = (*ways, replaced)[0](model, change)
+    return found
 
 
 def _adapters() -> list[Any]:
@@ -108,28 +111,31 @@ def replaced(tree: Any, change: Change) -> Any:
         return leaves.with_leaves(new)
 
 
-def _tuple(inputs: Any) -> tuple[Any, ...]:
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+def _given(inputs: Any) -> Given:
+    """Arguments and keywords."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def _libraries(given: Arguments) -> list[str]:
+def _libraries(inputs: Any) -> list[str]:
     """The libraries whose arrays a function may take, that of its inputs first."""
-    theirs = [getattr(backend_of(type(array)), "__name__", "").rpartition(".")[2] for _, array in arrays(given)]
+    theirs = [getattr(backend_of(type(array)), "__name__", "").rpartition(".")[2] for _, array in arrays(inputs)]
     return list(dict.fromkeys([*filter(_LIBRARIES.__contains__, theirs), *filter(imported, _LIBRARIES), "numpy"]))
 
 
-def _first(ways: list[Callable[[], Run]]) -> Run:
-    """The first run that does not fail; what the first one raises, if all do."""
+def _first(ways: list[Callable[[], Run]], expected: type[Exception] | tuple[()] = ()) -> Run:
+    """The first run that does not fail; if all do, the first error is raised, if possible one that was not expected."""
     failures: list[Exception] = []
     for way in ways:
         try:
             return way()
         except Exception as error:
             failures.append(error)
-    raise failures[0]
+    raise next((each for each in failures if not isinstance(each, expected)), failures[0])
 
 
-def _recorded(model: Any, given: Arguments, library: str, root: Any = None) -> Run:
+def _recorded(model: Any, given: Given, library: str, root: Any) -> Run:
     recorder = Recorder(root)
     with float64(), ExitStack() as stack:
         args, options = mapped(given, given_as(library))
@@ -139,22 +145,22 @@ def _recorded(model: Any, given: Arguments, library: str, root: Any = None) -> R
     return Run(outputs or {}, recorder.calls())
 
 
-def _examples(given: Arguments) -> list[Arguments]:
-    """The arguments of each example of a batch: all arrays without their first axis."""
+def _each_recorded(model: Any, given: Given, library: str, root: Any) -> Run:
+    """The runs of the examples of a batch as one: all arrays are given without their first axis."""
     lengths = {np.shape(array)[:1] for _, array in arrays(given)}
     if len(lengths) != 1 or () in lengths:
         raise ValueError("the inputs have no axis of examples in common")
-    return [mapped(given, lambda array, at=at: to_numpy(array)[at]) for at in range(*lengths.pop())]
+    examples = [mapped(given, partial(_example, at)) for at in range(*lengths.pop())]
+    found = [_recorded(model, each, library, root) for each in examples]
+    outputs = {name: np.stack([run.outputs[name] for run in found]) for name in found[0].outputs}
+    return Run(outputs, list(map(_stacked, zip(*(run.calls for run in found), strict=True))))
 
 
-def _stacked(runs: list[Run]) -> Run:
-    """The runs of all examples as one run of the batch."""
+def _example(at: int, array: Any) -> Values:
+    found: Values = to_numpy(array)[at]
+    return found
 
-    def stacked(parts: list[tuple[Values, ...]]) -> tuple[Values, ...]:
-        return tuple(map(np.stack, zip(*parts, strict=True)))
 
-    found = [
-        Call(c[0].path, c[0].kind, stacked([x.inputs for x in c]), stacked([x.outputs for x in c]), c[0].composite)
-        for c in zip(*(run.calls for run in runs), strict=True)
-    ]
-    return Run({name: np.stack([run.outputs[name] for run in runs]) for name in runs[0].outputs}, found)
+def _stacked(calls: tuple[Call, ...]) -> Call:
+    inputs, outputs = (zip(*each, strict=True) for each in ([c.inputs for c in calls], [c.outputs for c in calls]))
+    return replace(calls[0], inputs=tuple(map(np.stack, inputs)), outputs=tuple(map(np.stack, outputs)))

@@ -1,13 +1,10 @@
-"""Equinox modules: copies with other leaves, and their calls."""
+"""The calls of Equinox modules."""
 
 from contextlib import AbstractContextManager
 
 import equinox as eqx
 
-from paramend.porting.calls import replaced as replaced
 from paramend.porting.recorder import Recorder, patched, subclasses
-
-ARRAYS = "jax"
 
 
 def owns(model: object) -> bool:

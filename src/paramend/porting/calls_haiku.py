@@ -1,14 +1,10 @@
 """Haiku: the calls of modules in a transformed function."""
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import haiku as hk
 
-from paramend.porting.calls import replaced as replaced
 from paramend.porting.recorder import Recorder
-
-ARRAYS = "jax"
 
 
 def owns(model: object) -> bool:
@@ -16,7 +12,7 @@ def owns(model: object) -> bool:
     return False
 
 
-def watched(recorder: Recorder) -> AbstractContextManager[Any]:
+def watched(recorder: Recorder) -> Any:
     """A context in which modules are called through the recorder."""
 
     def through(call: Any, args: Any, options: Any, context: Any) -> Any:

@@ -1,6 +1,5 @@
 """Bound linen modules: copies with other variables, and their calls."""
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +7,6 @@ import flax.linen as nn
 from paramend.porting.calls import Change
 from paramend.porting.calls import replaced as replaced_tree
 from paramend.porting.recorder import Recorder
-
-ARRAYS = "jax"
 
 
 def owns(model: object) -> bool:
@@ -24,7 +21,7 @@ def replaced(model: Any, change: Change) -> Any:
     return module.bind(replaced_tree(variables, change), rngs=rngs, mutable=model.scope.mutable)
 
 
-def watched(recorder: Recorder) -> AbstractContextManager[Any]:
+def watched(recorder: Recorder) -> Any:
     """A context in which modules are called through the recorder."""
 
     def through(call: Any, args: Any, options: Any, context: Any) -> Any:

@@ -1,13 +1,10 @@
-"""NNX modules: copies with other leaves, and their calls."""
+"""The calls of NNX modules."""
 
 from contextlib import AbstractContextManager
 
 from flax import nnx
 
-from paramend.porting.calls import replaced as replaced
 from paramend.porting.recorder import Recorder, patched, subclasses
-
-ARRAYS = "jax"
 
 
 def owns(model: object) -> bool:

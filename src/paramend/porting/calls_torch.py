@@ -11,8 +11,6 @@ from paramend.arrays.torch import from_numpy, numpy
 from paramend.porting.calls import Change
 from paramend.porting.recorder import Recorder, patched
 
-ARRAYS = "torch"
-
 
 def owns(model: object) -> bool:
     """Whether it is a torch module."""
@@ -21,7 +19,9 @@ def owns(model: object) -> bool:
 
 def replaced(model: Any, change: Change) -> Any:
     """A copy of the module on the host with other parameters and buffers."""
-    twin = copy.deepcopy(model).cpu()
+    model = getattr(model, "_orig_mod", model)  # that of torch.compile
+    plain = [each for module in model.modules() for each in vars(module).values() if isinstance(each, torch.Tensor)]
+    twin = copy.deepcopy(model, {id(each): each.detach().clone() for each in plain}).cpu()  # weight_norm computes some
     for name, tensor in chain(twin.named_parameters(), twin.named_buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
             values = change(name, numpy(tensor))

@@ -1,4 +1,4 @@
-"""JAX in float64."""
+"""JAX in float64, whatever a model asks for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,18 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_WIDER = {"float16": "float64", "bfloat16": "float64", "float32": "float64", "complex64": "complex128"}
+
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """A context, for this thread, in which JAX has 64 bits, and attention uses them."""
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-    old = jax.nn.dot_product_attention
+    """A context in which JAX has 64 bits in this thread, and `jnp.float32` and attention use them.
+
+    What is compiled here is not what the user compiles elsewhere: the precision is a part of JAX's keys.
+    """
+    wide = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    old = [(jnp, name, getattr(jnp, name)) for name in _WIDER]
+    old.append((jax.nn, "dot_product_attention", jax.nn.dot_product_attention))
+    new = [*(getattr(jnp, name) for name in _WIDER.values()), _attention(jax.nn.dot_product_attention)]
     try:
-        jax.nn.dot_product_attention = _attention(old)
-        with enable(True):
+        for (owner, name, _), value in zip(old, new, strict=True):
+            setattr(owner, name, value)
+        with wide(True), jax.default_matmul_precision("highest"):
             yield
     finally:
-        jax.nn.dot_product_attention = old
+        for owner, name, value in old:
+            setattr(owner, name, value)
 
 
 def _attention(otherwise: Any) -> Any:

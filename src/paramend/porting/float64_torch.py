@@ -27,7 +27,7 @@ def float64() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _Float64(TorchFunctionMode):  # type: ignore[misc]
+class _Float64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, options = getattr(func, "__name__", ""), dict(kwargs or {})
         if name in _AS_THEY_ARE:
@@ -35,8 +35,8 @@ class _Float64(TorchFunctionMode):  # type: ignore[misc]
         if "dropout" in name:
             return args[0] if args else options["input"]
         if name == "scaled_dot_product_attention":
-            args, options = (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), options | {"dropout_p": 0.0}
-            options = {key: value for key, value in options.items() if key != "dropout_p" or len(args) < 5}
+            args, options = (*args[:4], 0.0, *args[5:])[: len(args)], options | {"dropout_p": 0.0}
+            options = options if len(args) < 5 else {k: v for k, v in options.items() if k != "dropout_p"}
         if func in _CASTS:
             func = torch.Tensor.double
         first = args[:1] if name.endswith("_") or name == "__setitem__" else _wide(args[:1])  # written in place

@@ -38,40 +38,39 @@ def paired(
             in outputs of one size.
     """
     known = None if pairs is None else set(pairs)
-    ours, theirs = ([_print(call.output) for call in calls] for calls in (target, source))
+    ours, theirs = ([_print(call.outputs[0]) for call in calls] for calls in (target, source))
 
     def score(i: int, j: int) -> int:
-        if ours[i] is None or theirs[j] is None:
-            return 0
         if not target[i].path and not source[j].path:
-            return 1  # the models themselves
+            return 8  # the models themselves
         if known is not None:
             return int((target[i].path, source[j].path) in known)
         (size, total), (other_size, other) = ours[i], theirs[j]
         if size != other_size:
             return 0
-        equal = abs(total - other) <= 1e-9 * max(total, other)
-        alike = family(target[i].kind) == family(source[j].kind)
-        return (4 * equal + 2 * alike) and 4 * equal + 2 * alike + (target[i].composite == source[j].composite)
+        alike = 4 * (family(target[i].kind) == family(source[j].kind))
+        equal = 2 * (abs(total - other) <= 1e-9 * max(total, other))
+        return (alike + equal) and alike + equal + (target[i].composite == source[j].composite)
 
     # The best common subsequence, from the ends.
-    best = np.zeros((len(target) + 1, len(source) + 1), int)
+    best = [[0] * (len(source) + 1) for _ in range(len(target) + 1)]
     scores = [[score(i, j) for j in range(len(source))] for i in range(len(target))]
     for i in range(len(target) - 1, -1, -1):
         for j in range(len(source) - 1, -1, -1):
-            best[i, j] = max(best[i + 1, j], best[i, j + 1], scores[i][j] and scores[i][j] + best[i + 1, j + 1])
+            taken = scores[i][j] and scores[i][j] + best[i + 1][j + 1]
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], taken)
     found, i, j = [], 0, 0
     while i < len(target) and j < len(source):
-        if scores[i][j] and best[i, j] == scores[i][j] + best[i + 1, j + 1]:
+        if scores[i][j] and best[i][j] == scores[i][j] + best[i + 1][j + 1]:
             found.append((i, j))
             i, j = i + 1, j + 1
-        elif best[i, j] == best[i + 1, j]:
+        elif best[i][j] == best[i + 1][j]:
             i += 1
         else:
             j += 1
     return found
 
 
-def _print(output: Values | None) -> tuple[int, float] | None:
+def _print(output: Values) -> tuple[int, float]:
     """What stays when axes change places: how many values there are, and their sum without signs."""
-    return None if output is None else (output.size, float(np.abs(output).sum()))
+    return output.size, float(np.abs(output).sum())

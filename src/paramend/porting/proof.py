@@ -86,8 +86,8 @@ class Proof(Paged):
         said = f"{wording.plural(len(self.outputs), 'output')} compared"
         said += f", {self.alone} without counterpart" if self.alone else ""
         worst = max(self.outputs, key=lambda row: row.relative, default=None)
-        if worst is None:
-            return f"nothing is proven: {said}"
+        if worst is None or (not self and worst.relative <= self.tolerance):
+            return f"nothing is proven: {said}{', one without a finite value' if worst else ''}"
         within = f"{worst.relative:.2g} of the largest value (tolerance {self.tolerance:g})"
         if self:
             return f"both compute the same: {said}, {within}; {wording.plural(len(self.layers), 'layer')} compared"
@@ -104,8 +104,8 @@ class Proof(Paged):
         place = self.layers.index(first)
         after = f", after {self.layers[place - 1].name}" if place else ""
         between = f"; between them {wording.listing(self.before)}" if self.before else ""
-        goes = f"what {first.name} is given" if first.target or first.source else "the end of the models"
-        return f"the first difference is in {goes}{after}{between}"
+        given = f" in what {first.name} is given" if first.target or first.source else ""
+        return f"the first difference is{given}{after}{between}"
 
     def sections(self) -> list[Section]:
         """The outputs, then the layers."""
@@ -212,7 +212,7 @@ def prove(
         shapes = (values.shape, others.shape)
         agrees = found[1] <= tolerance and bool(np.isfinite(values).any())
         proof.outputs.append(ProofRow(one, other, ("", ""), shapes, *found, agrees))
-    _compare_layers(proof, *(_inner(each.calls) for each in (ours, theirs)), pairs)
+    _compare_layers(proof, _inner(ours.calls), _inner(theirs.calls), pairs)
     return proof
 
 

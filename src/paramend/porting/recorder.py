@@ -56,7 +56,7 @@ class Recorder:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._open: list[Any] = []
-        self._found: list[tuple[Any, Any, Call]] = []
+        self._found: list[tuple[Any, Call]] = []
         self._traced: set[Any] = set()
 
     def around(self, module: Any, call: Any, args: Any, options: Any, path: str = "?") -> Any:
@@ -72,8 +72,8 @@ class Recorder:
         kind = type(module).__name__
         if self._open and self._open[-1] is module:
             return call(*args, **options)
-        if _RANDOM.fullmatch(kind) and args:
-            return args[0]
+        if _RANDOM.fullmatch(kind):
+            return next(iter((*args, *options.values())))
         inputs, before = noted((args, options)), len(self._found)
         self._open.append(module)
         try:
@@ -89,18 +89,18 @@ class Recorder:
             inputs = outputs = {}
         root = (*self._open, module)[0] if self._root is None else self._root
         values = tuple(inputs.values()), tuple(outputs.values())
-        self._found.append((root, module, Call(path, kind, *values, composite=len(self._found) > before, module=module)))
+        self._found.append((root, Call(path, kind, *values, len(self._found) > before, module)))
         return output
 
     def calls(self) -> list[Call]:
         """The calls that were noted. Modules that were made for the call alone have no path, and are left out."""
         names: dict[int, dict[int, str]] = {}
         found: list[Call] = []
-        for root, module, call in self._found:
+        for root, call in self._found:
             if call.path == "?":
                 if id(root) not in names:
                     names[id(root)] = paths(root)
-                call = replace(call, path=names[id(root)].get(id(module), "?"))
+                call = replace(call, path=names[id(root)].get(id(call.module), "?"))
             found.append(call)
         return [call for call in found if call.path != "?"]
 
@@ -140,7 +140,8 @@ _DTYPES = ("dtype", "param_dtype")
 def steady(module: Any) -> Iterator[None]:
     """A context in which a module, and the cells that it holds, compute in float64 and without chance."""
     old: list[tuple[Any, str, Any]] = []
-    for each in (module, *vars(module).values()):
+    members: list[Any] = [module, *vars(module).values()]
+    for each in members:
         held = getattr(each, "__dict__", {})
         if each is module or ("param_dtype" in held and not isinstance(each, type)):
             old += [(each, name, held[name]) for name in _DTYPES if _is_float(held.get(name))]
@@ -189,6 +190,7 @@ def _through(method: Any) -> Any:
 
 def subclasses(kind: type) -> Iterator[type]:
     """All classes that are made of this one."""
-    for each in kind.__subclasses__():
+    made: list[type] = kind.__subclasses__()
+    for each in made:
         yield each
         yield from subclasses(each)

@@ -107,7 +107,6 @@ def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = (
     """The lines, folded: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do.
 
     Args:
-        lines: one per leaf.
         limit: the number of lines beyond which subtrees are folded.
         elsewhere: paths in other sections of the report: a subtree that holds one of them is not folded.
 
@@ -164,7 +163,7 @@ def _fold_numbers(group: list[_Numbered]) -> list[Line]:
         follows = (_follows(list(map(int, column)), own) for column in columns[group[0].own :])
         if not all(follows):
             return lines
-        numbers = iter(_written(column) for column in columns)
+        numbers = iter(braced(column) for column in columns)
         paths = tuple("".join(_woven(texts, numbers)) for texts in group[0].texts)
         members = tuple(member for line in lines for member in line.members)
         return [replace(lines[0], paths=paths, size=sum(line.size for line in lines), members=members)]
@@ -183,10 +182,10 @@ def _follows(column: list[int], own: list[list[int]]) -> bool:
     return len(set(column)) == 1 or any(len(shift) == 1 for shift in shifts)
 
 
-def _written(column: Sequence[str]) -> str:
+def braced(column: Sequence[str]) -> str:
     """Numbers as `{0..11}`, `{0,2,5}`, or a single one as it is.
 
-    >>> _written(["3", "3"]), _written(["0", "1", "2"]), _written(["0", "7"])
+    >>> braced(["3", "3"]), braced(["0", "1", "2"]), braced(["0", "7"])
     ('3', '{0..2}', '{0,7}')
     """
     texts = sorted(set(column), key=int)

@@ -90,14 +90,7 @@ def _interpolated(x: Array, sizes: Mapping[int, int], cubic: bool, antialias: bo
 
 
 def grid(
-    x: Array,
-    axis: int,
-    *,
-    prefix: int,
-    old: tuple[int, int],
-    new: tuple[int, int],
-    cubic: bool,
-    antialias: bool,
+    x: Array, axis: int, *, prefix: int, old: tuple[int, int], new: tuple[int, int], cubic: bool, antialias: bool
 ) -> Array:
     """A table of positions along an axis: `prefix` tokens unchanged, then a resized grid, row by row.
 
@@ -179,12 +172,8 @@ def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) 
     float32, or float64 for a float64 array.
 
     Args:
-        x: the array.
-        axis: the axis of its rows.
-        count: the new number of rows.
         fresh: "mean+cov": drawn with the mean of the old rows and 1e-9 of their covariance (Hewitt 2021); "mean";
             "random": normal, with the standard deviation of all old values about 0; "zeros".
-        rng: the source of random numbers.
 
     >>> rows(np.array([[1.0, 2.0], [3.0, 6.0]]), 0, 3, "mean", np.random.default_rng(0))
     array([[1., 2.],

@@ -77,7 +77,6 @@ def positions(
 def _spread(
     old: Shape, new: Shape, axes: list[int], prefix: int | None, grid: Grid | None, method: str, antialias: bool
 ) -> Fit:
-    """Positions with separate axes for rows and columns."""
     if prefix or grid:
         raise SpecMismatch(
             f"{_sizes(old)} → {_sizes(new)}: rows and columns have separate axes, which need no prefix or grid"
@@ -94,18 +93,13 @@ def _spread(
 
 
 def _holding(old: Shape, prefix: int | None, grid: Grid) -> list[int]:
-    """The axes that may hold a grid, if shapes agree and only the grids differ."""
     count = math.prod(grid)
     sizes = range(count, count + _MOST_PREFIX + 1) if prefix is None else (count + prefix,)
     return [axis for axis, size in enumerate(old) if size in sizes]
 
 
 def grids(
-    old: int,
-    new: int,
-    prefix: int | None = None,
-    grid: Grid | None = None,
-    new_grid: Grid | None = None,
+    old: int, new: int, prefix: int | None = None, grid: Grid | None = None, new_grid: Grid | None = None
 ) -> tuple[int, Grid, Grid]:
     """The prefix and the two grids that make up these numbers of positions.
 

@@ -9,7 +9,7 @@ from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.formats.source import Sealed
 from paramend.formats.writer import LeafBytes
-from paramend.rewriting.files import Copy, File, laid, with_rows
+from paramend.rewriting.files import Copy, File, laid, with_header, with_rows
 
 
 def overlays(made: Plan) -> bool:
@@ -67,14 +67,10 @@ def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]],
         size = file.stat.st_size
         return File(name, size, (Copy(file.path, 0, size),), file.path, link)
     ordered = [by_place[place] for place in sorted(by_place)]
-
-    def parts() -> Iterator[bytes | Copy | LeafBytes]:
-        yield Copy(file.path, 0, header.nbytes) if header is file.header else header.to_bytes()
-        for place, entry in enumerate(header.entries):
-            yield LeafBytes(place, 0, entry.nbytes)
-
-    pieces, _, nbytes = laid(made, ordered, parts())
-    return File(name, nbytes, pieces)
+    head = [Copy(file.path, 0, header.nbytes)] if header is file.header else []
+    leaves = [LeafBytes(place, 0, entry.nbytes) for place, entry in enumerate(header.entries)]
+    pieces, _, nbytes = laid(made, ordered, [*head, *leaves])
+    return File(name, nbytes, pieces) if head else with_header(name, header.raw, pieces)
 
 
 def _overlaid(file: Any, rows: Iterable[tuple[int, Row]], name: str, *, link: bool) -> File:

@@ -1,13 +1,14 @@
 """`File`: one file to write, as pieces: bytes of other files, leaves to compute, known bytes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.sharing import best_start
 from paramend.edits.plan import Plan, Row
 from paramend.formats.registry import Format, format_of
-from paramend.formats.safetensors_header import RECORD
+from paramend.formats.safetensors_header import MAX_HEADER, RECORD, SafetensorsWriter, framed
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent
@@ -85,8 +86,39 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
     writer = form.writer()
     outline = None if writer.flat else arranged(made, rows)
     pieces, ranges, nbytes = laid(made, rows, writer.parts(items_of(made, rows), metadata, outline))
+    head = pieces[0]
+    if isinstance(writer, SafetensorsWriter) and isinstance(head, bytes):
+        return with_header(name, head[8:], pieces[1:])
     patched = tuple(ranges) if writer.seals else ()
     return File(name, nbytes, pieces, patched=patched, reopen=form.open)
+
+
+def with_header(name: str, raw: bytes, pieces: Sequence[Piece]) -> File:
+    """A new safetensors file. Its header is padded so that most of what is copied keeps its place within a block.
+
+    The bytes do not depend on the file system: whoever copies the file to one that shares blocks has the benefit.
+
+    Args:
+        name: its path within the directory; "" for a checkpoint of a single file.
+        raw: the JSON text of its header.
+        pieces: the data.
+    """
+    start = best_start(((copy.start, copy.stop, at) for copy, at in placed(pieces)), 8 + len(raw), step=8)
+    head = framed(raw, start if start <= 8 + MAX_HEADER else 8 + len(raw))
+    return File(name, sum(map(_length, (head, *pieces))), (head, *pieces))
+
+
+def placed(pieces: Iterable[Piece]) -> Iterator[tuple[Copy, int]]:
+    """The ranges that are copied, each with the place of its copy among the bytes of all pieces."""
+    at = 0
+    for piece in pieces:
+        if isinstance(piece, Copy):
+            yield piece, at
+        at += _length(piece)
+
+
+def _length(piece: Piece) -> int:
+    return len(piece) if isinstance(piece, bytes) else piece.stop - piece.start
 
 
 def items_of(made: Plan, rows: Sequence[Row]) -> list[Item]:

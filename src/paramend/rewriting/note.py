@@ -19,13 +19,13 @@ from paramend.edits.plan import Plan, Row
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
-from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated
+from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated, framed
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of
-from paramend.rewriting.files import Copy, File
+from paramend.rewriting.files import Copy, with_header
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,
@@ -143,10 +143,7 @@ class Note:
             else:
                 assert isinstance(first, bytes)
                 self._head = first[8:]
-            header = self._header()
-            nbytes = file.nbytes - 8 - len(self._head) + len(header)
-            new = File(file.name, nbytes, (header, *rest))
-            self.layout = replace(self.layout, files=(new,))
+            self.layout = replace(self.layout, files=(with_header(file.name, self._header(), rest),))
 
     def _header(self) -> bytes:
         assert self._text is not None
@@ -156,7 +153,7 @@ class Note:
                 f"{self._out}: with the record its header takes {len(raw):,} bytes; the limit is {MAX_HEADER:,}",
                 hint=f"a directory: {self._out.with_suffix('')}/",
             )
-        return len(raw).to_bytes(8, "little") + raw
+        return raw
 
     # -- while it is written
 
@@ -185,7 +182,9 @@ class Note:
             _put(temporary / FILE, self._text)
             settle(temporary / FILE, access)
         elif self._record is not None:
-            _put(temporary, self._header())
+            head = self.layout.files[0].pieces[0]
+            assert isinstance(head, bytes)
+            _put(temporary, framed(self._header(), len(head)))
 
     def _complete(self, temporary: Path) -> None:
         """Fill in the digests, including those of bytes that were not hashed on their way."""

@@ -1,18 +1,22 @@
 """The place of an output: problems are found before anything is written."""
 
+import contextlib
 import os
 import stat
+import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import check_room, reason
 from paramend.disk.publishing import exists
+from paramend.disk.sharing import BLOCK, share, shareable
 from paramend.edits.plan import Plan
 from paramend.errors import CannotWrite
 from paramend.formats.registry import SUFFIXES, find_format, home_of
 from paramend.reports import wording
-from paramend.rewriting.files import sources
+from paramend.rewriting.files import placed, sources
 from paramend.rewriting.layouts import Layout, lay_out
 
 
@@ -53,7 +57,10 @@ def check_output(
         raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
-    check_room(folder, layout.nbytes, str(out))
+    try:
+        check_room(folder, layout.nbytes, str(out))
+    except CannotWrite:
+        check_room(folder, layout.nbytes - _shared(folder, layout), str(out))
     return layout
 
 
@@ -87,6 +94,20 @@ def _check_replaceable(out: Path) -> None:
             f"{out} is a directory without a checkpoint, whose content would be lost: {wording.listing(inside, 4)}",
             hint="write to another name",
         )
+
+
+def _shared(folder: Path, layout: Layout) -> int:
+    """The bytes that need no room because files in the folder will share them: tried with one block of each source."""
+    found: dict[Path, tuple[int, int]] = {}  # source → a block that can be shared, how many bytes can
+    for copy, at in chain.from_iterable(placed(file.pieces) for file in layout.files if not file.link):
+        low, high = shareable(copy.start, copy.stop, at)
+        if low < high:
+            found[copy.path] = low, high - low + found.get(copy.path, (0, 0))[1]
+    total = 0
+    for path, (start, nbytes) in found.items():
+        with contextlib.suppress(OSError), path.open("rb") as source, tempfile.TemporaryFile(dir=folder) as trial:
+            total += nbytes if share(source.fileno(), trial.fileno(), start, BLOCK) else 0
+    return total
 
 
 def _look(path: Path) -> os.stat_result | None:

@@ -56,6 +56,7 @@ class RewriteReport(Paged):
         bytes_copied: bytes copied unchanged, including the header if no spec changes.
         bytes_computed: bytes of the leaves that were edited.
         bytes_linked: bytes of files that were hard-linked instead of copied.
+        bytes_shared: of the bytes copied, those that the file system shares with a source, which take no room.
         files: the files of a directory that was written.
         left_out: files of a directory that were not copied, each with the reason.
         record: where a record of what was done was written; "" if none was.
@@ -69,6 +70,7 @@ class RewriteReport(Paged):
     bytes_copied: int
     bytes_computed: int
     bytes_linked: int = 0
+    bytes_shared: int = 0
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     record: str = ""
@@ -90,7 +92,8 @@ class RewriteReport(Paged):
     def summary(self) -> str:
         """What was written, in one line, with the format if the name does not say it; what was left out, and is to be
         said of other files, in further ones."""
-        copied, computed = wording.size(self.bytes_copied), wording.size(self.bytes_computed)
+        moved = f"{wording.size(self.bytes_computed)} computed, {wording.size(self.bytes_copied)} copied"
+        moved += f" ({wording.size(self.bytes_shared)} of them shared)" if self.bytes_shared else ""
         linked = f", {wording.size(self.bytes_linked)} linked" if self.bytes_linked else ""
         left = f"\nnot copied: {wording.listing(self.left_out)}" if self.left_out else ""
         said = "".join(f"\n{line}" for line in self.said)
@@ -98,7 +101,7 @@ class RewriteReport(Paged):
         damage = f"; {self.plan.damage}" if self.plan.damage else ""
         named = format_for(Path(self.path))
         form = "" if named is not None and named.name == self.format else f", as {self.format}"
-        return f"wrote {self.path}: {computed} computed, {copied} copied{linked}{form}{record}{damage}{left}{said}"
+        return f"wrote {self.path}: {moved}{linked}{form}{record}{damage}{left}{said}"
 
     def page(self) -> Page:
         """The page of the plan, with what was written."""
@@ -116,6 +119,7 @@ class RewriteReport(Paged):
             **self.plan.to_dict(),
             "bytes_copied": self.bytes_copied,
             "bytes_computed": self.bytes_computed,
+            "bytes_shared": self.bytes_shared,
         }
         if self.files:
             data |= {"bytes_linked": self.bytes_linked, "files": list(self.files)}
@@ -182,7 +186,7 @@ def write(
     finally:
         run.inputs.close()
     path = str(Path(getattr(made.leaves, "path", "")))
-    counts = run.copied, run.computed, run.linked
+    counts = run.copied, run.computed, run.linked, run.copier.shared
     return RewriteReport(
         path, str(out), made, *counts, names, layout.left_out, note.name, layout.said, layout.format.name
     )
@@ -349,10 +353,11 @@ class _Flow:
             chunks = _blank(row.spec.nbytes) if hole else data(expression(self._source, row))
             self._row, self._chunks, self._rest = row, self._note.taking(row, chunks), memoryview(b"")
         while left:
-            chunk = self._rest if len(self._rest) else next(self._chunks)
-            chunk, self._rest = chunk[:left], chunk[left:]
-            left -= len(chunk)
-            yield os.lseek(target, len(chunk), os.SEEK_CUR) and len(chunk) if hole else put(target, chunk)
+            self._rest = self._rest if len(self._rest) else next(self._chunks)
+            count = min(left, len(self._rest))
+            yield os.lseek(target, count, os.SEEK_CUR) and count if hole else put(target, self._rest[:count])
+            self._rest = self._rest[count:] if count < len(self._rest) else memoryview(b"")  # which frees a tile
+            left -= count
         if piece.stop == row.spec.nbytes:
             next(self._chunks, None)  # its end confirms that all was taken
 

@@ -63,7 +63,6 @@ def _key(entry: object) -> str | int | None:
     return entry if isinstance(entry, str | int) and not isinstance(entry, bool) else None
 
 
-_OPERATORS = (("|", "|"), ("&", "&"))
 _REGEX = re.compile(r"(?:^|/)\.[*+]|\.[*+](?=[^./*+])|\\[dwsDWSb.]|^\^|\$$|\([^)]*\|[^)]*\)|\[\^|\)\?|\[[a-z]-[a-z]")
 
 
@@ -71,7 +70,6 @@ def advice(text: str, index: Index | None = None) -> str:
     """What to write instead of text in another dialect; "" if it is none.
 
     Args:
-        text: the text of a selector that cannot be read, or finds nothing.
         index: the names of the tree, if it is known: then only what finds something is proposed.
 
     >>> advice("a/Dense_[0-2]/w"), advice("~a/b"), advice("a | b"), advice(r".*\\.kernel")
@@ -84,8 +82,8 @@ def advice(text: str, index: Index | None = None) -> str:
         found = _regex(text, index)
         if found:
             return found
-    for mark, operator in _OPERATORS:
-        parts = [part.strip() for part in re.split(rf"{re.escape(mark)}+", text)]
+    for operator in "|&":
+        parts = [part.strip() for part in re.split(rf"{re.escape(operator)}+", text)]
         if len(parts) > 1 and all(part and _finds(part, index) for part in parts):
             return f" {operator} ".join(f'pm.sel("{part}")' for part in parts)
     parts = [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", text)]

@@ -135,7 +135,6 @@ def _distinct(choice: Either) -> bool:
 
 
 def _texts(options: Sequence[tuple[Literal | Star, ...]]) -> list[str]:
-    """The options that are plain texts."""
     return [
         "".join(atom.text for atom in option if isinstance(atom, Literal))
         for option in options
@@ -172,7 +171,6 @@ def _before(atom: Atom, text: str, ends: int) -> int:
 
 
 def _places(text: str, part: str) -> Iterator[int]:
-    """The places at which a text holds a part."""
     at = text.find(part)
     while at >= 0:
         yield at
@@ -188,7 +186,6 @@ def _set(places: Iterable[int], length: int) -> int:
 
 
 def _numbers(text: str) -> Iterator[tuple[int, int]]:
-    """Where the numbers of a text are."""
     return (found.span() for found in re.finditer(_DIGITS, text))
 
 

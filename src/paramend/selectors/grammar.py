@@ -12,11 +12,12 @@ atom      :=  text | "\\" char         a literal
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from paramend.errors import SelectorError
-from paramend.leaves.paths import SPECIAL, labels
+from paramend.leaves.paths import escaped, in_quotes, labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Literal:
     text: str
 
     def __str__(self) -> str:
-        return "".join("\\" + char if char in SPECIAL else char for char in self.text)
+        return escaped(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +73,22 @@ class Positions:
 
     def pick(self, count: int) -> tuple[set[int], list[int]]:
         """The positions chosen among `count`, and the integers that are out of range."""
-        chosen: set[int] = set()
-        missing: list[int] = []
+        missing = [item for item in self.items if isinstance(item, int) and not -count <= item < count]
+        return set(self.among(count)), missing
+
+    def among(self, count: int) -> list[int]:
+        """The positions chosen among `count`, in the order written."""
+        out: dict[int, None] = {}
         for item in self.items:
             if isinstance(item, tuple):
-                chosen.update(range(*slice(*item).indices(count)))
+                out |= dict.fromkeys(range(*slice(*item).indices(count)))
             elif -count <= item < count:
-                chosen.add(item % count)
-            else:
-                missing.append(item)
-        return chosen, missing
+                out[item % count] = None
+        return list(out)
 
 
 Atom = Literal | Star | Either | Number | Positions
+A = TypeVar("A", bound=Atom)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,7 @@ class Quoted:
     text: str
 
     def __str__(self) -> str:
-        escaped = self.text.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return in_quotes(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,22 +172,16 @@ class Reader:
             atom = self.atom()
             if isinstance(atom, Positions) and any(isinstance(a, Positions) for a in atoms):
                 raise self.fail("one key takes one index", here, self.at, hint="[0,3] or [1:4] picks several")
-            if isinstance(atom, Literal) and atoms and isinstance(last := atoms[-1], Literal):
-                atom = Literal(last.text + atom.text)
-                del atoms[-1]
             atoms.append(atom)
-        if not atoms:
-            raise self.fail(
-                "a key is missing here",
-                start,
-                start + 1,
-                hint='an empty key is written ""; a separator stands only between keys',
-            )
-        if any("/" in text or "." in text for atom in atoms for text in _literals(atom)):
-            if len(atoms) == 1 and isinstance(atoms[0], Literal):
-                return Quoted(atoms[0].text)
+        joined = merged(atoms)
+        if not joined:
+            hint = 'an empty key is written ""; a separator stands only between keys'
+            raise self.fail("a key is missing here", start, start + 1, hint)
+        if any("/" in text or "." in text for atom in joined for text in _literals(atom)):
+            if len(joined) == 1 and isinstance(joined[0], Literal):
+                return Quoted(joined[0].text)
             raise self.fail("an escaped separator cannot stand beside wildcards", start, self.at)
-        return Piece(tuple(atoms))
+        return Piece(joined)
 
     def quoted(self) -> Quoted:
         start = self.at
@@ -248,17 +245,13 @@ class Reader:
             if char in '{[<]>"':
                 raise self.fail(f"'{char}' cannot stand inside {{...}}", self.at, hint="write two selectors in a list")
             if char in ",}":
-                options.append(tuple(option))
+                options.append(merged(option))
                 option = []
                 self.at += 1
                 if char == "}":
                     return Either(tuple(options))
             else:
-                piece = self.simple()
-                if isinstance(piece, Literal) and option and isinstance(last := option[-1], Literal):
-                    piece = Literal(last.text + piece.text)
-                    del option[-1]
-                option.append(piece)
+                option.append(self.simple())
 
     def positions(self) -> Positions:
         start = self.at
@@ -272,10 +265,7 @@ class Reader:
             parts = [part.strip() for part in (":" if text.strip() == "*" else text).split(":", 3)]
             if parts == [""] or len(parts) > 3 or not all(not part or _INT.fullmatch(part) for part in parts):
                 raise self.fail(
-                    "an index is an int or a slice",
-                    at,
-                    at + max(len(text), 1),
-                    hint="[-1], [:2], [0,3] or [4:8:2]",
+                    "an index is an int or a slice", at, at + max(len(text), 1), hint="[-1], [:2], [0,3] or [4:8:2]"
                 )
             first, second, third = (int(part) if part else None for part in (*parts, "", "")[:3])
             if len(parts) > 1:
@@ -305,6 +295,17 @@ class Reader:
         self.at = found.end()
         factor, name, shift = found.groups()
         return Number(name, int(factor or 1), int(shift or 0))
+
+
+def merged(atoms: Iterable[A]) -> tuple[A, ...]:
+    """Atoms with adjacent literals joined and empty ones left out."""
+    out: list[Any] = []
+    for atom in atoms:
+        if isinstance(atom, Literal) and out and isinstance(last := out[-1], Literal):
+            out[-1] = Literal(last.text + atom.text)
+        elif atom != Literal(""):
+            out.append(atom)
+    return tuple(out)
 
 
 def around_captures(text: str) -> list[str]:

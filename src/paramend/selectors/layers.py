@@ -18,6 +18,7 @@ from paramend.selectors.grammar import (
     around_captures,
     captures_of,
 )
+from paramend.selectors.messages import separator_in
 from paramend.selectors.nesting import PathStep
 from paramend.selectors.patterns import Pattern, parse
 from paramend.selectors.renames import rename
@@ -173,11 +174,6 @@ def notation(text: str) -> Notation | None:
 def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
     """The notation of a text, and the numbered entries of a tree that it means.
 
-    Args:
-        index: the names of the tree.
-        text: what the user wrote.
-        argument: the name of the argument, for messages.
-
     Raises:
         BadArgument: the text does not say where the number of a layer is.
         NoMatch: there are no such layers.
@@ -238,7 +234,7 @@ def whole(index: Index, text: str) -> str:
     """A text as a selector of leaves: `**` is appended if it names subtrees, as `layers[*]` does."""
     pattern = parse(text)
     hits, subtrees = pattern.reach(index.names)
-    return f"{text}{_separator(text, index)}**" if subtrees and not hits else text
+    return f"{text}{separator_in(text, index)}**" if subtrees and not hits else text
 
 
 def starred(index: Index, text: str) -> str | None:
@@ -251,7 +247,7 @@ def starred(index: Index, text: str) -> str | None:
     found = number.find(index.names)
     if not found or set(found) != set(star.find(index.names)):
         return None
-    written = number.write(_separator(text, index))
+    written = number.write(separator_in(text, index))
     return written if len(spelled(index, written)) > 1 else None
 
 
@@ -272,13 +268,7 @@ def hint_of(index: Index, argument: str, text: str = "") -> str:
     return known(index, argument)
 
 
-def _separator(text: str, index: Index) -> str:
-    used = [char for char in "/." if char in text]
-    return used[0] if len(used) == 1 else index.separator
-
-
 def _parents(names: Names, above: Pattern | None) -> Iterator[tuple[Pieces, Names]]:
-    """The subtrees that a pattern names, with their paths."""
     if above is None:
         yield (), names
         return

@@ -108,7 +108,6 @@ class MatchWalk:
     Each subtree is visited once, with all states that lead to it: a pattern with several `**` reaches it in many ways.
 
     Args:
-        machine: the pattern.
         lenient: whether a position that is missing stands for all siblings.
     """
 
@@ -246,8 +245,6 @@ def families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[t
     `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`.
 
     Args:
-        names: what is under the parent.
-        step: the step with the index.
         roles: what labels may be to the step; it is filled as they are met.
     """
     children: dict[str, _Family] = {}

@@ -16,7 +16,7 @@ def nothing(text: str, pattern: Pattern, index: Index) -> NoMatch:
     """The error for a selector that matches nothing, with up to three that do."""
     if not index.numbers:
         return NoMatch(f"{quoted(text)} matches nothing: the tree holds no arrays")
-    separator = _separator(text, index)
+    separator = separator_in(text, index)
     atoms = [atom for segment in pattern.segments if isinstance(segment, Piece) for atom in segment.atoms]
     indexed = any(isinstance(atom, Positions) for atom in atoms)
     if indexed or pattern.reach(index.names)[1]:
@@ -64,7 +64,7 @@ def out_of_range(text: str, error: OutOfRange, index: Index) -> OutOfRange:
     while near is not None:  # a selector may hold several positions
         pattern = parse(near.near[0])
         try:
-            offers = [pattern.write(_separator(text, index))] if pattern.find(index.names) else []
+            offers = [pattern.write(separator_in(text, index))] if pattern.find(index.names) else []
             near = None
         except OutOfRange as further:
             near = further
@@ -92,7 +92,7 @@ def quoted(text: str) -> str:
     return f'"{written[1:-1]}"' if '"' not in text else written
 
 
-def _separator(text: str, index: Index) -> str:
+def separator_in(text: str, index: Index) -> str:
     """The separator that the text uses, or else that of the tree."""
     used = [char for char in "/." if char in text]
     return used[0] if len(used) == 1 else index.separator

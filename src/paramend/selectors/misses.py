@@ -18,7 +18,19 @@ from paramend.errors import OutOfRange
 from paramend.leaves.paths import Names, labels, text_of, write_path
 from paramend.reports import wording
 from paramend.selectors.division import acceptor, divide
-from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
+from paramend.selectors.grammar import (
+    AnyPieces,
+    Atom,
+    Either,
+    Literal,
+    Number,
+    Piece,
+    Positions,
+    Quoted,
+    Segment,
+    Star,
+    merged,
+)
 from paramend.selectors.patterns import Pattern, parse
 
 _SECONDS = 0.3  # the time limit of a search: on large trees a late hint is worse than a short one
@@ -67,7 +79,6 @@ class _Search:
         self.known: dict[Segments, tuple[list[int], list[Names]]] = {(): ([], [names])}
 
     def reach(self, segments: Segments) -> tuple[list[int], list[Names]]:
-        """The leaves and the subtrees that the segments name."""
         if segments not in self.known:
             self.known[segments] = Pattern(segments).reach(self.names)
         return self.known[segments]
@@ -161,14 +172,12 @@ def _is_wild(segment: Segment) -> bool:
 
 
 def _is_many(segment: Segment) -> bool:
-    """Whether a segment may name several keys."""
     return not isinstance(segment, Quoted) and segment != Piece(
         tuple(atom for atom in getattr(segment, "atoms", ()) if isinstance(atom, Literal))
     )
 
 
 def _named(segments: Segments) -> int:
-    """How many segments name something."""
     return sum(not _is_wild(segment) for segment in segments)
 
 
@@ -220,7 +229,6 @@ def _words(atoms: Sequence[Atom]) -> list[str]:
 
 
 def _texts(atom: Atom) -> list[str]:
-    """The texts that an atom spells; one, empty, for a wildcard."""
     if isinstance(atom, Either):
         return ["".join(a.text for a in option if isinstance(a, Literal)) for option in atom.options]
     return [atom.text if isinstance(atom, Literal) else ""]
@@ -286,7 +294,7 @@ def _other_case(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple
             if spans is not None:
                 pairs = zip(atoms, spans, strict=True)
                 named = (Literal(key[i:j]) if isinstance(atom, Literal | Either) else atom for atom, (i, j) in pairs)
-                found[Piece(_merged(named))] = None
+                found[Piece(merged(named))] = None
     yield from ((1, segment) for segment in list(found)[:3] if segment != Piece(atoms))
 
 
@@ -315,19 +323,6 @@ def _other_positions(atoms: tuple[Atom, ...]) -> Iterator[tuple[int, Segment]]:
             yield 2, Piece((*atoms[:at], there, *atoms[at + 1 :]))
 
 
-def _merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
-    """Atoms with adjacent literals joined and empty ones left out, as the parser returns them."""
-    out: list[Atom] = []
-    for atom in atoms:
-        if isinstance(atom, Literal):
-            last = out.pop() if out and isinstance(out[-1], Literal) else None
-            atom = Literal((last.text if isinstance(last, Literal) else "") + atom.text)
-            if not atom.text:
-                continue
-        out.append(atom)
-    return tuple(out)
-
-
 def _near_numbered(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
     """`Dens_[-1]` for `Dense_0`, `Dense_1`; `layer[-1]` for `layers/0`, `layers/1` or `layer_0`, `layer_1`."""
     slots: list[Atom] = []
@@ -344,7 +339,7 @@ def _near_numbered(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tu
         texts = shape.split("#")
         if len(texts) == len(slots) + 1:
             pairs = (pair for i, slot in enumerate(slots) for pair in (Literal(texts[i]), slot))
-            yield cost, Piece(_merged((*pairs, Literal(texts[-1]))))
+            yield cost, Piece(merged((*pairs, Literal(texts[-1]))))
     if isinstance(atoms[-1], Positions):  # the numbers may be children instead
         for cost, key in _ranked("".join(_words(atoms[:-1])), known):
             yield cost, Piece((Literal(key), atoms[-1]))
@@ -378,7 +373,7 @@ def _split(segment: Segment, known: Sequence[str]) -> Iterator[Segments]:
     head = segment.atoms[0].text
     for key in known:
         if key and head.startswith(key) and head != key:
-            rest = Piece(_merged((Literal(head[len(key) :].lstrip("_-~")), *segment.atoms[1:])))
+            rest = Piece(merged((Literal(head[len(key) :].lstrip("_-~")), *segment.atoms[1:])))
             if rest.atoms:
                 yield Piece((Literal(key),)), rest
 
@@ -390,7 +385,7 @@ def _join(first: Segment, second: Segment, known: Sequence[str]) -> Iterator[Seg
             for separator in ("_", "", "-", "."):
                 text = head + separator + tail
                 if any(key == text or (rest and key.startswith(text)) for key in known):
-                    yield Piece(_merged((Literal(text), *rest))) if separator != "." else Quoted(text)
+                    yield Piece(merged((Literal(text), *rest))) if separator != "." else Quoted(text)
         case Piece((Literal(head),)), Piece((Number() | Star(), *_) as rest):
             if any(key.startswith(f"{head}_") for key in known):
                 yield Piece((Literal(f"{head}_"), *rest))

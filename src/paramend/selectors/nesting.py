@@ -112,10 +112,8 @@ def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence
     Among the cheapest pairings, the one whose pairs are rightmost.
 
     Args:
-        path: the old path.
         joints: the result of `Tables.joints`.
         run: the places of the old pieces.
-        new: the new pieces.
     """
     old = [text_of(path[at]) for at in run]
     if len(old) == len(new) and (len(new) < 2 or old == new):
@@ -148,8 +146,6 @@ def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) ->
     """The steps of a new path: each piece in its key.
 
     Args:
-        words: its pieces.
-        path: the old path.
         joints: the result of `Tables.joints`.
     """
     depth = depths(path)

@@ -4,8 +4,9 @@ A rename is applied to a whole tree of names at once, not leaf by leaf: so rotat
 the last one in this tree.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -52,7 +53,6 @@ class Rename:
         """The new paths of the leaves of a tree that match, by leaf number.
 
         Args:
-            index: the names of the tree.
             only: the leaves whose new paths are wanted; None for all.
 
         Raises:
@@ -64,40 +64,26 @@ class Rename:
         >>> {number: pieces(path) for number, path in moved.items()}
         {0: ('layers', '0', 'w'), 1: ('layers', '2', 'w')}
         """
-        reader, tables = _Reader(self.source.segments, index.names), Tables(index)
-        found: dict[int, NewPath] = {}
+        tables = Tables(index)
+        return {number: writer.path(tables) for number, writer in self._writers(index, only)}
+
+    def texts(self, index: Index) -> dict[int, tuple[str, ...]]:
+        """The pieces of the new paths of the leaves of a tree that match, in no keys, by leaf number; see `over`.
+
+        >>> rename("h.<n>.w", "<n>/layers.w").texts(Index.of_names(["h.0.w", "h.1.w"]))
+        {0: ('0', 'layers', 'w'), 1: ('1', 'layers', 'w')}
+        """
+        return {number: writer.texts() for number, writer in self._writers(index, None)}
+
+    def _writers(self, index: Index, only: Collection[int] | None) -> Iterator[tuple[int, "_Writer"]]:
+        reader = _Reader(self.source.segments, index.names)
         for number in index.ordered(self.source.find(index.names)):
             if only is not None and number not in only:
                 continue
             path = index.paths[number]
             spans = reader.split(path)
             if spans is not None:
-                found[number] = _Writer(self, path, spans, reader, tables.joints(path)).write()
-        return found
-
-    def inverse(self) -> "Rename":
-        """The rename that leads back, if the wildcards of the target can match a new path in only one way.
-
-        Raises:
-            BadArgument: two old paths may have one new path.
-
-        >>> print(rename("h/<n>/{q,k}", "layers/<2*n+1>/{query,key}").inverse())
-        layers/<2*n+1>/{query,key} -> h/<n>/{q,k}
-        """
-        have, want = _wildcards(self.source), _wildcards(self.target)
-        reason = ""
-        if sorted(have.names) != sorted(want.names):
-            lost = sorted(set(have.names) - set(want.names))
-            reason = f"<{lost[0]}> is lost" if lost else "a number is in the target twice"
-        elif any(atom.factor == 0 for atom in want.numbers):
-            reason = "all numbers become one"
-        elif any(len(set(either.options)) < len(either.options) for either in want.choices):
-            reason = "two choices become one"
-        elif len(want.positions) < len(have.positions) and any(map(_takes_several, have.positions)):
-            reason = "several positions become one"
-        if reason:
-            raise BadArgument(f"{self} cannot be inverted: {reason}")
-        return Rename(self.target, self.source)
+                yield number, _Writer(self, path, spans, reader)
 
 
 def captures(target: str) -> bool:
@@ -201,9 +187,15 @@ class _Reader:
         self.segments = segments
         self.names = names
         self._places: dict[tuple[int, Piece], dict[tuple[Label, ...], int]] = {}
+        self.captured = cache(_captured)  # the same few texts are in most paths
+        wild = [segment for segment in segments if isinstance(segment, AnyPieces)]
+        single = len(wild) + sum(isinstance(segment, Piece) and not _indexed(segment) for segment in segments)
+        self._one_way = len(wild) < 2 and single == len(segments)
 
     def split(self, path: tuple[Label, ...]) -> tuple[tuple[int, int], ...] | None:
         """For each segment, the range of labels that it takes; None if the path does not match."""
+        if self._one_way:
+            return self._split_one_way(path)
         parents = [self.names]
         for label in path[:-1]:
             parents.append(parents[-1][label])
@@ -227,6 +219,20 @@ class _Reader:
                 ways += [(at + 1, stop, (trail, stop)) for stop in reversed(stops)]
         return None
 
+    def _split_one_way(self, path: tuple[Label, ...]) -> tuple[tuple[int, int], ...] | None:
+        """The same where each segment takes one label, but for at most one `**`."""
+        singles = sum(isinstance(segment, Piece) for segment in self.segments)
+        left = len(path) - singles
+        if left < 0 or (left and singles == len(self.segments)):
+            return None
+        stops = [0]
+        for segment in self.segments:
+            at = stops[-1]
+            if isinstance(segment, Piece) and self.captured(segment, text_of(path[at])) is None:
+                return None
+            stops.append(at + (1 if isinstance(segment, Piece) else left))
+        return tuple(pairwise(stops))
+
     def _sizes(self, segment: Quoted | Piece, path: tuple[Label, ...], at: int, parents: list[Names]) -> Sequence[int]:
         """How many labels a segment may take from here, most first."""
         if at == len(path):
@@ -236,10 +242,10 @@ class _Reader:
             ends = path[at : at + len(wanted)]
             same = [text_of(label) for label in ends] == [text_of(label) for label in wanted]
             return (len(wanted),) if same and opens(ends[0]) and closes(ends[-1]) else ()
-        if any(isinstance(atom, Positions) for atom in segment.atoms):
+        if _indexed(segment):
             places = self.places(parents[at], segment)
             return [size for size in (2, 1) if path[at : at + size] in places]
-        return (1,) if _numbers(segment, text_of(path[at])) is not None else ()
+        return (1,) if self.captured(segment, text_of(path[at])) is not None else ()
 
     def places(self, names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
         """The labels that a piece with an index takes under one parent → which of the positions each is."""
@@ -258,19 +264,40 @@ def _unrolled(trail: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise((0, *reversed(stops))))
 
 
-def _numbers(piece: Piece, text: str) -> dict[str, str] | None:
-    """The numbers that a piece captures, as written; None if the text does not match."""
+def _indexed(piece: Piece) -> bool:
+    return any(isinstance(atom, Positions) for atom in piece.atoms)
+
+
+class _Captured(NamedTuple):
+    """What the wildcards of a piece take of a text.
+
+    Attributes:
+        stars: the texts of `*`, in order.
+        choices: for each `{a,b}` the option that it is, and the texts of the stars within.
+        numbers: the digits of `<n>`, by name.
+    """
+
+    stars: list[str]
+    choices: list[tuple[int, list[str]]]
+    numbers: dict[str, str]
+
+
+def _captured(piece: Piece, text: str) -> _Captured | None:
+    """What a piece captures; None if the text does not match."""
     found = taken(piece.atoms, text)
-    numbers: dict[str, str] = {}
-    for atom, part in found or ():
-        if isinstance(atom, Number):
-            if (atom.factor, atom.shift) != (1, 0):  # occurs only in inverses
-                value, left = divmod(int(part) - atom.shift, atom.factor)
-                if left or value < 0:
-                    return None
-                part = str(value)
-            numbers[atom.name] = part
-    return None if found is None else numbers
+    if found is None:
+        return None
+    captured = _Captured([], [], {})
+    for atom, part in found:
+        if isinstance(atom, Star):
+            captured.stars.append(part)
+        elif isinstance(atom, Either):
+            options = ((i, taken(option, part)) for i, option in enumerate(atom.options))
+            which, inner = next((i, inner) for i, inner in options if inner is not None)
+            captured.choices.append((which, [star for _, star in inner]))
+        elif isinstance(atom, Number):
+            captured.numbers[atom.name] = part
+    return captured
 
 
 def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
@@ -284,24 +311,12 @@ def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
     out: dict[tuple[Label, ...], int] = {}
     for _, members in families(names, step, {}):
         numbers = sorted(members)
-        for which, position in enumerate(_ordered(step.positions, len(numbers))):
+        for which, position in enumerate(step.positions.among(len(numbers))):
             out.update(dict.fromkeys(members[numbers[position]], which))
     return out
 
 
-def _ordered(index: Positions, count: int) -> list[int]:
-    """The positions that an index names among `count`, in the order written."""
-    out: dict[int, None] = {}
-    for item in index.items:
-        if isinstance(item, tuple):
-            out.update(dict.fromkeys(range(*slice(*item).indices(count))))
-        elif -count <= item < count:
-            out[item % count] = None
-    return list(out)
-
-
 def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
-    """The pieces that a pick means, below the pieces above it."""
     parents = [names]
     for text in above:
         parents = [
@@ -334,11 +349,9 @@ class _Writer:
         path: tuple[Label, ...],
         spans: Sequence[tuple[int, int]],
         reader: _Reader,
-        joints: Sequence[str],
     ) -> None:
         self.rule = rule
-        self.path = path
-        self.joints = joints
+        self.old = path
         self.stars: list[str] = []
         self.choices: list[tuple[int, list[str]]] = []
         self.numbers: dict[str, str] = {}
@@ -359,22 +372,18 @@ class _Writer:
         self.runs.append((begin, len(path)))
 
     def _capture(self, piece: Piece, start: int, stop: int, names: Names, reader: _Reader) -> None:
-        if any(isinstance(atom, Positions) for atom in piece.atoms):
-            self.whiches.append(reader.places(names, piece)[self.path[start:stop]])
+        if _indexed(piece):
+            self.whiches.append(reader.places(names, piece)[self.old[start:stop]])
         if stop - start == 2:  # the index takes the label below
             piece = Piece(piece.atoms[:-1])
-        text = text_of(self.path[start])
-        self.numbers |= _numbers(piece, text) or {}
-        for atom, part in taken(piece.atoms, text) or ():
-            if isinstance(atom, Star):
-                self.stars.append(part)
-            elif isinstance(atom, Either):
-                options = ((i, taken(option, part)) for i, option in enumerate(atom.options))
-                which, found = next((i, found) for i, found in options if found is not None)
-                self.choices.append((which, [star for _, star in found]))
+        found = reader.captured(piece, text_of(self.old[start]))
+        if found is not None:
+            self.stars += found.stars
+            self.choices += found.choices
+            self.numbers |= found.numbers
 
-    def write(self) -> NewPath:
-        """The new path."""
+    def _filled(self) -> list[list[str | Pick | Quoted]]:
+        """The new pieces of each run."""
         stars, choices, whiches = iter(self.stars), iter(self.choices), iter(self.whiches)
         runs: list[list[str | Pick | Quoted]] = [[]]
         for segment in self.rule.target.segments:
@@ -400,21 +409,35 @@ class _Writer:
                         runs[-1].append(Pick(Piece(tuple(filled)), next(whiches, None)))
                     else:
                         runs[-1].append("".join(atom.text for atom in filled if isinstance(atom, Literal)))
+        return runs
+
+    def texts(self) -> tuple[str, ...]:
+        """The pieces of the new path, which has no picks."""
+        out: list[str] = []
+        for place, run in enumerate(self._filled()):
+            for new in run:
+                assert not isinstance(new, Pick)
+                out += map(text_of, labels(new.text if isinstance(new, Quoted) else new))
+            out += map(text_of, self.old[slice(*self.anys[place])] if place < len(self.anys) else ())
+        return tuple(out)
+
+    def path(self, tables: Tables) -> NewPath:
+        """The new path."""
+        joints = tables.joints(self.old)
         words: list[Word] = []
         picks: dict[int, Pick] = {}
-        for place, run in enumerate(runs):
+        for place, run in enumerate(self._filled()):
             texts = [new if isinstance(new, str) else new.text if isinstance(new, Quoted) else "" for new in run]
-            for new, text, origin in zip(
-                run, texts, pair(self.path, self.joints, range(*self.runs[place]), texts), strict=True
-            ):
+            origins = pair(self.old, joints, range(*self.runs[place]), texts)
+            for new, text, origin in zip(run, texts, origins, strict=True):
                 if isinstance(new, Pick):
                     picks[len(words)] = new
                 words.append(Word(text, origin, isinstance(new, Quoted)))
             kept = range(*self.anys[place]) if place < len(self.anys) else ()
-            words += [Word(text_of(self.path[at]), at) for at in kept]
+            words += [Word(text_of(self.old[at]), at) for at in kept]
         if not words:
-            raise RenameClash(f"{self.rule}: {write_path(self.path)} would have no name left")
-        steps = nest(words, self.path, self.joints)
+            raise RenameClash(f"{self.rule}: {write_path(self.old)} would have no name left")
+        steps = nest(words, self.old, joints)
         return tuple(picks.get(at, step) for at, step in enumerate(steps))
 
     def _reckon(self, atom: Number) -> str:
@@ -437,17 +460,11 @@ def _fill(option: tuple[Literal | Star, ...], stars: Sequence[str]) -> list[Lite
 
 @dataclass
 class _Wildcards:
-    """The wildcards of one side of a rename."""
-
     anys: int
     stars: int
     choices: list[Either]
     numbers: list[Number]
     positions: list[Positions]
-
-    @property
-    def names(self) -> list[str]:
-        return [number.name for number in self.numbers]
 
 
 def _wildcards(pattern: Pattern) -> _Wildcards:
@@ -464,7 +481,3 @@ def _wildcards(pattern: Pattern) -> _Wildcards:
 def _shape_of(either: Either) -> list[int]:
     """The number of stars in each option: options pair up in order, and so do their stars."""
     return [sum(isinstance(atom, Star) for atom in option) for option in either.options]
-
-
-def _takes_several(positions: Positions) -> bool:
-    return len(positions.items) > 1 or any(isinstance(item, tuple) for item in positions.items)

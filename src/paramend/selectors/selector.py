@@ -166,13 +166,9 @@ class Regex(Selector):
         found = {n for n in index.numbers if self.expression.fullmatch(index.path(n))}
         if not found:
             searched = [index.path(n) for n in index.numbers if self.expression.search(index.path(n))]
+            within = f"; it occurs within {wording.listing(searched, 3)}, but must match the whole path"
             raise NoMatch(
-                f"{self!r} matches none of {count_of(leaves.index)}"
-                + (
-                    f"; it occurs within {wording.listing(searched, 3)}, but must match the whole path"
-                    if searched
-                    else ""
-                ),
+                f"{self!r} matches none of {count_of(leaves.index)}{within if searched else ''}",
                 hint=self._written(f".*{self.expression.pattern}.*") if searched else examples(leaves.index),
                 near=searched[:3],
             )
@@ -277,7 +273,6 @@ class Mask(Selector):
         return found
 
     def _place(self, path: tuple[str, ...], flags: Mapping[tuple[str, ...], bool]) -> tuple[str, ...] | None:
-        """The part of a path that has a flag."""
         return next((path[:i] for i in range(len(path), -1, -1) if path[:i] in flags), None)
 
     def _flags(self, leaves: Leaves) -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -495,7 +490,6 @@ def _bound(function: Any) -> tuple[Any, ...]:
 
 
 def _called(function: Any) -> str:
-    """A function as it is written."""
     if isinstance(function, partial):
         given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"functools.partial({', '.join([_called(function.func), *given])})"

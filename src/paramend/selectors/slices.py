@@ -28,7 +28,6 @@ def read_slice(index: Slice) -> Any:
 
 
 def _along(part: Any) -> Any:
-    """The same for one axis."""
     try:
         if part is None or part is Ellipsis or isinstance(part, bool):
             return part

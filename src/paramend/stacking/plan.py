@@ -28,6 +28,11 @@ class Member(NamedTuple):
     stack: Path
     rest: Path
 
+    @property
+    def name(self) -> Path:
+        """Its path in the stack."""
+        return *self.stack, *self.rest
+
 
 # ---- what is written ----------------------------------------------------------------------------------------
 
@@ -137,13 +142,8 @@ def numbered(into: str, layer: int) -> str:
 
 
 def members_of(tree: Leaves, rule: Rename, places: Mapping[int, int] | None = None) -> list[Member]:
-    """The leaves of layers.
-
-    Args:
-        tree: the tree.
-        rule: makes of a path the number of the layer, the stack, a mark and the rest.
-        places: leaf number → the layer that it is in, if only some layers are selected.
-    """
+    """The leaves of layers, by a rule that makes of a path the number of the layer, the stack, a mark and the rest; if
+    only some layers are selected, `places` says which of them a leaf is in."""
     members = []
     for number, path in rule.over(tree.index).items():
         layer, *rest = pieces(path)
@@ -204,7 +204,7 @@ def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int])
     sizes: dict[Path, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
         shape = tree.spec(member.number).shape
-        at = axes[(*member.stack, *member.rest)]
+        at = axes[member.name]
         sizes[member.stack][shape[at]].append(tree.index.path(member.number))
     for found in sizes.values():
         if len(found) > 1:

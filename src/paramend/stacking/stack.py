@@ -4,14 +4,18 @@
 unstacking let a model in one form start from one in the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend
-from paramend.edits.structure import Draft, take_apart
+from paramend.edits.memory import editable
+from paramend.edits.structure import take_apart
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Editable
+from paramend.leaves.leaves import Editable, Group
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import AnyTree
+from paramend.mapping import hands
 from paramend.selectors.layers import without_rest
 from paramend.selectors.nesting import depths as depths_in
 from paramend.selectors.renames import rename
@@ -31,7 +35,6 @@ from paramend.stacking.plan import (
     picked,
     without_number,
 )
-from paramend.trees.lookup import find_kind
 from paramend.trees.tree import Tree
 
 T = TypeVar("T")
@@ -68,29 +71,22 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     >>> scanned["layers"]["w"].shape, list(scanned)
     ((2, 2, 3), ['layers', 'head'])
     """
-    leaves: Any = tree if isinstance(tree, Editable) else Tree(tree)
+    leaves = editable(tree)
     layers, places = picked(leaves, layers)
     name = number_in(layers, "layers")
     into = without_number(layers) if into is None else into
     resolve(f"{layers}/**", leaves)  # for its error, which names near matches
     members = members_of(leaves, rename(f"{layers}/**", f"<{name}>/{into}/{REST}/**"), places)
     groups = checked(leaves, members, layers)
-    axes = axes_of(leaves, {(*m[0].stack, *m[0].rest): m[0].number for m in groups}, axis, like, extra=1)
+    axes = axes_of(leaves, {group[0].name: group[0].number for group in groups}, axis, like, extra=1)
     paths = keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
-    if not isinstance(leaves, Tree):
-        from paramend.stacking.checkpoints import stacked  # only for checkpoints
-
-        return cast(T, stacked(leaves, groups, axes, paths))
-    draft = take_apart(leaves)
-    boxes = {member.number: draft.take(member.number) for group in groups for member in group}
-    _remove_layers(draft, members, lists=number_at(layers)[1])
+    _check_layers(leaves, members, axes)
+    made = []
     for group in groups:
-        first = group[0].number
-        values = [leaves.values[member.number] for member in group]
-        at = axes[(*group[0].stack, *group[0].rest)]
-        stacked = backend(values[0]).stack(values, at)
-        draft.put(first, paths[first], _boxed(boxes[first], stacked, at, grows=True))
-    return _closed(draft, members)  # type: ignore[no-any-return]
+        numbers, axis = tuple(member.number for member in group), axes[group[0].name]
+        whole, boxed = partial(_whole, axis=axis), partial(_boxed, axis=axis, grows=True)
+        made.append(Group(numbers, (paths[numbers[0]],), whole, boxed))
+    return cast(T, leaves.regrouped(made, close_up=False))
 
 
 def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTree | None = None) -> T:
@@ -121,87 +117,95 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     >>> unrolled["layers_1"]["w"].shape, list(unrolled)
     ((2, 3), ['layers_0', 'layers_1', 'head'])
     """
-    leaves: Any = tree if isinstance(tree, Editable) else Tree(tree)
+    leaves = editable(tree)
     stack, into = without_rest(stack), new_layers(into)
     number_in(into, "into")
     resolve(f"{stack}/**", leaves)
     zeroth = numbered(into, 0)
     members = members_of(leaves, rename(f"{stack}/**", f"0/{zeroth}/{REST}/**"))
-    axes = axes_of(leaves, {(*m.stack, *m.rest): m.number for m in members}, axis, like, extra=-1)
+    axes = axes_of(leaves, {member.name: member.number for member in members}, axis, like, extra=-1)
     depths = depths_of(leaves, members, axes)
-    layers = range(max(depths.values()))
-    paths = [keys_of_leaves(leaves, rename(f"{stack}/**", f"{numbered(into, layer)}/**")) for layer in layers]
-    if not isinstance(leaves, Tree):
-        from paramend.stacking.checkpoints import unstacked  # only for checkpoints
-
-        return cast(T, unstacked(leaves, members, depths, axes, paths))
-    draft = take_apart(leaves)
-    boxes = {member.number: draft.take(member.number) for member in members}
-    _remove_layers(draft, members, lists=False)
+    every = [rename(f"{stack}/**", f"{numbered(into, layer)}/**") for layer in range(max(depths.values()))]
+    paths = [keys_of_leaves(leaves, rule) for rule in every]
+    _check_layers(leaves, members, axes)
     place, alone = number_at(into)
-    for layer in layers:
-        for member in members:
-            if layer < depths[member.stack]:
-                value = leaves.values[member.number]
-                at = axes[(*member.stack, *member.rest)]
-                piece = backend(value).get(value, (*[slice(None)] * at, layer))
-                box = _boxed(boxes[member.number], piece, at, grows=False)
-                path = paths[layer][member.number]
-                # The number's key is counted from the end: wildcards before it may match any number of keys.
-                position = len(path) - len(member.rest) + place if alone else None
-                draft.put(member.number, path, box, position=position)
-    return _closed(draft, members)  # type: ignore[no-any-return]
+    groups: dict[Path, list[Group]] = {}
+    for member in members:
+        axis, layers = axes[member.name], range(depths[member.stack])
+        new = tuple(paths[layer][member.number] for layer in layers)
+        # The number's key is counted from the end: wildcards before it may match any number of keys.
+        position = len(new[0]) - len(member.rest) + place if alone else None
+        cut, boxed = partial(_cut, layers=layers, axis=axis), partial(_boxed, axis=axis, grows=False)
+        groups.setdefault(member.stack, []).append(Group((member.number,), new, cut, boxed, position))
+    in_memory = isinstance(leaves, Tree)
+    made = [one for group in groups.values() for one in (group if in_memory else [_layer_by_layer(group)])]
+    return cast(T, leaves.regrouped(made, close_up=False))
 
 
 # ---- what is made -------------------------------------------------------------------------------------------
 
 
-def _boxed(box: Any, value: Any, axis: int, *, grows: bool) -> Any:
-    """A value in a box like the leaf's old one, if it had one, with the names of its axes adapted."""
-    kind = find_kind(box)
-    if kind is None:
-        return value
+def _whole(values: Sequence[Any], axis: int) -> list[Any]:
+    return [hands.join(values, axis, "stack")]
+
+
+def _cut(values: Sequence[Any], layers: range, axis: int) -> list[Any]:
+    (stack,) = values
+    if not isinstance(stack, Origin):
+        return [backend(stack).get(stack, (*[slice(None)] * axis, layer)) for layer in layers]
+    shape = (*stack.spec.shape[:axis], *stack.spec.shape[axis + 1 :])
+    return [hands.reshape(hands.take(stack, range(layer, layer + 1), axis), shape) for layer in layers]
+
+
+def _layer_by_layer(groups: Sequence[Group]) -> Group:
+    """The groups of one stack as one, in the order in which files hold layers."""
+
+    def make(values: Sequence[Any]) -> list[Any]:
+        cuts = [group.make([value]) for group, value in zip(groups, values, strict=True)]
+        return [value for layer in zip(*cuts, strict=True) for value in layer]
+
+    paths = tuple(path for layer in zip(*(group.paths for group in groups), strict=True) for path in layer)
+    return Group(tuple(group.numbers[0] for group in groups), paths, make)
+
+
+def _boxed(box: Any, axis: int, *, grows: bool) -> Any:
+    """The box of a leaf with the names of its axes adapted."""
     for attribute in ("names", "out_sharding"):  # Flax linen, NNX
         names = getattr(box, attribute, None)
         if isinstance(names, tuple):
             names = (*names[:axis], None, *names[axis:]) if grows else (*names[:axis], *names[axis + 1 :])
             box = box.replace(**{attribute: names})
-    return kind.close(box, [value])
+    return box
 
 
-def _remove_layers(draft: Draft, members: Sequence[Member], *, lists: bool) -> None:
-    """Remove the containers of layers from which all leaves were taken.
-
-    Args:
-        draft: the tree.
-        members: the leaves that were taken.
-        lists: whether the layers have a container of their own, which is removed too.
+def _check_layers(leaves: Editable, members: Sequence[Member], axes: Mapping[Path, int]) -> None:
+    """Raise if layers hold something that cannot become part of a stack, or leaves that cannot be read.
 
     Raises:
-        Unsupported: something that is not an array is left.
+        Unsupported: something in memory is not an array, or a leaf on disk would not stay contiguous.
     """
+    if not isinstance(leaves, Tree):
+        for member in members:
+            why = leaves.refusal(member.number)
+            if why and axes[member.name]:
+                raise Unsupported(
+                    f"{leaves.index.path(member.number)} cannot be read: {why}",
+                    hint="axis=0 copies bytes without reading them",
+                )
+        return
+    draft = take_apart(leaves)
+    for member in members:
+        draft.take(member.number)
     for number, _, _, rest in members:
-        chain, path, _ = draft.places[number]
-        labels = draft.index.paths[number]
+        chain, labels = draft.places[number].chain, leaves.index.paths[number]
         top = depths_in(labels)[len(labels) - len(rest) - 1] + 1
         left = _left(chain[top]) if top < len(chain) else None
         if left is not None:
-            name = "/".join((*chain[top].path, *left[0]))
             raise Unsupported(
-                f"{name} is a {type(left[1]).__name__}, and only arrays have an axis of layers",
+                f"{'/'.join((*chain[top].path, *left[0]))} is a {type(left[1]).__name__}, and only arrays have an axis "
+                "of layers",
                 hint="for an optimizer with masks: pm.graft_opt_state(tx.init(params), state, report)",
             )
-        _sweep(chain[max(top - lists, 1) - 1 :], path[max(top - lists, 1) - 1 :])
-
-
-def _sweep(chain: Sequence[Any], path: Sequence[Any]) -> None:
-    """Remove the empty containers of a chain, innermost first, except the outermost."""
-    for depth in range(len(chain) - 1, 0, -1):
-        parent, key = chain[depth - 1], path[depth - 1]
-        if chain[depth].entries or parent.fixed:
-            break
-        if parent.entries.get(key) is chain[depth]:
-            del parent.entries[key]
 
 
 def _left(child: Any) -> tuple[Path, Any] | None:
@@ -215,10 +219,3 @@ def _left(child: Any) -> tuple[Path, Any] | None:
         if found is not None:
             return (str(key), *found[0]), found[1]
     return None
-
-
-def _closed(draft: Draft, members: Sequence[Member]) -> Any:
-    draft.check('into="stack", a path that is free')
-    for member in members:
-        _sweep(*draft.places[member.number][:2])
-    return draft.root.close(close_up=False)

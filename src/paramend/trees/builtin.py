@@ -47,10 +47,7 @@ DICT = Kind(
     compiled=True,
 )
 MAPPING = Kind(
-    "mapping",
-    open=lambda node: (tuple(node), tuple(node.values()), None),
-    close=_close_mapping,
-    rekey=_rekey_mapping,
+    "mapping", open=lambda node: (tuple(node), tuple(node.values()), None), close=_close_mapping, rekey=_rekey_mapping
 )
 LIST = Kind("list", lambda node: ((), tuple(node), None), lambda node, new: list(new), _rekey_sequence, compiled=True)
 TUPLE = Kind("tuple", lambda node: ((), node, None), lambda node, new: tuple(new), _rekey_sequence, compiled=True)

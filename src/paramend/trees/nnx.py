@@ -39,19 +39,11 @@ def _label(module: Any, labels: Mapping[int, Any]) -> Any:
     return nnx.from_flat_state([(path, labels[id(leaf)]) for path, leaf in flat])
 
 
-def _close_variable(variable: Any, children: Any) -> Any:
-    return variable.replace(children[0])
-
-
-def _assign(variable: Any, value: Any) -> None:
-    variable.set_raw_value(value)
-
-
 VARIABLE = Kind(
     "NNX Variable",
     open=lambda variable: ((ELIDED,), (variable.get_raw_value(),), None),
-    close=_close_variable,
-    assign=_assign,
+    close=lambda variable, children: variable.replace(children[0]),
+    assign=lambda variable, value: variable.set_raw_value(value),
 )
 MODULE = Kind("NNX module", _open_module, close=lambda module, children: module, replace=_replace, label=_label)
 

@@ -7,19 +7,14 @@ import jax
 from paramend.trees.kind import ELIDED, Kind
 
 
-def _one_level(node: Any) -> Any:
-    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-
-
 def _open(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
-    pairs, structure = _one_level(node)
+    pairs, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     return tuple(_key(path[-1]) for path, _ in pairs), tuple(child for _, child in pairs), structure
 
 
 def _open_box(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
-    pairs, structure = _one_level(node)
-    keys = tuple(ELIDED if _key(path[-1]) == "value" else _key(path[-1]) for path, _ in pairs)
-    return keys, tuple(child for _, child in pairs), structure
+    keys, children, structure = _open(node)
+    return tuple(ELIDED if key == "value" else key for key in keys), children, structure
 
 
 def _key(entry: Any) -> Any:

@@ -28,7 +28,6 @@ class _Structure:
     """What all trees of a structure share.
 
     Attributes:
-        index: the names.
         compiled: whether JAX's walk yields these leaves.
         copier: for compiled structures of only dicts and lists, how to copy them.
         torch: whether a leaf is a torch tensor.
@@ -41,8 +40,6 @@ class _Structure:
 
 
 class _Cache(OrderedDict[Hashable, _Structure]):
-    """The structures seen last."""
-
     def remember(self, key: Hashable, structure: _Structure) -> _Structure:
         if len(self) >= 128:
             self.popitem(last=False)
@@ -131,7 +128,6 @@ class Tree:
 
     @property
     def ties(self) -> Mapping[int, int]:
-        """Leaf number → the first number of the same leaf, for leaves with several paths."""
         if self._ties is None:
             self._ties = self._find_ties() if self.boxes or self._structure.torch else {}
         return self._ties
@@ -158,12 +154,10 @@ class Tree:
         return {number: one for number, one in ties.items() if one in shared}
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         value = self.values[number]
         return backend(value).spec(value)
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf."""
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
@@ -171,11 +165,9 @@ class Tree:
         return ""
 
     def read(self, number: int) -> Any:
-        """The leaf itself."""
         return self.values[number]
 
     def twins(self, number: int) -> Sequence[int]:
-        """The numbers of all paths of a leaf."""
         one = self.ties.get(number) if self.ties else None
         return (number,) if one is None else [n for n, o in self.ties.items() if o == one]
 

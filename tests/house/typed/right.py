@@ -161,6 +161,8 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     pm.ablate(params, {"a": "a/**", "b": pm.sel("b")}, lambda p: float(p["a"].sum()), how="mean", pairs=True)[
         "a"
     ].delta.hex()
+    proof = pm.prove(module, torch.tanh, (torch.ones(1),), pairs=[("a", "b")])
+    print(bool(proof), proof.first and proof.first.target, proof.outputs[0].relative)
     pm.ablate(module, "layers/<n>/**", lambda m: m(torch.ones(1)).sum(), how=lambda x: x * 0)
 
 

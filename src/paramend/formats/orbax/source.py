@@ -19,10 +19,9 @@ from paramend.formats.files import closed
 from paramend.formats.orbax.store import MANIFEST, Blame, Box, OrbaxEntry, Stage, Store, read_json
 from paramend.formats.orbax.tree import TREE, OrbaxWalk
 from paramend.formats.orbax.writer import OrbaxWriter
-from paramend.formats.source import check_readable
-from paramend.leaves.leaves import entries
+from paramend.formats.source import Opened, check_readable, padded
 from paramend.leaves.outlines import Outline
-from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _STEP = "_CHECKPOINT_METADATA"
@@ -32,14 +31,13 @@ _BLOCK = 1 << 20
 WRITER = OrbaxWriter()
 
 
-class OrbaxCheckpoint:
+class OrbaxCheckpoint(Opened):
     """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
 
     In the folder of a manager the latest step is opened. Use it as a context manager, or `close()` it; arrays that were
     read stay valid.
 
     Attributes:
-        path: as the user gave it.
         folder: the folder within it that holds the tree.
         steps: the steps in the folder of a manager, ascending; the last one was opened.
         index: the names; keys of dicts and positions of lists, joined by "/".
@@ -109,14 +107,7 @@ class OrbaxCheckpoint:
         step = f", step {self.steps[-1]} of {wording.listing([*map(str, self.steps)], 10)}" if self.steps else ""
         return f"<{self.path}: {wording.plural(len(self.names), 'leaf', 'leaves')}{step}>"
 
-    def __enter__(self) -> "OrbaxCheckpoint":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Close the files."""
         self._closed = True
         self._stores.clear()
         self._block = None
@@ -125,7 +116,6 @@ class OrbaxCheckpoint:
 
     @property
     def implementations(self) -> Mapping[int, str]:
-        """Leaf number → the implementation of the typed PRNG key whose numbers it is."""
         return self.walk.implementations
 
     def outline(self) -> Outline:
@@ -150,14 +140,10 @@ class OrbaxCheckpoint:
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):
             return f"its dtype, {dtype[4:-1]!r}, is unknown"
-        # No other format stores integers of 4 bits; for these floats other formats expect packed bytes.
-        if BITS[dtype] % 8 and dtype.startswith("float"):
-            return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
-        return ""
+        return padded(dtype)
 
     def extent(self, number: int) -> None:
         """None: the bytes in a store are compressed and chunked."""
@@ -229,15 +215,10 @@ class OrbaxCheckpoint:
             stage.open(self.names[number], self._arrays[number])
         return stage
 
-    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a dict, list or tuple, as masks for a checkpoint have them; None for a leaf."""
-        return entries(node)
-
     # ---- behind the scenes -----------------------------------------------------------------------------------
 
     @cached_property
     def _arrays(self) -> list[OrbaxEntry]:
-        """The store's entry for each array."""
         self._check_open()
         return self.store.describe(self.names)
 

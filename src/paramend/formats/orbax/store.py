@@ -67,9 +67,6 @@ class Store:
     """The arrays of a folder by their names.
 
     Attributes:
-        folder: where they are.
-        database: whether they are in an OCDBT database.
-        zarr3: whether they are of zarr 3.
         whole: whether every chunk was written, so that a missing one is a sign of damage.
     """
 

@@ -25,7 +25,6 @@ class OrbaxWalk:
     """The leaves that a table of metadata lists.
 
     Attributes:
-        index: the names.
         entries: keys → the place of a leaf, or an entry that is not an array. The key "value" of a box is left out.
         keys: by number, the keys of a leaf, likewise.
         names: by number, the name of a leaf in the store.

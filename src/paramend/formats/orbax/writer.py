@@ -41,13 +41,11 @@ class OrbaxWriter:
     flat = False
 
     def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
         if spec.dtype not in BITS or spec.dtype in _NAMELESS:
             return f"Orbax cannot hold {spec.dtype}"
         return ""
 
     def holds(self, value: Any) -> bool:
-        """Whether the format has a place for an entry that is not an array."""
         if isinstance(value, np.generic):
             value = value.item()
         if isinstance(value, list | tuple):

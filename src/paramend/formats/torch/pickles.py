@@ -8,7 +8,7 @@ folder is ever called. Memory and time are bounded by the length of the pickle.
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from paramend.errors import BadCheckpoint
 
@@ -31,7 +31,19 @@ class Flaw(ValueError):
         self.hint = hint
 
 
-class Name:
+class _Alone:
+    """A value of which there is no copy."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
+class Name(_Alone):
     """A global name in a pickle, for a class, function or constant that is never loaded.
 
     Attributes:
@@ -48,14 +60,8 @@ class Name:
     def __repr__(self) -> str:
         return self.text
 
-    def __copy__(self) -> "Name":
-        return self
 
-    def __deepcopy__(self, memo: object) -> "Name":
-        return self
-
-
-class Foreign:
+class Foreign(_Alone):
     """An object of a class, or the result of a function, that is not loaded.
 
     Attributes:
@@ -71,12 +77,6 @@ class Foreign:
 
     def __repr__(self) -> str:
         return f"<{self.text}, not read>"
-
-    def __copy__(self) -> "Foreign":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "Foreign":
-        return self
 
 
 class Vocabulary(Protocol):
@@ -97,12 +97,6 @@ class Vocabulary(Protocol):
 
 def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
     """The value of a pickle: plain containers and scalars, and what the vocabulary makes.
-
-    Args:
-        data: the pickle.
-        words: the meaning of names in it.
-        file: what messages call the file.
-        place: the pickle's place in the file.
 
     Raises:
         BadCheckpoint: it is damaged, or needs a name that is not in the vocabulary.
@@ -157,7 +151,6 @@ class _Machine:
         self.tuples = 0
 
     def take(self, length: int) -> bytes:
-        """The next bytes of the pickle."""
         stop = self.at + length
         if stop > len(self.data):
             raise Flaw("the pickle ends too early")
@@ -220,13 +213,20 @@ class _Machine:
     def keep(self, key: int) -> None:
         self.memo[key] = self.stack[-1]
 
-    def enter(self, pairs: list[Any]) -> None:
+    def receiver(self, kinds: tuple[type, ...], values: list[Any], what: str) -> Any:
+        """What values are put into; None for an object that is not read, which has taken them."""
         target = self.stack[-1]
-        if type(target) is not dict and type(target) is not OrderedDict:
-            if type(target) is Foreign:
-                target.parts += pairs
-                return
-            raise Flaw(f"entries can be added to a dict, not to {_kind(target)}")
+        if type(target) in kinds:
+            return target
+        if type(target) is not Foreign:
+            raise Flaw(f"{what}, not to {_kind(target)}")
+        target.parts += values
+        return None
+
+    def enter(self, pairs: list[Any]) -> None:
+        target = self.receiver((dict, OrderedDict), pairs, "entries can be added to a dict")
+        if target is None:
+            return
         if len(pairs) % 2:
             raise Flaw("the last key has no value")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -235,22 +235,13 @@ class _Machine:
             target[key] = value
 
     def extend(self, values: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is not list:
-            if type(target) is Foreign:
-                target.parts += values
-                return
-            raise Flaw(f"values can be appended to a list, not to {_kind(target)}")
-        target.extend(values)
+        target = self.receiver((list,), values, "values can be appended to a list")
+        if target is not None:
+            target.extend(values)
 
     def unite(self, values: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is not set:
-            if type(target) is Foreign:
-                target.parts += values
-                return
-            raise Flaw(f"values can be added to a set, not to {_kind(target)}")
-        for value in values:
+        target = self.receiver((set,), values, "values can be added to a set")
+        for value in values if target is not None else ():
             self.check_key(value)
             target.add(value)
 

@@ -30,7 +30,8 @@ _RAW_BITS = {
     **{f"{sign}int{bits}": 8 for sign in ("", "u") for bits in range(1, 8)},
 }
 _DTYPES = {name: bits for name, bits in BITS.items() if bits % 8 == 0} | _RAW_BITS
-_STORAGES = {
+# Names of storage classes → the dtype of their elements; "" if only the tensors say.
+STORAGES = {
     "Double": "float64",
     "Float": "float32",
     "Half": "float16",
@@ -76,7 +77,6 @@ class Tensor:
     """A tensor of a checkpoint: a view of the elements of a storage.
 
     Attributes:
-        shape: the length of each axis.
         stride: the step along each axis, in elements.
         dtype: in torch's spelling.
         storage: where its elements are; None if they are not in a single storage.
@@ -178,7 +178,6 @@ class TorchWords:
         self._met: dict[tuple[str, str], Storage] = {}
 
     def names(self) -> Mapping[str, Name]:
-        """The known names."""
         return KNOWN
 
     def foreign(self, module: str, name: str) -> Name:
@@ -239,6 +238,13 @@ def _wholes(values: Any, what: str) -> tuple[int, ...]:
     return values
 
 
+def _strided(shape: Any, stride: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape, stride = _wholes(shape, "the shape of a tensor"), _wholes(stride, "the strides of a tensor")
+    if len(shape) != len(stride):
+        raise Flaw(f"a tensor of {len(shape)} axes with {len(stride)} strides")
+    return shape, stride
+
+
 def _dtype(value: Any) -> str:
     name = value.text.removeprefix("torch.") if type(value) is Name else ""
     if name not in _DTYPES:
@@ -254,9 +260,7 @@ def _tensor(
     dtype = dtype or storage.dtype
     if not dtype:
         raise Flaw("a tensor without a dtype")
-    shape, stride = _wholes(shape, "the shape of a tensor"), _wholes(stride, "the strides of a tensor")
-    if len(shape) != len(stride):
-        raise Flaw(f"a tensor of {len(shape)} axes with {len(stride)} strides")
+    shape, stride = _strided(shape, stride)
     if flags is not None and (type(flags) is not dict or flags.keys() - {"conj", "neg"}):
         raise Flaw("a tensor has unknown properties")
     conj, neg = (bool((flags or {}).get(flag)) for flag in ("conj", "neg"))
@@ -300,9 +304,7 @@ def _rebuild_nested(buffer: Any, *tables: Any) -> Tensor:
 
 
 def _rebuild_meta(dtype: Any, shape: Any, stride: Any, grad: Any) -> Tensor:
-    shape, stride = _wholes(shape, "the shape of a tensor"), _wholes(stride, "the strides of a tensor")
-    if len(shape) != len(stride):
-        raise Flaw(f"a tensor of {len(shape)} axes with {len(stride)} strides")
+    shape, stride = _strided(shape, stride)
     return Tensor(shape, stride, _dtype(dtype), sealed="it is a meta tensor, which has a shape but no values")
 
 
@@ -429,7 +431,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 _STORAGE_NAMES = {
     f"{module}.{name}Storage": dtype
-    for name, dtype in _STORAGES.items()
+    for name, dtype in STORAGES.items()
     for module in ("torch", "torch.cuda", "torch.storage")
 }
 _LAYOUT_NAMES = {f"torch.{name}": Name(f"torch.{name}") for name in _LAYOUTS}

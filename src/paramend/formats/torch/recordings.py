@@ -23,8 +23,6 @@ class Rebuilt:
     """The result of a call.
 
     Attributes:
-        function: the function.
-        arguments: its arguments.
         state: the state that is set afterwards; None if there is none.
     """
 
@@ -74,7 +72,6 @@ class Recorder:
         self._names = {text: _recording(name) for text, name in words.names().items()}
 
     def names(self) -> Mapping[str, Name]:
-        """The known names."""
         return self._names
 
     def foreign(self, module: str, name: str) -> Name:
@@ -107,7 +104,6 @@ def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str
     """The pickle of what was recorded; a value in several places is written once.
 
     Args:
-        root: the outermost value.
         leaves: what to write for each array in it, which is a scalar that holds a leaf number.
         used: receives the keys of all storages.
 

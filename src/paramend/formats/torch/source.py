@@ -4,9 +4,8 @@ Files are read without torch, and nothing in them is run: see `paramend.formats.
 directory and the pickle; storages are read on demand.
 """
 
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ import numpy as np
 from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import shown
-from paramend.formats.source import check_readable
+from paramend.formats.source import check_readable, in_numpy
 from paramend.formats.torch.foreign import check_whole
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
-from paramend.formats.torch.structure import Walk, children_of, like
+from paramend.formats.torch.structure import TorchWalk, children_of, like
 from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
@@ -29,7 +28,7 @@ from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline, outline
 from paramend.leaves.overlaps import share
-from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.leaves.specs import Array, numpy_dtype
 from paramend.reports import wording
 
 MAX_PICKLE = 256_000_000
@@ -45,18 +44,13 @@ class TorchFile(ZipSource):
     a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
-        path: as the user gave it.
         index: the names; dict keys and list positions, joined by ".".
         ties: leaf number → the first number of the same tensor, for tensors with several paths, which view the same
             elements of a storage in the same order.
         metadata: what else is in the structure, by path: epochs, learning rates, lists of plain values.
         tensors: of each leaf, which elements of which storage it views.
-        archive: the members of the zip.
+        folder: the folder in it that holds everything.
         carried: the classes of objects that stay in the pickle as they are, unread.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, of another format, or holds more than tensors and plain values.
 
     >>> import tempfile, zipfile
     >>> path = Path(tempfile.mkdtemp(), "model.pt")
@@ -71,43 +65,17 @@ class TorchFile(ZipSource):
     """
 
     format = "torch"
+    tensors: list[Tensor]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = OpenFile(path)
-        self.path = self._file.path
-        try:
-            _check_kind(self._file)
-            self.archive = Archive(self._file)
-            self._root = _root(self.archive)
-            self._structure = self._unpickled()
-            walk = Walk(self._structure, self.path, room=self._pickle.nbytes)
-        except BaseException:
-            self.close()
-            raise
-        self.index, self.tensors = walk.index, walk.tensors
-        self.ties: Mapping[int, int] = walk.ties
+    def _begin(self) -> None:
+        _check_kind(self._file)
+        self.archive = Archive(self._file)
+        self.folder = _root(self.archive)
+        self._structure = self._unpickled()
+        walk = TorchWalk(self._structure, f"{self.path}: data.pkl", room=self._pickle.nbytes)
+        self.index, self.ties = walk.index, walk.ties
+        self.rows = self.tensors = walk.leaves
         self.metadata: Mapping[str, Any] = walk.others
-
-    # ---- what is there ---------------------------------------------------------------------------------------
-
-    @property
-    def structure(self) -> Any:
-        """The nested dicts, lists and tuples of the file, with the `Spec` of each tensor in its place."""
-        return self.assemble(self.spec)
-
-    def assemble(self, leaf: Callable[[int], Any]) -> Any:
-        """The nested dicts, lists and tuples of the file, with what `leaf` gives for each number in its place.
-
-        The attribute `_metadata` of a state dict stays.
-        """
-        numbers = iter(range(len(self.tensors)))
-
-        def close(node: Any, made: list[Any]) -> Any:
-            if type(node) is Tensor:
-                return leaf(next(numbers))
-            return like(node, made, vars(node) if type(node) is OrderedDict else {})
-
-        return folded(self._structure, children_of, close)
 
     def outline(self) -> Outline:
         """What is there, with true keys."""
@@ -157,23 +125,9 @@ class TorchFile(ZipSource):
     def member(self, number: int) -> Member | None:
         """The member of the zip that holds the elements of a leaf; None if they are in several, or nowhere."""
         storage = self.tensors[number].storage
-        return None if storage is None else self.archive.members[f"{self._root}/data/{storage.key}"]
-
-    @property
-    def folder(self) -> str:
-        """The folder in the zip that holds everything."""
-        return self._root
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf; a dtype that numpy lacks, such as qint8, is "raw<qint8>"."""
-        return self.tensors[number].spec
-
-    def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf's elements, also for dtypes that cannot be read."""
-        return self.tensors[number].nbytes
+        return None if storage is None else self.archive.members[f"{self.folder}/data/{storage.key}"]
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         return self.tensors[number].sealed
 
     def extent(self, number: int) -> Extent | None:
@@ -189,7 +143,6 @@ class TorchFile(ZipSource):
         return None if rest else Extent(self.path, self._place(tensor.storage.key) + first, tensor.nbytes)
 
     def overlaps(self, number: int) -> tuple[int, ...]:
-        """The other leaves that share bytes with a leaf without being tied to it: an edit of one edits them too."""
         tensor = self.tensors[number]
         mates = self._sharing.get(tensor.storage.key) if tensor.storage and tensor.size else None
         if mates is None:
@@ -203,18 +156,13 @@ class TorchFile(ZipSource):
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Array:
-        """The array, read-only and memory-mapped: pages are read when touched.
-
-        Raises:
-            Unsupported: the tensor is quantized, sparse or of a dtype that numpy lacks.
-        """
         tensor = self.tensors[number]
         check_readable(self, number)
         assert tensor.storage is not None
         dtype = numpy_dtype(tensor.dtype)
         strides = tuple(step * dtype.itemsize for step in tensor.stride)
         memory = self._file.map
-        try:
+        with in_numpy(tensor.shape):
             if not tensor.size:
                 empty = np.empty(tensor.shape, dtype)
                 empty.flags.writeable = False
@@ -230,37 +178,19 @@ class TorchFile(ZipSource):
             if tensor.neg:
                 np.negative(span, out=span)
             array = np.ndarray(tensor.shape, dtype, span.view(np.uint8).data, 0, strides)
-        except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy allows
-            raise Unsupported(f"numpy has no array of shape {tensor.shape}: {error}") from error
         array.flags.writeable = False
         return array
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
-
-        Raises:
-            Unsupported: the tensor is quantized, sparse or of a dtype that numpy lacks.
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
-        check_readable(self, number)
-        extent = self.extent(number)
-        if extent is None:
-            return self.read(number).flat[start:stop]
-        dtype = numpy_dtype(self.spec(number).dtype)
-        buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
-        self._file.read_into(buffer.data, extent.start + start * dtype.itemsize)
-        return buffer.view(dtype)
 
     # ---- behind the scenes -------------------------------------------------------------------------------------
 
     @property
     def _pickle(self) -> Member:
-        return self.archive.members[f"{self._root}/data.pkl"]
+        return self.archive.members[f"{self.folder}/data.pkl"]
 
     def _unpickled(self) -> Any:
         if self._pickle.nbytes > MAX_PICKLE:
             raise self.archive.bad(self._pickle.name, f"a pickle of {self._pickle.nbytes:,} bytes is too long")
-        folder = f"{self._root}/data/"
+        folder = f"{self.folder}/data/"
         members = self.archive.members.values()
         storages = {member.name[len(folder) :]: member.nbytes for member in members if member.name.startswith(folder)}
         data, words = self.archive.read(self._pickle.name), TorchWords(storages)
@@ -271,7 +201,7 @@ class TorchFile(ZipSource):
         return found
 
     def _place(self, key: str) -> int:
-        return self.archive.offsets(f"{self._root}/data/{key}").start
+        return self.archive.offsets(f"{self.folder}/data/{key}").start
 
     @cached_property
     def _sharing(self) -> dict[str, Array]:
@@ -347,12 +277,3 @@ def _root(archive: Archive) -> str:
     if order and (order.nbytes > 16 or archive.read(order.name) != b"little"):
         raise archive.bad(order.name, "only little-endian files are read", _resave(path))
     return root
-
-
-def _share(a: Array, b: Array) -> bool:
-    """Whether two views share an element; assumed if that is too hard to decide."""
-    work: Any = 100_000
-    try:
-        return np.shares_memory(a, b, max_work=work)
-    except np.exceptions.TooHardError:
-        return True

@@ -1,22 +1,10 @@
-"""The structure of a file of `torch.save`: dicts, lists and tuples that hold tensors and plain values.
+"""The structure of a file of `torch.save`: its tensors, those that are one, and containers like those it has."""
 
-It is walked without recursion, and within a budget: a small pickle may refer to one value a million times.
-"""
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from paramend.errors import BadCheckpoint
-from paramend.formats.limits import MAX_PIECES, shown
+from paramend.formats.structure import Walk
 from paramend.formats.torch.rebuilds import Tensor
-from paramend.leaves.leaves import Index
-from paramend.leaves.nested import MAX_DEPTH
-from paramend.leaves.paths import labels, write_path
-
-_CONTAINERS = (dict, OrderedDict, list, tuple)
-_ATTRIBUTES = object()  # in the place of a key, on the way to the attributes of a dict
 
 
 def children_of(node: Any) -> Iterable[Any]:
@@ -34,146 +22,42 @@ def like(node: Any, values: list[Any], attributes: Mapping[str, Any]) -> Any:
     return made
 
 
-class _Frame(NamedTuple):
-    """A container that is being walked: it, what is left of its entries, its names, and the pieces of its name."""
-
-    node: Any
-    entries: Iterator[tuple[Any, Any]]
-    names: dict[Any, Any] | None
-    pieces: int
-
-
-class Walk:
-    """The leaves of a structure, found in one walk that is bounded in depth and length.
-
-    Containers may be in several places, but not within themselves.
+class TorchWalk(Walk):
+    """The tensors of a structure.
 
     Attributes:
-        index: the names.
-        tensors: by number.
         ties: number → the first number of the same tensor, where several are the same.
-        others: path → what neither is nor holds a tensor; lists of plain values are kept whole.
     """
 
-    def __init__(self, root: Any, path: Path, *, room: int) -> None:
-        self.index = Index(".")
-        self.tensors: list[Tensor] = []
+    kind, separator, shares = Tensor, ".", True
+
+    def __init__(self, root: Any, place: str, *, room: int) -> None:
         self.ties: dict[int, int] = {}
-        self.others: dict[str, Any] = {}
-        self._file = path
         self._first: dict[tuple[Any, ...], int] = {}
-        # Bounds on the number of keys on the way to entries, and on the size of all paths and plain values. A pickle
-        # exceeds them if shared values are in many places, or many values under a long key.
-        self._room = 200_000 + 4 * room
-        self._room_of_values = 64_000_000 + 16 * room
-        self._plain: dict[int, int] = {}
-        self._open: list[_Frame] = []
-        self._inside: set[int] = set()
-        self._trail: list[Any] = []
-        if type(root) is Tensor:
-            self._visit({"": root})
-        elif type(root) in _CONTAINERS:
-            self._visit(root)
-        else:
-            self.others[""] = root
+        super().__init__(root, place, room=room)
 
-    def _visit(self, root: Any) -> None:
-        self._enter(root, self.index.names, 0)
-        while self._open:
-            node, entries, names, pieces = self._open[-1]
-            for key, child in entries:
-                self._trail.append(key)
-                below = pieces + (key.count(".") + key.count("/") if type(key) is str else 0) + 1
-                if below > MAX_PIECES:
-                    raise self._bad(f"the name has more than {MAX_PIECES} pieces")
-                if type(child) is Tensor:
-                    if names is not None:
-                        self._leaf(names, key, child)
-                elif self._is_plain(child):
-                    if names is not None:
-                        self._spend(0, self._length())
-                        self.others[self._path()] = child
-                else:
-                    self._enter(child, None if names is None else {}, below)
-                    break
-                self._trail.pop()
-            else:
-                self._leave(node, names)
+    def crowded(self, containers: bool) -> str:
+        what = "containers" if containers else "values, or long keys,"
+        return f"the same {what} are in too many places"
 
-    def _enter(self, node: Any, names: dict[Any, Any] | None, pieces: int) -> None:
-        if id(node) in self._inside:
-            raise self._bad("it contains itself")
-        if len(self._open) > MAX_DEPTH:
-            raise self._bad(f"containers are nested more than {MAX_DEPTH} levels deep")
-        self._inside.add(id(node))
-        entries = iter(node.items() if isinstance(node, dict) else enumerate(node))
-        self._open.append(_Frame(node, entries, names, pieces))
-        self._spend(len(node) * len(self._open))
-        if type(node) is OrderedDict and vars(node):  # there are no leaves, but depth and length count
-            self._trail.append(_ATTRIBUTES)
-            self._enter(vars(node), None, pieces)
-
-    def _leave(self, node: Any, names: dict[Any, Any] | None) -> None:
-        self._open.pop()
-        self._inside.remove(id(node))
-        if not self._open:
-            return
-        key = self._trail.pop()
-        above = self._open[-1]
-        if names and above.names is not None:
-            self.index.add(above.names, key, names)
-
-    def _spend(self, keys: int, values: int = 0) -> None:
-        self._room -= keys
-        self._room_of_values -= values
-        if self._room < 0 or self._room_of_values < 0:
-            what = "containers" if self._room < 0 else "values, or long keys,"
-            raise BadCheckpoint(f"{self._file}: data.pkl: the same {what} are in too many places")
-
-    def _is_plain(self, node: Any) -> bool:
-        """Whether it is not a container, is empty, or is a list of plain values."""
-        if type(node) in (str, bytes, bytearray):
-            self._spend(0, len(node))
-            return True
-        if type(node) in (list, tuple):
-            size = self._plain.get(id(node))
-            if size is None:
-                size = self._plain[id(node)] = _size(node)
-            self._spend(0, max(size, 0))
-            return size >= 0
-        return type(node) not in _CONTAINERS or not (node or vars(node) if type(node) is OrderedDict else node)
-
-    def _length(self) -> int:
-        """About how long the path of an entry is."""
-        return sum(len(key) if type(key) is str else 20 for key in self._trail)
-
-    def _leaf(self, names: dict[Any, Any], key: Any, tensor: Tensor) -> None:
-        self._spend(0, self._length())
-        flaw = tensor.flaw()
+    def _leaf(self, names: dict[Any, Any], key: Any, leaf: Tensor) -> None:
+        flaw = leaf.flaw()
         if flaw:
             raise self._bad(flaw)
-        number = len(self.tensors)
-        self.tensors.append(tensor)
-        self.index.numbers.append(number)
-        self.index.add(names, key, number)
-        same: tuple[Any, ...] = (id(tensor),)
-        if tensor.storage is not None:
-            same = (tensor.storage.key, tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
-            same += (tensor.conj, tensor.neg, tensor.sealed)
+        super()._leaf(names, key, leaf)
+        number = len(self.leaves) - 1
+        same: tuple[Any, ...] = (id(leaf),)
+        if leaf.storage is not None:
+            same = (
+                leaf.storage.key,
+                leaf.offset,
+                leaf.shape,
+                leaf.stride,
+                leaf.dtype,
+                leaf.conj,
+                leaf.neg,
+                leaf.sealed,
+            )
         first = self._first.setdefault(same, number)
         if first != number:
             self.ties[first] = self.ties[number] = first
-
-    def _path(self) -> str:
-        return write_path([label for key in self._trail if key is not _ATTRIBUTES for label in labels(key)], ".")
-
-    def _bad(self, reason: str) -> BadCheckpoint:
-        place = shown(self._path())
-        return BadCheckpoint(f"{self._file}: data.pkl, {place}: {reason}")
-
-
-def _size(values: Sequence[Any]) -> int:
-    """How much a list of plain values holds; -1 if it holds containers or tensors."""
-    if any(type(value) in _CONTAINERS or type(value) is Tensor for value in values):
-        return -1
-    return len(values) + sum(len(value) for value in values if type(value) in (str, bytes, bytearray))

@@ -10,27 +10,14 @@ from typing import Any
 import numpy as np
 
 from paramend.formats.torch.pickles import MAX_INTEGER, Name
-from paramend.formats.torch.rebuilds import KNOWN
+from paramend.formats.torch.rebuilds import KNOWN, STORAGES
 from paramend.formats.torch.recordings import Rebuilt, StorageRef, pickled
 from paramend.formats.writer import Item, LeafBytes, outline_of_items
 from paramend.formats.zips.headers import ZipHeaders
 from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once
-from paramend.leaves.specs import Spec, kind_of
+from paramend.leaves.specs import BITS, Spec, kind_of
 
-_STORAGES = {
-    "float64": "Double",
-    "float32": "Float",
-    "float16": "Half",
-    "bfloat16": "BFloat16",
-    "int64": "Long",
-    "int32": "Int",
-    "int16": "Short",
-    "int8": "Char",
-    "uint8": "Byte",
-    "bool": "Bool",
-    "complex128": "ComplexDouble",
-    "complex64": "ComplexFloat",
-}
+_STORAGES = {dtype: kind for kind, dtype in STORAGES.items() if dtype in BITS}
 # Newer dtypes have no storage class: their tensors view bytes and carry the dtype themselves.
 _NEWER = frozenset({"uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"})
 _NEWER |= {"float8_e5m2fnuz", "float8_e8m0fnu"}
@@ -48,11 +35,9 @@ class TorchWriter:
     flat = False
 
     def refusal(self, spec: Spec) -> str:
-        """Why the format cannot hold such a leaf, or ""."""
         return "" if spec.dtype in _STORAGES or spec.dtype in _NEWER else f"torch cannot hold {spec.dtype}"
 
     def holds(self, value: Any) -> bool:
-        """Whether the format has a place for an entry that is not an array."""
         return written(value) is not _NOTHING
 
     def parts(
@@ -150,11 +135,7 @@ def tensor(
     """The call that rebuilds a tensor whose storage holds exactly its elements, contiguous.
 
     Args:
-        spec: its shape and dtype.
-        key: of the member of its storage.
-        device: its device, as torch writes it.
         grad: whether it requires gradients, if its dtype can.
-        hooks: what torch writes for hooks, an empty dict.
     """
     strides: list[int] = []
     step = 1
@@ -178,8 +159,6 @@ def retargeted(made: Rebuilt, spec: Spec, key: str) -> Rebuilt:
     """The call that rebuilds a tensor, with other elements: it stays a parameter, and keeps its attributes.
 
     Args:
-        made: the call as it was.
-        spec: the new shape and dtype.
         key: the key of the member that holds the new elements.
     """
     around: list[Callable[[Rebuilt], Rebuilt]] = []

@@ -8,7 +8,7 @@ all over the file, so each is read when its member is first used: opening reads 
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,7 +74,6 @@ class Archive:
     """The members of a zip file.
 
     Attributes:
-        file: the open file.
         members: by name, in the order of the central directory. Folders are left out.
 
     Raises:
@@ -119,10 +118,9 @@ class Archive:
         Raises:
             BadCheckpoint: they disagree.
         """
-        found = self._offsets.get(name)
-        if found is None:
-            found = self._offsets[name] = self._look(self.members[name])
-        return found
+        if name not in self._offsets:
+            self._offsets[name] = self._look(self.members[name])
+        return self._offsets[name]
 
     def read(self, name: str) -> bytes:
         """The bytes of an uncompressed member, checked against their checksum.
@@ -239,7 +237,7 @@ def names_in(file: OpenFile) -> Iterator[str]:
             return
         name, extra, comment = _LENGTHS.unpack_from(raw, at + 28)
         at += _CENTRAL.size
-        yield _decode(_cut(raw, at, name))
+        yield _decode(raw[at : at + name])
         at += name + extra + comment
 
 
@@ -297,9 +295,10 @@ def _parse_directory(file: OpenFile, start: int, size: int, count: int, names: d
         stop = at + _CENTRAL.size + name_length + extra_length + comment
         if magic != _CENTRAL_MAGIC or stop > size:
             raise BadCheckpoint(f"{file.path}: {place}: the central directory is damaged")
-        encoded = _cut(raw, at + _CENTRAL.size, name_length)
+        begin = at + _CENTRAL.size
+        encoded = raw[begin : begin + name_length]
         name = _name(encoded, flags, file, place)
-        extra = _cut(raw, at + _CENTRAL.size + name_length, extra_length)
+        extra = raw[begin + name_length : begin + name_length + extra_length]
         nbytes, packed, header = _widen(extra, nbytes, packed, header, file, name)
         reason = _refusal(flags, method, disk, packed, nbytes)
         if not reason and header + _LOCAL.size > start:
@@ -313,10 +312,6 @@ def _parse_directory(file: OpenFile, start: int, size: int, count: int, names: d
         at = stop
     if at != size:
         raise BadCheckpoint(f"{file.path}: the central directory holds more than the {count:,} members it lists")
-
-
-def _cut(raw: bytes, start: int, length: int) -> bytes:
-    return raw[start : start + length]
 
 
 def _refusal(flags: int, method: int, disk: int, packed: int, nbytes: int) -> str:
@@ -352,12 +347,6 @@ def _widen(
     """Length, length in the archive and offset, from the zip64 field of a header where the narrow fields overflow.
 
     Args:
-        extra: the extra fields of the header.
-        nbytes: the narrow length.
-        packed: the narrow length in the archive.
-        header: the narrow offset; 0 in a local header, which has none.
-        file: for messages.
-        name: for messages.
         lax: whether padding that is not an extra field is allowed: some writers align members with it.
     """
     wide: bytes | None = None
@@ -373,17 +362,14 @@ def _widen(
         at += 4 + length
     if at != len(extra) and not lax:
         raise BadCheckpoint(f"{file.path}: member {shown(name)}: its extra fields are damaged")
-    full = [nbytes == _U32, packed == _U32, header == _U32]
+    narrow = nbytes, packed, header
+    full = [number == _U32 for number in narrow]
     if not any(full):
-        return nbytes, packed, header
-    values: Sequence[int] = [int.from_bytes((wide or b"")[i : i + 8], "little") for i in range(0, len(wide or b""), 8)]
+        return narrow
     if wide is None or len(wide) < 8 * sum(full):
         if lax:  # the header was written before the length of its member was known
-            return nbytes, packed, header
+            return narrow
         raise BadCheckpoint(f"{file.path}: member {shown(name)}: its zip64 field is missing or too short")
-    numbers = iter(values)
-    return (
-        next(numbers) if full[0] else nbytes,
-        next(numbers) if full[1] else packed,
-        next(numbers) if full[2] else header,
-    )
+    values = (int.from_bytes(wide[at : at + 8], "little") for at in range(0, len(wide), 8))
+    nbytes, packed, header = (next(values) if is_full else n for n, is_full in zip(narrow, full, strict=True))
+    return nbytes, packed, header

@@ -39,8 +39,6 @@ class ZipHeaders:
         """The bytes before a member.
 
         Args:
-            name: the member's.
-            nbytes: its length.
             crc: its checksum; 0 if it is corrected later.
         """
         self._header, self._name, self._nbytes, self._crc = self.at, name.encode(), nbytes, crc

@@ -14,6 +14,7 @@ from paramend.grafting.report import GraftReport, GraftRow
 from paramend.grafting.states.carry_optax import carried, refuse_left
 from paramend.grafting.states.moments import Survey
 from paramend.leaves.leaves import Editable
+from paramend.leaves.specs import Spec
 from paramend.reports.wording import described
 
 
@@ -30,12 +31,12 @@ def carry_optimizer_(optimizer: Any, old: Any, unused: str) -> GraftReport:
     refuse_left(report, unused)
     ours = optimizer.step.get_raw_value()
     if step is None:
-        report.fresh.append(GraftRow("step", None, (), None, str(ours.dtype), None, "nothing in the earlier state"))
+        report.fresh.append(GraftRow.of("step", Spec((), str(ours.dtype)), "nothing in the earlier state"))
     else:
         step = step.get_raw_value() if isinstance(step, nnx.Variable) else step
-        kinds = str(ours.dtype), str(dtype_of(step))
+        mine, theirs = Spec((), str(ours.dtype)), Spec((), str(dtype_of(step)))
         optimizer.step.set_raw_value(jnp.asarray(step, ours.dtype))
-        report.copied.append(GraftRow("step", "step", (), (), *kinds, "copied", taken=1))
+        report.copied.append(GraftRow.of("step", mine, "copied", "step", theirs, taken=1))
     jax.tree.map(
         lambda variable, value: variable.set_raw_value(value.get_raw_value()),
         optimizer.opt_state,

@@ -19,7 +19,7 @@ from paramend.errors import BadArgument, GraftRefused, SpecMismatch
 from paramend.freezing.places import dtype_of, named
 from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.paths import write_path
-from paramend.leaves.specs import kind_of
+from paramend.leaves.specs import Spec
 from paramend.reports import wording
 
 Path = tuple[str, ...]
@@ -105,13 +105,16 @@ def refuse_left(report: GraftReport, unused: str) -> None:
 
 
 def _row(leaf: Leaf, source: Leaf | None, did: str) -> GraftRow:
-    shape, dtype = tuple(jnp.shape(leaf.value)), str(dtype_of(leaf.value))
+    path, spec = write_path(leaf.path), _spec(leaf.value)
     if source is None:
-        return GraftRow(write_path(leaf.path), None, shape, None, dtype, None, did)
-    theirs = tuple(jnp.shape(source.value))
-    taken = int(np.prod(theirs)) if did == "copied" else 0
-    origin = write_path(source.path)
-    return GraftRow(write_path(leaf.path), origin, shape, theirs, dtype, str(dtype_of(source.value)), did, taken=taken)
+        return GraftRow.of(path, spec, did)
+    theirs = _spec(source.value)
+    taken = theirs.size if did == "copied" else 0
+    return GraftRow.of(path, spec, did, write_path(source.path), theirs, taken=taken)
+
+
+def _spec(value: Any) -> Spec:
+    return Spec(tuple(jnp.shape(value)), str(dtype_of(value)))
 
 
 class Sources:
@@ -199,10 +202,9 @@ def without_wrappers(path: Path) -> Path:
 
 def _kinds(leaves: list[Leaf]) -> dict[Path, frozenset[Path]]:
     """The fields of each record, which tell its kind."""
-    fields: dict[Path, set[Path]] = defaultdict(set)
-    for leaf in leaves:
-        fields[leaf.record].add(leaf.field)
-    return {record: frozenset(found) for record, found in fields.items()}
+    return {
+        record: frozenset(fields) for record, fields in _grouped((leaf.record, leaf.field) for leaf in leaves).items()
+    }
 
 
 def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
@@ -214,11 +216,11 @@ def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 
 def _misfit(fresh: Any, old: Any) -> str:
     """Why an old value cannot replace a fresh one, or ""."""
-    if jnp.shape(fresh) != jnp.shape(old):
-        return f"is {list(jnp.shape(old))} in the earlier state, and {list(jnp.shape(fresh))} is needed"
-    kinds = [kind_of(str(dtype_of(x))) for x in (fresh, old)]
-    if kinds[0] != kinds[1]:
-        return f"is of kind {kinds[1]} in the earlier state, and {kinds[0]} is needed"
+    ours, theirs = _spec(fresh), _spec(old)
+    if ours.shape != theirs.shape:
+        return f"is {list(theirs.shape)} in the earlier state, and {list(ours.shape)} is needed"
+    if ours.kind != theirs.kind:
+        return f"is of kind {theirs.kind} in the earlier state, and {ours.kind} is needed"
     return ""
 
 

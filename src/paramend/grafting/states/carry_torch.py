@@ -1,6 +1,7 @@
 """States of torch optimizers carried over to other parameters and groups, or from files."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +24,8 @@ from paramend.reports import wording
 
 @dataclass(frozen=True)
 class _Old:
-    """What an earlier optimizer has for one parameter.
+    """What an earlier optimizer has for one parameter: its moments, and its hyperparameters."""
 
-    Attributes:
-        key: the id of the parameter, its name or its number.
-        state: its moments.
-        group: its hyperparameters.
-    """
-
-    key: Any
     state: Mapping[str, Any]
     group: Mapping[str, Any]
 
@@ -119,7 +113,7 @@ def _matched(
         if not keys or not old_keys:
             _refuse_order(keys, old_keys, optimizer.param_groups, groups)
             keys, old_keys = list(range(len(new))), list(range(len(entries)))
-    known = {key: _Old(key, state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
+    known = {key: _Old(state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
     return keys, known
 
 
@@ -183,11 +177,9 @@ def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _copied(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the moments, on the device of the parameter."""
-
-    def copied(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return list(value) if isinstance(value, list) else value
-        return value.detach().to(device_for(name, parameter, group), copy=True)
-
-    return {name: copied(name, value) for name, value in state.items()}
+    return {
+        name: value.detach().to(device_for(name, parameter, group), copy=True)
+        if isinstance(value, torch.Tensor)
+        else copy(value)
+        for name, value in state.items()
+    }

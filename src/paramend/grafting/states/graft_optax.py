@@ -32,12 +32,7 @@ _ANEW = "tx.init(params) starts anew"
 
 @dataclass
 class Grafted:
-    """The result of a graft.
-
-    Attributes:
-        values: the new leaves by number.
-        report: which leaves were copied and which not.
-    """
+    """The result of a graft: the new leaves by number, and the report."""
 
     values: dict[int, Any]
     report: GraftReport
@@ -87,14 +82,8 @@ def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | Non
 
 @dataclass
 class _Pair:
-    """A leaf of the new state, and the one of the old state that it continues.
-
-    Attributes:
-        leaf: the leaf of the new state.
-        origin: the leaf that it continues, or None.
-        link: what became of its parameter, or None for a number.
-        why: the reason why it stays as it is, or "".
-    """
+    """A leaf of the new state, the one of the old state that it continues, what became of its parameter (None for a
+    number), and why it stays as it is, or ""."""
 
     leaf: Leaf
     origin: Leaf | None
@@ -182,14 +171,8 @@ class _Work:
     # -- the states
 
     def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
-        """The states, with what the earlier ones have for them.
-
-        Args:
-            links: what became of each parameter.
-            options: whether something may be left over.
-            ours: the paths of numbers outside the states that go on too.
-            theirs: the same in the source.
-        """
+        """The states, with what the earlier ones have for them; numbers outside the states, at the paths `ours` and
+        `theirs`, go on too."""
         new, old = self.ours.states(set(links.targets)), self._states_of_source(links)
         new.add_numbers(self.target, ours)
         old.add_numbers(self.source, theirs)
@@ -223,7 +206,6 @@ class _Work:
         return self.theirs.states(links.sources)
 
     def _refuse(self, new: States, old: States, options: Options) -> None:
-        """Raise if the states do not belong together."""
         if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
             raise GraftRefused(
                 f"the earlier state is of another optimizer: it keeps {_kept(old.kinds)} for each parameter, and this "
@@ -266,9 +248,8 @@ class _Work:
         return _Pair(leaf, origin, link, "" if same else f"{theirs} in the earlier state means something else")
 
     def _carried(self, pairs: list[_Pair], old: States, links: Links) -> Grafted:
-        """The values and the report."""
         report = GraftReport()
-        work = _Moves(self.target, _Readable(self.source), Options(dtype="target"))
+        work = _Moves(self.target, self.source, Options(dtype="target"))
         found: dict[int, Any] = {}
         used: set[int] = set()
         for pair in pairs:
@@ -276,7 +257,7 @@ class _Work:
             ours = _spec(leaf.value)
             path = write_path(leaf.path)
             if origin is None or pair.why:
-                report.fresh.append(GraftRow(path, None, ours.shape, None, ours.dtype, None, pair.why))
+                report.fresh.append(GraftRow.of(path, ours, pair.why))
                 continue
             used.add(origin.place)
             theirs = _spec(origin.value)
@@ -287,8 +268,7 @@ class _Work:
                 did = corner.did
             if ours.dtype != theirs.dtype:
                 did += f", cast from {theirs.dtype}"
-            name = write_path(origin.path)
-            row = GraftRow(path, name, ours.shape, theirs.shape, ours.dtype, theirs.dtype, did, taken=theirs.size)
+            row = GraftRow.of(path, ours, did, write_path(origin.path), theirs, taken=theirs.size)
             if type(leaf.value) in (int, float):
                 count = origin.value
                 found[leaf.place] = count if type(count) in (int, float) else backend(count).like(count, count)
@@ -302,21 +282,8 @@ class _Work:
         for leaf in old.leaves:
             if leaf.place not in used:
                 spec, path = _spec(leaf.value), write_path(leaf.path)
-                did = _left(leaf, arrived)
-                report.unused.append(GraftRow(path, path, spec.shape, spec.shape, spec.dtype, spec.dtype, did))
+                report.unused.append(GraftRow.of(path, spec, _left(leaf, arrived), path, spec))
         return Grafted(found, report)
-
-
-class _Readable:
-    """The leaves of a tree as arrays, Python numbers too."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-
-    def read(self, number: int) -> Any:
-        """The array."""
-        value = self.tree.values[number]
-        return np.asarray(value) if type(value) in (int, float) else value
 
 
 def _spec(value: Any) -> Spec:

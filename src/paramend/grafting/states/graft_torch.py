@@ -8,7 +8,7 @@ import torch
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting.links import Link, Links, Path
 from paramend.grafting.report import GraftReport, GraftRow
-from paramend.leaves.specs import dtype_name
+from paramend.leaves.specs import Spec, dtype_name
 from paramend.reports import wording
 from paramend.trees.tree import Tree
 
@@ -273,15 +273,14 @@ def state_row(
 ) -> GraftRow:
     """The row of an entry of a state."""
     where = ".".join((*path, name) if name else path)
-    shape, dtype = tuple(value.shape), dtype_name(value.dtype)
+    spec = Spec(tuple(value.shape), dtype_name(value.dtype))
     if source is None or old is None:
-        return GraftRow(where, None, shape, None, dtype, None, did)
-    taken = old
-    if shape != tuple(old.shape):
-        corner = tuple(min(both) for both in zip(shape, old.shape, strict=True))
+        return GraftRow.of(where, spec, did)
+    theirs, taken = Spec(tuple(old.shape), dtype_name(old.dtype)), old
+    if spec.shape != theirs.shape:
+        corner = tuple(min(both) for both in zip(spec.shape, theirs.shape, strict=True))
         did = f"corner [{', '.join(f':{n}' for n in corner)}] copied"
         taken = old[tuple(map(slice, corner))]
     if old.dtype != value.dtype:
-        did += f", cast from {dtype_name(old.dtype)}"
-    origin = ".".join((*source, name))
-    return GraftRow(where, origin, shape, tuple(old.shape), dtype, dtype_name(old.dtype), did, taken=taken.numel())
+        did += f", cast from {theirs.dtype}"
+    return GraftRow.of(where, spec, did, ".".join((*source, name)), theirs, taken=taken.numel())

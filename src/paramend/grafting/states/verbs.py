@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from paramend._optional import imported, need
+from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted
@@ -12,7 +13,6 @@ from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
 from paramend.leaves.specs import AnyTree
 from paramend.reports.wording import described
-from paramend.trees.barren import barren
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 # Elements read or computed at once: they fit into the CPU cache; whole tensors are two to three times slower.
 CHUNK = 1 << 18
 # Bytes read at once where the last axis moves: the runs that a tile takes from the file are long enough then.
-TILE = 1 << 25
+TILE = 24 << 20
 # Shorter runs, on average, are read and put together; longer ones are left to the kernel.
 PAGE = 4096
 _MOST = 1 << 22
@@ -86,7 +87,7 @@ class Origin(ABC):
         found = self.extents if self.children else None
         return found[0] if found is not None and len(found) == 1 else None
 
-    @property
+    @cached_property
     def extents(self) -> list[Extent] | None:
         """Where its bytes are, one extent after the other; None if some are computed, or lie in many short runs."""
         if not self.spec.size or not self.bits:
