@@ -127,7 +127,11 @@ LAYERS = {
     "linear": lambda: (t.Linear(4, 6), nn.Dense(6, **F64), (2, 4)),
     "linear square": lambda: (t.Linear(4, 4), nn.Dense(4, **F64), (2, 4)),
     "linear without bias": lambda: (t.Linear(4, 4, bias=False), nn.Dense(4, use_bias=False, **F64), (2, 4)),
-    "dense general": lambda: (t.Sequential(t.Linear(4, 6), t.Unflatten(1, (3, 2))), nn.DenseGeneral((3, 2), **F64), (2, 4)),
+    "dense general": lambda: (
+        t.Sequential(t.Linear(4, 6), t.Unflatten(1, (3, 2))),
+        nn.DenseGeneral((3, 2), **F64),
+        (2, 4),
+    ),
     "conv 1d": lambda: (t.Conv1d(4, 6, 3, padding=1), nn.Conv(6, (3,), **F64), (2, 4, 7)),
     "conv 2d": lambda: (t.Conv2d(4, 4, 3, padding=1), nn.Conv(4, (3, 3), **F64), IMAGE),
     "conv 2d with strides": lambda: (
@@ -135,7 +139,11 @@ LAYERS = {
         nn.Conv(6, (3, 3), strides=2, kernel_dilation=2, padding=[(1, 1)] * 2, **F64),
         (2, 4, 9, 9),
     ),
-    "conv 2d of groups": lambda: (t.Conv2d(4, 8, 3, padding=1, groups=2), nn.Conv(8, (3, 3), feature_group_count=2, **F64), IMAGE),
+    "conv 2d of groups": lambda: (
+        t.Conv2d(4, 8, 3, padding=1, groups=2),
+        nn.Conv(8, (3, 3), feature_group_count=2, **F64),
+        IMAGE,
+    ),
     "conv 3d": lambda: (t.Conv3d(2, 3, 2), nn.Conv(3, (2, 2, 2), padding="VALID", **F64), (1, 2, 4, 3, 3)),
     "conv transpose": lambda: (
         t.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1),
@@ -171,7 +179,11 @@ LAYERS = {
         LINE,
     ),
     "gru": lambda: (Recurrent(t.GRU(4, 5, batch_first=True)), nn.RNN(nn.GRUCell(5, **F64)), LINE),
-    "rnn": lambda: (Recurrent(t.RNN(4, 5, batch_first=True)), compact(lambda x: nn.RNN(nn.SimpleCell(5, **F64))(x)), LINE),
+    "rnn": lambda: (
+        Recurrent(t.RNN(4, 5, batch_first=True)),
+        compact(lambda x: nn.RNN(nn.SimpleCell(5, **F64))(x)),
+        LINE,
+    ),
     "weight norm": lambda: (
         weight_norm(t.Linear(4, 3)),
         nn.WeightNorm(nn.Dense(3, **F64), epsilon=0, param_dtype=np.float64),
@@ -192,7 +204,11 @@ LAYERS = {
         nnx.Conv(4, 6, (3, 3), feature_group_count=2, **N64),
         IMAGE,
     ),
-    "nnx: conv transpose": lambda: (t.ConvTranspose2d(4, 4, 3, 2, 1), nnx.ConvTranspose(4, 4, (3, 3), **UP, **N64), IMAGE),
+    "nnx: conv transpose": lambda: (
+        t.ConvTranspose2d(4, 4, 3, 2, 1),
+        nnx.ConvTranspose(4, 4, (3, 3), **UP, **N64),
+        IMAGE,
+    ),
     "nnx: conv transpose (out, in)": lambda: (
         t.ConvTranspose2d(4, 4, 3, 2, 1),
         nnx.ConvTranspose(4, 4, (3, 3), transpose_kernel=True, **UP, **N64),
@@ -201,7 +217,11 @@ LAYERS = {
     "nnx: embedding": lambda: (t.Embedding(4, 4), nnx.Embed(4, 4, **N64), TOKENS),
     "nnx: layer norm": lambda: (t.LayerNorm(4), nnx.LayerNorm(4, epsilon=1e-5, **N64), (3, 4)),
     "nnx: group norm": lambda: (t.GroupNorm(2, 4), nnx.GroupNorm(4, num_groups=2, epsilon=1e-5, **N64), IMAGE),
-    "nnx: attention": lambda: (SelfAttention(), nnx.MultiHeadAttention(2, 4, decode=False, attention_fn=attended, **N64), LINE),
+    "nnx: attention": lambda: (
+        SelfAttention(),
+        nnx.MultiHeadAttention(2, 4, decode=False, attention_fn=attended, **N64),
+        LINE,
+    ),
     "nnx: lstm": lambda: (Recurrent(t.LSTM(4, 5, batch_first=True)), NnxRecurrent(nnx.LSTMCell(4, 5, **N64)), LINE),
     "nnx: optimised lstm": lambda: (
         Recurrent(t.LSTM(4, 5, batch_first=True)),
@@ -214,7 +234,11 @@ LAYERS = {
         LINE,
     ),
     "equinox: linear": lambda: (t.Linear(4, 4), eqx.nn.Linear(4, 4, key=KEY), (2, 4)),
-    "equinox: conv": lambda: (t.Conv2d(4, 6, 3, padding=1, groups=2), eqx.nn.Conv2d(4, 6, 3, padding=1, groups=2, key=KEY), IMAGE),
+    "equinox: conv": lambda: (
+        t.Conv2d(4, 6, 3, padding=1, groups=2),
+        eqx.nn.Conv2d(4, 6, 3, padding=1, groups=2, key=KEY),
+        IMAGE,
+    ),
     "equinox: conv transpose": lambda: (
         t.ConvTranspose2d(4, 4, 3, 2, 1, 1),
         eqx.nn.ConvTranspose2d(4, 4, 3, 2, 1, 1, key=KEY),
@@ -222,9 +246,21 @@ LAYERS = {
     ),
     "equinox: layer norm": lambda: (t.LayerNorm(4), eqx.nn.LayerNorm(4), (3, 4)),
     "equinox: group norm": lambda: (t.GroupNorm(2, 4), eqx.nn.GroupNorm(2, 4), IMAGE),
-    "equinox: lstm": lambda: (Recurrent(t.LSTM(4, 5, batch_first=True)), EqxRecurrent(eqx.nn.LSTMCell(4, 5, key=KEY)), LINE),
-    "equinox: gru": lambda: (Recurrent(t.GRU(4, 5, batch_first=True)), EqxRecurrent(eqx.nn.GRUCell(4, 5, key=KEY)), LINE),
-    "equinox: attention": lambda: (SelfAttention(), EqxAttention(eqx.nn.MultiheadAttention(2, 4, key=KEY, **BIASED)), LINE),
+    "equinox: lstm": lambda: (
+        Recurrent(t.LSTM(4, 5, batch_first=True)),
+        EqxRecurrent(eqx.nn.LSTMCell(4, 5, key=KEY)),
+        LINE,
+    ),
+    "equinox: gru": lambda: (
+        Recurrent(t.GRU(4, 5, batch_first=True)),
+        EqxRecurrent(eqx.nn.GRUCell(4, 5, key=KEY)),
+        LINE,
+    ),
+    "equinox: attention": lambda: (
+        SelfAttention(),
+        EqxAttention(eqx.nn.MultiheadAttention(2, 4, key=KEY, **BIASED)),
+        LINE,
+    ),
 }
 
 

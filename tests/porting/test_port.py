@@ -107,7 +107,9 @@ def test_weights_of_gpt2_are_told_by_those_that_are_not_square():
     source = {f"{name}.weight": np.ones(shape) for name, shape in shapes.items()}
     source |= {f"{name}.bias": np.ones(shape[1]) for name, shape in shapes.items() if name.startswith("mlp")}
     source["attn.c_proj.weight"][0, 1] = 2
-    target = {name: {"kernel": np.zeros(shape)} for name, shape in zip(["up", "down", "out"], shapes.values(), strict=True)}
+    target = {
+        name: {"kernel": np.zeros(shape)} for name, shape in zip(["up", "down", "out"], shapes.values(), strict=True)
+    }
     target["up"]["bias"], target["down"]["bias"] = np.zeros(8), np.zeros(4)
     tree, _ = pm.port(target, source)
     assert tree["out"]["kernel"][0, 1] == 2

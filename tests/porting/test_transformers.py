@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
+import paramend as pm
 from support import flax_models
 from support.porting import KEY, random, zeros
 from support.tiny_models import make
-
-import paramend as pm
 
 pytestmark = pytest.mark.slow
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 6))

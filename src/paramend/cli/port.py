@@ -83,7 +83,9 @@ def _opened(text: str, stack: ExitStack) -> tuple[Any, Any]:
     return made if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple | dict) else (made, None)
 
 
-def _save(made: Any, report: Any, *, out: str | None, dry_run: bool, as_json: bool, html: Path | None, **given: Any) -> None:
+def _save(
+    made: Any, report: Any, *, out: str | None, dry_run: bool, as_json: bool, html: Path | None, **given: Any
+) -> None:
     from paramend.checkpoints.whole import save  # most ports are from files
 
     if out is None and not dry_run:

@@ -1,6 +1,5 @@
 """The plan of a port: which leaf is made of which, as the rules of a layout, and what speaks against it."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -155,7 +154,10 @@ class PortPlan:
     def _look_closer(self) -> None:
         """Find what the names leave open: square leaves, transposed convolutions, what comes after a flattening."""
         backwards = {pair.source.path[-1:] for pair in self.pairs if pair.rare[0]}  # of GPT-2
-        self.pairs = [p.taking(p.rare.index(True)) if any(p.rare[1:]) and p.source.path[-1:] in backwards else p for p in self.pairs]
+        self.pairs = [
+            p.taking(p.rare.index(True)) if any(p.rare[1:]) and p.source.path[-1:] in backwards else p
+            for p in self.pairs
+        ]
         for pair in self.pairs:
             path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
             if path in self._steps:
@@ -171,7 +173,10 @@ class PortPlan:
             ):
                 self.questions[path] = ("it may be stored in several ways", [list(way[2][0].do) for way in pair.ways])
             elif form.kind == "parameter" and self._open(pair):
-                self.questions[path] = ("it is square, and its name does not say what comes first", [[], [_transpose()]])
+                self.questions[path] = (
+                    "it is square, and its name does not say what comes first",
+                    [[], [_transpose()]],
+                )
         self._flattenings()
 
     def _open(self, pair: Pair) -> bool:

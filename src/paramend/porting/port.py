@@ -110,7 +110,9 @@ def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = No
         was = made.spec(here)
         path = like.text(number)
         did = "copied" if was.dtype == spec.dtype else f"copied, cast from {was.dtype}"
-        rows.append((here, spec, GraftRow(path, path, spec.shape, was.shape, spec.dtype, was.dtype, did, "", spec.size)))
+        rows.append(
+            (here, spec, GraftRow(path, path, spec.shape, was.shape, spec.dtype, was.dtype, did, "", spec.size))
+        )
     casts = {here: call("cast", {"dtype": spec.dtype}) for here, spec, row in rows if row.did != "copied"}
     made = made.edited(casts) if casts else made
     picks = [(labels(row.path), (made, here)) for here, _, row in rows]
@@ -188,9 +190,7 @@ def _shapes(unit: Unit) -> str:
     return ", ".join(f"{name or 'value'} {list(shape)}" for name, shape in unit.shaped[0].shapes)
 
 
-def _report(
-    plan: PortPlan, told: GraftReport, layout: Layout | None = None, proof: Proof | None = None
-) -> PortReport:
+def _report(plan: PortPlan, told: GraftReport, layout: Layout | None = None, proof: Proof | None = None) -> PortReport:
     """The report of a graft of stored leaves as that of the port."""
     made: dict[str, tuple[str, str, str]] = {}
     unproven = []
@@ -219,9 +219,7 @@ def _report(
     both = [(pair.target.path, pair.target.module, pair.source.module) for pair in plan.pairs]
     beside = differences([row for row in both if None not in row], (plan.target.modules, plan.source.modules))
     warnings = [*beside, *(f"{path}: {note}" for path, note in plan.notes.items())]
-    return PortReport(
-        **rows, refused=told.refused, layout=layout, warnings=warnings, unproven=unproven, proof=proof
-    )
+    return PortReport(**rows, refused=told.refused, layout=layout, warnings=warnings, unproven=unproven, proof=proof)
 
 
 def _left_row(plan: PortPlan, number: int) -> GraftRow:
