@@ -362,7 +362,7 @@ def test_what_differs_beside_parameters_is_told():
 
 def test_the_layout_is_kept_applied_and_reversed(tmp_path):
     module, linen = cnn(), flax_cnn()
-    tree, report = pm.port(made(linen, IMAGES), module)
+    _, report = pm.port(made(linen, IMAGES), module)
     report.layout.save(tmp_path / "port.yaml")
     layout = pm.Layout.load(tmp_path / "port.yaml")
     assert layout == report.layout

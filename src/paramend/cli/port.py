@@ -1,7 +1,6 @@
 """The command that makes a checkpoint for a model of another framework: `port`."""
 
 import importlib
-import os
 import re
 import sys
 from contextlib import ExitStack
@@ -73,13 +72,13 @@ def _opened(text: str, stack: ExitStack) -> tuple[Any, Any]:
     named = None if Path(text).exists() else _FUNCTION(text)
     if named is None:
         return stack.enter_context(open_checkpoint(Path(text))), None
-    sys.path.insert(0, os.getcwd())  # as for `python -m`
+    sys.path.insert(0, here := str(Path.cwd()))  # as for `python -m`
     try:
         made = getattr(importlib.import_module(named[1]), named[2])()
     except (ImportError, AttributeError) as error:
         raise click.UsageError(f"{text}: {error}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
     return made if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple | dict) else (made, None)
 
 

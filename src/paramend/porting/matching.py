@@ -4,13 +4,24 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from paramend.porting.kinds import Move, Path, Shaped, moves
 from paramend.porting.models import Unit
 
-Ways: TypeAlias = tuple[tuple[Shaped, Shaped, tuple[Move, ...]], ...]
 Order: TypeAlias = Mapping[Path, int]
+
+
+class Way(NamedTuple):
+    """A way from one unit to another: the forms of both, and the rules between them."""
+
+    source: Shaped
+    target: Shaped
+    moves: tuple[Move, ...]
+
+
+Ways: TypeAlias = tuple[Way, ...]
+Family: TypeAlias = dict[tuple[int, ...], Unit]  # units whose names differ in numbers alone, by these
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Pair:
     @property
     def moves(self) -> tuple[Move, ...]:
         """The rules that are taken."""
-        return self.ways[self.way][2]
+        return self.ways[self.way].moves
 
     @property
     def rare(self) -> list[bool]:
@@ -58,7 +69,7 @@ class Matching:
 
     pairs: list[Pair] = field(default_factory=list)
     doubtful: list[tuple[list[Unit], list[Unit]]] = field(default_factory=list)
-    lone: tuple[list[Unit], list[Unit]] = ((), ())  # type: ignore[assignment]
+    lone: tuple[list[Unit], list[Unit]] = field(default_factory=lambda: ([], []))
 
 
 def ways(source: Unit, target: Unit) -> Ways:
@@ -69,19 +80,19 @@ def ways(source: Unit, target: Unit) -> Ways:
 
 @cache
 def _ways(sources: tuple[Shaped, ...], targets: tuple[Shaped, ...]) -> Ways:
-    out: list[tuple[Shaped, Shaped, tuple[Move, ...]]] = []
+    out: list[Way] = []
     for ours in sources:
         for theirs in targets:
             if ours.key == theirs.key and (made := moves(ours, theirs)) is not None:
-                out += [(ours, theirs, made)] if all(made != other for _, _, other in out) else []
-    return tuple(way for way in out if way[0].form is way[1].form) or tuple(out)
+                out += [Way(ours, theirs, made)] if all(made != way.moves for way in out) else []
+    return tuple(way for way in out if way.source.form is way.target.form) or tuple(out)
 
 
-def _rare(way: tuple[Shaped, Shaped, tuple[Move, ...]], source: Unit, target: Unit) -> bool:
+def _rare(way: Way, source: Unit, target: Unit) -> bool:
     """Whether a weight is taken as (in, out), as GPT-2 holds it, without a class that says so."""
     return any(
         shaped.form.classes == {"Conv1D"} and not unit.kind
-        for shaped, unit in zip(way[:2], (source, target), strict=True)
+        for shaped, unit in ((way.source, source), (way.target, target))
     )
 
 
@@ -246,11 +257,7 @@ class _Search:
         return True
 
 
-def _alone(
-    members: Mapping[object, Unit],
-    ours: Mapping[str, Mapping[object, Unit]],
-    theirs: Mapping[str, Mapping[object, Unit]],
-) -> bool:
+def _alone(members: Family, ours: Mapping[str, Family], theirs: Mapping[str, Family]) -> bool:
     """Whether one family alone has so many members on both sides."""
     return all([len(each) for each in side.values()].count(len(members)) == 1 for side in (ours, theirs))
 
@@ -304,32 +311,10 @@ _SYNONYMS = {
     for name in names.split()
 }
 # Words that say what a layer is, not which.
-_COMMON = set(
-    [
-        "dense",
-        "linear",
-        "conv",
-        "norm",
-        "layernorm",
-        "rmsnorm",
-        "batchnorm",
-        "bn",
-        "ln",
-        "embed",
-        "embedding",
-        "layer",
-        "layers",
-        "block",
-        "blocks",
-        "cell",
-        "rnn",
-        "lstm",
-        "gru",
-        "weight",
-        "kernel",
-        "net",
-    ]
-)
+_COMMON = {
+    "dense", "linear", "conv", "norm", "layernorm", "rmsnorm", "batchnorm", "bn", "ln", "embed", "embedding", "layer",
+    "layers", "block", "blocks", "cell", "rnn", "lstm", "gru", "weight", "kernel", "net",
+}  # fmt: skip
 
 
 def _plain(piece: str) -> tuple[str, tuple[int, ...]]:
@@ -339,7 +324,7 @@ def _plain(piece: str) -> tuple[str, tuple[int, ...]]:
     return "direction" if numbers and text in ("forward", "reverse") else _SYNONYMS.get(text, text), numbers
 
 
-def families(units: Iterable[Unit]) -> dict[str, dict[tuple[int, ...], Unit]]:
+def families(units: Iterable[Unit]) -> dict[str, Family]:
     """Units by their names without numbers, then by their numbers; names that occur twice are left out."""
     found: dict[str, dict[tuple[int, ...], list[Unit]]] = {}
     for unit in units:

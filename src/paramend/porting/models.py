@@ -10,7 +10,8 @@ from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, Leaves, keys_of
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
-from paramend.porting.kinds import FORMS, NESTED, PARAMETER, Form, Path, Shaped
+from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
+from paramend.porting.kinds import Path, Shaped
 from paramend.porting.recorder import Call
 from paramend.trees.kind import ELIDED
 from paramend.trees.lookup import find_kind
@@ -111,7 +112,7 @@ class Model:
         return found or ""
 
     def learn(self, calls: Sequence[Call]) -> dict[Path, int]:
-        """The place of the first call of each module; the classes that a linen module says only when it runs are kept."""
+        """The place of the first call of each module; modules that linen makes when it runs are kept."""
         places: dict[Path, int] = {}
         for place, call in enumerate(calls):
             path = tuple(map(text_of, labels(call.path))) if call.path else ()
@@ -138,8 +139,7 @@ class Model:
                 taken |= {*leaves.values()}
         for path, below in under.items():
             leaves = {name: n for name, n in below.items() if "/" not in name and n not in taken}
-            for chosen in self._parted(path, leaves):
-                units.append(chosen)
+            units += self._parted(path, leaves)
         rank = {number: place for place, number in enumerate(self.names)}
         return sorted(units, key=lambda unit: min(rank[number] for number in unit.leaves.values()))
 

@@ -162,16 +162,19 @@ class PortPlan:
             path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
             if path in self._steps:
                 continue
-            form = pair.ways[0][1].form
+            form = pair.ways[0].target.form
             if len(pair.ways) > 1 and any(pair.rare):
                 if backwards and not pair.way:
                     why = "it is square, and other weights of the source are (in, out)"
-                    self.questions[path] = (why, [list(way[2][0].do) for way in pair.ways])
+                    self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
                 continue
             if len(pair.ways) > 1 and (
                 form.kind == "conv_transpose" or "Einsum" in (pair.source.kind, pair.target.kind)
             ):
-                self.questions[path] = ("it may be stored in several ways", [list(way[2][0].do) for way in pair.ways])
+                self.questions[path] = (
+                    "it may be stored in several ways",
+                    [list(way.moves[0].do) for way in pair.ways],
+                )
             elif form.kind == "parameter" and self._open(pair):
                 self.questions[path] = (
                     "it is square, and its name does not say what comes first",
@@ -180,7 +183,7 @@ class PortPlan:
         self._flattenings()
 
     def _open(self, pair: Pair) -> bool:
-        shapes = [dict(way.shapes)[""] for way in pair.ways[0][:2]]
+        shapes = [dict(shaped.shapes)[""] for shaped in (pair.ways[0].source, pair.ways[0].target)]
         names = [unit.path[-1].lower() for unit in (pair.source, pair.target)]
         alike = self.source.framework == self.target.framework != "" and names[0] == names[1]
         square = len(shapes[0]) >= 2 and shapes[0][-1] == shapes[0][-2] > 1
@@ -205,7 +208,8 @@ class PortPlan:
             pair = partner.get(unit)
             if pair is None:
                 continue
-            shaped = pair.ways[pair.way][1 if last[0] else 0]
+            way = pair.ways[pair.way]
+            shaped = way.target if last[0] else way.source
             shape = shaped.shapes[0][1]
             if shaped.form.kind in ("conv", "conv_transpose"):
                 before = (shape[0] if shaped.form.kind == "conv" else shape[1]), len(shape) - 2
@@ -248,11 +252,7 @@ class PortPlan:
 
     def rules(self) -> list[dict[str, Any]]:
         """The rules of the layout."""
-        rows = []
-        for pair in self.pairs:
-            for move in pair.moves:
-                rows.append(self.rule(pair, move))
-        return rows
+        return [self.rule(pair, move) for pair in self.pairs for move in pair.moves]
 
     def rule(self, pair: Pair, move: Move) -> dict[str, Any]:
         """One rule."""
@@ -296,7 +296,7 @@ class PortPlan:
 
 
 def _flat_steps(plan: PortPlan, pair: Pair, channels: int) -> list[Step]:
-    """The steps between a weight after a flattening of (channels, space) and a kernel after one of (space, channels)."""
+    """The steps from a weight after a flattening of (channels, space) to a kernel after one of (space, channels)."""
     back = plan.channels_last(plan.source)
     model, unit, name = (
         (plan.source, pair.source, pair.moves[0].sources[0])

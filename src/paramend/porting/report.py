@@ -1,10 +1,16 @@
 """The report of a port: which leaf was made of which, how and why, and what differs beside parameters."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paramend.grafting.report import GraftReport
+from paramend.grafting.report import GraftReport, GraftRow
 from paramend.mapping.layout import Layout
+from paramend.pages.page import Page
+from paramend.porting.models import Model
+from paramend.porting.plan import PortPlan
+from paramend.porting.proof import Proof
+from paramend.porting.settings import differences
 from paramend.reports import wording
 from paramend.reports.report import Report
 
@@ -27,7 +33,7 @@ class PortReport(GraftReport):
     layout: Layout | None = None
     warnings: list[str] = field(default_factory=list)
     unproven: list[str] = field(default_factory=list)
-    proof: Any = None
+    proof: Proof | None = None
 
     def headline(self) -> str:
         """The summary in one sentence."""
@@ -44,6 +50,10 @@ class PortReport(GraftReport):
         warnings = "".join(f"\n  {each}" for each in self.warnings)
         return f"{text}\n\nwarnings: {len(self.warnings)}{warnings}" if warnings else text
 
+    def page(self) -> Page:
+        """The page of the graft."""
+        return replace(super().page(), title="port")
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""
         return super().to_dict() | {
@@ -52,3 +62,57 @@ class PortReport(GraftReport):
             "layout": None if self.layout is None else self.layout.to_data(),
             "proof": None if self.proof is None else self.proof.to_dict(),
         }
+
+
+def reported(plan: PortPlan, told: GraftReport, layout: Layout | None = None, proof: Proof | None = None) -> PortReport:
+    """The report of a graft of stored leaves as that of the port."""
+    made: dict[str, tuple[str, str, str]] = {}
+    for pair in plan.pairs:
+        for move in pair.moves:
+            sources = ", ".join(plan.source.text(pair.source.leaves[name]) for name in move.sources)
+            steps = " → ".join(_said(step) for step in plan.rule(pair, move).get("do", ()))
+            for path in (plan.target.text(pair.target.leaves[name]) for name in move.targets):
+                made[path] = sources, "; ".join(filter(None, (steps, plan.notes.get(path, "")))), pair.by
+    copied = []
+    for row in told.copied:
+        source, steps, by = made.get(row.path, (str(row.source), "", ""))
+        said = (
+            (steps, f"by {by}", row.did.removeprefix("copied, ") * ("cast" in row.did))
+            if steps
+            else (row.did, f"by {by}")
+        )
+        copied.append(replace(row, source=source, did="; ".join(filter(None, said))))
+    unused = [*told.unused, *(_row(plan.source, number, _why(plan, number)) for number in plan.left_behind())]
+    lone = [number for unit in plan.lone[1] for number in unit.leaves.values()]
+    fresh = [*told.fresh, *(_row(plan.target, number, "nothing in the source") for number in lone)]
+    both = [(pair.target.path, pair.target.module, pair.source.module) for pair in plan.pairs]
+    beside = differences([row for row in both if None not in row], (plan.target.modules, plan.source.modules))
+    return PortReport(
+        copied,
+        fresh,
+        told.mismatched,
+        unused,
+        told.refused,
+        layout=layout,
+        warnings=[*beside, *(f"{path}: {note}" for path, note in plan.notes.items())],
+        unproven=[path for path, (_, _, by) in made.items() if by == "number"],
+        proof=proof,
+    )
+
+
+def _why(plan: PortPlan, number: int) -> str:
+    if number in {n for unit in plan.left for n in unit.leaves.values()}:
+        return "left behind by `rename`"
+    return "no such leaf in the target" if number in plan.source.names else "not a parameter"
+
+
+def _row(model: Model, number: int, did: str) -> GraftRow:
+    path, spec = model.text(number), model.spec(number)
+    return GraftRow(path, None, spec.shape, None, spec.dtype, None, did)
+
+
+def _said(step: Mapping[str, Any]) -> str:
+    """A step in a few words."""
+    ((name, args),) = step.items()
+    shown = args if isinstance(args, list) else args.get("shape") or args.get("parts") or args.get("sizes")
+    return f"{name} {shown}" if shown else name

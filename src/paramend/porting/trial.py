@@ -1,4 +1,4 @@
-"""Trials: a port is carried out with random parameters, and what names leave open is found in what the models compute."""
+"""Trials: ports with random parameters, which find in what models compute what names leave open."""
 
 import itertools
 from collections.abc import Iterator
@@ -125,7 +125,7 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
 
 def _could_follow(pair: Pair) -> bool:
     """Whether it is a dense layer that may take flattened features: its weight is a matrix."""
-    forms = pair.ways[pair.way][:2]
+    forms = pair.ways[pair.way].source, pair.ways[pair.way].target
     return forms[0].form.kind == "linear" and all(len(shaped.shapes[0][1]) == 2 for shaped in forms)
 
 
@@ -148,4 +148,4 @@ def _channels(first: Any, last: Any) -> int:
 
 
 def _text(model: Model, path: Path) -> str:
-    return model.leaves.index.separator.join(path)
+    return str(model.leaves.index.separator).join(path)

@@ -1,7 +1,7 @@
 """Elements of other origins at other places: taken along an axis, joined, with permuted axes, in another shape.
 
-Nothing here computes but a sum: every element keeps its bits. Each kind says where a box of its elements is in those that it is
-made of, and into which runs of theirs its own elements fall, which the kernel copies where they are long.
+Nothing here computes but a sum: every element keeps its bits. Each kind says where a box of its elements is in those
+that it is made of, and into which runs of theirs its own elements fall, which the kernel copies where they are long.
 """
 
 import math
