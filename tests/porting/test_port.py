@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.torch import save_file
 
 import paramend as pm
-from paramend.errors import BadArgument, NoMatch, PortRefused
+from paramend.errors import BadArgument, NoMatch, PortRefused, SpecMismatch
 from support.porting import KEY, compact, random, zeros
 
 t = torch.nn
@@ -216,6 +216,8 @@ def test_a_rename_that_leads_nowhere():
         pm.port(TWINS, PAIR, rename={"x": "c"})
     with pytest.raises(NoMatch):
         pm.port(TWINS, PAIR, rename={"z": "a"})
+    with pytest.raises(SpecMismatch, match=r"x  weight \[4, 4\] does not fit d  kernel \[4, 3\]"):
+        pm.port(TWINS | {"d": {"kernel": np.zeros((4, 3))}}, PAIR | {"z.weight": np.ones((3, 4))}, rename={"x": "d"})
 
 
 class Square(nn.Module):

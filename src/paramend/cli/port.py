@@ -43,7 +43,7 @@ def port(source: str, target: str, prove: bool, rename: dict[str, str | None], *
     """
     with ExitStack() as stack:
         (like, ours), (model, theirs) = (_opened(each, stack) for each in (target, source))
-        inputs = None
+        inputs: Any = None
         if prove:
             held = [f"{text} is a checkpoint" for text, each in ((source, model), (target, like)) if _on_disk(each)]
             if held:
@@ -51,6 +51,7 @@ def port(source: str, target: str, prove: bool, rename: dict[str, str | None], *
             if ours is None and theirs is None:
                 raise click.UsageError("--prove needs functions that return (model, inputs): package.module:make")
             inputs = {"target": theirs if ours is None else ours, "source": ours if theirs is None else theirs}
+        made: Any
         if _on_disk(model) and not _on_disk(like):
             made, report = port_on_disk(like, model, rename=rename)
         else:

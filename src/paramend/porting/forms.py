@@ -186,7 +186,17 @@ def _read(row: str) -> Form:
     return Form(kind, frozenset(classes.split()), tuple(holds), frozenset(optional), side == "last")
 
 
-FORMS = tuple(map(_read, re.split(r"\n(?! )", _TABLE.strip())))
+# What projections of attention are called in models of the users' own.
+_PROJECTIONS = (
+    "q,k,v,o q,k,v,out q_proj,k_proj,v_proj,o_proj q_proj,k_proj,v_proj,out_proj wq,wk,wv,wo query,key,value,out"
+)
+_ROW = "attention | | {side} | {{{names}}}/{leaf} > w{{q,k,v,o}}: {do}; {{{names}}}/bias > b{{q,k,v,o}}?"
+_OWN = [
+    _ROW.format(names=names, side=side, leaf=leaf, do=do)
+    for names in (*_PROJECTIONS.split(), "to_q,to_k,to_v,to_out")
+    for side, leaf, do in (("first", "weight", ""), ("last", "kernel", "in_out"))
+]
+FORMS = tuple(map(_read, [*re.split(r"\n(?! )", _TABLE.strip()), *_OWN]))
 # A leaf of no known layer: a class token, a table of positions, a parameter of the user's own.
 PARAMETER = Form("parameter", frozenset(), (Hold(("",), ("value",)),))
 # Layers of several modules, or of more leaves than a weight and a bias.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple, TypeAlias
 
+from paramend.errors import SpecMismatch
 from paramend.porting.kinds import Move, Path, Shaped, moves
 from paramend.porting.models import Unit
 
@@ -112,7 +113,8 @@ def match(
     """
     search = _Search(order)
     for source, target in renamed.items():
-        search.pair(source, target, "rename")
+        if not search.pair(source, target, "rename"):
+            raise SpecMismatch(f"{source} does not fit {target}", hint='rename={"layer/of/source": "layer/of/target"}')
     search.by_name(_left(sources, search), _left(targets, search))
     search.by_kind(_left(sources, search), _left(targets, search))
     return search.result(_left(sources, search), _left(targets, search))

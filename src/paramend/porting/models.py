@@ -48,6 +48,10 @@ class Unit:
     kind: str = ""
     module: Any = field(default=None, repr=False)
 
+    def __str__(self) -> str:
+        leaves = ", ".join(f"{name or 'value'} {list(shape)}" for name, shape in self.shaped[0].shapes)
+        return f"{'/'.join(self.path)}  {leaves}"
+
 
 class Model:
     """One side of a port.

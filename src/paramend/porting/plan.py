@@ -28,7 +28,8 @@ class PortPlan:
         doubtful: layers that could be paired in several ways.
         lone: units of the source and of the target that have no partner.
         left: units of the source that `rename` leaves behind.
-        twins: second names of tied leaves that go with the first.
+        copies: leaf of the source → leaves that hold the same once more, such as a tied head in a file.
+        flattened: target path of a dense layer → the number of channels that are flattened before it.
         questions: target path → why its layout is not known, and steps that it may have.
         notes: target path → what was assumed.
     """
@@ -168,18 +169,13 @@ class PortPlan:
                     why = "it is square, and other weights of the source are (in, out)"
                     self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
                 continue
-            if len(pair.ways) > 1 and (
-                form.kind == "conv_transpose" or "Einsum" in (pair.source.kind, pair.target.kind)
-            ):
-                self.questions[path] = (
-                    "it may be stored in several ways",
-                    [list(way.moves[0].do) for way in pair.ways],
-                )
+            several = form.kind == "conv_transpose" or "Einsum" in (pair.source.kind, pair.target.kind)
+            if several and len(pair.ways) > 1:
+                why = "it may be stored in several ways"
+                self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
             elif form.kind == "parameter" and self._open(pair):
-                self.questions[path] = (
-                    "it is square, and its name does not say what comes first",
-                    [[], [_transpose()]],
-                )
+                why = "it is square, and its name does not say what comes first"
+                self.questions[path] = (why, [[], [read_step({"transpose": [1, 0]})]])
         self._flattenings()
 
     def _open(self, pair: Pair) -> bool:
@@ -226,7 +222,8 @@ class PortPlan:
         side = round(places ** (1 / space))
         if path in self._steps:
             return
-        if side**space != places and not (self.source.modules or self.target.modules):
+        flat = "Flatten" in (*self.source.classes.values(), *self.target.classes.values())
+        if side**space != places and not flat:
             why = f"it may follow {channels} channels of {places} places each, which are flattened in another order"
             self.questions[path] = (why, [_flat_steps(self, pair, channels)])
             return
@@ -311,10 +308,6 @@ def _flat_steps(plan: PortPlan, pair: Pair, channels: int) -> list[Step]:
         read_step({"reshape": {"shape": [features, outputs], "back": [space, channels, outputs]}}),
     ]
     return [step.inverse() for step in reversed(steps)] if back else steps
-
-
-def _transpose() -> Step:
-    return read_step({"transpose": [1, 0]})
 
 
 def _one(paths: list[str]) -> str | list[str]:

@@ -19,7 +19,7 @@ def refusal(plan: PortPlan) -> PortRefused:
     places = "of the source has no place in the target", "of the target has nothing in the source"
     for units, said in zip(plan.lone, places, strict=True):
         if units:
-            blocks.append(f"what {said}:\n" + "\n".join(f"  {_shown(unit)}" for unit in units))
+            blocks.append(f"what {said}:\n" + "\n".join(f"  {unit}" for unit in units))
     candidates = [([_name(u) for u in ours], [_name(u) for u in theirs]) for ours, theirs in plan.doubtful]
     renames = {old: new for ours, theirs in candidates for old, new in zip(ours, theirs, strict=False)}
     rules = {path: [step.to_data() for step in ways[-1]] for path, (_, ways) in plan.questions.items()}
@@ -35,10 +35,5 @@ def _name(unit: Unit) -> str:
     return "/".join(unit.path)
 
 
-def _shown(unit: Unit) -> str:
-    leaves = ", ".join(f"{name or 'value'} {list(shape)}" for name, shape in unit.shaped[0].shapes)
-    return f"{_name(unit)}  {leaves}"
-
-
 def _listed(units: list[Unit]) -> str:
-    return wording.listing([_shown(unit).replace("  ", " ") for unit in units], 12)
+    return wording.listing([str(unit).replace("  ", " ") for unit in units], 12)
