@@ -283,6 +283,7 @@ def test_a_layer_computes_the_same(name):
     linen = isinstance(other, nn.Module)
     target = jax.tree.map(zeros, jax.eval_shape(other.init, KEY, y)) if linen else other
     ported, report = pm.port(target, module)
+    pm.verify(ported, pm.port(target, module.state_dict())[0])
 
     if linen:
         got = other.apply(ported, y)
@@ -290,7 +291,6 @@ def test_a_layer_computes_the_same(name):
         got = jax.vmap(ported)(y) if isinstance(ported, eqx.Module) else ported(jnp.asarray(y))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
     assert not [row for row in report.fresh if "rngs" not in row.path]
-    pm.verify(ported, pm.port(target, module.state_dict())[0])
 
     state = {path: value.numpy() for path, value in module.state_dict().items() if "num_batches" not in path}
     back = pm.port(module, ported)[0].state_dict()
