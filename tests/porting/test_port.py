@@ -130,7 +130,7 @@ def test_tied_leaves_that_a_file_holds_twice():
     del source["head.weight"]
     assert report.layout.to(source)[0]["Embed_0"]["embedding"].tolist() == table.tolist()
     source["head.weight"] = table + 1
-    with pytest.raises(BadArgument, match="are to be one leaf, and their values differ"):
+    with pytest.raises(BadArgument, match="they are not equal"):
         report.layout.to(source)
 
 
@@ -309,7 +309,7 @@ def test_a_flipped_kernel_is_caught():
 def test_the_bias_of_a_gru_that_nnx_has_no_place_for():
     cell = nnx.GRUCell(4, 4, param_dtype=np.float64, rngs=nnx.Rngs(0))
     module = random(t.GRUCell(4, 4))
-    with pytest.raises(BadArgument, match=r"weight_ih|bias_ih, bias_hh -> .*must be zero"):
+    with pytest.raises(BadArgument, match="must be zero, because the other side has no place for it"):
         pm.port(cell, module)
     with torch.no_grad():
         module.bias_hh[8:] = 0

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from paramend.edits.hands import equal
 from paramend.errors import BadArgument, NoMatch
 from paramend.mapping.layout import Layout
 from paramend.mapping.steps import Step, read_step
@@ -137,14 +138,12 @@ class PortPlan:
 
     def _find_copies(self) -> bool:
         """Find units without partner that are others again: a tied head in a file that holds it twice."""
-        from paramend.mapping.hands import same  # few models leave something over
-
         leaves, before = self.source.leaves, len(self.copies)
         open_ = [*self.lone[0], *(unit for ours, theirs in self.doubtful if len(ours) > len(theirs) for unit in ours)]
         known = [n for pair in self.pairs for n in pair.source.leaves.values()]
         for number in (number for unit in open_ for number in unit.leaves.values()):
             spec, value = leaves.spec(number), leaves.read(number)
-            first = next((n for n in known if leaves.spec(n) == spec and same(leaves.read(n), value)), None)
+            first = next((n for n in known if leaves.spec(n) == spec and equal(leaves.read(n), value)), None)
             known.append(number)
             if first is not None:
                 self.copies.setdefault(first, []).append(number)
@@ -263,9 +262,9 @@ class PortPlan:
         steps = steps if given is None else list(given)
         sources = [self.source.text(number) for number in ours]
         if len(ours) == 1 and (twins := self._twins(self.source, ours[0])):
-            sources, steps = sources + twins, [Step("tie", {}), *steps]
+            sources, steps = sources + twins, [Step("untie", {}), *steps]
         if len(theirs) == 1 and (twins := self._twins(self.target, theirs[0])):
-            targets, steps = targets + twins, [*steps, Step("untie", {})]
+            targets, steps = targets + twins, [*steps, Step("tie", {})]
         return {"from": _one(sources), "to": _one(targets)} | (
             {"do": [step.to_data() for step in steps]} if steps else {}
         )

@@ -1,20 +1,19 @@
 """Moves of elements, the same on arrays of any library and on origins of leaves on disk."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial, reduce
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
-from paramend.errors import BadArgument
-from paramend.leaves.leaves import Editable
+from paramend.errors import Unsupported
 from paramend.leaves.origins import moved
 from paramend.leaves.origins.boxes import Places
 from paramend.leaves.origins.moved import How
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Made, Stored
-from paramend.leaves.specs import Spec, numpy_dtype
+from paramend.leaves.origins.stored import Zeros
+from paramend.leaves.specs import Array, Spec
 
 
 def spec_of(x: Any) -> Spec:
@@ -43,6 +42,7 @@ def join(parts: Sequence[Any], axis: int, how: How) -> Any:
     """Several along an axis."""
     if isinstance(parts[0], Origin):
         return moved.join(parts, axis, how)
+    moved.check_fit([spec_of(part) for part in parts], axis, how)
     library = backend(parts[0])
     if how == "concat":
         return library.concat(parts, axis)
@@ -53,49 +53,54 @@ def join(parts: Sequence[Any], axis: int, how: How) -> Any:
     return library.reshape(library.stack(parts, axis + 1), shape)
 
 
+def pad(x: Any, count: int, axis: int) -> Any:
+    """So many places of zeros behind those along an axis."""
+    if not isinstance(x, Origin):
+        return join([x, backend(x).zeros(take(x, np.zeros(count, np.int64), axis))], axis, "concat")
+    shape = list(x.spec.shape)
+    shape[axis] = count
+    return join([x, Zeros(Spec(tuple(shape), x.spec.dtype))], axis, "concat")
+
+
 def add(parts: Sequence[Any]) -> Any:
     """The sum of several."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Origin):
+        moved.check_fit([part.spec for part in parts], 0, "stack")
         return moved.Summed(tuple(parts))
     return reduce(backend(parts[0]).add, parts)
 
 
 def zeros(x: Any) -> Any:
     """+0.0 in every element."""
+    return Zeros(x.spec) if isinstance(x, Origin) else backend(x).zeros(x)
+
+
+def is_zero(x: Any) -> bool:
+    """Whether every bit is zero."""
+    return not any(piece.any() for piece in _bits(x, x))
+
+
+def equal(x: Any, y: Any) -> bool:
+    """Whether every bit is the same."""
+    return x is y or all(map(np.array_equal, _bits(x, x), _bits(y, x)))
+
+
+def _bits(x: Any, like: Any) -> Iterator[Array]:
+    """The bytes, an origin's in the pieces in which another one is best read.
+
+    Raises:
+        Unsupported: there are no values.
+    """
     if isinstance(x, Origin):
-        return Made(x.spec, partial(np.zeros, x.spec.shape, numpy_dtype(x.spec.dtype)), "zeros")
-    return backend(x).zeros(x)
-
-
-def check_zero(x: Any) -> None:
-    """Raise if an element is not zero."""
-    largest = max((float(np.abs(piece.astype("float64")).max()) for piece in _pieces(x) if piece.size), default=0.0)
-    if largest:
-        raise BadArgument(
-            f"this part of {spec_of(x)} must be zero, because nothing there takes it, and its largest value is "
-            f"{largest:.3g}",
-            hint="give the other model a place for it",
-        )
-
-
-def same(x: Any, y: Any) -> bool:
-    """Whether two leaves are equal, bit for bit."""
-    if x is y or spec_of(x) != spec_of(y):
-        return x is y
-    return all(a.tobytes() == b.tobytes() for a, b in zip(_pieces(x), _pieces(y), strict=True))
-
-
-def check_equal(x: Any, y: Any) -> None:
-    """Raise if two leaves that are to be one differ."""
-    if not same(x, y):
-        raise BadArgument(f"{spec_of(x)} and {spec_of(y)} are to be one leaf, and their values differ")
-
-
-def _pieces(x: Any) -> Iterator[Any]:
-    """The values, piece by piece; none of a plan, which is made before them."""
-    if not isinstance(x, Origin):
-        return iter([to_numpy(x)])
-    planned = any(isinstance(each, Stored) and isinstance(each.source, Editable) for each in x.stored())
-    return (x.read_range(*each) for each in (() if planned else x.ranges()))
+        pieces: Iterable[Array] = (x.read_range(*each) for each in like.ranges())
+    else:
+        try:
+            pieces = [] if backend(x).abstract(x) else [to_numpy(x)]
+        except Exception:  # what is traced by `jax.jit` says so in its own way
+            pieces = []
+        if not pieces:
+            raise Unsupported(f"{spec_of(x)} has no values that could be checked")
+    for piece in pieces:
+        yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
