@@ -26,7 +26,7 @@ def port(
     *,
     rename: Renames | None = None,
     rules: Rules | None = None,
-    prove: Any = None,
+    prove: object = None,
 ) -> tuple[T, PortReport]:
     """The target with the parameters of a source of another framework, and a report.
 
@@ -73,7 +73,7 @@ def port(
 
 
 def port_(
-    module: AnyTree, source: AnyTree, *, rename: Renames | None = None, rules: Rules | None = None, prove: Any = None
+    module: AnyTree, source: AnyTree, *, rename: Renames | None = None, rules: Rules | None = None, prove: object = None
 ) -> PortReport:
     """The report of a port in place: a torch or NNX module takes the parameters of a source of another framework.
 
