@@ -12,7 +12,7 @@ from paramend.edits.quantized import check_whole
 from paramend.edits.structure import enter
 from paramend.errors import RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
-from paramend.leaves.paths import labels, text_of, write_path
+from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.selectors.renames import keys, rename
@@ -52,14 +52,13 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
     _check(host, donor, paths)
     if isinstance(host, Checkpoint):
         own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
-        new = [(tuple(label for key in paths[n] for label in labels(key)), (donor, n)) for n in numbers]
+        new = [(_labels(paths[n]), (donor, n)) for n in numbers]
         return cast(T, assemble(host, [*own, *new], ties=host.ties))
     tree = cast(Memory, host)
     return cast(T, enter(tree, [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]))
 
 
 def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Path]:
-    """The keys of each leaf in the result."""
     found: dict[int, Path] = {}
     for old, new in rules.items():
         for number, path in rename(old, new).over(donor.index).items():
@@ -67,12 +66,16 @@ def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]
     return {number: found.get(number) or keys_of(donor.index.paths[number]) for number in numbers}
 
 
+def _labels(path: Path) -> tuple[Label, ...]:
+    return tuple(label for key in path for label in labels(key))
+
+
 def _check(host: Editable, donor: Editable, paths: Mapping[int, Path]) -> None:
     """Raise if a leaf would stand where another does, or a container."""
     separator = host.index.separator
 
     def text(path: Path) -> str:
-        return plain([label for key in path for label in labels(key)], separator)
+        return plain(_labels(path), separator)
 
     there = {plain(path, separator) for path in host.index.paths.values()}
     inside = {plain(path[:depth], separator) for path in host.index.paths.values() for depth in range(1, len(path))}
@@ -82,8 +85,7 @@ def _check(host: Editable, donor: Editable, paths: Mapping[int, Path]) -> None:
         name = text(path)
         above = any(text(path[:depth]) in there for depth in range(1, len(path)))
         if name in there or name in inside or above or new[name] > 1:
-            name = write_path([label for key in path for label in labels(key)], separator)
-            clashes.append(f"{donor.index.path(number)} as {name}")
+            clashes.append(f"{donor.index.path(number)} as {write_path(_labels(path), separator)}")
     if clashes:
         count = wording.plural(len(clashes), "leaf", "leaves")
         raise RenameClash(
@@ -95,14 +97,13 @@ def _check(host: Editable, donor: Editable, paths: Mapping[int, Path]) -> None:
 def _nested(host: Editable, path: Path) -> Path:
     """The keys in a tree like the host: one for a state dict, one for each piece in nested containers."""
     theirs = host.index.paths.values()
-    whole = [label for key in path for label in labels(key)]
+    whole = _labels(path)
     if theirs and all(len(keys_of(each)) == 1 for each in theirs) and any(len(each) > 1 for each in theirs):
         return (plain(whole, host.index.separator),)
     return path if any(len(keys_of(each)) < len(each) for each in theirs) else tuple(map(text_of, whole))
 
 
 def _native(host: Any, value: Any) -> Any:
-    """The value in the library of the target's leaves."""
     library = backend(host.read(host.index.numbers[0])) if host.index.numbers else backend(value)
     convert = getattr(library, "from_numpy", None)
     return value if backend(value) is library or convert is None else convert(to_numpy(value))
