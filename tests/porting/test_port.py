@@ -175,6 +175,24 @@ def test_values_take_the_dtype_of_the_target():
     assert "cast from float64" in str(report)
 
 
+def test_a_proof_does_not_round_to_the_dtypes_of_the_target():
+    class Model(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.fc = nnx.Linear(4, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.fc(x))
+
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            module = random(t.Sequential(t.Linear(4, 4), t.BatchNorm1d(4)))
+            model, report = pm.port(Model(), module, prove=(X,))
+            assert report.proof.outputs[0].relative < 1e-13
+            assert model.norm.mean[...].dtype == model.fc.kernel[...].dtype == "float32"
+
+
 # ---- what is refused
 
 TWINS = {"a": {"kernel": np.zeros((4, 4))}, "b": {"kernel": np.zeros((4, 4))}}

@@ -8,10 +8,11 @@ import numpy as np
 
 from paramend.errors import BadArgument
 from paramend.grafting.graft import graft
+from paramend.grafting.options import Dtype
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable
 from paramend.mapping.layout import Layout
-from paramend.porting.calls import calls
+from paramend.porting.calls import calls, float64
 from paramend.porting.kinds import Path
 from paramend.porting.matching import Pair
 from paramend.porting.models import Model
@@ -28,9 +29,9 @@ def stored(source: Model, layout: Layout) -> Any:
     return layout.to(source.root if isinstance(source.root, Editable) else source.flat())[0]
 
 
-def carried(target: Model, source: Model, layout: Layout) -> tuple[Any, GraftReport]:
+def carried(target: Model, source: Model, layout: Layout, *, dtype: Dtype = "target") -> tuple[Any, GraftReport]:
     """The target with what a layout makes of the source, and the report of the graft."""
-    made, report = graft(target.tree, stored(source, layout))
+    made, report = graft(target.tree, stored(source, layout), dtype=dtype)
     if target.bound:
         scope, module = target.root.scope, target.root.unbind()[0]
         made = module.bind(made, rngs={n: r.as_jax_rng() for n, r in scope.rngs.items()}, mutable=scope.mutable)
@@ -104,7 +105,7 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
 
     Layer by layer, as they are called: the inputs of both are equal, or equal once their channels change places.
     """
-    made = carried(plan.target, source, plan.layout())[0]
+    made = _made(plan, source)
     last = plan.channels_last(plan.target)
     if plan.channels_last(plan.source) == last:
         return made
@@ -118,9 +119,15 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
         if one is None or other is None or one.shape != other.shape:
             continue
         if plan.flatten(pair, _channels(*((other, one) if last else (one, other)))):
-            made = carried(plan.target, source, plan.layout())[0]
+            made = _made(plan, source)
             ours = calls(made, given["target"])
     return made
+
+
+def _made(plan: PortPlan, source: Model) -> Any:
+    """The target with random parameters, which are not rounded to its dtypes."""
+    with float64():
+        return carried(plan.target, source, plan.layout(), dtype="source")[0]
 
 
 def _could_follow(pair: Pair) -> bool:
