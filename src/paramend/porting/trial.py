@@ -81,6 +81,7 @@ def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Pa
         pairs = {(_text(target, pair.target.path), _text(source, pair.source.path)) for pair in plan.pairs}
         proof = prove(made, random.root, given, pairs=pairs)
         if proof:
+            plan.questions.clear()
             break
     return proof
 
@@ -126,7 +127,7 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
 
 def _made(plan: PortPlan, source: Model) -> Any:
     """The target with random parameters, which are not rounded to its dtypes."""
-    with float64():
+    with float64(["jax"]):  # in that of torch a tensor is another one whenever it is asked for
         return carried(plan.target, source, plan.layout(), dtype="source")[0]
 
 
