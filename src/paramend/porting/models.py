@@ -176,7 +176,8 @@ class Model:
 
     def _shaped(self, path: Path, leaves: dict[str, int], forms: Sequence[Form]) -> tuple[Shaped, ...]:
         """The forms that a module with these leaves may have: those of its class, if it is one that is known."""
-        fit = [form for form in forms if form.needed <= leaves.keys() and self._whole(form, leaves, forms)]
+        all_ = forms is NESTED  # a layer of several modules takes all that is below
+        fit = [form for form in forms if form.needed <= leaves.keys() and not (all_ and leaves.keys() - form.names)]
         # What only some classes hold so is not tried without the class.
         fit = [f for f in fit if self._is_of(f, path) or not f.classes or not all(map(_SPECIAL, f.classes))]
         named = [form for form in fit if self._is_of(form, path)]
@@ -189,10 +190,6 @@ class Model:
             if names and shaped.key is not None:
                 out.append(shaped)
         return tuple(out)
-
-    def _whole(self, form: Form, leaves: dict[str, int], forms: Sequence[Form]) -> bool:
-        """Whether a form of several modules takes all that is below."""
-        return forms is not NESTED or leaves.keys() <= form.names
 
     def _is_of(self, form: Form, path: Path) -> bool:
         kind, library = self.class_of(path), self.libraries.get(path, "")
