@@ -195,7 +195,7 @@ def insert(
 @click.option(
     "--rename",
     multiple=True,
-    callback=_rules,
+    callback=renames,
     metavar="OLD=NEW",
     help="A path of MODEL and its path in OUT: 'language_model.**=**'; may be repeated.",
 )
