@@ -46,6 +46,7 @@ ROWS = (
     CommandRow("config", "recipe", "Read or edit the configuration beside the weights."),
     CommandRow("convert", "make", "Write a checkpoint in another format, or in files of another size."),
     CommandRow("graft", "make", "Write a checkpoint that starts from the leaves of another."),
+    CommandRow("port", "port", "Write the parameters of a model for one of another framework."),
     CommandRow("stack", "stack", "Write a checkpoint whose numbered layers are one stack."),
     CommandRow("unstack", "stack", "Write a checkpoint with the layers of a stack under numbered names."),
     CommandRow("concat", "stack", "Write a checkpoint in which several leaves are one.", also=("fuse",)),

@@ -10,7 +10,7 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import DRY_TOO, Decorator, makes, takes
+from paramend.cli.options import DRY_TOO, Decorator, makes, renames, takes
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
@@ -42,20 +42,6 @@ def convert(path: Path, out: str, to: str | None, record: bool, **given: Any) ->
         carry_out(checkpoint.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
 
 
-def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
-    rules: dict[str, str | None] = {}
-    for rule in given:
-        old, equals, new = rule.partition("=")
-        if not (old and equals):
-            raise click.BadParameter(f"{rule!r} is not OLD=NEW; write --rename 'h/<n>/**=layers/<n>/**'")
-        rules[old] = new or None
-    return rules
-
-
-def _renames(says: str) -> Decorator:
-    return click.option("--rename", multiple=True, callback=_rules, metavar="OLD=NEW", help=f"{says}; may be repeated.")
-
-
 def _choice(name: str, kinds: Any, says: str) -> Decorator:
     return click.option(f"--{name}", type=click.Choice(get_args(kinds)), help=says)
 
@@ -83,14 +69,7 @@ _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 @click.option(
     "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What gets the values."
 )
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=_rules,
-    metavar="OLD=NEW",
-    help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be repeated. 'OLD=' leaves them "
-    "behind.",
-)
+@renames("Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'", " 'OLD=' leaves them behind.")
 @click.option(
     "--only", multiple=True, metavar="SELECTOR", help="The leaves of TARGET that may change; may be repeated."
 )
@@ -142,7 +121,7 @@ def _typed(options: Mapping[str, Any]) -> str:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("selector")
-@_renames("A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'")
+@renames("A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'")
 @takes("in_place", "link", in_place="Change TARGET itself; `paramend undo TARGET` takes it back.")
 @makes("what would be made")
 def insert(
@@ -169,7 +148,7 @@ def insert(
     with open_checkpoint(source) as donor:
 
         def inserted(old: Checkpoint) -> Checkpoint:
-            return inserting.insert(old, donor, selector, rename=rename)
+            return inserting.insert(old, donor, selector, rename=rename)[0]
 
         if in_place:
             edit_checkpoint(target, inserted, in_place=True, **options)
@@ -180,7 +159,7 @@ def insert(
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("selector")
-@_renames("A path of MODEL and its path in OUT: 'language_model.**=**'")
+@renames("A path of MODEL and its path in OUT: 'language_model.**=**'")
 @takes("link", link="Hard-link shards that stay whole.")
 @makes("what would be made")
 def part(model: Path, selector: str, rename: dict[str, str], **options: Any) -> None:
@@ -192,4 +171,4 @@ def part(model: Path, selector: str, rename: dict[str, str], **options: Any) -> 
     Exit status: 0 done; 2 the selector matches nothing, two leaves would have one path, a file is unreadable or
     damaged, or OUT cannot be written.
     """
-    rewrite(model, lambda old: parts.part(old, selector, rename=rename), options)
+    rewrite(model, lambda old: parts.part(old, selector, rename=rename)[0], options)

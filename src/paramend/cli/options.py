@@ -41,6 +41,22 @@ def takes(*names: str, **words: str) -> Decorator:
     return add
 
 
+def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
+    rules: dict[str, str | None] = {}
+    for rule in given:
+        old, equals, new = rule.partition("=")
+        if not (old and equals):
+            raise click.BadParameter(f"{rule!r} is not OLD=NEW; write --rename 'h/<n>/**=layers/<n>/**'")
+        rules[old] = new or None
+    return rules
+
+
+def renames(says: str, more: str = "") -> Decorator:
+    """The option `--rename`, whose rules are a map."""
+    said = f"{says}; may be repeated.{more}"
+    return click.option("--rename", multiple=True, callback=_rules, metavar="OLD=NEW", help=said)
+
+
 def makes(shows: str) -> Decorator:
     """The options of a command that makes a checkpoint from others, for `write_made`, and what its dry run shows."""
     names = "out", "max_shard_size", "force", "record", "dry_run", "html", "json"

@@ -149,8 +149,8 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     assert_type(pm.concat(params, ["q", "k"], into="qk", axis=1), Params)
     assert_type(pm.interleave(checkpoint, ["gate", "up"], into="gate_up"), pm.Checkpoint)
     assert_type(pm.split(params, "qk", into=["q", "k"], sizes=[4, 2]), Params)
-    assert_type(pm.insert(params, checkpoint, "mtp.**", rename={"mtp.**": "model.mtp.**"}), Params)
-    assert_type(pm.part(checkpoint, "text.**", rename={"text.**": "**"}), pm.Checkpoint)
+    assert_type(pm.insert(params, checkpoint, "mtp.**", rename={"mtp.**": "model.mtp.**"})[0], Params)
+    assert_type(pm.part(checkpoint, "text.**", rename={"text.**": "**"})[0], pm.Checkpoint)
     config: pm.Config = pm.config(checkpoint)
     assert_type(config.set({"a.b": 1}), pm.Checkpoint)
     fused, moved = pm.Layout([{"from": "a.<n>", "to": "b.<n>"}], rest="keep").to(params)
@@ -164,6 +164,12 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     pm.ablate(params, {"a": "a/**", "b": pm.sel("b")}, lambda p: float(p["a"].sum()), how="mean", pairs=True)[
         "a"
     ].delta.hex()
+    ported, told = pm.port(params, module, rename={"0": "Dense_0", "1": None}, rules={"a": [{"transpose": [1, 0]}]})
+    assert_type(ported, Params)
+    print(told.warnings, told.unproven, told.layout and told.layout.to(params), told.proof and told.proof.outputs)
+    pm.port_(module, checkpoint, prove=(torch.ones(1),)).to_html("port.html")
+    proof = pm.prove(module, torch.tanh, (torch.ones(1),), pairs=[("a", "b")])
+    print(bool(proof), proof.first and proof.first.target, proof.outputs[0].relative)
     pm.ablate(module, "layers/<n>/**", lambda m: m(torch.ones(1)).sum(), how=lambda x: x * 0)
 
 
