@@ -61,8 +61,9 @@ def staged(
                 raise changed(document.file)
         yield new
     finally:
-        with contextlib.suppress(OSError):
-            _remove(folder)
+        import shutil  # slow to import
+
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def carried_out(
@@ -158,9 +159,3 @@ def _from(leaves: Any, number: int) -> str:
     assert isinstance(leaves, Gathered)
     stored = leaves.origins[number].stored()
     return wording.listing(sorted({str(each.source.path) if isinstance(each, Stored) else "memory" for each in stored}))
-
-
-def _remove(folder: Path) -> None:
-    import shutil  # slow to import
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ import os
 import reprlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
+from paramend.formats.source import Gathering
 from paramend.leaves.leaves import Index, tied
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Made
 from paramend.leaves.outlines import ATOMS, Keys, Outline, Place, once
 from paramend.leaves.paths import Joined, Names, Part, labels
-from paramend.leaves.specs import Array, Spec
 from paramend.trees.kind import ELIDED
 from paramend.trees.lookup import find_kind
 
@@ -22,7 +25,7 @@ from paramend.trees.lookup import find_kind
 SEPARATOR = "paramend.separator"
 
 
-class InMemory:
+class InMemory(Gathering):
     """A tree in memory as a source. A torch module in it stands for its state dict.
 
     With `flat` it is written into a table of names, from which keys must be told apart again; with `keys` typed PRNG
@@ -41,8 +44,8 @@ class InMemory:
     def __init__(self, tree: Any, *, flat: bool = False, keys: bool = False, joined: bool = True) -> None:
         self.path = Path()
         self._keys, self._joined = keys, joined
-        self._last: tuple[int, Array] | None = None
         self._leaves: list[Any] = []
+        self._made: list[Made] = []
         self._paths: list[tuple[str, ...]] = []
         self._entries: list[tuple[Keys, Any]] = []
         self._containers: dict[Keys, Any] = {}
@@ -105,6 +108,7 @@ class InMemory:
             place = place._replace(key=key, device=device)
         self._entries.append((keys, place))
         self._leaves.append(value)
+        self._made.append(Made(backend(value).spec(value), partial(to_numpy, value)))
         self._paths.append(path or ("",))
         self._owners.append(_owner(value, box) or number)
 
@@ -137,31 +141,11 @@ class InMemory:
         """What is there, with true keys."""
         return Outline(self._entries, self._containers)
 
-    def spec(self, number: int) -> Spec:
-        value = self._leaves[number]
-        return backend(value).spec(value)
+    def origin(self, number: int) -> Origin:
+        return self._made[number]
 
     def nbytes(self, number: int) -> int:
         return self.spec(number).nbytes
-
-    def refusal(self, number: int) -> str:
-        """ "": every leaf in memory can be read."""
-        return ""
-
-    def extent(self, number: int) -> None:
-        """None: no file has the bytes."""
-
-    def read(self, number: int) -> Array:
-        """A leaf; the last one is kept."""
-        if self._last is None or self._last[0] != number:
-            self._last = number, np.ascontiguousarray(to_numpy(self._leaves[number]))
-        return self._last[1]
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        return self.read(number).reshape(-1)[start:stop]
-
-    def children(self, node: Any) -> None:
-        """None."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -96,7 +96,8 @@ def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
     Exit status: 0 all are as written; 1 a leaf differs or is missing, or its sources give something else now; 2 there
     is no record, something is damaged or cannot be read, or --source is given and one of them is missing.
     """
-    sources = dict((Path(each).name, each) if Path(each).exists() else _named(each) for each in given)
+    parts = ((each.rpartition("=")) if not Path(each).exists() else ("", "", each) for each in given)
+    sources = {name or Path(path).name: path for name, _, path in parts}
     found, changes, hint = Verified([], [], {}), {}, ""
     try:
         with _ui.bar(f"reading {path.name}") as progress:
@@ -116,9 +117,3 @@ def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
         _ui.say(f"hint: {hint}")
     if changes:
         raise SystemExit(1)
-
-
-def _named(text: str) -> tuple[str, str]:
-    """NAME=PATH apart; a path alone is called by its own name."""
-    name, equals, path = text.rpartition("=")
-    return (name, path) if equals else (Path(text).name, text)

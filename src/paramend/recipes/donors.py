@@ -64,7 +64,11 @@ class Donors:
             return Stored(donor.source, number) if lazy and donor.spec(number).ndim else donor.fetch(number)
 
         if leaf is not None and not captures(leaf):
-            found = _named(leaf, donor, name)
+            try:
+                found = resolve(leaf, donor)
+            except NoMatch as error:
+                error.args = (f"{name}: {error}",)
+                raise
             if len(found) != 1:
                 raise WrongCount(f"{leaf!r} is {len(found)} leaves of {name}", found=len(found), wanted=1)
             return dict.fromkeys((number for number, _ in chosen), read(found[0]))
@@ -83,14 +87,6 @@ class Donors:
                 near=near,
             )
         return {number: read(known[path]) for number, path in paths.items()}
-
-
-def _named(leaf: str, donor: Checkpoint, name: str) -> tuple[int, ...]:
-    try:
-        return resolve(leaf, donor)
-    except NoMatch as error:
-        error.args = (f"{name}: {error}",)
-        raise
 
 
 def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> dict[int, tuple[str, ...]]:
