@@ -14,7 +14,7 @@ from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 from paramend.rewriting.copies import edited_file, rows_by_file
-from paramend.rewriting.files import Copy, File, fresh_file
+from paramend.rewriting.files import File, copied_file, fresh_file
 from paramend.rewriting.shards import grouped, homes_of, index_file, largest, stem_of
 
 # Names of weights whose readers look for an index if there is no single file.
@@ -67,13 +67,12 @@ def grown_shards(made: Plan, source: Any, *, link: bool, splits: bool) -> list[F
     for file, rows in [*whole, *((None, rows) for rows in groups)]:
         name = next(names)
         homes |= {made.name(row): name for row in rows}
-        files.append(fresh_file(made, rows, DEFAULT, name) if file is None else _copy(file, name, link=link))
+        files.append(
+            fresh_file(made, rows, DEFAULT, name)
+            if file is None
+            else copied_file(file.path, file.stat.st_size, name, link=link)
+        )
     return [*files, index_file(made, source, homes)] if indexed or single else files
-
-
-def _copy(file: SafetensorsFile, name: str, *, link: bool) -> File:
-    size = file.stat.st_size
-    return File(name, size, (Copy(file.path, 0, size),), file.path, link)
 
 
 def _free_names(source: Shards, stem: str, count: int) -> list[str]:

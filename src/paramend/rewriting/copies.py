@@ -9,7 +9,7 @@ from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.formats.source import Sealed
 from paramend.formats.writer import LeafBytes
-from paramend.rewriting.files import Copy, File, laid, with_header, with_rows
+from paramend.rewriting.files import Copy, File, copied_file, laid, with_header, with_rows
 
 
 def overlays(made: Plan) -> bool:
@@ -53,8 +53,7 @@ def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]],
     by_place: Mapping[int, Row] = dict(rows)
     header = file.header.edited({place: (made.name(row), row.spec) for place, row in by_place.items()})
     if header is file.header and not any(row.calls for row in by_place.values()):
-        size = file.stat.st_size
-        return File(name, size, (Copy(file.path, 0, size),), file.path, link)
+        return copied_file(file.path, file.stat.st_size, name, link=link)
     ordered = [by_place[place] for place in sorted(by_place)]
     head = [Copy(file.path, 0, header.nbytes)] if header is file.header else []
     leaves = [LeafBytes(place, 0, entry.nbytes) for place, entry in enumerate(header.entries)]

@@ -205,6 +205,11 @@ def sources(made: Plan) -> list[Any]:
     return list({id(source): source for source in found}.values())
 
 
+def copied_file(path: Path, size: int, name: str, *, link: bool = False) -> File:
+    """A file as it is, under a name."""
+    return File(name, size, (Copy(path, 0, size),) if size else (), path, link)
+
+
 def text_file(name: str, text: bytes) -> File:
     """A file of known bytes."""
     return File(name, len(text), (text,))
