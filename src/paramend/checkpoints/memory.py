@@ -138,7 +138,6 @@ class InMemory(Gathering):
         return index
 
     def outline(self) -> Outline:
-        """What is there, with true keys."""
         return Outline(self._entries, self._containers)
 
     def origin(self, number: int) -> Origin:
@@ -205,7 +204,6 @@ def _below(names: Names, key: object) -> Names:
 
 
 def _separator(natural: str, paths: Iterable[tuple[str, ...]]) -> str:
-    """A separator that is in none of the keys."""
     text = "\n".join(key for path in paths for key in path)
     for separator in natural, "/", ".":
         if separator not in text:

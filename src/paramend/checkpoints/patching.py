@@ -101,9 +101,6 @@ def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | N
     return _Patch(store, source, plan, progress)
 
 
-# ---- what can be patched -----------------------------------------------------------------------------------
-
-
 @uncollected()
 def check_patch(source: Source, plan: Plan) -> list[Work]:
     """What would be written where, if the plan can be carried out in place; `Unsupported` says what can do it else."""
@@ -159,8 +156,6 @@ def _check_apart(source: Source, work: Sequence[Work]) -> None:
 
 
 class _Patch:
-    """A plan to carry out in the files of its source, with the store of its undo record."""
-
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
         self.work = check_patch(source, plan)

@@ -41,7 +41,6 @@ class PatchReport(Outcome):
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         return {
             "path": self.path,
             **self.plan.to_dict(),

@@ -105,7 +105,6 @@ class Filled:
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file or a folder is replaced."""
     try:
         status = path.lstat()
     except OSError:

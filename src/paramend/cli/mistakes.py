@@ -29,7 +29,6 @@ class Typed:
     args: tuple[str, ...]
 
     def given(self, parent: click.Context) -> Mapping[str, Any]:
-        """The values of its parameters, as far as they can be read."""
         with self.command.make_context(self.name, [*self.args], parent=parent, resilient_parsing=True) as context:
             return context.params
 
@@ -46,7 +45,6 @@ class Typed:
         return " ".join(f"{first} {shlex.quote(str(each))}" for each in values)
 
     def swapped(self, one: str, other: str) -> str:
-        """The command with two of its words exchanged."""
         at, to = self.args.index(one), self.args.index(other)
         args = [*self.args]
         args[at], args[to] = other, one
@@ -108,7 +106,6 @@ def hint_for(error: Exception, typed: Typed, given: Mapping[str, Any]) -> str:
 
 
 def _recipe_second(error: Exception, typed: Typed, given: Mapping[str, Any]) -> str:
-    """The hint for `paramend apply PATH RECIPE`."""
     first, second = given["recipe"], given.get("path")
     if not isinstance(second, Path) or not isinstance(error, BadCheckpoint | BadRecipe | CannotRead):
         return ""

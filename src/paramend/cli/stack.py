@@ -56,7 +56,6 @@ class _Told(Paged):
         return Page("leaves", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The old paths, and the new ones with their specs and what they are made of."""
         made = [
             {"path": path, "dtype": spec.dtype, "shape": list(spec.shape), "origin": origin}
             for path, (spec, origin) in self._made.items()
@@ -65,7 +64,6 @@ class _Told(Paged):
 
 
 def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, int]:
-    """The leaves that only the first of two checkpoints has: path → number."""
     other = {there.index.path(number) for number in there.index.numbers}
     paths = {here.index.path(number): number for number in here.index.numbers}
     return {path: number for path, number in paths.items() if path not in other}

@@ -49,7 +49,6 @@ class NewFiles:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of the new files."""
         return sum((self.staged / name).stat().st_size for name in self.names)
 
     @property
@@ -84,7 +83,6 @@ class NewFiles:
         writer.become(PENDING)
 
     def exchange(self) -> None:
-        """Put the new files in the places of the old ones, durably."""
         for name, file, then in zip(self.names, self.old.files, self.then, strict=True):
             self._replace(name, file, then)
         for old, new in self.old.moved:
@@ -94,7 +92,6 @@ class NewFiles:
         self.old.sync()
 
     def sync(self) -> None:
-        """Make the new files durable where they are."""
         for name in self.names:
             sync_file(self.staged / name)
         for folder in [self.staged, *(path for path in self.staged.rglob("*") if path.is_dir())] if self.names else ():
@@ -224,7 +221,6 @@ class WholeFiles:
         return digest.hexdigest()
 
     def _there(self) -> list[tuple[str, bool]]:
-        """Whether there is a file, for each name of those that move."""
         return [(name, os.path.lexists(self.base / name)) for pair in self.moved for name in pair]
 
     def _rest_is_same(self, record: Record) -> bool:
@@ -308,7 +304,6 @@ class _OneOpen:
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:
-    """The pieces of a file, which share one buffer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size

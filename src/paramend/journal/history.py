@@ -81,7 +81,6 @@ class UndoReport(Report):
     interrupted: bool = False
 
     def headline(self) -> str:
-        """What was taken back, in one line."""
         return self.summary
 
     @property
@@ -91,7 +90,6 @@ class UndoReport(Report):
         return f"{what} {self.path}: {self.undone.edit}; {wording.plural(self.left, 'patch', 'patches')} left"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         return {**vars(self), "undone": self.undone.to_dict()}
 
 

@@ -117,7 +117,6 @@ class OpenRanges:
     ranges: Ranges
 
     def states(self) -> list[State]:
-        """How each file is recognized."""
         sizes = [os.fstat(descriptor).st_size for descriptor in self.descriptors]
         return [
             State(size, witness(descriptor, size, self.ranges, n, self.files[n]))

@@ -113,7 +113,6 @@ class Head:
 
     @property
     def names(self) -> set[str]:
-        """All names of files that the patch is about."""
         return {*self.files, *(name for pair in self.moved for name in pair)}
 
     def to_bytes(self) -> bytes:
@@ -183,7 +182,6 @@ class Record:
             release(descriptor)
 
     def damaged(self, reason: str) -> BadCheckpoint:
-        """The error for a record that breaks the format."""
         return BadCheckpoint(
             f"{self.path}: the undo record is damaged: {reason}; nothing was written",
             hint="paramend undo PATH --drop forgets all undo records of PATH",

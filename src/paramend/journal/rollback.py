@@ -66,7 +66,6 @@ class Rollback:
 
     @contextlib.contextmanager
     def _target(self) -> Iterator[OpenRanges]:
-        """The files that were written in place."""
         files = self.files[: self.record.head.written]
         with opened(files) as descriptors:
             table = self.record.ranges.table
@@ -152,7 +151,6 @@ class Rollback:
             ) from error
 
     def _by_file(self, now: Sequence[State]) -> Iterator[tuple[str, State, State]]:
-        """(name, current state, recorded state) of each file."""
         head = self.record.head
         return zip(head.files[: head.written], now, self.record.states[: head.written], strict=True)
 

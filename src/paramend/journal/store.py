@@ -81,11 +81,9 @@ class UndoStore:
         return self.folder / f"{number:06}.{PARTIAL}"
 
     def has_records(self) -> bool:
-        """Whether there are records, here or in related stores."""
         return any(store.records(PENDING, DONE, PARTIAL) for store in (self, *self.related))
 
     def name_of(self, file: Path) -> str:
-        """The name of a file of the checkpoint in records."""
         try:
             return file.relative_to(self.home).as_posix()
         except ValueError:
@@ -112,8 +110,6 @@ class UndoStore:
         if self.is_folder:
             replaced = {n for n in replaced if not (may_change(self.base, n) if tree else _PUT.fullmatch(n))}
         return sorted(written | replaced)
-
-    # ---- one writer at a time --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def writing(self, *, recovers: bool = True) -> Iterator[None]:
@@ -168,8 +164,6 @@ class UndoStore:
             finally:
                 release(folder)
 
-    # ---- what was cut short ----------------------------------------------------------------------------------
-
     def recover(self) -> list[HistoryRow]:
         """Take back this user's own patches that were cut short, unless they are still being made; `BadCheckpoint` if a
         record is damaged or not this user's own, or the file has been replaced since."""
@@ -201,7 +195,6 @@ class UndoStore:
         return rows
 
     def recover_related(self) -> None:
-        """The same for related stores, each of them locked."""
         for store in self.related:
             if store.pending():
                 with store.locked():

@@ -43,7 +43,6 @@ class Rule:
     optional: bool = False
 
     def inverse(self) -> "Rule":
-        """The rule read from right to left."""
         return Rule(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.do)), self.optional)
 
     def bound(self, number: Callable[[str], int]) -> "Rule":
@@ -169,6 +168,7 @@ class Layout:
             write_file(temporary, text.encode())
 
     def to_data(self) -> dict[str, Any]:
+        """The layout as a map."""
         name = {"name": self.name} if self.name else {}
         more = {"models": list(self.models), "drop": list(self.drop), "stored": self.stored}
         return {

@@ -52,7 +52,6 @@ class LayoutReport(Report):
         return [Section(self.did[0], made), Section(self.did[1], [Line((path,)) for path in self.kept])]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         rows = [
             {"path": row.path, "dtype": row.spec.dtype, "shape": list(row.spec.shape), "origin": row.origin}
             | {"sources": list(row.sources)}

@@ -57,7 +57,6 @@ class Step:
         return Step(self.name, {key: [*map(known, _listed(v))] if isinstance(v, list) else known(v) for key, v in args})
 
     def inverse(self) -> "Step":
-        """The step that takes this one back."""
         return Step(*_ROWS[self.name].inverse(self.args))
 
     def to_data(self) -> dict[str, Any]:
@@ -119,9 +118,6 @@ def read_step(data: Any) -> Step:
     return Step(name, args)
 
 
-# ---- what the rows do --------------------------------------------------------------------------------------------
-
-
 def _stack(bundle: Bundle, args: Data, count: int) -> Bundle:
     return [_stacked(family, args["axis"]) for family in bundle]
 
@@ -158,7 +154,6 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _along(x: Any, args: Data) -> tuple[Spec, int]:
-    """The spec of a leaf, and the axis that a step names."""
     spec = hands.spec_of(x)
     return spec, axis_of(spec, args["axis"])
 

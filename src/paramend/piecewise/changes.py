@@ -44,7 +44,6 @@ class Works:
         self._seen: dict[Any, tuple[tuple[Call, ...], Work]] = {}
 
     def of(self, row: Row, extent: Extent) -> Work:
-        """The work on the leaf of a row, whose bytes are in the extent."""
         key = (row.before, extent.nbytes, *map(id, row.calls))
         _, first = self._seen.get(key) or self._seen.setdefault(key, (row.calls, _work_at_0(row, extent.nbytes)))
         return Work(row, extent, first.regions, first.ranges + extent.start, first.steps)
@@ -68,7 +67,6 @@ def _work_at_0(row: Row, nbytes: int) -> Work:
 
 
 def _merged(ranges: Array) -> Array:
-    """Ascending ranges, with adjacent ones merged."""
     reach = np.maximum.accumulate(ranges[:, 1])
     cuts = np.flatnonzero(ranges[1:, 0] > reach[:-1])
     first = np.concatenate([[0], cuts + 1])

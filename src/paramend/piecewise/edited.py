@@ -104,7 +104,6 @@ class Edited(Origin):
         return found
 
     def pieces(self) -> Iterator[Array]:
-        """The elements in pieces: flat arrays, first to last."""
         base = self.base
         self.damage.clear()
         steps, deaf = steps_of(base.spec, self.calls, self.places, self.damage)
@@ -129,7 +128,6 @@ class Edited(Origin):
             yield x
 
     def check(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Raise if a result has not the spec that was planned."""
         found = Spec(tuple(shape), dtype)
         if found != self.spec:
             said = ", ".join(map(str, self.calls))

@@ -20,7 +20,6 @@ class Axis:
     stride: int
 
     def at(self, places: Array) -> Array:
-        """The elements of the leaf at some places along the axis."""
         if isinstance(self.positions, range):
             return (self.positions.start + self.positions.step * places) * self.stride
         found: Array = self.positions[places] * self.stride
@@ -73,7 +72,6 @@ class Region:
 
     @property
     def ascends(self) -> bool:
-        """Whether the elements of the slice are in the order of the leaf."""
         return all(_ascends(axis.positions) for axis in self.axes)
 
     @property
@@ -182,7 +180,6 @@ def _part(part: Any) -> Any:
 
 
 def _length(shape: tuple[int, ...], parts: list[Any]) -> int:
-    """The length of the axis that the array among the parts indexes."""
     return next(length for length, part in zip(shape, parts, strict=True) if isinstance(part, np.ndarray))
 
 

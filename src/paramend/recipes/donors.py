@@ -31,7 +31,6 @@ class Donors:
         self._open: dict[Path, Array | Checkpoint] = {}
 
     def open(self, name: str) -> Array | Checkpoint:
-        """The array of a `.npy` file, or a checkpoint."""
         path = self._folder / name
         if path not in self._open:
             self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)

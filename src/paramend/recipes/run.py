@@ -253,7 +253,6 @@ class _Attempt:
         return found
 
     def _hint(self, hint: str, spec: Spec) -> str:
-        """A hint for Python, rewritten for recipes."""
         where = re.search(r"\.where\((.*?)\)", hint)
         if where:
             return f"where: {{{where[1].replace('=', ': ').replace(chr(34), '')}}}"

@@ -49,7 +49,6 @@ class Accesses:
         return self._all
 
     def read_by(self, row: Row) -> set[Path]:
-        """The files that a leaf is computed from."""
         found: set[Path] = set()
         for each in expression(self._made.leaves, row).stored():
             if not isinstance(each, Stored):
@@ -109,7 +108,6 @@ class Accesses:
 
 
 def _each(found: Iterable[Any]) -> Iterator[Any]:
-    """The checkpoints that others are gathered from."""
     for source in found:
         yield from source.sources if isinstance(source, Gathered) else [source]
 

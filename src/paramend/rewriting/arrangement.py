@@ -121,9 +121,6 @@ def _containers(pairs: list[_Pair], old: Outline) -> dict[Keys, Any]:
     return found
 
 
-# ---- what a format cannot hold -----------------------------------------------------------------------------------
-
-
 def lost(source: Source, form: Format) -> tuple[str, ...]:
     """What a new file in a format has no place for, each with the reason.
 
@@ -143,7 +140,6 @@ def lost(source: Source, form: Format) -> tuple[str, ...]:
 
 
 def _beside(source: Any) -> Iterable[str]:
-    """The names of what a file holds beside its tree."""
     names = {"npz": source.metadata, "orbax": ["custom_metadata"], "safetensors": source.metadata}
     there = names.get(source.format, ())
     return [n for n in there if n in source.metadata and n != "format" and not n.startswith("paramend.")]

@@ -94,7 +94,6 @@ class Note:
             return None
 
     def _begun(self, base: Any, recipe: str) -> bytes:
-        """The new record, with blank digests."""
         from importlib.metadata import version  # slow to import
 
         before = record_of(base)

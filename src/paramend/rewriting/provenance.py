@@ -120,7 +120,6 @@ class EditRecord(Report):
         return [Section("edited", lines), Section("deleted", [Line((path,)) for path in self.deleted])]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as data that JSON can hold."""
         found: dict[str, Any] = {
             "version": VERSION,
             "paramend": self.paramend,
@@ -151,9 +150,6 @@ class EditRecord(Report):
             found |= own
             known |= {alike(path): path for path in own}
         return found
-
-
-# ---- reading and checking ------------------------------------------------------------------------------------
 
 
 def record(path: str | os.PathLike[str]) -> EditRecord | None:

@@ -92,7 +92,6 @@ class RewriteReport(Outcome):
         return f"wrote {self.path}: {moved}{linked}{form}{record}{damage}{left}{said}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         data: dict[str, Any] = {
             "source": self.source,
             "path": self.path,
@@ -196,7 +195,6 @@ class _Inputs:
         return self._open[path]
 
     def check(self) -> None:
-        """Raise if another program changed a file in the meantime."""
         if records_of(self.seen) != self._records:  # a patch, which times alone may not show
             raise changed(next(iter(self.seen)))
         for path in self.touched:
@@ -212,8 +210,6 @@ class _Inputs:
 
 
 class _Run:
-    """One rewrite in progress: it makes files and counts bytes."""
-
     def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made = made
         self.note = note

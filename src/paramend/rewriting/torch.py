@@ -31,7 +31,6 @@ def overlays(file: TorchFile, rows: _Rows) -> bool:
 
 
 def _stays(file: TorchFile, number: int, row: Row, there: Collection[int]) -> bool:
-    """Whether a leaf stays where it is in its storage; `there` are the remaining leaves."""
     if not row.calls:
         return True
     alone = row.spec == row.before and file.extent(number) is not None

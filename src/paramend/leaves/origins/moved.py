@@ -176,7 +176,6 @@ class Permuted(_Whole):
         return fixed
 
     def _inner(self) -> int:
-        """The number of elements that stay together."""
         return math.prod(self.whole.spec.shape[self._fixed() :])
 
     def read_box(self, box: Box) -> Array:
@@ -288,7 +287,6 @@ class Merged(Reshape):
         return self._joined(box, [(int(run[0]), int(run[-1]) + 1) for run in each])
 
     def _joined(self, box: Box, runs: Sequence[tuple[int, int]]) -> Array:
-        """The elements at some runs of places along the axis."""
         axis, shape = self.axis, shape_of(box)
         old = self.whole.spec.shape[axis : axis + self.count]
         found = [
@@ -324,9 +322,6 @@ class Split(Reshape):
             flat = flat[..., None] * length + np.asarray(places, np.int64)
         found = self.whole.read_box((*box[: self.axis], evenly(flat.reshape(-1)), *box[end:]))
         return found.reshape(shape_of(box))
-
-
-# ---- made from what a user asks for ------------------------------------------------------------------------------
 
 
 def take(origin: Origin, places: Places, axis: int) -> Origin:
