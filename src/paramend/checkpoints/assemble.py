@@ -19,11 +19,7 @@ Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
 
 
 def assemble(
-    base: Checkpoint,
-    picks: Iterable[Pick],
-    *,
-    texts: Iterable[Document] = (),
-    ties: Mapping[int, int] | None = None,
+    base: Checkpoint, picks: Iterable[Pick], *, texts: Iterable[Document] = (), ties: Mapping[int, int] | None = None
 ) -> Checkpoint:
     """A checkpoint of leaves from anywhere, with the format, metadata and sidecars of another one, `base`, and the
     files beside the weights that change.

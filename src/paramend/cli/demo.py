@@ -26,11 +26,7 @@ NEEDS = ("sklearn.model_selection", "safetensors.numpy", "flax.linen", "optax", 
 )
 @click.option("--force", is_flag=True, help="Replace the files of an earlier demo in DIR.")
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=2**31),
-    default=0,
-    show_default=True,
-    help="Seed of all randomness.",
+    "--seed", type=click.IntRange(min=0, max=2**31), default=0, show_default=True, help="Seed of all randomness."
 )
 @takes("json")
 @click.pass_context

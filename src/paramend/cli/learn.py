@@ -93,15 +93,8 @@ def _print(data: Any, as_json: bool, text: Any) -> None:
 
 def _contents_text(rows: list[dict[str, Any]]) -> str:
     cells = [(str(n), row["name"], f"{row['title']} ({', '.join(row['needs'])})") for n, row in enumerate(rows, 1)]
-    return "\n".join(
-        [
-            *aligned(cells),
-            "",
-            f"paramend lesson {rows[0]['name']}",
-            f"paramend lesson {rows[0]['name']} --grade FILE.py",
-            f"paramend lesson {rows[0]['name']} --solution",
-        ]
-    )
+    command = f"paramend lesson {rows[0]['name']}"
+    return "\n".join([*aligned(cells), "", command, f"{command} --grade FILE.py", f"{command} --solution"])
 
 
 def _shown(lesson: Lesson, seed: int, *, solution: bool) -> dict[str, Any]:

@@ -80,13 +80,9 @@ def cells(runs: Array, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Array
         alone = (first == last - 1) & ~whole
         head = (start % inner > 0) & ~alone
         tail = (stop % inner > 0) & ~alone
+        row = first[alone]
         parts = [
-            (
-                place[alone],
-                first[alone] // chunk,
-                start[alone] - first[alone] * inner,
-                stop[alone] - first[alone] * inner,
-            ),
+            (place[alone], row // chunk, start[alone] - row * inner, stop[alone] - row * inner),
             (place[head], first[head] // chunk, start[head] % inner, np.full(head.sum(), inner)),
             (place[tail], whole_last[tail] // chunk, np.zeros(tail.sum(), np.int64), stop[tail] % inner),
         ]

@@ -73,9 +73,7 @@ CONDITIONS = (
 )
 # `recipes.steps` reads `at`, `except` and `where`: they hold lists and maps whose parts have their own addresses.
 SELECTOR = Value(
-    "a selector",
-    TEXT.read,
-    {"anyOf": [TEXT.schema, {"type": "array", "minItems": 1, "items": TEXT.schema}]},
+    "a selector", TEXT.read, {"anyOf": [TEXT.schema, {"type": "array", "minItems": 1, "items": TEXT.schema}]}
 )
 WHERE = Value(
     "a map of conditions",
@@ -102,12 +100,7 @@ def _values(data: Any) -> dict[str, Any]:
 
 
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
-PATHS = Value(
-    "a list of paths",
-    _texts,
-    {"type": "array", "minItems": 1, "items": TEXT.schema},
-    example="layers/<n>/w",
-)
+PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})

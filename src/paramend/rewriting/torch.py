@@ -88,11 +88,7 @@ def _unused_keys(file: TorchFile) -> Any:
 
 
 def _zipped(
-    file: TorchFile,
-    data: bytes,
-    used: set[str],
-    fresh: Mapping[str, tuple[str, Row]],
-    inside: Mapping[str, _Places],
+    file: TorchFile, data: bytes, used: set[str], fresh: Mapping[str, tuple[str, Row]], inside: Mapping[str, _Places]
 ) -> tuple[list[Piece], list[tuple[int, int]], int]:
     """The pieces of the zip, the ranges whose checksums are not yet correct, and the length."""
     archive, start = file.archive, f"{file.folder}/data/"
