@@ -41,19 +41,14 @@ def ties_of(ties: Mapping[int, int], places: Mapping[int, Sequence[int]]) -> dic
     return tied({there[0]: ties[number] for number, there in places.items() if number in ties and len(there) == 1})
 
 
-def labels_of(path: Sequence[tuple[str, int | None]]) -> tuple[Label, ...]:
-    """The labels of a path in the form of `renames.keys`."""
-    return tuple(label for key, _ in path for label in labels(key))
-
-
 def regrouped(plan: Plan, groups: Sequence[Group]) -> Plan:
     """The plan in which groups of leaves are replaced by others."""
     places: dict[int, list[Leaf]] = {number: [] for group in groups for number in group.numbers}
     rows = plan.by_number
     for group in groups:
         origins = [expression(plan.leaves, rows[number]) for number in group.numbers]
-        made = zip(group.paths, group.make(origins), strict=True)
-        places[group.numbers[0]] += [(labels_of(path), origin, None) for path, origin in made]
+        for path, origin in zip(group.paths, group.make(origins), strict=True):
+            places[group.numbers[0]].append((tuple(label for key, _ in path for label in labels(key)), origin, None))
     return replaced(plan, places, "into=, paths that are free")
 
 

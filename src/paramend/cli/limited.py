@@ -38,18 +38,14 @@ def run_limited(args: Sequence[str], seconds: float, *, doing: str) -> int:
         ) from None
     finally:
         if child.returncode is None:  # too slow, or this process is being stopped
-            _kill(child)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
         for reader in readers:
             reader.join(_GRACE)
     if status < 0:
         raise Refusal(f"{doing}: its process was ended by {signal.Signals(-status).name}")
     return status
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def _pass_on(stream: IO[bytes], err: bool) -> None:

@@ -13,13 +13,13 @@ from paramend.edits.call import Call
 from paramend.edits.damage import Damage, of_call
 from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
-from paramend.leaves.origins.origin import Namer, Origin
+from paramend.leaves.origins.origin import Given, Namer, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.steps import Step, step_of
 
 
-class Edited(Origin):
+class Edited(Given):
     """The elements of an origin, edited. Boxes with gaps are taken from the whole, kept until its last element is read,
     if elements depend on their places or on others. `places` says where the leaf was when each call was made; values
     that the dtype cannot hold are counted in `damage`."""
@@ -46,10 +46,6 @@ class Edited(Origin):
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
         operands = (call.args.get("value") for call in self.calls)
         return self.base, *(each for each in operands if isinstance(each, Stored))
-
-    @property
-    def spec(self) -> Spec:
-        return self._spec
 
     @property
     def extents(self) -> None:

@@ -139,9 +139,8 @@ def _step(data: Any, address: str, problems: Problems) -> RecipeStep | None:
         return None
     for name in data:
         if name in CODE:
-            problems.add(
-                below(address, name), f"{name} takes code, and nothing in a recipe runs code", _verbs_beside(name)
-            )
+            hint = f"in Python: pm.at(tree, selector).{name}(...); here: {', '.join(VERBS)}"
+            problems.add(below(address, name), f"{name} takes code, and nothing in a recipe runs code", hint)
         elif name not in VERBS:
             also = [op.name for op in OPS.values() if name in op.words]
             problems.add(
@@ -221,10 +220,6 @@ def _conditions(data: Any, address: str, problems: Problems) -> Any:
 def _near(word: Any, known: Iterable[str]) -> str:
     near = wording.closest(str(word), known, limit=1)
     return f"did you mean {near[0]}?" if near else ""
-
-
-def _verbs_beside(name: str) -> str:
-    return f"in Python: pm.at(tree, selector).{name}(...); here: {', '.join(VERBS)}"
 
 
 def _example(verb: Verb) -> str:

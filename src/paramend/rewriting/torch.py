@@ -44,7 +44,9 @@ def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
     fresh: dict[str, tuple[str, Row]] = {}  # the key of a new storage → the member that it comes after, its leaf
     inside: dict[str, dict[tuple[int, int], Row]] = {}  # a member → what changes within it
     key_of: dict[int, str] = {}
-    keys = _unused_keys(file)
+    start = f"{file.folder}/data/"
+    taken = {member.removeprefix(start) for member in file.archive.members if member.startswith(start)}
+    keys = (key for key in map(str, range(1 << 62)) if key not in taken)
     there = {number for number, _ in rows}
     for number, row in rows:
         member, extent = file.member(number), file.extent(number)
@@ -79,12 +81,6 @@ def _relocated(structure: Any, count: int, rows: _Rows) -> Any:
     own = {int(tree.read(number)): number for number in tree.index.numbers}
     paths = {own[number]: path for number, path in moved.items()}
     return relocate(tree, paths, [own[number] for number in sorted(gone)])
-
-
-def _unused_keys(file: TorchFile) -> Any:
-    start = f"{file.folder}/data/"
-    taken = {name[len(start) :] for name in file.archive.members if name.startswith(start)}
-    return (key for key in map(str, range(1 << 62)) if key not in taken)
 
 
 def _zipped(

@@ -146,6 +146,16 @@ class Origin(ABC):
             yield start, min(start + step, self.spec.size)
 
 
+class Given(Origin):
+    """An origin whose spec is given."""
+
+    _spec: Spec
+
+    @property
+    def spec(self) -> Spec:
+        return self._spec
+
+
 def _extents(traced: Sequence[tuple[Origin, Runs]]) -> list[Extent] | None:
     """The bytes of runs of stored leaves, in order, those that follow each other as one."""
     files: dict[Path, int] = {}
