@@ -389,8 +389,7 @@ _LARGE = 1 << 30
 
 
 def copied(source: Source, number: int) -> Array:
-    """A copy of a leaf of a source, read without mapping the file; `Unsupported` if numpy has no array of that shape,
-    or there is no memory for it."""
+    """A copy of a leaf of a source, read without mapping the file; `Unsupported` if numpy cannot make such an array."""
     spec = source.spec(number)
     try:
         if spec.nbytes > _LARGE and source.format == "torch" and 0 in (view := source.read(number)).strides:

@@ -107,6 +107,7 @@ class Addition:
     def __init__(self, store: UndoStore, plan: Plan, progress: Progress | None) -> None:
         self.store, self.plan, self.progress = store, plan, progress
         self.files, self.moved = lay_in_place(plan)
+        self._nbytes = sum(file.nbytes for file in self.files)
         new = {row.source for row in parted(plan)[1]}
         rows = (replace(row, added=_from(plan.leaves, row.source)) if row.source in new else row for row in plan.rows)
         self.shown = replace(plan, rows=tuple(rows))
@@ -128,10 +129,6 @@ class Addition:
                 none = OpenRanges((), (), Ranges(np.empty((0, 4), np.int64)))
                 record = carried_out(self.store, edits, new, none, lambda: None, lambda count: None)
         return PatchReport(str(self.store.base), self.shown, self._nbytes, record.nbytes, str(record.path))
-
-    @property
-    def _nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
 
     @contextlib.contextmanager
     def _replaced(self, *, lock: bool) -> Iterator[None]:

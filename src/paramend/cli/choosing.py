@@ -46,8 +46,7 @@ class Chosen:
         return " ".join([*map(shlex.quote, self.texts), *(f"--except {shlex.quote(text)}" for text in self.excepts)])
 
     def numbers(self, leaves: Leaves) -> tuple[int, ...]:
-        """The numbers of the chosen leaves, in the order of the tree; `NoMatch` if a selector matches nothing, or the
-        exceptions leave nothing."""
+        """The numbers of the chosen leaves, in the order of the tree; `NoMatch` if a selector matches nothing."""
         found = resolve(self.named, leaves)
         if not self.excepts:
             return found

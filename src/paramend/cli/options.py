@@ -64,7 +64,6 @@ def makes(shows: str) -> Decorator:
 
 
 def edits(*, in_place: bool = True) -> list[click.Parameter]:
-    """The options of a command that edits a checkpoint. Where it cannot change the files themselves, `--in-place` is
-    hidden: using it raises an error that says why."""
+    """The options of a command that edits a checkpoint. `--in-place` is hidden where it only raises an error."""
     rows = [_told(name, {"html": DRY_TOO}) for name in EDITS]
     return [click.Option(**row, hidden=row["param_decls"] == ("--in-place",) and not in_place) for row in rows]

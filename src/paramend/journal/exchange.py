@@ -281,8 +281,8 @@ def check_replaceable(base: Path, file: Path) -> None:
 
 
 class _OneOpen:
-    """Files by number, the first ones open already, and only the last of the others open for reading: there may be more
-    than a system can open at once."""
+    """Files by number, the first ones open already; of the others one at a time is, as systems limit how many can
+    be."""
 
     def __init__(self, files: Sequence[Path], opened: Sequence[int]) -> None:
         self._files, self._opened = files, opened

@@ -32,8 +32,7 @@ class Rollback:
     progress: Progress | None = None
 
     def undo(self) -> None:
-        """Take back a complete patch; `CannotWrite` if its bytes have changed since, and nothing was written, or the
-        message says what was."""
+        """Take back a complete patch; `CannotWrite` if its bytes have changed since, or if the system refuses."""
         self.record.check()
         with explained(self.base), self._target() as target:
             now = target.states()
@@ -77,8 +76,7 @@ class Rollback:
         return WholeFiles(self.base, head.files[head.written :], head.moved, head.written)
 
     def _is_changed(self, target: OpenRanges) -> bool:
-        """Whether the files of a pending record do not hold the old bytes; `BadCheckpoint` if they are not those that
-        were patched."""
+        """Whether the files of a pending record lack the old bytes; `BadCheckpoint` if they are not those patched."""
         now = target.states()
         self._check_sizes(now)
         changed, strange = self._whole.compared(self.record)

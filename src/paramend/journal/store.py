@@ -208,8 +208,7 @@ class UndoStore:
                 raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
     def take_back(self, writer: Writer, target: OpenRanges, error: BaseException) -> None:
-        """Put the old bytes back after an error within a patch; `CannotWrite` if it came from the system, or they could
-        not be put back."""
+        """Put the old bytes back after an error within a patch; `CannotWrite` if it came from the system."""
         try:
             if writer.begun:
                 self._abandon(writer, target)

@@ -23,8 +23,7 @@ _SOURCES = {"num_key_value_heads": ("num_attention_heads",), "head_dim": ("hidde
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of a model by name, of which only those `named` may be asked for: those given, else those of its
-    configuration."""
+    """The numbers of a model, of which some are `named` by a layout: those given, else those of its configuration."""
 
     leaves: Editable
     given: Mapping[str, int]

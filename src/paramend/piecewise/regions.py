@@ -13,8 +13,7 @@ from paramend.leaves.specs import Array
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """The positions that a slice takes along one axis, in its order, and the distance of two positions in elements of
-    the leaf."""
+    """The positions that a slice takes along one axis, in its order, and their distance in elements of the leaf."""
 
     positions: range | Array
     stride: int

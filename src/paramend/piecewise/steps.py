@@ -154,8 +154,8 @@ def _flat_reader(array: Array) -> Callable[[int, int], Array]:
 
 
 def flat(x: Any, spec: Spec, what: str) -> Array:
-    """The elements of a result in C order; `SpecMismatch` if its shape or dtype is not as planned, with what names the
-    leaf and the edit."""
+    """The elements of a result in C order; `SpecMismatch`, which says `what`, if its shape or dtype is not as
+    planned."""
     array = np.ascontiguousarray(x)
     found = Spec(np.shape(x), array.dtype.name)
     if found != spec:

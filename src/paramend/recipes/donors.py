@@ -22,8 +22,8 @@ from paramend.selectors.selector import Selector, resolve
 
 
 class Donors:
-    """Files that values come from, by names relative to a folder, each opened once and closed when nothing refers to
-    its values any more."""
+    """Files that values come from, in a folder, each opened once and closed when nothing refers to its values any
+    more."""
 
     def __init__(self, folder: str | os.PathLike[str] = "", *, raw: bool = False) -> None:
         self._raw = raw

@@ -22,8 +22,7 @@ _KEYS = ("version", "raw", "steps")
 
 @dataclass(frozen=True, slots=True)
 class RecipeStep:
-    """One step: a row of the table, its keys with their values read (numbers are numbers, dtypes have their full
-    names), and its place in the recipe."""
+    """One step: a row of the table, its keys with their values read, such as full names of dtypes, and its place."""
 
     verb: Verb
     given: Mapping[str, Any]

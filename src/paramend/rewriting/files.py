@@ -122,8 +122,8 @@ def ordered(made: Plan, form: Format) -> list[Row]:
 def laid(
     made: Plan, rows: Sequence[Row], parts: Iterable[bytes | Copy | LeafBytes]
 ) -> tuple[tuple[Piece, ...], list[tuple[int, int]], int]:
-    """The pieces of a file, the ranges of its leaves, and its length, from its parts, which refer to rows by position.
-    Adjacent bytes that stay are one piece."""
+    """The pieces of a file, adjacent ones that stay as one, the ranges of its leaves, and its length, from its
+    parts."""
     pieces: list[Piece] = []
     ranges: list[tuple[int, int]] = []
     at = 0

@@ -206,8 +206,7 @@ def beside(path: Path) -> Path:
 
 
 def text_of(source: Any) -> bytes | None:
-    """The text of the record of an opened checkpoint; None if it carries none, `BadCheckpoint` if it is too long, or
-    not a regular file."""
+    """The text of the record of an opened checkpoint; None if it carries none, `BadCheckpoint` if it is too long."""
     place = sidecar(source)
     if place is not None and os.path.lexists(place):
         with os.fdopen(open_regular(place), "rb") as file:

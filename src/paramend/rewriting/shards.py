@@ -29,8 +29,7 @@ def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
 
 
 def homes_of(made: Plan, source: Shards, leaves: Sequence[tuple[int, Row]]) -> dict[str, str]:
-    """The file of each leaf that stays, from (number in the source, row): those that the index of the source lists, in
-    its order; without one, all."""
+    """The file of each leaf that stays: those that the index of the source lists, in its order; without one, all."""
     names = source.index.name
     listed = map(names, source.index.numbers) if source.shard_index is None else source.shard_index.weight_map
     order = {name: place for place, name in enumerate(listed)}

@@ -23,8 +23,7 @@ _Places = Mapping[tuple[int, int], Row]
 
 
 def overlays(file: TorchFile, rows: _Rows) -> bool:
-    """Whether a copy of the file suffices that differs only in the bytes of some leaves; the rows are (number in the
-    file, row)."""
+    """Whether a copy of the file suffices that differs only in the bytes of some leaves; (number in it, row) of all."""
     there = {number for number, _ in rows}
     stay = all(not row.was and _stays(file, number, row, there) for number, row in rows)
     return stay and len(there) == len(file.tensors)
@@ -38,8 +37,7 @@ def _stays(file: TorchFile, number: int, row: Row, there: Collection[int]) -> bo
 
 
 def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
-    """The file with the leaves of some rows edited, moved or deleted; `Unsupported` if torch lacks a dtype, or an entry
-    of a tuple would be deleted."""
+    """The file with the leaves of some rows edited, moved or deleted; `Unsupported` if torch cannot hold the result."""
     structure, calls = file.recorded()
     fresh: dict[str, tuple[str, Row]] = {}  # the key of a new storage → the member that it comes after, its leaf
     inside: dict[str, dict[tuple[int, int], Row]] = {}  # a member → what changes within it

@@ -117,8 +117,7 @@ def _slice(places: range) -> slice:
 
 
 class Runs(NamedTuple):
-    """Runs of elements in C order, one row each: the first element, how many, and where they stand among all that is
-    asked for."""
+    """Runs of elements in C order, one row each: the first one, how many, where they stand among all asked for."""
 
     starts: Array
     lengths: Array
