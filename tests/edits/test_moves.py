@@ -119,7 +119,9 @@ def test_a_square_leaf_is_transposed_in_its_file(tmp_path):
         ),
         (lambda at: at.transpose((0, 1, 1)), pm.errors.SpecMismatch, r"axes is \[0, 1, 1\]"),
         (lambda at: at.transpose((0, 1, 3)), pm.errors.OutOfRange, "w: .* has no axis 3; it has 3 axes"),
-        (lambda at: at.transpose((0, 1, 1.5)), pm.errors.BadArgument, "the axis 1.5 is not a whole number"),
+        (lambda at: at.transpose((0, 1, 1.5)), pm.errors.BadArgument, "axes .*1.5.* is not a list of whole numbers"),
+        (lambda at: at.transpose(1), pm.errors.BadArgument, "axes 1 is not a list"),
+        (lambda at: at.reshape(120), pm.errors.BadArgument, "the shape 120 is not a list"),
         (
             lambda at: at.reshape((7, -1)),
             pm.errors.SpecMismatch,
@@ -134,6 +136,8 @@ def test_a_square_leaf_is_transposed_in_its_file(tmp_path):
         (lambda at: at.take([0], axis=3), pm.errors.OutOfRange, "has no axis 3"),
         (lambda at: at.permute([0, 0, 1, 2]), ValueError, "permute takes each of the 4 places along axis 0"),
         (lambda at: at.permute([0, 1, 2]), ValueError, r"index is \[0, 1, 2\]"),
+        (lambda at: at.permute([0, 1, 2, 4]), ValueError, r"index is \[0, 1, 2, 4\]"),
+        (lambda at: at.take(np.array([2**64 - 1], "uint64")), pm.errors.OutOfRange, "has no place 18446744073709551615"),
     ],
 )
 @pytest.mark.parametrize("where", ["memory", "disk"])
