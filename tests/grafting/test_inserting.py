@@ -105,3 +105,16 @@ def test_as_a_command(models, tmp_path):
     done = CliRunner().invoke(cli, ["insert", str(tmp_path / "out"), str(hf), "**", "-o", str(tmp_path / "no")])
     assert (done.exit_code, (tmp_path / "no").exists()) == (2, False)
     assert "model.layers.1.w as model.layers.1.w" in done.output
+
+
+@pytest.mark.parametrize("old", ["zzz.**", "other"])
+def test_a_rename_of_nothing_that_comes_is_an_error(models, old):
+    hf, donor, *_ = models
+    with pm.open(hf) as target, pm.open(donor) as source, pytest.raises(pm.errors.NoMatch, match=old.partition(".")[0]):
+        pm.insert(target, source, "mtp.**", rename={old: old.replace("zzz", "model")})
+
+
+def test_the_hint_of_a_clash_is_what_is_typed(models):
+    hf, donor, *_ = models
+    done = CliRunner().invoke(cli, ["insert", str(hf), str(hf), "**", "-o", "out"])
+    assert (done.exit_code, done.output.partition("hint: ")[2]) == (2, "--rename 'old.**=new.**'\n")

@@ -218,3 +218,11 @@ def test_what_ships_is_listed():
         assert any(family in name for name in pm.layouts())
     for name in pm.layouts():
         assert pm.layout(name).name == name
+
+
+def test_another_name_of_a_leaf_that_is_taken_is_told_too():
+    tied = np.ones((2, 3))
+    tree, rules = {"words": tied, "out": tied}, [{"from": "words", "to": "embed"}]
+    with pytest.raises(pm.errors.BadArgument, match="no rule takes 1 leaf:\n  out"):
+        pm.Layout(rules).to(tree)
+    assert pm.Layout(rules, rest="keep").to(tree)[1].kept == ("out",)

@@ -10,7 +10,7 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_whole
 from paramend.edits.structure import enter
-from paramend.errors import RenameClash
+from paramend.errors import NoMatch, RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
 from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
@@ -37,7 +37,7 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
         The target with the leaves at its end, in the library of its own; their dtypes stay.
 
     Raises:
-        NoMatch: the selector matches nothing.
+        NoMatch: the selector, or a rule of `rename`, matches nothing.
         Quantized: a part of a quantised weight would be inserted without the rest.
         RenameClash: leaves are there already; the message lists them all.
         Unsupported: the target is a module, whose class determines what it holds.
@@ -61,7 +61,11 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
 def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for old, new in rules.items():
-        for number, path in rename(old, new).over(donor.index).items():
+        moved = rename(old, new).over(donor.index)
+        if not set(numbers) & moved.keys():
+            resolve(old, donor)  # for its error, which names near matches
+            raise NoMatch(f"{old} -> {new} renames nothing that the selector matches", hint="leave it out or correct it")
+        for number, path in moved.items():
             found.setdefault(number, tuple(key for key, _ in keys(path)))
     return {number: found.get(number) or keys_of(donor.index.paths[number]) for number in numbers}
 
@@ -90,7 +94,7 @@ def _check(host: Editable, donor: Editable, paths: Mapping[int, Path]) -> None:
         count = wording.plural(len(clashes), "leaf", "leaves")
         raise RenameClash(
             f"{count} would stand where the target has something already:\n  " + "\n  ".join(clashes),
-            hint='rename={"old.**": "new.**"}, or delete what is there first; to replace values: pm.graft',
+            hint='rename={"old.**": "new.**"}; or delete what is there first; to replace values: pm.graft',
         )
 
 
