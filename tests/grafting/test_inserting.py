@@ -115,6 +115,6 @@ def test_a_rename_of_nothing_that_comes_is_an_error(models, old):
 
 
 def test_the_hint_of_a_clash_is_what_is_typed(models):
-    hf, donor, *_ = models
+    hf = models[0]
     done = CliRunner().invoke(cli, ["insert", str(hf), str(hf), "**", "-o", "out"])
     assert (done.exit_code, done.output.partition("hint: ")[2]) == (2, "--rename 'old.**=new.**'\n")

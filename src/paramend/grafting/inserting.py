@@ -64,7 +64,7 @@ def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]
         moved = rename(old, new).over(donor.index)
         if not set(numbers) & moved.keys():
             resolve(old, donor)  # for its error, which names near matches
-            raise NoMatch(f"{old} -> {new} renames nothing that the selector matches", hint="leave it out or correct it")
+            raise NoMatch(f"{old} -> {new} renames none of the selected leaves", hint="leave it out or correct it")
         for number, path in moved.items():
             found.setdefault(number, tuple(key for key, _ in keys(path)))
     return {number: found.get(number) or keys_of(donor.index.paths[number]) for number in numbers}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.reports.report import Line, Report, Section
@@ -58,8 +59,3 @@ class LayoutReport(Report):
             for row in self.rows
         ]
         return {"layout": self.layout, "made": rows, "kept": list(self.kept)}
-
-
-def shortened(text: str) -> str:
-    """An expression without its middle where it is long."""
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"
