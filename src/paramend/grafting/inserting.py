@@ -1,7 +1,7 @@
 """Inserting: leaves of one model put into another that lacks them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend, to_numpy
@@ -14,6 +14,7 @@ from paramend.errors import NoMatch, RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
 from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
+from paramend.mapping.report import LayoutReport, Moved
 from paramend.reports import wording
 from paramend.selectors.renames import keys, rename
 from paramend.selectors.selector import SelectorLike, resolve
@@ -22,7 +23,9 @@ T = TypeVar("T")
 Path = tuple[str, ...]
 
 
-def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mapping[str, str] | None = None) -> T:
+def insert(
+    target: T, source: AnyTree, selector: SelectorLike, *, rename: Mapping[str, str] | None = None
+) -> tuple[T, LayoutReport]:
     """The target with leaves of a source that it lacks: a multi-token-prediction head, an adapter, a vision tower.
 
     Args:
@@ -34,7 +37,8 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
             The first that matches a leaf counts; the others keep their paths.
 
     Returns:
-        The target with the leaves at its end, in the library of its own; their dtypes stay.
+        The target with the leaves at its end, in the library of its own, whose dtypes stay; and a report, whose `rows`
+        are the leaves that came.
 
     Raises:
         NoMatch: the selector, or a rule of `rename`, matches nothing.
@@ -42,60 +46,89 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
         RenameClash: leaves are there already; the message lists them all.
         Unsupported: the target is a module, whose class determines what it holds.
 
-    >>> pm.insert({"a": np.ones(1)}, {"b": np.zeros(1), "c": np.ones(2)}, "b")
-    {'a': array([1.]), 'b': array([0.])}
+    >>> tree, report = pm.insert({"a": np.ones(1)}, {"b": np.zeros(1), "c": np.ones(2)}, "b")
+    >>> tree, [row.path for row in report.rows]
+    ({'a': array([1.]), 'b': array([0.])}, ['b'])
     """
     host, donor = editable(target), editable(source)
     numbers = resolve(selector, donor)
     check_whole(donor, numbers, "be inserted")
-    paths = _new_paths(donor, numbers, rename or {})
-    _check(host, donor, paths)
+    paths = new_paths(donor, numbers, moved_by(donor, numbers, rename or {}))
+    hint = 'rename={"old.**": "new.**"}; or delete what is there first; to replace values: pm.graft'
+    check_free(donor, paths, host.index.paths.values(), host.index.separator, hint)
+    report = moved_report("insert", host.index.separator, donor, paths, host.index.texts.values(), ("inserted", "kept"))
     if isinstance(host, Checkpoint):
         own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
         new = [(_labels(paths[n]), (donor, n)) for n in numbers]
-        return cast(T, assemble(host, [*own, *new], ties=host.ties))
+        return cast(T, assemble(host, [*own, *new], ties=host.ties)), report
     tree = cast(Memory, host)
-    return cast(T, enter(tree, [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]))
+    entries = [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]
+    return cast(T, enter(tree, entries)), report
 
 
-def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
+def moved_report(
+    name: str, separator: str, of: Editable, paths: Mapping[int, Path], rest: Iterable[str], did: tuple[str, str]
+) -> LayoutReport:
+    """The report on leaves of a tree that have other paths in the result."""
+    rows = [
+        Moved(write_path(_labels(path), separator), of.spec(n), of.index.path(n), (of.index.path(n),))
+        for n, path in paths.items()
+    ]
+    return LayoutReport(name, tuple(rows), tuple(rest), did)
+
+
+def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, list[tuple[str, Any]]]:
+    """The new paths of the leaves that rules move, in the form of `renames.keys`; the first that matches one counts."""
+    found: dict[int, list[tuple[str, Any]]] = {}
+    chosen = set(numbers)
     for old, new in rules.items():
         moved = rename(old, new).over(donor.index)
-        if not set(numbers) & moved.keys():
+        if not chosen & moved.keys():
             resolve(old, donor)  # for its error, which names near matches
             raise NoMatch(f"{old} -> {new} renames none of the selected leaves", hint="leave it out or correct it")
         for number, path in moved.items():
-            found.setdefault(number, tuple(key for key, _ in keys(path)))
-    return {number: found.get(number) or keys_of(donor.index.paths[number]) for number in numbers}
+            if number in chosen:
+                found.setdefault(number, keys(path))
+    return found
+
+
+def new_paths(
+    donor: Editable, numbers: Sequence[int], moved: Mapping[int, Sequence[tuple[str, Any]]]
+) -> dict[int, Path]:
+    """The keys of each leaf in the result."""
+    index = donor.index
+    return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
 
 
 def _labels(path: Path) -> tuple[Label, ...]:
     return tuple(label for key in path for label in labels(key))
 
 
-def _check(host: Editable, donor: Editable, paths: Mapping[int, Path]) -> None:
-    """Raise if a leaf would stand where another does, or a container."""
-    separator = host.index.separator
+def check_free(
+    donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
+) -> None:
+    """Raise if a leaf would stand where another does, or a container.
 
-    def text(path: Path) -> str:
-        return plain(_labels(path), separator)
-
-    there = {plain(path, separator) for path in host.index.paths.values()}
-    inside = {plain(path[:depth], separator) for path in host.index.paths.values() for depth in range(1, len(path))}
-    new = Counter(map(text, paths.values()))
+    Args:
+        donor: the tree that the leaves are of.
+        paths: their new paths.
+        there: the paths of other leaves in the result.
+        separator: what stands between keys there.
+        hint: the way out.
+    """
+    new = {number: _labels(path) for number, path in paths.items()}
+    every = [*there, *new.values()]
+    count = Counter(plain(path, separator) for path in every)
+    inside = {plain(path[:depth], separator) for path in every for depth in range(1, len(path))}
     clashes = []
-    for number, path in paths.items():
-        name = text(path)
-        above = any(text(path[:depth]) in there for depth in range(1, len(path)))
-        if name in there or name in inside or above or new[name] > 1:
-            clashes.append(f"{donor.index.path(number)} as {write_path(_labels(path), separator)}")
+    for number, path in new.items():
+        above = any(count[plain(path[:depth], separator)] for depth in range(1, len(path)))
+        name = plain(path, separator)
+        if above or name in inside or count[name] > 1:
+            clashes.append(f"{donor.index.path(number)} as {write_path(path, separator)}")
     if clashes:
-        count = wording.plural(len(clashes), "leaf", "leaves")
-        raise RenameClash(
-            f"{count} would stand where the target has something already:\n  " + "\n  ".join(clashes),
-            hint='rename={"old.**": "new.**"}; or delete what is there first; to replace values: pm.graft',
-        )
+        leaves = wording.plural(len(clashes), "leaf", "leaves")
+        raise RenameClash(f"{leaves} would stand where something else does:\n  " + "\n  ".join(clashes), hint=hint)
 
 
 def _nested(host: Editable, path: Path) -> Path:
