@@ -94,8 +94,7 @@ class Checkpoint(Editable):
     @property
     def format(self) -> str:
         """The name of the format in the table of formats."""
-        found: str = self.source.format
-        return found
+        return str(self.source.format)
 
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:

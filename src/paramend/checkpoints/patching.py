@@ -20,7 +20,7 @@ from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
-from paramend.disk.io import put
+from paramend.disk.io import put, write_file
 from paramend.disk.locks import opened
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
@@ -262,7 +262,7 @@ class _Patch:
             restage(self.source, self.work, folder, Meter(self.progress, nbytes))
             check_still(self.source.stats)
         for document in self.documents:
-            (folder / document.name).write_bytes(document.text)
+            write_file(folder / document.name, document.text)
 
     def _check_chunks(self) -> None:
         source = self.source

@@ -96,10 +96,8 @@ def config(
         raise click.UsageError("KEY is read, and --set and --delete edit: one or the other.")
 
     def edit(checkpoint: Checkpoint) -> Checkpoint:
-        return (
-            Recipe([{"config": step}]).apply(checkpoint)
-            if given["record"]
-            else config_of(checkpoint).edited(values or {}, gone)
-        )
+        if given["record"]:
+            return Recipe([{"config": step}]).apply(checkpoint)
+        return config_of(checkpoint).edited(values or {}, gone)
 
     edit_checkpoint(path, edit, as_json=as_json, **given)

@@ -38,9 +38,8 @@ def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) 
     if drops:
         gone = drop(path, keep=keep or 0)
         if as_json:
-            _ui.emit(
-                {"path": str(path), "dropped": [str(row) if isinstance(row, Path) else row.to_dict() for row in gone]}
-            )
+            rows = [str(row) if isinstance(row, Path) else row.to_dict() for row in gone]
+            _ui.emit({"path": str(path), "dropped": rows})
         _ui.say(f"forgot {wording.plural(len(gone), 'undo record')} of {path}")
         return
     with _ui.bar(f"restoring {path.name}") as progress:

@@ -29,10 +29,6 @@ def layout(name: str) -> Layout:
     """
     if name not in layouts():
         near = wording.closest(name, layouts()) or [known for known in layouts() if name in known]
-        raise NoMatch(
-            f"there is no layout {name!r}",
-            hint=wording.listing(near)
-            if near
-            else "pm.layouts() lists those that ship; pm.Layout.load(path) reads yours",
-        )
+        hint = wording.listing(near) if near else "pm.layouts() lists those that ship; pm.Layout.load(path) reads yours"
+        raise NoMatch(f"there is no layout {name!r}", hint=hint)
     return Layout.load(_SHELF / f"{name}.yaml")

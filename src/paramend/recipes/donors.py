@@ -78,13 +78,10 @@ class Donors:
         missing = ["/".join(path) for path in paths.values() if path not in known]
         if missing:
             near = wording.closest(missing[0], ["/".join(path) for path in known], limit=1)
-            raise NoMatch(
-                f"{name} has no {wording.listing([each.replace('/', donor.index.separator) for each in missing], 4)}",
-                hint=f'did you mean "{near[0].replace("/", donor.index.separator)}"?'
-                if near
-                else f"paramend show {name}",
-                near=near,
-            )
+            own = donor.index.separator
+            hint = f'did you mean "{near[0].replace("/", own)}"?' if near else f"paramend show {name}"
+            lacks = wording.listing([each.replace("/", own) for each in missing], 4)
+            raise NoMatch(f"{name} has no {lacks}", hint=hint, near=near)
         return {number: read(known[path]) for number, path in paths.items()}
 
 

@@ -12,8 +12,7 @@ from paramend.rewriting.sidecars import walked
 
 def tree_within(source: Any) -> Path:
     """The folder that holds the tree, within that of the checkpoint."""
-    found: Path = source.folder.relative_to(source.path)
-    return found
+    return Path(source.folder.relative_to(source.path))
 
 
 def own_files(source: Any, *, link: bool) -> tuple[list[File], list[str]]:
