@@ -200,6 +200,17 @@ def _companions(row: Scheme, payload: str, known: Container[str]) -> list[tuple[
     return None
 
 
+def weight_name(name: str, scheme: Scheme) -> str:
+    """The name of a weight in its module, by that of its payload.
+
+    >>> rows = {row.says: row for row in SCHEMES}
+    >>> weight_name("gate_up_proj_blocks", rows["MXFP4 of gpt-oss"]), weight_name("qweight", rows["GPTQ"])
+    ('gate_up_proj', 'weight')
+    """
+    stems = [stem for template in scheme.payload if (stem := _stem(template, name)) is not None]
+    return min(stems, key=len, default=name) or WEIGHTS[0]
+
+
 def _stem(template: str, name: str) -> str | None:
     """What stands for the star of a template, if a name is of it; "" if it has none."""
     before, star, after = template.partition("*")

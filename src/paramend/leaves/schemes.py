@@ -3,10 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from paramend.leaves.codecs import fp8, integers
+from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.specs import Spec
 
 # Spec of the payload, and those of its companions by role → whether their shapes and dtypes agree with the scheme.
 Fit = Callable[[Spec, Mapping[str, Spec]], bool]
+# Name of the scheme, the leaves by role, what a configuration says → how the weight is made of them.
+Coding = Callable[[str, Parts, Stated], Codec]
 
 # In names, `*` is the name of the weight in its module. A name without one is that of the module's companion: it
 # belongs to a payload with one of these names, and not to just any leaf beside it.
@@ -43,6 +48,7 @@ class Scheme:
         fits: whether shapes and dtypes agree with it.
         methods: what `quantization_config` calls it.
         alone: whether its payload is known by its name, without companions.
+        codec: how the weight is made of the leaves; None where it is known only that they are one.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Scheme:
     fits: Fit = lambda payload, companions: True
     methods: tuple[str, ...] = ()
     alone: bool = False
+    codec: Coding | None = None
 
 
 # ---- dtypes and companions that several rows share -----------------------------------------------------------------
@@ -242,17 +249,40 @@ def _rows(payload: Spec, by: Mapping[str, Spec]) -> bool:
 
 # The first row that fits a payload counts; the rows of one library that know less of a layout come after the others.
 SCHEMES: tuple[Scheme, ...] = (
-    Scheme("fp8-tensor", "FP8, one scale", ("*",), FP8, _FP8, _per_tensor, _FP8_METHODS),
-    Scheme("fp8-channel", "FP8, a scale for each channel", ("*",), FP8, _FP8, _per_channel, _FP8_METHODS),
-    Scheme("fp8-block", "FP8, a scale for each block", ("*",), FP8, _FP8, _per_block, _FP8_METHODS),
+    Scheme("fp8-tensor", "FP8, one scale", ("*",), FP8, _FP8, _per_tensor, _FP8_METHODS, codec=fp8.codec),
+    Scheme(
+        "fp8-channel", "FP8, a scale for each channel", ("*",), FP8, _FP8, _per_channel, _FP8_METHODS, codec=fp8.codec
+    ),
+    Scheme("fp8-block", "FP8, a scale for each block", ("*",), FP8, _FP8, _per_block, _FP8_METHODS, codec=fp8.codec),
     Scheme("fp8", "FP8, scales of another layout", ("*",), FP8, _FP8, methods=_FP8_METHODS),
     Scheme("nvfp4", "NVFP4 of modelopt", ("*",), FP4, _NVFP4, _by_16, ("modelopt", "nvfp4")),
     Scheme("nvfp4", "NVFP4 of compressed-tensors", _PACKED, FP4, _NVFP4_PACKED, _by_16, _CT),
     Scheme("mxfp4", "MXFP4 of gpt-oss", ("*_blocks",), ("uint8",), _MXFP4_BLOCKS, _blocks_of_32, ("mxfp4",)),
     Scheme("mxfp4", "MXFP4, packed", ("*", *_PACKED), FP4, _MXFP4_PACKED, _by_32, _MXFP4_METHODS),
-    Scheme("int4", "int4 or int8, packed by compressed-tensors", _PACKED, ("int32",), _INT4, methods=_CT, alone=True),
-    Scheme("gptq", "GPTQ", ("qweight",), ("int32",), _GPTQ, _along_in, ("gptq", "auto-round"), alone=True),
-    Scheme("awq", "AWQ", ("qweight",), ("int32",), _GPTQ, _along_out, ("awq", "auto-round"), alone=True),
+    Scheme(
+        "int4",
+        "int4 or int8, packed by compressed-tensors",
+        _PACKED,
+        ("int32",),
+        _INT4,
+        methods=_CT,
+        alone=True,
+        codec=integers.packed,
+    ),
+    Scheme(
+        "gptq",
+        "GPTQ",
+        ("qweight",),
+        ("int32",),
+        _GPTQ,
+        _along_in,
+        ("gptq", "auto-round"),
+        alone=True,
+        codec=integers.gptq,
+    ),
+    Scheme(
+        "awq", "AWQ", ("qweight",), ("int32",), _GPTQ, _along_out, ("awq", "auto-round"), alone=True, codec=integers.awq
+    ),
     Scheme("packed", "codes of another layout", ("qweight",), (), _GPTQ, methods=("gptq", "awq", "fp_quant")),
     Scheme("nf4", "nf4 of bitsandbytes", ("*",), (), (*_BNB4, _state("nf4"))),
     Scheme("fp4", "fp4 of bitsandbytes", ("*",), (), (*_BNB4, _state("fp4"))),

@@ -1,0 +1,87 @@
+"""FP8, and int8 with a scale for each of its parts: codes of one byte, and scales per tensor, channel or block."""
+
+from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codes import codes_of
+from paramend.leaves.codecs.fields import Field
+from paramend.leaves.codecs.scalings import Plain
+from paramend.leaves.codecs.stated import Stated, disagree
+from paramend.leaves.specs import BITS, Spec
+
+# What a block is where neither a configuration nor the sizes say it.
+_USUAL = 128
+
+
+def codec(scheme: str, parts: Parts, stated: Stated) -> Codec:
+    """The codec of codes of one byte with scales.
+
+    The dtype of the weight is that of its scales, or bfloat16 if they are of one byte, as in compressed-tensors and
+    transformers.
+
+    Raises:
+        SpecMismatch: the grid of scales is none of the codes, or not that of the configuration.
+    """
+    payload, scale = parts["payload"].spec, parts["scale"].spec
+    every = _every(parts, stated)
+    grid = tuple(-(-n // each) if each else 1 for n, each in zip(payload.shape, every, strict=True))
+    dtype = scale.dtype if scale.kind == "float" and BITS[scale.dtype] >= 16 else "bfloat16"
+    fields = {
+        "payload": Field(payload, (1,) * payload.ndim),
+        "scale": Field(Spec(grid, scale.dtype), every),
+    }
+    zeros = None
+    if "zero" in parts:
+        zero = parts["zero"].spec
+        if zero.size != scale.size:
+            raise disagree(f"{zero.size:,} zero points", f"{scale.size:,} scales", parts["zero"], parts["scale"])
+        fields["zero"] = Field(Spec(grid, zero.dtype), every)
+        zeros = codes_of(zero.dtype) if BITS[zero.dtype] == 8 else None
+    return Codec(scheme, Spec(payload.shape, dtype), fields, codes_of(payload.dtype), Plain(), zeros)
+
+
+def _every(parts: Parts, stated: Stated) -> tuple[int, ...]:
+    """How many places share a scale, along each axis; 0 where all do."""
+    payload, scale = parts["payload"], parts["scale"]
+    shape, grid = payload.spec.shape, scale.spec.shape
+    if (len(grid) == len(shape) and scale.spec.size > 1) or stated.block:
+        blocks = (*[None] * (len(shape) - 2), *(stated.block or (None, None)))
+        return tuple(_block(parts, axis, block, stated) for axis, block in zip(range(len(shape)), blocks, strict=True))
+    if scale.spec.size == 1:
+        return (0,) * len(shape)
+    if len(shape) > 2 and grid == shape[:1]:
+        return (1, *[0] * (len(shape) - 1))
+    # Kernels of JAX have their outputs last, weights of torch have them first.
+    last = str(payload).endswith(("kernel", "w")) or stated.method == "eetq"
+    for shared in (-2, -1) if last else (-1, -2):
+        every = [1] * len(shape)
+        every[shared] = 0
+        if scale.spec.size * shape[shared] == payload.spec.size:
+            return tuple(every)
+    raise disagree(f"there are scales of shape {list(grid)}", f"codes of shape {list(shape)}", payload, scale)
+
+
+def _block(parts: Parts, axis: int, stated: int | None, by: Stated) -> int:
+    """How many places share a scale along an axis.
+
+    compressed-tensors cuts the last block. transformers has blocks of one size, found from the grid, whatever its
+    configuration says; where the grid does not divide an axis it refuses, and DeepSeek's own kernels cut the last one.
+    """
+    payload, scale = parts["payload"], parts["scale"]
+    length = payload.spec.shape[axis]
+    count = scale.spec.shape[axis] if scale.spec.ndim == payload.spec.ndim else 0
+    if stated and -(-length // stated) != count:
+        raise disagree(
+            f"axis {axis} of {length} places has {count} scales",
+            f"the configuration says a scale for {stated} of them, which makes {-(-length // stated)}",
+            payload,
+            scale,
+        )
+    if count in (1, length):
+        return 0 if count == 1 else 1
+    if stated and by.method != "fp8":
+        return stated
+    if count and length % count == 0:
+        return length // count
+    size = stated or _USUAL
+    if -(-length // size) != count:
+        raise disagree(f"axis {axis} has {length} places", f"{count} scales: no block makes so many", payload, scale)
+    return size

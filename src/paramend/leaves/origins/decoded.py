@@ -1,0 +1,77 @@
+"""`Decoded`: the values of a quantised weight, computed from the leaves of its group as they are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.origins.boxes import Box, shape_of
+from paramend.leaves.origins.origin import CHUNK, Origin
+from paramend.leaves.specs import Array, Spec, numpy_dtype
+
+# Elements that are put together while those before are written.
+_TILE = 1 << 22
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decoded(Origin):
+    """The values of a weight with the axes that it is stored with; `decoded` gives it as its model has it.
+
+    Attributes:
+        codec: how they are made.
+        parts: role → leaf of the group, with the axes of the weight.
+        dtype: that of the values, which are computed in float32 and rounded once.
+    """
+
+    codec: Codec
+    parts: Mapping[str, Origin]
+    dtype: str
+
+    @property
+    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
+        return tuple(self.parts.values())
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.codec.spec.shape, self.dtype)
+
+    @property
+    def bits(self) -> int:
+        return 8 * numpy_dtype(self.dtype).itemsize
+
+    @property
+    def tile(self) -> int:
+        return max(_TILE, *(child.tile for child in self.children))
+
+    @property
+    def extents(self) -> None:
+        """None: the bytes are computed."""
+
+    def read_box(self, box: Box) -> Array:
+        shape = shape_of(box)
+        found = np.empty(shape, numpy_dtype(self.dtype))
+        # Rows of the first axis with more than one place, as many as stay in the CPU cache.
+        axis = next((axis for axis, length in enumerate(shape) if length > 1), 0)
+        rows = max(CHUNK * shape[axis] // max(found.size, 1), 1) if shape else 1
+        with np.errstate(all="ignore"):  # what the dtype cannot hold is inf, as in the library
+            for start in range(0, shape[axis] if found.size else 0, rows):
+                here = slice(start, start + rows)
+                some = (*box[:axis], box[axis][here], *box[axis + 1 :])
+                found[(slice(None),) * axis + (here,)] = self.codec.decode(self.parts, some)
+        return found
+
+    def __str__(self) -> str:
+        return f"decode({self.codec.scheme}, {', '.join(map(str, self.parts.values()))})"
+
+
+def decoded(codec: Codec, parts: Mapping[str, Origin], dtype: str = "") -> Origin:
+    """A quantised weight as its model has it: the name of its axes, and values.
+
+    Args:
+        codec: from `codec_of`.
+        parts: role → leaf of the group.
+        dtype: that of the values; the library's by default.
+    """
+    stored = Decoded(codec, codec.views(parts), dtype or codec.spec.dtype)
+    return codec.weight(stored)
