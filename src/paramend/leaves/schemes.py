@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from paramend.leaves.codecs import fp8, integers
+from paramend.leaves.codecs import bnb, fp4, fp8, integers
 from paramend.leaves.codecs.codec import Codec, Parts
 from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.specs import Spec
@@ -255,10 +255,21 @@ SCHEMES: tuple[Scheme, ...] = (
     ),
     Scheme("fp8-block", "FP8, a scale for each block", ("*",), FP8, _FP8, _per_block, _FP8_METHODS, codec=fp8.codec),
     Scheme("fp8", "FP8, scales of another layout", ("*",), FP8, _FP8, methods=_FP8_METHODS),
-    Scheme("nvfp4", "NVFP4 of modelopt", ("*",), FP4, _NVFP4, _by_16, ("modelopt", "nvfp4")),
-    Scheme("nvfp4", "NVFP4 of compressed-tensors", _PACKED, FP4, _NVFP4_PACKED, _by_16, _CT),
-    Scheme("mxfp4", "MXFP4 of gpt-oss", ("*_blocks",), ("uint8",), _MXFP4_BLOCKS, _blocks_of_32, ("mxfp4",)),
-    Scheme("mxfp4", "MXFP4, packed", ("*", *_PACKED), FP4, _MXFP4_PACKED, _by_32, _MXFP4_METHODS),
+    Scheme(
+        "nvfp4", "NVFP4 of modelopt", ("*",), FP4, _NVFP4, _by_16, ("modelopt", "nvfp4"), codec=fp4.nvfp4_multiplied
+    ),
+    Scheme("nvfp4", "NVFP4 of compressed-tensors", _PACKED, FP4, _NVFP4_PACKED, _by_16, _CT, codec=fp4.nvfp4_divided),
+    Scheme(
+        "mxfp4",
+        "MXFP4 of gpt-oss",
+        ("*_blocks",),
+        ("uint8",),
+        _MXFP4_BLOCKS,
+        _blocks_of_32,
+        ("mxfp4",),
+        codec=fp4.mxfp4,
+    ),
+    Scheme("mxfp4", "MXFP4, packed", ("*", *_PACKED), FP4, _MXFP4_PACKED, _by_32, _MXFP4_METHODS, codec=fp4.mxfp4),
     Scheme(
         "int4",
         "int4 or int8, packed by compressed-tensors",
@@ -284,12 +295,12 @@ SCHEMES: tuple[Scheme, ...] = (
         "awq", "AWQ", ("qweight",), ("int32",), _GPTQ, _along_out, ("awq", "auto-round"), alone=True, codec=integers.awq
     ),
     Scheme("packed", "codes of another layout", ("qweight",), (), _GPTQ, methods=("gptq", "awq", "fp_quant")),
-    Scheme("nf4", "nf4 of bitsandbytes", ("*",), (), (*_BNB4, _state("nf4"))),
-    Scheme("fp4", "fp4 of bitsandbytes", ("*",), (), (*_BNB4, _state("fp4"))),
+    Scheme("nf4", "nf4 of bitsandbytes", ("*",), (), (*_BNB4, _state("nf4")), codec=bnb.four_bits),
+    Scheme("fp4", "fp4 of bitsandbytes", ("*",), (), (*_BNB4, _state("fp4")), codec=bnb.four_bits),
     Scheme("bnb-4bit", "nf4 or fp4 of bitsandbytes", ("*",), ("uint8",), _BNB4, methods=("bitsandbytes",)),
-    Scheme("bnb-int8", "int8 of bitsandbytes", ("*",), ("int8",), _BNB8, methods=("bitsandbytes",)),
+    Scheme("bnb-int8", "int8 of bitsandbytes", ("*",), ("int8",), _BNB8, methods=("bitsandbytes",), codec=bnb.int8),
     Scheme("mlx", "codes of MLX", ("*",), ("uint32",), _MLX, _rows, ("mlx", "metal")),
-    Scheme("uint8", "uint8, with scales and zero points", ("*",), ("uint8",), _UINT8, _in_groups),
+    Scheme("uint8", "uint8, with scales and zero points", ("*",), ("uint8",), _UINT8, _in_groups, codec=fp8.codec),
     Scheme("bitnet", "BitNet", ("weight",), ("uint8",), _BITNET, methods=("bitnet",)),
     Scheme("tinygemm", "int4 of tinygemm, as gpt-fast stores it", ("weight",), ("int32", "uint8"), _TINYGEMM),
     Scheme("torchao", "torchao", ("_*_qdata", "*_qdata"), (), _TORCHAO, methods=("torchao",)),
@@ -302,7 +313,9 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("exl2", "EXL2", ("q_weight",), ("int32",), _EXL2),
     Scheme("mlc", "MLC", ("q_weight",), ("uint32",), _MLC),
     Scheme("exl3", "EXL3", ("trellis",), ("int16", "uint16"), _EXL3),
-    Scheme("int8", "int8, with scales", ("*",), INT8, _INT8_SCALED, _in_groups, (*_CT, "eetq", "quark")),
+    Scheme(
+        "int8", "int8, with scales", ("*",), INT8, _INT8_SCALED, _in_groups, (*_CT, "eetq", "quark"), codec=fp8.codec
+    ),
     _optimizer_state("1"),
     _optimizer_state("2"),
 )

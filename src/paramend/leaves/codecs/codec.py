@@ -25,15 +25,6 @@ class Scaling(ABC):
     def factors(self, grids: Grids) -> tuple[Array, ...]:
         """Factors in float32, in the order in which values are multiplied by them."""
 
-    @abstractmethod
-    def fitted(self, factor: Array, grids: Grids) -> dict[str, Array]:
-        """The grids of scales by which the factors come nearest to what is asked for, but are not below it.
-
-        Args:
-            factor: the factor that each block needs at least, float32.
-            grids: the scales that are there; empty for a new weight.
-        """
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Codec:

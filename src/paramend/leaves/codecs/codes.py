@@ -68,7 +68,7 @@ def codes_of(name: str) -> Codes:
         values = np.array(_NF4, np.float32)
     elif name in ("fp4", "e2m1"):
         half = np.array(_FP4 if name == "fp4" else _E2M1, np.float32)
-        values = np.concatenate([half, -half])
+        values = np.concatenate([half, -half if name == "e2m1" else 0 - half])  # there is no -0 in bitsandbytes
     elif ".." in name:
         low, high = map(int, name.split(".."))
         values = np.arange(low, high + 1, dtype=np.float32)

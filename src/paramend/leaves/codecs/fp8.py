@@ -1,5 +1,6 @@
 """FP8, and int8 with a scale for each of its parts: codes of one byte, and scales per tensor, channel or block."""
 
+from paramend.errors import Unsupported
 from paramend.leaves.codecs.codec import Codec, Parts
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field
@@ -34,7 +35,9 @@ def codec(scheme: str, parts: Parts, stated: Stated) -> Codec:
         if zero.size != scale.size:
             raise disagree(f"{zero.size:,} zero points", f"{scale.size:,} scales", parts["zero"], parts["scale"])
         fields["zero"] = Field(Spec(grid, zero.dtype), every)
-        zeros = codes_of(zero.dtype) if BITS[zero.dtype] == 8 else None
+        if zero.kind != "int" or BITS[zero.dtype] != 8:
+            raise Unsupported(f"{parts['zero']} has zero points of {zero.dtype}: what is meant by them is not known")
+        zeros = codes_of(zero.dtype)
     return Codec(scheme, Spec(payload.shape, dtype), fields, codes_of(payload.dtype), Plain(), zeros)
 
 
