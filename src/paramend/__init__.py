@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from paramend.mapping.shelf import layouts as layouts
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
-    from paramend.rewriting.provenance import verify_record as verify_record
+    from paramend.rewriting.verification import verify_record as verify_record
     from paramend.selectors.selector import Selector as Selector
     from paramend.selectors.selector import SelectorLike as SelectorLike
     from paramend.selectors.selector import sel as sel
@@ -95,7 +95,8 @@ _LATER = {
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
-        "paramend.rewriting.provenance": ("record", "verify_record"),
+        "paramend.rewriting.provenance": ("record",),
+        "paramend.rewriting.verification": ("verify_record",),
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.specs": ("Spec",),
         "paramend.grafting.inserting": ("insert",),

@@ -160,12 +160,7 @@ def modules_of(leaves: Iterable[Pieces]) -> set[str]:
 
 
 def find(modules: set[str], model_type: str | None = None, name: str | None = None) -> Family:
-    """The row for a layer with these modules.
-
-    Args:
-        modules: as `modules_of` returns them.
-        model_type: the model type in the configuration, if there is one.
-        name: the family that the user named.
+    """The row for a layer with these modules, of the family that the user or the configuration names.
 
     Raises:
         Unsupported: no layer of this family can be the identity.

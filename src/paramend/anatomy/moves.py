@@ -48,7 +48,6 @@ class Move:
         return not any(_FIRST & set(other) for layer in self.leaves[1:] for other in layer)
 
     def names(self) -> Names:
-        """The names of modules in these layers."""
         to: dict[int, list[int]] = {number: [] for number in range(self.first, self.first + self.n)}
         for target, source in enumerate(self.sources):
             to[self.first + source].append(self.first + target)
@@ -62,17 +61,11 @@ class Move:
 
 
 def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
-    """Check that each layer has the leaves that its new place must have.
+    """Raise `Unsupported` if a layer has not the leaves of its new place; `kinds` is what is said of each layer alone.
 
     Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
     say tells them apart by their places: the first or the last layer must stay what it is, or each place must get the
     leaves that it had.
-
-    Args:
-        kinds: for each old layer, all that the configuration says of it alone.
-
-    Raises:
-        Unsupported: a layer has other leaves than its new place had.
     """
     if move.leaves is None or move.given is not None or move.trivial:
         return

@@ -30,11 +30,7 @@ _TEXT = ("text", "llm", "language", "thinker", "decoder")
 
 
 def parsed(text: bytes, file: Path) -> dict[str, Any]:
-    """A configuration, read from its text.
-
-    Raises:
-        BadCheckpoint: it is damaged.
-    """
+    """A configuration, read from its text; `BadCheckpoint` if it is damaged."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -68,10 +64,8 @@ def written(config: Mapping[str, Any]) -> bytes:
 def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """Where a configuration counts n layers: () for itself, ("text_config",) for a part; empty if nowhere.
 
-    There may be several: some configurations repeat what their text model counts.
-
-    Args:
-        where: the path of the layers in the model, which selects one of several parts.
+    There may be several: some configurations repeat what their text model counts. The path of the layers in the model,
+    `where`, selects one of several parts.
 
     >>> sections_of({"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 4}}, 4)
     [('text_config',)]

@@ -83,11 +83,7 @@ def like(value: Any, x: Any) -> Any:
 
 
 def from_numpy(array: Any) -> Any:
-    """An array on the default device with the values of a numpy array; a copy.
-
-    Raises:
-        Unsupported: JAX lacks the dtype, or needs it enabled.
-    """
+    """A copy on the default device; `Unsupported` if JAX lacks the dtype, or needs it enabled."""
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise Unsupported(f"JAX cannot hold {array.dtype}", hint='jax.config.update("jax_enable_x64", True)')
     return jnp.array(array)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from paramend.anatomy.blocks import mark_blocks
+from paramend.anatomy.beside import absent_head, mark_blocks, quantization_of
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
@@ -104,8 +104,6 @@ class Checkpoint(Editable):
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
-        from paramend.anatomy.quantization import quantization_of  # few checkpoints are edited
-
         return quantization_of(self.path)
 
     @property
@@ -191,9 +189,7 @@ class Checkpoint(Editable):
         """Why a selector finds nothing, and the path of what it means: a head that is tied to the embedding."""
         if self._plan is not None and self._plan.restructured:  # what is absent may have been there
             return None
-        from paramend.anatomy.heads import absent_head  # needed only for errors
-
-        return absent_head(text, self.index, self.path if self.path.is_dir() else self.path.parent)
+        return absent_head(text, self.index, self.path)
 
     @property
     def index(self) -> Index:

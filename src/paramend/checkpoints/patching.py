@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,96 +16,31 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.exchanging import Addition, exchange
+from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
-from paramend.disk.permissions import PRIVATE, access_of
+from paramend.disk.permissions import access_of
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
+from paramend.errors import BadArgument, BadCheckpoint, Unsupported
+from paramend.formats.gathered import Gathered
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
-from paramend.journal.exchange import STAGED, NewFiles, check_replaceable
+from paramend.journal.exchange import check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer, new_head
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
-from paramend.pages.page import Page
-from paramend.pages.paged import Paged
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Section
-
-# ---- the report -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class PatchReport(Paged):
-    """What a patch did.
-
-    Attributes:
-        path: the checkpoint.
-        plan: the rows; its text is the table of a dry run.
-        bytes_written: bytes of the checkpoint that were written.
-        bytes_recorded: the size of the undo record.
-        record: its path; None if nothing was written.
-        dry_run: whether this was a dry run, which writes nothing.
-    """
-
-    path: str
-    plan: Plan
-    bytes_written: int
-    bytes_recorded: int = 0
-    record: str | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", self.plan.told())
-
-    def headline(self) -> str:
-        """What was written, in one line."""
-        return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
-
-    @property
-    def summary(self) -> str:
-        """What was written, in one line."""
-        damage = f"; {self.plan.damage}" if self.plan.damage else ""
-        written = f"{wording.size(self.bytes_written)} written in place{damage}"
-        if self.dry_run:
-            would = f"{wording.size(self.bytes_written)} would be written in place"
-            return f"dry run: {self.path} was not changed; {would}{damage}"
-        if self.record is None:
-            return f"{self.path} has nothing to change"
-        return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
-
-    def page(self) -> Page:
-        """The page of the plan, with what was written."""
-        return replace(self.plan.page(), headline=self.summary)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n{printable_lines(self.summary)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        return {
-            "path": self.path,
-            **self.plan.to_dict(),
-            "dry_run": self.dry_run,
-            "bytes_written": self.bytes_written,
-            "bytes_recorded": self.bytes_recorded,
-            "record": self.record,
-        }
-
 
 # ---- patching ------------------------------------------------------------------------------------------------
 
@@ -123,7 +57,8 @@ def patch(
 
     Args:
         path: a file, or a folder of shards.
-        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype.
+        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype, and `pm.insert`
+            into a folder of safetensors files: what comes goes into further files.
         dry_run: whether to check all that can be known before writing, and write nothing.
         raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
@@ -151,12 +86,13 @@ def patch(
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
     with store.writing(), checkpoint_at(path, raw=raw) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
-        return _Patch(store, checkpoint.source, plan, progress).carry_out()
+        return _change(store, checkpoint.source, plan, progress).carry_out()
 
 
 def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) -> Plan:
     found = edit(checkpoint)
-    if not isinstance(found, Checkpoint) or found.source is not checkpoint.source:
+    source = found.source if isinstance(found, Checkpoint) else None
+    if (source.base if isinstance(source, Gathered) else source) is not checkpoint.source:
         raise BadArgument(
             f"the edit function must return the edited checkpoint; it returned {type(found).__name__}",
             hint='pm.patch(path, lambda t: pm.at(t, "**/bias").zero())',
@@ -194,11 +130,17 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     >>> undo(path).left, np.fromfile(path, "float32")[-3:].tolist()
     (0, [1.0, 1.0, 1.0])
     """
-    patch = _Patch(UndoStore.of(source.path), source, plan, progress)
+    store = UndoStore.of(source.path)
     if dry_run:
-        return patch.rehearse()
-    with patch.store.writing():
-        return patch.carry_out()
+        return _change(store, source, plan, progress).rehearse()
+    with store.writing():
+        return _change(store, source, plan, progress).carry_out()
+
+
+def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
+    if isinstance(plan.leaves, Gathered):
+        return Addition(store, plan, progress)
+    return _Patch(store, source, plan, progress)
 
 
 # ---- what can be patched -----------------------------------------------------------------------------------
@@ -377,25 +319,16 @@ class _Patch:
     def _exchange(self) -> tuple[int, Writer]:
         """(bytes written, the record), for chunks: new files replace the old ones, which are not written in place."""
         self._check_chunks()
-        base, path = self.store.base, self.store.next_path()
-        staged = path.with_suffix(f".{STAGED}")
-        staged.mkdir(PRIVATE)
         try:
-            nbytes = sum(nbytes_of(self.source, each) for each in self.work)
-            restage(self.source, self.work, staged, Meter(self.progress, nbytes))
-            check_still(self.source.stats)
-            new = NewFiles(base, staged)
-            with contextlib.closing(Writer(path, new.access)) as writer:
-                try:
-                    return new.exchange(writer, self.edits), writer
-                except BaseException as error:
-                    self.store.take_back(writer, None, error)
-                    raise
+            return exchange(self.store, self.edits, self._restage)
         finally:
             with contextlib.suppress(OSError):
-                _remove(staged)
-            with contextlib.suppress(OSError):
                 self.source.forget()
+
+    def _restage(self, staged: Path) -> None:
+        nbytes = sum(nbytes_of(self.source, each) for each in self.work)
+        restage(self.source, self.work, staged, Meter(self.progress, nbytes))
+        check_still(self.source.stats)
 
     def _check_chunks(self) -> None:
         source = self.source
@@ -407,12 +340,6 @@ class _Patch:
         for file in dict.fromkeys(file for name in names for file in source.store.files_of(name)):
             if file.is_symlink() or not file.is_dir():
                 check_replaceable(self.store.base, file)
-
-
-def _remove(folder: Path) -> None:
-    import shutil  # slow to import
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:

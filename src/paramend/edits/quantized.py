@@ -20,11 +20,7 @@ RAW = "pm.at(tree, selector, raw=True)"
 
 
 def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
-    """Refuse calls that compute or put values in a quantised weight.
-
-    Raises:
-        Quantized: a leaf is the payload or a companion of one.
-    """
+    """Raise `Quantized` for calls that compute or put values in a quantised weight."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     taken = {number: call for number, call in calls.items() if not call.op.bytewise}
@@ -33,14 +29,11 @@ def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
 
 
 def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) -> None:
-    """Refuse what computes or puts values if it meets a quantised weight, before anything is read.
+    """Raise `Quantized` for what computes or puts values, if it meets a quantised weight; nothing is read before.
 
     Args:
         said: what is refused, as a predicate of the leaf.
         ways: ways out, for the hint.
-
-    Raises:
-        Quantized: a leaf is the payload or a companion of a quantised weight.
     """
     if getattr(leaves, "raw", False) or not may_hold_groups(leaves):
         return
@@ -68,11 +61,7 @@ def _with_twins(leaves: Leaves, numbers: Sequence[int]) -> list[int]:
 
 
 def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted") -> None:
-    """Refuse to take a part of a quantised weight away.
-
-    Raises:
-        Quantized: a part of a group would stay.
-    """
+    """Raise `Quantized` if a part of a quantised weight would go and another stay."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     gone = set(numbers)
@@ -90,14 +79,7 @@ def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted
 
 
 def check_renamed(leaves: Editable, moves: Callable[[], Moved]) -> None:
-    """Refuse new paths by which a quantised weight would no longer be found together.
-
-    Args:
-        moves: the new paths, from `structure.moves`; asked for only if there may be groups.
-
-    Raises:
-        Quantized: the leaves of a group would be known for one no more.
-    """
+    """Raise `Quantized` for moves that part a quantised weight; they are asked for only if there may be one."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     moved = moves()
@@ -151,15 +133,8 @@ def _touched(leaves: Leaves, numbers: Iterable[int]) -> list[Group]:
     return list({group.numbers: group for group in found.values()}.values())
 
 
-# ---- words -------------------------------------------------------------------------------------------------------
-
-
 def refusal(leaves: Leaves, groups: Sequence[Group], message: str, hints: Sequence[str]) -> Quantized:
-    """The error that names a quantised weight and all its leaves.
-
-    Args:
-        groups: those that were met; the first is shown, the others are counted.
-    """
+    """The error that names a quantised weight, the first of those that were met, and all its leaves."""
     group = groups[0]
     rows: list[tuple[str, ...]] = [("scheme", group.scheme.name, group.scheme.says)]
     for number in group.numbers:

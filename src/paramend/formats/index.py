@@ -122,11 +122,7 @@ def read_index(path: Path) -> ShardIndex:
 
 
 def find_index(folder: Path, names: Iterable[str]) -> Path | None:
-    """The index in a folder whose files have these names; None if there is none.
-
-    Raises:
-        BadCheckpoint: there are several, and none is the usual one.
-    """
+    """The index in a folder of these files; None if there is none, `BadCheckpoint` for several of unusual names."""
     found = sorted(filter(is_index, names))
     for usual in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if usual in found:

@@ -63,13 +63,11 @@ class SafetensorsFile(FileSource):
 
     @cached_property
     def index(self) -> Index:  # type: ignore[override]  # made on first use
-        """The names."""
         names = self.names
         return Index.of_names(names, separator_of(names))
 
     @property
     def names(self) -> list[str]:
-        """The names as they are in the header, by leaf number."""
         return [entry.name for entry in self.header.entries]
 
     @property

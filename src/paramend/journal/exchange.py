@@ -1,7 +1,8 @@
 """Exchange: whole files of a checkpoint replaced by new ones, and the old ones put back.
 
-This is how formats change whose files are never written in place, such as copy-on-write databases. The new files are
-complete and durable in a folder beside the undo records before the first of them is renamed into place.
+This is how formats change whose files are never written in place, such as copy-on-write databases, and how a folder of
+shards gets one more. The new files are complete and durable in a folder beside the undo records before the first of
+them is renamed into place.
 """
 
 import contextlib
@@ -22,8 +23,8 @@ from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
 from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
-from paramend.journal.ranges import BUFFER, Ranges, State, checksum, checksums
-from paramend.journal.records import DONE, PENDING, Record
+from paramend.journal.ranges import BUFFER, Ranges, State, checksum, checksums, witness
+from paramend.journal.records import DONE, PENDING, Moved, Record
 from paramend.journal.writer import Writer, new_head
 from paramend.reports.progress import Meter
 
@@ -36,16 +37,18 @@ class NewFiles:
     Attributes:
         base: the folder of the checkpoint.
         staged: the folder of the new files, each at its path in the checkpoint.
-        names: their names. The manifest of a database comes last: it puts the other files into effect.
+        names: their names. The manifest of a database, or the index of shards, comes last: it puts the other files into
+            effect.
         old: the files that they replace.
         access: that of all files that are replaced together.
     """
 
-    def __init__(self, base: Path, staged: Path) -> None:
-        self.base, self.staged = base, staged
+    def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
+        """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
+        self.base, self.staged, self._private = base, staged, private
         names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
         self.names = sorted(names, key=lambda name: (os.path.lexists(base / name), name))
-        self.old = WholeFiles(base, self.names)
+        self.old = WholeFiles(base, self.names, moved)
         self.old.check()
         self._then = [file.lstat() if os.path.lexists(file) else None for file in self.old.files]
         found = [status for status in self._then if status is not None]
@@ -66,7 +69,7 @@ class NewFiles:
         sizes = [-1 if status is None else status.st_size for status in self._then]
         rows = [(-1, n, 0, size) for n, size in enumerate(sizes) if size >= 0]
         ranges = Ranges(np.array(rows, np.int64).reshape(-1, 4))
-        writer.head(new_head(edits, self.names, whole=True))
+        writer.head(new_head(edits, self.names, whole=True, moved=self.old.moved))
         seen = self.old.witness_of_rest()
         writer.files([State(size, "" if n else seen) for n, size in enumerate(sizes)])
         with contextlib.closing(_OneOpen(self.old.files)) as descriptors:
@@ -77,6 +80,10 @@ class NewFiles:
         # Up to here nothing in the checkpoint has changed; from here on the record can restore it.
         for name, file, then in zip(self.names, self.old.files, self._then, strict=True):
             self._replace(name, file, then)
+        for old, new in self.old.moved:
+            if os.path.lexists(self.base / new):
+                raise changed(self.base / new)
+            (self.base / old).rename(self.base / new)
         self.old.sync()
         writer.become(DONE)
         return written
@@ -86,7 +93,9 @@ class NewFiles:
             raise changed(file)
         if then is None:
             make_folders(self.base, file.parent)
-            settle(self.staged / name, access_beside(file))
+            new = self.staged / name
+            access = access_beside(file)
+            settle(new, access.within(new.stat().st_mode) if self._private else access)
         else:
             check_unchanged(file, then, file.lstat())
             settle(self.staged / name, access_of([then], then))
@@ -115,15 +124,16 @@ class WholeFiles:
         base: the folder of the checkpoint.
         names: the names of the files, relative to it.
         files: their paths.
+        moved: files that get another name once the others are in place; their content stays.
     """
 
-    def __init__(self, base: Path, names: Sequence[str]) -> None:
-        self.base, self.names = base, names
+    def __init__(self, base: Path, names: Sequence[str], moved: Moved = ()) -> None:
+        self.base, self.names, self.moved = base, names, moved
         self.files = [base / name for name in names]
 
     def check(self) -> None:
-        """Raise if one of them must not be replaced: see `check_replaceable`."""
-        for file in self.files:
+        """Raise if one of them must not be replaced or moved: see `check_replaceable`."""
+        for file in (*self.files, *(self.base / name for pair in self.moved for name in pair)):
             check_replaceable(self.base, file)
 
     def digests(self) -> list[bytes]:
@@ -134,6 +144,7 @@ class WholeFiles:
         """The names of those that no longer hold what the patch of a record wrote."""
         self.check()
         differ = [name for name, now, new in zip(self.names, self.digests(), record.after, strict=True) if now != new]
+        differ += [name for name, there in self._there() if there != (name in dict(self.moved).values())]
         return differ or ([] if self._rest_is_same(record) else ["what the patch left alone"])
 
     def compared(self, record: Record) -> tuple[bool, str]:
@@ -141,7 +152,7 @@ class WholeFiles:
         self.check()
         new, old, now = record.after, _old_digests(record), self.digests()
         strange = [name for n, name in enumerate(self.names) if now[n] not in (new[n], old[n])]
-        changed = now != old
+        changed = now != old or any(there != (name in dict(self.moved)) for name, there in self._there())
         if changed and not strange and not self._rest_is_same(record):
             strange = ["the checkpoint"]
         return changed, "".join(strange[:1])
@@ -160,6 +171,13 @@ class WholeFiles:
         self.check()
         new, old, now = record.after, _old_digests(record), self.digests()
         wanted = {n for n in range(len(self.names)) if now[n] != old[n] and (force or now[n] == new[n])}
+        left = [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
+        for before, after in self.moved:  # first: readers that look for the old name see the old state again
+            there = [os.path.lexists(self.base / name) for name in (before, after)]
+            if there == [False, True]:
+                (self.base / after).rename(self.base / before)
+            elif there != [True, False]:
+                left.append(before)
         scratch = record.path.with_suffix(f".{BACK}")
         for n, batches in groupby(record.old_bytes(), key=lambda batch: batch[0]):
             if n in wanted:
@@ -175,7 +193,7 @@ class WholeFiles:
             if record.states[n].size < 0:
                 self._take_away(self.names[n])
         self.sync()
-        return [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
+        return left
 
     def sync(self) -> None:
         """Make the names durable, including those of folders that were created for them."""
@@ -207,7 +225,13 @@ class WholeFiles:
             for piece in _pieces(self.base / rest[n]):
                 digest.update(piece)
                 break
+        for before, after in self.moved:
+            digest.update(_witness_of(self.base / (after if os.path.lexists(self.base / after) else before)))
         return digest.hexdigest()
+
+    def _there(self) -> list[tuple[str, bool]]:
+        """Whether there is a file, for each name of those that move."""
+        return [(name, os.path.lexists(self.base / name)) for pair in self.moved for name in pair]
 
     def _rest_is_same(self, record: Record) -> bool:
         return self.witness_of_rest() == record.states[0].witness
@@ -313,6 +337,20 @@ def _digest_of(path: Path) -> bytes:
             raise
         return b"no file"
     return digest.digest()
+
+
+def _witness_of(path: Path) -> bytes:
+    """The size of a file and the digest of samples of it; nothing if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return b""
+    try:
+        none = Ranges(np.empty((0, 4), np.int64))
+        size = os.fstat(descriptor).st_size
+        return f"{size}\0{witness(descriptor, size, none, 0, path)}".encode()
+    finally:
+        release(descriptor)
 
 
 def _old_digests(record: Record) -> list[bytes]:

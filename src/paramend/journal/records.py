@@ -23,9 +23,10 @@ The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, 
            "files": [[path relative to the checkpoint's folder]]}
            With "whole": true, whole files were replaced by others. SPANs then cover a whole file, the size is -1
            where there was none, and DONE, which comes before the record is pending, has one digest for each new file.
+           "moved": [[old name, new name]] are files that got another name, with the content that they had.
     FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
            frame counts. The witness is the SHA-256 of samples of bytes that no span covers; for whole files only the
-           first has one, computed from the other files that a patch could replace.
+           first has one, computed from the other files that a patch could replace, and from those that moved.
     SPAN   old bytes: a count (8 bytes), then that many quadruples of signed 8-byte integers (row, file, start, stop),
            with row -1 for bytes that a format maintains itself, such as checksums; then the bytes start to stop of
            each. It is durable before the first byte that it covers changes.
@@ -66,6 +67,8 @@ COUNT = struct.Struct("<Q")
 _DIGEST = 32
 # HEAD and FILE frames are read into memory: our records have no larger ones.
 _MAX_TEXT = 1 << 30
+# (old name, new name) of files that get another name.
+Moved = Sequence[tuple[str, str]]
 
 
 def records_in(folder: Path, *states: str) -> list[Path]:
@@ -102,6 +105,7 @@ class Head:
         rows: the path of each leaf that changed, and the number of its edit.
         files: the files that changed, relative to the folder of the checkpoint.
         whole: whether whole files were replaced.
+        moved: the files that got another name.
     """
 
     time: float
@@ -109,12 +113,20 @@ class Head:
     rows: tuple[tuple[str, int], ...]
     files: tuple[str, ...]
     whole: bool = False
+    moved: Moved = ()
+
+    @property
+    def names(self) -> set[str]:
+        """All names of files that the patch is about."""
+        return {*self.files, *(name for pair in self.moved for name in pair)}
 
     def to_bytes(self) -> bytes:
         """The payload of the frame."""
         data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
         if self.whole:
             data["whole"] = True
+        if self.moved:
+            data["moved"] = self.moved
         return json.dumps(data, separators=(",", ":")).encode()
 
 
@@ -376,12 +388,13 @@ class Record:
                 tuple((str(path), int(edit)) for path, edit in data["rows"]),
                 tuple(map(str, data["files"])),
                 data.get("whole") is True,
+                tuple((str(old), str(new)) for old, new in data.get("moved", ())),
             )
         except (TypeError, KeyError, ValueError):
             raise self.damaged("its head is invalid") from None
         if not all(0 <= edit < len(head.edits) for _, edit in head.rows) or not head.files:
             raise self.damaged("its head is invalid")
-        for name in head.files:
+        for name in head.names:
             parts = PurePosixPath(name).parts
             if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
                 raise self.damaged(f"it names a file outside the checkpoint: {name!r}")

@@ -83,7 +83,7 @@ class Rollback:
     @contextlib.contextmanager
     def _target(self) -> Iterator[OpenRanges | WholeFiles]:
         if self.record.head.whole:
-            yield WholeFiles(self.base, self.record.head.files)
+            yield WholeFiles(self.base, self.record.head.files, self.record.head.moved)
         else:
             with opened(self.files) as descriptors:
                 yield OpenRanges(self.files, descriptors, self.record.ranges)

@@ -125,7 +125,7 @@ class UndoStore:
             BadCheckpoint: the record has files that patches of the checkpoint never write.
         """
         names = record.head.files
-        others = [] if own else sorted(set(names) - self._may_write(record))
+        others = [] if own else sorted(record.head.names - self._may_write(record))
         if others:
             what = wording.listing(others)
             raise record.damaged(f"it is about {what}, and no patch of {self.base.name} writes there")
@@ -133,9 +133,10 @@ class UndoStore:
 
     def _may_write(self, record: Record) -> set[str]:
         """The names of the files of a record that a patch of the checkpoint may write."""
-        if is_tree(self.base):
-            return {name for name in record.head.files if record.head.whole and may_change(self.base, name)}
-        if record.head.whole:
+        if record.head.whole and self.is_folder:
+            tree = is_tree(self.base)
+            return {n for n in record.head.names if (may_change(self.base, n) if tree else _PUT.fullmatch(n))}
+        if record.head.whole or is_tree(self.base):
             return set()
         return weight_files(self.base) if self.is_folder else {self.base.name}
 
@@ -279,7 +280,8 @@ class UndoStore:
         with contextlib.suppress(OSError):
             names[1].rename(names[0])
         with writer.read(next(filter(os.path.lexists, names), names[0])) as record:
-            self.rollback(record, own=True).abandon(target or WholeFiles(self.base, record.head.files))
+            whole = WholeFiles(self.base, record.head.files, record.head.moved)
+            self.rollback(record, own=True).abandon(target or whole)
 
     # ---- forgetting ------------------------------------------------------------------------------------------
 
@@ -376,7 +378,7 @@ def retiring(out: Path) -> Iterator[None]:
 
 
 def _records_about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
-    """The records of a folder that have a file of one of these names, or replaced whole files."""
+    """The records of a folder that have a file of one of these names, or replaced files of a tree."""
     return [path for path in store.records(*states) if _is_about(path, names, unsure=False)]
 
 
@@ -384,7 +386,8 @@ def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
     """Whether a record has a file of one of these names; the answer for one that is damaged or another user's."""
     try:
         with Record(path) as record:
-            return record.head.whole or bool(names & set(record.head.files))
+            nested = any("/" in name for name in record.head.names)  # the files of a tree are never named alone
+            return (record.head.whole and nested) or bool(names & record.head.names)
     except ParamendError:
         return unsure
 
@@ -397,6 +400,8 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
     )
 
 
+# The files that a patch puts whole into a folder of shards, or replaces there.
+_PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
 

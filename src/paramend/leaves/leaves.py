@@ -29,11 +29,7 @@ def uncollected() -> Iterator[None]:
 
 
 class Layered(dict[Label, Any]):
-    """Names of numbered layers, where the entries from some number on are no layers.
-
-    Attributes:
-        layers: that number. Positions such as `[-1]` count what is below it.
-    """
+    """Names of numbered layers, where the entries from number `layers` on are none: positions do not count them."""
 
     __slots__ = ("layers",)
 
@@ -188,10 +184,7 @@ class Index:
 
 def plain(path: Iterable[Label], separator: str) -> str:
     """A path as plain text: keys joined by the separator, nothing escaped."""
-    out = ""
-    for at, label in enumerate(path):
-        out += (getattr(label, "before", "") or separator if at else "") + text_of(label)
-    return out
+    return separator.join(keys_of(path))
 
 
 def keys_of(path: Iterable[Label]) -> tuple[str, ...]:

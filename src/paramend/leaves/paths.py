@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from paramend.leaves.names import Alone
+
 SPECIAL = frozenset('*{}[]<>,"\\/.')
 
 _split = re.compile(r"([/.])").split
@@ -30,13 +32,10 @@ class Part(NamedTuple):
     serial: int = 0
 
 
-class Joined(str):
-    """A key that a separator joins to the key above it: the two were one name, split when a flat table was nested.
+class Joined(Alone, str):
+    """A key that a separator, `before`, joins to the key above it: they were one name in a table that was nested.
 
     It is text like any other, and outlives edits and `jax.tree.map`; a pickle of it is plain text.
-
-    Attributes:
-        before: the separator.
 
     >>> key = Joined("weight", ".")
     >>> key == "weight", key.before
@@ -53,12 +52,6 @@ class Joined(str):
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
-
-    def __copy__(self) -> "Joined":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "Joined":
-        return self
 
 
 Label = str | Part

@@ -62,8 +62,6 @@ class Scheme:
     codec: Coding | None = None
 
 
-# ---- dtypes and companions that several rows share -----------------------------------------------------------------
-
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e4m3b11fnuz")
 FP4 = ("int8", "uint8", "float4_e2m1fn")
 INT8 = ("int8", "int4", "uint4")
@@ -185,9 +183,6 @@ def _optimizer_state(n: str) -> Scheme:
     return Scheme("bnb-optim8", "8-bit moments of bitsandbytes", (f"state{n}",), ("uint8", "int8"), (scale, codes))
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------------------
-
-
 def _per_tensor(payload: Spec, by: Mapping[str, Spec]) -> bool:
     scale = by["scale"]  # one of shape [1, 1] is that of the only block
     stacked = payload.ndim > 2 and scale.shape == payload.shape[:1]
@@ -244,8 +239,6 @@ def _rows(payload: Spec, by: Mapping[str, Spec]) -> bool:
     scale = by["scale"]
     return payload.ndim == scale.ndim >= 2 and payload.shape[:-1] == scale.shape[:-1]
 
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 # The first row that fits a payload counts; the rows of one library that know less of a layout come after the others.
 SCHEMES: tuple[Scheme, ...] = (

@@ -17,6 +17,8 @@ _DERIVED: Mapping[str, Callable[[Callable[[str], int]], int]] = {
     "num_key_value_heads": lambda number: number("num_attention_heads"),
     "head_dim": lambda number: number("hidden_size") // number("num_attention_heads"),
 }
+# What those mean that are nowhere: a vocabulary of unknown size, and one that is not padded, as by Megatron-Bridge.
+_DEFAULTS = {"vocab_size": 0, "make_vocab_size_divisible_by": 1, "tensor_model_parallel_size": 1}
 _SOURCES = {"num_key_value_heads": ("num_attention_heads",), "head_dim": ("hidden_size", "num_attention_heads")}
 
 
@@ -56,6 +58,8 @@ class Numbers:
                 return _check(name, config[name])
         if name in _DERIVED and self._config:
             return _DERIVED[name](self)
+        if name in _DEFAULTS:
+            return _DEFAULTS[name]
         where = f"{CONFIG} has no {name}" if self._config else f"there is no {CONFIG} that says {name}"
         raise BadArgument(where, hint=f"pass it: {name}=8")
 

@@ -204,7 +204,6 @@ def _woven(texts: Sequence[str], numbers: Any) -> Iterable[str]:
 
 
 def _fold_subtrees(lines: list[Line], limit: int, elsewhere: list[str]) -> list[Line]:
-    """Whole subtrees as one line, the deepest first, until there are few enough lines."""
     for depth in range(max(len(_keys(line.paths[0])) for line in lines) - 1, 0, -1):
         if len(lines) <= limit:
             break

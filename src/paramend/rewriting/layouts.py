@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.failures import ELSEWHERE
 from paramend.edits.plan import Plan
 from paramend.errors import Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, Format
 from paramend.formats.shards import Shards
 from paramend.reports import wording
+from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file
@@ -76,7 +78,38 @@ def lay_out(
         return _folder(made, source, wish, link=link)
     if wish.again:
         return _again(made, source, wish, link=link)
-    return _fresh(made, source, wish, None if max_shard_size is None else parse_size(max_shard_size))
+    return _fresh(made, source, wish, None if max_shard_size is None else parse_size(max_shard_size), link=link)
+
+
+def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
+    """What a plan that adds leaves to its source changes in the folder of it.
+
+    Returns:
+        The files that are new there or replace others, and (old name, new name) of those that get another name.
+
+    Raises:
+        Unsupported: the source has no place for further files, or leaves of it go or move.
+    """
+    source = base_of(made)
+    files = grown_shards(made, source, link=False, splits=True)
+    if files is None:
+        raise Unsupported(
+            f"{source.path}: in place, values can change and leaves can be added; added leaves go into a file of their "
+            "own, which readers find only in a folder with model.safetensors or its shards, and others keep their name",
+            hint=ELSEWHERE,
+        )
+    _check(made, DEFAULT)
+    own = {file.path for file in source.files}
+    stay = {each.origin: each.name for each in files if each.origin in own}
+    new = [each for each in files if each.origin not in own]
+    for path in own:
+        if path not in stay and path.name not in {each.name for each in new}:
+            raise Unsupported(
+                f"{path}: it would both change and become the first of several files, with another name",
+                hint="two patches: one that edits, one that inserts",
+            )
+    new += [each for each in _beside(made, source)[0] if each.origin is None]
+    return new, [(path.name, stay[path]) for path in own if stay.get(path, path.name) != path.name]
 
 
 def _check(made: Plan, form: Format) -> None:
@@ -140,13 +173,14 @@ def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[s
     return beside, left_out, tuple(said)
 
 
-def _fresh(made: Plan, source: Any, wish: Wish, limit: int | None) -> Layout:
-    """New files of a format, with the sidecars of a directory."""
+def _fresh(made: Plan, source: Any, wish: Wish, limit: int | None, *, link: bool) -> Layout:
+    """New files of a format, with the sidecars of a directory. Where leaves only come, the old files stay."""
     _check(made, wish.format)
     gone = lost(source, wish.format)
     if not wish.folder:
         file = fresh_file(made, ordered(made, wish.format), wish.format, "")
         return Layout((file,), False, wish.format, gone, said=left_behind(made, source))
-    files = new_shards(made, wish.format, largest(source) if limit is None else limit)
+    files = grown_shards(made, source, link=link, splits=link) if limit is None else None
+    files = files or new_shards(made, wish.format, largest(source) if limit is None else limit)
     beside, left_out, said = _beside(made, source)
     return Layout((*files, *beside), True, wish.format, (*gone, *left_out), said=said)

@@ -11,11 +11,7 @@ from paramend.selectors.matching import Machine, MatchWalk, Missing, steps_of
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed selector.
-
-    Attributes:
-        segments: what the text says, as data. `str(pattern)` is text that parses to the same segments.
-    """
+    """A parsed selector: its `segments` as data. `str(pattern)` is text that parses to the same segments."""
 
     segments: tuple[Segment, ...]
     _machine: Machine = field(init=False, repr=False, compare=False)
@@ -79,10 +75,7 @@ class Pattern:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Pattern:
-    """The pattern that a selector's text means.
-
-    Raises:
-        SelectorError: the text breaks the grammar; the message points at the character.
+    """The pattern that a selector's text means; `SelectorError` points at the character that breaks the grammar.
 
     >>> str(parse("model.layers[-1].{q,k}_proj.weight"))
     'model/layers[-1]/{q,k}_proj/weight'

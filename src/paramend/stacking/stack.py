@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend
+from paramend.edits import hands
 from paramend.edits.memory import editable
 from paramend.edits.structure import take_apart
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import AnyTree
-from paramend.mapping import hands
 from paramend.selectors.layers import without_rest
 from paramend.selectors.nesting import depths as depths_in
 from paramend.selectors.renames import rename

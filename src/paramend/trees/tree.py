@@ -8,7 +8,6 @@ as fast; the order of dict keys, which that walk loses, is restored.
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from operator import is_
 from typing import Any
 
@@ -75,8 +74,10 @@ class Tree:
         """The structure by JAX's walk, or None if that walk sees the tree differently."""
         if not imported("jax") or type(self.root) in leaf_types or _holds_modules(self.root):
             return None
+        from paramend.trees.pytree import flatten  # imports jax
+
         try:
-            values, treedef = _jax_flatten()(self.root)
+            values, treedef = flatten(self.root)
             key = (_landmarks(self.root), treedef, tuple(map(type, values)))
             structure = _structures.get(key)
         except (TypeError, ValueError, SystemError):  # keys that do not sort, static fields without hash, great depth
@@ -161,7 +162,6 @@ class Tree:
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """ "": every leaf in memory can be read."""
         return ""
 
     def read(self, number: int) -> Any:
@@ -213,11 +213,7 @@ class Tree:
         return list(zip(keys or range(len(children)), children, strict=True))
 
     def in_place(self, number: int) -> None:
-        """Raise for leaves that can only be replaced.
-
-        Raises:
-            Unsupported: the leaf is an immutable array outside of a box, or repeats its elements.
-        """
+        """Raise `Unsupported` for leaves that can only be replaced: immutable arrays without a box, expanded ones."""
         if number in self.boxes:
             return
         value = self.values[number]
@@ -231,10 +227,7 @@ class Tree:
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
 
     def apart(self, numbers: Collection[int]) -> dict[int, int]:
-        """Check that leaves can change in place without changing others; those that are one array are changed once.
-
-        Returns:
-            The number of a leaf → that of an earlier one of these leaves that is the same array.
+        """Check that leaves can change in place without changing others; of those that are one array, → the first one.
 
         Raises:
             Unsupported: a leaf shares memory with a leaf that is not among them, or shares a part of it with any.
@@ -289,13 +282,6 @@ def _holds_modules(root: Any) -> bool:
         return False
     children = kind.open(root)[1]
     return len(children) <= 16 and not all((k := find_kind(child)) is None or k.compiled for child in children)
-
-
-@cache
-def _jax_flatten() -> Any:
-    from paramend.trees.pytree import flatten  # imports jax
-
-    return flatten
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:
