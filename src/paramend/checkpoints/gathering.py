@@ -109,4 +109,7 @@ def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Pla
             f"{wording.listing(clashes, 4)}",
             hint=hint,
         )
-    return gathered(plan.leaves, leaves, ties=ties_of(plan.leaves.ties, kept))
+    made = gathered(plan.leaves, leaves, ties=ties_of(plan.leaves.ties, kept))
+    for path, layers in index.layers.items():
+        made.leaves.index.mark(path, layers)
+    return made
