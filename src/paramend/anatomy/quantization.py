@@ -1,12 +1,50 @@
-"""What the configuration beside the weights says of the quantisation of one module."""
+"""What the configuration beside the weights says of their quantisation."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from paramend.anatomy.sections import config_beside
 from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.groups import methods_of
+
+# Files in the order in which they count, and the keys below which they say it; () is the file itself.
+FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("config.json", ("quantization_config", "compression_config", "quantization")),
+    ("quantize_config.json", ()),
+    ("quant_config.json", ()),
+    ("hf_quant_config.json", ("quantization",)),
+)
+
+
+def quantization_of(path: Path) -> Mapping[str, object] | None:
+    """The part of a configuration that tells how weights are quantised, or None. A damaged one tells nothing here.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}')
+    >>> quantization_of(folder), quantization_of(folder / "model.safetensors")
+    ({'quant_method': 'fp8'}, {'quant_method': 'fp8'})
+    """
+    found = (_part(config_beside(path, name), keys) for name, keys in FILES)
+    return next((part for part in found if part), None)
+
+
+def _part(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """What lies below one of the keys, in the data itself or in the configuration of its text model."""
+    if not keys:
+        return data
+    for part in (data, data.get("text_config")):
+        for key in keys:
+            if isinstance(part, Mapping) and isinstance(part.get(key), Mapping):
+                return part[key]  # type: ignore[no-any-return]
+    return None
+
+
+# ---- what it says of one module ----------------------------------------------------------------------------------
 
 # Where configurations of several methods list the modules that they leave as they are.
 _IGNORE = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "exclude")
@@ -80,3 +118,62 @@ def _pairs(value: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _first(said: Mapping[str, Any], *keys: str) -> int | None:
     """The first of some keys that has a whole number."""
     return next((said[key] for key in keys if type(said.get(key)) is int), None)
+
+
+# ---- what it says when fewer weights are quantised ---------------------------------------------------------------
+
+# quant_method → the list that its readers know. GPTQModel has a map of patterns instead.
+_LISTS = {
+    "compressed-tensors": "ignore",
+    "modelopt": "ignore",
+    "bitsandbytes": "llm_int8_skip_modules",
+    "quark": "exclude",
+}
+
+
+def dequantised(
+    name: str, values: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str], *, left: bool
+) -> dict[str, Any] | None:
+    """What one of `FILES` holds after modules are no longer quantised; None if it has nothing to tell any more.
+
+    Args:
+        name: the name of the file.
+        values: what it holds.
+        modules: the modules.
+        floats: the others that are not quantised, for a file that leaves it to its readers to know them.
+        left: whether any module still is.
+
+    >>> config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}}
+    >>> dequantised("config.json", config, ["fc"], [], left=True)["quantization_config"]["modules_to_not_convert"]
+    ['lm_head', 'fc']
+    >>> dequantised("config.json", config, ["fc"], [], left=False)
+    {}
+    """
+    keys = dict(FILES)[name]
+    if not left and name != FILES[0][0]:
+        return None
+    new = copy.deepcopy(dict(values))
+    if not keys:
+        _leave_out(new, modules, floats)
+    for part in (new, new.get("text_config")):
+        for key in keys:
+            if isinstance(part, dict) and isinstance(part.get(key), dict):
+                if left:
+                    _leave_out(part[key], modules, floats)
+                else:
+                    del part[key]
+    return new
+
+
+def _leave_out(config: dict[str, Any], modules: Sequence[str], floats: Sequence[str]) -> None:
+    """Enter modules into the lists of those that are not quantised."""
+    method = next(iter(methods_of(config)), "")
+    if method == "gptq":
+        config["dynamic"] = {f"-:^{re.escape(each)}$": {} for each in modules} | (config.get("dynamic") or {})
+        return
+    lists = [key for key in _IGNORE if isinstance(config.get(key), list)]
+    lists = lists or ["exclude_modules" if "quant_algo" in config else _LISTS.get(method, "modules_to_not_convert")]
+    for key in lists:
+        listed = config.get(key)
+        listed = list(floats) if listed is None else listed
+        config[key] = [*listed, *(each for each in modules if not any(_names(entry, each) for entry in _texts(listed)))]

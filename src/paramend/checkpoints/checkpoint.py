@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from paramend.anatomy.beside import absent_head, mark_blocks, quantization_of
+from paramend.anatomy.beside import absent_head, mark_blocks
+from paramend.anatomy.quantization import quantization_of
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan

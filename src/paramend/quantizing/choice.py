@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 from paramend.anatomy.quantization import stated
 from paramend.arrays.registry import to_numpy

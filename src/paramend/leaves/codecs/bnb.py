@@ -58,7 +58,7 @@ def int8(scheme: str, parts: Parts, stated: Stated) -> Codec:
         raise disagree(f"{rows} rows", f"{scale.spec.size} scales", payload, scale)
     if "format" in parts and parts["format"].read().any():
         raise Unsupported(
-            f"{payload} is in an order of tiles, as older versions of bitsandbytes stored it: {parts['format']} is not 0",
+            f"{payload} is in an order of tiles, as bitsandbytes once stored it: {parts['format']} is not 0",
             hint="load it with the version of bitsandbytes that wrote it, and save it again",
         )
     fields = {"payload": Field(payload.spec, (1, 1)), "scale": Field(Spec((rows, 1), scale.spec.dtype), (1, 0))}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from paramend.leaves.codecs.codes import Codes
-from paramend.leaves.codecs.fields import Field, Groups
+from paramend.leaves.codecs.fields import NO_GROUPS, Field, Groups
 from paramend.leaves.origins.boxes import Box
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import Origin
@@ -18,12 +18,31 @@ Parts = Mapping[str, Origin]
 Grids = Mapping[str, Array]
 
 
+# What `g_idx` tells the places of.
+_GROUPED = ("scale", "zero")
+
+
 class Scaling(ABC):
     """What the values of codes are multiplied by: made of the leaves with scales."""
 
     @abstractmethod
     def factors(self, grids: Grids) -> tuple[Array, ...]:
         """Factors in float32, in the order in which values are multiplied by them."""
+
+    @abstractmethod
+    def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
+        """The scales, as they are stored, with which the greatest code is for the greatest magnitude of a block.
+
+        Args:
+            greatest: the greatest magnitude of each block, float32.
+            limit: the greatest code's value.
+            spec: that of the stored scales.
+            grids: what stays, as scales of scales.
+        """
+
+    def top(self, greatest: Array, limit: float) -> Array:
+        """The scale of scales for the greatest magnitude of a weight, float32."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,15 +79,25 @@ class Codec:
             return reshape(stored, self.shape)
         return permute_axes(stored, self.axes) if self.axes else stored
 
-    def grids(self, views: Parts, box: Box) -> dict[str, Array]:
-        """Role → codes, scales and zero points of a box, as arrays that broadcast to it."""
+    def grids(self, views: Parts, box: Box, skip: str = "") -> dict[str, Array]:
+        """Role → codes, scales and zero points of a box, as arrays that broadcast to it.
+
+        Args:
+            views: the leaves, from `views`.
+            box: the places, in axes of storage.
+            skip: a role that is left out.
+        """
         groups = self.groups(views)
-        return {role: each.read(views[role], box, groups) for role, each in self.fields.items() if role != "group"}
+        return {
+            role: each.read(views[role], box, groups if role in _GROUPED else NO_GROUPS)
+            for role, each in self.fields.items()
+            if role in views and role not in (skip, "group")
+        }
 
     def groups(self, views: Parts) -> Groups:
         """What `g_idx` says of an axis."""
-        if "group" not in self.fields:
-            return {}
+        if "group" not in views or "group" not in self.fields:
+            return NO_GROUPS
         axis = next(axis for axis, every in enumerate(self.fields["group"].every) if every)
         return {axis: views["group"].read().reshape(-1)}
 
@@ -79,18 +108,19 @@ class Codec:
             views: the leaves, from `views`.
             box: the places, in axes of storage.
         """
-        grids = self.grids(views, box)
+        return self.decoded(self.grids(views, box))
+
+    def decoded(self, grids: Grids) -> Array:
+        """The values of codes, scales and zero points, float32."""
         with np.errstate(all="ignore"):
             values = self.codes.decode(grids["payload"])
-            zero = self.zero(grids)
-            if zero is not None:
-                values = np.subtract(values, zero, out=values)
+            if self.zeros is not None and "zero" in grids:
+                values = np.subtract(values, self.zeros.decode(grids["zero"]), out=values)
             for factor in self.scaling.factors(grids):
                 values = np.multiply(values, factor, out=values)
         return values
 
-    def zero(self, grids: Grids) -> Array | None:
-        """The zero points, float32; None where zero is code 0."""
-        if self.zeros is None or "zero" not in grids:
-            return None
-        return self.zeros.decode(grids["zero"])
+    @property
+    def encodes(self) -> tuple[str, ...]:
+        """The roles of the leaves that new values change: the codes first, then scales and zero points."""
+        return tuple(role for role in ("payload", *_GROUPED) if role in self.fields)

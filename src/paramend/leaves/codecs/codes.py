@@ -14,6 +14,9 @@ _NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 _FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+_BYTES = ("int8", "uint8")
+# Dtypes in which every code has its opposite; those with "uz" have no -0.
+_SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -33,10 +36,24 @@ class Codes:
         return codes_of, (self.name,)
 
     @property
+    def low(self) -> float:
+        """The least value."""
+        return float(np.nanmin(self.values))
+
+    @property
+    def high(self) -> float:
+        """The greatest value."""
+        return float(np.nanmax(self.values))
+
+    @property
     def limit(self) -> float:
-        """The greatest magnitude that both signs have, or the greatest value where there is one sign."""
-        low, high = float(np.nanmin(self.values)), float(np.nanmax(self.values))
-        return min(high, -low) if low < 0 else high
+        """What the greatest magnitude is for: the greatest value, or for integers half of their range."""
+        return (self.high - self.low) / 2
+
+    @property
+    def sign(self) -> int:
+        """The bit by which the opposite of each code differs; 0 if there is no such bit."""
+        return 8 if self.name == "e2m1" else 0x80 if self.name in _SIGNED else 0
 
     def decode(self, codes: Array) -> Array:
         """The values of codes of one byte each, float32."""
@@ -45,11 +62,15 @@ class Codes:
 
     def nearest(self, values: Array) -> Array:
         """The codes of the nearest values; of two, the even one; for those beyond the ends, the last ones."""
-        inside = np.clip(values, np.nanmin(self.values), np.nanmax(self.values))
+        inside = np.clip(values, self.low, self.high)
         if self.name.startswith("float"):
-            return inside.astype(numpy_dtype(self.name)).view(np.uint8)
-        if ".." in self.name or self.name in ("int8", "uint8"):
-            return (np.rint(inside) - self.values[0]).astype(np.uint8)
+            rounded: Array = inside.astype(numpy_dtype(self.name)).view(np.uint8)
+            return rounded
+        if ".." in self.name or self.name in _BYTES:
+            whole: Array = np.rint(inside)
+            return (
+                whole.astype(self.name).view(np.uint8) if self.name in _BYTES else (whole - self.low).astype(np.uint8)
+            )
         order, edges = _edges(self.name)
         found: Array = order[np.searchsorted(edges, inside, "right")]
         return found

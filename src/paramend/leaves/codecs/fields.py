@@ -1,7 +1,7 @@
 """Fields: a stored leaf of a group as a grid of codes or scales over the weight, and how codes are packed in words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # Axis of the weight → for each of its places, the place of the grid, where no regular block says it: `g_idx`.
 Groups: TypeAlias = Mapping[int, Array]
+NO_GROUPS: Groups = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,39 +47,40 @@ class Packing:
             words = np.ascontiguousarray(words).view(np.uint8)  # the same codes in fewer steps
         words = words.view(f"u{words.itemsize}")
         codes, count = self.lump(words.itemsize)
-        lumps = words.shape[self.axis] // count
+        lumps, width = words.shape[self.axis] // count, 8 * words.itemsize
         before, after = words.shape[: self.axis], words.shape[self.axis + 1 :]
-        grouped = words.reshape(*before, lumps, count, *after)
-        found = np.empty((*before, lumps, codes, *after), np.uint8)
-        ahead = (slice(None),) * (self.axis + 1)
+        grouped = np.moveaxis(words.reshape(*before, lumps, count, *after), self.axis + 1, 0)
+        found: Array = np.empty((*before, lumps, codes, *after), np.uint8)
+        by_code = np.moveaxis(found, self.axis + 1, 0)
         for code in range(codes):
-            place, shift = self._place(code, words.itemsize)
-            value = grouped[(*ahead, place)] >> shift
-            if shift + self.bits > 8 * words.itemsize:  # its upper bits are in the next word
-                value = value | grouped[(*ahead, place + 1)] << (8 * words.itemsize - shift)
-            found[(*ahead, code)] = value & ((1 << self.bits) - 1)
+            place, shift = self._place(code, width)
+            value = grouped[place] >> shift
+            if shift + self.bits > width:  # its upper bits are in the next word
+                value = value | grouped[place + 1] << (width - shift)
+            by_code[code] = value & ((1 << self.bits) - 1)
         return found.reshape(*before, lumps * codes, *after)
 
     def pack(self, codes: Array, dtype: np.dtype[np.generic]) -> Array:
         """The words of codes, which fill lumps."""
         each, count = self.lump(dtype.itemsize)
-        lumps = codes.shape[self.axis] // each
+        lumps, width = codes.shape[self.axis] // each, 8 * dtype.itemsize
         before, after = codes.shape[: self.axis], codes.shape[self.axis + 1 :]
-        grouped = codes.reshape(*before, lumps, each, *after).astype(f"u{dtype.itemsize}")
-        found = np.zeros((*before, lumps, count, *after), grouped.dtype)
-        ahead = (slice(None),) * (self.axis + 1)
+        by_code = np.moveaxis(codes.reshape(*before, lumps, each, *after), self.axis + 1, 0)
+        found: Array = np.zeros((*before, lumps, count, *after), f"u{dtype.itemsize}")
+        grouped = np.moveaxis(found, self.axis + 1, 0)
         for code in range(each):
-            place, shift = self._place(code, dtype.itemsize)
-            found[(*ahead, place)] |= grouped[(*ahead, code)] << shift
-            if shift + self.bits > 8 * dtype.itemsize:
-                found[(*ahead, place + 1)] |= grouped[(*ahead, code)] >> (8 * dtype.itemsize - shift)
+            place, shift = self._place(code, width)
+            value = by_code[code].astype(found.dtype)
+            grouped[place] |= value << shift
+            if shift + self.bits > width:
+                grouped[place + 1] |= value >> (width - shift)
         return found.reshape(*before, lumps * count, *after).view(dtype)
 
-    def _place(self, code: int, itemsize: int) -> tuple[int, int]:
+    def _place(self, code: int, width: int) -> tuple[int, int]:
         """The word of a lump that holds a code, and the bits below it."""
         if self.order:
             return code // len(self.order), self.order[code % len(self.order)] * self.bits
-        return divmod(code * self.bits, 8 * itemsize)
+        return divmod(code * self.bits, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,12 @@ class Field:
         """The leaf with the axes of the grid."""
         return reshape(origin, self.spec.shape)
 
-    def places(self, box: Box, groups: Groups | None = None) -> Box:
+    def places(self, box: Box, groups: Groups = NO_GROUPS) -> Box:
         """The places of the grid that a box of the weight needs, each once."""
-        return tuple(_needed(places, every, (groups or {}).get(axis)) for axis, (places, every) in self._axes(box))
+        return tuple(
+            _needed(places, every, groups.get(axis))
+            for axis, (places, every) in enumerate(zip(box, self.every, strict=True))
+        )
 
     def words(self, grid: Box) -> Box:
         """The words of the stored leaf that hold places of the grid."""
@@ -114,7 +119,7 @@ class Field:
             lumps = evenly(words[words < self.spec.shape[axis]])  # the last lump may be cut
         return (*grid[:axis], lumps, *grid[axis + 1 :])
 
-    def read(self, origin: Origin, box: Box, groups: Groups | None = None) -> Array:
+    def read(self, origin: Origin, box: Box, groups: Groups = NO_GROUPS) -> Array:
         """What each place of a box of the weight has: an array that broadcasts to the box.
 
         Args:
@@ -123,10 +128,33 @@ class Field:
             groups: the places of the grid for axes that `g_idx` tells of.
         """
         grid = self.places(box, groups)
-        found = self.codes(origin.read_box(self.words(grid)), grid)
-        for axis, (places, every) in self._axes(box):
-            found = _spread(found, axis, places, every, grid[axis], (groups or {}).get(axis))
+        return self.spread(self.codes(origin.read_box(self.words(grid)), grid), box, groups)
+
+    def spread(self, found: Array, box: Box, groups: Groups = NO_GROUPS) -> Array:
+        """For each place of a box what its place of the grid has; one for all of an axis is left to broadcasting."""
+        for axis, (places, every) in enumerate(zip(box, self.every, strict=True)):
+            found = _spread(found, axis, places, every, groups.get(axis))
         return found
+
+    def reduced(self, ufunc: np.ufunc, values: Array, box: Box, groups: Groups = NO_GROUPS) -> Array:
+        """The values of a box taken together for each place of the grid, by a ufunc such as `np.maximum`."""
+        for axis, (places, every) in enumerate(zip(box, self.every, strict=True)):
+            if every == 1 and axis not in groups:
+                continue
+            at = _at(places, every, groups.get(axis))
+            if (np.diff(at) < 0).any():
+                order = np.argsort(at, kind="stable")
+                at, values = at[order], np.take(values, order, axis)
+            values = ufunc.reduceat(values, np.flatnonzero(np.diff(at, prepend=-1)), axis)
+        return values
+
+    def first(self, box: Box, groups: Groups = NO_GROUPS) -> Box:
+        """For each place of the grid that a box needs, one place of the weight."""
+        found = []
+        for axis, (places, every) in enumerate(zip(box, self.every, strict=True)):
+            _, at = np.unique(_at(places, every, groups.get(axis)), return_index=True)
+            found.append(np.asarray(places)[at])
+        return tuple(found)
 
     def codes(self, words: Array, grid: Box) -> Array:
         """The codes at places of the grid, of the words that hold them."""
@@ -140,7 +168,8 @@ class Field:
             return found[(slice(None),) * axis + (slice(first, first + len(places)),)]
         lumps = _needed(places, codes, None)
         at = np.searchsorted(lumps, np.asarray(places) // codes) * codes + np.asarray(places) % codes
-        return np.take(found, at, axis)
+        chosen: Array = np.take(found, at, axis)
+        return chosen
 
     def pack(self, codes: Array) -> Array:
         """The words of codes, from the first of a lump on; what is left of the last word is filled with zeros."""
@@ -156,34 +185,36 @@ class Field:
         assert self.packing is not None
         return self.packing.lump(numpy_dtype(self.spec.dtype).itemsize)
 
-    def _axes(self, box: Box) -> Sequence[tuple[int, tuple[Places, int]]]:
-        return list(enumerate(zip(box, self.every, strict=True)))
+
+def _at(places: Places, every: int, group: Array | None) -> Array:
+    """The block that each place is in."""
+    if group is not None and every:
+        found: Array = group[np.asarray(places)]
+        return found
+    return np.asarray(places) // every if every else np.zeros(len(places), np.int64)
 
 
 def _needed(places: Places, every: int, group: Array | None) -> Places:
     """The blocks that some places are in, each once, in order."""
     if not len(places):
         return range(0)
-    if group is not None:
-        return evenly(np.unique(group[np.asarray(places)]))
-    if not every:
-        return range(1)
-    if isinstance(places, range) and places.step == 1:
-        return places if every == 1 else range(places.start // every, (places[-1]) // every + 1)
-    return evenly(np.unique(np.asarray(places) // every))
+    if group is None and isinstance(places, range) and places.step == 1:
+        return range(places.start // every, places[-1] // every + 1) if every else range(1)
+    return evenly(np.unique(_at(places, every, group)))
 
 
-def _spread(found: Array, axis: int, places: Places, every: int, grid: Places, group: Array | None) -> Array:
-    """For each place what its block has; one block for all is left to broadcasting."""
-    if len(grid) <= 1:
+def _spread(found: Array, axis: int, places: Places, every: int, group: Array | None) -> Array:
+    """For each place what its block has."""
+    if found.shape[axis] <= 1:
         return found
     if group is None and isinstance(places, range) and places.step == 1:
         if every == 1:
             return found
         first = places.start % every
         return np.repeat(found, every, axis)[(slice(None),) * axis + (slice(first, first + len(places)),)]
-    at = group[np.asarray(places)] if group is not None else np.asarray(places) // every
-    return np.take(found, np.searchsorted(grid, at), axis)
+    at = _at(places, every, group)
+    spread: Array = np.take(found, np.searchsorted(np.unique(at), at), axis)
+    return spread
 
 
 def _filled(array: Array, axis: int, count: int) -> Array:

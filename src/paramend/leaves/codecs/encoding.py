@@ -1,0 +1,131 @@
+"""The other way: scales, zero points and codes for new values, to the nearest."""
+
+import math
+from collections.abc import Mapping
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+
+from paramend.errors import Unsupported
+from paramend.leaves.codecs.codec import Codec, Grids, Parts
+from paramend.leaves.codecs.fields import Field
+from paramend.leaves.origins.boxes import Box
+from paramend.leaves.specs import Array, numpy_dtype
+
+
+class Bounds(NamedTuple):
+    """What scales are chosen by: for each place of their grid, of the values there.
+
+    Attributes:
+        low: the least one, or 0.
+        high: the greatest one, or 0.
+        changed: whether one is not as it was.
+    """
+
+    low: Array
+    high: Array
+    changed: Array
+
+    @property
+    def greatest(self) -> Array:
+        """The greatest magnitudes."""
+        found: Array = np.maximum(self.high, -self.low)
+        return found
+
+
+def unit(codec: Codec) -> tuple[int, ...]:
+    """Along each axis, how many places of the weight are encoded together at least: a block, and whole words.
+
+    Axes of which a block has all count by their words alone.
+    """
+    fields = [codec.fields[role] for role in codec.encodes]
+    return tuple(
+        math.lcm(*(each.every[axis] or 1 for each in fields), *(_codes(each, axis) for each in fields))
+        for axis in range(len(codec.spec.shape))
+    )
+
+
+def bounds_of(codec: Codec, values: Array, changed: Array, box: Box, views: Parts) -> Bounds:
+    """The bounds of the values of a box."""
+    field, groups = codec.fields["scale"], codec.groups(views)
+    low, high = (field.reduced(each, values, box, groups) for each in (np.minimum, np.maximum))
+    zero = np.float32(0)
+    return Bounds(np.minimum(low, zero), np.maximum(high, zero), field.reduced(np.logical_or, changed, box, groups))
+
+
+def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], keep: bool) -> Grids:
+    """Scales and zero points for the blocks of a box, as they are stored, one for each place of their grid.
+
+    Args:
+        codec: the codec.
+        bounds: the bounds at these places.
+        box: the box.
+        views: the leaves that there are; those of blocks without changes are kept.
+        tops: scales of scales where they are new, too.
+        keep: whether scales are kept where they can be: those that are finite.
+    """
+    field, groups = codec.fields["scale"], codec.groups(views)
+    one = field.first(box, groups)  # a place of each block
+    there = codec.grids(views, one, skip="payload") | dict(tops)
+    uneven = codec.zeros is not None and "zero" in codec.fields
+    found = {}
+    greatest = (bounds.high - bounds.low) / 2 if uneven else bounds.greatest
+    found["scale"] = codec.scaling.fitted(greatest, codec.codes.limit, field.spec, there)
+    if uneven and codec.zeros is not None:
+        zero = codec.codes.low - bounds.low / factor_of(codec, there | found)
+        found["zero"] = codec.zeros.nearest(np.minimum(zero, codec.codes.high))
+    if "scale" not in views:
+        return found
+    new = bounds.changed & ~np.isfinite(factor_of(codec, there)) if keep else bounds.changed
+    return {role: _where(new, each, there[role]) for role, each in found.items()}
+
+
+def codes_for(codec: Codec, values: Array, grids: Grids) -> Array:
+    """The nearest codes of values.
+
+    Args:
+        codec: the codec.
+        values: the values, float32.
+        grids: scales and zero points, which broadcast to them.
+
+    Raises:
+        Unsupported: there is no code for a value: it is not finite, or it is 0.
+    """
+    factor = factor_of(codec, grids)
+    with np.errstate(all="ignore"):
+        exact = np.where(factor == 0, np.float32(0), values / factor)
+    if codec.zeros is not None and "zero" in grids:
+        zero = codec.zeros.decode(grids["zero"])
+        if ((zero > codec.codes.high) & (values == 0)).any():
+            raise Unsupported(
+                f"a zero point is {zero.max():g}, and codes of {codec.scheme} end at {codec.codes.high:g}: none is 0",
+                hint="dequantise the weight, edit it, and quantise it again",
+            )
+        exact = exact + zero
+    if not np.isfinite(exact).all() and not np.isnan(codec.codes.values).any():
+        raise Unsupported(
+            f"a value is not finite, and {codec.scheme} has no code for it",
+            hint="dequantise the weight, and edit it then",
+        )
+    return codec.codes.nearest(exact)
+
+
+def factor_of(codec: Codec, grids: Grids) -> Array:
+    """What the values of codes are multiplied by."""
+    with np.errstate(all="ignore"):
+        return reduce(np.multiply, codec.scaling.factors(grids))
+
+
+def _where(new: Array, one: Array, other: Array) -> Array:
+    """`np.where` for dtypes that it does not know."""
+    bits = f"u{one.itemsize}"
+    found: Array = np.where(new, one.view(bits), other.view(bits)).view(one.dtype)
+    return found
+
+
+def _codes(field: Field, axis: int) -> int:
+    """How many places of the weight fill the words of a leaf along an axis."""
+    if field.packing is None or field.packing.axis != axis:
+        return 1
+    return field.packing.lump(numpy_dtype(field.spec.dtype).itemsize)[0] * (field.every[axis] or 1)
