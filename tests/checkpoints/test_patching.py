@@ -795,8 +795,23 @@ def test_a_function_that_raises_changes_nothing(model):
 HOW = [{}, {"torn": True}, *({"power": seed, "torn": bool(seed % 2)} for seed in range(6))]
 
 
+def make_configured(folder):
+    """Shards beside a configuration."""
+    make_shards(folder)
+    (folder / "config.json").write_text('{"n": 1}\n')
+    return folder
+
+
+def configured(path):
+    """A patch of leaves and of the configuration, which has another length then."""
+    pm.patch(path, lambda t: pm.config(pm.at(t, "layers/**").add(1)).set({"n": 2, "a new key": [1]}))
+
+
+MANY = {"file": None, "shards and their configuration": make_configured, "torch shards": make_torch_shards}
+
+
 @pytest.mark.parametrize("how", HOW, ids=repr)
-@pytest.mark.parametrize("many", [None, make_shards, make_torch_shards], ids=["file", "shards", "torch shards"])
+@pytest.mark.parametrize("many", MANY.values(), ids=MANY)
 def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
     def make(folder):
         if many:
@@ -805,7 +820,10 @@ def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
         return "model.safetensors"
 
     def action(path):
-        patched(path, "layers/**", "add", value=1)
+        if many is make_configured:
+            configured(path)
+        else:
+            patched(path, "layers/**", "add", value=1)
 
     make(tmp_path)
     name = "model" if many else "model.safetensors"
@@ -834,9 +852,9 @@ def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
 @pytest.mark.parametrize("how", HOW, ids=repr)
 def test_an_undo_cut_short_anywhere_leaves_old_or_new(tmp_path, how):
     def make(folder):
-        path = make_shards(folder / "model")
+        path = make_configured(folder / "model")
         patched(path, "embed/**", "zero")
-        patched(path, "layers/**", "add", value=1)
+        configured(path)
         return path.name
 
     path = tmp_path / make(tmp_path)

@@ -139,6 +139,29 @@ def test_edits_on_the_way(tmp_path, donor):
     assert content(model) == before
 
 
+def configuring(donor):
+    return lambda target: pm.config(inserting(donor)(target)).set({"mtp": 1, "hidden_size": 12})
+
+
+def test_leaves_come_together_with_what_the_configuration_says_of_them(model, donor):
+    before = content(model)
+    dry = pm.patch(model, configuring(donor), dry_run=True)
+    assert content(model) == before
+    assert "2 of 4 leaves are inserted, 2 keys of config.json change" in str(dry)
+    report = pm.patch(model, configuring(donor))
+    assert report.bytes_written == dry.bytes_written
+    assert (model / "config.json").read_text() == '{"hidden_size": 12, "mtp": 1}'
+    assert set(by_index(model)) == {*LEAVES, "mtp.w", "mtp.b"}
+    (row,) = pm.history(model)
+    assert {"config.json", INDEX} < set(row.files) and "hidden_size: 3 -> 12" in row.edit
+    after = content(model)
+    pm.patch(model, lambda target: pm.config(pm.at(target, "layers.1.w").fill(7)).delete("mtp"))
+    assert (model / "config.json").read_text() == '{"hidden_size": 12}'
+    for then in (after, before):
+        pm.undo(model)
+        assert content(model) == then
+
+
 def test_leaves_of_every_kind(tmp_path):
     odd = {
         "half": np.arange(5).astype(ml_dtypes.bfloat16),
@@ -450,7 +473,7 @@ HOW = [{}, *({"power": seed, "torn": bool(seed % 2)} for seed in range(3))]
 def test_cut_short_anywhere_leaves_old_or_new(tmp_path, donor, kind, how):
     model = make(tmp_path / "model", kind)
     old = content(model)
-    pm.patch(model, inserting(donor))
+    pm.patch(model, configuring(donor))
     new = content(model)
 
     def check(path, dead):
@@ -462,13 +485,13 @@ def test_cut_short_anywhere_leaves_old_or_new(tmp_path, donor, kind, how):
         if content(path) == new:
             pm.undo(path)
         assert content(path) == old
-        pm.patch(path, inserting(donor))
+        pm.patch(path, configuring(donor))
         assert content(path) == new
 
     steps = crash_everywhere(
         tmp_path,
         lambda folder: make(folder / "model", kind).name,
-        lambda p: pm.patch(p, inserting(donor)),
+        lambda p: pm.patch(p, configuring(donor)),
         check,
         **how,
     )
@@ -481,7 +504,7 @@ def test_cut_short_anywhere_leaves_old_or_new(tmp_path, donor, kind, how):
 def test_an_undo_cut_short_anywhere_leaves_new_or_old(tmp_path, donor, kind, how):
     def begin(folder):
         path = make(folder / "model", kind)
-        pm.patch(path, inserting(donor))
+        pm.patch(path, configuring(donor))
         return path.name
 
     model = tmp_path / begin(tmp_path)
@@ -512,7 +535,7 @@ def test_between_the_files_readers_find_the_old_state(model, donor, monkeypatch)
             seen.append(len(by_index(model)))
 
     monkeypatch.setattr(os, "rename", looking)
-    pm.patch(model, inserting(donor))
+    pm.patch(model, configuring(donor))
     assert seen[-1] == 4
     pm.undo(model)
     monkeypatch.undo()

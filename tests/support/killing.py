@@ -58,9 +58,11 @@ def make(folder, kind):
 
 
 def edit(kind):
-    """An edit of all leaves; of a kind of torch also one that needs a file of another structure."""
+    """An edit of all leaves; of shards also of the configuration, of a kind of torch also one of the structure."""
     if kind == "structure":
         return lambda t: pm.at(pm.at(t, "model.layers[0].w").rename("model.first"), "**.layers.1.w").cast("float16")
+    if kind == "shards":
+        return lambda t: pm.config(pm.at(t, "**").add(1)).set({"a key": "a value"})
     if kind in ("inserted", "split"):
         return lambda t: pm.insert(t, {"new": tree()}, "**")
     return lambda t: pm.at(t, "**").add(1)
@@ -165,7 +167,8 @@ def patches(folder, kind, rounds, signum, rng):
 
 def main(engine, kind, rounds, signum="9", seed="0"):
     run = {"rewrite": rewrites, "patch": patches}[engine]
-    assert all((pm.patch, pm.undo, pm.history, pm.open, pm.insert))  # opened lazily: not in the child
+    # Opened lazily: not in the child.
+    assert all((pm.patch, pm.undo, pm.history, pm.open, pm.config, pm.insert))
     with tempfile.TemporaryDirectory() as folder:
         seen = run(Path(folder), kind, int(rounds), int(signum), random.Random(seed))
     print(f"{engine} {kind}, signal {signum}: {rounds} rounds: {dict(seen)}")

@@ -13,10 +13,10 @@ from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Names, number_of, text_of
 
 # How families name the two modules that may share one weight.
-_HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "pred_layer", "generator_lm_head"}
+HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "pred_layer", "generator_lm_head"}
 _LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
 _EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
+WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
 
 
 def mark_blocks(source: Source, path: Path) -> None:
@@ -44,7 +44,7 @@ def _places(names: Names, path: tuple[str, ...], layers: int, blocks: int) -> It
 def absent_head(text: str, index: Index, path: Path) -> tuple[str, str] | None:
     """Why a head that was typed is not in a checkpoint, and the path of the weight that it shares; None if unknown."""
     pieces = [piece for piece in re.split(r"[./]", text) if piece and piece.strip("*")]
-    head = next((piece for piece in pieces if piece in _HEADS), None)
+    head = next((piece for piece in pieces if piece in HEADS), None)
     if head is None and len(pieces) > 1 and pieces[-2] in _LAST_HEADS:
         head = pieces[-2]
     by_name = {index.pieces(number)[-2:-1]: number for number in reversed(index.numbers)}
@@ -57,7 +57,7 @@ def absent_head(text: str, index: Index, path: Path) -> tuple[str, str] | None:
     inner, kinds = config.get("text_config"), config.get("architectures")
     tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
     kinds = kinds if isinstance(kinds, list) and kinds else [""]
-    if tied is False or (config and tied is None and not str(kinds[0]).endswith(_WITH_HEAD)):
+    if tied is False or (config and tied is None and not str(kinds[0]).endswith(WITH_HEAD)):
         return None
     weight = index.path(shared)
     if tied:

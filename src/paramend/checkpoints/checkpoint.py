@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from paramend.anatomy.beside import absent_head, mark_blocks
+from paramend.anatomy.documents import Document
 from paramend.anatomy.quantization import quantization_of
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
@@ -85,6 +86,11 @@ class Checkpoint(Editable):
         if self._plan is None:
             self._plan = Plan.of(self.source)
         return self._plan
+
+    @property
+    def texts(self) -> tuple[Document, ...]:
+        """The files beside the weights that edits change."""
+        return () if self._plan is None else self._plan.texts
 
     @property
     def path(self) -> Path:
@@ -289,7 +295,8 @@ class Checkpoint(Editable):
     def remade(self, plan: Plan) -> "Checkpoint":
         """What a plan makes of other leaves, taken like those of this checkpoint."""
         source = cast(Source, plan.leaves)
-        return Checkpoint(source, plan if any(map(attrgetter("calls"), plan.rows)) else None, raw=self.raw)
+        planned = plan.texts or any(map(attrgetter("calls"), plan.rows))
+        return Checkpoint(source, plan if planned else None, raw=self.raw)
 
     def labelled(self, labels: Mapping[int, L], rest: L) -> dict[str, L]:
         """A dict from paths to labels."""

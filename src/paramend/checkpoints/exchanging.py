@@ -1,22 +1,27 @@
-"""Exchanging: new files are made beside the undo records of a checkpoint, and then put into it, all or none."""
+"""Exchanging: a patch is recorded and made, all or nothing; new files are made beside the records before."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from paramend.anatomy.documents import Document
 from paramend.checkpoints.report import PatchReport
 from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import changed, check_still
 from paramend.disk.locks import opened
-from paramend.disk.permissions import PRIVATE
+from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
 from paramend.formats.gathered import Gathered
 from paramend.formats.index import read_index
 from paramend.formats.shards import Shards
 from paramend.journal.exchange import STAGED, NewFiles
-from paramend.journal.records import Moved
+from paramend.journal.ranges import OpenRanges, Ranges
+from paramend.journal.records import DONE, Moved
 from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.origins.stored import Stored
@@ -28,38 +33,79 @@ from paramend.rewriting.layouts import lay_in_place
 from paramend.rewriting.rewrite import stage
 
 
-def exchange(
+@contextlib.contextmanager
+def staged(
+    store: UndoStore,
+    fill: Callable[[Path], None] | None,
+    documents: Sequence[Document],
+    moved: Moved = (),
+    *,
+    private: bool = False,
+) -> Iterator[NewFiles]:
+    """New files that will take the places of others, with the lock of the store held; in the end, none is left.
+
+    Args:
+        store: the undo records of the checkpoint.
+        fill: makes the new files in a folder, each at its path in the checkpoint; None if there are none.
+        documents: those of them that are texts, whose old ones must be as they were read.
+        moved: files that get another name.
+        private: whether new files stay as private as they were made.
+    """
+    folder = store.next_path().with_suffix(f".{STAGED}")
+    if fill is None:
+        yield NewFiles(store.base, folder)
+        return
+    folder.mkdir(PRIVATE)
+    try:
+        fill(folder)
+        new = NewFiles(store.base, folder, moved, private=private)
+        for document in documents:
+            if document.file.read_bytes() != document.before:
+                raise changed(document.file)
+        yield new
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+
+
+def carried_out(
     store: UndoStore,
     edits: Sequence[tuple[str, str]],
-    fill: Callable[[Path], None],
-    *,
-    moved: Moved = (),
-    private: bool = False,
-) -> tuple[int, Writer]:
-    """(bytes written, the record): new files replace old ones, with the lock of the store held.
+    new: NewFiles,
+    target: OpenRanges,
+    change: Callable[[], None],
+    progress: Callable[[int], None],
+) -> Writer:
+    """The record of a patch, which has been made: all of it, or nothing, with the lock of the store held.
 
     Args:
         store: the undo records of the checkpoint.
         edits: (leaf, edit) for the record.
-        fill: makes the new files in a folder, each at its path in the checkpoint.
-        moved: files that get another name.
-        private: whether new files stay as private as they were made.
+        new: files that take the places of others.
+        target: files that are written in place.
+        change: writes to them.
+        progress: receives the number of bytes recorded.
     """
-    path = store.next_path()
-    staged = path.with_suffix(f".{STAGED}")
-    staged.mkdir(PRIVATE)
-    try:
-        fill(staged)
-        new = NewFiles(store.base, staged, moved, private=private)
-        with contextlib.closing(Writer(path, new.access)) as writer:
-            try:
-                return new.exchange(writer, edits), writer
-            except BaseException as error:
-                store.take_back(writer, None, error)
-                raise
-    finally:
-        with contextlib.suppress(OSError):
-            _remove(staged)
+    there = [*map(os.fstat, target.descriptors), *filter(None, new.then)]  # who may read all may read the record
+    access = access_of(there) if target.files else new.access
+    with contextlib.closing(Writer(store.next_path(), access)) as writer:
+        try:
+            new.sync()
+            new.record(writer, edits, target, [store.name_of(file) for file in target.files], progress)
+            # Up to here nothing in the checkpoint has changed; from here on the record can restore it.
+            if target.files:
+                change()
+                after = b"".join(target.digests(len(edits)))  # while the disk writes
+            new.exchange()
+            target.sync()
+            if target.files:
+                writer.frame(b"DONE", after)
+            target.check_named("the patch was taken back in the file that was there")
+            writer.become(DONE)
+        except BaseException as error:
+            store.take_back(writer, target, error)
+            raise
+        return writer
 
 
 class Addition:
@@ -75,7 +121,7 @@ class Addition:
         self.files, self.moved = lay_in_place(plan)
         new = {row.source for row in parted(plan)[1]}
         rows = (replace(row, added=_from(plan.leaves, row.source)) if row.source in new else row for row in plan.rows)
-        self.shown = Plan(plan.leaves, tuple(rows))
+        self.shown = replace(plan, rows=tuple(rows))
 
     def rehearse(self) -> PatchReport:
         """The report of a dry run, after all checks that are possible before writing."""
@@ -91,8 +137,11 @@ class Addition:
         with explained(self.store.base), self._replaced(lock=True):
             self.store.check_nothing_pending()
             edits = [(row.path, row.edit) for row in self.shown.changed]
-            written, record = exchange(self.store, edits, self._fill, moved=self.moved, private=True)
-        return PatchReport(str(self.store.base), self.shown, written, record.nbytes, str(record.path))
+            edits += [(change.file, str(change)) for change in self.shown.configured]
+            with staged(self.store, self._fill, self.plan.texts, self.moved, private=True) as new:
+                none = OpenRanges((), (), Ranges(np.empty((0, 4), np.int64)))
+                record = carried_out(self.store, edits, new, none, lambda: None, lambda count: None)
+        return PatchReport(str(self.store.base), self.shown, self._nbytes, record.nbytes, str(record.path))
 
     @property
     def _nbytes(self) -> int:

@@ -6,7 +6,6 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 """
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,24 +15,22 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.exchanging import Addition, exchange
+from paramend.checkpoints.exchanging import Addition, carried_out, staged
 from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
-from paramend.disk.permissions import access_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
-from paramend.journal.exchange import check_replaceable
-from paramend.journal.ranges import OpenRanges, Ranges, State
-from paramend.journal.records import DONE, PENDING
+from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
+from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import UndoStore
-from paramend.journal.writer import Writer, new_head
+from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
 from paramend.piecewise.changes import Work, Works, change_all
@@ -107,7 +104,6 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
         source: the checkpoint that the plan was made for. It reads the new values afterwards.
         plan: only edits that keep shape and dtype.
         dry_run: whether to check all that can be known before writing, and write nothing.
-        raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
 
     Raises:
@@ -213,17 +209,21 @@ class _Patch:
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
         self.work = check_patch(source, plan)
-        self.files = [] if isinstance(source, Chunked) else sorted({each.extent.path for each in self.work})
+        self.chunked = isinstance(source, Chunked)
+        self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
+        self.documents = [document for document in plan.texts if document.text != document.before]
         known: dict[Any, str] = {}  # many leaves take the same calls
         said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]
+        self.edits += [(change.file, str(change)) for change in plan.configured]
 
     def rehearse(self) -> PatchReport:
         """The report of a dry run, after all checks that are possible before writing."""
         survey(self.plan)
         base = self.store.base
         with explained(base):
-            if isinstance(self.source, Chunked):
+            WholeFiles(base, [document.name for document in self.documents]).check()
+            if self.chunked:
                 self._check_chunks()
                 written = sum(nbytes_of(self.source, each) for each in self.work)
             else:
@@ -232,62 +232,53 @@ class _Patch:
                 if base.is_symlink():
                     raise linked(base)
                 written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in self.work)
+        written += sum(len(document.text) for document in self.documents)
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
         """Write, with the lock of the store held."""
-        if not self.work:  # only leaves or slices without elements
+        if not self.work and not self.documents:  # only leaves or slices without elements
             return PatchReport(str(self.source.path), self.plan, 0)
-        with explained(self.store.base):
-            written, record = self._exchange() if isinstance(self.source, Chunked) else self._write()
+        try:
+            fill = self._fill if self.chunked or self.documents else None
+            with explained(self.store.base), staged(self.store, fill, self.documents) as new:
+                written, record = self._write(new)
+        finally:
+            if self.chunked:
+                with contextlib.suppress(OSError):
+                    self.source.forget()
         return PatchReport(str(self.source.path), self.plan, written, record.nbytes, str(record.path))
 
-    # ---- in place --------------------------------------------------------------------------------------------
-
-    def _write(self) -> tuple[int, Writer]:
-        """(bytes written, the record), for a format whose files are written in place."""
+    def _write(self, new: NewFiles) -> tuple[int, Writer]:
+        """(bytes written, the record): files are written in place, and new ones take the places of others."""
         with opened(self.files) as descriptors:
             self.store.check_nothing_pending()
             self._check_same(descriptors)
             followers = _followers(self.source, self.work)
             target = OpenRanges(self.files, descriptors, self._ranges(followers))
-            states = target.states()
-            self._check_room(target.ranges, states)
-            _allocate(descriptors, target.ranges)
-            access = access_of(map(os.fstat, descriptors))  # who may read all files may read the record
-            with contextlib.closing(Writer(self.store.next_path(), access)) as writer:
-                try:
-                    self._record_and_write(writer, target, states, followers)
-                except BaseException as error:
-                    self.store.take_back(writer, target, error)
-                    raise
-            return target.ranges.nbytes, writer
+            self._check_room(target)
+            target.allocate()
+            written = target.ranges.nbytes + new.nbytes
+            old = target.ranges.nbytes + sum(len(document.before) for document in self.documents)
+            meter = Meter(None if self.chunked else self.progress, old + sum(each.steps for each in self.work))
+            record = carried_out(
+                self.store, self.edits, new, target, lambda: self._change(target, followers, meter), meter.advance
+            )
+            return written, record
 
-    def _record_and_write(
-        self, writer: Writer, target: OpenRanges, states: Sequence[State], followers: "list[_Follower]"
-    ) -> None:
-        meter = Meter(self.progress, target.ranges.nbytes + sum(each.steps for each in self.work))
+    def _change(self, target: OpenRanges, followers: "list[_Follower]", meter: Meter) -> None:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
-        names = [self.store.name_of(file) for file in target.files]
-        writer.head(new_head(self.edits, names))
-        writer.files(states)
-        writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
-        writer.become(PENDING)
-        # Up to here no byte of the checkpoint has changed; from here on the record can restore them.
         change_all(descriptors, self.source, self.work, meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
         for descriptor in target.descriptors:
             begin_write_back(descriptor)
-        after = b"".join(target.digests(len(self.work)))  # while the disk writes
-        target.sync()
-        writer.frame(b"DONE", after)
-        target.check_named("the patch was taken back in the file that was there")
-        writer.become(DONE)
 
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
         """All ranges that will be written: those of each leaf, then checksums and the like."""
+        if not self.files:
+            return Ranges(np.empty((0, 4), np.int64))
         places = {file: n for n, file in enumerate(self.files)}
         counts = [len(each.ranges) for each in self.work]
         rows = np.repeat(np.arange(len(counts)), counts)
@@ -305,30 +296,26 @@ class _Patch:
             now = os.fstat(descriptor)
             check_unchanged(file, stats.get(file, now), now)
 
-    def _check_room(self, ranges: Ranges, states: Sequence[State]) -> None:
-        base = self.store.base
-        sizes = np.array([state.size for state in states])
+    def _check_room(self, target: OpenRanges) -> None:
+        base, ranges = self.store.base, target.ranges
+        sizes = np.array([os.fstat(descriptor).st_size for descriptor in target.descriptors])
         if (ranges.table[:, 3] > sizes[ranges.table[:, 1]]).any():
             raise BadCheckpoint(f"{base}: it has become shorter since it was opened; nothing was changed")
         needed = ranges.nbytes + ranges.table.nbytes + (1 << 16)
         hint = f"paramend undo {base} --drop frees the space of older records"
         check_room(self.store.folder.parent, needed, f"{base}: the undo record", hint=hint)
 
-    # ---- chunks ----------------------------------------------------------------------------------------------
+    # ---- new files -------------------------------------------------------------------------------------------
 
-    def _exchange(self) -> tuple[int, Writer]:
-        """(bytes written, the record), for chunks: new files replace the old ones, which are not written in place."""
-        self._check_chunks()
-        try:
-            return exchange(self.store, self.edits, self._restage)
-        finally:
-            with contextlib.suppress(OSError):
-                self.source.forget()
-
-    def _restage(self, staged: Path) -> None:
-        nbytes = sum(nbytes_of(self.source, each) for each in self.work)
-        restage(self.source, self.work, staged, Meter(self.progress, nbytes))
-        check_still(self.source.stats)
+    def _fill(self, folder: Path) -> None:
+        """Make the files that will take the places of others: chunks, which are not written in place, and texts."""
+        if self.chunked:
+            self._check_chunks()
+            nbytes = sum(nbytes_of(self.source, each) for each in self.work)
+            restage(self.source, self.work, folder, Meter(self.progress, nbytes))
+            check_still(self.source.stats)
+        for document in self.documents:
+            (folder / document.name).write_bytes(document.text)
 
     def _check_chunks(self) -> None:
         source = self.source
@@ -340,24 +327,6 @@ class _Patch:
         for file in dict.fromkeys(file for name in names for file in source.store.files_of(name)):
             if file.is_symlink() or not file.is_dir():
                 check_replaceable(self.store.base, file)
-
-
-def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:
-    """Reserve room for the holes of sparse files before anything is recorded: a full disk fails early."""
-    sparse = {n for n, descriptor in enumerate(descriptors) if _is_sparse(os.fstat(descriptor))}
-    if not sparse or not hasattr(os, "posix_fallocate"):
-        return
-    for _, file, start, stop in ranges:
-        if file in sparse:
-            try:
-                os.posix_fallocate(descriptors[file], start, stop - start)
-            except OSError as error:
-                if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
-                    raise
-
-
-def _is_sparse(status: os.stat_result) -> bool:
-    return status.st_blocks * 512 < status.st_size
 
 
 # A file whose format maintains derived bytes, such as checksums, with the leaves that change in it.

@@ -1,4 +1,4 @@
-"""The commands that make a checkpoint from others: `convert`, `graft`."""
+"""The commands that make a checkpoint from others: `convert`, `graft`, `insert`, `part`."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from paramend.cli.stack import rewrite
 from paramend.cli.writing import HTML, RECORD, carry_out, edit_checkpoint, makes, write_made
 from paramend.errors import GraftRefused
 from paramend.formats.registry import writable
-from paramend.grafting import inserting
+from paramend.grafting import inserting, parts
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
@@ -186,3 +186,27 @@ def insert(
             edit_checkpoint(target, inserted, in_place=True, **options)
         else:
             rewrite(target, inserted, {"max_shard_size": max_shard_size, **options})
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("selector")
+@click.option(
+    "--rename",
+    multiple=True,
+    callback=_rules,
+    metavar="OLD=NEW",
+    help="A path of MODEL and its path in OUT: 'language_model.**=**'; may be repeated.",
+)
+@click.option("--link", is_flag=True, help="Hard-link shards that stay whole.")
+@makes("what would be made")
+def part(model: Path, selector: str, rename: dict[str, str], **options: Any) -> None:
+    """Write some leaves of MODEL as a model of their own.
+
+    If they are exactly the text model, or another one that has its own part of config.json, that part becomes the
+    configuration. Files beside the weights go along.
+
+    Exit status: 0 done; 2 the selector matches nothing, two leaves would have one path, a file is unreadable or
+    damaged, or OUT cannot be written.
+    """
+    rewrite(model, lambda old: parts.part(old, selector, rename=rename), options)

@@ -1,6 +1,7 @@
 """Plans: what an edit will do, one row for each leaf of the result, known before it runs."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from paramend.anatomy.documents import Change, Document
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.edits.call import Call, explained
@@ -117,11 +119,13 @@ class Plan(Paged):
         leaves: the leaves that the numbers in the rows refer to.
         rows: one for each leaf of the result, in order.
         deleted: the rows of the deleted leaves.
+        texts: the files beside the weights that change.
     """
 
     leaves: Leaves
     rows: tuple[Row, ...]
     deleted: tuple[Row, ...] = ()
+    texts: tuple[Document, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         calls = [(row, edit) for row in self.changed for edit in row.calls]
@@ -129,13 +133,13 @@ class Plan(Paged):
         for function, row, edit in functions.values():
             where = f"{row.path} is edited by {edit}, a function, and "
             by_name(function, "the plan", where, ", or checkpoint.save(out) and pickle pm.open(out)")
-        return Plan, (self.leaves, self.rows, self.deleted)
+        return Plan, (self.leaves, self.rows, self.deleted, self.texts)
 
     def __copy__(self) -> "Plan":
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
-        return Plan(*copy.deepcopy((self.leaves, self.rows, self.deleted), memo))
+        return Plan(*copy.deepcopy((self.leaves, self.rows, self.deleted), memo), self.texts)
 
     @classmethod
     @uncollected()
@@ -212,10 +216,14 @@ class Plan(Paged):
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
 
     def without(self, numbers: Iterable[int]) -> "Plan":
-        """The plan that deletes some leaves, under all their paths."""
-        gone = {twin for number in numbers for twin in self.twins(number)}
+        """The plan that deletes some leaves."""
+        gone = {*numbers}
         kept = tuple(row for row in self.rows if row.source not in gone)
-        return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
+        return replace(self, rows=kept, deleted=(*self.deleted, *(row for row in self.rows if row.source in gone)))
+
+    def beside(self, document: Document) -> "Plan":
+        """The plan that also writes a file beside the weights."""
+        return replace(self, texts=(*(each for each in self.texts if each.name != document.name), document))
 
     def renamed(self, moved: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Plan":
         """The plan that moves some leaves to other paths, from `structure.moves`; `RenameClash` if they cannot."""
@@ -262,10 +270,10 @@ class Plan(Paged):
             return row.with_calls(tuple(map(said, row.calls)), row.places, row.spec, damage) if row.calls else row
 
         rows, deleted = (tuple(map(of, part)) for part in (self.rows, self.deleted))
-        return Plan(Described(self.leaves), rows, deleted)
+        return Plan(Described(self.leaves), rows, deleted, self.texts)
 
     def _with(self, rows: tuple[Row, ...]) -> "Plan":
-        return Plan(self.leaves, rows, self.deleted)
+        return replace(self, rows=rows)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -298,6 +306,11 @@ class Plan(Paged):
         return Page("edit", self.headline(), [row.path for row in rows], sizes, columns, groups)
 
     @property
+    def configured(self) -> list[Change]:
+        """What changes in the files beside the weights."""
+        return [change for document in self.texts for change in document.changes]
+
+    @property
     def damage(self) -> str:
         """What the edits could not hold, as a sentence, after they ran; "" if nothing."""
         return said((row.path, row.damage) for row in self.rows)
@@ -311,6 +324,8 @@ class Plan(Paged):
             stays = row.spec == row.before or id(row) in deleted
             spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
             table.append((row.path, spec, "deleted" if id(row) in deleted else row.outcome))
+        changes = self.configured
+        table += [(change.file, "", str(change)) for change in changes]
         gone, come = len(self.deleted), sum(bool(row.added) for row in rows)
         count = len(rows) - gone - come
         all_leaves = wording.plural(len(self.rows) + gone, "leaf", "leaves")
@@ -320,6 +335,8 @@ class Plan(Paged):
         ]
         number, _, what = said[0].partition(" ")
         sums = [f"{number} of {all_leaves} {what}", *said[1:]]
+        files = Counter(change.file for change in changes)
+        sums += [f"{wording.plural(n, 'key')} of {file} change{'s' if n == 1 else ''}" for file, n in files.items()]
         return [*aligned(table), "", ", ".join(filter(None, (*sums, self.damage)))]
 
     def to_dict(self) -> dict[str, Any]:
@@ -328,6 +345,8 @@ class Plan(Paged):
         data: dict[str, Any] = {"changed": [row.to_dict() for row in changed]}
         if self.deleted:
             data["deleted"] = [row.was or row.path for row in self.deleted]
+        if self.configured:
+            data["config"] = [change.to_dict() for change in self.configured]
         return data | {"kept": len(self.rows) - len(changed)}
 
 

@@ -22,7 +22,6 @@ class Gathered(Gathering):
 
     Attributes:
         base: the checkpoint whose directory layout, metadata and format the result has.
-        texts: new contents of files beside the weights, by name, where they differ from those of `base`.
         index: the names; leaf `n` is the n-th one given.
 
     >>> from paramend.leaves.paths import labels
@@ -40,11 +39,9 @@ class Gathered(Gathering):
         base: Any,
         leaves: Iterable[tuple[Sequence[Label], Origin]],
         *,
-        texts: Mapping[str, bytes] | None = None,
         ties: Mapping[int, int] | None = None,
     ) -> None:
         self.base = base
-        self.texts: Mapping[str, bytes] = texts or {}
         self.ties: Mapping[int, int] = ties or {}
         self.path: Path = Path() if base is None else base.path
         self.format: str = "" if base is None else base.format

@@ -8,6 +8,9 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.limits import shown
 from paramend.leaves.nested import is_deep
 
+# The file beside the weights that says which model they are of.
+CONFIG = "config.json"
+
 
 class _Flaw(ValueError):
     """A broken rule, found while the text is parsed."""

@@ -1,7 +1,7 @@
 """Inserting: leaves of one model put into another that lacks them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend, to_numpy
@@ -12,7 +12,7 @@ from paramend.edits.quantized import check_whole
 from paramend.edits.structure import enter
 from paramend.errors import RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
-from paramend.leaves.paths import labels, text_of, write_path
+from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.selectors.renames import keys, rename
@@ -48,8 +48,9 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
     host, donor = editable(target), editable(source)
     numbers = resolve(selector, donor)
     check_whole(donor, numbers, "be inserted")
-    paths = _new_paths(donor, numbers, rename or {})
-    _check(host, donor, paths)
+    paths = new_paths(donor, numbers, moved_by(donor, numbers, rename or {}))
+    hint = 'rename={"old.**": "new.**"}, or delete what is there first; to replace values: pm.graft'
+    check_free(donor, paths, host.index.paths.values(), host.index.separator, hint)
     if isinstance(host, Checkpoint):
         own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
         new = [(tuple(label for key in paths[n] for label in labels(key)), (donor, n)) for n in numbers]
@@ -58,38 +59,50 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
     return cast(T, enter(tree, [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]))
 
 
-def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Path]:
-    """The keys of each leaf in the result."""
-    found: dict[int, Path] = {}
+def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, list[tuple[str, Any]]]:
+    """The new paths of the leaves that rules move, in the form of `renames.keys`; the first that matches one counts."""
+    found: dict[int, list[tuple[str, Any]]] = {}
+    chosen = set(numbers)
     for old, new in rules.items():
         for number, path in rename(old, new).over(donor.index).items():
-            found.setdefault(number, tuple(key for key, _ in keys(path)))
-    return {number: found.get(number) or keys_of(donor.index.paths[number]) for number in numbers}
+            if number in chosen:
+                found.setdefault(number, keys(path))
+    return found
 
 
-def _check(host: Editable, donor: Editable, paths: Mapping[int, Path]) -> None:
-    """Raise if a leaf would stand where another does, or a container."""
-    separator = host.index.separator
+def new_paths(
+    donor: Editable, numbers: Sequence[int], moved: Mapping[int, Sequence[tuple[str, Any]]]
+) -> dict[int, Path]:
+    """The keys of each leaf in the result."""
+    index = donor.index
+    return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
 
-    def text(path: Path) -> str:
-        return plain([label for key in path for label in labels(key)], separator)
 
-    there = {plain(path, separator) for path in host.index.paths.values()}
-    inside = {plain(path[:depth], separator) for path in host.index.paths.values() for depth in range(1, len(path))}
-    new = Counter(map(text, paths.values()))
+def check_free(
+    donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
+) -> None:
+    """Raise if a leaf would stand where another does, or a container.
+
+    Args:
+        donor: the tree that the leaves are of.
+        paths: their new paths.
+        there: the paths of other leaves in the result.
+        separator: what stands between keys there.
+        hint: the way out.
+    """
+    new = {number: [label for key in path for label in labels(key)] for number, path in paths.items()}
+    every = [*there, *new.values()]
+    count = Counter(plain(path, separator) for path in every)
+    inside = {plain(path[:depth], separator) for path in every for depth in range(1, len(path))}
     clashes = []
-    for number, path in paths.items():
-        name = text(path)
-        above = any(text(path[:depth]) in there for depth in range(1, len(path)))
-        if name in there or name in inside or above or new[name] > 1:
-            name = write_path([label for key in path for label in labels(key)], separator)
-            clashes.append(f"{donor.index.path(number)} as {name}")
+    for number, path in new.items():
+        above = any(count[plain(path[:depth], separator)] for depth in range(1, len(path)))
+        name = plain(path, separator)
+        if above or name in inside or count[name] > 1:
+            clashes.append(f"{donor.index.path(number)} as {write_path(path, separator)}")
     if clashes:
-        count = wording.plural(len(clashes), "leaf", "leaves")
-        raise RenameClash(
-            f"{count} would stand where the target has something already:\n  " + "\n  ".join(clashes),
-            hint='rename={"old.**": "new.**"}, or delete what is there first; to replace values: pm.graft',
-        )
+        leaves = wording.plural(len(clashes), "leaf", "leaves")
+        raise RenameClash(f"{leaves} would stand where something else does:\n  " + "\n  ".join(clashes), hint=hint)
 
 
 def _nested(host: Editable, path: Path) -> Path:

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from paramend.anatomy.sections import CONFIG, beside, parsed
+from paramend.anatomy.documents import document_of
 from paramend.errors import BadArgument
-from paramend.formats.gathered import Gathered
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable
 from paramend.reports import wording
 
@@ -80,11 +79,5 @@ def read_config(leaves: Editable) -> Mapping[str, Any]:
     Raises:
         BadCheckpoint: it is damaged.
     """
-    path = getattr(leaves, "path", None)  # checkpoints alone have one
-    if not isinstance(path, Path):
-        return {}
-    file, source = beside(path), getattr(leaves, "source", None)
-    text = source.texts.get(CONFIG) if isinstance(source, Gathered) else None
-    if text is None and not file.is_file():
-        return {}
-    return parsed(file.read_bytes() if text is None else text, file)
+    found = document_of(leaves)
+    return {} if found is None else found.values

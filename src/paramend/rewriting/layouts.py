@@ -74,6 +74,12 @@ def lay_out(
     """
     source = base_of(made)
     wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
+    asked = [document.name for document in made.texts if document.asked]
+    if asked and (wish.format.folder or not wish.folder):
+        raise Unsupported(
+            f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
+            hint=f"a directory: {Path(out).with_suffix('')}/",
+        )
     if wish.format.folder:
         return _folder(made, source, wish, link=link)
     if wish.again:
@@ -164,11 +170,11 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
     """The files beside the weights, what is left out, and what is to be said of them."""
     files, left_out, weights = sidecars(source) if isinstance(source, Shards) else ([], [], [])
-    if isinstance(made.leaves, Gathered):
-        texts = made.leaves.texts
-        files = [file for file in files if file.name not in texts]
-        files += [text_file(name, text) for name, text in texts.items()]
+    changed = {document.name: document.text for document in made.texts}
+    files = [file for file in files if file.name not in changed]
+    files += [text_file(name, text) for name, text in changed.items()]
     beside, said = followed_files(made, files)
+    said += [line for document in made.texts for line in document.said]
     said += [f"copied as they are, with weights of their own: {wording.listing(weights, 4)}"] if weights else []
     return beside, left_out, tuple(said)
 

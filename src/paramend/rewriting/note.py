@@ -121,6 +121,7 @@ class Note:
                 for number, said in self._touched.items()
             ),
             deleted=tuple(_deleted(self._made, before)),
+            config=tuple(self._made.configured),
             recipe="" if isinstance(self._made.leaves, Gathered) else recipe,  # which would be only half of it
             earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
         )

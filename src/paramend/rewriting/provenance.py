@@ -8,6 +8,7 @@ directory, in the file `paramend.record.json` in it; for any other file, in `<na
     time       when it was written, as ISO 8601 in UTC
     source     the name of what was edited, without its folder
     recipe     the recipe that was carried out, as YAML; "" if there was none
+    config     what changed in files beside the weights, if anything did: {"file", "key", "before", "after"}
     leaves     what was written: {"path", "dtype", "shape", "sha256", "edit"}; also "was", if it had another path, and
                "origin", if only bytes moved: what it is made of, as an expression that `read_origin` reads, in which
                leaves of other files than the source stand after the name of theirs. Where that is long, it is in
@@ -21,6 +22,7 @@ on request: a damaged one does not keep a checkpoint from being opened.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -29,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from paramend.anatomy.documents import Change
 from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object
@@ -93,6 +96,7 @@ class EditRecord(Report):
         source: the name of what was edited.
         leaves: what was written.
         deleted: the deleted paths.
+        config: what changed in files beside the weights.
         recipe: the recipe that was carried out, or "".
         earlier: the records of earlier edits, oldest first.
     """
@@ -103,6 +107,7 @@ class EditRecord(Report):
     leaves: tuple[RecordedLeaf, ...]
     deleted: tuple[str, ...] = ()
     recipe: str = ""
+    config: tuple[Change, ...] = ()
     earlier: "tuple[EditRecord, ...]" = ()
 
     def headline(self) -> str:
@@ -125,10 +130,13 @@ class EditRecord(Report):
             "leaves": [leaf.to_dict() for leaf in self.leaves],
             "deleted": list(self.deleted),
         }
+        if self.config:
+            found["config"] = [change.to_dict() for change in self.config]
         return found | ({"earlier": [each.to_dict() for each in self.earlier]} if self.earlier else {})
 
     def __str__(self) -> str:
-        own = super().__str__() + (f"\n\nrecipe:\n{self.recipe}" if self.recipe else "")
+        own = "\n".join([super().__str__(), *(f"\n{change.file}: {change}" for change in self.config)])
+        own += f"\n\nrecipe:\n{self.recipe}" if self.recipe else ""
         return "\n\n".join([*map(str, self.earlier), own])
 
     @property
@@ -263,6 +271,10 @@ def parse(text: bytes, file: str) -> EditRecord:
         was, origin = (field(row, place, key, str, "") for key in ("was", "origin"))
         return RecordedLeaf(path, Spec(tuple(shape), dtype), sha256, edit or shortened(origin), was, origin)
 
+    def change(row: Any, place: str) -> Change:
+        sides = (json.dumps(row[side], ensure_ascii=False) if side in row else None for side in ("before", "after"))
+        return Change(field(row, place, "file", str), field(row, place, "key", str), *sides)
+
     def one(row: Any, place: str) -> EditRecord:
         version = field(row, place, "version", int)
         if version != VERSION:
@@ -282,6 +294,7 @@ def parse(text: bytes, file: str) -> EditRecord:
             leaves=tuple(leaf(each, f"{place}, leaf {n}") for n, each in enumerate(field(row, place, "leaves", list))),
             deleted=tuple(deleted),
             recipe=field(row, place, "recipe", str, ""),
+            config=tuple(change(each, f"{place}, 'config'") for each in field(row, place, "config", list, [])),
         )
 
     field(table, "record", "version", int)
