@@ -53,7 +53,7 @@ class Codes:
     @property
     def sign(self) -> int:
         """The bit by which the opposite of each code differs; 0 if there is no such bit."""
-        return 8 if self.name == "e2m1" else 0x80 if self.name in _SIGNED else 0
+        return 8 if self.name in ("e2m1", "fp4") else 0x80 if self.name in _SIGNED else 0
 
     def decode(self, codes: Array) -> Array:
         """The values of codes of one byte each, float32."""

@@ -68,7 +68,8 @@ def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mappi
     field, groups = codec.fields["scale"], codec.groups(views)
     one = field.first(box, groups)  # a place of each block
     there = codec.grids(views, one, skip="payload") | dict(tops)
-    uneven = codec.zeros is not None and "zero" in codec.fields
+    # Zero points of a new weight that are there already are those of a symmetric scheme.
+    uneven = codec.zeros is not None and "zero" in codec.fields and ("scale" in views or "zero" not in views)
     found = {}
     greatest = (bounds.high - bounds.low) / 2 if uneven else bounds.greatest
     found["scale"] = codec.scaling.fitted(greatest, codec.codes.limit, field.spec, there)

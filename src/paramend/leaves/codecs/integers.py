@@ -49,7 +49,7 @@ def packed(scheme: str, parts: Parts, stated: Stated) -> Codec:
     codes = codes_of(f"{-(1 << bits - 1)}..{(1 << bits - 1) - 1}")
     zeros = codes if "zero" not in parts or parts["zero"].spec.dtype == "int32" else codes_of(parts["zero"].spec.dtype)
     fields |= _by_index(parts, width, groups, last, len(words))
-    return Codec(scheme, Spec((*words[:-1], width), scale.spec.dtype), fields, codes, Plain(), zeros)
+    return Codec(f"int{bits}", Spec((*words[:-1], width), scale.spec.dtype), fields, codes, Plain(), zeros)
 
 
 def gptq(scheme: str, parts: Parts, stated: Stated) -> Codec:

@@ -117,15 +117,15 @@ class Encoded(Origin):
             found.append(range(start * units[axis], min(stop * units[axis], length)))
         return tuple(found)
 
-    def _boxes(self, of: tuple[range, ...]) -> Iterator[Box]:
+    def _boxes(self, of: Box) -> Iterator[Box]:
         """Boxes of some places that are encoded one by one: a few rows of units, of all the columns that are there."""
         axis = max(len(of) - 2, 0)
         size = max(len(of[-1]), 1) if axis < len(of) - 1 else 1
         rows = unit(self.codec)[axis] * max(CHUNK // (unit(self.codec)[axis] * size), 1)
         last = whole(self.codec.spec.shape[axis + 1 :])
-        for above in product(*(range(places.start, places.stop) for places in of[:axis])):
-            for start in range(of[axis].start, of[axis].stop, rows):
-                band = range(start, min(start + rows, of[axis].stop))
+        for above in product(*of[:axis]):
+            for at in range(0, len(of[axis]), rows):
+                band = of[axis][at : at + rows]
                 yield (*(range(place, place + 1) for place in above), band, *last)
 
     @cached_property
@@ -196,13 +196,15 @@ def encoded(
         weight: the values, with the axes that the model has.
         specs: role → spec of the leaf as it is stored.
         kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
-            bytes, and so do leaves that are not among those that come back.
+            bytes. Of a new weight, the leaves that are known without its values.
         keep: whether scales and zero points stay, so that only codes change.
     """
     views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
     values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight
     roles = codec.encodes if not keep else codec.encodes[:1]
+    if "payload" not in views:
+        roles = tuple(role for role in roles if role not in views)
     roles = (*roles, *(() if "global" in views or "global" not in codec.fields else ("global",)))
     return {role: reshape(Encoded(codec, values, role, views, keep), specs[role].shape) for role in roles}
 
