@@ -176,7 +176,7 @@ def test_weights_of_gptq_get_their_own_name_and_shape():
     tree, report = pm.dequantize(model, dtype="float32")
     assert list(tree["fc"]) == ["weight", "bias"] and tree["fc"]["bias"] is model["fc"]["bias"]
     assert np.array_equal(tree["fc"]["weight"], ((Q - 8).astype(np.float32) * S.astype(np.float32)).T)
-    assert report.rows[0].scheme == "gptq" and report.rows[0].leaves == ("fc/qweight", "fc/qzeros", "fc/scales")
+    assert report.rows[0].scheme == "gptq" and report.rows[0].leaves == ("fc/qweight", "fc/scales", "fc/qzeros")
 
 
 def test_experts_of_gpt_oss_get_their_own_name_and_shape():

@@ -130,14 +130,14 @@ def _modules(names: Names) -> Iterator[Names]:
         texts = list(map(text_of, inner))
         if any(text.endswith(_ENDS) for text in texts) or len(set(texts)) < len(texts):
             yield inner
-        pending += (child for child in inner.values() if type(child) is dict)
+        pending += (child for child in inner.values() if type(child) is not int)
 
 
 def _local(names: Names) -> dict[str, int]:
     """The leaves of a module by name, with those below a name that is a leaf too, and lists and boxes of one leaf."""
     here = {text_of(label): child for label, child in names.items() if type(child) is int}
     for label, child in names.items():
-        if type(child) is dict and (text_of(label) in here or len(child) == 1):
+        if type(child) is not int and (text_of(label) in here or len(child) == 1):
             below = dict(_below(child, text_of(label), 2))
             # Files of Orbax hold the Variables of NNX as boxes with a `value`.
             here = {**{name.removesuffix(".value"): number for name, number in below.items()}, **here}

@@ -7,13 +7,13 @@ from paramend.anatomy.quantization import stated
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.errors import NoMatch
+from paramend.errors import NoMatch, RenameClash
 from paramend.leaves.described import Described
 from paramend.leaves.groups import Group, groups_of, weight_name
 from paramend.leaves.leaves import Editable, Index
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
-from paramend.leaves.paths import Joined, Label, Part, text_of
+from paramend.leaves.paths import Joined, Label, Part, text_of, write_path
 from paramend.leaves.specs import Spec
 from paramend.leaves.weights import Weight, weight_of
 from paramend.reports import wording
@@ -25,6 +25,9 @@ class Seen(Described):
 
     Attributes:
         groups: number of a payload → its group.
+
+    Raises:
+        RenameClash: another leaf has the name of a weight.
     """
 
     def __init__(self, leaves: Editable) -> None:
@@ -40,9 +43,9 @@ class Seen(Described):
         for number, path in paths.items():
             names = self.index.names
             for label in path[:-1]:
-                inner = names.get(label)
-                names = names.setdefault(label, {}) if type(inner) is dict or inner is None else {}
-            names[path[-1]] = number
+                names = names.setdefault(label, {})
+            if type(names) is int or names.setdefault(path[-1], number) != number:
+                raise RenameClash(f"{write_path(path, self.index.separator)} is there, and is no part of that weight")
             self.index.numbers.append(number)
         for path, layers in leaves.index.layers.items():
             self.index.mark(path, layers)
@@ -61,8 +64,8 @@ class Seen(Described):
         says = partial(stated, getattr(leaves, "quantization", None))
         return weight_of(leaves, group, partial(_origin, leaves), says)
 
-    def chosen(self, selector: SelectorLike) -> list[Group]:
-        """The groups that a selector means, in order, with those that are tied to them.
+    def chosen(self, selector: SelectorLike) -> list[int]:
+        """The payloads of the groups that a selector means, in order, with those that are tied to them.
 
         The names of the weights count. Text may name what they are stored in as well: codes, or scales alone; other
         selectors the codes.
@@ -71,14 +74,14 @@ class Seen(Described):
             NoMatch: none is meant.
         """
         selector, leaves = sel(selector), self._leaves
-        parts = {number: group for group in self.groups.values() for number in group.numbers}
+        payloads = {number: at for at, group in self.groups.items() for number in group.numbers}
         try:
             numbers: Iterable[int] = resolve(selector, self)
         except NoMatch:
             numbers = resolve(selector, leaves)
-            parts = parts if isinstance(selector, Text) else dict(self.groups)
+            payloads = payloads if isinstance(selector, Text) else {at: at for at in self.groups}
         twins = sorted({twin for number in numbers for twin in leaves.twins(number)})
-        found = {id(parts[number]): parts[number] for number in twins if number in parts}
+        found = dict.fromkeys(payloads[number] for number in twins if number in payloads)
         if not found:
             others = list(self.groups)
             near = self.index.path(others[0]) if others else ""
@@ -87,7 +90,7 @@ class Seen(Described):
                 + ("" if others else ": there is none here"),
                 hint=f'"{near}"' if near else "",
             )
-        return list(found.values())
+        return self.index.ordered(found)
 
 
 def labels_of(leaves: Editable, group: Group) -> tuple[Label, ...]:

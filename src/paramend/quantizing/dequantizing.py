@@ -1,12 +1,16 @@
 """Quantised weights as floats: `pm.dequantize`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
+from paramend.anatomy.counts import retyped
+from paramend.anatomy.quantization import dequantised
 from paramend.arrays.registry import backend
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.leaves import Group as Regrouped
 from paramend.leaves.origins.decoded import decoded
@@ -14,6 +18,7 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import BITS, DtypeLike, Spec, dtype_name
 from paramend.leaves.weights import Weight
 from paramend.quantizing.choice import Seen, labels_of
+from paramend.quantizing.configuration import check_modules, floats_in, followed, modules_of
 from paramend.quantizing.report import Coded, QuantizeReport
 from paramend.selectors.selector import SelectorLike
 
@@ -58,37 +63,52 @@ def dequantize(
     leaves = editable(model)
     seen = Seen(leaves)
     chosen = seen.chosen(selector)
-    weights = [seen.weight(group) for group in chosen]
-    tree = leaves.regrouped([_as_one(leaves, weight, name) for weight in weights])
-    gone = {id(group) for group in chosen}
-    index = leaves.index
-    rows = [
+    kept = [at for at in seen.groups if at not in chosen]
+    if isinstance(leaves, Checkpoint) and kept:
+        check_modules(seen, chosen, kept)
+    weights = {at: seen.weight(seen.groups[at]) for at in chosen}
+    made: dict[tuple[int, ...], list[Any]] = {}  # tied ones are made once
+    tree = leaves.regrouped([_as_one(leaves, weight, name, made) for weight in weights.values()])
+    said: tuple[str, ...] = ()
+    if isinstance(tree, Checkpoint):
+        tree, said = followed(tree, partial(_without, seen, chosen, kept, name))
+    rows = tuple(
         Coded(
-            seen.index.path(_payload(weight)),
+            seen.index.path(at),
             weight.group.scheme.name,
             Spec(weight.spec.shape, name or weight.spec.dtype),
-            tuple(map(index.path, weight.group.numbers)),
+            tuple(map(leaves.index.path, weight.group.numbers)),
         )
-        for weight in weights
-    ]
-    kept = {seen.index.path(at): group.scheme.name for at, group in seen.groups.items() if id(group) not in gone}
+        for at, weight in weights.items()
+    )
+    stay = {seen.index.path(at): seen.groups[at].scheme.name for at in kept}
     others = len(seen.index.numbers) - len(rows) - len(kept)
-    return cast(T, tree), QuantizeReport("dequantised", tuple(rows), kept, others)
+    return cast(T, tree), QuantizeReport("dequantised", rows, stay, others, said)
 
 
-def _payload(weight: Weight) -> int:
-    assert weight.group.payload is not None
-    return weight.group.payload
+def _without(
+    seen: Seen, chosen: Sequence[int], kept: Sequence[int], dtype: str, name: str, values: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What a file beside the weights holds when some are floats of a dtype."""
+    new = dequantised(name, values, modules_of(seen, chosen), floats_in(seen), left=bool(kept))
+    if new is None or name != CONFIG or not dtype:
+        return new
+    others = [seen.spec(number).dtype for number in seen.index.numbers if number not in seen.groups]
+    return retyped(new, [*others, *[""] * len(chosen)], [*others, *[dtype] * len(chosen)])[0]
 
 
-def _as_one(leaves: Editable, weight: Weight, dtype: str) -> Regrouped:
+def _as_one(leaves: Editable, weight: Weight, dtype: str, made: dict[tuple[int, ...], list[Any]]) -> Regrouped:
     """A group of leaves that becomes one."""
+    numbers = weight.group.numbers
     path = [(key, depth) for depth, key in enumerate(keys_of(labels_of(leaves, weight.group)))]
-    return Regrouped(weight.group.numbers, (path,), partial(_values, weight, dtype))
+    one = tuple(leaves.ties.get(number, number) for number in numbers)
 
+    def make(stored: Sequence[Any]) -> list[Any]:
+        if isinstance(stored[0], Origin):
+            parts = zip(map(weight.group.role, numbers), stored, strict=True)
+            return [decoded(weight.codec, dict(parts), dtype)]
+        if one not in made:
+            made[one] = [backend(stored[0]).beside(weight.origin(dtype).read(), stored[0])]
+        return made[one]
 
-def _values(weight: Weight, dtype: str, stored: Sequence[Any]) -> list[Any]:
-    roles = map(weight.group.role, weight.group.numbers)
-    if isinstance(stored[0], Origin):
-        return [decoded(weight.codec, dict(zip(roles, stored, strict=True)), dtype)]
-    return [backend(stored[0]).beside(weight.origin(dtype).read(), stored[0])]
+    return Regrouped(numbers, (path,), make)
