@@ -146,9 +146,9 @@ def _gptq_bits(parts: Parts, stated: Stated) -> int:
     payload, scale = parts["payload"], parts["scale"]
     (rows, outputs), found = payload.spec.shape, {}
     if "zero" in parts:
-        found["zero points"] = [b for b in _BITS if _words(outputs, b) == parts["zero"].spec.shape[-1]]
+        found["zero points"] = [b for b in _BITS if outputs * b == 32 * parts["zero"].spec.shape[-1]]
     if "group" in parts:
-        found["groups of inputs"] = [b for b in _BITS if _words(parts["group"].spec.size, b) == rows]
+        found["groups of inputs"] = [b for b in _BITS if parts["group"].spec.size * b == 32 * rows]
     if stated.bits:
         found["the configuration"] = [stated.bits]
     bits = next((b for b in _BITS if all(b in each for each in found.values())), None)
