@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from paramend.mapping.shelf import layout as layout
     from paramend.mapping.shelf import layouts as layouts
     from paramend.quantizing.dequantizing import dequantize as dequantize
+    from paramend.quantizing.quantizing import quantize as quantize
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.verification import verify_record as verify_record
@@ -100,6 +101,7 @@ _LATER = {
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
         "paramend.quantizing.dequantizing": ("dequantize",),
+        "paramend.quantizing.quantizing": ("quantize",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.rewriting.provenance": ("record",),
         "paramend.rewriting.verification": ("verify_record",),

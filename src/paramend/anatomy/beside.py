@@ -15,7 +15,7 @@ from paramend.leaves.paths import Names, number_of, text_of
 # How families name the two modules that may share one weight.
 HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "pred_layer", "generator_lm_head"}
 _LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
-_EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
+EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
 
 
@@ -48,7 +48,7 @@ def absent_head(text: str, index: Index, path: Path) -> tuple[str, str] | None:
     if head is None and len(pieces) > 1 and pieces[-2] in _LAST_HEADS:
         head = pieces[-2]
     by_name = {index.pieces(number)[-2:-1]: number for number in reversed(index.numbers)}
-    shared = next((by_name[name,] for name in _EMBEDDINGS if (name,) in by_name), None)
+    shared = next((by_name[name,] for name in EMBEDDINGS if (name,) in by_name), None)
     if head is None and pieces[-2:-1] == ["embed_tokens"] and ("shared",) in by_name:
         head, shared = "embed_tokens", by_name["shared",]  # of an encoder or a decoder
     if head is None or shared is None:

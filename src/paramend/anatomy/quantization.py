@@ -47,7 +47,7 @@ def _part(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] |
 # ---- what it says of one module ----------------------------------------------------------------------------------
 
 # Where configurations of several methods list the modules that they leave as they are.
-_IGNORE = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "exclude")
+IGNORE = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "exclude")
 
 
 def stated(config: Mapping[str, Any] | None, module: str) -> Stated:
@@ -64,7 +64,7 @@ def stated(config: Mapping[str, Any] | None, module: str) -> Stated:
     if not config:
         return Stated()
     module = module.replace("/", ".")
-    ignored = next((entry for key in _IGNORE for entry in _texts(config.get(key)) if _names(entry, module)), "")
+    ignored = named_by(config, module)
     method = next(iter(methods_of(config)), "")
     said = dict(config)
     for entry, more in _pairs(config.get("dynamic")):  # of GPTQModel: what it says of some modules
@@ -85,6 +85,11 @@ def stated(config: Mapping[str, Any] | None, module: str) -> Stated:
         form=str(said.get("checkpoint_format") or said.get("version") or ""),
         ignored=ignored,
     )
+
+
+def named_by(config: Mapping[str, Any], module: str) -> str:
+    """The entry of a list of those that are not quantised that names a module, or ""."""
+    return next((entry for key in IGNORE for entry in _texts(config.get(key)) if _names(entry, module)), "")
 
 
 def _group(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -123,7 +128,7 @@ def _first(said: Mapping[str, Any], *keys: str) -> int | None:
 # ---- what it says when fewer weights are quantised ---------------------------------------------------------------
 
 # quant_method → the list that its readers know. GPTQModel has a map of patterns instead.
-_LISTS = {
+LISTS = {
     "compressed-tensors": "ignore",
     "modelopt": "ignore",
     "bitsandbytes": "llm_int8_skip_modules",
@@ -171,8 +176,8 @@ def _leave_out(config: dict[str, Any], modules: Sequence[str], floats: Sequence[
     if method == "gptq":
         config["dynamic"] = {f"-:^{re.escape(each)}$": {} for each in modules} | (config.get("dynamic") or {})
         return
-    lists = [key for key in _IGNORE if isinstance(config.get(key), list)]
-    lists = lists or ["exclude_modules" if "quant_algo" in config else _LISTS.get(method, "modules_to_not_convert")]
+    lists = [key for key in IGNORE if isinstance(config.get(key), list)]
+    lists = lists or ["exclude_modules" if "quant_algo" in config else LISTS.get(method, "modules_to_not_convert")]
     for key in lists:
         listed = config.get(key)
         listed = list(floats) if listed is None else listed

@@ -62,7 +62,7 @@ class Seen(Described):
         """
         leaves = self._leaves
         says = partial(stated, getattr(leaves, "quantization", None))
-        return weight_of(leaves, group, partial(_origin, leaves), says)
+        return weight_of(leaves, group, partial(origin_in, leaves), says)
 
     def chosen(self, selector: SelectorLike) -> list[int]:
         """The payloads of the groups that a selector means, in order, with those that are tied to them.
@@ -96,15 +96,20 @@ class Seen(Described):
 def labels_of(leaves: Editable, group: Group) -> tuple[Label, ...]:
     """The path of the weight that a group is: that of its payload, under the name of the weight."""
     assert group.payload is not None
-    *above, last = leaves.index.paths[group.payload]
-    old = text_of(last)
-    name = weight_name(old, group.scheme)
-    if name == old:
-        return (*above, last)
+    path = leaves.index.paths[group.payload]
+    return renamed(path, weight_name(text_of(path[-1]), group.scheme))
+
+
+def renamed(path: tuple[Label, ...], name: str) -> tuple[Label, ...]:
+    """The path of a leaf under another name beside it."""
+    *above, last = path
+    if text_of(last) == name:
+        return path
     if isinstance(last, Part):
         return (*above, last._replace(text=name))
     return (*above, Joined(name, last.before) if isinstance(last, Joined) else name)
 
 
-def _origin(leaves: Editable, number: int) -> Origin:
+def origin_in(leaves: Editable, number: int) -> Origin:
+    """Where the values of a leaf are: of a checkpoint nothing is read."""
     return origin_of(leaves, number) if isinstance(leaves, Checkpoint) else Held(to_numpy(leaves.read(number)))
