@@ -47,9 +47,9 @@ def quantised(
         return new | {"quantization_config": wanted}
     differ = {key: old.get(key) for key, value in wanted.items() if old.get(key) != value}
     if differ:
+        there, here = (", ".join(f"{key}: {part[key]}" for key in differ) for part in (differ, wanted))
         raise Unsupported(
-            f"config.json says {', '.join(f'{key}: {value}' for key, value in differ.items())}, and {scheme} is written "
-            f"as {', '.join(f'{key}: {wanted[key]}' for key in differ)}: a model is quantised in one way",
+            f"config.json says {there}, and {scheme} is written as {here}: a model is quantised in one way",
             hint="pm.dequantize(model) first, or simulate=True",
         )
     for key in IGNORE:

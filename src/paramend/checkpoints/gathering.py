@@ -9,7 +9,7 @@ from paramend.anatomy.documents import Document
 from paramend.edits.plan import Plan, Row
 from paramend.errors import RenameClash
 from paramend.formats.gathered import Gathered, leaf_of
-from paramend.leaves.leaves import Group, plain
+from paramend.leaves.leaves import Group, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label, labels
 from paramend.piecewise.rows import expression
@@ -97,9 +97,9 @@ def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Pla
         else:
             kept[number] = [len(leaves)]
             leaves.append((index.paths[number], leaf_of(plan.leaves, number), rows[number]))
-    names = [plain(path, index.separator) for path, _, _ in leaves]
-    inside = {plain(path[:depth], index.separator) for path, _, _ in leaves for depth in range(1, len(path))}
-    clashes = [name for name, count in Counter(names).items() if count > 1 or name in inside]
+    keys = [keys_of(path) for path, _, _ in leaves]
+    inside = {each[:depth] for each in keys for depth in range(1, len(each))}
+    clashes = [index.separator.join(each) for each, count in Counter(keys).items() if count > 1 or each in inside]
     if clashes:
         raise RenameClash(
             f"{wording.plural(len(clashes), 'leaf', 'leaves')} would collide with others: "

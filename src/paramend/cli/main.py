@@ -64,6 +64,8 @@ ROWS = (
     CommandRow("layout", "paramend.cli.stack", "Write a checkpoint stored another way, by the rules of a layout."),
     CommandRow("insert", "paramend.cli.make", "Write a checkpoint with leaves of another that it lacks."),
     CommandRow("part", "paramend.cli.make", "Write leaves of a checkpoint as a model of their own.", also=("extract",)),
+    CommandRow("dequantize", "paramend.cli.codes", "Write a checkpoint with quantised weights as floats."),
+    CommandRow("quantize", "paramend.cli.codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
     CommandRow("undo", "paramend.cli.undo", "Take back the last edit that was made in place.", opens=False),

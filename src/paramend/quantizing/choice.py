@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 from paramend.anatomy.quantization import stated
 from paramend.arrays.registry import to_numpy
@@ -41,10 +42,10 @@ class Seen(Described):
                 paths.pop(number, None)
         self.index = Index(leaves.index.separator)
         for number, path in paths.items():
-            names = self.index.names
+            names: Any = self.index.names
             for label in path[:-1]:
-                names = names.setdefault(label, {})
-            if type(names) is int or names.setdefault(path[-1], number) != number:
+                names = names.setdefault(label, {}) if isinstance(names, dict) else names
+            if not isinstance(names, dict) or names.setdefault(path[-1], number) != number:
                 raise RenameClash(f"{write_path(path, self.index.separator)} is there, and is no part of that weight")
             self.index.numbers.append(number)
         for path, layers in leaves.index.layers.items():

@@ -75,7 +75,7 @@ def dequantize(
     rows = tuple(
         Coded(
             seen.index.path(at),
-            weight.group.scheme.name,
+            weight.codec.scheme,
             Spec(weight.spec.shape, name or weight.spec.dtype),
             tuple(map(leaves.index.path, weight.group.numbers)),
         )
