@@ -225,7 +225,7 @@ def test_a_part_that_was_taken_out_is_put_back_in_place(tmp_path, size):
     )
     pm.at(pm.open(folder), selector).delete().save(tmp_path / "out")
     before = content(tmp_path / "out")
-    pm.patch(tmp_path / "out", lambda t: pm.insert(t, pm.open(folder), selector))
+    pm.patch(tmp_path / "out", lambda t: pm.insert(t, pm.open(folder), selector)[0])
     check_index(tmp_path / "out")
     loads_as(tmp_path / "out", model)
     pm.undo(tmp_path / "out")

@@ -155,7 +155,7 @@ def edit(checkpoint):
 
 
 def inserted(checkpoint):
-    return pm.insert(checkpoint, {"new": {"w": np.arange(30.0)}}, "**")
+    return pm.insert(checkpoint, {"new": {"w": np.arange(30.0)}}, "**")[0]
 
 
 def respecified(checkpoint):

@@ -52,7 +52,7 @@ def donor(tmp_path):
 
 
 def inserting(donor, selector="mtp.**", **rules):
-    return lambda target: pm.insert(target, pm.open(donor), selector, rename=rules or None)
+    return lambda target: pm.insert(target, pm.open(donor), selector, rename=rules or None)[0]
 
 
 def content(folder):
@@ -178,7 +178,7 @@ def test_leaves_of_every_kind(tmp_path):
     (home,) = {index["weight_map"][name] for name in odd}
     with pm.open(model / home) as new:
         assert {path: leaf.tobytes() for path, leaf in new.items()} == {k: a.tobytes() for k, a in odd.items()}
-    pm.patch(model, lambda t: pm.insert(t, {"x": {"y": torch.ones(2)}}, "**"))
+    pm.patch(model, lambda t: pm.insert(t, {"x": {"y": torch.ones(2)}}, "**")[0])
     with pm.open(model) as made:
         assert made["x.y"].tolist() == [1, 1]
 
@@ -269,9 +269,9 @@ def test_only_leaves_that_come(model, donor):
         with pytest.raises(Unsupported, match="and others keep their name"):
             pm.patch(model, lambda t, edit=edit: inserting(donor)(edit(t)))
     with pytest.raises(ValueError, match="would stand"):
-        pm.patch(model, lambda t: pm.insert(t, {"layers": {"0": {"w": np.ones(1)}}}, "**"))
+        pm.patch(model, lambda t: pm.insert(t, {"layers": {"0": {"w": np.ones(1)}}}, "**")[0])
     with pytest.raises(BadArgument), pm.open(donor) as other:
-        pm.patch(model, lambda t: pm.insert(other, t, "**"))
+        pm.patch(model, lambda t: pm.insert(other, t, "**")[0])
     assert content(model) == before and not (model / ".undo").exists()
 
 

@@ -67,7 +67,7 @@ def written(folder):
 def test_the_text_model_with_its_configuration(tmp_path):
     leaves = make(tmp_path / "hf", [TEXT | REST, HEAD])
     with pm.open(tmp_path / "hf") as model:
-        report = pm.part(model, "language_model.**", rename={"language_model.**": "**"}).save(tmp_path / "out")
+        report = pm.part(model, "language_model.**", rename={"language_model.**": "**"})[0].save(tmp_path / "out")
     right = {name.removeprefix("language_model."): leaf for name, leaf in leaves.items() if name in TEXT | HEAD}
     assert written(tmp_path / "out") == {name: leaf.tobytes() for name, leaf in right.items()}
     assert (tmp_path / "out" / "config.json").read_text() == (
@@ -125,7 +125,7 @@ def test_what_is_derived_and_what_is_said(tmp_path, selector, config, classes, t
     data = {key: value for key, value in (data | config).items() if value is not None}
     make(tmp_path / "hf", [TEXT | HEAD | REST], json.dumps(data))
     with pm.open(tmp_path / "hf") as model:
-        report = pm.part(model, selector).save(tmp_path / "out")
+        report = pm.part(model, selector)[0].save(tmp_path / "out")
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (found.get("architectures"), found.get("tie_word_embeddings")) == (classes, tied)
     assert any(says in line for line in report.said), report.said
@@ -135,7 +135,7 @@ def test_what_is_derived_and_what_is_said(tmp_path, selector, config, classes, t
 def test_a_single_file_has_no_configuration_and_says_so(tmp_path):
     make(tmp_path / "hf", [TEXT | HEAD | REST])
     with pm.open(tmp_path / "hf") as model:
-        report = pm.part(model, "language_model.**").save(tmp_path / "out.safetensors")
+        report = pm.part(model, "language_model.**")[0].save(tmp_path / "out.safetensors")
     assert report.said[-1] == "config.json changes, and is not written beside a single file"
     assert load_file(tmp_path / "out.safetensors").keys() == (TEXT | HEAD).keys()
 
@@ -148,7 +148,7 @@ def test_a_head_that_is_not_stored_is_tied(tmp_path, inner):
     data |= {"quantization_config": {"quant_method": "x"}, "eos_token_id": 2}
     make(tmp_path / "hf", [TEXT | REST], json.dumps(data))
     with pm.open(tmp_path / "hf") as model:
-        found = pm.config(pm.part(model, "language_model.**"))
+        found = pm.config(pm.part(model, "language_model.**")[0])
         assert found["tie_word_embeddings"] == inner
         assert found["architectures"] == ["LlamaForCausalLM" if inner else "LlamaModel"]
         assert (found["quantization_config"], found["eos_token_id"]) == ({"quant_method": "x"}, 2)
@@ -156,17 +156,17 @@ def test_a_head_that_is_not_stored_is_tied(tmp_path, inner):
 
 def test_in_memory_it_is_like_the_model():
     leaf = np.ones(2)
-    assert pm.part({"a": {"w": leaf, "b": leaf}, "c": [leaf, leaf]}, "c[1]")["c"][0] is leaf
+    assert pm.part({"a": {"w": leaf, "b": leaf}, "c": [leaf, leaf]}, "c[1]")[0]["c"][0] is leaf
     state = nnx.state(nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0)), b=nnx.Param(jnp.ones(2))))
-    made = pm.part(state, "a.**", rename={"a.**": "**"})
+    made = pm.part(state, "a.**", rename={"a.**": "**"})[0]
     assert isinstance(made, nnx.State) and sorted(made) == ["bias", "kernel"]
     module = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2))
-    made = pm.part(module, "1.**", rename={"1.**": "fc.**"})
+    made = pm.part(module, "1.**", rename={"1.**": "fc.**"})[0]
     assert made["fc.weight"] is module[1].weight and list(made) == ["fc.weight", "fc.bias"]
     net = eqx.nn.Linear(2, 2, key=np.array([0, 1], "u4"))
-    assert list(pm.part(net, "weight")) == ["weight"]
+    assert list(pm.part(net, "weight")[0]) == ["weight"]
     tied = torch.ones(2)
-    assert list(pm.part({"emb": tied, "head": tied}, "emb")) == ["emb"]
+    assert list(pm.part({"emb": tied, "head": tied}, "emb")[0]) == ["emb"]
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -187,7 +187,7 @@ def test_clashes_are_listed_and_weights_stay_whole(tmp_path, where):
     with pytest.raises(LookupError):
         pm.part(tree, "nothing")
     if where == "disk":
-        pm.part(tree, "q.**", rename={"q.**": "deep.q.**"}).save(tmp_path / "out.safetensors", record=True)
+        pm.part(tree, "q.**", rename={"q.**": "deep.q.**"})[0].save(tmp_path / "out.safetensors", record=True)
         assert sorted(load_file(tmp_path / "out.safetensors")) == [
             f"deep.q.weight_{n}" for n in ("packed", "scale", "shape")
         ]
@@ -200,7 +200,7 @@ def test_clashes_are_listed_and_weights_stay_whole(tmp_path, where):
 def test_from_a_torch_file_with_ties(tmp_path):
     shared = torch.ones(2, 2)
     torch.save({"emb": shared, "head": shared, "rest": torch.zeros(1)}, tmp_path / "m.pt")
-    pm.part(pm.open(tmp_path / "m.pt"), "emb", rename={"emb": "w"}).save(tmp_path / "out.pt")
+    pm.part(pm.open(tmp_path / "m.pt"), "emb", rename={"emb": "w"})[0].save(tmp_path / "out.pt")
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert list(found) == ["w"] and found["w"].equal(shared)
 
@@ -222,10 +222,24 @@ def test_transformers_loads_it_and_computes_the_same(tmp_path, family):
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config).to(torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     with pm.open(tmp_path / "hf") as whole:
-        pm.part(whole, "language_model.**", rename={"language_model.**": "**"}).save(tmp_path / "out")
+        pm.part(whole, "language_model.**", rename={"language_model.**": "**"})[0].save(tmp_path / "out")
     made, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()) and made.dtype == torch.bfloat16
     ids = torch.arange(3, 27).reshape(2, 12)
     loaded = type(model).from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         assert torch.equal(made.eval()(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_reports_say_what_came_what_was_taken_and_what_stays():
+    tree, report = pm.insert({"a": np.ones(1)}, {"b": {"w": np.zeros((2, 3), "f4")}}, "**", rename={"b.**": "c.d.**"})
+    assert tree["c"]["d"]["w"].shape == (2, 3)
+    assert report.to_dict() == {
+        "layout": "insert",
+        "inserted": [{"path": "c/d/w", "dtype": "float32", "shape": [2, 3], "origin": "b/w", "sources": ["b/w"]}],
+        "kept": ["a"],
+    }
+    rest, report = pm.part(tree, "c.**", rename={"c.d.**": "**"})
+    assert list(rest) == ["w"]
+    assert ([row.path for row in report.rows], report.kept) == (["w"], ("a",))
+    assert "1 leaf taken, 1 left out" in str(report)

@@ -161,8 +161,8 @@ def test_leaves_of_another_file_stand_after_its_name(model, tmp_path):
         head.parent.mkdir()
         save_file({"mtp.w": np.full(3, number, "float32"), "x y": np.ones(2)}, head)
     with pm.open(model) as opened, pm.open(heads[0]) as first, pm.open(heads[1]) as second:
-        both = pm.insert(opened, first, "mtp.**")
-        both = pm.insert(both, second, "**", rename={"mtp.w": "other.w"})
+        both = pm.insert(opened, first, "mtp.**")[0]
+        both = pm.insert(both, second, "**", rename={"mtp.w": "other.w"})[0]
         pm.concat(both, ["mtp.w", "other.w"], into="both").save(tmp_path / "out.safetensors", record=True)
     found = recorded(tmp_path / "out.safetensors")
     text = 'concat("my head.safetensors":mtp.w, "my head.safetensors#2":mtp.w, axis=0)'

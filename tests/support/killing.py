@@ -64,7 +64,7 @@ def edit(kind):
     if kind == "shards":
         return lambda t: pm.config(pm.at(t, "**").add(1)).set({"a key": "a value"})
     if kind in ("inserted", "split"):
-        return lambda t: pm.insert(t, {"new": tree()}, "**")
+        return lambda t: pm.insert(t, {"new": tree()}, "**")[0]
     return lambda t: pm.at(t, "**").add(1)
 
 

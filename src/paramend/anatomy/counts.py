@@ -23,7 +23,7 @@ def miscounted(
     after: Iterable[Pieces],
     ends: Mapping[Pieces, int] | None = None,
 ) -> list[str]:
-    """What a configuration counts that an outcome no longer has, though the model had it; `ends` as `Index.layers`.
+    """What a configuration counts that the leaves of an outcome no longer have; `ends` as in `Index.layers`.
 
     >>> layers = [("layers", str(i), "w") for i in range(3)]
     >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2])

@@ -70,7 +70,6 @@ class Section:
 
     Attributes:
         place: the keys that lead to it.
-        part: its new content.
         kinds: for each old layer, all that the configuration says of it alone.
         done: the keys that follow already.
     """

@@ -21,7 +21,6 @@ class Move:
     Attributes:
         where: their path in the model.
         sources: for each new layer the old one that it is made of, from 0.
-        n: how many layers there were.
         first: the number of the first of them.
         blocks: how many blocks that predict further tokens follow them.
         given: key → value, as the user wants them in the outcome; dots lead into sections.
@@ -61,7 +60,7 @@ class Move:
 
 
 def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
-    """Raise `Unsupported` if a layer has not the leaves of its new place; `kinds` is what is said of each layer alone.
+    """Raise `Unsupported` if a layer has other leaves than its new place must have; `kinds` is what is said of each.
 
     Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
     say tells them apart by their places: the first or the last layer must stay what it is, or each place must get the

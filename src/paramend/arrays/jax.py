@@ -234,7 +234,6 @@ def is_key(x: Any) -> bool:
 
 
 def key(seed: int) -> Any:
-    """A PRNG key."""
     return jax.random.key(seed)
 
 
@@ -244,7 +243,6 @@ def fold(key: Any, number: int) -> Any:
 
 
 def normal(key: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """Standard normal values."""
     return jax.random.normal(key, shape, numpy_dtype(dtype))
 
 

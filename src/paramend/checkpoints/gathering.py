@@ -9,7 +9,7 @@ from paramend.anatomy.documents import Document
 from paramend.edits.plan import Plan, Row
 from paramend.errors import RenameClash
 from paramend.formats.gathered import Gathered, leaf_of
-from paramend.leaves.leaves import Group, keys_of
+from paramend.leaves.leaves import Group, keys_of, tied
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label, labels
 from paramend.piecewise.rows import expression
@@ -47,14 +47,7 @@ def ties_of(ties: Mapping[int, int], places: Mapping[int, Sequence[int]]) -> dic
         ties: those of the checkpoint.
         places: leaf number in the checkpoint → its places in the result.
     """
-    found: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for number, there in places.items():
-        unit = ties.get(number)
-        if unit is not None and len(there) == 1:
-            found[there[0]] = first.setdefault(unit, there[0])
-    shared = {one for number, one in found.items() if number != one}
-    return {number: one for number, one in found.items() if one in shared}
+    return tied({there[0]: ties[number] for number, there in places.items() if number in ties and len(there) == 1})
 
 
 def labels_of(path: Sequence[tuple[str, int | None]]) -> tuple[Label, ...]:

@@ -180,7 +180,7 @@ def insert(
     with open_checkpoint(source) as donor:
 
         def inserted(old: Checkpoint) -> Checkpoint:
-            return inserting.insert(old, donor, selector, rename=rename)
+            return inserting.insert(old, donor, selector, rename=rename)[0]
 
         if in_place:
             edit_checkpoint(target, inserted, in_place=True, **options)
@@ -209,4 +209,4 @@ def part(model: Path, selector: str, rename: dict[str, str], **options: Any) -> 
     Exit status: 0 done; 2 the selector matches nothing, two leaves would have one path, a file is unreadable or
     damaged, or OUT cannot be written.
     """
-    rewrite(model, lambda old: parts.part(old, selector, rename=rename), options)
+    rewrite(model, lambda old: parts.part(old, selector, rename=rename)[0], options)

@@ -20,12 +20,10 @@ class Value:
     """A kind of argument.
 
     Attributes:
-        says: a description.
         read: data → the argument; raises BadArgument.
         schema: the JSON Schema of the data.
         array: whether it may be an array too.
         scalar: whether it is one number, also in Python.
-        example: an example, as in a recipe.
     """
 
     says: str

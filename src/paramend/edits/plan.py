@@ -35,13 +35,9 @@ class Row:
     """One leaf of the result: `path, spec ◄─ source, calls`.
 
     Attributes:
-        path: the path of the leaf after the edits.
-        spec: its spec after the edits.
         source: the number of the leaf that it comes from.
-        before: the spec of that leaf.
         calls: the edits, first to last; empty if the values stay.
         places: where the leaf was when each call was made, which random values depend on.
-        labels: the path, label by label.
         was: the path in the source, if it is another.
         damage: what a run of the edits did to values that the dtype cannot hold.
         depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from paramend.edits.call import Call
 from paramend.errors import Quantized
-from paramend.leaves.groups import Group, group_of, groups_of, may_hold_groups
+from paramend.leaves.groups import Group, groups_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Index, Leaves, plain
 from paramend.leaves.paths import labels, text_of, write_path, write_piece
 from paramend.leaves.specs import Spec
@@ -38,7 +38,7 @@ def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) 
     if getattr(leaves, "raw", False) or not may_hold_groups(leaves):
         return
     chosen = list(numbers)
-    found = _touched(leaves, _with_twins(leaves, chosen))
+    found = groups_of(leaves, _with_twins(leaves, chosen))
     if not found:
         return
     inside = set(_with_twins(leaves, [number for group in found for number in group.numbers]))
@@ -65,7 +65,7 @@ def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted
     if leaves.raw or not may_hold_groups(leaves):
         return
     gone = set(numbers)
-    parted = [group for group in _touched(leaves, gone) if not gone.issuperset(group.numbers)]
+    parted = [group for group in groups_of(leaves, gone) if not gone.issuperset(group.numbers)]
     if parted:
         left = [number for number in parted[0].numbers if number not in gone]
         way = [f"delete all of it: {_all_of(leaves, parted[0])}"] if did == "be deleted" else []
@@ -83,7 +83,7 @@ def check_renamed(leaves: Editable, moves: Callable[[], Moved]) -> None:
     if leaves.raw or not may_hold_groups(leaves):
         return
     moved = moves()
-    touched = _touched(leaves, moved)
+    touched = groups_of(leaves, moved)
     after = _Renamed(leaves, [number for group in touched for number in group.numbers], moved)
     now = {place: group for group in groups_of(after) for place in group.numbers}
     parted = [group for group in touched if not after.keeps(group, now)]
@@ -123,14 +123,6 @@ class _Renamed:
             return False
         places = [(self.places[number], group.role(number)) for number in group.numbers]
         return all(place in new.numbers and new.role(place) == role for place, role in places)
-
-
-def _touched(leaves: Leaves, numbers: Iterable[int]) -> list[Group]:
-    found: dict[int, Group] = {}
-    for number in numbers:
-        if number not in found and (group := group_of(leaves, number)) is not None:
-            found |= dict.fromkeys(group.numbers, group)
-    return list({group.numbers: group for group in found.values()}.values())
 
 
 def refusal(leaves: Leaves, groups: Sequence[Group], message: str, hints: Sequence[str]) -> Quantized:

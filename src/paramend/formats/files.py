@@ -26,10 +26,6 @@ class OpenFile:
 
     A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
 
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is a directory, a pipe or a device.
-
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "x.bin")
     >>> _ = path.write_bytes(b"abcdef")
@@ -129,7 +125,7 @@ class Row(Protocol):
 
 
 class FileSource(Opened):
-    """What sources over a single file share. Use one as a context manager, or `close()` it.
+    """What sources over a single file share. Use one as a context manager, or `close()` it; its arrays stay valid.
 
     Attributes:
         path: as the user gave it.

@@ -46,7 +46,6 @@ class NpzEntry:
         member: the name of its member in the zip.
         spec: shape and dtype; a dtype that only numpy has, such as text, is "raw<U3>".
         head: the bytes before the array in its member.
-        nbytes: the bytes of the array.
         fortran: whether the first axis varies fastest in the file.
         swapped: whether numbers are big-endian.
         sealed: why it cannot be read, or "".
@@ -69,8 +68,6 @@ class NpzEntry:
 
 class NpzFile(ZipSource):
     """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
-
-    Use it as a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".

@@ -46,7 +46,7 @@ class Source(Leaves, Protocol):
 
 
 class Opened:
-    """What all sources are: context managers, and containers of masks as files have them."""
+    """What all sources are: context managers, whose arrays stay valid when they close, and containers of masks."""
 
     def __enter__(self) -> Self:
         return self

@@ -12,16 +12,17 @@ from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import enter, relocate
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.grafting.inserting import Path, check_free, moved_by, new_paths
+from paramend.grafting.inserting import Path, check_free, moved_by, moved_report, new_paths
 from paramend.leaves.leaves import plain
 from paramend.leaves.paths import labels, text_of
+from paramend.mapping.report import LayoutReport
 from paramend.selectors.selector import SelectorLike, resolve
 from paramend.trees.lookup import is_torch_module
 
 T = TypeVar("T")
 
 
-def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None = None) -> T:
+def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None = None) -> tuple[T, LayoutReport]:
     """Some leaves of a model as a model of their own: the text model of a vision-language model, a tower, a head.
 
     Where exactly the text model, or another one that has its own part of `config.json`, is taken out of a checkpoint,
@@ -37,14 +38,15 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
 
     Returns:
         A tree like the model with these leaves alone, which are the same objects. Of a module, whose class determines
-        what it holds, nested dicts of them; of a torch module a state dict.
+        what it holds, nested dicts of them; of a torch module a state dict. And a report, whose `rows` are the leaves
+        that were taken and whose `kept` those that were left out.
 
     Raises:
         NoMatch: the selector matches nothing.
         Quantized: a part of a quantised weight would be taken without the rest.
         RenameClash: two leaves would have one path; the message lists them all.
 
-    >>> part({"lm": {"a": np.ones(1), "b": np.zeros(1)}, "vision": np.ones(2)}, "lm.**", rename={"lm.**": "**"})
+    >>> part({"lm": {"a": np.ones(1), "b": np.zeros(1)}, "vision": np.ones(2)}, "lm.**", rename={"lm.**": "**"})[0]
     {'a': array([1.]), 'b': array([0.])}
     """
     host = editable(model)
@@ -56,15 +58,18 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
     check_renamed(host, lambda: moved)
     taken = set(numbers)
     gone = [number for number in host.index.numbers if number not in taken]
+    left = [host.index.path(number) for number in gone]
+    report = moved_report("part", host.index.separator, host, paths, left, ("taken", "left out"))
     if isinstance(host, Checkpoint):
-        return cast(T, _configured(host, host.planned(host.plan.without(gone).renamed(moved)), paths))
+        made = _configured(host, host.planned(host.plan.without(gone).renamed(moved)), paths)
+        return cast(T, made), report
     tree = cast(Memory, host)
     try:
-        return cast(T, relocate(tree, moved, gone))
+        return cast(T, relocate(tree, moved, gone)), report
     except Unsupported:
         joined = is_torch_module(tree.root)
         entries = [((plain(_labels(path), "."),) if joined else path, tree.values[n]) for n, path in paths.items()]
-        return cast(T, enter(Memory({}), entries))
+        return cast(T, enter(Memory({}), entries)), report
 
 
 def _labels(path: Path) -> list[Any]:

@@ -13,6 +13,7 @@ from paramend.growth import numbered
 from paramend.growth.numbered import Layers
 from paramend.growth.planning import DepthPlan
 from paramend.growth.report import DeepenReport
+from paramend.leaves.leaves import tied
 from paramend.selectors.selector import Selector, Sliced
 
 # Files beside the configuration in which single layers are named or numbered.
@@ -101,14 +102,7 @@ def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[in
             first = checkpoint.ties.get(n, n)
             copied = target is not None and order.kept.get(order.sources[target]) != target and first not in shared
             units.append((first, target) if copied else first)
-    ties: dict[int, int] = {}
-    if checkpoint.ties:
-        first_of: dict[Any, int] = {}
-        for place, unit in enumerate(units):
-            ties[place] = first_of.setdefault(unit, place)
-        several = {one for place, one in ties.items() if one != place}
-        ties = {place: one for place, one in ties.items() if one in several}
-    return picks, ties
+    return picks, tied(dict(enumerate(units))) if checkpoint.ties else {}
 
 
 def _is_stray(checkpoint: Checkpoint, work: DepthPlan, run: Layers, target: int | None, number: int) -> bool:

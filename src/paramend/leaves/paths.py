@@ -9,7 +9,8 @@ key is a `Part`, which remembers the separator before it and whether the key end
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from paramend.leaves.names import Alone
@@ -133,6 +134,16 @@ def write_path(path: Iterable[Label], separator: str = "/") -> str:
             out.append(separator if isinstance(label, str) or not label.before else label.before)
         out.append(write_piece(text_of(label)))
     return "".join(out)
+
+
+def common(paths: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """The pieces with which all of some paths begin.
+
+    >>> common([("a", "b", "w"), ("a", "c", "w")])
+    ('a',)
+    """
+    same = takewhile(lambda pieces: len(set(pieces)) == 1, zip(*paths, strict=False))
+    return tuple(pieces[0] for pieces in same)
 
 
 def number_of(text: str) -> int | None:

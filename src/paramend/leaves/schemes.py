@@ -25,7 +25,6 @@ class Companion:
     Attributes:
         role: what it is to the codec: "scale", "zero", "global", "input" ...
         names: its names in use; the first that is there counts.
-        says: what it is, for messages.
         optional: whether the weight can be read without it.
     """
 
@@ -41,10 +40,8 @@ class Scheme:
 
     Attributes:
         name: its name, as users type it.
-        says: what it is, for messages and docs.
         payload: the names of the leaf that holds the codes.
         dtypes: its dtypes; empty for any.
-        companions: the other leaves.
         fits: whether shapes and dtypes agree with it.
         methods: what `quantization_config` calls it.
         alone: whether its payload is known by its name, without companions.

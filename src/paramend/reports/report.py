@@ -18,7 +18,6 @@ class Line:
     Attributes:
         paths: the path of the line, and paths that belong to it, such as its source.
         cells: its other columns.
-        size: the number of scalars.
         members: the paths of all leaves in the line.
     """
 
@@ -39,7 +38,6 @@ class Section:
 
     Attributes:
         title: what the leaves have in common.
-        lines: one per leaf.
         columns: the titles of the cells that `cells` returns.
         cells: a line → more cells, computed after folding: figures over all leaves of the line.
     """

@@ -30,12 +30,7 @@ class Pattern:
         return separator.join(map(str, self.segments))
 
     def find(self, names: Names) -> list[int]:
-        """The numbers of the matching leaves of a tree of names, ascending.
-
-        Raises:
-            OutOfRange: an integer position does not exist where the rest of the pattern matches; `near` holds the
-                selector with the nearest position that does.
-        """
+        """The numbers of the matching leaves, ascending; `OutOfRange` holds the selector with the nearest position."""
         walk = self._walk(names)
         missing = walk.first_missing() if walk.missing else None
         if missing is not None:

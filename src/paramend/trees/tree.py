@@ -14,7 +14,7 @@ from typing import Any
 from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Index, uncollected
+from paramend.leaves.leaves import Index, tied, uncollected
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.overlaps import overlapping, repeats, same
 from paramend.leaves.specs import Spec
@@ -53,7 +53,6 @@ class Tree:
     """A tree in memory.
 
     Attributes:
-        root: the tree as the user gave it.
         values: its leaves, also those that are not arrays. A leaf's number is its position here.
         boxes: leaf number → the box (an NNX Variable) that holds it.
     """
@@ -139,8 +138,7 @@ class Tree:
         Arrays of JAX and numpy are values: one object at two places (a model and its moving average at the start) is
         not a tie, as inside `jit`, where the two are distinct.
         """
-        first: dict[Hashable, int] = {}
-        ties: dict[int, int] = {}
+        owners: dict[int, Hashable] = {}
         torch: Any = None
         if self._structure.torch:
             from paramend.arrays import torch  # imports torch
@@ -148,11 +146,10 @@ class Tree:
             value, box = self.values[number], self.boxes.get(number)
             of_torch = torch is not None and backend_of(type(value)) is torch
             if box is not None:
-                ties[number] = first.setdefault(id(box), number)
+                owners[number] = id(box)
             elif of_torch:
-                ties[number] = first.setdefault(torch.storage(value), number)
-        shared = {one for number, one in ties.items() if one != number}
-        return {number: one for number, one in ties.items() if one in shared}
+                owners[number] = torch.storage(value)
+        return tied(owners)
 
     def spec(self, number: int) -> Spec:
         value = self.values[number]
@@ -227,7 +224,7 @@ class Tree:
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
 
     def apart(self, numbers: Collection[int]) -> dict[int, int]:
-        """Check that leaves can change in place without changing others; of those that are one array, → the first one.
+        """Check that leaves can change in place alone. Those that are one array lead to the first of them, by number.
 
         Raises:
             Unsupported: a leaf shares memory with a leaf that is not among them, or shares a part of it with any.

@@ -34,8 +34,7 @@ WRITER = OrbaxWriter()
 class OrbaxCheckpoint(Opened):
     """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
 
-    In the folder of a manager the latest step is opened. Use it as a context manager, or `close()` it; arrays that were
-    read stay valid.
+    In the folder of a manager the latest step is opened.
 
     Attributes:
         folder: the folder within it that holds the tree.
@@ -45,7 +44,6 @@ class OrbaxCheckpoint(Opened):
         keys: by number, the keys of a leaf: text in dicts, whole numbers in lists. That of a box, "value", is left out.
         metadata: what else is in the tree, by path: text, None, empty containers; and custom metadata under
             "custom_metadata".
-        store: where the arrays are.
         walk: the rows of its table, for writing a similar one.
         names: by number, the name of a leaf in the store.
         stats: the stat results of the table, and of a database's manifest, when they were opened.

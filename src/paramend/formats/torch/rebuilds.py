@@ -52,7 +52,6 @@ class Storage:
     Attributes:
         key: they are in the record "data/<key>".
         dtype: of its elements; "" if only the tensors say.
-        nbytes: their number.
     """
 
     key: str

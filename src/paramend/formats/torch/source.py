@@ -40,8 +40,7 @@ WRITER = TorchWriter()
 class TorchFile(ZipSource):
     r"""One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
 
-    Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure. Use it as
-    a context manager, or `close()` it; arrays that were read stay valid.
+    Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure.
 
     Attributes:
         index: the names; dict keys and list positions, joined by ".".

@@ -45,7 +45,6 @@ class Member:
     Attributes:
         name: with "/" between folders; checked to stay within the archive.
         method: how it is compressed; 0 if it is not.
-        nbytes: its length.
         packed: its length in the archive.
         crc: the CRC32 of its bytes.
         flags: the general purpose bits of the format.
