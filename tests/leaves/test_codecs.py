@@ -7,6 +7,7 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.support.quantized import LAYOUTS, stored
 from tests.support.quantized_reference import cases, row_of
 
 from paramend.errors import Quantized, SpecMismatch, Unsupported
@@ -243,11 +244,10 @@ def test_a_new_group_is_known_and_near(scheme, shape):
     codec, known = codec_for(scheme, layout), held(layout.known)
     leaves = encoded(codec, Held(weight), layout.specs, known) | known
     assert {role: leaf.spec for role, leaf in leaves.items()} == dict(layout.specs)
-    stored = {layout.names[role].replace("*", "weight"): leaf.read() for role, leaf in leaves.items()}
-    tree = Tree({"fc": stored})
+    named = {layout.names[role].replace("*", "weight"): leaf.read() for role, leaf in leaves.items()}
+    tree = Tree({"fc": named})
     (group,) = groups_of(tree)
-    arrays = list(stored.values())
-    found = weight_of(tree, group, lambda number: Held(arrays[number]), lambda module: layout.stated)
+    found = weight_of(tree, group, lambda number: Held(tree.read(number)), lambda module: layout.stated)
     assert (found.path, found.spec.shape) == ("fc/weight", shape)
     assert found.codec.scheme == scheme
     error = found.origin("float32").read() - weight.astype(np.float32)
@@ -371,8 +371,7 @@ def test_a_disagreement_says_both_sides(says, leaves, stated, both):
 def tree_of(**leaves):
     tree = Tree({"fc": leaves})
     (group,) = groups_of(tree)
-    arrays = list(leaves.values())
-    return tree, group, lambda number: Held(arrays[number])
+    return tree, group, lambda number: Held(tree.read(number))
 
 
 def test_an_ignored_module_with_scales():
@@ -397,3 +396,39 @@ def test_an_old_order_of_tiles_is_refused():
     leaves = {"payload": np.zeros((3, 4), "i1"), "scale": np.ones(3, "f4"), "format": np.array(1, "u1")}
     with pytest.raises(Unsupported, match="order of tiles"):
         weight_from("int8 of bitsandbytes", leaves)
+
+
+# ---- under the names of checkpoints --------------------------------------------------------------------------------
+
+# What the weight of a layout is called, and its spec, where tests.support.quantized writes values that can be decoded.
+WEIGHTS = {
+    ("fp8-block", "DeepSeek-V3"): ("weight", "float32[256,200]"),
+    ("fp8-block", "MXFP8"): ("weight", "bfloat16[4,64]"),
+    ("fp8-block", "fused experts"): ("gate_up_proj", "float32[2,256,128]"),
+    ("fp8-channel", "fbgemm"): ("gate_up_proj", "float32[2,4,8]"),
+    ("fp8-tensor", "Mistral"): ("weight", "bfloat16[8,4]"),
+    ("awq", "AutoAWQ"): ("weight", "float16[16,32]"),
+    ("mxfp4", "gpt-oss"): ("gate_up_proj", "bfloat16[2,96,8]"),
+    ("mxfp4", "DeepSeek-V4"): ("weight", "bfloat16[4,64]"),
+    ("nvfp4", "modelopt"): ("weight", "float32[4,32]"),
+    ("nvfp4", "compressed-tensors"): ("weight", "bfloat16[4,32]"),
+    ("int8", "compressed-tensors"): ("weight", "bfloat16[8,4]"),
+    ("int8", "Flax"): ("kernel", "float32[4,8]"),
+}
+
+
+@pytest.mark.parametrize("layout", WEIGHTS, ids=" ".join)
+def test_a_group_is_called_as_its_weight(layout):
+    tree = Tree(stored(LAYOUTS[layout]))
+    (group,) = groups_of(tree)
+    weight = weight_of(tree, group, lambda number: Held(tree.read(number)))
+    name, spec = WEIGHTS[layout]
+    assert (weight.path, str(weight.spec)) == (f"model.layers.0.mlp.fc.{name}", spec)
+    assert weight.origin().read().shape == weight.spec.shape
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("kernel", [[1, 20], [3, 40]]), ("weight", [[1, 2], [30, 40]])])
+def test_scales_of_a_square_matrix_are_those_of_its_outputs(name, wanted):
+    leaves = {name: np.array([[1, 2], [3, 4]], np.int8), f"{name}_scale": np.array([1, 10], np.float32)}
+    tree, group, leaf_of = tree_of(**leaves)
+    assert weight_of(tree, group, leaf_of).origin().read().tolist() == wanted

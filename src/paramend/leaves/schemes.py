@@ -166,6 +166,7 @@ _EXL3 = (
     Companion("in", ("suh", "su"), "the signs and scales of the inputs"),
     Companion("out", ("svh", "sv"), "the signs and scales of the outputs"),
 )
+_EETQ = (Companion("scale", ("weight_scales",), "the scale"),)
 _INT8_SCALED = (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT)
 
 
@@ -303,9 +304,8 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("exl2", "EXL2", ("q_weight",), ("int32",), _EXL2),
     Scheme("mlc", "MLC", ("q_weight",), ("uint32",), _MLC),
     Scheme("exl3", "EXL3", ("trellis",), ("int16", "uint16"), _EXL3),
-    Scheme(
-        "int8", "int8, with scales", ("*",), INT8, _INT8_SCALED, _in_groups, (*_CT, "eetq", "quark"), codec=fp8.codec
-    ),
+    Scheme("eetq", "int8 of EETQ, in the order of its kernels", ("weight",), INT8, _EETQ, _in_groups, ("eetq",)),
+    Scheme("int8", "int8, with scales", ("*",), INT8, _INT8_SCALED, _in_groups, (*_CT, "quark"), codec=fp8.codec),
     _optimizer_state("1"),
     _optimizer_state("2"),
 )

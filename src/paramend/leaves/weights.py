@@ -1,7 +1,7 @@
 """Weights: what the groups of a tree or a checkpoint are as leaves of the model, with their values as origins."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paramend.errors import Quantized
 from paramend.leaves.codecs.codec import Codec
@@ -64,7 +64,7 @@ def weight_of(
     >>> from paramend.trees.tree import Tree
     >>> stored = {"weight_packed": np.array([[0x76543210]], np.int32), "weight_scale": np.full((1, 1), 0.5, np.float32)}
     >>> tree = Tree({"fc": stored})
-    >>> weight = weight_of(tree, groups_of(tree)[0], lambda number: Held(list(stored.values())[number]))
+    >>> weight = weight_of(tree, groups_of(tree)[0], lambda number: Held(tree.read(number)))
     >>> weight.path, str(weight.spec), weight.origin().read().tolist()
     ('fc/weight', 'float32[1,8]', [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]])
     """
@@ -87,17 +87,13 @@ def weight_of(
             companions=tuple(map(index.path, group.companions)),
             hint="open it with raw=True to see what is stored",
         )
-    codec = scheme.codec(scheme.name, parts, says)
+    last = index.pieces(group.numbers[0])[-1] in ("kernel", "w")
+    codec = scheme.codec(scheme.name, parts, replace(says, outputs_last=last))
     return Weight(path_of(leaves, group), group, codec, parts)
 
 
 def path_of(leaves: Named, group: Group) -> str:
     """The path of the weight that a group is: its payload's, if that has no name of its own."""
-    index = leaves.index
     assert group.payload is not None
-    name = index.pieces(group.payload)[-1]
-    found = weight_name(name, group.scheme)
-    if found == name:
-        return index.path(group.payload)
-    above = write_path(index.paths[group.payload][:-1], index.separator)
-    return f"{above}{index.separator if above else ''}{found}"
+    path, name = leaves.index.path(group.payload), leaves.index.pieces(group.payload)[-1]
+    return path.removesuffix(name) + weight_name(name, group.scheme)

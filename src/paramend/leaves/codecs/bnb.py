@@ -9,7 +9,7 @@ from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field, Packing
 from paramend.leaves.codecs.scalings import Nested, Plain, Rows
 from paramend.leaves.codecs.stated import Stated, disagree
-from paramend.leaves.specs import BITS, Spec
+from paramend.leaves.specs import BITS, Spec, dtype_name
 
 
 def four_bits(scheme: str, parts: Parts, stated: Stated) -> Codec:
@@ -20,13 +20,16 @@ def four_bits(scheme: str, parts: Parts, stated: Stated) -> Codec:
     Raises:
         SpecMismatch: what it says is not what is there.
     """
-    state = json.loads(parts["state"].read().tobytes())
-    shape, block, payload, scale = tuple(state["shape"]), int(state["blocksize"]), parts["payload"], parts["scale"]
+    payload, scale = parts["payload"], parts["scale"]
+    try:
+        state = json.loads(parts["state"].read().tobytes())
+        shape, block, dtype = tuple(map(int, state["shape"])), int(state["blocksize"]), dtype_name(str(state["dtype"]))
+    except (ValueError, LookupError, TypeError) as error:
+        said = f"{parts['state']} has no JSON of its shape, dtype and blocks: {error!r}"
+        raise disagree(f"a weight in {scheme} is here", said, *parts.values()) from error
     size, blocks = math.prod(shape), -(-math.prod(shape) // block)
-    if scale.spec.size != blocks or -(-size // 2) != payload.spec.nbytes or state["quant_type"] != scheme:
-        said = (
-            f"the state says {state['quant_type']}, shape {list(shape)} in blocks of {block}, which is {blocks} blocks"
-        )
+    if scale.spec.size != blocks or -(-size // 2) != payload.spec.nbytes or state.get("quant_type") != scheme:
+        said = f"the state says {state.get('quant_type')}, {list(shape)} in {blocks} blocks of {block}"
         raise disagree(f"{payload.spec.nbytes} bytes of {scheme} in {scale.spec.size} blocks", said, *parts.values())
     codes = BITS[payload.spec.dtype] // 4
     order = tuple(code ^ 1 for code in range(codes))
@@ -42,7 +45,7 @@ def four_bits(scheme: str, parts: Parts, stated: Stated) -> Codec:
             raise disagree(f"{blocks} scales in {few.size} blocks", said, *parts.values())
         fields["nested scale"] = Field(few, (block * every,))
         scaling = Nested(parts["nested map"].read(), float(state["nested_offset"]))
-    return Codec(scheme, Spec((size,), state["dtype"]), fields, codes_of(scheme), scaling, shape=shape)
+    return Codec(scheme, Spec((size,), dtype), fields, codes_of(scheme), scaling, shape=shape)
 
 
 def int8(scheme: str, parts: Parts, stated: Stated) -> Codec:

@@ -83,19 +83,38 @@ class Codec:
             return reshape(stored, self.shape)
         return permute_axes(stored, self.axes) if self.axes else stored
 
-    def grids(self, views: Parts, box: Box, skip: str = "") -> dict[str, Array]:
-        """Role → codes, scales and zero points of a box, as arrays that broadcast to it.
+    def decode(self, views: Parts, box: Box) -> Array:
+        """The values of a box, float32: nothing is rounded but by the operations of float32.
 
         Args:
             views: the leaves, from `views`.
             box: the places, in axes of storage.
-            skip: a role that is left out.
         """
+        return self.values(self.stored_codes(views, box), self.scales(views, box), box, self.groups(views))
+
+    def values(self, codes: Array, scales: Grids, box: Box, groups: Groups) -> Array:
+        """The values of codes, float32, with scales and zero points from `scales`."""
+        grid = self.fields["scale"]
+        with np.errstate(all="ignore"):
+            values = self.codes.decode(codes)
+            if self.zeros is not None and "zero" in scales:
+                grid.apply(np.subtract, values, self.zeros.decode(scales["zero"]), box, groups)
+            for factor in self.scaling.factors(scales):
+                grid.apply(np.multiply, values, factor, box, groups)
+        return values
+
+    def stored_codes(self, views: Parts, box: Box) -> Array:
+        """The codes of a box, one byte each."""
+        return self.fields["payload"].read(views["payload"], box).view(np.uint8)
+
+    def scales(self, views: Parts, box: Box) -> dict[str, Array]:
+        """Scales, zero points and scales of scales, one for each place of the grid of scales that a box needs."""
         groups = self.groups(views)
+        one = self.fields["scale"].first(box, groups)
         return {
-            role: each.read(views[role], box, groups if role in _GROUPED else NO_GROUPS)
+            role: each.read(views[role], one, groups if role in _GROUPED else NO_GROUPS)
             for role, each in self.fields.items()
-            if role in views and role not in (skip, "group")
+            if role in views and role not in ("payload", "group")
         }
 
     def groups(self, views: Parts) -> Groups:
@@ -104,25 +123,6 @@ class Codec:
             return NO_GROUPS
         axis = next(axis for axis, every in enumerate(self.fields["group"].every) if every)
         return {axis: views["group"].read().reshape(-1)}
-
-    def decode(self, views: Parts, box: Box) -> Array:
-        """The values of a box, float32: nothing is rounded but by the operations of float32.
-
-        Args:
-            views: the leaves, from `views`.
-            box: the places, in axes of storage.
-        """
-        return self.decoded(self.grids(views, box))
-
-    def decoded(self, grids: Grids) -> Array:
-        """The values of codes, scales and zero points, float32."""
-        with np.errstate(all="ignore"):
-            values = self.codes.decode(grids["payload"])
-            if self.zeros is not None and "zero" in grids:
-                values = np.subtract(values, self.zeros.decode(grids["zero"]), out=values)
-            for factor in self.scaling.factors(grids):
-                values = np.multiply(values, factor, out=values)
-        return values
 
     @property
     def encodes(self) -> tuple[str, ...]:

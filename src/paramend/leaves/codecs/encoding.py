@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.errors import Unsupported
 from paramend.leaves.codecs.codec import Codec, Grids, Parts
-from paramend.leaves.codecs.fields import Field
+from paramend.leaves.codecs.fields import Field, Groups
 from paramend.leaves.origins.boxes import Box
 from paramend.leaves.specs import Array, numpy_dtype
 
@@ -65,9 +65,7 @@ def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mappi
         tops: scales of scales where they are new, too.
         keep: whether scales are kept where they can be: those that are finite.
     """
-    field, groups = codec.fields["scale"], codec.groups(views)
-    one = field.first(box, groups)  # a place of each block
-    there = codec.grids(views, one, skip="payload") | dict(tops)
+    field, there = codec.fields["scale"], codec.scales(views, box) | dict(tops)
     # Zero points of a new weight that are there already are those of a symmetric scheme.
     uneven = codec.zeros is not None and "zero" in codec.fields and ("scale" in views or "zero" not in views)
     found = {}
@@ -82,34 +80,40 @@ def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mappi
     return {role: _where(new, each, there[role]) for role, each in found.items()}
 
 
-def codes_for(codec: Codec, values: Array, grids: Grids) -> Array:
-    """The nearest codes of values.
+def codes_for(codec: Codec, values: Array, scales: Grids, box: Box, groups: Groups) -> Array:
+    """The nearest codes of the values of a box.
 
     Args:
         codec: the codec.
-        values: the values, float32.
-        grids: scales and zero points, which broadcast to them.
+        values: the values, float32, which are computed with in place.
+        scales: scales and zero points, one for each place of their grid.
+        box: the box.
+        groups: what `g_idx` says.
 
     Raises:
         Unsupported: there is no code for a value: it is not finite, or it is 0.
     """
-    factor = factor_of(codec, grids)
+    field, factor = codec.fields["scale"], factor_of(codec, scales)
+    nothing = factor == 0
     with np.errstate(all="ignore"):
-        exact = np.where(factor == 0, np.float32(0), values / factor)
-    if codec.zeros is not None and "zero" in grids:
-        zero = codec.zeros.decode(grids["zero"])
-        if ((zero > codec.codes.high) & (values == 0)).any():
+        field.apply(np.divide, values, np.where(nothing, np.float32(np.inf), factor), box, groups)
+    if codec.zeros is not None and "zero" in scales:
+        zero = codec.zeros.decode(scales["zero"])
+        if (
+            zero.max(initial=0) > codec.codes.high
+            and ((field.spread(zero, box, groups) > codec.codes.high) & (values == 0)).any()
+        ):
             raise Unsupported(
                 f"a zero point is {zero.max():g}, and codes of {codec.scheme} end at {codec.codes.high:g}: none is 0",
                 hint="dequantise the weight, edit it, and quantise it again",
             )
-        exact = exact + zero
-    if not np.isfinite(exact).all() and not np.isnan(codec.codes.values).any():
+        field.apply(np.add, values, zero, box, groups)
+    if not np.isfinite(values).all() and not np.isnan(codec.codes.values).any():
         raise Unsupported(
             f"a value is not finite, and {codec.scheme} has no code for it",
             hint="dequantise the weight, and edit it then",
         )
-    return codec.codes.nearest(exact)
+    return codec.codes.nearest(values)
 
 
 def factor_of(codec: Codec, grids: Grids) -> Array:

@@ -148,10 +148,30 @@ class Field:
             values = ufunc.reduceat(values, np.flatnonzero(np.diff(at, prepend=-1)), axis)
         return values
 
+    def apply(self, ufunc: np.ufunc, values: Array, grid: Array, box: Box, groups: Groups = NO_GROUPS) -> None:
+        """Compute with each value of a box and what its place of the grid has, in place."""
+        places, every, last = box[-1], self.every[-1], len(box) - 1
+        regular = last not in groups and isinstance(places, range) and places.step == 1 and every > 1
+        if not regular or grid.size == 1 or grid.shape[-1] == 1 or not len(places) or places[0] % every:
+            ufunc(values, self.spread(grid, box, groups) if grid.size > 1 else grid, out=values)
+            return
+        for axis in range(last):
+            grid = _spread(grid, axis, box[axis], self.every[axis], groups.get(axis))
+        whole = len(places) // every
+        blocks = values[..., : whole * every].reshape(*values.shape[:-1], whole, every)
+        ufunc(blocks, grid[..., :whole, None], out=blocks)
+        rest = values[..., whole * every :]
+        if rest.size:
+            ufunc(rest, grid[..., whole:], out=rest)
+
     def first(self, box: Box, groups: Groups = NO_GROUPS) -> Box:
         """For each place of the grid that a box needs, one place of the weight."""
-        found = []
+        found: list[Places] = []
         for axis, (places, every) in enumerate(zip(box, self.every, strict=True)):
+            if axis not in groups and isinstance(places, range) and places.step == 1 and places:
+                start = places.start // every * every if every else 0
+                found.append(range(start, places.stop, every) if every else places[:1])
+                continue
             _, at = np.unique(_at(places, every, groups.get(axis)), return_index=True)
             found.append(np.asarray(places)[at])
         return tuple(found)
@@ -210,8 +230,9 @@ def _spread(found: Array, axis: int, places: Places, every: int, group: Array | 
     if group is None and isinstance(places, range) and places.step == 1:
         if every == 1:
             return found
-        first = places.start % every
-        return np.repeat(found, every, axis)[(slice(None),) * axis + (slice(first, first + len(places)),)]
+        if axis == found.ndim - 1:
+            first = places.start % every
+            return np.repeat(found, every, axis)[..., first : first + len(places)]
     at = _at(places, every, group)
     spread: Array = np.take(found, np.searchsorted(np.unique(at), at), axis)
     return spread

@@ -52,9 +52,7 @@ def _every(parts: Parts, stated: Stated) -> tuple[int, ...]:
         return (0,) * len(shape)
     if len(shape) > 2 and grid == shape[:1]:
         return (1, *[0] * (len(shape) - 1))
-    # Kernels of JAX have their outputs last, weights of torch have them first.
-    last = str(payload).endswith(("kernel", "w")) or stated.method == "eetq"
-    for shared in (-2, -1) if last else (-1, -2):
+    for shared in (-2, -1) if stated.outputs_last else (-1, -2):
         every = [1] * len(shape)
         every[shared] = 0
         if scale.spec.size * shape[shared] == payload.spec.size:

@@ -136,6 +136,8 @@ def _by_index(parts: Parts, inputs: int, groups: int, axis: int, ndim: int) -> d
     if index.size != inputs or index.max(initial=0) >= groups:
         said = f"the groups of {index.size} inputs, up to {index.max(initial=0)}"
         raise disagree(said, f"{inputs} inputs and {groups} groups", *parts.values())
+    if (index == np.arange(inputs) // -(-inputs // groups)).all():
+        return {}
     every = tuple(int(at == axis) for at in range(ndim))
     shape = tuple(inputs if each else 1 for each in every)
     return {"group": Field(Spec(shape, parts["group"].spec.dtype), every)}

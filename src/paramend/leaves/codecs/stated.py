@@ -18,6 +18,7 @@ class Stated:
         symmetric: whether there are no zero points.
         form: how a method stores it, such as `checkpoint_format` of GPTQ, or `version` of AWQ.
         ignored: the entry of an ignore list that names the module, "" if none does.
+        outputs_last: whether outputs are the last axis, as in kernels of JAX; they are the first of weights of torch.
     """
 
     method: str = ""
@@ -27,6 +28,7 @@ class Stated:
     symmetric: bool | None = None
     form: str = ""
     ignored: str = ""
+    outputs_last: bool = False
 
 
 NOTHING = Stated()

@@ -81,23 +81,22 @@ class Encoded(Origin):
         if self.role != "payload":
             return own.pack(scales[self.role])
         groups, scale = codec.groups(self.kept), codec.fields["scale"]
-        grids = codec.grids(self.kept, box) | dict(self._tops_at(box))
-        grids |= {role: codec.fields[role].spread(each, box, groups) for role, each in scales.items()}
-        codes = codes_for(codec, values, grids)
+        there = codec.scales(self.kept, box) | dict(self._tops_at(box)) | dict(scales)
+        codes = codes_for(codec, values, there, box, groups)
         if old is not None:
             touched = np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
-            codes = np.where(touched, codes, old.view(np.uint8))
+            codes = np.where(touched, codes, old)
         return own.pack(codes)
 
     def _read(self, box: Box) -> tuple[Array, Array, Array | None]:
         """The values of a box, float32; where they are new; and the codes that are there."""
-        values = self.values.read_box(box)
+        codec, values = self.codec, self.values.read_box(box)
         if "payload" not in self.kept:
             return values.astype(np.float32), np.ones(values.shape, np.bool_), None
-        grids = self.codec.grids(self.kept, box)
-        before = self.codec.decoded(grids).astype(values.dtype)
+        codes, groups = codec.stored_codes(self.kept, box), codec.groups(self.kept)
+        before = codec.values(codes, codec.scales(self.kept, box), box, groups).astype(values.dtype)
         bits = f"u{values.itemsize}"
-        return values.astype(np.float32), values.view(bits) != before.view(bits), grids["payload"]
+        return values.astype(np.float32), values.view(bits) != before.view(bits), codes
 
     # ---- which part of the weight ------------------------------------------------------------------------------------
 
