@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import paramend as pm
-from paramend.anatomy.quantization import dequantised, stated
+from paramend.anatomy.quantization import stated
+from paramend.anatomy.recoding import dequantised
 from paramend.errors import BadArgument, NoMatch, Quantized, RenameClash, SpecMismatch, Unsupported
 from support import tiny_models
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import paramend as pm
-from paramend.anatomy.quantising import quantised
+from paramend.anatomy.recoding import quantised
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, NoMatch, Quantized, SpecMismatch, Unsupported
 
@@ -125,11 +125,11 @@ def test_a_second_layer_joins_the_first(folder, tmp_path):
 
 def test_a_pattern_that_names_a_module_is_not_rewritten():
     old = {
-        "quantization_config": quantised({}, "int4", ["a.up_proj"], [])["quantization_config"]
+        "quantization_config": quantised({}, "int4", None, ["a.up_proj"], [])["quantization_config"]
         | {"ignore": ["re:.*down.*"]}
     }
     with pytest.raises(Unsupported, match="re:"):
-        quantised(old, "int4", ["a.down_proj"], [])
+        quantised(old, "int4", None, ["a.down_proj"], [])
 
 
 # ---- simulated ----------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_modules_of_torch_are_simulated_as_a_copy():
     [
         ("model.norm.weight", "int8", SpecMismatch, "model.norm.weight"),
         ([UP, "**/bias"], "int8", SpecMismatch, "down_proj.bias"),
-        ("**/embed_tok*/weight", "int8", SpecMismatch, "only where it is named"),
+        ("**/embed_tok*/weight", "int8", SpecMismatch, "counts only where it is named"),
         ("nowhere", "int8", NoMatch, "nowhere"),
         (UP, "int3", BadArgument, "int3"),
         ("**/ten.weight", "int4", SpecMismatch, "ten.weight"),

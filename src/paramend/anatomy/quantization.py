@@ -1,12 +1,12 @@
 """What the configuration beside the weights says of their quantisation."""
 
-import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from paramend.anatomy.documents import Document
 from paramend.anatomy.sections import config_beside
 from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.groups import methods_of
@@ -20,8 +20,12 @@ FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def quantization_of(path: Path) -> Mapping[str, object] | None:
+def quantization_of(path: Path, texts: Iterable[Document] = ()) -> Mapping[str, object] | None:
     """The part of a configuration that tells how weights are quantised, or None. A damaged one tells nothing here.
+
+    Args:
+        path: the checkpoint.
+        texts: the files beside it that edits change.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -29,11 +33,12 @@ def quantization_of(path: Path) -> Mapping[str, object] | None:
     >>> quantization_of(folder), quantization_of(folder / "model.safetensors")
     ({'quant_method': 'fp8'}, {'quant_method': 'fp8'})
     """
-    found = (_part(config_beside(path, name), keys) for name, keys in FILES)
+    new = {each.name: each.values if each.text else {} for each in texts}
+    found = (part_of(new[name] if name in new else config_beside(path, name), keys) for name, keys in FILES)
     return next((part for part in found if part), None)
 
 
-def _part(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+def part_of(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
     """What lies below one of the keys, in the data itself or in the configuration of its text model."""
     if not keys:
         return data
@@ -89,20 +94,20 @@ def stated(config: Mapping[str, Any] | None, module: str) -> Stated:
 
 def named_by(config: Mapping[str, Any], module: str) -> str:
     """The entry of a list of those that are not quantised that names a module, or ""."""
-    return next((entry for key in IGNORE for entry in _texts(config.get(key)) if _names(entry, module)), "")
+    return next((entry for key in IGNORE for entry in texts_of(config.get(key)) if names(entry, module)), "")
 
 
 def _group(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """What compressed-tensors says of the weights of a module: a group that names it, or the first one of a class."""
     groups = [group for _, group in _pairs(config.get("config_groups"))]
-    named = (group for group in groups if any(_names(entry, module) for entry in _texts(group.get("targets"))))
-    classes = (group for group in groups if any(entry[:1].isupper() for entry in _texts(group.get("targets"))))
+    named = (group for group in groups if any(names(entry, module) for entry in texts_of(group.get("targets"))))
+    classes = (group for group in groups if any(entry[:1].isupper() for entry in texts_of(group.get("targets"))))
     found = next(named, None) or next(classes, {})
     weights = found.get("weights")
     return weights if isinstance(weights, Mapping) else {}
 
 
-def _names(entry: str, module: str) -> bool:
+def names(entry: str, module: str) -> bool:
     """Whether an entry of a list names a module or what it is in: a name, the end of one, a pattern, `re:...`."""
     if entry.startswith("re:"):
         return re.match(entry[3:], module) is not None
@@ -111,7 +116,8 @@ def _names(entry: str, module: str) -> bool:
     return bool(entry) and (module.endswith(f".{entry}") or any(fnmatchcase(name, entry) for name in above))
 
 
-def _texts(value: object) -> list[str]:
+def texts_of(value: object) -> list[str]:
+    """The texts in a list."""
     return [each for each in value if isinstance(each, str)] if isinstance(value, Sequence) else []
 
 
@@ -123,62 +129,3 @@ def _pairs(value: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _first(said: Mapping[str, Any], *keys: str) -> int | None:
     """The first of some keys that has a whole number."""
     return next((said[key] for key in keys if type(said.get(key)) is int), None)
-
-
-# ---- what it says when fewer weights are quantised ---------------------------------------------------------------
-
-# quant_method → the list that its readers know. GPTQModel has a map of patterns instead.
-LISTS = {
-    "compressed-tensors": "ignore",
-    "modelopt": "ignore",
-    "bitsandbytes": "llm_int8_skip_modules",
-    "quark": "exclude",
-}
-
-
-def dequantised(
-    name: str, values: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str], *, left: bool
-) -> dict[str, Any] | None:
-    """What one of `FILES` holds after modules are no longer quantised; None if it has nothing to tell any more.
-
-    Args:
-        name: the name of the file.
-        values: what it holds.
-        modules: the modules.
-        floats: the others that are not quantised, for a file that leaves it to its readers to know them.
-        left: whether any module still is.
-
-    >>> config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}}
-    >>> dequantised("config.json", config, ["fc"], [], left=True)["quantization_config"]["modules_to_not_convert"]
-    ['lm_head', 'fc']
-    >>> dequantised("config.json", config, ["fc"], [], left=False)
-    {}
-    """
-    keys = dict(FILES)[name]
-    if not left and name != FILES[0][0]:
-        return None
-    new = copy.deepcopy(dict(values))
-    if not keys:
-        _leave_out(new, modules, floats)
-    for part in (new, new.get("text_config")):
-        for key in keys:
-            if isinstance(part, dict) and isinstance(part.get(key), dict):
-                if left:
-                    _leave_out(part[key], modules, floats)
-                else:
-                    del part[key]
-    return new
-
-
-def _leave_out(config: dict[str, Any], modules: Sequence[str], floats: Sequence[str]) -> None:
-    """Enter modules into the lists of those that are not quantised."""
-    method = next(iter(methods_of(config)), "")
-    if method == "gptq":
-        config["dynamic"] = {f"-:^{re.escape(each)}$": {} for each in modules} | (config.get("dynamic") or {})
-        return
-    lists = [key for key in IGNORE if isinstance(config.get(key), list)]
-    lists = lists or ["exclude_modules" if "quant_algo" in config else LISTS.get(method, "modules_to_not_convert")]
-    for key in lists:
-        listed = config.get(key)
-        listed = list(floats) if listed is None else listed
-        config[key] = [*listed, *(each for each in modules if not any(_names(entry, each) for entry in _texts(listed)))]

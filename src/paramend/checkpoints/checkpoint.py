@@ -111,7 +111,7 @@ class Checkpoint(Editable):
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
-        return quantization_of(self.path)
+        return quantization_of(self.path, self.texts)
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -1,31 +1,38 @@
-"""Which quantised weights a selector means: by their own names, or by those of the leaves that they are stored in."""
+"""A model as its weights: each quantised one is a leaf, chosen by its own name or by those of what it is stored in."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from paramend.anatomy.quantization import stated
+from paramend.anatomy.documents import document_of
+from paramend.anatomy.quantization import FILES, stated
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import NoMatch, RenameClash
 from paramend.leaves.described import Described
-from paramend.leaves.groups import Group, groups_of, weight_name
-from paramend.leaves.leaves import Editable, Index
+from paramend.leaves.groups import groups_of, weight_name
+from paramend.leaves.leaves import Editable, Index, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
-from paramend.leaves.paths import Joined, Label, Part, text_of, write_path
+from paramend.leaves.paths import Label, Part, text_of, write_path
+from paramend.leaves.schemes import WEIGHTS
 from paramend.leaves.specs import Spec
 from paramend.leaves.weights import Weight, weight_of
 from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, Text, resolve, sel
+
+# Name of a file beside the weights, what it holds → what it holds then; None if nothing.
+Change = Callable[[str, dict[str, Any]], dict[str, Any] | None]
 
 
 class Seen(Described):
     """Leaves in which each quantised weight is one, under its own name and with its own spec.
 
     Attributes:
-        groups: number of a payload → its group.
+        leaves: the leaves as they are stored.
+        groups: number of a payload → its group; of what is left of one without it, the number of its first leaf.
 
     Raises:
         RenameClash: another leaf has the name of a weight.
@@ -33,12 +40,13 @@ class Seen(Described):
 
     def __init__(self, leaves: Editable) -> None:
         super().__init__(leaves)
-        self._leaves = leaves
-        self.groups = {group.payload: group for group in groups_of(leaves) if group.payload is not None}
+        self.leaves = leaves
+        self.groups = {group.numbers[0]: group for group in groups_of(leaves)}
         paths = dict(leaves.index.paths)
-        for payload, group in self.groups.items():
-            paths[payload] = labels_of(leaves, group)
-            for number in group.companions:
+        for first, group in self.groups.items():
+            if first == group.payload:
+                paths[first] = renamed(paths[first], weight_name(text_of(paths[first][-1]), group.scheme))
+            for number in group.numbers[1:]:
                 paths.pop(number, None)
         self.index = Index(leaves.index.separator)
         for number, path in paths.items():
@@ -52,18 +60,17 @@ class Seen(Described):
             self.index.mark(path, layers)
 
     def spec(self, number: int) -> Spec:
-        return self.weight(self.groups[number]).spec if number in self.groups else super().spec(number)
+        return self.weight(number).spec if number in self.groups else super().spec(number)
 
-    def weight(self, group: Group) -> Weight:
-        """The weight that a group is.
+    def weight(self, payload: int) -> Weight:
+        """The weight of a group; `Quantized` if it cannot be decoded, `SpecMismatch` if something disagrees."""
+        says = partial(stated, getattr(self.leaves, "quantization", None))
+        return weight_of(self.leaves, self.groups[payload], self.origin, says)
 
-        Raises:
-            Quantized: its scheme cannot be decoded.
-            SpecMismatch: leaves and configuration disagree.
-        """
-        leaves = self._leaves
-        says = partial(stated, getattr(leaves, "quantization", None))
-        return weight_of(leaves, group, partial(origin_in, leaves), says)
+    def origin(self, number: int) -> Origin:
+        """Where the values of a leaf are; of a checkpoint nothing is read."""
+        leaves = self.leaves
+        return origin_of(leaves, number) if isinstance(leaves, Checkpoint) else Held(to_numpy(leaves.read(number)))
 
     def chosen(self, selector: SelectorLike) -> list[int]:
         """The payloads of the groups that a selector means, in order, with those that are tied to them.
@@ -74,43 +81,59 @@ class Seen(Described):
         Raises:
             NoMatch: none is meant.
         """
-        selector, leaves = sel(selector), self._leaves
+        selector = sel(selector)
         payloads = {number: at for at, group in self.groups.items() for number in group.numbers}
         try:
             numbers: Iterable[int] = resolve(selector, self)
         except NoMatch:
-            numbers = resolve(selector, leaves)
+            numbers = resolve(selector, self.leaves)
             payloads = payloads if isinstance(selector, Text) else {at: at for at in self.groups}
-        twins = sorted({twin for number in numbers for twin in leaves.twins(number)})
-        found = dict.fromkeys(payloads[number] for number in twins if number in payloads)
+        twins = {twin for number in numbers for twin in self.leaves.twins(number)}
+        found = {payloads[number] for number in twins if number in payloads}
         if not found:
-            others = list(self.groups)
-            near = self.index.path(others[0]) if others else ""
+            near = [self.index.path(payload) for payload in self.groups][:1]
             raise NoMatch(
-                f"{selector!r} names {wording.plural(len(twins), 'leaf', 'leaves')}, and none is a quantised weight"
-                + ("" if others else ": there is none here"),
-                hint=f'"{near}"' if near else "",
+                f"{selector!r} names {wording.plural(len(twins), 'leaf', 'leaves')}, none of which is quantised",
+                hint=f'"{near[0]}"' if near else "",
             )
         return self.index.ordered(found)
 
+    def modules(self, numbers: Iterable[int]) -> list[str]:
+        """The modules that hold some leaves, each once, as configurations name them."""
+        return list(dict.fromkeys(".".join(self.index.pieces(number)[:-1]) for number in numbers))
 
-def labels_of(leaves: Editable, group: Group) -> tuple[Label, ...]:
-    """The path of the weight that a group is: that of its payload, under the name of the weight."""
-    assert group.payload is not None
-    path = leaves.index.paths[group.payload]
-    return renamed(path, weight_name(text_of(path[-1]), group.scheme))
+    def floats(self, without: Sequence[int] = ()) -> list[str]:
+        """The modules with a matrix of floats that is not quantised."""
+        some = [n for n in self.index.numbers if n not in self.groups and self.index.pieces(n)[-1] in WEIGHTS]
+        return self.modules(
+            n for n in some if n not in without and self.spec(n).kind == "float" and self.spec(n).ndim > 1
+        )
 
 
 def renamed(path: tuple[Label, ...], name: str) -> tuple[Label, ...]:
     """The path of a leaf under another name beside it."""
-    *above, last = path
-    if text_of(last) == name:
-        return path
-    if isinstance(last, Part):
-        return (*above, last._replace(text=name))
-    return (*above, Joined(name, last.before) if isinstance(last, Joined) else name)
+    last = path[-1]
+    return (*path[:-1], last._replace(text=name) if isinstance(last, Part) else name) if text_of(last) != name else path
 
 
-def origin_in(leaves: Editable, number: int) -> Origin:
-    """Where the values of a leaf are: of a checkpoint nothing is read."""
-    return origin_of(leaves, number) if isinstance(leaves, Checkpoint) else Held(to_numpy(leaves.read(number)))
+def keys(path: tuple[Label, ...]) -> list[tuple[str, int | None]]:
+    """A path in the form of `renames.keys`, whose containers are those of a leaf that it comes in the place of."""
+    return [(key, depth) for depth, key in enumerate(keys_of(path))]
+
+
+def followed(tree: Any, change: Change) -> tuple[Any, tuple[str, ...]]:
+    """A tree; of a checkpoint, with other files beside its weights, and what is to be said of them.
+
+    Raises:
+        BadCheckpoint: one of them is damaged.
+    """
+    said: list[str] = []
+    for name, _ in FILES:
+        document = document_of(tree, name)
+        if document is not None and document.text:
+            values = change(name, document.values)
+            new = replace(document, text=b"") if values is None else document.holding(values)
+            if new.text != document.text:
+                tree = tree.planned(tree.plan.beside(new))
+                said += [f"{name} goes"] if values is None else [f"{name}: {each}" for each in new.changes]
+    return tree, tuple(said)

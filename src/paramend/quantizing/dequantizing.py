@@ -5,20 +5,17 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from paramend.anatomy.counts import retyped
-from paramend.anatomy.quantization import dequantised
+from paramend.anatomy.recoding import dequantised
 from paramend.arrays.registry import backend
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import editable
-from paramend.errors import BadArgument
+from paramend.errors import BadArgument, Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.leaves.leaves import Editable, keys_of
-from paramend.leaves.leaves import Group as Regrouped
-from paramend.leaves.origins.decoded import decoded
+from paramend.leaves.leaves import Group
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import BITS, DtypeLike, Spec, dtype_name
 from paramend.leaves.weights import Weight
-from paramend.quantizing.choice import Seen, labels_of
-from paramend.quantizing.configuration import check_modules, floats_in, followed, modules_of
+from paramend.quantizing.choice import Seen, followed, keys
 from paramend.quantizing.report import Coded, QuantizeReport
 from paramend.selectors.selector import SelectorLike
 
@@ -64,51 +61,48 @@ def dequantize(
     seen = Seen(leaves)
     chosen = seen.chosen(selector)
     kept = [at for at in seen.groups if at not in chosen]
-    if isinstance(leaves, Checkpoint) and kept:
-        check_modules(seen, chosen, kept)
-    weights = {at: seen.weight(seen.groups[at]) for at in chosen}
-    made: dict[tuple[int, ...], list[Any]] = {}  # tied ones are made once
-    tree = leaves.regrouped([_as_one(leaves, weight, name, made) for weight in weights.values()])
-    said: tuple[str, ...] = ()
-    if isinstance(tree, Checkpoint):
-        tree, said = followed(tree, partial(_without, seen, chosen, kept, name))
-    rows = tuple(
-        Coded(
-            seen.index.path(at),
-            weight.codec.scheme,
-            Spec(weight.spec.shape, name or weight.spec.dtype),
-            tuple(map(leaves.index.path, weight.group.numbers)),
+    both = sorted(set(seen.modules(chosen)) & set(seen.modules(kept)))
+    if both and isinstance(leaves, Checkpoint):
+        raise Unsupported(
+            f"{both[0]} would be quantised in part, and a configuration says of a whole module whether it is",
+            hint=f'"{both[0]}.*"',
         )
-        for at, weight in weights.items()
-    )
-    stay = {seen.index.path(at): seen.groups[at].scheme.name for at in kept}
-    others = len(seen.index.numbers) - len(rows) - len(kept)
-    return cast(T, tree), QuantizeReport("dequantised", rows, stay, others, said)
+    weights = {at: seen.weight(at) for at in chosen}
+    made: dict[tuple[int, ...], list[Any]] = {}  # tied ones are made once
 
-
-def _without(
-    seen: Seen, chosen: Sequence[int], kept: Sequence[int], dtype: str, name: str, values: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """What a file beside the weights holds when some are floats of a dtype."""
-    new = dequantised(name, values, modules_of(seen, chosen), floats_in(seen), left=bool(kept))
-    if new is None or name != CONFIG or not dtype:
-        return new
-    others = [seen.spec(number).dtype for number in seen.index.numbers if number not in seen.groups]
-    return retyped(new, [*others, *[""] * len(chosen)], [*others, *[dtype] * len(chosen)])[0]
-
-
-def _as_one(leaves: Editable, weight: Weight, dtype: str, made: dict[tuple[int, ...], list[Any]]) -> Regrouped:
-    """A group of leaves that becomes one."""
-    numbers = weight.group.numbers
-    path = [(key, depth) for depth, key in enumerate(keys_of(labels_of(leaves, weight.group)))]
-    one = tuple(leaves.ties.get(number, number) for number in numbers)
-
-    def make(stored: Sequence[Any]) -> list[Any]:
+    def make(weight: Weight, stored: Sequence[Any]) -> list[Any]:
         if isinstance(stored[0], Origin):
-            parts = zip(map(weight.group.role, numbers), stored, strict=True)
-            return [decoded(weight.codec, dict(parts), dtype)]
+            return [weight.origin(name)]
+        one = tuple(leaves.ties.get(number, number) for number in weight.group.numbers)
         if one not in made:
-            made[one] = [backend(stored[0]).beside(weight.origin(dtype).read(), stored[0])]
+            made[one] = [backend(stored[0]).beside(weight.origin(name).read(), stored[0])]
         return made[one]
 
-    return Regrouped(numbers, (path,), make)
+    tree: Any = leaves.regrouped(
+        [
+            Group(weight.group.numbers, (keys(seen.index.paths[at]),), partial(make, weight))
+            for at, weight in weights.items()
+        ]
+    )
+    others = [number for number in seen.index.numbers if number not in seen.groups]
+
+    def change(file: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        new = dequantised(file, values, seen.modules(chosen), seen.floats(), left=bool(kept))
+        if new is None or file != CONFIG or not name:
+            return new
+        dtypes = [seen.spec(number).dtype for number in others]
+        return retyped(new, [*dtypes, *[""] * len(chosen)], [*dtypes, *[name] * len(chosen)])[0]
+
+    tree, said = followed(tree, change)
+    path, stored = seen.index.path, leaves.index.path
+    rows = (
+        Coded(
+            path(at),
+            each.codec.scheme,
+            Spec(each.spec.shape, name or each.spec.dtype),
+            tuple(map(stored, each.group.numbers)),
+        )
+        for at, each in weights.items()
+    )
+    stay = {path(at): seen.groups[at].scheme.name for at in kept}
+    return cast(T, tree), QuantizeReport("dequantised", tuple(rows), stay, len(others), said)

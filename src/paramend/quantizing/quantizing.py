@@ -1,34 +1,31 @@
 """Floats as a scheme would have them, or in it: `pm.quantize`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS
-from paramend.anatomy.quantising import quantised
+from paramend.anatomy.recoding import quantised
 from paramend.arrays.registry import backend
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.edits import hands
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.errors import Quantized, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.codecs.fresh import Layout, codec_for, layout_of
-from paramend.leaves.leaves import Editable, keys_of
-from paramend.leaves.leaves import Group as Regrouped
+from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.encoded import encoded
+from paramend.leaves.origins.moved import permute_axes
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import Label, text_of, write_path
 from paramend.leaves.schemes import WEIGHTS
 from paramend.leaves.specs import Spec
-from paramend.quantizing.choice import Seen, origin_in, renamed
-from paramend.quantizing.configuration import floats_in, followed, modules_of
+from paramend.quantizing.choice import Seen, followed, keys, renamed
 from paramend.quantizing.report import Coded, QuantizeReport
 from paramend.selectors.selector import SelectorLike, Union, resolve, sel
 
@@ -72,17 +69,24 @@ def quantize(
     leaves = editable(model)
     seen = Seen(leaves)
     numbers = _chosen(seen, selector)
-    news = [_new(leaves, number, scheme, group_size, simulate=simulate) for number in numbers]
-    rows = tuple(new.row(leaves) for new in news)
+    news = [_new(seen, number, scheme, group_size, simulate=simulate) for number in numbers]
+    rows = tuple(new.row(seen) for new in news)
     said: tuple[str, ...] = ()
     tree: Any
-    if isinstance(leaves, Checkpoint) or not simulate:
-        tree = leaves.regrouped([new.same(leaves) if simulate else new.apart(leaves) for new in news])
-    else:
-        values = {new.number: new.values(origin_in(leaves, new.number)).read() for new in news}
+    if simulate and not isinstance(leaves, Checkpoint):
+        values = {new.number: new.values(seen.origin(new.number)).read() for new in news}
         tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
-    if isinstance(tree, Checkpoint) and not simulate:
-        tree, said = followed(tree, partial(_with, seen, numbers, scheme, group_size))
+    else:
+        tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
+    if not simulate:
+        tree, said = followed(
+            tree,
+            lambda file, values: (
+                quantised(values, scheme, group_size, seen.modules(numbers), seen.floats(numbers))
+                if file == CONFIG
+                else values
+            ),
+        )
     kept = {seen.index.path(at): group.scheme.name for at, group in seen.groups.items()}
     others = len(seen.index.numbers) - len(rows) - len(kept)
     return cast(T, tree), QuantizeReport("simulated" if simulate else "quantised", rows, kept, others, said)
@@ -92,22 +96,20 @@ def _chosen(seen: Seen, selector: SelectorLike) -> list[int]:
     """The leaves that a selector means: of what wildcards take, the matrices that schemes are for.
 
     Raises:
-        Quantized, SpecMismatch: a selector means nothing else than leaves that cannot be quantised.
+        Quantized, SpecMismatch: a selector takes nothing else than leaves that cannot be quantised.
     """
     selector, found = sel(selector), set[int]()
     for part in selector.parts if isinstance(selector, Union) else (selector,):
         numbers = resolve(part, seen)
-        some = [number for number in numbers if not _hindrance(seen, number, repr(part))]
+        some = {number for number in numbers if not _hindrance(seen, number, repr(part))}
         if not some:
             path, why = seen.index.path(numbers[0]), _hindrance(seen, numbers[0], repr(part))
             if numbers[0] in seen.groups:
-                raise Quantized(f"{path} {why}", scheme=seen.groups[numbers[0]].scheme.name, payload=path, hint=_FIRST)
+                scheme = seen.groups[numbers[0]].scheme.name
+                raise Quantized(f"{path} {why}", scheme=scheme, payload=path, hint="tree, _ = pm.dequantize(model)")
             raise SpecMismatch(f"{path} cannot be quantised: it {why}", hint='"**/*_proj/weight"')
-        found |= set(some)
+        found |= some
     return seen.index.ordered(found)
-
-
-_FIRST = "tree, _ = pm.dequantize(model, selector), then pm.quantize(tree, ...)"
 
 
 def _hindrance(seen: Seen, number: int, said: str) -> str:
@@ -120,8 +122,8 @@ def _hindrance(seen: Seen, number: int, said: str) -> str:
     if name not in WEIGHTS and not name.endswith("_proj"):
         return f"is no {' or '.join(WEIGHTS)} of a module"
     module = above[-1] if above else ""
-    named = module in said or not (module in HEADS or module in EMBEDDINGS)
-    return "" if named else f"is the weight of {module}, which is quantised only where it is named"
+    apart = module in HEADS or module in EMBEDDINGS
+    return f"is the weight of {module}, which counts only where it is named" if apart and module not in said else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,7 @@ class _New:
         number: the number of its leaf.
         layout: the leaves.
         codec: how they are made.
-        turned: whether the model has its outputs last.
+        turned: whether the model has its outputs last, as JAX does.
     """
 
     number: int
@@ -143,7 +145,7 @@ class _New:
     def parts(self, weight: Origin) -> dict[str, Origin]:
         """The leaves by role, in the order of the layout."""
         known: dict[str, Origin] = {role: Held(values) for role, values in self.layout.known.items()}
-        found = {**known, **encoded(self.codec, self._turn(weight), self.layout.specs, known)}
+        found = known | encoded(self.codec, self._turn(weight), self.layout.specs, known)
         return {role: found[role] for role in self.layout.names}
 
     def values(self, weight: Origin, dtype: str = "") -> Origin:
@@ -152,68 +154,54 @@ class _New:
 
     def _turn(self, weight: Origin) -> Origin:
         axes = list(range(weight.spec.ndim))
-        return hands.transpose(weight, [*axes[:-2], axes[-1], axes[-2]]) if self.turned else weight
+        return permute_axes(weight, [*axes[:-2], axes[-1], axes[-2]]) if self.turned else weight
 
-    def row(self, leaves: Editable) -> Coded:
+    def paths(self, seen: Seen) -> list[tuple[Label, ...]]:
+        """The paths of the leaves."""
+        path = seen.index.paths[self.number]
+        return [renamed(path, name.replace("*", text_of(path[-1]))) for name in self.layout.names.values()]
+
+    def row(self, seen: Seen) -> Coded:
         """The row of a report; the weight is read."""
-        weight, spec = origin_in(leaves, self.number), leaves.spec(self.number)
+        weight, path = seen.origin(self.number), seen.index.path(self.number)
         values, norm, off, most = self.values(weight, "float32"), 0.0, 0.0, 0.0
         for start, stop in values.ranges():
             was = weight.read_range(start, stop).astype(np.float64)
             gap = np.abs(values.read_range(start, stop) - was)
             norm, off, most = norm + float(was @ was), off + float(gap @ gap), max(most, float(gap.max(initial=0)))
-        path = leaves.index.path(self.number)
         if not np.isfinite((norm, off)).all():
-            raise SpecMismatch(f"{path} holds values that are not finite, and no scale is for them")
-        names = tuple(write_path(self._path(leaves, role), leaves.index.separator) for role in self.layout.names)
-        return Coded(path, self.codec.scheme, spec, names, (off / norm) ** 0.5 if norm else 0.0, most)
+            raise SpecMismatch(f"{path} holds values that are not finite, for which there is no scale")
+        names = tuple(write_path(each, seen.index.separator) for each in self.paths(seen))
+        return Coded(path, self.codec.scheme, weight.spec, names, (off / norm) ** 0.5 if norm else 0.0, most)
 
-    def _path(self, leaves: Editable, role: str) -> tuple[Label, ...]:
-        path = leaves.index.paths[self.number]
-        return renamed(path, self.layout.names[role].replace("*", text_of(path[-1])))
-
-    def same(self, leaves: Editable) -> Regrouped:
-        """The leaf with the values of the scheme, which stays."""
-        return Regrouped((self.number,), (_keys(leaves.index.paths[self.number]),), lambda old: [self.values(old[0])])
-
-    def apart(self, leaves: Editable) -> Regrouped:
-        """The leaf, which becomes several."""
+    def regrouped(self, seen: Seen, *, simulate: bool) -> Group:
+        """The leaf, which becomes several, or one with the values that they stand for."""
 
         def make(old: Sequence[Any]) -> list[Any]:
-            if isinstance(old[0], Origin):
-                return list(self.parts(old[0]).values())
-            parts = self.parts(origin_in(leaves, self.number)).values()
-            return [backend(old[0]).beside(part.read(), old[0]) for part in parts]
+            weight = seen.origin(self.number)
+            made = [self.values(weight)] if simulate else list(self.parts(weight).values())
+            return made if isinstance(old[0], Origin) else [backend(old[0]).beside(e.read(), old[0]) for e in made]
 
-        return Regrouped((self.number,), tuple(_keys(self._path(leaves, role)) for role in self.layout.names), make)
-
-
-def _keys(path: tuple[Label, ...]) -> list[tuple[str, int | None]]:
-    return [(key, depth) for depth, key in enumerate(keys_of(path))]
+        paths = [seen.index.paths[self.number]] if simulate else self.paths(seen)
+        return Group((self.number,), tuple(map(keys, paths)), make)
 
 
-def _new(leaves: Editable, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _New:
+def _new(seen: Seen, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _New:
     """What a leaf becomes."""
-    spec, name, path = leaves.spec(number), leaves.index.pieces(number)[-1], leaves.index.path(number)
-    turned = name in ("kernel", "w")  # of JAX
+    spec, path = seen.spec(number), seen.index.path(number)
+    turned = seen.index.pieces(number)[-1] in ("kernel", "w")
+    if spec.ndim > 2 and (turned or scheme != "fp8-block"):
+        raise Unsupported(
+            f"{path} is {spec}: which of its axes are inputs is not known", hint="pm.sel(selector).where(ndim=2)"
+        )
     if not simulate and turned:
-        raise Unsupported(f"{path} is a {name}, and schemes are for weights of torch", hint="simulate=True")
-    if not simulate and len(leaves.twins(number)) > 1:
+        raise Unsupported(f"{path} is a {spec} of JAX: {scheme} is for weights (out, in)", hint="simulate=True")
+    if not simulate and len(seen.leaves.twins(number)) > 1:
         raise Unsupported(f"{path} is one leaf under several paths, which quantised ones cannot be")
     shape = (*spec.shape[:-2], spec.shape[-1], spec.shape[-2]) if turned else spec.shape
     try:
         layout = layout_of(scheme, Spec(shape, spec.dtype), group_size)
-        return _New(number, layout, codec_for(scheme, layout), turned)
     except SpecMismatch as error:
         error.args = (f"{path}: {error.args[0]}", *error.args[1:])
         raise
-
-
-def _with(
-    seen: Seen, numbers: Sequence[int], scheme: str, group_size: int | None, name: str, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a file beside the weights holds when some are quantised."""
-    if name != CONFIG:
-        return dict(values)
-    turned = any(seen.spec(number).ndim > 2 for number in numbers)
-    return quantised(values, scheme, modules_of(seen, numbers), floats_in(seen, numbers), group_size, fused=turned)
+    return _New(number, layout, codec_for(scheme, layout), turned)

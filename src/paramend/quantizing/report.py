@@ -30,6 +30,11 @@ class Coded:
     relative_l2: float | None = None
     max_abs: float | None = None
 
+    @property
+    def error(self) -> str:
+        """Both, as a table shows them."""
+        return "" if self.relative_l2 is None else f"relative L2 {self.relative_l2:.3g}, max {self.max_abs:.3g}"
+
 
 @dataclass(frozen=True, repr=False)
 class QuantizeReport(Paged):
@@ -59,29 +64,20 @@ class QuantizeReport(Paged):
 
     def sections(self) -> list[Section]:
         """The weights, each with its scheme and its error, and those that stay quantised."""
-        rows = [Line((row.path,), (str(row.spec), *self._cells(row)), row.spec.size) for row in self.rows]
-        stay = [Line((path,), (scheme,)) for path, scheme in self.kept.items()]
-        return [Section(self.did, rows), Section("still quantised", stay)]
-
-    @staticmethod
-    def _cells(row: Coded) -> tuple[str, ...]:
-        if row.relative_l2 is None:
-            return (row.scheme,)
-        return (row.scheme, f"relative L2 {row.relative_l2:.3g}", f"max {row.max_abs:.3g}")
+        rows = [Line((row.path,), (str(row.spec), row.scheme, row.error), row.spec.size) for row in self.rows]
+        return [Section(self.did, rows), Section("still quantised", [Line((p,), (of,)) for p, of in self.kept.items()])]
 
     def page(self) -> Page:
         """The weights as a map, with their schemes and errors."""
-        cells = [self._cells(row) for row in self.rows]
         columns = [
             Column("spec", [str(row.spec) for row in self.rows], "text"),
-            Column("scheme", [row.scheme for row in self.rows], "text"),
-            Column("error", [", ".join(each[1:]) for each in cells], "text"),
+            Column("relative L2", [row.relative_l2 for row in self.rows]),
+            Column("max", [row.max_abs for row in self.rows]),
         ]
         paths, sizes = [row.path for row in self.rows], [row.spec.size for row in self.rows]
-        return Page(self.did, self.headline(), paths, sizes, columns, [row.scheme for row in self.rows])
+        return Page(self.did, self.headline(), paths, sizes, columns, [row.scheme for row in self.rows], "scheme")
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
         rows = [asdict(row) | {"spec": str(row.spec), "leaves": list(row.leaves)} for row in self.rows]
-        said = {"kept": dict(self.kept), "others": self.others, "said": list(self.said)}
-        return {"did": self.did, "weights": rows, **said}
+        return {"did": self.did, "weights": rows, "kept": self.kept, "others": self.others, "said": list(self.said)}
