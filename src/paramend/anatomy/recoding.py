@@ -38,8 +38,8 @@ def dequantised(
         if part is not None:
             _leave_out(part, modules, floats)
         return new
-    for section in (new, new.get("text_config")):
-        for key in keys if isinstance(section, dict) else ():
+    for section in filter(None, (new, new.get("text_config"))):
+        for key in keys:
             section.pop(key, None)
     return new if file == CONFIG else None
 
