@@ -111,9 +111,12 @@ def names(entry: str, module: str) -> bool:
     """Whether an entry of a list names a module or what it is in: a name, the end of one, a pattern, `re:...`."""
     if entry.startswith("re:"):
         return re.match(entry[3:], module) is not None
+    if f"{module}.".startswith(f"{entry}.") or module.endswith(f".{entry}"):
+        return True
     parts = module.split(".")
-    above = (".".join(parts[:stop]) for stop in range(len(parts), 0, -1))
-    return bool(entry) and (module.endswith(f".{entry}") or any(fnmatchcase(name, entry) for name in above))
+    return not set("*?[").isdisjoint(entry) and any(
+        fnmatchcase(".".join(parts[:stop]), entry) for stop in range(len(parts), 0, -1)
+    )
 
 
 def texts_of(value: object) -> list[str]:

@@ -91,12 +91,11 @@ def from_numpy(array: Any) -> Any:
 
 def beside(values: Any, x: Any) -> Any:
     """The values with the sharding of x; whole on each of its devices if they have another shape."""
-    value = from_numpy(values)
+    value, named = from_numpy(values), jax.sharding.NamedSharding
     if isinstance(x, jax.core.Tracer) or not x.committed:
         return value
-    if value.shape != x.shape and isinstance(x.sharding, jax.sharding.NamedSharding):
-        return jax.device_put(value, jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec()))
-    return jax.device_put(value, x.sharding)
+    whole = value.shape != x.shape and isinstance(x.sharding, named)
+    return jax.device_put(value, named(x.sharding.mesh, jax.sharding.PartitionSpec()) if whole else x.sharding)
 
 
 def _operand(value: Any, x: Any) -> Any:

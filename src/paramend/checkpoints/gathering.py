@@ -9,7 +9,7 @@ from paramend.anatomy.documents import Document
 from paramend.edits.plan import Plan, Row
 from paramend.errors import RenameClash
 from paramend.formats.gathered import Gathered, leaf_of
-from paramend.leaves.leaves import Group, keys_of, tied
+from paramend.leaves.leaves import Group, plain, tied
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label, labels
 from paramend.piecewise.rows import expression
@@ -84,15 +84,21 @@ def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Pla
     index, rows = plan.index, plan.by_number
     leaves: list[Leaf] = []
     kept: dict[int, list[int]] = {}
+    origins: list[int] = []  # what stays comes from -1: bitsandbytes has names below those of other leaves
     for number in index.numbers:
         if number in places:
             leaves += places[number]
         else:
             kept[number] = [len(leaves)]
             leaves.append((index.paths[number], leaf_of(plan.leaves, number), rows[number]))
-    keys = [keys_of(path) for path, _, _ in leaves]
-    inside = {each[:depth] for each in keys for depth in range(1, len(each))}
-    clashes = [index.separator.join(each) for each, count in Counter(keys).items() if count > 1 or each in inside]
+        origins += [number if number in places else -1] * (len(leaves) - len(origins))
+    names = [plain(path, index.separator) for path, _, _ in leaves]
+    inside: dict[str, set[int]] = {}
+    for (path, _, _), origin in zip(leaves, origins, strict=True):
+        for depth in range(1, len(path)):
+            inside.setdefault(plain(path[:depth], index.separator), set()).add(origin)
+    clashes = [name for name, count in Counter(names).items() if count > 1]
+    clashes += [name for name, one in zip(names, origins, strict=True) if inside.get(name, {one}) != {one}]
     if clashes:
         raise RenameClash(
             f"{wording.plural(len(clashes), 'leaf', 'leaves')} would collide with others: "

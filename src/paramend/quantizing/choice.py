@@ -1,6 +1,6 @@
 """A model as its weights: each quantised one is a leaf, chosen by its own name or by those of what it is stored in."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -102,12 +102,11 @@ class Seen(Described):
         """The modules that hold some leaves, each once, as configurations name them."""
         return list(dict.fromkeys(".".join(self.index.pieces(number)[:-1]) for number in numbers))
 
-    def floats(self, without: Sequence[int] = ()) -> list[str]:
+    def floats(self, without: Iterable[int] = ()) -> list[str]:
         """The modules with a matrix of floats that is not quantised."""
-        some = [n for n in self.index.numbers if n not in self.groups and self.index.pieces(n)[-1] in WEIGHTS]
-        return self.modules(
-            n for n in some if n not in without and self.spec(n).kind == "float" and self.spec(n).ndim > 1
-        )
+        gone, spec = {*self.groups, *without}, super().spec
+        some = (n for n in self.index.numbers if n not in gone and self.index.pieces(n)[-1] in WEIGHTS)
+        return self.modules(n for n in some if spec(n).kind == "float" and spec(n).ndim > 1)
 
 
 def renamed(path: tuple[Label, ...], name: str) -> tuple[Label, ...]:

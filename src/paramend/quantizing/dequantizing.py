@@ -7,7 +7,6 @@ from typing import Any, TypeVar, cast
 from paramend.anatomy.counts import retyped
 from paramend.anatomy.recoding import dequantised
 from paramend.arrays.registry import backend
-from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.jsontext import CONFIG
@@ -60,13 +59,8 @@ def dequantize(
     leaves = editable(model)
     seen = Seen(leaves)
     chosen = seen.chosen(selector)
-    kept = [at for at in seen.groups if at not in chosen]
-    both = sorted(set(seen.modules(chosen)) & set(seen.modules(kept)))
-    if both and isinstance(leaves, Checkpoint):
-        raise Unsupported(
-            f"{both[0]} would be quantised in part, and a configuration says of a whole module whether it is",
-            hint=f'"{both[0]}.*"',
-        )
+    kept = sorted(seen.groups.keys() - set(chosen))
+    _check_modules(seen, chosen, kept)
     weights = {at: seen.weight(at) for at in chosen}
     made: dict[tuple[int, ...], list[Any]] = {}  # tied ones are made once
 
@@ -78,31 +72,33 @@ def dequantize(
             made[one] = [backend(stored[0]).beside(weight.origin(name).read(), stored[0])]
         return made[one]
 
-    tree: Any = leaves.regrouped(
-        [
-            Group(weight.group.numbers, (keys(seen.index.paths[at]),), partial(make, weight))
-            for at, weight in weights.items()
-        ]
-    )
-    others = [number for number in seen.index.numbers if number not in seen.groups]
-
-    def change(file: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        new = dequantised(file, values, seen.modules(chosen), seen.floats(), left=bool(kept))
-        if new is None or file != CONFIG or not name:
-            return new
-        dtypes = [seen.spec(number).dtype for number in others]
-        return retyped(new, [*dtypes, *[""] * len(chosen)], [*dtypes, *[name] * len(chosen)])[0]
-
-    tree, said = followed(tree, change)
     path, stored = seen.index.path, leaves.index.path
-    rows = (
-        Coded(
-            path(at),
-            each.codec.scheme,
-            Spec(each.spec.shape, name or each.spec.dtype),
-            tuple(map(stored, each.group.numbers)),
-        )
-        for at, each in weights.items()
-    )
+    groups, rows = [], []
+    for at, weight in weights.items():
+        groups.append(Group(weight.group.numbers, (keys(seen.index.paths[at]),), partial(make, weight)))
+        spec = Spec(weight.spec.shape, name or weight.spec.dtype)
+        rows.append(Coded(path(at), weight.codec.scheme, spec, tuple(map(stored, weight.group.numbers))))
+    tree, said = followed(leaves.regrouped(groups), partial(_configured, seen, chosen, kept, name))
     stay = {path(at): seen.groups[at].scheme.name for at in kept}
-    return cast(T, tree), QuantizeReport("dequantised", tuple(rows), stay, len(others), said)
+    others = len(seen.index.numbers) - len(seen.groups)
+    return cast(T, tree), QuantizeReport("dequantised", tuple(rows), stay, others, said)
+
+
+def _check_modules(seen: Seen, chosen: Sequence[int], kept: Sequence[int]) -> None:
+    """Raise if a configuration could not say what a module is then: it says of a whole one whether it is quantised."""
+    both = sorted(set(seen.modules(chosen)) & set(seen.modules(kept)))
+    if both and getattr(seen.leaves, "quantization", None):
+        raise Unsupported(
+            f"{both[0]} would be quantised in part, which no configuration can say of a module", hint=f'"{both[0]}.*"'
+        )
+
+
+def _configured(
+    seen: Seen, chosen: Sequence[int], kept: Sequence[int], dtype: str, file: str, values: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What a file beside the weights holds then; None if nothing."""
+    new = dequantised(file, values, seen.modules(chosen), seen.floats(), left=bool(kept))
+    if new is None or file != CONFIG or not dtype:
+        return new
+    others = [seen.spec(number).dtype for number in seen.index.numbers if number not in seen.groups]
+    return retyped(new, [*others, *[""] * len(chosen)], [*others, *[dtype] * len(chosen)])[0]
