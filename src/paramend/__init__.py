@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from paramend.mapping.report import LayoutReport as LayoutReport
     from paramend.mapping.shelf import layout as layout
     from paramend.mapping.shelf import layouts as layouts
+    from paramend.porting.port import port as port
+    from paramend.porting.port import port_ as port_
+    from paramend.porting.proof import prove as prove
     from paramend.quantizing.dequantizing import dequantize as dequantize
     from paramend.quantizing.quantizing import quantize as quantize
     from paramend.recipes.recipe import Recipe as Recipe
@@ -100,6 +103,7 @@ _LATER = {
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
+        "paramend.porting.proof": ("prove",),
         "paramend.quantizing.dequantizing": ("dequantize",),
         "paramend.quantizing.quantizing": ("quantize",),
         "paramend.recipes.recipe": ("Recipe",),
@@ -113,6 +117,7 @@ _LATER = {
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),
         "paramend.mapping.shelf": ("layout", "layouts"),
+        "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),
     }.items()
