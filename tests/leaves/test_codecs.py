@@ -97,6 +97,14 @@ def test_the_text_is_the_expression():
     assert origin.extent is None
 
 
+def test_a_number_and_nothing_at_all():
+    one = {"payload": np.array(1.5, E4M3), "scale": np.array(2, np.float32)}
+    assert weight_from("FP8, one scale", one).tolist() == 3.0
+    for shape, grid in (((0, 128), (0, 1)), ((4, 0), (1,))):
+        none = {"payload": np.zeros(shape, E4M3), "scale": np.ones(grid, np.float32)}
+        assert weight_from(BLOCK, none).shape == shape
+
+
 def test_another_dtype_is_rounded_once():
     # 1.125 · 1.00390625 = 1.12939453125 in float32; between the two next values of bfloat16 it is nearer to 1.1328125
     leaves = {"payload": np.array([[1.125]], E4M3), "scale": np.array([[1.00390625]], np.float32)}
@@ -343,6 +351,8 @@ SYMMETRIC = {"symmetric": True, "bits": 4}
             ("16 inputs have 2 groups", "groups of 4, which makes 4"),
         ),
         (PACKED, INT4 | {"shape": np.array([4, 32])}, {"bits": 4}, ("2 words", "[4, 32] in codes of 4 bits")),
+        (BLOCK, {"payload": f8(9, 9), "scale": np.ones((), "f4")}, {"block": (8, 8)}, ("one scale", "block of (8, 8)")),
+        (PACKED, INT4, {"bits": 4, "symmetric": False}, ("no zero points", "not symmetric")),
         (PACKED, INT4 | {"shape": np.array([4, 16])}, {"bits": 8}, ("2 words", "codes of 8 bits")),
         (GPTQ, gptq(zeros(7)), {"bits": 8}, ("1 rows of words", "zero points: 4; the configuration: 8")),
         (GPTQ, gptq(zeros(7), group=np.zeros(16, "i4")), {}, ("zero points: 4", "groups of inputs: 2")),

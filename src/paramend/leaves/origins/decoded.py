@@ -50,10 +50,12 @@ class Decoded(Origin):
 
     def read_box(self, box: Box) -> Array:
         shape = shape_of(box)
+        if not shape:
+            return self.codec.decode(self.parts, box).astype(numpy_dtype(self.dtype))
         found = np.empty(shape, numpy_dtype(self.dtype))
         # Rows of the first axis with more than one place, as many as stay in the CPU cache.
         axis = next((axis for axis, length in enumerate(shape) if length > 1), 0)
-        rows = max(CHUNK * shape[axis] // max(found.size, 1), 1) if shape else 1
+        rows = max(CHUNK * shape[axis] // max(found.size, 1), 1)
         with np.errstate(all="ignore"):  # what the dtype cannot hold is inf, as in the library
             for start in range(0, shape[axis] if found.size else 0, rows):
                 here = slice(start, start + rows)
