@@ -26,7 +26,7 @@ from paramend.trees.tree import Tree
 
 CASES = cases()
 E4M3, E8M0, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16
-GPTQ, AWQ, PACKED = "GPTQ", "AWQ", "int4 or int8, packed by compressed-tensors"
+GPTQ, AWQ, PACKED = "GPTQ", "AWQ", "integers packed by compressed-tensors"
 BLOCK = "FP8, a scale for each block"
 # One of each kind of codec for what is not about values.
 FEW = [case for case in CASES if not case.name.startswith("int") or case.name.startswith(("int4", "int8"))]

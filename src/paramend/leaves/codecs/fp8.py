@@ -12,7 +12,7 @@ from paramend.leaves.specs import BITS, Spec
 _USUAL = 128
 
 
-def codec(scheme: str, parts: Parts, stated: Stated) -> Codec:
+def fp8(scheme: str, parts: Parts, stated: Stated) -> Codec:
     """The codec of codes of one byte with scales.
 
     The dtype of the weight is that of its scales, or bfloat16 if they are of one byte, as in compressed-tensors and
@@ -39,6 +39,21 @@ def codec(scheme: str, parts: Parts, stated: Stated) -> Codec:
             raise Unsupported(f"{parts['zero']} has zero points of {zero.dtype}: what is meant by them is not known")
         zeros = codes_of(zero.dtype)
     return Codec(scheme, Spec(payload.shape, dtype), fields, codes_of(payload.dtype), Plain(), zeros)
+
+
+def torchao(scheme: str, parts: Parts, stated: Stated) -> Codec:
+    """The codec of Float8Tensor of torchao; the dtype is that of the scales, as its own is not in the leaves.
+
+    Raises:
+        Unsupported: it is of another of its kinds of tensors.
+    """
+    payload = parts["payload"]
+    if not payload.spec.dtype.startswith("float8") or not {"zero", "global", "input"}.isdisjoint(parts):
+        names = ", ".join(map(str, parts.values()))
+        raise Unsupported(
+            f"{names} are a weight of torchao, {payload.spec}: only Float8Tensor of torchao can be decoded"
+        )
+    return fp8(scheme, parts, stated)
 
 
 def _every(parts: Parts, stated: Stated) -> tuple[int, ...]:
