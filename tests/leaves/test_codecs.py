@@ -299,6 +299,27 @@ def test_values_without_a_code():
     weight[1, 3] = np.nan
     with pytest.raises(Unsupported, match="not finite"):
         encoded(codec, Held(weight), layout.specs, known)["payload"].read()
+    layout = layout_of("fp8-channel", Spec((2, 8), "float32"))
+    codec = codec_for("fp8-channel", layout)
+    leaves = {role: leaf.read() for role, leaf in encoded(codec, Held(weight), layout.specs).items()}
+    found = decoded(codec, held(leaves)).read()
+    assert np.isnan(found[1, 3])  # which FP8 has
+    assert (np.delete(found.reshape(-1), 11) == 1).all()
+    weight[1, 3] = -np.inf
+    with pytest.raises(Unsupported, match="not finite"):
+        encoded(codec, Held(weight), layout.specs)["payload"].read()
+
+
+def test_zero_is_exact_where_a_scale_is_not_finite():
+    leaves = {"payload": np.full((2, 2), 2, E4M3), "scale": np.array([[255, 127]], np.uint8).view(E8M0)}
+    row, parts = row_of(BLOCK), held(leaves)
+    codec, specs = row.codec("fp8-block", parts, Stated()), {role: part.spec for role, part in parts.items()}
+    new = {
+        role: leaf.read()
+        for role, leaf in encoded(codec, Held(np.zeros((2, 2), np.float32)), specs, parts, keep=True).items()
+    }
+    assert decoded(codec, held(leaves | new)).read().tolist() == [[0, 0], [0, 0]]
+    assert new["scale"].view(np.uint8).tolist() == [[127, 127]]
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "e2m1", "nf4", "fp4", "int8", "-8..7"])
