@@ -211,6 +211,28 @@ class Bench:
         shutil.rmtree(folder)
         return rows
 
+    def inserted(self):
+        """Insert a tenth into 4 shards: `cp` + sync of the tenth"""
+        folder, out, copy = self.folder / "shards", self.folder / "out", self.folder / "out.safetensors"
+        models.make(models.make_shards, folder, self.layers, 4)
+        donor = self.folder / "head.safetensors"
+        models.make(models.make_head, donor, self.options.size / 10)
+        insert, renamed = paramend("insert", folder, donor, "**"), ["--rename", "mtp.**=model.mtp.**"]
+        undo = list(map(str, paramend("undo", folder)))
+
+        def take_back():
+            subprocess.run(undo, check=True, stderr=subprocess.DEVNULL)
+
+        rows = self.compare(
+            Way("cp + sync of the tenth", cp(donor, copy), remove(copy)),
+            Way("paramend insert --link -o, the file linked too", [*insert, "--link", "-o", out], remove(out)),
+            Way("paramend insert --link -o, renamed", [*insert, *renamed, "--link", "-o", out], remove(out)),
+            Way("paramend insert --in-place", [*insert, "--in-place"], take_back),
+        )
+        shutil.rmtree(folder)
+        donor.unlink()
+        return rows
+
     def in_place(self):
         """Zero 100 MB in place: 200 MB written and synced"""
         out = self.folder / "written"
@@ -328,7 +350,7 @@ class Bench:
 
 
 SCENARIOS = (
-    *("new_file", "full_cache", "scale", "peers", "linked", "in_place", "deepen", "experts", "transpose"),
+    *("new_file", "full_cache", "scale", "peers", "linked", "inserted", "in_place", "deepen", "experts", "transpose"),
     *("memory", "show", "trillion"),
 )
 # Needs root and mkfs.xfs, and so runs only when it is asked for.

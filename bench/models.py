@@ -143,6 +143,11 @@ def make_shards(folder, layers, shards, *, sparse=False):
     write_shards(folder, mixture() if layers is None else llama(layers), shards, sparse=sparse)
 
 
+def make_head(path, nbytes):
+    """A file of what a model may lack, about so many bytes."""
+    write_file(path, {f"mtp.{name}": shape for name, shape in llama(layers_of(nbytes)).items()})
+
+
 def make_experts(path, nbytes):
     """A file of a mixture of experts; of 4 GB it holds 18,432 of their tensors."""
     write_file(path, mixture(max(round(48 * nbytes / 4e9), 1), 128, 384, 288))

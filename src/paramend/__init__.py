@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from paramend.ablation.influence import block_influence as block_influence
     from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
     from paramend.checkpoints.checkpoint import open as open
+    from paramend.checkpoints.config import Config as Config
+    from paramend.checkpoints.config import config as config
     from paramend.checkpoints.patching import patch as patch
     from paramend.checkpoints.whole import load as load
     from paramend.checkpoints.whole import save as save
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from paramend.grafting.graft import graft as graft
     from paramend.grafting.graft import graft_ as graft_
     from paramend.grafting.inserting import insert as insert
+    from paramend.grafting.parts import part as part
     from paramend.grafting.states.verbs import carry_opt_state as carry_opt_state
     from paramend.grafting.states.verbs import carry_optimizer_ as carry_optimizer_
     from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
     from paramend.mapping.shelf import layouts as layouts
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
-    from paramend.rewriting.provenance import verify_record as verify_record
+    from paramend.rewriting.verification import verify_record as verify_record
     from paramend.selectors.selector import Selector as Selector
     from paramend.selectors.selector import SelectorLike as SelectorLike
     from paramend.selectors.selector import sel as sel
@@ -70,6 +73,7 @@ _LATER = {
         "paramend.ablation.ablate": ("ablate",),
         "paramend.ablation.influence": ("block_influence",),
         "paramend.checkpoints.checkpoint": ("Checkpoint", "open"),
+        "paramend.checkpoints.config": ("Config", "config"),
         "paramend.checkpoints.whole": ("load", "save"),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
@@ -95,10 +99,12 @@ _LATER = {
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
         "paramend.recipes.recipe": ("Recipe",),
-        "paramend.rewriting.provenance": ("record", "verify_record"),
+        "paramend.rewriting.provenance": ("record",),
+        "paramend.rewriting.verification": ("verify_record",),
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.specs": ("Spec",),
         "paramend.grafting.inserting": ("insert",),
+        "paramend.grafting.parts": ("part",),
         "paramend.mapping.joining": ("concat", "interleave", "split"),
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),

@@ -1,6 +1,7 @@
 """Checkpoints assembled from leaves of others: every byte where a plain dict of arrays would have it."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 import paramend as pm
+from paramend.anatomy.documents import Document
 from paramend.checkpoints.assemble import assemble
 from paramend.edits.memory import Memory
 from paramend.edits.plan import Plan
@@ -60,6 +62,10 @@ def bits(tree):
     return {name: (array.dtype.name, array.shape, array.tobytes()) for name, array in tree.items()}
 
 
+def document(name, text):
+    return Document(Path(name), b"", text)
+
+
 def test_layers_taken_twice_come_out_as_copies_beside_a_new_config(model, tmp_path):
     folder, tree = model
     with pm.open(folder) as source:
@@ -67,7 +73,7 @@ def test_layers_taken_twice_come_out_as_copies_beside_a_new_config(model, tmp_pa
         wanted = {f"layers.{to}.{n}": f"layers.{old}.{n}" for to, old in enumerate(order) for n in "ab"}
         wanted["head"] = "head"
         picks = [(path_of(new), (source, number_of(source, old))) for new, old in wanted.items()]
-        made = assemble(source, picks, texts={"config.json": b'{"num_hidden_layers": 6}'})
+        made = assemble(source, picks, texts=[document("config.json", b'{"num_hidden_layers": 6}')])
         pm.at(made, "layers[-1]/b").zero().save(tmp_path / "out")
     expected = {new: tree[old] for new, old in wanted.items()} | {"layers.5.b": np.zeros_like(tree["layers.3.b"])}
     assert bits(pm.load(tmp_path / "out", nested=False)) == bits(expected)
@@ -130,14 +136,16 @@ def test_edits_planned_before_go_along_and_assemblies_can_be_assembled(model):
     folder, tree = model
     with pm.open(folder) as source:
         edited = pm.at(source, "**/a").multiply(2).edited({})
-        once = assemble(edited, [(path_of(f"one.{n}"), (edited, n)) for n in (0, 1)], texts={"a.txt": b"a"})
-        twice = assemble(once, [(path_of("two"), (once, 0)), (path_of("three"), (once, 1))], texts={"b.txt": b"b"})
+        once = assemble(edited, [(path_of(f"one.{n}"), (edited, n)) for n in (0, 1)], texts=[document("a.txt", b"a")])
+        twice = assemble(
+            once, [(path_of("two"), (once, 0)), (path_of("three"), (once, 1))], texts=[document("b.txt", b"b")]
+        )
         names = [source.index.name(n) for n in (0, 1)]
         for path, name in zip(("two", "three"), names, strict=True):
             expected = tree[name] * 2 if name.endswith("a") else tree[name]
             assert twice[path].tobytes() == expected.astype(tree[name].dtype).tobytes()
         assert twice.source.base is source.source
-        assert twice.source.texts == {"a.txt": b"a", "b.txt": b"b"}
+        assert [each.text for each in twice.texts] == [b"a", b"b"]
         assert len(twice.source.sources) == 1
 
 

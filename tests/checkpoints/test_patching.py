@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -44,6 +43,7 @@ from paramend.journal.store import UndoStore
 from paramend.journal.undo import drop, history, recover, undo
 from paramend.piecewise import steps as computing
 from paramend.piecewise.regions import region
+from support.crashing import Crash, Machine, crash_everywhere
 
 INDEX = '{{"metadata": {{"total_size": {}}}, "weight_map": {}}}'
 
@@ -792,108 +792,26 @@ def test_a_function_that_raises_changes_nothing(model):
 # ---- crashes -----------------------------------------------------------------------------------------------
 
 
-class Crash(BaseException):
-    """The machine stops here."""
-
-
-class Machine:
-    """Runs a function until a chosen call of the system, where the program dies; then nothing can be done any more.
-
-    With `power`, what was not made durable is lost in part, as when the power fails: writes that no fsync of the file
-    followed, and names that no fsync of the folder followed.
-    """
-
-    CALLS = ("open", "write", "pwrite", "fsync", "rename", "unlink", "mkdir", "rmdir", "ftruncate", "posix_fallocate")
-
-    def __init__(self, monkeypatch, stop, *, torn=False, power=None):
-        self.stop, self.torn, self.power, self.count, self.dead = stop, torn, power, 0, False
-        self.unsynced, self.names = {}, []
-        self.real = {name: getattr(os, name) for name in self.CALLS}
-        for name in self.CALLS:
-            monkeypatch.setattr(os, name, self.wrapped(name))
-
-    def wrapped(self, name):
-        real = self.real[name]
-
-        def run(*args, **options):
-            if self.dead:
-                raise Crash
-            self.count += name != "open"
-            if self.count == self.stop and name != "open":
-                self.dead = True
-                if self.torn and name in ("write", "pwrite") and len(args[1]) > 1:
-                    half = memoryview(args[1])[: len(args[1]) // 2]
-                    self.note(name, (args[0], half, *args[2:]))
-                    real(args[0], half, *args[2:])
-                raise Crash
-            self.note(name, args)
-            return real(*args, **options)
-
-        return run
-
-    def note(self, name, args):
-        if self.power is None:
-            return
-        if name in ("write", "pwrite"):
-            key = os.fstat(args[0])
-            at = args[2] if name == "pwrite" else os.lseek(args[0], 0, os.SEEK_CUR)
-            file = str(Path(f"/proc/self/fd/{args[0]}").readlink())
-            with Path(file).open("rb") as now:
-                now.seek(at)
-                old = now.read(len(args[1]))
-            self.unsynced.setdefault(key.st_ino, []).append((at, old))
-        elif name == "fsync":
-            status = os.fstat(args[0])
-            folder = str(Path(f"/proc/self/fd/{args[0]}").readlink())
-            self.unsynced.pop(status.st_ino, None)
-            self.names = [(where, back) for where, back in self.names if where != folder]
-        elif name == "rename":
-            old, new = map(str, args)
-            self.names.append((str(Path(new).parent), lambda: self.real["rename"](new, old)))
-        elif name == "unlink":
-            file, data = Path(args[0]), Path(args[0]).read_bytes()
-            self.names.append((str(file.parent), lambda: file.write_bytes(data)))
-
-    def lose(self, folder):
-        """The power fails."""
-        rng = random.Random(self.power)
-        for file in Path(folder).rglob("*"):
-            for at, old in reversed(self.unsynced.get(file.lstat().st_ino, [])):
-                if rng.random() < 0.5:
-                    with file.open("r+b") as now:
-                        now.seek(at)
-                        now.write(old)
-        kept = rng.randrange(len(self.names) + 1)
-        for _, back in reversed(self.names[kept:]):
-            back()
-
-
-def crash_everywhere(tmp_path, make, action, check, **how):
-    """Runs the action, stopped before each call of the system in turn, and checks what is left after recovery."""
-    template = tmp_path / "template"
-    template.mkdir()
-    name = make(template)
-    for step in range(1, 500):
-        folder = tmp_path / f"step{step}"
-        shutil.copytree(template, folder)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            machine = Machine(monkeypatch, step, **how)
-            with contextlib.suppress(Crash):
-                action(folder / name)
-        if machine.power is not None:
-            machine.lose(folder)
-        check(folder / name, machine.dead)
-        shutil.rmtree(folder)
-        if not machine.dead:
-            return step
-    raise AssertionError("it never ended")
-
-
 HOW = [{}, {"torn": True}, *({"power": seed, "torn": bool(seed % 2)} for seed in range(6))]
 
 
+def make_configured(folder):
+    """Shards beside a configuration."""
+    make_shards(folder)
+    (folder / "config.json").write_text('{"n": 1}\n')
+    return folder
+
+
+def configured(path):
+    """A patch of leaves and of the configuration, which has another length then."""
+    pm.patch(path, lambda t: pm.config(pm.at(t, "layers/**").add(1)).set({"n": 2, "a new key": [1]}))
+
+
+MANY = {"file": None, "shards and their configuration": make_configured, "torch shards": make_torch_shards}
+
+
 @pytest.mark.parametrize("how", HOW, ids=repr)
-@pytest.mark.parametrize("many", [None, make_shards, make_torch_shards], ids=["file", "shards", "torch shards"])
+@pytest.mark.parametrize("many", MANY.values(), ids=MANY)
 def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
     def make(folder):
         if many:
@@ -902,7 +820,10 @@ def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
         return "model.safetensors"
 
     def action(path):
-        patched(path, "layers/**", "add", value=1)
+        if many is make_configured:
+            configured(path)
+        else:
+            patched(path, "layers/**", "add", value=1)
 
     make(tmp_path)
     name = "model" if many else "model.safetensors"
@@ -931,9 +852,9 @@ def test_a_patch_cut_short_anywhere_leaves_old_or_new(tmp_path, many, how):
 @pytest.mark.parametrize("how", HOW, ids=repr)
 def test_an_undo_cut_short_anywhere_leaves_old_or_new(tmp_path, how):
     def make(folder):
-        path = make_shards(folder / "model")
+        path = make_configured(folder / "model")
         patched(path, "embed/**", "zero")
-        patched(path, "layers/**", "add", value=1)
+        configured(path)
         return path.name
 
     path = tmp_path / make(tmp_path)

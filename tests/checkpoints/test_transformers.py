@@ -218,6 +218,20 @@ def test_shards_patched(sharded):
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("size", ["6KB", "1GB"], ids=["shards", "one file"])
+def test_a_part_that_was_taken_out_is_put_back_in_place(tmp_path, size):
+    model, folder, selector, _ = prepare(
+        llama(), tmp_path / "model", "**/layers[-1]/**", "layers.2.", max_shard_size=size
+    )
+    pm.at(pm.open(folder), selector).delete().save(tmp_path / "out")
+    before = content(tmp_path / "out")
+    pm.patch(tmp_path / "out", lambda t: pm.insert(t, pm.open(folder), selector)[0])
+    check_index(tmp_path / "out")
+    loads_as(tmp_path / "out", model)
+    pm.undo(tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
 def test_a_renamed_model_and_back(sharded, tmp_path):
     model, folder, _, _ = sharded
     edited = pm.at(pm.open(folder), "model.layers.<n>.**").rename("blocks.<n>.**")

@@ -144,12 +144,18 @@ def template(tmp_path_factory):
         index = "pytorch_model.bin.index.json" if "torch" in kind else "model.safetensors.index.json"
         (folder / kind / index).write_text(json.dumps({"metadata": {"total_size": 312}, "weight_map": weight_map}))
         (folder / kind / "config.json").write_text('{"a": 1}')
+    (folder / "single").mkdir()
+    safetensors.numpy.save_file(tree(), folder / "single" / "model.safetensors")
     pm.save({"old": np.zeros(3)}, folder / "out.safetensors")
     return folder
 
 
 def edit(checkpoint):
     return pm.at(checkpoint, "**/*{w,weight}").add(1)
+
+
+def inserted(checkpoint):
+    return pm.insert(checkpoint, {"new": {"w": np.arange(30.0)}}, "**")[0]
 
 
 def respecified(checkpoint):
@@ -162,6 +168,7 @@ REWRITES = {
     "shards": ("shards", edit, "out", {}),
     "shards, an index": ("shards", respecified, "out", {}),
     "shards, a record": ("shards", edit, "out", {"record": True}),
+    "shards, a leaf more": ("shards", inserted, "out", {}),
     "new shards": ("x.safetensors", edit, "out/", {"max_shard_size": "120B"}),
     "torch": ("x.pt", edit, "out.pt", {}),
     "torch, moved": ("x.pt", respecified, "out.pt", {}),
@@ -248,14 +255,19 @@ def test_a_rewrite_is_right_or_was_not_done(template, tmp_path, monkeypatch, cas
         assert error is None or how != "short"
 
 
-PATCHES = ["x.safetensors", "shards", "x.pt", "torch shards", "x.npz", "x.msgpack", "x.orbax"]
+PATCHES = {
+    name: (name, edit) for name in ("x.safetensors", "shards", "x.pt", "torch shards", "x.npz", "x.msgpack", "x.orbax")
+}
+PATCHES |= {"shards, a leaf more": ("shards", inserted), "one file, a leaf more": ("single", inserted)}
 
 
 @pytest.mark.parametrize("how", ["short", "once", "lasting"])
-@pytest.mark.parametrize("name", PATCHES)
-def test_a_patch_is_right_or_was_not_done(template, tmp_path, monkeypatch, name, how):
+@pytest.mark.parametrize("case", PATCHES)
+def test_a_patch_is_right_or_was_not_done(template, tmp_path, monkeypatch, case, how):
+    name, change = PATCHES[case]
+
     def job(folder):
-        pm.patch(folder / name, edit)
+        pm.patch(folder / name, change)
 
     for folder, before, right, error in everywhere(
         template, tmp_path, monkeypatch, [name], lambda folder: None, job, how
@@ -267,10 +279,12 @@ def test_a_patch_is_right_or_was_not_done(template, tmp_path, monkeypatch, name,
 
 
 @pytest.mark.parametrize("how", ["short", "once", "lasting"])
-@pytest.mark.parametrize("name", PATCHES)
-def test_an_undo_is_right_or_is_done_by_the_next(template, tmp_path, monkeypatch, name, how):
+@pytest.mark.parametrize("case", PATCHES)
+def test_an_undo_is_right_or_is_done_by_the_next(template, tmp_path, monkeypatch, case, how):
+    name, change = PATCHES[case]
+
     def begin(folder):
-        pm.patch(folder / name, edit)
+        pm.patch(folder / name, change)
 
     def job(folder):
         pm.undo(folder / name)

@@ -1,5 +1,7 @@
 """Verbs that move elements: what numpy makes of the array, in memory and on disk, bit for bit."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import paramend as pm
 from paramend.cli.main import cli
+from paramend.leaves.origins.stored import Stored
 
 RNG = np.random.default_rng(3)
 W = RNG.normal(size=(4, 6, 5)).astype("float32")
@@ -175,3 +178,25 @@ def test_in_a_recipe_and_as_commands(tmp_path):
         cli, ["transpose", str(path), "w", "[2, 1, 0]", "-o", str(tmp_path / "new.npz"), "--dry-run"]
     )
     assert "w     float32[4,6,5] -> float32[5,6,4]  transpose([2, 1, 0])" in done.output
+
+
+def test_boxes_of_an_edited_leaf_are_computed_alone_and_what_they_lose_is_counted_once(tmp_path, monkeypatch):
+    """A transposed leaf is read in tiles: the edits before it do not need the whole leaf in memory."""
+    monkeypatch.setattr("paramend.leaves.origins.origin.CHUNK", 1 << 10)
+    monkeypatch.setattr("paramend.leaves.origins.moved.TILE", 1 << 12)
+    big = np.random.default_rng(0).standard_normal((300, 70)).astype("float32")
+    big[7, 3] = big[299, 69] = 1e6
+    save_file({"w": big}, tmp_path / "m.safetensors")
+    sizes = []
+    read = Stored.read_box
+    monkeypatch.setattr(Stored, "read_box", lambda self, box: sizes.append(math.prod(map(len, box))) or read(self, box))
+    with pm.open(tmp_path / "m.safetensors") as model:
+        edit = pm.at(pm.at(model, "w").multiply(0.5), "w").cast("float16")
+        edit = pm.at(pm.at(edit, "w").transpose((1, 0)), "w").take(slice(None, None, -1))
+        for _ in range(2):
+            report = edit.save(tmp_path / "out.safetensors", force=True)
+            assert report.plan.rows[0].damage.overflowed == 2
+    with np.errstate(over="ignore"):
+        right = (big * np.float32(0.5)).astype("float16").T[::-1]
+    assert load_file(tmp_path / "out.safetensors")["w"].tobytes() == np.ascontiguousarray(right).tobytes()
+    assert max(sizes) < big.size / 4

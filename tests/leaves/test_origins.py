@@ -1,5 +1,6 @@
 """Origins against numpy: any composition, read in pieces of any size, and by the bytes that it says it is made of."""
 
+import contextlib
 import math
 import pickle
 from itertools import pairwise
@@ -12,7 +13,10 @@ from paramend.errors import BadArgument, SpecMismatch
 from paramend.formats.registry import open_source
 from paramend.leaves.origins.boxes import Runs, boxes_of, contiguous, cut, select, whole
 from paramend.leaves.origins.moved import join, permute_axes, reshape, take
-from paramend.leaves.origins.stored import Held, Made, Stored
+from paramend.leaves.origins.reading import read_origin
+from paramend.leaves.origins.stored import Held, Made, Stored, Zeros
+from paramend.leaves.origins.texts import quoted
+from paramend.leaves.specs import Spec
 
 DTYPES = ("float32", "bfloat16", "int8", "float64", "bool", "uint16", "complex64")
 
@@ -175,7 +179,112 @@ def test_the_text_is_the_expression(leaves):
     assert str(permute_axes(leaf, [1, 0])) == f"transpose({name}, [1, 0])"
     assert str(reshape(reshape(leaf, (2, 2, 6)), (2, 12))) == f"reshape({name}, [2, 12])"
     assert str(join([leaf, leaf], 1, "concat")) == f"concat({name}, {name}, axis=1)"
-    assert str(take(leaf, np.array([3, 0, 1]), 0)) == f"{name}[3 places]"
+    assert str(take(leaf, np.array([3, 0, 1]), 0)) == f"{name}[[3, 0, 1]]"
+    assert str(take(leaf, np.array([5, 0, 1, 2, 3]), 1)) == f"{name}[:, [5, 0:4]]"
+
+
+def test_parts_that_count_up_are_written_as_one():
+    names = [f"e.{n}.w" for n in (*range(8), 9, 10, 12)] + ["e.07.w", "e.8.v"]
+    parts = [Held(np.zeros((2, 2))) for _ in names]
+    said = {id(part): name for part, name in zip(parts, names, strict=True)}
+    both = join([permute_axes(part, [1, 0]) for part in parts], 0, "stack")
+    inner = ", ".join(f"transpose({name}, [1, 0])" for name in ("e.{0..7}.w", *names[8:]))
+    assert both.text(lambda leaf: said[id(leaf)]) == f"stack({inner}, axis=0)"
+
+
+# ---- texts that are read -----------------------------------------------------------------------------------------
+
+
+def reader_of(leaves, names):
+    """How a leaf is called in a text, and what finds it."""
+    said = {id(origin): name for (origin, _), name in zip(leaves, names, strict=True)}
+    found = {name: origin for (origin, _), name in zip(leaves, names, strict=True)}
+
+    def name(leaf):
+        return quoted(said[id(leaf)]) if id(leaf) in said else leaf.says
+
+    return name, lambda file, text: found[f"{file}:{text}" if file else text]
+
+
+@pytest.mark.parametrize("names", ["m.{}.w", 'a "{}", axis=0)[1:2]', "concat({}", "é {{0..3}} {}\\"])
+def test_what_a_text_says_is_read_back(leaves, names):
+    name, find = reader_of(leaves, [names.format(number) for number in range(len(leaves))])
+    rng = np.random.default_rng(9)
+    for _ in range(150):
+        origin, array = composed(rng, leaves, int(rng.integers(0, 5)))
+        if rng.random() < 0.3:
+            pad = Zeros(Spec((3, *array.shape[1:]), "float32"))
+            if array.ndim:
+                origin, array = (
+                    join([origin, pad], 0, "concat"),
+                    np.concatenate([array, np.zeros(pad.spec.shape, "f4")]),
+                )
+        text = origin.text(name)
+        again = read_origin(text, find)
+        assert (again.text(name), again.spec, again.moves) == (text, origin.spec, True)
+        assert again.read().tobytes() == array.tobytes(), text
+
+
+def test_numbers_that_count_up_are_read_as_so_many_leaves():
+    arrays = {f"m.safetensors:e.{n}.w": np.full(2, n, "int16") for n in range(300)}
+    text = "stack(concat(m.safetensors:e.{0..9}.w, axis=0), concat(m.safetensors:e.{290..299}.w, axis=0), axis=1)"
+    origin = read_origin(text, lambda file, name: Held(arrays[f"{file}:{name}"]))
+    assert origin.read()[::2].tolist() == [[n, 290 + n] for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "w w",
+        "w[",
+        "w[9:12]",
+        "w[-1:2]",
+        "w[0:2:0]",
+        "w[0:2:-00]",
+        "w[:, :, 0:1]",
+        "w[[0, 7]]",
+        "w[[0:99999999999]]",
+        "w[[3:2]]",
+        "w.{0..3}",
+        "concat(w.{3..0}, axis=0)",
+        "stack(w.{0..999999999999}, axis=0)",
+        "concat(w, axis=2)",
+        "concat(w, w[:, 0:1], axis=0)",
+        "concat(w, axis=-1)",
+        "concat(, axis=0)",
+        "concat(w, w)",
+        "transpose(w, [0, 0])",
+        "transpose(w, [1])",
+        "reshape(w, [5, 5])",
+        "reshape(w, [-24])",
+        "reshape(w, [24" + ", 1" * 40 + "])",
+        "zeros([1000000, 1000000, 1000000], int8)",
+        "zeros([2], int7)",
+        "values in memory",
+        'w"',
+        '"w',
+        '"\\x"',
+        "exec(w)",
+        "transpose(" * 5000 + "w",
+        "[" * 100_000,
+        "w" + "[0:1]" * 5000 + "x",
+        "concat(" * 101 + "w" + ", axis=0)" * 101,
+    ],
+    ids=range(35),
+)
+def test_a_text_that_is_none_is_refused(leaves, text):
+    leaf = next(origin for origin, array in leaves if array.shape == (4, 6))
+    with pytest.raises((BadArgument, SpecMismatch)):
+        read_origin(text, lambda file, name: leaf)
+
+
+def test_zeros_are_computed():
+    zeros = Zeros(Spec((2, 3), "bfloat16"))
+    both = join([Held(np.ones((1, 3), ml_dtypes.bfloat16)), zeros], 0, "concat")
+    assert both.read().tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert (zeros.extents, str(zeros), zeros.nbytes) == (None, "zeros([2, 3], bfloat16)", 12)
+    assert pickle.loads(pickle.dumps(zeros)).spec == zeros.spec
 
 
 def test_what_does_nothing_is_nothing(leaves):
@@ -187,12 +296,12 @@ def test_what_does_nothing_is_nothing(leaves):
 
 def test_parts_that_do_not_fit_are_refused(leaves):
     a, b = (next(origin for origin, array in leaves if array.shape == shape) for shape in ((4, 6), (5, 6)))
-    with pytest.raises(SpecMismatch, match=r"stack of float32\[4,6\] and float32\[5,6\]: part 1 differs from part 0"):
+    with pytest.raises(SpecMismatch, match=r"stack along axis 0: float32\[4,6\] and float32\[5,6\] do not fit"):
         join([a, b], 0, "stack")
-    with pytest.raises(SpecMismatch, match="concat of"):
+    with pytest.raises(SpecMismatch, match="concat along axis 1"):
         join([a, b], 1, "concat")
     assert join([a, b], 0, "concat").spec.shape == (9, 6)
-    with pytest.raises(BadArgument, match=r"has 24 elements, and \[5, 5\] has 25"):
+    with pytest.raises(SpecMismatch, match=r"has 24 elements, and \[5, 5\] has 25"):
         reshape(a, (5, 5))
 
 
@@ -218,3 +327,43 @@ def test_too_many_runs_are_not_traced():
     runs = Runs(np.array([0]), np.array([100]), np.array([0]))
     assert cut(runs, np.array([0, 1]), 99) is None
     assert cut(runs, np.array([0, 1]), 100) is not None
+
+
+def test_no_text_raises_anything_else(leaves):
+    leaf = next(origin for origin, array in leaves if array.shape == (4, 6))
+    words = [
+        "concat(",
+        "stack(",
+        "transpose(",
+        "reshape(",
+        "zeros(",
+        "w",
+        '"a b"',
+        "f:",
+        "[",
+        "]",
+        "[0:2]",
+        "[:, 5::-2]",
+    ]
+    words += [
+        "[[1, 2:4]]",
+        ", ",
+        "axis=0)",
+        "[1, 0])",
+        "[4, 6], float32)",
+        "w.{0..3}",
+        ")",
+        "0",
+        "-",
+        ":",
+        "\\",
+        '"',
+        "é",
+    ]
+    rng = np.random.default_rng(5)
+    read = 0
+    for _ in range(4000):
+        text = "".join(rng.choice(words, rng.integers(1, 8)))
+        with contextlib.suppress(BadArgument, SpecMismatch):
+            read += read_origin(text, lambda file, name: leaf).spec.dtype == "float32"
+    assert read > 50

@@ -113,6 +113,13 @@ DATA = {
 }
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
 @st.composite
 def steps(draw, verbs=tuple(VERBS)):
     verb = VERBS[draw(st.sampled_from(verbs))]
@@ -121,6 +128,12 @@ def steps(draw, verbs=tuple(VERBS)):
         return {
             "rename": draw(st.sampled_from([{"at": "a/<n>/**", "to": "b/<n+1>/**"}, {"at": ["a", "b"], "to": "c"}]))
         }
+    if verb.any_of:
+        given = {
+            "set": st.dictionaries(TEXTS, VALUES, min_size=1, max_size=3),
+            "delete": st.lists(TEXTS, min_size=1, max_size=2),
+        }
+        return {verb.name: draw(st.fixed_dictionaries({}, optional=given).filter(bool))}
     if verb.short and draw(st.booleans()):
         return {verb.name: at}
     body = {"at": at}
@@ -659,7 +672,7 @@ def test_what_is_wrong_with_an_exception_is_said_with_its_address(tree):
 
 # ---- three engines -----------------------------------------------------------------------------------------------
 
-KEEPS = [name for name, verb in VERBS.items() if not verb.changes]
+KEEPS = [name for name, verb in VERBS.items() if not verb.changes and not verb.any_of]
 LEAVES = {"layers/0/w": (4, 3), "layers/1/w": (4, 3), "layers/0/b": (3,), "layers/1/b": (3,)}
 PLACES = {"layers/*/w": (4, 3), "layers/[-1]/w": (4, 3), "**/b": (3,), "layers/0/b": (3,)}
 

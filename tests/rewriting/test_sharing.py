@@ -62,7 +62,7 @@ def zeroed(name):
 
 
 def inserted(ckpt):
-    return pm.insert(ckpt, pm.open(ckpt.path.with_name("extra.safetensors")), "**")
+    return pm.insert(ckpt, pm.open(ckpt.path.with_name("extra.safetensors")), "**")[0]
 
 
 def deepened(ckpt):

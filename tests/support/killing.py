@@ -1,6 +1,7 @@
 """Writers that are stopped at random moments: what is left is the old state or the new one, never a third.
 
-    python tests/support/killing.py rewrite|patch KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch, structure
+    python tests/support/killing.py rewrite|patch KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch, structure,
+    inserted, split
 
 A child writes and is killed. Then the output is looked at, and the next writer must leave nothing of the killed one.
 """
@@ -36,7 +37,11 @@ def make(folder, kind):
     if kind == "file":
         safetensors.numpy.save_file(tree(), folder / "model.safetensors")
         return folder / "model.safetensors"
-    if kind == "shards":
+    if kind == "split":  # of a single file, which becomes the first of two
+        (folder / "model").mkdir()
+        safetensors.numpy.save_file(tree(), folder / "model" / "model.safetensors")
+        return folder / "model"
+    if kind in ("shards", "inserted"):
         model = folder / "model"
         model.mkdir()
         for n in range(3):
@@ -53,9 +58,13 @@ def make(folder, kind):
 
 
 def edit(kind):
-    """An edit of all leaves; of a kind of torch also one that needs a file of another structure."""
+    """An edit of all leaves; of shards also of the configuration, of a kind of torch also one of the structure."""
     if kind == "structure":
         return lambda t: pm.at(pm.at(t, "model.layers[0].w").rename("model.first"), "**.layers.1.w").cast("float16")
+    if kind == "shards":
+        return lambda t: pm.config(pm.at(t, "**").add(1)).set({"a key": "a value"})
+    if kind in ("inserted", "split"):
+        return lambda t: pm.insert(t, {"new": tree()}, "**")[0]
     return lambda t: pm.at(t, "**").add(1)
 
 
@@ -158,7 +167,8 @@ def patches(folder, kind, rounds, signum, rng):
 
 def main(engine, kind, rounds, signum="9", seed="0"):
     run = {"rewrite": rewrites, "patch": patches}[engine]
-    assert all((pm.patch, pm.undo, pm.history, pm.open))  # opened lazily: not in the child
+    # Opened lazily: not in the child.
+    assert all((pm.patch, pm.undo, pm.history, pm.open, pm.config, pm.insert))
     with tempfile.TemporaryDirectory() as folder:
         seen = run(Path(folder), kind, int(rounds), int(signum), random.Random(seed))
     print(f"{engine} {kind}, signal {signum}: {rounds} rounds: {dict(seen)}")

@@ -1,7 +1,7 @@
 """Ablation: what a model scores without each of its parts."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any, TypeAlias, TypeVar
@@ -178,11 +178,6 @@ def _chosen(leaves: Editable, name: str, selector: Any) -> tuple[int, ...]:
     numbers = unique(leaves, [leaves.ties.get(number, number) for number in resolve(selector, leaves)])
     found = floating(leaves, numbers)
     if not found:
-        raise BadArgument(
-            f"target {name!r} holds no leaf of floating dtype: {wording.listing(_paths(leaves, numbers))}"
-        )
+        paths = wording.listing([leaves.index.path(number) for number in numbers])
+        raise BadArgument(f"target {name!r} holds no leaf of floating dtype: {paths}")
     return found
-
-
-def _paths(leaves: Editable, numbers: Iterable[int]) -> list[str]:
-    return [leaves.index.path(number) for number in numbers]

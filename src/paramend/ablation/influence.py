@@ -1,10 +1,11 @@
 """Block influence: how much each block of a torch module rotates its input."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from paramend.errors import BadArgument, NoMatch
+from paramend.growth.writers import call_with
 from paramend.leaves.leaves import Index
 from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
@@ -67,10 +68,7 @@ def block_influence(
         for name, block in blocks.items():
             stack.callback(block.register_forward_hook(hook(name), with_kwargs=True).remove)
         for given in inputs:
-            if isinstance(given, Mapping):
-                module(**given)
-            else:
-                module(*(given if isinstance(given, tuple) else (given,)))
+            call_with(module, given)
     idle = [name for name, count in counts.items() if not count]
     if len(idle) == len(blocks):
         raise BadArgument("no block was called: there are no inputs, or the model does not use these blocks")
@@ -80,7 +78,6 @@ def block_influence(
 
 
 def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
-    """The blocks by name."""
     known = dict(module.named_modules())
     names = [layers] if isinstance(layers, str) else list(layers)
     index = Index.of_names([name for name, inner in known.items() if name and not inner._modules])

@@ -32,24 +32,16 @@ class Method:
     run: Callable[[Array, np.random.Generator], Array] | None = None
 
 
-def _mean(x: Array, rng: np.random.Generator) -> Array:
-    return np.full(x.shape, x.mean(), x.dtype)
-
-
-def _noise(x: Array, rng: np.random.Generator) -> Array:
-    found: Array = normal(rng, x.shape, "float64") * x.std() + x.mean()
-    return found
-
-
-def _permuted(x: Array, rng: np.random.Generator) -> Array:
-    return rng.permutation(x.reshape(-1)).reshape(x.shape)
-
-
 METHODS: dict[str, Method] = {
     "zero": Method("every element becomes +0.0"),
-    "mean": Method("every element becomes the mean of the leaf", _mean),
-    "noise": Method("normal noise with the leaf's own mean and standard deviation replaces it", _noise),
-    "permuted": Method("the elements are permuted at random", _permuted),
+    "mean": Method("every element becomes the mean of the leaf", lambda x, _: np.full(x.shape, x.mean(), x.dtype)),
+    "noise": Method(
+        "normal noise with the leaf's own mean and standard deviation replaces it",
+        lambda x, rng: normal(rng, x.shape, "float64") * x.std() + x.mean(),
+    ),
+    "permuted": Method(
+        "the elements are permuted at random", lambda x, rng: rng.permutation(x.reshape(-1)).reshape(x.shape)
+    ),
     "identity": Method(
         "what a layer of a known family adds to the residual stream becomes 0: the layer passes its input through"
     ),

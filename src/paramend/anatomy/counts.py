@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from paramend.anatomy.sections import CONFIG, COUNTS, SIDES, part_at, sections_of
+from paramend.anatomy.sections import COUNTS, SIDES, part_at, sections_of
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.paths import number_of
 from paramend.reports import wording
 
@@ -22,16 +23,13 @@ def miscounted(
     after: Iterable[Pieces],
     ends: Mapping[Pieces, int] | None = None,
 ) -> list[str]:
-    """What a configuration counts that the leaves of an outcome no longer have, though those before had it.
-
-    Args:
-        ends: path of numbered layers → the first number of those that are no layers.
+    """What a configuration counts that the leaves of an outcome no longer have; `ends` as in `Index.layers`.
 
     >>> layers = [("layers", str(i), "w") for i in range(3)]
     >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2])
     ['config.json still says num_hidden_layers: 3, and layers has 2']
     """
-    old, new = _numbered(before, ends or {}), _numbered(after, ends or {})
+    old, new = numbered(before, ends or {}), numbered(after, ends or {})
     said = []
     for parent, numbers in old.items():
         now = new.get(parent)
@@ -58,8 +56,8 @@ def _still(path: Sequence[str], value: Any, has: str) -> str:
     return f"{CONFIG} still says {'.'.join(path)}: {value}, and {has}"
 
 
-def _numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces, set[int]]:
-    """Path → the numbers of the entries there."""
+def numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces, set[int]]:
+    """Path → the numbers of the entries there, below those that `ends` says are no layers."""
     found: dict[Pieces, set[int]] = defaultdict(set)
     for path in paths:
         for depth, piece in enumerate(path[:-1]):

@@ -69,12 +69,9 @@ _MANY = 5
 
 
 def entries(part: Mapping[str, Any], n: int, blocks: int = 0) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Where a section speaks of its n layers one by one, and how: "list", "numbers", "from one", "read",
-    "keyed", "unknown".
+    """Where a section speaks of its n layers one by one, and how: "list", "numbers", "from one", "read", "keyed", ...
 
-    Args:
-        n: how many layers it counts.
-        blocks: how many blocks after the last layer may have entries at the end of lists.
+    Lists may have entries at the end for so many blocks after the last layer.
 
     >>> dict(entries({"num_hidden_layers": 3, "attn_type_list": [0, 1, 1], "moe_layers": [1]}, 3))
     {('attn_type_list',): 'list', ('moe_layers',): 'numbers'}
@@ -162,9 +159,6 @@ def moved(value: Any, how: str, sources: Sequence[int], n: int) -> Any:
     if isinstance(value, str):
         return "".join(new) + value[n:]
     return new if how == "cycle" else [*new, *value[n:]]
-
-
-# ---- names of modules --------------------------------------------------------------------------------------------
 
 
 class Names:

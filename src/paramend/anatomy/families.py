@@ -20,8 +20,6 @@ class Family:
         name: its name for `identity=`.
         model_types: its model types in Hugging Face configurations.
         writers: the modules whose output is added to the residual stream. Their weights become `value`, their biases 0.
-        others: the other projections.
-        norms: the norms that a layer may have.
         value: the weight with which a writer returns zeros: 0, or -1 for the gain of a norm that computes (1 + w).
         by_name: whether the names alone show that `value` is right.
         refused: why no parameters make a layer of this family the identity, or "".
@@ -48,7 +46,16 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj")
 _BEFORE = ("input_layernorm", "post_attention_layernorm")
 _AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 _HEADS = ("self_attn.q_norm", "self_attn.k_norm")
-_SUBLAYERS = ("self_attn.o_proj", "mlp.down_proj")
+_NORMS = (*_BEFORE, *_HEADS)
+_OUT = "self_attn.o_proj"
+_SUBLAYERS = (_OUT, "mlp.down_proj")
+_FUSED = ("mlp.gate", "mlp.experts.gate_up_proj")
+_EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+_SPARSE = ("block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3")
+_PHI_NORMS = ("input_layernorm", "self_attn.q_layernorm", "self_attn.k_layernorm")
+_NEOX = ("attention.query_key_value", "mlp.dense_h_to_4h")
+_VIT_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_OLD_VIT = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 _VIT_NORMS = ("layernorm_before", "layernorm_after")
 # Buffers that old checkpoints hold beside the weights; their names end in the name of the module.
@@ -68,58 +75,16 @@ FAMILIES: tuple[Family, ...] = (
         value=-1.0,
         by_name=False,
     ),
-    Family(
-        "phi",
-        ("phi",),
-        ("self_attn.dense", "mlp.fc2"),
-        (*_QKV, "mlp.fc1"),
-        ("input_layernorm", "self_attn.q_layernorm", "self_attn.k_layernorm"),
-    ),
+    Family("phi", ("phi",), ("self_attn.dense", "mlp.fc2"), (*_QKV, "mlp.fc1"), _PHI_NORMS),
     Family("phi3", ("phi3",), _SUBLAYERS, ("self_attn.qkv_proj", "mlp.gate_up_proj"), _BEFORE),
-    Family(
-        "mixtral",
-        ("mixtral", "qwen3_moe"),
-        ("self_attn.o_proj", "mlp.experts.down_proj"),
-        (*_QKV, "mlp.gate", "mlp.experts.gate_up_proj"),
-        (*_BEFORE, *_HEADS),
-    ),
-    Family(
-        "mixtral",
-        ("mixtral",),
-        ("self_attn.o_proj", "block_sparse_moe.experts.*.w2"),
-        (*_QKV, "block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
-        _BEFORE,
-    ),
-    Family(
-        "qwen3_moe",
-        ("qwen3_moe",),
-        ("self_attn.o_proj", "mlp.experts.*.down_proj"),
-        (*_QKV, "mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
-        (*_BEFORE, *_HEADS),
-    ),
-    Family("qwen3_moe", ("qwen3_moe",), _SUBLAYERS, (*_QKV, *_GATED), (*_BEFORE, *_HEADS)),  # its dense layers
+    Family("mixtral", ("mixtral", "qwen3_moe"), (_OUT, "mlp.experts.down_proj"), (*_QKV, *_FUSED), _NORMS),
+    Family("mixtral", ("mixtral",), (_OUT, "block_sparse_moe.experts.*.w2"), (*_QKV, *_SPARSE), _BEFORE),
+    Family("qwen3_moe", ("qwen3_moe",), (_OUT, "mlp.experts.*.down_proj"), (*_QKV, *_EXPERTS), _NORMS),
+    Family("qwen3_moe", ("qwen3_moe",), _SUBLAYERS, (*_QKV, *_GATED), _NORMS),  # its dense layers
     Family("gpt2", ("gpt2",), ("attn.c_proj", "mlp.c_proj"), ("attn.c_attn", "mlp.c_fc"), ("ln_1", "ln_2", *_MASKS)),
-    Family(
-        "gpt_neox",
-        ("gpt_neox",),
-        ("attention.dense", "mlp.dense_4h_to_h"),
-        ("attention.query_key_value", "mlp.dense_h_to_4h"),
-        (*_BEFORE, *_MASKS),
-    ),
-    Family(
-        "vit",
-        ("vit",),
-        ("attention.o_proj", "mlp.fc2"),
-        ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.fc1"),
-        _VIT_NORMS,
-    ),
-    Family(
-        "vit",
-        ("vit",),
-        ("attention.output.dense", "output.dense"),
-        (*(f"attention.attention.{name}" for name in ("query", "key", "value")), "intermediate.dense"),
-        _VIT_NORMS,
-    ),
+    Family("gpt_neox", ("gpt_neox",), ("attention.dense", "mlp.dense_4h_to_h"), _NEOX, (*_BEFORE, *_MASKS)),
+    Family("vit", ("vit",), ("attention.o_proj", "mlp.fc2"), (*_VIT_QKV, "mlp.fc1"), _VIT_NORMS),
+    Family("vit", ("vit",), ("attention.output.dense", "output.dense"), (*_OLD_VIT, "intermediate.dense"), _VIT_NORMS),
     Family("timm_vit", (), ("attn.proj", "mlp.fc2"), ("attn.qkv", "mlp.fc1"), ("norm1", "norm2")),
     # The last norm of the branch: exact if a ReLU precedes every block, as in torchvision.
     Family("resnet", (), ("bn2",), ("conv1", "conv2"), ("bn1",)),
@@ -160,12 +125,7 @@ def modules_of(leaves: Iterable[Pieces]) -> set[str]:
 
 
 def find(modules: set[str], model_type: str | None = None, name: str | None = None) -> Family:
-    """The row for a layer with these modules.
-
-    Args:
-        modules: as `modules_of` returns them.
-        model_type: the model type in the configuration, if there is one.
-        name: the family that the user named.
+    """The row for a layer with these modules, of the family that the user or the configuration names.
 
     Raises:
         Unsupported: no layer of this family can be the identity.

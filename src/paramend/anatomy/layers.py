@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,6 @@ class Section:
 
     Attributes:
         place: the keys that lead to it.
-        part: its new content.
         kinds: for each old layer, all that the configuration says of it alone.
         done: the keys that follow already.
     """
@@ -88,24 +87,15 @@ class Section:
         self.tell(f"{'.'.join(path)}: {says or value}")
 
     def tell(self, text: str) -> None:
-        """Tell of a change in this section."""
         self.said.append("".join(f"{key}." for key in self.place) + text)
 
     def note(self, kinds: Sequence[object]) -> None:
-        """Note what the configuration says of each layer."""
         for layer, kind in zip(self.kinds, kinds, strict=True):
             layer.append(kind)
 
 
 def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], list[str]]:
-    """The configuration of the model that a move of layers makes, and a description of the changes.
-
-    Args:
-        config: the data of Hugging Face's `config.json`; it is not changed.
-
-    Returns:
-        A new configuration, in which the number of layers, and all that is said of single layers, follow. The
-        description is empty if it counts no such layers.
+    """A new configuration of the model that a move of layers makes, and what changed.
 
     Raises:
         Unsupported: a layer would be of another kind in its new place, and the configuration cannot say otherwise.
@@ -375,31 +365,32 @@ def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
     """Refuse numbers that may tell kinds of layers in a family that is not known, if the order would change these."""
     if kind in SCHEDULES or f"{kind}_text" in SCHEDULES:
         return
-    part, n, m = section.part, move.n, len(move.sources)
-    counts = {
-        *COUNTS,
-        *SIDES["encoder"],
-        *SIDES["decoder"],
-        *BLOCKS,
-        *COMMON,
-        "num_single_layers",
-        "decoder_sparse_step",
-    }
-    for key, value in part.items():
-        if key in counts or key in section.done or move.holds(section.place, key):
+    n, m = move.n, len(move.sources)
+    for key, value in section.part.items():
+        kind_of = (
+            None if key in _COUNTS or key in section.done or move.holds(section.place, key) else _told(key, value, n)
+        )
+        if kind_of is None:
             continue
-        period = _period(key, value, n)
-        if period:
-            section.note([layer % period for layer in range(n)])
-            if any((target - source) % period for target, source in enumerate(move.sources)):
-                raise _cannot(f"{key}={value!r}", "layers move to places of another kind", {key: value})
-        elif type(value) is int and 0 < value < n and _ENDS.fullmatch(key) and not _ELSE.search(key):
-            last = re.search("last|final|trailing", key) is not None
-            before = [n - layer <= value if last else layer < value for layer in range(n)]
-            section.note(before)
-            now = [m - layer <= value if last else layer < value for layer in range(m)]
-            if [before[source] for source in move.sources] != now:
-                raise _cannot(f"{key}={value!r}", "layers move to places of another kind", {key: value})
+        before = [kind_of(layer, n) for layer in range(n)]
+        section.note(before)
+        if [before[source] for source in move.sources] != [kind_of(layer, m) for layer in range(m)]:
+            raise _cannot(f"{key}={value!r}", "layers move to places of another kind", {key: value})
+
+
+_COUNTS = {*COUNTS, *SIDES["encoder"], *SIDES["decoder"], *BLOCKS, *COMMON, "num_single_layers", "decoder_sparse_step"}
+
+
+def _told(key: str, value: Any, n: int) -> Callable[[int, int], int] | None:
+    """What a key may tell of a layer by its number and the number of layers; None if it tells nothing."""
+    period = _period(key, value, n)
+    if period:
+        return lambda layer, count: layer % period
+    if type(value) is not int or not 0 < value < n or not _ENDS.fullmatch(key) or _ELSE.search(key):
+        return None
+    if re.search("last|final|trailing", key):
+        return lambda layer, count: count - layer <= value
+    return lambda layer, count: layer < value
 
 
 def _refuse_last(section: Section, kind: str) -> None:

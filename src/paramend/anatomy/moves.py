@@ -21,7 +21,6 @@ class Move:
     Attributes:
         where: their path in the model.
         sources: for each new layer the old one that it is made of, from 0.
-        n: how many layers there were.
         first: the number of the first of them.
         blocks: how many blocks that predict further tokens follow them.
         given: key → value, as the user wants them in the outcome; dots lead into sections.
@@ -48,7 +47,6 @@ class Move:
         return not any(_FIRST & set(other) for layer in self.leaves[1:] for other in layer)
 
     def names(self) -> Names:
-        """The names of modules in these layers."""
         to: dict[int, list[int]] = {number: [] for number in range(self.first, self.first + self.n)}
         for target, source in enumerate(self.sources):
             to[self.first + source].append(self.first + target)
@@ -62,17 +60,11 @@ class Move:
 
 
 def check_places(move: Move, kinds: Sequence[Sequence[object]]) -> None:
-    """Check that each layer has the leaves that its new place must have.
+    """Raise `Unsupported` if a layer has other leaves than its new place must have; `kinds` is what is said of each.
 
     Layers of one kind have the same leaves. Where they differ all the same, something that the configuration does not
     say tells them apart by their places: the first or the last layer must stay what it is, or each place must get the
     leaves that it had.
-
-    Args:
-        kinds: for each old layer, all that the configuration says of it alone.
-
-    Raises:
-        Unsupported: a layer has other leaves than its new place had.
     """
     if move.leaves is None or move.given is not None or move.trivial:
         return

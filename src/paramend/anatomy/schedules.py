@@ -53,10 +53,7 @@ class Schedule:
     def solved(
         self, part: Mapping[str, Any], kinds: Sequence[Any], sources: Sequence[int] = ()
     ) -> dict[str, int] | None:
-        """Numbers with which the rule gives these kinds, as near to those of the configuration as possible; else None.
-
-        Args:
-            sources: which old layer each of them is; lists that the rule reads follow them.
+        """Numbers with which the rule gives these kinds, near those that are there; else None. Lists follow sources.
 
         >>> Schedule(lambda i, n, first: i >= first, {"first_k_dense_replace": 1}).solved({}, [False, False, True])
         {'first_k_dense_replace': 2}

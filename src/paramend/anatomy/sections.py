@@ -1,15 +1,16 @@
 """Sections: which part of a configuration counts the layers at a path of a model, and under which keys."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paramend.errors import BadCheckpoint
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.nested import is_deep
 from paramend.reports import wording
 
-CONFIG = "config.json"
 # Keys that count layers. If a section has several, all are changed.
 COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth", "num_blocks"),
@@ -30,13 +31,9 @@ _TEXT = ("text", "llm", "language", "thinker", "decoder")
 
 
 def parsed(text: bytes, file: Path) -> dict[str, Any]:
-    """A configuration, read from its text.
-
-    Raises:
-        BadCheckpoint: it is damaged.
-    """
+    """A configuration, read from its text; `BadCheckpoint` if it is damaged."""
     try:
-        config = json.loads(text)
+        config = json.loads(text.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{file} is not JSON: {error}", hint=f"python -m json.tool {file}") from None
     if is_deep(config):
@@ -60,18 +57,11 @@ def config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
         return {}
 
 
-def written(config: Mapping[str, Any]) -> bytes:
-    """A configuration as the text of its file."""
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """Where a configuration counts n layers: () for itself, ("text_config",) for a part; empty if nowhere.
 
-    There may be several: some configurations repeat what their text model counts.
-
-    Args:
-        where: the path of the layers in the model, which selects one of several parts.
+    There may be several: some configurations repeat what their text model counts. The path of the layers in the model,
+    `where`, selects one of several parts.
 
     >>> sections_of({"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 4}}, 4)
     [('text_config',)]

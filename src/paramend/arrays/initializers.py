@@ -123,7 +123,6 @@ class Draws:
         self._block = np.empty(0, self._dtype)
 
     def next(self, count: int) -> Array:
-        """The next values."""
         out = np.empty(count, self._dtype)
         at = 0
         while at < count:

@@ -83,11 +83,7 @@ def like(value: Any, x: Any) -> Any:
 
 
 def from_numpy(array: Any) -> Any:
-    """An array on the default device with the values of a numpy array; a copy.
-
-    Raises:
-        Unsupported: JAX lacks the dtype, or needs it enabled.
-    """
+    """A copy on the default device; `Unsupported` if JAX lacks the dtype, or needs it enabled."""
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise Unsupported(f"JAX cannot hold {array.dtype}", hint='jax.config.update("jax_enable_x64", True)')
     return jnp.array(array)
@@ -228,7 +224,6 @@ def is_key(x: Any) -> bool:
 
 
 def key(seed: int) -> Any:
-    """A PRNG key."""
     return jax.random.key(seed)
 
 
@@ -238,7 +233,6 @@ def fold(key: Any, number: int) -> Any:
 
 
 def normal(key: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """Standard normal values."""
     return jax.random.normal(key, shape, numpy_dtype(dtype))
 
 

@@ -44,11 +44,7 @@ def _find(kind: type) -> Backend | None:
 
 
 def backend(x: Any) -> Backend:
-    """The verbs for this array.
-
-    Raises:
-        TypeError: it is not an array.
-    """
+    """The verbs for this array; `TypeError` if it is not an array."""
     found = backend_of(type(x))
     if found is None:
         raise TypeError(f"{type(x).__name__} is not an array of numpy, JAX or torch")

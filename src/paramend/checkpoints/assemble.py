@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from paramend.anatomy.documents import Document
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import gathered, ties_of
@@ -21,7 +22,7 @@ def assemble(
     base: Checkpoint,
     picks: Iterable[Pick],
     *,
-    texts: Mapping[str, bytes] | None = None,
+    texts: Iterable[Document] = (),
     ties: Mapping[int, int] | None = None,
 ) -> Checkpoint:
     """A checkpoint of leaves from anywhere, with the format, metadata and sidecars of another one.
@@ -31,7 +32,7 @@ def assemble(
     Args:
         base: the checkpoint that gives format, metadata and sidecars.
         picks: the leaves, in order.
-        texts: new texts of files beside the weights, by name.
+        texts: the files beside the weights that change, besides those of `base` that do.
         ties: place in `picks` → the first place of the same leaf, for leaves with several paths. By default, leaves
             that are tied in `base` stay tied if each path is taken once.
 
@@ -57,7 +58,8 @@ def assemble(
             if isinstance(given, tuple) and isinstance(given[0], Checkpoint) and given[0].source is base.source:
                 own.setdefault(given[1], []).append(place)
         ties = ties_of(base.ties, own)
-    return base.remade(gathered(base.source, leaves, texts=texts, ties=ties))
+    changed = {each.name: each for each in (*base.texts, *texts)}
+    return base.remade(gathered(base.source, leaves, texts=tuple(changed.values()), ties=ties))
 
 
 def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:

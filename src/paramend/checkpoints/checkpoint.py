@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from paramend.anatomy.blocks import mark_blocks
+from paramend.anatomy.beside import absent_head, mark_blocks, quantization_of
+from paramend.anatomy.documents import Document
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
@@ -86,6 +87,11 @@ class Checkpoint(Editable):
         return self._plan
 
     @property
+    def texts(self) -> tuple[Document, ...]:
+        """The files beside the weights that edits change."""
+        return () if self._plan is None else self._plan.texts
+
+    @property
     def path(self) -> Path:
         """The path, as given by the user."""
         return Path(self.source.path)
@@ -104,8 +110,6 @@ class Checkpoint(Editable):
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
-        from paramend.anatomy.quantization import quantization_of  # few checkpoints are edited
-
         return quantization_of(self.path)
 
     @property
@@ -191,9 +195,7 @@ class Checkpoint(Editable):
         """Why a selector finds nothing, and the path of what it means: a head that is tied to the embedding."""
         if self._plan is not None and self._plan.restructured:  # what is absent may have been there
             return None
-        from paramend.anatomy.heads import absent_head  # needed only for errors
-
-        return absent_head(text, self.index, self.path if self.path.is_dir() else self.path.parent)
+        return absent_head(text, self.index, self.path)
 
     @property
     def index(self) -> Index:
@@ -292,7 +294,8 @@ class Checkpoint(Editable):
     def remade(self, plan: Plan) -> "Checkpoint":
         """What a plan makes of other leaves, taken like those of this checkpoint."""
         source = cast(Source, plan.leaves)
-        return Checkpoint(source, plan if any(map(attrgetter("calls"), plan.rows)) else None, raw=self.raw)
+        planned = plan.texts or any(map(attrgetter("calls"), plan.rows))
+        return Checkpoint(source, plan if planned else None, raw=self.raw)
 
     def labelled(self, labels: Mapping[int, L], rest: L) -> dict[str, L]:
         """A dict from paths to labels."""

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from paramend.anatomy.documents import Document
 from paramend.edits.plan import Plan, Row
 from paramend.errors import RenameClash
 from paramend.formats.gathered import Gathered, leaf_of
-from paramend.leaves.leaves import Group, plain
+from paramend.leaves.leaves import Group, plain, tied
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label, labels
 from paramend.piecewise.rows import expression
@@ -18,29 +19,25 @@ from paramend.reports import wording
 Leaf = tuple[Sequence[Label], Origin, Row | None]
 
 
-def gathered(
-    base: Any, leaves: Sequence[Leaf], *, texts: Mapping[str, bytes] | None = None, ties: Mapping[int, int]
-) -> Plan:
+def gathered(base: Any, leaves: Sequence[Leaf], *, texts: tuple[Document, ...] = (), ties: Mapping[int, int]) -> Plan:
     """The plan of a checkpoint of leaves from anywhere.
 
     Args:
         base: the source that gives format, metadata and sidecars.
         leaves: the leaves, in order.
-        texts: new texts of files beside the weights, by name.
+        texts: the files beside the weights that change.
         ties: place among the leaves → the first place of the same leaf, for leaves with several paths.
     """
-    under, before = (base.base, base.texts) if isinstance(base, Gathered) else (base, {})
-    source = Gathered(
-        under, ((path, origin) for path, origin, _ in leaves), texts={**before, **(texts or {})}, ties=ties
-    )
-    made = Plan.of(source)
+    under = base.base if isinstance(base, Gathered) else base
+    source = Gathered(under, ((path, origin) for path, origin, _ in leaves), ties=ties)
+    made = replace(Plan.of(source), texts=texts)
     if not any(row is not None and row.calls for _, _, row in leaves):
         return made
     rows = (
         mine if row is None else replace(mine, spec=row.spec, calls=row.calls, places=row.places)
         for mine, (_, _, row) in zip(made.rows, leaves, strict=True)
     )
-    return Plan(source, tuple(rows))
+    return replace(made, rows=tuple(rows))
 
 
 def ties_of(ties: Mapping[int, int], places: Mapping[int, Sequence[int]]) -> dict[int, int]:
@@ -50,14 +47,7 @@ def ties_of(ties: Mapping[int, int], places: Mapping[int, Sequence[int]]) -> dic
         ties: those of the checkpoint.
         places: leaf number in the checkpoint → its places in the result.
     """
-    found: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for number, there in places.items():
-        unit = ties.get(number)
-        if unit is not None and len(there) == 1:
-            found[there[0]] = first.setdefault(unit, there[0])
-    shared = {one for number, one in found.items() if number != one}
-    return {number: one for number, one in found.items() if one in shared}
+    return tied({there[0]: ties[number] for number, there in places.items() if number in ties and len(there) == 1})
 
 
 def labels_of(path: Sequence[tuple[str, int | None]]) -> tuple[Label, ...]:
@@ -109,4 +99,4 @@ def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Pla
             f"{wording.listing(clashes, 4)}",
             hint=hint,
         )
-    return gathered(plan.leaves, leaves, ties=ties_of(plan.leaves.ties, kept))
+    return gathered(plan.leaves, leaves, texts=plan.texts, ties=ties_of(plan.leaves.ties, kept))

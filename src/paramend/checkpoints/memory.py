@@ -11,7 +11,7 @@ import numpy as np
 
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
-from paramend.leaves.leaves import Index
+from paramend.leaves.leaves import Index, tied
 from paramend.leaves.outlines import ATOMS, Keys, Outline, Place, once
 from paramend.leaves.paths import Joined, Names, Part, labels
 from paramend.leaves.specs import Array, Spec
@@ -117,10 +117,7 @@ class InMemory:
 
     def _tied(self) -> dict[int, int]:
         """Leaf number → the first number of the same torch storage or NNX Variable, for those with several paths."""
-        first: dict[Hashable, int] = {}
-        ones = [first.setdefault(owner, number) for number, owner in enumerate(self._owners)]
-        shared = {one for number, one in enumerate(ones) if one != number}
-        return {number: one for number, one in enumerate(ones) if one in shared}
+        return tied(dict(enumerate(self._owners)))
 
     def _named(self, *, flat: bool) -> Index:
         """The names. In a table of names, their separator is in none of the keys, so that they can be split again."""

@@ -6,10 +6,8 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 """
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,96 +15,29 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.exchanging import Addition, carried_out, staged
+from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
 from paramend.disk.failures import check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put
 from paramend.disk.locks import opened
-from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
-from paramend.errors import BadArgument, BadCheckpoint, Unsupported, printable_lines
+from paramend.errors import BadArgument, BadCheckpoint, Unsupported
+from paramend.formats.gathered import Gathered
 from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Sealed, Source
-from paramend.journal.exchange import STAGED, NewFiles, check_replaceable
-from paramend.journal.ranges import OpenRanges, Ranges, State
-from paramend.journal.records import DONE, PENDING
+from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
+from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import UndoStore
-from paramend.journal.writer import Writer, new_head
+from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
-from paramend.pages.page import Page
-from paramend.pages.paged import Paged
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Section
-
-# ---- the report -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class PatchReport(Paged):
-    """What a patch did.
-
-    Attributes:
-        path: the checkpoint.
-        plan: the rows; its text is the table of a dry run.
-        bytes_written: bytes of the checkpoint that were written.
-        bytes_recorded: the size of the undo record.
-        record: its path; None if nothing was written.
-        dry_run: whether this was a dry run, which writes nothing.
-    """
-
-    path: str
-    plan: Plan
-    bytes_written: int
-    bytes_recorded: int = 0
-    record: str | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", self.plan.told())
-
-    def headline(self) -> str:
-        """What was written, in one line."""
-        return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
-
-    @property
-    def summary(self) -> str:
-        """What was written, in one line."""
-        damage = f"; {self.plan.damage}" if self.plan.damage else ""
-        written = f"{wording.size(self.bytes_written)} written in place{damage}"
-        if self.dry_run:
-            would = f"{wording.size(self.bytes_written)} would be written in place"
-            return f"dry run: {self.path} was not changed; {would}{damage}"
-        if self.record is None:
-            return f"{self.path} has nothing to change"
-        return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
-
-    def page(self) -> Page:
-        """The page of the plan, with what was written."""
-        return replace(self.plan.page(), headline=self.summary)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n{printable_lines(self.summary)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        return {
-            "path": self.path,
-            **self.plan.to_dict(),
-            "dry_run": self.dry_run,
-            "bytes_written": self.bytes_written,
-            "bytes_recorded": self.bytes_recorded,
-            "record": self.record,
-        }
-
 
 # ---- patching ------------------------------------------------------------------------------------------------
 
@@ -123,7 +54,8 @@ def patch(
 
     Args:
         path: a file, or a folder of shards.
-        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype.
+        edit: takes the opened checkpoint and returns it edited; only edits that keep shape and dtype, and `pm.insert`
+            into a folder of safetensors files: what comes goes into further files.
         dry_run: whether to check all that can be known before writing, and write nothing.
         raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
@@ -151,12 +83,13 @@ def patch(
             return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
     with store.writing(), checkpoint_at(path, raw=raw) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
-        return _Patch(store, checkpoint.source, plan, progress).carry_out()
+        return _change(store, checkpoint.source, plan, progress).carry_out()
 
 
 def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) -> Plan:
     found = edit(checkpoint)
-    if not isinstance(found, Checkpoint) or found.source is not checkpoint.source:
+    source = found.source if isinstance(found, Checkpoint) else None
+    if (source.base if isinstance(source, Gathered) else source) is not checkpoint.source:
         raise BadArgument(
             f"the edit function must return the edited checkpoint; it returned {type(found).__name__}",
             hint='pm.patch(path, lambda t: pm.at(t, "**/bias").zero())',
@@ -171,7 +104,6 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
         source: the checkpoint that the plan was made for. It reads the new values afterwards.
         plan: only edits that keep shape and dtype.
         dry_run: whether to check all that can be known before writing, and write nothing.
-        raw: as in `open`.
         progress: called with an `Event` as bytes are written, first those of the undo record.
 
     Raises:
@@ -194,11 +126,17 @@ def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: P
     >>> undo(path).left, np.fromfile(path, "float32")[-3:].tolist()
     (0, [1.0, 1.0, 1.0])
     """
-    patch = _Patch(UndoStore.of(source.path), source, plan, progress)
+    store = UndoStore.of(source.path)
     if dry_run:
-        return patch.rehearse()
-    with patch.store.writing():
-        return patch.carry_out()
+        return _change(store, source, plan, progress).rehearse()
+    with store.writing():
+        return _change(store, source, plan, progress).carry_out()
+
+
+def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
+    if isinstance(plan.leaves, Gathered):
+        return Addition(store, plan, progress)
+    return _Patch(store, source, plan, progress)
 
 
 # ---- what can be patched -----------------------------------------------------------------------------------
@@ -271,17 +209,21 @@ class _Patch:
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
         self.work = check_patch(source, plan)
-        self.files = [] if isinstance(source, Chunked) else sorted({each.extent.path for each in self.work})
+        self.chunked = isinstance(source, Chunked)
+        self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
+        self.documents = [document for document in plan.texts if document.text != document.before]
         known: dict[Any, str] = {}  # many leaves take the same calls
         said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]
+        self.edits += [(change.file, str(change)) for change in plan.configured]
 
     def rehearse(self) -> PatchReport:
         """The report of a dry run, after all checks that are possible before writing."""
         survey(self.plan)
         base = self.store.base
         with explained(base):
-            if isinstance(self.source, Chunked):
+            WholeFiles(base, [document.name for document in self.documents]).check()
+            if self.chunked:
                 self._check_chunks()
                 written = sum(nbytes_of(self.source, each) for each in self.work)
             else:
@@ -290,62 +232,53 @@ class _Patch:
                 if base.is_symlink():
                     raise linked(base)
                 written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in self.work)
+        written += sum(len(document.text) for document in self.documents)
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
         """Write, with the lock of the store held."""
-        if not self.work:  # only leaves or slices without elements
+        if not self.work and not self.documents:  # only leaves or slices without elements
             return PatchReport(str(self.source.path), self.plan, 0)
-        with explained(self.store.base):
-            written, record = self._exchange() if isinstance(self.source, Chunked) else self._write()
+        try:
+            fill = self._fill if self.chunked or self.documents else None
+            with explained(self.store.base), staged(self.store, fill, self.documents) as new:
+                written, record = self._write(new)
+        finally:
+            if self.chunked:
+                with contextlib.suppress(OSError):
+                    self.source.forget()
         return PatchReport(str(self.source.path), self.plan, written, record.nbytes, str(record.path))
 
-    # ---- in place --------------------------------------------------------------------------------------------
-
-    def _write(self) -> tuple[int, Writer]:
-        """(bytes written, the record), for a format whose files are written in place."""
+    def _write(self, new: NewFiles) -> tuple[int, Writer]:
+        """(bytes written, the record): files are written in place, and new ones take the places of others."""
         with opened(self.files) as descriptors:
             self.store.check_nothing_pending()
             self._check_same(descriptors)
             followers = _followers(self.source, self.work)
             target = OpenRanges(self.files, descriptors, self._ranges(followers))
-            states = target.states()
-            self._check_room(target.ranges, states)
-            _allocate(descriptors, target.ranges)
-            access = access_of(map(os.fstat, descriptors))  # who may read all files may read the record
-            with contextlib.closing(Writer(self.store.next_path(), access)) as writer:
-                try:
-                    self._record_and_write(writer, target, states, followers)
-                except BaseException as error:
-                    self.store.take_back(writer, target, error)
-                    raise
-            return target.ranges.nbytes, writer
+            self._check_room(target)
+            target.allocate()
+            written = target.ranges.nbytes + new.nbytes
+            old = target.ranges.nbytes + sum(len(document.before) for document in self.documents)
+            meter = Meter(None if self.chunked else self.progress, old + sum(each.steps for each in self.work))
+            record = carried_out(
+                self.store, self.edits, new, target, lambda: self._change(target, followers, meter), meter.advance
+            )
+            return written, record
 
-    def _record_and_write(
-        self, writer: Writer, target: OpenRanges, states: Sequence[State], followers: "list[_Follower]"
-    ) -> None:
-        meter = Meter(self.progress, target.ranges.nbytes + sum(each.steps for each in self.work))
+    def _change(self, target: OpenRanges, followers: "list[_Follower]", meter: Meter) -> None:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
-        names = [self.store.name_of(file) for file in target.files]
-        writer.head(new_head(self.edits, names))
-        writer.files(states)
-        writer.old_bytes(target.ranges, target.descriptors, target.files, meter.advance)
-        writer.become(PENDING)
-        # Up to here no byte of the checkpoint has changed; from here on the record can restore them.
         change_all(descriptors, self.source, self.work, meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
         for descriptor in target.descriptors:
             begin_write_back(descriptor)
-        after = b"".join(target.digests(len(self.work)))  # while the disk writes
-        target.sync()
-        writer.frame(b"DONE", after)
-        target.check_named("the patch was taken back in the file that was there")
-        writer.become(DONE)
 
     def _ranges(self, followers: "list[_Follower]") -> Ranges:
         """All ranges that will be written: those of each leaf, then checksums and the like."""
+        if not self.files:
+            return Ranges(np.empty((0, 4), np.int64))
         places = {file: n for n, file in enumerate(self.files)}
         counts = [len(each.ranges) for each in self.work]
         rows = np.repeat(np.arange(len(counts)), counts)
@@ -363,39 +296,26 @@ class _Patch:
             now = os.fstat(descriptor)
             check_unchanged(file, stats.get(file, now), now)
 
-    def _check_room(self, ranges: Ranges, states: Sequence[State]) -> None:
-        base = self.store.base
-        sizes = np.array([state.size for state in states])
+    def _check_room(self, target: OpenRanges) -> None:
+        base, ranges = self.store.base, target.ranges
+        sizes = np.array([os.fstat(descriptor).st_size for descriptor in target.descriptors])
         if (ranges.table[:, 3] > sizes[ranges.table[:, 1]]).any():
             raise BadCheckpoint(f"{base}: it has become shorter since it was opened; nothing was changed")
         needed = ranges.nbytes + ranges.table.nbytes + (1 << 16)
         hint = f"paramend undo {base} --drop frees the space of older records"
         check_room(self.store.folder.parent, needed, f"{base}: the undo record", hint=hint)
 
-    # ---- chunks ----------------------------------------------------------------------------------------------
+    # ---- new files -------------------------------------------------------------------------------------------
 
-    def _exchange(self) -> tuple[int, Writer]:
-        """(bytes written, the record), for chunks: new files replace the old ones, which are not written in place."""
-        self._check_chunks()
-        base, path = self.store.base, self.store.next_path()
-        staged = path.with_suffix(f".{STAGED}")
-        staged.mkdir(PRIVATE)
-        try:
+    def _fill(self, folder: Path) -> None:
+        """Make the files that will take the places of others: chunks, which are not written in place, and texts."""
+        if self.chunked:
+            self._check_chunks()
             nbytes = sum(nbytes_of(self.source, each) for each in self.work)
-            restage(self.source, self.work, staged, Meter(self.progress, nbytes))
+            restage(self.source, self.work, folder, Meter(self.progress, nbytes))
             check_still(self.source.stats)
-            new = NewFiles(base, staged)
-            with contextlib.closing(Writer(path, new.access)) as writer:
-                try:
-                    return new.exchange(writer, self.edits), writer
-                except BaseException as error:
-                    self.store.take_back(writer, None, error)
-                    raise
-        finally:
-            with contextlib.suppress(OSError):
-                _remove(staged)
-            with contextlib.suppress(OSError):
-                self.source.forget()
+        for document in self.documents:
+            (folder / document.name).write_bytes(document.text)
 
     def _check_chunks(self) -> None:
         source = self.source
@@ -407,30 +327,6 @@ class _Patch:
         for file in dict.fromkeys(file for name in names for file in source.store.files_of(name)):
             if file.is_symlink() or not file.is_dir():
                 check_replaceable(self.store.base, file)
-
-
-def _remove(folder: Path) -> None:
-    import shutil  # slow to import
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _allocate(descriptors: Sequence[int], ranges: Ranges) -> None:
-    """Reserve room for the holes of sparse files before anything is recorded: a full disk fails early."""
-    sparse = {n for n, descriptor in enumerate(descriptors) if _is_sparse(os.fstat(descriptor))}
-    if not sparse or not hasattr(os, "posix_fallocate"):
-        return
-    for _, file, start, stop in ranges:
-        if file in sparse:
-            try:
-                os.posix_fallocate(descriptors[file], start, stop - start)
-            except OSError as error:
-                if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
-                    raise
-
-
-def _is_sparse(status: os.stat_result) -> bool:
-    return status.st_blocks * 512 < status.st_size
 
 
 # A file whose format maintains derived bytes, such as checksums, with the leaves that change in it.

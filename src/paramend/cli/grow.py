@@ -1,14 +1,13 @@
 """The command that makes a model of another depth: `deepen`."""
 
-import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from paramend.cli.opening import open_checkpoint
+from paramend.cli.recipe import keyed
 from paramend.cli.writing import makes, write_made
 from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model
@@ -22,20 +21,6 @@ def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> l
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a list of layers; write 0,1,1,2") from None
-
-
-def _given(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
-    """Key → value, as JSON or as text."""
-    found: dict[str, Any] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals and text != "none":
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE; write layer_types='[...]', or none")
-        if equals:
-            with suppress(ValueError):
-                value = json.loads(value)
-            found[key] = value
-    return found if given else None
 
 
 def _values(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
@@ -86,7 +71,7 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
     "--set",
     "config",
     multiple=True,
-    callback=_given,
+    callback=keyed,
     metavar="KEY=VALUE",
     help="What config.json says in OUT, where that is not to follow from the order; VALUE is JSON, dots in KEY lead "
     "into parts; may be repeated. With it, or with --set none, layers also go to places that had other leaves.",

@@ -1,4 +1,4 @@
-"""The commands that make a checkpoint from others: `convert`, `graft`."""
+"""The commands that make a checkpoint from others: `convert`, `graft`, `insert`, `part`."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -7,14 +7,14 @@ from typing import Any, get_args
 
 import click
 
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.stack import rewrite
-from paramend.cli.writing import HTML, RECORD, carry_out, makes, write_made
+from paramend.cli.writing import HTML, RECORD, carry_out, edit_checkpoint, makes, write_made
 from paramend.errors import GraftRefused
 from paramend.formats.registry import writable
-from paramend.grafting import inserting
-from paramend.grafting.graft import graft as graft_onto
+from paramend.grafting import inserting, parts
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
@@ -112,6 +112,8 @@ def graft(source: Path, target: Path, only: tuple[str, ...], excepts: tuple[str,
 
     Exit status: 0 done; 2 the two do not fit, a file is unreadable or damaged, or OUT cannot be written.
     """
+    from paramend.grafting.graft import graft as graft_onto  # the other commands here graft nothing
+
     given = {name: value for name in _OPTIONS if (value := options.pop(name))}
     choice = chosen(only, excepts)
     if only or excepts:
@@ -151,12 +153,60 @@ def _typed(options: Mapping[str, Any]) -> str:
     metavar="OLD=NEW",
     help="A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'; may be repeated.",
 )
+@click.option("--in-place", is_flag=True, help="Change TARGET itself; `paramend undo TARGET` takes it back.")
+@click.option("--link", is_flag=True, help="Hard-link unchanged shards.")
 @makes("what would be made")
-def insert(target: Path, source: Path, selector: str, rename: dict[str, str], **options: Any) -> None:
+def insert(
+    target: Path,
+    source: Path,
+    selector: str,
+    rename: dict[str, str],
+    *,
+    in_place: bool,
+    max_shard_size: str | None,
+    **options: Any,
+) -> None:
     """Write TARGET with leaves of SOURCE that it lacks.
+
+    With --in-place, TARGET is a folder of safetensors files, and what comes goes into further ones.
 
     Exit status: 0 done; 2 the selector matches nothing, a leaf is there already, a file is unreadable or damaged, or
     OUT cannot be written.
     """
+    if in_place and max_shard_size is not None:
+        raise click.UsageError("--in-place changes TARGET itself: it excludes --max-shard-size.")
+    if not (in_place or options["out"] or options["dry_run"]):
+        raise click.UsageError("-o OUT or --in-place is needed.")
     with open_checkpoint(source) as donor:
-        rewrite(target, lambda old: inserting.insert(old, donor, selector, rename=rename), options)
+
+        def inserted(old: Checkpoint) -> Checkpoint:
+            return inserting.insert(old, donor, selector, rename=rename)[0]
+
+        if in_place:
+            edit_checkpoint(target, inserted, in_place=True, **options)
+        else:
+            rewrite(target, inserted, {"max_shard_size": max_shard_size, **options})
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("selector")
+@click.option(
+    "--rename",
+    multiple=True,
+    callback=_rules,
+    metavar="OLD=NEW",
+    help="A path of MODEL and its path in OUT: 'language_model.**=**'; may be repeated.",
+)
+@click.option("--link", is_flag=True, help="Hard-link shards that stay whole.")
+@makes("what would be made")
+def part(model: Path, selector: str, rename: dict[str, str], **options: Any) -> None:
+    """Write some leaves of MODEL as a model of their own.
+
+    If they are exactly the text model, or another one that has its own part of config.json, that part becomes the
+    configuration. Files beside the weights go along.
+
+    Exit status: 0 done; 2 the selector matches nothing, two leaves would have one path, a file is unreadable or
+    damaged, or OUT cannot be written.
+    """
+    rewrite(model, lambda old: parts.part(old, selector, rename=rename)[0], options)

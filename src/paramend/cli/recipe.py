@@ -1,12 +1,18 @@
-"""`paramend apply`: a recipe applied to a checkpoint."""
+"""`paramend apply`: a recipe applied to a checkpoint; `paramend config`: its configuration read and edited."""
 
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.config import config as config_of
 from paramend.cli import _ui
+from paramend.cli.opening import open_checkpoint
 from paramend.cli.writing import edit_checkpoint, options
 from paramend.errors import BadRecipe
 from paramend.recipes.recipe import Recipe
@@ -46,4 +52,68 @@ apply = click.Command(
         *options(),
     ],
     help=_run.__doc__,
+)
+
+
+def keyed(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
+    """Key → value, as JSON or as text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals and text != "none":
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE; write layer_types='[...]', or none")
+        if equals:
+            with suppress(ValueError):
+                value = json.loads(value)
+            found[key] = value
+    return found if given else None
+
+
+def _configure(
+    path: Path, key: str | None, values: dict[str, Any] | None, gone: Sequence[str], as_json: bool, **given: Any
+) -> None:
+    """Read the configuration beside the weights, or edit it.
+
+    Without --set and --delete it prints config.json, or the value of a KEY; dots in KEY lead into parts. With them it
+    writes the checkpoint with another configuration: what stays in config.json keeps its characters.
+
+    Exit status: 0 done; 2 there is no config.json, or no such key, or OUT cannot be written.
+    """
+    step = {name: body for name, body in (("set", values), ("delete", list(gone))) if body}
+    if not step:
+        with open_checkpoint(path) as checkpoint:
+            found = config_of(checkpoint)
+            text = found.document.text.decode() if key is None else json.dumps(found[key], indent=2, ensure_ascii=False)
+        click.echo(text.rstrip("\n"))
+        return
+    if key is not None:
+        raise click.UsageError("KEY is read, and --set and --delete edit: one or the other.")
+
+    def edit(checkpoint: Checkpoint) -> Checkpoint:
+        return (
+            Recipe([{"config": step}]).apply(checkpoint)
+            if given["record"]
+            else config_of(checkpoint).edited(values or {}, gone)
+        )
+
+    edit_checkpoint(path, edit, as_json=as_json, **given)
+
+
+config = click.Command(
+    "config",
+    callback=_configure,
+    params=[
+        click.Argument(["path"], type=click.Path(path_type=Path)),
+        click.Argument(["key"], required=False),
+        click.Option(
+            ["--set", "values"],
+            multiple=True,
+            callback=keyed,
+            metavar="KEY=VALUE",
+            help="Set a key; VALUE is JSON, or else text; may be repeated.",
+        ),
+        click.Option(["--delete", "gone"], multiple=True, metavar="KEY", help="Delete a key; may be repeated."),
+        *options(),
+    ],
+    help=_configure.__doc__,
 )

@@ -16,9 +16,7 @@ from paramend.cli.writing import makes, write_made
 from paramend.edits.arguments import SIZES
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
-from paramend.mapping.layout import Layout
 from paramend.mapping.report import shortened
-from paramend.mapping.shelf import layout as named_layout
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
@@ -212,6 +210,9 @@ def layout(layout: str, path: Path, back: bool, numbers: Sequence[str], **option
     Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a number is not known, a file
     is unreadable or damaged, or OUT cannot be written.
     """
+    from paramend.mapping.layout import Layout  # the other commands here have no rules
+    from paramend.mapping.shelf import layout as named_layout
+
     rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
     given = dict(map(_number, numbers))
     rewrite(path, lambda old: (rules.back(old, **given) if back else rules.to(old, **given))[0], options)

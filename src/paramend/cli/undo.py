@@ -13,7 +13,7 @@ from paramend.journal.undo import history as history_of
 from paramend.journal.undo import undo as take_back
 from paramend.reports import wording
 from paramend.rewriting.provenance import record as record_of
-from paramend.rewriting.provenance import verify_record
+from paramend.rewriting.verification import Verified, lacks, verified
 
 
 @click.command()
@@ -78,28 +78,46 @@ def history(path: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    "given",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="What leaves were made of, if it is not beside PATH; NAME in the record, if it has another one now.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
-def verify(path: Path, as_json: bool) -> None:
+def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
     """Check a checkpoint against the record that it carries: shape, dtype and bytes of every edited leaf.
 
-    Exit status: 0 all are as written; 1 a leaf differs or is missing; 2 there is no record, or something is damaged or
-    cannot be read.
+    Leaves that were made of others (by concat, split, stack, insert, layout ...) are made again and compared bit for
+    bit, where the files that they were made of are beside PATH, or named by --source. What is not there is said.
+
+    Exit status: 0 all are as written; 1 a leaf differs or is missing, or its sources give something else now; 2 there
+    is no record, something is damaged or cannot be read, or --source is given and one of them is missing.
     """
-    changes: dict[str, str] = {}
-    leaves: list[str] = []
-    hint = ""
+    sources = dict((Path(each).name, each) if Path(each).exists() else _named(each) for each in given)
+    found, changes, hint = Verified([], [], {}), {}, ""
     try:
         with _ui.bar(f"reading {path.name}") as progress:
-            leaves = verify_record(path, progress=progress)
-        said = f"{path}: {wording.plural(len(leaves), 'recorded leaf is', 'recorded leaves are')} as written"
+            found = verified(path, sources or None, progress=progress)
+        lines = [f"{path}: {wording.plural(len(found.leaves), 'recorded leaf is', 'recorded leaves are')} as written"]
+        made = wording.plural(len(found.remade), "leaf is", "leaves are")
+        lines += [f"{made} what their sources give"] * bool(found.remade)
+        lines += [f"not made again: {lacks(*each)} (--source [NAME=]PATH)" for each in found.lacking.items()]
     except UnexpectedChange as error:
         changes, hint = error.changes, error.hint
-        said = str(error).partition("\n\nhint:")[0]
+        lines = str(error).partition("\n\nhint:")[0].split("\n")
     if as_json:
-        _ui.emit({"path": str(path), "holds": not changes, "leaves": leaves, "changes": changes})
+        _ui.emit({"path": str(path), "holds": not changes, **found._asdict(), "changes": changes})
     else:
-        _ui.show_lines([printable(line) for line in said.split("\n")])
+        _ui.show_lines([*map(printable, lines)])
     if hint:
         _ui.say(f"hint: {hint}")
     if changes:
         raise SystemExit(1)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=PATH apart; a path alone is called by its own name."""
+    name, equals, path = text.rpartition("=")
+    return (name, path) if equals else (Path(text).name, text)

@@ -35,11 +35,7 @@ class Outcome:
 
 
 def outcome(
-    before: Any,
-    after: Any,
-    accuracy: Callable[[Any], float],
-    claims: Mapping[str, bool],
-    detail: Sequence[str] = (),
+    before: Any, after: Any, accuracy: Callable[[Any], float], claims: Mapping[str, bool], detail: Sequence[str] = ()
 ) -> Outcome:
     """The outcome of an edit from one tree to another."""
     return Outcome(moved(before, after), len(at(after, "**")), accuracy(before), accuracy(after), claims, detail)

@@ -212,24 +212,14 @@ STEPS = (
         'pm.at(params, "**/Dense_0/kernel").set(kernel)',
         replace_kernel,
     ),
-    DemoStep(
-        "zero",
-        "Zero the last kernel",
-        'pm.at(params, "**/Dense_[-1]/kernel").zero()',
-        zero_last_kernel,
-    ),
+    DemoStep("zero", "Zero the last kernel", 'pm.at(params, "**/Dense_[-1]/kernel").zero()', zero_last_kernel),
     DemoStep(
         "restore",
         "Put it back",
         'pm.at(zeroed, "**/Dense_[-1]/kernel").set(pm.at(params, "**/Dense_[-1]/kernel").get())',
         restore,
     ),
-    DemoStep(
-        "freeze",
-        "Freeze the first layer and train on",
-        'pm.freeze(adamw, "**/Dense_0/**")',
-        freeze_first_layer,
-    ),
+    DemoStep("freeze", "Freeze the first layer and train on", 'pm.freeze(adamw, "**/Dense_0/**")', freeze_first_layer),
     DemoStep(
         "zero-gradients",
         "For contrast: only zero its gradients",
@@ -243,10 +233,7 @@ STEPS = (
         warm_start,
     ),
     DemoStep(
-        "identity",
-        "Make its new block the identity",
-        'pm.at(grafted, "**/Dense_4/**").zero()',
-        new_block_to_identity,
+        "identity", "Make its new block the identity", 'pm.at(grafted, "**/Dense_4/**").zero()', new_block_to_identity
     ),
     DemoStep(
         "file",

@@ -36,11 +36,7 @@ class Copier:
             self._ways.insert(0, _copy_in_kernel)
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
-        """Append the bytes from `start` to `stop`, shared as far as they can be, and yield the number of each step.
-
-        Raises:
-            BadCheckpoint: the source has fewer bytes.
-        """
+        """Append bytes, shared where they can be, and yield the number of each step; `BadCheckpoint` for too few."""
         low = high = stop
         if path not in self._apart:
             low, high = shareable(start, stop, os.lseek(target, 0, os.SEEK_CUR))
@@ -92,8 +88,6 @@ def _copy_by_hand(source: int, target: int, start: int, count: int) -> int:
     return put(target, os.pread(source, min(count, _BUFFER), start))
 
 
-# ---- write-back --------------------------------------------------------------------------------------------
-
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 
 
@@ -108,7 +102,6 @@ class WriteBack:
         self._done = self._begun = self._at = 0
 
     def advance(self, count: int) -> None:
-        """Note that the file has grown."""
         self._at += count
         if self._at - self._begun < WINDOW:
             return

@@ -53,11 +53,7 @@ def linked(path: Path) -> CannotWrite:
 
 
 def check_room(folder: Path, nbytes: int, what: str, *, hint: str = "") -> None:
-    """Check that a disk has enough room.
-
-    Raises:
-        CannotWrite: fewer bytes are free.
-    """
+    """Raise `CannotWrite` if a disk has too little room."""
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < nbytes:  # some network file systems report no blocks at all

@@ -33,21 +33,13 @@ def _access(status: os.stat_result) -> tuple[int, ...]:
 
 
 def check_unchanged(path: Path, then: os.stat_result, now: os.stat_result) -> None:
-    """Check that no other program has changed a file.
-
-    Raises:
-        BadCheckpoint: the two looks at it differ.
-    """
+    """Raise `BadCheckpoint` if two looks at a file differ: another program has changed it."""
     if not unchanged(then, now):
         raise changed(path)
 
 
 def check_still(stats: Mapping[Path, os.stat_result]) -> None:
-    """Check that files are unchanged since they were opened.
-
-    Raises:
-        BadCheckpoint: another program has changed, replaced or removed one.
-    """
+    """Raise `BadCheckpoint` if another program has changed, replaced or removed a file since it was opened."""
     for path, then in stats.items():
         try:
             now = path.stat()
@@ -57,11 +49,7 @@ def check_still(stats: Mapping[Path, os.stat_result]) -> None:
 
 
 def check_not_overwritten(stats: Mapping[Path, os.stat_result]) -> None:
-    """Check that no program wrote into files while they were read. A file that was replaced was read as it was.
-
-    Raises:
-        BadCheckpoint: one differs.
-    """
+    """Raise `BadCheckpoint` if a program wrote into files while they were read: what it replaced was read as it was."""
     for path, then in stats.items():
         with contextlib.suppress(OSError):
             now = path.stat()

@@ -17,10 +17,7 @@ _STEP = 1 << 26  # some systems refuse or truncate more than 2 GB
 
 
 def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
-    """The number of bytes written: all of them, at an offset or at the position of the file.
-
-    Raises:
-        OSError: the system refused, or wrote nothing.
+    """The number of bytes written: all, at an offset or at the position of the file; `OSError` if the system refused.
 
     >>> import tempfile
     >>> with tempfile.TemporaryFile() as file:
@@ -38,22 +35,14 @@ def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
 
 
 def get(descriptor: int, start: int, count: int, name: Path) -> bytearray:
-    """`count` bytes of a file.
-
-    Raises:
-        BadCheckpoint: the file is shorter.
-    """
+    """`count` bytes of a file; `BadCheckpoint` if it is shorter."""
     data = bytearray(count)
     get_into(memoryview(data), descriptor, start, name)
     return data
 
 
 def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
-    """Fill a buffer with bytes of a file.
-
-    Raises:
-        BadCheckpoint: the file is shorter.
-    """
+    """Fill a buffer with bytes of a file; `BadCheckpoint` if it is shorter."""
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + _STEP]], start + done)

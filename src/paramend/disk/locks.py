@@ -21,11 +21,7 @@ _NONE_HERE = UNSUPPORTED | {errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
 def hold(descriptor: int) -> bool:
-    """Whether the lock of an open file was taken; not all file systems have locks. It ends when the file is closed.
-
-    Raises:
-        BlockingIOError: another writer has the lock.
-    """
+    """Whether the lock of an open file was taken: some file systems have none; `BlockingIOError` if another has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -38,12 +34,7 @@ def hold(descriptor: int) -> bool:
 
 
 def take(descriptor: int, path: Path) -> None:
-    """Take the lock of an open file. It ends when the file is closed.
-
-    Raises:
-        Busy: another writer has it.
-        CannotWrite: the file system has no locks.
-    """
+    """Take the lock of an open file until it is closed; `Busy` if another writer has it."""
     try:
         taken = hold(descriptor)
     except BlockingIOError:
@@ -60,14 +51,7 @@ def take(descriptor: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, name: Path) -> Iterator[None]:
-    """Hold a lock file, created if it does not exist.
-
-    Args:
-        path: the lock file.
-        name: the name of what is locked, in messages.
-
-    Raises:
-        Busy: another writer has it.
+    """Hold a lock file, created if it does not exist; `Busy` says that `name` is locked if another program holds it.
 
     >>> import tempfile
     >>> lock = Path(tempfile.mkdtemp(), "lock")

@@ -46,10 +46,7 @@ PRIVATE = 0o700
 def access_of(
     made_from: Iterable[os.stat_result], replaced: os.stat_result | None = None, *, new: Access = NEW_FILE
 ) -> Access:
-    """The access of what is made from files: what all of them allow. It keeps the owner and group of what it replaces.
-
-    Args:
-        new: the access if it is made from no file.
+    """The access of what is made from files: what all of them allow; of what it replaces, it keeps owner and group.
 
     >>> import tempfile
     >>> one, other = (Path(tempfile.mkdtemp(), "x") for _ in range(2))

@@ -119,9 +119,6 @@ def sync_folder(folder: Path) -> None:
                 raise
 
 
-# ---- temporaries -------------------------------------------------------------------------------------------
-
-
 def _prefix(out: Path) -> str:
     return f".paramend-{zlib.crc32(os.fsencode(out.name)):08x}-"
 
@@ -155,11 +152,7 @@ def _create(temporary: Path, access: Access, *, folder: bool) -> tuple[int, Acce
 
 
 def _sweep(out: Path) -> None:
-    """Remove what killed writers of this output left behind.
-
-    Raises:
-        Busy: another program is writing it.
-    """
+    """Remove what killed writers of this output left behind; `Busy` if another program is writing it."""
     names = [entry.name for entry in os.scandir(out.parent) if entry.name.startswith(_prefix(out))]
     # The writer that moved an old state aside holds the lock of the new one, so that comes first.
     for name in sorted(names, key=lambda name: name.endswith(_ASIDE)):
@@ -221,9 +214,6 @@ def _sync_tree(folder: Path) -> None:
         if entry.is_dir(follow_symlinks=False):
             _sync_tree(folder / entry.name)
     sync_folder(folder)
-
-
-# ---- names -------------------------------------------------------------------------------------------------
 
 
 def _publish_file(temporary: Path, out: Path, *, force: bool) -> None:

@@ -21,10 +21,7 @@ _MANY = 1 << 10
 
 
 def gather(descriptor: int, ranges: Array, name: Path) -> bytearray:
-    """The bytes of ranges (start, stop) of a file, one after the other.
-
-    Raises:
-        BadCheckpoint: the file is shorter.
+    """The bytes of ranges (start, stop) of a file, one after the other; `BadCheckpoint` if it is shorter.
 
     >>> import tempfile
     >>> with tempfile.TemporaryFile() as file:
@@ -49,9 +46,6 @@ def scatter(descriptor: int, ranges: Array, data: Bytes, name: Path, leaves: Arr
     Args:
         leaves: the leaf of each range. If there are thousands of them, those of one leaf that are less than a page
             apart are written together with the bytes between them, which stay.
-
-    Raises:
-        OSError: the system refused.
     """
     view = memoryview(data).cast("B")
     apart = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1]) + 1
@@ -89,7 +83,6 @@ def _groups(ranges: Array, leaves: Array | None) -> Iterator[tuple[int, int, Arr
 
 
 def _copy(window: memoryview, data: memoryview, ranges: Array, *, out: bool) -> None:
-    """Copy ranges out of a window that begins with the first of them, or into it."""
     lengths = ranges[:, 1] - ranges[:, 0]
     ends = np.cumsum(lengths)
     shift = ranges[:, 0] - ranges[0, 0] - (ends - lengths)

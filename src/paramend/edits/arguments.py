@@ -11,18 +11,19 @@ from paramend.errors import BadArgument
 from paramend.leaves.specs import ALIASES, BITS, dtype_name
 from paramend.reports import wording
 
+# The arguments of an edit by name.
+Args = Mapping[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
     """A kind of argument.
 
     Attributes:
-        says: a description.
         read: data → the argument; raises BadArgument.
         schema: the JSON Schema of the data.
         array: whether it may be an array too.
         scalar: whether it is one number, also in Python.
-        example: an example, as in a recipe.
     """
 
     says: str
@@ -37,10 +38,7 @@ class Value:
         return replace(self, says=says, example=example)
 
     def typed(self, text: str) -> Any:
-        """The argument from text on a command line.
-
-        Raises:
-            BadArgument: the text is not such an argument.
+        """The argument from text on a command line; `BadArgument` if the text is not such an argument.
 
         >>> SEED.typed("3"), NUMBER.typed("-1e-3"), DTYPE.typed("bf16")
         (3, -0.001, 'bfloat16')
@@ -62,10 +60,7 @@ _MAX_DEPTH = 32
 
 
 def read_number(data: Any) -> int | float | bool:
-    """A number, also from text: YAML 1.1 reads `1e-3` as text, and JSON has no infinity.
-
-    Raises:
-        BadArgument: the data is not a number.
+    """A number, also from text: YAML 1.1 reads `1e-3` as text, and JSON has no infinity. Else `BadArgument`.
 
     >>> read_number("3"), read_number("1e-3"), read_number("-inf"), read_number("true")
     (3, 0.001, -inf, True)
@@ -199,10 +194,7 @@ def _one_of(choices: Iterable[str], says: str) -> Callable[[Any], str]:
 
 
 def read_index(data: Any) -> Any:
-    """A slice, from a position or from the text between brackets.
-
-    Raises:
-        BadArgument: the data is not a slice.
+    """A slice, from a position or from the text between brackets; `BadArgument` if it is neither.
 
     >>> read_index(-1), read_index("0:4"), read_index("[0, ::2]")
     (-1, slice(0, 4, None), (0, slice(None, None, 2)))

@@ -1,6 +1,6 @@
 """A call: one edit of the table with its arguments, checked against specs and then run on an array."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ import numpy as np
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.arguments import Value, shown
+from paramend.edits.arguments import Args, Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
@@ -18,7 +18,6 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 
 T = TypeVar("T")
-Args = Mapping[str, Any]
 Run = Callable[[Backend, Any, Args, Site], Any]
 Check = Callable[[Spec, Args], Spec]
 
@@ -73,7 +72,6 @@ class Op:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Other words for it."""
         return (*self.aliases, *self.also)
 
     @property
@@ -92,11 +90,7 @@ class Op:
         return self.check is not None or any(value.scalar for value in self.takes)
 
     def after(self, spec: Spec, args: Args) -> Spec:
-        """The spec after the edit.
-
-        Raises:
-            SpecMismatch: the arguments do not fit the leaf.
-        """
+        """The spec after the edit; `SpecMismatch` if the arguments do not fit the leaf."""
         for name, value in zip(self.parameters, self.takes, strict=False):
             if value.scalar and name in args:
                 check_scalar(self.name, name, args[name])
@@ -124,12 +118,7 @@ class Call:
         return Call(self.op, args, self.index)
 
     def spec(self, spec: Spec) -> Spec:
-        """The spec after the call.
-
-        Raises:
-            SpecMismatch: the arguments do not fit the leaf.
-            OutOfRange: the slice does not fit the leaf.
-        """
+        """The spec after the call; `SpecMismatch` or `OutOfRange` if arguments or slice do not fit the leaf."""
         if self.index is None:
             return self.op.after(spec, self.args)
         inner = Spec(sliced_shape(spec.shape, self.index), spec.dtype)
@@ -182,10 +171,7 @@ def explained(path: str, check: Callable[..., T], *args: Any) -> T:
 
 
 def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
-    """The shape of a slice of an array.
-
-    Raises:
-        OutOfRange: an integer is beyond an axis, or the axes are too few.
+    """The shape of a slice of an array; `OutOfRange` if an integer is beyond an axis, or the axes are too few.
 
     >>> sliced_shape((12, 4, 8), -1), sliced_shape((12, 4), (slice(0, 3), 0))
     ((4, 8), (3,))

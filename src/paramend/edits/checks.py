@@ -2,20 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays import initializers
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.arguments import shown
+from paramend.edits.arguments import Args, shown
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS, Spec, dtype_name, numpy_dtype
 from paramend.reports.wording import described
-
-Args = Mapping[str, Any]
 
 
 def _is_scalar(value: Any) -> bool:
@@ -60,10 +57,7 @@ def _fits(value: Any, spec: Spec, what: str) -> None:
 
 
 def fitted(value: Any, spec: Spec) -> np.ndarray[Any, Any]:
-    """Numbers from text as an array of a leaf's dtype.
-
-    Raises:
-        SpecMismatch: the dtype cannot hold one of them.
+    """Numbers from text as an array of a leaf's dtype; `SpecMismatch` if it cannot hold one of them.
 
     >>> fitted([1, 0.5], Spec((2,), "float16"))
     array([1. , 0.5], dtype=float16)
@@ -120,7 +114,6 @@ def check_set(spec: Spec, args: Args) -> Spec:
 
 
 def _spec_of(value: Any, takes: str) -> Spec:
-    """The spec of an array of any library, of a list, or of a leaf on disk."""
     if isinstance(value, Stored):
         return value.spec
     library = backend_of(type(value))
@@ -182,11 +175,14 @@ def check_reinit(spec: Spec, args: Args) -> Spec:
     return _check_float(spec, args)
 
 
+def is_key(seed: Any) -> bool:
+    """Whether a seed is a key of JAX."""
+    return bool(getattr(backend_of(type(seed)), "is_key", lambda x: False)(seed))
+
+
 def _check_seed(seed: Any) -> None:
-    library: Any = backend_of(type(seed))
-    is_key = getattr(library, "is_key", None)
     whole = isinstance(seed, int | np.integer) or (np.shape(seed) == () and hasattr(seed, "__index__"))
-    if not whole and not (is_key is not None and is_key(seed)):
+    if not whole and not is_key(seed):
         raise BadArgument(f"seed={shown(seed)} is not a seed", hint="seed=0 or another whole number, or a JAX PRNG key")
 
 
@@ -229,9 +225,6 @@ def _number(value: Any, name: str) -> int | float | None:
 
 def bounds(spec: Spec, args: Args) -> tuple[Any, Any]:
     """The bounds of a clip that the dtype can hold; None on a side where every value of the dtype is within.
-
-    Raises:
-        SpecMismatch: the dtype has no value between them.
 
     >>> bounds(Spec((2,), "int8"), {"lo": -0.5, "hi": 1e6}), bounds(Spec((2,), "float16"), {"lo": -1e6, "hi": 1})
     ((0, None), (None, 1))

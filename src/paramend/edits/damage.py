@@ -1,6 +1,6 @@
 """Damage: how many values of a leaf an edit could not hold, counted while it runs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from paramend.arrays import losses
 from paramend.arrays.registry import backend, backend_of, to_numpy
+from paramend.edits.arguments import Args
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, dtype_name
 from paramend.reports import wording
 
-Args = Mapping[str, Any]
 # (values before, values after, arguments) → how many overflow, how many are lost.
 Losses = Callable[[Array, Array, Args], tuple[int, int]]
 
@@ -30,7 +30,6 @@ class Damage:
     lost: int = 0
 
     def clear(self) -> None:
-        """Begin anew."""
         self.overflowed = self.lost = 0
 
     def add(self, found: tuple[int, int]) -> None:

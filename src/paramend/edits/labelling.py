@@ -40,16 +40,10 @@ class Labels:
         return repr(self.tree)
 
 
-def _part(labels: Any, params: Any) -> Any:
-    if isinstance(labels, Mapping) and isinstance(params, Mapping):
-        kind: Any = type(params)
-        return kind({key: _entry(labels[key], params[key]) for key in params})
-    return labels
-
-
-def _entry(labels: Any, params: Any) -> Any:
+def _part(labels: Any, params: Any, kind: Any = None) -> Any:
     if isinstance(labels, Mapping) and isinstance(params, Mapping):  # within a State these are plain dicts
-        return {key: _entry(labels[key], params[key]) for key in params}
+        kind = kind or type(params)
+        return kind({key: _part(labels[key], params[key], dict) for key in params})
     return labels
 
 

@@ -26,7 +26,6 @@ class Memory(Tree, Editable):
     """A tree in memory that carries out edits. Each returns a new tree; other leaves are the same objects."""
 
     def fetch(self, number: int, index: Any = None) -> Any:
-        """A leaf, as the object itself, or a slice of it."""
         leaf = self.read(number)
         return leaf if index is None else backend(leaf).get(leaf, index)
 
@@ -101,7 +100,6 @@ class Memory(Tree, Editable):
         return structure.regroup(self, groups, close_up=close_up)
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
-        """The same containers with labels, and with `rest` at other leaves and at values that are not arrays."""
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])
 
     def computed(self, calls: Mapping[int, Call]) -> Iterator[tuple[int, Any]]:

@@ -1,21 +1,15 @@
-"""The verbs that move elements: checked against specs, run on arrays, and as origins of leaves on disk."""
+"""The verbs that move elements, the same on arrays of any library and on origins of leaves on disk."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from paramend.arrays.backend import Backend
-from paramend.arrays.initializers import Site
-from paramend.edits.arguments import read_index, shown
+from paramend.edits import hands
+from paramend.edits.arguments import Args, read_index, shown
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch
-from paramend.leaves.origins import moved
 from paramend.leaves.origins.boxes import Places
-from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
-
-Args = Mapping[str, Any]
 
 
 def _whole(value: Any, what: str, hint: str) -> int:
@@ -36,9 +30,6 @@ def axis_of(spec: Spec, axis: Any) -> int:
     return found % spec.ndim
 
 
-# ---- transpose ---------------------------------------------------------------------------------------------------
-
-
 def _axes_of(spec: Spec, axes: Any) -> tuple[int, ...]:
     found = tuple(axis_of(spec, axis) for axis in axes)
     if sorted(found) != list(range(spec.ndim)):
@@ -49,22 +40,9 @@ def _axes_of(spec: Spec, axes: Any) -> tuple[int, ...]:
     return found
 
 
-def transposed_spec(spec: Spec, args: Args) -> Spec:
-    """The axes must be those of the leaf, each once."""
-    return Spec(tuple(spec.shape[axis] for axis in _axes_of(spec, args["axes"])), spec.dtype)
-
-
-def transpose(library: Backend, x: Any, args: Args, place: Site) -> Any:
-    """The array with its axes in another order."""
-    return library.transpose(x, _axes_of(library.spec(x), args["axes"]))
-
-
-def transposed(origin: Origin, args: Args) -> Origin:
-    """The origin with its axes in another order."""
-    return moved.permute_axes(origin, _axes_of(origin.spec, args["axes"]))
-
-
-# ---- reshape -----------------------------------------------------------------------------------------------------
+def transposed(x: Any, args: Args) -> Any:
+    """The axes in another order."""
+    return hands.transpose(x, _axes_of(hands.spec_of(x), args["axes"]))
 
 
 def _shape_of(spec: Spec, shape: Any) -> tuple[int, ...]:
@@ -80,22 +58,10 @@ def _shape_of(spec: Spec, shape: Any) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def reshaped_spec(spec: Spec, args: Args) -> Spec:
-    """The shape must hold as many elements."""
-    return Spec(_shape_of(spec, args["shape"]), spec.dtype)
+def reshaped(x: Any, args: Args) -> Any:
+    """The elements in another shape."""
+    return hands.reshape(x, _shape_of(hands.spec_of(x), args["shape"]))
 
-
-def reshape(library: Backend, x: Any, args: Args, place: Site) -> Any:
-    """The array in another shape."""
-    return library.reshape(x, _shape_of(library.spec(x), args["shape"]))
-
-
-def reshaped(origin: Origin, args: Args) -> Origin:
-    """The origin in another shape."""
-    return moved.reshape(origin, _shape_of(origin.spec, args["shape"]))
-
-
-# ---- take, permute -----------------------------------------------------------------------------------------------
 
 _LIST = "[0, 2], a slice, or a mask of bools"
 
@@ -138,28 +104,11 @@ def _permutation(spec: Spec, args: Args) -> tuple[Places, int]:
     return places, axis
 
 
-Named = Callable[[Spec, Args], tuple[Places, int]]
+def taken(x: Any, args: Args) -> Any:
+    """Some places along an axis."""
+    return hands.take(x, *_places(hands.spec_of(x), args))
 
 
-def _taken_spec(named: Named) -> Callable[[Spec, Args], Spec]:
-    def check(spec: Spec, args: Args) -> Spec:
-        places, axis = named(spec, args)
-        return Spec((*spec.shape[:axis], len(places), *spec.shape[axis + 1 :]), spec.dtype)
-
-    return check
-
-
-def _take(named: Named) -> Callable[[Backend, Any, Args, Site], Any]:
-    def run(library: Backend, x: Any, args: Args, place: Site) -> Any:
-        places, axis = named(library.spec(x), args)
-        return library.take(x, np.asarray(places, np.int64).tolist(), axis)
-
-    return run
-
-
-def _taken(named: Named) -> Callable[[Origin, Args], Origin]:
-    return lambda origin, args: moved.take(origin, *named(origin.spec, args))
-
-
-taken_spec, take, taken = _taken_spec(_places), _take(_places), _taken(_places)
-permuted_spec, permute, permuted = _taken_spec(_permutation), _take(_permutation), _taken(_permutation)
+def permuted(x: Any, args: Args) -> Any:
+    """All places along an axis in another order."""
+    return hands.take(x, *_permutation(hands.spec_of(x), args))

@@ -6,7 +6,7 @@ from functools import wraps
 from inspect import signature
 from typing import Any, Concatenate, Generic, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
-from paramend.edits import checks, damage, moves, runs
+from paramend.edits import checks, damage, hands, moves, runs
 from paramend.edits.arguments import (
     ARRAY,
     AXES,
@@ -21,9 +21,11 @@ from paramend.edits.arguments import (
     PERMUTATION,
     PLACES,
     SEED,
+    Args,
     Value,
 )
-from paramend.edits.call import Args, Check, Op, Run
+from paramend.edits.call import Check, Op, Run
+from paramend.leaves.origins.stored import Zeros
 from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed
 
 # mypy: disable-error-code="empty-body"
@@ -77,8 +79,16 @@ def edit(
     return entered
 
 
-# An edit that only moves elements: of leaves on disk, bytes are copied.
-MOVES: Mapping[str, Any] = {"keeps_spec": False, "chunks": False, "arithmetic": False}
+def moving(move: Callable[[Any, Args], Any]) -> Mapping[str, Any]:
+    """The attributes of an edit that only moves elements, of an array or of an origin: on disk, bytes are copied."""
+    return {
+        "run": lambda library, x, args, place: move(x, args),
+        "check": lambda spec, args: hands.spec_of(move(Zeros(spec), args)),
+        "moves": move,
+        "keeps_spec": False,
+        "chunks": False,
+        "arithmetic": False,
+    }
 
 
 def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
@@ -330,12 +340,9 @@ class Edits(Generic[T]):
 
     @edit(
         "the axes get another order",
-        check=moves.transposed_spec,
-        run=moves.transpose,
-        moves=moves.transposed,
         takes=(AXES,),
         also=("swapaxes", "T"),
-        **MOVES,
+        **moving(moves.transposed),
     )
     def transpose(self, axes: Sequence[SupportsIndex]) -> T:
         """The tree with the axes of the selected leaves in another order, as by `numpy.transpose`.
@@ -354,12 +361,9 @@ class Edits(Generic[T]):
 
     @edit(
         "the elements, in C order, get another shape",
-        check=moves.reshaped_spec,
-        run=moves.reshape,
-        moves=moves.reshaped,
         takes=(NEW_SHAPE,),
         also=("view", "flatten"),
-        **MOVES,
+        **moving(moves.reshaped),
     )
     def reshape(self, shape: Sequence[SupportsIndex]) -> T:
         """The tree with the elements of the selected leaves, in C order, in another shape.
@@ -377,12 +381,9 @@ class Edits(Generic[T]):
 
     @edit(
         "some places along an axis stay, in the order given",
-        check=moves.taken_spec,
-        run=moves.take,
-        moves=moves.taken,
         takes=(PLACES, AXIS),
         also=("gather", "index_select"),
-        **MOVES,
+        **moving(moves.taken),
     )
     def take(self, indices: slice | Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
         """The tree with some places along an axis of the selected leaves, in the order given.
@@ -402,12 +403,9 @@ class Edits(Generic[T]):
 
     @edit(
         "the places along an axis get another order",
-        check=moves.permuted_spec,
-        run=moves.permute,
-        moves=moves.permuted,
         takes=(PERMUTATION, AXIS),
         also=("reorder", "shuffle"),
-        **MOVES,
+        **moving(moves.permuted),
     )
     def permute(self, index: Sequence[SupportsIndex] | AnyArray, axis: SupportsIndex = 0) -> T:
         """The tree with the places along an axis of the selected leaves in another order: `new[i] = old[index[i]]`.

@@ -1,6 +1,7 @@
 """Plans: what an edit will do, one row for each leaf of the result, known before it runs."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from paramend.anatomy.documents import Change, Document
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.edits.call import Call, explained
@@ -33,16 +35,13 @@ class Row:
     """One leaf of the result: `path, spec ◄─ source, calls`.
 
     Attributes:
-        path: the path of the leaf after the edits.
-        spec: its spec after the edits.
         source: the number of the leaf that it comes from.
-        before: the spec of that leaf.
         calls: the edits, first to last; empty if the values stay.
         places: where the leaf was when each call was made, which random values depend on.
-        labels: the path, label by label.
         was: the path in the source, if it is another.
         damage: what a run of the edits did to values that the dtype cannot hold.
         depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
+        added: where it comes from, in reports of what came to a checkpoint in its own files.
     """
 
     path: str
@@ -55,18 +54,20 @@ class Row:
     was: str = ""
     depths: tuple[int | None, ...] = ()
     damage: Damage = field(default_factory=Damage, compare=False)
+    added: str = ""
 
     def __repr__(self) -> str:
         return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
 
     def with_calls(self, calls: tuple[Call, ...], places: tuple[Site, ...], spec: Spec, damage: Damage) -> "Row":
         """The row with other calls; `dataclasses.replace` takes four times as long, and there may be 100,000 rows."""
-        return Row(self.path, spec, self.source, self.before, calls, places, self.labels, self.was, self.depths, damage)
+        known = self.labels, self.was, self.depths
+        return Row(self.path, spec, self.source, self.before, calls, places, *known, damage, self.added)
 
     @property
     def stays(self) -> bool:
         """Whether neither values nor path change."""
-        return not self.calls and not self.was
+        return not self.calls and not self.was and not self.added
 
     @property
     def edit(self) -> str:
@@ -75,8 +76,9 @@ class Row:
         >>> Row("wo", Spec((3, 2), "float32"), 0, Spec((3, 2), "float32"), (Call(OPS["zero"], {}, -1),)).edit
         '[-1] zero()'
         """
+        added = (f"inserted from {self.added}",) if self.added else ()
         moved = (f"renamed from {self.was}",) if self.was else ()
-        return ", ".join((*map(_said, self.calls), *moved))
+        return ", ".join((*added, *map(_said, self.calls), *moved))
 
     @property
     def outcome(self) -> str:
@@ -86,7 +88,8 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
-        more = {"renamed_from": self.was, "overflowed": self.damage.overflowed, "lost": self.damage.lost}
+        more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added}
+        more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
         return {
             "path": self.path,
             "dtype": self.spec.dtype,
@@ -112,11 +115,13 @@ class Plan(Paged):
         leaves: the leaves that the numbers in the rows refer to.
         rows: one for each leaf of the result, in order.
         deleted: the rows of the deleted leaves.
+        texts: the files beside the weights that change.
     """
 
     leaves: Leaves
     rows: tuple[Row, ...]
     deleted: tuple[Row, ...] = ()
+    texts: tuple[Document, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         calls = [(row, edit) for row in self.changed for edit in row.calls]
@@ -124,13 +129,13 @@ class Plan(Paged):
         for function, row, edit in functions.values():
             where = f"{row.path} is edited by {edit}, a function, and "
             by_name(function, "the plan", where, ", or checkpoint.save(out) and pickle pm.open(out)")
-        return Plan, (self.leaves, self.rows, self.deleted)
+        return Plan, (self.leaves, self.rows, self.deleted, self.texts)
 
     def __copy__(self) -> "Plan":
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
-        return Plan(*copy.deepcopy((self.leaves, self.rows, self.deleted), memo))
+        return Plan(*copy.deepcopy((self.leaves, self.rows, self.deleted), memo), self.texts)
 
     @classmethod
     @uncollected()
@@ -187,12 +192,7 @@ class Plan(Paged):
 
     @uncollected()
     def edited(self, calls: Mapping[int, Call]) -> "Plan":
-        """The plan with further calls on some leaves, checked against their specs.
-
-        Raises:
-            SpecMismatch: a call does not fit its leaf; the message names it.
-            Unsupported: the values cannot be read, or the result of the call is not known before it runs.
-        """
+        """The plan with further calls on some leaves; `SpecMismatch` or `Unsupported` where one does not fit."""
         index = self.index
         new: dict[int, Row] = {}
         settled = {id(edit): _settled(edit) for edit in calls.values()}
@@ -212,17 +212,17 @@ class Plan(Paged):
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
 
     def without(self, numbers: Iterable[int]) -> "Plan":
-        """The plan that deletes some leaves, under all their paths."""
-        gone = {twin for number in numbers for twin in self.twins(number)}
+        """The plan that deletes some leaves."""
+        gone = {*numbers}
         kept = tuple(row for row in self.rows if row.source not in gone)
-        return Plan(self.leaves, kept, (*self.deleted, *(row for row in self.rows if row.source in gone)))
+        return replace(self, rows=kept, deleted=(*self.deleted, *(row for row in self.rows if row.source in gone)))
+
+    def beside(self, document: Document) -> "Plan":
+        """The plan that also writes a file beside the weights."""
+        return replace(self, texts=(*(each for each in self.texts if each.name != document.name), document))
 
     def renamed(self, moved: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Plan":
-        """The plan that moves some leaves to other paths, from `structure.moves`.
-
-        Raises:
-            RenameClash: two leaves would have one path, or one would have the path of a container of others.
-        """
+        """The plan that moves some leaves to other paths, from `structure.moves`; `RenameClash` if they cannot."""
         rows = tuple(self._moved(row, moved[row.source]) if row.source in moved else row for row in self.rows)
         taken: dict[tuple[str, ...], Row] = {}
         inside: set[tuple[str, ...]] = set()
@@ -266,10 +266,10 @@ class Plan(Paged):
             return row.with_calls(tuple(map(said, row.calls)), row.places, row.spec, damage) if row.calls else row
 
         rows, deleted = (tuple(map(of, part)) for part in (self.rows, self.deleted))
-        return Plan(Described(self.leaves), rows, deleted)
+        return Plan(Described(self.leaves), rows, deleted, self.texts)
 
     def _with(self, rows: tuple[Row, ...]) -> "Plan":
-        return Plan(self.leaves, rows, self.deleted)
+        return replace(self, rows=rows)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -289,7 +289,9 @@ class Plan(Paged):
         """The result as a map, coloured by what becomes of each leaf, beside the leaves that are deleted."""
         rows = [*self.rows, *self.deleted]
         ends = [""] * len(self.rows) + ["deleted"] * len(self.deleted)
-        kinds = ["changed" if row.calls else "renamed" if row.was else "kept" for row in rows]
+        kinds = [
+            "inserted" if row.added else "changed" if row.calls else "renamed" if row.was else "kept" for row in rows
+        ]
         columns = [
             Column("spec", [str(row.spec) for row in rows], "text"),
             Column("before", [str(row.before) if row.before != row.spec else "" for row in rows], "text"),
@@ -298,6 +300,11 @@ class Plan(Paged):
         groups = [end or kind for end, kind in zip(ends, kinds, strict=True)]
         sizes = [row.spec.size for row in rows]
         return Page("edit", self.headline(), [row.path for row in rows], sizes, columns, groups)
+
+    @property
+    def configured(self) -> list[Change]:
+        """What changes in the files beside the weights."""
+        return [change for document in self.texts for change in document.changes]
 
     @property
     def damage(self) -> str:
@@ -313,11 +320,19 @@ class Plan(Paged):
             stays = row.spec == row.before or id(row) in deleted
             spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
             table.append((row.path, spec, "deleted" if id(row) in deleted else row.outcome))
-        count, gone = len(rows) - len(self.deleted), len(self.deleted)
+        changes = self.configured
+        table += [(change.file, "", str(change)) for change in changes]
+        gone, come = len(self.deleted), sum(bool(row.added) for row in rows)
+        count = len(rows) - gone - come
         all_leaves = wording.plural(len(self.rows) + gone, "leaf", "leaves")
-        sums = [f"{count:,} of {all_leaves} {'changes' if count == 1 else 'change'}"] if count or not gone else []
-        if gone:
-            sums.append(f"{gone:,}{'' if count else f' of {all_leaves}'} {'is' if gone == 1 else 'are'} deleted")
+        said = [f"{count:,} {'changes' if count == 1 else 'change'}"] if count or not (gone or come) else []
+        said += [
+            f"{n:,} {'is' if n == 1 else 'are'} {what}" for n, what in ((come, "inserted"), (gone, "deleted")) if n
+        ]
+        number, _, what = said[0].partition(" ")
+        sums = [f"{number} of {all_leaves} {what}", *said[1:]]
+        files = Counter(change.file for change in changes)
+        sums += [f"{wording.plural(n, 'key')} of {file} change{'s' if n == 1 else ''}" for file, n in files.items()]
         return [*aligned(table), "", ", ".join(filter(None, (*sums, self.damage)))]
 
     def to_dict(self) -> dict[str, Any]:
@@ -326,14 +341,13 @@ class Plan(Paged):
         data: dict[str, Any] = {"changed": [row.to_dict() for row in changed]}
         if self.deleted:
             data["deleted"] = [row.was or row.path for row in self.deleted]
+        if self.configured:
+            data["config"] = [change.to_dict() for change in self.configured]
         return data | {"kept": len(self.rows) - len(changed)}
 
 
 def call(op: str, args: Mapping[str, Any]) -> Call:
-    """An edit of the table with its arguments; an array of any library becomes a numpy array.
-
-    Raises:
-        BadArgument: there is no such edit, or it has other arguments.
+    """An edit of the table with its arguments, numpy arrays for those of any library; `BadArgument` for others.
 
     >>> print(call("fill", {"value": 0.5}))
     fill(0.5)
@@ -359,10 +373,6 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
 
 def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
     """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
-
-    Raises:
-        NoMatch: nothing matches.
-        SpecMismatch: the edit does not fit a selected leaf; the message names it.
 
     >>> from paramend.trees.tree import Tree
     >>> tree = Tree({"a": np.ones((2, 3)), "b": np.ones(3)})

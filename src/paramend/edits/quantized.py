@@ -5,7 +5,7 @@ from itertools import groupby
 
 from paramend.edits.call import Call
 from paramend.errors import Quantized
-from paramend.leaves.groups import Group, group_of, groups_of, may_hold_groups
+from paramend.leaves.groups import Group, groups_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Index, Leaves, plain
 from paramend.leaves.paths import labels, text_of, write_path, write_piece
 from paramend.leaves.specs import Spec
@@ -20,11 +20,7 @@ RAW = "pm.at(tree, selector, raw=True)"
 
 
 def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
-    """Refuse calls that compute or put values in a quantised weight.
-
-    Raises:
-        Quantized: a leaf is the payload or a companion of one.
-    """
+    """Raise `Quantized` for calls that compute or put values in a quantised weight."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     taken = {number: call for number, call in calls.items() if not call.op.bytewise}
@@ -33,19 +29,16 @@ def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
 
 
 def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) -> None:
-    """Refuse what computes or puts values if it meets a quantised weight, before anything is read.
+    """Raise `Quantized` for what computes or puts values, if it meets a quantised weight; nothing is read before.
 
     Args:
         said: what is refused, as a predicate of the leaf.
         ways: ways out, for the hint.
-
-    Raises:
-        Quantized: a leaf is the payload or a companion of a quantised weight.
     """
     if getattr(leaves, "raw", False) or not may_hold_groups(leaves):
         return
     chosen = list(numbers)
-    found = _touched(leaves, _with_twins(leaves, chosen))
+    found = groups_of(leaves, _with_twins(leaves, chosen))
     if not found:
         return
     inside = set(_with_twins(leaves, [number for group in found for number in group.numbers]))
@@ -68,15 +61,11 @@ def _with_twins(leaves: Leaves, numbers: Sequence[int]) -> list[int]:
 
 
 def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted") -> None:
-    """Refuse to take a part of a quantised weight away.
-
-    Raises:
-        Quantized: a part of a group would stay.
-    """
+    """Raise `Quantized` if a part of a quantised weight would go and another stay."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     gone = set(numbers)
-    parted = [group for group in _touched(leaves, gone) if not gone.issuperset(group.numbers)]
+    parted = [group for group in groups_of(leaves, gone) if not gone.issuperset(group.numbers)]
     if parted:
         left = [number for number in parted[0].numbers if number not in gone]
         way = [f"delete all of it: {_all_of(leaves, parted[0])}"] if did == "be deleted" else []
@@ -90,18 +79,11 @@ def check_whole(leaves: Editable, numbers: Iterable[int], did: str = "be deleted
 
 
 def check_renamed(leaves: Editable, moves: Callable[[], Moved]) -> None:
-    """Refuse new paths by which a quantised weight would no longer be found together.
-
-    Args:
-        moves: the new paths, from `structure.moves`; asked for only if there may be groups.
-
-    Raises:
-        Quantized: the leaves of a group would be known for one no more.
-    """
+    """Raise `Quantized` for moves that part a quantised weight; they are asked for only if there may be one."""
     if leaves.raw or not may_hold_groups(leaves):
         return
     moved = moves()
-    touched = _touched(leaves, moved)
+    touched = groups_of(leaves, moved)
     after = _Renamed(leaves, [number for group in touched for number in group.numbers], moved)
     now = {place: group for group in groups_of(after) for place in group.numbers}
     parted = [group for group in touched if not after.keeps(group, now)]
@@ -143,23 +125,8 @@ class _Renamed:
         return all(place in new.numbers and new.role(place) == role for place, role in places)
 
 
-def _touched(leaves: Leaves, numbers: Iterable[int]) -> list[Group]:
-    found: dict[int, Group] = {}
-    for number in numbers:
-        if number not in found and (group := group_of(leaves, number)) is not None:
-            found |= dict.fromkeys(group.numbers, group)
-    return list({group.numbers: group for group in found.values()}.values())
-
-
-# ---- words -------------------------------------------------------------------------------------------------------
-
-
 def refusal(leaves: Leaves, groups: Sequence[Group], message: str, hints: Sequence[str]) -> Quantized:
-    """The error that names a quantised weight and all its leaves.
-
-    Args:
-        groups: those that were met; the first is shown, the others are counted.
-    """
+    """The error that names a quantised weight, the first of those that were met, and all its leaves."""
     group = groups[0]
     rows: list[tuple[str, ...]] = [("scheme", group.scheme.name, group.scheme.says)]
     for number in group.numbers:

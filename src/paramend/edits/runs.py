@@ -1,19 +1,17 @@
 """The functions of edits that need more than one verb of an array's library."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from paramend.arrays import initializers
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.registry import backend, backend_of
-from paramend.edits.checks import bounds
+from paramend.edits.arguments import Args
+from paramend.edits.checks import bounds, is_key
 from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import dtype_name, numpy_dtype
 from paramend.reports.wording import described
-
-Args = Mapping[str, Any]
 
 
 def native(library: Backend, value: Any) -> Any:
@@ -68,15 +66,10 @@ def cast(library: Backend, x: Any, args: Args, place: Site) -> Any:
     return result
 
 
-def _is_key(seed: Any) -> bool:
-    library = backend_of(type(seed))
-    return library is not None and bool(getattr(library, "is_key", lambda x: False)(seed))
-
-
 def noise(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The leaf with noise added."""
     spec, seed, std = library.spec(x), args.get("seed", 0), args["std"]
-    if _is_key(seed):
+    if is_key(seed):
         keys: Any = backend(seed)
         return library.add(x, keys.normal(keys.fold(seed, place.number), spec.shape, spec.dtype) * std)
     values = initializers.normal(initializers.generator(int(seed), place), spec.shape, spec.dtype)
@@ -92,9 +85,9 @@ def reinit(library: Backend, x: Any, args: Args, place: Site) -> Any:
             raise Unsupported(
                 "an initializer function (key, shape, dtype) needs a JAX leaf", hint='.reinit("lecun_normal")'
             )
-        key = seed if _is_key(seed) else keys.key(int(seed))
+        key = seed if is_key(seed) else keys.key(int(seed))
         return set(library, x, {"value": init(keys.fold(key, place.number), spec.shape, x.dtype)}, place)
-    if _is_key(seed):
+    if is_key(seed):
         keys = backend(seed)
         key = keys.fold(seed, place.number)
         values = keys.initialize(init, initializers.INITIALIZERS[init], key, spec, place.out_first)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from paramend.edits.arguments import shown
-from paramend.edits.call import Args, Call, Op, explained, sliced_shape
+from paramend.edits.arguments import Args, shown
+from paramend.edits.call import Call, Op, explained, sliced_shape
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable
 from paramend.edits.ops import Edits
@@ -39,8 +39,6 @@ class Selection(Edits[T]):
                 wanted=count,
                 hint=f"count={len(self._numbers)}",
             )
-
-    # -- reading
 
     @property
     def paths(self) -> list[str]:
@@ -130,8 +128,6 @@ class Selection(Edits[T]):
         chosen = {twin: True for number in self._numbers for twin in self._tree.twins(number)}
         return self._tree.labelled(chosen, rest=False)
 
-    # -- changing the structure
-
     def delete(self) -> T:
         """The tree without the selected leaves, or dicts and lists that became empty; list positions close up.
 
@@ -162,8 +158,6 @@ class Selection(Edits[T]):
             given = shown(to)
             raise BadArgument(f"rename takes the text of a path, and this is {given}", hint='.rename("layers/<n>/**")')
         return self._made(self._tree.moved(self._selector, self._numbers, to))
-
-    # -- the parts
 
     def _made(self, made: Any) -> T:
         """What a verb made; a checkpoint takes its leaves as the given one did."""

@@ -1,7 +1,8 @@
 """Changes of structure: leaves deleted from a tree, leaves moved to other paths.
 
 The containers are opened as drafts, entries are removed and added, and the drafts are closed again. A container in
-which nothing changed stays the same object; the given tree is never written to.
+which nothing changed stays the same object; the given tree is never written to. What is already at a new path is a
+`RenameClash`, and so is a hole in a list; containers with fixed entries are `Unsupported`.
 """
 
 import math
@@ -29,10 +30,6 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
     Args:
         moved: the new paths of leaves, from `moves`.
         gone: the leaves to delete. If there are any, list positions close up.
-
-    Raises:
-        RenameClash: two leaves would have one path, or a list would have a hole.
-        Unsupported: a container on the way has fixed entries.
     """
     draft = take_apart(tree)
     values = {number: draft.take(number) for number in moved}
@@ -47,12 +44,7 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
 
 
 def regroup(tree: Tree, groups: Sequence[Group], *, close_up: bool = True) -> Any:
-    """A tree in which groups of leaves are replaced by others, each in a box like that of the first leaf of its group.
-
-    Raises:
-        RenameClash: something is already at a new path.
-        Unsupported: a container on the way has fixed entries.
-    """
+    """A tree in which groups of leaves are replaced by others, each in a box like that of the first of its group."""
     draft = take_apart(tree)
     boxes = {number: draft.take(number) for number in dict.fromkeys(n for group in groups for n in group.numbers)}
     for group in groups:
@@ -69,15 +61,10 @@ def regroup(tree: Tree, groups: Sequence[Group], *, close_up: bool = True) -> An
 
 
 def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
-    """A tree with more leaves, each under keys; containers that are missing are dicts.
-
-    Raises:
-        RenameClash: something is already at a path, or a list would have a hole.
-        Unsupported: a container on the way has fixed entries.
-    """
+    """A tree with more leaves, each under keys; containers that are missing are dicts."""
     draft = take_apart(tree)
     for path, value in leaves:
-        draft.enter(path, value)
+        draft.put(None, [(key, None) for key in path], value)
     draft.check("rename=, paths that are free")
     return draft.root.close(close_up=False)
 
@@ -85,11 +72,7 @@ def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:
 def moves(
     index: Index, selector: Selector, chosen: Collection[int], to: str
 ) -> dict[int, list[tuple[str, int | None]]]:
-    """The new paths of the chosen leaves that the selector's text names, by number, in the form of `renames.keys`.
-
-    Raises:
-        BadArgument: the selector is not text, or its wildcards are not those of `to`.
-    """
+    """The new paths of the chosen leaves that the selector's text names, by number, in the form of `renames.keys`."""
     found: dict[int, list[tuple[str, int | None]]] = {}
     for rule in _rules(selector, to):
         for number, path in rule.over(index).items():
@@ -197,12 +180,7 @@ class _Place(NamedTuple):
 
 
 class Draft:
-    """An opened tree, closed again by `root.close`.
-
-    Attributes:
-        places: leaf number → its place.
-        clashes: a sentence on each leaf whose new place is taken.
-    """
+    """An opened tree, closed again by `root.close`: the places of its leaves, and a sentence on each that is taken."""
 
     def __init__(self, tree: Tree, kind: Kind) -> None:
         self.index = tree.index
@@ -240,24 +218,23 @@ class Draft:
         return chain[-1].entries.pop(path[-1])
 
     def put(
-        self, number: int, path: Sequence[tuple[str, int | None]], value: Any, *, position: int | None = None
+        self, number: int | None, path: Sequence[tuple[str, int | None]], value: Any, *, position: int | None = None
     ) -> None:
         """Put a leaf under new keys; missing containers are made like those that the keys come from.
 
         Args:
-            number: the leaf whose old containers serve as templates.
+            number: the leaf whose old containers serve as templates; None if it comes from elsewhere.
             path: the keys, each with the depth in the old path of the template of its container, or None.
             value: the value to put there.
             position: which of the keys is a position, for which a list is made if there is no container yet.
         """
-        old = self.places[number]
+        old = _Place((), (), None) if number is None else self.places[number]
         container = self.root
         for depth, (text, _) in enumerate(path):
             key = container.key(text)
             if container.positional and type(key) is not int:
-                self.clashes.append(
-                    f"{self.index.path(number)} ({'/'.join(container.path)} is a list and has no {text!r})"
-                )
+                moves = "/".join(key for key, _ in path) if number is None else self.index.path(number)
+                self.clashes.append(f"{moves} ({'/'.join(container.path)} is a list and has no {text!r})")
                 return
             if container in old.chain and key not in container.rank:
                 container.rank[key] = container.rank.get(old.keys[old.chain.index(container)], math.inf)
@@ -279,23 +256,10 @@ class Draft:
         else:
             container.entries[key] = value
 
-    def enter(self, path: Sequence[str], value: Any) -> None:
-        """Put a value that comes from elsewhere under keys."""
-        container = self.root
-        for depth, text in enumerate(path):
-            key, last = container.key(text), depth == len(path) - 1
-            if last and key not in container.entries:
-                container.entries[key] = value
-            elif not last and key not in container.entries:
-                container.entries[key] = _like(None, path[depth + 1], (*container.path, text))
-            inner = container.entries[key]
-            if (last and inner is not value) or (not last and not isinstance(inner, _Container)):
-                self.clashes.append(f"{'/'.join(path)} (which is taken)")
-                return
-            container = inner
-
-    def _clash(self, number: int, path: Sequence[tuple[str, Any]], why: str) -> None:
-        self.clashes.append(f"{self.index.path(number)} would go to {'/'.join(text for text, _ in path)} ({why})")
+    def _clash(self, number: int | None, path: Sequence[tuple[str, Any]], why: str) -> None:
+        to = "/".join(text for text, _ in path)
+        moves = f"{self.index.path(number)} would go to {to} ({why})" if number is not None else ""
+        self.clashes.append(moves or f"{to} (which is taken)")
 
     def check(self, hint: str) -> None:
         """Raise if the new places of leaves are taken."""
@@ -317,11 +281,7 @@ class Draft:
 
 
 def take_apart(tree: Tree) -> Draft:
-    """The draft of a tree.
-
-    Raises:
-        Unsupported: the class of the tree fixes its entries.
-    """
+    """The draft of a tree; `Unsupported` if its class fixes its entries."""
     kind = find_kind(tree.root)
     if kind is None:
         raise Unsupported("a single array has no entries to delete or rename")
@@ -335,11 +295,7 @@ def take_apart(tree: Tree) -> Draft:
 
 
 def _entry(names: Names, key: Any, met: set[Label]) -> Any:
-    """The entry of an index for a key: a leaf number, the names below it, or None if there are no arrays.
-
-    Args:
-        met: the last labels of the keys before; a further key with the same text has a label with a serial.
-    """
+    """The entry of an index for a key: a leaf number, names, or None; `met` are the labels of the keys before."""
     *first, last = labels(key)
     for label in first:
         names = names.get(label, {})

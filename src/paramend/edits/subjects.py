@@ -7,18 +7,13 @@ from typing import Any
 
 from paramend.errors import BadArgument
 from paramend.reports import wording
-from paramend.reports.wording import described
 from paramend.selectors.messages import quoted
 from paramend.selectors.selector import Selector
 from paramend.trees.lookup import find_kind
 
 
 def check_subject(tree: Any) -> None:
-    """Raise if what holds no arrays is no tree, but has or finds one.
-
-    Raises:
-        BadArgument: it is a selector, a path, a class, a function, a model without its parameters.
-    """
+    """Raise `BadArgument` if what holds no arrays is no tree, but finds or has one: a path, a selector, a model."""
     given = wording.described(tree)
     if isinstance(tree, os.PathLike) or (isinstance(tree, str) and _is_file(tree)):
         shown = quoted(str(tree))
@@ -63,13 +58,15 @@ def barren(root: Any) -> tuple[str, str]:
     if isinstance(root, str | os.PathLike):
         return "a path, and nothing was opened", f'pm.open("{os.fspath(root)}")'
     if isinstance(root, type):
-        return described(root), "an instance of it"
+        return wording.described(root), "an instance of it"
     if any(base.__module__.startswith("flax.linen") for base in type(root).__mro__):
-        return f"{described(root)}, which holds no parameters", "its parameters: params = model.init(key, x)"
+        return f"{wording.described(root)}, which holds no parameters", "its parameters: params = model.init(key, x)"
     if isinstance(root, tuple) and all(callable(getattr(root, verb, None)) for verb in ("init", "update")):
         return "an optax transformation, which holds no state", "its state: tx.init(params)"
     if isinstance(root, tuple) and all(callable(getattr(root, verb, None)) for verb in ("init", "apply")):
         return "a pair of functions, which holds no parameters", "its parameters: params = model.init(key, x)"
     if root is None or callable(root) or isinstance(root, bool | int | float | complex | bytes):
-        return "None" if root is None else described(root), "a tree of arrays: parameters, a model, a checkpoint"
+        return "None" if root is None else wording.described(
+            root
+        ), "a tree of arrays: parameters, a model, a checkpoint"
     return "", ""

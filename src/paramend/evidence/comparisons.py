@@ -38,12 +38,10 @@ class Pair:
 
     @property
     def specs(self) -> tuple[Spec, Spec]:
-        """The specs of both."""
         return self.old.spec(self.a), self.new.spec(self.b)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of both."""
         return self.old.nbytes(self.a) + self.new.nbytes(self.b)
 
     @property

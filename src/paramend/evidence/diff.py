@@ -25,6 +25,8 @@ from paramend.reports.progress import Meter, Progress
 from paramend.selectors.selector import SelectorLike
 
 Sort = Literal["change", "path"]
+# A leaf, and the list of the report that it belongs in.
+Judged = tuple[Match, str]
 
 
 def diff(
@@ -84,10 +86,21 @@ def diff(
         raise BadArgument(f"sort={sort!r} is not an order", hint='sort="change" or sort="path"')
     with _sides(before, after) as (old, new):
         found = matches(old, new)
-        if not _is_all(selector):
+        if not (isinstance(selector, str) and selector == "**"):
             within = chosen(selector, old, new)
             found = [match for match in found if match.a in within[0] or match.b in within[1]]
-        report = _report(old, new, found, only, sort, histograms, progress)
+        allowed = _allowance(only, old, new)
+        comparer = Comparer(Meter(progress, 0))
+        judged = _moved(old, new, _judged(old, new, found, comparer), comparer)
+        report = DiffReport(only=None if only is None else str(only) if isinstance(only, str) else repr(only))
+        for (match, kind), row in zip(judged, _rows(old, new, judged, comparer), strict=True):
+            getattr(report, kind).append(replace(row, allowed=allowed(match, kind)))
+        if histograms:
+            changed = (match for match, kind in judged if kind == "changed")
+            pairs = {m.path: Pair(old, m.a, new, m.b) for m in changed if m.a is not None and m.b is not None}
+            report.histograms = histograms_of({path: pair.streams() for path, pair in pairs.items()})
+        for name in PARTS:
+            setattr(report, name, arranged(getattr(report, name), sort if name == "changed" else "path"))
         report.tells_of(*read_by(old), *read_by(new))
         return report
 
@@ -120,8 +133,7 @@ def verify(before: AnyTree, after: AnyTree, *, only: SelectorLike | None = None)
         found = matches(old, new)
         allowed = _allowance(only, old, new)
         comparer = Comparer(Meter(None, 0))
-        kinds = _kinds(old, new, found, comparer)
-        changed = [(match, kind) for match, kind in zip(found, kinds, strict=True) if kind != "identical"]
+        changed = [each for each in _judged(old, new, found, comparer) if each[1] != "identical"]
         wrong = [(match, kind) for match, kind in changed if only is None or not allowed(match, kind)]
         if wrong:
             rows = _rows(old, new, wrong, comparer)
@@ -157,10 +169,6 @@ def _leaves(tree: Any) -> Iterator[Editable]:
         yield tree if isinstance(tree, Editable) else Memory(tree)
 
 
-def _is_all(selector: Any) -> bool:
-    return isinstance(selector, str) and selector == "**"
-
-
 def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str], bool]:
     """Whether a leaf may differ: `only` is resolved in the old tree; for added and renamed leaves, in the new one."""
     if only is None:
@@ -173,8 +181,8 @@ def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str]
 # ---- the work --------------------------------------------------------------------------------------------------
 
 
-def _kinds(old: Editable, new: Editable, found: Sequence[Match], comparer: Comparer) -> list[str]:
-    """The list of the report that each leaf belongs in, before renamed leaves are found."""
+def _judged(old: Editable, new: Editable, found: Sequence[Match], comparer: Comparer) -> list[Judged]:
+    """The leaves with the list of the report that each belongs in, before renamed leaves are found."""
     kinds = ["added" if match.a is None else "removed" if match.b is None else "" for match in found]
     places, pairs = [], []
     for place, match in enumerate(found):
@@ -188,7 +196,22 @@ def _kinds(old: Editable, new: Editable, found: Sequence[Match], comparer: Compa
     _check_readable(pairs)
     for place, same in zip(places, comparer.equal(pairs), strict=True):
         kinds[place] = "identical" if same else "changed"
-    return kinds
+    return list(zip(found, kinds, strict=True))
+
+
+def _moved(old: Editable, new: Editable, found: Sequence[Judged], comparer: Comparer) -> list[Judged]:
+    """The same, where a leaf that was removed and added again under another name is renamed."""
+    gone = [match.a for match, kind in found if kind == "removed" and match.a is not None]
+    come = {match.b: match for match, kind in found if kind == "added" and match.b is not None}
+    there = moves(old, gone, new, list(come), comparer)
+    arrived = set(there.values())
+    judged = []
+    for match, kind in found:
+        if kind == "removed" and match.a in there:
+            judged.append((replace(come[there[match.a]], a=match.a), "renamed"))
+        elif not (kind == "added" and match.b in arrived):
+            judged.append((match, kind))
+    return judged
 
 
 def _check_readable(pairs: Sequence[Pair]) -> None:
@@ -205,7 +228,7 @@ def _check_readable(pairs: Sequence[Pair]) -> None:
         )
 
 
-def _rows(old: Editable, new: Editable, found: Sequence[tuple[Match, str]], comparer: Comparer) -> list[DiffRow]:
+def _rows(old: Editable, new: Editable, found: Sequence[Judged], comparer: Comparer) -> list[DiffRow]:
     """The rows of leaves whose kinds are known, in order, with figures if there are two arrays of one shape."""
     rows = []
     for match, kind in found:
@@ -237,38 +260,3 @@ def _comparable(pair: Pair) -> bool:
     """Whether distances make sense: the specs are equal, or the shapes are and neither dtype is packed."""
     one, two = pair.specs
     return one == two or (one.shape == two.shape and not any(BITS.get(spec.dtype, 1) % 8 for spec in (one, two)))
-
-
-def _report(
-    old: Editable,
-    new: Editable,
-    found: Sequence[Match],
-    only: Any,
-    sort: str,
-    histograms: bool,
-    progress: Progress | None,
-) -> DiffReport:
-    allowed = _allowance(only, old, new)
-    comparer = Comparer(Meter(progress, 0))
-    kinds = _kinds(old, new, found, comparer)
-    gone = [match.a for match, kind in zip(found, kinds, strict=True) if kind == "removed" and match.a is not None]
-    come = {match.b: match for match, kind in zip(found, kinds, strict=True) if kind == "added"}
-    moved = moves(old, gone, new, [number for number in come if number is not None], comparer)
-    arrived = set(moved.values())
-    named = []
-    for match, kind in zip(found, kinds, strict=True):
-        if kind == "removed" and match.a in moved:
-            there = come[moved[match.a]]
-            named.append((replace(there, a=match.a), "renamed"))
-        elif not (kind == "added" and match.b in arrived):
-            named.append((match, kind))
-    report = DiffReport(only=None if only is None else str(only) if isinstance(only, str) else repr(only))
-    for (match, kind), row in zip(named, _rows(old, new, named, comparer), strict=True):
-        getattr(report, kind).append(replace(row, allowed=allowed(match, kind)))
-    if histograms:
-        changed = (match for match, kind in named if kind == "changed")
-        pairs = {m.path: Pair(old, m.a, new, m.b) for m in changed if m.a is not None and m.b is not None}
-        report.histograms = histograms_of({path: pair.streams() for path, pair in pairs.items()})
-    for name in PARTS:
-        setattr(report, name, arranged(getattr(report, name), sort if name == "changed" else "path"))
-    return report

@@ -136,7 +136,6 @@ class Gap:
 
 
 def _differ(a: Array, b: Array) -> Array:
-    """Which elements of flat arrays of one dtype differ bit by bit."""
     found: Array = np.not_equal(bits(a), bits(b))
     if found.ndim > 1:
         found = np.asarray(found.any(axis=1))

@@ -6,6 +6,7 @@ from itertools import product
 from paramend.evidence.comparisons import Comparer, Pair
 from paramend.evidence.streams import Desk, hindrance, stream_of
 from paramend.leaves.leaves import Leaves
+from paramend.leaves.paths import common
 from paramend.leaves.specs import Spec
 
 _SAMPLE = 1 << 10  # elements
@@ -78,9 +79,4 @@ def _likeness(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[int, int]:
     >>> _likeness(("h", "0", "ln", "w"), ("layers", "0", "ln", "w")), _likeness(("a", "w"), ("w", "b"))
     ((3, 3), (0, 1))
     """
-    tail = 0
-    for a, b in zip(reversed(one), reversed(other), strict=False):
-        if a != b:
-            break
-        tail += 1
-    return tail, len(set(one) & set(other))
+    return len(common([one[::-1], other[::-1]])), len(set(one) & set(other))

@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations, product
 
 import numpy as np
@@ -42,13 +42,13 @@ def transposed(pair: Pair) -> tuple[int, ...] | None:
     streams = pair.streams()
     if streams[0].dtype is None or not streams[0].dtype.itemsize:
         return None
-    first, second = (_View(stream) for stream in streams)
-    if first.array is None or second.array is None:
+    views = [_View(stream) for stream in streams]
+    arrays = [view.array for view in views if view.array is not None]
+    if len(arrays) < 2:
         return None
     for order in orders:
-        if _agree(first.array.transpose(order), second.array) and all(
-            _same_tile(first, second, order, tile) for tile in _tiles(second.array.shape, order)
-        ):
+        a, b = arrays[0].transpose(order), arrays[1]
+        if _agree(a, b) and all(_same_tile(a[tile], b[tile], views) for tile in _tiles(b.shape, order)):
             return order
     return None
 
@@ -95,11 +95,8 @@ def _tiles(shape: tuple[int, ...], order: tuple[int, ...]) -> Iterator[tuple[sli
     return product(*steps)
 
 
-def _same_tile(first: _View, second: _View, order: tuple[int, ...], tile: tuple[slice, ...]) -> bool:
-    assert first.array is not None
-    assert second.array is not None
-    a, b = first.array.transpose(order)[tile], second.array[tile]
+def _same_tile(a: Array, b: Array, views: Sequence[_View]) -> bool:
     same = bool((bits(a.reshape(-1)) == bits(b.reshape(-1))).all())
-    first.forget()
-    second.forget()
+    for view in views:
+        view.forget()
     return same

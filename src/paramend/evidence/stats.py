@@ -123,7 +123,6 @@ def _row(leaves: Editable, number: int, measures: Measures | str, matrix: bool) 
 
 
 def _matrices(leaves: Editable, numbers: Sequence[int], wanted: Any) -> set[int]:
-    """The leaves to analyse as matrices."""
     if wanted is False:
         return set()
     chosen = set(numbers) if wanted is True else set(resolve(wanted, leaves)) & set(numbers)

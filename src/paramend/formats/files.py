@@ -22,17 +22,9 @@ _SMALL = 1 << 20
 
 
 class OpenFile:
-    """A regular file, open for reading. `close()` it; maps that were handed out stay valid.
+    """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid.
 
     A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
-
-    Attributes:
-        path: as the user gave it.
-        stat: the result of `os.fstat` when it was opened.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is a directory, a pipe or a device.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "x.bin")
@@ -59,7 +51,6 @@ class OpenFile:
         return self.stat.st_size
 
     def close(self) -> None:
-        """Close the file."""
         self._closed = True
         self._map = None
         self.release()
@@ -69,15 +60,10 @@ class OpenFile:
         self._handle = None
 
     def fileno(self) -> int:
-        """The descriptor of the open file."""
         return self._held().number
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """Bytes of the file, exactly as many as requested.
-
-        Raises:
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
+        """Bytes of the file, exactly as many as requested; `BadCheckpoint` if it has become shorter."""
         handle = self._held()
         piece = os.pread(handle.number, min(nbytes, _SMALL), start)
         if len(piece) == nbytes:  # nearly always
@@ -85,11 +71,7 @@ class OpenFile:
         return bytes(get(handle.number, start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """Fill a view of bytes.
-
-        Raises:
-            BadCheckpoint: the file has become shorter since it was opened.
-        """
+        """Fill a view of bytes; `BadCheckpoint` if the file has become shorter since it was opened."""
         handle = self._held()
         get_into(view, handle.number, start, self.path)
 
@@ -143,7 +125,7 @@ class Row(Protocol):
 
 
 class FileSource(Opened):
-    """What sources over a single file share. Use one as a context manager, or `close()` it.
+    """What sources over a single file share. Use one as a context manager, or `close()` it; its arrays stay valid.
 
     Attributes:
         path: as the user gave it.
@@ -176,20 +158,16 @@ class FileSource(Opened):
 
     @property
     def stat(self) -> os.stat_result:
-        """The result of `os.fstat` when the file was opened."""
         return self._file.stat
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
-        """`stat` by the path of the file."""
         return {self.path: self.stat}
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     def fileno(self) -> int:
-        """The descriptor of the open file."""
         return self._file.fileno()
 
     def spec(self, number: int) -> Spec:
@@ -205,12 +183,7 @@ class FileSource(Opened):
         raise NotImplementedError
 
     def read(self, number: int) -> Array:
-        """The array, read-only; memory-mapped where its bytes are in the file as they are, and aligned.
-
-        Raises:
-            Unsupported: it cannot be read as an array.
-            BadCheckpoint: its bytes are damaged, or the file has become shorter since it was opened.
-        """
+        """The array, read-only; memory-mapped where its bytes are in the file as they are, and aligned."""
         check_readable(self, number)
         spec, extent = self.spec(number), self.extent(number)
         mapped = extent is not None and extent.nbytes
@@ -220,12 +193,7 @@ class FileSource(Opened):
             return flat.reshape(spec.shape)
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory.
-
-        Raises:
-            Unsupported: it cannot be read as an array.
-            BadCheckpoint: its bytes are damaged, or the file has become shorter since it was opened.
-        """
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis, of bounded memory."""
         check_readable(self, number)
         extent, dtype = self.extent(number), numpy_dtype(self.spec(number).dtype)
         if extent is None:
@@ -235,21 +203,15 @@ class FileSource(Opened):
         return buffer.view(dtype)
 
     def _gathered(self, number: int, start: int, stop: int) -> Array:
-        """A range of a leaf whose bytes are not in the file as they are."""
         return self.read(number).flat[start:stop]
 
     def _mapped(self, start: int, spec: Spec) -> Array:
-        """The elements in the file from a byte on, as one axis."""
         flat = np.frombuffer(self._file.map, np.uint8, spec.nbytes, start).view(numpy_dtype(spec.dtype))
         return flat if flat.flags.aligned else flat.copy()
 
 
 def open_regular(path: Path, *, holds: str = "") -> int:
-    """The descriptor of a regular file, opened for reading.
-
-    Args:
-        path: as the user gave it.
-        holds: a glob pattern of the files that the hint names if the path is a directory.
+    """The descriptor of a regular file, opened for reading; the hint for a directory names the files that it `holds`.
 
     Raises:
         CannotRead: there is no such file, or no permission to read it.

@@ -10,20 +10,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from paramend.formats.source import Opened
+from paramend.formats.source import Gathering
 from paramend.leaves.leaves import Index, uncollected
 from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import Label
-from paramend.leaves.specs import Array, Spec
 
 
-class Gathered(Opened):
+class Gathered(Gathering):
     """Leaves from anywhere as one source.
 
     Attributes:
         base: the checkpoint whose directory layout, metadata and format the result has.
-        texts: new contents of files beside the weights, by name, where they differ from those of `base`.
         index: the names; leaf `n` is the n-th one given.
 
     >>> from paramend.leaves.paths import labels
@@ -41,11 +39,9 @@ class Gathered(Opened):
         base: Any,
         leaves: Iterable[tuple[Sequence[Label], Origin]],
         *,
-        texts: Mapping[str, bytes] | None = None,
         ties: Mapping[int, int] | None = None,
     ) -> None:
         self.base = base
-        self.texts: Mapping[str, bytes] = texts or {}
         self.ties: Mapping[int, int] = ties or {}
         self.path: Path = Path() if base is None else base.path
         self.format: str = "" if base is None else base.format
@@ -60,6 +56,9 @@ class Gathered(Opened):
                 names[path[-1]] = len(self.origins)
                 self.index.numbers.append(len(self.origins))
                 self.origins.append(origin)
+
+    def origin(self, number: int) -> Origin:
+        return self.origins[number]
 
     @property
     def sources(self) -> list[Any]:
@@ -82,35 +81,15 @@ class Gathered(Opened):
             found |= source.stats
         return found
 
-    def spec(self, number: int) -> Spec:
-        return self.origins[number].spec
-
-    def nbytes(self, number: int) -> int:
-        return self.origins[number].nbytes
-
-    def refusal(self, number: int) -> str:
-        return self.origins[number].refusal
-
-    def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf are; None if they are assembled or computed."""
-        return self.origins[number].extent
-
     def extents(self, number: int) -> list[Extent] | None:
         """Where the bytes of a leaf are, one extent after the other; None if some are computed."""
         return self.origins[number].extents
-
-    def read(self, number: int) -> Array:
-        return self.origins[number].read()
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        return self.origins[number].read_range(start, stop)
 
     def ranges(self, number: int) -> Iterator[tuple[int, int]]:
         """Ranges of the elements of a leaf, first to last, that are best read one by one."""
         return self.origins[number].ranges()
 
     def close(self) -> None:
-        """Close the files of all sources."""
         with ExitStack() as stack:
             for source in self.sources:
                 stack.callback(source.close)

@@ -24,7 +24,6 @@ class ShardIndex:
     """The index of a model.
 
     Attributes:
-        path: the file that it was read from.
         weight_map: tensor → the name of a file beside the index.
         table: the whole content of the file.
     """
@@ -74,11 +73,7 @@ def index_text(table: Mapping[str, Any]) -> bytes:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """The index of a model, validated: all shards are in its folder.
-
-    Raises:
-        BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
-        CannotRead: the file cannot be read.
+    """The index of a model, validated: all shards are in its folder; `BadCheckpoint` says where a rule is broken.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors.index.json")
@@ -122,11 +117,7 @@ def read_index(path: Path) -> ShardIndex:
 
 
 def find_index(folder: Path, names: Iterable[str]) -> Path | None:
-    """The index in a folder whose files have these names; None if there is none.
-
-    Raises:
-        BadCheckpoint: there are several, and none is the usual one.
-    """
+    """The index in a folder of these files; None if there is none, `BadCheckpoint` for several of unusual names."""
     found = sorted(filter(is_index, names))
     for usual in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if usual in found:

@@ -8,6 +8,9 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.limits import shown
 from paramend.leaves.nested import is_deep
 
+# The file beside the weights that says which model they are of.
+CONFIG = "config.json"
+
 
 class _Flaw(ValueError):
     """A broken rule, found while the text is parsed."""
@@ -19,12 +22,7 @@ def bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
 
 
 def parse_object(raw: bytes, file: str, place: str, *, flat: bool = False) -> dict[str, Any]:
-    """A JSON object, validated.
-
-    Args:
-        file: what messages call the file.
-        place: what messages call this text.
-        flat: whether the caller refuses what is nested, as one of a huge text does that must be fast.
+    """A JSON object, validated. A caller that refuses what is nested says `flat`: huge texts are fast to refuse then.
 
     Raises:
         BadCheckpoint: the text is not JSON, not an object, or has a duplicate key.

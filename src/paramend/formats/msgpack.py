@@ -24,8 +24,7 @@ WRITER = MsgpackWriter()
 class MsgpackFile(FileSource):
     r"""One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening skips the arrays.
 
-    Arrays and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file. Use it as
-    a context manager, or `close()` it; arrays that were read stay valid.
+    Arrays and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file.
 
     Attributes:
         index: the names; keys of maps and positions of lists, joined by "/".

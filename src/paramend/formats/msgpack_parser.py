@@ -31,47 +31,28 @@ class MsgpackEntry:
 
     @property
     def nbytes(self) -> int:
-        """The number of its bytes in the file."""
         return sum(length for _, length in self.pieces)
 
 
+# By the first byte of a value: what it is, and the width of its length.
 _KINDS = {
-    0xC4: ("bytes", 1),
-    0xC5: ("bytes", 2),
-    0xC6: ("bytes", 4),
-    0xC7: ("ext", 1),
-    0xC8: ("ext", 2),
-    0xC9: ("ext", 4),
-    0xD9: ("text", 1),
-    0xDA: ("text", 2),
-    0xDB: ("text", 4),
-    0xDC: ("list", 2),
-    0xDD: ("list", 4),
-    0xDE: ("map", 2),
-    0xDF: ("map", 4),
+    first + step: (kind, width)
+    for first, kind, widths in (
+        (0xC4, "bytes", (1, 2, 4)),
+        (0xC7, "ext", (1, 2, 4)),
+        (0xD9, "text", (1, 2, 4)),
+        (0xDC, "list", (2, 4)),
+        (0xDE, "map", (2, 4)),
+    )
+    for step, width in enumerate(widths)
 }
-_NUMBERS = {
-    0xCA: ">f",
-    0xCB: ">d",
-    0xCC: ">B",
-    0xCD: ">H",
-    0xCE: ">I",
-    0xCF: ">Q",
-    0xD0: ">b",
-    0xD1: ">h",
-    0xD2: ">i",
-    0xD3: ">q",
-}
+_NUMBERS = dict(enumerate((">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), 0xCA))
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 @dataclass(slots=True)
 class _Open:
-    """A map or a list of which some entries are still to be read.
-
-    Attributes:
-        key: the key of the next value of a map.
-    """
+    """A map or a list of which some entries are still to be read; `key` is that of the next value of a map."""
 
     start: int
     held: Any
@@ -173,7 +154,6 @@ class Parser:
         return found
 
     def _begin(self, open_: list["_Open"]) -> Any:
-        """The next value; a map or a list is only opened, and put on the stack."""
         start = self.at
         kind, length = self._head()
         self._room -= 1

@@ -54,10 +54,7 @@ class MsgpackWriter:
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last.
-
-        Raises:
-            RenameClash: a leaf has the path of a container of others.
+        """The file from its first byte to its last; no leaf may have the path of a container of others.
 
         >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
         >>> *head, bias = MsgpackWriter().parts([item], {})

@@ -46,7 +46,6 @@ class NpzEntry:
         member: the name of its member in the zip.
         spec: shape and dtype; a dtype that only numpy has, such as text, is "raw<U3>".
         head: the bytes before the array in its member.
-        nbytes: the bytes of the array.
         fortran: whether the first axis varies fastest in the file.
         swapped: whether numbers are big-endian.
         sealed: why it cannot be read, or "".
@@ -69,8 +68,6 @@ class NpzEntry:
 
 class NpzFile(ZipSource):
     """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
-
-    Use it as a context manager, or `close()` it; arrays that were read stay valid.
 
     Attributes:
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
@@ -109,11 +106,7 @@ class NpzFile(ZipSource):
         return self.rows[number].sealed
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf are; None if they are compressed, big-endian, or in Fortran order.
-
-        Raises:
-            BadCheckpoint: the member's two headers in the zip disagree.
-        """
+        """Where the bytes of a leaf are; None if they are compressed, big-endian, or in Fortran order."""
         entry = self.rows[number]
         place = self._place(entry) if entry.straight else None
         return None if place is None else Extent(self.path, place, entry.nbytes)
@@ -155,7 +148,6 @@ class NpzFile(ZipSource):
         return self.archive.offsets(entry.member).start + entry.head if stored else None
 
     def _inflated(self, entry: NpzEntry, start: int, nbytes: int) -> Array:
-        """Bytes of a compressed array, or of an empty one."""
         if not entry.nbytes:
             return np.empty(0, np.uint8)
         start += entry.head
@@ -231,9 +223,6 @@ class _Stream:
             return self._inflater.decompress(packed, most)
         except zlib.error as error:
             raise self.archive.bad(self.member.name, f"its compressed bytes are damaged: {error}") from None
-
-
-# ---- what a member is ----------------------------------------------------------------------------------------
 
 
 def _check_kind(file: OpenFile) -> None:
@@ -344,11 +333,7 @@ _FIELDS = ("descr", "fortran_order", "shape")
 
 
 def _fields(text: str) -> tuple[Any, bool, tuple[int, ...]]:
-    """Dtype, order and shape from the header of a .npy file, which is a Python dict of constants.
-
-    Raises:
-        ValueError: the header is not such a dict.
-    """
+    """Dtype, order and shape from the header of a .npy file; `ValueError` if it is no such Python dict of constants."""
     text = re.sub(r"(?<=[0-9])L(?=[,)])", "", text.strip(" \n\0"))  # whole numbers as Python 2 wrote them
     try:
         node = ast.parse(text, mode="eval").body

@@ -35,16 +35,12 @@ class NpzWriter:
         return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
 
     def holds(self, value: Any) -> bool:
-        """False: such files hold arrays alone."""
         return False
 
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last.
-
-        Raises:
-            RenameClash: two leaves have the same name, or a name is not a path within an archive.
+        """The file from its first byte to its last; each leaf needs a name of its own, a path within an archive.
 
         >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
         >>> _, head, bias, *_ = NpzWriter().parts([item], {})

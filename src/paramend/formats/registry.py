@@ -33,9 +33,9 @@ class Format:
         recognise: (path, the first bytes; none for a directory) → whether it has this format.
         module: the module that reads it.
         reader: the class or function in it that opens one.
+        keeps: what survives an edit besides the leaves.
         writes: whether new files can be written; the module then has a `WRITER`.
         patches: whether leaves can be changed in place.
-        keeps: what survives an edit besides the leaves.
         extra: the extra needed to read it; "" for none.
         folder: whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which
             finds the one that holds the tree, and its `WRITER` fills a directory.
@@ -52,9 +52,9 @@ class Format:
     recognise: Callable[[Path, bytes], bool]
     module: str
     reader: str
-    writes: bool
-    patches: bool
     keeps: str
+    writes: bool = True
+    patches: bool = True
     extra: str = ""
     folder: bool = False
     framework: str = ""
@@ -64,16 +64,11 @@ class Format:
     typed_keys: bool = False
 
     def open(self, path: Path) -> Source:
-        """A checkpoint of this format, opened."""
         found: Source = getattr(self._load(), self.reader)(path)
         return found
 
     def writer(self) -> Any:
-        """The writer of this format: a `Writer`, or a `FolderWriter`.
-
-        Raises:
-            Unsupported: there is none.
-        """
+        """The writer of this format, a `Writer` or a `FolderWriter`; `Unsupported` if there is none."""
         if not self.writes:
             raise Unsupported(
                 f"{self.says} cannot be written", hint=f"one of {wording.listing([row.name for row in writable()])}"
@@ -154,8 +149,6 @@ FORMATS: tuple[Format, ...] = (
         _is_safetensors,
         "paramend.formats.safetensors",
         "SafetensorsFile",
-        writes=True,
-        patches=True,
         keeps="metadata, order of tensors, unknown dtypes, index, sidecars",
         padded=False,
     ),
@@ -166,8 +159,6 @@ FORMATS: tuple[Format, ...] = (
         _is_torch,
         "paramend.formats.torch.source",
         "TorchFile",
-        writes=True,
-        patches=True,
         keeps="entries that are not tensors, shared storages",
         framework="pt",
         structural=True,
@@ -179,8 +170,6 @@ FORMATS: tuple[Format, ...] = (
         _is_zip,
         "paramend.formats.npz",
         "NpzFile",
-        writes=True,
-        patches=True,
         keeps="other files in the archive",
         framework="np",
         single=False,
@@ -192,8 +181,6 @@ FORMATS: tuple[Format, ...] = (
         _is_msgpack,
         "paramend.formats.msgpack",
         "MsgpackFile",
-        writes=True,
-        patches=True,
         keeps="entries that are not arrays",
         framework="flax",
     ),
@@ -204,8 +191,6 @@ FORMATS: tuple[Format, ...] = (
         _is_orbax,
         "paramend.formats.orbax.source",
         "OrbaxCheckpoint",
-        writes=True,
-        patches=True,
         keeps="layout, shardings, true key paths, custom metadata, other items of a step",
         extra="orbax",
         folder=True,
@@ -269,12 +254,10 @@ def is_tree(path: Path) -> bool:
 
 def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
-    if not path.is_dir():
-        return path
     try:
-        row = find_format(path, b"")
+        row = find_format(path, b"") if path.is_dir() else None
     except OSError:
-        return path
+        row = None
     if row is None or not row.folder:
         return path
     found: Path = row._load().home(path)
@@ -300,10 +283,7 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A checkpoint, opened for reading. Its content tells the format; only headers are read.
-
-    Args:
-        path: a file, a directory, or the index file of a model in several files.
+    """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read.
 
     Raises:
         BadCheckpoint: it is damaged, or its format is unknown.

@@ -33,11 +33,9 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 class SafetensorsFile(FileSource):
     """One safetensors file as `Leaves`. Opening reads the header; arrays are read on demand.
 
-    A leaf's number is its position in the order of the bytes. Use it as a context manager, or `close()` it;
-    arrays that were read stay valid.
+    A leaf's number is its position in the order of the bytes.
 
     Attributes:
-        header: names, specs, offsets and metadata.
         index: the names; its separator is "/" where the file's own names hold "/" and no ".".
 
     >>> import tempfile
@@ -63,13 +61,11 @@ class SafetensorsFile(FileSource):
 
     @cached_property
     def index(self) -> Index:  # type: ignore[override]  # made on first use
-        """The names."""
         names = self.names
         return Index.of_names(names, separator_of(names))
 
     @property
     def names(self) -> list[str]:
-        """The names as they are in the header, by leaf number."""
         return [entry.name for entry in self.header.entries]
 
     @property

@@ -10,19 +10,18 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Flat, Opened, Overlapping, Released, Source
+from paramend.formats.source import Flat, Gathering, Overlapping, Released, Source
 from paramend.leaves.leaves import Index, separator_of, uncollected
-from paramend.leaves.origins.origin import Extent
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
-from paramend.leaves.specs import Array, Spec
+from paramend.leaves.specs import Array
 from paramend.reports import wording
 
 # Systems limit a process to a few hundred open files; the largest models have more.
 _OPEN = 64
 
 
-class Shards(Opened):
+class Shards(Gathering):
     """A directory of weight files as one `Source`. Made by `open_directory`.
 
     Attributes:
@@ -64,7 +63,6 @@ class Shards(Opened):
         self.metadata: Mapping[str, Any] = self._agreed()
 
     def outline(self) -> Outline:
-        """What the files hold, with true keys."""
         numbers = {home: number for number, home in enumerate(self._homes)}
         found: dict[Keys, Any] = {}
         containers: dict[Keys, Any] = {}
@@ -98,7 +96,7 @@ class Shards(Opened):
         """Which of `files` holds a leaf, and the number of the leaf in it."""
         return self._homes[number]
 
-    def _leaf(self, number: int) -> Stored:
+    def origin(self, number: int) -> Stored:
         place, inner = self._homes[number]
         return Stored(self.files[place], inner)
 
@@ -109,7 +107,7 @@ class Shards(Opened):
         self._open.move_to_end(place)
         if len(self._open) > _OPEN:
             _release(self.files[self._open.popitem(last=False)[0]])
-        return self._leaf(number)
+        return self.origin(number)
 
     @property
     def stats(self) -> Mapping[Path, os.stat_result]:
@@ -117,18 +115,6 @@ class Shards(Opened):
         for file in self.files:
             found |= file.stats
         return found
-
-    def spec(self, number: int) -> Spec:
-        return self._leaf(number).spec
-
-    def nbytes(self, number: int) -> int:
-        return self._leaf(number).nbytes
-
-    def refusal(self, number: int) -> str:
-        return self._leaf(number).refusal
-
-    def extent(self, number: int) -> Extent | None:
-        return self._leaf(number).extent
 
     def overlaps(self, number: int) -> tuple[int, ...]:
         place, inner = self._homes[number]
@@ -151,7 +137,6 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     """The model in a directory, or in that of an index file; None if the directory holds no weights.
 
     Args:
-        path: the directory, or an index file in it.
         opener: opens one weight file.
         weights: whether a file of this name holds weights, for directories without an index.
 

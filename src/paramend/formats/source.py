@@ -8,17 +8,14 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Leaves, entries
-from paramend.leaves.origins.origin import Extent
-from paramend.leaves.specs import BITS, Array
+from paramend.leaves.origins.origin import Extent, Origin
+from paramend.leaves.specs import BITS, Array, Spec
 
 
 class Source(Leaves, Protocol):
     """A checkpoint file or directory, opened for reading: `Leaves` on disk.
 
     Opening reads headers only. Every format has a module in this folder that makes such objects.
-
-    Attributes:
-        path: as the user wrote it.
     """
 
     path: Path
@@ -36,7 +33,7 @@ class Source(Leaves, Protocol):
         """The stat result of each of its files when it was opened."""
 
     def read(self, number: int) -> Array:
-        """A leaf; memory-mapped and read-only where the format allows it."""
+        """A leaf; memory-mapped and read-only where the format allows it. `Unsupported` if it cannot be read."""
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
         """A copy of a range of the elements of a leaf in C order."""
@@ -49,7 +46,7 @@ class Source(Leaves, Protocol):
 
 
 class Opened:
-    """What all sources are: context managers, and containers of masks as files have them."""
+    """What all sources are: context managers, whose arrays stay valid when they close, and containers of masks."""
 
     def __enter__(self) -> Self:
         return self
@@ -64,6 +61,32 @@ class Opened:
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a dict, list or tuple, as masks have them; None for a leaf."""
         return entries(node)
+
+
+class Gathering(Opened):
+    """A source whose leaves are those of others, or are made of them."""
+
+    def origin(self, number: int) -> Origin:
+        """Where a leaf comes from."""
+        raise NotImplementedError
+
+    def spec(self, number: int) -> Spec:
+        return self.origin(number).spec
+
+    def nbytes(self, number: int) -> int:
+        return self.origin(number).nbytes
+
+    def refusal(self, number: int) -> str:
+        return self.origin(number).refusal
+
+    def extent(self, number: int) -> Extent | None:
+        return self.origin(number).extent
+
+    def read(self, number: int) -> Array:
+        return self.origin(number).read()
+
+    def read_range(self, number: int, start: int, stop: int) -> Array:
+        return self.origin(number).read_range(start, stop)
 
 
 # ---- what only some sources can do -----------------------------------------------------------------------------
@@ -134,11 +157,7 @@ class Released(Protocol):
 
 
 def check_readable(leaves: Leaves, number: int) -> None:
-    """Refuse a leaf that cannot be read as an array.
-
-    Raises:
-        Unsupported: it cannot; the message says why.
-    """
+    """Raise `Unsupported`, with the reason, for a leaf that cannot be read as an array."""
     why = leaves.refusal(number)
     if why:
         raise Unsupported(f"{leaves.index.path(number)} cannot be read: {why}")

@@ -16,8 +16,6 @@ class Item:
     Attributes:
         name: its path as plain text, keys joined by a separator.
         keys: its path key by key.
-        spec: shape and dtype.
-        nbytes: the number of its bytes.
         tied: the position of the first of the items that are one leaf; its own if it is not tied to an earlier one.
     """
 

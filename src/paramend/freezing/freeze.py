@@ -115,7 +115,9 @@ def freeze(
     if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
         raise Unsupported(
             f"freeze takes an optax transformation, which has `init` and `update`; this is {described(tx)}",
-            hint=_torch_hint(selector) if is_torch_module(tx) else 'pm.freeze(optax.adamw(1e-3), "**/Dense_0/**")',
+            hint=f"pm.freeze_(module, {_written(selector)})"
+            if is_torch_module(tx)
+            else 'pm.freeze(optax.adamw(1e-3), "**/Dense_0/**")',
         )
     schedule = read_schedule(selector, until, since)
     need("optax", extra="jax", to="freeze")
@@ -336,10 +338,6 @@ def _check_torch(module: object, selector: SelectorLike, verb: str) -> None:
             if is_torch_module(selector)
             else f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
         )
-
-
-def _torch_hint(selector: SelectorLike | None) -> str:
-    return f"pm.freeze_(module, {_written(selector)})"
 
 
 def _written(selector: SelectorLike | None) -> str:

@@ -43,9 +43,7 @@ def freeze(tx: Any, schedule: Schedule, how: str) -> Any:
         return FreezeState(jnp.zeros([], jnp.int32), state) if schedule.timed else state
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        params = _without_functions(params, updates)
-        updates = _completed(updates, params, finder)
-        params = _fitted(params, updates)
+        updates, params = _matched(updates, params, finder)
         places = finder.find_again(updates, params)
         if not schedule.timed:
             return inner.update(updates, state, params, extra, places, None)
@@ -120,8 +118,9 @@ def _exclude(tx: Any, finder: Finder) -> _Way:
         def run(gone: tuple[bool, ...]) -> Any:
             flags = _tree(list(gone), updates)
             told = dict(extra)
+            either = [whole or part for whole, part in zip(gone, partly, strict=True)]
             for name in told.keys() & _LOSSES if params is not None else ():
-                told[name] = _of_all(told[name], _tree(_either(gone, partly), updates), params)
+                told[name] = _of_all(told[name], _tree(either, updates), params)
             share = shares.of(gone, always, like)
             new, inner = _trained(tx, flags).update(given, share.cut(state), params, **told)
             return _still(flags, new, params), share.join(state, inner)
@@ -167,7 +166,6 @@ _WAYS: dict[str, Callable[[Any, Finder], _Way]] = {
 
 
 def _trained(tx: Any, gone: Any) -> Any:
-    """The transformation of the leaves that are not gone."""
     # Gradients among the extra arguments are cut to the trained leaves too.
     return optax.masked(tx, jax.tree.map(lambda flag: not flag, gone), mask_compatible_extra_args=True)
 
@@ -196,10 +194,6 @@ def _when(place: FrozenPlace, passed: Any) -> Any:
     return now
 
 
-def _either(gone: tuple[bool, ...], partly: list[Any]) -> list[Any]:
-    return [True if all_gone else part for all_gone, part in zip(gone, partly, strict=True)]
-
-
 # ---- trees ------------------------------------------------------------------------------------------------
 
 
@@ -216,70 +210,53 @@ def _is_absent(update: Any) -> bool:
     return update is None or isinstance(update, optax.MaskedNode)
 
 
-def _without_functions(params: Any, updates: Any) -> Any:
-    """The parameters with None where there is neither array nor update, as for the functions of an Equinox module."""
+def _matched(updates: Any, params: Any, finder: Finder) -> tuple[Any, Any]:
+    """Updates and parameters of one structure.
+
+    Parameters become None where there is neither array nor update, as for the functions of an Equinox module, and what
+    the updates have where there is no update. Frozen leaves without a gradient get updates of zero that nothing reads.
+    """
     if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
-        return params
-    return jax.tree.map(
+        return updates, params
+    params = jax.tree.map(
         lambda u, p: None if _is_absent(u) and not hasattr(p, "dtype") else p, updates, params, is_leaf=_is_absent
     )
-
-
-def _fitted(params: Any, updates: Any) -> Any:
-    """The parameters where there are updates; elsewhere what the updates have."""
-    if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
-        return params
-    return jax.tree.map(lambda u, p: u if _is_absent(u) else p, updates, params, is_leaf=_is_absent)
-
-
-def _completed(updates: Any, params: Any, finder: Finder) -> Any:
-    """The updates with zeros for frozen leaves without a gradient; nothing reads these zeros."""
-    if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
-        return updates
     places = _tree(finder.find_again(params), params)
 
     def complete(update: Any, param: Any, place: Any) -> Any:
-        return (
-            jnp.zeros_like(param)
-            if _is_absent(update) and isinstance(place, FrozenPlace) and not place.free
-            else update
-        )
+        frozen = isinstance(place, FrozenPlace) and not place.free
+        return jnp.zeros_like(param) if _is_absent(update) and frozen else update
 
-    return jax.tree.map(complete, updates, params, places, is_leaf=_is_absent)
+    updates = jax.tree.map(complete, updates, params, places, is_leaf=_is_absent)
+    return updates, jax.tree.map(lambda u, p: u if _is_absent(u) else p, updates, params, is_leaf=_is_absent)
 
 
 def _of_all(loss: Callable[..., Any], frozen: Any, params: Any) -> Callable[..., Any]:
     """The loss as a function of parameters without the frozen leaves."""
 
-    def of_all(trained: Any, *args: Any, **kwargs: Any) -> Any:
-        def pick(now: Any, t: Any, p: Any) -> Any:
-            return t if now is False else p if now is True else jnp.where(now, p, t)
+    return lambda trained, *args, **kwargs: loss(jax.tree.map(_where, frozen, params, trained), *args, **kwargs)
 
-        return loss(jax.tree.map(pick, frozen, trained, params), *args, **kwargs)
 
-    return of_all
+def _where(now: Any, frozen: Any, trained: Any) -> Any:
+    """One of two values of a leaf, or elements of both, by what is frozen now."""
+    return trained if now is False else frozen if now is True else jnp.where(now, frozen, trained)
 
 
 def _zeroed(now: Any, gradients: Any) -> Any:
     """The gradients, with zero where frozen, even for NaN."""
-
-    def zeroed(now: Any, g: Any) -> Any:
-        if now is False or is_void(g):
-            return g
-        return jnp.zeros_like(g) if now is True else jnp.where(now, jnp.zeros_like(g), g)
-
-    return jax.tree.map(zeroed, now, gradients)
+    return jax.tree.map(
+        lambda now, g: g if now is False or is_void(g) else _where(now, jnp.zeros_like(g), g), now, gradients
+    )
 
 
 def _still(now: Any, updates: Any, params: Any) -> Any:
     """The updates, with those of frozen elements adding nothing."""
-
-    def still(now: Any, u: Any, p: Any) -> Any:
-        if now is False or is_void(u):
-            return u if now is False else _nothing(u, p)
-        return _nothing(u, p) if now is True else jnp.where(now, _nothing(u, p), u)
-
-    return jax.tree.map(still, now, updates, updates if params is None else params)
+    return jax.tree.map(
+        lambda now, u, p: u if now is False else _where(is_void(u) or now, _nothing(u, p), u),
+        now,
+        updates,
+        updates if params is None else params,
+    )
 
 
 def _nothing(update: Any, param: Any) -> Any:

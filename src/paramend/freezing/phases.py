@@ -24,22 +24,19 @@ def passed_at(step: Any) -> Callable[[Event], Any]:
 
     def passed(event: Event) -> Any:
         key = _key(event)
-        if key not in known:
-            known[key] = _has_passed(event, step)
+        if key in known:
+            return known[key]
+        found = jnp.asarray(event(step) if callable(event) else step >= event)
+        if found.shape:
+            raise BadArgument(
+                f"the schedule {event!r} returns an array of shape {found.shape}, not one bool",
+                hint="until=lambda step: step >= 1000",
+            )
+        found = found.astype(bool)
+        known[key] = found if isinstance(found, jax.core.Tracer) else bool(found)
         return known[key]
 
     return passed
-
-
-def _has_passed(event: Event, step: Any) -> Any:
-    found = jnp.asarray(event(step) if callable(event) else step >= event)
-    if found.shape:
-        raise BadArgument(
-            f"the schedule {event!r} returns an array of shape {found.shape}, not one bool",
-            hint="until=lambda step: step >= 1000",
-        )
-    found = found.astype(bool)
-    return found if isinstance(found, jax.core.Tracer) else bool(found)
 
 
 @dataclass(frozen=True)

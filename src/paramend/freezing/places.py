@@ -144,11 +144,7 @@ class Finder:
             ) from None
 
     def _place(
-        self,
-        tree: Tree,
-        number: int,
-        until: list[tuple[Clause, set[int]]],
-        since: list[tuple[Clause, set[int]]],
+        self, tree: Tree, number: int, until: list[tuple[Clause, set[int]]], since: list[tuple[Clause, set[int]]]
     ) -> FrozenPlace:
         shape = tree.values[number].shape
         try:

@@ -11,6 +11,7 @@ from paramend.errors import BadArgument
 from paramend.freezing import torch_buffers
 from paramend.freezing.report import FreezeReport, FrozenReport, FrozenRow
 from paramend.freezing.slices import release, withhold
+from paramend.leaves.leaves import tied
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.selectors.selector import resolve, sel
 from paramend.selectors.slices import write_index
@@ -144,10 +145,7 @@ class _Sharded(Tree):
 
     @property
     def ties(self) -> Mapping[int, int]:
-        first: dict[int, int] = {}
-        ones = {number: first.setdefault(id(self.values[number]), number) for number in self.index.numbers}
-        shared = {one for number, one in ones.items() if one != number}
-        return {number: one for number, one in ones.items() if one in shared}
+        return tied({number: id(self.values[number]) for number in self.index.numbers})
 
 
 class _Untied(Tree):

@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 
 from paramend.errors import ParamendError
 from paramend.leaves.leaves import Index
-from paramend.leaves.paths import write_piece
+from paramend.leaves.paths import common, write_piece
 from paramend.selectors.renames import pieces, rename
 
 Path = tuple[str, ...]
@@ -60,11 +60,8 @@ def _prefixes(paths: Shapes) -> list[Path]:
     """The outer levels that may be superfluous: the first keys, and what all paths have in common."""
     tops = list(dict.fromkeys(path[:1] for path in paths if len(path) > 1))
     if len(tops) == 1:
-        common = min((len(path) for path in paths), default=1) - 1
-        first = next(iter(paths))
-        while common and any(path[:common] != first[:common] for path in paths):
-            common -= 1
-        return [first[:size] for size in range(1, common + 1)]
+        shared = common([path[:-1] for path in paths])
+        return [shared[:size] for size in range(1, len(shared) + 1)]
     return tops[:8]
 
 
@@ -114,15 +111,11 @@ class _Pair:
     shifts: tuple[int, ...]
     members: tuple[Path, ...]
 
-    def rule(self, *, stop: int = 0, middle: tuple[int, int, int] | None = None) -> tuple[str, str]:
-        """The rename of this pair, with `**` for the last `stop` pieces, or for those in the `middle`: (place in old,
-        place in new, size)."""
-        at_old, at_new, size = middle or (0, 0, 0)
-        old_end, new_end = len(self.old) - stop, len(self.new) - stop
-        old_stretch = range(at_old, at_old + size) or range(old_end, len(self.old))
-        new_stretch = range(at_new, at_new + size) or range(new_end, len(self.new))
+    def rule(self, old: int = 0, new: int = 0, size: int = 0) -> tuple[str, str]:
+        """The rename of this pair, with `**` for so many pieces from a place in the old path, and one in the new."""
         plain = (0,) * len(self.shifts)
-        return _written(self.old, plain, old_stretch), _written(self.new, self.shifts, new_stretch)
+        mine, theirs = range(old, old + size), range(new, new + size)
+        return _written(self.old, plain, mine), _written(self.new, self.shifts, theirs)
 
     def wanted(self, path: Path) -> Path:
         """The name that a leaf of the old family should have."""
@@ -166,14 +159,10 @@ def _by_families(source: Shapes, target: Shapes) -> list[Rules]:
     return [_generalised(pairs, source, target, wanted), exact]
 
 
-def _texts(path: Path) -> Path:
-    return tuple(_NUMBER.sub("\0", piece) for piece in path)
-
-
 def _families(leaves: Shapes) -> list[_Family]:
     members: dict[Path, list[Path]] = {}
     for path in leaves:
-        members.setdefault(_texts(path), []).append(path)
+        members.setdefault(tuple(_NUMBER.sub("\0", piece) for piece in path), []).append(path)
     families: list[_Family] = []
     for texts, paths in members.items():
         rows = [[int(number) for piece in path for number in _NUMBER.findall(piece)] for path in paths]
@@ -256,6 +245,6 @@ def _general(pair: _Pair) -> tuple[str, str]:
             break
         same, slots = same + 1, within
     if same:
-        return pair.rule(stop=same)
+        return pair.rule(len(pair.old) - same, len(pair.new) - same, same)
     match = SequenceMatcher(None, pair.old, pair.new, autojunk=False).find_longest_match()
-    return pair.rule() if not match.size or any(pair.shifts) else pair.rule(middle=(match.a, match.b, match.size))
+    return pair.rule() if any(pair.shifts) else pair.rule(match.a, match.b, match.size)

@@ -19,7 +19,6 @@ from paramend.selectors.selector import SelectorLike
 from paramend.trees.lookup import find_kind
 
 if TYPE_CHECKING:
-    from paramend.grafting.states.graft_optax import Grafted
     from paramend.resize.rules import Resize
 
 T = TypeVar("T")
@@ -97,23 +96,20 @@ def graft(
     tree, leaves = engine.leaves_of(target), engine.leaves_of(source)
     leaves = numbered(matched(leaves, tree), tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, raw=raw)
-    if isinstance(leaves, Editable) and isinstance(tree, Counted):
-        leaves = with_numbers(leaves, tree)
-    if isinstance(tree, Counted) and (done := _with_states(tree, leaves, options)) is not None:
-        return tree.with_leaves(done.values), done.report
-    plan = engine.planned(tree, leaves, options)
-    if not isinstance(tree, Counted):
-        from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
+    if isinstance(tree, Counted):
+        values, report = _planned(tree, leaves, options)
+        new = tree.with_leaves(values)
+        report.ends = Ends(new, source)
+        return new, report
+    from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
 
-        made, report = grafted(plan), plan.report()
-        report.fresh += [
-            GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
-            for path, value in left_in_file(tree, leaves).items()
-        ]
-        return cast(T, made), report
-    new, report = tree.with_leaves(engine.values(plan)), plan.report()
-    report.ends = Ends(new, source)
-    return new, report
+    plan = engine.planned(tree, leaves, options)
+    made, report = grafted(plan), plan.report()
+    report.fresh += [
+        GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
+        for path, value in left_in_file(tree, leaves).items()
+    ]
+    return cast(T, made), report
 
 
 def graft_(
@@ -166,26 +162,22 @@ def graft_(
         )
     tree = Counted(module)
     leaves = matched(engine.leaves_of(source), tree)
-    if isinstance(leaves, Editable):
-        leaves = with_numbers(leaves, tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True, raw=raw)
-    if (done := _with_states(tree, leaves, options)) is not None:
-        engine.put_in(tree, done.values)
-        return done.report
-    plan = engine.planned(tree, leaves, options)
-    engine.put_in(tree, engine.values(plan))
-    report: GraftReport = plan.report()
+    values, report = _planned(tree, leaves, options)
+    engine.put_in(tree, values)
     report.ends = Ends(module, source)
     return report
 
 
-def _with_states(tree: Counted, source: Leaves, options: Options) -> "Grafted | None":
-    """The result of a graft if there are optimizer states in both trees; else None."""
+def _planned(tree: Counted, source: Leaves, options: Options) -> tuple[dict[int, Any], GraftReport]:
+    """The new leaves of a tree in memory by number, and the report; states of optimizers that both have go along."""
+    leaves = with_numbers(source, tree) if isinstance(source, Editable) else source
     if any(start < stop and is_state(kind) for kind, start, stop in tree.index.spans):
         from paramend.grafting.states.graft_optax import graft_whole  # imports jax
 
-        done = graft_whole(tree, source, options)
+        done = graft_whole(tree, leaves, options)
         if done is not None:
             engine.refuse_abstract(tree, done.values, done.report)
-        return done
-    return None
+            return done.values, done.report
+    plan = engine.planned(tree, leaves, options)
+    return engine.values(plan), plan.report()

@@ -34,19 +34,15 @@ class WithGuests:
         return self.first + number
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype."""
         return self.target.spec(number) if number < self.first else self.source.spec(number - self.first)
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf."""
         return self.target.nbytes(number) if number < self.first else self.source.nbytes(number - self.first)
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read."""
         return self.target.refusal(number) if number < self.first else self.source.refusal(number - self.first)
 
     def read(self, number: int) -> Any:
-        """The array."""
         return self.target.read(number) if number < self.first else self.source.read(number - self.first)
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:

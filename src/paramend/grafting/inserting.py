@@ -1,7 +1,7 @@
 """Inserting: leaves of one model put into another that lacks them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend, to_numpy
@@ -12,8 +12,9 @@ from paramend.edits.quantized import check_whole
 from paramend.edits.structure import enter
 from paramend.errors import RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
-from paramend.leaves.paths import labels, text_of, write_path
+from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
+from paramend.mapping.report import LayoutReport, Moved
 from paramend.reports import wording
 from paramend.selectors.renames import keys, rename
 from paramend.selectors.selector import SelectorLike, resolve
@@ -22,7 +23,9 @@ T = TypeVar("T")
 Path = tuple[str, ...]
 
 
-def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mapping[str, str] | None = None) -> T:
+def insert(
+    target: T, source: AnyTree, selector: SelectorLike, *, rename: Mapping[str, str] | None = None
+) -> tuple[T, LayoutReport]:
     """The target with leaves of a source that it lacks: a multi-token-prediction head, an adapter, a vision tower.
 
     Args:
@@ -34,7 +37,8 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
             The first that matches a leaf counts; the others keep their paths.
 
     Returns:
-        The target with the leaves at its end, in the library of its own; their dtypes stay.
+        The target with the leaves at its end, in the library of its own, whose dtypes stay; and a report, whose `rows`
+        are the leaves that came.
 
     Raises:
         NoMatch: the selector matches nothing.
@@ -42,67 +46,97 @@ def insert(target: T, source: AnyTree, selector: SelectorLike, *, rename: Mappin
         RenameClash: leaves are there already; the message lists them all.
         Unsupported: the target is a module, whose class determines what it holds.
 
-    >>> pm.insert({"a": np.ones(1)}, {"b": np.zeros(1), "c": np.ones(2)}, "b")
-    {'a': array([1.]), 'b': array([0.])}
+    >>> tree, report = pm.insert({"a": np.ones(1)}, {"b": np.zeros(1), "c": np.ones(2)}, "b")
+    >>> tree, [row.path for row in report.rows]
+    ({'a': array([1.]), 'b': array([0.])}, ['b'])
     """
     host, donor = editable(target), editable(source)
     numbers = resolve(selector, donor)
     check_whole(donor, numbers, "be inserted")
-    paths = _new_paths(donor, numbers, rename or {})
-    _check(host, donor, paths)
+    paths = new_paths(donor, numbers, moved_by(donor, numbers, rename or {}))
+    hint = 'rename={"old.**": "new.**"}, or delete what is there first; to replace values: pm.graft'
+    check_free(donor, paths, host.index.paths.values(), host.index.separator, hint)
+    report = moved_report("insert", host.index.separator, donor, paths, host.index.texts.values(), ("inserted", "kept"))
     if isinstance(host, Checkpoint):
         own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
-        new = [(tuple(label for key in paths[n] for label in labels(key)), (donor, n)) for n in numbers]
-        return cast(T, assemble(host, [*own, *new], ties=host.ties))
+        new = [(_labels(paths[n]), (donor, n)) for n in numbers]
+        return cast(T, assemble(host, [*own, *new], ties=host.ties)), report
     tree = cast(Memory, host)
-    return cast(T, enter(tree, [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]))
+    entries = [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]
+    return cast(T, enter(tree, entries)), report
 
 
-def _new_paths(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Path]:
-    """The keys of each leaf in the result."""
-    found: dict[int, Path] = {}
+def moved_report(
+    name: str, separator: str, of: Editable, paths: Mapping[int, Path], rest: Iterable[str], did: tuple[str, str]
+) -> LayoutReport:
+    """The report on leaves of a tree that have other paths in the result."""
+    rows = [
+        Moved(write_path(_labels(path), separator), of.spec(n), of.index.path(n), (of.index.path(n),))
+        for n, path in paths.items()
+    ]
+    return LayoutReport(name, tuple(rows), tuple(rest), did)
+
+
+def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, list[tuple[str, Any]]]:
+    """The new paths of the leaves that rules move, in the form of `renames.keys`; the first that matches one counts."""
+    found: dict[int, list[tuple[str, Any]]] = {}
+    chosen = set(numbers)
     for old, new in rules.items():
         for number, path in rename(old, new).over(donor.index).items():
-            found.setdefault(number, tuple(key for key, _ in keys(path)))
-    return {number: found.get(number) or keys_of(donor.index.paths[number]) for number in numbers}
+            if number in chosen:
+                found.setdefault(number, keys(path))
+    return found
 
 
-def _check(host: Editable, donor: Editable, paths: Mapping[int, Path]) -> None:
-    """Raise if a leaf would stand where another does, or a container."""
-    separator = host.index.separator
+def new_paths(
+    donor: Editable, numbers: Sequence[int], moved: Mapping[int, Sequence[tuple[str, Any]]]
+) -> dict[int, Path]:
+    """The keys of each leaf in the result."""
+    index = donor.index
+    return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
 
-    def text(path: Path) -> str:
-        return plain([label for key in path for label in labels(key)], separator)
 
-    there = {plain(path, separator) for path in host.index.paths.values()}
-    inside = {plain(path[:depth], separator) for path in host.index.paths.values() for depth in range(1, len(path))}
-    new = Counter(map(text, paths.values()))
+def _labels(path: Path) -> tuple[Label, ...]:
+    return tuple(label for key in path for label in labels(key))
+
+
+def check_free(
+    donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
+) -> None:
+    """Raise if a leaf would stand where another does, or a container.
+
+    Args:
+        donor: the tree that the leaves are of.
+        paths: their new paths.
+        there: the paths of other leaves in the result.
+        separator: what stands between keys there.
+        hint: the way out.
+    """
+    new = {number: _labels(path) for number, path in paths.items()}
+    every = [*there, *new.values()]
+    count = Counter(plain(path, separator) for path in every)
+    inside = {plain(path[:depth], separator) for path in every for depth in range(1, len(path))}
     clashes = []
-    for number, path in paths.items():
-        name = text(path)
-        above = any(text(path[:depth]) in there for depth in range(1, len(path)))
-        if name in there or name in inside or above or new[name] > 1:
-            name = write_path([label for key in path for label in labels(key)], separator)
-            clashes.append(f"{donor.index.path(number)} as {name}")
+    for number, path in new.items():
+        above = any(count[plain(path[:depth], separator)] for depth in range(1, len(path)))
+        name = plain(path, separator)
+        if above or name in inside or count[name] > 1:
+            clashes.append(f"{donor.index.path(number)} as {write_path(path, separator)}")
     if clashes:
-        count = wording.plural(len(clashes), "leaf", "leaves")
-        raise RenameClash(
-            f"{count} would stand where the target has something already:\n  " + "\n  ".join(clashes),
-            hint='rename={"old.**": "new.**"}, or delete what is there first; to replace values: pm.graft',
-        )
+        leaves = wording.plural(len(clashes), "leaf", "leaves")
+        raise RenameClash(f"{leaves} would stand where something else does:\n  " + "\n  ".join(clashes), hint=hint)
 
 
 def _nested(host: Editable, path: Path) -> Path:
     """The keys in a tree like the host: one for a state dict, one for each piece in nested containers."""
     theirs = host.index.paths.values()
-    whole = [label for key in path for label in labels(key)]
+    whole = _labels(path)
     if theirs and all(len(keys_of(each)) == 1 for each in theirs) and any(len(each) > 1 for each in theirs):
         return (plain(whole, host.index.separator),)
     return path if any(len(keys_of(each)) < len(each) for each in theirs) else tuple(map(text_of, whole))
 
 
 def _native(host: Any, value: Any) -> Any:
-    """The value in the library of the target's leaves."""
     library = backend(host.read(host.index.numbers[0])) if host.index.numbers else backend(value)
     convert = getattr(library, "from_numpy", None)
     return value if backend(value) is library or convert is None else convert(to_numpy(value))

@@ -53,7 +53,6 @@ class Counted(Tree):
         return self._named
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         return _spec(self.values[number]) if number in self.counts else super().spec(number)
 
     def read(self, number: int) -> Any:
@@ -62,7 +61,6 @@ class Counted(Tree):
         return np.asarray(value, self.spec(number).dtype) if number in self.counts else value
 
     def bare(self, number: int) -> Any:
-        """The leaf itself."""
         return self.values[number]
 
     def in_place(self, number: int) -> None:
@@ -163,11 +161,9 @@ class _FromFile(WithGuests):
         return getattr(self.target, name)  # what else a checkpoint has
 
     def fetch(self, number: int) -> Any:
-        """A copy of a leaf."""
         return self.read(number) if number in self.counts else self._checkpoint.fetch(number)
 
     def bare(self, number: int) -> Any:
-        """The leaf itself."""
         return self._numbers.bare(number - self.first) if number in self.counts else self.target.read(number)
 
 

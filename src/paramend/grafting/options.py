@@ -123,7 +123,6 @@ def _check(name: str, given: Any, known: Sequence[str]) -> None:
 
 
 def _code(value: Any) -> str:
-    """An option as code."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_code(key)}: {_code(choice)}' for key, choice in value.items())}}}"
     if value is None or isinstance(value, Resize | bool):

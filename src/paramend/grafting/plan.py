@@ -5,15 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paramend.arrays.registry import backend
-from paramend.errors import (
-    BadArgument,
-    NoMatch,
-    OutOfRange,
-    ParamendError,
-    RenameClash,
-    SpecMismatch,
-    Unsupported,
-)
+from paramend.errors import BadArgument, NoMatch, OutOfRange, ParamendError, RenameClash, SpecMismatch, Unsupported
 from paramend.grafting import layouts, mismatches
 from paramend.grafting.cases import Case
 from paramend.grafting.guests import WithGuests
@@ -66,7 +58,8 @@ class GraftPlan:
         self.moves: list[Move] = []
         self.rows: dict[str, list[GraftRow]] = {name: [] for name in PARTS}
         self.missed: set[str] = set()
-        self._inside = self._chosen()
+        inside = self._selected("only", options.only, "only")
+        self._inside = set(_units(target)) if inside is None else inside
         self._by_leaf = {name: self._choices(name) for name in BY_LEAF}
         self._dropped: set[int] = set()
         self._crowded: set[int] = set()
@@ -84,15 +77,15 @@ class GraftPlan:
 
     # -- who goes where
 
-    def _chosen(self) -> set[int]:
-        """The leaves of the target that `only` selects."""
-        if slice_of(self.options.only)[1] is not None:
-            raise BadArgument(f"only={self.options.only!r}: a graft takes whole leaves, not slices")
+    def _selected(self, option: str, selector: Any, kind: str, prefix: str = "") -> set[int] | None:
+        """The leaves of the target that a selector in an option finds; None, and a case, if there are none."""
+        if slice_of(selector)[1] is not None:
+            raise BadArgument(f"{option}={getattr(self.options, option)!r}: a graft takes whole leaves, not slices")
         try:
-            return {_unit(self.target, number) for number in resolve(self.options.only, self.target)}
+            return {_unit(self.target, number) for number in resolve(selector, self.target)}
         except NoMatch as error:
-            self._case("only", (), _in_one_line(error))
-            return set(_units(self.target))
+            self._case(kind, (), f"{prefix}{_in_one_line(error)}")
+            return None
 
     def _choices(self, name: str) -> dict[int, Any]:
         """The choice of an option for each leaf of the target; if several selectors match one, the first counts."""
@@ -101,13 +94,8 @@ class GraftPlan:
             return dict.fromkeys(_units(self.target), given) if name == "mismatch" else {}
         found: dict[int, Any] = {}
         for selector, choice in given.items():
-            if slice_of(selector)[1] is not None:
-                raise BadArgument(f"{name}={given!r}: a graft takes whole leaves, not slices")
-            try:
-                for number in resolve(selector, self.target):
-                    found.setdefault(_unit(self.target, number), choice)
-            except NoMatch as error:
-                self._case("choice", (), f"{name}: {_in_one_line(error)}")
+            numbers = self._selected(name, selector, "choice", f"{name}: ") or ()
+            found = dict.fromkeys(numbers, choice) | found
         return found
 
     def _new_names(self) -> dict[int, tuple[str, ...]]:
@@ -425,7 +413,6 @@ def _refusal(leaves: Leaves, number: int) -> str:
 
 
 def _equal(leaves: Leaves, one: int, other: int) -> bool:
-    """Whether two leaves are the same, bit for bit."""
     if leaves.spec(one) != leaves.spec(other):
         return False
     a, b = leaves.read(one), leaves.read(other)

@@ -144,7 +144,6 @@ class GraftReport(Paged):
         )
 
     def sections(self) -> list[Section]:
-        """The four parts, with one line for each row."""
         return [Section(name, [_line(row) for row in getattr(self, name)]) for name in PARTS]
 
     def page(self) -> Page:

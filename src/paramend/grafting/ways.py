@@ -215,7 +215,6 @@ def _transposed(plan: GraftPlan) -> list[str]:
 
 
 def _left_behind(plan: GraftPlan, taken: set[int]) -> dict[str, str | None]:
-    """Rules that leave these leaves of the source behind."""
     ends = dict.fromkeys(f"**/{plan.source.index.pieces(number)[-1]}" for number in sorted(taken))
     if len(taken) > _MOST_NAMED and set().union(*(_finds(plan, end) for end in ends)) == taken:
         return dict.fromkeys(ends)

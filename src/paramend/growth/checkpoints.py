@@ -1,19 +1,19 @@
 """Growth in depth on disk: the new checkpoint consists of references to the old one until it is saved."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from paramend.anatomy.documents import Document, document_of
 from paramend.anatomy.layers import renamed
-from paramend.anatomy.sections import CONFIG, beside, parsed, written
 from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import Unsupported
-from paramend.formats.gathered import Gathered
 from paramend.growth import numbered
 from paramend.growth.numbered import Layers
 from paramend.growth.planning import DepthPlan
 from paramend.growth.report import DeepenReport
+from paramend.leaves.leaves import tied
 from paramend.selectors.selector import Selector, Sliced
 
 # Files beside the configuration in which single layers are named or numbered.
@@ -37,16 +37,18 @@ def deepened(
             "stacked layers of a checkpoint can be deepened only in memory",
             hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)",
         )
-    config, file = _config(checkpoint)
+    document = document_of(checkpoint)
+    config = None if document is None else document.values
     work = DepthPlan(checkpoint, layers, order, identity, lambda where: config, given)
     picks, ties = _picks(checkpoint, work)
-    texts: dict[str, bytes] = {}
-    if work.config is not None and file is not None:
+    texts: list[Document] = []
+    if work.config is not None and document is not None:
         if Path(checkpoint.path).is_dir():
-            texts[CONFIG] = written(work.config)
+            texts.append(document.holding(work.config))
         else:
+            file = document.file
             work.said = [f"{file} is not changed; open {file.parent}/, the directory, to include it"]
-    texts |= _beside(checkpoint, work)
+    texts += _beside(checkpoint, work)
     new = assemble(checkpoint, picks, texts=texts, ties=ties)
     for run in work.runs:
         if run.blocks:
@@ -55,35 +57,18 @@ def deepened(
     return (new.edited(calls) if calls else new), report
 
 
-def _config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any] | None, Path | None]:
-    """The configuration beside the weights, and its file."""
-    file = beside(Path(checkpoint.path))
-    text = _text(checkpoint, file)
-    return (None, None) if text is None else (parsed(text, file), file)
-
-
-def _text(checkpoint: Checkpoint, file: Path) -> bytes | None:
-    """The text of a file beside the weights, as it is now to be written."""
-    source: Any = checkpoint.source
-    text: bytes | None = source.texts.get(file.name) if isinstance(source, Gathered) else None
-    return file.read_bytes() if text is None and file.is_file() else text
-
-
-def _beside(checkpoint: Checkpoint, work: DepthPlan) -> dict[str, bytes]:
-    """The new texts of other files in which single layers are named or numbered."""
-    texts: dict[str, bytes] = {}
-    folder = Path(checkpoint.path)
-    for name in _BESIDE if folder.is_dir() else ():
-        text = _text(checkpoint, folder / name)
-        if text is None:
+def _beside(checkpoint: Checkpoint, work: DepthPlan) -> Iterator[Document]:
+    """Other files in which single layers are named or numbered, changed."""
+    for name in _BESIDE if Path(checkpoint.path).is_dir() else ():
+        document = document_of(checkpoint, name)
+        if document is None:
             continue
-        new = old = parsed(text, folder / name)
+        new = old = document.values
         for move in work.moves:
             new = renamed(new, move)
         if new != old:
-            texts[name] = written(new)
             work.said.append(f"{name}: names and numbers of layers follow")
-    return texts
+            yield document.holding(new)
 
 
 def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[int, int]]:
@@ -117,14 +102,7 @@ def _picks(checkpoint: Checkpoint, work: DepthPlan) -> tuple[list[Pick], dict[in
             first = checkpoint.ties.get(n, n)
             copied = target is not None and order.kept.get(order.sources[target]) != target and first not in shared
             units.append((first, target) if copied else first)
-    ties: dict[int, int] = {}
-    if checkpoint.ties:
-        first_of: dict[Any, int] = {}
-        for place, unit in enumerate(units):
-            ties[place] = first_of.setdefault(unit, place)
-        several = {one for place, one in ties.items() if one != place}
-        ties = {place: one for place, one in ties.items() if one in several}
-    return picks, ties
+    return picks, tied(dict(enumerate(units))) if checkpoint.ties else {}
 
 
 def _is_stray(checkpoint: Checkpoint, work: DepthPlan, run: Layers, target: int | None, number: int) -> bool:

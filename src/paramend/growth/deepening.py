@@ -145,7 +145,6 @@ def deepen_(
 
 
 def _finished(work: DepthPlan, new: Any) -> tuple[Any, DeepenReport]:
-    """The rearranged tree with its identities, and the report."""
     tree = Memory(new)
     calls, report = work.finished(tree)
     kind = find_kind(new)

@@ -131,16 +131,16 @@ def blocks(n: int, *, count: int | None = None, every: int | None = None) -> Ord
     """
     if (count is None) == (every is None):
         raise BadArgument("blocks takes one of count= and every=", hint=f"pm.depth.blocks({n}, count=2)")
-    _positive(n, "n")
+    _positive(n=n)
     if every is not None:
-        _positive(every, "every")
+        _positive(every=every)
         after = range(every, n + 1, every)
         if not after:
             raise BadArgument(f"every={every} puts no copy among {n} layers", hint=f"every={n}")
         ends = list(after)
     else:
         assert count is not None
-        _positive(count, "count")
+        _positive(count=count)
         ends = [-(-(i + 1) * n // count) for i in range(count)]
     sources: list[int] = []
     identity: list[int] = []
@@ -158,8 +158,7 @@ def stack(n: int, times: int = 2) -> Order:
     >>> print(stack(3))
     0 1 2 0 1 2
     """
-    _positive(n, "n")
-    _positive(times, "times")
+    _positive(n=n, times=times)
     return Order(tuple(range(n)) * times, of=n)
 
 
@@ -169,8 +168,7 @@ def interleave(n: int, times: int = 2) -> Order:
     >>> print(interleave(3))
     0 0 1 1 2 2
     """
-    _positive(n, "n")
-    _positive(times, "times")
+    _positive(n=n, times=times)
     return Order(tuple(layer for layer in range(n) for _ in range(times)), of=n)
 
 
@@ -180,7 +178,7 @@ def overlap(n: int, drop: int) -> Order:
     >>> print(overlap(6, drop=2))
     0 1 2 3 2 3 4 5
     """
-    _positive(n, "n")
+    _positive(n=n)
     if not 0 <= drop < n:
         raise BadArgument(f"drop={drop} leaves nothing of {n} layers", hint=f"drop={max(n // 4, 0)}")
     return Order((*range(n - drop), *range(drop, n)), of=n)
@@ -194,8 +192,7 @@ def splice(n: int, *, at: int, count: int = 1) -> Order:
     >>> print(splice(3, at=3, count=2))
     0 1 2 2* 2*
     """
-    _positive(n, "n")
-    _positive(count, "count")
+    _positive(n=n, count=count)
     if not 0 <= at <= n:
         raise BadArgument(f"at={at} is not between 0 and {n}", hint=f"at=0, before the first layer, or at={n}, the end")
     sources = (*range(at), *[max(at - 1, 0)] * count, *range(at, n))
@@ -208,7 +205,7 @@ def drop(n: int, *, layers: Iterable[int]) -> Order:
     >>> print(drop(5, layers=[1, -1]))
     0 2 3
     """
-    _positive(n, "n")
+    _positive(n=n)
     gone = [layer + n if layer < 0 else layer for layer in layers]
     wrong = [layer for layer in gone if not 0 <= layer < n]
     if wrong:
@@ -216,6 +213,7 @@ def drop(n: int, *, layers: Iterable[int]) -> Order:
     return Order(tuple(layer for layer in range(n) if layer not in gone), of=n)
 
 
-def _positive(value: int, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadArgument(f"{name}={value!r} is not a positive integer", hint=f"{name}=2")
+def _positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadArgument(f"{name}={value!r} is not a positive integer", hint=f"{name}=2")

@@ -35,6 +35,11 @@ class LiveRow:
     spec: Spec
     step: int | None
 
+    @property
+    def since(self) -> str:
+        """The same in words."""
+        return "dead" if self.step is None else f"from step {self.step}"
+
 
 @dataclass(repr=False)
 class LiveReport(Paged):
@@ -65,18 +70,14 @@ class LiveReport(Paged):
 
     def sections(self) -> list[Section]:
         """The leaves by the step of their first gradient."""
-        steps: list[int | None] = [*range(1, self.steps + 1), None]
-        return [
-            Section(
-                "dead" if step is None else f"from step {step}",
-                [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.rows if row.step == step],
-            )
-            for step in steps
-        ]
+        found = {title: Section(title) for title in (*(f"from step {n}" for n in range(1, self.steps + 1)), "dead")}
+        for row in self.rows:
+            found[row.since].lines.append(Line((row.path,), (str(row.spec),), row.spec.size))
+        return list(found.values())
 
     def page(self) -> Page:
         """A map of the leaves, coloured by the step of their first gradient."""
-        groups = ["dead" if row.step is None else f"from step {row.step}" for row in self.rows]
+        groups = [row.since for row in self.rows]
         columns = [
             Column("spec", [str(row.spec) for row in self.rows], "text"),
             Column("step", [row.step for row in self.rows]),

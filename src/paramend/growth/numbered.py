@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from paramend.errors import BadArgument, NoMatch
 from paramend.growth.depth import Order
@@ -92,7 +93,6 @@ def find(leaves: Leaves, text: str | None) -> list[Layers]:
 
 
 def _layers(said: Notation, found: Numbered) -> Layers:
-    """The layers that a notation picks among numbered entries."""
     places, numbers = said.pick(found), found.numbers
     if not places or places != list(range(places[0], places[-1] + 1)):
         run = f"[{places[0]}:{places[-1] + 1}]" if places else "[*]"
@@ -158,14 +158,9 @@ def _longest(layers: Sequence[object]) -> tuple[int, int]:
     >>> _longest("abbbc")
     (1, 4)
     """
-    best = start = 0
-    longest = (0, 0)
-    for at in range(1, len(layers) + 1):
-        if at == len(layers) or layers[at] != layers[start]:
-            if at - start > best:
-                best, longest = at - start, (start, at)
-            start = at
-    return longest
+    sizes = [len(list(run)) for _, run in groupby(layers)]
+    place = sizes.index(max(sizes))
+    return sum(sizes[:place]), sum(sizes[: place + 1])
 
 
 def under(names: Names, path: Pieces) -> list[Names]:

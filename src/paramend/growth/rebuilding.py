@@ -42,7 +42,7 @@ class Rebuilder:
         self.numbers = {id(value): number for number, value in enumerate(tree.values)}
         self.boxes = {id(box): number for number, box in tree.boxes.items()}
         self.shared = shared(tree, runs)
-        self.made: dict[tuple[int, Any], Any] = {}
+        self.made: dict[tuple[int | None, Any], Any] = {}
 
     # ---- trees ---------------------------------------------------------------------------------------------
 
@@ -84,7 +84,8 @@ class Rebuilder:
                 new.append((entry.key, entry.child))
             elif id(place[0]) not in done:
                 done.add(id(place[0]))
-                new += [(e.key, self._child(e)) for e in self._moved(path, place[0], entries)]
+                moved, again = self._moved(path, place[0], entries), self.order.new
+                new += [(e.key, self._copied(e.child, e.target) if e.target in again else e.child) for e in moved]
         listed = positional or (isinstance(node, list | tuple) and not hasattr(node, "_fields"))
         if listed and [key for key, _ in new] != list(range(len(new))):
             raise BadArgument(
@@ -96,7 +97,6 @@ class Rebuilder:
         return kind.rekey(node, dict(new))
 
     def _moved(self, path: Pieces, run: Layers, entries: list[_Entry]) -> list[_Entry]:
-        """All entries of the layers in their new order."""
         moved: list[_Entry] = []
         for entry in entries:
             place = self._place(path, entry.key)
@@ -119,12 +119,7 @@ class Rebuilder:
                     return run, depth, number
         return None
 
-    def _child(self, entry: _Entry) -> Any:
-        if entry.target is None or entry.target not in self.order.new:
-            return entry.child
-        return self._copied(entry.child, entry.target)
-
-    def _copied(self, node: Any, target: int) -> Any:
+    def _copied(self, node: Any, target: int | None) -> Any:
         kind = find_kind(node)
         box = self.boxes.get(id(node))
         number = self.numbers.get(id(node)) if box is None else box
@@ -202,7 +197,7 @@ def _copied_torch(root: Any, child: Any) -> Any:
     inside = {id(module) for module in child.modules()}
     memo: dict[int, Any] = {}
     outside: set[int] = set()
-    for module in _modules(root, child):
+    for _, module in root.named_modules(memo={child}):  # not through the layer
         outside.add(id(module))
         outside |= {id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
         outside |= {id(value) for name, value in vars(module).items() if not name.startswith("_")}
@@ -254,23 +249,7 @@ def _objects(node: Any, without: int, met: set[int] | None = None) -> list[Any]:
     return found
 
 
-def _modules(root: Any, child: Any) -> list[Any]:
-    """The modules of a torch model that can be reached without passing through one of them."""
-    found: list[Any] = []
-    met: set[int] = {id(child)}
-    waiting = [root]
-    while waiting:
-        module = waiting.pop()
-        if id(module) in met:
-            continue
-        met.add(id(module))
-        found.append(module)
-        waiting += [inner for inner in module._modules.values() if inner is not None]
-    return found
-
-
 def _descend(node: Any, pieces: Pieces) -> Any:
-    """The object at a path below a module."""
     for piece in pieces:
         kind = find_kind(node)
         assert kind is not None

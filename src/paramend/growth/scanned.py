@@ -12,7 +12,7 @@ from paramend.errors import BadArgument, SpecMismatch
 from paramend.growth import identities, numbered
 from paramend.growth.depth import order_of
 from paramend.growth.report import DeepenReport, LayerRow
-from paramend.leaves.paths import write_path
+from paramend.leaves.paths import common, write_path
 from paramend.reports import wording
 from paramend.selectors.selector import Sliced, resolve
 
@@ -73,19 +73,14 @@ def _axis(index: Any) -> int:
 
 def _stack_values(memory: Memory, chosen: Iterable[int], identity: Any) -> tuple[str, dict[int, float]]:
     """The family that determines the identity, or "", and leaf of the stack → value that makes layers the identity."""
-    numbers = list(chosen)
-    pieces = {number: memory.index.pieces(number) for number in numbers}
-    shared = 0
-    shortest = min(map(len, pieces.values())) - 1
-    while shared < shortest and len({path[shared] for path in pieces.values()}) == 1:
-        shared += 1
+    pieces = {number: memory.index.pieces(number) for number in chosen}
+    start = common([path[:-1] for path in pieces.values()])
     family = ""
     rules = identities.rules_of(identity)
     strict = rules is not None
     if rules is None:
-        row = identities.family_of(modules_of(path[shared:] for path in pieces.values()), identity, None)
+        row = identities.family_of(modules_of(path[len(start) :] for path in pieces.values()), identity, None)
         family, rules = row.name, families.values(row)
-    start = next(iter(pieces.values()))[:shared]
     names = numbered.under(memory.index.names, start)
     calls = identities.calls(memory, names, rules, write_path(start, memory.index.separator), strict=strict)
     return family, {n: float(call.args.get("value", 0.0)) for n, call in calls.items() if n in pieces}

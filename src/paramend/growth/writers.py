@@ -137,16 +137,21 @@ def _calls(torch: Any, model: Any, block: Any, example: Any) -> _Call:
     try:
         with torch.no_grad():
             model.eval()
-            if isinstance(example, Mapping):
-                model(**example)
-            else:
-                model(*(example if isinstance(example, tuple) else (example,)))
+            call_with(model, example)
     finally:
         hook.remove()
         model.train(training)
     if not seen:
         raise BadArgument("the model did not call the block on this example", hint="layers=..., or another example")
     return seen[0]
+
+
+def call_with(model: Any, given: Any) -> None:
+    """Call a model with keyword arguments (a mapping), with arguments (a tuple), or with one of them."""
+    if isinstance(given, Mapping):
+        model(**given)
+    else:
+        model(*(given if isinstance(given, tuple) else (given,)))
 
 
 def _random(torch: Any, call: _Call, seed: int) -> _Call:

@@ -1,7 +1,8 @@
 """Exchange: whole files of a checkpoint replaced by new ones, and the old ones put back.
 
-This is how formats change whose files are never written in place, such as copy-on-write databases. The new files are
-complete and durable in a folder beside the undo records before the first of them is renamed into place.
+This is how formats change whose files are never written in place, such as copy-on-write databases, how a folder of
+shards gets one more, and how texts beside weights change. The new files are complete and durable in a folder beside the
+undo records before the first of them is renamed into place.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
 from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
-from paramend.journal.ranges import BUFFER, Ranges, State, checksum, checksums
-from paramend.journal.records import DONE, PENDING, Record
+from paramend.journal.ranges import BUFFER, OpenRanges, Ranges, State, checksum, checksums, witness
+from paramend.journal.records import PENDING, Moved, Record
 from paramend.journal.writer import Writer, new_head
 from paramend.reports.progress import Meter
 
@@ -36,57 +37,89 @@ class NewFiles:
     Attributes:
         base: the folder of the checkpoint.
         staged: the folder of the new files, each at its path in the checkpoint.
-        names: their names. The manifest of a database comes last: it puts the other files into effect.
+        names: their names. The manifest of a database, or the index of shards, comes last: it puts the other files into
+            effect.
         old: the files that they replace.
-        access: that of all files that are replaced together.
+        then: how each was found.
     """
 
-    def __init__(self, base: Path, staged: Path) -> None:
-        self.base, self.staged = base, staged
+    def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
+        """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
+        self.base, self.staged, self._private = base, staged, private
         names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
         self.names = sorted(names, key=lambda name: (os.path.lexists(base / name), name))
-        self.old = WholeFiles(base, self.names)
+        self.old = WholeFiles(base, self.names, moved)
         self.old.check()
-        self._then = [file.lstat() if os.path.lexists(file) else None for file in self.old.files]
-        found = [status for status in self._then if status is not None]
-        folder = base.stat()
-        self.access = access_of(found or [folder]).within(reach(folder))
+        self.then = [file.lstat() if os.path.lexists(file) else None for file in self.old.files]
 
-    def exchange(self, writer: Writer, edits: Sequence[tuple[str, str]]) -> int:
-        """The number of bytes of the new files, which have replaced the old ones.
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of the new files."""
+        return sum((self.staged / name).stat().st_size for name in self.names)
+
+    @property
+    def access(self) -> Access:
+        """That of all files that are replaced together."""
+        folder = self.base.stat()
+        found = [status for status in self.then if status is not None]
+        return access_of(found or [folder]).within(reach(folder))
+
+    def record(
+        self,
+        writer: Writer,
+        edits: Sequence[tuple[str, str]],
+        target: OpenRanges,
+        names: Sequence[str],
+        meter: Callable[[int], None],
+    ) -> None:
+        """Write a record up to where it is pending: from then on it can restore all files, and until then none changes.
 
         Args:
-            writer: the writer of the record, which is begun here and done when this ends.
+            writer: the writer of the record.
             edits: (leaf, edit) for the record.
+            target: the files that are written in place, besides those that are replaced.
+            names: their names.
+            meter: receives the number of bytes.
         """
+        states = target.states()
+        writer.head(new_head(edits, [*names, *self.names], whole=len(self.names), moved=self.old.moved))
+        sizes = [-1 if status is None else status.st_size for status in self.then]
+        seen = self.old.witness_of_rest() if self.names else ""
+        writer.files([*states, *(State(size, "" if n else seen) for n, size in enumerate(sizes))])
+        rows = [(-1, len(names) + n, 0, size) for n, size in enumerate(sizes) if size >= 0]
+        ranges = Ranges(np.concatenate([target.ranges.table, np.array(rows, np.int64).reshape(-1, 4)]))
+        files = [*target.files, *self.old.files]
+        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptors:
+            writer.old_bytes(ranges, descriptors, files, meter)
+        if self.names:
+            writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
+        writer.become(PENDING)
+
+    def exchange(self) -> None:
+        """Put the new files in the places of the old ones, durably."""
+        for name, file, then in zip(self.names, self.old.files, self.then, strict=True):
+            self._replace(name, file, then)
+        for old, new in self.old.moved:
+            if os.path.lexists(self.base / new):
+                raise changed(self.base / new)
+            (self.base / old).rename(self.base / new)
+        self.old.sync()
+
+    def sync(self) -> None:
+        """Make the new files durable where they are."""
         for name in self.names:
             sync_file(self.staged / name)
-        for folder in [self.staged, *(path for path in self.staged.rglob("*") if path.is_dir())]:
+        for folder in [self.staged, *(path for path in self.staged.rglob("*") if path.is_dir())] if self.names else ():
             sync_folder(folder)
-        sizes = [-1 if status is None else status.st_size for status in self._then]
-        rows = [(-1, n, 0, size) for n, size in enumerate(sizes) if size >= 0]
-        ranges = Ranges(np.array(rows, np.int64).reshape(-1, 4))
-        writer.head(new_head(edits, self.names, whole=True))
-        seen = self.old.witness_of_rest()
-        writer.files([State(size, "" if n else seen) for n, size in enumerate(sizes)])
-        with contextlib.closing(_OneOpen(self.old.files)) as descriptors:
-            writer.old_bytes(ranges, descriptors, self.old.files, lambda count: None)
-        writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
-        written = sum((self.staged / name).stat().st_size for name in self.names)
-        writer.become(PENDING)
-        # Up to here nothing in the checkpoint has changed; from here on the record can restore it.
-        for name, file, then in zip(self.names, self.old.files, self._then, strict=True):
-            self._replace(name, file, then)
-        self.old.sync()
-        writer.become(DONE)
-        return written
 
     def _replace(self, name: str, file: Path, then: os.stat_result | None) -> None:
         if (then is not None) != os.path.lexists(file):
             raise changed(file)
         if then is None:
             make_folders(self.base, file.parent)
-            settle(self.staged / name, access_beside(file))
+            new = self.staged / name
+            access = access_beside(file)
+            settle(new, access.within(new.stat().st_mode) if self._private else access)
         else:
             check_unchanged(file, then, file.lstat())
             settle(self.staged / name, access_of([then], then))
@@ -114,16 +147,18 @@ class WholeFiles:
     Attributes:
         base: the folder of the checkpoint.
         names: the names of the files, relative to it.
+        first: the number of the first of them in records.
         files: their paths.
+        moved: files that get another name once the others are in place; their content stays.
     """
 
-    def __init__(self, base: Path, names: Sequence[str]) -> None:
-        self.base, self.names = base, names
+    def __init__(self, base: Path, names: Sequence[str], moved: Moved = (), first: int = 0) -> None:
+        self.base, self.names, self.moved, self.first = base, names, moved, first
         self.files = [base / name for name in names]
 
     def check(self) -> None:
-        """Raise if one of them must not be replaced: see `check_replaceable`."""
-        for file in self.files:
+        """Raise if one of them must not be replaced or moved: see `check_replaceable`."""
+        for file in (*self.files, *(self.base / name for pair in self.moved for name in pair)):
             check_replaceable(self.base, file)
 
     def digests(self) -> list[bytes]:
@@ -133,15 +168,17 @@ class WholeFiles:
     def changed_since(self, record: Record) -> list[str]:
         """The names of those that no longer hold what the patch of a record wrote."""
         self.check()
-        differ = [name for name, now, new in zip(self.names, self.digests(), record.after, strict=True) if now != new]
+        both = zip(self.names, self.digests(), record.new_files, strict=True)
+        differ = [name for name, now, new in both if now != new]
+        differ += [name for name, there in self._there() if there != (name in dict(self.moved).values())]
         return differ or ([] if self._rest_is_same(record) else ["what the patch left alone"])
 
     def compared(self, record: Record) -> tuple[bool, str]:
         """(whether a file is not the old one of a pending record, the first that is neither old nor new)."""
         self.check()
-        new, old, now = record.after, _old_digests(record), self.digests()
+        new, old, now = record.new_files, self._old_digests(record), self.digests()
         strange = [name for n, name in enumerate(self.names) if now[n] not in (new[n], old[n])]
-        changed = now != old
+        changed = now != old or any(there != (name in dict(self.moved)) for name, there in self._there())
         if changed and not strange and not self._rest_is_same(record):
             strange = ["the checkpoint"]
         return changed, "".join(strange[:1])
@@ -158,24 +195,32 @@ class WholeFiles:
             The names of those that are neither, and were left alone.
         """
         self.check()
-        new, old, now = record.after, _old_digests(record), self.digests()
+        new, old, now = record.new_files, self._old_digests(record), self.digests()
+        states = record.states[self.first :]
         wanted = {n for n in range(len(self.names)) if now[n] != old[n] and (force or now[n] == new[n])}
+        left = [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
+        for before, after in self.moved:  # first: readers that look for the old name see the old state again
+            there = [os.path.lexists(self.base / name) for name in (before, after)]
+            if there == [False, True]:
+                (self.base / after).rename(self.base / before)
+            elif there != [True, False]:
+                left.append(before)
         scratch = record.path.with_suffix(f".{BACK}")
-        for n, batches in groupby(record.old_bytes(), key=lambda batch: batch[0]):
+        for n, batches in groupby(record.old_bytes(), key=lambda batch: batch[0] - self.first):
             if n in wanted:
                 _write_file(scratch, (data for _, _, data in batches))
-                meter.advance(record.states[n].size)
+                meter.advance(states[n].size)
                 self._take_place(scratch, self.names[n])
         for n in sorted(wanted):
-            if not record.states[n].size:
+            if not states[n].size:
                 _write_file(scratch, ())
                 self._take_place(scratch, self.names[n])
         # Only now: whatever remains of the old state never needed these.
         for n in sorted(wanted):
-            if record.states[n].size < 0:
+            if states[n].size < 0:
                 self._take_away(self.names[n])
         self.sync()
-        return [name for n, name in enumerate(self.names) if now[n] != old[n] and n not in wanted]
+        return left
 
     def sync(self) -> None:
         """Make the names durable, including those of folders that were created for them."""
@@ -207,10 +252,26 @@ class WholeFiles:
             for piece in _pieces(self.base / rest[n]):
                 digest.update(piece)
                 break
+        for before, after in self.moved:
+            digest.update(_witness_of(self.base / (after if os.path.lexists(self.base / after) else before)))
         return digest.hexdigest()
 
+    def _there(self) -> list[tuple[str, bool]]:
+        """Whether there is a file, for each name of those that move."""
+        return [(name, os.path.lexists(self.base / name)) for pair in self.moved for name in pair]
+
     def _rest_is_same(self, record: Record) -> bool:
-        return self.witness_of_rest() == record.states[0].witness
+        return not self.names or self.witness_of_rest() == record.states[self.first].witness
+
+    def _old_digests(self, record: Record) -> list[bytes]:
+        found = [_ABSENT if state.size < 0 else hashlib.sha256() for state in record.states[self.first :]]
+        for file, lines, data in record.old_bytes():
+            digest = found[file - self.first] if file >= self.first else None
+            if isinstance(digest, bytes):
+                raise record.damaged("it holds bytes of a file that did not exist")
+            if digest is not None:
+                digest.update(checksums(lines, data))
+        return [digest if isinstance(digest, bytes) else digest.digest() for digest in found]
 
     def _take_place(self, file: Path, name: str) -> None:
         with _folder_of(self.base, name, make=True) as (folder, last):
@@ -264,13 +325,16 @@ def check_replaceable(base: Path, file: Path) -> None:
 
 
 class _OneOpen:
-    """Files by number, with only the last one open for reading: there may be more than a system can open at once."""
+    """Files by number, the first ones open already, and only the last of the others open for reading: there may be more
+    than a system can open at once."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[Path], opened: Sequence[int]) -> None:
+        self._files, self._opened = files, opened
         self._now, self._descriptor = -1, -1
 
     def __getitem__(self, file: int) -> int:
+        if file < len(self._opened):
+            return self._opened[file]
         if file != self._now:
             self.close()
             self._descriptor = os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -315,14 +379,18 @@ def _digest_of(path: Path) -> bytes:
     return digest.digest()
 
 
-def _old_digests(record: Record) -> list[bytes]:
-    found = [_ABSENT if state.size < 0 else hashlib.sha256() for state in record.states]
-    for file, lines, data in record.old_bytes():
-        digest = found[file]
-        if isinstance(digest, bytes):
-            raise record.damaged("it holds bytes of a file that did not exist")
-        digest.update(checksums(lines, data))
-    return [digest if isinstance(digest, bytes) else digest.digest() for digest in found]
+def _witness_of(path: Path) -> bytes:
+    """The size of a file and the digest of samples of it; nothing if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return b""
+    try:
+        none = Ranges(np.empty((0, 4), np.int64))
+        size = os.fstat(descriptor).st_size
+        return f"{size}\0{witness(descriptor, size, none, 0, path)}".encode()
+    finally:
+        release(descriptor)
 
 
 def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:

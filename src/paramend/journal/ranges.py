@@ -1,5 +1,6 @@
 """Ranges: which bytes of which files a patch changes, and what they hold."""
 
+import errno
 import hashlib
 import os
 import zlib
@@ -150,10 +151,24 @@ class OpenRanges:
         return [digest.digest() for digest in found]
 
     def hold(self, batches: Iterator[tuple[int, Array, memoryview]]) -> bool:
-        """Whether the files hold these bytes: (file, lines, bytes) of each batch."""
+        """Whether the files hold these bytes: (file, lines, bytes) of each batch; those of other files do not count."""
         return all(
-            gather(self.descriptors[file], lines[:, 2:], self.files[file]) == data for file, lines, data in batches
+            gather(self.descriptors[file], lines[:, 2:], self.files[file]) == data
+            for file, lines, data in batches
+            if file < len(self.files)
         )
+
+    def allocate(self) -> None:
+        """Reserve room for the holes of sparse files before anything is recorded: a full disk fails early."""
+        found = [os.fstat(descriptor) for descriptor in self.descriptors]
+        sparse = {n for n, status in enumerate(found) if status.st_blocks * 512 < status.st_size}
+        for _, file, start, stop in self.ranges if sparse and hasattr(os, "posix_fallocate") else ():
+            if file in sparse:
+                try:
+                    os.posix_fallocate(self.descriptors[file], start, stop - start)
+                except OSError as error:
+                    if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
+                        raise
 
     def check_named(self, become: str) -> None:
         """Check that the files still have their names.

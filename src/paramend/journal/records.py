@@ -21,16 +21,19 @@ The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, 
 
     HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
            "files": [[path relative to the checkpoint's folder]]}
-           With "whole": true, whole files were replaced by others. SPANs then cover a whole file, the size is -1
-           where there was none, and DONE, which comes before the record is pending, has one digest for each new file.
+           With "whole": n, the last n files were replaced whole by others; true stands for all. A SPAN then covers a
+           whole file, and the size is -1 where there was none. A first DONE, which comes before the record is
+           pending, has one digest for each new file.
+           "moved": [[old name, new name]] are files that got another name, with the content that they had.
     FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
-           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; for whole files only the
-           first has one, computed from the other files that a patch could replace.
+           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of the whole files only
+           the first has one, computed from the other files that a patch could replace, and from those that moved.
     SPAN   old bytes: a count (8 bytes), then that many quadruples of signed 8-byte integers (row, file, start, stop),
            with row -1 for bytes that a format maintains itself, such as checksums; then the bytes start to stop of
            each. It is durable before the first byte that it covers changes.
     DONE   last, except for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of the checksums
-           of its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one.
+           of its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one. There is none if
+           all files were replaced whole.
 
 HEAD, FILE and SPAN, the first three, are complete before the record is pending, and DONE before it is done; what comes
 after these may be cut short and then does not count. Anything else that does not fit is damage: `BadCheckpoint`, and
@@ -66,6 +69,8 @@ COUNT = struct.Struct("<Q")
 _DIGEST = 32
 # HEAD and FILE frames are read into memory: our records have no larger ones.
 _MAX_TEXT = 1 << 30
+# (old name, new name) of files that get another name.
+Moved = Sequence[tuple[str, str]]
 
 
 def records_in(folder: Path, *states: str) -> list[Path]:
@@ -101,20 +106,34 @@ class Head:
         edits: each edit once, as text.
         rows: the path of each leaf that changed, and the number of its edit.
         files: the files that changed, relative to the folder of the checkpoint.
-        whole: whether whole files were replaced.
+        whole: how many of them, the last ones, were replaced whole.
+        moved: the files that got another name.
     """
 
     time: float
     edits: tuple[str, ...]
     rows: tuple[tuple[str, int], ...]
     files: tuple[str, ...]
-    whole: bool = False
+    whole: int = 0
+    moved: Moved = ()
+
+    @property
+    def written(self) -> int:
+        """How many of the files, the first ones, were written in place."""
+        return len(self.files) - self.whole
+
+    @property
+    def names(self) -> set[str]:
+        """All names of files that the patch is about."""
+        return {*self.files, *(name for pair in self.moved for name in pair)}
 
     def to_bytes(self) -> bytes:
         """The payload of the frame."""
         data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
         if self.whole:
-            data["whole"] = True
+            data["whole"] = True if self.whole == len(self.files) else self.whole
+        if self.moved:
+            data["moved"] = self.moved
         return json.dumps(data, separators=(",", ":")).encode()
 
 
@@ -258,15 +277,22 @@ class Record:
 
     @cached_property
     def after(self) -> list[bytes]:
-        """The digests of the new bytes of each row, then of what the format maintains, in a record that is done; for
-        whole files, the digest of each."""
-        for frame in self._frames:
-            if frame.kind == b"DONE":
-                data = self._payload(frame)
-                if len(data) != _DIGEST * (len(self.head.files) if self.head.whole else len(self.head.rows) + 1):
-                    raise self.damaged("the digests of the new bytes are incomplete")
-                return [bytes(data[at : at + _DIGEST]) for at in range(0, len(data), _DIGEST)]
-        raise self.damaged("it is cut short")
+        """The digests of the new bytes of each row, then of what the format maintains, in a record that is done."""
+        return self._done(int(self.head.whole > 0), len(self.head.rows) + 1)
+
+    @cached_property
+    def new_files(self) -> list[bytes]:
+        """The digest of each file that is replaced whole, as it becomes."""
+        return self._done(0, self.head.whole) if self.head.whole else []
+
+    def _done(self, place: int, count: int) -> list[bytes]:
+        frames = [frame for frame in self._frames if frame.kind == b"DONE"]
+        if len(frames) <= place:
+            raise self.damaged("it is cut short")
+        data = self._payload(frames[place])
+        if len(data) != _DIGEST * count:
+            raise self.damaged("the digests of the new bytes are incomplete")
+        return [bytes(data[at : at + _DIGEST]) for at in range(0, len(data), _DIGEST)]
 
     def note(self, states: Sequence[State]) -> None:
         """Add the current states of the files, durably."""
@@ -375,13 +401,16 @@ class Record:
                 tuple(map(str, data["edits"])),
                 tuple((str(path), int(edit)) for path, edit in data["rows"]),
                 tuple(map(str, data["files"])),
-                data.get("whole") is True,
+                len(data["files"]) if data.get("whole") is True else int(data.get("whole", 0)),
+                tuple((str(old), str(new)) for old, new in data.get("moved", ())),
             )
         except (TypeError, KeyError, ValueError):
             raise self.damaged("its head is invalid") from None
-        if not all(0 <= edit < len(head.edits) for _, edit in head.rows) or not head.files:
+        rows = all(0 <= edit < len(head.edits) for _, edit in head.rows)
+        wholes = 0 <= head.whole <= len(head.files) and bool(head.whole) >= bool(head.moved)
+        if not rows or not head.files or not wholes:
             raise self.damaged("its head is invalid")
-        for name in head.files:
+        for name in head.names:
             parts = PurePosixPath(name).parts
             if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
                 raise self.damaged(f"it names a file outside the checkpoint: {name!r}")

@@ -12,10 +12,12 @@ from paramend.disk.publishing import sync_folder
 from paramend.disk.scattered import scatter
 from paramend.errors import BadCheckpoint, Busy, CannotWrite
 from paramend.journal.exchange import WholeFiles
-from paramend.journal.ranges import OpenRanges, State
+from paramend.journal.ranges import OpenRanges, Ranges, State
 from paramend.journal.records import PENDING, Record
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
+
+_BACK = "the old bytes were put back into the file that was there"
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,18 @@ class Rollback:
         """
         self.record.check()
         with explained(self.base), self._target() as target:
-            if isinstance(target, WholeFiles):
-                differ = target.changed_since(self.record)
-                if differ and not self.force:
-                    raise self._changed_since(differ)
-            else:
-                now = target.states()
-                self._check_sizes(now)
-                if not self.force:
-                    self._check_new(target, now)
-                self.record.note(now)
+            now = target.states()
+            self._check_sizes(now)
+            differ = self._whole.changed_since(self.record)
+            if differ and not self.force:
+                raise self._changed_since(differ)
+            if target.files and not self.force:
+                self._check_new(target, now)
+            if target.files:
+                self.record.note([*now, *self.record.states[len(now) :]])
             self.record.become_pending()
             self._restore(target)
-            _check_named(target)
+            target.check_named(_BACK)
 
     def finish(self) -> bool:
         """Take back a patch that was cut short. False if all the old bytes are still there.
@@ -70,37 +71,43 @@ class Rollback:
             changed = self._is_changed(target)
             if changed:
                 self._restore(target)
-                _check_named(target)
+                target.check_named(_BACK)
             else:
                 target.sync()  # a recovery may have put them back and been killed before it got here
+                self._whole.sync()
                 self._forget()
             return changed
 
-    def abandon(self, target: OpenRanges | WholeFiles) -> None:
-        """Take back a patch that this program is making, in the files that it has open."""
+    def abandon(self, target: OpenRanges) -> None:
+        """Take back a patch that this program is making, in the files that it has open and those that it replaced."""
         self._restore(target)
 
     @contextlib.contextmanager
-    def _target(self) -> Iterator[OpenRanges | WholeFiles]:
-        if self.record.head.whole:
-            yield WholeFiles(self.base, self.record.head.files)
-        else:
-            with opened(self.files) as descriptors:
-                yield OpenRanges(self.files, descriptors, self.record.ranges)
+    def _target(self) -> Iterator[OpenRanges]:
+        """The files that were written in place."""
+        files = self.files[: self.record.head.written]
+        with opened(files) as descriptors:
+            table = self.record.ranges.table
+            yield OpenRanges(files, descriptors, Ranges(table[table[:, 1] < len(files)]))
 
-    def _is_changed(self, target: OpenRanges | WholeFiles) -> bool:
+    @property
+    def _whole(self) -> WholeFiles:
+        """The files that were replaced."""
+        head = self.record.head
+        return WholeFiles(self.base, head.files[head.written :], head.moved, head.written)
+
+    def _is_changed(self, target: OpenRanges) -> bool:
         """Whether the files of a pending record do not hold the old bytes.
 
         Raises:
             BadCheckpoint: they are not the files that were patched.
         """
-        if isinstance(target, WholeFiles):
-            changed, strange = target.compared(self.record)
-        else:
-            now = target.states()
-            self._check_sizes(now)
-            same = all(one.witness == then.witness for _, one, then in self._by_file(now))
-            changed, strange = not target.hold(self.record.old_bytes()), "" if same else "the file"
+        now = target.states()
+        self._check_sizes(now)
+        changed, strange = self._whole.compared(self.record)
+        changed = changed or not target.hold(self.record.old_bytes())
+        if not all(one.witness == then.witness for _, one, then in self._by_file(now)):
+            strange = strange or "the file"
         if changed and strange and not self.force:
             raise BadCheckpoint(
                 f"{self.base}: a patch of it was cut short, and {strange} is not the one that was patched: it has been "
@@ -110,7 +117,7 @@ class Rollback:
             )
         return changed
 
-    def _restore(self, target: OpenRanges | WholeFiles) -> None:
+    def _restore(self, target: OpenRanges) -> None:
         """Put the old bytes back, durably, and remove the record."""
         left: list[str] = []
         try:
@@ -142,16 +149,15 @@ class Rollback:
                 hint="try again",
             )
 
-    def _put_old(self, target: OpenRanges | WholeFiles) -> list[str]:
+    def _put_old(self, target: OpenRanges) -> list[str]:
         """Put the old bytes back; the names of files that were left alone, because another program replaced them."""
         meter = Meter(self.progress, self.record.ranges.nbytes)
-        if isinstance(target, WholeFiles):
-            return target.put_back(self.record, meter, force=self.force)
-        for file, lines, data in self.record.old_bytes():
-            scatter(target.descriptors[file], lines[:, 2:], data, target.files[file], lines[:, 0])
-            meter.advance(len(data))
+        for file, lines, data in self.record.old_bytes() if target.files else ():
+            if file < len(target.files):
+                scatter(target.descriptors[file], lines[:, 2:], data, target.files[file], lines[:, 0])
+                meter.advance(len(data))
         target.sync()
-        return []
+        return self._whole.put_back(self.record, meter, force=self.force) if self.record.head.whole else []
 
     def _forget(self) -> None:
         """Remove the record: the old bytes are in place, for good."""
@@ -172,7 +178,8 @@ class Rollback:
 
     def _by_file(self, now: Sequence[State]) -> Iterator[tuple[str, State, State]]:
         """(name, current state, recorded state) of each file."""
-        return zip(self.record.head.files, now, self.record.states, strict=True)
+        head = self.record.head
+        return zip(head.files[: head.written], now, self.record.states[: head.written], strict=True)
 
     def _check_sizes(self, now: Sequence[State]) -> None:
         for name, state, then in self._by_file(now):
@@ -204,8 +211,3 @@ class Rollback:
             f"{self.base}: {wording.listing(what)} changed since patch {self.record.number}; nothing was written",
             hint=f"paramend undo {self.base} --force puts the bytes from before the patch there anyway",
         )
-
-
-def _check_named(target: OpenRanges | WholeFiles) -> None:
-    if isinstance(target, OpenRanges):
-        target.check_named("the old bytes were put back into the file that was there")

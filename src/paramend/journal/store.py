@@ -17,7 +17,7 @@ from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Uns
 from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import home_of, is_tree, weight_files
 from paramend.journal import claims
-from paramend.journal.exchange import BACK, STAGED, WholeFiles
+from paramend.journal.exchange import BACK, STAGED
 from paramend.journal.history import HistoryRow
 from paramend.journal.ranges import OpenRanges
 from paramend.journal.records import DONE, PARTIAL, PENDING, Record, records_in
@@ -124,20 +124,22 @@ class UndoStore:
         Raises:
             BadCheckpoint: the record has files that patches of the checkpoint never write.
         """
-        names = record.head.files
-        others = [] if own else sorted(set(names) - self._may_write(record))
+        others = [] if own else self._foreign(record)
         if others:
             what = wording.listing(others)
             raise record.damaged(f"it is about {what}, and no patch of {self.base.name} writes there")
-        return Rollback(record, self.base, [self.home / name for name in names], force, progress)
+        return Rollback(record, self.base, [self.home / name for name in record.head.files], force, progress)
 
-    def _may_write(self, record: Record) -> set[str]:
-        """The names of the files of a record that a patch of the checkpoint may write."""
-        if is_tree(self.base):
-            return {name for name in record.head.files if record.head.whole and may_change(self.base, name)}
-        if record.head.whole:
-            return set()
-        return weight_files(self.base) if self.is_folder else {self.base.name}
+    def _foreign(self, record: Record) -> list[str]:
+        """The names of the files of a record that no patch of the checkpoint writes, or replaces."""
+        head, tree = record.head, is_tree(self.base)
+        written = set(head.files[: head.written])
+        if written and not tree:
+            written -= weight_files(self.base) if self.is_folder else {self.base.name}
+        replaced = set(head.files[head.written :]).union(*head.moved)
+        if self.is_folder:
+            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else _PUT.fullmatch(n))}
+        return sorted(written | replaced)
 
     # ---- one writer at a time --------------------------------------------------------------------------------
 
@@ -248,12 +250,12 @@ class UndoStore:
             if store.pending():
                 raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
-    def take_back(self, writer: Writer, target: OpenRanges | None, error: BaseException) -> None:
+    def take_back(self, writer: Writer, target: OpenRanges, error: BaseException) -> None:
         """Put the old bytes back after an error within a patch.
 
         Args:
             writer: the writer of the record.
-            target: the open files; None if they are replaced whole.
+            target: the open files, which are written in place.
             error: what went wrong.
 
         Raises:
@@ -273,13 +275,13 @@ class UndoStore:
         if isinstance(error, OSError) and not isinstance(error, ParamendError):
             raise CannotWrite(f"{self.base}: {reason(error)}; nothing was changed") from error
 
-    def _abandon(self, writer: Writer, target: OpenRanges | None) -> None:
+    def _abandon(self, writer: Writer, target: OpenRanges) -> None:
         # It may have been marked as done before the error, and another program may have removed it.
         names = [writer.path.with_suffix(f".{state}") for state in (PENDING, DONE)]
         with contextlib.suppress(OSError):
             names[1].rename(names[0])
         with writer.read(next(filter(os.path.lexists, names), names[0])) as record:
-            self.rollback(record, own=True).abandon(target or WholeFiles(self.base, record.head.files))
+            self.rollback(record, own=True).abandon(target)
 
     # ---- forgetting ------------------------------------------------------------------------------------------
 
@@ -376,7 +378,7 @@ def retiring(out: Path) -> Iterator[None]:
 
 
 def _records_about(store: UndoStore, names: set[str], *states: str) -> list[Path]:
-    """The records of a folder that have a file of one of these names, or replaced whole files."""
+    """The records of a folder that have a file of one of these names, or replaced files of a tree."""
     return [path for path in store.records(*states) if _is_about(path, names, unsure=False)]
 
 
@@ -384,7 +386,8 @@ def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
     """Whether a record has a file of one of these names; the answer for one that is damaged or another user's."""
     try:
         with Record(path) as record:
-            return record.head.whole or bool(names & set(record.head.files))
+            nested = any("/" in name for name in record.head.names)  # the files of a tree are never named alone
+            return (record.head.whole and nested) or bool(names & record.head.names)
     except ParamendError:
         return unsure
 
@@ -397,6 +400,8 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
     )
 
 
+# The files that a patch puts whole into a folder of shards, or replaces there.
+_PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
 

@@ -16,14 +16,14 @@ from paramend.disk.publishing import sync_folder
 from paramend.disk.scattered import gather
 from paramend.journal import claims
 from paramend.journal.ranges import Ranges, State
-from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Record, seal_text, states_text
+from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, seal_text, states_text
 
 
-def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: bool = False) -> Head:
+def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
     """The head of a record of a patch that is made now, from (leaf, edit) for each row."""
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
-    return Head(time.time(), tuple(numbers), rows, tuple(files), whole)
+    return Head(time.time(), tuple(numbers), rows, tuple(files), whole, tuple(moved))
 
 
 class Descriptors(Protocol):

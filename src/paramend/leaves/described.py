@@ -9,11 +9,7 @@ from paramend.leaves.specs import Spec
 
 
 class Described:
-    """What leaves are called and what they are, without their values.
-
-    Attributes:
-        path: the checkpoint that they are of; "" for those of a tree in memory.
-    """
+    """What leaves are called and what they are, without values; `path` is that of their checkpoint, or ""."""
 
     def __init__(self, leaves: Leaves) -> None:
         self.path = str(getattr(leaves, "path", ""))
@@ -39,7 +35,6 @@ class Described:
         return self._nbytes[number]
 
     def refusal(self, number: int) -> str:
-        """Why: the values are elsewhere."""
         return f"a report tells of {self.index.path(number)} and does not hold it"
 
     def read(self, number: int) -> NoReturn:

@@ -4,7 +4,7 @@ To a file a leaf is an array; to a person it is a weight. A quantised weight is 
 companions: scales, zero points, tables. `leaves.schemes` is the table of how they are called.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -20,7 +20,6 @@ class Group:
     """The leaves that are one quantised weight.
 
     Attributes:
-        scheme: the row of the table.
         payload: the number of the leaf with the codes; None if it is not there.
         companions: number → its row in the scheme.
         missing: the roles of what the weight cannot be read without and is not there.
@@ -52,8 +51,8 @@ class Named(Protocol):
         """Shape and dtype of a leaf."""
 
 
-def groups_of(leaves: Named) -> list[Group]:
-    """The groups of a tree or a checkpoint, in its order.
+def groups_of(leaves: Named, numbers: Iterable[int] | None = None) -> list[Group]:
+    """The groups of a tree or a checkpoint, in its order; or those that some leaves belong to.
 
     >>> from paramend.trees.tree import Tree
     >>> import numpy as np
@@ -62,7 +61,7 @@ def groups_of(leaves: Named) -> list[Group]:
     [('gptq', 'payload', 'scale')]
     """
     found: dict[int, Group] = {}
-    for number in leaves.index.numbers if may_hold_groups(leaves) else ():
+    for number in (leaves.index.numbers if numbers is None else numbers) if may_hold_groups(leaves) else ():
         if number not in found and (group := group_of(leaves, number)) is not None:
             found |= dict.fromkeys(group.numbers, group)
     return list({group.numbers: group for group in found.values()}.values())

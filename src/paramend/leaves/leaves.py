@@ -29,11 +29,7 @@ def uncollected() -> Iterator[None]:
 
 
 class Layered(dict[Label, Any]):
-    """Names of numbered layers, where the entries from some number on are no layers.
-
-    Attributes:
-        layers: that number. Positions such as `[-1]` count what is below it.
-    """
+    """Names of numbered layers, where the entries from number `layers` on are none: positions do not count them."""
 
     __slots__ = ("layers",)
 
@@ -148,14 +144,30 @@ class Index:
     def paths(self) -> dict[int, tuple[Label, ...]]:
         """Leaf number → labels from the root, in the order of `numbers`."""
         out: dict[int, tuple[Label, ...]] = {}
-        _enter(self.names, out)
+        rest: list[tuple[Names, tuple[Label, ...]]] = [(self.names, ())]
+        while rest:
+            names, path = rest.pop()
+            for label, child in names.items():
+                if type(child) is int:
+                    out[child] = (*path, label)
+                else:
+                    rest.append((child, (*path, label)))
         return {number: out[number] for number in self.numbers}
 
     @cached_property
     def texts(self) -> dict[int, str]:
         """Leaf number → its path as text."""
         out: dict[int, str] = {}
-        _write(self.names, self.separator, out)
+        rest = [(self.names, "")]
+        while rest:
+            names, prefix = rest.pop()
+            for label, child in names.items():
+                before = (getattr(label, "before", "") or self.separator) if prefix else ""
+                text = f"{prefix}{before}{write_piece(text_of(label))}"
+                if type(child) is int:
+                    out[child] = text
+                else:
+                    rest.append((child, text))
         return out
 
     @cached_property
@@ -188,10 +200,7 @@ class Index:
 
 def plain(path: Iterable[Label], separator: str) -> str:
     """A path as plain text: keys joined by the separator, nothing escaped."""
-    out = ""
-    for at, label in enumerate(path):
-        out += (getattr(label, "before", "") or separator if at else "") + text_of(label)
-    return out
+    return separator.join(keys_of(path))
 
 
 def keys_of(path: Iterable[Label]) -> tuple[str, ...]:
@@ -208,30 +217,6 @@ def keys_of(path: Iterable[Label]) -> tuple[str, ...]:
         else:
             keys.append(text_of(label))
     return tuple(keys)
-
-
-def _enter(names: Names, out: dict[int, tuple[Label, ...]]) -> None:
-    rest: list[tuple[Names, tuple[Label, ...]]] = [(names, ())]
-    while rest:
-        names, path = rest.pop()
-        for label, child in names.items():
-            if type(child) is int:
-                out[child] = (*path, label)
-            else:
-                rest.append((child, (*path, label)))
-
-
-def _write(names: Names, separator: str, out: dict[int, str]) -> None:
-    rest = [(names, "")]
-    while rest:
-        names, prefix = rest.pop()
-        for label, child in names.items():
-            before = (getattr(label, "before", "") or separator) if prefix else ""
-            text = f"{prefix}{before}{write_piece(text_of(label))}"
-            if type(child) is int:
-                out[child] = text
-            else:
-                rest.append((child, text))
 
 
 class Leaves(Protocol):
@@ -375,3 +360,15 @@ def unique(leaves: Leaves, numbers: Sequence[int]) -> tuple[int, ...]:
     for number in numbers:
         first.setdefault(leaves.ties.get(number, number), number)
     return tuple(first.values())
+
+
+def tied(owners: Mapping[int, Hashable]) -> dict[int, int]:
+    """Leaf number → the first number of the same owner, for owners of several: the ties of a tree.
+
+    >>> tied({0: "a", 1: "b", 2: "a"})
+    {0: 0, 2: 0}
+    """
+    first: dict[Hashable, int] = {}
+    ones = {number: first.setdefault(owner, number) for number, owner in owners.items()}
+    shared = {one for number, one in ones.items() if one != number}
+    return {number: one for number, one in ones.items() if one in shared}

@@ -2,8 +2,9 @@
 
 import pickle
 import sys
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from paramend.errors import Unsupported
 
@@ -12,8 +13,6 @@ def by_name(thing: Any, what: str, where: str = "", hint: str = "") -> Any:
     """The function or class, if another process finds it by its name, or the pickler sends its code.
 
     Args:
-        thing: the function or class.
-        what: what is pickled.
         where: what it is there for, which goes before the reason and names it.
         hint: another way out, which goes behind the first one.
 
@@ -35,8 +34,33 @@ def by_name(thing: Any, what: str, where: str = "", hint: str = "") -> Any:
     return thing
 
 
+class Alone:
+    """A value whose copies are itself; a pickle may be another."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
 def _sends_code(frame: FrameType | None) -> bool:
     """Whether the pickler at work is cloudpickle, as Ray and joblib use it, which sends lambdas as code."""
     while frame is not None and not frame.f_globals.get("__name__", "").endswith("cloudpickle"):
         frame = frame.f_back
     return frame is not None
+
+
+def bound(function: Any) -> tuple[Any, ...]:
+    """What a function is compared by: partial ones compare by identity, which no copy shares."""
+    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function,)
+
+
+def called(function: Any) -> str:
+    """A function as it is written."""
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"functools.partial({', '.join([called(function.func), *given])})"
+    return str(getattr(function, "__qualname__", repr(function)))

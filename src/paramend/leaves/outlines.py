@@ -71,18 +71,14 @@ class Outline:
 
     @property
     def others(self) -> list[tuple[Keys, Any]]:
-        """What is not an array."""
         return [(keys, value) for keys, value in self.entries if type(value) is not Place]
 
     def nested(self, made: Callable[[Any], Any], close: Callable[[dict[Any, Any], Any], Any] | None = None) -> Any:
-        """The tree.
+        """The tree; `RenameClash` if two entries have the same keys, or one would be below another.
 
         Args:
             made: what to put in the place of an entry.
             close: (entries by key, the container that held them; None for a dict) → the container that holds them.
-
-        Raises:
-            RenameClash: two entries have the same keys, or one would be below another.
         """
         tree: Any = _Node()
         for keys, value in self.entries:
@@ -149,11 +145,7 @@ def outline_of(source: Leaves) -> Outline:
 
 
 def outline(root: Any, place: Callable[[Any], int | None], format: str = "") -> Outline:
-    """The outline of nested dicts, lists and tuples.
-
-    Args:
-        place: (a value) → its number if it is a leaf, else None. Leaves are asked for in order.
-    """
+    """The outline of nested dicts, lists and tuples; `place` gives the number of a leaf, and is asked in order."""
     entries: list[tuple[Keys, Any]] = []
     containers: dict[Keys, Any] = {}
     rest: list[tuple[Keys, Any]] = [((), root)]

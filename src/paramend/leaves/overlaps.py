@@ -46,11 +46,7 @@ def repeats(a: Array) -> bool:
 
 
 def overlapping(memories: Mapping[int, tuple[str, Array]]) -> Iterator[tuple[int, int]]:
-    """The pairs of arrays that share an element.
-
-    Args:
-        memories: number → (the device, the array).
-    """
+    """The pairs of arrays that share an element; each is given by its number, with its device."""
     spans = []
     for number, (device, array) in memories.items():
         if array.size:

@@ -9,8 +9,11 @@ key is a `Part`, which remembers the separator before it and whether the key end
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
+
+from paramend.leaves.names import Alone
 
 SPECIAL = frozenset('*{}[]<>,"\\/.')
 
@@ -30,13 +33,10 @@ class Part(NamedTuple):
     serial: int = 0
 
 
-class Joined(str):
-    """A key that a separator joins to the key above it: the two were one name, split when a flat table was nested.
+class Joined(Alone, str):
+    """A key that a separator, `before`, joins to the key above it: they were one name in a table that was nested.
 
     It is text like any other, and outlives edits and `jax.tree.map`; a pickle of it is plain text.
-
-    Attributes:
-        before: the separator.
 
     >>> key = Joined("weight", ".")
     >>> key == "weight", key.before
@@ -53,12 +53,6 @@ class Joined(str):
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
-
-    def __copy__(self) -> "Joined":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "Joined":
-        return self
 
 
 Label = str | Part
@@ -140,6 +134,16 @@ def write_path(path: Iterable[Label], separator: str = "/") -> str:
             out.append(separator if isinstance(label, str) or not label.before else label.before)
         out.append(write_piece(text_of(label)))
     return "".join(out)
+
+
+def common(paths: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """The pieces with which all of some paths begin.
+
+    >>> common([("a", "b", "w"), ("a", "c", "w")])
+    ('a',)
+    """
+    same = takewhile(lambda pieces: len(set(pieces)) == 1, zip(*paths, strict=False))
+    return tuple(pieces[0] for pieces in same)
 
 
 def number_of(text: str) -> int | None:

@@ -28,7 +28,6 @@ class Companion:
     Attributes:
         role: what it is to the codec: "scale", "zero", "global", "input" ...
         names: its names in use; the first that is there counts.
-        says: what it is, for messages.
         optional: whether the weight can be read without it.
     """
 
@@ -44,10 +43,8 @@ class Scheme:
 
     Attributes:
         name: its name, as users type it.
-        says: what it is, for messages and docs.
         payload: the names of the leaf that holds the codes.
         dtypes: its dtypes; empty for any.
-        companions: the other leaves.
         fits: whether shapes and dtypes agree with it.
         methods: what `quantization_config` calls it.
         alone: whether its payload is known by its name, without companions.
@@ -64,8 +61,6 @@ class Scheme:
     alone: bool = False
     codec: Coding | None = None
 
-
-# ---- dtypes and companions that several rows share -----------------------------------------------------------------
 
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e4m3b11fnuz")
 WORDS, BYTES = ("int32",), ("uint8",)
@@ -190,9 +185,6 @@ def _optimizer_state(n: str) -> Scheme:
     return Scheme("bnb-optim8", "8-bit moments of bitsandbytes", (f"state{n}",), ("uint8", "int8"), (scale, codes))
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------------------
-
-
 def _per_tensor(payload: Spec, by: Mapping[str, Spec]) -> bool:
     scale = by["scale"]  # one of shape [1, 1] is that of the only block
     stacked = payload.ndim > 2 and scale.shape == payload.shape[:1]
@@ -249,8 +241,6 @@ def _rows(payload: Spec, by: Mapping[str, Spec]) -> bool:
     scale = by["scale"]
     return payload.ndim == scale.ndim >= 2 and payload.shape[:-1] == scale.shape[:-1]
 
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 # The first row that fits a payload counts; the rows of one library that know less of a layout come after the others.
 SCHEMES: tuple[Scheme, ...] = (

@@ -130,10 +130,7 @@ def kind_of(dtype: str) -> str:
 
 
 def dtype_name(dtype: DtypeLike) -> str:
-    """The name of a dtype given as text or as an object of numpy, JAX or torch.
-
-    Raises:
-        BadArgument: no dtype of that name is known.
+    """The name of a dtype given as text or as an object of numpy, JAX or torch; `BadArgument` for an unknown one.
 
     >>> dtype_name("bf16"), dtype_name(np.float32), dtype_name(np.dtype("int8"))
     ('bfloat16', 'float32', 'int8')

@@ -1,7 +1,5 @@
 """The lesson on freezing the first layer for one step."""
 
-# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.edits.selection import at
-from paramend.lessons.lesson import Case, Lesson, Mistake, wrong
+from paramend.lessons.lesson import Case, Lesson, edited, mistake
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Picture, Witness, candidates, layer_names, observe, same
 
@@ -123,6 +121,9 @@ def _solved(
     return jnp.stack([loss, _norm(stepped), _norm(params)])
 
 
+_edited = partial(edited, _solved)
+
+
 def _zero_layer(layers: Any, name: str, into: str = "") -> Any:
     return {**layers, into or name: jax.tree.map(jnp.zeros_like, layers[name])}
 
@@ -132,10 +133,6 @@ def _zero_where(chosen: Callable[[tuple[str, ...]], bool]) -> Callable[[Any], An
         return jnp.zeros_like(grad) if chosen(tuple(key.key for key in path)) else grad
 
     return partial(jax.tree_util.tree_map_with_path, leaf)
-
-
-def _inner_added(grads: Any) -> Any:
-    return {**grads, "Dense_0": jax.tree.map(jnp.zeros_like, grads["params"]["Dense_0"])}
 
 
 def _without_bias(grads: Any) -> Any:
@@ -229,100 +226,87 @@ LESSON = Lesson(
     "checked on the tree after the step, if `solve` holds that tree in a variable or passes it to a "
     "function, outside of `jit`.",
     mistakes=(
-        Mistake(
+        _edited(
             "off by one in the layer name",
             "Layers are numbered from zero: the first is Dense_0. If the gradients of Dense_1 are zero, Dense_0 moves.",
-            wrong(_solved, lambda grads: at(grads, "params/Dense_1/**").zero()),
+            lambda grads: at(grads, "params/Dense_1/**").zero(),
         ),
-        Mistake(
+        mistake(
             "the layers made inside out",
             "A layer gets its number when it is created. In nn.Dense(1)(nn.relu(nn.Dense(8)(x))) Python "
             "creates the outer layer first, so Dense_0 is the last layer. Give each layer its own line.",
-            (partial(_solved, _zeroed, kind=Reversed),),
+            partial(_solved, _zeroed, kind=Reversed),
         ),
-        Mistake(
+        _edited(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
             "comparing paths with it is never true, so nothing is frozen.",
-            wrong(
-                _solved,
-                lambda grads: {"params": _zero_layer(grads["params"], "dense_0", into="Dense_0")},
-                lambda grads: at(grads, "params/dense_0/**").zero(),
-                lambda grads: {"params": _zero_layer(grads["params"], "Dense_0", into="dense_0")},
-                _zero_where(lambda path: "dense_0" in path),
-            ),
+            lambda grads: {"params": _zero_layer(grads["params"], "dense_0", into="Dense_0")},
+            lambda grads: at(grads, "params/dense_0/**").zero(),
+            lambda grads: {"params": _zero_layer(grads["params"], "Dense_0", into="dense_0")},
+            _zero_where(lambda path: "dense_0" in path),
         ),
-        Mistake(
+        _edited(
             "the outer `params` level lost",
             'Gradients have the paths of the parameters: grads["params"]["Dense_0"]. Reading without the '
             "outer level fails; comparing paths without it is never true, so nothing is frozen.",
-            wrong(
-                _solved,
-                lambda grads: _zero_layer(grads, "Dense_0"),
-                lambda grads: at(grads, "Dense_0/**").zero(),
-                _inner_added,
-                _zero_where(lambda path: path[0] == "Dense_0"),
-            ),
+            lambda grads: _zero_layer(grads, "Dense_0"),
+            lambda grads: at(grads, "Dense_0/**").zero(),
+            lambda grads: {**grads, "Dense_0": _zero_layer(grads["params"], "Dense_0")["Dense_0"]},
+            _zero_where(lambda path: path[0] == "Dense_0"),
         ),
-        Mistake(
+        _edited(
             "the bias dropped or left to move",
             "The layer is its kernel and its bias. Zero both gradients, and keep both in the tree.",
-            wrong(_solved, lambda grads: at(grads, "params/Dense_0/kernel").zero(), _without_bias),
+            lambda grads: at(grads, "params/Dense_0/kernel").zero(),
+            _without_bias,
         ),
-        Mistake(
+        _edited(
             "every kernel replaced instead of one",
             "More than Dense_0 was frozen: the gradient of Dense_1 was made zero too, so the step teaches nothing.",
-            wrong(
-                _solved,
-                lambda grads: at(grads, "**/kernel").zero(),
-                lambda grads: jax.tree.map(jnp.zeros_like, grads),
-            ),
+            lambda grads: at(grads, "**/kernel").zero(),
+            lambda grads: jax.tree.map(jnp.zeros_like, grads),
         ),
-        Mistake(
+        _edited(
             "a scalar where an array belongs",
             "One number instead of a layer's gradients: the two trees no longer have the same structure. "
             "Zero each leaf.",
-            wrong(
-                _solved,
-                lambda grads: {"params": {**grads["params"], "Dense_0": 0.0}},
-                lambda grads: {"params": {**grads["params"], "Dense_0": jnp.zeros(())}},
-            ),
+            lambda grads: {"params": {**grads["params"], "Dense_0": 0.0}},
+            lambda grads: {"params": {**grads["params"], "Dense_0": jnp.zeros(())}},
         ),
-        Mistake(
+        mistake(
             "the parameter zeroed instead of its gradient",
             "Zeroing the layer's parameters erases the layer. Zeroing their gradients keeps them where they are.",
-            (
-                _zeroed_before,
-                partial(_solved, _as_it_is, before=_zeroed),
-                partial(_solved, _as_it_is, between=_zeroed),
-                partial(_solved, _as_it_is, after=_zeroed),
-            ),
+            _zeroed_before,
+            partial(_solved, _as_it_is, before=_zeroed),
+            partial(_solved, _as_it_is, between=_zeroed),
+            partial(_solved, _as_it_is, after=_zeroed),
         ),
-        Mistake(
+        mistake(
             "the norm taken after the step",
             "Both norms come from the parameters after the step, so they would be equal even if the layer "
             "had moved. Take norm_before from the old parameters.",
-            (_norms_after,),
+            _norms_after,
         ),
-        Mistake(
+        mistake(
             "updates zeroed where gradients were asked",
             "With an infinite lr the layer did not move, so no zero gradient went through the step: the "
             "updates were made zero, the layer was left out of the step, or norm_after was taken before "
             "it. For plain gradient descent the numbers agree; with an optimizer that uses the size of "
             "all gradients (a global clip) they do not.",
-            (_updates_zeroed,),
+            _updates_zeroed,
         ),
-        Mistake(
+        mistake(
             "the prediction not squeezed",
             "A prediction of shape (N, 1) minus a y of shape (N,) broadcasts to (N, N), and the loss is "
             "the mean of all of it.",
-            (_table_of_errors,),
+            _table_of_errors,
         ),
-        Mistake(
+        mistake(
             "the original dict mutated",
             "The numbers are right, but the dict that `init` returned was updated in place: the old "
             "parameters are gone. `jax.tree.map` makes a new tree.",
-            (_in_place,),
+            _in_place,
         ),
     ),
 )

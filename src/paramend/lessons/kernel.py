@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.edits.selection import at
-from paramend.lessons.lesson import Case, Lesson, Mistake, two_widths, wrong
+from paramend.lessons.lesson import Case, Lesson, edited, mistake, two_widths
 from paramend.lessons.witness import applied_facts, observe
 
 TEXT = """
@@ -50,16 +50,15 @@ def _solved(edit: Callable[[Any, float], Any], seed: float, x: Any, features: fl
     return model.apply(edit(model.init(jax.random.PRNGKey(int(seed)), x), value), x)
 
 
+_edited = partial(edited, _solved)
+
+
 def _with(params: Any, kernel: Any) -> Any:
     return {"params": {**params["params"], "kernel": kernel}}
 
 
 def _filled(layer: Any, value: float) -> Any:
     return {**layer, "kernel": jnp.full_like(layer["kernel"], value)}
-
-
-def _without_bias(params: Any, value: float) -> Any:
-    return {"params": {"kernel": jnp.full_like(params["params"]["kernel"], value)}}
 
 
 def _without_layer(seed: float, x: Any, features: float, value: float) -> Any:
@@ -92,61 +91,49 @@ LESSON = Lesson(
     cases=cases,
     observe=partial(observe, facts=applied_facts),
     mistakes=(
-        Mistake(
+        _edited(
             "a scalar where an array belongs",
             "The kernel became one number. A layer checks that its kernel has the shape it was made with: "
             "fill an array of the old kernel's shape instead.",
-            wrong(
-                _solved,
-                _with,
-                lambda params, value: _with(params, jnp.array(value)),
-                lambda params, value: at(params, "params/kernel").set(value),
-            ),
+            _with,
+            lambda params, value: _with(params, jnp.array(value)),
+            lambda params, value: at(params, "params/kernel").set(value),
         ),
-        Mistake(
+        mistake(
             "the bias dropped or zeroed as well",
             "Only the kernel should change. Build the new dict from the old one, {**old, 'kernel': new}, "
             "so that the bias stays beside it.",
-            (
-                *wrong(
-                    _solved,
-                    _without_bias,
-                    lambda params, value: at(at(params, "params/kernel").fill(value), "params/bias").zero(),
-                ),
-                _without_layer,
+            partial(
+                _solved, lambda tree, value: {"params": {"kernel": jnp.full_like(tree["params"]["kernel"], value)}}
             ),
+            partial(_solved, lambda tree, value: at(at(tree, "params/kernel").fill(value), "params/bias").zero()),
+            _without_layer,
         ),
-        Mistake(
+        _edited(
             "every leaf replaced instead of one",
             "A map over the whole tree fills the bias too. Select the leaf by its path.",
-            wrong(_solved, lambda params, value: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)),
+            lambda params, value: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params),
         ),
-        Mistake(
+        _edited(
             "the outer `params` level lost",
             "Flax keeps the tree below a key for the collection: the kernel is at "
             'params["params"]["kernel"], and `apply` needs that outer level too.',
-            wrong(
-                _solved,
-                _filled,
-                lambda params, value: at(params, "kernel").fill(value),
-                lambda params, value: _filled(params["params"], value),
-            ),
+            _filled,
+            lambda params, value: at(params, "kernel").fill(value),
+            lambda params, value: _filled(params["params"], value),
         ),
-        Mistake(
+        _edited(
             "dtype lost by full(shape)",
             "An array made from the shape alone has the default dtype, so in a bfloat16 model one kernel "
             "is suddenly wider. `full_like` keeps the old dtype.",
-            wrong(
-                _solved,
-                lambda params, value: _with(params, jnp.full(params["params"]["kernel"].shape, value)),
-                lambda params, value: _with(params, np.full(params["params"]["kernel"].shape, value)),
-            ),
+            lambda params, value: _with(params, jnp.full(params["params"]["kernel"].shape, value)),
+            lambda params, value: _with(params, np.full(params["params"]["kernel"].shape, value)),
         ),
-        Mistake(
+        _edited(
             "the original dict mutated",
             "The answer is right, but the dict that `init` returned was edited in place, so others that "
             "hold it now have other parameters. Make a new dict for each level on the path to the leaf.",
-            wrong(_solved, _in_place),
+            _in_place,
         ),
     ),
 )

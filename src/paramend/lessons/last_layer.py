@@ -1,7 +1,5 @@
 """The lesson on zeroing the last layer's kernel."""
 
-# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.edits.selection import at
-from paramend.lessons.lesson import Case, Lesson, Mistake, two_widths, wrong
+from paramend.lessons.lesson import Case, Lesson, edited, two_widths
 from paramend.lessons.witness import applied_facts, observe
 
 TEXT = """
@@ -67,6 +65,9 @@ def _solved(edit: Callable[[Any, int], Any], seed: float, x: Any, num_layers: fl
     return model.apply(edit(model.init(jax.random.PRNGKey(int(seed)), x), int(num_layers)), x)
 
 
+_edited = partial(edited, _solved)
+
+
 def _with(params: Any, name: str, **leaves: Any) -> Any:
     return {"params": {**params["params"], name: {**params["params"][name], **leaves}}}
 
@@ -110,87 +111,70 @@ LESSON = Lesson(
     cases=cases,
     observe=partial(observe, facts=applied_facts),
     mistakes=(
-        Mistake(
+        _edited(
             "off by one in the layer name",
             "Layers are numbered from zero, so the last of N is Dense_<N-1>: Dense_<N> does not exist (and "
             "is silently added if written to), Dense_<N-2> is the one before.",
-            wrong(
-                _solved,
-                lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n}")},
-                lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n - 1}", into=f"Dense_{n}")},
-                lambda params, n: at(params, f"params/Dense_{n}/kernel").zero(),
-                lambda params, n: at(params, f"params/Dense_[{n}]/kernel").zero(),
-                lambda params, n: at(params, f"params/Dense_{n - 2}/kernel").zero(),
-            ),
+            lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n}")},
+            lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n - 1}", into=f"Dense_{n}")},
+            lambda params, n: at(params, f"params/Dense_{n}/kernel").zero(),
+            lambda params, n: at(params, f"params/Dense_[{n}]/kernel").zero(),
+            lambda params, n: at(params, f"params/Dense_{n - 2}/kernel").zero(),
         ),
-        Mistake(
+        _edited(
             "the first layer zeroed instead of the last",
             "Dense_0 is the layer that reads x. The last one is at position -1.",
-            wrong(_solved, lambda params, n: at(params, "params/Dense_0/kernel").zero()),
+            lambda params, n: at(params, "params/Dense_0/kernel").zero(),
         ),
-        Mistake(
+        _edited(
             "the bias dropped or zeroed as well",
             "Only the kernel should become zero. The bias of the last layer is what the answer shows: it "
             "must stay ones.",
-            wrong(_solved, lambda params, n: at(params, "params/Dense_[-1]/**").zero(), _without_bias),
+            lambda params, n: at(params, "params/Dense_[-1]/**").zero(),
+            _without_bias,
         ),
-        Mistake(
+        _edited(
             "a scalar where an array belongs",
             "The kernel became the number 0.0. A layer checks that its kernel has the shape it was made "
             "with: use `zeros_like` of the old kernel.",
-            wrong(
-                _solved,
-                lambda params, n: _with(params, f"Dense_{n - 1}", kernel=0.0),
-                lambda params, n: at(params, "params/Dense_[-1]/kernel").set(0.0),
-            ),
+            lambda params, n: _with(params, f"Dense_{n - 1}", kernel=0.0),
+            lambda params, n: at(params, "params/Dense_[-1]/kernel").set(0.0),
         ),
-        Mistake(
+        _edited(
             "the outer `params` level lost",
             'Flax keeps the layers below a key for the collection: params["params"]["Dense_0"], and '
             "`apply` needs that outer level too.",
-            wrong(
-                _solved,
-                lambda params, n: _zeroed(params, f"Dense_{n - 1}"),
-                lambda params, n: at(params, f"Dense_{n - 1}/kernel").zero(),
-                lambda params, n: at(params["params"], "Dense_[-1]/kernel").zero(),
-            ),
+            lambda params, n: _zeroed(params, f"Dense_{n - 1}"),
+            lambda params, n: at(params, f"Dense_{n - 1}/kernel").zero(),
+            lambda params, n: at(params["params"], "Dense_[-1]/kernel").zero(),
         ),
-        Mistake(
+        _edited(
             "dtype lost by zeros(shape)",
             "Zeros made from the shape alone have the default dtype, so in a bfloat16 model one kernel is "
             "suddenly wider. `zeros_like` keeps the old dtype.",
-            wrong(
-                _solved,
-                lambda params, n: _with(params, f"Dense_{n - 1}", kernel=jnp.zeros(_shape(params, n))),
-                lambda params, n: _with(params, f"Dense_{n - 1}", kernel=np.zeros(_shape(params, n))),
-            ),
+            lambda params, n: _with(params, f"Dense_{n - 1}", kernel=jnp.zeros(_shape(params, n))),
+            lambda params, n: _with(params, f"Dense_{n - 1}", kernel=np.zeros(_shape(params, n))),
         ),
-        Mistake(
+        _edited(
             "every kernel replaced instead of one",
             "With all kernels zero the output is still ones, but the network lost what it had learned; "
             "with all leaves zero the output is zero. Only the last kernel should change.",
-            wrong(
-                _solved,
-                lambda params, n: at(params, "**/kernel").zero(),
-                lambda params, n: jax.tree.map(jnp.zeros_like, params),
-            ),
+            lambda params, n: at(params, "**/kernel").zero(),
+            lambda params, n: jax.tree.map(jnp.zeros_like, params),
         ),
-        Mistake(
+        _edited(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
             "writing to it adds a layer that nothing reads.",
-            wrong(
-                _solved,
-                lambda params, n: {"params": _zeroed(params["params"], f"dense_{n - 1}")},
-                lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n - 1}", into=f"dense_{n - 1}")},
-                lambda params, n: at(params, f"params/dense_{n - 1}/kernel").zero(),
-            ),
+            lambda params, n: {"params": _zeroed(params["params"], f"dense_{n - 1}")},
+            lambda params, n: {"params": _zeroed(params["params"], f"Dense_{n - 1}", into=f"dense_{n - 1}")},
+            lambda params, n: at(params, f"params/dense_{n - 1}/kernel").zero(),
         ),
-        Mistake(
+        _edited(
             "the original dict mutated",
             "The answer is right, but the dict that `init` returned was edited in place, so others that "
             "hold it now have other parameters. Make a new dict for each level on the path to the leaf.",
-            wrong(_solved, _in_place),
+            _in_place,
         ),
     ),
 )

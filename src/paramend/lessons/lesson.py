@@ -41,9 +41,14 @@ class Mistake:
     forms: tuple[Solve, ...]
 
 
-def wrong(solution: Callable[..., Any], *edits: Callable[..., Any]) -> tuple[Solve, ...]:
-    """The forms of a mistake: `solution`, which takes an edit before the arguments of `solve`, with each edit."""
-    return tuple(partial(solution, edit) for edit in edits)
+def mistake(name: str, why: str, *forms: Solve) -> Mistake:
+    """A mistake of some forms."""
+    return Mistake(name, why, forms)
+
+
+def edited(solution: Callable[..., Any], name: str, why: str, *edits: Callable[..., Any]) -> Mistake:
+    """A mistake whose forms are `solution`, which takes an edit before the arguments of `solve`, with each edit."""
+    return Mistake(name, why, tuple(partial(solution, edit) for edit in edits))
 
 
 def two_widths(rng: np.random.Generator, args: Callable[[int], tuple[Any, ...]]) -> list[Case]:

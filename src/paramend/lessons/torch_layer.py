@@ -1,7 +1,5 @@
 """The lesson on zeroing a torch layer in place."""
 
-# mypy: disallow-untyped-decorators=False
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 
 from paramend.growth.zeroing import init_zero_
-from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
+from paramend.lessons.lesson import Case, Lesson, Solve, mistake
 from paramend.lessons.observation import Observation, observed
 
 TEXT = """
@@ -73,11 +71,6 @@ def _if_weight(solve: Solve) -> Solve:
 
 
 @torch.no_grad()
-def _weight_only(layer: Any) -> None:
-    layer.weight.zero_()
-
-
-@torch.no_grad()
 def _without_bias(layer: Any) -> None:
     layer.weight.zero_()
     layer.bias = None
@@ -88,12 +81,6 @@ def _unguarded_weight(layer: Any) -> None:
     layer.weight.zero_()
     if layer.bias is not None:
         layer.bias.zero_()
-
-
-@torch.no_grad()
-def _every_tensor(layer: Any) -> None:
-    for tensor in layer.state_dict().values():
-        tensor.zero_()
 
 
 def observe(solve: Solve, case: Case) -> Observation:
@@ -149,10 +136,7 @@ def cases(rng: np.random.Generator) -> list[Case]:
             ("a bfloat16 layer", nn.Conv1d(a, b, 2).to(torch.bfloat16)),
             ("bias=None, and a nan in the weight", nn.Linear(a, b, bias=False)),
             ("a frozen float64 layer with buffers", nn.BatchNorm1d(a).double().requires_grad_(False)),
-            (
-                "layer by layer",
-                nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, a, bias=False), nn.LayerNorm(a)),
-            ),
+            ("layer by layer", nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, a, bias=False), nn.LayerNorm(a))),
         ]
     for _, layer in layers:
         for parameter in layer.parameters():
@@ -171,82 +155,75 @@ LESSON = Lesson(
     cases=cases,
     observe=observe,
     mistakes=(
-        Mistake(
+        mistake(
             "the bias dropped or left as it was",
             "A layer is its weight and its bias: both become zero, and both stay there.",
-            (_if_weight(_weight_only), _if_weight(_without_bias)),
+            _if_weight(torch.no_grad()(lambda layer: layer.weight.zero_())),
+            _if_weight(_without_bias),
         ),
-        Mistake(
+        mistake(
             "a layer without weight or bias is not expected",
             "nn.ReLU has no weight, and with bias=None the bias is not a tensor. Check before you write: "
             "getattr(layer, 'bias', None) is not None.",
-            (
-                _unguarded(lambda parameter: parameter.zero_()),
-                _unguarded(lambda parameter: parameter.fill_(0)),
-                _unguarded(lambda parameter: parameter.data.zero_()),
-                _unguarded(lambda parameter: parameter.copy_(torch.zeros_like(parameter))),
-                _unguarded_weight,
-                _if_weight(_unguarded(lambda parameter: parameter.zero_())),
-                _if_weight(_unguarded(lambda parameter: parameter.data.zero_())),
-            ),
+            _unguarded(lambda parameter: parameter.zero_()),
+            _unguarded(lambda parameter: parameter.fill_(0)),
+            _unguarded(lambda parameter: parameter.data.zero_()),
+            _unguarded(lambda parameter: parameter.copy_(torch.zeros_like(parameter))),
+            _unguarded_weight,
+            _if_weight(_unguarded(lambda parameter: parameter.zero_())),
+            _if_weight(_unguarded(lambda parameter: parameter.data.zero_())),
         ),
-        Mistake(
+        mistake(
             "a scalar where an array belongs",
             "The weight became one number. Write zeros into the existing tensor, which has the layer's shape.",
-            (
-                _each(lambda layer, name, _: setattr(layer, name, 0.0)),
-                _each(lambda layer, name, parameter: setattr(parameter, "data", torch.tensor(0.0))),
-                _each(lambda layer, name, parameter: setattr(parameter, "data", 0.0)),
-                _each(lambda layer, name, _: setattr(layer, name, nn.Parameter(torch.tensor(0.0)))),
-            ),
+            _each(lambda layer, name, _: setattr(layer, name, 0.0)),
+            _each(lambda layer, name, parameter: setattr(parameter, "data", torch.tensor(0.0))),
+            _each(lambda layer, name, parameter: setattr(parameter, "data", 0.0)),
+            _each(lambda layer, name, _: setattr(layer, name, nn.Parameter(torch.tensor(0.0)))),
         ),
-        Mistake(
+        mistake(
             "dtype lost by zeros(shape)",
             "torch.zeros(shape) is float32 on the CPU, whatever the layer was. `parameter.zero_()` keeps "
             "dtype and device.",
-            (
-                _each(lambda layer, name, old: setattr(old, "data", torch.zeros(old.shape))),
-                _each(lambda layer, name, old: setattr(layer, name, nn.Parameter(torch.zeros(old.shape)))),
-            ),
+            _each(lambda layer, name, old: setattr(old, "data", torch.zeros(old.shape))),
+            _each(lambda layer, name, old: setattr(layer, name, nn.Parameter(torch.zeros(old.shape)))),
         ),
-        Mistake(
+        mistake(
             "the parameter replaced instead of its numbers",
             "A new nn.Parameter is not the one that the optimizer and tied layers hold, and it is not "
             "frozen if the old one was. Write into the old one.",
-            (
-                _each(lambda layer, name, old: setattr(layer, name, nn.Parameter(torch.zeros_like(old)))),
-                _each(
-                    lambda layer, name, old: setattr(
-                        layer, name, nn.Parameter(torch.zeros_like(old), requires_grad=old.requires_grad)
-                    )
-                ),
+            _each(lambda layer, name, old: setattr(layer, name, nn.Parameter(torch.zeros_like(old)))),
+            _each(
+                lambda layer, name, old: setattr(
+                    layer, name, nn.Parameter(torch.zeros_like(old), requires_grad=old.requires_grad)
+                )
             ),
         ),
-        Mistake(
+        mistake(
             "every tensor zeroed, buffers too",
             "The state dict also holds buffers: a BatchNorm with running_var zero divides by almost nothing.",
-            (_every_tensor,),
+            torch.no_grad()(lambda layer: [tensor.zero_() for tensor in layer.state_dict().values()]),
         ),
-        Mistake(
+        mistake(
             "a copy zeroed instead of the layer",
             "The given layer is unchanged: the zeros are in another object. In place means in this one.",
-            (lambda layer: init_zero_(copy.deepcopy(layer)),),
+            lambda layer: init_zero_(copy.deepcopy(layer)),
         ),
-        Mistake(
+        mistake(
             "multiplied by zero",
             "Multiplied by zero, nan and inf become nan, and negative numbers -0.0. `zero_()` writes zeros.",
-            (torch.no_grad()(_each(lambda layer, name, parameter: parameter.mul_(0))),),
+            torch.no_grad()(_each(lambda layer, name, parameter: parameter.mul_(0))),
         ),
-        Mistake(
+        mistake(
             "the edit recorded by autograd",
             "A parameter that requires a gradient cannot be edited in place outside of torch.no_grad().",
-            (_each(lambda layer, name, parameter: parameter.zero_()),),
+            _each(lambda layer, name, parameter: parameter.zero_()),
         ),
-        Mistake(
+        mistake(
             "requires_grad changed",
             "requires_grad was switched off for the edit and stayed off: the layer will not train. Use "
             "torch.no_grad().",
-            (_each(lambda layer, name, parameter: parameter.requires_grad_(False).zero_()),),
+            _each(lambda layer, name, parameter: parameter.requires_grad_(False).zero_()),
         ),
     ),
 )

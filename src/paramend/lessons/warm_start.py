@@ -1,7 +1,5 @@
 """The lesson on starting a bigger model from a smaller one."""
 
-# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 
 from paramend.edits.selection import param_count
 from paramend.grafting.graft import graft
-from paramend.lessons.lesson import Case, Lesson, Mistake, wrong
+from paramend.lessons.lesson import Case, Lesson, edited, mistake
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Handed, Picture, Witness, candidates, layer_names, observe, same
 
@@ -89,6 +87,9 @@ def _solved(edit: Callable[..., Any], *args: float) -> jax.Array:
     """The reference with another copy: the edit takes the small tree, the big one, and their layers."""
     small, big, full, extra = _start(*args)
     return _answer(edit(small, big, full, extra), full, extra)
+
+
+_edited = partial(edited, _solved)
 
 
 def _kernels_only(small: Any, big: Any, full: int, extra: int) -> Any:
@@ -176,71 +177,60 @@ LESSON = Lesson(
     unseen="The two numbers do not show the copy. It is checked on the tree that `solve` holds in a "
     "variable or passes to a function; it cannot be seen if the models are initialised inside `jit`.",
     mistakes=(
-        Mistake(
+        _edited(
             "off by one in the layer name",
             "Layers are numbered from zero: the first N are Dense_0 to Dense_<N-1>, range(N).",
-            wrong(
-                _solved,
-                lambda small, big, full, extra: _copied(small, big, {i: i for i in range(full - 1)}),
-                lambda small, big, full, extra: _copied(small, big, {i: i for i in range(1, full)}),
-                lambda small, big, full, extra: _copied(small, big, {i: i for i in range(full + 1)}),
-                lambda small, big, full, extra: _copied(small, big, {i + 1: i for i in range(full)}),
-            ),
+            lambda small, big, full, extra: _copied(small, big, {i: i for i in range(full - 1)}),
+            lambda small, big, full, extra: _copied(small, big, {i: i for i in range(1, full)}),
+            lambda small, big, full, extra: _copied(small, big, {i: i for i in range(full + 1)}),
+            lambda small, big, full, extra: _copied(small, big, {i + 1: i for i in range(full)}),
         ),
-        Mistake(
+        _edited(
             "the bias dropped or left behind",
             "A layer is its kernel and its bias. Copy both.",
-            wrong(_solved, _kernels_only, _without_bias),
+            _kernels_only,
+            _without_bias,
         ),
-        Mistake(
+        _edited(
             "the outer `params` level lost",
             'The layers are below a key for the collection: params["params"]["Dense_0"]. Merged one level '
             "too high, the trees lose the extra layers or hold the copies twice.",
-            wrong(
-                _solved,
-                lambda small, big, full, extra: {**big, **{f"Dense_{i}": small[f"Dense_{i}"] for i in range(full)}},
-                lambda small, big, full, extra: graft(big, small, only=f"Dense_[:{full}]/**")[0],
-                lambda small, big, full, extra: {**big, **small["params"]},
-                lambda small, big, full, extra: {**big, **small},
-            ),
+            lambda small, big, full, extra: {**big, **{f"Dense_{i}": small[f"Dense_{i}"] for i in range(full)}},
+            lambda small, big, full, extra: graft(big, small, only=f"Dense_[:{full}]/**")[0],
+            lambda small, big, full, extra: {**big, **small["params"]},
+            lambda small, big, full, extra: {**big, **small},
         ),
-        Mistake(
+        _edited(
             "`dense_0` for `Dense_0`",
             "Flax names a layer after its class, with a capital letter. Reading another spelling fails; "
             "writing to it adds a layer that nothing reads.",
-            wrong(
-                _solved,
-                lambda small, big, full, extra: _renamed(small, big, full, "dense"),
-                lambda small, big, full, extra: _renamed(small, big, full, "Dense"),
-            ),
+            lambda small, big, full, extra: _renamed(small, big, full, "dense"),
+            lambda small, big, full, extra: _renamed(small, big, full, "Dense"),
         ),
-        Mistake(
+        _edited(
             "the whole tail copied",
             "The copy reached into the last layers. The extra layers have no original in the small model: "
             "they stay fresh.",
-            wrong(
-                _solved,
-                lambda small, big, full, extra: _copied(small, big, {i: min(i, full - 1) for i in range(full + extra)}),
-                _in_turn,
-                lambda small, big, full, extra: _copied(small, big, {i + extra: i for i in range(full)}),
-            ),
+            lambda small, big, full, extra: _copied(small, big, {i: min(i, full - 1) for i in range(full + extra)}),
+            _in_turn,
+            lambda small, big, full, extra: _copied(small, big, {i + extra: i for i in range(full)}),
         ),
-        Mistake(
+        mistake(
             "both inits from one key",
             "With one key the two models start with the same first layers, so the copy changes nothing "
             "and proves nothing. Split the key.",
-            (_one_key,),
+            _one_key,
         ),
-        Mistake(
+        _edited(
             "nothing copied",
             "The tree that was counted is the bigger model as it was initialised. An edit returns a new tree: keep it.",
-            wrong(_solved, lambda small, big, full, extra: big),
+            lambda small, big, full, extra: big,
         ),
-        Mistake(
+        _edited(
             "the original dict mutated",
             "The tree is right, but the dict that `init` returned was edited in place, so others that hold "
             "it now have other parameters. Make a new dict.",
-            wrong(_solved, _in_place),
+            _in_place,
         ),
     ),
 )

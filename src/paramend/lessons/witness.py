@@ -194,7 +194,9 @@ def observe(solve: Solve, case: Case, facts: Callable[[Witness, Observation], di
         return seen
     untouched = all(np.array_equal(a, b) for a, b in zip(args, case.args, strict=True))
     arguments = {"the arguments": "left as they were" if untouched else "edited in place"}
-    return Observation(seen.result, facts={**facts(witness, seen), **place_facts(witness), **arguments})
+    edited = any(handed.edited for handed in witness.handed)
+    place = {"the tree from init": "edited in place" if edited else "left as it was"} if witness.handed else {}
+    return Observation(seen.result, facts={**facts(witness, seen), **place, **arguments})
 
 
 def applied_facts(witness: Witness, _: Observation) -> dict[str, str]:
@@ -215,12 +217,6 @@ def applied_facts(witness: Witness, _: Observation) -> dict[str, str]:
     strangers = ["/".join(path) for path in witness.applied if path not in handed.picture]
     facts["leaves that no layer asked for"] = ", ".join(strangers) or "none"
     return facts
-
-
-def place_facts(witness: Witness) -> dict[str, str]:
-    """Whether a tree was edited in place after `init` returned it."""
-    edited = any(handed.edited for handed in witness.handed)
-    return {"the tree from init": "edited in place" if edited else "left as it was"} if witness.handed else {}
 
 
 def _content(leaf: Any) -> str:

@@ -1,18 +1,13 @@
 """Several leaves as one along an axis, and one leaf as several: `concat`, `interleave`, `split`."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from paramend.edits.memory import editable
-from paramend.edits.moves import axis_of
-from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.leaves import Editable, Group
+from paramend.errors import BadArgument
 from paramend.leaves.origins.moved import How
-from paramend.leaves.specs import Spec
-from paramend.mapping import hands
-from paramend.reports import wording
-from paramend.selectors.renames import NewPath, keys, pieces, rename
+from paramend.mapping.layout import Rule, groups_of
+from paramend.mapping.steps import Step
 from paramend.selectors.selector import resolve
 
 T = TypeVar("T")
@@ -90,68 +85,20 @@ def split(tree: T, leaf: str, *, into: Sequence[str], axis: int = 0, sizes: Sequ
         raise BadArgument(f"into={into!r} is not a list of paths", hint='into=["q", "k", "v"]')
     if sizes is not None and len(sizes) != len(into):
         raise BadArgument(f"there are {len(into)} new paths, and {len(sizes)} sizes: {list(sizes)}")
-    leaves = editable(tree)
-    resolve(leaf, leaves)
-    paths = [rename(leaf, path).over(leaves.index) for path in into]
-    groups = []
-    for number in paths[0]:
-        cuts, at = _cuts(leaves.index.path(number), leaves.spec(number), axis, len(into), sizes)
-        new = tuple(keys(path[number]) for path in paths)
-        groups.append(Group((number,), new, partial(_cut, cuts, at)))
-    return cast(T, leaves.regrouped(groups))
-
-
-def _cuts(path: str, spec: Spec, axis: int, count: int, sizes: Sequence[int] | None) -> tuple[list[range], int]:
-    """The places of each part along the axis, and the axis counted from the front."""
-    at = axis_of(spec, axis)
-    length = spec.shape[at]
-    if sizes is None and length % count:
-        raise SpecMismatch(f"{path}: axis {at} of {spec} cannot be cut into {count} equal parts", hint="sizes=[...]")
-    lengths = [length // count] * count if sizes is None else [int(size) for size in sizes]
-    if sum(lengths) != length or min(lengths) < 0:
-        raise SpecMismatch(f"{path}: the sizes {lengths} do not add up to {length:,}, axis {at} of {spec}")
-    ends = [sum(lengths[: place + 1]) for place in range(count)]
-    return [range(end - size, end) for end, size in zip(ends, lengths, strict=True)], at
-
-
-def _cut(cuts: Sequence[range], axis: int, values: Sequence[Any]) -> list[Any]:
-    return [hands.take(values[0], places, axis) for places in cuts]
-
-
-def _whole(axis: int, how: How, values: Sequence[Any]) -> list[Any]:
-    return [hands.join(values, axis, how)]
+    args = {"axis": axis, **({} if sizes is None else {"sizes": [int(size) for size in sizes]})}
+    return _ruled(tree, [leaf], into, Step("split", args))
 
 
 def _joined(tree: T, leaves: Sequence[str], into: str, axis: int, how: How) -> T:
     if isinstance(leaves, str) or not leaves:
         raise BadArgument(f"leaves={leaves!r} is not a list of selectors", hint=f'["q", "k"], into="{into}"')
-    opened = editable(tree)
-    found: dict[tuple[str, ...], tuple[NewPath, dict[int, int]]] = {}
-    for place, leaf in enumerate(leaves):
-        resolve(leaf, opened)
-        for number, path in rename(leaf, into).over(opened.index).items():
-            found.setdefault(pieces(path), (path, {}))[1][place] = number
-    groups = []
-    for name, (path, numbers) in found.items():
-        lacking = [leaf for place, leaf in enumerate(leaves) if place not in numbers]
-        if lacking:
-            raise BadArgument(f"there is no {wording.listing(lacking)} for {'/'.join(name)}")
-        chosen = [numbers[place] for place in range(len(leaves))]
-        at = _check(opened, chosen, axis, how)
-        groups.append(Group(tuple(chosen), (keys(path),), partial(_whole, at, how)))
-    return cast(T, opened.regrouped(groups))
+    return _ruled(tree, leaves, [into], Step(how, {"axis": axis}))
 
 
-def _check(leaves: Editable, numbers: Sequence[int], axis: int, how: How) -> int:
-    """The axis of leaves that are joined, counted from the front."""
-    first = leaves.spec(numbers[0])
-    at = axis_of(first, axis)
-    for number in numbers[1:]:
-        spec = leaves.spec(number)
-        ours, theirs = list(first.shape), list(spec.shape)
-        if how == "concat" and len(ours) == len(theirs):
-            ours[at] = theirs[at]
-        if (ours, first.dtype) != (theirs, spec.dtype):
-            one, other = leaves.index.path(numbers[0]), leaves.index.path(number)
-            raise SpecMismatch(f"{one} is {first}, and {other} is {spec}: {how} along axis {at} does not fit")
-    return at
+def _ruled(tree: T, sources: Sequence[str], targets: Sequence[str], step: Step) -> T:
+    """The tree after one rule of a layout; what it does not take stays."""
+    leaves = editable(tree)
+    for source in sources:
+        resolve(source, leaves)
+    groups = groups_of(leaves, Rule(tuple(sources), tuple(targets), (step,)))
+    return cast(T, leaves.regrouped([group for group, _ in groups]))

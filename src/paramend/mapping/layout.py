@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from paramend.edits.arguments import shown
 from paramend.edits.memory import editable
@@ -22,6 +22,7 @@ from paramend.selectors.renames import NewPath, keys, rename
 from paramend.selectors.selector import resolve
 
 T = TypeVar("T")
+Slot: TypeAlias = tuple[int, tuple[int, ...]]  # the place of a path in its rule, and the numbers that count its leaves
 Rest = Literal["error", "keep"]
 VERSION = 1
 _MARK = "…"  # separates the numbers that count a family from the path of what is made of it
@@ -216,7 +217,7 @@ class Layout:
         rows: list[Moved] = []
         taken: dict[int, Rule] = {}
         for rule in rules:
-            for group, made in _groups(leaves, rule, numbers):
+            for group, made in groups_of(leaves, rule, numbers):
                 for number in group.numbers:
                     if taken.setdefault(number, rule) is not rule:
                         raise BadArgument(
@@ -269,7 +270,9 @@ def _absent(here: Sequence[str], there: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for path in here for name in captures_of(path) if name not in known))
 
 
-def _groups(leaves: Editable, rule: Rule, number_of: Callable[[str], int]) -> list[tuple[Group, list[Moved]]]:
+def groups_of(
+    leaves: Editable, rule: Rule, number_of: Callable[[str], int] | None = None
+) -> list[tuple[Group, list[Moved]]]:
     """What a rule does with a tree: the leaves that it takes, and what it makes of them."""
     counting, counted = _absent(rule.sources, rule.targets), _absent(rule.targets, rule.sources)
     probe = _numbered(rule.targets[0], dict.fromkeys(counted, 0))
@@ -284,7 +287,7 @@ def _groups(leaves: Editable, rule: Rule, number_of: Callable[[str], int]) -> li
         for source in rule.sources:
             resolve(source, leaves)  # for its error, which names near matches
         raise NoMatch(f"the rule {rule} takes nothing")
-    bound = rule.bound(number_of) if found else rule
+    bound = rule.bound(number_of) if found and number_of is not None else rule
     firsts = {families[0][min(families[0])] for families in found.values() if families[0]}
     paths = cache(lambda target: rename(rule.sources[0], target).over(leaves.index, firsts))
     return [_group(leaves, bound, families, counted, paths) for families in found.values()]
@@ -303,11 +306,8 @@ def _group(
         raise BadArgument(f"there is no {wording.listing(lacking)} beside {wording.listing(paths, 3)}")
     slots = [(place, key) for place, family in enumerate(families) for key in sorted(family)]
     numbers = tuple(families[place][key] for place, key in slots)
-    try:
-        made = _made(rule, slots, len(rule.sources), [Stored(leaves, number) for number in numbers])
-    except ParamendError as error:
-        error.args = (f"{wording.listing(paths, 3)}: {error.args[0]}", *error.args[1:])
-        raise
+    said = wording.listing(paths, 3)
+    made = _made(rule, slots, said, [Stored(leaves, number) for number in numbers])
     targets = []
     for target, family in zip(rule.targets, made, strict=True):
         for key in family:
@@ -316,15 +316,25 @@ def _group(
     rows = [
         Moved(_text(path, leaves.index.separator), origin.spec, str(origin), tuple(paths)) for path, origin in targets
     ]
-    make = partial(_values, rule, slots, len(rule.sources))
+    make = partial(_values, rule, slots, said)
     return Group(numbers, tuple(path for path, _ in targets), make), rows
 
 
-def _made(rule: Rule, slots: Sequence[tuple[int, tuple[int, ...]]], count: int, values: Sequence[Any]) -> Bundle:
-    bundle: Bundle = [{} for _ in range(count)]
+def _made(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any], *, check: bool = False) -> Bundle:
+    bundle: Bundle = [{} for _ in rule.sources]
     for (place, key), value in zip(slots, values, strict=True):
         bundle[place][key] = value
+    try:
+        return _stepped(rule, bundle, check)
+    except ParamendError as error:
+        error.args = (f"{paths}: {error.args[0]}", *error.args[1:])
+        raise
+
+
+def _stepped(rule: Rule, bundle: Bundle, check: bool) -> Bundle:
     for step in rule.do:
+        if check:
+            step.check(bundle)
         bundle = step.run(bundle, len(rule.targets))
     if len(bundle) != len(rule.targets):
         raise BadArgument(f"{rule} makes {len(bundle)} leaves, and `to` has {len(rule.targets)} paths")
@@ -336,8 +346,8 @@ def _made(rule: Rule, slots: Sequence[tuple[int, tuple[int, ...]]], count: int, 
     return bundle
 
 
-def _values(rule: Rule, slots: Any, count: int, values: Sequence[Any]) -> list[Any]:
-    return [family[key] for family in _made(rule, slots, count, values) for key in family]
+def _values(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any]) -> list[Any]:
+    return [family[key] for family in _made(rule, slots, paths, values, check=True) for key in family]
 
 
 def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:

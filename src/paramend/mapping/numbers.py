@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from paramend.anatomy.sections import CONFIG, beside, parsed
+from paramend.anatomy.documents import document_of
 from paramend.errors import BadArgument
-from paramend.formats.gathered import Gathered
+from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable
 from paramend.reports import wording
 
@@ -17,6 +16,8 @@ _DERIVED: Mapping[str, Callable[[Callable[[str], int]], int]] = {
     "num_key_value_heads": lambda number: number("num_attention_heads"),
     "head_dim": lambda number: number("hidden_size") // number("num_attention_heads"),
 }
+# What those mean that are nowhere: a vocabulary of unknown size, and one that is not padded, as by Megatron-Bridge.
+_DEFAULTS = {"vocab_size": 0, "make_vocab_size_divisible_by": 1, "tensor_model_parallel_size": 1}
 _SOURCES = {"num_key_value_heads": ("num_attention_heads",), "head_dim": ("hidden_size", "num_attention_heads")}
 
 
@@ -56,6 +57,8 @@ class Numbers:
                 return _check(name, config[name])
         if name in _DERIVED and self._config:
             return _DERIVED[name](self)
+        if name in _DEFAULTS:
+            return _DEFAULTS[name]
         where = f"{CONFIG} has no {name}" if self._config else f"there is no {CONFIG} that says {name}"
         raise BadArgument(where, hint=f"pass it: {name}=8")
 
@@ -76,11 +79,5 @@ def read_config(leaves: Editable) -> Mapping[str, Any]:
     Raises:
         BadCheckpoint: it is damaged.
     """
-    path = getattr(leaves, "path", None)  # checkpoints alone have one
-    if not isinstance(path, Path):
-        return {}
-    file, source = beside(path), getattr(leaves, "source", None)
-    text = source.texts.get(CONFIG) if isinstance(source, Gathered) else None
-    if text is None and not file.is_file():
-        return {}
-    return parsed(file.read_bytes() if text is None else text, file)
+    found = document_of(leaves)
+    return {} if found is None else found.values

@@ -1,4 +1,4 @@
-"""What a layout did with a tree."""
+"""What became of leaves that were made of others, put into a model or taken out of one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,13 @@ from paramend.reports.report import Line, Report, Section
 
 @dataclass(frozen=True)
 class Moved:
-    """A leaf that was made.
+    """A leaf that was made, or came from elsewhere.
 
     Attributes:
         path: its path.
         spec: its shape and dtype.
         origin: what it is made of, as an expression.
-        sources: the paths of the leaves that its rule took.
+        sources: the paths of the leaves that its rule took; its old path.
     """
 
     path: str
@@ -27,28 +27,30 @@ class Moved:
 
 @dataclass(frozen=True, repr=False)
 class LayoutReport(Report):
-    """What a layout did with a tree.
+    """What a layout did with a tree, or `pm.insert` or `pm.part`.
 
     Attributes:
-        layout: the name of the layout.
-        rows: the leaves that were made.
-        kept: the paths of the leaves that stayed as they were.
+        layout: the name of the layout; "insert" or "part".
+        rows: the leaves that were made, put in or taken out.
+        kept: the paths of the leaves that stayed as they were; of a part, of those that were left out.
+        did: what was done to the rows and to those kept.
     """
 
     layout: str
     rows: tuple[Moved, ...]
     kept: tuple[str, ...]
+    did: tuple[str, str] = ("made", "kept")
 
     def headline(self) -> str:
         """How many leaves became how many."""
-        taken = len({path for row in self.rows for path in row.sources})
-        made = wording.plural(len(self.rows), "leaf", "leaves")
-        return f"{self.layout or 'layout'}: {made} made of {taken:,}, {len(self.kept):,} kept"
+        (did, rest), made = self.did, wording.plural(len(self.rows), "leaf", "leaves")
+        of = f" of {len({path for row in self.rows for path in row.sources}):,}" if did == "made" else ""
+        return f"{self.layout or 'layout'}: {made} {did}{of}, {len(self.kept):,} {rest}"
 
     def sections(self) -> list[Section]:
         """The leaves that were made, and those that stayed."""
         made = [Line((row.path, shortened(row.origin)), (str(row.spec),), row.spec.size) for row in self.rows]
-        return [Section("made", made), Section("kept", [Line((path,)) for path in self.kept])]
+        return [Section(self.did[0], made), Section(self.did[1], [Line((path,)) for path in self.kept])]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
@@ -57,7 +59,8 @@ class LayoutReport(Report):
             | {"sources": list(row.sources)}
             for row in self.rows
         ]
-        return {"layout": self.layout, "made": rows, "kept": list(self.kept)}
+        (did, rest) = self.did
+        return {"layout": self.layout, did: rows, rest.replace(" ", "_"): list(self.kept)}
 
 
 def shortened(text: str) -> str:

@@ -4,26 +4,28 @@ A rule takes one leaf for each of its paths, or, where a captured number counts 
 such a bundle into another, on arrays and on origins alike.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from paramend.edits import hands, moves
 from paramend.edits.arguments import shown
 from paramend.edits.moves import axis_of
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.origins.moved import How
+from paramend.leaves.origins.moved import How, check_fit
 from paramend.leaves.specs import Spec
-from paramend.mapping import hands
 from paramend.reports import wording
 
 # One family for each path: the numbers that count its leaves → a leaf; () → the leaf where nothing counts them.
 Family: TypeAlias = dict[tuple[int, ...], Any]
 Bundle: TypeAlias = list[Family]
 Data: TypeAlias = Mapping[str, Any]
-COUNTS = ("heads", "kv_heads", "rotary_dim")  # numbers of the model, which may be given by name
+# Numbers of the model, which may be given by name; the last one may be a product of several.
+COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,25 @@ class Step:
         """The bundle after the step, in a rule that ends in `count` paths."""
         return _ROWS[self.name].run(bundle, self.args, count)
 
+    def check(self, bundle: Bundle) -> None:
+        """Raise if the step would lose values, which are read for it."""
+        check = _ROWS[self.name].check
+        if check is not None:
+            check(bundle, self.args)
+
     @property
     def names(self) -> list[str]:
         """The numbers of the model that it names."""
-        return [value for value in self.args.values() if isinstance(value, str)]
+        return [name for value in self.args.values() for name in _listed(value) if isinstance(name, str)]
 
     def bound(self, number: Callable[[str], int]) -> "Step":
         """The step with numbers in place of their names."""
-        return Step(
-            self.name, {key: number(value) if isinstance(value, str) else value for key, value in self.args.items()}
-        )
+
+        def known(value: Any) -> Any:
+            return number(value) if isinstance(value, str) else value
+
+        args = self.args.items()
+        return Step(self.name, {key: [*map(known, _listed(v))] if isinstance(v, list) else known(v) for key, v in args})
 
     def inverse(self) -> "Step":
         """The step that takes this one back."""
@@ -64,12 +75,18 @@ class Step:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of step: the keys that it takes, those that it needs, what it does, and its inverse as name and keys."""
+    """A kind of step: the keys that it takes, those that it needs ("a|b" is one of two), what it does, its inverse as
+    name and keys, and what raises if values would be lost."""
 
     keys: tuple[str, ...]
     needs: tuple[str, ...]
     run: Callable[[Bundle, Data, int], Bundle]
     inverse: Callable[[Data], tuple[str, Data]]
+    check: Callable[[Bundle, Data], None] | None = None
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def read_step(data: Any) -> Step:
@@ -93,15 +110,17 @@ def read_step(data: Any) -> Step:
     if isinstance(given, list | tuple):
         given = {row.keys[0]: list(given)}
     args = {"axis": 0, **(given or {})} if "axis" in row.keys else dict(given or {})
-    wrong = [key for key in args if key not in row.keys] + [key for key in row.needs if key not in args]
+    wrong = [key for key in args if key not in row.keys]
+    wrong += [key for key in row.needs if sum(one in args for one in key.split("|")) != 1]
     if wrong:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
-        single = key == "axis" or key in COUNTS
-        whole = single or isinstance(value, list | tuple)
-        named = key in COUNTS and isinstance(value, str) and value.isidentifier()
-        values = [value] if single else value
-        if not named and not (whole and all(type(each) is int and (each > 0 or key not in COUNTS) for each in values)):
+        counts, lists = key in COUNTS, isinstance(value, list | tuple)
+        fits = key == COUNTS[-1] or lists != (counts or key == "axis")
+        if not fits or not all(
+            counts and each.isidentifier() if isinstance(each, str) else type(each) is int and (each > 0 or not counts)
+            for each in _listed(value)
+        ):
             raise BadArgument(
                 f"{name}: {key} cannot be {shown(value)}",
                 hint="a whole number or a name, such as num_attention_heads" if key in COUNTS else "whole numbers",
@@ -134,7 +153,6 @@ def _stacked(family: Family, axis: int) -> Family:
             raise BadArgument(f"the leaves to stack are numbered {there}, not 0 to {len(numbers) - 1}")
         spec = hands.spec_of(layers[0])
         grown = axis_of(Spec((*spec.shape, 1), spec.dtype), axis)
-        _alike([hands.spec_of(layers[number]) for number in numbers], grown, "stack")
         out[key] = hands.join([layers[number] for number in numbers], grown, "stack")
     return out
 
@@ -151,16 +169,6 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
                 cut[*key, place] = hands.reshape(hands.take(x, range(place, place + 1), axis), rest)
         out.append(cut)
     return out
-
-
-def _alike(specs: Sequence[Spec], axis: int, how: How) -> None:
-    first = specs[0]
-    for spec in specs[1:]:
-        ours, theirs = list(first.shape), list(spec.shape)
-        if how == "concat" and len(ours) == len(theirs):
-            ours[axis] = theirs[axis]
-        if (ours, first.dtype) != (theirs, spec.dtype):
-            raise SpecMismatch(f"{how} along axis {axis}: {first} and {spec} do not fit")
 
 
 def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
@@ -180,12 +188,10 @@ def _alone(name: str, bundle: Bundle) -> Family:
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Family = {}
     for key, parts in _abreast(how, bundle).items():
-        specs = [hands.spec_of(part) for part in parts]
-        axis = axis_of(specs[0], args["axis"])
-        _alike(specs, axis, how)
-        if how == "concat" and "sizes" in args and [spec.shape[axis] for spec in specs] != list(args["sizes"]):
-            raise SpecMismatch(f"concat: the lengths along axis {axis} are not {list(args['sizes'])}")
+        axis = axis_of(hands.spec_of(parts[0]), args["axis"])
         out[key] = hands.join(parts, axis, how)
+        if "sizes" in args and [hands.spec_of(part).shape[axis] for part in parts] != list(args["sizes"]):
+            raise SpecMismatch(f"concat: the lengths along axis {axis} are not {list(args['sizes'])}")
     return [out]
 
 
@@ -196,9 +202,12 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
         axis = axis_of(spec, args["axis"])
         length = spec.shape[axis]
         sizes = list(args.get("sizes", [length // count] * count))
-        if sum(sizes) != length or len(sizes) != count:
-            said = f"into {count} equal parts" if "sizes" not in args else f"into {sizes}"
-            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut {said}", hint="sizes: [...]")
+        if "sizes" not in args and length % count:
+            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint="sizes=[...]")
+        if sum(sizes) != length or len(sizes) != count or min(sizes) < 0:
+            raise SpecMismatch(
+                f"the sizes {sizes} do not add up to {length:,}, axis {axis} of {spec}, in {count} parts"
+            )
         ends = np.cumsum(sizes).tolist()
         for part, size, end in zip(out, sizes, ends, strict=True):
             part[key] = hands.take(x, range(end - size, end), axis)
@@ -217,39 +226,16 @@ def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
     return out
 
 
-def _transpose(bundle: Bundle, args: Data, count: int) -> Bundle:
-    axes = args["axes"]
-
-    def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        if sorted(axes) != list(range(spec.ndim)):
-            raise SpecMismatch(f"transpose takes each axis of {spec} once, and axes is {list(axes)}")
-        return hands.transpose(x, axes)
-
-    return _each(bundle, changed)
+def _moved(move: Callable[[Any, Data], Any], bundle: Bundle, args: Data, count: int) -> Bundle:
+    return _each(bundle, lambda x: move(x, args))
 
 
 def _reshape(bundle: Bundle, args: Data, count: int) -> Bundle:
     def changed(x: Any) -> Any:
         spec = hands.spec_of(x)
-        for key, have in (("shape", np.prod(args["shape"])), ("back", spec.shape)):
-            want = spec.size if key == "shape" else tuple(args["back"])
-            if have != want:
-                raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
-        return hands.reshape(x, args["shape"])
-
-    return _each(bundle, changed)
-
-
-def _permute(bundle: Bundle, args: Data, count: int) -> Bundle:
-    index = np.asarray(args["index"], np.int64)
-
-    def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
-        if sorted(args["index"]) != list(range(spec.shape[axis])):
-            raise SpecMismatch(f"permute: index is not a permutation of the {spec.shape[axis]:,} places of {spec}")
-        return hands.take(x, index, axis)
+        if spec.shape != tuple(args["back"]):
+            raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
+        return moves.reshaped(x, args)
 
     return _each(bundle, changed)
 
@@ -303,7 +289,7 @@ def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     for key, parts in _abreast("group_qkv", bundle).items():
         specs = [hands.spec_of(part) for part in parts]
         axis = axis_of(specs[0], args["axis"])
-        _alike(specs, axis, "concat")
+        check_fit(specs, axis, "concat")
         size = _grouped("group_qkv", args, specs[0].shape[axis], args["heads"])
         if any(spec.shape[axis] != groups * size for spec in specs[1:]):
             raise SpecMismatch(f"group_qkv: {specs[1]} and {specs[2]} do not hold {groups:,} heads of {size:,}")
@@ -329,7 +315,83 @@ def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     return out
 
 
+def _padded(args: Data, size: int) -> int:
+    """The length of an axis of some length with what `pad` adds."""
+    multiple = math.prod(_listed(args.get("multiple", 1)))
+    return int(args["to"]) if "to" in args else -(-size // multiple) * multiple
+
+
+def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
+    def changed(x: Any) -> Any:
+        spec = hands.spec_of(x)
+        axis = axis_of(spec, args["axis"])
+        length = spec.shape[axis]
+        padded = _padded(args, length)
+        if length != (args["size"] or length) or padded < length:
+            raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {args['size']:,} to {padded:,}")
+        return hands.pad(x, padded - length, axis) if padded > length else x
+
+    return _each(bundle, changed)
+
+
+def _cut(bundle: Bundle, args: Data, count: int) -> Bundle:
+    return _each(bundle, lambda x: _apart(x, args)[0])
+
+
+def _apart(x: Any, args: Data) -> tuple[Any, Any]:
+    """A leaf as it was before `pad`, and what `pad` put behind it, or None."""
+    spec = hands.spec_of(x)
+    axis = axis_of(spec, args["axis"])
+    length = spec.shape[axis]
+    size = args["size"] or (length if _padded(args, 1) == 1 else 0)
+    if length == size:
+        return x, None
+    if not size or length != _padded(args, size):
+        said = f"and for {size:,} places `pad` makes {_padded(args, size):,}" if size else "of which `size` are true"
+        raise SpecMismatch(
+            f"pad: axis {axis} of {spec} is {length:,} long, {said}",
+            hint="the numbers that `pad` names, such as vocab_size=32000",
+        )
+    return hands.take(x, range(size), axis), hands.take(x, range(size, length), axis)
+
+
+def _check_cut(bundle: Bundle, args: Data) -> None:
+    for x in (x for family in bundle for x in family.values()):
+        kept, rest = _apart(x, args)
+        if rest is not None and not hands.is_zero(rest):
+            raise BadArgument(
+                f"what follows {hands.spec_of(kept)} is not zero: `pad` did not put it there",
+                hint=f"if it may go: pm.at(tree, path).take(slice(0, {args['size']}), axis={args['axis']}) first",
+            )
+
+
+def _tie(bundle: Bundle, args: Data, count: int) -> Bundle:
+    family = _alone("tie", bundle)
+    return [dict(family) for _ in range(count)]
+
+
+def _untie(bundle: Bundle, args: Data, count: int) -> Bundle:
+    for parts in _abreast("untie", bundle).values():
+        check_fit([hands.spec_of(part) for part in parts], 0, "stack")
+    return bundle[:1]
+
+
+def _check_untie(bundle: Bundle, args: Data) -> None:
+    for parts in _abreast("untie", bundle).values():
+        if not all(hands.equal(parts[0], part) for part in parts[1:]):
+            raise BadArgument(
+                "they are not equal: one of them would be lost",
+                hint="a rule for each of them; or delete the one that may go, and take the other by a rename",
+            )
+
+
 _ROWS: Mapping[str, _Kind] = {
+    "pad": _Kind(("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, lambda args: ("cut", args)),
+    "cut": _Kind(
+        ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _cut, lambda args: ("pad", args), _check_cut
+    ),
+    "tie": _Kind((), (), _tie, lambda args: ("untie", args)),
+    "untie": _Kind((), (), _untie, lambda args: ("tie", args), _check_untie),
     "rope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), lambda args: ("unrope", args)),
     "unrope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, True), lambda args: ("rope", args)),
     "group_qkv": _Kind(
@@ -345,7 +407,10 @@ _ROWS: Mapping[str, _Kind] = {
     "interleave": _Kind(("axis",), (), partial(_join, "interleave"), lambda args: ("deal", args)),
     "deal": _Kind(("axis",), (), _deal, lambda args: ("interleave", args)),
     "transpose": _Kind(
-        ("axes",), ("axes",), _transpose, lambda args: ("transpose", {"axes": np.argsort(args["axes"]).tolist()})
+        ("axes",),
+        ("axes",),
+        partial(_moved, moves.transposed),
+        lambda args: ("transpose", {"axes": np.argsort(args["axes"]).tolist()}),
     ),
     "reshape": _Kind(
         ("shape", "back"),
@@ -356,7 +421,7 @@ _ROWS: Mapping[str, _Kind] = {
     "permute": _Kind(
         ("index", "axis"),
         ("index",),
-        _permute,
+        partial(_moved, moves.permuted),
         lambda args: ("permute", {**args, "index": np.argsort(args["index"]).tolist()}),
     ),
 }

@@ -115,13 +115,9 @@ def _shades(page: Page) -> list[str]:
     column = next((column for column in page.columns if column.name == page.colour), None)
     if column is None:
         return []
-    colours: Any = need("matplotlib", extra="plot", to="draw a report")
-    ramp = colours.colormaps["viridis_r"]
+    matplotlib: Any = need("matplotlib", extra="plot", to="draw a report")
+    ramp, to_hex = matplotlib.colormaps["viridis_r"], matplotlib.colors.to_hex
     sizes = [abs(v) if isinstance(v, int | float) and math.isfinite(v) else None for v in column.values]
     most = max((size for size in sizes if size is not None), default=0) or 1
-    shades: list[str] = ["#e6eaee" if size is None else _hex(ramp(size / most)) for size in sizes]
+    shades: list[str] = ["#e6eaee" if size is None else to_hex(ramp(size / most)) for size in sizes]
     return shades
-
-
-def _hex(colour: tuple[float, ...]) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in colour[:3])

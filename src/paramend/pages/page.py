@@ -20,7 +20,6 @@ class Column:
     """A column of a page's table.
 
     Attributes:
-        name: its title.
         values: one for each leaf; None if a leaf has none.
         kind: "number" or "text".
     """
@@ -56,9 +55,7 @@ class Page:
     """What a page shows. Names from files may hold control characters: these are written out.
 
     Attributes:
-        paths: the leaves.
         sizes: the number of scalars of each.
-        columns: the columns of the table.
         groups: the name of the group of each leaf; empty if there are no groups.
         group_title: the title of the groups.
         histograms: place in `paths` → histogram.

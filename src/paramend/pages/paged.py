@@ -61,11 +61,7 @@ class Paged(Report):
 
 
 def check_page(path: Path) -> None:
-    """Raise if a page cannot be written there.
-
-    Raises:
-        CannotWrite: something else is there, or there is no such folder.
-    """
+    """Raise `CannotWrite` if a page cannot be written there: something else is there, or there is no such folder."""
     try:
         if not path.exists():
             if not path.parent.is_dir():

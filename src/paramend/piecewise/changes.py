@@ -16,6 +16,7 @@ from paramend.formats.source import Source
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise import steps as computing
+from paramend.piecewise.edited import are_alike, is_orderless
 from paramend.piecewise.regions import Region, region
 from paramend.piecewise.rows import values
 from paramend.piecewise.steps import flat, step_of
@@ -104,7 +105,7 @@ def change_all(descriptors: Mapping[Path, int], source: Source, work: Sequence[W
     alike: dict[Any, list[Work]] = {}
     for each in work:
         row, extent = each.row, each.extent
-        if extent.nbytes > _SMALL or not each.regions or not is_alike(row):
+        if extent.nbytes > _SMALL or not each.regions or not are_alike(row.calls):
             change(descriptors[extent.path], source, each, meter)
             continue
         rest = extent.start % numpy_dtype(row.before.dtype).itemsize
@@ -112,17 +113,6 @@ def change_all(descriptors: Mapping[Path, int], source: Source, work: Sequence[W
         alike.setdefault(key, []).append(each)
     for group in alike.values():
         _change_alike(descriptors[group[0].extent.path], group, meter)
-
-
-def is_alike(row: Row) -> bool:
-    """Whether each new element depends neither on its place nor on other elements."""
-    return all(edit.index is None and is_orderless(edit) for edit in row.calls)
-
-
-def is_orderless(edit: Call) -> bool:
-    """Whether a call gives the elements that it takes new values that do not depend on their order."""
-    ordered = edit.op.name == "set" or "seed" in edit.op.parameters or np.ndim(edit.args.get("value", 0)) > 0
-    return edit.op.chunks and not ordered
 
 
 def _change_alike(descriptor: int, group: Sequence[Work], meter: Meter) -> None:

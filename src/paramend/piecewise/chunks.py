@@ -15,8 +15,8 @@ import numpy as np
 from paramend.edits.plan import Row
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
-from paramend.piecewise.changes import Work, change, is_alike
-from paramend.piecewise.edited import steps_of
+from paramend.piecewise.changes import Work, change
+from paramend.piecewise.rows import expression
 from paramend.piecewise.steps import flat
 from paramend.reports.progress import Meter
 
@@ -118,19 +118,11 @@ def _new_chunks(source: Any, work: Work, folder: Path) -> Iterator[tuple[Box, Ar
     row, boxes = work.row, touched(source, work)
     row.damage.clear()
     dtype = numpy_dtype(row.before.dtype)
-    if is_alike(row):
-        steps, before = steps_of(row.before, row.calls, row.places, row.damage)
+    origin = expression(source, row)
+    if origin.boxed:
         for box in boxes:
-            shape = tuple(part.stop - part.start for part in box)
-            if before is None:
-                x = source.read_box(row.source, box).reshape(-1)
-            else:
-                x = np.empty(math.prod(shape), before)
-            with np.errstate(all="ignore"):  # an overflow to inf is a valid result
-                for step in steps:
-                    assert step is not None
-                    x = step(x, 0)
-            yield box, flat(x, Spec(x.shape, row.spec.dtype), f"{row.path}: {row.edit}").reshape(shape)
+            x = origin.read_box(tuple(range(part.start, part.stop) for part in box))
+            yield box, flat(x, Spec(x.shape, row.spec.dtype), f"{row.path}: {row.edit}").reshape(x.shape)
         return
     # Edits that depend on the order of the elements run on a temporary file in which they are in order; only the
     # affected chunks take space in it.

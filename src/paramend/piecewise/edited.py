@@ -1,5 +1,7 @@
-"""`Edited`: an origin with edits, which are computed as its elements are read, piece by piece from first to last."""
+"""`Edited`: an origin with edits, which are computed as its elements are read, piece by piece from first to last, or
+box by box where each element is computed from the one at its place alone."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,15 +12,16 @@ from paramend.arrays.initializers import Site
 from paramend.edits.call import Call
 from paramend.edits.damage import Damage, of_call
 from paramend.errors import SpecMismatch
-from paramend.leaves.origins.boxes import Box, contiguous, select
-from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
+from paramend.leaves.origins.origin import Namer, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.steps import Step, step_of
 
 
 class Edited(Origin):
-    """The elements of an origin, edited. Boxes with gaps are taken from the whole, kept until its last element is read.
+    """The elements of an origin, edited. Boxes with gaps are taken from the whole, kept until its last element is read,
+    if elements depend on their places or on others.
 
     Attributes:
         base: the origin.
@@ -28,6 +31,7 @@ class Edited(Origin):
         damage: where values that the dtype cannot hold are counted.
     """
 
+    moves = False
     refusal = ""  # a leaf that cannot be read takes no edits but those that do not read it
 
     def __init__(self, base: Origin, calls: Sequence[Call], places: Sequence[Site], path: str, damage: Damage) -> None:
@@ -42,8 +46,8 @@ class Edited(Origin):
     def __reduce__(self) -> tuple[Any, ...]:
         return Edited, (self.base, self.calls, self.places, self.path, self.damage)
 
-    def __str__(self) -> str:
-        return ".".join((str(self.base), *map(str, self.calls)))
+    def text(self, name: Namer) -> str:
+        return ".".join((self.base.text(name), *map(str, self.calls)))
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -81,7 +85,20 @@ class Edited(Origin):
             self._end()
         return np.concatenate(found)
 
+    @property
+    def boxed(self) -> bool:
+        return self.base.boxed and are_alike(self.calls)
+
     def read_box(self, box: Box) -> Array:
+        if are_alike(self.calls):
+            steps, deaf = steps_of(self.base.spec, self.calls, self.places, self.damage)
+            new = shape_of(box)
+            x = np.empty(math.prod(new), deaf) if deaf else self.base.read_box(box).reshape(-1)
+            with np.errstate(all="ignore"):  # an overflow to inf is a valid result
+                for step in steps:
+                    assert step is not None
+                    x = step(x, 0)
+            return x.reshape(new)
         shape = self.spec.shape
         run = contiguous(box, shape)
         if run is not None and self._whole is None:
@@ -98,7 +115,7 @@ class Edited(Origin):
         base = self.base
         self.damage.clear()
         steps, deaf = steps_of(base.spec, self.calls, self.places, self.damage)
-        # An overflow to inf is a valid result. Between pieces the caller's rules hold, and another thread may take over.
+        # An overflow to inf is valid. Between pieces the caller's rules hold, and another thread may take over.
         quiet = partial(np.errstate, all="ignore")
         if None in steps:
             with quiet():
@@ -124,6 +141,17 @@ class Edited(Origin):
         if found != self.spec:
             said = ", ".join(map(str, self.calls))
             raise SpecMismatch(f"{self.path}: {said} returned {found} where {self.spec} was planned")
+
+
+def is_orderless(edit: Call) -> bool:
+    """Whether a call gives the elements that it takes new values that do not depend on their order."""
+    ordered = edit.op.name == "set" or "seed" in edit.op.parameters or np.ndim(edit.args.get("value", 0)) > 0
+    return edit.op.chunks and not ordered
+
+
+def are_alike(calls: Sequence[Call]) -> bool:
+    """Whether each new element depends neither on its place nor on other elements."""
+    return all(edit.index is None and is_orderless(edit) for edit in calls)
 
 
 def steps_of(

@@ -47,8 +47,17 @@ def _how(call: Call) -> str:
     return "moves" if replaced or (whole and call.op.moves is not None) else "computes"
 
 
+def clear(origin: Origin) -> None:
+    """Forget what its edits lost when it was read before."""
+    if isinstance(origin, Edited):
+        origin.damage.clear()
+    for child in origin.children:
+        clear(child)
+
+
 def pieces(origin: Origin) -> Iterator[Array]:
     """The elements of an origin in pieces: flat arrays, first to last."""
+    clear(origin)
     if isinstance(origin, Edited):
         yield from origin.pieces()
         return

@@ -161,7 +161,7 @@ class Recipe:
         found, problems = self._run(tree)
         self._refuse(problems)
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
-            alone = not (tree.plan.changed or tree.plan.deleted)
+            alone = not (tree.plan.changed or tree.plan.deleted or tree.texts)
             told = self._told(raw=self._raw or tree.raw) if alone else ""
             found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]

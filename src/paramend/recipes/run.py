@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from paramend.checkpoints.config import config
 from paramend.edits.arguments import read_index
 from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
@@ -20,7 +21,7 @@ from paramend.leaves.specs import AnyTree, Spec
 from paramend.mapping import joining
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
-from paramend.recipes.text import write_scalar
+from paramend.recipes.text import below, write_scalar
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.misses import searching
@@ -66,6 +67,8 @@ def check_in_place(
                 what = "shape and dtype stay" if step.verb.op else "the structure stays"
                 hint = "recipe.apply(tree) gives a new tree"
                 at.problems.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
+            if step.verb.name == "config":
+                at.problems.tried(at.address, config, leaves)
             calls: dict[int, Call] = {}
             with suppress(Enough):
                 calls = at.calls()
@@ -110,6 +113,8 @@ class _Attempt:
         if self.step.verb.op is not None:
             calls = self.calls()
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
+        if self.step.verb.name == "config":
+            return self._configured()
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None
@@ -120,6 +125,20 @@ class _Attempt:
         # The wildcards of the new path refer to the selectors that matched the leaves.
         by = Union(tuple(self.step.selectors()))
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
+
+    def _configured(self) -> Any:
+        """The checkpoint after a step that edits its configuration."""
+        tree: Any = self.leaves
+        if self.problems.tried(self.address, config, tree) is None:
+            return None
+        given = self.step.given
+        edits: list[tuple[str, dict[str, Any], list[str]]] = [
+            *((below(f"{self.address}.set", key), {key: value}, []) for key, value in given.get("set", {}).items()),
+            *((below(f"{self.address}.delete", n), {}, [key]) for n, key in enumerate(given.get("delete", []))),
+        ]
+        for address, values, gone in edits:
+            tree = self.problems.tried(address, config(tree).edited, values, gone) or tree
+        return tree
 
     def _regrouped(self) -> Any:
         """The tree after a step that joins leaves, or cuts one."""

@@ -50,11 +50,12 @@ def _body(verb: Verb) -> dict[str, Any]:
         "required": [key.name for key in verb.keys if key.required],
         "additionalProperties": False,
     }
+    if verb.any_of:
+        table["anyOf"] = [{"required": [name]} for name in verb.any_of]
     if verb.one_of:
         table["oneOf"] = [{"required": [name]} for name in verb.one_of]
         table["dependentRequired"] = {"leaf": ["from"]}
-    at = next(key for key in verb.keys if key.name == "at")
-    return {"anyOf": [at.value.schema, table]} if verb.short else table
+    return {"anyOf": [verb.keys[0].value.schema, table]} if verb.short else table
 
 
 def _described(key: Key) -> dict[str, Any]:

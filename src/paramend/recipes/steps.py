@@ -186,6 +186,8 @@ def _given(verb: Verb, body: Any, address: str, problems: Problems) -> RecipeSte
     if verb.one_of and len(alternatives) != 1:
         needed = " or ".join(verb.one_of)
         problems.add(address, f"{verb.name} needs {needed}{', not both' if alternatives else ''}", _example(verb))
+    if verb.any_of and not any(name in body for name in verb.any_of):
+        problems.add(address, f"{verb.name} needs {' or '.join(verb.any_of)}", _example(verb))
     if "leaf" in body and "from" not in body:
         problems.add(below(address, "leaf"), "leaf names a leaf of another file, and there is no from", _example(verb))
     if len(problems) > before:

@@ -246,13 +246,18 @@ def write_scalar(data: Any) -> str:
     if isinstance(data, list):
         return f"[{', '.join(map(write_scalar, data))}]"
     if isinstance(data, dict):
-        return f"{{{', '.join(f'{key}: {write_scalar(value)}' for key, value in data.items())}}}"
+        return f"{{{', '.join(f'{_key(key)}: {write_scalar(value)}' for key, value in data.items())}}}"
     if isinstance(data, str):
         return f'"{"".join(map(_escaped, data))}"'
     if isinstance(data, bool):
         return str(data).lower()
     text = repr(data)
-    return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(text, text)
+    return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan", "None": "null"}.get(text, text)
+
+
+def _key(key: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", key) and key.lower() not in ("true", "false", "null")
+    return key if plain else write_scalar(key)
 
 
 def _escaped(char: str) -> str:

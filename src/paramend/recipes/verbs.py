@@ -1,11 +1,14 @@
 """The table of steps: verbs with the keys that each takes. Edits come from the table of ops."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, SIZES, TEXT, Value
+from paramend.anatomy.documents import json_value
+from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, SIZES, TEXT, Value, shown
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
+from paramend.errors import BadArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Verb:
         keys: what the map below it may hold.
         op: its row of the table of ops; None for changes of structure and for expectations.
         one_of: keys, exactly one of which is required.
+        any_of: keys, at least one of which is required.
         changes: whether the steps after it see different paths or specs.
     """
 
@@ -36,6 +40,7 @@ class Verb:
     keys: tuple[Key, ...]
     op: Op | None = None
     one_of: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
     changes: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -44,6 +49,8 @@ class Verb:
     @property
     def example(self) -> dict[str, Any]:
         """A step of the verb with all that it needs, as data."""
+        if self.any_of:
+            return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
         new = {key.name for key in self.keys} & {"to", "into"}
         selector: Any = "h/<n>/w" if new else "**/kernel"
         if self.name in ("concat", "interleave"):
@@ -60,7 +67,7 @@ class Verb:
     @property
     def short(self) -> bool:
         """Whether a selector alone is enough: `zero: "**/bias"`."""
-        return not self.one_of and [key.name for key in self.keys if key.required] == ["at"]
+        return [key.name for key in self.keys if key.required] == ["at"] and not self.one_of
 
 
 # The conditions of `pm.sel(...).where(...)`.
@@ -88,13 +95,29 @@ WHERE = Value(
     },
 )
 
+
+def _texts(data: Any) -> list[str]:
+    if isinstance(data, list | tuple) and not data:
+        raise BadArgument("an empty list names nothing")
+    return [TEXT.read(text) for text in (data if isinstance(data, list | tuple) else [data])]
+
+
+def _values(data: Any) -> dict[str, Any]:
+    if not isinstance(data, Mapping) or not data:
+        raise BadArgument(f"{shown(data)} is not a map of keys and values", hint="{num_hidden_layers: 12}")
+    return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
+
+
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value(
     "a list of paths",
-    lambda data: [TEXT.read(path) for path in (data if isinstance(data, list | tuple) else [data])],
+    _texts,
     {"type": "array", "minItems": 1, "items": TEXT.schema},
     example="layers/<n>/w",
 )
+
+
+VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
 _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
@@ -145,6 +168,15 @@ VERBS: dict[str, Verb] = {
                 Key("sizes", SIZES, "the length of each part along the axis; by default all are equal"),
             ),
             changes=True,
+        ),
+        Verb(
+            "config",
+            "keys of the `config.json` beside the weights of a checkpoint are set, and others deleted",
+            (
+                Key("set", VALUES, "key → value; dots lead into parts, as in `text_config.num_hidden_layers`"),
+                Key("delete", PATHS, "a list of keys, as in `set`; each must be there"),
+            ),
+            any_of=("set", "delete"),
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(

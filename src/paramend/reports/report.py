@@ -18,7 +18,6 @@ class Line:
     Attributes:
         paths: the path of the line, and paths that belong to it, such as its source.
         cells: its other columns.
-        size: the number of scalars.
         members: the paths of all leaves in the line.
     """
 
@@ -39,7 +38,6 @@ class Section:
 
     Attributes:
         title: what the leaves have in common.
-        lines: one per leaf.
         columns: the titles of the cells that `cells` returns.
         cells: a line → more cells, computed after folding: figures over all leaves of the line.
     """
@@ -204,7 +202,6 @@ def _woven(texts: Sequence[str], numbers: Any) -> Iterable[str]:
 
 
 def _fold_subtrees(lines: list[Line], limit: int, elsewhere: list[str]) -> list[Line]:
-    """Whole subtrees as one line, the deepest first, until there are few enough lines."""
     for depth in range(max(len(_keys(line.paths[0])) for line in lines) - 1, 0, -1):
         if len(lines) <= limit:
             break

@@ -6,11 +6,7 @@ from paramend.errors import printable
 
 
 def aligned(rows: Iterable[Sequence[str]], *, right: str = "") -> list[str]:
-    """One line of text for each row, columns two spaces apart.
-
-    Args:
-        rows: cells; a row may have fewer than others.
-        right: the alignment of each column, one character each: "r" for right, anything else for left.
+    """One line of text for each row, columns two spaces apart; an "r" in `right` aligns a column right.
 
     >>> for line in aligned([("name", "size"), ("bias", "8"), ("kernel", "1024")], right="lr"):
     ...     print(line)

@@ -69,7 +69,6 @@ def weights(old: int, new: int, *, cubic: bool, antialias: bool) -> Array:
 
 
 def _along(x: Array, axis: int, matrix: Array) -> Array:
-    """The array with a matrix applied along one axis."""
     moved = np.tensordot(matrix.astype(x.dtype), x, axes=(1, axis))
     return np.moveaxis(moved, 0, axis)
 
@@ -191,7 +190,6 @@ def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) 
 
 
 def _fresh(given: Array, wanted: int, fresh: str, rng: np.random.Generator) -> Array:
-    """Fresh rows, flat, with the moments of the given ones."""
     old, width = len(given), math.prod(given.shape[1:])
     step = max(1, _SMALL // max(width, wanted))
 

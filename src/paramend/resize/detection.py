@@ -25,10 +25,7 @@ _BOLD = (vocabulary(shrink=True), patches(flat="chw"), patches(flat="hwc"))
 
 
 def detected(path: Sequence[str], old: Shape, new: Shape) -> Resize:
-    """The rule that the name and the shapes of a leaf suggest, if it is unambiguous.
-
-    Raises:
-        SpecMismatch: the choice is ambiguous, or there is none.
+    """The rule that the name and the shapes of a leaf suggest; `SpecMismatch` if it is ambiguous, or there is none.
 
     >>> detected(["vit", "pos_embed"], (1, 197, 768), (1, 577, 768))
     pm.resize.positions()

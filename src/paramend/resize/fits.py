@@ -36,9 +36,6 @@ class Fit:
     make: Callable[[Array], Array]
 
 
-# ---- positions -------------------------------------------------------------------------------------------------
-
-
 def positions(
     old: Shape,
     new: Shape,
@@ -101,10 +98,7 @@ def _holding(old: Shape, prefix: int | None, grid: Grid) -> list[int]:
 def grids(
     old: int, new: int, prefix: int | None = None, grid: Grid | None = None, new_grid: Grid | None = None
 ) -> tuple[int, Grid, Grid]:
-    """The prefix and the two grids that make up these numbers of positions.
-
-    Raises:
-        SpecMismatch: there are none.
+    """The prefix and the two grids that make up these numbers of positions; `SpecMismatch` if there are none.
 
     >>> grids(197, 577)
     (1, (14, 14), (24, 24))
@@ -132,9 +126,6 @@ def _square(count: int) -> Grid | None:
     return (side, side) if side * side == count and side > 1 else None
 
 
-# ---- vocabularies ----------------------------------------------------------------------------------------------
-
-
 def vocabulary(old: Shape, new: Shape, path: Path, *, rows: str, axis: int | None, shrink: bool, seed: int) -> Fit:
     """Rows of an embedding, an output layer or its bias."""
     axes = _differing(old, new, "a vocabulary")
@@ -159,9 +150,6 @@ def vocabulary(old: Shape, new: Shape, path: Path, *, rows: str, axis: int | Non
 
 def _rows(x: Array, *, axis: int, count: int, fresh: str, seed: int, path: Path) -> Array:
     return arithmetic.rows(x, axis, count, fresh, generator(seed, Site(path)))
-
-
-# ---- kernels ---------------------------------------------------------------------------------------------------
 
 
 def patches(
@@ -226,9 +214,6 @@ def channels(old: Shape, new: Shape, path: Path, *, keep: str) -> Fit:
 def _layout(path: Path) -> str:
     """The layout of a kernel by its name: torch and Equinox say weight, Flax says kernel; "" for another name."""
     return {"weight": "out, in, h, w", "kernel": "h, w, in, out"}.get(path[-1] if path else "", "")
-
-
-# ---- words -----------------------------------------------------------------------------------------------------
 
 
 def _differing(old: Shape, new: Shape, what: str) -> list[int]:

@@ -75,9 +75,6 @@ def _code(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-# ---- positions -------------------------------------------------------------------------------------------------
-
-
 def positions(
     *,
     prefix: int | None = None,
@@ -120,9 +117,6 @@ def positions(
     return Resize("positions", options | {"method": method, "antialias": antialias})
 
 
-# ---- vocabulary ------------------------------------------------------------------------------------------------
-
-
 def vocabulary(*, rows: Fresh = "mean+cov", axis: int | None = None, shrink: bool = False, seed: int = 0) -> Resize:
     """The rule that adds rows to an embedding, an output layer or its bias; the old rows stay bit for bit.
 
@@ -144,9 +138,6 @@ def vocabulary(*, rows: Fresh = "mean+cov", axis: int | None = None, shrink: boo
     if seed < 0:
         raise BadArgument(f"seed={seed} is negative", hint="seed=0")
     return Resize("vocabulary", {"rows": rows, "axis": axis, "shrink": shrink, "seed": seed})
-
-
-# ---- patches ---------------------------------------------------------------------------------------------------
 
 
 def patches(
@@ -179,9 +170,6 @@ def patches(
     if channels < 1:
         raise BadArgument(f"channels={channels} is less than 1", hint="channels=3")
     return Resize("patches", {"method": method, "antialias": antialias, "flat": flat, "channels": channels})
-
-
-# ---- channels --------------------------------------------------------------------------------------------------
 
 
 def channels(*, keep: Keep = "gray") -> Resize:

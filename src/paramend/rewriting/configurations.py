@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.counts import miscounted, retyped
-from paramend.anatomy.sections import CONFIG, beside, parsed, written
+from paramend.anatomy.documents import Document
+from paramend.anatomy.sections import beside
 from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint
+from paramend.formats.jsontext import CONFIG
 from paramend.rewriting.files import File, text_file
 
 _MAX = 10_000_000
@@ -21,7 +23,8 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
         return tuple(files), []
     file = files[place]
     try:
-        config: dict[str, Any] = parsed(_text(file), file.origin or made.leaves.path)  # type: ignore[attr-defined]
+        document = _document(made, file)
+        config = document.values
     except (BadCheckpoint, OSError):  # it is copied as it is
         return tuple(files), []
     said: list[str] = []
@@ -29,14 +32,20 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
         old, new = made.leaves.index, made.index
         said = miscounted(config, map(old.pieces, old.numbers), map(new.pieces, new.numbers), old.layers)
     changed, told = retyped(config, [row.before.dtype for row in made.rows], [row.spec.dtype for row in made.rows])
+    if document.asked and any(change.key.endswith("dtype") for change in document.changes):
+        changed, told = config, []
     if changed == config:
         return tuple(files), said + told
-    new_file = text_file(file.name, written(changed))
+    new_file = text_file(file.name, document.holding(changed).text)
     return (*files[:place], new_file, *files[place + 1 :]), said + told
 
 
 def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     """What the configuration beside the weights says that does not hold for a file of these leaves alone."""
+    changed = [document for document in made.texts if document.text != document.before]
+    if changed:
+        told = [line for document in changed for line in document.said]
+        return (*told, *(f"{document.name} changes, and is not written beside a single file" for document in changed))
     path = beside(Path(getattr(source, "path", "")))
     if not getattr(source, "stats", None) or not path.is_file():
         return ()
@@ -46,7 +55,10 @@ def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _text(file: File) -> bytes:
-    if file.origin is not None:
-        return file.origin.read_bytes()
-    return b"".join(piece for piece in file.pieces if isinstance(piece, bytes))
+def _document(made: Plan, file: File) -> Document:
+    found = next((each for each in made.texts if each.name == file.name), None)
+    if found is None:
+        assert file.origin is not None
+        text = file.origin.read_bytes()
+        return Document(file.origin, text, text)
+    return found

@@ -24,11 +24,16 @@ def overlays(made: Plan) -> bool:
     return bool(source.metadata) or all(source.extent(row.source) is not None for row in changed)
 
 
-def rows_by_file(made: Plan, source: Shards) -> Iterator[tuple[Any, list[tuple[int, Row]]]]:
-    """The files of a source that remain, each with its leaves: (number in the file, row)."""
+def rows_by_file(source: Shards, leaves: Iterable[tuple[int, Row]]) -> Iterator[tuple[Any, list[tuple[int, Row]]]]:
+    """The files of a source that remain, each with its leaves: (number in the file, row).
+
+    Args:
+        source: the source.
+        leaves: its leaves that remain: (number in it, row).
+    """
     rows: list[list[tuple[int, Row]]] = [[] for _ in source.files]
-    for row in made.rows:
-        place, inner = source.home(row.source)
+    for number, row in leaves:
+        place, inner = source.home(number)
         rows[place].append((inner, row))
     for file, mine in zip(source.files, rows, strict=True):
         if mine or not file.index.numbers:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.failures import ELSEWHERE
 from paramend.edits.plan import Plan
 from paramend.errors import Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, Format
 from paramend.formats.shards import Shards
 from paramend.reports import wording
+from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file
@@ -72,11 +74,48 @@ def lay_out(
     """
     source = base_of(made)
     wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
+    asked = [document.name for document in made.texts if document.asked]
+    if asked and (wish.format.folder or not wish.folder):
+        raise Unsupported(
+            f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
+            hint=f"a directory: {Path(out).with_suffix('')}/",
+        )
     if wish.format.folder:
         return _folder(made, source, wish, link=link)
     if wish.again:
         return _again(made, source, wish, link=link)
-    return _fresh(made, source, wish, None if max_shard_size is None else parse_size(max_shard_size))
+    return _fresh(made, source, wish, None if max_shard_size is None else parse_size(max_shard_size), link=link)
+
+
+def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
+    """What a plan that adds leaves to its source changes in the folder of it.
+
+    Returns:
+        The files that are new there or replace others, and (old name, new name) of those that get another name.
+
+    Raises:
+        Unsupported: the source has no place for further files, or leaves of it go or move.
+    """
+    source = base_of(made)
+    files = grown_shards(made, source, link=False, splits=True)
+    if files is None:
+        raise Unsupported(
+            f"{source.path}: in place, values can change and leaves can be added; added leaves go into a file of their "
+            "own, which readers find only in a folder with model.safetensors or its shards, and others keep their name",
+            hint=ELSEWHERE,
+        )
+    _check(made, DEFAULT)
+    own = {file.path for file in source.files}
+    stay = {each.origin: each.name for each in files if each.origin in own}
+    new = [each for each in files if each.origin not in own]
+    for path in own:
+        if path not in stay and path.name not in {each.name for each in new}:
+            raise Unsupported(
+                f"{path}: it would both change and become the first of several files, with another name",
+                hint="two patches: one that edits, one that inserts",
+            )
+    new += [each for each in _beside(made, source)[0] if each.origin is None]
+    return new, [(path.name, stay[path]) for path in own if stay.get(path, path.name) != path.name]
 
 
 def _check(made: Plan, form: Format) -> None:
@@ -131,22 +170,23 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
     """The files beside the weights, what is left out, and what is to be said of them."""
     files, left_out, weights = sidecars(source) if isinstance(source, Shards) else ([], [], [])
-    if isinstance(made.leaves, Gathered):
-        texts = made.leaves.texts
-        files = [file for file in files if file.name not in texts]
-        files += [text_file(name, text) for name, text in texts.items()]
+    changed = {document.name: document.text for document in made.texts}
+    files = [file for file in files if file.name not in changed]
+    files += [text_file(name, text) for name, text in changed.items()]
     beside, said = followed_files(made, files)
+    said += [line for document in made.texts for line in document.said]
     said += [f"copied as they are, with weights of their own: {wording.listing(weights, 4)}"] if weights else []
     return beside, left_out, tuple(said)
 
 
-def _fresh(made: Plan, source: Any, wish: Wish, limit: int | None) -> Layout:
-    """New files of a format, with the sidecars of a directory."""
+def _fresh(made: Plan, source: Any, wish: Wish, limit: int | None, *, link: bool) -> Layout:
+    """New files of a format, with the sidecars of a directory. Where leaves only come, the old files stay."""
     _check(made, wish.format)
     gone = lost(source, wish.format)
     if not wish.folder:
         file = fresh_file(made, ordered(made, wish.format), wish.format, "")
         return Layout((file,), False, wish.format, gone, said=left_behind(made, source))
-    files = new_shards(made, wish.format, largest(source) if limit is None else limit)
+    files = grown_shards(made, source, link=link, splits=link) if limit is None else None
+    files = files or new_shards(made, wish.format, largest(source) if limit is None else limit)
     beside, left_out, said = _beside(made, source)
     return Layout((*files, *beside), True, wish.format, (*gone, *left_out), said=said)

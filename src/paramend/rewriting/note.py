@@ -21,7 +21,10 @@ from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated, framed
 from paramend.formats.shards import Shards
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.texts import quoted
+from paramend.mapping.report import shortened
 from paramend.piecewise.rows import expression
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of
@@ -29,6 +32,7 @@ from paramend.rewriting.files import Copy, with_header
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,
+    MAX_TEXT,
     EditRecord,
     RecordedLeaf,
     beside,
@@ -69,7 +73,7 @@ class Note:
         self._made, self._out = made, out
         self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
         self._digests: dict[int, str] = {}
-        self._touched: dict[int, tuple[str, str]] = {}
+        self._touched: dict[int, tuple[str, str, str]] = {}
         self._record: EditRecord | None = None
         self._head = b""
         self._aside: Path | None = None
@@ -106,17 +110,18 @@ class Note:
         from importlib.metadata import version  # slow to import
 
         before = record_of(base)
-        self._touched = dict(_touched(self._made))
+        self._touched = dict(_touched(self._made, _Texts(base)))
         leaves = self._made.by_number
         self._record = EditRecord(
             paramend=version("paramend"),
             time=datetime.now(UTC).replace(microsecond=0),
             source=_name_of(base),
             leaves=tuple(
-                RecordedLeaf(self._made.name(leaves[number]), leaves[number].spec, _BLANK, edit, was)
-                for number, (edit, was) in self._touched.items()
+                RecordedLeaf(self._made.name(leaves[number]), leaves[number].spec, _BLANK, *said)
+                for number, said in self._touched.items()
             ),
-            deleted=tuple(_deleted(self._made)),
+            deleted=tuple(_deleted(self._made, before)),
+            config=tuple(self._made.configured),
             recipe="" if isinstance(self._made.leaves, Gathered) else recipe,  # which would be only half of it
             earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
         )
@@ -272,15 +277,45 @@ def _name_of(source: Any) -> str:
     return str((path.name or path.resolve().name).encode("utf-8", "replace").decode())
 
 
-def _touched(made: Plan) -> Iterator[tuple[int, tuple[str, str]]]:
-    """For each leaf that differs from the source's leaf of its name: its number, (what was done, its earlier path)."""
+class _Texts:
+    """The expressions of a record. A leaf of another file than the source stands after the name of its file."""
+
+    def __init__(self, base: Any) -> None:
+        self._base, self._room = base, MAX_TEXT
+        self._files = {Path(base.path).resolve(): ""}
+
+    def of(self, origin: Origin) -> str:
+        """The expression of a leaf; "" if it does not say all, is a leaf of the source, or there is no room for it."""
+        if not origin.moves or (isinstance(origin, Stored) and origin.source is self._base):
+            return ""
+        text = origin.text(self.named)
+        if len(text) > self._room:
+            return ""
+        self._room -= len(text)
+        return text
+
+    def named(self, leaf: Origin) -> str:
+        """What an origin without children is called."""
+        if not isinstance(leaf, Stored):
+            return leaf.says
+        place, name = Path(leaf.source.path).resolve(), quoted(leaf.source.index.name(leaf.number))
+        if place not in self._files:
+            own, known = _name_of(leaf.source), {_name_of(self._base), *self._files.values()}
+            names = (own, *(f"{own}#{number}" for number in range(2, len(known) + 2)))
+            self._files[place] = next(each for each in names if each not in known)
+        return f"{quoted(self._files[place])}:{name}" if self._files[place] else name
+
+
+def _touched(made: Plan, texts: _Texts) -> Iterator[tuple[int, tuple[str, str, str]]]:
+    """For each leaf that differs from the source's leaf of its name: its number, (what was done, its earlier path,
+    what it is made of)."""
     leaves: Any = made.leaves
     names = {made.name(row) for row in made.rows}
     for row in made.rows:
         edit, was = _ADDRESS.sub("", row.edit), leaves.index.name(row.source) if row.was else ""
         if isinstance(leaves, Gathered):
             origin, name = leaves.origins[row.source], made.name(row)
-            said = "assembled from others"
+            said = shortened(origin.text(texts.named))
             if isinstance(origin, Stored):
                 said = origin.source.index.name(origin.number)
                 if origin.source is leaves.base:
@@ -291,15 +326,22 @@ def _touched(made: Plan) -> Iterator[tuple[int, tuple[str, str]]]:
                     said = f"from {other}" if said == name else f"from {other}: {said}"
             edit = ", ".join(filter(None, (said, edit)))
         if edit:
-            yield row.source, (edit, was)
+            yield row.source, (edit, was, texts.of(expression(leaves, row)))
 
 
-def _deleted(made: Plan) -> list[str]:
+def _deleted(made: Plan, before: EditRecord | None) -> list[str]:
+    """The paths of leaves that are gone; those that others are made of only if an earlier record expects them."""
     leaves: Any = made.leaves
     gone = [leaves.index.name(row.source) for row in made.deleted]
     if isinstance(leaves, Gathered) and leaves.base is not None:
         index = leaves.base.index
-        used = {part.number for part in leaves.origins if isinstance(part, Stored) and part.source is leaves.base}
-        names = {made.name(row) for row in made.rows}
-        gone += [index.name(n) for n in index.numbers if n not in used and index.name(n) not in names]
+        stored = (part for origin in leaves.origins for part in origin.stored() if isinstance(part, Stored))
+        used = {part.number for part in stored if part.source is leaves.base}
+        known = {made.name(row) for row in made.rows}
+        expected = {} if before is None else before.standing
+        gone += [
+            name
+            for number in index.numbers
+            if (name := index.name(number)) not in known and (number not in used or name in expected)
+        ]
     return gone

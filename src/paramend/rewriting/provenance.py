@@ -8,7 +8,11 @@ directory, in the file `paramend.record.json` in it; for any other file, in `<na
     time       when it was written, as ISO 8601 in UTC
     source     the name of what was edited, without its folder
     recipe     the recipe that was carried out, as YAML; "" if there was none
-    leaves     what was written: {"path", "dtype", "shape", "sha256", "edit"}; also "was", if it had another path
+    config     what changed in files beside the weights, if anything did: {"file", "key", "before", "after"}
+    leaves     what was written: {"path", "dtype", "shape", "sha256", "edit"}; also "was", if it had another path, and
+               "origin", if only bytes moved: what it is made of, as an expression that `read_origin` reads, in which
+               leaves of other files than the source stand after the name of theirs. Where that is long, it is in
+               "origin" alone, and "edit" is ""
     deleted    the deleted paths
     earlier    the records that the source carried, oldest first, each of this schema without `earlier`
 
@@ -18,16 +22,17 @@ on request: a damaged one does not keep a checkpoint from being opened.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from paramend.errors import CannotRead, ParamendError, UnexpectedChange, Unsupported
+from paramend.anatomy.documents import Change
+from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
@@ -35,24 +40,22 @@ from paramend.formats.registry import format_of, open_source
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.shards import Shards
-from paramend.journal.history import HistoryRow
-from paramend.journal.undo import history, recover
+from paramend.journal.undo import recover
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Spec
+from paramend.mapping.report import shortened
 from paramend.piecewise.rows import data
-from paramend.reports import wording
-from paramend.reports.progress import Meter, Progress
+from paramend.reports.progress import Meter
 from paramend.reports.report import Line, Report, Section
 
 FILE = f"{RECORD}.json"
 VERSION = 1
 # Longer texts are not our records: a header may have 100 MB.
 MAX_BYTES = 1 << 26
+# The most characters of all expressions of a record; leaves beyond are recorded by their digests alone.
+MAX_TEXT = 1 << 24
 _DIGEST = re.compile("[0-9a-f]{64}")
 _READ = 1 << 20
-# The most differing leaves that a message names; `changes` has all.
-_SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class RecordedLeaf:
         sha256: the digest of its bytes.
         edit: what was done.
         was: its earlier path, if that differs.
+        origin: what it is made of, as an expression; "" if some of it was computed, or it is a leaf of the source.
     """
 
     path: str
@@ -72,11 +76,14 @@ class RecordedLeaf:
     sha256: str
     edit: str
     was: str = ""
+    origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The leaf as data that JSON can hold."""
+        edit = "" if self.origin and self.edit == shortened(self.origin) else self.edit
         found = {"path": self.path, "dtype": self.spec.dtype, "shape": list(self.spec.shape)}
-        return found | {"sha256": self.sha256, "edit": self.edit} | ({"was": self.was} if self.was else {})
+        more = {"was": self.was, "origin": self.origin}
+        return found | {"sha256": self.sha256, "edit": edit} | {key: text for key, text in more.items() if text}
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +96,7 @@ class EditRecord(Report):
         source: the name of what was edited.
         leaves: what was written.
         deleted: the deleted paths.
+        config: what changed in files beside the weights.
         recipe: the recipe that was carried out, or "".
         earlier: the records of earlier edits, oldest first.
     """
@@ -99,6 +107,7 @@ class EditRecord(Report):
     leaves: tuple[RecordedLeaf, ...]
     deleted: tuple[str, ...] = ()
     recipe: str = ""
+    config: tuple[Change, ...] = ()
     earlier: "tuple[EditRecord, ...]" = ()
 
     def headline(self) -> str:
@@ -121,23 +130,26 @@ class EditRecord(Report):
             "leaves": [leaf.to_dict() for leaf in self.leaves],
             "deleted": list(self.deleted),
         }
+        if self.config:
+            found["config"] = [change.to_dict() for change in self.config]
         return found | ({"earlier": [each.to_dict() for each in self.earlier]} if self.earlier else {})
 
     def __str__(self) -> str:
-        own = super().__str__() + (f"\n\nrecipe:\n{self.recipe}" if self.recipe else "")
+        own = "\n".join([super().__str__(), *(f"\n{change.file}: {change}" for change in self.config)])
+        own += f"\n\nrecipe:\n{self.recipe}" if self.recipe else ""
         return "\n\n".join([*map(str, self.earlier), own])
 
     @property
     def standing(self) -> dict[str, RecordedLeaf]:
         """The expected leaves by path: the latest entry for each leaf in all of the records."""
         found: dict[str, RecordedLeaf] = {}
-        alike: dict[str, str] = {}
+        known: dict[str, str] = {}
         for each in (*self.earlier, self):
             own = {leaf.path: leaf for leaf in each.leaves}
             for path in (*each.deleted, *(leaf.was for leaf in each.leaves), *own):
-                found.pop(path if path in found else alike.get(_alike(path), path), None)
+                found.pop(path if path in found else known.get(alike(path), path), None)
             found |= own
-            alike |= {_alike(path): path for path in own}
+            known |= {alike(path): path for path in own}
         return found
 
 
@@ -170,73 +182,6 @@ def record(path: str | os.PathLike[str]) -> EditRecord | None:
         return record_of(source)
 
 
-def verify_record(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
-    """The paths of the leaves in a checkpoint's record, if each is as it was written.
-
-    Of several records the latest that contains a leaf counts.
-
-    Args:
-        path: a file or a directory.
-        progress: called with an `Event` as bytes are read.
-
-    Raises:
-        UnexpectedChange: leaves have another shape, dtype or bytes, or are missing; `changes` names them.
-        CannotRead: the checkpoint carries no record.
-        BadCheckpoint: the checkpoint or its record is damaged.
-
-    >>> import tempfile
-    >>> import numpy as np
-    >>> from paramend.checkpoints.checkpoint import open
-    >>> from paramend.checkpoints.whole import save
-    >>> from paramend.edits.selection import at
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, folder / "model.safetensors")
-    >>> _ = at(open(folder / "model.safetensors"), "a").zero().save(folder / "new.safetensors", record=True)
-    >>> verify_record(folder / "new.safetensors")
-    ['a']
-    """
-    recover(path)
-    changes: dict[str, str] = {}
-    with contextlib.closing(open_source(path)) as source:
-        found = record_of(source)
-        if found is None:
-            raise CannotRead(
-                f"{path} carries no record of edits", hint="checkpoint.save(out, record=True), or --record, writes one"
-            )
-        leaves = found.standing
-        index = source.index
-        numbers = {_alike(index.name(number)): number for number in index.numbers}
-        numbers |= {index.name(number): number for number in index.numbers}
-        there = {name: numbers.get(name, numbers.get(_alike(name))) for name in leaves}
-        meter = Meter(progress, sum(source.nbytes(number) for number in there.values() if number is not None))
-        for name, leaf in leaves.items():
-            number = there[name]
-            if number is None:
-                changes[name] = "it is gone"
-            elif source.spec(number) != leaf.spec:
-                changes[name] = f"it is {source.spec(number)}, but {leaf.spec} was written"
-            elif digest_of(contents(Stored(source, number)), meter) != leaf.sha256:
-                changes[name] = "its bytes differ"
-    if changes:
-        raise _not_as_written(Path(path), changes, len(leaves))
-    return list(leaves)
-
-
-def _not_as_written(path: Path, changes: Mapping[str, str], count: int) -> UnexpectedChange:
-    said = f"{path}: {len(changes):,} of {wording.plural(count, 'recorded leaf', 'recorded leaves')} "
-    lines = [f"{said}{'is' if len(changes) == 1 else 'are'} not as written"]
-    lines += [f"  {name}: {what}" for name, what in islice(changes.items(), _SHOWN)]
-    if len(changes) > _SHOWN:
-        lines.append(f"  and {len(changes) - _SHOWN:,} more")
-    patches: list[HistoryRow] = []
-    with contextlib.suppress(ParamendError):  # faults of the leaves matter more than faults of an undo record
-        patches = history(path)
-    if patches:
-        since = "one patch was" if len(patches) == 1 else f"{len(patches):,} patches were"
-        lines.append(f"{since} made in place and can be undone, the last: {patches[-1].edit}")
-    return UnexpectedChange("\n".join(lines), changes=changes, hint=f"paramend undo {path}" if patches else "")
-
-
 def record_of(source: Any) -> EditRecord | None:
     """The record of an opened checkpoint; None if it carries none.
 
@@ -248,7 +193,7 @@ def record_of(source: Any) -> EditRecord | None:
     return None if text is None else parse(text, file)
 
 
-def _alike(name: str) -> str:
+def alike(name: str) -> str:
     """A name normalized across formats: `/` and `.` are the same separator."""
     return name.replace("/", ".")
 
@@ -323,7 +268,12 @@ def parse(text: bytes, file: str) -> EditRecord:
             raise bad(file, f"{place}, 'shape'", "whole numbers are expected")
         if _DIGEST.fullmatch(sha256) is None:
             raise bad(file, f"{place}, 'sha256'", f"64 hexadecimal digits are expected, not {shown(sha256)}")
-        return RecordedLeaf(path, Spec(tuple(shape), dtype), sha256, edit, field(row, place, "was", str, ""))
+        was, origin = (field(row, place, key, str, "") for key in ("was", "origin"))
+        return RecordedLeaf(path, Spec(tuple(shape), dtype), sha256, edit or shortened(origin), was, origin)
+
+    def change(row: Any, place: str) -> Change:
+        sides = (json.dumps(row[side], ensure_ascii=False) if side in row else None for side in ("before", "after"))
+        return Change(field(row, place, "file", str), field(row, place, "key", str), *sides)
 
     def one(row: Any, place: str) -> EditRecord:
         version = field(row, place, "version", int)
@@ -344,6 +294,7 @@ def parse(text: bytes, file: str) -> EditRecord:
             leaves=tuple(leaf(each, f"{place}, leaf {n}") for n, each in enumerate(field(row, place, "leaves", list))),
             deleted=tuple(deleted),
             recipe=field(row, place, "recipe", str, ""),
+            config=tuple(change(each, f"{place}, 'config'") for each in field(row, place, "config", list, [])),
         )
 
     field(table, "record", "version", int)

@@ -8,7 +8,7 @@ the new one, never a third.
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import published, sync_file
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
-from paramend.formats.registry import format_for
+from paramend.formats.registry import DEFAULT, format_for
 from paramend.journal.store import records_of, retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
@@ -190,6 +190,18 @@ def write(
     return RewriteReport(
         path, str(out), made, *counts, names, layout.left_out, note.name, layout.said, layout.format.name
     )
+
+
+def stage(made: Plan, files: Sequence[File], home: Path, folder: Path, progress: Progress | None) -> None:
+    """Make some of the files of a plan in a folder, durably, on their way to one that is there: their home."""
+    layout = Layout(tuple(files), True, DEFAULT)
+    run = _Run(made, home, progress, layout, Note(made, home, layout, None))
+    try:
+        for file in files:
+            run.make(file, folder / file.name)
+        run.inputs.check()
+    finally:
+        run.inputs.close()
 
 
 class _Inputs:

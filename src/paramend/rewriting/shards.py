@@ -1,6 +1,7 @@
 """Sharded models: the shards of the source, edited, or new ones of a given size, and their index."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +18,53 @@ from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_
 
 def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
     """The files of the source, each with its remaining leaves, and the index, updated."""
-    files = [edited_file(made, file, rows, file.path.name, link=link) for file, rows in rows_by_file(made, source)]
-    if made.restructured or any(row.spec != row.before for row in made.rows):
-        return files + _index_file(made, source)
-    if source.shard_index is not None:
-        path = source.shard_index.path
-        files.append(text_file(path.name, path.read_bytes()))
-    return files
-
-
-def _index_file(made: Plan, source: Shards) -> list[File]:
-    """The index of the source, updated, as a list; empty if there is none."""
+    leaves = [(row.source, row) for row in made.rows]
+    files = [edited_file(made, file, rows, file.path.name, link=link) for file, rows in rows_by_file(source, leaves)]
     if source.shard_index is None:
-        return []
-    index, ties = made.leaves.index, source.ties
-    weight_map = {}
-    order = {name: place for place, name in enumerate(source.shard_index.weight_map)}
-    for row in sorted(made.rows, key=lambda row: order.get(index.name(row.source), len(order))):
-        if index.name(row.source) in order:
-            weight_map[made.name(row)] = source.files[source.home(row.source)[0]].path.name
+        return files
+    if made.restructured or any(row.spec != row.before for row in made.rows):
+        return [*files, index_file(made, source, homes_of(made, source, leaves))]
+    path = source.shard_index.path
+    return [*files, text_file(path.name, path.read_bytes())]
+
+
+def homes_of(made: Plan, source: Shards, leaves: Sequence[tuple[int, Row]]) -> dict[str, str]:
+    """The file of each leaf that stays: those that the index of the source lists, in its order; without one, all.
+
+    Args:
+        made: the plan.
+        source: the source.
+        leaves: the leaves that stay: (number in it, row).
+    """
+    names = source.index.name
+    listed = map(names, source.index.numbers) if source.shard_index is None else source.shard_index.weight_map
+    order = {name: place for place, name in enumerate(listed)}
+    kept = [(order[names(number)], number, row) for number, row in leaves if names(number) in order]
+    return {made.name(row): source.files[source.home(number)[0]].path.name for _, number, row in sorted(kept)}
+
+
+def index_file(made: Plan, source: Shards, weight_map: Mapping[str, str]) -> File:
+    """The index of the source, updated; a new one if it has none.
+
+    Args:
+        made: the plan.
+        source: the source.
+        weight_map: leaf → file.
+    """
+    ties = made.leaves.ties
     once = {ties.get(row.source, row.source): row for row in made.rows}.values()
-    nbytes, size = sum(nbytes_of(made, row) for row in once), sum(row.spec.size for row in once)
-    text = source.shard_index.to_bytes(weight_map, nbytes=nbytes, size=size)
-    return [text_file(source.shard_index.path.name, text)]
+    nbytes = sum(nbytes_of(made, row) for row in once)
+    if source.shard_index is None:
+        table = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
+        return text_file(index_name(stem_of(source)), index_text(table))
+    text = source.shard_index.to_bytes(weight_map, nbytes=nbytes, size=sum(row.spec.size for row in once))
+    return text_file(source.shard_index.path.name, text)
 
 
 def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
     """As many files as the limit requires, and their index if there are several."""
-    groups: list[list[Row]] = [[]]
-    filled = 0
-    for row in ordered(made, form):
-        nbytes = nbytes_of(made, row)
-        if limit is not None and groups[-1] and filled + nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(row)
-        filled += nbytes
-    stem = _stem(base_of(made))
+    groups = grouped(made, ordered(made, form), limit)
+    stem = stem_of(base_of(made))
     if len(groups) == 1:
         return [fresh_file(made, groups[0], form, f"{stem}.safetensors")]
     files: list[File] = []
@@ -69,16 +80,30 @@ def new_shards(made: Plan, form: Format, limit: int | None) -> list[File]:
     return files
 
 
+def grouped(made: Plan, rows: Iterable[Row], limit: int | None) -> list[list[Row]]:
+    """The rows of each of as many files as the limit requires, at least one."""
+    groups: list[list[Row]] = [[]]
+    filled = 0
+    for row in rows:
+        nbytes = nbytes_of(made, row)
+        if limit is not None and groups[-1] and filled + nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(row)
+        filled += nbytes
+    return groups
+
+
 # The names of weight files in directories, which readers look for, with a variant and the number of a shard.
 _NAMED = re.compile(
     r"(?P<name>[^.]+)(?P<variant>\.(?!0)[A-Za-z0-9_]+)?(?:-\d+-of-\d+)?(?P<late>\.[A-Za-z0-9_]+)?\.(?:safetensors|bin)"
 )
 
 
-def _stem(source: Any) -> str:
+def stem_of(source: Any) -> str:
     """The name of new weight files without numbers and suffix: that of the source, where readers look for it."""
     files = [file.path for file in source.files] if isinstance(source, Shards) else [Path(getattr(source, "path", ""))]
-    found = {_stem_of(path.name) for path in files}
+    found = {_stem_in(path.name) for path in files}
     stem = found.pop() if len(found) == 1 else "model"
     return stem if isinstance(source, Shards) or stem.startswith(_READ) else "model"
 
@@ -86,9 +111,9 @@ def _stem(source: Any) -> str:
 _READ = ("model", "adapter_model", "diffusion_pytorch_model")
 
 
-def _stem_of(name: str) -> str:
+def _stem_in(name: str) -> str:
     """
-    >>> _stem_of("diffusion_pytorch_model.fp16-00001-of-00002.safetensors"), _stem_of("pytorch_model-1-of-2.bin")
+    >>> _stem_in("diffusion_pytorch_model.fp16-00001-of-00002.safetensors"), _stem_in("pytorch_model-1-of-2.bin")
     ('diffusion_pytorch_model.fp16', 'model')
     """
     found = _NAMED.fullmatch(name)

@@ -67,10 +67,7 @@ _REGEX = re.compile(r"(?:^|/)\.[*+]|\.[*+](?=[^./*+])|\\[dwsDWSb.]|^\^|\$$|\([^)
 
 
 def advice(text: str, index: Index | None = None) -> str:
-    """What to write instead of text in another dialect; "" if it is none.
-
-    Args:
-        index: the names of the tree, if it is known: then only what finds something is proposed.
+    """What to write instead of text in another dialect; "" if it is none, or finds nothing in the index that is given.
 
     >>> advice("a/Dense_[0-2]/w"), advice("~a/b"), advice("a | b"), advice(r".*\\.kernel")
     ('"a/Dense_[0:3]/w"', '~pm.sel("a/b")', 'pm.sel("a") | pm.sel("b")', "re.compile('.*\\\\\\\\.kernel')")

@@ -115,6 +115,11 @@ class Piece:
 
     atoms: tuple[Atom, ...]
 
+    @classmethod
+    def of(cls, atoms: Iterable[Atom]) -> "Piece":
+        """The piece of atoms, adjacent literals joined and empty ones left out, as the parser returns it."""
+        return cls(merged(atoms))
+
     def __str__(self) -> str:
         return "".join(map(str, self.atoms))
 
@@ -173,15 +178,15 @@ class Reader:
             if isinstance(atom, Positions) and any(isinstance(a, Positions) for a in atoms):
                 raise self.fail("one key takes one index", here, self.at, hint="[0,3] or [1:4] picks several")
             atoms.append(atom)
-        joined = merged(atoms)
-        if not joined:
+        piece = Piece.of(atoms)
+        if not piece.atoms:
             hint = 'an empty key is written ""; a separator stands only between keys'
             raise self.fail("a key is missing here", start, start + 1, hint)
-        if any("/" in text or "." in text for atom in joined for text in _literals(atom)):
-            if len(joined) == 1 and isinstance(joined[0], Literal):
-                return Quoted(joined[0].text)
+        if any("/" in text or "." in text for atom in piece.atoms for text in _literals(atom)):
+            if len(piece.atoms) == 1 and isinstance(only := piece.atoms[0], Literal):
+                return Quoted(only.text)
             raise self.fail("an escaped separator cannot stand beside wildcards", start, self.at)
-        return Piece(joined)
+        return piece
 
     def quoted(self) -> Quoted:
         start = self.at

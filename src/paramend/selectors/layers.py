@@ -49,15 +49,12 @@ class Numbered:
     blocks: tuple[int, ...] = ()
 
     def piece(self, number: int) -> str:
-        """The numbered piece."""
         return f"{self.head}{self.digits(number)}{self.tail}"
 
     def digits(self, number: int) -> str:
-        """The number as it is written."""
         return f"{number:0{self.width}d}"
 
     def path(self, number: int, separator: str) -> str:
-        """The path of a numbered entry."""
         return write_path((*self.parent, self.piece(number)), separator)
 
     def number(self, text: str) -> int | None:
@@ -107,11 +104,7 @@ class Notation:
         return [found for parent, inner in parents for found in _families(inner, parent, self)]
 
     def pick(self, found: Numbered) -> list[int]:
-        """The positions of the layers that are meant among numbered entries, ascending.
-
-        Raises:
-            OutOfRange: a position does not exist.
-        """
+        """The positions of the layers that are meant among numbered entries; `OutOfRange` if one is missing."""
         count = len(found.numbers)
         chosen, missing = self.positions.pick(count)
         if missing:
@@ -154,9 +147,6 @@ def without_rest(text: str) -> str:
 def notation(text: str) -> Notation | None:
     """A text that names layers, parsed; None if its last key, ignoring `**`, holds no number.
 
-    Raises:
-        SelectorError: the text breaks the grammar.
-
     >>> notation("model.layers.<n>.**").head, notation("Dense_[:-1]").head, notation("Dense_0")
     ('', 'Dense_', None)
     """
@@ -172,11 +162,7 @@ def notation(text: str) -> Notation | None:
 
 
 def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
-    """The notation of a text, and the numbered entries of a tree that it means.
-
-    Raises:
-        BadArgument: the text does not say where the number of a layer is.
-        NoMatch: there are no such layers.
+    """The notation of a text, and the numbered entries that it means; `BadArgument` or `NoMatch` if it means none.
 
     >>> index = Index.of_names([f"model.layers.{i}.w" for i in range(3)])
     >>> [layers_of(index, text)[1][0].numbers for text in ("model.layers[*]", "model.layers.<n>.**")]
@@ -210,9 +196,6 @@ def known(index: Index, argument: str = "layers") -> str:
 
 def spelled(index: Index, text: str) -> dict[str, tuple[str, ...]]:
     """A text filled in with each combination of captured numbers that exists → the numbers; in numeric order.
-
-    Raises:
-        NoMatch: nothing matches.
 
     >>> spelled(Index.of_names(["h.0.w", "h.1.w", "h.1.b"]), "h.<n>.w")
     {'h.0.w': ('0',), 'h.1.w': ('1',)}
@@ -249,9 +232,6 @@ def starred(index: Index, text: str) -> str | None:
         return None
     written = number.write(separator_in(text, index))
     return written if len(spelled(index, written)) > 1 else None
-
-
-# ---- the parts -------------------------------------------------------------------------------------------------
 
 
 def hint_of(index: Index, argument: str, text: str = "") -> str:

@@ -106,9 +106,7 @@ class MatchWalk:
     """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions.
 
     Each subtree is visited once, with all states that lead to it: a pattern with several `**` reaches it in many ways.
-
-    Args:
-        lenient: whether a position that is missing stands for all siblings.
+    In a `lenient` search a missing position stands for all siblings.
     """
 
     def __init__(self, machine: Machine, *, lenient: bool = False) -> None:
@@ -243,9 +241,7 @@ def families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[t
     """The numbered families that `head[...]tail` may mean under one parent: each a name and number → places.
 
     `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`.
-
-    Args:
-        roles: what labels may be to the step; it is filled as they are met.
+    What labels are to the step is kept in `roles`.
     """
     children: dict[str, _Family] = {}
     siblings: dict[str, _Family] = {}

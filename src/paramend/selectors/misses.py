@@ -18,19 +18,7 @@ from paramend.errors import OutOfRange
 from paramend.leaves.paths import Names, labels, text_of, write_path
 from paramend.reports import wording
 from paramend.selectors.division import acceptor, divide
-from paramend.selectors.grammar import (
-    AnyPieces,
-    Atom,
-    Either,
-    Literal,
-    Number,
-    Piece,
-    Positions,
-    Quoted,
-    Segment,
-    Star,
-    merged,
-)
+from paramend.selectors.grammar import AnyPieces, Atom, Either, Literal, Number, Piece, Positions, Quoted, Segment, Star
 from paramend.selectors.patterns import Pattern, parse
 
 _SECONDS = 0.3  # the time limit of a search: on large trees a late hint is worse than a short one
@@ -195,7 +183,6 @@ def _key(text: str) -> Segment:
 
 
 def _near_keys(segment: Segment, known: Sequence[str]) -> Iterator[tuple[int, Segment]]:
-    """Existing keys in place of one that does not exist, each with a cost."""
     if isinstance(segment, Quoted):
         pieces = labels(segment.text)
         if len(pieces) == 1:
@@ -294,7 +281,7 @@ def _other_case(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tuple
             if spans is not None:
                 pairs = zip(atoms, spans, strict=True)
                 named = (Literal(key[i:j]) if isinstance(atom, Literal | Either) else atom for atom, (i, j) in pairs)
-                found[Piece(merged(named))] = None
+                found[Piece.of(named)] = None
     yield from ((1, segment) for segment in list(found)[:3] if segment != Piece(atoms))
 
 
@@ -309,7 +296,6 @@ def _lowered_text(atom: Literal | Star) -> Literal | Star:
 
 
 def _lower(text: str) -> str:
-    """A text in lower case, of the same length."""
     lower = text.lower()
     return lower if len(lower) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
@@ -339,7 +325,7 @@ def _near_numbered(atoms: tuple[Atom, ...], known: Sequence[str]) -> Iterator[tu
         texts = shape.split("#")
         if len(texts) == len(slots) + 1:
             pairs = (pair for i, slot in enumerate(slots) for pair in (Literal(texts[i]), slot))
-            yield cost, Piece(merged((*pairs, Literal(texts[-1]))))
+            yield cost, Piece.of((*pairs, Literal(texts[-1])))
     if isinstance(atoms[-1], Positions):  # the numbers may be children instead
         for cost, key in _ranked("".join(_words(atoms[:-1])), known):
             yield cost, Piece((Literal(key), atoms[-1]))
@@ -373,7 +359,7 @@ def _split(segment: Segment, known: Sequence[str]) -> Iterator[Segments]:
     head = segment.atoms[0].text
     for key in known:
         if key and head.startswith(key) and head != key:
-            rest = Piece(merged((Literal(head[len(key) :].lstrip("_-~")), *segment.atoms[1:])))
+            rest = Piece.of((Literal(head[len(key) :].lstrip("_-~")), *segment.atoms[1:]))
             if rest.atoms:
                 yield Piece((Literal(key),)), rest
 
@@ -385,7 +371,7 @@ def _join(first: Segment, second: Segment, known: Sequence[str]) -> Iterator[Seg
             for separator in ("_", "", "-", "."):
                 text = head + separator + tail
                 if any(key == text or (rest and key.startswith(text)) for key in known):
-                    yield Piece(merged((Literal(text), *rest))) if separator != "." else Quoted(text)
+                    yield Piece.of((Literal(text), *rest)) if separator != "." else Quoted(text)
         case Piece((Literal(head),)), Piece((Number() | Star(), *_) as rest):
             if any(key.startswith(f"{head}_") for key in known):
                 yield Piece((Literal(f"{head}_"), *rest))

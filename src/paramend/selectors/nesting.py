@@ -107,13 +107,9 @@ def depths(path: Sequence[Label]) -> list[int]:
 
 
 def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence[str]) -> list[int | None]:
-    """For each new piece of a run, the place of the old one that it is or replaces; None if it is added.
+    """For each new piece, the place in a run of old ones of the one that it is or replaces; None if it is added.
 
     Among the cheapest pairings, the one whose pairs are rightmost.
-
-    Args:
-        joints: the result of `Tables.joints`.
-        run: the places of the old pieces.
     """
     old = [text_of(path[at]) for at in run]
     if len(old) == len(new) and (len(new) < 2 or old == new):
@@ -143,11 +139,7 @@ def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence
 
 
 def nest(words: Sequence[Word], path: Sequence[Label], joints: Sequence[str]) -> list[PathStep]:
-    """The steps of a new path: each piece in its key.
-
-    Args:
-        joints: the result of `Tables.joints`.
-    """
+    """The steps of a new path: each piece in its key. `joints` are those of the old path."""
     depth = depths(path)
     anchors = [_anchor(words, at, joints) for at in range(len(words))]
     steps: list[PathStep] = []

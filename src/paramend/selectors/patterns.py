@@ -11,11 +11,7 @@ from paramend.selectors.matching import Machine, MatchWalk, Missing, steps_of
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed selector.
-
-    Attributes:
-        segments: what the text says, as data. `str(pattern)` is text that parses to the same segments.
-    """
+    """A parsed selector: its `segments` as data. `str(pattern)` is text that parses to the same segments."""
 
     segments: tuple[Segment, ...]
     _machine: Machine = field(init=False, repr=False, compare=False)
@@ -34,12 +30,7 @@ class Pattern:
         return separator.join(map(str, self.segments))
 
     def find(self, names: Names) -> list[int]:
-        """The numbers of the matching leaves of a tree of names, ascending.
-
-        Raises:
-            OutOfRange: an integer position does not exist where the rest of the pattern matches; `near` holds the
-                selector with the nearest position that does.
-        """
+        """The numbers of the matching leaves, ascending; `OutOfRange` holds the selector with the nearest position."""
         walk = self._walk(names)
         missing = walk.first_missing() if walk.missing else None
         if missing is not None:
@@ -79,10 +70,7 @@ class Pattern:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Pattern:
-    """The pattern that a selector's text means.
-
-    Raises:
-        SelectorError: the text breaks the grammar; the message points at the character.
+    """The pattern that a selector's text means; `SelectorError` points at the character that breaks the grammar.
 
     >>> str(parse("model.layers[-1].{q,k}_proj.weight"))
     'model/layers[-1]/{q,k}_proj/weight'

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves.leaves import Index
@@ -21,17 +21,13 @@ from paramend.selectors.patterns import Pattern, parse
 
 
 class Pick(NamedTuple):
-    """A piece that is resolved in the tree that a path is for: `Dense_[-1]`.
-
-    Attributes:
-        piece: the piece with its index.
-        which: which of the positions it takes, counted in the order written; None if there must be exactly one.
-    """
+    """A piece with an index, for the tree that a path is for, and which of its positions it takes; None for the one."""
 
     piece: Piece
     which: int | None
 
 
+W = TypeVar("W")
 NewPath = tuple[PathStep | Pick, ...]
 
 
@@ -50,10 +46,7 @@ class Rename:
         return f"{self.source} -> {self.target}"
 
     def over(self, index: Index, only: Collection[int] | None = None) -> dict[int, NewPath]:
-        """The new paths of the leaves of a tree that match, by leaf number.
-
-        Args:
-            only: the leaves whose new paths are wanted; None for all.
+        """The new paths of the leaves of a tree that match, or `only` of some of them, by leaf number.
 
         Raises:
             OutOfRange: a position in the source does not exist.
@@ -110,43 +103,41 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
         BadArgument: the wildcards of the two sides do not agree.
     """
     rule = Rename(parse(source), parse(target))
-    have, want = _wildcards(rule.source), _wildcards(rule.target)
-    for name, here, there in (("**", have.anys, want.anys), ("*", have.stars, want.stars)):
+    kinds: tuple[tuple[str, type], ...] = (("**", AnyPieces), ("*", Star))
+    for name, kind in kinds:
+        here, there = len(_of(rule.source, kind)), len(_of(rule.target, kind))
         if here != there:
             raise BadArgument(
                 f"{target!r} has {there} × `{name}`, and {source!r} has {here}",
                 hint="repeat each wildcard of the source once in the target, in the same order",
             )
-    if list(map(_shape_of, have.choices)) != list(map(_shape_of, want.choices)):
+    if list(map(_shape_of, _of(rule.source, Either))) != list(map(_shape_of, _of(rule.target, Either))):
         raise BadArgument(
             f"the choices {{...}} of {source!r} and {target!r} do not pair up", hint='"{q,k}/w" -> "{query,key}/w"'
         )
-    first = {atom.name: i for i, atom in reversed(list(enumerate(have.numbers)))}
-    unknown = [atom for atom in want.numbers if atom.name not in first]
-    twice = [atom for i, atom in enumerate(have.numbers) if first[atom.name] < i]
+    numbers, positions = _of(rule.source, Number), _of(rule.target, Positions)
+    first = {atom.name: i for i, atom in reversed(list(enumerate(numbers)))}
+    unknown = [atom for atom in _of(rule.target, Number) if atom.name not in first]
+    twice = [atom for i, atom in enumerate(numbers) if first[atom.name] < i]
     if unknown or twice:
         text, atom = (target, unknown[0]) if unknown else (source, twice[0])
-        at = text.find(str(atom)) if unknown else text.rfind(str(atom))
-        at = max(at, 0)
+        at = max(text.find(str(atom)) if unknown else text.rfind(str(atom)), 0)
         raise SelectorError(
             "this number is captured nowhere in the source" if unknown else "this number is captured twice",
             text=text,
             span=(at, text.find(">", at) + 1),
             hint='"h/<n>/**" -> "layers/<n>/**"',
         )
-    for atom in have.numbers:
+    for atom in numbers:
         if (atom.factor, atom.shift) != (1, 0):
             raise BadArgument(f"{source!r}: {atom} is arithmetic, and a source only captures", hint=f"<{atom.name}>")
-    if want.positions and not indexed:
-        raise BadArgument(f"{target!r}: a new path cannot hold an index {want.positions[0]}", hint="<n> of the source")
+    if positions and not indexed:
+        raise BadArgument(f"{target!r}: a new path cannot hold an index {positions[0]}", hint="<n> of the source")
     return rule
 
 
 def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
-    """The pieces of a new path; picks are looked up in the tree of names that the path is for.
-
-    Raises:
-        OutOfRange: that tree has no such position.
+    """The pieces of a new path; picks are looked up in the tree of names that it is for, which may lack the position.
 
     >>> index = Index.of_names(["Dense_0.w", "Dense_9.w"])
     >>> pieces((Pick(parse("Dense_[-1]").segments[0], None), PathStep("w")), index.names)
@@ -175,9 +166,6 @@ def keys(path: NewPath) -> list[tuple[str, int | None]]:
         else:
             out[-1] = (out[-1][0] + step.before + step.text, step.depth)
     return out
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------
 
 
 class _Reader:
@@ -256,7 +244,6 @@ class _Reader:
 
 
 def _unrolled(trail: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:
-    """The range of each segment, from where the segments end, last to first."""
     stops = []
     while trail:
         trail, stop = trail
@@ -337,24 +324,15 @@ def _look_up(pick: Pick, names: Names, above: Sequence[str]) -> list[str]:
     raise OutOfRange(f"{where} names {len(chosen)} keys, and the source has no index to pair them with")
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------
-
-
 class _Writer:
     """Fills the target of a rename with what the source captured in one path."""
 
     def __init__(
-        self,
-        rule: Rename,
-        path: tuple[Label, ...],
-        spans: Sequence[tuple[int, int]],
-        reader: _Reader,
+        self, rule: Rename, path: tuple[Label, ...], spans: Sequence[tuple[int, int]], reader: _Reader
     ) -> None:
         self.rule = rule
         self.old = path
-        self.stars: list[str] = []
-        self.choices: list[tuple[int, list[str]]] = []
-        self.numbers: dict[str, str] = {}
+        self.took = _Captured([], [], {})
         self.whiches: list[int] = []
         # The path is split into runs between the `**`: run, `**`, run, `**`, run.
         self.runs: list[tuple[int, int]] = []
@@ -378,13 +356,13 @@ class _Writer:
             piece = Piece(piece.atoms[:-1])
         found = reader.captured(piece, text_of(self.old[start]))
         if found is not None:
-            self.stars += found.stars
-            self.choices += found.choices
-            self.numbers |= found.numbers
+            self.took.stars.extend(found.stars)
+            self.took.choices.extend(found.choices)
+            self.took.numbers.update(found.numbers)
 
     def _filled(self) -> list[list[str | Pick | Quoted]]:
         """The new pieces of each run."""
-        stars, choices, whiches = iter(self.stars), iter(self.choices), iter(self.whiches)
+        stars, choices, whiches = iter(self.took.stars), iter(self.took.choices), iter(self.whiches)
         runs: list[list[str | Pick | Quoted]] = [[]]
         for segment in self.rule.target.segments:
             match segment:
@@ -422,7 +400,6 @@ class _Writer:
         return tuple(out)
 
     def path(self, tables: Tables) -> NewPath:
-        """The new path."""
         joints = tables.joints(self.old)
         words: list[Word] = []
         picks: dict[int, Pick] = {}
@@ -441,7 +418,7 @@ class _Writer:
         return tuple(picks.get(at, step) for at, step in enumerate(steps))
 
     def _reckon(self, atom: Number) -> str:
-        text = self.numbers[atom.name]
+        text = self.took.numbers[atom.name]
         value = atom.factor * int(text) + atom.shift
         if value < 0:
             raise RenameClash(f"{self.rule}: {atom} is {value} where {atom.name} is {text}")
@@ -455,27 +432,10 @@ def _fill(option: tuple[Literal | Star, ...], stars: Sequence[str]) -> list[Lite
     return [atom if isinstance(atom, Literal) else Literal(next(taken)) for atom in option]
 
 
-# ---- checking --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Wildcards:
-    anys: int
-    stars: int
-    choices: list[Either]
-    numbers: list[Number]
-    positions: list[Positions]
-
-
-def _wildcards(pattern: Pattern) -> _Wildcards:
-    atoms = [atom for segment in pattern.segments if isinstance(segment, Piece) for atom in segment.atoms]
-    return _Wildcards(
-        anys=sum(isinstance(segment, AnyPieces) for segment in pattern.segments),
-        stars=sum(isinstance(atom, Star) for atom in atoms),
-        choices=[atom for atom in atoms if isinstance(atom, Either)],
-        numbers=[atom for atom in atoms if isinstance(atom, Number)],
-        positions=[atom for atom in atoms if isinstance(atom, Positions)],
-    )
+def _of(pattern: Pattern, kind: type[W]) -> list[W]:
+    """The wildcards of one kind in a side of a rename."""
+    parts = (part for segment in pattern.segments for part in (segment, *getattr(segment, "atoms", ())))
+    return [part for part in parts if isinstance(part, kind)]
 
 
 def _shape_of(either: Either) -> list[int]:

@@ -2,27 +2,26 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
+from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 import numpy as np
 
-from paramend.arrays.registry import backend_of
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
 from paramend.leaves.leaves import Explained, Leaves, unique
-from paramend.leaves.names import by_name
+from paramend.leaves.names import Alone, bound, by_name, called
 from paramend.leaves.nested import unexhausted
-from paramend.leaves.paths import labels, text_of, write_path
+from paramend.leaves.paths import text_of
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
 from paramend.selectors.dialects import advice, from_keys, from_keystr, keys_in
 from paramend.selectors.grammar import Number, Piece
+from paramend.selectors.masks import masked
 from paramend.selectors.messages import absent, count_of, examples, nothing, out_of_range, quoted
 from paramend.selectors.patterns import Pattern, parse
 from paramend.selectors.slices import plain_slice, read_slice, write_index
-from paramend.trees.kind import ELIDED
 
 
 class Selector:
@@ -69,10 +68,8 @@ class Selector:
         """
         # A dtype of numpy equals the text "float" too, where it is that of float64.
         kind = isinstance(dtype, str) and dtype in ("float", "int", "bool", "complex")
-        name = str(dtype) if kind or dtype is None else dtype_name(dtype)
-        return Where(
-            self, ndim, None if dtype is None else name, None if shape is None else tuple(shape), min_size, max_size
-        )
+        name = str(dtype) if kind else None if dtype is None else dtype_name(dtype)
+        return Where(self, ndim, name, None if shape is None else tuple(shape), min_size, max_size)
 
     __iter__ = None  # or a loop over a selector would slice it forever
 
@@ -175,18 +172,8 @@ class Regex(Selector):
         return found
 
 
-class _Named(Selector):
-    """A choice by a function or a class, which is pickled by its name; a copy within a process needs no name."""
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-
 @dataclass(frozen=True)
-class Held(_Named):
+class Held(Alone, Selector):
     """Leaves held by instances of a class of modules or containers, at any depth below them."""
 
     kind: type
@@ -211,22 +198,22 @@ class Held(_Named):
 
 
 @dataclass(frozen=True, eq=False)
-class Predicate(_Named):
+class Predicate(Alone, Selector):
     """Leaves for which `f(path, spec)` is true."""
 
     function: Callable[[str, Spec], object]
 
     def __eq__(self, other: object) -> bool:
-        return _bound(self.function) == _bound(other.function) if isinstance(other, Predicate) else NotImplemented
+        return bound(self.function) == bound(other.function) if isinstance(other, Predicate) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(_bound(self.function)[0])
+        return hash(bound(self.function)[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Predicate, (by_name(self.function, "this selector"),)
 
     def __repr__(self) -> str:
-        return f"pm.sel({_called(self.function)})"
+        return f"pm.sel({called(self.function)})"
 
     def _find(self, leaves: Leaves) -> set[int]:
         return {n for n in leaves.index.numbers if self.function(leaves.index.path(n), leaves.spec(n))}
@@ -250,51 +237,7 @@ class Mask(Selector):
     def _find(self, leaves: Leaves) -> set[int]:
         if leaves.children(self.tree) is None and callable(self.tree):  # a callable object, not a tree
             return Predicate(self.tree)._find(leaves)
-        flags = dict(self._flags(leaves))
-        found: set[int] = set()
-        used: set[tuple[str, ...]] = set()
-        places = {number: self._place(leaves.index.pieces(number), flags) for number in leaves.index.numbers}
-        # A State of NNX has a shared Variable once.
-        reached = {leaves.ties.get(number, number) for number, place in places.items() if place is not None}
-        for number, place in places.items():
-            if place is None and leaves.ties.get(number, number) in reached:
-                continue
-            if place is None:
-                raise BadArgument(
-                    f"the tree of bools has nothing at {leaves.index.path(number)}",
-                    hint='pm.at(tree, "**").mask() has the right structure',
-                )
-            used.add(place)
-            if flags[place]:
-                found.add(number)
-        extra = [path for path in flags if path not in used and flags[path]]
-        if extra:
-            raise BadArgument(f"the tree of bools has {write_path(extra[0])}, which is not a leaf of this tree")
-        return found
-
-    def _place(self, path: tuple[str, ...], flags: Mapping[tuple[str, ...], bool]) -> tuple[str, ...] | None:
-        return next((path[:i] for i in range(len(path), -1, -1) if path[:i] in flags), None)
-
-    def _flags(self, leaves: Leaves) -> Iterator[tuple[tuple[str, ...], bool]]:
-        rest: list[tuple[Any, tuple[str, ...], tuple[int, ...]]] = [(self.tree, (), ())]
-        while rest:
-            node, path, above = rest.pop()
-            if isinstance(node, bool | np.bool_):
-                yield path, bool(node)
-                continue
-            if id(node) in above:  # modules may refer to each other in a cycle
-                continue
-            children = leaves.children(node)
-            if children is None:
-                where, array = write_path(path) or "its root", backend_of(type(node)) is not None
-                bools = "the tree comes first, then the selector; of arrays of bools, say which leaves: .any()"
-                raise BadArgument(
-                    f"a tree of bools holds bools, and this one has {_described(node)} at {where}",
-                    hint=bools if array else "",
-                )
-            for key, child in reversed(children):
-                below = path if key is ELIDED else (*path, *map(text_of, labels(key)))
-                rest.append((child, below, (*above, id(node))))
+        return masked(self.tree, leaves)
 
 
 @dataclass(frozen=True)
@@ -358,7 +301,6 @@ class Where(Selector):
         return f"{_tight(self.part)}.where({said})"
 
     def fits(self, spec: Spec) -> bool:
-        """Whether a spec passes every condition."""
         return (
             (self.ndim is None or spec.ndim == self.ndim)
             and (self.dtype is None or self.dtype in (spec.dtype, spec.kind))
@@ -466,12 +408,7 @@ def _text_selector(text: str) -> Text:
 
 @unexhausted("the selector")
 def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
-    """The numbers of the selected leaves in the order of the tree, one for each leaf however many paths it has.
-
-    Raises:
-        NoMatch: nothing matches; the message names what comes close.
-        OutOfRange: a position in the selector does not exist.
-    """
+    """The numbers of the selected leaves in tree order, one for each however many paths it has; `NoMatch` for none."""
     selector = sel(selector)
     key = selector.text if isinstance(selector, Text) else None
     known = leaves.index.found.get(key) if key is not None else None
@@ -482,29 +419,6 @@ def slice_of(selector: SelectorLike) -> tuple[Selector, Any]:
     """A selector without its slice, and the slice, or None."""
     selector = sel(selector)
     return (selector.part, selector.index) if isinstance(selector, Sliced) else (selector, None)
-
-
-def _bound(function: Any) -> tuple[Any, ...]:
-    """What a function is compared by: partial ones compare by identity, which no copy shares."""
-    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function,)
-
-
-def _called(function: Any) -> str:
-    if isinstance(function, partial):
-        given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
-        return f"functools.partial({', '.join([_called(function.func), *given])})"
-    return str(getattr(function, "__qualname__", repr(function)))
-
-
-# ---- the parts -------------------------------------------------------------------------------------------------
-
-
-def _described(node: Any) -> str:
-    """A value in a message, without its elements if it is an array."""
-    library = backend_of(type(node))
-    if library is not None:
-        return f"an array, {library.spec(node)},"
-    return repr(node) if isinstance(node, str | int | float | complex | None) else wording.described(node)
 
 
 def _is_function(what: object) -> TypeGuard[Callable[[str, Spec], object]]:

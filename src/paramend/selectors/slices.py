@@ -13,10 +13,7 @@ from paramend.reports import wording
 
 
 def read_slice(index: Slice) -> Any:
-    """What stands between brackets, in the one form that every library reads alike.
-
-    Returns:
-        An int, a slice, None, `...`, a bool, a numpy array of positions or of bools, or a tuple of these.
+    """What stands between brackets in the form that all libraries read alike: ints, slices, None, `...`, bools, arrays.
 
     Raises:
         BadArgument: it is no slice, or a traced array, which is not known yet.

@@ -244,10 +244,7 @@ def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, ext
         long, short = (there, shape) if extra > 0 else (shape, there)
         if there is None or long is None or short is None or len(long) != len(short) + 1:
             said = "is not in `like`" if there is None else f"is {list(there)} in `like`"
-            raise BadArgument(
-                f"{'/'.join(path)} {said}, and here {list(shape)}",
-                hint="axis=0 instead of like=",
-            )
+            raise BadArgument(f"{'/'.join(path)} {said}, and here {list(shape)}", hint="axis=0 instead of like=")
         fits[path] = [at for at in range(len(long)) if (*long[:at], *long[at + 1 :]) == short]
     # One axis for all leaves, counted from the front or from the back, is likelier than one for each.
     longest = max(lengths.values())

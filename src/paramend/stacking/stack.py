@@ -9,32 +9,18 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend
+from paramend.edits import hands
 from paramend.edits.memory import editable
 from paramend.edits.structure import take_apart
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import AnyTree
-from paramend.mapping import hands
 from paramend.selectors.layers import without_rest
 from paramend.selectors.nesting import depths as depths_in
 from paramend.selectors.renames import rename
 from paramend.selectors.selector import resolve
-from paramend.stacking.plan import (
-    REST,
-    Member,
-    axes_of,
-    checked,
-    depths_of,
-    keys_of_leaves,
-    members_of,
-    new_layers,
-    number_at,
-    number_in,
-    numbered,
-    picked,
-    without_number,
-)
+from paramend.stacking import plan
 from paramend.trees.tree import Tree
 
 T = TypeVar("T")
@@ -72,14 +58,14 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     ((2, 2, 3), ['layers', 'head'])
     """
     leaves = editable(tree)
-    layers, places = picked(leaves, layers)
-    name = number_in(layers, "layers")
-    into = without_number(layers) if into is None else into
+    layers, places = plan.picked(leaves, layers)
+    name = plan.number_in(layers, "layers")
+    into = plan.without_number(layers) if into is None else into
     resolve(f"{layers}/**", leaves)  # for its error, which names near matches
-    members = members_of(leaves, rename(f"{layers}/**", f"<{name}>/{into}/{REST}/**"), places)
-    groups = checked(leaves, members, layers)
-    axes = axes_of(leaves, {group[0].name: group[0].number for group in groups}, axis, like, extra=1)
-    paths = keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
+    members = plan.members_of(leaves, rename(f"{layers}/**", f"<{name}>/{into}/{plan.REST}/**"), places)
+    groups = plan.checked(leaves, members, layers)
+    axes = plan.axes_of(leaves, {group[0].name: group[0].number for group in groups}, axis, like, extra=1)
+    paths = plan.keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
     _check_layers(leaves, members, axes)
     made = []
     for group in groups:
@@ -118,17 +104,17 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     ((2, 3), ['layers_0', 'layers_1', 'head'])
     """
     leaves = editable(tree)
-    stack, into = without_rest(stack), new_layers(into)
-    number_in(into, "into")
+    stack, into = without_rest(stack), plan.new_layers(into)
+    plan.number_in(into, "into")
     resolve(f"{stack}/**", leaves)
-    zeroth = numbered(into, 0)
-    members = members_of(leaves, rename(f"{stack}/**", f"0/{zeroth}/{REST}/**"))
-    axes = axes_of(leaves, {member.name: member.number for member in members}, axis, like, extra=-1)
-    depths = depths_of(leaves, members, axes)
-    every = [rename(f"{stack}/**", f"{numbered(into, layer)}/**") for layer in range(max(depths.values()))]
-    paths = [keys_of_leaves(leaves, rule) for rule in every]
+    zeroth = plan.numbered(into, 0)
+    members = plan.members_of(leaves, rename(f"{stack}/**", f"0/{zeroth}/{plan.REST}/**"))
+    axes = plan.axes_of(leaves, {member.name: member.number for member in members}, axis, like, extra=-1)
+    depths = plan.depths_of(leaves, members, axes)
+    every = [rename(f"{stack}/**", f"{plan.numbered(into, layer)}/**") for layer in range(max(depths.values()))]
+    paths = [plan.keys_of_leaves(leaves, rule) for rule in every]
     _check_layers(leaves, members, axes)
-    place, alone = number_at(into)
+    place, alone = plan.number_at(into)
     groups: dict[Path, list[Group]] = {}
     for member in members:
         axis, layers = axes[member.name], range(depths[member.stack])
@@ -178,7 +164,7 @@ def _boxed(box: Any, axis: int, *, grows: bool) -> Any:
     return box
 
 
-def _check_layers(leaves: Editable, members: Sequence[Member], axes: Mapping[Path, int]) -> None:
+def _check_layers(leaves: Editable, members: Sequence[plan.Member], axes: Mapping[Path, int]) -> None:
     """Raise if layers hold something that cannot become part of a stack, or leaves that cannot be read.
 
     Raises:

@@ -8,14 +8,13 @@ as fast; the order of dict keys, which that walk loses, is restored.
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from operator import is_
 from typing import Any
 
 from paramend._optional import imported
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Index, uncollected
+from paramend.leaves.leaves import Index, tied, uncollected
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.overlaps import overlapping, repeats, same
 from paramend.leaves.specs import Spec
@@ -54,7 +53,6 @@ class Tree:
     """A tree in memory.
 
     Attributes:
-        root: the tree as the user gave it.
         values: its leaves, also those that are not arrays. A leaf's number is its position here.
         boxes: leaf number → the box (an NNX Variable) that holds it.
     """
@@ -75,8 +73,10 @@ class Tree:
         """The structure by JAX's walk, or None if that walk sees the tree differently."""
         if not imported("jax") or type(self.root) in leaf_types or _holds_modules(self.root):
             return None
+        from paramend.trees.pytree import flatten  # imports jax
+
         try:
-            values, treedef = _jax_flatten()(self.root)
+            values, treedef = flatten(self.root)
             key = (_landmarks(self.root), treedef, tuple(map(type, values)))
             structure = _structures.get(key)
         except (TypeError, ValueError, SystemError):  # keys that do not sort, static fields without hash, great depth
@@ -138,8 +138,7 @@ class Tree:
         Arrays of JAX and numpy are values: one object at two places (a model and its moving average at the start) is
         not a tie, as inside `jit`, where the two are distinct.
         """
-        first: dict[Hashable, int] = {}
-        ties: dict[int, int] = {}
+        owners: dict[int, Hashable] = {}
         torch: Any = None
         if self._structure.torch:
             from paramend.arrays import torch  # imports torch
@@ -147,11 +146,10 @@ class Tree:
             value, box = self.values[number], self.boxes.get(number)
             of_torch = torch is not None and backend_of(type(value)) is torch
             if box is not None:
-                ties[number] = first.setdefault(id(box), number)
+                owners[number] = id(box)
             elif of_torch:
-                ties[number] = first.setdefault(torch.storage(value), number)
-        shared = {one for number, one in ties.items() if one != number}
-        return {number: one for number, one in ties.items() if one in shared}
+                owners[number] = torch.storage(value)
+        return tied(owners)
 
     def spec(self, number: int) -> Spec:
         value = self.values[number]
@@ -161,7 +159,6 @@ class Tree:
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """ "": every leaf in memory can be read."""
         return ""
 
     def read(self, number: int) -> Any:
@@ -213,11 +210,7 @@ class Tree:
         return list(zip(keys or range(len(children)), children, strict=True))
 
     def in_place(self, number: int) -> None:
-        """Raise for leaves that can only be replaced.
-
-        Raises:
-            Unsupported: the leaf is an immutable array outside of a box, or repeats its elements.
-        """
+        """Raise `Unsupported` for leaves that can only be replaced: immutable arrays without a box, expanded ones."""
         if number in self.boxes:
             return
         value = self.values[number]
@@ -231,10 +224,7 @@ class Tree:
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
 
     def apart(self, numbers: Collection[int]) -> dict[int, int]:
-        """Check that leaves can change in place without changing others; those that are one array are changed once.
-
-        Returns:
-            The number of a leaf → that of an earlier one of these leaves that is the same array.
+        """Check that leaves can change in place alone. Those that are one array lead to the first of them, by number.
 
         Raises:
             Unsupported: a leaf shares memory with a leaf that is not among them, or shares a part of it with any.
@@ -289,13 +279,6 @@ def _holds_modules(root: Any) -> bool:
         return False
     children = kind.open(root)[1]
     return len(children) <= 16 and not all((k := find_kind(child)) is None or k.compiled for child in children)
-
-
-@cache
-def _jax_flatten() -> Any:
-    from paramend.trees.pytree import flatten  # imports jax
-
-    return flatten
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:

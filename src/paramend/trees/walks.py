@@ -74,7 +74,6 @@ class Namer:
         self.plain: set[Any] = set()
 
     def name(self, root: Any, numbered: Any) -> None:
-        """Write the index."""
         entry, inner = self.enter(root, numbered, ())
         self.inner, self.simple = inner or (), self.simple and inner is not None
         if type(entry) is int:
@@ -194,7 +193,6 @@ class Copier:
     slots: Mapping[int, tuple[int, Any]]
 
     def copy(self, root: Any, changes: Mapping[int, Any]) -> Any:
-        """A copy of the containers with some leaves replaced."""
         made: list[Any] = []
         top = _copy(root, self.inner, made)
         for number, value in changes.items():

@@ -34,8 +34,7 @@ WRITER = OrbaxWriter()
 class OrbaxCheckpoint(Opened):
     """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
 
-    In the folder of a manager the latest step is opened. Use it as a context manager, or `close()` it; arrays that were
-    read stay valid.
+    In the folder of a manager the latest step is opened.
 
     Attributes:
         folder: the folder within it that holds the tree.
@@ -45,7 +44,6 @@ class OrbaxCheckpoint(Opened):
         keys: by number, the keys of a leaf: text in dicts, whole numbers in lists. That of a box, "value", is left out.
         metadata: what else is in the tree, by path: text, None, empty containers; and custom metadata under
             "custom_metadata".
-        store: where the arrays are.
         walk: the rows of its table, for writing a similar one.
         names: by number, the name of a leaf in the store.
         stats: the stat results of the table, and of a database's manifest, when they were opened.
@@ -112,8 +110,6 @@ class OrbaxCheckpoint(Opened):
         self._stores.clear()
         self._block = None
 
-    # ---- what is there ---------------------------------------------------------------------------------------
-
     @property
     def implementations(self) -> Mapping[int, str]:
         return self.walk.implementations
@@ -127,16 +123,10 @@ class OrbaxCheckpoint(Opened):
         return Outline([] if entries == [((), {})] else entries, lists, self.format)
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf. The first call reads those of all leaves.
-
-        Raises:
-            MissingExtra: the store is OCDBT, and tensorstore is not installed.
-            BadCheckpoint: an array is missing, or damaged.
-        """
+        """Shape and dtype of a leaf. The first call reads those of all leaves, of OCDBT with tensorstore."""
         return self._arrays[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf, decompressed."""
         return self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
@@ -148,16 +138,8 @@ class OrbaxCheckpoint(Opened):
     def extent(self, number: int) -> None:
         """None: the bytes in a store are compressed and chunked."""
 
-    # ---- reading ---------------------------------------------------------------------------------------------
-
     def read(self, number: int) -> Array:
-        """The array, read-only, decompressed into memory.
-
-        Raises:
-            MissingExtra: tensorstore is not installed.
-            Unsupported: the dtype is unknown.
-            BadCheckpoint: a piece is missing or damaged.
-        """
+        """The array, read-only, decompressed into memory."""
         check_readable(self, number)
         array = self._fetch(number, ...)
         array.flags.writeable = False
@@ -168,11 +150,6 @@ class OrbaxCheckpoint(Opened):
 
         Whole chunks of the store are decompressed, and the last ones are kept, so that consecutive ranges share one
         pass. Memory is bounded by the rows that a chunk spans.
-
-        Raises:
-            MissingExtra: tensorstore is not installed.
-            Unsupported: the dtype is unknown.
-            BadCheckpoint: a piece is missing or damaged.
         """
         check_readable(self, number)
         spec, step = self.spec(number), self._arrays[number].rows
@@ -186,14 +163,10 @@ class OrbaxCheckpoint(Opened):
             parts.append(block[max(start - first * inner, 0) : stop - first * inner])
         return np.concatenate(parts)
 
-    # ---- chunks ----------------------------------------------------------------------------------------------
-
     def chunks(self, number: int) -> tuple[int, ...]:
-        """The shape of the chunks of a leaf; each is written as a whole."""
         return self._arrays[number].chunks
 
     def read_box(self, number: int, box: Box) -> Array:
-        """A part of a leaf, one slice for each axis: a new array."""
         check_readable(self, number)
         return self._fetch(number, box)
 
@@ -204,18 +177,11 @@ class OrbaxCheckpoint(Opened):
         self.stats = {path: path.stat() for path in (self.folder / TREE, self.folder / MANIFEST) if path.is_file()}
 
     def stage(self, folder: Path, numbers: Iterable[int]) -> Stage:
-        """A stage that takes new chunks of some leaves and puts them into files in a folder.
-
-        Args:
-            folder: its files belong at the same places in `self.folder`.
-            numbers: the leaves.
-        """
+        """A stage for new chunks of some leaves, in files in a folder that are then moved to the same places here."""
         stage = Stage(self.store, folder)
         for number in numbers:
             stage.open(self.names[number], self._arrays[number])
         return stage
-
-    # ---- behind the scenes -----------------------------------------------------------------------------------
 
     @cached_property
     def _arrays(self) -> list[OrbaxEntry]:
@@ -236,10 +202,9 @@ class OrbaxCheckpoint(Opened):
         check_still(self.stats)
 
     def _store(self, number: int) -> Any:
-        store = self._stores.get(number)
-        if store is None:
-            store = self._stores[number] = self.store.open(self.names[number], self.index.path(number))
-        return store
+        if number not in self._stores:
+            self._stores[number] = self.store.open(self.names[number], self.index.path(number))
+        return self._stores[number]
 
     def _fetch(self, number: int, where: Any) -> Array:
         self._check_open()
@@ -275,9 +240,6 @@ class OrbaxCheckpoint(Opened):
             where = slice(first, stop) if self.spec(number).shape else ...
             self._block = (number, first, self._fetch(number, where).reshape(-1))
         return self._block[2]
-
-
-# ---- where the tree is ---------------------------------------------------------------------------------------
 
 
 def home(path: Path) -> Path:

@@ -59,16 +59,11 @@ class OrbaxEntry:
 
     @property
     def chunk(self) -> int:
-        """The number of elements in a chunk."""
         return math.prod(self.chunks)
 
 
 class Store:
-    """The arrays of a folder by their names.
-
-    Attributes:
-        whole: whether every chunk was written, so that a missing one is a sign of damage.
-    """
+    """The arrays of a folder by their names. In a `whole` store each chunk was written: a missing one is damage."""
 
     def __init__(self, folder: Path, *, database: bool, zarr3: bool = False, whole: bool = False) -> None:
         self.folder, self.database, self.zarr3, self.whole = folder, database, zarr3, whole
@@ -90,7 +85,6 @@ class Store:
         return files(self.folder, path)
 
     def describe(self, names: Sequence[str]) -> list[OrbaxEntry]:
-        """The entry of each array."""
         texts = self._said(names) if self.database else map(self._said_beside, names)
         return [self._entry(name, text) for name, text in zip(names, texts, strict=True)]
 
@@ -277,11 +271,7 @@ def files(folder: Path, path: str = "") -> dict[str, Any]:
 
 
 def opened(what: str) -> ModuleType:
-    """tensorstore, imported.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
+    """tensorstore, imported; `MissingExtra` if it is not installed."""
     return need("tensorstore", extra="orbax", to=f"{what} Orbax checkpoints")
 
 

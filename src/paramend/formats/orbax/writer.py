@@ -117,7 +117,6 @@ class OrbaxWriter:
         write_file(folder / "commit_success.txt", b"Checkpoint commit was successful")
 
     def _carry(self, base: Any, folder: Path, names: Iterable[tuple[int, str]]) -> None:
-        """Copy the shardings and the metadata of the checkpoint from another Orbax checkpoint."""
         if (base.folder / _SHARDING).is_file():
             old = read_json(base.folder / _SHARDING)
             found = {_code(name): old.get(_code(base.names[number])) for number, name in names}
@@ -143,7 +142,6 @@ def chunk_shape(spec: Spec) -> tuple[int, ...]:
 def _cut(
     spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]
 ) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
-    """The values of a leaf chunk by chunk, each with its box."""
     dtype, rest = numpy_dtype(spec.dtype), memoryview(b"")
     grid = [range(0, length, chunk) for length, chunk in zip(spec.shape, chunks, strict=True)]
     for corner in np.ndindex(*map(len, grid)) if spec.size else ():

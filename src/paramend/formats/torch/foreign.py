@@ -30,10 +30,7 @@ _WHOLE = (
 
 
 def foreign(module: str, name: str) -> Name:
-    """The name of a class or function that is not known, for a `Foreign` in place of what it makes.
-
-    Raises:
-        Flaw: it is code, or a tensor that is a part of another.
+    """The name of a class or function that is not known, for a `Foreign` in place of what it makes; `Flaw` for code.
 
     >>> foreign("argparse", "Namespace").call()
     <argparse.Namespace, not read>
@@ -49,20 +46,12 @@ def foreign(module: str, name: str) -> Name:
             f"{text} is not among the names allowed in a checkpoint",
             hint="ask for the weights alone: torch.save(model.state_dict(), path)",
         )
-    return Name(text, _filled_dict if text == "collections.defaultdict" else partial(Foreign, text))
-
-
-def _filled_dict(*factory: Any) -> dict[Any, Any]:
-    """A defaultdict as the dict that its entries are then put into."""
-    return {}
+    # A defaultdict is the dict that its entries are then put into.
+    return Name(text, (lambda *factory: {}) if text == "collections.defaultdict" else partial(Foreign, text))
 
 
 def check_whole(structure: Any, path: Path) -> None:
-    """Raise for a pickled module, whose weights are inside an object.
-
-    Raises:
-        BadCheckpoint: it is a module, or holds one.
-    """
+    """Raise `BadCheckpoint` for a pickled module, or what holds one: its weights are inside an object."""
     new = path.with_name(f"{path.stem}-new{path.suffix}")
     resave = (
         f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {str(new)!r})"

@@ -8,9 +8,10 @@ folder is ever called. Memory and time are bounded by the length of the pickle.
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from paramend.errors import BadCheckpoint
+from paramend.leaves.names import Alone
 
 # Larger integers, in bytes, take longer to print than to read.
 MAX_INTEGER = 255
@@ -20,36 +21,15 @@ _COPIED = frozenset({str, bytes, bytearray, list, tuple, dict, OrderedDict, set}
 
 
 class Flaw(ValueError):
-    """A fault in one step of a pickle; the reader adds the byte.
-
-    Attributes:
-        hint: what to do about it, or "".
-    """
+    """A fault in one step of a pickle; the reader adds the byte, and `hint` says what to do about it."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
         super().__init__(reason)
         self.hint = hint
 
 
-class _Alone:
-    """A value of which there is no copy."""
-
-    __slots__ = ()
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-
-class Name(_Alone):
-    """A global name in a pickle, for a class, function or constant that is never loaded.
-
-    Attributes:
-        text: with its module, such as "torch.float32".
-        call: what to call in its place; None if it cannot be called.
-    """
+class Name(Alone):
+    """A global name in a pickle, such as "torch.float32": it is never loaded, and `call` is called in its place."""
 
     __slots__ = ("call", "text")
 
@@ -61,13 +41,8 @@ class Name(_Alone):
         return self.text
 
 
-class Foreign(_Alone):
-    """An object of a class, or the result of a function, that is not loaded.
-
-    Attributes:
-        text: the name of the class, such as "argparse.Namespace".
-        parts: what it was made from.
-    """
+class Foreign(Alone):
+    """An object of a class that is not loaded: the name of the class, and what the object was made from."""
 
     __slots__ = ("parts", "text")
 
@@ -96,10 +71,7 @@ class Vocabulary(Protocol):
 
 
 def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
-    """The value of a pickle: plain containers and scalars, and what the vocabulary makes.
-
-    Raises:
-        BadCheckpoint: it is damaged, or needs a name that is not in the vocabulary.
+    """The value of a pickle: plain containers and scalars, and what the vocabulary makes; `BadCheckpoint` for all else.
 
     >>> class Nothing:
     ...     def names(self): return {}
@@ -123,7 +95,7 @@ def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
     except IndexError:
         reason = "the pickle ends too early" if machine.at >= len(data) else "an instruction has no operand"
     else:
-        return machine.pop()
+        return machine.stack.pop()
     raise BadCheckpoint(f"{file}: {place}, byte {at:,}: {reason}", hint=hint)
 
 
@@ -191,12 +163,6 @@ class _Machine:
         self.at = stop + 1
         return text
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def pop(self) -> Any:
-        return self.stack.pop()
-
     def items(self) -> list[Any]:
         """The values since the last mark, which is removed."""
         found = self.stack
@@ -256,13 +222,13 @@ class _Machine:
         self.stack.append(self.names.get(f"{module}.{name}") or self.words.foreign(module, name))
 
     def find_on_stack(self) -> None:
-        name, module = self.pop(), self.pop()
+        name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
             raise Flaw("a name must be text")
         self.find(module, name)
 
     def call(self) -> None:
-        arguments, function = self.pop(), self.pop()
+        arguments, function = self.stack.pop(), self.stack.pop()
         if type(function) is not Name or function.call is None:
             raise Flaw(f"{function if type(function) is Name else _kind(function)} cannot be called")
         if type(arguments) is not tuple:
@@ -281,7 +247,7 @@ class _Machine:
             raise Flaw("the pickle uses the same values over and over")
 
     def build(self) -> None:
-        state, thing = self.pop(), self.stack[-1]
+        state, thing = self.stack.pop(), self.stack[-1]
         if type(thing) is Foreign:
             thing.parts.append(state)
             return
@@ -308,6 +274,10 @@ class _Machine:
             raise Flaw("an instruction has no operand")
         self.stack[-length:] = [tuple(values)]
 
+    def close_tuple(self) -> None:
+        values = tuple(self.items())  # which is another stack then
+        self.stack.append(values)
+
     def open_mark(self) -> None:
         self.below.append(self.stack)
         self.stack = []
@@ -327,12 +297,10 @@ class _Machine:
 
 
 def check_key(key: Any) -> None:
-    """Raise if a value cannot be a key of a dict, or only at great cost.
+    """Raise `Flaw` if a value cannot be a key of a dict, or only at great cost: anything but plain values and flat
+    tuples.
 
     Tuples in tuples take exponential time to hash, and huge integers can be made to collide.
-
-    Raises:
-        Flaw: it is neither text, a number, None, nor a flat tuple of such.
     """
     for part in key if type(key) is tuple else (key,):
         if type(part) is int:
@@ -369,35 +337,35 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
         "\x95": lambda m: m.take(8),  # a frame only says how much to read at once
         ".": _Machine.stop,
         # scalars
-        "N": lambda m: m.push(None),
-        "\x88": lambda m: m.push(True),
-        "\x89": lambda m: m.push(False),
+        "N": lambda m: m.stack.append(None),
+        "\x88": lambda m: m.stack.append(True),
+        "\x89": lambda m: m.stack.append(False),
         "K": _Machine.byte,
-        "M": lambda m: m.push(m.number(2)),
+        "M": lambda m: m.stack.append(m.number(2)),
         "J": lambda m: m.integer(4),
         "\x8a": lambda m: m.integer(m.number(1)),
         "\x8b": lambda m: m.integer(m.number(4)),
-        "G": lambda m: m.push(_float(m.take(8))),
-        "X": lambda m: m.push(_text(m.take(m.number(4)))),
-        "\x8c": lambda m: m.push(_text(m.take(m.number(1)))),
-        "\x8d": lambda m: m.push(_text(m.take(m.number(8)))),
-        "C": lambda m: m.push(m.take(m.number(1))),
-        "B": lambda m: m.push(m.take(m.number(4))),
-        "\x8e": lambda m: m.push(m.take(m.number(8))),
-        "\x96": lambda m: m.push(bytearray(m.take(m.number(8)))),
+        "G": lambda m: m.stack.append(_float(m.take(8))),
+        "X": lambda m: m.stack.append(_text(m.take(m.number(4)))),
+        "\x8c": lambda m: m.stack.append(_text(m.take(m.number(1)))),
+        "\x8d": lambda m: m.stack.append(_text(m.take(m.number(8)))),
+        "C": lambda m: m.stack.append(m.take(m.number(1))),
+        "B": lambda m: m.stack.append(m.take(m.number(4))),
+        "\x8e": lambda m: m.stack.append(m.take(m.number(8))),
+        "\x96": lambda m: m.stack.append(bytearray(m.take(m.number(8)))),
         # containers
         "(": _Machine.open_mark,
-        ")": lambda m: m.push(()),
-        "]": lambda m: m.push([]),
-        "}": lambda m: m.push({}),
-        "\x8f": lambda m: m.push(set()),
+        ")": lambda m: m.stack.append(()),
+        "]": lambda m: m.stack.append([]),
+        "}": lambda m: m.stack.append({}),
+        "\x8f": lambda m: m.stack.append(set()),
         "\x85": lambda m: m.tuple(1),
         "\x86": lambda m: m.tuple(2),
         "\x87": lambda m: m.tuple(3),
-        "t": lambda m: m.push(tuple(m.items())),
-        "a": lambda m: m.extend([m.pop()]),
+        "t": _Machine.close_tuple,
+        "a": lambda m: m.extend([m.stack.pop()]),
         "e": lambda m: m.extend(m.items()),
-        "s": lambda m: m.enter([m.pop(), m.pop()][::-1]),
+        "s": lambda m: m.enter([m.stack.pop(), m.stack.pop()][::-1]),
         "u": lambda m: m.enter(m.items()),
         "\x90": lambda m: m.unite(m.items()),
         # remembered values
@@ -412,7 +380,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
         "R": _Machine.call,
         "\x81": _Machine.call,
         "b": _Machine.build,
-        "Q": lambda m: m.push(m.words.resolve(m.pop())),
+        "Q": lambda m: m.stack.append(m.words.resolve(m.stack.pop())),
     }.items()
 }
 _TABLE = [_STEPS.get(code, _Machine.refuse) for code in range(256)]

@@ -14,21 +14,9 @@ from paramend.formats.torch.pickles import Flaw, Foreign, Name
 from paramend.leaves.specs import BITS, Spec, kind_of
 
 # Bits per element of the dtypes that torch has but numpy lacks: their bytes can only be copied.
-_RAW_BITS = {
-    "complex32": 32,
-    "float4_e2m1fn_x2": 8,
-    "qint8": 8,
-    "quint8": 8,
-    "qint32": 32,
-    "quint4x2": 4,
-    "quint2x4": 2,
-    "bits8": 8,
-    "bits16": 16,
-    "bits1x8": 8,
-    "bits2x4": 8,
-    "bits4x2": 8,
-    **{f"{sign}int{bits}": 8 for sign in ("", "u") for bits in range(1, 8)},
-}
+_RAW_BITS = {"complex32": 32, "qint32": 32, "bits16": 16, "quint4x2": 4, "quint2x4": 2}
+_BYTES = ("float4_e2m1fn_x2", "qint8", "quint8", "bits8", "bits1x8", "bits2x4", "bits4x2")
+_RAW_BITS |= dict.fromkeys((*_BYTES, *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))), 8)
 _DTYPES = {name: bits for name, bits in BITS.items() if bits % 8 == 0} | _RAW_BITS
 # Names of storage classes → the dtype of their elements; "" if only the tensors say.
 STORAGES = {
@@ -64,7 +52,6 @@ class Storage:
     Attributes:
         key: they are in the record "data/<key>".
         dtype: of its elements; "" if only the tensors say.
-        nbytes: their number.
     """
 
     key: str
@@ -104,12 +91,10 @@ class Tensor:
 
     @property
     def bits(self) -> int:
-        """Bits of one element."""
         return _DTYPES[self.dtype]
 
     @property
     def size(self) -> int:
-        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -133,7 +118,6 @@ class Tensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements are contiguous in C order."""
         step = 1
         for length, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if length != 1 and stride != step and self.size:
@@ -163,14 +147,7 @@ class Tensor:
 
 
 class TorchWords:
-    """The vocabulary of torch's pickles.
-
-    Args:
-        storages: the length of each record that may be a storage, by key.
-
-    Attributes:
-        carried: the names of classes whose objects are in the pickle as they are, and could not be written again.
-    """
+    """The vocabulary of torch's pickles, for storages of these lengths; `carried` names classes that stay unread."""
 
     def __init__(self, storages: Mapping[str, int]) -> None:
         self._storages = storages
@@ -181,7 +158,6 @@ class TorchWords:
         return KNOWN
 
     def foreign(self, module: str, name: str) -> Name:
-        """A name that is not known: what it makes is carried unread."""
         found = foreign(module, name)
         self.carried.append(found.text)
         return found

@@ -20,11 +20,7 @@ _DEPTH = 3 * MAX_DEPTH
 
 
 class Rebuilt:
-    """The result of a call.
-
-    Attributes:
-        state: the state that is set afterwards; None if there is none.
-    """
+    """The result of a call, and the state that is set afterwards; None if there is none."""
 
     __slots__ = ("arguments", "function", "state")
 
@@ -35,11 +31,7 @@ class Rebuilt:
 
 
 class StorageRef:
-    """A storage that tensors view.
-
-    Attributes:
-        reference: the kind, the key of the record, the device and the length; then what some writers add.
-    """
+    """A storage that tensors view: its kind, the key of its record, device, length, and what some writers add."""
 
     __slots__ = ("reference",)
 
@@ -54,10 +46,7 @@ class StorageRef:
 
 
 class Recorder:
-    """A vocabulary with the names of another, which records calls of them.
-
-    Args:
-        words: the other. Read the pickle with it first, because it checks arguments.
+    """A vocabulary with the names of another, which records calls of them; the other, read first, checks arguments.
 
     >>> import pickle
     >>> from paramend.formats.torch.pickles import unpickle
@@ -75,15 +64,12 @@ class Recorder:
         return self._names
 
     def foreign(self, module: str, name: str) -> Name:
-        """Raise: objects of other classes cannot be written again."""
         raise Flaw(f"objects of {module}.{name} cannot be written again")
 
     def resolve(self, reference: Any) -> StorageRef:
-        """A storage, recorded."""
         return StorageRef(reference[1:])
 
     def build(self, thing: Any, state: Any) -> None:
-        """Record the state of what a call returned."""
         if type(thing) is not Rebuilt:
             raise Flaw(f"{type(thing).__name__.lower()} takes no state")
         thing.state = state
@@ -95,9 +81,6 @@ def _recording(name: Name) -> Name:
     made = Name(name.text)
     made.call = lambda *arguments: Rebuilt(made, arguments)
     return made
-
-
-# ---- writing -----------------------------------------------------------------------------------------------------
 
 
 def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str] | None = None) -> bytes:

@@ -40,8 +40,7 @@ WRITER = TorchWriter()
 class TorchFile(ZipSource):
     r"""One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
 
-    Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure. Use it as
-    a context manager, or `close()` it; arrays that were read stay valid.
+    Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure.
 
     Attributes:
         index: the names; dict keys and list positions, joined by ".".
@@ -78,16 +77,11 @@ class TorchFile(ZipSource):
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:
-        """What is there, with true keys."""
         numbers = iter(range(len(self.tensors)))
         return outline(self._structure, lambda node: next(numbers) if type(node) is Tensor else None)
 
     def recorded(self) -> tuple[Any, list[Any]]:
-        """The content of the pickle in a form that can be written again: see `paramend.formats.torch.recordings`.
-
-        Returns:
-            The structure, in which each leaf is an array that holds its number, and the call that rebuilds each
-            leaf.
+        """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `recordings`.
 
         Raises:
             Unsupported: the pickle holds objects that are carried unread, and cannot be written again.
@@ -131,11 +125,7 @@ class TorchFile(ZipSource):
         return self.tensors[number].sealed
 
     def extent(self, number: int) -> Extent | None:
-        """Where the bytes of a leaf are; None if they are strided, sparse, or are not the values themselves.
-
-        Raises:
-            BadCheckpoint: the member's two headers in the zip disagree.
-        """
+        """Where the bytes of a leaf are; None if they are strided, sparse, or are not the values themselves."""
         tensor = self.tensors[number]
         if tensor.storage is None or not tensor.contiguous or tensor.conj or tensor.neg:
             return None
@@ -152,8 +142,6 @@ class TorchFile(ZipSource):
         others = [other for other in near if self.ties.get(other, other) != own]
         here = self._bytes(tensor)
         return tuple(other for other in others if share(here, self._bytes(self.tensors[other])))
-
-    # ---- reading ---------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Array:
         tensor = self.tensors[number]
@@ -180,8 +168,6 @@ class TorchFile(ZipSource):
             array = np.ndarray(tensor.shape, dtype, span.view(np.uint8).data, 0, strides)
         array.flags.writeable = False
         return array
-
-    # ---- behind the scenes -------------------------------------------------------------------------------------
 
     @property
     def _pickle(self) -> Member:
@@ -221,9 +207,6 @@ class TorchFile(ZipSource):
         width = tensor.bits // 8
         strides = tuple(step * width for step in tensor.stride)
         return np.ndarray(tensor.shape, f"V{width}", self._file.map, start, strides)
-
-
-# ---- what kind of file it is ---------------------------------------------------------------------------------
 
 
 def _check_kind(file: OpenFile) -> None:

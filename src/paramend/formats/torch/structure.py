@@ -23,11 +23,7 @@ def like(node: Any, values: list[Any], attributes: Mapping[str, Any]) -> Any:
 
 
 class TorchWalk(Walk):
-    """The tensors of a structure.
-
-    Attributes:
-        ties: number → the first number of the same tensor, where several are the same.
-    """
+    """The tensors of a structure; `ties` leads from the number of each that occurs again to the first one."""
 
     kind, separator, shares = Tensor, ".", True
 

@@ -43,10 +43,7 @@ class TorchWriter:
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last.
-
-        Raises:
-            RenameClash: a leaf has the path of a container of others.
+        """The file from its first byte to its last; no leaf may have the path of a container of others.
 
         >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
         >>> [part for part in TorchWriter().parts([item], {}) if isinstance(part, LeafBytes)]
@@ -63,9 +60,6 @@ class TorchWriter:
                 yield zipped.close()
         yield from zipped.member(f"{_FOLDER}/version", b"3\n")
         yield zipped.finish()
-
-
-# ---- the pickle ----------------------------------------------------------------------------------------------
 
 
 def _pickle(items: Sequence[Item], own: Sequence[bool], outline: Outline) -> bytes:
@@ -93,7 +87,6 @@ def _close(entries: dict[Any, Any], like: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether nested dicts and lists hold plain values alone."""
     if isinstance(value, dict):
         return all(type(key) in ATOMS and _is_plain(child) for key, child in value.items())
     return all(map(_is_plain, value)) if isinstance(value, list | tuple) else written(value) is not _NOTHING
@@ -132,11 +125,7 @@ def written(value: Any) -> Any:
 def tensor(
     spec: Spec, key: str, *, device: Any = "cpu", grad: bool = False, hooks: Mapping[str, Any] | None = None
 ) -> Rebuilt:
-    """The call that rebuilds a tensor whose storage holds exactly its elements, contiguous.
-
-    Args:
-        grad: whether it requires gradients, if its dtype can.
-    """
+    """The call that rebuilds a tensor whose storage holds its elements alone; with gradients if its dtype has them."""
     strides: list[int] = []
     step = 1
     for length in reversed(spec.shape):
@@ -156,11 +145,7 @@ _V2, _V3 = Name("torch._utils._rebuild_tensor_v2"), Name("torch._utils._rebuild_
 
 
 def retargeted(made: Rebuilt, spec: Spec, key: str) -> Rebuilt:
-    """The call that rebuilds a tensor, with other elements: it stays a parameter, and keeps its attributes.
-
-    Args:
-        key: the key of the member that holds the new elements.
-    """
+    """The call that rebuilds a tensor with the elements of another member: it keeps its class and its attributes."""
     around: list[Callable[[Rebuilt], Rebuilt]] = []
     while (wrapper := _wrapper(made, spec)) is not None:
         made, again = wrapper

@@ -45,7 +45,6 @@ class Member:
     Attributes:
         name: with "/" between folders; checked to stay within the archive.
         method: how it is compressed; 0 if it is not.
-        nbytes: its length.
         packed: its length in the archive.
         crc: the CRC32 of its bytes.
         flags: the general purpose bits of the format.
@@ -71,10 +70,7 @@ class Offsets(NamedTuple):
 
 
 class Archive:
-    """The members of a zip file.
-
-    Attributes:
-        members: by name, in the order of the central directory. Folders are left out.
+    """The members of a zip file by name, in the order of the central directory; folders are left out.
 
     Raises:
         BadCheckpoint: it is not a zip file, or one that readers could see in two ways.
@@ -109,25 +105,16 @@ class Archive:
                 del self.members[member.name]
 
     def bad(self, name: str, reason: str, hint: str = "") -> BadCheckpoint:
-        """The error for a member of this archive."""
         return BadCheckpoint(f"{self.file.path}: member {shown(name)}: {reason}", hint=hint)
 
     def offsets(self, name: str) -> Offsets:
-        """Where a member is, after checking its local header against the central directory.
-
-        Raises:
-            BadCheckpoint: they disagree.
-        """
+        """Where a member is; `BadCheckpoint` if its local header and the central directory disagree."""
         if name not in self._offsets:
             self._offsets[name] = self._look(self.members[name])
         return self._offsets[name]
 
     def read(self, name: str) -> bytes:
-        """The bytes of an uncompressed member, checked against their checksum.
-
-        Raises:
-            BadCheckpoint: the checksum differs.
-        """
+        """The bytes of an uncompressed member; `BadCheckpoint` if they do not match their checksum."""
         member = self.members[name]
         if member.method != STORED:
             raise self.bad(name, "it is compressed")
@@ -137,11 +124,7 @@ class Archive:
         return data
 
     def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Member]:
-        """The members that hold these ranges of bytes (start, stop) of the file, without duplicates.
-
-        Raises:
-            BadArgument: a range holds bytes of no member, or of two.
-        """
+        """The members that hold these ranges of bytes (start, stop); `BadArgument` if one is not within a member."""
         found: dict[str, Member] = {}
         for start, stop in ranges:
             if start >= stop:
@@ -158,9 +141,6 @@ class Archive:
         """The writes, as (offset, bytes), that correct the checksums after these ranges of bytes changed.
 
         Each changed member is read once, in chunks.
-
-        Raises:
-            BadArgument: a range holds bytes of no member, or of two.
         """
         out: list[tuple[int, bytes]] = []
         for member in self.touched(ranges):
@@ -219,17 +199,12 @@ class Archive:
         raise self.bad(member.name, "the sizes and checksum after it differ from the central directory")
 
     def _limit(self, member: Member) -> int:
-        """The offset of what follows a member."""
         at = bisect_right(self._headers, member.header)
         return self._headers[at] if at < len(self._headers) else self._directory
 
 
 def names_in(file: OpenFile) -> Iterator[str]:
-    """The names in a central directory, in order and unchecked: they tell the kind of archive at a tenth of the cost.
-
-    Raises:
-        BadCheckpoint: there is no central directory.
-    """
+    """The names in a central directory, in order and unchecked: they tell the kind of archive at little cost."""
     start, size, count = _find_directory(file)
     raw, at = file.read(start, size), 0
     for _ in range(count):

@@ -12,10 +12,7 @@ _DAY = 0x21  # 1 January 1980, the first day of zip's calendar
 
 
 class ZipHeaders:
-    """The headers of a zip file that grows from its first byte to its last. Records are uncompressed and aligned.
-
-    Attributes:
-        at: the length of the file so far.
+    """The headers of a zip file that has grown to `at` bytes. Records are uncompressed and aligned.
 
     >>> import io, zipfile
     >>> zipped = ZipHeaders()
@@ -36,11 +33,7 @@ class ZipHeaders:
         yield self.close()
 
     def open(self, name: str, nbytes: int, crc: int = 0) -> bytes:
-        """The bytes before a member.
-
-        Args:
-            crc: its checksum; 0 if it is corrected later.
-        """
+        """The bytes before a member; its checksum is 0 if it is corrected later."""
         self._header, self._name, self._nbytes, self._crc = self.at, name.encode(), nbytes, crc
         wide = nbytes >= WIDE
         sizes = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""

@@ -9,20 +9,11 @@ from paramend.leaves.origins.origin import Extent
 
 
 class ZipSource(FileSource):
-    """A source over one zip file, whose members are not compressed where they can be patched.
-
-    Attributes:
-        archive: the members of the zip.
-    """
+    """A source over one zip file, an `archive` whose members are not compressed where they can be patched."""
 
     archive: Archive
 
     def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
-        """The bytes that `after_patch` will have rewritten, so that an undo record can keep them.
-
-        Raises:
-            BadArgument: an extent is not within one member.
-        """
         members = self.archive.touched(_ranges(extents))
         return [Extent(self.path, at, 4) for member in members for at in self.archive.offsets(member.name).crcs]
 
@@ -30,9 +21,6 @@ class ZipSource(FileSource):
         r"""What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
 
         The members concerned are read once, in chunks.
-
-        Raises:
-            BadArgument: an extent is not within one member.
 
         >>> import tempfile, zipfile
         >>> from paramend.formats.torch.source import TorchFile

@@ -2,39 +2,21 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from paramend.errors import BadArgument, GraftRefused, SpecMismatch
 from paramend.grafting.report import GraftReport
-from paramend.grafting.states.graft_torch import (
-    OWN,
-    SCALARS,
-    as_tensor,
-    device_for,
-    refuse_kinds,
-    shape_for,
-    state_row,
-    steps_as_tensors,
-)
+from paramend.grafting.states import graft_torch as states
 from paramend.reports import wording
-
-
-@dataclass(frozen=True)
-class _Old:
-    """What an earlier optimizer has for one parameter: its moments, and its hyperparameters."""
-
-    state: Mapping[str, Any]
-    group: Mapping[str, Any]
 
 
 def carry_optimizer_(
     optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None, unused: str
 ) -> GraftReport:
     """The report, after the optimizer has taken over what the earlier one has for the parameters of both."""
-    refuse_kinds(optimizer, old)
+    states.refuse_kinds(optimizer, old)
     new = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     keys, known = _matched(optimizer, old, modules, names)
     found = [known.get(key) for key in keys]
@@ -48,7 +30,7 @@ def carry_optimizer_(
     used = set(keys)
     for name, (key, earlier) in zip(_written(known), known.items(), strict=True):
         for entry, value in _tensors(earlier.state) if key not in used else ():
-            report.unused.append(state_row((name,), entry, value, "its parameter is not in this optimizer"))
+            report.unused.append(states.state_row((name,), entry, value, "its parameter is not in this optimizer"))
     if report.unused and unused == "error":
         report.refused = True
         raise GraftRefused(
@@ -65,24 +47,26 @@ def carry_optimizer_(
     for key, (parameter, group), source in zip(_written(keys), new, found, strict=True):
         if source is None or not source.state:
             report.fresh.append(
-                state_row((key,), "", parameter, "starts in its first step (nothing in the earlier state)")
+                states.state_row((key,), "", parameter, "starts in its first step (nothing in the earlier state)")
             )
         elif not of_all:
             optimizer.state[parameter] = made = _copied(source.state, parameter, group)
             for entry, value in _tensors(made):
-                report.copied.append(state_row((key,), entry, value, did, (key,), value))
-    steps_as_tensors(optimizer)
+                report.copied.append(states.state_row((key,), entry, value, did, (key,), value))
+    states.steps_as_tensors(optimizer)
     for group in optimizer.param_groups:
         ids = {id(p) for p in group["params"]}
         sources = {id(s.group): s.group for (p, _), s in zip(new, found, strict=True) if s is not None and id(p) in ids}
         if len(sources) == 1:  # with parameters from several groups it is ambiguous whose rate to take
             (source_group,) = sources.values()
-            group |= {k: v for k, v in source_group.items() if k not in OWN and (k in group or k == "initial_lr")}
+            group |= {
+                k: v for k, v in source_group.items() if k not in states.OWN and (k in group or k == "initial_lr")
+            }
     return report
 
 
 def _tensors(state: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor) for name, value in state.items() if (tensor := as_tensor(name, value)) is not None]
+    return [(name, tensor) for name, value in state.items() if (tensor := states.as_tensor(name, value)) is not None]
 
 
 def _written(keys: Iterable[Any]) -> list[str]:
@@ -92,29 +76,24 @@ def _written(keys: Iterable[Any]) -> list[str]:
 
 def _matched(
     optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None
-) -> tuple[list[Any], dict[Any, _Old]]:
+) -> tuple[list[Any], dict[Any, states.Entry]]:
     """Keys that identify the parameters of both: those of the new ones in order, and the old ones by key."""
-    new = [p for group in optimizer.param_groups for p in group["params"]]
-    is_dict = isinstance(old, Mapping)
-    groups = old["param_groups"] if is_dict else old.param_groups
-    entries = [(p, group) for group in groups for p in group["params"]]
-    states = [old["state"].get(p, {}) if is_dict else old.state.get(p, {}) for p, _ in entries]
-    if not is_dict and {id(p) for p in new} & {id(p) for p, _ in entries}:
-        keys: list[Any] = [id(p) for p in new]
-        old_keys: list[Any] = [id(p) for p, _ in entries]
-    else:
+    new, earlier = states.entries(optimizer), states.entries(old)
+    groups = old["param_groups"] if isinstance(old, Mapping) else old.param_groups
+    keys: list[Any] = [id(entry.parameter) for entry in new]
+    old_keys: list[Any] = [id(entry.parameter) for entry in earlier]
+    if isinstance(old, Mapping) or not set(keys) & set(old_keys):
         keys, old_keys = _names(optimizer.param_groups, modules[0]), list(names or _names(groups, modules[1]))
-        if old_keys and (len(old_keys) != len(entries) or len(set(old_keys)) != len(old_keys)):
+        if old_keys and (len(old_keys) != len(earlier) or len(set(old_keys)) != len(old_keys)):
             raise BadArgument(
                 f"{wording.plural(len(set(old_keys)), 'name')} for the "
-                f"{wording.plural(len(entries), 'parameter')} of the earlier state",
+                f"{wording.plural(len(earlier), 'parameter')} of the earlier state",
                 hint="names=[name for name, p in model.named_parameters() if p.requires_grad]",
             )
         if not keys or not old_keys:
             _refuse_order(keys, old_keys, optimizer.param_groups, groups)
-            keys, old_keys = list(range(len(new))), list(range(len(entries)))
-    known = {key: _Old(state, group) for key, state, (_, group) in zip(old_keys, states, entries, strict=True)}
-    return keys, known
+            keys, old_keys = list(range(len(new))), list(range(len(earlier)))
+    return keys, dict(zip(old_keys, earlier, strict=True))
 
 
 def _refuse_order(keys: list[Any], old_keys: list[Any], groups: Any, old_groups: Any) -> None:
@@ -155,7 +134,7 @@ def _names(groups: Any, module: Any) -> list[Any]:
     return [name for group in groups for name in group["param_names"]]
 
 
-def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found: list[_Old | None]) -> None:
+def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found: list[states.Entry | None]) -> None:
     wrong = []
     for number, ((parameter, _), key, source) in enumerate(zip(new, keys, found, strict=True)):
         for name, value in source.state.items() if source is not None else ():
@@ -171,14 +150,13 @@ def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found:
 
 
 def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether an entry of a state may belong to a parameter of this shape."""
-    single = value.numel() == 1 and (name in SCALARS or not shape)
-    return single or tuple(value.shape) == shape_for(name, shape)
+    single = value.numel() == 1 and (name in states.SCALARS or not shape)
+    return single or tuple(value.shape) == states.shape_for(name, shape)
 
 
 def _copied(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: value.detach().to(device_for(name, parameter, group), copy=True)
+        name: value.detach().to(states.device_for(name, parameter, group), copy=True)
         if isinstance(value, torch.Tensor)
         else copy(value)
         for name, value in state.items()

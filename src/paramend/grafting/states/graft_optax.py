@@ -22,7 +22,7 @@ from paramend.grafting.report import PARTS, GraftReport, GraftRow
 from paramend.grafting.states.carry_optax import Leaf, Sources
 from paramend.grafting.states.moments import OWN, States, Survey, numbers_of, prefix_of
 from paramend.leaves.paths import write_path
-from paramend.leaves.specs import Spec, kind_of
+from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.selectors.patterns import parse
 from paramend.trees.tree import Tree
@@ -52,7 +52,11 @@ def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) 
             f"{wording.described(target.root)} is not an optimizer state, as optax or NNX build them",
             hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)",
         )
-    work.refuse_parameters()
+    if work.holds_parameters:
+        raise BadArgument(
+            "this holds the parameters as well as the optimizer's state",
+            hint="pm.graft(state, old_state, rename=...) grafts both",
+        )
     return work.follow(Links(report), Options(unused=unused), work.ours.outside, work.theirs.outside)
 
 
@@ -82,13 +86,11 @@ def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | Non
 
 @dataclass
 class _Pair:
-    """A leaf of the new state, the one of the old state that it continues, what became of its parameter (None for a
-    number), and why it stays as it is, or ""."""
+    """A leaf of the new state, the one of the old state that it continues, and why it stays as it is, or ""."""
 
     leaf: Leaf
     origin: Leaf | None
-    link: Link | None = None
-    why: str = ""
+    why: str
 
 
 @dataclass
@@ -115,14 +117,6 @@ class _Work:
         if self.ours.parameters:
             return prefix_of(set(self.ours.outside), self.ours.parameters) is not None
         return any(self.target.spec(number).shape for number in self.arrays(self.target, self.ours).values())
-
-    def refuse_parameters(self) -> None:
-        """Raise for a train state, whose parameters would have to be grafted too."""
-        if self.holds_parameters:
-            raise BadArgument(
-                "this holds the parameters as well as the optimizer's state",
-                hint="pm.graft(state, old_state, rename=...) grafts both",
-            )
 
     # -- the parameters
 
@@ -173,7 +167,8 @@ class _Work:
     def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
         """The states, with what the earlier ones have for them; numbers outside the states, at the paths `ours` and
         `theirs`, go on too."""
-        new, old = self.ours.states(set(links.targets)), self._states_of_source(links)
+        new, known = self.ours.states(set(links.targets)), links.sources
+        old = States.of_file(self.source, known, self.ours) if self.from_file else self.theirs.states(known)
         new.add_numbers(self.target, ours)
         old.add_numbers(self.source, theirs)
         self._refuse(new, old, options)
@@ -196,56 +191,27 @@ class _Work:
             origin = None if found is None else origins[found.place]
             if origin is not None and new.kind(leaf) != old.kind(origin):
                 origin = None
-            pairs.append(self._pair(leaf, origin, links.targets.get(leaf.param) if leaf.param else None))
+            fate = links.targets.get(leaf.param) if leaf.param else None
+            pairs.append(_Pair(leaf, origin, _why_not(leaf, origin, fate)))
         _together(pairs)
         return self._carried(pairs, old, links)
 
-    def _states_of_source(self, links: Links) -> States:
-        if self.from_file:
-            return States.of_file(self.source, links.sources, self.ours)
-        return self.theirs.states(links.sources)
-
     def _refuse(self, new: States, old: States, options: Options) -> None:
-        if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
-            raise GraftRefused(
-                f"the earlier state is of another optimizer: it keeps {_kept(old.kinds)} for each parameter, and this "
-                f"one {_kept(new.kinds)}",
-                report=GraftReport(refused=True),
-                hint=_ANEW,
-            )
         homeless = [kind for kind in old.kinds if kind not in new.kinds]
-        if homeless and options.unused == "error":
-            raise GraftRefused(
-                f"the earlier state keeps {_kept(homeless)} for each parameter, which have no place here",
-                report=GraftReport(refused=True),
-                hint='unused="ok" leaves these behind',
-            )
-        for states, whose in ((new, "this"), (old, "the earlier")):
-            if states.unknown:
-                some = wording.listing([write_path(path) for path in states.unknown], 4)
-                raise GraftRefused(
-                    f"{whose} state has moments of parameters that are not in the report: {some}",
-                    report=GraftReport(refused=True),
-                    hint="tree, report = pm.graft(params, old_params)  # with what the optimizer was made for",
-                )
-
-    def _pair(self, leaf: Leaf, origin: Leaf | None, link: Link | None) -> _Pair:
-        if leaf.path[-2:-1] == (OWN,) or leaf.field == (OWN,):
-            return _Pair(leaf, None, link, "a hyperparameter, the new optimizer's own")
-        if link is not None and link.source is None:
-            return _Pair(leaf, None, link, f"as its parameter: {link.did}")
-        if origin is None:
-            return _Pair(leaf, None, link, "nothing in the earlier state")
-        ours, theirs = _spec(leaf.value), _spec(origin.value)
-        if link is None:
-            fits = ours.shape == theirs.shape and kind_of(ours.dtype) == kind_of(theirs.dtype)
-            return _Pair(leaf, origin, None, "" if fits else f"{theirs} in the earlier state")
-        field_name = leaf.field[-1]
-        mine = _relation(field_name, ours.shape, link.shape)
-        same = mine == _relation(field_name, theirs.shape, link.source_shape or ())
-        if same and mine == "other":
-            same = ours.shape == theirs.shape and (not link.corner or ours.size == 1)
-        return _Pair(leaf, origin, link, "" if same else f"{theirs} in the earlier state means something else")
+        unknown = new.unknown or old.unknown
+        if not (new.kinds.keys() & old.kinds.keys()) and (new.kinds or old.kinds):
+            said = f"is of another optimizer: it keeps {_kept(old.kinds)} for each parameter, and this one "
+            said, hint = f"the earlier state {said}{_kept(new.kinds)}", _ANEW
+        elif homeless and options.unused == "error":
+            said = f"the earlier state keeps {_kept(homeless)} for each parameter, which have no place here"
+            hint = 'unused="ok" leaves these behind'
+        elif unknown:
+            whose, some = "this" if new.unknown else "the earlier", wording.listing(list(map(write_path, unknown)), 4)
+            said = f"{whose} state has moments of parameters that are not in the report: {some}"
+            hint = "tree, report = pm.graft(params, old_params)  # with what the optimizer was made for"
+        else:
+            return
+        raise GraftRefused(said, report=GraftReport(refused=True), hint=hint)
 
     def _carried(self, pairs: list[_Pair], old: States, links: Links) -> Grafted:
         report = GraftReport()
@@ -301,6 +267,25 @@ def _flat_part(tree: Counted, numbers: dict[Path, int]) -> Counted:
     flat = _flat({path: tree.values[number] for path, number in numbers.items()})
     flat.beside = frozenset(n for n in flat.counts if numbers[flat.index.pieces(n)] in tree.beside)
     return flat
+
+
+def _why_not(leaf: Leaf, origin: Leaf | None, link: Link | None) -> str:
+    """Why a leaf is not carried, or ""; `link` is what became of its parameter, None for a number."""
+    if leaf.path[-2:-1] == (OWN,) or leaf.field == (OWN,):
+        return "a hyperparameter, the new optimizer's own"
+    if link is not None and link.source is None:
+        return f"as its parameter: {link.did}"
+    if origin is None:
+        return "nothing in the earlier state"
+    ours, theirs = _spec(leaf.value), _spec(origin.value)
+    if link is None:
+        fits = ours.shape == theirs.shape and ours.kind == theirs.kind
+        return "" if fits else f"{theirs} in the earlier state"
+    mine = _relation(leaf.field[-1], ours.shape, link.shape)
+    fits = mine == _relation(leaf.field[-1], theirs.shape, link.source_shape or ())
+    if fits and mine == "other":
+        fits = ours.shape == theirs.shape and (not link.corner or ours.size == 1)
+    return "" if fits else f"{theirs} in the earlier state means something else"
 
 
 def _together(pairs: Iterable[_Pair]) -> None:

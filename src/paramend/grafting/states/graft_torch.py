@@ -1,7 +1,7 @@
 """Grafts of the states of torch optimizers: the moments of a parameter follow it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -150,18 +150,35 @@ def as_tensor(name: str, value: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor, Mapping[str, Any], Path]]:
+class Entry(NamedTuple):
+    """A parameter of an optimizer, or its number in a state dict, and what the optimizer has for it."""
+
+    parameter: Any
+    name: str | None
+    group: dict[str, Any]
+    state: Mapping[str, Any]
+
+
+def entries(optimizer: Any) -> list[Entry]:
+    """The parameters of an optimizer or of the state dict of one, in their order."""
+    is_dict = isinstance(optimizer, Mapping)
+    groups = optimizer["param_groups"] if is_dict else optimizer.param_groups
+    states = optimizer["state"] if is_dict else optimizer.state
+    return [
+        Entry(parameter, name, group, states.get(parameter, {}))
+        for group in groups
+        for parameter, name in zip(
+            group["params"], group.get("param_names") or [None] * len(group["params"]), strict=True
+        )
+    ]
+
+
+def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor, dict[str, Any], Path]]:
     """The parameters of the new optimizer, with their groups and the paths that the report knows them by."""
     paths = _paths(module)
-    found, strange = [], 0
-    for group in optimizer.param_groups:
-        names = group.get("param_names") or [None] * len(group["params"])
-        for parameter, name in zip(group["params"], names, strict=True):
-            path = paths.get(id(parameter)) or _known(name, links.targets)
-            if path in links.targets:
-                found.append((parameter, group, path))
-            else:
-                strange += 1
+    every = [(p, group, paths.get(id(p)) or _known(name, links.targets)) for p, name, group, _ in entries(optimizer)]
+    found = [(parameter, group, path) for parameter, group, path in every if path in links.targets]
+    strange = len(every) - len(found)
     if strange:
         raise BadArgument(
             f"{wording.plural(strange, 'parameter')} of this {type(optimizer).__name__} are not in the report",
@@ -174,18 +191,10 @@ def _named(optimizer: Any, module: Any, links: Links) -> list[tuple[torch.Tensor
 def _states(old: Any, module: Any, links: Links) -> dict[Path, Mapping[str, Any]]:
     """What the earlier optimizer has, by the path of the parameter in the source."""
     is_dict = isinstance(old, Mapping)
-    groups, states = (old["param_groups"], old["state"]) if is_dict else (old.param_groups, old.state)
     paths = {} if is_dict else _paths(module)
-    found: dict[Path, Mapping[str, Any]] = {}
-    known = False
-    for group in groups:
-        names = group.get("param_names") or [None] * len(group["params"])
-        for parameter, name in zip(group["params"], names, strict=True):
-            path = paths.get(id(parameter)) or _known(name, links.sources)
-            known = known or path in links.sources
-            if path is not None and states.get(parameter):
-                found[path] = states[parameter]
-    if not known:
+    every = [(paths.get(id(p)) or _known(name, links.sources), state) for p, name, _, state in entries(old)]
+    found = {path: state for path, state in every if path is not None and state}
+    if not any(path in links.sources for path, _ in every):
         hint = "pm.graft_optimizer_(optimizer, old_optimizer, report, target=module, source=old_module)"
         if is_dict:
             hint = "old_optimizer = type(optimizer)(old_module.parameters()); old_optimizer.load_state_dict(state_dict)"
@@ -206,7 +215,6 @@ def _paths(module: Any) -> dict[int, Path]:
 
 
 def _known(name: str | None, paths: Any) -> Path | None:
-    """The path of a name, or None if it is not among the paths."""
     path = tuple(name.split(".")) if name else ()
     return path if path in paths else None
 

@@ -236,7 +236,6 @@ def graft_optimizer_(
 def _by_name_(
     optimizer: Any, old: Any, modules: tuple[Any, Any], names: Sequence[str] | None, unused: Unused
 ) -> GraftReport:
-    """The report, after an optimizer has taken over what an earlier one has for the same parameters."""
     if imported("flax.nnx"):
         from paramend.grafting.states import carry_nnx  # imports flax
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.origins.boxes import Box, shape_of
-from paramend.leaves.origins.origin import CHUNK, Origin
+from paramend.leaves.origins.origin import CHUNK, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # Elements that are put together while those before are written.
@@ -27,6 +27,7 @@ class Decoded(Origin):
     codec: Codec
     parts: Mapping[str, Origin]
     dtype: str
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -63,8 +64,9 @@ class Decoded(Origin):
                 found[(slice(None),) * axis + (here,)] = self.codec.decode(self.parts, some)
         return found
 
-    def __str__(self) -> str:
-        return f"decode({self.codec.scheme}, {', '.join(map(str, self.parts.values()))})"
+    def text(self, name: Namer) -> str:
+        parts = ", ".join(part.text(name) for part in self.parts.values())
+        return f"decode({self.codec.scheme}, {parts})"
 
 
 def decoded(codec: Codec, parts: Mapping[str, Origin], dtype: str = "") -> Origin:

@@ -11,7 +11,7 @@ from paramend.leaves.codecs.codec import Codec, Parts
 from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, finite, scales_for, unit
 from paramend.leaves.origins.boxes import Box, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
-from paramend.leaves.origins.origin import CHUNK, Origin
+from paramend.leaves.origins.origin import CHUNK, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 
@@ -32,6 +32,7 @@ class Encoded(Origin):
     role: str
     kept: Parts = field(default_factory=dict)
     keep: bool = False
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -49,9 +50,9 @@ class Encoded(Origin):
     def extents(self) -> None:
         """None: the bytes are computed."""
 
-    def __str__(self) -> str:
+    def text(self, name: Namer) -> str:
         how = ", scales kept" if self.keep else ""
-        return f"encode({self.codec.scheme}, {self.values}{how}).{self.role}"
+        return f"encode({self.codec.scheme}, {self.values.text(name)}{how}).{self.role}"
 
     def read_box(self, box: Box) -> Array:
         if self.role in ("scale", "zero") and self._bounds is not None:

@@ -11,9 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from paramend.errors import BadArgument, SpecMismatch
+from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, Places, Runs, bare, boxes_of, chosen, cut, evenly, shape_of
-from paramend.leaves.origins.origin import PAGE, TILE, Origin
+from paramend.leaves.origins.origin import PAGE, TILE, Namer, Origin
+from paramend.leaves.origins.texts import listed, written
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 Traced = list[tuple[Origin, Runs]]
@@ -64,14 +65,8 @@ class Taken(Origin):
             starts = (outer * shape[self.axis] + np.asarray(places, np.int64)[here]) * inner
         return self.whole.trace(new._replace(starts=starts + inside), most)
 
-    def __str__(self) -> str:
-        before = ":, " * self.axis
-        if isinstance(self.places, np.ndarray):
-            return f"{self.whole}[{before}{len(self.places)} places]"
-        start, stop, step = self.places.start, self.places.stop, self.places.step
-        if step == 1 and len(self.places) == 1:
-            return f"{self.whole}[{before}{start}:{start + 1}]"
-        return f"{self.whole}[{before}{start}:{stop if stop >= 0 else ''}{f':{step}' if step != 1 else ''}]"
+    def text(self, name: Namer) -> str:
+        return f"{self.whole.text(name)}[{':, ' * self.axis}{written(self.places)}]"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,8 +151,8 @@ class Joined(Origin):
             traced += more
         return traced
 
-    def __str__(self) -> str:
-        return f"{self.how}({', '.join(map(str, self.parts))}, axis={self.axis})"
+    def text(self, name: Namer) -> str:
+        return f"{self.how}({', '.join(listed(self.parts, name))}, axis={self.axis})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -221,8 +216,8 @@ class Permuted(Origin):
         starts = sum((each * stride for each, stride in zip(at, strides, strict=True)), number * 0)
         return self.whole.trace(new._replace(starts=starts + inside), most)
 
-    def __str__(self) -> str:
-        return f"transpose({self.whole}, {list(self.axes)})"
+    def text(self, name: Namer) -> str:
+        return f"transpose({self.whole.text(name)}, {list(self.axes)})"
 
 
 class Reshape(Origin):
@@ -240,11 +235,11 @@ class Reshape(Origin):
     def trace(self, runs: Runs, most: int) -> Traced | None:
         return self.whole.trace(runs, most)
 
-    def __str__(self) -> str:
+    def text(self, name: Namer) -> str:
         inner = self.whole
         while isinstance(inner, Reshape):
             inner = inner.whole
-        return f"reshape({inner}, {list(self.spec.shape)})"
+        return f"reshape({inner.text(name)}, {list(self.spec.shape)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -337,25 +332,29 @@ class Split(Reshape):
 
 def take(origin: Origin, places: Places, axis: int) -> Origin:
     """Some places along an axis."""
-    places = evenly(places)
+    places = evenly(places) if len(places) else range(0)
     nothing = isinstance(places, range) and places == range(origin.spec.shape[axis])
     return origin if nothing else Taken(origin, axis, places)
+
+
+def check_fit(specs: Sequence[Spec], axis: int, how: How) -> None:
+    """Raise `SpecMismatch` if arrays cannot be joined."""
+    one = specs[0]
+    for spec in specs[1:]:
+        ours, theirs = list(one.shape), list(spec.shape)
+        if how == "concat" and len(ours) == len(theirs):
+            ours[axis] = theirs[axis]
+        if (ours, one.dtype) != (theirs, spec.dtype):
+            raise SpecMismatch(f"{how} along axis {axis}: {one} and {spec} do not fit")
 
 
 def join(parts: Sequence[Origin], axis: int, how: How) -> Origin:
     """Origins along an axis.
 
     Raises:
-        SpecMismatch: they do not fit together; the message says which.
+        SpecMismatch: they do not fit together.
     """
-    one = parts[0].spec
-    for at, part in enumerate(parts):
-        spec = part.spec
-        ours, theirs = list(one.shape), list(spec.shape)
-        if how == "concat" and len(ours) == len(theirs):
-            ours[axis] = theirs[axis] = 0
-        if (ours, one.dtype) != (theirs, spec.dtype):
-            raise SpecMismatch(f"{how} of {one} and {spec}: part {at} differs from part 0")
+    check_fit([part.spec for part in parts], axis, how)
     return parts[0] if len(parts) == 1 and how != "stack" else Joined(tuple(parts), axis, how)
 
 
@@ -370,11 +369,16 @@ def reshape(origin: Origin, shape: Sequence[int]) -> Origin:
     """The elements in another shape of the same size.
 
     Raises:
-        BadArgument: the sizes differ.
+        SpecMismatch: the sizes differ.
     """
     old, new = origin.spec.shape, tuple(shape)
     if math.prod(old) != math.prod(new):
-        raise BadArgument(f"{origin.spec} has {math.prod(old):,} elements, and {list(new)} has {math.prod(new):,}")
+        raise SpecMismatch(f"{origin.spec} has {math.prod(old):,} elements, and {list(new)} has {math.prod(new):,}")
+    inner = origin
+    while isinstance(inner, Reshape) and inner.spec.shape != new:
+        inner = inner.whole
+    if inner.spec.shape == new:  # there and back
+        return inner
     for first, last, lengths in reversed(_groups(old, new)):
         origin = origin if last - first == 1 else Merged(origin, first, last - first)
         origin = origin if len(lengths) == 1 else Split(origin, first, lengths)

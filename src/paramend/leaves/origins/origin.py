@@ -1,10 +1,12 @@
 """`Origin`: where the values of a leaf come from, an expression over stored leaves."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -35,6 +37,10 @@ class Extent:
     nbytes: int
 
 
+# What an origin without children is called in a text.
+Namer: TypeAlias = Callable[["Origin"], str]
+
+
 class Origin(ABC):
     """Where a leaf comes from: its spec is known without data, its elements are read box by box.
 
@@ -42,9 +48,11 @@ class Origin(ABC):
 
     Attributes:
         children: the origins that its elements come from; empty if it is a leaf of a source, or made.
+        says: what it is called in a text; "" if it has children.
     """
 
     children: tuple["Origin", ...] = ()
+    says: str = ""
 
     @property
     @abstractmethod
@@ -55,8 +63,12 @@ class Origin(ABC):
     def read_box(self, box: Box) -> Array:
         """The elements at some places, axis by axis: an array of the shape of the box."""
 
-    @abstractmethod
-    def __str__(self) -> str: ...
+    def text(self, name: Namer) -> str:
+        """The expression, which `read_origin` reads."""
+        return name(self)
+
+    def __str__(self) -> str:
+        return self.text(attrgetter("says"))
 
     def __repr__(self) -> str:
         return f"<{self} {self.spec}>"
@@ -65,6 +77,16 @@ class Origin(ABC):
     def refusal(self) -> str:
         """Why it cannot be read as an array, or ""."""
         return next((child.refusal for child in self.children if child.refusal), "")
+
+    @property
+    def moves(self) -> bool:
+        """Whether its elements are zeros and those of leaves of sources, with their bits: its text then says all."""
+        return all(child.moves for child in self.children)
+
+    @property
+    def boxed(self) -> bool:
+        """Whether its boxes can be read in any order, in memory that is bounded by a box."""
+        return all(child.boxed for child in self.children)
 
     @property
     def bits(self) -> int:

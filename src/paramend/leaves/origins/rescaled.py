@@ -8,7 +8,7 @@ import numpy as np
 
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.origins.boxes import Box
-from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.origin import Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 _POWERS = ("uint8", "float8_e8m0fnu")
@@ -25,6 +25,7 @@ class Rescaled(Origin):
 
     whole: Origin
     factor: float
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -66,8 +67,8 @@ class Rescaled(Origin):
                 return False
         return True
 
-    def __str__(self) -> str:
-        return f"{self.whole}.multiply({self.factor:g})"
+    def text(self, name: Namer) -> str:
+        return f"{self.whole.text(name)}.multiply({self.factor:g})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,6 +82,7 @@ class Flipped(Origin):
 
     whole: Origin
     mask: int
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -98,8 +100,8 @@ class Flipped(Origin):
         found = np.array(self.whole.read_box(box), order="C")
         return (found.view(np.uint8) ^ np.uint8(self.mask)).view(numpy_dtype(self.spec.dtype))
 
-    def __str__(self) -> str:
-        return f"{self.whole}.multiply(-1)"
+    def text(self, name: Namer) -> str:
+        return f"{self.whole.text(name)}.multiply(-1)"
 
 
 def rescaled(codec: Codec, parts: Mapping[str, Origin], factor: float) -> dict[str, Origin] | None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from paramend.errors import Unsupported
 from paramend.leaves.mapped import forget
-from paramend.leaves.origins.boxes import Box, bare, contiguous, select
+from paramend.leaves.origins.boxes import Box, bare, contiguous, select, shape_of
 from paramend.leaves.origins.origin import Extent, Origin
-from paramend.leaves.specs import Array, Spec
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 
 class Stored(Origin):
@@ -28,7 +28,8 @@ class Stored(Origin):
     def __reduce__(self) -> tuple[Any, ...]:
         return Stored, (self.source, self.number)
 
-    def __str__(self) -> str:
+    @property
+    def says(self) -> str:  # type: ignore[override]
         return str(self.source.index.path(self.number))
 
     @property
@@ -95,11 +96,11 @@ class Held(Origin):
         values: the values.
     """
 
+    says = "values in memory"
+    moves = False
+
     def __init__(self, values: Array) -> None:
         self.values = values
-
-    def __str__(self) -> str:
-        return "values in memory"
 
     @property
     def spec(self) -> Spec:
@@ -109,26 +110,43 @@ class Held(Origin):
         return np.array(select(self.values, box))
 
 
+class Zeros(Origin):
+    """Elements that are all zero."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+
+    @property
+    def spec(self) -> Spec:
+        return self._spec
+
+    @property
+    def says(self) -> str:  # type: ignore[override]
+        return f"zeros({list(self.spec.shape)}, {self.spec.dtype})"
+
+    def read_box(self, box: Box) -> Array:
+        return np.zeros(shape_of(box), numpy_dtype(self.spec.dtype))
+
+
 class Made(Origin):
     """A leaf that is computed when it is first read, and freed when its last element has been read."""
 
+    moves = False
+
     def __init__(self, spec: Spec, make: Callable[[], Array], says: str = "values in memory") -> None:
-        self._spec, self._make, self._says = spec, make, says
+        self._spec, self._make, self.says = spec, make, says
         self._values: Array | None = None
 
     def __deepcopy__(self, memo: Any) -> "Made":
-        return Made(self.spec, copy.deepcopy(self._make, memo), self._says)
+        return Made(self.spec, copy.deepcopy(self._make, memo), self.says)
 
     def __reduce__(self) -> tuple[type["Made"], tuple[Spec, Callable[[], Array], str]]:
         if isinstance(self._make, partial):  # of a function of a module
-            return Made, (self.spec, self._make, self._says)
+            return Made, (self.spec, self._make, self.says)
         raise Unsupported(
             f"a leaf of this checkpoint, {self.spec}, is computed from objects in memory, and cannot be pickled",
             hint="checkpoint.save(out), then pickle pm.open(out)",
         )
-
-    def __str__(self) -> str:
-        return self._says
 
     @property
     def spec(self) -> Spec:

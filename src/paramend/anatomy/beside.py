@@ -1,0 +1,98 @@
+"""What the configuration beside the weights says of them: blocks after the layers, tied heads, quantisation.
+
+A damaged one says nothing here: whoever needs it reports it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from paramend.anatomy.sections import config_beside, counted
+from paramend.formats.source import Source
+from paramend.leaves.leaves import Index
+from paramend.leaves.paths import Names, number_of, text_of
+
+# How families name the two modules that may share one weight.
+HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "pred_layer", "generator_lm_head"}
+_LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
+_EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
+WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
+# Files in the order in which they count, and the keys below which they say it; () is the file itself.
+_FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("config.json", ("quantization_config", "compression_config", "quantization")),
+    ("quantize_config.json", ()),
+    ("quant_config.json", ()),
+    ("hf_quant_config.json", ("quantization",)),
+)
+
+
+def mark_blocks(source: Source, path: Path) -> None:
+    """Mark the blocks among the numbered layers of a checkpoint, so that positions such as `[-1]` do not count them."""
+    config = config_beside(path)
+    for layers, blocks in dict.fromkeys(counted(config)):
+        for place in list(_places(source.index.names, (), layers, blocks)):
+            source.index.mark(place, layers)
+
+
+def _places(names: Names, path: tuple[str, ...], layers: int, blocks: int) -> Iterator[tuple[str, ...]]:
+    numbers: set[int] = set()
+    for label, child in names.items():
+        if type(child) is not int:
+            text = text_of(label)
+            number = number_of(text)
+            if number is None:
+                yield from _places(child, (*path, text), layers, blocks)
+            else:
+                numbers.add(number)
+    if path and {layers - 1, layers} <= numbers and max(numbers) < layers + blocks:
+        yield path
+
+
+def absent_head(text: str, index: Index, path: Path) -> tuple[str, str] | None:
+    """Why a head that was typed is not in a checkpoint, and the path of the weight that it shares; None if unknown."""
+    pieces = [piece for piece in re.split(r"[./]", text) if piece and piece.strip("*")]
+    head = next((piece for piece in pieces if piece in HEADS), None)
+    if head is None and len(pieces) > 1 and pieces[-2] in _LAST_HEADS:
+        head = pieces[-2]
+    by_name = {index.pieces(number)[-2:-1]: number for number in reversed(index.numbers)}
+    shared = next((by_name[name,] for name in _EMBEDDINGS if (name,) in by_name), None)
+    if head is None and pieces[-2:-1] == ["embed_tokens"] and ("shared",) in by_name:
+        head, shared = "embed_tokens", by_name["shared",]  # of an encoder or a decoder
+    if head is None or shared is None:
+        return None
+    config = config_beside(path)
+    inner, kinds = config.get("text_config"), config.get("architectures")
+    tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
+    kinds = kinds if isinstance(kinds, list) and kinds else [""]
+    if tied is False or (config and tied is None and not str(kinds[0]).endswith(WITH_HEAD)):
+        return None
+    weight = index.path(shared)
+    if tied:
+        return f"the {head} is tied to {weight} (tie_word_embeddings in config.json)", weight
+    family = config.get("model_type")
+    return f"the {head} is not stored, as in {f'{family} ' if family else ''}models that tie it to {weight}", weight
+
+
+def quantization_of(path: Path) -> Mapping[str, object] | None:
+    """The part of a configuration that tells how weights are quantised, or None. A damaged one tells nothing here.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}')
+    >>> quantization_of(folder), quantization_of(folder / "model.safetensors")
+    ({'quant_method': 'fp8'}, {'quant_method': 'fp8'})
+    """
+    found = (_part(config_beside(path, name), keys) for name, keys in _FILES)
+    return next((part for part in found if part), None)
+
+
+def _part(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """What lies below one of the keys, in the data itself or in the configuration of its text model."""
+    if not keys:
+        return data
+    for part in (data, data.get("text_config")):
+        for key in keys:
+            if isinstance(part, Mapping) and isinstance(part.get(key), Mapping):
+                return part[key]  # type: ignore[no-any-return]
+    return None

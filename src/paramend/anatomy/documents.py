@@ -1,0 +1,189 @@
+"""Documents: the JSON files beside the weights, as they are on disk and as edits make them."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from paramend.anatomy.sections import beside, parsed
+from paramend.errors import BadArgument, NoMatch
+from paramend.formats.jsonchanges import entry_of, rewritten
+from paramend.formats.jsontext import CONFIG
+from paramend.reports import wording
+
+_SHOWN = 60  # characters of a value in a table
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What edits make of one key.
+
+    Attributes:
+        file: the name of the file.
+        key: the key; dots lead into parts.
+        before: its value as JSON; None if it is new.
+        after: its new value as JSON; None if it is deleted.
+    """
+
+    file: str
+    key: str
+    before: str | None
+    after: str | None
+
+    def __str__(self) -> str:
+        both = self.before, self.after
+        before, after = (text and (text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...") for text in both)
+        if after is None:
+            return f"{self.key}: {before} is deleted"
+        return f"{self.key}: {after} (new)" if before is None else f"{self.key}: {before} -> {after}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The change as data that JSON can hold."""
+        sides = {"before": self.before, "after": self.after}
+        values = {name: json.loads(text) for name, text in sides.items() if text is not None}
+        return {"file": self.file, "key": self.key, **values}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A JSON file beside the weights.
+
+    Attributes:
+        file: where it is.
+        before: its text there.
+        text: its text after the edits.
+        asked: whether a user asked for edits of it; others follow from those of leaves.
+        said: what is to be said of it.
+    """
+
+    file: Path
+    before: bytes
+    text: bytes
+    asked: bool = False
+    said: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name within the directory."""
+        return self.file.name
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it holds after the edits.
+
+        Raises:
+            BadCheckpoint: it is damaged.
+        """
+        return parsed(self.text, self.file)
+
+    def holding(self, values: Mapping[str, Any]) -> "Document":
+        """The document with other values; what stays keeps its characters."""
+        return replace(self, text=rewritten(self.text.decode(), values).encode())
+
+    def inner(self, key: str) -> "Document":
+        """The document that holds what a key of it does, and nothing else."""
+        return replace(self, text=entry_of(self.text.decode(), key).encode())
+
+    def edited(self, values: Mapping[str, Any], gone: Iterable[str] = ()) -> "Document":
+        """The document with some keys set, then others deleted; dots lead into parts.
+
+        Raises:
+            NoMatch: a key that is to be deleted, or a part, is not there; the message has the near miss.
+            BadArgument: JSON has no such value.
+
+        >>> Document(Path("config.json"), b"", b'{"a": {"b": 1}}').edited({"a.c": 2}, ["a.b"]).text
+        b'{"a": {"c": 2}}'
+        """
+        new = self.values
+        for key, value in values.items():
+            part, last = place_of(new, key)
+            part[last] = json_value(key, value)
+        for key in gone:
+            part, last = place_of(new, key)
+            if last not in part:
+                raise absent(new, key)
+            del part[last]
+        return replace(self.holding(new), asked=True)
+
+    @property
+    def changes(self) -> list[Change]:
+        """What the edits change."""
+        if self.before in (b"", self.text):
+            return []
+        return list(_changes(self.name, parsed(self.before, self.file), self.values))
+
+
+def document_of(leaves: Any, name: str = CONFIG) -> Document | None:
+    """A document beside an opened checkpoint, after the edits so far; None for other trees and where there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = getattr(leaves, "path", None)  # checkpoints alone have one
+    if not isinstance(path, Path):
+        return None
+    found = next((each for each in getattr(leaves, "texts", ()) if each.name == name), None)
+    file = beside(path, name)
+    if found is not None or not file.is_file():
+        return found
+    text = file.read_bytes()
+    return Document(file, text, text)
+
+
+def place_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The part of a configuration that a key leads to, and the name there. Names that hold dots themselves come first.
+
+    Raises:
+        NoMatch: there is no such part.
+
+    >>> place_of({"a.b": {"c.d": 1}}, "a.b.c.d")
+    ({'c.d': 1}, 'c.d')
+    """
+    part, names = config, key.split(".")
+    while len(names) > 1 and ".".join(names) not in part:
+        cuts = range(len(names) - 1, 0, -1)
+        cut = next((n for n in cuts if isinstance(part.get(".".join(names[:n])), dict)), 0)
+        if not cut:
+            raise absent(config, key)
+        part, names = part[".".join(names[:cut])], names[cut:]
+    return part, ".".join(names)
+
+
+def absent(config: Mapping[str, Any], key: str) -> NoMatch:
+    """The error for a key that is not there."""
+    keys = list(_keys(config))
+    last, tails = key.rpartition(".")[2], {one.rpartition(".")[2]: one for one in reversed(keys)}
+    near = wording.closest(key, keys, limit=1) if "." in key else []
+    near = near or [tails[tail] for tail in wording.closest(last, tails, limit=1)]
+    return NoMatch(f"{CONFIG} has no {key!r}", hint=f'did you mean "{near[0]}"?' if near else "", near=near)
+
+
+def _keys(part: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in part.items():
+        yield f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{above}{key}.")
+
+
+def _changes(file: str, old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> Iterator[Change]:
+    for key in {**old, **new}:
+        before, after = (json.dumps(side[key], ensure_ascii=False) if key in side else None for side in (old, new))
+        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+            yield from _changes(file, old[key], new[key], f"{above}{key}.")
+        elif before != after:
+            yield Change(file, f"{above}{key}", before, after)
+
+
+def json_value(key: str, value: Any) -> Any:
+    """A value as JSON would read it back.
+
+    Raises:
+        BadArgument: JSON has no such value.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadArgument(f"{key}: JSON has no {wording.described(value)} like {value!r:.60}: {error}") from None
+    return json.loads(text)
