@@ -26,7 +26,7 @@ from paramend.trees.tree import Tree
 
 CASES = cases()
 E4M3, E8M0, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16
-GPTQ, AWQ, PACKED = "GPTQ", "AWQ", "int4 or int8, packed by compressed-tensors"
+GPTQ, AWQ, PACKED = "GPTQ", "AWQ", "integers packed by compressed-tensors"
 BLOCK = "FP8, a scale for each block"
 # One of each kind of codec for what is not about values.
 FEW = [case for case in CASES if not case.name.startswith("int") or case.name.startswith(("int4", "int8"))]
@@ -95,6 +95,14 @@ def test_the_text_is_the_expression():
     assert str(origin) == "decode(fp8-block, values in memory, values in memory)"
     assert [str(each) for each in origin.stored()] == ["values in memory"] * 2
     assert origin.extent is None
+
+
+def test_a_number_and_nothing_at_all():
+    one = {"payload": np.array(1.5, E4M3), "scale": np.array(2, np.float32)}
+    assert weight_from("FP8, one scale", one).tolist() == 3.0
+    for shape, grid in (((0, 128), (0, 1)), ((4, 0), (1,))):
+        none = {"payload": np.zeros(shape, E4M3), "scale": np.ones(grid, np.float32)}
+        assert weight_from(BLOCK, none).shape == shape
 
 
 def test_another_dtype_is_rounded_once():
@@ -291,6 +299,27 @@ def test_values_without_a_code():
     weight[1, 3] = np.nan
     with pytest.raises(Unsupported, match="not finite"):
         encoded(codec, Held(weight), layout.specs, known)["payload"].read()
+    layout = layout_of("fp8-channel", Spec((2, 8), "float32"))
+    codec = codec_for("fp8-channel", layout)
+    leaves = {role: leaf.read() for role, leaf in encoded(codec, Held(weight), layout.specs).items()}
+    found = decoded(codec, held(leaves)).read()
+    assert np.isnan(found[1, 3])  # which FP8 has
+    assert (np.delete(found.reshape(-1), 11) == 1).all()
+    weight[1, 3] = -np.inf
+    with pytest.raises(Unsupported, match="not finite"):
+        encoded(codec, Held(weight), layout.specs)["payload"].read()
+
+
+def test_zero_is_exact_where_a_scale_is_not_finite():
+    leaves = {"payload": np.full((2, 2), 2, E4M3), "scale": np.array([[255, 127]], np.uint8).view(E8M0)}
+    row, parts = row_of(BLOCK), held(leaves)
+    codec, specs = row.codec("fp8-block", parts, Stated()), {role: part.spec for role, part in parts.items()}
+    new = {
+        role: leaf.read()
+        for role, leaf in encoded(codec, Held(np.zeros((2, 2), np.float32)), specs, parts, keep=True).items()
+    }
+    assert decoded(codec, held(leaves | new)).read().tolist() == [[0, 0], [0, 0]]
+    assert new["scale"].view(np.uint8).tolist() == [[127, 127]]
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "e2m1", "nf4", "fp4", "int8", "-8..7"])
@@ -343,6 +372,8 @@ SYMMETRIC = {"symmetric": True, "bits": 4}
             ("16 inputs have 2 groups", "groups of 4, which makes 4"),
         ),
         (PACKED, INT4 | {"shape": np.array([4, 32])}, {"bits": 4}, ("2 words", "[4, 32] in codes of 4 bits")),
+        (BLOCK, {"payload": f8(9, 9), "scale": np.ones((), "f4")}, {"block": (8, 8)}, ("one scale", "block of (8, 8)")),
+        (PACKED, INT4, {"bits": 4, "symmetric": False}, ("no zero points", "not symmetric")),
         (PACKED, INT4 | {"shape": np.array([4, 16])}, {"bits": 8}, ("2 words", "codes of 8 bits")),
         (GPTQ, gptq(zeros(7)), {"bits": 8}, ("1 rows of words", "zero points: 4; the configuration: 8")),
         (GPTQ, gptq(zeros(7), group=np.zeros(16, "i4")), {}, ("zero points: 4", "groups of inputs: 2")),

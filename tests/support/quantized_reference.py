@@ -1,7 +1,7 @@
 """Quantised weights as the libraries that define them decode them: leaves in, values out, as bytes.
 
-Run as a script it makes `quantized_reference.npz` anew, with compressed-tensors, transformers and bitsandbytes; tests
-read that file, so that none of the three is needed to run them.
+Run as a script it makes `quantized_reference.npz` anew, with compressed-tensors, transformers, bitsandbytes and
+torchao; tests read that file, so that none of them is needed to run them.
 """
 
 import json
@@ -85,6 +85,7 @@ def make():
     from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from torchao.quantization.quant_primitives import _dequantize_affine_float8
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -126,6 +127,10 @@ def make():
         codes = some(24, 35, dtype=f8)
         leaves = {"payload": codes, "scale": scale, "weight": by_grid(codes, scale)}
         yield f"block by the grid, {scale.dtype}", block, Stated("fp8"), leaves
+    for scale in (floats(12, 1), floats(1, 1), floats(3, 5)):
+        qdata = some(12, 35, dtype=f8)
+        weight = _dequantize_affine_float8(qdata, scale, torch.float32)
+        yield f"torchao, {list(scale.shape)}", "torchao", Stated(), {"payload": qdata, "scale": scale, "weight": weight}
     leaves = {"weight": some(7, 96, dtype=f8), "weight_scale": some(7, 3)}
     mx8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
     yield of(MXFP8QuantizationCompressor, block, "MXFP8", leaves, **mx8)
@@ -147,7 +152,7 @@ def make():
                 leaves = PackedQuantizationCompressor.compress(
                     start | {"weight_zero_point": zero * (not symmetric)}, scheme
                 )
-                says, stated = "int4 or int8, packed by compressed-tensors", Stated(bits=bits, group=group)
+                says, stated = "integers packed by compressed-tensors", Stated(bits=bits, group=group)
                 name = f"int{bits}, {rows}x{columns}, groups of {group}, symmetric {symmetric}"
                 yield of(PackedQuantizationCompressor, says, name, leaves, stated, **args)
 

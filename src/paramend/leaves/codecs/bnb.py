@@ -12,7 +12,7 @@ from paramend.leaves.codecs.stated import Stated, disagree
 from paramend.leaves.specs import BITS, Spec, dtype_name
 
 
-def four_bits(scheme: str, parts: Parts, stated: Stated) -> Codec:
+def bnb4(scheme: str, parts: Parts, stated: Stated) -> Codec:
     """The codec of nf4 and fp4: two codes in a byte, the first one above, and a scale for 64 or so of them in a row.
 
     Shape, dtype and sizes of blocks are in a leaf of JSON.
@@ -48,7 +48,7 @@ def four_bits(scheme: str, parts: Parts, stated: Stated) -> Codec:
     return Codec(scheme, Spec((size,), dtype), fields, codes_of(scheme), scaling, shape=shape)
 
 
-def int8(scheme: str, parts: Parts, stated: Stated) -> Codec:
+def bnb8(scheme: str, parts: Parts, stated: Stated) -> Codec:
     """The codec of int8: code · scale of the row · 1/127, float32 as the library has it.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 from paramend.errors import Unsupported
 from paramend.leaves.codecs.codec import Codec, Grids, Parts
 from paramend.leaves.codecs.fields import Field, Groups
-from paramend.leaves.origins.boxes import Box
+from paramend.leaves.origins.boxes import Box, whole
 from paramend.leaves.specs import Array, numpy_dtype
 
 
@@ -34,6 +34,11 @@ class Bounds(NamedTuple):
         return found
 
 
+def finite(codec: Codec, views: Parts) -> bool:
+    """Whether all scales are finite."""
+    return bool(np.isfinite(factor_of(codec, codec.scales(views, whole(codec.spec.shape)))).all())
+
+
 def unit(codec: Codec) -> tuple[int, ...]:
     """Along each axis, how many places of the weight are encoded together at least: a block, and whole words.
 
@@ -47,11 +52,10 @@ def unit(codec: Codec) -> tuple[int, ...]:
 
 
 def bounds_of(codec: Codec, values: Array, changed: Array, box: Box, views: Parts) -> Bounds:
-    """The bounds of the values of a box."""
-    field, groups = codec.fields["scale"], codec.groups(views)
-    low, high = (field.reduced(each, values, box, groups) for each in (np.minimum, np.maximum))
-    zero = np.float32(0)
-    return Bounds(np.minimum(low, zero), np.maximum(high, zero), field.reduced(np.logical_or, changed, box, groups))
+    """The bounds of the values of a box, NaN left out."""
+    field, groups, zero = codec.fields["scale"], codec.groups(views), np.float32(0)
+    low, high = (field.reduced(each, values, box, groups) for each in (np.fmin, np.fmax))
+    return Bounds(np.fmin(low, zero), np.fmax(high, zero), field.reduced(np.logical_or, changed, box, groups))
 
 
 def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], keep: bool) -> Grids:
@@ -94,25 +98,22 @@ def codes_for(codec: Codec, values: Array, scales: Grids, box: Box, groups: Grou
         Unsupported: there is no code for a value: it is not finite, or it is 0.
     """
     field, factor = codec.fields["scale"], factor_of(codec, scales)
-    nothing = factor == 0
+    if np.isinf(values).any() or (np.isnan(values).any() and not np.isnan(codec.codes.values).any()):
+        raise Unsupported(
+            f"a value is not finite, and {codec.scheme} has no code for it",
+            hint="dequantise the weight, and edit it then",
+        )
     with np.errstate(all="ignore"):
-        field.apply(np.divide, values, np.where(nothing, np.float32(np.inf), factor), box, groups)
+        field.apply(np.divide, values, np.where(factor == 0, np.float32(np.inf), factor), box, groups)
     if codec.zeros is not None and "zero" in scales:
         zero = codec.zeros.decode(scales["zero"])
-        if (
-            zero.max(initial=0) > codec.codes.high
-            and ((field.spread(zero, box, groups) > codec.codes.high) & (values == 0)).any()
-        ):
+        beyond = zero > codec.codes.high
+        if beyond.any() and (field.spread(beyond, box, groups) & (values == 0)).any():
             raise Unsupported(
                 f"a zero point is {zero.max():g}, and codes of {codec.scheme} end at {codec.codes.high:g}: none is 0",
                 hint="dequantise the weight, edit it, and quantise it again",
             )
         field.apply(np.add, values, zero, box, groups)
-    if not np.isfinite(values).all() and not np.isnan(codec.codes.values).any():
-        raise Unsupported(
-            f"a value is not finite, and {codec.scheme} has no code for it",
-            hint="dequantise the weight, and edit it then",
-        )
     return codec.codes.nearest(values)
 
 

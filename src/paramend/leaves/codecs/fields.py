@@ -150,10 +150,13 @@ class Field:
 
     def apply(self, ufunc: np.ufunc, values: Array, grid: Array, box: Box, groups: Groups = NO_GROUPS) -> None:
         """Compute with each value of a box and what its place of the grid has, in place."""
+        if grid.size <= 1:
+            ufunc(values, grid, out=values)
+            return
         places, every, last = box[-1], self.every[-1], len(box) - 1
         regular = last not in groups and isinstance(places, range) and places.step == 1 and every > 1
-        if not regular or grid.size == 1 or grid.shape[-1] == 1 or not len(places) or places[0] % every:
-            ufunc(values, self.spread(grid, box, groups) if grid.size > 1 else grid, out=values)
+        if not regular or grid.shape[-1] == 1 or not len(places) or places[0] % every:
+            ufunc(values, self.spread(grid, box, groups), out=values)
             return
         for axis in range(last):
             grid = _spread(grid, axis, box[axis], self.every[axis], groups.get(axis))

@@ -38,8 +38,8 @@ def _nvfp4(scheme: str, parts: Parts, stated: Stated, divides: bool, dtype: str)
 
 
 # modelopt multiplies by the scale of scales, compressed-tensors divides by it.
-nvfp4_multiplied = partial(_nvfp4, divides=False, dtype="float32")
-nvfp4_divided = partial(_nvfp4, divides=True, dtype="bfloat16")
+nvfp4 = partial(_nvfp4, divides=False, dtype="float32")
+nvfp4_ct = partial(_nvfp4, divides=True, dtype="bfloat16")
 
 
 def _codec(

@@ -12,7 +12,7 @@ from paramend.leaves.specs import BITS, Spec
 _USUAL = 128
 
 
-def codec(scheme: str, parts: Parts, stated: Stated) -> Codec:
+def fp8(scheme: str, parts: Parts, stated: Stated) -> Codec:
     """The codec of codes of one byte with scales.
 
     The dtype of the weight is that of its scales, or bfloat16 if they are of one byte, as in compressed-tensors and
@@ -41,15 +41,37 @@ def codec(scheme: str, parts: Parts, stated: Stated) -> Codec:
     return Codec(scheme, Spec(payload.shape, dtype), fields, codes_of(payload.dtype), Plain(), zeros)
 
 
+def torchao(scheme: str, parts: Parts, stated: Stated) -> Codec:
+    """The codec of Float8Tensor of torchao; the dtype is that of the scales, as its own is not in the leaves.
+
+    Raises:
+        Unsupported: it is of another of its kinds of tensors.
+    """
+    payload = parts["payload"]
+    if not payload.spec.dtype.startswith("float8") or not {"zero", "global", "input"}.isdisjoint(parts):
+        names = ", ".join(map(str, parts.values()))
+        raise Unsupported(
+            f"{names} are a weight of torchao, {payload.spec}: only Float8Tensor of torchao can be decoded"
+        )
+    return fp8(scheme, parts, stated)
+
+
 def _every(parts: Parts, stated: Stated) -> tuple[int, ...]:
     """How many places share a scale, along each axis; 0 where all do."""
     payload, scale = parts["payload"], parts["scale"]
     shape, grid = payload.spec.shape, scale.spec.shape
-    if (len(grid) == len(shape) and scale.spec.size > 1) or stated.block:
-        blocks = (*[None] * (len(shape) - 2), *(stated.block or (None, None)))
-        return tuple(_block(parts, axis, block, stated) for axis, block in zip(range(len(shape)), blocks, strict=True))
-    if scale.spec.size == 1:
+    block = stated.block or ((1, stated.group) if stated.group and stated.group > 0 else None)
+    if scale.spec.size == 1 and len(grid) != len(shape):
+        many = block and any(length > size for length, size in zip(shape[-2:], block, strict=False))
+        if many and stated.block:
+            raise disagree(
+                "there is one scale", f"the configuration says one for each block of {block}", payload, scale
+            )
         return (0,) * len(shape)
+    if len(grid) == len(shape):
+        sizes: list[int | None] = [None] * len(shape)
+        sizes[-2:] = block or sizes[-2:]
+        return tuple(_block(parts, axis, size, stated) for axis, size in enumerate(sizes))
     if len(shape) > 2 and grid == shape[:1]:
         return (1, *[0] * (len(shape) - 1))
     for shared in (-2, -1) if stated.outputs_last else (-1, -2):
@@ -68,7 +90,7 @@ def _block(parts: Parts, axis: int, stated: int | None, by: Stated) -> int:
     """
     payload, scale = parts["payload"], parts["scale"]
     length = payload.spec.shape[axis]
-    count = scale.spec.shape[axis] if scale.spec.ndim == payload.spec.ndim else 0
+    count = scale.spec.shape[axis]
     if stated and -(-length // stated) != count:
         raise disagree(
             f"axis {axis} of {length} places has {count} scales",
@@ -80,7 +102,7 @@ def _block(parts: Parts, axis: int, stated: int | None, by: Stated) -> int:
         return 0 if count == 1 else 1
     if stated and by.method != "fp8":
         return stated
-    if count and length % count == 0:
+    if length % count == 0:
         return length // count
     size = stated or _USUAL
     if -(-length // size) != count:

@@ -1,8 +1,8 @@
 """New groups: which leaves a weight becomes in a scheme, and the codec that gives them their values."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,8 @@ from paramend.leaves.schemes import SCHEMES
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 _F8 = "float8_e4m3fn"
-_Shape = tuple[int, ...]
+# Name, dtype and shape.
+_Leaf = tuple[str, str, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,8 +34,8 @@ class Layout:
 
     names: Mapping[str, str]
     specs: Mapping[str, Spec]
-    known: Mapping[str, Array] = field(default_factory=dict)
-    stated: Stated = NOTHING
+    known: Mapping[str, Array]
+    stated: Stated
 
 
 def layout_of(scheme: str, weight: Spec, group: int | None = None, block: tuple[int, int] = (128, 128)) -> Layout:
@@ -78,111 +79,105 @@ def _nothing(spec: Spec) -> Array:
     return np.zeros(spec.shape, numpy_dtype(spec.dtype))
 
 
+def _layout(known: Mapping[str, Array] | None = None, stated: Stated = NOTHING, **leaves: _Leaf) -> Layout:
+    roles = {role.rstrip("_"): leaf for role, leaf in leaves.items()}  # "global" is a word of Python
+    names = {role: name for role, (name, _, _) in roles.items()}
+    specs = {role: Spec(tuple(shape), dtype) for role, (_, dtype, shape) in roles.items()}
+    return Layout(names, specs, known or {}, stated)
+
+
 def _fp8(weight: Spec, group: int | None, block: tuple[int, int], scheme: str) -> Layout:
-    shape, lead = weight.shape, weight.shape[:-2]
-    scales = {"fp8-tensor": (1,), "fp8-channel": (*shape[:-1], 1)}.get(scheme) or (
-        *lead,
-        *(-(-length // each) for length, each in zip(shape[-2:], block, strict=True)),
-    )
-    blocks = scheme == "fp8-block"
-    for length, each in zip(shape[-2:], block, strict=True):
-        if blocks and length > each and length % each:
-            raise SpecMismatch(
-                f"a leaf {weight} is not made of whole blocks of {block[0]} by {block[1]}, and loaders differ in what "
-                "the last ones are then",
-                hint='scheme="fp8-channel" takes any shape',
-            )
-    names = {"payload": "*", "scale": "*_scale_inv" if blocks else "*_scale"}
-    specs = {"payload": Spec(shape, _F8), "scale": Spec(scales, "float32" if blocks else _scale(weight))}
-    return Layout(names, specs, stated=Stated(block=block) if blocks else NOTHING)
+    shape, codes = weight.shape, ("*", _F8, weight.shape)
+    if scheme == "fp8-tensor":
+        return _layout(payload=codes, scale=("*_scale", _scale(weight), (1,)))
+    if scheme == "fp8-channel":
+        return _layout(payload=codes, scale=("*_scale", _scale(weight), (*shape[:-1], 1)))
+    pairs = list(zip(shape[-2:], block, strict=True))
+    if any(length > each and length % each for length, each in pairs):
+        raise SpecMismatch(
+            f"a leaf {weight} is not made of whole blocks of {block[0]} by {block[1]}, and loaders differ in what the "
+            "last ones are then",
+            hint='scheme="fp8-channel" takes any shape',
+        )
+    grid = (*shape[:-2], *(-(-length // each) for length, each in pairs))
+    return _layout(stated=Stated(block=block), payload=codes, scale=("*_scale_inv", "float32", grid))
 
 
 def _packed(weight: Spec, group: int | None, block: tuple[int, int], bits: int) -> Layout:
     size = group or (128 if bits == 4 else -1)
     *lead, inputs = weight.shape
-    names = {"payload": "*_packed", "scale": "*_scale", "shape": "*_shape"}
-    specs = {
-        "payload": Spec((*lead, _words(inputs * bits)), "int32"),
-        "scale": Spec((*lead, _groups(weight, inputs, size)), _scale(weight)),
-        "shape": Spec((weight.ndim,), "int64"),
-    }
-    return Layout(names, specs, {"shape": np.array(weight.shape, np.int64)}, Stated(bits=bits, group=size))
+    return _layout(
+        {"shape": np.array(weight.shape, np.int64)},
+        Stated(bits=bits, group=size),
+        payload=("*_packed", "int32", (*lead, -(-inputs * bits // 32))),
+        scale=("*_scale", _scale(weight), (*lead, _groups(weight, inputs, size))),
+        shape=("*_shape", "int64", (weight.ndim,)),
+    )
 
 
 def _gptq(weight: Spec, group: int | None, block: tuple[int, int]) -> Layout:
     outputs, inputs, groups, size = _matrix(weight, group)
-    names = {"payload": "qweight", "zero": "qzeros", "scale": "scales", "group": "g_idx"}
-    specs = {
-        "payload": Spec((inputs // 8, outputs), "int32"),
-        "zero": Spec((groups, outputs // 8), "int32"),
-        "scale": Spec((groups, outputs), "float16"),
-        "group": Spec((inputs,), "int32"),
-    }
     # Symmetric, in the first version: the zero point 8 is stored as 7.
-    zeros = np.full(specs["zero"].shape, 0x77777777, np.int32)
-    known = {"zero": zeros, "group": np.arange(inputs, dtype=np.int32) // (inputs // groups)}
-    return Layout(names, specs, known, Stated("gptq", 4, size, symmetric=True, form="gptq"))
+    zeros = np.full((groups, outputs // 8), 0x77777777, np.int32)
+    return _layout(
+        {"zero": zeros, "group": np.arange(inputs, dtype=np.int32) // (inputs // groups)},
+        Stated("gptq", 4, size, symmetric=True, form="gptq"),
+        payload=("qweight", "int32", (inputs // 8, outputs)),
+        zero=("qzeros", "int32", zeros.shape),
+        scale=("scales", "float16", (groups, outputs)),
+        group=("g_idx", "int32", (inputs,)),
+    )
 
 
 def _awq(weight: Spec, group: int | None, block: tuple[int, int]) -> Layout:
     outputs, inputs, groups, size = _matrix(weight, group)
-    names = {"payload": "qweight", "zero": "qzeros", "scale": "scales"}
-    specs = {
-        "payload": Spec((inputs, outputs // 8), "int32"),
-        "zero": Spec((groups, outputs // 8), "int32"),
-        "scale": Spec((groups, outputs), "float16"),
-    }
-    return Layout(names, specs, stated=Stated("awq", 4, size))
+    return _layout(
+        stated=Stated("awq", 4, size),
+        payload=("qweight", "int32", (inputs, outputs // 8)),
+        zero=("qzeros", "int32", (groups, outputs // 8)),
+        scale=("scales", "float16", (groups, outputs)),
+    )
 
 
 def _mxfp4(weight: Spec, group: int | None, block: tuple[int, int]) -> Layout:
     if weight.ndim == 2:
-        outputs, inputs = weight.shape
-        groups = _groups(weight, inputs, 32)
-        names = {"payload": "*_packed", "scale": "*_scale"}
-        return Layout(names, _of_words((outputs, inputs // 2), (outputs, groups)))
+        rows = (weight.shape[0], _groups(weight, weight.shape[1], 32))
+        return _layout(payload=("*_packed", "uint8", (rows[0], 16 * rows[1])), scale=("*_scale", "uint8", rows))
     *lead, inputs, outputs = weight.shape
-    groups = _groups(weight, inputs, 32)
-    names = {"payload": "*_blocks", "scale": "*_scales"}
-    return Layout(names, _of_words((*lead, outputs, groups, 16), (*lead, outputs, groups)))
-
-
-def _of_words(payload: _Shape, scale: _Shape) -> dict[str, Spec]:
-    return {"payload": Spec(payload, "uint8"), "scale": Spec(scale, "uint8")}
+    grid = (*lead, outputs, _groups(weight, inputs, 32))
+    return _layout(payload=("*_blocks", "uint8", (*grid, 16)), scale=("*_scales", "uint8", grid))
 
 
 def _nvfp4(weight: Spec, group: int | None, block: tuple[int, int]) -> Layout:
     *lead, inputs = weight.shape
-    names = {"payload": "*_packed", "scale": "*_scale", "global": "*_global_scale"}
-    specs = {
-        "payload": Spec((*lead, inputs // 2), "uint8"),
-        "scale": Spec((*lead, _groups(weight, inputs, 16)), _F8),
-        "global": Spec((1,), "float32"),
-    }
-    return Layout(names, specs)
+    return _layout(
+        payload=("*_packed", "uint8", (*lead, inputs // 2)),
+        scale=("*_scale", _F8, (*lead, _groups(weight, inputs, 16))),
+        global_=("*_global_scale", "float32", (1,)),
+    )
 
 
-def _four_bits(weight: Spec, group: int | None, block: tuple[int, int], scheme: str) -> Layout:
+def _bnb4(weight: Spec, group: int | None, block: tuple[int, int], scheme: str) -> Layout:
     size = group if group and group > 0 else 64
-    dtype = weight.dtype if weight.dtype in ("bfloat16", "float16", "float32") else "float32"
-    state = {"quant_type": scheme, "blocksize": size, "dtype": dtype, "shape": list(weight.shape)}
+    state = {"quant_type": scheme, "blocksize": size, "dtype": _scale(weight), "shape": list(weight.shape)}
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    names = {"payload": "*", "scale": "*.absmax", "map": "*.quant_map"}
-    names["state"] = f"*.quant_state.bitsandbytes__{scheme}"
-    specs = {
-        "payload": Spec((-(-weight.size // 2), 1), "uint8"),
-        "scale": Spec((-(-weight.size // size),), "float32"),
-        "map": Spec((16,), "float32"),
-        "state": Spec(text.shape, "uint8"),
-    }
-    return Layout(names, specs, {"map": codes_of(scheme).values, "state": text})
+    return _layout(
+        {"map": codes_of(scheme).values, "state": text},
+        payload=("*", "uint8", (-(-weight.size // 2), 1)),
+        scale=("*.absmax", "float32", (-(-weight.size // size),)),
+        map=("*.quant_map", "float32", (16,)),
+        state=(f"*.quant_state.bitsandbytes__{scheme}", "uint8", text.shape),
+    )
 
 
-def _int8(weight: Spec, group: int | None, block: tuple[int, int]) -> Layout:
+def _bnb8(weight: Spec, group: int | None, block: tuple[int, int]) -> Layout:
     rows, _ = _two(weight)
-    names = {"payload": "*", "scale": "SCB", "format": "*_format"}
-    specs = {"payload": Spec(weight.shape, "int8"), "scale": Spec((rows,), "float32"), "format": Spec((), "uint8")}
-    return Layout(names, specs, {"format": np.zeros((), np.uint8)})
+    return _layout(
+        {"format": np.zeros((), np.uint8)},
+        payload=("*", "int8", weight.shape),
+        scale=("SCB", "float32", (rows,)),
+        format=("*_format", "uint8", ()),
+    )
 
 
 _LAYOUTS: Mapping[str, Callable[[Spec, int | None, tuple[int, int]], Layout]] = {
@@ -193,19 +188,15 @@ _LAYOUTS: Mapping[str, Callable[[Spec, int | None, tuple[int, int]], Layout]] = 
     "awq": _awq,
     "mxfp4": _mxfp4,
     "nvfp4": _nvfp4,
-    "nf4": partial(_four_bits, scheme="nf4"),
-    "fp4": partial(_four_bits, scheme="fp4"),
-    "bnb-int8": _int8,
+    "nf4": partial(_bnb4, scheme="nf4"),
+    "fp4": partial(_bnb4, scheme="fp4"),
+    "bnb-int8": _bnb8,
 }
 
 
 def _scale(weight: Spec) -> str:
     """The dtype of scales: that of the weight, as loaders have it, or float32."""
     return weight.dtype if weight.dtype in ("bfloat16", "float16") else "float32"
-
-
-def _words(bits: int) -> int:
-    return -(-bits // 32)
 
 
 def _groups(weight: Spec, inputs: int, size: int) -> int:

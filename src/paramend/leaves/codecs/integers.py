@@ -32,6 +32,8 @@ def packed(scheme: str, parts: Parts, stated: Stated) -> Codec:
     if _words(width, bits) != words[-1] or (shape and shape != (*words[:-1], width)):
         says = f"a weight of shape {list(shape)} in codes" if shape else f"{width} codes"
         raise disagree(f"a row has {words[-1]} words", f"{says} of {bits} bits", *parts.values())
+    if stated.symmetric is False and "zero" not in parts:
+        raise disagree("there are no zero points", "the configuration says not symmetric", *parts.values())
     groups = grid[-1] if scale.spec.ndim == len(words) else 1
     shared = scale.spec.size == 1
     every = (*(0 if shared else 1 for _ in range(last)), _group(parts, width, groups, stated))

@@ -7,7 +7,7 @@ import numpy as np
 
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.origins.boxes import Box, shape_of
-from paramend.leaves.origins.origin import CHUNK, Origin
+from paramend.leaves.origins.origin import CHUNK, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # Elements that are put together while those before are written.
@@ -27,6 +27,7 @@ class Decoded(Origin):
     codec: Codec
     parts: Mapping[str, Origin]
     dtype: str
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -50,10 +51,12 @@ class Decoded(Origin):
 
     def read_box(self, box: Box) -> Array:
         shape = shape_of(box)
+        if not shape:
+            return self.codec.decode(self.parts, box).astype(numpy_dtype(self.dtype))
         found = np.empty(shape, numpy_dtype(self.dtype))
         # Rows of the first axis with more than one place, as many as stay in the CPU cache.
         axis = next((axis for axis, length in enumerate(shape) if length > 1), 0)
-        rows = max(CHUNK * shape[axis] // max(found.size, 1), 1) if shape else 1
+        rows = max(CHUNK * shape[axis] // max(found.size, 1), 1)
         with np.errstate(all="ignore"):  # what the dtype cannot hold is inf, as in the library
             for start in range(0, shape[axis] if found.size else 0, rows):
                 here = slice(start, start + rows)
@@ -61,8 +64,9 @@ class Decoded(Origin):
                 found[(slice(None),) * axis + (here,)] = self.codec.decode(self.parts, some)
         return found
 
-    def __str__(self) -> str:
-        return f"decode({self.codec.scheme}, {', '.join(map(str, self.parts.values()))})"
+    def text(self, name: Namer) -> str:
+        parts = ", ".join(part.text(name) for part in self.parts.values())
+        return f"decode({self.codec.scheme}, {parts})"
 
 
 def decoded(codec: Codec, parts: Mapping[str, Origin], dtype: str = "") -> Origin:

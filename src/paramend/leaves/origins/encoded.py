@@ -8,10 +8,10 @@ from itertools import product
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, scales_for, unit
+from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, finite, scales_for, unit
 from paramend.leaves.origins.boxes import Box, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
-from paramend.leaves.origins.origin import CHUNK, Origin
+from paramend.leaves.origins.origin import CHUNK, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 
@@ -32,6 +32,7 @@ class Encoded(Origin):
     role: str
     kept: Parts = field(default_factory=dict)
     keep: bool = False
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -49,9 +50,9 @@ class Encoded(Origin):
     def extents(self) -> None:
         """None: the bytes are computed."""
 
-    def __str__(self) -> str:
+    def text(self, name: Namer) -> str:
         how = ", scales kept" if self.keep else ""
-        return f"encode({self.codec.scheme}, {self.values}{how}).{self.role}"
+        return f"encode({self.codec.scheme}, {self.values.text(name)}{how}).{self.role}"
 
     def read_box(self, box: Box) -> Array:
         if self.role in ("scale", "zero") and self._bounds is not None:
@@ -141,7 +142,7 @@ class Encoded(Origin):
             values, changed, _ = self._read(box)
             here = np.ix_(*map(np.asarray, scale.places(box, groups)))
             some = bounds_of(codec, values, changed, box, self.kept)
-            for ufunc, all_, part in zip((np.minimum, np.maximum, np.logical_or), bounds, some, strict=True):
+            for ufunc, all_, part in zip((np.fmin, np.fmax, np.logical_or), bounds, some, strict=True):
                 all_[here] = ufunc(all_[here], part)
         return bounds
 
@@ -175,7 +176,7 @@ class Encoded(Origin):
         greatest = np.zeros(top.spec.shape, np.float32)
         for box in self._boxes(whole(self.codec.spec.shape)):
             here = np.ix_(*map(np.asarray, top.places(box)))
-            greatest[here] = np.maximum(greatest[here], top.reduced(np.maximum, np.abs(self._read(box)[0]), box))
+            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)[0]), box))
         return {"global": self.codec.scaling.top(greatest, self.codec.codes.limit)}
 
     def _tops_at(self, box: Box) -> Mapping[str, Array]:
@@ -196,12 +197,12 @@ def encoded(
         specs: role → spec of the leaf as it is stored.
         kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
             bytes. Of a new weight, the leaves that are known without its values.
-        keep: whether scales and zero points stay, so that only codes change.
+        keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
     """
     views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
     values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight
-    roles = codec.encodes if not keep else codec.encodes[:1]
+    roles = codec.encodes if not keep or not finite(codec, views) else codec.encodes[:1]
     if "payload" not in views:
         roles = tuple(role for role in roles if role not in views)
     roles = (*roles, *(() if "global" in views or "global" not in codec.fields else ("global",)))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.codecs.scalings import powers
 from paramend.leaves.origins.boxes import Box
-from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.origin import Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 _POWERS = ("uint8", "float8_e8m0fnu")
@@ -25,6 +26,7 @@ class Rescaled(Origin):
 
     whole: Origin
     factor: float
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -44,30 +46,26 @@ class Rescaled(Origin):
     def of(self, scales: Array) -> Array:
         """Scales, multiplied."""
         if self.spec.dtype in _POWERS:
-            moved = scales.view(np.uint8) + np.int64(math.log2(self.factor))
-            exponents: Array = np.where(scales.view(np.uint8) < 255, np.clip(moved, 0, 254), 255).astype(np.uint8)
+            moved = scales.view(np.uint8).astype(np.int64) + round(math.log2(self.factor))
+            exponents: Array = np.clip(moved, 0, 254).astype(np.uint8)
             return exponents.view(scales.dtype)
         with np.errstate(all="ignore"):
             found: Array = (scales.astype(np.float32) * np.float32(self.factor)).astype(scales.dtype)
         return found
 
     def takes(self) -> bool:
-        """Whether every scale can be multiplied: none becomes 0 or inf, exponents stay in their range."""
-        if self.spec.dtype in _POWERS and not math.log2(self.factor).is_integer():
-            return False
+        """Whether every scale can be multiplied: exponents stay in their range, and nothing becomes 0 or inf."""
         for start, stop in self.whole.ranges():
             old = self.whole.read_range(start, stop)
-            new = self.of(old)
-            if self.spec.dtype in _POWERS:
-                moved = new.view(np.uint8) - old.view(np.uint8).astype(np.int64)
-                if (moved[old.view(np.uint8) < 255] != math.log2(self.factor)).any():
-                    return False
-            elif (np.isfinite(old) & ~np.isfinite(new)).any() or ((old != 0) & (new == 0)).any():
+            with np.errstate(all="ignore"):
+                wanted, found = powers(old) * np.float32(self.factor), powers(self.of(old))
+            right = found == wanted if self.spec.dtype in _POWERS else (found != 0) | (powers(old) == 0)
+            if not (np.isfinite(found) & right).all():
                 return False
         return True
 
-    def __str__(self) -> str:
-        return f"{self.whole}.multiply({self.factor:g})"
+    def text(self, name: Namer) -> str:
+        return f"{self.whole.text(name)}.multiply({self.factor:g})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,6 +79,7 @@ class Flipped(Origin):
 
     whole: Origin
     mask: int
+    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -98,8 +97,8 @@ class Flipped(Origin):
         found = np.array(self.whole.read_box(box), order="C")
         return (found.view(np.uint8) ^ np.uint8(self.mask)).view(numpy_dtype(self.spec.dtype))
 
-    def __str__(self) -> str:
-        return f"{self.whole}.multiply(-1)"
+    def text(self, name: Namer) -> str:
+        return f"{self.whole.text(name)}.multiply(-1)"
 
 
 def rescaled(codec: Codec, parts: Mapping[str, Origin], factor: float) -> dict[str, Origin] | None:
