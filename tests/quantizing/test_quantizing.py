@@ -167,13 +167,15 @@ def test_modules_of_torch_are_simulated_as_a_copy():
         ("nowhere", "int8", NoMatch, "nowhere"),
         (UP, "int3", BadArgument, "int3"),
         ("**/ten.weight", "int4", SpecMismatch, "ten.weight"),
-        ("**/bad.weight", "fp8-tensor", SpecMismatch, "not finite"),
+        ("**/bad.weight", "fp8-tensor", Unsupported, "bad.weight: a value is not finite"),
+        ("**/nan.weight", "fp8-block", SpecMismatch, "nan.weight: it holds values that are not finite"),
         ("**/whole.weight", "int8", SpecMismatch, "int32"),
     ],
 )
 @pytest.mark.parametrize("simulate", [False, True])
 def test_what_cannot_be_quantised_is_refused_by_name(leaves, selector, scheme, error, says, simulate):
     leaves |= {"ten.weight": drawn(8, 10), "bad.weight": torch.full((8, 8), torch.inf)}
+    leaves["nan.weight"] = torch.full((128, 128), torch.nan)
     leaves["whole.weight"] = torch.ones(8, 8, dtype=torch.int32)
     with pytest.raises(error, match=says):
         pm.quantize(leaves, selector, scheme=scheme, simulate=simulate)

@@ -10,6 +10,7 @@ from paramend.anatomy.beside import EMBEDDINGS, HEADS
 from paramend.anatomy.recoding import quantised
 from paramend.arrays.registry import backend
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.edits.call import explained
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.errors import Quantized, SpecMismatch, Unsupported
@@ -70,7 +71,7 @@ def quantize(
     seen = Seen(leaves)
     numbers = _chosen(seen, selector)
     news = [_new(seen, number, scheme, group_size, simulate=simulate) for number in numbers]
-    rows = tuple(new.row(seen) for new in news)
+    rows = tuple(explained(seen.index.path(new.number), new.row, seen) for new in news)
     said: tuple[str, ...] = ()
     tree: Any
     if simulate and not isinstance(leaves, Checkpoint):
@@ -169,8 +170,8 @@ class _New:
             was = weight.read_range(start, stop).astype(np.float64)
             gap = np.abs(values.read_range(start, stop) - was)
             norm, off, most = norm + float(was @ was), off + float(gap @ gap), max(most, float(gap.max(initial=0)))
-        if not np.isfinite((norm, off)).all():
-            raise SpecMismatch(f"{path} holds values that are not finite, for which there is no scale")
+        if not np.isfinite(off):
+            raise SpecMismatch("it holds values that are not finite, for which there is no scale")
         names = tuple(write_path(each, seen.index.separator) for each in self.paths(seen))
         return Coded(path, self.codec.scheme, weight.spec, names, (off / norm) ** 0.5 if norm else 0.0, most)
 
@@ -199,9 +200,5 @@ def _new(seen: Seen, number: int, scheme: str, group_size: int | None, *, simula
     if not simulate and len(seen.leaves.twins(number)) > 1:
         raise Unsupported(f"{path} is one leaf under several paths, which quantised ones cannot be")
     shape = (*spec.shape[:-2], spec.shape[-1], spec.shape[-2]) if turned else spec.shape
-    try:
-        layout = layout_of(scheme, Spec(shape, spec.dtype), group_size)
-    except SpecMismatch as error:
-        error.args = (f"{path}: {error.args[0]}", *error.args[1:])
-        raise
+    layout = explained(path, layout_of, scheme, Spec(shape, spec.dtype), group_size)
     return _New(number, layout, codec_for(scheme, layout), turned)
