@@ -125,11 +125,11 @@ def test_a_second_layer_joins_the_first(folder, tmp_path):
 
 def test_a_pattern_that_names_a_module_is_not_rewritten():
     old = {
-        "quantization_config": quantised({}, "int4", None, ["a.up_proj"], [])["quantization_config"]
+        "quantization_config": quantised("config.json", {}, "int4", None, ["a.up_proj"], [])["quantization_config"]
         | {"ignore": ["re:.*down.*"]}
     }
     with pytest.raises(Unsupported, match="re:"):
-        quantised(old, "int4", None, ["a.down_proj"], [])
+        quantised("config.json", old, "int4", None, ["a.down_proj"], [])
 
 
 # ---- simulated ----------------------------------------------------------------------------------------------------

@@ -57,11 +57,17 @@ def _leave_out(config: Any, modules: Sequence[str], floats: Sequence[str]) -> No
 
 
 def quantised(
-    values: Mapping[str, Any], scheme: str, group_size: int | None, modules: Sequence[str], floats: Sequence[str]
+    file: str,
+    values: Mapping[str, Any],
+    scheme: str,
+    group_size: int | None,
+    modules: Sequence[str],
+    floats: Sequence[str],
 ) -> dict[str, Any]:
-    """What `config.json` holds after modules are quantised.
+    """What one of `FILES` holds after modules are quantised; only `config.json` tells of it.
 
     Args:
+        file: its name.
         values: what it holds.
         scheme: the name of the scheme.
         group_size: how many inputs share a scale, where the scheme leaves it open.
@@ -71,11 +77,13 @@ def quantised(
     Raises:
         Unsupported: it says that the model is quantised in another way, or a pattern leaves a module out.
 
-    >>> found = quantised({"model_type": "llama"}, "fp8-block", None, ["fc"], ["lm_head"])["quantization_config"]
+    >>> found = quantised("config.json", {}, "fp8-block", None, ["fc"], ["lm_head"])["quantization_config"]
     >>> found["weight_block_size"], found["modules_to_not_convert"]
     ([128, 128], ['lm_head'])
     """
     new, wanted = copy.deepcopy(dict(values)), _said(scheme, group_size)
+    if file != CONFIG:
+        return new
     old: Any = part_of(new, dict(FILES)[CONFIG])
     if old is None:
         _leave_out(wanted, floats, floats)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -14,7 +15,6 @@ from paramend.edits.call import explained
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.errors import Quantized, SpecMismatch, Unsupported
-from paramend.formats.jsontext import CONFIG
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.codecs.fresh import Layout, codec_for, layout_of
 from paramend.leaves.leaves import Group
@@ -80,14 +80,9 @@ def quantize(
     else:
         tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
     if not simulate:
-        tree, said = followed(
-            tree,
-            lambda file, values: (
-                quantised(values, scheme, group_size, seen.modules(numbers), seen.floats(numbers))
-                if file == CONFIG
-                else values
-            ),
-        )
+        modules, floats = seen.modules(numbers), seen.floats(numbers)
+        says = partial(quantised, scheme=scheme, group_size=group_size, modules=modules, floats=floats)
+        tree, said = followed(tree, says)
     kept = {seen.index.path(at): group.scheme.name for at, group in seen.groups.items()}
     others = len(seen.index.numbers) - len(rows) - len(kept)
     return cast(T, tree), QuantizeReport("simulated" if simulate else "quantised", rows, kept, others, said)
