@@ -135,6 +135,7 @@ def test_positions_count_layers_afterwards_too(folder):
     assert pm.at(tree, "**/layers[-1]/**").paths == [UP]
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_by_transformers_bit_for_bit(tmp_path):
     model = tiny_models.make("llama", torch.bfloat16)
     plain = {name: leaf.clone() for name, leaf in model.state_dict().items()}
@@ -153,6 +154,24 @@ def test_a_model_is_loaded_by_transformers_bit_for_bit(tmp_path):
     got = tiny_models.kind("llama").from_pretrained(tmp_path / "out", dtype="auto")
     assert not hasattr(got.config, "quantization_config")
     assert all(torch.equal(leaf, want[name]) for name, leaf in got.state_dict().items())
+
+
+def test_files_that_tell_of_quantisation_alone_go_with_it(folder, tmp_path):
+    (folder / "config.json").write_text('{"a": 1}')
+    (folder / "quantize_config.json").write_text(json.dumps(FP8))
+    done = pm.dequantize(pm.open(folder))[0].save(tmp_path / "out")
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    assert (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
+    assert done.left_out == ("quantize_config.json (no longer true)",)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".msgpack"])
+def test_other_formats_hold_quantised_kernels_too(suffix, tmp_path):
+    kernel, scale = np.arange(-16, 16, dtype=np.int8).reshape(4, 8), np.arange(8, dtype=np.float32)
+    pm.save({"a": {"kernel": kernel, "scale": scale}, "n": np.ones(3)}, tmp_path / f"m{suffix}")
+    pm.dequantize(pm.open(tmp_path / f"m{suffix}"), dtype="float32")[0].save(tmp_path / f"out{suffix}")
+    found = pm.load(tmp_path / f"out{suffix}")
+    assert np.array_equal(found["a"]["kernel"], kernel.astype(np.float32) * scale) and list(found["a"]) == ["kernel"]
 
 
 # ---- schemes ------------------------------------------------------------------------------------------------------
