@@ -149,8 +149,7 @@ class _New:
         return self._turn(decoded(self.codec, self.parts(weight), dtype or weight.spec.dtype))
 
     def _turn(self, weight: Origin) -> Origin:
-        axes = list(range(weight.spec.ndim))
-        return permute_axes(weight, [*axes[:-2], axes[-1], axes[-2]]) if self.turned else weight
+        return permute_axes(weight, (1, 0)) if self.turned else weight
 
     def paths(self, seen: Seen) -> list[tuple[Label, ...]]:
         """The paths of the leaves."""
@@ -191,9 +190,9 @@ def _new(seen: Seen, number: int, scheme: str, group_size: int | None, *, simula
             f"{path} is {spec}: which of its axes are inputs is not known", hint="pm.sel(selector).where(ndim=2)"
         )
     if not simulate and turned:
-        raise Unsupported(f"{path} is a {spec} of JAX: {scheme} is for weights (out, in)", hint="simulate=True")
+        raise Unsupported(f"{path} has its inputs first, as JAX does, and {scheme} its outputs", hint="simulate=True")
     if not simulate and len(seen.leaves.twins(number)) > 1:
         raise Unsupported(f"{path} is one leaf under several paths, which quantised ones cannot be")
-    shape = (*spec.shape[:-2], spec.shape[-1], spec.shape[-2]) if turned else spec.shape
-    layout = explained(path, layout_of, scheme, Spec(shape, spec.dtype), group_size)
+    inner = Spec(spec.shape[::-1], spec.dtype) if turned else spec
+    layout = explained(path, layout_of, scheme, inner, group_size)
     return _New(number, layout, codec_for(scheme, layout), turned)
