@@ -56,6 +56,7 @@ ROWS = (
     CommandRow("config", "paramend.cli.recipe", "Read or edit the configuration beside the weights."),
     CommandRow("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
     CommandRow("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
+    CommandRow("port", "paramend.cli.port", "Write the parameters of a model for one of another framework."),
     CommandRow("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
     CommandRow("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack under numbered names."),
     CommandRow("concat", "paramend.cli.stack", "Write a checkpoint in which several leaves are one.", also=("fuse",)),

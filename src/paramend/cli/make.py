@@ -42,7 +42,8 @@ def convert(path: Path, out: str, to: str | None, record: bool, **given: Any) ->
         carry_out(checkpoint.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
 
 
-def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
+def renames(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
+    """The rules of `--rename OLD=NEW`."""
     rules: dict[str, str | None] = {}
     for rule in given:
         old, equals, new = rule.partition("=")
@@ -77,7 +78,7 @@ _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 @click.option(
     "--rename",
     multiple=True,
-    callback=_rules,
+    callback=renames,
     metavar="OLD=NEW",
     help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be repeated. 'OLD=' leaves them "
     "behind.",
@@ -149,7 +150,7 @@ def _typed(options: Mapping[str, Any]) -> str:
 @click.option(
     "--rename",
     multiple=True,
-    callback=_rules,
+    callback=renames,
     metavar="OLD=NEW",
     help="A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'; may be repeated.",
 )
@@ -194,7 +195,7 @@ def insert(
 @click.option(
     "--rename",
     multiple=True,
-    callback=_rules,
+    callback=renames,
     metavar="OLD=NEW",
     help="A path of MODEL and its path in OUT: 'language_model.**=**'; may be repeated.",
 )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +18,10 @@ from paramend.edits.moves import axis_of
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins.moved import How, check_fit
 from paramend.leaves.specs import Spec
+from paramend.mapping import sums
+from paramend.mapping.bundles import Bundle, Data, Family, abreast, alone, over
 from paramend.reports import wording
 
-# One family for each path: the numbers that count its leaves → a leaf; () → the leaf where nothing counts them.
-Family: TypeAlias = dict[tuple[int, ...], Any]
-Bundle: TypeAlias = list[Family]
-Data: TypeAlias = Mapping[str, Any]
 # Numbers of the model, which may be given by name; the last one may be a product of several.
 COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
@@ -70,7 +68,7 @@ class Step:
 
     def to_data(self) -> dict[str, Any]:
         """The step as YAML has it."""
-        return {self.name: self.args["axes"] if self.name == "transpose" else dict(self.args)}
+        return {self.name: self.args["axes"] if self.name in ("transpose", "flip") else dict(self.args)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,9 @@ def read_step(data: Any) -> Step:
     if wrong:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
+        if key == "groups":
+            sums.check_groups(value)
+            continue
         counts, lists = key in COUNTS, isinstance(value, list | tuple)
         fits = key == COUNTS[-1] or lists != (counts or key == "axis")
         if not fits or not all(
@@ -129,10 +130,6 @@ def read_step(data: Any) -> Step:
 
 
 # ---- what the rows do --------------------------------------------------------------------------------------------
-
-
-def _each(bundle: Bundle, change: Callable[[Any], Any]) -> Bundle:
-    return [{key: change(x) for key, x in family.items()} for family in bundle]
 
 
 def _stack(bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -171,23 +168,15 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
     return out
 
 
-def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
-    """For each number the leaves of all paths."""
-    keys = bundle[0].keys()
-    if any(family.keys() != keys for family in bundle):
-        raise BadArgument(f"{name}: the paths of `from` do not have the same numbers")
-    return {key: [family[key] for family in bundle] for key in keys}
-
-
-def _alone(name: str, bundle: Bundle) -> Family:
-    if len(bundle) != 1:
-        raise BadArgument(f"{name} takes one path, and there are {len(bundle)}")
-    return bundle[0]
-
-
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
+    if "parts" in args:
+        ends = np.cumsum(args["parts"]).tolist()
+        if not ends or ends[-1] != len(bundle):
+            raise BadArgument(f"concat: parts {list(args['parts'])} do not add up to the {len(bundle)} leaves")
+        rest = {"axis": args["axis"]}
+        return [_join(how, bundle[end - n : end], rest, 1)[0] for n, end in zip(args["parts"], ends, strict=True)]
     out: Family = {}
-    for key, parts in _abreast(how, bundle).items():
+    for key, parts in abreast(how, bundle).items():
         axis = axis_of(hands.spec_of(parts[0]), args["axis"])
         out[key] = hands.join(parts, axis, how)
         if "sizes" in args and [hands.spec_of(part).shape[axis] for part in parts] != list(args["sizes"]):
@@ -196,8 +185,13 @@ def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
+    if "parts" in args:
+        if len(args["parts"]) != len(bundle):
+            raise BadArgument(f"split: parts {list(args['parts'])} are not those of {len(bundle)} leaves")
+        rest = {"axis": args["axis"]}
+        return [part for x, n in zip(bundle, args["parts"], strict=True) for part in _split([x], rest, n)]
     out: Bundle = [{} for _ in range(count)]
-    for key, x in _alone("split", bundle).items():
+    for key, x in alone("split", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         length = spec.shape[axis]
@@ -216,7 +210,7 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Bundle = [{} for _ in range(count)]
-    for key, x in _alone("deal", bundle).items():
+    for key, x in alone("deal", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         if spec.shape[axis] % count:
@@ -227,7 +221,7 @@ def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _moved(move: Callable[[Any, Data], Any], bundle: Bundle, args: Data, count: int) -> Bundle:
-    return _each(bundle, lambda x: move(x, args))
+    return over(bundle, lambda x: move(x, args))
 
 
 def _reshape(bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -237,7 +231,7 @@ def _reshape(bundle: Bundle, args: Data, count: int) -> Bundle:
             raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
         return moves.reshaped(x, args)
 
-    return _each(bundle, changed)
+    return over(bundle, changed)
 
 
 def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -265,7 +259,7 @@ def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
             done = hands.join([done, hands.take(apart, range(turned, size), axis + 1)], axis + 1, "concat")
         return hands.reshape(done, spec.shape)
 
-    return _each(bundle, changed)
+    return over(bundle, changed)
 
 
 def _grouped(name: str, args: Data, length: int, heads: int) -> int:
@@ -286,7 +280,7 @@ def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     if len(bundle) != 3:
         raise BadArgument(f"group_qkv takes the paths of q, k and v, and there are {len(bundle)}")
     out: Family = {}
-    for key, parts in _abreast("group_qkv", bundle).items():
+    for key, parts in abreast("group_qkv", bundle).items():
         specs = [hands.spec_of(part) for part in parts]
         axis = axis_of(specs[0], args["axis"])
         check_fit(specs, axis, "concat")
@@ -303,7 +297,7 @@ def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
 def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     groups, heads = args["kv_heads"], args["heads"]
     out: Bundle = [{}, {}, {}]
-    for key, x in _alone("ungroup_qkv", bundle).items():
+    for key, x in alone("ungroup_qkv", bundle).items():
         spec = hands.spec_of(x)
         axis = axis_of(spec, args["axis"])
         size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
@@ -331,11 +325,11 @@ def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
             raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {args['size']:,} to {padded:,}")
         return hands.pad(x, padded - length, axis) if padded > length else x
 
-    return _each(bundle, changed)
+    return over(bundle, changed)
 
 
 def _cut(bundle: Bundle, args: Data, count: int) -> Bundle:
-    return _each(bundle, lambda x: _apart(x, args)[0])
+    return over(bundle, lambda x: _apart(x, args)[0])
 
 
 def _apart(x: Any, args: Data) -> tuple[Any, Any]:
@@ -366,18 +360,19 @@ def _check_cut(bundle: Bundle, args: Data) -> None:
 
 
 def _tie(bundle: Bundle, args: Data, count: int) -> Bundle:
-    family = _alone("tie", bundle)
+    family = alone("tie", bundle)
     return [dict(family) for _ in range(count)]
 
 
 def _untie(bundle: Bundle, args: Data, count: int) -> Bundle:
-    for parts in _abreast("untie", bundle).values():
+    bundle = list(filter(None, bundle))  # one of the names is enough
+    for parts in abreast("untie", bundle).values():
         check_fit([hands.spec_of(part) for part in parts], 0, "stack")
     return bundle[:1]
 
 
 def _check_untie(bundle: Bundle, args: Data) -> None:
-    for parts in _abreast("untie", bundle).values():
+    for parts in abreast("untie", list(filter(None, bundle))).values():
         if not all(hands.equal(parts[0], part) for part in parts[1:]):
             raise BadArgument(
                 "they are not equal: one of them would be lost",
@@ -402,8 +397,11 @@ _ROWS: Mapping[str, _Kind] = {
     ),
     "stack": _Kind(("axis",), (), _stack, lambda args: ("unstack", args)),
     "unstack": _Kind(("axis",), (), _unstack, lambda args: ("stack", args)),
-    "concat": _Kind(("axis", "sizes"), (), partial(_join, "concat"), lambda args: ("split", args)),
-    "split": _Kind(("axis", "sizes"), (), _split, lambda args: ("concat", args)),
+    "concat": _Kind(("axis", "sizes", "parts"), (), partial(_join, "concat"), lambda args: ("split", args)),
+    "split": _Kind(("axis", "sizes", "parts"), (), _split, lambda args: ("concat", args)),
+    "sum": _Kind(("groups", "zero"), (), sums.added, lambda args: ("spread", args), sums.check_zero),
+    "spread": _Kind(("groups", "zero"), (), sums.spread, lambda args: ("sum", args)),
+    "flip": _Kind(("axes",), ("axes",), sums.flipped, lambda args: ("flip", args)),
     "interleave": _Kind(("axis",), (), partial(_join, "interleave"), lambda args: ("deal", args)),
     "deal": _Kind(("axis",), (), _deal, lambda args: ("interleave", args)),
     "transpose": _Kind(

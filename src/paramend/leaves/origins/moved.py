@@ -1,7 +1,7 @@
 """Elements of other origins at other places: taken along an axis, joined, with permuted axes, in another shape.
 
-Nothing here computes: every element keeps its bits. Each kind says where a box of its elements is in those that it is
-made of, and into which runs of theirs its own elements fall, which the kernel copies where they are long.
+Nothing here computes but a sum: every element keeps its bits. Each kind says where a box of its elements is in those
+that it is made of, and into which runs of theirs its own elements fall, which the kernel copies where they are long.
 """
 
 import math
@@ -218,6 +218,39 @@ class Permuted(Origin):
 
     def text(self, name: Namer) -> str:
         return f"transpose({self.whole.text(name)}, {list(self.axes)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Summed(Origin):
+    """The sum of origins of one spec, the only ones here whose bytes are new.
+
+    Attributes:
+        parts: the origins.
+    """
+
+    moves = False
+
+    parts: tuple[Origin, ...]
+
+    @property
+    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
+        return self.parts
+
+    @property
+    def spec(self) -> Spec:
+        return self.parts[0].spec
+
+    def read_box(self, box: Box) -> Array:
+        found = self.parts[0].read_box(box)
+        for part in self.parts[1:]:
+            found = found + part.read_box(box)
+        return found
+
+    def trace(self, runs: Runs, most: int) -> Traced | None:
+        return None
+
+    def text(self, name: Namer) -> str:
+        return f"({' + '.join(part.text(name) for part in self.parts)})"
 
 
 class Reshape(Origin):
