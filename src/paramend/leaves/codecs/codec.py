@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from paramend.leaves.specs import Array, Spec
 # Role of a leaf in its group, "payload" for the codes → what is there, or what is known of it.
 Parts = Mapping[str, Origin]
 Grids = Mapping[str, Array]
+Terms: TypeAlias = list[tuple[np.ufunc, Array]]
 
 
 # What `g_idx` tells the places of.
@@ -94,13 +96,22 @@ class Codec:
 
     def values(self, codes: Array, scales: Grids, box: Box, groups: Groups) -> Array:
         """The values of codes, float32, with scales and zero points from `scales`."""
-        grid = self.fields["scale"]
+        return self.computed(codes, self.terms(scales), box, groups)
+
+    def terms(self, scales: Grids) -> Terms:
+        """What values of codes are computed with, first to last: zero points, then factors."""
         with np.errstate(all="ignore"):
-            values = self.codes.decode(codes)
-            if self.zeros is not None and "zero" in scales:
-                grid.apply(np.subtract, values, self.zeros.decode(scales["zero"]), box, groups)
-            for factor in self.scaling.factors(scales):
-                grid.apply(np.multiply, values, factor, box, groups)
+            found: Terms = [(np.multiply, factor) for factor in self.scaling.factors(scales)]
+        if self.zeros is not None and "zero" in scales:
+            found.insert(0, (np.subtract, self.zeros.decode(scales["zero"])))
+        return found
+
+    def computed(self, codes: Array, terms: Terms, box: Box, groups: Groups) -> Array:
+        """The values of codes, float32, computed with terms that have a place for each block of the box."""
+        values = self.codes.decode(codes)
+        with np.errstate(all="ignore"):
+            for ufunc, term in terms:
+                self.fields["scale"].apply(ufunc, values, term, box, groups)
         return values
 
     def stored_codes(self, views: Parts, box: Box) -> Array:

@@ -51,11 +51,12 @@ def unit(codec: Codec) -> tuple[int, ...]:
     )
 
 
-def bounds_of(codec: Codec, values: Array, changed: Array, box: Box, views: Parts) -> Bounds:
+def bounds_of(codec: Codec, values: Array, changed: Array | None, box: Box, views: Parts) -> Bounds:
     """The bounds of the values of a box, NaN left out."""
     field, groups, zero = codec.fields["scale"], codec.groups(views), np.float32(0)
     low, high = (field.reduced(each, values, box, groups) for each in (np.fmin, np.fmax))
-    return Bounds(np.fmin(low, zero), np.fmax(high, zero), field.reduced(np.logical_or, changed, box, groups))
+    new = np.ones((), np.bool_) if changed is None else field.reduced(np.logical_or, changed, box, groups)
+    return Bounds(np.fmin(low, zero), np.fmax(high, zero), new)
 
 
 def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], keep: bool) -> Grids:

@@ -141,6 +141,9 @@ class Field:
         for axis, (places, every) in enumerate(zip(box, self.every, strict=True)):
             if every == 1 and axis not in groups:
                 continue
+            if axis not in groups and isinstance(places, range) and places.step == 1 and places:
+                values = _reduced(ufunc, values, axis, every or len(places), places[0] % (every or 1))
+                continue
             at = _at(places, every, groups.get(axis))
             if (np.diff(at) < 0).any():
                 order = np.argsort(at, kind="stable")
@@ -239,6 +242,22 @@ def _spread(found: Array, axis: int, places: Places, every: int, group: Array | 
     at = _at(places, every, group)
     spread: Array = np.take(found, np.searchsorted(np.unique(at), at), axis)
     return spread
+
+
+def _reduced(ufunc: np.ufunc, values: Array, axis: int, every: int, into: int) -> Array:
+    """Blocks of places that follow each other, each taken together, where the first one starts inside its block."""
+    ahead, length = (slice(None),) * axis, values.shape[axis]
+    first = min(-into % every, length)
+    stop = first + (length - first) // every * every
+    middle = values[(*ahead, slice(first, stop))]
+    blocks = middle.reshape(*values.shape[:axis], -1, every, *values.shape[axis + 1 :])
+    found = [ufunc.reduce(blocks, axis + 1)] if stop > first else []
+    ends = [part for part in (values[(*ahead, slice(first))], values[(*ahead, slice(stop, None))]) if part.shape[axis]]
+    found += [ufunc.reduce(part, axis, keepdims=True) for part in ends]
+    if first and len(found) > 1:
+        found.insert(0, found.pop(-len(ends)))
+    joined: Array = found[0] if len(found) == 1 else np.concatenate(found, axis)
+    return joined
 
 
 def _filled(array: Array, axis: int, count: int) -> Array:

@@ -7,11 +7,13 @@ import numpy as np
 
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.origins.boxes import Box, shape_of
-from paramend.leaves.origins.origin import CHUNK, Namer, Origin
+from paramend.leaves.origins.origin import Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # Elements that are put together while those before are written.
 _TILE = 1 << 22
+# Elements that are computed together.
+_CACHED = 1 << 17
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,14 +56,26 @@ class Decoded(Origin):
         if not shape:
             return self.codec.decode(self.parts, box).astype(numpy_dtype(self.dtype))
         found = np.empty(shape, numpy_dtype(self.dtype))
+        if not found.size:
+            return found
+        codec, groups = self.codec, self.codec.groups(self.parts)
+        codes, terms = codec.stored_codes(self.parts, box), codec.terms(codec.scales(self.parts, box))
         # Rows of the first axis with more than one place, as many as stay in the CPU cache.
         axis = next((axis for axis, length in enumerate(shape) if length > 1), 0)
-        rows = max(CHUNK * shape[axis] // max(found.size, 1), 1)
+        rows = max(_CACHED * shape[axis] // found.size, 1)
+        every, places, ahead = codec.fields["scale"].every[axis], box[axis], (slice(None),) * axis
+        if axis in groups or not isinstance(places, range) or places.step != 1:
+            rows = shape[axis]
         with np.errstate(all="ignore"):  # what the dtype cannot hold is inf, as in the library
-            for start in range(0, shape[axis] if found.size else 0, rows):
-                here = slice(start, start + rows)
-                some = (*box[:axis], box[axis][here], *box[axis + 1 :])
-                found[(slice(None),) * axis + (here,)] = self.codec.decode(self.parts, some)
+            for start in range(0, shape[axis], rows):
+                here = (*ahead, slice(start, start + rows))
+                some = (*box[:axis], places[start : start + rows], *box[axis + 1 :])
+                blocks = slice(None)
+                if every and rows < shape[axis]:
+                    first = places[0] // every
+                    blocks = slice(some[axis][0] // every - first, some[axis][-1] // every - first + 1)
+                few = [(ufunc, term[(*ahead, blocks)] if term.size > 1 else term) for ufunc, term in terms]
+                found[here] = codec.computed(codes[here], few, some, groups)
         return found
 
     def text(self, name: Namer) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.leaves.codecs.codec import Codec, Parts
 from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, finite, scales_for, unit
-from paramend.leaves.origins.boxes import Box, select, shape_of, whole
+from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
@@ -57,7 +57,7 @@ class Encoded(Origin):
     def read_box(self, box: Box) -> Array:
         if self.role in ("scale", "zero") and self._bounds is not None:
             return np.array(select(self._scales, box))
-        cover = tuple(range(min(places), max(places) + 1) if len(places) else range(0) for places in box)
+        cover = tuple(range(*ends(places)) for places in box)
         found = np.empty(shape_of(cover), numpy_dtype(self.spec.dtype))
         for places in self._boxes(self._needed(cover)) if found.size else ():
             there = self.codec.fields[self.role].places(places)
@@ -89,11 +89,11 @@ class Encoded(Origin):
             codes = np.where(touched, codes, old)
         return own.pack(codes)
 
-    def _read(self, box: Box) -> tuple[Array, Array, Array | None]:
-        """The values of a box, float32; where they are new; and the codes that are there."""
+    def _read(self, box: Box) -> tuple[Array, Array | None, Array | None]:
+        """The values of a box, float32; where they are new; and the codes that are there, if there are any."""
         codec, values = self.codec, self.values.read_box(box)
         if "payload" not in self.kept:
-            return values.astype(np.float32), np.ones(values.shape, np.bool_), None
+            return values.astype(np.float32), None, None
         codes, groups = codec.stored_codes(self.kept, box), codec.groups(self.kept)
         before = codec.values(codes, codec.scales(self.kept, box), box, groups).astype(values.dtype)
         bits = f"u{values.itemsize}"
