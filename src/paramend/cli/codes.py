@@ -8,7 +8,8 @@ import click
 
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.writing import makes, write_made
+from paramend.cli.options import makes
+from paramend.cli.writing import write_made
 from paramend.quantizing.dequantizing import dequantize as as_floats
 from paramend.quantizing.quantizing import quantize as in_scheme
 
