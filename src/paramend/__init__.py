@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from paramend.porting.port import port as port
     from paramend.porting.port import port_ as port_
     from paramend.porting.proof import prove as prove
+    from paramend.quantizing.dequantizing import dequantize as dequantize
+    from paramend.quantizing.quantizing import quantize as quantize
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.verification import verify_record as verify_record
@@ -102,6 +104,8 @@ _LATER = {
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
         "paramend.porting.proof": ("prove",),
+        "paramend.quantizing.dequantizing": ("dequantize",),
+        "paramend.quantizing.quantizing": ("quantize",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.rewriting.provenance": ("record",),
         "paramend.rewriting.verification": ("verify_record",),

@@ -62,7 +62,7 @@ TREES = {
     "jax": lambda tmp_path: {name: jnp.asarray(x) for name, x in stored(FP8).items() if x.dtype != "float64"},
     "safetensors": lambda tmp_path: pm.open(write(tmp_path / "m.safetensors", stored(FP8))),
     "pt": lambda tmp_path: pm.open(saved(tmp_path / "m.pt")),
-    "npz": lambda tmp_path: pm.open(saved(tmp_path / "m.npz", "int8", "EETQ")),
+    "npz": lambda tmp_path: pm.open(saved(tmp_path / "m.npz", "eetq", "EETQ")),
     "msgpack": lambda tmp_path: pm.open(saved(tmp_path / "m.msgpack")),
 }
 
@@ -80,7 +80,7 @@ def test_every_edit_of_values_is_refused(verb, where, tmp_path):
         with pytest.raises(Quantized) as caught:
             getattr(pm.at(tree, selector), verb)(*ARGS.get(verb, ()))
         error = caught.value
-        assert error.scheme in ("fp8-block", "int8") and error.payload.endswith("weight") and len(error.companions) == 1
+        assert error.scheme in ("fp8-block", "eetq") and error.payload.endswith("weight") and len(error.companions) == 1
         assert all(name in str(error) for name in (error.scheme, error.payload, *error.companions, verb))
         assert "raw=True" in error.hint and ("--raw" in error.hint) == isinstance(tree, pm.Checkpoint)
 

@@ -219,6 +219,7 @@ def example_reports():
     target = {"w": np.zeros(3), "v": np.zeros(2), "u": np.zeros(1)}
     layout = pm.Layout([{"from": "a.w", "to": "b.w"}], rest="keep").to({"a": {"w": np.ones(2), "b": np.ones(1)}})[1]
     grafted = pm.graft(target, {"w": np.ones(2), "v": np.ones(2), "x": np.ones(1)}, mismatch="overlap", unused="ok")
+    simulated = pm.quantize({"w": np.ones((8, 8), "float32")}, "w", scheme="int8", simulate=True)[1]
     layers = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     return [
@@ -231,6 +232,7 @@ def example_reports():
         pm.diff(old, new, histograms=True, only="a/**"),
         pm.stats(old, spectral=True, histograms=True),
         grafted[1],
+        simulated,
         refused().report,
         pm.port({"a": {"kernel": np.ones((2, 2))}}, {"b.weight": np.ones((2, 2))})[1],
         port_refused().report,

@@ -20,7 +20,7 @@ FLOORS = [
     {"piecewise", "freezing", "mapping"},
     {"rewriting"},
     {"checkpoints"},
-    {"grafting", "growth", "stacking", "evidence", "recipes"},
+    {"grafting", "growth", "stacking", "evidence", "recipes", "quantizing"},
     {"testing", "lessons", "demo", "ablation", "porting"},
     {"cli"},
 ]

@@ -119,6 +119,14 @@ def test_a_weight_whose_scale_is_in_another_shard_is_one_weight(tmp_path):
     assert scheme == "fp8-block" and list(roles.values()) == ["payload", "scale"]
 
 
+def test_layers_before_a_block_that_predicts_tokens_hold_groups_as_others_do():
+    tree = stored(LAYOUTS["int4", "compressed-tensors"], "layers.0.up_proj", norm=False)
+    tree |= stored(LAYOUTS["int4", "compressed-tensors"], "layers.1.eh_proj", norm=False)
+    leaves = Tree(tree)
+    leaves.index.mark(("layers",), 1)
+    assert [scheme for scheme, _ in told(leaves)] == ["int4", "int4"]
+
+
 def test_groups_of_modules_of_every_framework():
     class Layer(eqx.Module):
         weight: jax.Array

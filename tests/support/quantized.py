@@ -116,7 +116,7 @@ LAYOUTS = {
         "weight_scale": ("bfloat16", (8, 1)),
         "weight_zero_point": ("int8", (8, 1)),
     },
-    ("int8", "EETQ"): {"weight": ("int8", (4, 8)), "weight_scales": ("float16", (8,))},
+    ("eetq", "EETQ"): {"weight": ("int8", (4, 8)), "weight_scales": ("float16", (8,))},
     ("int8", "Praxis"): {
         "w": ("int8", (4, 8)),
         "w_quantized_scale": ("float32", (8,)),

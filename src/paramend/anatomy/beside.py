@@ -1,12 +1,11 @@
-"""What the configuration beside the weights says of them: blocks after the layers, tied heads, quantisation.
+"""What the configuration beside the weights says of them: blocks after the layers, tied heads.
 
 A damaged one says nothing here: whoever needs it reports it.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from paramend.anatomy.sections import config_beside, counted
 from paramend.formats.source import Source
@@ -16,15 +15,8 @@ from paramend.leaves.paths import Names, number_of, text_of
 # How families name the two modules that may share one weight.
 HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "pred_layer", "generator_lm_head"}
 _LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
-_EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
+EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
-# Files in the order in which they count, and the keys below which they say it; () is the file itself.
-_FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("config.json", ("quantization_config", "compression_config", "quantization")),
-    ("quantize_config.json", ()),
-    ("quant_config.json", ()),
-    ("hf_quant_config.json", ("quantization",)),
-)
 
 
 def mark_blocks(source: Source, path: Path) -> None:
@@ -56,7 +48,7 @@ def absent_head(text: str, index: Index, path: Path) -> tuple[str, str] | None:
     if head is None and len(pieces) > 1 and pieces[-2] in _LAST_HEADS:
         head = pieces[-2]
     by_name = {index.pieces(number)[-2:-1]: number for number in reversed(index.numbers)}
-    shared = next((by_name[name,] for name in _EMBEDDINGS if (name,) in by_name), None)
+    shared = next((by_name[name,] for name in EMBEDDINGS if (name,) in by_name), None)
     if head is None and pieces[-2:-1] == ["embed_tokens"] and ("shared",) in by_name:
         head, shared = "embed_tokens", by_name["shared",]  # of an encoder or a decoder
     if head is None or shared is None:
@@ -72,27 +64,3 @@ def absent_head(text: str, index: Index, path: Path) -> tuple[str, str] | None:
         return f"the {head} is tied to {weight} (tie_word_embeddings in config.json)", weight
     family = config.get("model_type")
     return f"the {head} is not stored, as in {f'{family} ' if family else ''}models that tie it to {weight}", weight
-
-
-def quantization_of(path: Path) -> Mapping[str, object] | None:
-    """The part of a configuration that tells how weights are quantised, or None. A damaged one tells nothing here.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}')
-    >>> quantization_of(folder), quantization_of(folder / "model.safetensors")
-    ({'quant_method': 'fp8'}, {'quant_method': 'fp8'})
-    """
-    found = (_part(config_beside(path, name), keys) for name, keys in _FILES)
-    return next((part for part in found if part), None)
-
-
-def _part(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
-    """What lies below one of the keys, in the data itself or in the configuration of its text model."""
-    if not keys:
-        return data
-    for part in (data, data.get("text_config")):
-        for key in keys:
-            if isinstance(part, Mapping) and isinstance(part.get(key), Mapping):
-                return part[key]  # type: ignore[no-any-return]
-    return None

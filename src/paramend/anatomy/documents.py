@@ -52,7 +52,7 @@ class Document:
     Attributes:
         file: where it is.
         before: its text there.
-        text: its text after the edits.
+        text: its text after the edits; nothing if it goes.
         asked: whether a user asked for edits of it; others follow from those of leaves.
         said: what is to be said of it.
     """
@@ -109,7 +109,7 @@ class Document:
     @property
     def changes(self) -> list[Change]:
         """What the edits change."""
-        if self.before in (b"", self.text):
+        if self.before in (b"", self.text) or not self.text:
             return []
         return list(_changes(self.name, parsed(self.before, self.file), self.values))
 

@@ -33,6 +33,9 @@ class Backend(Protocol):
     def like(self, value: Any, x: Any) -> Any:
         """The values of an array of any library, with the spec of `x`, as an array like `x`."""
 
+    def beside(self, values: Any, x: Any) -> Any:
+        """A numpy array as one of the library, on the devices of x, for which it may have another shape and dtype."""
+
     def add(self, x: Any, value: Any) -> Any:
         """x + value, in the dtype of x."""
 

@@ -89,6 +89,15 @@ def from_numpy(array: Any) -> Any:
     return jnp.array(array)
 
 
+def beside(values: Any, x: Any) -> Any:
+    """The values with the sharding of x; whole on each of its devices if they have another shape."""
+    value, named = from_numpy(values), jax.sharding.NamedSharding
+    if isinstance(x, jax.core.Tracer) or not x.committed:
+        return value
+    whole = value.shape != x.shape and isinstance(x.sharding, named)
+    return jax.device_put(value, named(x.sharding.mesh, jax.sharding.PartitionSpec()) if whole else x.sharding)
+
+
 def _operand(value: Any, x: Any) -> Any:
     """A second operand that cannot promote x: Python scalars are weak already, arrays take the dtype of x."""
     if isinstance(value, bool | int | float | complex):

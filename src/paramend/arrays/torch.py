@@ -84,6 +84,10 @@ def from_numpy(array: Any) -> Any:
     return torch.from_numpy(array)
 
 
+def beside(values: Any, x: Any) -> Any:
+    return from_numpy(values).to(x.device)
+
+
 def _wide(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The verb, also for fp8, in which torch cannot compute: operands and result are float32."""
 

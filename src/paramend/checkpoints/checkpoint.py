@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from paramend.anatomy.beside import absent_head, mark_blocks, quantization_of
+from paramend.anatomy.beside import absent_head, mark_blocks
 from paramend.anatomy.documents import Document
+from paramend.anatomy.quantization import quantization_of
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan
@@ -99,7 +100,7 @@ class Checkpoint(Editable):
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
-        return quantization_of(self.path)
+        return quantization_of(self.path, self.texts)
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -87,19 +87,28 @@ def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Pla
     index, rows = plan.index, plan.by_number
     leaves: list[Leaf] = []
     kept: dict[int, list[int]] = {}
+    batches: list[int] = []  # what stays comes from -1: bitsandbytes has names below those of other leaves
     for number in index.numbers:
         if number in places:
             leaves += places[number]
         else:
             kept[number] = [len(leaves)]
             leaves.append((index.paths[number], leaf_of(plan.leaves, number), rows[number]))
+        batches += [number if number in places else -1] * (len(leaves) - len(batches))
     names = [plain(path, index.separator) for path, _, _ in leaves]
-    inside = {plain(path[:depth], index.separator) for path, _, _ in leaves for depth in range(1, len(path))}
-    clashes = [name for name, count in Counter(names).items() if count > 1 or name in inside]
+    inside: dict[str, set[int]] = {}
+    for (path, _, _), batch in zip(leaves, batches, strict=True):
+        for depth in range(1, len(path)):
+            inside.setdefault(plain(path[:depth], index.separator), set()).add(batch)
+    clashes = [name for name, count in Counter(names).items() if count > 1]
+    clashes += [name for name, one in zip(names, batches, strict=True) if inside.get(name, {one}) != {one}]
     if clashes:
         raise RenameClash(
             f"{wording.plural(len(clashes), 'leaf', 'leaves')} would collide with others: "
             f"{wording.listing(clashes, 4)}",
             hint=hint,
         )
-    return gathered(plan.leaves, leaves, texts=plan.texts, ties=ties_of(plan.leaves.ties, kept))
+    made = gathered(plan.leaves, leaves, texts=plan.texts, ties=ties_of(plan.leaves.ties, kept))
+    for path, layers in index.layers.items():
+        made.leaves.index.mark(path, layers)
+    return made

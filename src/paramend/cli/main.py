@@ -55,6 +55,8 @@ ROWS = (
     CommandRow("layout", "stack", "Write a checkpoint stored another way, by the rules of a layout."),
     CommandRow("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
     CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own.", also=("extract",)),
+    CommandRow("dequantize", "codes", "Write a checkpoint with quantised weights as floats."),
+    CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "grow", "Write a model with more layers, or fewer, made from those it has."),
     CommandRow("undo", "undo", "Take back the last edit that was made in place.", opens=False),

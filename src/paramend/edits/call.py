@@ -13,7 +13,7 @@ from paramend.edits.arguments import Args, Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
-from paramend.errors import NoMatch, OutOfRange, SpecMismatch
+from paramend.errors import NoMatch, OutOfRange, SpecMismatch, Unsupported
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 
@@ -166,7 +166,7 @@ def explained(path: str, check: Callable[..., T], *args: Any) -> T:
     """What a check of a leaf gives; its error names the path."""
     try:
         return check(*args)
-    except (SpecMismatch, NoMatch) as error:
+    except (SpecMismatch, NoMatch, Unsupported) as error:
         error.args = (f"{path}: {error}",)
         raise
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from paramend.leaves.leaves import Index, Leaves
+from paramend.leaves.leaves import Index, Layered, Leaves
 from paramend.leaves.paths import Names, text_of
 from paramend.leaves.specs import Spec
 
@@ -51,4 +51,5 @@ class WithGuests:
 
 
 def _copied(names: Names) -> Names:
-    return {label: _copied(child) if type(child) is dict else child for label, child in names.items()}
+    copied = {label: child if type(child) is int else _copied(child) for label, child in names.items()}
+    return Layered(copied, names.layers) if isinstance(names, Layered) else copied

@@ -129,14 +129,14 @@ def _modules(names: Names) -> Iterator[Names]:
         texts = list(map(text_of, inner))
         if any(text.endswith(_ENDS) for text in texts) or len(set(texts)) < len(texts):
             yield inner
-        pending += (child for child in inner.values() if type(child) is dict)
+        pending += (child for child in inner.values() if type(child) is not int)
 
 
 def _local(names: Names) -> dict[str, int]:
     """The leaves of a module by name, with those below a name that is a leaf too, and lists and boxes of one leaf."""
     here = {text_of(label): child for label, child in names.items() if type(child) is int}
     for label, child in names.items():
-        if type(child) is dict and (text_of(label) in here or len(child) == 1):
+        if type(child) is not int and (text_of(label) in here or len(child) == 1):
             below = dict(_below(child, text_of(label), 2))
             # Files of Orbax hold the Variables of NNX as boxes with a `value`.
             here = {**{name.removesuffix(".value"): number for name, number in below.items()}, **here}
@@ -197,6 +197,17 @@ def _companions(row: Scheme, payload: str, known: Container[str]) -> list[tuple[
         else:
             return found
     return None
+
+
+def weight_name(name: str, scheme: Scheme) -> str:
+    """The name of a weight in its module, by that of its payload.
+
+    >>> rows = {row.says: row for row in SCHEMES}
+    >>> weight_name("gate_up_proj_blocks", rows["MXFP4 of gpt-oss"]), weight_name("qweight", rows["GPTQ"])
+    ('gate_up_proj', 'weight')
+    """
+    stems = [stem for template in scheme.payload if (stem := _stem(template, name)) is not None]
+    return min(stems, key=len, default=name) or WEIGHTS[0]
 
 
 def _stem(template: str, name: str) -> str | None:

@@ -3,10 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from paramend.leaves.codecs.bnb import bnb4, bnb8
+from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.fp4 import mxfp4, nvfp4, nvfp4_ct
+from paramend.leaves.codecs.fp8 import fp8, torchao
+from paramend.leaves.codecs.integers import awq, gptq, packed
+from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.specs import Spec
 
 # Spec of the payload, and those of its companions by role → whether their shapes and dtypes agree with the scheme.
 Fit = Callable[[Spec, Mapping[str, Spec]], bool]
+# Name of the scheme, the leaves by role, what a configuration says → how the weight is made of them.
+Coding = Callable[[str, Parts, Stated], Codec]
 
 # In names, `*` is the name of the weight in its module. A name without one is that of the module's companion: it
 # belongs to a payload with one of these names, and not to just any leaf beside it.
@@ -40,6 +48,7 @@ class Scheme:
         fits: whether shapes and dtypes agree with it.
         methods: what `quantization_config` calls it.
         alone: whether its payload is known by its name, without companions.
+        codec: how the weight is made of the leaves; None where it is known only that they are one.
     """
 
     name: str
@@ -50,9 +59,11 @@ class Scheme:
     fits: Fit = lambda payload, companions: True
     methods: tuple[str, ...] = ()
     alone: bool = False
+    codec: Coding | None = None
 
 
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e4m3b11fnuz")
+WORDS, BYTES = ("int32",), ("uint8",)
 FP4 = ("int8", "uint8", "float4_e2m1fn")
 INT8 = ("int8", "int4", "uint4")
 POWERS = ("float8_e8m0fnu", "uint8")
@@ -159,6 +170,7 @@ _EXL3 = (
     Companion("in", ("suh", "su"), "the signs and scales of the inputs"),
     Companion("out", ("svh", "sv"), "the signs and scales of the outputs"),
 )
+_EETQ = (Companion("scale", ("weight_scales",), "the scale"),)
 _INT8_SCALED = (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT)
 
 
@@ -232,27 +244,29 @@ def _rows(payload: Spec, by: Mapping[str, Spec]) -> bool:
 
 # The first row that fits a payload counts; the rows of one library that know less of a layout come after the others.
 SCHEMES: tuple[Scheme, ...] = (
-    Scheme("fp8-tensor", "FP8, one scale", ("*",), FP8, _FP8, _per_tensor, _FP8_METHODS),
-    Scheme("fp8-channel", "FP8, a scale for each channel", ("*",), FP8, _FP8, _per_channel, _FP8_METHODS),
-    Scheme("fp8-block", "FP8, a scale for each block", ("*",), FP8, _FP8, _per_block, _FP8_METHODS),
+    Scheme("fp8-tensor", "FP8, one scale", ("*",), FP8, _FP8, _per_tensor, _FP8_METHODS, codec=fp8),
+    Scheme("fp8-channel", "FP8, a scale for each channel", ("*",), FP8, _FP8, _per_channel, _FP8_METHODS, codec=fp8),
+    Scheme("fp8-block", "FP8, a scale for each block", ("*",), FP8, _FP8, _per_block, _FP8_METHODS, codec=fp8),
     Scheme("fp8", "FP8, scales of another layout", ("*",), FP8, _FP8, methods=_FP8_METHODS),
-    Scheme("nvfp4", "NVFP4 of modelopt", ("*",), FP4, _NVFP4, _by_16, ("modelopt", "nvfp4")),
-    Scheme("nvfp4", "NVFP4 of compressed-tensors", _PACKED, FP4, _NVFP4_PACKED, _by_16, _CT),
-    Scheme("mxfp4", "MXFP4 of gpt-oss", ("*_blocks",), ("uint8",), _MXFP4_BLOCKS, _blocks_of_32, ("mxfp4",)),
-    Scheme("mxfp4", "MXFP4, packed", ("*", *_PACKED), FP4, _MXFP4_PACKED, _by_32, _MXFP4_METHODS),
-    Scheme("int4", "int4 or int8, packed by compressed-tensors", _PACKED, ("int32",), _INT4, methods=_CT, alone=True),
-    Scheme("gptq", "GPTQ", ("qweight",), ("int32",), _GPTQ, _along_in, ("gptq", "auto-round"), alone=True),
-    Scheme("awq", "AWQ", ("qweight",), ("int32",), _GPTQ, _along_out, ("awq", "auto-round"), alone=True),
+    Scheme("nvfp4", "NVFP4 of modelopt", ("*",), FP4, _NVFP4, _by_16, ("modelopt", "nvfp4"), codec=nvfp4),
+    Scheme("nvfp4", "NVFP4 of compressed-tensors", _PACKED, FP4, _NVFP4_PACKED, _by_16, _CT, codec=nvfp4_ct),
+    Scheme("mxfp4", "MXFP4 of gpt-oss", ("*_blocks",), BYTES, _MXFP4_BLOCKS, _blocks_of_32, ("mxfp4",), codec=mxfp4),
+    Scheme("mxfp4", "MXFP4, packed", ("*", *_PACKED), FP4, _MXFP4_PACKED, _by_32, _MXFP4_METHODS, codec=mxfp4),
+    Scheme(
+        "int4", "integers packed by compressed-tensors", _PACKED, WORDS, _INT4, methods=_CT, alone=True, codec=packed
+    ),
+    Scheme("gptq", "GPTQ", ("qweight",), WORDS, _GPTQ, _along_in, ("gptq", "auto-round"), alone=True, codec=gptq),
+    Scheme("awq", "AWQ", ("qweight",), WORDS, _GPTQ, _along_out, ("awq", "auto-round"), alone=True, codec=awq),
     Scheme("packed", "codes of another layout", ("qweight",), (), _GPTQ, methods=("gptq", "awq", "fp_quant")),
-    Scheme("nf4", "nf4 of bitsandbytes", ("*",), (), (*_BNB4, _state("nf4"))),
-    Scheme("fp4", "fp4 of bitsandbytes", ("*",), (), (*_BNB4, _state("fp4"))),
+    Scheme("nf4", "nf4 of bitsandbytes", ("*",), (), (*_BNB4, _state("nf4")), codec=bnb4),
+    Scheme("fp4", "fp4 of bitsandbytes", ("*",), (), (*_BNB4, _state("fp4")), codec=bnb4),
     Scheme("bnb-4bit", "nf4 or fp4 of bitsandbytes", ("*",), ("uint8",), _BNB4, methods=("bitsandbytes",)),
-    Scheme("bnb-int8", "int8 of bitsandbytes", ("*",), ("int8",), _BNB8, methods=("bitsandbytes",)),
+    Scheme("bnb-int8", "int8 of bitsandbytes", ("*",), ("int8",), _BNB8, methods=("bitsandbytes",), codec=bnb8),
     Scheme("mlx", "codes of MLX", ("*",), ("uint32",), _MLX, _rows, ("mlx", "metal")),
-    Scheme("uint8", "uint8, with scales and zero points", ("*",), ("uint8",), _UINT8, _in_groups),
+    Scheme("uint8", "uint8, with scales and zero points", ("*",), ("uint8",), _UINT8, _in_groups, codec=fp8),
     Scheme("bitnet", "BitNet", ("weight",), ("uint8",), _BITNET, methods=("bitnet",)),
     Scheme("tinygemm", "int4 of tinygemm, as gpt-fast stores it", ("weight",), ("int32", "uint8"), _TINYGEMM),
-    Scheme("torchao", "torchao", ("_*_qdata", "*_qdata"), (), _TORCHAO, methods=("torchao",)),
+    Scheme("torchao", "torchao", ("_*_qdata", "*_qdata"), (), _TORCHAO, methods=("torchao",), codec=torchao),
     Scheme("quanto", "quanto", ("_data", "_data._data"), (), _QUANTO, methods=("quanto",)),
     Scheme("hqq", "HQQ", ("W_q",), (), _HQQ, methods=("hqq",)),
     Scheme("aqt", "a QTensor of AQT, or a QArray of Qwix", ("qvalue",), (), _AQT),
@@ -262,7 +276,8 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("exl2", "EXL2", ("q_weight",), ("int32",), _EXL2),
     Scheme("mlc", "MLC", ("q_weight",), ("uint32",), _MLC),
     Scheme("exl3", "EXL3", ("trellis",), ("int16", "uint16"), _EXL3),
-    Scheme("int8", "int8, with scales", ("*",), INT8, _INT8_SCALED, _in_groups, (*_CT, "eetq", "quark")),
+    Scheme("eetq", "int8 of EETQ, in the order of its kernels", ("weight",), INT8, _EETQ, _in_groups, ("eetq",)),
+    Scheme("int8", "int8, with scales", ("*",), INT8, _INT8_SCALED, _in_groups, (*_CT, "quark"), codec=fp8),
     _optimizer_state("1"),
     _optimizer_state("2"),
 )

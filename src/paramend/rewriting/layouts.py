@@ -157,7 +157,8 @@ def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[s
     files, left_out, weights = sidecars(source) if isinstance(source, Shards) else ([], [], [])
     changed = {document.name: document.text for document in made.texts}
     files = [file for file in files if file.name not in changed]
-    files += [text_file(name, text) for name, text in changed.items()]
+    files += [text_file(name, text) for name, text in changed.items() if text]
+    left_out += [f"{name} (no longer true)" for name, text in changed.items() if not text]
     beside, said = followed_files(made, files)
     said += [line for document in made.texts for line in document.said]
     said += [f"copied as they are, with weights of their own: {wording.listing(weights, 4)}"] if weights else []

@@ -138,7 +138,7 @@ class Keys(Text):
         except NoMatch:
             paths = [key for key in self.keys if isinstance(key, str)]
             first = next(iter(self.keys))
-            within = {text_of(label) for label, child in leaves.index.names.items() if type(child) is dict}
+            within = {text_of(label) for label, child in leaves.index.names.items() if type(child) is not int}
             one = len(paths) < len(self.keys) or first in within
             if one and not any(any(char in path for char in "*/.[{") for path in paths):
                 raise

@@ -37,6 +37,20 @@ def chosen(places: Places, of: Places) -> Places:
     return places * of.step + of.start if isinstance(of, range) else of[places]
 
 
+def ends(places: Places) -> tuple[int, int]:
+    """The least of some places, and one after the greatest; (0, 0) if there are none.
+
+    >>> ends(range(9, 0, -3)), ends(np.array([4, 2])), ends(range(0))
+    ((3, 10), (2, 5), (0, 0))
+    """
+    if not len(places):
+        return 0, 0
+    if isinstance(places, range):
+        first, last = sorted((places[0], places[-1]))
+        return first, last + 1
+    return int(places.min()), int(places.max()) + 1
+
+
 def evenly(places: Places) -> Places:
     """The places as a range if they are at equal distances, so that they can be read as a slice.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.errors import Unsupported
 from paramend.leaves.mapped import forget
-from paramend.leaves.origins.boxes import Box, bare, contiguous, select, shape_of
+from paramend.leaves.origins.boxes import Box, bare, contiguous, ends, select, shape_of
 from paramend.leaves.origins.origin import Extent, Given, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -68,12 +68,12 @@ class Stored(Origin):
         if run is not None:
             return self.read_range(*run).reshape([len(places) for places in box])
         if hasattr(self.source, "read_box"):  # a protocol is slow to ask for, and a tile asks hundreds of times
-            cover = [(min(places), max(places) + 1) if len(places) else (0, 0) for places in box]
+            cover = [ends(places) for places in box]
             found = self.source.read_box(self.number, tuple(slice(*each) for each in cover))
             return select(found, tuple(_shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
         array = self.read()
         found = np.array(select(bare(array), box), order="C").view(array.dtype)
-        forget(array, min(box[0]) if len(box[0]) else 0, max(box[0], default=0) + 1)
+        forget(array, *ends(box[0]))
         return found
 
 

@@ -1,0 +1,141 @@
+"""`Codec`: how a weight is made of the leaves of its group, and back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from paramend.leaves.codecs.codes import Codes
+from paramend.leaves.codecs.fields import NO_GROUPS, Field, Groups
+from paramend.leaves.origins.boxes import Box
+from paramend.leaves.origins.moved import permute_axes, reshape
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.specs import Array, Spec
+
+# Role of a leaf in its group, "payload" for the codes → what is there, or what is known of it.
+Parts = Mapping[str, Origin]
+Grids = Mapping[str, Array]
+Terms: TypeAlias = list[tuple[np.ufunc, Array]]
+
+
+# What `g_idx` tells the places of.
+_GROUPED = ("scale", "zero")
+
+
+class Scaling(ABC):
+    """What the values of codes are multiplied by: made of the leaves with scales."""
+
+    @abstractmethod
+    def factors(self, grids: Grids) -> tuple[Array, ...]:
+        """Factors in float32, in the order in which values are multiplied by them."""
+
+    @abstractmethod
+    def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
+        """The scales, as they are stored, with which the greatest code is for the greatest magnitude of a block.
+
+        Args:
+            greatest: the greatest magnitude of each block, float32.
+            limit: the greatest code's value.
+            spec: that of the stored scales.
+            grids: what stays, as scales of scales.
+        """
+
+    def through(self, factor: float) -> tuple[str, float] | None:
+        """The role of the leaf that takes a factor of the weight, and the factor for it; None if none can."""
+        return "scale", factor
+
+    def top(self, greatest: Array, limit: float) -> Array:
+        """The scale of scales for the greatest magnitude of a weight, float32."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Codec:
+    """How one weight is made of codes and scales. It holds no values.
+
+    Attributes:
+        scheme: the name of the scheme.
+        spec: shape and dtype of the weight, its axes in the order of storage; the dtype is that of the library.
+        fields: role → how the leaf lies over the weight.
+        codes: what the codes of the payload stand for.
+        scaling: what they are multiplied by.
+        zeros: what the codes of the zero points stand for; None if there are none.
+        axes: for each axis of the weight in its model, that of storage; empty if they are the same.
+        shape: the shape of the weight in its model, if its elements are stored as one row.
+    """
+
+    scheme: str
+    spec: Spec
+    fields: Mapping[str, Field]
+    codes: Codes
+    scaling: Scaling
+    zeros: Codes | None = None
+    axes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = field(default=())
+
+    def views(self, parts: Parts) -> Parts:
+        """The leaves with the axes of the weight in storage."""
+        return {role: each.view(parts[role]) for role, each in self.fields.items() if role in parts}
+
+    def weight(self, stored: Origin) -> Origin:
+        """A weight as its model has it, of one with the axes of storage."""
+        if self.shape:
+            return reshape(stored, self.shape)
+        return permute_axes(stored, self.axes) if self.axes else stored
+
+    def decode(self, views: Parts, box: Box) -> Array:
+        """The values of a box, float32: nothing is rounded but by the operations of float32.
+
+        Args:
+            views: the leaves, from `views`.
+            box: the places, in axes of storage.
+        """
+        return self.values(self.stored_codes(views, box), self.scales(views, box), box, self.groups(views))
+
+    def values(self, codes: Array, scales: Grids, box: Box, groups: Groups) -> Array:
+        """The values of codes, float32, with scales and zero points from `scales`."""
+        return self.computed(codes, self.terms(scales), box, groups)
+
+    def terms(self, scales: Grids) -> Terms:
+        """What values of codes are computed with, first to last: zero points, then factors."""
+        with np.errstate(all="ignore"):
+            found: Terms = [(np.multiply, factor) for factor in self.scaling.factors(scales)]
+        if self.zeros is not None and "zero" in scales:
+            found.insert(0, (np.subtract, self.zeros.decode(scales["zero"])))
+        return found
+
+    def computed(self, codes: Array, terms: Terms, box: Box, groups: Groups) -> Array:
+        """The values of codes, float32, computed with terms that have a place for each block of the box."""
+        values = self.codes.decode(codes)
+        with np.errstate(all="ignore"):
+            for ufunc, term in terms:
+                self.fields["scale"].apply(ufunc, values, term, box, groups)
+        return values
+
+    def stored_codes(self, views: Parts, box: Box) -> Array:
+        """The codes of a box, one byte each."""
+        return self.fields["payload"].read(views["payload"], box).view(np.uint8)
+
+    def scales(self, views: Parts, box: Box) -> dict[str, Array]:
+        """Scales, zero points and scales of scales, one for each place of the grid of scales that a box needs."""
+        groups = self.groups(views)
+        one = self.fields["scale"].first(box, groups)
+        return {
+            role: each.read(views[role], one, groups if role in _GROUPED else NO_GROUPS)
+            for role, each in self.fields.items()
+            if role in views and role not in ("payload", "group")
+        }
+
+    def groups(self, views: Parts) -> Groups:
+        """What `g_idx` says of an axis."""
+        if "group" not in views or "group" not in self.fields:
+            return NO_GROUPS
+        axis = next(axis for axis, every in enumerate(self.fields["group"].every) if every)
+        return {axis: views["group"].read().reshape(-1)}
+
+    @property
+    def encodes(self) -> tuple[str, ...]:
+        """The roles of the leaves that new values change: the codes first, then scales and zero points."""
+        return tuple(role for role in ("payload", *_GROUPED) if role in self.fields)

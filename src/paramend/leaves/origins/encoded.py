@@ -1,0 +1,213 @@
+"""`Encoded`: a leaf of a group for new values of its weight, computed block by block as it is read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+
+from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, finite, scales_for, unit
+from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
+from paramend.leaves.origins.moved import permute_axes, reshape
+from paramend.leaves.origins.origin import CHUNK, Namer, Origin
+from paramend.leaves.specs import Array, Spec, numpy_dtype
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Encoded(Origin):
+    """A leaf of a group with the axes of the weight; `encoded` gives it as it is stored.
+
+    Attributes:
+        codec: how values are encoded.
+        values: the weight, with the axes of storage.
+        role: the leaf: "payload", "scale", "zero" or "global".
+        kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
+        keep: whether scales are kept, and only codes change.
+    """
+
+    codec: Codec
+    values: Origin
+    role: str
+    kept: Parts = field(default_factory=dict)
+    keep: bool = False
+    moves = False
+
+    @property
+    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
+        return (self.values, *self.kept.values())
+
+    @property
+    def spec(self) -> Spec:
+        return self.codec.fields[self.role].spec
+
+    @property
+    def bits(self) -> int:
+        return 8 * numpy_dtype(self.spec.dtype).itemsize
+
+    @property
+    def extents(self) -> None:
+        """None: the bytes are computed."""
+
+    def text(self, name: Namer) -> str:
+        how = ", scales kept" if self.keep else ""
+        return f"encode({self.codec.scheme}, {self.values.text(name)}{how}).{self.role}"
+
+    def read_box(self, box: Box) -> Array:
+        if self.role in ("scale", "zero") and self._bounds is not None:
+            return np.array(select(self._scales, box))
+        cover = tuple(range(*ends(places)) for places in box)
+        found = np.empty(shape_of(cover), numpy_dtype(self.spec.dtype))
+        for places in self._boxes(self._needed(cover)) if found.size else ():
+            there = self.codec.fields[self.role].places(places)
+            words = self.codec.fields[self.role].words(there)
+            new, old = [], []
+            for stored, wanted in zip(words, cover, strict=True):
+                low, high = max(stored[0], wanted.start), min(stored[-1] + 1, wanted.stop)
+                new.append(slice(low - stored[0], high - stored[0]))
+                old.append(slice(low - wanted.start, high - wanted.start))
+            found[tuple(old)] = self._encoded(places)[tuple(new)]
+        near = (_moved(places, low.start) for places, low in zip(box, cover, strict=True))
+        return np.array(select(found, tuple(near)))
+
+    def _encoded(self, box: Box) -> Array:
+        """The words of a box of the weight."""
+        codec, own = self.codec, self.codec.fields[self.role]
+        if self.role == "global":
+            return own.pack(self._tops_at(box)["global"])
+        values, changed, old = self._read(box)
+        bounds = self._bounds_at(box) or bounds_of(codec, values, changed, box, self.kept)
+        scales = scales_for(codec, bounds, box, self.kept, self._tops_at(box), self.keep)
+        if self.role != "payload":
+            return own.pack(scales[self.role])
+        groups, scale = codec.groups(self.kept), codec.fields["scale"]
+        there = codec.scales(self.kept, box) | dict(self._tops_at(box)) | dict(scales)
+        codes = codes_for(codec, values, there, box, groups)
+        if old is not None:
+            touched = np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
+            codes = np.where(touched, codes, old)
+        return own.pack(codes)
+
+    def _read(self, box: Box) -> tuple[Array, Array | None, Array | None]:
+        """The values of a box, float32; where they are new; and the codes that are there, if there are any."""
+        codec, values = self.codec, self.values.read_box(box)
+        if "payload" not in self.kept:
+            return values.astype(np.float32), None, None
+        codes, groups = codec.stored_codes(self.kept, box), codec.groups(self.kept)
+        before = codec.values(codes, codec.scales(self.kept, box), box, groups).astype(values.dtype)
+        bits = f"u{values.itemsize}"
+        return values.astype(np.float32), values.view(bits) != before.view(bits), codes
+
+    # ---- which part of the weight ------------------------------------------------------------------------------------
+
+    def _needed(self, words: tuple[range, ...]) -> tuple[range, ...]:
+        """The places of the weight that some words are made of, as whole units."""
+        own, units, found = self.codec.fields[self.role], unit(self.codec), []
+        for axis, (places, length) in enumerate(zip(words, self.codec.spec.shape, strict=True)):
+            every = own.every[axis]
+            if not every:
+                found.append(range(min(length, units[axis])))
+                continue
+            start, stop = places.start, places.stop
+            if own.packing is not None and own.packing.axis == axis:
+                codes, count = own.packing.lump(numpy_dtype(own.spec.dtype).itemsize)
+                start, stop = start // count * codes, -(-stop // count) * codes
+            start, stop = start * every // units[axis], -(-stop * every // units[axis])
+            found.append(range(start * units[axis], min(stop * units[axis], length)))
+        return tuple(found)
+
+    def _boxes(self, of: Box) -> Iterator[Box]:
+        """Boxes of some places that are encoded one by one: a few rows of units, of all the columns that are there."""
+        axis = max(len(of) - 2, 0)
+        size = max(len(of[-1]), 1) if axis < len(of) - 1 else 1
+        rows = unit(self.codec)[axis] * max(CHUNK // (unit(self.codec)[axis] * size), 1)
+        last = whole(self.codec.spec.shape[axis + 1 :])
+        for above in product(*of[:axis]):
+            for at in range(0, len(of[axis]), rows):
+                band = of[axis][at : at + rows]
+                yield (*(range(place, place + 1) for place in above), band, *last)
+
+    @cached_property
+    def _bounds(self) -> Bounds | None:
+        """The bounds of all blocks, where boxes do not hold whole blocks; None where they do."""
+        scale, codec = self.codec.fields["scale"], self.codec
+        axis, groups = max(len(scale.every) - 2, 0), codec.groups(self.kept)
+        lengths = zip(scale.every[: axis + 1], codec.spec.shape, strict=False)
+        if not groups and not any(not every and length > 1 for every, length in lengths):
+            return None
+        shape = scale.spec.shape
+        bounds = Bounds(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.bool_))
+        for box in self._boxes(whole(codec.spec.shape)):
+            values, changed, _ = self._read(box)
+            here = np.ix_(*map(np.asarray, scale.places(box, groups)))
+            some = bounds_of(codec, values, changed, box, self.kept)
+            for ufunc, all_, part in zip((np.fmin, np.fmax, np.logical_or), bounds, some, strict=True):
+                all_[here] = ufunc(all_[here], part)
+        return bounds
+
+    @cached_property
+    def _scales(self) -> Array:
+        """All scales or zero points, as they are stored, where boxes do not hold whole blocks."""
+        codec, own, box = self.codec, self.codec.fields[self.role], whole(self.codec.spec.shape)
+        bounds = self._bounds_at(box)
+        assert bounds is not None
+        found = scales_for(codec, bounds, box, self.kept, self._tops, self.keep)[self.role]
+        if self.role not in self.kept:
+            return own.pack(found)
+        grid = whole(codec.fields["scale"].spec.shape)
+        codes = np.array(own.codes(self.kept[self.role].read(), grid))
+        codes[np.ix_(*map(np.asarray, own.places(box, codec.groups(self.kept))))] = found
+        return own.pack(codes)
+
+    def _bounds_at(self, box: Box) -> Bounds | None:
+        if self._bounds is None:
+            return None
+        scale = self.codec.fields["scale"]
+        here = np.ix_(*map(np.asarray, scale.places(box, self.codec.groups(self.kept))))
+        return Bounds(*(each[here] for each in self._bounds))
+
+    @cached_property
+    def _tops(self) -> Mapping[str, Array]:
+        """New scales of scales, one for each place of their grid."""
+        top = self.codec.fields.get("global")
+        if top is None or "global" in self.kept:
+            return {}
+        greatest = np.zeros(top.spec.shape, np.float32)
+        for box in self._boxes(whole(self.codec.spec.shape)):
+            here = np.ix_(*map(np.asarray, top.places(box)))
+            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)[0]), box))
+        return {"global": self.codec.scaling.top(greatest, self.codec.codes.limit)}
+
+    def _tops_at(self, box: Box) -> Mapping[str, Array]:
+        return {
+            role: each[np.ix_(*map(np.asarray, self.codec.fields[role].places(box)))]
+            for role, each in self._tops.items()
+        }
+
+
+def encoded(
+    codec: Codec, weight: Origin, specs: Mapping[str, Spec], kept: Parts | None = None, *, keep: bool = False
+) -> dict[str, Origin]:
+    """The leaves of a group for new values of its weight, by role: those that change.
+
+    Args:
+        codec: how they are encoded.
+        weight: the values, with the axes that the model has.
+        specs: role → spec of the leaf as it is stored.
+        kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
+            bytes. Of a new weight, the leaves that are known without its values.
+        keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
+    """
+    views = codec.views(kept or {})
+    axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
+    values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight
+    roles = codec.encodes if not keep or not finite(codec, views) else codec.encodes[:1]
+    if "payload" not in views:
+        roles = tuple(role for role in roles if role not in views)
+    roles = (*roles, *(() if "global" in views or "global" not in codec.fields else ("global",)))
+    return {role: reshape(Encoded(codec, values, role, views, keep), specs[role].shape) for role in roles}
+
+
+def _moved(places: range | Array, low: int) -> range | Array:
+    return range(places.start - low, places.stop - low, places.step) if isinstance(places, range) else places - low

@@ -1,0 +1,99 @@
+"""Weights: what the groups of a tree or a checkpoint are as leaves of the model, with their values as origins."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from paramend.errors import Quantized
+from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.codecs.stated import NOTHING, Stated, disagree
+from paramend.leaves.groups import Group, Named, weight_name
+from paramend.leaves.origins.decoded import decoded
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.paths import write_path
+from paramend.leaves.specs import Spec
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Weight:
+    """A group as one leaf of its model.
+
+    Attributes:
+        path: `<module>.weight`, or the name that the parameter has without its quantisation.
+        group: the leaves.
+        codec: how they make it.
+        parts: role → leaf.
+    """
+
+    path: str
+    group: Group
+    codec: Codec
+    parts: Mapping[str, Origin]
+
+    @property
+    def spec(self) -> Spec:
+        """Its shape, (out, in) also where the leaves are stored otherwise, and the dtype of its library."""
+        return self.origin().spec
+
+    def origin(self, dtype: str = "") -> Origin:
+        """Its values, computed piece by piece as they are read.
+
+        Args:
+            dtype: the dtype to which they are rounded, once; the library's by default.
+        """
+        return decoded(self.codec, self.parts, dtype)
+
+
+def weight_of(
+    leaves: Named, group: Group, leaf_of: Callable[[int], Origin], stated: Callable[[str], Stated] | None = None
+) -> Weight:
+    """The weight that a group is.
+
+    Args:
+        leaves: the tree or the checkpoint.
+        group: from `groups_of(leaves)`.
+        leaf_of: number → origin of the leaf as it is stored.
+        stated: name of a module → what the configuration says, from `anatomy.quantization`.
+
+    Raises:
+        Quantized: no codec of its scheme is known, or a leaf is not here.
+        SpecMismatch: leaves and configuration disagree.
+
+    >>> import numpy as np
+    >>> from paramend.leaves.groups import groups_of
+    >>> from paramend.leaves.origins.stored import Held
+    >>> from paramend.trees.tree import Tree
+    >>> stored = {"weight_packed": np.array([[0x76543210]], np.int32), "weight_scale": np.full((1, 1), 0.5, np.float32)}
+    >>> tree = Tree({"fc": stored})
+    >>> weight = weight_of(tree, groups_of(tree)[0], lambda number: Held(tree.read(number)))
+    >>> weight.path, str(weight.spec), weight.origin().read().tolist()
+    ('fc/weight', 'float32[1,8]', [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]])
+    """
+    index, scheme = leaves.index, group.scheme
+    here = ", ".join(index.path(number) for number in group.numbers)
+    says = stated(write_path(index.paths[group.numbers[0]][:-1], index.separator)) if stated else NOTHING
+    if group.missing:
+        if says.ignored:
+            raise disagree(f"{here} is quantised", f"{says.ignored!r} of the ignore list names it")
+        raise disagree(f"{here} is here", f"the {' and the '.join(group.missing)} of it is not")
+    parts = {group.role(number): leaf_of(number) for number in group.numbers}
+    if says.ignored:
+        ignored = f"{says.ignored!r} of the ignore list names it"
+        raise disagree(f"{here} are a quantised weight ({scheme.name})", ignored, *parts.values())
+    if scheme.codec is None:
+        raise Quantized(
+            f"{here} is a weight in {scheme.name} ({scheme.says}), which cannot be decoded",
+            scheme=scheme.name,
+            payload="" if group.payload is None else index.path(group.payload),
+            companions=tuple(map(index.path, group.companions)),
+            hint="open it with raw=True to see what is stored",
+        )
+    last = index.pieces(group.numbers[0])[-1] in ("kernel", "w")
+    codec = scheme.codec(scheme.name, parts, replace(says, outputs_last=last))
+    return Weight(path_of(leaves, group), group, codec, parts)
+
+
+def path_of(leaves: Named, group: Group) -> str:
+    """The path of the weight that a group is: its payload's, if that has no name of its own."""
+    assert group.payload is not None
+    path, name = leaves.index.path(group.payload), leaves.index.pieces(group.payload)[-1]
+    return path.removesuffix(name) + weight_name(name, group.scheme)

@@ -1,0 +1,198 @@
+"""Floats as a scheme would have them, or in it: `pm.quantize`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from paramend.anatomy.beside import EMBEDDINGS, HEADS
+from paramend.anatomy.recoding import quantised
+from paramend.arrays.registry import backend
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.edits.call import explained
+from paramend.edits.memory import editable
+from paramend.edits.plan import call
+from paramend.errors import Quantized, SpecMismatch, Unsupported
+from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.codecs.fresh import Layout, codec_for, layout_of
+from paramend.leaves.leaves import Group
+from paramend.leaves.origins.decoded import decoded
+from paramend.leaves.origins.encoded import encoded
+from paramend.leaves.origins.moved import permute_axes
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Held
+from paramend.leaves.paths import Label, text_of, write_path
+from paramend.leaves.schemes import WEIGHTS
+from paramend.leaves.specs import Spec
+from paramend.quantizing.choice import Seen, followed, keys, renamed
+from paramend.quantizing.report import Coded, QuantizeReport
+from paramend.selectors.selector import SelectorLike, Union, resolve, sel
+
+T = TypeVar("T")
+
+
+def quantize(
+    model: T, selector: SelectorLike, *, scheme: str, simulate: bool = False, group_size: int | None = None
+) -> tuple[T, QuantizeReport]:
+    """A model with weights in a quantised scheme, rounded to the nearest, and the report: how far they are off.
+
+    Scales are chosen by the greatest magnitude of each block. There is no calibration. Embeddings and heads stay floats
+    unless the selector names them, and so do norms and biases, which are no matrices. Beside a checkpoint,
+    `quantization_config` says what is quantised, as transformers and compressed-tensors read it.
+
+    Args:
+        model: a checkpoint from `pm.open`, which is written in bounded memory, and read once here for the report; or a
+            tree in memory: dicts, a state dict; with `simulate` modules and kernels of JAX too.
+        selector: the weights.
+        scheme: "fp8-tensor", "fp8-channel", "fp8-block", "int8" or "int4" (as compressed-tensors packs them), "gptq",
+            "awq", "mxfp4", "nvfp4", "nf4", "fp4", "bnb-int8".
+        simulate: whether the leaves stay floats, with the values that the scheme gives: what int4 in this layer costs.
+        group_size: how many inputs share a scale, where the scheme leaves it open; -1 for all. int4, GPTQ and AWQ have
+            128, int8 all of them.
+
+    Returns:
+        The model, of the same type, and for each weight its relative L2 and its greatest difference to what it was.
+
+    Raises:
+        NoMatch: the selector names nothing.
+        SpecMismatch: a weight has no such form, such as one whose inputs the groups do not divide.
+        Quantized: a selected weight is quantised already.
+        Unsupported: what is there is quantised in another way, or is no `weight` of a state dict.
+        BadArgument: there is no such scheme.
+
+    >>> model = {"fc": {"kernel": np.linspace(-1, 1, 256, dtype="float32").reshape(128, 2)}}
+    >>> tree, report = pm.quantize(model, "**", scheme="int4", simulate=True)
+    >>> tree["fc"]["kernel"].shape, len(np.unique(tree["fc"]["kernel"])) <= 32, f"{report.rows[0].relative_l2:.2f}"
+    ((128, 2), True, '0.07')
+    """
+    leaves = editable(model)
+    seen = Seen(leaves)
+    numbers = _chosen(seen, selector)
+    news = [_new(seen, number, scheme, group_size, simulate=simulate) for number in numbers]
+    rows = tuple(explained(seen.index.path(new.number), new.row, seen) for new in news)
+    said: tuple[str, ...] = ()
+    tree: Any
+    if simulate and not isinstance(leaves, Checkpoint):
+        values = {new.number: new.values(seen.origin(new.number)).read() for new in news}
+        tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
+    else:
+        tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
+    if not simulate:
+        modules, floats = seen.modules(numbers), seen.floats(numbers)
+        says = partial(quantised, scheme=scheme, group_size=group_size, modules=modules, floats=floats)
+        tree, said = followed(tree, says)
+    kept = {seen.index.path(at): group.scheme.name for at, group in seen.groups.items()}
+    others = len(seen.index.numbers) - len(rows) - len(kept)
+    return cast(T, tree), QuantizeReport("simulated" if simulate else "quantised", rows, kept, others, said)
+
+
+def _chosen(seen: Seen, selector: SelectorLike) -> list[int]:
+    """The leaves that a selector means: of what wildcards take, the matrices that schemes are for.
+
+    Raises:
+        Quantized, SpecMismatch: a selector takes nothing else than leaves that cannot be quantised.
+    """
+    selector, found = sel(selector), set[int]()
+    for part in selector.parts if isinstance(selector, Union) else (selector,):
+        numbers = resolve(part, seen)
+        some = {number for number in numbers if not _hindrance(seen, number, repr(part))}
+        if not some:
+            path, why = seen.index.path(numbers[0]), _hindrance(seen, numbers[0], repr(part))
+            if numbers[0] in seen.groups:
+                scheme = seen.groups[numbers[0]].scheme.name
+                raise Quantized(f"{path} {why}", scheme=scheme, payload=path, hint="tree, _ = pm.dequantize(model)")
+            raise SpecMismatch(f"{path} cannot be quantised: it {why}", hint='"**/*_proj/weight"')
+        found |= some
+    return seen.index.ordered(found)
+
+
+def _hindrance(seen: Seen, number: int, said: str) -> str:
+    """Why a leaf is not quantised where a selector takes it among others, or ""."""
+    if number in seen.groups:
+        return f"is quantised already ({seen.groups[number].scheme.name})"
+    spec, (*above, name) = seen.spec(number), seen.index.pieces(number)
+    if spec.kind != "float" or spec.ndim not in (2, 3):
+        return f"is {spec}, no matrix of floats"
+    if name not in WEIGHTS and not name.endswith("_proj"):
+        return f"is no {' or '.join(WEIGHTS)} of a module"
+    module = above[-1] if above else ""
+    apart = module in HEADS or module in EMBEDDINGS
+    return f"is the weight of {module}, which counts only where it is named" if apart and module not in said else ""
+
+
+@dataclass(frozen=True, eq=False)
+class _New:
+    """A weight and the leaves that it becomes.
+
+    Attributes:
+        number: the number of its leaf.
+        layout: the leaves.
+        codec: how they are made.
+        turned: whether the model has its outputs last, as JAX does.
+    """
+
+    number: int
+    layout: Layout
+    codec: Codec
+    turned: bool
+
+    def parts(self, weight: Origin) -> dict[str, Origin]:
+        """The leaves by role, in the order of the layout."""
+        known: dict[str, Origin] = {role: Held(values) for role, values in self.layout.known.items()}
+        found = known | encoded(self.codec, self._turn(weight), self.layout.specs, known)
+        return {role: found[role] for role in self.layout.names}
+
+    def values(self, weight: Origin, dtype: str = "") -> Origin:
+        """The values that the leaves stand for."""
+        return self._turn(decoded(self.codec, self.parts(weight), dtype or weight.spec.dtype))
+
+    def _turn(self, weight: Origin) -> Origin:
+        return permute_axes(weight, (1, 0)) if self.turned else weight
+
+    def paths(self, seen: Seen) -> list[tuple[Label, ...]]:
+        """The paths of the leaves."""
+        path = seen.index.paths[self.number]
+        return [renamed(path, name.replace("*", text_of(path[-1]))) for name in self.layout.names.values()]
+
+    def row(self, seen: Seen) -> Coded:
+        """The row of a report; the weight is read."""
+        weight, path = seen.origin(self.number), seen.index.path(self.number)
+        values, norm, off, most = self.values(weight, "float32"), 0.0, 0.0, 0.0
+        for start, stop in values.ranges():
+            was = weight.read_range(start, stop).astype(np.float64)
+            gap = np.abs(values.read_range(start, stop) - was)
+            norm, off, most = norm + float(was @ was), off + float(gap @ gap), max(most, float(gap.max(initial=0)))
+        if not np.isfinite(off):
+            raise SpecMismatch("it holds values that are not finite, for which there is no scale")
+        names = tuple(write_path(each, seen.index.separator) for each in self.paths(seen))
+        return Coded(path, self.codec.scheme, weight.spec, names, (off / norm) ** 0.5 if norm else 0.0, most)
+
+    def regrouped(self, seen: Seen, *, simulate: bool) -> Group:
+        """The leaf, which becomes several, or one with the values that they stand for."""
+
+        def make(old: Sequence[Any]) -> list[Any]:
+            weight = seen.origin(self.number)
+            made = [self.values(weight)] if simulate else list(self.parts(weight).values())
+            return made if isinstance(old[0], Origin) else [backend(old[0]).beside(e.read(), old[0]) for e in made]
+
+        paths = [seen.index.paths[self.number]] if simulate else self.paths(seen)
+        return Group((self.number,), tuple(map(keys, paths)), make)
+
+
+def _new(seen: Seen, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _New:
+    """What a leaf becomes."""
+    spec, path = seen.spec(number), seen.index.path(number)
+    turned = seen.index.pieces(number)[-1] in ("kernel", "w")
+    if spec.ndim > 2 and (turned or scheme != "fp8-block"):
+        raise Unsupported(
+            f"{path} is {spec}: which of its axes are inputs is not known", hint="pm.sel(selector).where(ndim=2)"
+        )
+    if not simulate and turned:
+        raise Unsupported(f"{path} has its inputs first, as JAX does, and {scheme} its outputs", hint="simulate=True")
+    if not simulate and len(seen.leaves.twins(number)) > 1:
+        raise Unsupported(f"{path} is one leaf under several paths, which quantised ones cannot be")
+    inner = Spec(spec.shape[::-1], spec.dtype) if turned else spec
+    layout = explained(path, layout_of, scheme, inner, group_size)
+    return _New(number, layout, codec_for(scheme, layout), turned)
