@@ -245,7 +245,13 @@ class Checkpoint(Editable):
 
     def edited(self, calls: Mapping[int, Call]) -> "Checkpoint":
         check_calls(self, calls)
-        return self.planned(self.plan.edited(calls))
+        sealed = {n: call for n, call in calls.items() if call.op.moves is not None and self.source.refusal(n)}
+        made = self.planned(self.plan.edited({n: call for n, call in calls.items() if n not in sealed}))
+        if not sealed:
+            return made
+        from paramend.checkpoints.gathering import moved  # most leaves can be read
+
+        return made.remade(moved(made.plan, sealed))
 
     def planned(self, plan: Plan, recipe: str = "") -> "Checkpoint":
         """The same checkpoint with another plan."""

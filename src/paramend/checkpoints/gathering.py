@@ -1,17 +1,20 @@
 """Gathering: the plan of a checkpoint whose leaves come from anywhere, with the edits that each brings along."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from paramend.anatomy.documents import Document
+from paramend.edits.call import Call, Moves, explained
 from paramend.edits.plan import Plan, Row
-from paramend.errors import RenameClash
+from paramend.errors import RenameClash, Unsupported
 from paramend.formats.gathered import Gathered, leaf_of
 from paramend.leaves.leaves import Group, plain, tied
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.paths import Label, labels
+from paramend.leaves.origins.texts import shortened
+from paramend.leaves.paths import Label, labels, write_path
 from paramend.piecewise.rows import expression
 from paramend.reports import wording
 
@@ -51,9 +54,36 @@ def regrouped(plan: Plan, groups: Sequence[Group]) -> Plan:
     return replaced(plan, places, "into=, paths that are free")
 
 
+def moved(plan: Plan, calls: Mapping[int, Call]) -> Plan:
+    """The plan with calls that move elements of leaves that cannot be read, whose bytes are copied.
+
+    Raises:
+        SpecMismatch: a call does not fit its leaf.
+        Unsupported: as in `replaced`.
+    """
+    places: dict[int, list[Leaf]] = {}
+    for number, call in calls.items():
+        for row in map(plan.by_number.__getitem__, plan.twins(number)):
+            explained(row.path, call.spec, row.spec)
+            origin = cast(Moves, call.op.moves)(expression(plan.leaves, row), call.args)
+            places[row.source] = [(row.labels, origin, None)]
+    return replaced(plan, places, "")
+
+
 def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Plan:
-    """The plan with other leaves in the places of some; `RenameClash`, with a hint, if two leaves would have one path,
-    or one would have the path of a container of others."""
+    """The plan with other leaves in the places of some.
+
+    Raises:
+        RenameClash: two leaves would have one path, or one would have the path of a container of others.
+        Unsupported: a new leaf is made of others that cannot be read, and not of whole bytes of theirs.
+    """
+    for path, origin, _ in itertools.chain.from_iterable(places.values()):
+        if origin.refusal and origin.spec.size and not origin.extents:
+            name = write_path(path, plan.index.separator)
+            raise Unsupported(
+                f"{name} cannot be made of {shortened(str(origin))}: {origin.refusal}",
+                hint="what moves whole rows copies bytes: axis=0",
+            )
     index, rows = plan.index, plan.by_number
     leaves: list[Leaf] = []
     kept: dict[int, list[int]] = {}

@@ -15,7 +15,7 @@ from paramend.reports import wording
 
 _RECIPES = (".yaml", ".yml", ".json")
 # An argument as it is written in Python.
-_GIVEN = re.compile(r"""(?<![\w.])(\w+)=("[^"\n]*"|'[^'\n]*'|\[[^]\n]*\]|-?[\d.]+(?!\w))""")
+_GIVEN = re.compile(r"""(?<![\w.])(\w+)=("[^"\n]*"|'[^'\n]*'|\[[^]\n]*\]|\{[^}\n]*\}|-?[\d.]+(?!\w))""")
 # Command → name of an argument in Python → the options that it may come from.
 _FROM = {"deepen": {"count": ["blocks"], "times": ["stack", "interleave"], "drop": ["overlap"], "layers": ["drop"]}}
 
@@ -34,6 +34,7 @@ class Typed:
 
     def written(self, given: Mapping[str, Any], name: str, value: Any) -> str:
         """An argument of Python as it is typed; "" if the command has none of this name."""
+        value = [f"{old}={new}" for old, new in value.items()] if isinstance(value, dict) else value
         numbers = isinstance(value, list) and all(isinstance(each, int) for each in value)
         others = [] if isinstance(value, str) else _FROM.get(self.name, {}).get(name, [])
         name = next((other for other in others if given.get(other) is not None), name)

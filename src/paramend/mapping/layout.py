@@ -240,8 +240,7 @@ class Layout:
                 rows += made
         if not groups:
             raise NoMatch("no rule takes anything:\n  " + "\n  ".join(map(str, rules)))
-        twins = {twin for number in taken for twin in leaves.twins(number)}
-        kept = [leaves.index.path(number) for number in leaves.index.numbers if number not in twins]
+        kept = [leaves.index.path(number) for number in leaves.index.numbers if number not in taken]
         if kept and self.rest == "error":
             raise BadArgument(
                 f"no rule takes {wording.plural(len(kept), 'leaf', 'leaves')}:\n  " + "\n  ".join(kept),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.reports.report import Line, Report, Section
@@ -59,8 +60,3 @@ class LayoutReport(Report):
         ]
         (did, rest) = self.did
         return {"layout": self.layout, did: rows, rest.replace(" ", "_"): list(self.kept)}
-
-
-def shortened(text: str) -> str:
-    """An expression without its middle where it is long."""
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

@@ -186,7 +186,8 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
         length = spec.shape[axis]
         sizes = list(args.get("sizes", [length // count] * count))
         if "sizes" not in args and length % count:
-            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint="sizes=[...]")
+            some = [length - sum(sizes[1:]), *sizes[1:]]
+            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint=f"sizes={some}")
         if sum(sizes) != length or len(sizes) != count or min(sizes) < 0:
             raise SpecMismatch(
                 f"the sizes {sizes} do not add up to {length:,}, axis {axis} of {spec}, in {count} parts"

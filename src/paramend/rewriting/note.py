@@ -23,8 +23,7 @@ from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated, f
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
-from paramend.leaves.origins.texts import quoted
-from paramend.mapping.report import shortened
+from paramend.leaves.origins.texts import quoted, shortened
 from paramend.piecewise.rows import expression
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of

@@ -42,8 +42,8 @@ from paramend.formats.safetensors_header import RECORD
 from paramend.formats.shards import Shards
 from paramend.journal.undo import recover
 from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
-from paramend.mapping.report import shortened
 from paramend.piecewise.rows import data
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, Report, Section

@@ -15,7 +15,7 @@ from paramend.journal.undo import history, recover
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reading import read_origin
 from paramend.leaves.origins.stored import Stored
-from paramend.mapping.report import shortened
+from paramend.leaves.origins.texts import shortened
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.provenance import EditRecord, RecordedLeaf, alike, contents, digest_of, record_of
