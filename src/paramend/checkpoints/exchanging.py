@@ -63,7 +63,8 @@ def staged(
     finally:
         import shutil  # slow to import
 
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # also of closing, which it does not ignore
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def carried_out(
