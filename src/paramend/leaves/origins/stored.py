@@ -13,6 +13,9 @@ from paramend.leaves.origins.boxes import Box, bare, contiguous, select, shape_o
 from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
+# Bytes of a file that are mapped at once where a box takes a little of each row: the system maps what is around, too.
+_SPAN = 16 << 20
+
 
 class Stored(Origin):
     """A leaf of a source, unchanged; also the operand of an edit, which is read when the edit runs.
@@ -78,8 +81,12 @@ class Stored(Origin):
             found = self.source.read_box(self.number, tuple(slice(*each) for each in cover))
             return select(found, tuple(_shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
         array = self.read()
-        found = np.array(select(bare(array), box), order="C").view(array.dtype)
-        forget(array, min(box[0]) if len(box[0]) else 0, max(box[0], default=0) + 1)
+        found = np.empty(shape_of(box), array.dtype)
+        rows = max(_SPAN * shape[0] // max(array.nbytes, 1), 1)
+        for at in range(0, len(box[0]), rows):
+            places = box[0][at : at + rows]
+            bare(found)[at : at + rows] = select(bare(array), (places, *box[1:]))
+            forget(array, min(places), max(places) + 1)
         return found
 
 
