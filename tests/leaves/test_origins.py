@@ -371,6 +371,18 @@ def test_no_text_raises_anything_else(leaves):
     assert read > 50
 
 
+def test_what_is_not_aligned_in_its_file_is_read_in_parts(tmp_path, monkeypatch):
+    right = np.arange(6 << 20, dtype="f4").reshape(1 << 20, 6)
+    text = json.dumps({"w": {"dtype": "F32", "shape": right.shape, "data_offsets": [0, right.nbytes]}}).encode()
+    text += b" " * (-len(text) % 8 + 1)
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + right.tobytes())
+    source = open_source(tmp_path / "m.safetensors")
+    monkeypatch.setattr(type(source), "read", None)  # which copies all of it
+    found = permute_axes(Stored(source, 0), (1, 0)).read_range(1 << 20, 2 << 20)
+    source.close()
+    assert np.array_equal(found, right[:, 1])
+
+
 def test_a_little_of_each_row_maps_a_part_of_a_file_at_once(tmp_path, monkeypatch):
     path, shape = tmp_path / "tall.safetensors", (20_000, 512)
     header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}).encode()
