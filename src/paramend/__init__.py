@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from paramend.mapping.report import LayoutReport as LayoutReport
     from paramend.mapping.shelf import layout as layout
     from paramend.mapping.shelf import layouts as layouts
+    from paramend.porting.port import port as port
+    from paramend.porting.port import port_ as port_
+    from paramend.porting.proof import prove as prove
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.verification import verify_record as verify_record
@@ -98,6 +101,7 @@ _LATER = {
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
+        "paramend.porting.proof": ("prove",),
         "paramend.recipes.recipe": ("Recipe",),
         "paramend.rewriting.provenance": ("record",),
         "paramend.rewriting.verification": ("verify_record",),
@@ -109,6 +113,7 @@ _LATER = {
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),
         "paramend.mapping.shelf": ("layout", "layouts"),
+        "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.journal.undo": ("history", "undo"),
     }.items()

@@ -227,6 +227,19 @@ class GraftRefused(ParamendError, ValueError):
         self.ways = list(ways)
 
 
+class PortRefused(ParamendError, ValueError):
+    """A model cannot be ported. `report` lists what was found, `candidates` what could be paired in several ways."""
+
+    code = "port-refused"
+
+    def __init__(
+        self, message: str, *, report: Any, candidates: Sequence[tuple[list[str], list[str]]] = (), hint: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
+        self.candidates = list(candidates)
+
+
 class UnexpectedChange(ParamendError, AssertionError):
     """Leaves differ that must be equal. `changes` maps the path of each to what happened to it."""
 

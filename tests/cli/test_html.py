@@ -37,6 +37,7 @@ COMMANDS = {
     "apply": ["apply", "FIX", "M"],
     "convert": ["convert", "M", "OUT"],
     "graft": ["graft", "M", "--into", "M"],
+    "port": ["port", "M", "--like", "M"],
     "stack": ["stack", "M", "layers[*]"],
     "deepen": ["deepen", "M", "--drop", "0"],
 }

@@ -201,6 +201,10 @@ def refused():
     return raised(errors.GraftRefused, pm.graft, {"w": np.zeros(3)}, {"w": np.ones(2)})
 
 
+def port_refused():
+    return raised(errors.PortRefused, pm.port, {"a": {"kernel": np.ones((2, 2))}}, {"b.weight": np.ones((2, 3))})
+
+
 def example_reports():
     """A report of each class, made as users make it."""
     old = {"a": {"w": np.ones(2), "b": np.ones(3)}, "b": {"w": np.ones(2), "b": np.ones(1)}}
@@ -228,12 +232,15 @@ def example_reports():
         pm.stats(old, spectral=True, histograms=True),
         grafted[1],
         refused().report,
+        pm.port({"a": {"kernel": np.ones((2, 2))}}, {"b.weight": np.ones((2, 2))})[1],
+        port_refused().report,
         pm.deepen(layers, layers="layers[*]", order=[0, 1, 1], identity=None)[1],
         pm.frozen(params, pm.freeze(optax.adam(1e-3), "a")),
         pm.check_live(params, lambda p: p["a"].sum()),
         pm.ablate(old, {"a": "a/**", "b": "b/**"}, lambda tree: float(tree["a"]["w"].sum()), pairs=True),
         pm.freeze_(torch.nn.Linear(2, 2), "weight"),
         layout,
+        pm.prove(torch.nn.Tanh(), torch.nn.ReLU(), torch.ones(2)),
     ]
 
 
@@ -254,6 +261,7 @@ def example_errors():
         recipe,
         raised(errors.RenameClash, pm.at(TREE, "a/kernel").rename, "a/bias"),
         refused(),
+        port_refused(),
         raised(errors.UnexpectedChange, pm.verify, {"a": np.ones(1)}, {"a": np.zeros(1)}),
         errors.BadCheckpoint("m.npz: damaged", hint="download it again"),
         raised(errors.CannotRead, pm.open, "/nothing/here"),
@@ -273,7 +281,7 @@ def public_classes():
                     yield kind
 
 
-BASES = {"Report", "Paged"}  # what reports share
+BASES = {"Report", "Paged", "Outcome"}  # what reports share
 
 
 @pytest.fixture(scope="module")

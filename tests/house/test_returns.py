@@ -47,6 +47,7 @@ SURGERIES = {
     "freeze_": lambda model: pm.freeze_(model, "0.*"),
     "graft_": lambda model: pm.graft_(model, net()),
     "graft_optimizer_": lambda model: pm.graft_optimizer_(stepped(model), stepped(model)),
+    "port_": lambda model: pm.port_(model, net()),
     "unfreeze_": lambda model: pm.unfreeze_(model, "0.*"),
 }
 EARLIER = {"carry_optimizer_", "init_zero_"}  # names that go on returning what they did

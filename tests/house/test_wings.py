@@ -21,7 +21,7 @@ FLOORS = [
     {"rewriting"},
     {"checkpoints"},
     {"grafting", "growth", "stacking", "evidence", "recipes"},
-    {"testing", "lessons", "demo", "ablation"},
+    {"testing", "lessons", "demo", "ablation", "porting"},
     {"cli"},
 ]
 AT_THE_ROOT = {"__init__.py", "__main__.py", "_optional.py", "errors.py", "py.typed", "testing.py"}

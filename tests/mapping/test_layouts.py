@@ -96,6 +96,12 @@ RULES = [
     {"from": "h.<n>.p", "to": "layers.<n>.p", "do": [{"permute": {"index": [2, 0, 1]}}]},
     {"from": "h.<n>.s", "to": "stack.s", "do": [{"stack": {"axis": 1}}]},
     {"from": "norm", "to": "ln.scale"},
+    {"from": "h.<n>.f", "to": "layers.<n>.f", "do": [{"flip": [-1]}]},
+    {
+        "from": ["h.<n>.b", "h.<n>.zero"],
+        "to": ["layers.<n>.b", "layers.<n>.e"],
+        "do": [{"concat": {"parts": [2]}}, {"split": {"parts": [4]}}, {"sum": {"groups": [[0, 2], [1, 3]]}}],
+    },
 ]
 
 
@@ -103,7 +109,8 @@ def model():
     rng = np.random.default_rng(1)
     shapes = {"q": (4, 3), "k": (2, 3), "w": (2, 5), "c": (6, 2), "p": (3,), "s": (4,)}
     tree = {f"h.{n}.{name}": rng.normal(size=shape) for n in range(3) for name, shape in shapes.items()}
-    return tree | {"norm": rng.normal(size=3)}
+    tree |= {f"h.{n}.{name}": rng.normal(size=(4, 2)) for n in range(3) for name in "fb"}
+    return tree | {f"h.{n}.zero": np.zeros((4, 2)) for n in range(3)} | {"norm": rng.normal(size=3)}
 
 
 def test_every_step_and_its_inverse(tmp_path):
@@ -115,6 +122,8 @@ def test_every_step_and_its_inverse(tmp_path):
     assert (found["layers.0.p"] == tree["h.0.p"][[2, 0, 1]]).all()
     assert (found["stack.s"] == np.stack([tree[f"h.{n}.s"] for n in range(3)], 1)).all()
     assert (found["ln.scale"] == tree["norm"]).all()
+    assert (found["layers.1.f"] == tree["h.1.f"][:, ::-1]).all()
+    assert (found["layers.1.e"] == tree["h.1.b"][2:]).all()
     row = next(row for row in report.rows if row.path == "stack.s")
     assert (row.origin, row.sources) == ("stack(h.0.s, h.1.s, h.2.s, axis=1)", ("h.0.s", "h.1.s", "h.2.s"))
     back = layout.back(found)[0]
@@ -124,6 +133,38 @@ def test_every_step_and_its_inverse(tmp_path):
     with pm.open(tmp_path / "m.safetensors") as opened:
         layout.to(opened)[0].save(tmp_path / "out.safetensors")
     assert all((load_file(tmp_path / "out.safetensors")[name].numpy() == array).all() for name, array in found.items())
+
+
+def test_sums_on_disk_and_what_must_be_zero(tmp_path):
+    rng = np.random.default_rng(0)
+    tree = {name: rng.normal(size=6) for name in ("ih", "hh")}
+    save_file(tree, tmp_path / "m.safetensors")
+    layout = pm.Layout([{"from": ["ih", "hh"], "to": "b", "do": ["sum"]}])
+    with pm.open(tmp_path / "m.safetensors") as opened:
+        made, report = layout.to(opened)
+        made.save(tmp_path / "out.safetensors")
+    assert report.rows[0].origin == "(ih + hh)"
+    assert (load_file(tmp_path / "out.safetensors")["b"].numpy() == tree["ih"] + tree["hh"]).all()
+    with pm.open(tmp_path / "out.safetensors") as opened:
+        layout.back(opened)[0].save(tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert (back["ih"].numpy() == tree["ih"] + tree["hh"]).all() and not back["hh"].any()
+    strict = pm.Layout([{"from": ["ih", "hh"], "to": "b", "do": [{"sum": {"groups": [[0]], "zero": [1]}}]}])
+    for subject in (tree, pm.open(tmp_path / "m.safetensors")):
+        with pytest.raises(ValueError, match="must be zero"):
+            strict.to(subject)
+    assert strict.to(tree | {"hh": np.zeros(6)})[0].keys() == {"b"}
+
+
+def test_leaves_that_one_side_lacks_are_dropped():
+    layout = pm.Layout([{"from": "a.w", "to": "b.w"}], drop=["**/steps"], stored={"from": "flat", "to": "nested"})
+    assert layout == pm.Layout.of(layout.to_data())
+    made = layout.to({"a.w": np.ones(2), "a.steps": np.array(3)})[0]
+    assert made["b"]["w"].tolist() == [1.0, 1.0]
+    assert layout.to({"a.w": np.ones(2)})[0].keys() == {"b"}
+    assert layout.back(made)[0].keys() == {"a.w"}
+    with pytest.raises(ValueError, match="is not a choice"):
+        pm.Layout([{"from": "a", "to": "b"}], stored={"from": "folded"})
 
 
 def test_a_layout_is_data(tmp_path):
@@ -162,6 +203,7 @@ def test_as_a_command(tmp_path):
         ([{"from": "a", "to": "c", "do": ["stakc"]}], ValueError, r"rules\[0\].do: there is no step 'stakc'"),
         ([{"from": "a", "to": "c", "do": [{"stack": {"axs": 0}}]}], ValueError, "stack takes axis"),
         ([{"from": "a", "to": "c", "do": [{"transpose": ["x"]}]}], ValueError, "axes cannot be"),
+        ([{"from": ["a", "b"], "to": "c", "do": [{"sum": {"groups": [[0, 0]]}}]}], ValueError, "groups cannot be"),
         ([], ValueError, "a layout is a list of rules"),
     ],
 )

@@ -143,7 +143,7 @@ def transpose(x: Any, axes: Sequence[int]) -> Any:
 
 
 def reshape(x: Any, shape: Sequence[int]) -> Any:
-    return _new(x, lambda: x.clone(memory_format=torch.contiguous_format).reshape(*shape))
+    return _new(x, lambda: x.clone(memory_format=torch.contiguous_format).reshape(tuple(shape)))
 
 
 def _torch_index(index: Any, shape: Any) -> Any:

@@ -1,6 +1,7 @@
 """Moves of elements, the same on arrays of any library and on origins of leaves on disk."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,21 @@ def pad(x: Any, count: int, axis: int) -> Any:
     shape = list(x.spec.shape)
     shape[axis] = count
     return join([x, Zeros(Spec(tuple(shape), x.spec.dtype))], axis, "concat")
+
+
+def add(parts: Sequence[Any]) -> Any:
+    """The sum of several."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Origin):
+        moved.check_fit([part.spec for part in parts], 0, "stack")
+        return moved.Summed(tuple(parts))
+    return reduce(backend(parts[0]).add, parts)
+
+
+def zeros(x: Any) -> Any:
+    """+0.0 in every element."""
+    return Zeros(x.spec) if isinstance(x, Origin) else backend(x).zeros(x)
 
 
 def is_zero(x: Any) -> bool:

@@ -68,7 +68,7 @@ def insert(
     tree = cast(Memory, host)
     one = {number: donor.ties.get(number, number) for number in numbers}
     values = {number: _native(host, donor.fetch(number)) for number in dict.fromkeys(one.values())}
-    boxed = _boxed(host, donor, numbers)
+    boxed = _boxed(tree, donor, numbers)
     entries = [(_nested(host, paths[number]), boxed(number, values[one[number]])) for number in numbers]
     return cast(T, enter(tree, entries)), report
 

@@ -12,14 +12,17 @@ from paramend.edits.memory import editable
 from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.stored import Stored
-from paramend.leaves.paths import labels, write_path
+from paramend.leaves.paths import labels, text_of, write_path
+from paramend.mapping.bundles import Bundle
 from paramend.mapping.numbers import Numbers, read_config
 from paramend.mapping.report import LayoutReport, Moved
-from paramend.mapping.steps import Bundle, Step, read_step
+from paramend.mapping.steps import Step, read_step
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
+from paramend.selectors.patterns import parse
 from paramend.selectors.renames import NewPath, keys, rename
 from paramend.selectors.selector import resolve
+from paramend.trees.tree import Tree
 
 T = TypeVar("T")
 Slot: TypeAlias = tuple[int, tuple[int, ...]]  # the place of a path in its rule, and the numbers that count its leaves
@@ -31,14 +34,8 @@ _MAX_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a layout, read from left to right.
-
-    Attributes:
-        sources: the paths that it takes.
-        targets: the paths that it makes.
-        do: the steps between them.
-        optional: whether it may take nothing.
-    """
+    """One rule of a layout, read from left to right: the paths that it takes, those that it makes, and the steps
+    between them. One that is optional may take nothing."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -46,18 +43,15 @@ class Rule:
     optional: bool = False
 
     def inverse(self) -> "Rule":
-        """The rule read from right to left."""
         return Rule(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.do)), self.optional)
 
     def bound(self, number: Callable[[str], int]) -> "Rule":
-        """The rule with numbers in place of their names."""
         return replace(self, do=tuple(step.bound(number) for step in self.do))
 
     def __str__(self) -> str:
         return f"{wording.listing(self.sources, 4)} -> {wording.listing(self.targets, 4)}"
 
     def to_data(self) -> dict[str, Any]:
-        """The rule as YAML has it."""
         data: dict[str, Any] = {"from": _one(self.sources), "to": _one(self.targets)}
         if self.do:
             data["do"] = [step.to_data() for step in self.do]
@@ -79,6 +73,9 @@ class Layout:
         rest: what becomes of leaves that no rule takes: "error" lists them, "keep" leaves them as they are.
         models: the values of `model_type` that it is for; a checkpoint whose `config.json` says another is refused.
             Names and shapes of other models may be the same, and mean something else.
+        drop: selectors of leaves that `to` leaves out where they are there, such as counters that only one side has.
+        stored: what `to` and `back` make of trees in memory, as `{"from": "flat", "to": "nested"}`: a dict of whole
+            names, or dicts in dicts. Without it they stay as they are.
 
     Raises:
         BadArgument: a rule is not one; the message says which and why.
@@ -90,13 +87,23 @@ class Layout:
     """
 
     def __init__(
-        self, rules: Sequence[Mapping[str, Any]], *, name: str = "", rest: Rest = "error", models: Sequence[str] = ()
+        self,
+        rules: Sequence[Mapping[str, Any]],
+        *,
+        name: str = "",
+        rest: Rest = "error",
+        models: Sequence[str] = (),
+        drop: Sequence[str] = (),
+        stored: Mapping[str, str] | None = None,
     ) -> None:
+        if not {*(stored or {}).items()} <= {(side, how) for side in ("from", "to") for how in ("flat", "nested")}:
+            raise BadArgument(f"stored={stored!r} is not a choice", hint='{"from": "flat", "to": "nested"}')
         if rest not in ("error", "keep"):
             raise BadArgument(f"rest={rest!r} is not one of error, keep")
         if isinstance(rules, str | Mapping) or not rules:
             raise BadArgument("a layout is a list of rules", hint='[{"from": "a.<n>", "to": "b.<n>"}]')
         self.name, self.rest, self.models = name, rest, tuple(models)
+        self.drop, self.stored = tuple(drop), dict(stored or {})
         self._rules = tuple(_rule(data, f"rules[{place}]") for place, data in enumerate(rules))
 
     @classmethod
@@ -130,7 +137,7 @@ class Layout:
         Raises:
             BadArgument: it is not a layout.
         """
-        known = ("version", "name", "rest", "models", "rules")
+        known = ("version", "name", "rest", "models", "drop", "stored", "rules")
         if not isinstance(data, Mapping):
             raise BadArgument(f"{what} is not a map of {', '.join(known)}")
         unknown = [key for key in data if key not in known]
@@ -144,6 +151,8 @@ class Layout:
             name=str(data.get("name") or ""),
             rest=data.get("rest", "error"),
             models=data.get("models") or (),
+            drop=data.get("drop") or (),
+            stored=data.get("stored"),
         )
 
     def save(self, path: str | Path) -> None:
@@ -161,12 +170,12 @@ class Layout:
     def to_data(self) -> dict[str, Any]:
         """The layout as a map."""
         name = {"name": self.name} if self.name else {}
-        models = {"models": list(self.models)} if self.models else {}
+        more = {"models": list(self.models), "drop": list(self.drop), "stored": self.stored}
         return {
             "version": VERSION,
             **name,
             "rest": self.rest,
-            **models,
+            **{key: value for key, value in more.items() if value},
             "rules": [rule.to_data() for rule in self._rules],
         }
 
@@ -194,11 +203,13 @@ class Layout:
             SpecMismatch: leaves of a rule do not fit together.
             RenameClash: two leaves would have one path.
         """
-        return self._mapped(tree, self._rules, numbers)
+        leaves = editable(tree)
+        gone = [number for selector in self.drop for number in parse(selector).find(leaves.index.names)]
+        return self._mapped(leaves.deleted(gone) if gone else tree, self._rules, numbers, self.stored.get("to"))
 
     def back(self, tree: T, **numbers: int) -> tuple[T, LayoutReport]:
         """The tree stored the first way: the inverse of `to`, with the same arguments and errors."""
-        return self._mapped(tree, tuple(rule.inverse() for rule in self._rules), numbers)
+        return self._mapped(tree, tuple(rule.inverse() for rule in self._rules), numbers, self.stored.get("from"))
 
     def _check_model(self, leaves: Editable) -> None:
         kind = read_config(leaves).get("model_type") if self.models else None
@@ -209,7 +220,9 @@ class Layout:
                 hint='pm.layouts() lists what ships; a layout of your own may say models: ["..."]',
             )
 
-    def _mapped(self, tree: T, rules: Sequence[Rule], given: Mapping[str, int]) -> tuple[T, LayoutReport]:
+    def _mapped(
+        self, tree: T, rules: Sequence[Rule], given: Mapping[str, int], stored: str | None
+    ) -> tuple[T, LayoutReport]:
         leaves = editable(tree)
         self._check_model(leaves)
         numbers = Numbers(leaves, given, {name for rule in rules for step in rule.do for name in step.names})
@@ -234,7 +247,26 @@ class Layout:
                 hint="a rule for each, or rest: keep",
             )
         _refuse_companions(leaves, taken, kept)
-        return cast(T, leaves.regrouped(groups)), LayoutReport(self.name, tuple(rows), tuple(kept))
+        report = LayoutReport(self.name, tuple(rows), tuple(kept))
+        if stored is None or kept or not isinstance(leaves, Tree):
+            return cast(T, leaves.regrouped(groups)), report
+        return cast(T, _stored(leaves, groups, stored == "nested")), report
+
+
+def _stored(leaves: Any, groups: Sequence[Group], nested: bool) -> dict[str, Any]:
+    """The leaves that groups make of a tree in memory, in a dict of names or in dicts in dicts."""
+    made: dict[str, Any] = {}
+    for group in groups:
+        for path, value in zip(group.paths, group.make([leaves.read(n) for n in group.numbers]), strict=True):
+            *above, last = [text_of(label) for key, _ in path for label in labels(key)]
+            if not nested:
+                made[".".join((*above, last))] = value
+                continue
+            inside = made
+            for key in above:
+                inside = inside.setdefault(key, {})
+            inside[last] = value
+    return made
 
 
 def _rule(data: Any, address: str) -> Rule:
@@ -299,7 +331,8 @@ def _group(
     counted: Sequence[str],
     new_paths: Callable[[str], Mapping[int, NewPath]],
 ) -> tuple[Group, list[Moved]]:
-    lacking = [source for source, family in zip(rule.sources, families, strict=True) if not family]
+    tied = any(families) and rule.do[:1] == (Step("untie", {}),)  # one of its names is enough
+    lacking = [source for source, family in zip(rule.sources, families, strict=True) if not family and not tied]
     paths = [leaves.index.path(number) for family in families for number in family.values()]
     if lacking:
         raise BadArgument(f"there is no {wording.listing(lacking)} beside {wording.listing(paths, 3)}")
@@ -354,7 +387,6 @@ def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:
 
 
 def _numbered(path: str, numbers: Mapping[str, int]) -> str:
-    """A path with numbers in place of some captured ones."""
     return re.sub(r"<(\w+)>", lambda found: str(numbers.get(found[1], found[0])), path)
 
 

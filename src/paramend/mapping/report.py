@@ -49,12 +49,10 @@ class LayoutReport(Report):
         return f"{self.layout or 'layout'}: {made} {did}{of}, {len(self.kept):,} {rest}"
 
     def sections(self) -> list[Section]:
-        """The leaves that were made, and those that stayed."""
         made = [Line((row.path, shortened(row.origin)), (str(row.spec),), row.spec.size) for row in self.rows]
         return [Section(self.did[0], made), Section(self.did[1], [Line((path,)) for path in self.kept])]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         rows = [
             {"path": row.path, "dtype": row.spec.dtype, "shape": list(row.spec.shape), "origin": row.origin}
             | {"sources": list(row.sources)}

@@ -18,24 +18,19 @@ from paramend.edits.moves import axis_of
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins.moved import How, check_fit
 from paramend.leaves.specs import Spec
+from paramend.mapping import sums
+from paramend.mapping.bundles import Bundle, Data, Family, abreast, alone, over
 from paramend.reports import wording
 
-# One family for each path: the numbers that count its leaves → a leaf; () → the leaf where nothing counts them.
-Family: TypeAlias = dict[tuple[int, ...], Any]
-Bundle: TypeAlias = list[Family]
-Data: TypeAlias = Mapping[str, Any]
+Run: TypeAlias = Callable[[Bundle, Data, int], Bundle]
+Check: TypeAlias = Callable[[Bundle, Data], None]
 # Numbers of the model, which may be given by name; the last one may be a product of several.
 COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a rule.
-
-    Attributes:
-        name: its row in the table.
-        args: its arguments, as data.
-    """
+    """A step of a rule: the name of its row in the table, and its arguments, as data."""
 
     name: str
     args: Data
@@ -52,12 +47,9 @@ class Step:
 
     @property
     def names(self) -> list[str]:
-        """The numbers of the model that it names."""
         return [name for value in self.args.values() for name in _listed(value) if isinstance(name, str)]
 
     def bound(self, number: Callable[[str], int]) -> "Step":
-        """The step with numbers in place of their names."""
-
         def known(value: Any) -> Any:
             return number(value) if isinstance(value, str) else value
 
@@ -65,12 +57,10 @@ class Step:
         return Step(self.name, {key: [*map(known, _listed(v))] if isinstance(v, list) else known(v) for key, v in args})
 
     def inverse(self) -> "Step":
-        """The step that takes this one back."""
         return Step(*_ROWS[self.name].inverse(self.args))
 
     def to_data(self) -> dict[str, Any]:
-        """The step as YAML has it."""
-        return {self.name: self.args["axes"] if self.name == "transpose" else dict(self.args)}
+        return {self.name: self.args["axes"] if self.name in ("transpose", "flip") else dict(self.args)}
 
 
 @dataclass(frozen=True)
@@ -80,9 +70,9 @@ class _Kind:
 
     keys: tuple[str, ...]
     needs: tuple[str, ...]
-    run: Callable[[Bundle, Data, int], Bundle]
+    run: Run
     inverse: Callable[[Data], tuple[str, Data]]
-    check: Callable[[Bundle, Data], None] | None = None
+    check: Check | None = None
 
 
 def _listed(value: Any) -> list[Any]:
@@ -90,10 +80,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def read_step(data: Any) -> Step:
-    """A step from data.
-
-    Raises:
-        BadArgument: it is not one; the message says why.
+    """A step from data; `BadArgument` says why it is none.
 
     >>> read_step({"stack": {"axis": 0}}), read_step({"transpose": [1, 0]}).inverse().args
     (Step(name='stack', args={'axis': 0}), {'axes': [1, 0]})
@@ -115,6 +102,9 @@ def read_step(data: Any) -> Step:
     if wrong:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
+        if key == "groups":
+            sums.check_groups(value)
+            continue
         counts, lists = key in COUNTS, isinstance(value, list | tuple)
         fits = key == COUNTS[-1] or lists != (counts or key == "axis")
         if not fits or not all(
@@ -126,13 +116,6 @@ def read_step(data: Any) -> Step:
                 hint="a whole number or a name, such as num_attention_heads" if key in COUNTS else "whole numbers",
             )
     return Step(name, args)
-
-
-# ---- what the rows do --------------------------------------------------------------------------------------------
-
-
-def _each(bundle: Bundle, change: Callable[[Any], Any]) -> Bundle:
-    return [{key: change(x) for key, x in family.items()} for family in bundle]
 
 
 def _stack(bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -162,8 +145,7 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
     for family in bundle:
         cut: Family = {}
         for key, x in family.items():
-            spec = hands.spec_of(x)
-            axis = axis_of(spec, args["axis"])
+            spec, axis = _along(x, args)
             rest = (*spec.shape[:axis], *spec.shape[axis + 1 :])
             for place in range(spec.shape[axis]):
                 cut[*key, place] = hands.reshape(hands.take(x, range(place, place + 1), axis), rest)
@@ -171,23 +153,20 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
     return out
 
 
-def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
-    """For each number the leaves of all paths."""
-    keys = bundle[0].keys()
-    if any(family.keys() != keys for family in bundle):
-        raise BadArgument(f"{name}: the paths of `from` do not have the same numbers")
-    return {key: [family[key] for family in bundle] for key in keys}
-
-
-def _alone(name: str, bundle: Bundle) -> Family:
-    if len(bundle) != 1:
-        raise BadArgument(f"{name} takes one path, and there are {len(bundle)}")
-    return bundle[0]
+def _along(x: Any, args: Data) -> tuple[Spec, int]:
+    spec = hands.spec_of(x)
+    return spec, axis_of(spec, args["axis"])
 
 
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
+    if "parts" in args:
+        ends = np.cumsum(args["parts"]).tolist()
+        if not ends or ends[-1] != len(bundle):
+            raise BadArgument(f"concat: parts {list(args['parts'])} do not add up to the {len(bundle)} leaves")
+        rest = {"axis": args["axis"]}
+        return [_join(how, bundle[end - n : end], rest, 1)[0] for n, end in zip(args["parts"], ends, strict=True)]
     out: Family = {}
-    for key, parts in _abreast(how, bundle).items():
+    for key, parts in abreast(how, bundle).items():
         axis = axis_of(hands.spec_of(parts[0]), args["axis"])
         out[key] = hands.join(parts, axis, how)
         if "sizes" in args and [hands.spec_of(part).shape[axis] for part in parts] != list(args["sizes"]):
@@ -196,10 +175,14 @@ def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
+    if "parts" in args:
+        if len(args["parts"]) != len(bundle):
+            raise BadArgument(f"split: parts {list(args['parts'])} are not those of {len(bundle)} leaves")
+        rest = {"axis": args["axis"]}
+        return [part for x, n in zip(bundle, args["parts"], strict=True) for part in _split([x], rest, n)]
     out: Bundle = [{} for _ in range(count)]
-    for key, x in _alone("split", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+    for key, x in alone("split", bundle).items():
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         sizes = list(args.get("sizes", [length // count] * count))
         if "sizes" not in args and length % count:
@@ -217,9 +200,8 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Bundle = [{} for _ in range(count)]
-    for key, x in _alone("deal", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+    for key, x in alone("deal", bundle).items():
+        spec, axis = _along(x, args)
         if spec.shape[axis] % count:
             raise SpecMismatch(f"axis {axis} of {spec} does not hold {count} parts in turns")
         for place, part in enumerate(out):
@@ -228,7 +210,7 @@ def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 
 def _moved(move: Callable[[Any, Data], Any], bundle: Bundle, args: Data, count: int) -> Bundle:
-    return _each(bundle, lambda x: move(x, args))
+    return over(bundle, lambda x: move(x, args))
 
 
 def _reshape(bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -238,15 +220,14 @@ def _reshape(bundle: Bundle, args: Data, count: int) -> Bundle:
             raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
         return moves.reshaped(x, args)
 
-    return _each(bundle, changed)
+    return over(bundle, changed)
 
 
 def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
     heads = args["heads"]
 
     def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         if length % heads:
             raise SpecMismatch(f"rope: axis {axis} of {spec} does not hold {heads:,} heads of one size")
@@ -266,7 +247,7 @@ def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
             done = hands.join([done, hands.take(apart, range(turned, size), axis + 1)], axis + 1, "concat")
         return hands.reshape(done, spec.shape)
 
-    return _each(bundle, changed)
+    return over(bundle, changed)
 
 
 def _grouped(name: str, args: Data, length: int, heads: int) -> int:
@@ -287,7 +268,7 @@ def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     if len(bundle) != 3:
         raise BadArgument(f"group_qkv takes the paths of q, k and v, and there are {len(bundle)}")
     out: Family = {}
-    for key, parts in _abreast("group_qkv", bundle).items():
+    for key, parts in abreast("group_qkv", bundle).items():
         specs = [hands.spec_of(part) for part in parts]
         axis = axis_of(specs[0], args["axis"])
         check_fit(specs, axis, "concat")
@@ -304,9 +285,8 @@ def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
 def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     groups, heads = args["kv_heads"], args["heads"]
     out: Bundle = [{}, {}, {}]
-    for key, x in _alone("ungroup_qkv", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+    for key, x in alone("ungroup_qkv", bundle).items():
+        spec, axis = _along(x, args)
         size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
         apart = hands.reshape(x, _by_groups(spec, axis, groups))
         ends = np.cumsum([0, heads // groups * size, size, size]).tolist()
@@ -324,25 +304,23 @@ def _padded(args: Data, size: int) -> int:
 
 def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
     def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         padded = _padded(args, length)
         if length != (args["size"] or length) or padded < length:
             raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {args['size']:,} to {padded:,}")
         return hands.pad(x, padded - length, axis) if padded > length else x
 
-    return _each(bundle, changed)
+    return over(bundle, changed)
 
 
 def _cut(bundle: Bundle, args: Data, count: int) -> Bundle:
-    return _each(bundle, lambda x: _apart(x, args)[0])
+    return over(bundle, lambda x: _apart(x, args)[0])
 
 
 def _apart(x: Any, args: Data) -> tuple[Any, Any]:
     """A leaf as it was before `pad`, and what `pad` put behind it, or None."""
-    spec = hands.spec_of(x)
-    axis = axis_of(spec, args["axis"])
+    spec, axis = _along(x, args)
     length = spec.shape[axis]
     size = args["size"] or (length if _padded(args, 1) == 1 else 0)
     if length == size:
@@ -367,18 +345,19 @@ def _check_cut(bundle: Bundle, args: Data) -> None:
 
 
 def _tie(bundle: Bundle, args: Data, count: int) -> Bundle:
-    family = _alone("tie", bundle)
+    family = alone("tie", bundle)
     return [dict(family) for _ in range(count)]
 
 
 def _untie(bundle: Bundle, args: Data, count: int) -> Bundle:
-    for parts in _abreast("untie", bundle).values():
+    bundle = list(filter(None, bundle))  # one of the names is enough
+    for parts in abreast("untie", bundle).values():
         check_fit([hands.spec_of(part) for part in parts], 0, "stack")
     return bundle[:1]
 
 
 def _check_untie(bundle: Bundle, args: Data) -> None:
-    for parts in _abreast("untie", bundle).values():
+    for parts in abreast("untie", list(filter(None, bundle))).values():
         if not all(hands.equal(parts[0], part) for part in parts[1:]):
             raise BadArgument(
                 "they are not equal: one of them would be lost",
@@ -386,27 +365,24 @@ def _check_untie(bundle: Bundle, args: Data) -> None:
             )
 
 
+def _pair(
+    name: str, back: str, keys: tuple[str, ...], needs: tuple[str, ...], run: Run, undo: Run, check: Check | None = None
+) -> dict[str, _Kind]:
+    """A kind of step and its inverse, which take the same keys; the inverse may lose values."""
+    there = _Kind(keys, needs, run, lambda args: (back, args))
+    return {name: there, back: _Kind(keys, needs, undo, lambda args: (name, args), check)}
+
+
 _ROWS: Mapping[str, _Kind] = {
-    "pad": _Kind(("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, lambda args: ("cut", args)),
-    "cut": _Kind(
-        ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _cut, lambda args: ("pad", args), _check_cut
-    ),
-    "tie": _Kind((), (), _tie, lambda args: ("untie", args)),
-    "untie": _Kind((), (), _untie, lambda args: ("tie", args), _check_untie),
-    "rope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), lambda args: ("unrope", args)),
-    "unrope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, True), lambda args: ("rope", args)),
-    "group_qkv": _Kind(
-        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, lambda args: ("ungroup_qkv", args)
-    ),
-    "ungroup_qkv": _Kind(
-        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _ungroup_qkv, lambda args: ("group_qkv", args)
-    ),
-    "stack": _Kind(("axis",), (), _stack, lambda args: ("unstack", args)),
-    "unstack": _Kind(("axis",), (), _unstack, lambda args: ("stack", args)),
-    "concat": _Kind(("axis", "sizes"), (), partial(_join, "concat"), lambda args: ("split", args)),
-    "split": _Kind(("axis", "sizes"), (), _split, lambda args: ("concat", args)),
-    "interleave": _Kind(("axis",), (), partial(_join, "interleave"), lambda args: ("deal", args)),
-    "deal": _Kind(("axis",), (), _deal, lambda args: ("interleave", args)),
+    **_pair("pad", "cut", ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, _cut, _check_cut),
+    **_pair("tie", "untie", (), (), _tie, _untie, _check_untie),
+    **_pair("rope", "unrope", ("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), partial(_rope, True)),
+    **_pair("group_qkv", "ungroup_qkv", ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, _ungroup_qkv),
+    **_pair("stack", "unstack", ("axis",), (), _stack, _unstack),
+    **_pair("concat", "split", ("axis", "sizes", "parts"), (), partial(_join, "concat"), _split),
+    **_pair("spread", "sum", ("groups", "zero"), (), sums.spread, sums.added, sums.check_zero),
+    "flip": _Kind(("axes",), ("axes",), sums.flipped, lambda args: ("flip", args)),
+    **_pair("interleave", "deal", ("axis",), (), partial(_join, "interleave"), _deal),
     "transpose": _Kind(
         ("axes",),
         ("axes",),

@@ -28,13 +28,8 @@ Places: TypeAlias = PathLike | Mapping[str, PathLike] | Iterable[PathLike]
 
 
 class Verified(NamedTuple):
-    """What was found in a checkpoint that is as its record says.
-
-    Attributes:
-        leaves: the paths of the recorded leaves.
-        remade: those that were made again from their sources and are the same.
-        lacking: source that is not there → the leaves that are made of it.
-    """
+    """What was found in a checkpoint that is as its record says: its recorded leaves, those that were made again from
+    their sources and are the same, and source that is not there → the leaves that are made of it."""
 
     leaves: list[str]
     remade: list[str]
@@ -139,7 +134,6 @@ def _not_as_written(path: Path, changes: Mapping[str, str], count: int) -> Unexp
 
 
 def _finder(source: Any) -> Callable[[str], int | None]:
-    """How a leaf of a source is found by its name."""
     index = source.index
     numbers = {alike(index.name(number)): number for number in index.numbers}
     numbers |= {index.name(number): number for number in index.numbers}

@@ -164,6 +164,12 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     pm.ablate(params, {"a": "a/**", "b": pm.sel("b")}, lambda p: float(p["a"].sum()), how="mean", pairs=True)[
         "a"
     ].delta.hex()
+    ported, told = pm.port(params, module, rename={"0": "Dense_0", "1": None}, rules={"a": [{"transpose": [1, 0]}]})
+    assert_type(ported, Params)
+    print(told.warnings, told.unproven, told.layout and told.layout.to(params), told.proof and told.proof.outputs)
+    pm.port_(module, checkpoint, prove=(torch.ones(1),)).to_html("port.html")
+    proof = pm.prove(module, torch.tanh, (torch.ones(1),), pairs=[("a", "b")])
+    print(bool(proof), proof.first and proof.first.target, proof.outputs[0].relative)
     pm.ablate(module, "layers/<n>/**", lambda m: m(torch.ones(1)).sum(), how=lambda x: x * 0)
 
 

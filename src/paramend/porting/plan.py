@@ -1,0 +1,350 @@
+"""The plan of a port: which leaf is made of which, as the rules of a layout, and what speaks against it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from paramend.edits.hands import equal
+from paramend.errors import BadArgument, NoMatch
+from paramend.mapping.layout import Layout
+from paramend.mapping.steps import Step, read_step
+from paramend.porting.kinds import Move, Path
+from paramend.porting.matching import Order, Pair, match
+from paramend.porting.models import Model, Unit
+from paramend.selectors.renames import captures, pieces
+from paramend.selectors.renames import rename as parse_rename
+from paramend.selectors.selector import resolve
+
+Renames: TypeAlias = Mapping[str, str | None]
+Rules: TypeAlias = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
+# Words in the name of a table of a row for each position or token, which is never transposed.
+_TABLE = ("pos", "emb", "tok", "table", "query", "latent")
+
+
+class PortPlan:
+    """Which leaf of a target is made of which leaves of a source.
+
+    Attributes:
+        pairs: the layers that are one, by their unit of the target.
+        doubtful: layers that could be paired in several ways.
+        lone: units of the source and of the target that have no partner.
+        left: units of the source that `rename` leaves behind.
+        copies: leaf of the source → leaves that hold the same once more, such as a tied head in a file.
+        flattened: target path of a dense layer → the number of channels that are flattened before it.
+        questions: target path → why its layout is not known, and steps that it may have.
+        notes: target path → what was assumed.
+    """
+
+    def __init__(
+        self,
+        target: Model,
+        source: Model,
+        rename: Renames | None = None,
+        rules: Rules | None = None,
+        order: tuple[Order, Order] | None = None,
+    ) -> None:
+        self.target, self.source = target, source
+        self._given, steps = _read_rules(rules)
+        self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
+        self.left: list[Unit] = []
+        renamed = self._renamed(rename or {})
+        sources = [unit for unit in source.units if unit not in self.left]
+        self.notes: dict[str, str] = {}
+        self.questions: dict[str, tuple[str, list[list[Step]]]] = {}
+        self.flattened: dict[str, int] = {}
+        self.copies: dict[int, list[int]] = {}
+        self._find(sources, renamed, order)
+        if any(len(ours) > len(theirs) for ours, theirs in self.doubtful) and self._find_copies():
+            self._find(sources, renamed, order)
+        self._second_names(sources, renamed)
+        self._look_closer()
+
+    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: tuple[Order, Order] | None) -> None:
+        """Pair the units, all but those that are second names of others."""
+        ours = [unit for unit in sources if not self._second(self.source, unit)]
+        theirs = [unit for unit in self.target.units if not self._second(self.target, unit)]
+        found = match(*_broken(self.source, self.target, ours, theirs, renamed), renamed, order)
+        self.pairs, self.doubtful, self.lone = found.pairs, found.doubtful, found.lone
+
+    def _second(self, model: Model, unit: Unit) -> bool:
+        """Whether all leaves of a unit are second names of others, or copies."""
+        copies = {n for each in self.copies.values() for n in each} if model is self.source else set()
+        return all(n in copies or model.leaves.ties.get(n, n) != n for n in unit.leaves.values())
+
+    # -- who goes where
+
+    def _renamed(self, rename: Renames) -> dict[Unit, Unit]:
+        """The pairs that the user gave, by name and by rule."""
+        found: dict[Unit, Unit] = {}
+        rows = [(old, new) for old, new in rename.items()] + [
+            (old, new) for rule in self._given for old in _listed(rule["from"]) for new in _listed(rule["to"])[:1]
+        ]
+        for old, new in rows:
+            for unit, path in self._moved(old, new):
+                if unit in self.left or unit in found:
+                    continue
+                if path is None:
+                    self.left.append(unit)
+                    continue
+                partner = self._at(path)
+                if partner is None:
+                    raise NoMatch(f"{new!r}: there is no {'/'.join(path)} in the target")
+                found[unit] = partner
+        return found
+
+    def _moved(self, old: str, new: str | None) -> list[tuple[Unit, Path | None]]:
+        """The units that a rename takes, and the path of a leaf or a module of the target for each."""
+        index = self.source.leaves.index
+        unit = next((unit for unit in self.source.units if unit.path == tuple(re.split("[./]", old))), None)
+        if unit is not None:
+            return [(unit, None if new is None else tuple(re.split("[./]", new)))]
+        if not captures(old) or not old.endswith("**"):
+            try:
+                resolve(old, self.source.leaves)
+            except NoMatch:  # perhaps a module
+                old, new = f"{old}/**", None if new is None else f"{new}/**"
+        hits = resolve(old, self.source.leaves)
+        paths = {} if new is None else parse_rename(old, new, indexed=True).over(index)
+        out: list[tuple[Unit, Path | None]] = []
+        for number in hits:
+            unit = next((unit for unit in self.source.units if number in unit.leaves.values()), None)
+            if unit is not None:
+                path = None if new is None else pieces(paths[number], self.target.leaves.index.names)
+                out.append((unit, path))
+        return out
+
+    def _at(self, path: Path) -> Unit | None:
+        """The unit of the target that a renamed leaf belongs to: by its own path, or by that of its module."""
+        numbers = {self.target.leaves.index.pieces(n): n for n in self.target.names}
+        for lead in ((), ("params",)):
+            number = numbers.get((*lead, *path))
+            for unit in self.target.units:
+                if number in unit.leaves.values():
+                    return unit
+        bare = path[1:] if path[:1] == ("params",) else path
+        units = {unit.path: unit for unit in self.target.units}
+        return next((units[bare[:depth]] for depth in range(len(bare), -1, -1) if bare[:depth] in units), None)
+
+    def _second_names(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit]) -> None:
+        """Pair what is left of the target with second names of tied leaves; those of the source go with the first."""
+        twins = [unit for unit in sources if self._second(self.source, unit)]
+        if self.lone[1] and twins:
+            more = match(twins, self.lone[1], {})
+            self.pairs += more.pairs
+            self.lone = self.lone[0], more.lone[1] + [u for _, theirs in more.doubtful for u in theirs]
+        if self.lone[0]:
+            self._find_copies()
+            self.lone = [unit for unit in self.lone[0] if not self._second(self.source, unit)], self.lone[1]
+
+    def _find_copies(self) -> bool:
+        """Find units without partner that are others again: a tied head in a file that holds it twice."""
+        leaves, before = self.source.leaves, len(self.copies)
+        open_ = [*self.lone[0], *(unit for ours, theirs in self.doubtful if len(ours) > len(theirs) for unit in ours)]
+        known = [n for pair in self.pairs for n in pair.source.leaves.values()]
+        for number in (number for unit in open_ for number in unit.leaves.values()):
+            spec, value = leaves.spec(number), leaves.read(number)
+            first = next((n for n in known if leaves.spec(n) == spec and equal(leaves.read(n), value)), None)
+            known.append(number)
+            if first is not None:
+                self.copies.setdefault(first, []).append(number)
+        return len(self.copies) > before
+
+    # -- how it is stored
+
+    def _look_closer(self) -> None:
+        """Find what the names leave open: square leaves, transposed convolutions, what comes after a flattening."""
+        backwards = {pair.source.path[-1:] for pair in self.pairs if pair.rare[0]}  # of GPT-2
+        self.pairs = [
+            p.taking(p.rare.index(True)) if any(p.rare[1:]) and p.source.path[-1:] in backwards else p
+            for p in self.pairs
+        ]
+        for pair in self.pairs:
+            path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
+            if path in self._steps:
+                continue
+            form = pair.ways[0].target.form
+            if len(pair.ways) > 1 and any(pair.rare):
+                if backwards and not pair.way:
+                    why = "it is square, and other weights of the source are (in, out)"
+                    self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
+                continue
+            several = form.kind == "conv_transpose" or "Einsum" in (pair.source.kind, pair.target.kind)
+            if several and len(pair.ways) > 1:
+                why = "it may be stored in several ways"
+                self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
+            elif form.kind == "parameter" and self._open(pair):
+                why = "it is square, and its name does not say what comes first"
+                self.questions[path] = (why, [[], [read_step({"transpose": [1, 0]})]])
+        self._flattenings()
+
+    def _open(self, pair: Pair) -> bool:
+        shapes = [dict(shaped.shapes)[""] for shaped in (pair.ways[0].source, pair.ways[0].target)]
+        names = [unit.path[-1].lower() for unit in (pair.source, pair.target)]
+        alike = self.source.framework == self.target.framework != "" and names[0] == names[1]
+        square = len(shapes[0]) >= 2 and shapes[0][-1] == shapes[0][-2] > 1
+        return square and not alike and not any(word in name for name in names for word in _TABLE)
+
+    @staticmethod
+    def channels_last(model: Model) -> bool:
+        """Whether the arrays of features of a model have their channels last."""
+        if model.framework in ("torch", "equinox"):
+            return False
+        return any(shaped.form.last for unit in model.units for shaped in unit.shaped[:1])
+
+    def _flattenings(self) -> None:
+        """Find the dense layers that follow a flattened convolution where one library has its channels last."""
+        last = self.channels_last(self.source), self.channels_last(self.target)
+        if last[0] == last[1]:
+            return
+        first = self.target if last[0] else self.source  # its order is that in which its layers were made
+        partner = {(pair.target if last[0] else pair.source): pair for pair in self.pairs}
+        before: tuple[int, int] | None = None
+        for unit in first.units:
+            pair = partner.get(unit)
+            if pair is None:
+                continue
+            way = pair.ways[pair.way]
+            shaped = way.target if last[0] else way.source
+            shape = shaped.shapes[0][1]
+            if shaped.form.kind in ("conv", "conv_transpose"):
+                before = (shape[0] if shaped.form.kind == "conv" else shape[1]), len(shape) - 2
+            elif shaped.form.kind in ("linear", "attention", "lstm", "gru", "rnn", "embedding"):
+                if shaped.form.kind == "linear" and before is not None:
+                    self._after_convolution(pair, shape[1], *before)
+                before = None
+
+    def _after_convolution(self, pair: Pair, features: int, channels: int, space: int) -> None:
+        places, rest = divmod(features, channels)
+        if rest or places == 1:
+            return
+        path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
+        side = round(places ** (1 / space))
+        if path in self._steps:
+            return
+        flat = "Flatten" in (*self.source.classes.values(), *self.target.classes.values())
+        if side**space != places and not flat:
+            why = f"it may follow {channels} channels of {places} places each, which are flattened in another order"
+            self.questions[path] = (why, [_flat_steps(self, pair, channels)])
+            return
+        self.flatten(pair, channels)
+
+    def flatten(self, pair: Pair, channels: int) -> bool:
+        """Let a dense layer follow a flattening of so many channels, 0 for none; whether that is a change."""
+        path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
+        before = self.flattened.pop(path, 0)
+        self.questions.pop(path, None)
+        self.notes.pop(path, None)
+        if channels:
+            self.flattened[path] = channels
+            self.notes[path] = f"{channels} channels are flattened before it, in another order on each side"
+        return channels != before
+
+    def choose(self, path: str, steps: Sequence[Step]) -> None:
+        """Answer a question."""
+        self.questions.pop(path, None)
+        self._steps[path] = list(steps)
+
+    # -- telling
+
+    def rules(self) -> list[dict[str, Any]]:
+        """The rules of the layout."""
+        return [self.rule(pair, move) for pair in self.pairs for move in pair.moves]
+
+    def rule(self, pair: Pair, move: Move) -> dict[str, Any]:
+        """One rule."""
+        ours = [pair.source.leaves[name] for name in move.sources]
+        theirs = [pair.target.leaves[name] for name in move.targets]
+        targets = [self.target.text(number) for number in theirs]
+        steps = list(move.do)
+        if targets[0] in self.flattened:
+            steps = _flat_steps(self, pair, self.flattened[targets[0]])
+        given = self._steps.get(targets[0])
+        steps = steps if given is None else list(given)
+        sources = [self.source.text(number) for number in ours]
+        if len(ours) == 1 and (twins := self._twins(self.source, ours[0])):
+            sources, steps = sources + twins, [Step("untie", {}), *steps]
+        if len(theirs) == 1 and (twins := self._twins(self.target, theirs[0])):
+            targets, steps = targets + twins, [*steps, Step("tie", {})]
+        return {"from": _one(sources), "to": _one(targets)} | (
+            {"do": [step.to_data() for step in steps]} if steps else {}
+        )
+
+    def _twins(self, model: Model, number: int) -> list[str]:
+        twins = [*model.leaves.twins(number), *(self.copies.get(number, ()) if model is self.source else ())]
+        if len(twins) == 1:
+            return []
+        side = "source" if model is self.source else "target"
+        paired = {n for pair in self.pairs for n in getattr(pair, side).leaves.values()}
+        return [model.text(n) for n in twins if n != number and n not in paired]
+
+    def layout(self) -> Layout:
+        """The layout of the port."""
+        behind = [self.source.text(number) for number in self.left_behind()]
+        stored = {"from": self.source.stored, "to": self.target.stored}
+        return Layout(self.rules(), name="port", drop=behind, stored={k: how for k, how in stored.items() if how})
+
+    def left_behind(self) -> list[int]:
+        """The leaves of the source that have, under all their names, no place in the target."""
+        leaves = self.source.leaves
+        taken = {twin for pair in self.pairs for n in pair.source.leaves.values() for twin in leaves.twins(n)}
+        taken |= {number for first, copies in self.copies.items() if first in taken for number in copies}
+        return [number for number in leaves.index.numbers if number not in taken]
+
+
+def _flat_steps(plan: PortPlan, pair: Pair, channels: int) -> list[Step]:
+    """The steps from a weight after a flattening of (channels, space) to a kernel after one of (space, channels)."""
+    back = plan.channels_last(plan.source)
+    model, unit, name = (
+        (plan.source, pair.source, pair.moves[0].sources[0])
+        if back
+        else (plan.target, pair.target, pair.moves[0].targets[0])
+    )
+    features, outputs = model.spec(unit.leaves[name]).shape
+    space = features // channels
+    steps = [
+        read_step({"reshape": {"shape": [outputs, channels, space], "back": [outputs, features]}}),
+        read_step({"transpose": [2, 1, 0]}),
+        read_step({"reshape": {"shape": [features, outputs], "back": [space, channels, outputs]}}),
+    ]
+    return [step.inverse() for step in reversed(steps)] if back else steps
+
+
+def _one(paths: list[str]) -> str | list[str]:
+    return paths[0] if len(paths) == 1 else paths
+
+
+def _listed(paths: str | Sequence[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _broken(
+    source: Model, target: Model, ours: list[Unit], theirs: list[Unit], renamed: Mapping[Unit, Unit]
+) -> tuple[list[Unit], list[Unit]]:
+    """Layers of several modules as one unit for each module, where the other side has no such layer."""
+    keys = [{shaped.key for unit in units for shaped in unit.shaped} for units in (ours, theirs)]
+
+    def parts(model: Model, units: list[Unit], other: set[Any]) -> list[Unit]:
+        out: list[Unit] = []
+        for unit in units:
+            whole = unit in (*renamed, *renamed.values()) or any(shaped.key in other for shaped in unit.shaped)
+            nested = any("/" in name and name != "kernel/scale" for name in unit.leaves)
+            out += [unit] if whole or not nested else model.simple(unit)
+        return out
+
+    return parts(source, ours, keys[1]), parts(target, theirs, keys[0])
+
+
+def _read_rules(rules: Rules | None) -> tuple[list[Mapping[str, Any]], dict[str, list[Step]]]:
+    """The rules of the user as pairs of paths, and the steps of each target path."""
+    if rules is None:
+        return [], {}
+    if isinstance(rules, Layout):
+        rules = rules.to_data()["rules"]
+    if isinstance(rules, Mapping):
+        return [], {path: [read_step(step) for step in steps] for path, steps in rules.items()}
+    if isinstance(rules, str) or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
+        raise BadArgument(
+            f"rules={rules!r} is not a list of rules", hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]'
+        )
+    steps = {_listed(rule["to"])[0]: [read_step(step) for step in rule.get("do") or ()] for rule in rules}
+    return list(rules), steps

@@ -1,0 +1,282 @@
+"""`prove`: whether two models compute the same, and which layer is the first that does not."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from paramend.arrays.registry import to_numpy
+from paramend.errors import BadArgument, printable_lines
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
+from paramend.porting.agreement import distance, moves
+from paramend.porting.calls import Run, run
+from paramend.porting.pairing import paired
+from paramend.porting.recorder import Call
+from paramend.porting.values import Values, arrays, wide
+from paramend.reports import wording
+from paramend.reports.report import Line, Section
+from paramend.reports.tables import aligned
+
+_SHOWN = 12  # layers before the first that differs
+Pairs = Collection[tuple[str, str]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProofRow:
+    """One output of both models, or of a layer of both.
+
+    Attributes:
+        target: the path of the layer in the target, or the place of the output in what it returned.
+        source: the same in the source.
+        kinds: the classes of both layers.
+        shapes: of the target's array and the source's.
+        difference: the largest absolute difference; inf for shapes that do not fit, or NaN on one side.
+        relative: the same as a share of the largest value.
+        agrees: whether this is within the tolerance.
+        inputs: whether the inputs of the layers agree.
+    """
+
+    target: str
+    source: str
+    kinds: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    difference: float
+    relative: float
+    agrees: bool
+    inputs: bool = True
+
+    @property
+    def name(self) -> str:
+        """Both sides, with their classes."""
+        sides = zip((self.target, self.source), self.kinds, strict=True)
+        return " ◄─ ".join(f"{path} ({kind})" if path and kind else path or kind or "output" for path, kind in sides)
+
+
+@dataclass(repr=False)
+class Proof(Paged):
+    """Whether two models compute the same in float64; false if they do not, or if nothing could be compared.
+
+    Attributes:
+        tolerance: how far apart results may be, as a share of the largest value.
+        outputs: the outputs of both.
+        layers: the layers of both that belong together, as they were called.
+        before: what either side calls between the last layer that agrees and the first that does not.
+        alone: how many outputs one side has and the other has not.
+    """
+
+    tolerance: float
+    outputs: list[ProofRow] = field(default_factory=list)
+    layers: list[ProofRow] = field(default_factory=list)
+    before: tuple[str, ...] = ()
+    alone: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.outputs) and all(row.agrees for row in self.outputs)
+
+    @property
+    def first(self) -> ProofRow | None:
+        """The first layer that differs, as they are called; None if the outputs agree, or all layers do."""
+        return None if self else next((row for row in self.layers if not row.agrees), None)
+
+    def headline(self) -> str:
+        """Whether they agree, how closely, and where they part."""
+        said = f"{wording.plural(len(self.outputs), 'output')} compared"
+        said += f", {self.alone} without counterpart" if self.alone else ""
+        worst = max(self.outputs, key=lambda row: row.relative, default=None)
+        if worst is None or (not self and worst.relative <= self.tolerance):
+            return f"nothing is proven: {said}{', one without a finite value' if worst else ''}"
+        within = f"{worst.relative:.2g} of the largest value (tolerance {self.tolerance:g})"
+        if self:
+            return f"both compute the same: {said}, {within}; {wording.plural(len(self.layers), 'layer')} compared"
+        if math.isinf(worst.difference) and worst.shapes[0] != worst.shapes[1]:
+            within = f"shape {worst.shapes[0]} in the target, {worst.shapes[1]} in the source"
+        return f"the outputs differ: {said}, {within}; {self._where()}"
+
+    def _where(self) -> str:
+        first = self.first
+        if first is None:
+            return "no layers could be compared" if not self.layers else "all layers that were compared agree"
+        if first.inputs and (first.target or first.source or len(self.layers) == 1):
+            return f"the first layer that differs is {first.name}: its inputs agree"
+        place = self.layers.index(first)
+        after = f", after {self.layers[place - 1].name}" if place else ""
+        between = f"; between them {wording.listing(self.before)}" if self.before else ""
+        given = f" in what {first.name} is given" if first.target or first.source else ""
+        return f"the first difference is{given}{after}{between}"
+
+    def sections(self) -> list[Section]:
+        """The outputs, then the layers."""
+        return [
+            Section(title, [Line((row.target, row.source), _cells(row), math.prod(row.shapes[0])) for row in rows])
+            for title, rows in (("outputs", self.outputs), ("layers", self.layers))
+        ]
+
+    def __str__(self) -> str:
+        ends = [place for place, row in enumerate(self.layers, 1) if not row.agrees]
+        shown = self.layers[max(ends[0] - _SHOWN, 0) : ends[0]] if ends and not self else self.layers[-_SHOWN:]
+        titles = ("", "shape", "difference", "relative", "")
+        table = [titles, *((row.name, *_cells(row)) for row in (*shown, *self.outputs))]
+        return "\n".join([printable_lines(self.headline()), "", *aligned(table, right="llrrl")])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data that JSON can hold."""
+        first = self.first
+        rows = {"outputs": self.outputs, "layers": self.layers}
+        return {
+            "agrees": bool(self),
+            "tolerance": self.tolerance,
+            "first": first and _plain(first),
+            **{name: [_plain(row) for row in each] for name, each in rows.items()},
+            "before": list(self.before),
+            "alone": self.alone,
+        }
+
+    def page(self) -> Page:
+        """A map of the layers and outputs, coloured by whether they agree."""
+        rows = [*self.layers, *self.outputs]
+        columns = [
+            Column("source", [row.source for row in rows], "text"),
+            Column("kinds", [" ◄─ ".join(row.kinds) for row in rows], "text"),
+            Column("difference", [row.difference for row in rows]),
+            Column("relative", [row.relative for row in rows]),
+        ]
+        groups = ["agrees" if row.agrees else "differs" for row in rows]
+        names = [row.target or "output" for row in rows]
+        sizes = [math.prod(row.shapes[0]) for row in rows]
+        return Page("proof", self.headline(), names, sizes, columns, groups, "result")
+
+
+def _cells(row: ProofRow) -> tuple[str, ...]:
+    shapes = [str(list(shape)).replace(" ", "") for shape in dict.fromkeys(row.shapes)]
+    numbers = f"{row.difference:.3g}", f"{row.relative:.3g}"
+    return " ◄─ ".join(shapes), *numbers, "" if row.agrees else "differs"
+
+
+def _plain(row: ProofRow) -> dict[str, Any]:
+    numbers = {name: getattr(row, name) if math.isfinite(row.relative) else None for name in ("difference", "relative")}
+    return {**asdict(row), "kinds": list(row.kinds), "shapes": [list(shape) for shape in row.shapes], **numbers}
+
+
+def prove(
+    target: object,
+    source: object,
+    inputs: object,
+    *,
+    tolerance: float = 1e-11,
+    pairs: Pairs = None,
+) -> Proof:
+    """A report, false if two models do not compute the same, of where they part.
+
+    Copies of both run in float64, whatever their dtypes: parameters, statistics and modes stay, and dropout passes on
+    what it is given. The outputs must agree in their order, or by their names where both have names; a batch of one
+    may lack its axis, and channels may stand first on one side and last on the other if they do so in the inputs.
+    Modules are compared while both run, whichever way round their axes are.
+
+    Zeros and ones hide mistakes: compare models with trained or random parameters. `pm.port(prove=)` makes some.
+
+    Args:
+        target: a torch, NNX or Equinox module, a bound linen module, or a function.
+        source: the same.
+        inputs: a tuple of arguments or a dict of keywords for both; or `{"target": ..., "source": ...}`.
+        tolerance: how far apart results may be, as a share of the largest value.
+        pairs: the paths of modules of the target and of the source that belong together; None to find them by their
+            classes, their shapes and the order in which they are called.
+
+    Raises:
+        BadArgument: a model cannot run, the tolerance is negative, or inputs are given for one side alone.
+
+    >>> import torch
+    >>> right = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4, eps=1e-5))
+    >>> wrong = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4, eps=1e-6))
+    >>> wrong.load_state_dict(right.state_dict())
+    <All keys matched successfully>
+    >>> bool(prove(right, right, (torch.ones(2, 3),)))
+    True
+    >>> proof = prove(wrong, right, (torch.ones(2, 3),))
+    >>> bool(proof), proof.first.target, proof.first.inputs
+    (False, '1', True)
+    """
+    if not tolerance >= 0:
+        raise BadArgument(f"tolerance={tolerance!r} is not a share of the largest value", hint="tolerance=1e-11")
+    given = sides_of(inputs)
+    ours, theirs = (_run(model, given[side], side) for side, model in (("target", target), ("source", source)))
+    (left, right), names = _inputs(given), _common(ours.outputs, theirs.outputs)
+    proof = Proof(tolerance, alone=len(ours.outputs) + len(theirs.outputs) - 2 * len(names))
+    turned = {move for one, other in zip(left, right, strict=False) for move in moves(one, other)}
+    for one, other in names:
+        values, others = ours.outputs[one], theirs.outputs[other]
+        found = distance(values, others, sorted(turned), inside=False, least=_least(left))
+        shapes = (values.shape, others.shape)
+        agrees = found[1] <= tolerance and bool(np.isfinite(values).any())
+        proof.outputs.append(ProofRow(one, other, ("", ""), shapes, *found, agrees))
+    _compare_layers(proof, _inner(ours.calls), _inner(theirs.calls), pairs)
+    return proof
+
+
+def _compare_layers(proof: Proof, ours: list[Call], theirs: list[Call], pairs: Pairs) -> None:
+    """Add the layers of both, and what lies before the first that differs."""
+    last = (-1, -1)
+    for i, j in paired(ours, theirs, pairs):
+        one, other = ours[i], theirs[j]
+        shapes = (one.outputs[0].shape, other.outputs[0].shape)
+        found = _apart(one.outputs, other.outputs, _least(one.inputs))
+        inputs = _apart(one.inputs, other.inputs)[1] <= proof.tolerance
+        row = ProofRow(
+            one.path, other.path, (one.kind, other.kind), shapes, *found, found[1] <= proof.tolerance, inputs
+        )
+        if all(each.agrees for each in proof.layers):
+            between = (*ours[last[0] + 1 : i], *theirs[last[1] + 1 : j])
+            proof.before = tuple(f"{call.path}: {call.kind}" for call in between if not call.composite)
+        proof.layers.append(row)
+        last = i, j
+
+
+def _apart(ours: tuple[Values, ...], theirs: tuple[Values, ...], least: float = 0.0) -> tuple[float, float]:
+    """How far the arrays of two calls are apart: all of them if there are as many, else the first."""
+    count = None if len(ours) == len(theirs) else 1
+    found = [distance(one, other, least=least) for one, other in zip(ours[:count], theirs[:count], strict=False)]
+    return max(found, key=lambda each: each[1], default=(0.0, 0.0))
+
+
+def _inner(calls: list[Call]) -> list[Call]:
+    """The calls with values."""
+    return [call for call in calls if call.outputs]
+
+
+def _least(inputs: Sequence[Values]) -> float:
+    """What is small beside the inputs: a difference of larger numbers, of which rounding is a larger share."""
+    floats = [np.abs(each).max(initial=0.0) for each in inputs if each.dtype.kind in "fc"]
+    return 0.1 * float(max(filter(np.isfinite, floats), default=0.0))
+
+
+def sides_of(inputs: Any) -> dict[str, Any]:
+    """The inputs of the target and of the source."""
+    if isinstance(inputs, Mapping) and (there := {"target", "source"} & set(inputs)):
+        if len(there) < 2 or len(inputs) > 2:
+            raise BadArgument(
+                f"the inputs are named {wording.listing(list(inputs))}", hint='{"target": (x,), "source": (x,)}'
+            )
+        return dict(inputs)
+    return {"target": inputs, "source": inputs}
+
+
+def _inputs(given: Mapping[str, Any]) -> tuple[list[Values], list[Values]]:
+    ours, theirs = ([wide(to_numpy(array)) for _, array in arrays(given[side])] for side in ("target", "source"))
+    return ours, theirs
+
+
+def _run(model: object, inputs: object, side: str) -> Run:
+    try:
+        return run(model, inputs)
+    except Exception as error:
+        error.add_note(f"raised by the {side} of a proof")
+        raise
+
+
+def _common(ours: Mapping[str, Values], theirs: Mapping[str, Values]) -> list[tuple[str, str]]:
+    """The places of outputs that belong together: those of one name, or else one after the other."""
+    same = [name for name in ours if name in theirs]
+    return [(name, name) for name in same] or list(zip(ours, theirs, strict=False))

@@ -1,0 +1,159 @@
+"""Trials: ports with random parameters, which find in what models compute what names leave open."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import BadArgument
+from paramend.grafting.graft import graft
+from paramend.grafting.options import Dtype
+from paramend.grafting.report import GraftReport
+from paramend.leaves.leaves import Editable
+from paramend.mapping.layout import Layout
+from paramend.porting.calls import calls, float64
+from paramend.porting.kinds import Path
+from paramend.porting.matching import Pair
+from paramend.porting.models import Model
+from paramend.porting.perturbation import perturbed
+from paramend.porting.plan import PortPlan, Renames, Rules
+from paramend.porting.proof import Proof, prove, sides_of
+from paramend.porting.recorder import Call
+
+_MOST = 64  # ways to answer all questions
+
+
+def stored(source: Model, layout: Layout) -> Any:
+    """The source under the names and in the shapes of the target."""
+    return layout.to(source.root if isinstance(source.root, Editable) else source.flat())[0]
+
+
+def carried(target: Model, source: Model, layout: Layout, *, dtype: Dtype = "target") -> tuple[Any, GraftReport]:
+    """The target with what a layout makes of the source, and the report of the graft."""
+    made, report = graft(target.tree, stored(source, layout), dtype=dtype)
+    if target.bound:
+        scope, module = target.root.scope, target.root.unbind()[0]
+        made = module.bind(made, rngs={n: r.as_jax_rng() for n, r in scope.rngs.items()}, mutable=scope.mutable)
+    return made, report
+
+
+def tried(
+    target: Model, source: Model, rename: Renames | None, rules: Rules | None, inputs: Any
+) -> tuple[PortPlan, Proof | None]:
+    """A plan whose questions are answered by running both models, and its proof; None if questions are left.
+
+    Raises:
+        BadArgument: one of the models cannot run.
+    """
+    given = sides_of(inputs)
+    ours, theirs = (_calls(model, given[side], side) for side, model in (("target", target), ("source", source)))
+    order = source.learn(theirs), target.learn(ours)
+    random, proof = Model(perturbed(source.root)), None
+    plan = PortPlan(target, source, rename, rules, order)
+    for pairs in _pairings(plan):
+        trial = PortPlan(target, source, {**pairs, **(rename or {})}, rules, order) if pairs else plan
+        if not (trial.doubtful or any(trial.lone)):
+            plan, proof = trial, _proven(trial, random, given, order[0])
+            if proof:
+                break
+    return plan, proof
+
+
+def _pairings(plan: PortPlan) -> Iterator[dict[str, str]]:
+    """The ways to pair what is in doubt, as renames."""
+    rows = [
+        [list(zip(ours, other, strict=True)) for other in itertools.permutations(theirs)]
+        for ours, theirs in plan.doubtful
+        if len(ours) == len(theirs) <= 4
+    ]
+    for chosen in itertools.islice(itertools.product(*rows), _MOST):
+        yield {"/".join(a.path): "/".join(b.path) for pairs in chosen for a, b in pairs}
+
+
+def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Path, int]) -> Proof | None:
+    """The proof of a plan whose questions are answered; a false one if no answers prove it."""
+    target, source, proof = plan.target, plan.source, None
+    for answers in _answers(plan):
+        for path, steps in answers:
+            plan.choose(path, steps)
+        made = _unflattened(plan, random, given, order)
+        pairs = {(_text(target, pair.target.path), _text(source, pair.source.path)) for pair in plan.pairs}
+        proof = prove(made, random.root, given, pairs=pairs)
+        if proof:
+            plan.questions.clear()
+            break
+    return proof
+
+
+def _calls(model: Model, inputs: Any, side: str) -> list[Call]:
+    if not callable(model.root):
+        raise BadArgument(
+            f"prove= runs both models, and the {side} is parameters alone",
+            hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)",
+        )
+    return calls(model.root, inputs)
+
+
+def _answers(plan: PortPlan) -> Iterator[tuple[tuple[str, Any], ...]]:
+    """All answers to all questions, the likeliest first; that on flattenings comes from values."""
+    open_ = {path: ways for path, (_, ways) in plan.questions.items() if len(ways) > 1}
+    return itertools.islice(itertools.product(*([(path, way) for way in ways] for path, ways in open_.items())), _MOST)
+
+
+def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: dict[Path, int]) -> Any:
+    """The target with random parameters, once its dense layers take flattened features in its own order.
+
+    Layer by layer, as they are called: the inputs of both are equal, or equal once their channels change places.
+    """
+    made = _made(plan, source)
+    last = plan.channels_last(plan.target)
+    if plan.channels_last(plan.source) == last:
+        return made
+    dense = [pair for pair in plan.pairs if pair.source.path in order and _could_follow(pair)]
+    theirs, ours = calls(source.root, given["source"]), calls(made, given["target"])
+    for pair in sorted(dense, key=lambda pair: order[pair.source.path]):
+        one, other = (
+            _input(model, path, found)
+            for model, path, found in ((plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs))
+        )
+        if one is None or other is None or one.shape != other.shape:
+            continue
+        if plan.flatten(pair, _channels(*((other, one) if last else (one, other)))):
+            made = _made(plan, source)
+            ours = calls(made, given["target"])
+    return made
+
+
+def _made(plan: PortPlan, source: Model) -> Any:
+    """The target with random parameters, which are not rounded to its dtypes."""
+    with float64(["jax"]):  # in that of torch a tensor is another one whenever it is asked for
+        return carried(plan.target, source, plan.layout(), dtype="source")[0]
+
+
+def _could_follow(pair: Pair) -> bool:
+    """Whether it is a dense layer that may take flattened features: its weight is a matrix."""
+    forms = pair.ways[pair.way].source, pair.ways[pair.way].target
+    return forms[0].form.kind == "linear" and all(len(shaped.shapes[0][1]) == 2 for shaped in forms)
+
+
+def _input(model: Model, path: Path, found: list[Call]) -> Any:
+    call = next((call for call in found if call.path == _text(model, path) and call.inputs), None)
+    return None if call is None else call.inputs[0].reshape(-1, call.inputs[0].shape[-1])
+
+
+def _channels(first: Any, last: Any) -> int:
+    """How many channels were flattened, if features with channels first are those with channels last; else 0."""
+    rows, features = first.shape
+    if np.allclose(first, last, rtol=1e-6, atol=1e-9):
+        return 0
+    for channels in range(2, features):
+        if not features % channels:
+            turned = first.reshape(rows, channels, -1).swapaxes(1, 2).reshape(rows, features)
+            if np.allclose(turned, last, rtol=1e-6, atol=1e-9):
+                return channels
+    return 0
+
+
+def _text(model: Model, path: Path) -> str:
+    return str(model.leaves.index.separator).join(path)
