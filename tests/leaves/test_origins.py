@@ -1,6 +1,7 @@
 """Origins against numpy: any composition, read in pieces of any size, and by the bytes that it says it is made of."""
 
 import contextlib
+import json
 import math
 import pickle
 from itertools import pairwise
@@ -11,6 +12,7 @@ import pytest
 
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.formats.registry import open_source
+from paramend.leaves import mapped
 from paramend.leaves.origins.boxes import Runs, boxes_of, contiguous, cut, select, whole
 from paramend.leaves.origins.moved import join, permute_axes, reshape, take
 from paramend.leaves.origins.reading import read_origin
@@ -367,3 +369,31 @@ def test_no_text_raises_anything_else(leaves):
         with contextlib.suppress(BadArgument, SpecMismatch):
             read += read_origin(text, lambda file, name: leaf).spec.dtype == "float32"
     assert read > 50
+
+
+def test_what_is_not_aligned_in_its_file_is_read_in_parts(tmp_path, monkeypatch):
+    right = np.arange(6 << 20, dtype="f4").reshape(1 << 20, 6)
+    text = json.dumps({"w": {"dtype": "F32", "shape": right.shape, "data_offsets": [0, right.nbytes]}}).encode()
+    text += b" " * (-len(text) % 8 + 1)
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + right.tobytes())
+    source = open_source(tmp_path / "m.safetensors")
+    monkeypatch.setattr(type(source), "read", None)  # which copies all of it
+    found = permute_axes(Stored(source, 0), (1, 0)).read_range(1 << 20, 2 << 20)
+    source.close()
+    assert np.array_equal(found, right[:, 1])
+
+
+def test_a_little_of_each_row_maps_a_part_of_a_file_at_once(tmp_path, monkeypatch):
+    path, shape = tmp_path / "tall.safetensors", (20_000, 512)
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * math.prod(shape))
+    given, give_back = [], mapped.give_back
+    monkeypatch.setattr(mapped, "give_back", lambda *each: (given.append(each[1:]), give_back(*each)))
+    source = open_source(path)
+    Stored(source, 0).read_box((range(shape[0]), range(3, 5)))
+    source.close()
+    assert sum(nbytes for _, nbytes in given) == 4 * math.prod(shape)
+    assert max(nbytes for _, nbytes in given) <= 16 << 20

@@ -9,6 +9,7 @@ from paramend.errors import BadArgument
 from paramend.leaves.origins.moved import How
 from paramend.mapping.layout import Rule, groups_of
 from paramend.mapping.steps import Step
+from paramend.selectors.grammar import captures_of
 from paramend.selectors.selector import resolve
 
 T = TypeVar("T")
@@ -99,6 +100,12 @@ def _joined(tree: T, leaves: Sequence[str], into: str, axis: int, how: How) -> T
 
 def _ruled(tree: T, sources: Sequence[str], targets: Sequence[str], step: Step) -> T:
     """The tree after one rule of a layout; what it does not take stays."""
+    here, there = ({name for path in side for name in captures_of(path)} for side in (sources, targets))
+    if here != there:
+        raise BadArgument(
+            f"{', '.join(sources)} and {', '.join(targets)} do not have the same numbers",
+            hint=f"<{min(here ^ there)}> on both sides: one new leaf for each",
+        )
     leaves = editable(tree)
     for source in sources:
         resolve(source, leaves)

@@ -1,6 +1,7 @@
 """Origins at the bottom of an expression: leaves of sources, values in memory, values that are made when read."""
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,9 @@ from paramend.leaves.mapped import forget
 from paramend.leaves.origins.boxes import Box, bare, contiguous, ends, select, shape_of
 from paramend.leaves.origins.origin import Extent, Given, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
+
+# Bytes of a file that are mapped at once where a box takes a little of each row: the system maps what is around, too.
+_SPAN = 16 << 20
 
 
 class Stored(Origin):
@@ -71,9 +75,21 @@ class Stored(Origin):
             cover = [ends(places) for places in box]
             found = self.source.read_box(self.number, tuple(slice(*each) for each in cover))
             return select(found, tuple(_shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
-        array = self.read()
-        found = np.array(select(bare(array), box), order="C").view(array.dtype)
-        forget(array, *ends(box[0]))
+        dtype, extent, inner = numpy_dtype(self.spec.dtype), self.extent, math.prod(shape[1:])
+        found = np.empty(shape_of(box), dtype)
+        # What is not aligned in its file is never mapped, and would be copied whole.
+        array = None if extent is not None and extent.start % dtype.alignment else self.read()
+        rows = max(_SPAN * shape[0] // max(self.nbytes, 1), 1)
+        for at in range(0, len(box[0]), rows):
+            places = box[0][at : at + rows]
+            low, high = ends(places)
+            band = (
+                self.read_range(low * inner, high * inner).reshape(high - low, *shape[1:])
+                if array is None
+                else array[low:high]
+            )
+            bare(found)[at : at + rows] = select(bare(band), (_shifted(places, low), *box[1:]))
+            forget(band, 0, high - low)
         return found
 
 
