@@ -33,6 +33,9 @@ class Backend(Protocol):
     def like(self, value: Any, x: Any) -> Any:
         """The values of an array of any library, with the spec of `x`, as an array like `x`."""
 
+    def from_numpy(self, array: Any) -> Any:
+        """A copy of a numpy array in this library, on its default device."""
+
     def add(self, x: Any, value: Any) -> Any:
         """x + value, in the dtype of x."""
 

@@ -39,6 +39,10 @@ def like(value: Any, x: Any) -> Any:
     return _same(out, x)
 
 
+def from_numpy(array: Any) -> Array:
+    return np.array(array)
+
+
 def add(x: Any, value: Any) -> Any:
     return _same((x + np.asarray(value).astype(x.dtype)).astype(x.dtype, copy=False), x)
 

@@ -138,5 +138,4 @@ def _nested(host: Editable, path: Path) -> Path:
 
 def _native(host: Any, value: Any) -> Any:
     library = backend(host.read(host.index.numbers[0])) if host.index.numbers else backend(value)
-    convert = getattr(library, "from_numpy", None)
-    return value if backend(value) is library or convert is None else convert(to_numpy(value))
+    return value if backend(value) is library else library.from_numpy(to_numpy(value))

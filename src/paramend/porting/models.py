@@ -11,10 +11,9 @@ from paramend.leaves.leaves import Editable, Leaves, keys_of
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
 from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
+from paramend.porting.frameworks import is_linen
 from paramend.porting.kinds import Path, Shaped
-from paramend.porting.recorder import Call
-from paramend.trees.kind import ELIDED
-from paramend.trees.lookup import find_kind
+from paramend.porting.recorder import Call, containers
 from paramend.trees.tree import Tree
 
 # The top keys of linen variables: the path of a module begins below them.
@@ -79,7 +78,7 @@ class Model:
         self.leaves: Any = (
             leaves if leaves is not None else self.tree if isinstance(root, Editable) else Tree(self.tree)
         )
-        self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree, (), ()))
+        self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree))
         self.classes = {path: type(module).__name__ for path, module in self.modules.items()}
         self.libraries = {path: _library(module) for path, module in self.modules.items()}
         pieces = {number: self.leaves.index.pieces(number) for number in self.leaves.index.numbers}
@@ -259,18 +258,9 @@ def einsum_names(text: str | None) -> set[str]:
     return {"Einsum"} if "oi" not in summed else {"Einsum:out_first"} if "io" not in summed else set()
 
 
-def is_linen(root: Any) -> bool:
-    """Whether something is a linen module."""
-    return any(base.__module__.startswith("flax.linen") for base in type(root).__mro__) and hasattr(root, "scope")
-
-
-def _modules(node: Any, path: Path, above: tuple[int, ...]) -> Iterator[tuple[Path, Any]]:
+def _modules(root: Any) -> Iterator[tuple[Path, Any]]:
     """The modules of a tree, objects of classes that are not containers, each under all of its paths."""
-    kind = find_kind(node)
-    if kind is None or id(node) in above or kind.assign is not None:
-        return
-    if kind.replace is not None or type(node).__module__.partition(".")[0] not in ("builtins", "collections", "jax"):
-        yield path, node
-    keys, children, _ = kind.open(node)
-    for key, child in zip(keys or range(len(children)), children, strict=True):
-        yield from _modules(child, path if key is ELIDED else (*path, *str(key).split(".")), (*above, id(node)))
+    for path, node, kind in containers(root):
+        own = type(node).__module__.partition(".")[0] not in ("builtins", "collections", "jax")
+        if kind.assign is None and (own or kind.replace is not None):
+            yield tuple(map(text_of, path)), node

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from paramend.errors import BadArgument
-from paramend.porting.calls import copied, runs
+from paramend.porting.frameworks import copied, runs
 from paramend.porting.values import Values, wide
 from paramend.reports import wording
 from paramend.trees.lookup import find_kind, is_torch_module

@@ -67,7 +67,5 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 def given_as(library: str) -> Callable[[Any], Any]:
     """An array → one of this library, as float64 if it holds floats."""
-    if library == "numpy":
-        return lambda array: wide(to_numpy(array))
     make = importlib.import_module(f"paramend.arrays.{library}").from_numpy
     return lambda array: make(wide(to_numpy(array)))
