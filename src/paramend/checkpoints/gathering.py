@@ -41,12 +41,7 @@ def gathered(base: Any, leaves: Sequence[Leaf], *, texts: tuple[Document, ...] =
 
 
 def ties_of(ties: Mapping[int, int], places: Mapping[int, Sequence[int]]) -> dict[int, int]:
-    """The ties of a result: leaves that were tied stay tied if each path is taken once.
-
-    Args:
-        ties: those of the checkpoint.
-        places: leaf number in the checkpoint → its places in the result.
-    """
+    """The ties of a result: leaves that were tied stay tied if each path is taken once."""
     return tied({there[0]: ties[number] for number, there in places.items() if number in ties and len(there) == 1})
 
 

@@ -129,16 +129,7 @@ def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def write_made(made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, **given: Any) -> None:
-    """Write a checkpoint that was made from others, or only show its report in a dry run.
-
-    Args:
-        made: the checkpoint.
-        path: what it was made from, as it was typed.
-        told: the report.
-        out: what to write.
-        record: whether it carries a record of what was done.
-        given: the other options of `makes`, as `carry_out` takes them.
-    """
+    """Write a checkpoint that was made from others, or only show its report in a dry run."""
     if out is None and not given["dry_run"]:
         raise click.UsageError("-o OUT is needed.")
     carry_out(made.plan, path, out, record="" if record else None, told=told, **given)
@@ -182,21 +173,7 @@ def edit_checkpoint(
     as_json: bool,
     patches: bool = True,
 ) -> None:
-    """Write an edited checkpoint, or change its own files, or only show the edit in a dry run.
-
-    Args:
-        path: the checkpoint.
-        edit: (opened checkpoint) → edited checkpoint.
-        out: what to write.
-        in_place: whether its own files change.
-        link: whether unchanged shards are linked.
-        force: whether `out` may exist.
-        record: whether it carries a record of what was done.
-        dry_run: whether no checkpoint is written.
-        html: where to write the report as an HTML page.
-        as_json: whether data is printed as JSON.
-        patches: whether the edit can be made in place.
-    """
+    """Write an edited checkpoint, or change its own files, or only show the edit in a dry run."""
     if in_place and (out is not None or link or force or record):
         raise click.UsageError("--in-place changes PATH itself: it excludes -o, --link, --force and --record.")
     if out is None and not (dry_run or in_place):

@@ -103,15 +103,7 @@ def _labels(path: Path) -> tuple[Label, ...]:
 def check_free(
     donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
 ) -> None:
-    """Raise if a leaf would stand where another does, or a container.
-
-    Args:
-        donor: the tree that the leaves are of.
-        paths: their new paths.
-        there: the paths of other leaves in the result.
-        separator: what stands between keys there.
-        hint: the way out.
-    """
+    """Raise if a leaf would stand where another does, or a container."""
     new = {number: _labels(path) for number, path in paths.items()}
     every = [*there, *new.values()]
     count = Counter(plain(path, separator) for path in every)

@@ -253,11 +253,6 @@ class UndoStore:
     def take_back(self, writer: Writer, target: OpenRanges, error: BaseException) -> None:
         """Put the old bytes back after an error within a patch.
 
-        Args:
-            writer: the writer of the record.
-            target: the open files, which are written in place.
-            error: what went wrong.
-
         Raises:
             CannotWrite: the error came from the system, or the bytes could not be put back; the message says which.
         """

@@ -151,14 +151,7 @@ def _count(edit: Call, group: Sequence[Work], before: Array, after: Array) -> No
 
 
 def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
-    """Write the new elements of a leaf into an open file.
-
-    Args:
-        descriptor: the file, open for reading and writing; it holds the old elements.
-        source: the source of leaves that cannot be changed piece by piece in place.
-        work: what to do.
-        meter: receives the number of bytes.
-    """
+    """Write the new elements of a leaf into an open file."""
     row, extent = work.row, work.extent
     row.damage.clear()
     for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):

@@ -18,12 +18,7 @@ from paramend.piecewise.edited import Edited
 
 
 def expression(source: Any, row: Row) -> Origin:
-    """Where the leaf of a row comes from: a leaf of the source, the edits that move its elements, those that compute.
-
-    Args:
-        source: the source of the plan.
-        row: the row.
-    """
+    """Where the leaf of a row comes from: a leaf of the source, edits that move its elements, those that compute."""
     origin = leaf_of(source, row.source)
     if not row.calls:
         return origin

@@ -64,15 +64,7 @@ class Recorder:
         self._names: dict[int, dict[int, str]] = {}
 
     def around(self, module: Any, call: Any, args: Any, options: Any, path: str | None) -> Any:
-        """What a method returns; noted, unless the module calls a method of its own base class.
-
-        Args:
-            module: the module.
-            call: its method.
-            args: the arguments.
-            options: the keywords.
-            path: its path, if the framework knows it.
-        """
+        """What a method returns; noted, unless the module calls a method of its own base class."""
         kind = type(module).__name__
         if self._open and self._open[-1] is module:
             return call(*args, **options)

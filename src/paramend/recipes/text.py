@@ -82,10 +82,6 @@ def below(address: str, key: str | int) -> str:
 def read(text: str, name: str) -> Document:
     """The data of a recipe's text.
 
-    Args:
-        text: YAML or JSON.
-        name: the name of the recipe in messages.
-
     Raises:
         BadRecipe: the text is neither, or too large.
 

@@ -27,13 +27,7 @@ class Accesses:
     """
 
     def __init__(self, made: Plan, out: Path, *, folder: bool) -> None:
-        """Look at all files that a plan reads, and at what its output replaces.
-
-        Args:
-            made: the plan.
-            out: the output.
-            folder: whether it is a directory.
-        """
+        """Look at all files that a plan reads, and at what its output replaces."""
         self._made, self._out = made, out
         self._read: dict[int, _Found] = {}
         self._homes: dict[Path, os.stat_result] = {}

@@ -96,13 +96,7 @@ def _free_names(source: Shards, stem: str, count: int) -> list[str]:
 
 
 def _whole_files(made: Plan, rows: Sequence[Row], framework: str | None) -> Iterator[tuple[SafetensorsFile, list[Row]]]:
-    """The files whose leaves all come as they are, each with its rows.
-
-    Args:
-        made: the plan.
-        rows: what comes.
-        framework: the framework that the metadata of a file must name.
-    """
+    """The files whose leaves all come as they are, each with its rows."""
     found: dict[int, tuple[SafetensorsFile, list[Row]]] = {}
     source: Any = made.leaves
     for row in rows:

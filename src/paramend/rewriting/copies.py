@@ -25,12 +25,7 @@ def overlays(made: Plan) -> bool:
 
 
 def rows_by_file(source: Shards, leaves: Iterable[tuple[int, Row]]) -> Iterator[tuple[Any, list[tuple[int, Row]]]]:
-    """The files of a source that remain, each with its leaves: (number in the file, row).
-
-    Args:
-        source: the source.
-        leaves: its leaves that remain: (number in it, row).
-    """
+    """The files of a source that remain, each with its leaves: (number in the file, row)."""
     rows: list[list[tuple[int, Row]]] = [[] for _ in source.files]
     for number, row in leaves:
         place, inner = source.home(number)
@@ -42,13 +37,6 @@ def rows_by_file(source: Shards, leaves: Iterable[tuple[int, Row]]) -> Iterator[
 
 def edited_file(made: Plan, file: Any, rows: list[tuple[int, Row]], name: str, *, link: bool) -> File:
     """A file of the source, edited.
-
-    Args:
-        made: the plan.
-        file: the file.
-        rows: the rows of its leaves: (number in the file, row).
-        name: the name of the new file.
-        link: whether it may be a hard link to the old one.
 
     Raises:
         Unsupported: the format cannot hold a leaf, or has no place for it in a copy of the file.

@@ -97,11 +97,7 @@ def with_header(name: str, raw: bytes, pieces: Sequence[Piece]) -> File:
     """A new safetensors file. Its header is padded so that most of what is copied keeps its place within a block.
 
     The bytes do not depend on the file system: whoever copies the file to one that shares blocks has the benefit.
-
-    Args:
-        name: its path within the directory; "" for a checkpoint of a single file.
-        raw: the JSON text of its header.
-        pieces: the data.
+    The name is "" for a checkpoint of a single file.
     """
     start = best_start(((copy.start, copy.stop, at) for copy, at in placed(pieces)), 8 + len(raw), step=8)
     head = framed(raw, start if start <= 8 + MAX_HEADER else 8 + len(raw))
@@ -143,13 +139,7 @@ def ordered(made: Plan, form: Format) -> list[Row]:
 def laid(
     made: Plan, rows: Sequence[Row], parts: Iterable[bytes | Copy | LeafBytes]
 ) -> tuple[tuple[Piece, ...], list[tuple[int, int]], int]:
-    """The pieces of a file, the ranges of its leaves, and its length. Adjacent bytes that stay are one piece.
-
-    Args:
-        made: the plan.
-        rows: the leaves that the spans refer to by position.
-        parts: the file from its first byte to its last.
-    """
+    """The pieces of a file, the ranges of its leaves, and its length. Adjacent bytes that stay are one piece."""
     pieces: list[Piece] = []
     ranges: list[tuple[int, int]] = []
     at = 0
@@ -204,14 +194,7 @@ def _extents(made: Plan, row: Row) -> list[Extent] | None:
 
 
 def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int], Row]) -> list[Piece]:
-    """A range of bytes of a file with rows in place of some of them.
-
-    Args:
-        path: the file.
-        start: the first byte.
-        stop: the byte after the last.
-        places: (start, stop) → row.
-    """
+    """A range of bytes of a file with rows in place of some of them."""
     pieces: list[Piece] = []
     for (first, last), row in sorted(places.items(), key=lambda place: place[0]):
         if first < last:

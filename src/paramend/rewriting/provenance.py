@@ -237,10 +237,6 @@ _KINDS = {str: "a string", int: "an integer", list: "an array", dict: "an object
 def parse(text: bytes, file: str) -> EditRecord:
     """The record in a text, validated.
 
-    Args:
-        text: JSON.
-        file: what messages call its file.
-
     Raises:
         BadCheckpoint: a rule is broken.
 

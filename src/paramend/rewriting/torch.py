@@ -23,12 +23,7 @@ _Places = Mapping[tuple[int, int], Row]
 
 
 def overlays(file: TorchFile, rows: _Rows) -> bool:
-    """Whether a copy of the file suffices that differs only in the bytes of some leaves.
-
-    Args:
-        file: the file.
-        rows: the rows of its leaves: (number in the file, row).
-    """
+    """Whether a copy of the file suffices that differs only in the bytes of some leaves."""
     there = {number for number, _ in rows}
     stay = all(not row.was and _stays(file, number, row, there) for number, row in rows)
     return stay and len(there) == len(file.tensors)

@@ -137,11 +137,6 @@ class Runs(NamedTuple):
 def cut(runs: Runs, edges: Array, most: int) -> tuple[Array, Array, Runs] | None:
     """Runs cut at edges that repeat with a period; None if there would be too many.
 
-    Args:
-        runs: the runs.
-        edges: the edges within a period, from 0 to its length.
-        most: how many runs there may be.
-
     Returns:
         The number of the interval that each new run is in, how far from its beginning it starts, and the new runs.
 
