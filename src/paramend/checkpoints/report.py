@@ -8,7 +8,6 @@ from paramend.errors import printable_lines
 from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.reports.report import Section
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,10 +36,6 @@ class PatchReport(Paged):
     def headline(self) -> str:
         """What was written, in one line."""
         return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
 
     @property
     def summary(self) -> str:

@@ -53,6 +53,11 @@ def renames(ctx: click.Context, option: click.Parameter, given: tuple[str, ...])
     return rules
 
 
+def renaming(says: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option `--rename`."""
+    return click.option("--rename", multiple=True, callback=renames, metavar="OLD=NEW", help=says)
+
+
 def _choice(name: str, kinds: Any, says: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option(f"--{name}", type=click.Choice(get_args(kinds)), help=says)
 
@@ -75,13 +80,8 @@ _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 @click.option(
     "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What gets the values."
 )
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=renames,
-    metavar="OLD=NEW",
-    help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be repeated. 'OLD=' leaves them "
-    "behind.",
+@renaming(
+    "Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be repeated. 'OLD=' leaves them behind."
 )
 @click.option(
     "--only", multiple=True, metavar="SELECTOR", help="The leaves of TARGET that may change; may be repeated."
@@ -147,13 +147,7 @@ def _typed(options: Mapping[str, Any]) -> str:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("selector")
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=renames,
-    metavar="OLD=NEW",
-    help="A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'; may be repeated.",
-)
+@renaming("A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'; may be repeated.")
 @click.option("--in-place", is_flag=True, help="Change TARGET itself; `paramend undo TARGET` takes it back.")
 @click.option("--link", is_flag=True, help="Hard-link unchanged shards.")
 @makes("what would be made")
@@ -192,13 +186,7 @@ def insert(
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("selector")
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=renames,
-    metavar="OLD=NEW",
-    help="A path of MODEL and its path in OUT: 'language_model.**=**'; may be repeated.",
-)
+@renaming("A path of MODEL and its path in OUT: 'language_model.**=**'; may be repeated.")
 @click.option("--link", is_flag=True, help="Hard-link shards that stay whole.")
 @makes("what would be made")
 def part(model: Path, selector: str, rename: dict[str, str], **options: Any) -> None:

@@ -22,13 +22,7 @@ _FROM = {"deepen": {"count": ["blocks"], "times": ["stack", "interleave"], "drop
 
 @dataclass(frozen=True)
 class Typed:
-    """A subcommand as it was typed.
-
-    Attributes:
-        name: its name.
-        command: the command.
-        args: what follows the name.
-    """
+    """A subcommand as it was typed."""
 
     name: str
     command: click.Command

@@ -24,7 +24,6 @@ from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.reports.report import Section
 from paramend.reports.tables import aligned
 from paramend.selectors.selector import resolve, slice_of
 from paramend.selectors.slices import write_index
@@ -280,10 +279,6 @@ class Plan(Paged):
     def headline(self) -> str:
         """How many leaves change."""
         return self.lines()[-1]
-
-    def sections(self) -> list[Section]:
-        """None: its text is a table of its own."""
-        return []
 
     def page(self) -> Page:
         """The result as a map, coloured by what becomes of each leaf, beside the leaves that are deleted."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from paramend.journal.records import Record
 from paramend.reports import wording
-from paramend.reports.report import Report, Section
+from paramend.reports.report import Report
 from paramend.reports.tables import aligned
 
 
@@ -87,10 +87,6 @@ class UndoReport(Report):
     def headline(self) -> str:
         """What was taken back, in one line."""
         return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: `undone` says what was done to which leaves."""
-        return []
 
     @property
     def summary(self) -> str:

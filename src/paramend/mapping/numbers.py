@@ -23,13 +23,7 @@ _SOURCES = {"num_key_value_heads": ("num_attention_heads",), "head_dim": ("hidde
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of a model by name: those given, else those of its configuration.
-
-    Attributes:
-        leaves: the model.
-        given: numbers given by name.
-        named: the names that may be asked for.
-    """
+    """The numbers of a model by name: those given, else those of its configuration."""
 
     leaves: Editable
     given: Mapping[str, int]

@@ -28,12 +28,7 @@ COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a rule.
-
-    Attributes:
-        name: its row in the table.
-        args: its arguments, as data.
-    """
+    """A step of a rule."""
 
     name: str
     args: Data

@@ -41,7 +41,7 @@ _FRAMEWORKS = (
 _LIBRARIES = ("jax", "torch")
 
 
-def runs(model: object) -> bool:
+def runs(model: Any) -> bool:
     """Whether it is a model of a framework, with parameters, that can be called as it is."""
     holding = [row.name for row in _FRAMEWORKS if row.path is None and imported(row.name)]
     return (is_linen(model) and model.scope is not None) or any(
@@ -148,7 +148,8 @@ def _patched(classes: Iterable[type], methods: Collection[str]) -> Iterator[None
 
 
 def _below(kind: type) -> Iterator[type]:
-    for each in type.__subclasses__(kind):
+    made: list[type] = type.__subclasses__(kind)
+    for each in made:
         yield each
         yield from _below(each)
 

@@ -61,9 +61,7 @@ class Model:
         leaves: its leaves.
         names: leaf number → the path of its module and its name there, without the collection; leaves that are no
             parameters, such as keys of random numbers, are left out.
-        libraries: the path of each module → the library of its class.
         modules: the path of each module → the module.
-        classes: the path of each module → the name of its class.
     """
 
     def __init__(self, root: Any, leaves: Leaves | None = None) -> None:
@@ -79,8 +77,6 @@ class Model:
             leaves if leaves is not None else self.tree if isinstance(root, Editable) else Tree(self.tree)
         )
         self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree))
-        self.classes = {path: type(module).__name__ for path, module in self.modules.items()}
-        self.libraries = {path: _library(module) for path, module in self.modules.items()}
         pieces = {number: self.leaves.index.pieces(number) for number in self.leaves.index.numbers}
         self._paths = {*pieces.values()}
         tops = {path[0] for path in pieces.values() if len(path) > 1}
@@ -107,12 +103,12 @@ class Model:
 
     def class_of(self, path: Path) -> str:
         """The name of the class of a module; "" if it is not known."""
-        found = self.classes.get(path)
-        if found is None and path and (auto := _AUTO(path[-1])) and auto[1] in _KNOWN:
+        if path in self.modules:
+            return type(self.modules[path]).__name__
+        if path and (auto := _AUTO(path[-1])) and auto[1] in _KNOWN:
             return auto[1]
-        if found is None and path and (haiku := _HAIKU_TRANSPOSE(path[-1])):
-            return f"Conv{haiku[1]}DTranspose"
-        return found or ""
+        haiku = path and _HAIKU_TRANSPOSE(path[-1])
+        return f"Conv{haiku[1]}DTranspose" if haiku else ""
 
     def learn(self, calls: Sequence[Call]) -> dict[Path, int]:
         """The place of the first call of each module; modules that linen makes when it runs are kept."""
@@ -120,9 +116,7 @@ class Model:
         for place, call in enumerate(calls):
             path = tuple(map(text_of, labels(call.path))) if call.path else ()
             places.setdefault(path, place)
-            if path not in self.modules:
-                self.modules[path], self.classes[path] = call.module, call.kind
-                self.libraries[path] = _library(call.module)
+            self.modules.setdefault(path, call.module)
         vars(self).pop("units", None)
         return places
 
@@ -180,7 +174,7 @@ class Model:
         # What only some classes hold so is not tried without the class.
         fit = [f for f in fit if self._is_of(f, path) or not f.classes or not all(map(_SPECIAL, f.classes))]
         named = [form for form in fit if self._is_of(form, path)]
-        if not named and fit and self.class_of(path) in _KNOWN and self.libraries.get(path) in _LIBRARIES:
+        if not named and fit and self.class_of(path) in _KNOWN and _library(self.modules.get(path)):
             named = [form for form in fit if not form.classes]
         out = []
         for form in named or fit:
@@ -191,14 +185,13 @@ class Model:
         return tuple(out)
 
     def _is_of(self, form: Form, path: Path) -> bool:
-        kind, library = self.class_of(path), self.libraries.get(path, "")
-        names = {kind, f"{library}:{kind}"}
-        if kind == "ConvTranspose" and getattr(self.modules.get(path), "transpose_kernel", None) is not None:
-            names = {kind + ":transposed"} if self.modules[path].transpose_kernel else {kind}
-        elif kind == "ConvTranspose":
-            names |= {kind + ":transposed"}
+        kind, module = self.class_of(path), self.modules.get(path)
+        names = {kind, f"{_library(module)}:{kind}"}
+        if kind == "ConvTranspose":
+            turned = getattr(module, "transpose_kernel", None)
+            names = {*names, f"{kind}:transposed"} if turned is None else {f"{kind}:transposed" if turned else kind}
         elif kind == "Einsum":
-            names = einsum_names(getattr(self.modules.get(path), "einsum_str", None))
+            names = einsum_names(getattr(module, "einsum_str", None))
         return bool(kind) and not names.isdisjoint(form.classes)
 
     def spec(self, number: int) -> Spec:
@@ -214,7 +207,7 @@ class Model:
     def framework(self) -> str:
         """The framework of a model, "jax" for all but Equinox; "" for parameters that do not say."""
         for name in ("torch", "equinox"):
-            if name in self.libraries.values():
+            if any(_library(module) == name for module in self.modules.values()):
                 return name
         if self.modules:
             return "jax"

@@ -10,7 +10,7 @@ import numpy as np
 
 from paramend.errors import BadArgument
 from paramend.porting.frameworks import copied, runs
-from paramend.porting.values import Values, wide
+from paramend.porting.values import Values, largest, wide
 from paramend.reports import wording
 from paramend.trees.lookup import find_kind, is_torch_module
 
@@ -51,14 +51,10 @@ def perturbed(model: M, seed: int = 0, *, paths: Collection[str] | None = None) 
         if old.dtype.kind == "f" and (old > 0).all():
             new = old * np.exp(0.3 * noise)
         else:
-            new = old + noise * max(0.1, 0.3 * _largest(old))
+            new = old + noise * max(0.1, 0.3 * largest(old))
         new = np.abs(new) + 0.1 if _VARIANCE.fullmatch(path) else new
-        unit = 2.0 ** (math.frexp(_largest(new))[1] - ml_dtypes.finfo(values.dtype).nmant // 2)
+        unit = 2.0 ** (math.frexp(largest(new))[1] - ml_dtypes.finfo(values.dtype).nmant // 2)
         rounded: Values = (np.round(new / unit) * unit + unit / 2).astype(values.dtype)
         return rounded
 
     return copied(model, change)
-
-
-def _largest(values: Values) -> float:
-    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))

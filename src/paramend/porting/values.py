@@ -23,6 +23,11 @@ def wide(values: Values) -> Values:
     return values.astype(_WIDE.get(kind_of(values.dtype.name), values.dtype))
 
 
+def largest(values: Values) -> float:
+    """The largest finite absolute value, 0 if there is none."""
+    return float(np.abs(values[np.isfinite(values)].astype("complex128")).max(initial=0.0))
+
+
 def arrays(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The arrays and floats in nested containers, with their places.
 

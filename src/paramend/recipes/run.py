@@ -96,11 +96,7 @@ def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:
 
 @dataclass(slots=True)
 class _Attempt:
-    """One step on a tree.
-
-    Attributes:
-        problems: what is wrong.
-    """
+    """One step on a tree."""
 
     step: RecipeStep
     leaves: Editable

@@ -20,13 +20,7 @@ from paramend.rewriting.arrangement import arranged, base_of
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes that are copied unchanged.
-
-    Attributes:
-        path: the file that they are in.
-        start: the first byte.
-        stop: the one after the last.
-    """
+    """Bytes that are copied unchanged."""
 
     path: Path
     start: int
@@ -35,13 +29,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Bytes of a leaf that is edited, or not contiguous in a file.
-
-    Attributes:
-        row: the leaf.
-        start: the first byte of it.
-        stop: the one after the last.
-    """
+    """Bytes of a leaf that is edited, or not contiguous in a file."""
 
     row: Row
     start: int

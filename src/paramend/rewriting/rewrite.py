@@ -31,7 +31,6 @@ from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Section
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
 from paramend.rewriting.files import Computed, File, items_of, sources
@@ -83,10 +82,6 @@ class RewriteReport(Paged):
     def headline(self) -> str:
         """What was written, in one line."""
         return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
 
     @property
     def summary(self) -> str:

@@ -24,13 +24,7 @@ _MOST = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where the contiguous bytes of a leaf are; C order, little-endian.
-
-    Attributes:
-        path: the file.
-        start: the first byte, from the beginning of the file.
-        nbytes: how many.
-    """
+    """Where the contiguous bytes of a leaf are; C order, little-endian."""
 
     path: Path
     start: int

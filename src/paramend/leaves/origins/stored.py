@@ -15,12 +15,7 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 
 class Stored(Origin):
-    """A leaf of a source, unchanged; also the operand of an edit, which is read when the edit runs.
-
-    Attributes:
-        source: the source.
-        number: the leaf.
-    """
+    """A leaf of a source, unchanged; also the operand of an edit, which is read when the edit runs."""
 
     def __init__(self, source: Any, number: int) -> None:
         self.source, self.number = source, number
@@ -90,11 +85,7 @@ def _shifted(places: Any, low: int) -> Any:
 
 
 class Held(Origin):
-    """Values in memory.
-
-    Attributes:
-        values: the values.
-    """
+    """Values in memory."""
 
     says = "values in memory"
     moves = False
