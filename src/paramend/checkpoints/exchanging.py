@@ -79,12 +79,8 @@ def carried_out(
     """The record of a patch, which has been made: all of it, or nothing, with the lock of the store held.
 
     Args:
-        store: the undo records of the checkpoint.
         edits: (leaf, edit) for the record.
         new: files that take the places of others.
-        target: files that are written in place.
-        change: writes to them.
-        progress: receives the number of bytes recorded.
     """
     there = [*map(os.fstat, target.descriptors), *filter(None, new.then)]  # who may read all may read the record
     access = access_of(there) if target.files else new.access

@@ -24,7 +24,6 @@ def gathered(base: Any, leaves: Sequence[Leaf], *, texts: tuple[Document, ...] =
 
     Args:
         base: the source that gives format, metadata and sidecars.
-        leaves: the leaves, in order.
         texts: the files beside the weights that change.
         ties: place among the leaves → the first place of the same leaf, for leaves with several paths.
     """
@@ -69,7 +68,6 @@ def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Pla
     """The plan with some leaves replaced by others.
 
     Args:
-        plan: the plan.
         places: leaf number → the leaves in its place.
         hint: what to do if paths clash.
 

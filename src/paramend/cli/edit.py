@@ -157,8 +157,6 @@ def _command(
     """A command that edits the leaves that selectors match.
 
     Args:
-        name: its name, and that of the recipe step that does the same.
-        says: what it does.
         params: what it takes besides PATH, SELECTOR... and the common options.
         edited: (checkpoint, choice, chosen leaves, args) → the edited checkpoint.
         in_place: whether the files themselves can be edited; if not, the option is hidden.

@@ -48,19 +48,10 @@ def carry_out(
     """Write the result of a plan, or only show it in a dry run.
 
     Args:
-        made: the plan.
-        path: the checkpoint, as it was typed.
-        out: what to write; may be None in a dry run.
-        force: whether it may exist.
-        dry_run: whether nothing is written.
-        as_json: whether data is printed as JSON.
-        link: whether unchanged shards are linked.
-        max_shard_size: the most bytes of tensors in one file.
         record: the recipe that made the plan, or "", if the output carries a record of it; None for no record.
         to: the name of the format, if OUT need not say it; "" if it must.
         quiet: whether no table is printed.
         told: a report that is printed instead of the plan's table.
-        html: where to write the report as an HTML page.
     """
     _ui.check_page(html)
     if html is not None and out is not None and html.absolute() == Path(out).absolute():

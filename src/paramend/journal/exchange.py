@@ -187,8 +187,6 @@ class WholeFiles:
         """Replace the new files of a pending record by the old ones, durably.
 
         Args:
-            record: the record.
-            meter: receives the number of bytes.
             force: whether files that are neither the new nor the old ones are replaced too.
 
         Returns:

@@ -45,7 +45,6 @@ class UndoStore:
         """The store of a checkpoint.
 
         Args:
-            base: the checkpoint.
             about: the one file of a folder whose patches count; "" if all do.
         """
         self.base, self._about = base, about
@@ -116,9 +115,7 @@ class UndoStore:
         """The rollback of the patch of a record.
 
         Args:
-            record: the record.
             force: whether to put the old bytes back even over other bytes.
-            progress: called with an `Event` as bytes are written.
             own: whether this program is writing the record; others cannot be trusted.
 
         Raises:
@@ -308,7 +305,6 @@ def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
     """The records of all patches of some files.
 
     Args:
-        files: the files.
         refuses: whether a patch that is being made, or was cut short, is an error.
 
     Raises:

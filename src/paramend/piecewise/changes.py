@@ -97,10 +97,8 @@ def change_all(descriptors: Mapping[Path, int], source: Source, work: Sequence[W
     """Write the new elements of all leaves into open files: small leaves with the same edits together.
 
     Args:
-        descriptors: the files, open for reading and writing.
         source: the source of leaves that cannot be changed piece by piece in place.
         work: what to do; no two leaves share bytes.
-        meter: receives the number of bytes.
     """
     alike: dict[Any, list[Work]] = {}
     for each in work:

@@ -32,10 +32,8 @@ def restage(source: Any, work: Sequence[Work], folder: Path, meter: Meter) -> No
     """Write the chunks that edits change, with their new values, into files in a folder.
 
     Args:
-        source: the checkpoint, which stays as it is.
         work: the leaves to change, as if each were in a separate file.
         folder: where the files go, at the same places as in the folder of the checkpoint.
-        meter: receives the number of bytes.
     """
     stage = source.stage(folder, [each.row.source for each in work])
     for each in work:

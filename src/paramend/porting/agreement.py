@@ -29,8 +29,6 @@ def distance(
     """The largest absolute difference, and its share of the largest value; inf for shapes that do not fit.
 
     Args:
-        target: an array.
-        source: another one.
         turned: the moves of an axis after which outputs may agree; None for what layers return, of which axes may also
             be split, and time and examples change places.
         least: the size below which values are small.

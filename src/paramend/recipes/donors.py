@@ -55,10 +55,8 @@ class Donors:
         do checkpoints that take leaves from their own file, because a patch writes one leaf before it reads the next.
 
         Args:
-            name: the file.
             leaf: the path of its leaf; its wildcards stand for what those of the selectors matched. None: the leaf of
                 the same path, whatever the separators.
-            leaves: the tree.
             chosen: numbers of selected leaves, each with the selector that matched it.
 
         Raises:

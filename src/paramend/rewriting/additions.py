@@ -43,8 +43,6 @@ def grown_shards(made: Plan, source: Any, *, link: bool, splits: bool) -> list[F
     that name to an index. A file of another checkpoint whose leaves all come under their names comes as it is.
 
     Args:
-        made: the plan.
-        source: the source.
         link: whether files that stay as they are become hard links.
         splits: whether a single file without an index may become the first of several.
 

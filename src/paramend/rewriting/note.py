@@ -62,9 +62,6 @@ class Note:
         """Prepare the record of a plan that is about to be carried out.
 
         Args:
-            made: the plan.
-            out: where it goes.
-            layout: what is written without a record.
             recipe: the recipe of the plan, "" if unknown; None for no new record.
 
         Raises:

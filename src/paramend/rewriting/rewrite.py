@@ -142,14 +142,11 @@ def write(
     """Write a plan for an opened checkpoint into a new one, and report what was written.
 
     Args:
-        made: the plan.
         out: the checkpoint to write; see `lay_out` for how its name selects the format.
-        force: whether `out` may exist already; it is then replaced in one step.
         link: whether unchanged files are hard-linked instead of copied, where the system allows it.
         max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
         record: the recipe of the plan, or "": the output then carries a record of what was done.
         to: the name of the format, if the name of the output need not say it; see `wish_of`.
-        progress: called with an `Event` as bytes are written.
 
     Raises:
         CannotWrite: nothing was written; the message says why.

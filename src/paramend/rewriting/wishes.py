@@ -38,8 +38,6 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
     """What the name of an output asks for.
 
     Args:
-        made: the plan.
-        out: the name.
         sized: whether the most bytes of a file are given, which asks for a directory.
         to: the name of the format, which a suffix must not contradict; "" if the suffix must say it; None if a name
             without a suffix keeps the format of the source.
@@ -93,7 +91,6 @@ def _check_suffix(out: str, *, strict: bool, needed: bool) -> None:
     """Raise for a suffix that is nearly that of a format, or that of a format that cannot be written.
 
     Args:
-        out: the name.
         strict: whether any suffix that is a word must be that of a format.
         needed: whether a name without one is refused, too.
     """
