@@ -13,8 +13,9 @@ from paramend.leaves.specs import Spec
 from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
 from paramend.porting.frameworks import is_linen
 from paramend.porting.kinds import Path, Shaped
-from paramend.porting.recorder import Call, containers
+from paramend.porting.recorder import Call
 from paramend.trees.tree import Tree
+from paramend.trees.walks import containers
 
 # The top keys of linen variables: the path of a module begins below them.
 _COLLECTIONS = ("params", "batch_stats")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from paramend.leaves.paths import Label, labels, write_path
+from paramend.leaves.paths import write_path
 from paramend.leaves.specs import kind_of
 from paramend.porting.values import Values, noted
-from paramend.trees.kind import ELIDED, Kind
-from paramend.trees.lookup import find_kind, is_torch_module
+from paramend.trees.lookup import is_torch_module
+from paramend.trees.walks import containers
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +99,6 @@ class Recorder:
             for path, node, _ in containers(root):
                 names.setdefault(id(node), write_path(path, separator))
         return self._names[id(root)].get(id(module))
-
-
-def containers(root: Any) -> Iterator[tuple[tuple[Label, ...], Any, Kind]]:
-    """The containers of a tree, with their kinds, each under all of its paths: the beginnings of those of its leaves.
-
-    >>> import torch
-    >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(1, 1)})
-    >>> [(path, node is model, kind.name) for path, node, kind in containers(model)]
-    [((), True, 'torch module'), (('body',), False, 'torch module')]
-    """
-    rest: list[tuple[tuple[Label, ...], Any, tuple[int, ...]]] = [((), root, ())]
-    while rest:
-        path, node, above = rest.pop()
-        kind = find_kind(node)
-        if kind is not None and id(node) not in above:
-            yield path, node, kind
-            keys, children, _ = kind.open(node)
-            named = [*zip(keys or range(len(children)), children, strict=True)]
-            rest += [
-                (path if key is ELIDED else (*path, *labels(key)), child, (*above, id(node)))
-                for key, child in reversed(named)
-            ]
 
 
 # What a module may say of its arithmetic → what it says during a run: the same function, rounded less.
