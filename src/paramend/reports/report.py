@@ -68,7 +68,7 @@ class Report:
         raise NotImplementedError
 
     def sections(self) -> list[Section]:
-        """The sections, with one line per row; none in a report whose text lists the rows itself."""
+        """The sections, with one line per row; none if there are no rows, or the text lists them in its own way."""
         return []
 
     def to_dict(self) -> dict[str, Any]:
