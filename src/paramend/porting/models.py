@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from paramend.errors import BadArgument
-from paramend.leaves.leaves import Editable, Leaves, keys_of
+from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
 from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
@@ -65,7 +65,7 @@ class Model:
         modules: the path of each module → the module.
     """
 
-    def __init__(self, root: Any, leaves: Leaves | None = None) -> None:
+    def __init__(self, root: Any) -> None:
         self.root = root
         self.bound = is_linen(root)
         if self.bound and root.scope is None:
@@ -74,9 +74,7 @@ class Model:
                 hint="module.bind(variables), where variables = module.init(key, x)",
             )
         self.tree = root.variables if self.bound else root
-        self.leaves: Any = (
-            leaves if leaves is not None else self.tree if isinstance(root, Editable) else Tree(self.tree)
-        )
+        self.leaves: Any = root if isinstance(root, Editable) else Tree(self.tree)
         self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree))
         pieces = {number: self.leaves.index.pieces(number) for number in self.leaves.index.numbers}
         self._paths = {*pieces.values()}

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Collection
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -18,7 +17,7 @@ M = TypeVar("M")
 _VARIANCE = re.compile(r"(.*[/._])?(running_)?(var|variance|var_ema[/.].*)")
 
 
-def perturbed(model: M, seed: int = 0, *, paths: Collection[str] | None = None) -> M:
+def perturbed(model: M, seed: int = 0) -> M:
     """A copy of a model, or of a tree of arrays, with random parameters near its own.
 
     What is positive throughout stays so, and so do variances. Values have half of the digits of their dtype, so that
@@ -27,7 +26,6 @@ def perturbed(model: M, seed: int = 0, *, paths: Collection[str] | None = None) 
     Args:
         model: a torch, NNX or Equinox module, a bound linen module, or a tree.
         seed: of the numbers.
-        paths: the leaves to change; None for all.
 
     Raises:
         BadArgument: it is not a model that holds its parameters.
@@ -45,7 +43,7 @@ def perturbed(model: M, seed: int = 0, *, paths: Collection[str] | None = None) 
     random = np.random.default_rng(seed)
 
     def change(path: str, values: Values) -> Values | None:
-        if any(known is not None and path not in known for known in (saved, paths)):
+        if saved is not None and path not in saved:
             return None
         old, noise = wide(values), random.normal(size=values.shape)
         if old.dtype.kind == "f" and (old > 0).all():

@@ -16,7 +16,6 @@ from paramend.porting.pairing import paired
 from paramend.porting.recorder import Call
 from paramend.porting.values import Values, largest, noted
 from paramend.reports import wording
-from paramend.reports.report import Line, Section
 from paramend.reports.tables import aligned
 
 _SHOWN = 12  # layers before the first that differs
@@ -105,13 +104,6 @@ class Proof(Paged):
         between = f"; between them {wording.listing(self.before)}" if self.before else ""
         given = f" in what {first.name} is given" if first.target or first.source else ""
         return f"the first difference is{given}{after}{between}"
-
-    def sections(self) -> list[Section]:
-        """The outputs, then the layers."""
-        return [
-            Section(title, [Line((row.target, row.source), _cells(row), math.prod(row.shapes[0])) for row in rows])
-            for title, rows in (("outputs", self.outputs), ("layers", self.layers))
-        ]
 
     def __str__(self) -> str:
         ends = [place for place, row in enumerate(self.layers, 1) if not row.agrees]
