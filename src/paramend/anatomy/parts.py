@@ -71,10 +71,6 @@ class Part:
 def parts_of(config: Mapping[str, Any], paths: Mapping[int, Pieces]) -> Iterator[Part]:
     """The models inside a model, where its configuration and its names tell them apart.
 
-    Args:
-        config: the configuration of the whole model.
-        paths: the paths of its leaves by number.
-
     >>> config = {"text_config": {"num_hidden_layers": 1}, "vision_config": {"depth": 2}}
     >>> names = ["lm.model.layers.0.w", "lm.lm_head.w", "visual.blocks.0.w", "visual.blocks.1.w", "connector.w"]
     >>> for part in parts_of(config, dict(enumerate(tuple(name.split(".")) for name in names))):
@@ -107,13 +103,7 @@ def _layers(config: Mapping[str, Any], paths: Sequence[Pieces]) -> Iterator[tupl
 def part_config(
     config: Mapping[str, Any], paths: Mapping[int, Pieces], renamed: Mapping[int, Pieces]
 ) -> tuple[str, dict[str, Any], list[str]] | None:
-    """The key of the part that was taken, its configuration, and what is to be said; None if it is not one.
-
-    Args:
-        config: the configuration of the whole model.
-        paths: the paths of its leaves by number.
-        renamed: the new paths of those that were taken.
-    """
+    """The key of the part that was taken, its configuration, and what is to be said; None if it is not one."""
     taken = renamed.keys()
     part = next((part for part in parts_of(config, paths) if taken in (part.leaves, part.leaves | part.head)), None)
     if part is None:

@@ -36,6 +36,9 @@ class Backend(Protocol):
     def beside(self, values: Any, x: Any) -> Any:
         """A numpy array as one of the library, on the devices of x, for which it may have another shape and dtype."""
 
+    def from_numpy(self, array: Any) -> Any:
+        """A copy of a numpy array in this library, on its default device."""
+
     def add(self, x: Any, value: Any) -> Any:
         """x + value, in the dtype of x."""
 

@@ -43,6 +43,10 @@ def beside(values: Any, x: Any) -> Any:
     return values
 
 
+def from_numpy(array: Any) -> Array:
+    return np.array(array)
+
+
 def add(x: Any, value: Any) -> Any:
     return _same((x + np.asarray(value).astype(x.dtype)).astype(x.dtype, copy=False), x)
 

@@ -55,14 +55,7 @@ def best_start(ranges: Iterable[tuple[int, int, int]], least: int, step: int) ->
 
 
 def share(source: int, target: int, start: int, count: int) -> bool:
-    """Append whole blocks of a file to another by sharing them; False, with nothing done, if the system refuses.
-
-    Args:
-        source: the descriptor of the file to read.
-        target: the descriptor of the file to write, at its position.
-        start: the first byte.
-        count: the number of bytes.
-    """
+    """Append whole blocks of a file to another by sharing them; False, with nothing done, if the system refuses."""
     if sys.platform != "linux":
         return False
     try:

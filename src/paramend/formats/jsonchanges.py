@@ -124,7 +124,6 @@ class _Draft:
         """A value as text, in lines where the old one, or else the text, is.
 
         Args:
-            value: the value.
             at: a character on the line whose indentation counts.
             old: the text in its place.
             inner: whether it stands one level further in.

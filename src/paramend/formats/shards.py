@@ -137,7 +137,6 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     """The model in a directory, or in that of an index file; None if the directory holds no weights.
 
     Args:
-        opener: opens one weight file.
         weights: whether a file of this name holds weights, for directories without an index.
 
     Raises:

@@ -82,7 +82,6 @@ class Writer(Holder, Protocol):
         """The file from its first byte to its last. The spans of a leaf come one after the other, first to last.
 
         Args:
-            items: the leaves.
             metadata: that of the source; a writer takes what its format can hold.
             outline: where the items are among containers and other entries; not needed by formats that are flat.
         """
@@ -102,8 +101,6 @@ class FolderWriter(Holder, Protocol):
         """Fill an empty folder. The engine creates it, makes it durable and gives it its name.
 
         Args:
-            folder: the folder.
-            items: the leaves.
             data: the position of a leaf → its bytes, in pieces of bounded size.
             outline: where the items are among containers and other entries.
             base: the checkpoint that the result is modelled on; its layout is kept if it has this format.

@@ -19,6 +19,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from paramend.leaves.paths import text_of
+from paramend.trees.walks import containers
+
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
@@ -92,18 +95,13 @@ def _vectors(layer: nn.Module) -> set[str]:
 
 def _above(root: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """The modules from the root down to a layer, with the path of the layer in each, for each of its places."""
-    found: list[tuple[nn.Module, str]] = []
-
-    def visit(module: nn.Module, above: tuple[tuple[nn.Module, str], ...]) -> None:
-        if module is layer:
-            names = [name for _, name in above[1:]]
-            found.extend((one, ".".join(names[at:])) for at, (one, _) in enumerate(above))
-        for name, child in module._modules.items():
-            if child is not None and all(child is not one for one, _ in above):  # modules may refer to each other
-                visit(child, (*above, (child, name)))
-
-    visit(root, ((root, ""),))
-    return found
+    places = {path: node for path, node, _ in containers(root)}
+    return [
+        (places[path[:at]], ".".join(map(text_of, path[at:])))
+        for path, node in places.items()
+        if node is layer
+        for at in range(len(path) + 1)
+    ]
 
 
 # ---- eval mode while a layer runs ----------------------------------------------------------------------------------

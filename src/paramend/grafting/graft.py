@@ -133,15 +133,7 @@ def graft_(
     Args:
         module: what to change.
         source: the tree to start from, of any kind.
-        rename: as in `graft`.
-        only: as in `graft`.
-        mismatch: as in `graft`.
-        place: as in `graft`.
-        resize: as in `graft`.
-        unused: as in `graft`.
-        missing: as in `graft`.
-        dtype: as in `graft`.
-        raw: as in `graft`.
+        rename, only, mismatch, place, resize, unused, missing, dtype, raw: as in `graft`.
 
     Raises:
         GraftRefused: the two do not fit; every case is listed. Nothing was changed.

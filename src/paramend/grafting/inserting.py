@@ -114,15 +114,7 @@ def _labels(path: Path) -> tuple[Label, ...]:
 def check_free(
     donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
 ) -> None:
-    """Raise if a leaf would stand where another does, or a container.
-
-    Args:
-        donor: the tree that the leaves are of.
-        paths: their new paths.
-        there: the paths of other leaves in the result.
-        separator: what stands between keys there.
-        hint: the way out.
-    """
+    """Raise if a leaf would stand where another does, or a container."""
     new = {number: _labels(path) for number, path in paths.items()}
     every = [*there, *new.values()]
     count = Counter(plain(path, separator) for path in every)
@@ -166,5 +158,4 @@ def _boxed(host: Memory, donor: Editable, numbers: Sequence[int]) -> Callable[[i
 
 def _native(host: Any, value: Any) -> Any:
     library = backend(host.read(host.index.numbers[0])) if host.index.numbers else backend(value)
-    convert = getattr(library, "from_numpy", None)
-    return value if backend(value) is library or convert is None else convert(to_numpy(value))
+    return value if backend(value) is library else library.from_numpy(to_numpy(value))

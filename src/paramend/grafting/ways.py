@@ -80,7 +80,6 @@ def _allowing(plan: GraftPlan, choice: int = 0, ways: Sequence[dict[str, str]] =
     """The plan with options that allow its cases, or None if no options do.
 
     Args:
-        plan: the plan.
         choice: which of several rules to take for a leaf that could be resized in several ways.
         ways: the options for shapes that differ, in the order in which they are tried.
     """

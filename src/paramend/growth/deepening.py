@@ -106,14 +106,10 @@ def deepen_(
 
     Args:
         module: what to change; its layers are in a ModuleList, a Sequential, an nnx.List.
-        order: as in `deepen`.
-        layers: as in `deepen`.
-        identity: as in `deepen`.
-        config: as in `deepen`.
+        order, layers, identity, config: as in `deepen`.
 
     Raises:
-        NoMatch: as in `deepen`.
-        BadArgument: as in `deepen`.
+        NoMatch, BadArgument: as in `deepen`.
         Unsupported: as in `deepen`, or it is not a module.
 
     >>> import torch

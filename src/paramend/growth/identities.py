@@ -52,13 +52,6 @@ def family_of(modules: set[str], identity: str, model_type: str | None) -> famil
 def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, strict: bool) -> dict[int, Call]:
     """The edits that make one layer the identity.
 
-    Args:
-        leaves: the tree.
-        layers: the names below the layer.
-        rules: selector relative to the layer → value.
-        where: the layer, for messages.
-        strict: whether each rule must match something.
-
     Raises:
         NoMatch: a rule matches nothing.
         Quantized: a leaf is a part of a quantised weight.

@@ -253,8 +253,7 @@ def _descend(node: Any, pieces: Pieces) -> Any:
     for piece in pieces:
         kind = find_kind(node)
         assert kind is not None
-        keys, children, _ = kind.open(node)
-        by_text = {str(key): child for key, child in zip(keys or range(len(children)), children, strict=True)}
+        by_text = {str(key): child for key, child in kind.entries(node)}
         if piece not in by_text:
             raise Unsupported(f"{piece} of {type(node).__name__} is not a container", hint='layers="model.layers[*]"')
         node = by_text[piece]

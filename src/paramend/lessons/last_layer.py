@@ -38,16 +38,17 @@ path that matches nothing is an error.
 
 
 class Stack(nn.Module):
-    """Dense layers with relu between them, the last one with a bias of ones."""
+    """Dense layers with relu between them, the last one with a bias of ones or of other values."""
 
     num_layers: int
     features: int
+    bias_init: Any = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for _ in range(self.num_layers - 1):
             x = nn.relu(nn.Dense(self.features)(x))
-        return nn.Dense(self.features, bias_init=nn.initializers.ones)(x)
+        return nn.Dense(self.features, bias_init=self.bias_init)(x)
 
 
 def zero_last_layer(seed: float, x: Any, num_layers: float, features: float) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from paramend.edits.selection import param_count
 from paramend.grafting.graft import graft
+from paramend.lessons.last_layer import Stack
 from paramend.lessons.lesson import Case, Lesson, edited, mistake
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Handed, Picture, Witness, candidates, layer_names, observe, same
@@ -42,17 +43,7 @@ that goes nowhere is an error.
 """
 
 
-class Tower(nn.Module):
-    """Dense layers of one width, with relu between them."""
-
-    num_layers: int
-    features: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(self.num_layers - 1):
-            x = nn.relu(nn.Dense(self.features)(x))
-        return nn.Dense(self.features)(x)
+Tower = partial(Stack, bias_init=nn.initializers.zeros)
 
 
 def partial_init(seed: float, x: Any, num_full_layers: float, num_extra_layers: float, features: float) -> jax.Array:

@@ -50,11 +50,9 @@ def interleave(tree: T, leaves: Sequence[str], *, into: str, axis: int = 0) -> T
         axis: the axis.
 
     Raises:
-        NoMatch: as in `concat`.
-        BadArgument: as in `concat`.
+        NoMatch, BadArgument: as in `concat`.
         SpecMismatch: shapes or dtypes differ.
-        RenameClash: as in `concat`.
-        Unsupported: as in `concat`.
+        RenameClash, Unsupported: as in `concat`.
 
     >>> pm.interleave({"gate": np.array([1, 3]), "up": np.array([2, 4])}, ["gate", "up"], into="gate_up")
     {'gate_up': array([1, 2, 3, 4])}

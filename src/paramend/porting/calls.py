@@ -1,26 +1,23 @@
 """`calls`: which modules of a model are called, in which order, on what, computed in float64."""
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from paramend._optional import imported
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.errors import BadArgument
+from paramend.porting.frameworks import copied, float64, runs, watched
 from paramend.porting.recorder import Call, Recorder
 from paramend.porting.values import Values, arrays, given_as, mapped, noted, wide
 from paramend.reports import wording
 from paramend.trees.lookup import is_torch_module
-from paramend.trees.tree import Tree
 
-Change = Callable[[str, Values], Values | None]
 Given = tuple[tuple[Any, ...], dict[str, Any]]
-M = TypeVar("M")
+_LIBRARIES = ("jax", "torch")
 
 
 class Run(NamedTuple):
@@ -28,12 +25,6 @@ class Run(NamedTuple):
 
     outputs: dict[str, Values]
     calls: list[Call]
-
-
-# `calls_<name>.py` for each, opened once the user has imported the framework, says which models it `owns`, perhaps how
-# they are `replaced` by copies, and how their modules are `watched`: in a context in which a recorder calls them.
-_FRAMEWORKS = {"torch": "torch", "flax": "linen", "flax.nnx": "nnx", "equinox": "equinox", "haiku": "haiku"}
-_LIBRARIES = ("jax", "torch")
 
 
 def calls(model: object, inputs: object) -> list[Call]:
@@ -70,47 +61,6 @@ def run(model: Any, inputs: object) -> Run:
     return _first([partial(way, twin, _given(inputs), library, twin) for way in (_recorded, _each_recorded)])
 
 
-def runs(model: object) -> bool:
-    """Whether it is a model of a framework, with parameters, that can be called as it is."""
-    return any(adapter.owns(model) for adapter in _adapters())
-
-
-def copied(model: M, change: Change) -> M:
-    """A copy of a model or a tree with other leaves: path, values → new values, or None for a leaf that stays."""
-    ways: list[Any] = [
-        adapter.replaced for adapter in _adapters() if adapter.owns(model) and hasattr(adapter, "replaced")
-    ]
-    found: M = (*ways, replaced)[0](model, change)
-    return found
-
-
-def _adapters() -> list[Any]:
-    found = [name for framework, name in _FRAMEWORKS.items() if imported(framework)]
-    return [importlib.import_module(f"paramend.porting.calls_{name}") for name in found]
-
-
-@contextmanager
-def float64(libraries: Sequence[str] = _LIBRARIES) -> Iterator[None]:
-    """A context in which these libraries, if the user has imported them, compute in float64."""
-    with ExitStack() as stack:
-        for library in filter(imported, libraries):
-            stack.enter_context(importlib.import_module(f"paramend.porting.float64_{library}").float64())
-        yield
-
-
-def replaced(tree: Any, change: Change) -> Any:
-    """A tree of the same containers with other leaves: path, values → new values, or None for a leaf that stays."""
-    leaves, new = Tree(tree), {}
-    with float64(["jax"]):  # or JAX would make float32 of them
-        for number in leaves.index.numbers:
-            if leaves.ties.get(number, number) == number and leaves.spec(number).kind in ("float", "complex"):
-                old = leaves.read(number)
-                values = change(leaves.index.path(number), to_numpy(old))
-                if values is not None:
-                    new[number] = getattr(backend_of(type(old)), "from_numpy", np.asarray)(values)
-        return leaves.with_leaves(new)
-
-
 def _given(inputs: Any) -> Given:
     """Arguments and keywords."""
     if isinstance(inputs, Mapping):
@@ -137,12 +87,10 @@ def _first(ways: list[Callable[[], Run]], expected: type[Exception] | tuple[()] 
 
 def _recorded(model: Any, given: Given, library: str, root: Any) -> Run:
     recorder = Recorder(root)
-    with float64(), ExitStack() as stack:
+    with float64(), watched(recorder.around):
         args, options = mapped(given, given_as(library))
-        for adapter in _adapters():
-            stack.enter_context(adapter.watched(recorder))
         outputs = noted(model(*args, **options))
-    return Run(outputs or {}, recorder.calls())
+    return Run(outputs or {}, recorder.calls)
 
 
 def _each_recorded(model: Any, given: Given, library: str, root: Any) -> Run:

@@ -7,15 +7,15 @@ from functools import cached_property
 from typing import Any
 
 from paramend.errors import BadArgument
-from paramend.leaves.leaves import Editable, Leaves, keys_of
+from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
 from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
+from paramend.porting.frameworks import is_linen
 from paramend.porting.kinds import Path, Shaped
 from paramend.porting.recorder import Call
-from paramend.trees.kind import ELIDED
-from paramend.trees.lookup import find_kind
 from paramend.trees.tree import Tree
+from paramend.trees.walks import containers
 
 # The top keys of linen variables: the path of a module begins below them.
 _COLLECTIONS = ("params", "batch_stats")
@@ -62,12 +62,10 @@ class Model:
         leaves: its leaves.
         names: leaf number → the path of its module and its name there, without the collection; leaves that are no
             parameters, such as keys of random numbers, are left out.
-        libraries: the path of each module → the library of its class.
         modules: the path of each module → the module.
-        classes: the path of each module → the name of its class.
     """
 
-    def __init__(self, root: Any, leaves: Leaves | None = None) -> None:
+    def __init__(self, root: Any) -> None:
         self.root = root
         self.bound = is_linen(root)
         if self.bound and root.scope is None:
@@ -76,12 +74,8 @@ class Model:
                 hint="module.bind(variables), where variables = module.init(key, x)",
             )
         self.tree = root.variables if self.bound else root
-        self.leaves: Any = (
-            leaves if leaves is not None else self.tree if isinstance(root, Editable) else Tree(self.tree)
-        )
-        self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree, (), ()))
-        self.classes = {path: type(module).__name__ for path, module in self.modules.items()}
-        self.libraries = {path: _library(module) for path, module in self.modules.items()}
+        self.leaves: Any = root if isinstance(root, Editable) else Tree(self.tree)
+        self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree))
         pieces = {number: self.leaves.index.pieces(number) for number in self.leaves.index.numbers}
         self._paths = {*pieces.values()}
         tops = {path[0] for path in pieces.values() if len(path) > 1}
@@ -108,12 +102,12 @@ class Model:
 
     def class_of(self, path: Path) -> str:
         """The name of the class of a module; "" if it is not known."""
-        found = self.classes.get(path)
-        if found is None and path and (auto := _AUTO(path[-1])) and auto[1] in _KNOWN:
+        if path in self.modules:
+            return type(self.modules[path]).__name__
+        if path and (auto := _AUTO(path[-1])) and auto[1] in _KNOWN:
             return auto[1]
-        if found is None and path and (haiku := _HAIKU_TRANSPOSE(path[-1])):
-            return f"Conv{haiku[1]}DTranspose"
-        return found or ""
+        haiku = path and _HAIKU_TRANSPOSE(path[-1])
+        return f"Conv{haiku[1]}DTranspose" if haiku else ""
 
     def learn(self, calls: Sequence[Call]) -> dict[Path, int]:
         """The place of the first call of each module; modules that linen makes when it runs are kept."""
@@ -121,9 +115,7 @@ class Model:
         for place, call in enumerate(calls):
             path = tuple(map(text_of, labels(call.path))) if call.path else ()
             places.setdefault(path, place)
-            if path not in self.modules:
-                self.modules[path], self.classes[path] = call.module, call.kind
-                self.libraries[path] = _library(call.module)
+            self.modules.setdefault(path, call.module)
         vars(self).pop("units", None)
         return places
 
@@ -181,7 +173,7 @@ class Model:
         # What only some classes hold so is not tried without the class.
         fit = [f for f in fit if self._is_of(f, path) or not f.classes or not all(map(_SPECIAL, f.classes))]
         named = [form for form in fit if self._is_of(form, path)]
-        if not named and fit and self.class_of(path) in _KNOWN and self.libraries.get(path) in _LIBRARIES:
+        if not named and fit and self.class_of(path) in _KNOWN and _library(self.modules.get(path)):
             named = [form for form in fit if not form.classes]
         out = []
         for form in named or fit:
@@ -192,14 +184,13 @@ class Model:
         return tuple(out)
 
     def _is_of(self, form: Form, path: Path) -> bool:
-        kind, library = self.class_of(path), self.libraries.get(path, "")
-        names = {kind, f"{library}:{kind}"}
-        if kind == "ConvTranspose" and getattr(self.modules.get(path), "transpose_kernel", None) is not None:
-            names = {kind + ":transposed"} if self.modules[path].transpose_kernel else {kind}
-        elif kind == "ConvTranspose":
-            names |= {kind + ":transposed"}
+        kind, module = self.class_of(path), self.modules.get(path)
+        names = {kind, f"{_library(module)}:{kind}"}
+        if kind == "ConvTranspose":
+            turned = getattr(module, "transpose_kernel", None)
+            names = {*names, f"{kind}:transposed"} if turned is None else {f"{kind}:transposed" if turned else kind}
         elif kind == "Einsum":
-            names = einsum_names(getattr(self.modules.get(path), "einsum_str", None))
+            names = einsum_names(getattr(module, "einsum_str", None))
         return bool(kind) and not names.isdisjoint(form.classes)
 
     def spec(self, number: int) -> Spec:
@@ -215,7 +206,7 @@ class Model:
     def framework(self) -> str:
         """The framework of a model, "jax" for all but Equinox; "" for parameters that do not say."""
         for name in ("torch", "equinox"):
-            if name in self.libraries.values():
+            if any(_library(module) == name for module in self.modules.values()):
                 return name
         if self.modules:
             return "jax"
@@ -259,18 +250,9 @@ def einsum_names(text: str | None) -> set[str]:
     return {"Einsum"} if "oi" not in summed else {"Einsum:out_first"} if "io" not in summed else set()
 
 
-def is_linen(root: Any) -> bool:
-    """Whether something is a linen module."""
-    return any(base.__module__.startswith("flax.linen") for base in type(root).__mro__) and hasattr(root, "scope")
-
-
-def _modules(node: Any, path: Path, above: tuple[int, ...]) -> Iterator[tuple[Path, Any]]:
+def _modules(root: Any) -> Iterator[tuple[Path, Any]]:
     """The modules of a tree, objects of classes that are not containers, each under all of its paths."""
-    kind = find_kind(node)
-    if kind is None or id(node) in above or kind.assign is not None:
-        return
-    if kind.replace is not None or type(node).__module__.partition(".")[0] not in ("builtins", "collections", "jax"):
-        yield path, node
-    keys, children, _ = kind.open(node)
-    for key, child in zip(keys or range(len(children)), children, strict=True):
-        yield from _modules(child, path if key is ELIDED else (*path, *str(key).split(".")), (*above, id(node)))
+    for path, node, kind in containers(root):
+        own = type(node).__module__.partition(".")[0] not in ("builtins", "collections", "jax")
+        if kind.assign is None and (own or kind.replace is not None):
+            yield tuple(map(text_of, path)), node

@@ -32,8 +32,6 @@ def paired(
     """The numbers of calls of two models that belong together, in the order of both.
 
     Args:
-        target: the calls of one model.
-        source: those of the other.
         pairs: the paths of modules that belong together; None to find them: they are of one kind or have equal values,
             in outputs of one size.
     """

@@ -2,15 +2,14 @@
 
 import math
 import re
-from collections.abc import Collection
 from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from paramend.errors import BadArgument
-from paramend.porting.calls import copied, runs
-from paramend.porting.values import Values, wide
+from paramend.porting.frameworks import copied, runs
+from paramend.porting.values import Values, largest, wide
 from paramend.reports import wording
 from paramend.trees.lookup import find_kind, is_torch_module
 
@@ -18,7 +17,7 @@ M = TypeVar("M")
 _VARIANCE = re.compile(r"(.*[/._])?(running_)?(var|variance|var_ema[/.].*)")
 
 
-def perturbed(model: M, seed: int = 0, *, paths: Collection[str] | None = None) -> M:
+def perturbed(model: M, seed: int = 0) -> M:
     """A copy of a model, or of a tree of arrays, with random parameters near its own.
 
     What is positive throughout stays so, and so do variances. Values have half of the digits of their dtype, so that
@@ -27,7 +26,6 @@ def perturbed(model: M, seed: int = 0, *, paths: Collection[str] | None = None) 
     Args:
         model: a torch, NNX or Equinox module, a bound linen module, or a tree.
         seed: of the numbers.
-        paths: the leaves to change; None for all.
 
     Raises:
         BadArgument: it is not a model that holds its parameters.
@@ -45,20 +43,16 @@ def perturbed(model: M, seed: int = 0, *, paths: Collection[str] | None = None) 
     random = np.random.default_rng(seed)
 
     def change(path: str, values: Values) -> Values | None:
-        if any(known is not None and path not in known for known in (saved, paths)):
+        if saved is not None and path not in saved:
             return None
         old, noise = wide(values), random.normal(size=values.shape)
         if old.dtype.kind == "f" and (old > 0).all():
             new = old * np.exp(0.3 * noise)
         else:
-            new = old + noise * max(0.1, 0.3 * _largest(old))
+            new = old + noise * max(0.1, 0.3 * largest(old))
         new = np.abs(new) + 0.1 if _VARIANCE.fullmatch(path) else new
-        unit = 2.0 ** (math.frexp(_largest(new))[1] - ml_dtypes.finfo(values.dtype).nmant // 2)
+        unit = 2.0 ** (math.frexp(largest(new))[1] - ml_dtypes.finfo(values.dtype).nmant // 2)
         rounded: Values = (np.round(new / unit) * unit + unit / 2).astype(values.dtype)
         return rounded
 
     return copied(model, change)
-
-
-def _largest(values: Values) -> float:
-    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))

@@ -221,7 +221,8 @@ class PortPlan:
         side = round(places ** (1 / space))
         if path in self._steps:
             return
-        flat = "Flatten" in (*self.source.classes.values(), *self.target.classes.values())
+        modules = (*self.source.modules.values(), *self.target.modules.values())
+        flat = any(type(module).__name__ == "Flatten" for module in modules)
         if side**space != places and not flat:
             why = f"it may follow {channels} channels of {places} places each, which are flattened in another order"
             self.questions[path] = (why, [_flat_steps(self, pair, channels)])

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend.arrays.registry import to_numpy
 from paramend.errors import BadArgument, printable_lines
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -15,9 +14,8 @@ from paramend.porting.agreement import distance, moves
 from paramend.porting.calls import Run, run
 from paramend.porting.pairing import paired
 from paramend.porting.recorder import Call
-from paramend.porting.values import Values, arrays, wide
+from paramend.porting.values import Values, largest, noted
 from paramend.reports import wording
-from paramend.reports.report import Line, Section
 from paramend.reports.tables import aligned
 
 _SHOWN = 12  # layers before the first that differs
@@ -106,13 +104,6 @@ class Proof(Paged):
         between = f"; between them {wording.listing(self.before)}" if self.before else ""
         given = f" in what {first.name} is given" if first.target or first.source else ""
         return f"the first difference is{given}{after}{between}"
-
-    def sections(self) -> list[Section]:
-        """The outputs, then the layers."""
-        return [
-            Section(title, [Line((row.target, row.source), _cells(row), math.prod(row.shapes[0])) for row in rows])
-            for title, rows in (("outputs", self.outputs), ("layers", self.layers))
-        ]
 
     def __str__(self) -> str:
         ends = [place for place, row in enumerate(self.layers, 1) if not row.agrees]
@@ -203,16 +194,18 @@ def prove(
         raise BadArgument(f"tolerance={tolerance!r} is not a share of the largest value", hint="tolerance=1e-11")
     given = sides_of(inputs)
     ours, theirs = (_run(model, given[side], side) for side, model in (("target", target), ("source", source)))
-    (left, right), names = _inputs(given), _common(ours.outputs, theirs.outputs)
+    left, right = (list((noted(given[side]) or {}).values()) for side in ("target", "source"))
+    names = _common(ours.outputs, theirs.outputs)
     proof = Proof(tolerance, alone=len(ours.outputs) + len(theirs.outputs) - 2 * len(names))
     turned = {move for one, other in zip(left, right, strict=False) for move in moves(one, other)}
     for one, other in names:
         values, others = ours.outputs[one], theirs.outputs[other]
-        found = distance(values, others, sorted(turned), inside=False, least=_least(left))
+        found = distance(values, others, turned, least=_least(left))
         shapes = (values.shape, others.shape)
         agrees = found[1] <= tolerance and bool(np.isfinite(values).any())
         proof.outputs.append(ProofRow(one, other, ("", ""), shapes, *found, agrees))
-    _compare_layers(proof, _inner(ours.calls), _inner(theirs.calls), pairs)
+    noted_here, noted_there = ([call for call in each.calls if call.outputs] for each in (ours, theirs))
+    _compare_layers(proof, noted_here, noted_there, pairs)
     return proof
 
 
@@ -241,15 +234,9 @@ def _apart(ours: tuple[Values, ...], theirs: tuple[Values, ...], least: float = 
     return max(found, key=lambda each: each[1], default=(0.0, 0.0))
 
 
-def _inner(calls: list[Call]) -> list[Call]:
-    """The calls with values."""
-    return [call for call in calls if call.outputs]
-
-
 def _least(inputs: Sequence[Values]) -> float:
     """What is small beside the inputs: a difference of larger numbers, of which rounding is a larger share."""
-    floats = [np.abs(each).max(initial=0.0) for each in inputs if each.dtype.kind in "fc"]
-    return 0.1 * float(max(filter(np.isfinite, floats), default=0.0))
+    return 0.1 * max((largest(each) for each in inputs if each.dtype.kind in "fc"), default=0.0)
 
 
 def sides_of(inputs: Any) -> dict[str, Any]:
@@ -261,11 +248,6 @@ def sides_of(inputs: Any) -> dict[str, Any]:
             )
         return dict(inputs)
     return {"target": inputs, "source": inputs}
-
-
-def _inputs(given: Mapping[str, Any]) -> tuple[list[Values], list[Values]]:
-    ours, theirs = ([wide(to_numpy(array)) for _, array in arrays(given[side])] for side in ("target", "source"))
-    return ours, theirs
 
 
 def _run(model: object, inputs: object, side: str) -> Run:

@@ -1,19 +1,18 @@
 """`Recorder`: makes the calls of modules, and notes what went in and came out."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from paramend.leaves.paths import Label, labels, write_path
+from paramend.leaves.paths import write_path
 from paramend.leaves.specs import kind_of
 from paramend.porting.values import Values, noted
-from paramend.trees.kind import ELIDED
-from paramend.trees.lookup import find_kind, is_torch_module
+from paramend.trees.lookup import is_torch_module
+from paramend.trees.walks import containers
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,84 +50,55 @@ class Recorder:
 
     Args:
         root: the model; None if modules are named from the outermost one that is called.
+
+    Attributes:
+        calls: the calls that were noted. Modules that were made for the call alone have no path, and are left out.
     """
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._open: list[Any] = []
-        self._found: list[tuple[Any, Call]] = []
+        self.calls: list[Call] = []
+        self._count = 0
         self._traced: set[Any] = set()
+        self._names: dict[int, dict[int, str]] = {}
 
-    def around(self, module: Any, call: Any, args: Any, options: Any, path: str = "?") -> Any:
-        """What `call` returns; noted, unless the module calls a method of its own base class.
-
-        Args:
-            module: the module.
-            call: its method.
-            args: the arguments.
-            options: the keywords.
-            path: its path, if the framework knows it.
-        """
+    def around(self, module: Any, call: Any, args: Any, options: Any, path: str | None) -> Any:
+        """What a method returns; noted, unless the module calls a method of its own base class."""
         kind = type(module).__name__
         if self._open and self._open[-1] is module:
             return call(*args, **options)
         if _RANDOM.fullmatch(kind):
             return next(iter((*args, *options.values())))
-        inputs, before = noted((args, options)), len(self._found)
+        inputs, before = noted((args, options)), self._count
         self._open.append(module)
+        path = self._named(module) if path is None else path
         try:
             with steady(module):
                 output = call(*args, **options)
         finally:
             self._open.pop()
-        outputs, key = noted(output), id(module) if path == "?" else path
+        outputs = noted(output)
         if inputs is None or outputs is None:
+            key = id(module) if path is None else path
             if key in self._traced:
                 return output
             self._traced.add(key)
             inputs = outputs = {}
-        root = (*self._open, module)[0] if self._root is None else self._root
-        values = tuple(inputs.values()), tuple(outputs.values())
-        self._found.append((root, Call(path, kind, *values, len(self._found) > before, module)))
+        if path is not None:
+            values = tuple(inputs.values()), tuple(outputs.values())
+            self.calls.append(Call(path, kind, *values, self._count > before, module))
+        self._count += 1
         return output
 
-    def calls(self) -> list[Call]:
-        """The calls that were noted. Modules that were made for the call alone have no path, and are left out."""
-        names: dict[int, dict[int, str]] = {}
-        found: list[Call] = []
-        for root, call in self._found:
-            if call.path == "?":
-                if id(root) not in names:
-                    names[id(root)] = paths(root)
-                call = replace(call, path=names[id(root)].get(id(call.module), "?"))
-            found.append(call)
-        return [call for call in found if call.path != "?"]
-
-
-def paths(root: Any) -> dict[int, str]:
-    """The id of each container in a tree → the keys with which the paths of its leaves begin.
-
-    >>> import torch
-    >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(1, 1)})
-    >>> paths(model)[id(model["body"])]
-    'body'
-    """
-    separator = "." if is_torch_module(root) else "/"
-    found: dict[int, str] = {}
-    rest: list[tuple[Any, tuple[Label, ...]]] = [(root, ())]
-    while rest:
-        node, path = rest.pop()
-        kind = find_kind(node)
-        if kind is None or id(node) in found:
-            continue
-        found[id(node)] = write_path(path, separator)
-        keys, children, _ = kind.open(node)
-        below = [
-            (child, path if key is ELIDED else (*path, *labels(key)))
-            for key, child in zip(keys or range(len(children)), children, strict=True)
-        ]
-        rest += reversed(below)
-    return found
+    def _named(self, module: Any) -> str | None:
+        root = self._open[0] if self._root is None else self._root
+        if id(root) not in self._names:
+            separator = "." if is_torch_module(root) else "/"
+            names = self._names[id(root)] = {}
+            for path, node, _ in containers(root):
+                names.setdefault(id(node), write_path(path, separator))
+        return self._names[id(root)].get(id(module))
 
 
 # What a module may say of its arithmetic → what it says during a run: the same function, rounded less.
@@ -160,37 +130,3 @@ def _is_float(dtype: Any) -> bool:
         return dtype is not None and kind_of(np.dtype(dtype).name) == "float"
     except TypeError:
         return False
-
-
-_current: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
-
-
-@contextmanager
-def patched(classes: Iterable[type], recorder: Recorder, methods: Collection[str] = ("__call__",)) -> Iterator[None]:
-    """A context in which calls of methods of these classes, in this thread, go through the recorder."""
-    token = _current.set(recorder)
-    old = [(kind, name, vars(kind)[name]) for kind in classes for name in methods if name in vars(kind)]
-    try:
-        for kind, name, method in old:
-            setattr(kind, name, _through(method))
-        yield
-    finally:
-        for kind, name, method in old:
-            setattr(kind, name, method)
-        _current.reset(token)
-
-
-def _through(method: Any) -> Any:
-    def call(self: Any, *args: Any, **options: Any) -> Any:
-        recorder, bound = _current.get(), method.__get__(self, type(self))
-        return bound(*args, **options) if recorder is None else recorder.around(self, bound, args, options)
-
-    return call
-
-
-def subclasses(kind: type) -> Iterator[type]:
-    """All classes that are made of this one."""
-    made: list[type] = kind.__subclasses__()
-    for each in made:
-        yield each
-        yield from subclasses(each)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from paramend.porting.kinds import Path
+from paramend.trees.lookup import is_torch_module
 
 Value = Any  # numbers, or pairs of them for each axis
 _GELU = "the two forms of GELU are up to 4.7e-4 apart"
@@ -29,7 +30,7 @@ def differences(
     here, there = (sorted({form for module in side.values() for form in _gelus(module)}) for side in sides)
     if here and there and here != there:
         found.append(f"GELU is {' and '.join(here)}, and {' and '.join(there)} in the source: {_GELU}")
-    elif (there and not here) or (here and not there):
+    elif here != there:
         which, form = ("source", there) if there else ("target", here)
         found.append(f"GELU of the {which} is {' and '.join(form)}; torch means erf by default, and JAX tanh: {_GELU}")
     return found
@@ -41,23 +42,24 @@ def _alike(here: Value, there: Value) -> bool:
     return np.shape(here) == np.shape(there) and bool(np.allclose(here, there, rtol=1e-9, atol=0))
 
 
-def _is_torch(module: Any) -> bool:
-    return hasattr(module, "state_dict")
+def _of(module: Any, *names: str) -> Value:
+    """The first of these settings that a module has, None if it has none."""
+    return next((value for name in names if (value := getattr(module, name, None)) is not None), None)
 
 
 def _eps(module: Any) -> Value:
-    if type(module).__name__ == "RMSNorm" and _is_torch(module) and module.eps is None:
-        return float(np.finfo(str(module.weight.dtype).removeprefix("torch.")).eps)
-    found = getattr(module, "eps", getattr(module, "epsilon", getattr(module, "variance_epsilon", None)))
+    found = _of(module, "eps", "epsilon", "variance_epsilon")
+    if found is None and is_torch_module(module) and type(module).__name__ == "RMSNorm":
+        found = float(np.finfo(str(module.weight.dtype).removeprefix("torch.")).eps)
     return found if isinstance(found, float) else None
 
 
 def _momentum(module: Any) -> Value:
     """The share of the old statistics that stays."""
-    found = getattr(module, "momentum", None)
+    found = _of(module, "momentum")
     if not isinstance(found, float):
         return None
-    return round(1 - found, 12) if _is_torch(module) else found
+    return round(1 - found, 12) if is_torch_module(module) else found
 
 
 def _norm(module: Any) -> Value:
@@ -65,76 +67,65 @@ def _norm(module: Any) -> Value:
     return name if name in ("LayerNorm", "RMSNorm", "GroupNorm") else None
 
 
-def _per_axis(value: Any, count: int) -> list[Any]:
-    return list(value) if isinstance(value, tuple | list) else [1 if value is None else value] * count
-
-
-def _space(module: Any) -> list[int] | None:
-    size = getattr(module, "kernel_size", None)
+def _by_axis(module: Any, *names: str, absent: int = 1) -> list[Any] | None:
+    """A setting of a convolution for each axis of space; None for other layers."""
+    size = _of(module, "kernel_size")
     if size is None or "Conv" not in type(module).__name__:
         return None
-    return list(size) if isinstance(size, tuple | list) else [size]
+    value = _of(module, *names)
+    if isinstance(value, tuple | list):
+        return list(value)
+    return [absent if value is None else value] * (len(size) if isinstance(size, tuple | list) else 1)
 
 
-def _of_conv(*names: str) -> Callable[[Any], Value]:
-    def read(module: Any) -> Value:
-        size = _space(module)
-        return (
-            None
-            if size is None
-            else next((_per_axis(getattr(module, name), len(size)) for name in names if hasattr(module, name)), None)
-        )
+def _stride(module: Any) -> Value:
+    return _by_axis(module, "stride", "strides")
 
-    return read
+
+def _dilation(module: Any) -> Value:
+    return _by_axis(module, "dilation", "kernel_dilation")
 
 
 def _padding(module: Any) -> Value:
     """The places added before and after each axis, or the word for them."""
-    size, strides = _space(module), _of_conv("stride", "strides")(module)
-    if size is None or strides is None:
+    size = _by_axis(module, "kernel_size")
+    if size is None:
         return None
-    mode = getattr(module, "padding_mode", "zeros").lower()
-    padding = getattr(module, "padding", 0)
-    word = padding.upper() if isinstance(padding, str) else ""
-    if mode not in ("zeros",):
-        return mode.upper()
-    dilation = _of_conv("dilation", "kernel_dilation")(module) or [1] * len(size)
-    spread = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-    if word == "SAME" and set(strides) == {1} and "Transpose" not in type(module).__name__:
-        return [(each // 2, each - each // 2) for each in spread]
-    if word == "VALID":
-        return [(0, 0)] * len(size)
-    if word:
-        return word
-    pairs = [each if isinstance(each, tuple | list) else (each, each) for each in _per_axis(padding, len(size))]
-    if hasattr(module, "output_padding") and "Transpose" in type(module).__name__:
-        more = _per_axis(module.output_padding, len(size))
+    mode, padding = getattr(module, "padding_mode", "zeros").upper(), _of(module, "padding")
+    if mode != "ZEROS":
+        return mode
+    transposed = "Transpose" in type(module).__name__
+    spread = [d * (k - 1) for d, k in zip(_dilation(module), size, strict=True)]
+    if isinstance(padding, str):
+        word = padding.upper()
+        if word == "SAME" and set(_stride(module)) == {1} and not transposed:
+            return [(each // 2, each - each // 2) for each in spread]
+        return [(0, 0)] * len(size) if word == "VALID" else word
+    each_axis = _by_axis(module, "padding", absent=0) or ()
+    pairs = [tuple(each) if isinstance(each, tuple | list) else (each, each) for each in each_axis]
+    if transposed and hasattr(module, "output_padding"):
+        more = _by_axis(module, "output_padding") or ()
         return [(s - low, s - high + m) for (low, high), s, m in zip(pairs, spread, more, strict=True)]
-    return [tuple(pair) for pair in pairs]
+    return pairs
 
 
 def _gelus(module: Any) -> Iterator[str]:
     """The forms of GELU that a module has among its settings."""
     if type(module).__name__ == "GELU":
         yield "erf" if getattr(module, "approximate", "none") == "none" else "tanh"
-    for value in vars(module).values() if hasattr(module, "__dict__") else ():
+    for value in getattr(module, "__dict__", {}).values():
         function = getattr(value, "func", value)
         if callable(function) and getattr(function, "__name__", "") == "gelu":
             given = getattr(value, "keywords", {}).get("approximate")
-            torch = getattr(function, "__module__", "").startswith("torch")
-            tanh = given == "tanh" or given is True or (given is None and not torch and not _builtin(function))
-            yield "tanh" if tanh else "erf"
-
-
-def _builtin(function: Any) -> bool:
-    return type(function).__name__ == "builtin_function_or_method"  # that of torch
+            torch = type(function).__name__ == "builtin_function_or_method" or function.__module__.startswith("torch")
+            yield "tanh" if given == "tanh" or given is True or (given is None and not torch) else "erf"
 
 
 _SETTINGS: Mapping[str, Callable[[Any], Value]] = {
     "eps": _eps,
     "momentum (what stays of the old statistics)": _momentum,
     "the class": _norm,
-    "the stride": _of_conv("stride", "strides"),
-    "the dilation": _of_conv("dilation", "kernel_dilation"),
+    "the stride": _stride,
+    "the dilation": _dilation,
     "the padding": _padding,
 }

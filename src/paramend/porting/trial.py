@@ -12,7 +12,8 @@ from paramend.grafting.options import Dtype
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable
 from paramend.mapping.layout import Layout
-from paramend.porting.calls import calls, float64
+from paramend.porting.calls import calls
+from paramend.porting.frameworks import float64, rebound
 from paramend.porting.kinds import Path
 from paramend.porting.matching import Pair
 from paramend.porting.models import Model
@@ -32,10 +33,7 @@ def stored(source: Model, layout: Layout) -> Any:
 def carried(target: Model, source: Model, layout: Layout, *, dtype: Dtype = "target") -> tuple[Any, GraftReport]:
     """The target with what a layout makes of the source, and the report of the graft."""
     made, report = graft(target.tree, stored(source, layout), dtype=dtype)
-    if target.bound:
-        scope, module = target.root.scope, target.root.unbind()[0]
-        made = module.bind(made, rngs={n: r.as_jax_rng() for n, r in scope.rngs.items()}, mutable=scope.mutable)
-    return made, report
+    return rebound(target.root, made) if target.bound else made, report
 
 
 def tried(

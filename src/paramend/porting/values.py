@@ -23,6 +23,11 @@ def wide(values: Values) -> Values:
     return values.astype(_WIDE.get(kind_of(values.dtype.name), values.dtype))
 
 
+def largest(values: Values) -> float:
+    """The largest finite absolute value, 0 if there is none."""
+    return float(np.abs(values[np.isfinite(values)].astype("complex128")).max(initial=0.0))
+
+
 def arrays(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The arrays and floats in nested containers, with their places.
 
@@ -67,7 +72,5 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 def given_as(library: str) -> Callable[[Any], Any]:
     """An array → one of this library, as float64 if it holds floats."""
-    if library == "numpy":
-        return lambda array: wide(to_numpy(array))
     make = importlib.import_module(f"paramend.arrays.{library}").from_numpy
     return lambda array: make(wide(to_numpy(array)))

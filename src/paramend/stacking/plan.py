@@ -222,7 +222,6 @@ def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, ext
     """The axis of each new leaf, or of each old one if axes are removed, counted from the front.
 
     Args:
-        tree: the tree.
         members: new path → number of a leaf.
         axis: the axis, if `like` is None.
         like: a tree or a checkpoint whose shapes determine the axis, or None.

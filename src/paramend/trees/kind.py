@@ -33,6 +33,11 @@ class Kind:
     assign: Callable[[Any, Any], None] | None = None
     compiled: bool = False
 
+    def entries(self, container: Any) -> list[tuple[Any, Any]]:
+        """The children of a container with their keys, or their positions if it has none."""
+        keys, children, _ = self.open(container)
+        return list(zip(keys or range(len(children)), children, strict=True))
+
 
 class _Elided:
     def __repr__(self) -> str:

@@ -204,10 +204,7 @@ class Tree:
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
         """The entries of a container as (key, child), None for a leaf; the key of a box's content is `ELIDED`."""
         kind = find_kind(node)
-        if kind is None:
-            return None
-        keys, children, _ = kind.open(node)
-        return list(zip(keys or range(len(children)), children, strict=True))
+        return None if kind is None else kind.entries(node)
 
     def in_place(self, number: int) -> None:
         """Raise `Unsupported` for leaves that can only be replaced: immutable arrays without a box, expanded ones."""

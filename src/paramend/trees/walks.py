@@ -9,8 +9,9 @@ from paramend.arrays.registry import backend_of
 from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index
 from paramend.leaves.nested import MAX_DEPTH
+from paramend.leaves.paths import Label, labels
 from paramend.trees import builtin
-from paramend.trees.kind import ELIDED
+from paramend.trees.kind import ELIDED, Kind
 from paramend.trees.lookup import array_types, find_kind, leaf_types
 
 
@@ -151,6 +152,26 @@ class Namer:
                 self.index.add(names, key, entry)
         self.index.spans.append((type(node), start, len(self.index.numbers)))
         return names, tuple(inner) if copied else None
+
+
+def containers(root: Any) -> Iterator[tuple[tuple[Label, ...], Any, Kind]]:
+    """The containers of a tree, with their kinds, each under all of its paths: the beginnings of those of its leaves.
+
+    >>> import torch
+    >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(1, 1)})
+    >>> [(path, node is model, kind.name) for path, node, kind in containers(model)]
+    [((), True, 'torch module'), (('body',), False, 'torch module')]
+    """
+    rest: list[tuple[tuple[Label, ...], Any, tuple[int, ...]]] = [((), root, ())]
+    while rest:
+        path, node, above = rest.pop()
+        kind = find_kind(node)
+        if kind is not None and id(node) not in above:
+            yield path, node, kind
+            rest += [
+                (path if key is ELIDED else (*path, *labels(key)), child, (*above, id(node)))
+                for key, child in reversed(kind.entries(node))
+            ]
 
 
 def rebuild(node: Any, values: Iterator[Any], owners: Mapping[int, Any]) -> Any:

@@ -56,7 +56,6 @@ def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> t
 
     Args:
         fresh_state: the state as `init` makes it.
-        state: the earlier state.
         params: the paths of the parameters that the fresh state is for.
         mismatch: "error", or "keep" for what `init` made where shapes differ.
     """

@@ -60,14 +60,13 @@ class Survey:
             if kind is None:
                 self._enter(path, [path], inside)
             return False
-        keys, children, _ = kind.open(node)
         found = is_record(type(node))
         if found and not inside:
             self.roots.append(path)
         inside = inside or found
         above = {*above, id(node)}
         below: dict[Path, Any] = {}
-        for key, child in zip(keys or range(len(children)), children, strict=True):
+        for key, child in kind.entries(node):
             below[path if key is ELIDED else (*path, *map(text_of, labels(key)))] = child
         if not found and not any(_leads_to_record(child, above) for child in below.values()):
             self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
@@ -205,8 +204,7 @@ def _paths(node: Any, path: Path, absent: set[Path], depth: int, above: set[int]
     elif type(node).__name__ == "MaskedNode":
         absent.add(path[depth:])
     elif id(node) not in above:
-        keys, children, _ = kind.open(node)
-        for key, child in zip(keys or range(len(children)), children, strict=True):
+        for key, child in kind.entries(node):
             here = path if key is ELIDED else (*path, *map(text_of, labels(key)))
             yield from _paths(child, here, absent, depth, {*above, id(node)})
 
