@@ -529,8 +529,12 @@ def test_from_file_to_file(tmp_path):
 
 
 def test_rules_that_are_none():
-    with pytest.raises(BadArgument, match="is not a list of rules"):
-        pm.port(TWINS, PAIR, rules="transpose")
+    for rules in ("transpose", 5, [{"from": "x.weight"}]):
+        with pytest.raises(BadArgument, match="is not a list of rules"):
+            pm.port(TWINS, PAIR, rules=rules)
+    for rename in ("x", {5: "a"}):
+        with pytest.raises(BadArgument, match="is not a dict of paths"):
+            pm.port(TWINS, PAIR, rename=rename)
     with pytest.raises(NoMatch):
         pm.port(TWINS, PAIR, rules={"c/kernel": []})
     rules = [{"from": "x.weight", "to": "b/kernel"}]

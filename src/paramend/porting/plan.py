@@ -63,6 +63,10 @@ class PortPlan:
         self._given, steps = _read_rules(rules)
         self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
         self.left: list[Unit] = []
+        if not isinstance(rename, Mapping | None) or not all(isinstance(old, str) for old in rename or ()):
+            raise BadArgument(
+                f"rename={rename!r} is not a dict of paths", hint='rename={"layer/of/source": "layer/of/target"}'
+            )
         renamed = self._renamed(rename or {})
         sources = [unit for unit in source.units if unit not in self.left]
         self.notes: dict[str, str] = {}
@@ -354,7 +358,8 @@ def _read_rules(rules: Rules | None) -> tuple[list[Mapping[str, Any]], dict[str,
         rules = rules.to_data()["rules"]
     if isinstance(rules, Mapping):
         return [], {path: [read_step(step) for step in steps] for path, steps in rules.items()}
-    if isinstance(rules, str) or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
+    listed = isinstance(rules, list | tuple)
+    if not listed or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
         raise BadArgument(
             f"rules={rules!r} is not a list of rules", hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]'
         )
