@@ -22,10 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import paramend as pm
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.patching import patch, patch_plan
+from paramend.checkpoints.patching import patch
 from paramend.cli.undo import history as history_command
 from paramend.cli.undo import undo as undo_command
-from paramend.edits.plan import call, plan
 from paramend.errors import (
     BadArgument,
     BadCheckpoint,
@@ -50,8 +49,7 @@ INDEX = '{{"metadata": {{"total_size": {}}}, "weight_map": {}}}'
 
 def patched(path, selector, verb, /, **args):
     """One edit in place."""
-    with open_source(path) as source:
-        return patch_plan(source, plan(source, selector, call(verb, args)))
+    return patch(path, lambda tree: getattr(pm.at(tree, selector), verb)(**args))
 
 
 def tree(seed=0):
@@ -275,16 +273,14 @@ def test_leaves_without_elements_need_no_record(model):
 
 def test_a_dry_run_writes_nothing(model):
     before = model.read_bytes()
-    with open_source(model) as source:
-        report = patch_plan(source, plan(source, "**/bias", call("zero", {})), dry_run=True)
+    report = patch(model, lambda tree: pm.at(tree, "**/bias").zero(), dry_run=True)
     assert report.bytes_written == 16 and report.record is None and "dry run" in report.summary
     assert model.read_bytes() == before and [p.name for p in model.parent.iterdir()] == [model.name]
 
 
 def test_progress_ends_at_the_total(model):
     heard = []
-    with open_source(model) as source:
-        patch_plan(source, plan(source, "layers/**", call("zero", {})), progress=heard.append)
+    patch(model, lambda tree: pm.at(tree, "layers/**").zero(), progress=heard.append)
     assert heard[-1].done == heard[-1].total == 2 * 96
 
 
@@ -455,8 +451,7 @@ class Stack(RuleBasedStateMachine):
         old, computing.CHUNK = computing.CHUNK, small
         try:
             expected = getattr(pm.at(self.trees[-1], chosen), verb[0])(**verb[1])
-            with open_source(self.path) as source:
-                report = patch_plan(source, plan(source, chosen, call(*verb)))
+            report = patched(self.path, chosen, verb[0], **verb[1])
         finally:
             computing.CHUNK = old
         if report.bytes_written:
@@ -570,8 +565,8 @@ def test_hard_links_and_symbolic_links_are_refused(model, tmp_path):
     for action in (lambda: patched(model, "**/bias", "zero"), lambda: undo(model)):
         with pytest.raises(CannotWrite, match="2 names"):
             action()
-    with open_source(model) as source, pytest.raises(CannotWrite, match="2 names"):
-        patch_plan(source, plan(source, "**/bias", call("zero", {})), dry_run=True)
+    with pytest.raises(CannotWrite, match="2 names"):
+        patch(model, lambda tree: pm.at(tree, "**/bias").zero(), dry_run=True)
     twin.unlink()
     undo(model)
     assert model.read_bytes() == before
@@ -654,14 +649,11 @@ def test_no_room_for_the_record(model, monkeypatch):
 def test_a_second_writer_is_told_and_readers_are_not_stopped(model):
     code = f"""
         import sys
-        from paramend.formats.registry import open_source
-        from paramend.checkpoints.patching import patch, patch_plan
-        from paramend.edits.plan import call, plan
+        import paramend as pm
         def wait(event):
             if event.done == event.total // 2:
                 print("half", flush=True); sys.stdin.readline()
-        with open_source({str(model)!r}) as source:
-            patch_plan(source, plan(source, "**/weight", call("zero", {{}})), progress=wait)
+        pm.patch({str(model)!r}, lambda tree: pm.at(tree, "**/weight").zero(), progress=wait)
     """
     other = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -767,8 +759,8 @@ def test_ctrl_c_puts_the_old_bytes_back(model):
         if event.done > event.total * 0.7:
             raise KeyboardInterrupt
 
-    with open_source(model) as source, pytest.raises(KeyboardInterrupt):
-        patch_plan(source, plan(source, "**", call("zero", {})), progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        patch(model, lambda tree: pm.at(tree, "**").zero(), progress=stop)
     assert model.read_bytes() == before and not UndoStore(model).folder.exists()
 
 

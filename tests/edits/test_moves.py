@@ -1,6 +1,8 @@
 """Verbs that move elements: what numpy makes of the array, in memory and on disk, bit for bit."""
 
+import json
 import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +121,9 @@ def test_a_square_leaf_is_transposed_in_its_file(tmp_path):
         ),
         (lambda at: at.transpose((0, 1, 1)), pm.errors.SpecMismatch, r"axes is \[0, 1, 1\]"),
         (lambda at: at.transpose((0, 1, 3)), pm.errors.OutOfRange, "w: .* has no axis 3; it has 3 axes"),
-        (lambda at: at.transpose((0, 1, 1.5)), pm.errors.BadArgument, "the axis 1.5 is not a whole number"),
+        (lambda at: at.transpose((0, 1, 1.5)), pm.errors.BadArgument, "axes .*1.5.* is not a list of whole numbers"),
+        (lambda at: at.transpose(1), pm.errors.BadArgument, "axes 1 is not a list"),
+        (lambda at: at.reshape(120), pm.errors.BadArgument, "the shape 120 is not a list"),
         (
             lambda at: at.reshape((7, -1)),
             pm.errors.SpecMismatch,
@@ -134,6 +138,8 @@ def test_a_square_leaf_is_transposed_in_its_file(tmp_path):
         (lambda at: at.take([0], axis=3), pm.errors.OutOfRange, "has no axis 3"),
         (lambda at: at.permute([0, 0, 1, 2]), ValueError, "permute takes each of the 4 places along axis 0"),
         (lambda at: at.permute([0, 1, 2]), ValueError, r"index is \[0, 1, 2\]"),
+        (lambda at: at.permute([0, 1, 2, 4]), ValueError, r"index is \[0, 1, 2, 4\]"),
+        (lambda at: at.take(np.array([2**64 - 1], "uint64")), pm.errors.OutOfRange, "no place 18446744073709551615"),
     ],
 )
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -144,6 +150,42 @@ def test_what_does_not_fit_is_refused(tmp_path, edit, error, says, where):
         tree = pm.open(tmp_path / "m.safetensors")
     with pytest.raises(error, match=says):
         edit(pm.at(tree, "w"))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("F4", 4), ("X9", 24)])
+def test_whole_bytes_of_unread_dtypes_move(tmp_path, dtype, bits):
+    rows = RNG.bytes(4 * bits)
+    header = {"w": {"dtype": dtype, "shape": [4, 8], "data_offsets": [0, len(rows)]}}
+    text = json.dumps(header).encode()
+    path, out = tmp_path / "m.safetensors", tmp_path / "out.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rows)
+    moved = np.frombuffer(rows, "u1").reshape(2, 2, -1).transpose(1, 0, 2).reshape(4, -1)[[3, 0, 1, 2]][:3]
+    with pm.open(path) as model:
+        for verb, given in (("reshape", (2, 2, 8)), ("transpose", (1, 0, 2)), ("reshape", (4, -1))):
+            model = getattr(pm.at(model, "w"), verb)(given)
+        model = pm.at(pm.at(model, "w").permute([3, 0, 1, 2]), "w").take(slice(3))
+        assert str(pickle.loads(pickle.dumps(model)).plan) == str(model.plan)
+        model.save(out)
+    assert out.read_bytes().endswith(moved.tobytes())
+    assert pm.open(out).spec(0).shape == (3, 8)
+    with pm.open(path) as model, pytest.raises(pm.errors.Unsupported, match="w cannot"):
+        pm.at(model, "w").multiply(2)
+    if dtype == "F4":
+        with pm.open(path) as model, pytest.raises(pm.errors.Unsupported, match="w cannot be made of transpose"):
+            pm.at(model, "w").transpose((1, 0))
+
+
+@cases
+def test_of_abstract_arrays(edit, right):
+    made = edit(pm.at({"w": jax.ShapeDtypeStruct(W.shape, W.dtype)}, "w"))["w"]
+    assert (made.shape, made.dtype, type(made)) == (right.shape, right.dtype, jax.ShapeDtypeStruct)
+
+
+@pytest.mark.parametrize(("verb", "shape"), [(pm.concat, (8, 6, 5)), (pm.interleave, (8, 6, 5))])
+def test_joins_of_abstract_arrays(verb, shape):
+    one = jax.ShapeDtypeStruct(W.shape, W.dtype)
+    assert verb({"a": one, "b": one}, ["a", "b"], into="c")["c"].shape == shape
+    assert pm.stack_layers({"h0": one, "h1": one}, "h<n>", into="h")["h"].shape == (2, *W.shape)
 
 
 def test_a_slice_keeps_its_shape():

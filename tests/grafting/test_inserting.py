@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import paramend as pm
@@ -105,3 +106,70 @@ def test_as_a_command(models, tmp_path):
     done = CliRunner().invoke(cli, ["insert", str(tmp_path / "out"), str(hf), "**", "-o", str(tmp_path / "no")])
     assert (done.exit_code, (tmp_path / "no").exists()) == (2, False)
     assert "model.layers.1.w as model.layers.1.w" in done.output
+
+
+@pytest.mark.parametrize("old", ["zzz.**", "other"])
+def test_a_rename_of_nothing_that_comes_is_an_error(models, old):
+    hf, donor, *_ = models
+    with pm.open(hf) as target, pm.open(donor) as source, pytest.raises(pm.errors.NoMatch, match=old.partition(".")[0]):
+        pm.insert(target, source, "mtp.**", rename={old: old.replace("zzz", "model")})
+
+
+def test_the_hint_of_a_clash_is_what_is_typed(models):
+    hf = models[0]
+    done = CliRunner().invoke(cli, ["insert", str(hf), str(hf), "**", "-o", "out"])
+    assert (done.exit_code, done.output.partition("hint: ")[2]) == (2, "--rename 'old.**=new.**'\n")
+
+
+def test_all_names_of_a_leaf_come_and_stay_one(tmp_path):
+    shared, own = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+    torch.save({"gone": own, "own": own + 1, "a": own + 2, "b": own + 3}, tmp_path / "host.pt")
+    source = {"lm.embed": shared, "lm.head": shared, "x": torch.zeros(1)}
+    torch.save(source, tmp_path / "source.pt")
+    inserted, _ = pm.insert({"own": own}, source, "lm.**")
+    assert list(inserted) == ["own", "lm.embed", "lm.head"] and inserted["lm.embed"] is inserted["lm.head"]
+    with pm.open(tmp_path / "host.pt") as host, pm.open(tmp_path / "source.pt") as donor:
+        made, _ = pm.insert(pm.at(host, "gone").delete(), donor, "**")
+        pm.at(made, "lm.head").fill(4).save(tmp_path / "out.pt")
+        pm.part(donor, "lm.**")[0].save(tmp_path / "part.pt")
+    found = torch.load(tmp_path / "out.pt")
+    assert found["lm.embed"].tolist() == found["lm.head"].tolist() == [[4] * 3] * 2
+    assert {name: found[name].tolist() for name in ("own", "a", "b", "x")} == {
+        "own": [2, 2], "a": [3, 3], "b": [4, 4], "x": [0]
+    }  # fmt: skip
+    found = torch.load(tmp_path / "part.pt")
+    assert found["lm.embed"].data_ptr() == found["lm.head"].data_ptr() and len(found) == 2
+
+
+def test_ties_of_a_host_go_by_its_leaves_that_are_left(tmp_path):
+    tied, zero = torch.ones(4), torch.zeros(4)
+    torch.save({"gone": zero + 1, "x": zero + 2, "a": tied, "b": tied, "c": zero}, tmp_path / "host.pt")
+    save_file({"c": np.full(4, 7, "f4")}, tmp_path / "c.safetensors")
+    with pm.open(tmp_path / "host.pt") as opened, pm.open(tmp_path / "c.safetensors") as source:
+        host = pm.at(pm.split(opened, "x", into=["x", "y"]), "gone").delete()
+        for made in (pm.insert(host, {"z": zero.numpy()}, "z")[0], pm.graft(host, source)[0]):
+            pm.at(made, "a").fill(5).save(tmp_path / "out.pt", force=True)
+            found = torch.load(tmp_path / "out.pt")
+            assert found["a"].tolist() == found["b"].tolist() == [5] * 4
+            assert found.get("z", zero).tolist() == [0] * 4 and found["c"].tolist() in ([0] * 4, [7] * 4)
+
+
+@pytest.mark.parametrize(
+    ("host", "donor", "paths"),
+    [
+        ({"a.b": 0}, {"a": {"c": 0}}, ["a.b", "a.c"]),
+        ({"a/b": 0}, {"a": {"c": 0}}, ["a/b", "a/c"]),
+        ({"a": {"b": 0}}, {"a.c": 0}, ["a"]),
+    ],
+)
+def test_keys_are_joined_as_in_the_target(host, donor, paths):
+    made = pm.insert(jax.tree.map(np.float32, host), jax.tree.map(np.float32, donor), "**")[0]
+    assert list(made) == paths
+
+
+def test_variables_stay_what_they_are():
+    ours = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    theirs = nnx.state({"norm": nnx.BatchNorm(3, rngs=nnx.Rngs(0))})
+    made = pm.insert(ours, theirs, "**")[0]
+    assert {name: type(made["norm"][name]) for name in ("scale", "mean")} == {"scale": nnx.Param, "mean": nnx.BatchStat}
+    assert made["norm"]["scale"] is not theirs["norm"]["scale"]

@@ -281,7 +281,7 @@ def public_classes():
                     yield kind
 
 
-BASES = {"Report", "Paged"}  # what reports share
+BASES = {"Report", "Paged", "Outcome"}  # what reports share
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,8 @@ def test_as_commands(tmp_path):
     }
     run("interleave", path, "c", "c", "--into", "cc", "--axis", "1", "-o", tmp_path / "i.safetensors")
     same(load_file(tmp_path / "i.safetensors")["cc"], V.repeat(2, 1))
+    done = CliRunner().invoke(cli, ["split", str(path), "h.0.a", "--into", "x", "--into", "y", "--into", "z"])
+    assert done.output.endswith("hint: --sizes 2,1,1\n"), done.output
     done = CliRunner().invoke(cli, ["concat", str(path), "c", "x", "--into", "y", "-o", str(tmp_path / "no")])
     assert (done.exit_code, (tmp_path / "no").exists()) == (2, False)
 

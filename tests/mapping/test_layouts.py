@@ -260,3 +260,42 @@ def test_what_ships_is_listed():
         assert any(family in name for name in pm.layouts())
     for name in pm.layouts():
         assert pm.layout(name).name == name
+
+
+def test_a_plan_says_what_leaves_are_made_of(tmp_path):
+    tree = {f"h.{n}.{name}": np.full((2, 3), n, "f4") for n in range(2) for name in "qk"} | {"e": np.ones((2, 3))}
+    pm.save(tree, tmp_path / "m.safetensors")
+    rules = [
+        {"from": ["h.<n>.q", "h.<n>.k"], "to": "h.<n>.q", "do": [{"concat": {"axis": 0}}]},
+        {"from": "e", "to": "e", "do": [{"transpose": [1, 0]}]},
+    ]
+    pm.Layout(rules).save(tmp_path / "own.yaml")
+    lines = [
+        "e ◄─ transpose(e, [1, 0])",
+        "h.0.q ◄─ concat(h.0.q, h.0.k, axis=0)",
+        "h.1.q ◄─ concat(h.1.q, h.1.k, axis=0)",
+    ]
+    with pm.open(tmp_path / "m.safetensors") as model:
+        made = pm.at(pm.Layout(rules).to(model)[0], "e").zero()
+    words = [" ".join(line.split()) for line in str(made.plan).splitlines()]
+    assert [word.replace("float32[4,3] ", "").replace("float64[3,2] ", "") for word in words[1:4]] == [
+        f"{lines[0]}, zero()",
+        *lines[1:],
+    ]
+    assert words[-1] == "1 of 3 leaves changes, 2 are made of others"
+    assert sorted(row["origin"] for row in made.plan.to_dict()["changed"]) == [
+        "concat(h.0.q, h.0.k, axis=0)",
+        "concat(h.1.q, h.1.k, axis=0)",
+        "transpose(e, [1, 0])",
+    ]
+    assert str(pickle.loads(pickle.dumps(made.plan.told()))) == str(made.plan)
+    done = CliRunner().invoke(cli, ["layout", str(tmp_path / "own.yaml"), str(tmp_path / "m.safetensors"), "--dry-run"])
+    assert all(line.replace("h.0", "h.{0,1}") in done.output for line in lines[:2]), done.output
+
+
+def test_another_name_of_a_leaf_that_is_taken_is_told_too():
+    tied = np.ones((2, 3))
+    tree, rules = {"words": tied, "out": tied}, [{"from": "words", "to": "embed"}]
+    with pytest.raises(pm.errors.BadArgument, match="no rule takes 1 leaf:\n  out"):
+        pm.Layout(rules).to(tree)
+    assert pm.Layout(rules, rest="keep").to(tree)[1].kept == ("out",)

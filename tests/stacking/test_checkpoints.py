@@ -211,8 +211,11 @@ def test_dtypes_that_nobody_can_read_stay_together(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(18)))
     with pm.open(tmp_path / "m.safetensors") as checkpoint:
         pm.stack_layers(checkpoint, "h.<n>").save(tmp_path / "s.safetensors")
-        with pytest.raises(pm.errors.Unsupported, match="cannot be read"):
-            pm.stack_layers(checkpoint, "h.<n>", axis=1)
+        pm.stack_layers(checkpoint, "h.<n>", axis=1).save(tmp_path / "rows.safetensors")  # three bytes each
+        with pytest.raises(pm.errors.Unsupported, match=r"h.w cannot be made of stack\(h.0.w, h.1.w, h.2.w, axis=2\)"):
+            pm.stack_layers(checkpoint, "h.<n>", axis=2)
+    rows = np.arange(18, dtype="u1").reshape(3, 2, 3).swapaxes(0, 1)
+    assert (tmp_path / "rows.safetensors").read_bytes()[-18:] == rows.tobytes()
     assert (tmp_path / "s.safetensors").read_bytes()[-18:] == bytes(range(18))
     with pm.open(tmp_path / "s.safetensors") as checkpoint:
         pm.unstack_layers(checkpoint, "h", into="h.<n>").save(tmp_path / "u.safetensors")

@@ -185,5 +185,5 @@ def json_value(key: str, value: Any) -> Any:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadArgument(f"{key}: JSON has no {wording.described(value)} like {value!r:.60}: {error}") from None
+        raise BadArgument(f"{key}: {value!r:.60} is not a value of JSON: {error}") from None
     return json.loads(text)

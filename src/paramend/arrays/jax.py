@@ -1,7 +1,7 @@
 """Verbs over JAX arrays, eager and traced, as `Backend` documents them. Imported only after jax was."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,10 +158,16 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     return _placed(jnp.where(_with_sharding(jnp.asarray(inside), x, sharding), changed, x).astype(x.dtype), x)
 
 
+def _moved(move: Callable[..., Any], *arrays: Any) -> Any:
+    """What a move makes of arrays; of abstract ones an abstract one, whose sharding is not known."""
+    return jax.eval_shape(move, *arrays) if any(map(abstract, arrays)) else move(*arrays)
+
+
 def stack(arrays: Any, axis: int) -> Any:
     """The arrays along a new axis, which is not sharded; the other axes are sharded like the first array's."""
-    first, result = arrays[0], jnp.stack(arrays, axis)
-    sharding = None if isinstance(result, jax.core.Tracer) or isinstance(first, jax.core.Tracer) else first.sharding
+    first, result = arrays[0], _moved(lambda *each: jnp.stack(each, axis), *arrays)
+    nowhere = jax.core.Tracer, jax.ShapeDtypeStruct
+    sharding = None if isinstance(result, nowhere) or isinstance(first, nowhere) else first.sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return result
     names = [*sharding.spec, *[None] * (first.ndim - len(sharding.spec))]
@@ -171,13 +177,13 @@ def stack(arrays: Any, axis: int) -> Any:
 
 
 def concat(arrays: Any, axis: int) -> Any:
-    return jnp.concatenate(arrays, axis)
+    return _moved(lambda *each: jnp.concatenate(each, axis), *arrays)
 
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new array of slices of x, sharded like x if the new length allows it."""
-    result = jnp.take(x, np.asarray(positions, np.int64), axis=axis)
-    if isinstance(x, jax.core.Tracer):
+    result = _moved(lambda x: jnp.take(x, np.asarray(positions, np.int64), axis=axis), x)
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return result
     try:
         x.sharding.shard_shape(result.shape)
@@ -188,12 +194,12 @@ def take(x: Any, positions: Sequence[int], axis: int) -> Any:
 
 def transpose(x: Any, axes: Sequence[int]) -> Any:
     """A new array with the axes in another order, sharded as they were."""
-    return jnp.array(jnp.transpose(x, axes))
+    return _moved(lambda x: jnp.array(jnp.transpose(x, axes)), x)
 
 
 def reshape(x: Any, shape: Sequence[int]) -> Any:
     """A new array in another shape; XLA finds its sharding."""
-    return jnp.array(jnp.reshape(x, shape))
+    return _moved(lambda x: jnp.array(jnp.reshape(x, shape)), x)
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:

@@ -19,22 +19,13 @@ Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
 
 
 def assemble(
-    base: Checkpoint,
-    picks: Iterable[Pick],
-    *,
-    texts: Iterable[Document] = (),
-    ties: Mapping[int, int] | None = None,
+    base: Checkpoint, picks: Iterable[Pick], *, texts: Iterable[Document] = (), ties: Mapping[int, int] | None = None
 ) -> Checkpoint:
-    """A checkpoint of leaves from anywhere, with the format, metadata and sidecars of another one.
+    """A checkpoint of leaves from anywhere, with the format, metadata and sidecars of another one, `base`, and the
+    files beside the weights that change.
 
-    A leaf brings the edits that were planned for it.
-
-    Args:
-        base: the checkpoint that gives format, metadata and sidecars.
-        picks: the leaves, in order.
-        texts: the files beside the weights that change, besides those of `base` that do.
-        ties: place in `picks` → the first place of the same leaf, for leaves with several paths. By default, leaves
-            that are tied in `base` stay tied if each path is taken once.
+    A leaf brings the edits that were planned for it. Ties are place in `picks` → the first place of the same leaf, for
+    leaves with several paths; by default, leaves that are tied in `base` stay tied if each path is taken once.
 
     >>> import tempfile
     >>> from pathlib import Path

@@ -33,18 +33,8 @@ L = TypeVar("L")
 
 # What `dir` shows.
 _PUBLIC = {
-    "close",
-    "format",
-    "items",
-    "keys",
-    "metadata",
-    "path",
-    "paths",
-    "plan",
-    "recipe",
-    "save",
-    "source",
-    "values",
+    *("close", "format", "items", "keys", "metadata", "path", "paths"),
+    *("plan", "recipe", "save", "source", "values"),
 }
 
 
@@ -189,8 +179,6 @@ class Checkpoint(Editable):
         """Close the files, which are shared with edited checkpoints."""
         self.source.close()
 
-    # -- as leaves
-
     def absence(self, text: str) -> tuple[str, str] | None:
         """Why a selector finds nothing, and the path of what it means: a head that is tied to the embedding."""
         if self._plan is not None and self._plan.restructured:  # what is absent may have been there
@@ -204,27 +192,22 @@ class Checkpoint(Editable):
 
     @property
     def ties(self) -> Mapping[int, int]:
-        """Leaf number → the first number of the same leaf, for leaves with several paths."""
         found = self.source.ties
         if found and self._plan is not None and self._plan.deleted:
             return {number: one for number, one in found.items() if number in self._plan.by_number}
         return found
 
     def twins(self, number: int) -> list[int]:
-        """The numbers of all paths of a leaf."""
         one = self.ties.get(number)
         return [number] if one is None else [n for n, o in self.ties.items() if o == one]
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf, after the edits."""
         return self.source.spec(number) if self._plan is None else self._plan.by_number[number].spec
 
     def nbytes(self, number: int) -> int:
-        """The bytes of a leaf, after the edits."""
         return self.source.nbytes(number) if self._untouched(number) else self.spec(number).nbytes
 
     def refusal(self, number: int) -> str:
-        """Why a leaf cannot be read as an array, or ""."""
         return self.source.refusal(number) if self._untouched(number) else ""
 
     def read(self, number: int) -> Array:
@@ -259,15 +242,17 @@ class Checkpoint(Editable):
         return self._plan is None or not self._plan.by_number[number].calls
 
     def children(self, node: object) -> list[tuple[Hashable, object]] | None:
-        """The entries of a dict, list or tuple, for masks; None for a leaf."""
         return self.source.children(node)
 
-    # -- edits
-
     def edited(self, calls: Mapping[int, Call]) -> "Checkpoint":
-        """The checkpoint with calls on some leaves added to its plan."""
         check_calls(self, calls)
-        return self.planned(self.plan.edited(calls))
+        sealed = {n: call for n, call in calls.items() if call.op.moves is not None and self.source.refusal(n)}
+        made = self.planned(self.plan.edited({n: call for n, call in calls.items() if n not in sealed}))
+        if not sealed:
+            return made
+        from paramend.checkpoints.gathering import moved  # most leaves can be read
+
+        return made.remade(moved(made.plan, sealed))
 
     def planned(self, plan: Plan, recipe: str = "") -> "Checkpoint":
         """The same checkpoint with another plan."""
@@ -298,11 +283,9 @@ class Checkpoint(Editable):
         return Checkpoint(source, plan if planned else None, raw=self.raw)
 
     def labelled(self, labels: Mapping[int, L], rest: L) -> dict[str, L]:
-        """A dict from paths to labels."""
         return {self.index.path(number): labels.get(number, rest) for number in self.index.numbers}
 
     def deleted(self, numbers: Iterable[int]) -> "Checkpoint":
-        """The checkpoint without some leaves."""
         gone = {twin for number in numbers for twin in self.plan.twins(number)}
         check_whole(self, gone)
         return self.planned(self.plan.without(gone))
@@ -412,11 +395,7 @@ _LARGE = 1 << 30
 
 
 def copied(source: Source, number: int) -> Array:
-    """A copy of a leaf of a source, read without mapping the file.
-
-    Raises:
-        Unsupported: numpy has no array of that shape, or there is no memory for it.
-    """
+    """A copy of a leaf of a source, read without mapping the file; `Unsupported` if numpy cannot make such an array."""
     spec = source.spec(number)
     try:
         if spec.nbytes > _LARGE and source.format == "torch" and 0 in (view := source.read(number)).strides:

@@ -44,12 +44,9 @@ def staged(
 ) -> Iterator[NewFiles]:
     """New files that will take the places of others, with the lock of the store held; in the end, none is left.
 
-    Args:
-        store: the undo records of the checkpoint.
-        fill: makes the new files in a folder, each at its path in the checkpoint; None if there are none.
-        documents: those of them that are texts, whose old ones must be as they were read.
-        moved: files that get another name.
-        private: whether new files stay as private as they were made.
+    `fill` makes them in a folder, each at its path in the checkpoint; None if there are none. Those that are documents
+    must be as they were read. Files that are `moved` get another name; new ones that are `private` stay as private as
+    they were made.
     """
     folder = store.next_path().with_suffix(f".{STAGED}")
     if fill is None:
@@ -64,8 +61,9 @@ def staged(
                 raise changed(document.file)
         yield new
     finally:
-        with contextlib.suppress(OSError):
-            _remove(folder)
+        import shutil  # slow to import
+
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def carried_out(
@@ -78,13 +76,8 @@ def carried_out(
 ) -> Writer:
     """The record of a patch, which has been made: all of it, or nothing, with the lock of the store held.
 
-    Args:
-        store: the undo records of the checkpoint.
-        edits: (leaf, edit) for the record.
-        new: files that take the places of others.
-        target: files that are written in place.
-        change: writes to them.
-        progress: receives the number of bytes recorded.
+    New files take the places of others, and `change` writes to those of `target`, in place; `progress` receives the
+    number of bytes recorded.
     """
     there = [*map(os.fstat, target.descriptors), *filter(None, new.then)]  # who may read all may read the record
     access = access_of(there) if target.files else new.access
@@ -109,22 +102,17 @@ def carried_out(
 
 
 class Addition:
-    """Leaves that come to a checkpoint in its own folder, in further files."""
+    """Leaves that come to a checkpoint in its own folder, in further files. `Unsupported` without a place for them."""
 
     def __init__(self, store: UndoStore, plan: Plan, progress: Progress | None) -> None:
-        """Lay out the new files.
-
-        Raises:
-            Unsupported: the checkpoint has no place for them.
-        """
         self.store, self.plan, self.progress = store, plan, progress
         self.files, self.moved = lay_in_place(plan)
+        self._nbytes = sum(file.nbytes for file in self.files)
         new = {row.source for row in parted(plan)[1]}
         rows = (replace(row, added=_from(plan.leaves, row.source)) if row.source in new else row for row in plan.rows)
         self.shown = replace(plan, rows=tuple(rows))
 
     def rehearse(self) -> PatchReport:
-        """The report of a dry run, after all checks that are possible before writing."""
         survey(self.shown)
         with explained(self.store.base):
             if self.store.base.is_symlink():
@@ -133,7 +121,6 @@ class Addition:
                 return PatchReport(str(self.store.base), self.shown, self._nbytes, dry_run=True)
 
     def carry_out(self) -> PatchReport:
-        """Write, with the lock of the store held."""
         with explained(self.store.base), self._replaced(lock=True):
             self.store.check_nothing_pending()
             edits = [(row.path, row.edit) for row in self.shown.changed]
@@ -142,10 +129,6 @@ class Addition:
                 none = OpenRanges((), (), Ranges(np.empty((0, 4), np.int64)))
                 record = carried_out(self.store, edits, new, none, lambda: None, lambda count: None)
         return PatchReport(str(self.store.base), self.shown, self._nbytes, record.nbytes, str(record.path))
-
-    @property
-    def _nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
 
     @contextlib.contextmanager
     def _replaced(self, *, lock: bool) -> Iterator[None]:
@@ -173,9 +156,3 @@ def _from(leaves: Any, number: int) -> str:
     assert isinstance(leaves, Gathered)
     stored = leaves.origins[number].stored()
     return wording.listing(sorted({str(each.source.path) if isinstance(each, Stored) else "memory" for each in stored}))
-
-
-def _remove(folder: Path) -> None:
-    import shutil  # slow to import
-
-    shutil.rmtree(folder, ignore_errors=True)

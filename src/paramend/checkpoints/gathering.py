@@ -1,17 +1,20 @@
 """Gathering: the plan of a checkpoint whose leaves come from anywhere, with the edits that each brings along."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from paramend.anatomy.documents import Document
+from paramend.edits.call import Call, Moves, explained
 from paramend.edits.plan import Plan, Row
-from paramend.errors import RenameClash
+from paramend.errors import RenameClash, Unsupported
 from paramend.formats.gathered import Gathered, leaf_of
 from paramend.leaves.leaves import Group, plain, tied
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.paths import Label, labels
+from paramend.leaves.origins.texts import shortened
+from paramend.leaves.paths import Label, labels, write_path
 from paramend.piecewise.rows import expression
 from paramend.reports import wording
 
@@ -20,14 +23,9 @@ Leaf = tuple[Sequence[Label], Origin, Row | None]
 
 
 def gathered(base: Any, leaves: Sequence[Leaf], *, texts: tuple[Document, ...] = (), ties: Mapping[int, int]) -> Plan:
-    """The plan of a checkpoint of leaves from anywhere.
-
-    Args:
-        base: the source that gives format, metadata and sidecars.
-        leaves: the leaves, in order.
-        texts: the files beside the weights that change.
-        ties: place among the leaves → the first place of the same leaf, for leaves with several paths.
-    """
+    """The plan of a checkpoint of leaves from anywhere, with format, metadata and sidecars of `base`, and the files
+    beside the weights that change. Ties are place among the leaves → the first place of the same leaf, for leaves with
+    several paths."""
     under = base.base if isinstance(base, Gathered) else base
     source = Gathered(under, ((path, origin) for path, origin, _ in leaves), ties=ties)
     made = replace(Plan.of(source), texts=texts)
@@ -41,46 +39,51 @@ def gathered(base: Any, leaves: Sequence[Leaf], *, texts: tuple[Document, ...] =
 
 
 def ties_of(ties: Mapping[int, int], places: Mapping[int, Sequence[int]]) -> dict[int, int]:
-    """The ties of a result: leaves that were tied stay tied if each path is taken once.
-
-    Args:
-        ties: those of the checkpoint.
-        places: leaf number in the checkpoint → its places in the result.
-    """
+    """The ties of a result, in which each leaf has places: those tied stay tied if each path is taken once."""
     return tied({there[0]: ties[number] for number, there in places.items() if number in ties and len(there) == 1})
 
 
-def labels_of(path: Sequence[tuple[str, int | None]]) -> tuple[Label, ...]:
-    """The labels of a path in the form of `renames.keys`."""
-    return tuple(label for key, _ in path for label in labels(key))
-
-
 def regrouped(plan: Plan, groups: Sequence[Group]) -> Plan:
-    """The plan in which groups of leaves are replaced by others.
-
-    Raises:
-        RenameClash: something is already at a new path.
-    """
+    """The plan in which groups of leaves are replaced by others."""
     places: dict[int, list[Leaf]] = {number: [] for group in groups for number in group.numbers}
     rows = plan.by_number
     for group in groups:
         origins = [expression(plan.leaves, rows[number]) for number in group.numbers]
-        made = zip(group.paths, group.make(origins), strict=True)
-        places[group.numbers[0]] += [(labels_of(path), origin, None) for path, origin in made]
+        for path, origin in zip(group.paths, group.make(origins), strict=True):
+            places[group.numbers[0]].append((tuple(label for key, _ in path for label in labels(key)), origin, None))
     return replaced(plan, places, "into=, paths that are free")
 
 
-def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Plan:
-    """The plan with some leaves replaced by others.
+def moved(plan: Plan, calls: Mapping[int, Call]) -> Plan:
+    """The plan with calls that move elements of leaves that cannot be read, whose bytes are copied.
 
-    Args:
-        plan: the plan.
-        places: leaf number → the leaves in its place.
-        hint: what to do if paths clash.
+    Raises:
+        SpecMismatch: a call does not fit its leaf.
+        Unsupported: as in `replaced`.
+    """
+    places: dict[int, list[Leaf]] = {}
+    for number, call in calls.items():
+        for row in map(plan.by_number.__getitem__, plan.twins(number)):
+            explained(row.path, call.spec, row.spec)
+            origin = cast(Moves, call.op.moves)(expression(plan.leaves, row), call.args)
+            places[row.source] = [(row.labels, origin, None)]
+    return replaced(plan, places, "")
+
+
+def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Plan:
+    """The plan with other leaves in the places of some.
 
     Raises:
         RenameClash: two leaves would have one path, or one would have the path of a container of others.
+        Unsupported: a new leaf is made of others that cannot be read, and not of whole bytes of theirs.
     """
+    for path, origin, _ in itertools.chain.from_iterable(places.values()):
+        if origin.refusal and origin.spec.size and not origin.extents:
+            name = write_path(path, plan.index.separator)
+            raise Unsupported(
+                f"{name} cannot be made of {shortened(str(origin))}: {origin.refusal}",
+                hint="what moves whole rows copies bytes: axis=0",
+            )
     index, rows = plan.index, plan.by_number
     leaves: list[Leaf] = []
     kept: dict[int, list[int]] = {}

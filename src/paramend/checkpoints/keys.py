@@ -46,7 +46,6 @@ class Keyed(Checkpoint):
         return self.source.implementations.get(number, "") if numbers.dtype == "uint32" and numbers.shape else ""
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         found, implementation = super().spec(number), self._implementation(number)
         if not implementation:
             return found
@@ -55,7 +54,6 @@ class Keyed(Checkpoint):
         return Spec(found.shape[:-1], jax.key_dtype(implementation))
 
     def read(self, number: int) -> Any:
-        """A leaf."""
         found, implementation = super().read(number), self._implementation(number)
         if not implementation:
             return found
@@ -64,7 +62,6 @@ class Keyed(Checkpoint):
         return jax.typed_keys(found, implementation)
 
     def fetch(self, number: int, index: Any = None) -> Any:
-        """A leaf, or a slice of it."""
         if index is None and self._implementation(number):
             return self.read(number)
         return super().fetch(number, index)

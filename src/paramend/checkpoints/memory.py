@@ -4,6 +4,7 @@ import os
 import reprlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.errors import BadArgument, Unsupported
+from paramend.formats.source import Gathering
 from paramend.leaves.leaves import Index, tied
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Made
 from paramend.leaves.outlines import ATOMS, Keys, Outline, Place, once
 from paramend.leaves.paths import Joined, Names, Part, labels
-from paramend.leaves.specs import Array, Spec
 from paramend.trees.kind import ELIDED
 from paramend.trees.lookup import find_kind
 
@@ -22,18 +25,13 @@ from paramend.trees.lookup import find_kind
 SEPARATOR = "paramend.separator"
 
 
-class InMemory:
-    """A tree in memory as a source.
+class InMemory(Gathering):
+    """A tree in memory as a source. A torch module in it stands for its state dict.
 
-    Args:
-        tree: the tree. A torch module in it stands for its state dict.
-        flat: whether it is written into a table of names, from which keys must be told apart again.
-        keys: whether typed PRNG keys are written as their numbers, as Orbax does.
-        joined: whether names that `pm.load` has split are one key again, as torch and tables of names have them.
-
-    Raises:
-        BadArgument: it is a value that is no tree.
-        Unsupported: keys contain both separators, so that names could not be split again.
+    With `flat` it is written into a table of names, from which keys must be told apart again; with `keys` typed PRNG
+    keys are written as their numbers, as Orbax does; with `joined` names that `pm.load` has split are one key again, as
+    torch and tables of names have them. `BadArgument` if it is a value that is no tree, `Unsupported` if keys contain
+    both separators, so that names could not be split again.
 
     >>> source = InMemory({"fc": {"weight": np.ones(2, "int8")}, "step": 3})
     >>> source.index.path(0), source.spec(0), source.outline().others
@@ -46,8 +44,8 @@ class InMemory:
     def __init__(self, tree: Any, *, flat: bool = False, keys: bool = False, joined: bool = True) -> None:
         self.path = Path()
         self._keys, self._joined = keys, joined
-        self._last: tuple[int, Array] | None = None
         self._leaves: list[Any] = []
+        self._made: list[Made] = []
         self._paths: list[tuple[str, ...]] = []
         self._entries: list[tuple[Keys, Any]] = []
         self._containers: dict[Keys, Any] = {}
@@ -61,8 +59,6 @@ class InMemory:
         self.ties: Mapping[int, int] = self._tied()
         self.metadata = {"format": _library(self._leaves)}
         self.index = self._named(flat=flat)
-
-    # ---- the walk ----------------------------------------------------------------------------------------------
 
     def _visit(self, node: Any, keys: Keys, path: tuple[str, ...], above: tuple[int, ...], box: Any = None) -> None:
         """Enter what a node holds: at its keys, in which names that were split are whole, and at its path."""
@@ -112,6 +108,7 @@ class InMemory:
             place = place._replace(key=key, device=device)
         self._entries.append((keys, place))
         self._leaves.append(value)
+        self._made.append(Made(backend(value).spec(value), partial(to_numpy, value)))
         self._paths.append(path or ("",))
         self._owners.append(_owner(value, box) or number)
 
@@ -140,40 +137,14 @@ class InMemory:
             self.metadata[SEPARATOR] = "" if single else separator
         return index
 
-    # ---- as a source -------------------------------------------------------------------------------------------
-
     def outline(self) -> Outline:
-        """What is there, with true keys."""
         return Outline(self._entries, self._containers)
 
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
-        value = self._leaves[number]
-        return backend(value).spec(value)
+    def origin(self, number: int) -> Origin:
+        return self._made[number]
 
     def nbytes(self, number: int) -> int:
-        """The number of bytes of a leaf."""
         return self.spec(number).nbytes
-
-    def refusal(self, number: int) -> str:
-        """ "": every leaf in memory can be read."""
-        return ""
-
-    def extent(self, number: int) -> None:
-        """None: no file has the bytes."""
-
-    def read(self, number: int) -> Array:
-        """A leaf; the last one is kept."""
-        if self._last is None or self._last[0] != number:
-            self._last = number, np.ascontiguousarray(to_numpy(self._leaves[number]))
-        return self._last[1]
-
-    def read_range(self, number: int, start: int, stop: int) -> Array:
-        """A range of the elements of a leaf in C order."""
-        return self.read(number).reshape(-1)[start:stop]
-
-    def children(self, node: Any) -> None:
-        """None."""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -188,7 +159,6 @@ def is_key(value: Any) -> bool:
 
 
 def _check_tree(tree: Any) -> None:
-    """Raise for a value that is no container."""
     if tree is None or find_kind(tree) is None:
         state = hasattr(tree, "state_dict")
         raise BadArgument(
@@ -234,7 +204,6 @@ def _below(names: Names, key: object) -> Names:
 
 
 def _separator(natural: str, paths: Iterable[tuple[str, ...]]) -> str:
-    """A separator that is in none of the keys."""
     text = "\n".join(key for path in paths for key in path)
     for separator in natural, "/", ".":
         if separator not in text:

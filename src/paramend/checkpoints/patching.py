@@ -39,8 +39,6 @@ from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 
-# ---- patching ------------------------------------------------------------------------------------------------
-
 
 def patch(
     path: str | os.PathLike[str],
@@ -80,7 +78,7 @@ def patch(
     store = UndoStore.of(path)
     if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path, raw=raw) as checkpoint:
-            return patch_plan(checkpoint.source, _edited(checkpoint, edit), dry_run=True)
+            return _change(store, checkpoint.source, _edited(checkpoint, edit), None).rehearse()
     with store.writing(), checkpoint_at(path, raw=raw) as checkpoint:  # what was cut short has been taken back
         plan = _edited(checkpoint, edit)
         return _change(store, checkpoint.source, plan, progress).carry_out()
@@ -97,58 +95,15 @@ def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) ->
     return found.plan
 
 
-def patch_plan(source: Source, plan: Plan, *, dry_run: bool = False, progress: Progress | None = None) -> PatchReport:
-    """The report of what was changed: the plan carried out in the files of its source, all or nothing.
-
-    Args:
-        source: the checkpoint that the plan was made for. It reads the new values afterwards.
-        plan: only edits that keep shape and dtype.
-        dry_run: whether to check all that can be known before writing, and write nothing.
-        progress: called with an `Event` as bytes are written, first those of the undo record.
-
-    Raises:
-        Unsupported: the plan needs a new file.
-        CannotWrite: a file is read-only, has several names, is being written, or the disk is full. Nothing was changed.
-
-    >>> import tempfile
-    >>> from paramend.formats.safetensors import SafetensorsFile
-    >>> from paramend.formats.safetensors_header import write_header
-    >>> from paramend.leaves.specs import Spec
-    >>> from paramend.edits.plan import call, plan
-    >>> from paramend.journal.undo import undo
-    >>> path = Path(tempfile.mkdtemp(), "model.st")
-    >>> header = write_header({"fc.weight": Spec((2,), "float32"), "fc.bias": Spec((1,), "float32")})
-    >>> _ = path.write_bytes(header.to_bytes() + np.ones(3, "float32").tobytes())
-    >>> with SafetensorsFile(path) as file:
-    ...     report = patch_plan(file, plan(file, "**/weight", call("fill", {"value": 0.5})))
-    >>> report.bytes_written, np.fromfile(path, "float32")[-3:].tolist()
-    (8, [0.5, 0.5, 1.0])
-    >>> undo(path).left, np.fromfile(path, "float32")[-3:].tolist()
-    (0, [1.0, 1.0, 1.0])
-    """
-    store = UndoStore.of(source.path)
-    if dry_run:
-        return _change(store, source, plan, progress).rehearse()
-    with store.writing():
-        return _change(store, source, plan, progress).carry_out()
-
-
 def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
     if isinstance(plan.leaves, Gathered):
         return Addition(store, plan, progress)
     return _Patch(store, source, plan, progress)
 
 
-# ---- what can be patched -----------------------------------------------------------------------------------
-
-
 @uncollected()
 def check_patch(source: Source, plan: Plan) -> list[Work]:
-    """What would be written where, if the plan can be carried out in place.
-
-    Raises:
-        Unsupported: it cannot; the hint is the command that can do it.
-    """
+    """What would be written where, if the plan can be carried out in place; `Unsupported` says what can do it else."""
     name = source.path
     for row in plan.deleted:
         hint = f"paramend delete {name} '{row.path}' -o OUT"
@@ -200,12 +155,7 @@ def _check_apart(source: Source, work: Sequence[Work]) -> None:
             )
 
 
-# ---- carrying out ------------------------------------------------------------------------------------------
-
-
 class _Patch:
-    """A plan to carry out in the files of its source, with the store of its undo record."""
-
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
         self.work = check_patch(source, plan)
@@ -236,7 +186,6 @@ class _Patch:
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
-        """Write, with the lock of the store held."""
         if not self.work and not self.documents:  # only leaves or slices without elements
             return PatchReport(str(self.source.path), self.plan, 0)
         try:
@@ -304,8 +253,6 @@ class _Patch:
         needed = ranges.nbytes + ranges.table.nbytes + (1 << 16)
         hint = f"paramend undo {base} --drop frees the space of older records"
         check_room(self.store.folder.parent, needed, f"{base}: the undo record", hint=hint)
-
-    # ---- new files -------------------------------------------------------------------------------------------
 
     def _fill(self, folder: Path) -> None:
         """Make the files that will take the places of others: chunks, which are not written in place, and texts."""

@@ -1,18 +1,15 @@
 """What a patch did, as a report."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan
-from paramend.errors import printable_lines
-from paramend.pages.page import Page
-from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.reports.report import Section
 
 
 @dataclass(frozen=True, repr=False)
-class PatchReport(Paged):
+class PatchReport(Outcome):
     """What a patch did.
 
     Attributes:
@@ -31,17 +28,6 @@ class PatchReport(Paged):
     record: str | None = None
     dry_run: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", self.plan.told())
-
-    def headline(self) -> str:
-        """What was written, in one line."""
-        return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
-
     @property
     def summary(self) -> str:
         """What was written, in one line."""
@@ -54,15 +40,7 @@ class PatchReport(Paged):
             return f"{self.path} has nothing to change"
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
 
-    def page(self) -> Page:
-        """The page of the plan, with what was written."""
-        return replace(self.plan.page(), headline=self.summary)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n{printable_lines(self.summary)}"
-
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         return {
             "path": self.path,
             **self.plan.to_dict(),

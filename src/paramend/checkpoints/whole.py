@@ -89,7 +89,10 @@ def load(
         raise BadArgument(f"{kind!r} is not a kind of array", hint=f'"{near[0]}"' if near else ", ".join(_KINDS))
     if mmap and kind != "numpy":
         raise BadArgument(f"mmap=True gives views of the file, and {kind} arrays are copies", hint="mmap=False")
-    convert = _converter(kind)
+    library: Any = None
+    if kind != "numpy":
+        need(kind, extra=kind, to=f"load {kind} arrays")
+        library = importlib.import_module(f"paramend.arrays.{kind}")
     recover(path)
     source = open_source(path)
     try:
@@ -100,8 +103,9 @@ def load(
         for number, (_, place) in outline.places.items():
             if (first := ties.get(number, number)) not in made:
                 array = source.read(first) if mmap else copied(source, first)
-                made[first] = array.item() if place.scalar and not array.ndim else convert(array)
-                made[first] = _keyed(made[first], place.key) if place.key and kind == "jax" else made[first]
+                scalar = place.scalar and not array.ndim
+                leaf = array.item() if scalar else array if library is None else library.from_numpy(array)
+                made[first] = library.typed_keys(leaf, place.key) if place.key and kind == "jax" else leaf
         arrays = {number: made[ties.get(number, number)] for number in source.index.numbers}
         if not mmap:
             check_not_overwritten(source.stats)
@@ -115,11 +119,7 @@ def load(
 
 
 def _names(source: Source) -> dict[str, int]:
-    """Name → leaf.
-
-    Raises:
-        Unsupported: two leaves have one name.
-    """
+    """Name → leaf; `Unsupported` if two leaves have one name."""
     found: dict[str, int] = {}
     for number in source.index.numbers:
         name = source.index.name(number)
@@ -130,12 +130,6 @@ def _names(source: Source) -> dict[str, int]:
             )
         found[name] = number
     return found
-
-
-def _keyed(numbers: Any, implementation: str) -> Any:
-    from paramend.arrays import jax  # imports jax
-
-    return jax.typed_keys(numbers, implementation)
 
 
 def _tree(outline: Outline, arrays: Mapping[int, Any], given: str | None, *, natural: str) -> Any:
@@ -172,15 +166,6 @@ def _is_data(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return not hasattr(value, "_fields") and all(map(_is_data, value))
     return type(value) in ATOMS or type(value) in (bytearray, dict, OrderedDict, set) or isinstance(value, np.generic)
-
-
-def _converter(kind: str) -> Any:
-    """numpy array → array of that kind."""
-    if kind == "numpy":
-        return lambda array: array
-    need(kind, extra=kind, to=f"load {kind} arrays")
-    library = importlib.import_module(f"paramend.arrays.{kind}")
-    return library.from_numpy
 
 
 def save(

@@ -25,7 +25,6 @@ class Refusal(click.ClickException):
     exit_code = 2
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the message to stderr."""
         label = click.style("error:", fg="red", bold=True) if _colour(sys.stderr) else "error:"
         lines = "\n".join(map(printable, self.message.split("\n")))
         click.echo(f"{label} {lines}", file=file, err=True)

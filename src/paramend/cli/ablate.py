@@ -9,11 +9,12 @@ import click
 
 from paramend.ablation.ablate import ablate as ablate_tree
 from paramend.ablation.ablate import named as named_targets
-from paramend.ablation.methods import METHODS, How
+from paramend.ablation.methods import METHODS
 from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT
 from paramend.cli.opening import raw
+from paramend.cli.options import takes
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording
@@ -45,22 +46,19 @@ from paramend.selectors.selector import resolve, sel
 )
 @click.option("--flat", is_flag=True, help="score(tree) takes a flat dict by name, as load_state_dict does.")
 @click.option("--no-jit", is_flag=True, help="Call the score directly instead of letting JAX trace it.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("html", "json")
 def ablate(
     path: Path,
     targets: tuple[str, ...],
     file: Path,
     named: tuple[str, ...],
     excepts: tuple[str, ...],
-    how: How,
-    pairs: bool,
-    seed: int,
     kind: Kind,
     flat: bool,
     no_jit: bool,
     html: Path | None,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Score PATH without each TARGET in turn; PATH is only read.
 
@@ -78,9 +76,7 @@ def ablate(
         resolve(spared, leaves)  # each must match something
         chosen = {name: sel(target) & ~spared for name, target in named_targets(leaves, chosen).items()}
     try:
-        report = ablate_tree(
-            tree, chosen, score, how=how, pairs=pairs, seed=seed, jit=False if no_jit else None, raw=raw()
-        )
+        report = ablate_tree(tree, chosen, score, jit=False if no_jit else None, raw=raw(), **given)
     except ParamendError:
         raise
     except Exception as error:  # the user's score may raise anything
@@ -103,7 +99,6 @@ def _targets(targets: tuple[str, ...], named: tuple[str, ...]) -> Any:
 
 
 def _function(file: Path) -> Callable[[Any], Any]:
-    """The function `score` of a Python file."""
     if not file.is_file():
         raise BadArgument(f"{file}: no such file")
     try:

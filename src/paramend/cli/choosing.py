@@ -32,7 +32,6 @@ class Chosen:
 
     @property
     def named(self) -> Selector:
-        """The leaves before the exceptions."""
         return sel(list(self.texts))
 
     @property
@@ -44,15 +43,10 @@ class Chosen:
 
     @property
     def typed(self) -> str:
-        """The choice as it is typed in a shell."""
         return " ".join([*map(shlex.quote, self.texts), *(f"--except {shlex.quote(text)}" for text in self.excepts)])
 
     def numbers(self, leaves: Leaves) -> tuple[int, ...]:
-        """The numbers of the chosen leaves, in the order of the tree.
-
-        Raises:
-            NoMatch: a selector matches nothing, or the exceptions leave nothing.
-        """
+        """The numbers of the chosen leaves, in the order of the tree; `NoMatch` if a selector matches nothing."""
         found = resolve(self.named, leaves)
         if not self.excepts:
             return found

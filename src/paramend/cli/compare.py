@@ -1,11 +1,13 @@
 """`paramend diff`: what differs between two checkpoints, and whether only what may differ does."""
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
+from paramend.cli.options import takes
 from paramend.evidence.diff import Sort
 from paramend.evidence.diff import diff as diff_of
 
@@ -29,12 +31,11 @@ from paramend.evidence.diff import diff as diff_of
 @click.option("--allow-noop", is_flag=True, help="With --only: also pass if nothing differs.")
 @click.option(
     "--sort",
-    type=click.Choice(["change", "path"]),
+    type=click.Choice(get_args(Sort)),
     default="change",
     help="The order of changed leaves; by change, largest first.",
 )
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as an HTML page.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("html", "json")
 def diff(
     a: Path,
     b: Path,
@@ -42,7 +43,7 @@ def diff(
     only: tuple[str, ...],
     excepts: tuple[str, ...],
     allow_noop: bool,
-    sort: str,
+    sort: Sort,
     html: Path | None,
     as_json: bool,
 ) -> None:
@@ -60,14 +61,13 @@ def diff(
         raise click.UsageError("--allow-noop needs --only.")
     _ui.check_page(html)
     compared, allowed = chosen(selectors, () if only else excepts), chosen(only, excepts)
-    order: Sort = "path" if sort == "path" else "change"
     with _ui.bar(f"comparing {a.name} and {b.name}") as progress:
         report = diff_of(
             a,
             b,
             compared.selector,
             only=allowed.selector if only else None,
-            sort=order,
+            sort=sort,
             histograms=html is not None,
             progress=progress,
         )

@@ -8,6 +8,7 @@ import click
 
 from paramend._optional import need
 from paramend.cli import _ui, fates
+from paramend.cli.options import takes
 from paramend.reports import wording
 from paramend.reports.tables import aligned
 
@@ -25,13 +26,9 @@ NEEDS = ("sklearn.model_selection", "safetensors.numpy", "flax.linen", "optax", 
 )
 @click.option("--force", is_flag=True, help="Replace the files of an earlier demo in DIR.")
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=2**31),
-    default=0,
-    show_default=True,
-    help="Seed of all randomness.",
+    "--seed", type=click.IntRange(min=0, max=2**31), default=0, show_default=True, help="Seed of all randomness."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 @click.pass_context
 def demo(context: click.Context, out: Path, force: bool, seed: int, as_json: bool) -> None:
     """Run the five surgeries on a classifier of handwritten digits.
@@ -84,7 +81,6 @@ def _told(row: Any) -> list[str]:
 
 
 def _summary(report: Any) -> list[str]:
-    """A table, one line for each step."""
     rows = [("", "step", "leaves changed", "accuracy", "claims")]
     for row in report.rows:
         outcome = row.outcome
@@ -94,7 +90,6 @@ def _summary(report: Any) -> list[str]:
 
 
 def _ending(report: Any) -> list[str]:
-    """The verdict, the files, and what to try next."""
     claims = [held for row in report.rows for held in row.outcome.claims.values()]
     return [
         "",

@@ -13,7 +13,8 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, Chosen, chosen
 from paramend.cli.opening import raw
-from paramend.cli.writing import edit_checkpoint, options
+from paramend.cli.options import edits
+from paramend.cli.writing import edit_checkpoint
 from paramend.edits.arguments import NUMBER, TEXT, Value
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
@@ -154,15 +155,9 @@ def _command(
     *,
     in_place: bool,
 ) -> click.Command:
-    """A command that edits the leaves that selectors match.
-
-    Args:
-        name: its name, and that of the recipe step that does the same.
-        says: what it does.
-        params: what it takes besides PATH, SELECTOR... and the common options.
-        edited: (checkpoint, choice, chosen leaves, args) → the edited checkpoint.
-        in_place: whether the files themselves can be edited; if not, the option is hidden.
-    """
+    """A command that edits the leaves that selectors match, named like the recipe step that does the same. `params` are
+    what it takes besides PATH, SELECTOR... and the common options; `edited` makes of (checkpoint, choice, chosen
+    leaves, args) the edited checkpoint. Where the files themselves cannot be edited, `--in-place` is hidden."""
 
     def run(path: Path, selectors: tuple[str, ...], excepts: tuple[str, ...], **given: Any) -> None:
         choice = chosen(selectors, excepts)
@@ -178,7 +173,7 @@ def _command(
         click.Argument(["path"], type=click.Path(path_type=Path)),
         click.Argument(["selectors"], metavar="SELECTOR...", nargs=-1, required=True),
     ]
-    rest = [click.Option(["--except", "excepts"], **EXCEPT), *options(in_place=in_place)]
+    rest = [click.Option(["--except", "excepts"], **EXCEPT), *edits(in_place=in_place)]
     whole = _REST if in_place else _REST.replace(f" {_IN_PLACE}", "")
     return _Command(name, callback=run, params=[*first, *params, *rest], help=f"{says}\n\n{whole}")
 

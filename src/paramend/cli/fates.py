@@ -26,7 +26,6 @@ class Outputs:
 
     @property
     def written(self) -> list[Path]:
-        """Those that were written since."""
         return [path for path, state in self.before.items() if _state(path) != state]
 
     def __call__(self) -> str:
@@ -45,22 +44,17 @@ class Outputs:
 
 
 class _Journal:
-    """The undo records of a checkpoint, as they were and as they are."""
-
     def __init__(self, path: Path) -> None:
         self.path, self.store = path, UndoStore.of(path)
         self.done = self.store.records(DONE)
         self.pending = self.store.records(PENDING)
-
-    def now(self) -> "_Journal":
-        return _Journal(self.path)
 
 
 class Patched(_Journal):
     """A checkpoint whose own files change."""
 
     def __call__(self) -> str:
-        now = self.now()
+        now = _Journal(self.path)
         if now.pending:
             return (
                 f"{self.path} has been changed in part; its old bytes are in {now.pending[0]}, and the next command "
@@ -75,7 +69,7 @@ class Undone(_Journal):
     """A checkpoint whose last patch is taken back."""
 
     def __call__(self) -> str:
-        now = self.now()
+        now = _Journal(self.path)
         if now.pending:
             return (
                 f"{self.path} has its old bytes only in part; all are in {now.pending[0]}, and the next command that "
@@ -90,7 +84,7 @@ class Dropped(_Journal):
     """A checkpoint whose undo records are deleted."""
 
     def __call__(self) -> str:
-        before, now = (len(each.done) + len(each.pending) for each in (self, self.now()))
+        before, now = (len(each.done) + len(each.pending) for each in (self, _Journal(self.path)))
         return f"{before - now} of {wording.plural(before, 'undo record')} of {self.path} had been deleted"
 
 
@@ -111,7 +105,6 @@ class Filled:
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file or a folder is replaced."""
     try:
         status = path.lstat()
     except OSError:

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
+from paramend.cli.options import makes
 from paramend.cli.recipe import keyed
-from paramend.cli.writing import makes, write_made
+from paramend.cli.writing import write_made
 from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of

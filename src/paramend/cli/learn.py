@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from paramend.cli.limited import run_limited
+from paramend.cli.options import takes
 from paramend.errors import ParamendError
 from paramend.lessons.catalogue import ROWS, find, row_of
 from paramend.lessons.grading import draw, grade, summary
@@ -39,7 +40,7 @@ from paramend.reports.tables import aligned
     help="How long grading may take, in a process of its own; 0: no limit, in this process.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random inputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 @click.pass_context
 def lesson(
     context: click.Context,
@@ -60,8 +61,10 @@ def lesson(
     """
     if name is None:
         if file is not None or solution:
-            raise click.UsageError(f"Which lesson? Write {_usage('--solution' if solution else '--grade FILE.py')}")
-        _print(_contents(), as_json, _contents_text)
+            option = "--solution" if solution else "--grade FILE.py"
+            raise click.UsageError(f"Which lesson? Write paramend lesson NAME {option}")
+        rows = [{"name": row.name, "title": row.title, "needs": list(row.needs), "extra": row.extra} for row in ROWS]
+        _print(rows, as_json, _contents_text)
         return
     if file is not None and solution:
         raise click.UsageError("--grade and --solution are two commands: grade first, look later.")
@@ -84,29 +87,14 @@ def lesson(
     context.exit(0 if verdict.passed else 1)
 
 
-def _usage(option: str) -> str:
-    return f"paramend lesson NAME {option}"
-
-
 def _print(data: Any, as_json: bool, text: Any) -> None:
     click.echo(json.dumps(data, indent=2) if as_json else text(data))
 
 
-def _contents() -> list[dict[str, Any]]:
-    return [{"name": row.name, "title": row.title, "needs": list(row.needs), "extra": row.extra} for row in ROWS]
-
-
 def _contents_text(rows: list[dict[str, Any]]) -> str:
     cells = [(str(n), row["name"], f"{row['title']} ({', '.join(row['needs'])})") for n, row in enumerate(rows, 1)]
-    return "\n".join(
-        [
-            *aligned(cells),
-            "",
-            f"paramend lesson {rows[0]['name']}",
-            f"paramend lesson {rows[0]['name']} --grade FILE.py",
-            f"paramend lesson {rows[0]['name']} --solution",
-        ]
-    )
+    command = f"paramend lesson {rows[0]['name']}"
+    return "\n".join([*aligned(cells), "", command, f"{command} --grade FILE.py", f"{command} --solution"])
 
 
 def _shown(lesson: Lesson, seed: int, *, solution: bool) -> dict[str, Any]:

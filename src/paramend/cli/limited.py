@@ -18,16 +18,9 @@ _GRACE = 2
 
 
 def run_limited(args: Sequence[str], seconds: float, *, doing: str) -> int:
-    """The exit status of a command of Paramend that runs in another process; what it prints is passed on.
-
-    Args:
-        args: the command, without `paramend`.
-        seconds: after this time it is killed, with the processes that it started and that did not leave its session.
-        doing: what it does, for the message.
-
-    Raises:
-        Refusal: it took too long, or was ended by a signal.
-    """
+    """The exit status of a command of Paramend, given without `paramend`, that runs in another process; what it prints
+    is passed on. After some seconds it is killed, with the processes that it started and that did not leave its
+    session; that, and its end by a signal, is a `Refusal`, which says what it was doing."""
     here = f"import sys; sys.path[:] = {sys.path!r}; from paramend.cli.main import main; main()"
     command = [sys.executable, "-c", here, *args]
     pipe = subprocess.PIPE
@@ -45,18 +38,14 @@ def run_limited(args: Sequence[str], seconds: float, *, doing: str) -> int:
         ) from None
     finally:
         if child.returncode is None:  # too slow, or this process is being stopped
-            _kill(child)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
         for reader in readers:
             reader.join(_GRACE)
     if status < 0:
         raise Refusal(f"{doing}: its process was ended by {signal.Signals(-status).name}")
     return status
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def _pass_on(stream: IO[bytes], err: bool) -> None:

@@ -9,6 +9,7 @@ import click
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
+from paramend.cli.options import takes
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
@@ -32,7 +33,7 @@ _ENTRIES, _WIDTH = 20, 200
     "--stats", is_flag=True, help="Read the values and show their min, max, mean, std, L2 norm, zeros, NaNs and infs."
 )
 @click.option("--all", "every", is_flag=True, help="Print a line for each leaf, even if layers agree.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 def show(
     path: Path, selectors: tuple[str, ...], excepts: tuple[str, ...], stats: bool, every: bool, as_json: bool
 ) -> None:

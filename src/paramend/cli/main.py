@@ -25,16 +25,8 @@ from paramend.reports import wording
 
 @dataclass(frozen=True, slots=True)
 class CommandRow:
-    """A subcommand: `paramend --help` reads these rows, so that it imports no framework.
-
-    Attributes:
-        name: its name, as it is typed.
-        module: the module that defines it.
-        says: what it does.
-        aliases: its other names.
-        also: words that users may look for it by.
-        opens: whether it opens checkpoints, and so takes `--raw`.
-    """
+    """A subcommand: `paramend --help` reads these rows, so that it imports no framework. `also` are words that users
+    may look for it by. One that `opens` checkpoints takes `--raw`."""
 
     name: str
     module: str
@@ -46,39 +38,31 @@ class CommandRow:
 
 # Without the edits of values, which `edits()` finds.
 ROWS = (
-    CommandRow("show", "paramend.cli.look", "List the leaves of a checkpoint."),
-    CommandRow(
-        "diff", "paramend.cli.compare", "Compare two checkpoints leaf by leaf; check that only some leaves changed."
-    ),
-    CommandRow("delete", "paramend.cli.edit", "Write a checkpoint without some leaves."),
-    CommandRow("rename", "paramend.cli.edit", "Write a checkpoint with leaves under other paths."),
-    CommandRow("apply", "paramend.cli.recipe", "Apply a recipe: edits as data, in a YAML or JSON file."),
-    CommandRow("config", "paramend.cli.recipe", "Read or edit the configuration beside the weights."),
-    CommandRow("convert", "paramend.cli.make", "Write a checkpoint in another format, or in files of another size."),
-    CommandRow("graft", "paramend.cli.make", "Write a checkpoint that starts from the leaves of another."),
-    CommandRow("port", "paramend.cli.port", "Write the parameters of a model for one of another framework."),
-    CommandRow("stack", "paramend.cli.stack", "Write a checkpoint whose numbered layers are one stack."),
-    CommandRow("unstack", "paramend.cli.stack", "Write a checkpoint with the layers of a stack under numbered names."),
-    CommandRow("concat", "paramend.cli.stack", "Write a checkpoint in which several leaves are one.", also=("fuse",)),
-    CommandRow("interleave", "paramend.cli.stack", "Write a checkpoint in which several leaves are one, in turns."),
-    CommandRow("split", "paramend.cli.stack", "Write a checkpoint in which a leaf is cut into several."),
-    CommandRow("layout", "paramend.cli.stack", "Write a checkpoint stored another way, by the rules of a layout."),
-    CommandRow("insert", "paramend.cli.make", "Write a checkpoint with leaves of another that it lacks."),
-    CommandRow("part", "paramend.cli.make", "Write leaves of a checkpoint as a model of their own.", also=("extract",)),
-    CommandRow("ablate", "paramend.cli.ablate", "Score a checkpoint without each of its parts; write nothing."),
-    CommandRow("deepen", "paramend.cli.grow", "Write a model with more layers, or fewer, made from those it has."),
-    CommandRow("undo", "paramend.cli.undo", "Take back the last edit that was made in place.", opens=False),
-    CommandRow(
-        "history", "paramend.cli.undo", "List the edits in a checkpoint's record, and those made in place.", opens=False
-    ),
-    CommandRow("verify", "paramend.cli.undo", "Check a checkpoint against the record that it carries.", opens=False),
-    CommandRow(
-        "demo", "paramend.cli.demo", "Run the five surgeries on a classifier of handwritten digits.", opens=False
-    ),
-    CommandRow(
-        "lesson", "paramend.cli.learn", "Learn the five surgeries: worked problems that grade your answer.", opens=False
-    ),
-    CommandRow("help", "paramend.cli.main", "Show this text, or that of a command.", opens=False),
+    CommandRow("show", "look", "List the leaves of a checkpoint."),
+    CommandRow("diff", "compare", "Compare two checkpoints leaf by leaf; check that only some leaves changed."),
+    CommandRow("delete", "edit", "Write a checkpoint without some leaves."),
+    CommandRow("rename", "edit", "Write a checkpoint with leaves under other paths."),
+    CommandRow("apply", "recipe", "Apply a recipe: edits as data, in a YAML or JSON file."),
+    CommandRow("config", "recipe", "Read or edit the configuration beside the weights."),
+    CommandRow("convert", "make", "Write a checkpoint in another format, or in files of another size."),
+    CommandRow("graft", "make", "Write a checkpoint that starts from the leaves of another."),
+    CommandRow("port", "port", "Write the parameters of a model for one of another framework."),
+    CommandRow("stack", "stack", "Write a checkpoint whose numbered layers are one stack."),
+    CommandRow("unstack", "stack", "Write a checkpoint with the layers of a stack under numbered names."),
+    CommandRow("concat", "stack", "Write a checkpoint in which several leaves are one.", also=("fuse",)),
+    CommandRow("interleave", "stack", "Write a checkpoint in which several leaves are one, in turns."),
+    CommandRow("split", "stack", "Write a checkpoint in which a leaf is cut into several."),
+    CommandRow("layout", "stack", "Write a checkpoint stored another way, by the rules of a layout."),
+    CommandRow("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
+    CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own.", also=("extract",)),
+    CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
+    CommandRow("deepen", "grow", "Write a model with more layers, or fewer, made from those it has."),
+    CommandRow("undo", "undo", "Take back the last edit that was made in place.", opens=False),
+    CommandRow("history", "undo", "List the edits in a checkpoint's record, and those made in place.", opens=False),
+    CommandRow("verify", "undo", "Check a checkpoint against the record that it carries.", opens=False),
+    CommandRow("demo", "demo", "Run the five surgeries on a classifier of handwritten digits.", opens=False),
+    CommandRow("lesson", "learn", "Learn the five surgeries: worked problems that grade your answer.", opens=False),
+    CommandRow("help", "main", "Show this text, or that of a command.", opens=False),
 )
 
 
@@ -101,7 +85,7 @@ def edits() -> tuple[CommandRow, ...]:
                 continue
             aliases, also = (ast.literal_eval(given[key]) if key in given else () for key in ("aliases", "also"))
             says = str(ast.literal_eval(row.args[0]))
-            found.append(CommandRow(verb.name, "paramend.cli.edit", f"{says[0].upper()}{says[1:]}.", aliases, also))
+            found.append(CommandRow(verb.name, "edit", f"{says[0].upper()}{says[1:]}.", aliases, also))
     return tuple(found)
 
 
@@ -113,7 +97,7 @@ class _Group(click.Group):
         row = next((row for row in ROWS if row.name == cmd_name), None)
         try:
             if row is not None:
-                found: click.Command = getattr(importlib.import_module(row.module), row.name)
+                found: click.Command = getattr(importlib.import_module(f"paramend.cli.{row.module}"), row.name)
                 return takes_raw(found) if row.opens else found
             if any(cmd_name in (row.name, *row.aliases) for row in edits()):
                 from paramend.cli.edit import named  # imports the engines

@@ -1,7 +1,7 @@
 """The commands that make a checkpoint from others: `convert`, `graft`, `insert`, `part`."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,8 +10,9 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
+from paramend.cli.options import DRY_TOO, Decorator, makes, renames, takes
 from paramend.cli.stack import rewrite
-from paramend.cli.writing import HTML, RECORD, carry_out, edit_checkpoint, makes, write_made
+from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
 from paramend.formats.registry import writable
 from paramend.grafting import inserting, parts
@@ -22,12 +23,11 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 @click.argument("path", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT")
 @click.option("--to", type=click.Choice([row.name for row in writable()]), help="The format, if OUT does not say it.")
-@click.option("--max-shard-size", metavar="SIZE", help='The most bytes of tensors in one file, such as "5GB".')
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--record", is_flag=True, help=RECORD)
-@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write no checkpoint.")
-@click.option("--html", **HTML)
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes(
+    *("max_shard_size", "force", "record", "dry_run", "html", "json"),
+    dry_run="Check that it can be done, and write no checkpoint.",
+    html=DRY_TOO,
+)
 def convert(path: Path, out: str, to: str | None, record: bool, **given: Any) -> None:
     """Write a checkpoint in another format, as one file, or as several.
 
@@ -42,18 +42,7 @@ def convert(path: Path, out: str, to: str | None, record: bool, **given: Any) ->
         carry_out(checkpoint.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
 
 
-def renames(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
-    """The rules of `--rename OLD=NEW`."""
-    rules: dict[str, str | None] = {}
-    for rule in given:
-        old, equals, new = rule.partition("=")
-        if not (old and equals):
-            raise click.BadParameter(f"{rule!r} is not OLD=NEW; write --rename 'h/<n>/**=layers/<n>/**'")
-        rules[old] = new or None
-    return rules
-
-
-def _choice(name: str, kinds: Any, says: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _choice(name: str, kinds: Any, says: str) -> Decorator:
     return click.option(f"--{name}", type=click.Choice(get_args(kinds)), help=says)
 
 
@@ -67,6 +56,11 @@ def _by_leaf(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]
     return choices
 
 
+def _choices(name: str, word: str, kinds: Any, says: str) -> Decorator:
+    said = f"{says}: {', '.join(get_args(kinds))}."
+    return click.option(f"--{name}", multiple=True, callback=_by_leaf, metavar=f"[SELECTOR=]{word}", help=said)
+
+
 _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 
 
@@ -75,32 +69,13 @@ _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 @click.option(
     "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What gets the values."
 )
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=renames,
-    metavar="OLD=NEW",
-    help="Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'; may be repeated. 'OLD=' leaves them "
-    "behind.",
-)
+@renames("Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'", " 'OLD=' leaves them behind.")
 @click.option(
     "--only", multiple=True, metavar="SELECTOR", help="The leaves of TARGET that may change; may be repeated."
 )
 @click.option("--except", "excepts", **EXCEPT | {"help": "Leaves of TARGET that stay as they are; may be repeated."})
-@click.option(
-    "--mismatch",
-    multiple=True,
-    callback=_by_leaf,
-    metavar="[SELECTOR=]HOW",
-    help=f"When shapes differ, for all leaves or by selector: {', '.join(get_args(Mismatch))}.",
-)
-@click.option(
-    "--place",
-    multiple=True,
-    callback=_by_leaf,
-    metavar="[SELECTOR=]WHERE",
-    help=f"Where leaves overlap: {', '.join(get_args(Place))}.",
-)
+@_choices("mismatch", "HOW", Mismatch, "When shapes differ, for all leaves or by selector")
+@_choices("place", "WHERE", Place, "Where leaves overlap")
 @_choice("unused", Unused, "When a leaf of SOURCE goes nowhere; by default an error.")
 @_choice("missing", Missing, "When a leaf of TARGET gets nothing from SOURCE; by default it stays fresh.")
 @_choice("dtype", Dtype, "When dtypes differ: convert to the target's (the default), take the source's, or refuse.")
@@ -134,7 +109,6 @@ def graft(source: Path, target: Path, only: tuple[str, ...], excepts: tuple[str,
 
 
 def _typed(options: Mapping[str, Any]) -> str:
-    """The options of a graft as they are typed."""
     said = []
     for name, value in options.items():
         many = [f"{old}={new or ''}" for old, new in value.items()] if isinstance(value, Mapping) else value
@@ -147,15 +121,8 @@ def _typed(options: Mapping[str, Any]) -> str:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("selector")
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=renames,
-    metavar="OLD=NEW",
-    help="A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'; may be repeated.",
-)
-@click.option("--in-place", is_flag=True, help="Change TARGET itself; `paramend undo TARGET` takes it back.")
-@click.option("--link", is_flag=True, help="Hard-link unchanged shards.")
+@renames("A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'")
+@takes("in_place", "link", in_place="Change TARGET itself; `paramend undo TARGET` takes it back.")
 @makes("what would be made")
 def insert(
     target: Path,
@@ -192,14 +159,8 @@ def insert(
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("selector")
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=renames,
-    metavar="OLD=NEW",
-    help="A path of MODEL and its path in OUT: 'language_model.**=**'; may be repeated.",
-)
-@click.option("--link", is_flag=True, help="Hard-link shards that stay whole.")
+@renames("A path of MODEL and its path in OUT: 'language_model.**=**'")
+@takes("link", link="Hard-link shards that stay whole.")
 @makes("what would be made")
 def part(model: Path, selector: str, rename: dict[str, str], **options: Any) -> None:
     """Write some leaves of MODEL as a model of their own.

@@ -15,32 +15,26 @@ from paramend.reports import wording
 
 _RECIPES = (".yaml", ".yml", ".json")
 # An argument as it is written in Python.
-_GIVEN = re.compile(r"""(?<![\w.])(\w+)=("[^"\n]*"|'[^'\n]*'|\[[^]\n]*\]|-?[\d.]+(?!\w))""")
+_GIVEN = re.compile(r"""(?<![\w.])(\w+)=("[^"\n]*"|'[^'\n]*'|\[[^]\n]*\]|\{[^}\n]*\}|-?[\d.]+(?!\w))""")
 # Command → name of an argument in Python → the options that it may come from.
 _FROM = {"deepen": {"count": ["blocks"], "times": ["stack", "interleave"], "drop": ["overlap"], "layers": ["drop"]}}
 
 
 @dataclass(frozen=True)
 class Typed:
-    """A subcommand as it was typed.
-
-    Attributes:
-        name: its name.
-        command: the command.
-        args: what follows the name.
-    """
+    """A subcommand as it was typed: its name, and what follows it."""
 
     name: str
     command: click.Command
     args: tuple[str, ...]
 
     def given(self, parent: click.Context) -> Mapping[str, Any]:
-        """The values of its parameters, as far as they can be read."""
         with self.command.make_context(self.name, [*self.args], parent=parent, resilient_parsing=True) as context:
             return context.params
 
     def written(self, given: Mapping[str, Any], name: str, value: Any) -> str:
         """An argument of Python as it is typed; "" if the command has none of this name."""
+        value = [f"{old}={new}" for old, new in value.items()] if isinstance(value, dict) else value
         numbers = isinstance(value, list) and all(isinstance(each, int) for each in value)
         others = [] if isinstance(value, str) else _FROM.get(self.name, {}).get(name, [])
         name = next((other for other in others if given.get(other) is not None), name)
@@ -52,7 +46,6 @@ class Typed:
         return " ".join(f"{first} {shlex.quote(str(each))}" for each in values)
 
     def swapped(self, one: str, other: str) -> str:
-        """The command with two of its words exchanged."""
         at, to = self.args.index(one), self.args.index(other)
         args = [*self.args]
         args[at], args[to] = other, one
@@ -76,7 +69,6 @@ def told(message: str, error: Exception, typed: Typed, parent: click.Context) ->
 
 
 def _typed_hint(hint: str, typed: Typed, given: Mapping[str, Any]) -> str:
-    """A hint without what only Python understands."""
     call = re.fullmatch(r"\.(\w+)\(([^()]*)\)", hint)
     if call and call[1] == typed.name and isinstance(given.get("path"), Path):
         words = [str(given["path"]), *_texts(given.get("selectors")), *call[2].split(", ")]
@@ -115,7 +107,6 @@ def hint_for(error: Exception, typed: Typed, given: Mapping[str, Any]) -> str:
 
 
 def _recipe_second(error: Exception, typed: Typed, given: Mapping[str, Any]) -> str:
-    """The hint for `paramend apply PATH RECIPE`."""
     first, second = given["recipe"], given.get("path")
     if not isinstance(second, Path) or not isinstance(error, BadCheckpoint | BadRecipe | CannotRead):
         return ""

@@ -11,9 +11,9 @@ import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli import _ui
-from paramend.cli.make import renames
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.writing import makes, write_made
+from paramend.cli.options import makes, renames
+from paramend.cli.writing import write_made
 from paramend.porting.port import port as ported
 from paramend.porting.port import port_on_disk
 
@@ -23,13 +23,7 @@ _FUNCTION = re.compile(r"([\w.]+):(\w+)").fullmatch
 @click.command()
 @click.argument("source")
 @click.option("--like", "target", required=True, metavar="TARGET", help="The model that the output is for.")
-@click.option(
-    "--rename",
-    multiple=True,
-    callback=renames,
-    metavar="OLD=NEW",
-    help="A layer or leaf of SOURCE and what it is in TARGET, as in 'encoder.<n>/**=block_<n>/**'; may be repeated.",
-)
+@renames("A layer or leaf of SOURCE and what it is in TARGET, as in 'encoder.<n>/**=block_<n>/**'")
 @click.option("--prove", is_flag=True, help="Run both models with random parameters in float64, and compare them.")
 @makes("what would go where")
 def port(source: str, target: str, prove: bool, rename: dict[str, str | None], **options: Any) -> None:

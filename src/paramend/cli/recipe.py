@@ -13,7 +13,8 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.config import config as config_of
 from paramend.cli import _ui
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.writing import edit_checkpoint, options
+from paramend.cli.options import DRY_TOO, EDITS, takes
+from paramend.cli.writing import edit_checkpoint
 from paramend.errors import BadRecipe
 from paramend.recipes.recipe import Recipe
 
@@ -24,7 +25,11 @@ class _Unmet(_ui.Refusal):
     exit_code = 1
 
 
-def _run(recipe: Path, path: Path, **given: Any) -> None:
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
+@takes(*EDITS, html=DRY_TOO)
+def apply(recipe: Path, path: Path, **given: Any) -> None:
     """Apply a recipe to a checkpoint.
 
     RECIPE is a YAML or JSON file of steps; PATH is a file or a directory. With -o, PATH is only read; OUT gets the
@@ -43,18 +48,6 @@ def _run(recipe: Path, path: Path, **given: Any) -> None:
         raise
 
 
-apply = click.Command(
-    "apply",
-    callback=_run,
-    params=[
-        click.Argument(["recipe"], type=click.Path(path_type=Path)),
-        click.Argument(["path"], type=click.Path(path_type=Path)),
-        *options(),
-    ],
-    help=_run.__doc__,
-)
-
-
 def keyed(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
     """Key → value, as JSON or as text."""
     found: dict[str, Any] = {}
@@ -69,7 +62,20 @@ def keyed(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -
     return found if given else None
 
 
-def _configure(
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("key", required=False)
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    callback=keyed,
+    metavar="KEY=VALUE",
+    help="Set a key; VALUE is JSON, or else text; may be repeated.",
+)
+@click.option("--delete", "gone", multiple=True, metavar="KEY", help="Delete a key; may be repeated.")
+@takes(*EDITS, html=DRY_TOO)
+def config(
     path: Path, key: str | None, values: dict[str, Any] | None, gone: Sequence[str], as_json: bool, **given: Any
 ) -> None:
     """Read the configuration beside the weights, or edit it.
@@ -97,23 +103,3 @@ def _configure(
         )
 
     edit_checkpoint(path, edit, as_json=as_json, **given)
-
-
-config = click.Command(
-    "config",
-    callback=_configure,
-    params=[
-        click.Argument(["path"], type=click.Path(path_type=Path)),
-        click.Argument(["key"], required=False),
-        click.Option(
-            ["--set", "values"],
-            multiple=True,
-            callback=keyed,
-            metavar="KEY=VALUE",
-            help="Set a key; VALUE is JSON, or else text; may be repeated.",
-        ),
-        click.Option(["--delete", "gone"], multiple=True, metavar="KEY", help="Delete a key; may be repeated."),
-        *options(),
-    ],
-    help=_configure.__doc__,
-)

@@ -12,11 +12,12 @@ import click
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.writing import makes, write_made
+from paramend.cli.options import makes
+from paramend.cli.writing import write_made
 from paramend.edits.arguments import SIZES
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
-from paramend.mapping.report import shortened
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
@@ -34,17 +35,21 @@ class _Told(Paged):
     @cached_property
     def _made(self) -> dict[str, tuple[Spec, str]]:
         """The new leaves: path → spec, and what it is made of, as an expression over the old ones."""
-        numbers = _alone(self.new, self.old)
-        return {path: (self.new.spec(one), str(origin_of(self.new, one))) for path, one in numbers.items()}
+        rows = [row for row in self.new.plan.rows if row.made or not row.stays]
+        return {row.path: (row.spec, str(origin_of(self.new, row.source))) for row in rows}
+
+    @cached_property
+    def _gone(self) -> dict[str, Spec]:
+        """The old leaves whose paths are gone: path → spec."""
+        paths = {self.old.index.path(number): number for number in self.old.index.numbers}
+        return {path: self.old.spec(number) for path, number in paths.items() if path not in self.new}
 
     def headline(self) -> str:
-        """The number of leaves before and after."""
         before = wording.plural(len(self.old), "leaf", "leaves")
         return f"{before} before, {len(self.new):,} after"
 
     def sections(self) -> list[Section]:
-        """The leaves by their paths."""
-        gone = [Line((path,), (str(self.old.spec(one)),)) for path, one in _alone(self.old, self.new).items()]
+        gone = [Line((path,), (str(spec),)) for path, spec in self._gone.items()]
         come = [Line((path, shortened(origin)), (str(spec),)) for path, (spec, origin) in self._made.items()]
         return [Section("from", gone), Section("to", come)]
 
@@ -57,30 +62,18 @@ class _Told(Paged):
         return Page("leaves", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The old paths, and the new ones with their specs and what they are made of."""
         made = [
             {"path": path, "dtype": spec.dtype, "shape": list(spec.shape), "origin": origin}
             for path, (spec, origin) in self._made.items()
         ]
-        return {"from": list(_alone(self.old, self.new)), "to": made, "kept": len(self.new) - len(made)}
-
-
-def _alone(here: Checkpoint, there: Checkpoint) -> dict[str, int]:
-    """The leaves that only the first of two checkpoints has: path → number."""
-    other = {there.index.path(number) for number in there.index.numbers}
-    paths = {here.index.path(number): number for number in here.index.numbers}
-    return {path: number for path, number in paths.items() if path not in other}
+        return {"from": list(self._gone), "to": made, "kept": len(self.new) - len(made)}
 
 
 def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for the axis of the layers, and those of all commands that make a checkpoint."""
-    for option in (
-        makes("what would be made"),
-        click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes determine the axis."),
-        click.option("--axis", type=int, default=0, show_default=True, help="The axis of the layers."),
-    ):
-        command = option(command)
-    return command
+    like = click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes determine the axis.")
+    axis = click.option("--axis", type=int, default=0, show_default=True, help="The axis of the layers.")
+    return axis(like(makes("what would be made")(command)))
 
 
 @click.command()
@@ -134,14 +127,10 @@ def _write(
         write_made(new, path, _Told(old, new), **options)
 
 
-# ---- along an axis that there is -----------------------------------------------------------------------------------
-
 _ALONG = click.option("--axis", type=int, default=0, show_default=True, help="The axis.")
 
 
 def _joins(verb: Callable[..., Checkpoint], how: str) -> click.Command:
-    """The command of a verb that makes one leaf of several."""
-
     @click.command(
         verb.__name__,
         help=f"""Write a checkpoint in which several leaves are one, {how}.

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from paramend.cli import _ui, fates
+from paramend.cli.options import takes
 from paramend.errors import BadCheckpoint, UnexpectedChange, printable
 from paramend.journal.history import table
 from paramend.journal.undo import drop
@@ -21,7 +22,7 @@ from paramend.rewriting.verification import Verified, lacks, verified
 @click.option("--force", is_flag=True, help="Restore the old bytes even if they were changed since.")
 @click.option("--drop", "drops", is_flag=True, help="Delete undo records instead, to free their space.")
 @click.option("--keep", type=click.IntRange(min=0), metavar="N", help="With --drop: keep the N latest records.")
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) -> None:
     """Take back the last edit that was made in place.
 
@@ -51,7 +52,7 @@ def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 def history(path: Path, as_json: bool) -> None:
     """List what was done to a checkpoint: the record that it carries, and the edits made in place, the latest last.
 
@@ -85,7 +86,7 @@ def history(path: Path, as_json: bool) -> None:
     metavar="[NAME=]PATH",
     help="What leaves were made of, if it is not beside PATH; NAME in the record, if it has another one now.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+@takes("json")
 def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
     """Check a checkpoint against the record that it carries: shape, dtype and bytes of every edited leaf.
 
@@ -95,7 +96,8 @@ def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
     Exit status: 0 all are as written; 1 a leaf differs or is missing, or its sources give something else now; 2 there
     is no record, something is damaged or cannot be read, or --source is given and one of them is missing.
     """
-    sources = dict((Path(each).name, each) if Path(each).exists() else _named(each) for each in given)
+    parts = ((each.rpartition("=")) if not Path(each).exists() else ("", "", each) for each in given)
+    sources = {name or Path(path).name: path for name, _, path in parts}
     found, changes, hint = Verified([], [], {}), {}, ""
     try:
         with _ui.bar(f"reading {path.name}") as progress:
@@ -115,9 +117,3 @@ def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
         _ui.say(f"hint: {hint}")
     if changes:
         raise SystemExit(1)
-
-
-def _named(text: str) -> tuple[str, str]:
-    """NAME=PATH apart; a path alone is called by its own name."""
-    name, equals, path = text.rpartition("=")
-    return (name, path) if equals else (Path(text).name, text)

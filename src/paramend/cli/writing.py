@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import click
 
@@ -16,17 +16,10 @@ from paramend.pages.paged import Paged
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.rewriting.files import sources
-from paramend.rewriting.layouts import Layout, lay_out
+from paramend.rewriting.layouts import lay_out
 from paramend.rewriting.output import check_output
 from paramend.rewriting.rewrite import write
-
-# What click is told of the option `--html`.
-HTML: dict[str, Any] = {
-    "type": click.Path(path_type=Path),
-    "metavar": "FILE",
-    "help": "Write the report as an HTML page, in a dry run too.",
-}
-RECORD = "Add a record of what was done to OUT; `paramend verify OUT` checks it."
+from paramend.rewriting.wishes import How
 
 
 def carry_out(
@@ -37,44 +30,27 @@ def carry_out(
     force: bool,
     dry_run: bool,
     as_json: bool,
-    link: bool = False,
-    max_shard_size: str | None = None,
     record: str | None = None,
-    to: str | None = None,
     quiet: bool = False,
     told: Paged | None = None,
     html: Path | None = None,
+    **how: Unpack[How],
 ) -> None:
-    """Write the result of a plan, or only show it in a dry run.
-
-    Args:
-        made: the plan.
-        path: the checkpoint, as it was typed.
-        out: what to write; may be None in a dry run.
-        force: whether it may exist.
-        dry_run: whether nothing is written.
-        as_json: whether data is printed as JSON.
-        link: whether unchanged shards are linked.
-        max_shard_size: the most bytes of tensors in one file.
-        record: the recipe that made the plan, or "", if the output carries a record of it; None for no record.
-        to: the name of the format, if OUT need not say it; "" if it must.
-        quiet: whether no table is printed.
-        told: a report that is printed instead of the plan's table.
-        html: where to write the report as an HTML page.
-    """
+    """Write the result of a plan, or only show it in a dry run, which needs no `out`. `record` is the recipe of the
+    plan, or "", if the output carries a record of it. `told` is printed instead of the plan's table, of which `quiet`
+    prints nothing."""
     _ui.check_page(html)
     if html is not None and out is not None and html.absolute() == Path(out).absolute():
         raise click.UsageError("OUT and the page of --html need names of their own.")
     data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
     said: tuple[str, ...] = ()
-    layout: Layout | None = None
     if out is None:
         with suppress(ParamendError):  # a name may solve it
             said = lay_out(made, path).said
     else:
-        layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
+        layout = check_output(made, out, force=force, **how)
         data["format"], said = layout.format.name, layout.said
-        if layout.left_out and (dry_run or out is None):
+        if layout.left_out and dry_run:
             data["left_out"] = list(layout.left_out)
             said = (f"not copied: {wording.listing(layout.left_out)}", *said)
     shown: Paged = made if told is None else told
@@ -87,8 +63,7 @@ def carry_out(
     else:
         _ui.watch(fates.Outputs([Path(out), *([] if html is None else [html])]))
         with _ui.bar(f"writing {Path(out).name}") as progress:
-            given: dict[str, Any] = {"force": force, "link": link, "max_shard_size": max_shard_size, "to": to}
-            report = write(made, out, record=record, progress=progress, **given)
+            report = write(made, out, force=force, record=record, progress=progress, **how)
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
     if html is not None:
@@ -104,68 +79,11 @@ def carry_out(
     _ui.write_page(shown, html)
 
 
-def makes(shows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a command that makes a checkpoint from others; `write_made` takes their values.
-
-    Args:
-        shows: what a dry run shows.
-    """
-    rows: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("-o", "--out"), {"metavar": "OUT", "help": "The file or directory to write."}),
-        (("--max-shard-size",), {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'}),
-        (("--force",), {"is_flag": True, "help": "Replace OUT if it exists."}),
-        (("--record",), {"is_flag": True, "help": RECORD}),
-        (("--dry-run",), {"is_flag": True, "help": f"Show {shows}, and write no checkpoint."}),
-        (("--html",), HTML),
-        (("--json", "as_json"), {"is_flag": True, "help": "Print data as JSON."}),
-    ]
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for names, said in reversed(rows):
-            command = click.option(*names, **said)(command)
-        return command
-
-    return add
-
-
 def write_made(made: Checkpoint, path: Path, told: Paged, *, out: str | None, record: bool, **given: Any) -> None:
-    """Write a checkpoint that was made from others, or only show its report in a dry run.
-
-    Args:
-        made: the checkpoint.
-        path: what it was made from, as it was typed.
-        told: the report.
-        out: what to write.
-        record: whether it carries a record of what was done.
-        given: the other options of `makes`, as `carry_out` takes them.
-    """
+    """Write a checkpoint that was made from others, or only show its report in a dry run."""
     if out is None and not given["dry_run"]:
         raise click.UsageError("-o OUT is needed.")
     carry_out(made.plan, path, out, record="" if record else None, told=told, **given)
-
-
-def options(*, in_place: bool = True) -> list[click.Parameter]:
-    """The options of a command that edits a checkpoint.
-
-    Args:
-        in_place: whether it can change the files themselves; if not, `--in-place` is hidden: using it raises an error
-            that says why.
-    """
-    return [
-        click.Option(["-o", "--out"], metavar="OUT", help="The file or directory to write."),
-        click.Option(
-            ["--in-place"],
-            is_flag=True,
-            hidden=not in_place,
-            help="Change PATH itself; `paramend undo PATH` takes it back.",
-        ),
-        click.Option(["--link"], is_flag=True, help="Hard-link unchanged shards."),
-        click.Option(["--force"], is_flag=True, help="Replace OUT if it exists."),
-        click.Option(["--record"], is_flag=True, help=RECORD),
-        click.Option(["--dry-run"], is_flag=True, help="Show what would change, and write no checkpoint."),
-        click.Option(["--html"], **HTML),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print data as JSON."),
-    ]
 
 
 def edit_checkpoint(
@@ -174,30 +92,15 @@ def edit_checkpoint(
     *,
     out: str | None,
     in_place: bool,
-    link: bool,
-    force: bool,
     record: bool,
     dry_run: bool,
     html: Path | None,
-    as_json: bool,
     patches: bool = True,
+    **given: Any,
 ) -> None:
-    """Write an edited checkpoint, or change its own files, or only show the edit in a dry run.
-
-    Args:
-        path: the checkpoint.
-        edit: (opened checkpoint) → edited checkpoint.
-        out: what to write.
-        in_place: whether its own files change.
-        link: whether unchanged shards are linked.
-        force: whether `out` may exist.
-        record: whether it carries a record of what was done.
-        dry_run: whether no checkpoint is written.
-        html: where to write the report as an HTML page.
-        as_json: whether data is printed as JSON.
-        patches: whether the edit can be made in place.
-    """
-    if in_place and (out is not None or link or force or record):
+    """Write an edited checkpoint, or change its own files, or only show the edit in a dry run. `patches` says whether
+    the edit can be made in place; the others are as in `EDITS`."""
+    if in_place and (out is not None or record or given["link"] or given["force"]):
         raise click.UsageError("--in-place changes PATH itself: it excludes -o, --link, --force and --record.")
     if out is None and not (dry_run or in_place):
         raise click.UsageError(f"-o OUT {'or --in-place ' * patches}is needed.")
@@ -206,8 +109,7 @@ def edit_checkpoint(
         with open_checkpoint(path) as checkpoint:
             edited = edit(checkpoint)
             by = edited.recipe if record else None
-            given: dict[str, Any] = {"force": force, "dry_run": dry_run, "html": html, "as_json": as_json, "link": link}
-            carry_out(edited.plan, path, out, record=by, **given)
+            carry_out(edited.plan, path, out, record=by, dry_run=dry_run, html=html, **given)
         return
     from paramend.checkpoints.patching import patch  # only for --in-place
 
@@ -215,7 +117,7 @@ def edit_checkpoint(
         _ui.watch(fates.Patched(path))
     with _ui.bar(f"patching {path.name}") as progress:
         report = patch(path, edit, dry_run=dry_run, raw=raw(), progress=progress)
-    if as_json:
+    if given["as_json"]:
         _ui.emit(report.to_dict())
     else:
         _ui.show_lines(report.plan.lines(), header=True)

@@ -20,6 +20,7 @@ from paramend.leaves.specs import Spec
 T = TypeVar("T")
 Run = Callable[[Backend, Any, Args, Site], Any]
 Check = Callable[[Spec, Args], Spec]
+Moves = Callable[[Origin, Args], Origin]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -64,7 +65,7 @@ class Op:
     optional: Args = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
-    moves: Callable[[Origin, Args], Origin] | None = None
+    moves: Moves | None = None
     bytewise: bool = False
 
     def __repr__(self) -> str:

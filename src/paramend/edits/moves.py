@@ -1,5 +1,6 @@
 """The verbs that move elements, the same on arrays of any library and on origins of leaves on disk."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,19 @@ from paramend.leaves.specs import Array, Spec
 from paramend.reports import wording
 
 
-def _whole(value: Any, what: str, hint: str) -> int:
-    if isinstance(value, bool | np.bool_) or not hasattr(type(value), "__index__"):
-        raise BadArgument(f"{what} {shown(value)} is not a whole number", hint=hint)
-    return int(value)
+def _is_whole(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool | np.bool_)
+
+
+def whole_numbers(values: Any, what: str, hint: str) -> list[int]:
+    """The whole numbers of a list.
+
+    Raises:
+        BadArgument: it is not one.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable) or not all(map(_is_whole, values)):
+        raise BadArgument(f"{what} {shown(values)} is not a list of whole numbers", hint=hint)
+    return list(map(int, values))
 
 
 def axis_of(spec: Spec, axis: Any) -> int:
@@ -24,14 +34,16 @@ def axis_of(spec: Spec, axis: Any) -> int:
     Raises:
         OutOfRange: the leaf has no such axis.
     """
-    found = _whole(axis, "the axis", "axis=0")
+    if not _is_whole(axis):
+        raise BadArgument(f"the axis {shown(axis)} is not a whole number", hint="axis=0")
+    found = int(axis)
     if not -spec.ndim <= found < spec.ndim:
         raise OutOfRange(f"{spec} has no axis {found}; it has {wording.plural(spec.ndim, 'axis', 'axes')}")
     return found % spec.ndim
 
 
 def _axes_of(spec: Spec, axes: Any) -> tuple[int, ...]:
-    found = tuple(axis_of(spec, axis) for axis in axes)
+    found = tuple(axis_of(spec, axis) for axis in whole_numbers(axes, "axes", "axes=(1, 0)"))
     if sorted(found) != list(range(spec.ndim)):
         raise SpecMismatch(
             f"transpose takes each axis of {spec} once, and axes is {shown(list(axes))}",
@@ -46,7 +58,7 @@ def transposed(x: Any, args: Args) -> Any:
 
 
 def _shape_of(spec: Spec, shape: Any) -> tuple[int, ...]:
-    lengths = [_whole(length, "the length", "shape=(4, -1)") for length in shape]
+    lengths = whole_numbers(shape, "the shape", "shape=(4, -1)")
     known = 1
     for length in lengths:
         known *= length if length != -1 else 1
@@ -77,25 +89,27 @@ def _places(spec: Spec, args: Args) -> tuple[Places, int]:
     try:
         given: Array = np.asarray(indices)
     except Exception as error:
-        raise BadArgument("indices must be known before the edit runs; these hold a traced value") from error
+        raise BadArgument("places must be known before the edit runs; this is a traced value") from error
     given = given.astype(np.int64) if not given.size else given
     if given.ndim != 1 or given.dtype.kind not in "iub":
-        raise BadArgument(f"indices={shown(indices)} is not a list of places", hint=_LIST)
+        raise BadArgument(f"{shown(indices)} is not a list of places", hint=_LIST)
     if given.dtype == bool:
         if len(given) != length:
             raise SpecMismatch(f"the mask has {len(given):,} places, and axis {axis} of {spec} has {length:,}")
         return np.flatnonzero(given), axis
-    places = given.astype(np.int64)
-    outside = places[(places < -length) | (places >= length)]
+    outside = given[(given < -length) | (given >= length)]
     if len(outside):
         raise OutOfRange(f"axis {axis} of {spec} has no place {outside[0]}; it has {length:,}")
-    return places % max(length, 1), axis
+    return given.astype(np.int64) % max(length, 1), axis
 
 
 def _permutation(spec: Spec, args: Args) -> tuple[Places, int]:
-    given = {"indices": args["index"], "axis": args.get("axis", 0)}
-    places, axis = _places(spec, given)
-    if len(places) != spec.shape[axis] or (np.bincount(np.asarray(places, np.int64)) != 1).any():
+    axis = axis_of(spec, args.get("axis", 0))
+    try:
+        places: Places | None = _places(spec, {"indices": args["index"], "axis": axis})[0]
+    except OutOfRange:
+        places = None
+    if places is None or not np.array_equal(np.sort(places), np.arange(spec.shape[axis])):
         raise SpecMismatch(
             f"permute takes each of the {spec.shape[axis]:,} places along axis {axis} of {spec} once, and index is "
             f"{shown(args['index'])}",

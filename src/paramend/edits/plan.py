@@ -16,15 +16,17 @@ from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, RenameClash, Unsupported
+from paramend.formats.gathered import Gathered
 from paramend.leaves.described import Described
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.reports.report import Section
 from paramend.reports.tables import aligned
 from paramend.selectors.selector import resolve, slice_of
 from paramend.selectors.slices import write_index
@@ -42,6 +44,7 @@ class Row:
         damage: what a run of the edits did to values that the dtype cannot hold.
         depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
         added: where it comes from, in reports of what came to a checkpoint in its own files.
+        made: what it is made of before the calls, an origin or its text, if it is not the leaf of its path.
     """
 
     path: str
@@ -55,6 +58,7 @@ class Row:
     depths: tuple[int | None, ...] = ()
     damage: Damage = field(default_factory=Damage, compare=False)
     added: str = ""
+    made: Origin | str = ""
 
     def __repr__(self) -> str:
         return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
@@ -62,7 +66,7 @@ class Row:
     def with_calls(self, calls: tuple[Call, ...], places: tuple[Site, ...], spec: Spec, damage: Damage) -> "Row":
         """The row with other calls; `dataclasses.replace` takes four times as long, and there may be 100,000 rows."""
         known = self.labels, self.was, self.depths
-        return Row(self.path, spec, self.source, self.before, calls, places, *known, damage, self.added)
+        return Row(self.path, spec, self.source, self.before, calls, places, *known, damage, self.added, self.made)
 
     @property
     def stays(self) -> bool:
@@ -82,13 +86,14 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """The calls, and what they could not hold."""
-        damage = str(self.damage)
-        return f"{self.edit}: {damage}" if damage else self.edit
+        """What it is made of, the calls, and what they could not hold."""
+        made = f"◄─ {shortened(str(self.made))}" if self.made and not self.added else ""
+        edit, damage = ", ".join(filter(None, (made, self.edit))), str(self.damage)
+        return f"{edit}: {damage}" if damage else edit
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
-        more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added}
+        more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added, "origin": str(self.made)}
         more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
         return {
             "path": self.path,
@@ -146,7 +151,8 @@ class Plan(Paged):
         rows = []
         for number in index.numbers:
             spec = leaves.spec(number)
-            rows.append(Row(index.path(number), spec, number, spec, labels=paths[number]))
+            made = leaves.made(number) if isinstance(leaves, Gathered) else ""
+            rows.append(Row(index.path(number), spec, number, spec, labels=paths[number], made=made))
         return cls(leaves, tuple(rows))
 
     @property
@@ -263,6 +269,7 @@ class Plan(Paged):
 
         def of(row: Row) -> Row:
             damage = Damage(row.damage.overflowed, row.damage.lost)
+            row = replace(row, made=str(row.made)) if row.made else row
             return row.with_calls(tuple(map(said, row.calls)), row.places, row.spec, damage) if row.calls else row
 
         rows, deleted = (tuple(map(of, part)) for part in (self.rows, self.deleted))
@@ -280,10 +287,6 @@ class Plan(Paged):
     def headline(self) -> str:
         """How many leaves change."""
         return self.lines()[-1]
-
-    def sections(self) -> list[Section]:
-        """None: its text is a table of its own."""
-        return []
 
     def page(self) -> Page:
         """The result as a map, coloured by what becomes of each leaf, beside the leaves that are deleted."""
@@ -315,7 +318,8 @@ class Plan(Paged):
         """The table line by line, a header first."""
         table = [("path", "spec", "edit")]
         deleted = {id(row) for row in self.deleted}
-        rows = sorted((*self.changed, *self.deleted), key=lambda row: natural(row.path))
+        made = [row for row in self.rows if row.made and row.stays]
+        rows = sorted((*self.changed, *made, *self.deleted), key=lambda row: natural(row.path))
         for row in rows:
             stays = row.spec == row.before or id(row) in deleted
             spec = f"{row.spec}" if stays else f"{row.before} -> {row.spec}"
@@ -323,11 +327,13 @@ class Plan(Paged):
         changes = self.configured
         table += [(change.file, "", str(change)) for change in changes]
         gone, come = len(self.deleted), sum(bool(row.added) for row in rows)
-        count = len(rows) - gone - come
+        count = len(rows) - len(made) - gone - come
         all_leaves = wording.plural(len(self.rows) + gone, "leaf", "leaves")
-        said = [f"{count:,} {'changes' if count == 1 else 'change'}"] if count or not (gone or come) else []
+        said = [f"{count:,} {'changes' if count == 1 else 'change'}"] if count or not (gone or come or made) else []
         said += [
-            f"{n:,} {'is' if n == 1 else 'are'} {what}" for n, what in ((come, "inserted"), (gone, "deleted")) if n
+            f"{n:,} {'is' if n == 1 else 'are'} {what}"
+            for n, what in ((len(made), "made of others"), (come, "inserted"), (gone, "deleted"))
+            if n
         ]
         number, _, what = said[0].partition(" ")
         sums = [f"{number} of {all_leaves} {what}", *said[1:]]
@@ -337,7 +343,7 @@ class Plan(Paged):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data that JSON can hold: the rows that change something, and how many leaves stay."""
-        changed = self.changed
+        changed = [row for row in self.rows if row.made or not row.stays]
         data: dict[str, Any] = {"changed": [row.to_dict() for row in changed]}
         if self.deleted:
             data["deleted"] = [row.was or row.path for row in self.deleted]

@@ -6,7 +6,7 @@ which nothing changed stays the same object; the given tree is never written to.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramend.errors import BadArgument, RenameClash, Unsupported
@@ -46,18 +46,27 @@ def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], 
 def regroup(tree: Tree, groups: Sequence[Group], *, close_up: bool = True) -> Any:
     """A tree in which groups of leaves are replaced by others, each in a box like that of the first of its group."""
     draft = take_apart(tree)
-    boxes = {number: draft.take(number) for number in dict.fromkeys(n for group in groups for n in group.numbers)}
+    held = {number: draft.take(number) for number in dict.fromkeys(n for group in groups for n in group.numbers)}
     for group in groups:
-        values, box = [tree.values[number] for number in group.numbers], boxes[group.numbers[0]]
+        values, box = [tree.values[number] for number in group.numbers], held[group.numbers[0]]
         kind = find_kind(box)
         box = group.boxed(box) if group.boxed is not None and kind is not None else box
         for path, value in zip(group.paths, group.make(values), strict=True):
             made = value if kind is None else kind.close(box, [value])
             draft.put(group.numbers[0], path, made, position=group.position)
     draft.check("into=, paths that are free")
-    for number in boxes:
+    for number in held:
         draft.prune(number)
     return draft.root.close(close_up=close_up)
+
+
+def boxes(tree: Tree, numbers: Iterable[int]) -> dict[int, Any]:
+    """What leaves stand in, such as a Variable of NNX, the leaves themselves where it is nothing; none of a module."""
+    try:
+        places = take_apart(tree).places
+    except Unsupported:
+        return {}
+    return {n: places[n].chain[-1].entries[places[n].keys[-1]] for n in numbers if places[n].sealed is None}
 
 
 def enter(tree: Tree, leaves: Sequence[tuple[Sequence[str], Any]]) -> Any:

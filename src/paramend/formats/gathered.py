@@ -60,6 +60,15 @@ class Gathered(Gathering):
     def origin(self, number: int) -> Origin:
         return self.origins[number]
 
+    def made(self, number: int) -> Origin | str:
+        """What a leaf is made of; "" if it is the one that `base` has under its path."""
+        origin = self.origins[number]
+        if not isinstance(origin, Stored):
+            return origin
+        if origin.source is not self.base:
+            return f"{origin.source.path.name}:{origin}"
+        return origin if origin.says != self.index.path(number) else ""
+
     @property
     def sources(self) -> list[Any]:
         """The checkpoints that leaves come from, `base` first."""

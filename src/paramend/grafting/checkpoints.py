@@ -12,6 +12,7 @@ from paramend.arrays import losses
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.assemble import assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.gathering import ties_of
 from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered
 from paramend.grafting.engine import value_of
@@ -36,7 +37,8 @@ def grafted(plan: GraftPlan) -> Checkpoint:
     for number in target.index.numbers:
         move = moves.get(target.ties.get(number, number))
         picks.append((target.index.paths[number], (target, number) if move is None else _taken(plan, move)))
-    return assemble(target, picks, ties=target.ties)
+    places = {number: [place] for place, number in enumerate(target.index.numbers)}
+    return assemble(target, picks, ties=ties_of(target.ties, places))
 
 
 def _holds_more(plan: GraftPlan) -> bool:

@@ -1,23 +1,25 @@
 """Inserting: leaves of one model put into another that lacks them."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.assemble import assemble
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.gathering import ties_of
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_whole
-from paramend.edits.structure import enter
-from paramend.errors import RenameClash
+from paramend.edits.structure import boxes, enter
+from paramend.errors import NoMatch, RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
 from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.reports import wording
 from paramend.selectors.renames import keys, rename
-from paramend.selectors.selector import SelectorLike, resolve
+from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
+from paramend.trees.lookup import find_kind
 
 T = TypeVar("T")
 Path = tuple[str, ...]
@@ -41,7 +43,7 @@ def insert(
         are the leaves that came.
 
     Raises:
-        NoMatch: the selector matches nothing.
+        NoMatch: the selector, or a rule of `rename`, matches nothing.
         Quantized: a part of a quantised weight would be inserted without the rest.
         RenameClash: leaves are there already; the message lists them all.
         Unsupported: the target is a module, whose class determines what it holds.
@@ -51,18 +53,23 @@ def insert(
     ({'a': array([1.]), 'b': array([0.])}, ['b'])
     """
     host, donor = editable(target), editable(source)
-    numbers = resolve(selector, donor)
+    numbers = resolve_paths(selector, donor)
     check_whole(donor, numbers, "be inserted")
     paths = new_paths(donor, numbers, moved_by(donor, numbers, rename or {}))
-    hint = 'rename={"old.**": "new.**"}, or delete what is there first; to replace values: pm.graft'
+    hint = 'rename={"old.**": "new.**"}; or delete what is there first; to replace values: pm.graft'
     check_free(donor, paths, host.index.paths.values(), host.index.separator, hint)
     report = moved_report("insert", host.index.separator, donor, paths, host.index.texts.values(), ("inserted", "kept"))
     if isinstance(host, Checkpoint):
         own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
         new = [(_labels(paths[n]), (donor, n)) for n in numbers]
-        return cast(T, assemble(host, [*own, *new], ties=host.ties)), report
+        ties = ties_of(host.ties, {number: [place] for place, number in enumerate(host.index.numbers)})
+        ties |= ties_of(donor.ties, {number: [len(own) + place] for place, number in enumerate(numbers)})
+        return cast(T, assemble(host, [*own, *new], ties=ties)), report
     tree = cast(Memory, host)
-    entries = [(_nested(host, paths[n]), _native(host, donor.fetch(n))) for n in numbers]
+    one = {number: donor.ties.get(number, number) for number in numbers}
+    values = {number: _native(host, donor.fetch(number)) for number in dict.fromkeys(one.values())}
+    boxed = _boxed(tree, donor, numbers)
+    entries = [(_nested(host, paths[number]), boxed(number, values[one[number]])) for number in numbers]
     return cast(T, enter(tree, entries)), report
 
 
@@ -82,7 +89,11 @@ def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) 
     found: dict[int, list[tuple[str, Any]]] = {}
     chosen = set(numbers)
     for old, new in rules.items():
-        for number, path in rename(old, new).over(donor.index).items():
+        moved = rename(old, new).over(donor.index)
+        if not chosen & moved.keys():
+            resolve(old, donor)  # for its error, which names near matches
+            raise NoMatch(f"{old} -> {new} renames none of the selected leaves", hint="leave it out or correct it")
+        for number, path in moved.items():
             if number in chosen:
                 found.setdefault(number, keys(path))
     return found
@@ -130,10 +141,27 @@ def check_free(
 def _nested(host: Editable, path: Path) -> Path:
     """The keys in a tree like the host: one for a state dict, one for each piece in nested containers."""
     theirs = host.index.paths.values()
-    whole = _labels(path)
-    if theirs and all(len(keys_of(each)) == 1 for each in theirs) and any(len(each) > 1 for each in theirs):
-        return (plain(whole, host.index.separator),)
-    return path if any(len(keys_of(each)) < len(each) for each in theirs) else tuple(map(text_of, whole))
+    keys, whole = list(map(keys_of, theirs)), _labels(path)
+    joined = "".join(key for each in keys for key in each)
+    separator = next((mark for mark in "./" if mark in joined), host.index.separator)
+    if keys and all(len(each) == 1 for each in keys) and (separator in joined or separator == "."):
+        return (plain(whole, separator),)
+    return path if separator in joined else tuple(map(text_of, whole))
+
+
+def _boxed(host: Memory, donor: Editable, numbers: Sequence[int]) -> Callable[[int, Any], Any]:
+    """What puts a value into a box like that of a leaf of the donor, where the host has boxes too: NNX Variables."""
+    ours = boxes(host, host.index.numbers[:1]).values()
+    if not isinstance(donor, Memory) or not any(map(find_kind, ours)):
+        return lambda number, value: value
+    theirs = boxes(donor, numbers)
+    kinds = {number: find_kind(box) for number, box in theirs.items()}
+
+    def boxed(number: int, value: Any) -> Any:
+        kind = kinds.get(number)
+        return value if kind is None else kind.close(theirs[number], [value])
+
+    return boxed
 
 
 def _native(host: Any, value: Any) -> Any:

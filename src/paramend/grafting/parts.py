@@ -16,7 +16,7 @@ from paramend.grafting.inserting import Path, check_free, moved_by, moved_report
 from paramend.leaves.leaves import plain
 from paramend.leaves.paths import labels, text_of
 from paramend.mapping.report import LayoutReport
-from paramend.selectors.selector import SelectorLike, resolve
+from paramend.selectors.selector import SelectorLike, resolve_paths
 from paramend.trees.lookup import is_torch_module
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
     {'a': array([1.]), 'b': array([0.])}
     """
     host = editable(model)
-    numbers = resolve(selector, host)
+    numbers = resolve_paths(selector, host)
     check_whole(host, numbers, "be taken out")
     moved = moved_by(host, numbers, rename or {})
     paths = new_paths(host, numbers, moved)

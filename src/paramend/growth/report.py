@@ -9,7 +9,7 @@ from paramend.growth.depth import Order
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.reports.report import Section, braced
+from paramend.reports.report import braced
 from paramend.reports.tables import aligned
 from paramend.selectors.selector import Selector, sel
 
@@ -84,10 +84,6 @@ class DeepenReport(Paged):
         if self.order.dropped:
             parts.append(f"{len(self.order.dropped)} dropped")
         return f"deepen: {wording.plural(self.order.of, 'layer')} -> {len(self.order)}{each}, {', '.join(parts)}"
-
-    def sections(self) -> list[Section]:
-        """No sections: `__str__` lists the layers."""
-        return []
 
     def __str__(self) -> str:
         lines = [_line(run) for run in _runs(self.layers)]

@@ -30,15 +30,8 @@ def begin(store: Path) -> None:
 
 
 def seal(store: Path, record: str) -> None:
-    """Note, durably, which record is about to become pending.
-
-    Args:
-        store: the folder of records.
-        record: the text that identifies it.
-
-    Raises:
-        OSError: the note can be created but not written, for example on a full disk. No byte has changed yet.
-    """
+    """Note, durably, which record is about to become pending, by the text that identifies it. `OSError` if the note can
+    be created but not written, for example on a full disk: no byte has changed yet."""
     begin(store)
     try:
         path = _note(store)

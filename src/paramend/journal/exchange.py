@@ -32,15 +32,10 @@ STAGED, BACK = "new", "back"
 
 
 class NewFiles:
-    """New files that are about to replace those of a checkpoint.
+    """New files that are about to replace those of a checkpoint, staged in a folder, each at its path in the
+    checkpoint.
 
-    Attributes:
-        base: the folder of the checkpoint.
-        staged: the folder of the new files, each at its path in the checkpoint.
-        names: their names. The manifest of a database, or the index of shards, comes last: it puts the other files into
-            effect.
-        old: the files that they replace.
-        then: how each was found.
+    The manifest of a database, or the index of shards, comes last among the names: it puts the other files into effect.
     """
 
     def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
@@ -54,7 +49,6 @@ class NewFiles:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of the new files."""
         return sum((self.staged / name).stat().st_size for name in self.names)
 
     @property
@@ -72,15 +66,8 @@ class NewFiles:
         names: Sequence[str],
         meter: Callable[[int], None],
     ) -> None:
-        """Write a record up to where it is pending: from then on it can restore all files, and until then none changes.
-
-        Args:
-            writer: the writer of the record.
-            edits: (leaf, edit) for the record.
-            target: the files that are written in place, besides those that are replaced.
-            names: their names.
-            meter: receives the number of bytes.
-        """
+        """Write a record, with (leaf, edit) for each row, up to where it is pending: from then on it can restore all
+        files, also those of `target`, which are written in place; until then none changes."""
         states = target.states()
         writer.head(new_head(edits, [*names, *self.names], whole=len(self.names), moved=self.old.moved))
         sizes = [-1 if status is None else status.st_size for status in self.then]
@@ -89,14 +76,13 @@ class NewFiles:
         rows = [(-1, len(names) + n, 0, size) for n, size in enumerate(sizes) if size >= 0]
         ranges = Ranges(np.concatenate([target.ranges.table, np.array(rows, np.int64).reshape(-1, 4)]))
         files = [*target.files, *self.old.files]
-        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptors:
-            writer.old_bytes(ranges, descriptors, files, meter)
+        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptor:
+            writer.old_bytes(ranges, descriptor, files, meter)
         if self.names:
             writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
         writer.become(PENDING)
 
     def exchange(self) -> None:
-        """Put the new files in the places of the old ones, durably."""
         for name, file, then in zip(self.names, self.old.files, self.then, strict=True):
             self._replace(name, file, then)
         for old, new in self.old.moved:
@@ -106,7 +92,6 @@ class NewFiles:
         self.old.sync()
 
     def sync(self) -> None:
-        """Make the new files durable where they are."""
         for name in self.names:
             sync_file(self.staged / name)
         for folder in [self.staged, *(path for path in self.staged.rglob("*") if path.is_dir())] if self.names else ():
@@ -116,7 +101,10 @@ class NewFiles:
         if (then is not None) != os.path.lexists(file):
             raise changed(file)
         if then is None:
-            make_folders(self.base, file.parent)
+            for folder in reversed([file.parent, *file.parent.parents]):  # as open as that of the checkpoint
+                if folder.is_relative_to(self.base) and not folder.is_dir():
+                    folder.mkdir(PRIVATE)
+                    settle(folder, access_of([folder.parent.stat()]))
             new = self.staged / name
             access = access_beside(file)
             settle(new, access.within(new.stat().st_mode) if self._private else access)
@@ -133,24 +121,9 @@ def access_beside(file: Path) -> Access:
     return access_of(found or [file.parent.stat()]).within(0o666)
 
 
-def make_folders(base: Path, folder: Path) -> None:
-    """Make the folders down to one in a checkpoint, as open as that of the checkpoint."""
-    for each in reversed([folder, *folder.parents]):
-        if each.is_relative_to(base) and not each.is_dir():
-            each.mkdir(PRIVATE)
-            settle(each, access_of([each.parent.stat()]))
-
-
 class WholeFiles:
-    """Files of a checkpoint that a patch replaces, or has replaced, whole.
-
-    Attributes:
-        base: the folder of the checkpoint.
-        names: the names of the files, relative to it.
-        first: the number of the first of them in records.
-        files: their paths.
-        moved: files that get another name once the others are in place; their content stays.
-    """
+    """Files of a checkpoint that a patch replaces, or has replaced, whole; `first` is the number of the first of them
+    in records. Files that are `moved` get another name once the others are in place; their content stays."""
 
     def __init__(self, base: Path, names: Sequence[str], moved: Moved = (), first: int = 0) -> None:
         self.base, self.names, self.moved, self.first = base, names, moved, first
@@ -162,7 +135,6 @@ class WholeFiles:
             check_replaceable(self.base, file)
 
     def digests(self) -> list[bytes]:
-        """The digest of the content of each, as in a record."""
         return [_digest_of(file) for file in self.files]
 
     def changed_since(self, record: Record) -> list[str]:
@@ -184,16 +156,8 @@ class WholeFiles:
         return changed, "".join(strange[:1])
 
     def put_back(self, record: Record, meter: Meter, *, force: bool) -> list[str]:
-        """Replace the new files of a pending record by the old ones, durably.
-
-        Args:
-            record: the record.
-            meter: receives the number of bytes.
-            force: whether files that are neither the new nor the old ones are replaced too.
-
-        Returns:
-            The names of those that are neither, and were left alone.
-        """
+        """Replace the new files of a pending record by the old ones, durably. Files that are neither, which another
+        program put there, are replaced only with `force`; the names of those that were left alone are returned."""
         self.check()
         new, old, now = record.new_files, self._old_digests(record), self.digests()
         states = record.states[self.first :]
@@ -257,7 +221,6 @@ class WholeFiles:
         return digest.hexdigest()
 
     def _there(self) -> list[tuple[str, bool]]:
-        """Whether there is a file, for each name of those that move."""
         return [(name, os.path.lexists(self.base / name)) for pair in self.moved for name in pair]
 
     def _rest_is_same(self, record: Record) -> bool:
@@ -292,11 +255,7 @@ class WholeFiles:
 
 
 def check_replaceable(base: Path, file: Path) -> None:
-    """Check that a file can be replaced.
-
-    Raises:
-        CannotWrite: it is a link, read-only, or not a regular file. Nothing was changed.
-    """
+    """Raise if a file cannot be replaced: it is a link, read-only, or not a regular file."""
     folder = file.parent
     while folder != base and folder != folder.parent:
         if folder.is_symlink():
@@ -321,18 +280,15 @@ def check_replaceable(base: Path, file: Path) -> None:
             raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)
 
 
-# ---- files -------------------------------------------------------------------------------------------------
-
-
 class _OneOpen:
-    """Files by number, the first ones open already, and only the last of the others open for reading: there may be more
-    than a system can open at once."""
+    """Files by number, the first ones open already; of the others one at a time is, as systems limit how many can
+    be."""
 
     def __init__(self, files: Sequence[Path], opened: Sequence[int]) -> None:
         self._files, self._opened = files, opened
         self._now, self._descriptor = -1, -1
 
-    def __getitem__(self, file: int) -> int:
+    def __call__(self, file: int) -> int:
         if file < len(self._opened):
             return self._opened[file]
         if file != self._now:
@@ -348,7 +304,6 @@ class _OneOpen:
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:
-    """The pieces of a file, which share one buffer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size

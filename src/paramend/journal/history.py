@@ -7,7 +7,7 @@ from typing import Any
 
 from paramend.journal.records import Record
 from paramend.reports import wording
-from paramend.reports.report import Report, Section
+from paramend.reports.report import Report
 from paramend.reports.tables import aligned
 
 
@@ -31,11 +31,7 @@ class HistoryRow:
 
     @classmethod
     def of(cls, record: Record) -> "HistoryRow":
-        """The row of a record.
-
-        Raises:
-            BadCheckpoint: its time is invalid.
-        """
+        """The row of a record; `BadCheckpoint` if its time is invalid."""
         head = record.head
         leaves = tuple((path, head.edits[edit]) for path, edit in head.rows)
         try:
@@ -85,12 +81,7 @@ class UndoReport(Report):
     interrupted: bool = False
 
     def headline(self) -> str:
-        """What was taken back, in one line."""
         return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: `undone` says what was done to which leaves."""
-        return []
 
     @property
     def summary(self) -> str:
@@ -99,14 +90,7 @@ class UndoReport(Report):
         return f"{what} {self.path}: {self.undone.edit}; {wording.plural(self.left, 'patch', 'patches')} left"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        return {
-            "path": self.path,
-            "undone": self.undone.to_dict(),
-            "bytes_written": self.bytes_written,
-            "left": self.left,
-            "interrupted": self.interrupted,
-        }
+        return {**vars(self), "undone": self.undone.to_dict()}
 
 
 def table(rows: Sequence[HistoryRow]) -> list[str]:

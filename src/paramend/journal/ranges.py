@@ -25,12 +25,7 @@ _WITNESSED, _SAMPLES, _SAMPLE = 1 << 22, 128, 4096
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How a file is recognized.
-
-    Attributes:
-        size: in bytes.
-        witness: the digest of samples of bytes that do not change.
-    """
+    """How a file is recognized: by its size, and the digest of samples of bytes that do not change."""
 
     size: int
     witness: str
@@ -38,17 +33,12 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Byte ranges of files: a table with a line (row, file, start, stop) for each.
-
-    Attributes:
-        table: int64, four columns.
-    """
+    """Byte ranges of files: a table with a line (row, file, start, stop) for each, int64."""
 
     table: Array
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes covered."""
         return int((self.table[:, 3] - self.table[:, 2]).sum())
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
@@ -120,20 +110,13 @@ def checksum(data: bytes | bytearray | memoryview) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class OpenRanges:
-    """The ranges of a patch, in files that are open.
-
-    Attributes:
-        files: the files, by number.
-        descriptors: their descriptors.
-        ranges: the ranges that a patch changes in them.
-    """
+    """The ranges of a patch, in files that are open, each with its descriptor."""
 
     files: Sequence[Path]
     descriptors: Sequence[int]
     ranges: Ranges
 
     def states(self) -> list[State]:
-        """How each file is recognized."""
         sizes = [os.fstat(descriptor).st_size for descriptor in self.descriptors]
         return [
             State(size, witness(descriptor, size, self.ranges, n, self.files[n]))
@@ -171,14 +154,8 @@ class OpenRanges:
                         raise
 
     def check_named(self, become: str) -> None:
-        """Check that the files still have their names.
-
-        Args:
-            become: what became of the files that were opened.
-
-        Raises:
-            Busy: another program put another file there, or removed or renamed it.
-        """
+        """Raise `Busy` if another program put another file in the place of one, or removed or renamed it; `become` says
+        what became of those that were opened."""
         for file, descriptor in zip(self.files, self.descriptors, strict=True):
             try:
                 same = os.path.samestat(os.fstat(descriptor), file.lstat())
@@ -192,6 +169,5 @@ class OpenRanges:
                 )
 
     def sync(self) -> None:
-        """Make what was written durable."""
         for descriptor in self.descriptors:
             os.fsync(descriptor)

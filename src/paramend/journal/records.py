@@ -74,11 +74,7 @@ Moved = Sequence[tuple[str, str]]
 
 
 def records_in(folder: Path, *states: str) -> list[Path]:
-    """The records in a folder that are in these states, the oldest first.
-
-    Raises:
-        CannotRead: there is no permission to look.
-    """
+    """The records in a folder that are in these states, the oldest first; `CannotRead` without permission to look."""
     found: list[tuple[int, Path]] = []
     try:
         for path in () if folder.is_symlink() else folder.iterdir():  # our folders are never links
@@ -94,20 +90,13 @@ def records_in(folder: Path, *states: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-# ---- what a record holds -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Head:
     """What was done, when and to which files.
 
-    Attributes:
-        time: seconds since 1970.
-        edits: each edit once, as text.
-        rows: the path of each leaf that changed, and the number of its edit.
-        files: the files that changed, relative to the folder of the checkpoint.
-        whole: how many of them, the last ones, were replaced whole.
-        moved: the files that got another name.
+    `edits` has each edit once, `rows` the path of each leaf that changed, and the number of its edit. The last `whole`
+    of the files, which are relative to the folder of the checkpoint, were replaced whole; those `moved` got another
+    name.
     """
 
     time: float
@@ -124,11 +113,9 @@ class Head:
 
     @property
     def names(self) -> set[str]:
-        """All names of files that the patch is about."""
         return {*self.files, *(name for pair in self.moved for name in pair)}
 
     def to_bytes(self) -> bytes:
-        """The payload of the frame."""
         data = {"time": self.time, "edits": self.edits, "rows": self.rows, "files": self.files}
         if self.whole:
             data["whole"] = True if self.whole == len(self.files) else self.whole
@@ -148,9 +135,6 @@ def states_text(states: Sequence[State]) -> bytes:
     return json.dumps(rows, separators=(",", ":")).encode()
 
 
-# ---- reading -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Frame:
     kind: bytes
@@ -163,26 +147,10 @@ class _Frame:
 
 
 class Record:
-    """A written record, opened for reading. `head` is checked at once, old bytes by `check`.
-
-    Attributes:
-        path: the path of the record.
-        number: higher is later.
-        state: "pending" or "done".
-        nbytes: its size.
-        head: what was done.
-
-    Raises:
-        BadCheckpoint: it is damaged, or not a record.
-    """
+    """A written record, opened for reading: under its name, or by a descriptor, if it may have lost its name. `head` is
+    checked at once, old bytes by `check`; `BadCheckpoint` if it is damaged, or not a record."""
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
-        """Open a record.
-
-        Args:
-            path: its name.
-            descriptor: the file, if it is open already; it may have lost its name.
-        """
         self.path = path
         self.number = int(path.stem)
         self.state = path.suffix[1:]
@@ -209,13 +177,11 @@ class Record:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             release(descriptor)
 
     def damaged(self, reason: str) -> BadCheckpoint:
-        """The error for a record that breaks the format."""
         return BadCheckpoint(
             f"{self.path}: the undo record is damaged: {reason}; nothing was written",
             hint="paramend undo PATH --drop forgets all undo records of PATH",
@@ -237,7 +203,6 @@ class Record:
 
     @cached_property
     def ranges(self) -> Ranges:
-        """All recorded ranges."""
         frame = self._frames[2]
         (count,) = COUNT.unpack(get(self._descriptor, frame.start, COUNT.size, self.path))
         if count > (frame.length - COUNT.size) // 32:
@@ -252,11 +217,7 @@ class Record:
         return Ranges(table)
 
     def check(self) -> None:
-        """Read the whole record and check it.
-
-        Raises:
-            BadCheckpoint: a digest differs.
-        """
+        """Read the whole record; `BadCheckpoint` if a digest differs."""
         frame = self._frames[2]
         digest = hashlib.sha256(get(self._descriptor, frame.start - FRAME.size, FRAME.size + COUNT.size, self.path))
         digest.update(np.ascontiguousarray(self.ranges.table).reshape(-1).view(np.uint8).data)
@@ -313,9 +274,8 @@ class Record:
     def become_pending(self) -> None:
         """Note that old bytes are about to be written: if this is cut short, another program finishes it.
 
-        Raises:
-            OSError: it could not be noted, and the record is done as before.
-            CannotWrite: it could not be noted for good, and the record is pending all the same.
+        If it cannot be noted, `OSError`: the record is done as before. If it cannot be noted for good, `CannotWrite`:
+        it is pending all the same.
         """
         claims.seal(self.path.parent, seal_text(self.path, [self._digest_of(frame) for frame in self._frames]))
         done, pending = self.path, self.path.with_suffix(f".{PENDING}")
@@ -344,8 +304,6 @@ class Record:
             return False
         self._frames = self._frames[: int(match[1])]
         return said == seal_text(self.path, [self._digest_of(frame) for frame in self._frames])
-
-    # -- frames
 
     def _digest_of(self, frame: _Frame) -> bytes:
         return bytes(get(self._descriptor, frame.stop - _DIGEST, _DIGEST, self.path))

@@ -22,15 +22,8 @@ _BACK = "the old bytes were put back into the file that was there"
 
 @dataclass(frozen=True)
 class Rollback:
-    """A patch to take back.
-
-    Attributes:
-        record: the record of the patch, which is removed once the old bytes are durable.
-        base: the checkpoint.
-        files: the files of the record, by number.
-        force: whether to put the old bytes back even over other bytes, or into another file of the same size.
-        progress: called with an `Event` as bytes are written.
-    """
+    """A patch to take back, from its record, which is removed once the old bytes are durable. With `force`, the old
+    bytes go even over other bytes, or into another file of the same size."""
 
     record: Record
     base: Path
@@ -39,11 +32,7 @@ class Rollback:
     progress: Progress | None = None
 
     def undo(self) -> None:
-        """Take back a complete patch.
-
-        Raises:
-            CannotWrite: its bytes have changed since, and nothing was written; or the message says what was.
-        """
+        """Take back a complete patch; `CannotWrite` if its bytes have changed since, or if the system refuses."""
         self.record.check()
         with explained(self.base), self._target() as target:
             now = target.states()
@@ -56,21 +45,17 @@ class Rollback:
             if target.files:
                 self.record.note([*now, *self.record.states[len(now) :]])
             self.record.become_pending()
-            self._restore(target)
+            self.restore(target)
             target.check_named(_BACK)
 
     def finish(self) -> bool:
-        """Take back a patch that was cut short. False if all the old bytes are still there.
-
-        Raises:
-            BadCheckpoint: the file is not the one that was patched. Nothing was written.
-            CannotWrite: the message says what was written.
-        """
+        """Take back a patch that was cut short. False if all the old bytes are still there; `BadCheckpoint` if the file
+        is not the one that was patched, and nothing was written."""
         self.record.check()
         with explained(self.base), self._target() as target:
             changed = self._is_changed(target)
             if changed:
-                self._restore(target)
+                self.restore(target)
                 target.check_named(_BACK)
             else:
                 target.sync()  # a recovery may have put them back and been killed before it got here
@@ -78,13 +63,8 @@ class Rollback:
                 self._forget()
             return changed
 
-    def abandon(self, target: OpenRanges) -> None:
-        """Take back a patch that this program is making, in the files that it has open and those that it replaced."""
-        self._restore(target)
-
     @contextlib.contextmanager
     def _target(self) -> Iterator[OpenRanges]:
-        """The files that were written in place."""
         files = self.files[: self.record.head.written]
         with opened(files) as descriptors:
             table = self.record.ranges.table
@@ -92,16 +72,11 @@ class Rollback:
 
     @property
     def _whole(self) -> WholeFiles:
-        """The files that were replaced."""
         head = self.record.head
         return WholeFiles(self.base, head.files[head.written :], head.moved, head.written)
 
     def _is_changed(self, target: OpenRanges) -> bool:
-        """Whether the files of a pending record do not hold the old bytes.
-
-        Raises:
-            BadCheckpoint: they are not the files that were patched.
-        """
+        """Whether the files of a pending record lack the old bytes; `BadCheckpoint` if they are not those patched."""
         now = target.states()
         self._check_sizes(now)
         changed, strange = self._whole.compared(self.record)
@@ -117,8 +92,8 @@ class Rollback:
             )
         return changed
 
-    def _restore(self, target: OpenRanges) -> None:
-        """Put the old bytes back, durably, and remove the record."""
+    def restore(self, target: OpenRanges) -> None:
+        """Put the old bytes back, durably, into open files and those that were replaced, and remove the record."""
         left: list[str] = []
         try:
             try:
@@ -160,7 +135,6 @@ class Rollback:
         return self._whole.put_back(self.record, meter, force=self.force) if self.record.head.whole else []
 
     def _forget(self) -> None:
-        """Remove the record: the old bytes are in place, for good."""
         path = self.record.path
         try:
             path.unlink(missing_ok=True)
@@ -174,10 +148,7 @@ class Rollback:
                 hint=f"paramend undo {self.base} --drop",
             ) from error
 
-    # ---- what is there now -----------------------------------------------------------------------------------
-
     def _by_file(self, now: Sequence[State]) -> Iterator[tuple[str, State, State]]:
-        """(name, current state, recorded state) of each file."""
         head = self.record.head
         return zip(head.files[: head.written], now, self.record.states[: head.written], strict=True)
 

@@ -28,13 +28,8 @@ from paramend.reports.progress import Progress
 
 
 class UndoStore:
-    """The undo records of a checkpoint: in a folder beside a file, or inside a checkpoint that is a folder.
-
-    Attributes:
-        base: the checkpoint, a file or a folder.
-        home: the folder that the names of its files are relative to.
-        folder: the folder of the records. It need not exist.
-        lock: the file in it that is locked while a program writes there.
+    """The undo records of a checkpoint: in a folder beside a file, or inside a checkpoint that is a folder. The names
+    of its files are relative to `home`. With `about`, only patches of that file of a folder count.
 
     >>> store = UndoStore(Path("models/model.safetensors"))
     >>> print(store.folder, store.home)
@@ -42,12 +37,6 @@ class UndoStore:
     """
 
     def __init__(self, base: Path, *, about: str = "") -> None:
-        """The store of a checkpoint.
-
-        Args:
-            base: the checkpoint.
-            about: the one file of a folder whose patches count; "" if all do.
-        """
         self.base, self._about = base, about
         self.is_folder = base.is_dir()
         self.home = base if self.is_folder else base.parent
@@ -78,14 +67,7 @@ class UndoStore:
         found = [UndoStore(self.base / name[1:-5]) for name in names if name.startswith(".") and len(name) > 6]
         return [store for store in found if not store.is_folder]  # nor "..": only files have records beside them
 
-    # ---- records ---------------------------------------------------------------------------------------------
-
     def records(self, *states: str) -> list[Path]:
-        """The records in these states, the oldest first.
-
-        Raises:
-            CannotRead: there is no permission to look.
-        """
         return records_in(self.folder, *states)
 
     def pending(self) -> list[Path]:
@@ -94,17 +76,14 @@ class UndoStore:
         return found if not self._about else [path for path in found if _is_about(path, {self._about}, unsure=True)]
 
     def next_path(self) -> Path:
-        """The path of the next record."""
         last = self.records(PARTIAL, PENDING, DONE)
         number = int(last[-1].stem) + 1 if last else 1
         return self.folder / f"{number:06}.{PARTIAL}"
 
     def has_records(self) -> bool:
-        """Whether there are records, here or in related stores."""
         return any(store.records(PENDING, DONE, PARTIAL) for store in (self, *self.related))
 
     def name_of(self, file: Path) -> str:
-        """The name of a file of the checkpoint in records."""
         try:
             return file.relative_to(self.home).as_posix()
         except ValueError:
@@ -113,17 +92,8 @@ class UndoStore:
     def rollback(
         self, record: Record, *, force: bool = False, progress: Progress | None = None, own: bool = False
     ) -> Rollback:
-        """The rollback of the patch of a record.
-
-        Args:
-            record: the record.
-            force: whether to put the old bytes back even over other bytes.
-            progress: called with an `Event` as bytes are written.
-            own: whether this program is writing the record; others cannot be trusted.
-
-        Raises:
-            BadCheckpoint: the record has files that patches of the checkpoint never write.
-        """
+        """The rollback of the patch of a record. Unless this program is writing it (`own`), it cannot be trusted:
+        `BadCheckpoint` if it has files that patches of the checkpoint never write."""
         others = [] if own else self._foreign(record)
         if others:
             what = wording.listing(others)
@@ -141,15 +111,9 @@ class UndoStore:
             replaced = {n for n in replaced if not (may_change(self.base, n) if tree else _PUT.fullmatch(n))}
         return sorted(written | replaced)
 
-    # ---- one writer at a time --------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def writing(self, *, recovers: bool = True) -> Iterator[None]:
-        """While it lasts, the folder of records exists and is locked, and patches that were cut short are taken back.
-
-        Raises:
-            Busy: another program is writing.
-        """
+        """While it lasts, the folder of records exists and is locked; patches that were cut short are taken back."""
         if self.base.is_symlink():
             raise linked(self.base)
         with explained(self.base):
@@ -167,7 +131,6 @@ class UndoStore:
                     self.close()
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """The lock of the store."""
         return locked(self.lock, name=self.base)
 
     def _make_folder(self) -> None:
@@ -201,14 +164,9 @@ class UndoStore:
             finally:
                 release(folder)
 
-    # ---- what was cut short ----------------------------------------------------------------------------------
-
     def recover(self) -> list[HistoryRow]:
-        """Take back this user's own patches that were cut short, unless they are still being made.
-
-        Raises:
-            BadCheckpoint: a record is damaged or not this user's own, or the file has been replaced since.
-        """
+        """Take back this user's own patches that were cut short, unless they are still being made; `BadCheckpoint` if a
+        record is damaged or not this user's own, or the file has been replaced since."""
         pending = self.pending()
         if claims.read(self.folder) is None:
             if pending and not is_held(self.lock) and self.pending():
@@ -237,7 +195,6 @@ class UndoStore:
         return rows
 
     def recover_related(self) -> None:
-        """The same for related stores, each of them locked."""
         for store in self.related:
             if store.pending():
                 with store.locked():
@@ -251,16 +208,7 @@ class UndoStore:
                 raise Busy(f"{store.base}: a patch of it was just cut short; nothing was changed", hint="try again")
 
     def take_back(self, writer: Writer, target: OpenRanges, error: BaseException) -> None:
-        """Put the old bytes back after an error within a patch.
-
-        Args:
-            writer: the writer of the record.
-            target: the open files, which are written in place.
-            error: what went wrong.
-
-        Raises:
-            CannotWrite: the error came from the system, or the bytes could not be put back; the message says which.
-        """
+        """Put the old bytes back after an error within a patch; `CannotWrite` if it came from the system."""
         try:
             if writer.begun:
                 self._abandon(writer, target)
@@ -281,9 +229,7 @@ class UndoStore:
         with contextlib.suppress(OSError):
             names[1].rename(names[0])
         with writer.read(next(filter(os.path.lexists, names), names[0])) as record:
-            self.rollback(record, own=True).abandon(target)
-
-    # ---- forgetting ------------------------------------------------------------------------------------------
+            self.rollback(record, own=True).restore(target)
 
     def drop(self, keep: int = 0) -> list[HistoryRow | Path]:
         """Forget records, the oldest first, with the lock held. A row for each, or the path of a damaged one."""
@@ -310,15 +256,7 @@ class UndoStore:
 
 
 def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
-    """The records of all patches of some files.
-
-    Args:
-        files: the files.
-        refuses: whether a patch that is being made, or was cut short, is an error.
-
-    Raises:
-        Busy: there is such a patch.
-    """
+    """The records of all patches of some files; if it `refuses`, one that is being made, or was cut short, raises."""
     names: dict[Path, set[str]] = {}
     for path in {real for file in files for real in (file, file.resolve())}:
         names.setdefault(path.parent, set()).add(path.name)
@@ -344,11 +282,8 @@ def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
 @contextlib.contextmanager
 def retiring(out: Path) -> Iterator[None]:
     """While it lasts, a checkpoint gets its name; if another one has it in the end, the records of the old are removed.
-
-    Raises:
-        Busy: the old one is being patched.
-        BadCheckpoint: it is a shard of a model whose patch was cut short, and that cannot be taken back unasked.
-    """
+    `Busy` if the old one is being patched; `BadCheckpoint` if it is a shard of a model whose patch was cut short, and
+    that cannot be taken back unasked."""
     own = UndoStore.of(out)
     with contextlib.ExitStack() as stack:
         held = []

@@ -89,12 +89,8 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
     """The patches that were cut short and are now taken back; usually none. Opening a checkpoint calls it.
 
     Only this user's own patches on this machine are taken back unasked: anyone can put a record beside a file. A patch
-    that another program is still making is left alone.
-
-    Raises:
-        BadCheckpoint: an undo record is damaged or not this user's own, or the file has been replaced since. Nothing
-            was written.
-        CannotWrite: the old bytes cannot be put back, for example without permission.
+    that another program is still making is left alone. `BadCheckpoint` if a record is damaged or not this user's own,
+    or the file has been replaced since.
     """
     try:
         store = UndoStore.of(path)
@@ -105,14 +101,8 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
 
 
 def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Path]:
-    """The undo records that were forgotten, the oldest first, to free their space; the checkpoint stays as it is.
-
-    Args:
-        path: a file or folder.
-        keep: how many of the latest patches can still be taken back afterwards.
-
-    Returns:
-        A row for each record, or the path of a damaged one.
+    """The undo records that were forgotten, the oldest first, to free their space: a row for each, or the path of a
+    damaged one. The checkpoint stays as it is; the latest `keep` patches can still be taken back.
 
     >>> import tempfile
     >>> from paramend.checkpoints.whole import save

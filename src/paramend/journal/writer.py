@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -26,13 +25,6 @@ def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: i
     return Head(time.time(), tuple(numbers), rows, tuple(files), whole, tuple(moved))
 
 
-class Descriptors(Protocol):
-    """Open files by number."""
-
-    def __getitem__(self, file: int, /) -> int:
-        """The descriptor of a file."""
-
-
 class Writer:
     """A record that is being written. Creating it creates the file."""
 
@@ -45,7 +37,6 @@ class Writer:
         self._back = WriteBack(self._descriptor)
 
     def close(self) -> None:
-        """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             release(descriptor)
@@ -55,24 +46,21 @@ class Writer:
         return Record(path, self._descriptor)
 
     def head(self, head: Head) -> None:
-        """Begin with what is done."""
         self._put(MAGIC)
         self.frame(b"HEAD", head.to_bytes())
 
     def frame(self, kind: bytes, payload: bytes) -> None:
-        """Add a short frame."""
         framed = FRAME.pack(kind, len(payload)) + payload
         self._put(framed)
         self._end(hashlib.sha256(framed))
 
     def files(self, states: Sequence[State]) -> None:
-        """Add the current states of the files."""
         self.frame(b"FILE", states_text(states))
 
     def old_bytes(
-        self, ranges: Ranges, descriptors: Descriptors, names: Sequence[Path], meter: Callable[[int], None]
+        self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Callable[[int], None]
     ) -> None:
-        """Add the bytes that the files hold now."""
+        """Add the bytes that the files, each with its descriptor by number, hold now."""
         table = np.ascontiguousarray(ranges.table, "<i8")
         head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))
         rows = table.reshape(-1).view(np.uint8).data
@@ -81,7 +69,7 @@ class Writer:
         self._put(head)
         self._put(rows)
         for file, lines in ranges.batches():
-            data = gather(descriptors[file], lines[:, 2:], names[file])
+            data = gather(descriptor(file), lines[:, 2:], names[file])
             digest.update(data)
             self._put(data)
             meter(len(data))
@@ -89,7 +77,7 @@ class Writer:
 
     def become(self, state: str) -> None:
         """Make all that was written durable, then rename the record to its new state."""
-        self.sync()
+        os.fsync(self._descriptor)
         if state == PENDING:
             claims.seal(self.path.parent, seal_text(self.path, self._digests))
         new = self.path.with_suffix(f".{state}")
@@ -97,10 +85,6 @@ class Writer:
         self.path = new
         sync_folder(new.parent)
         self.begun = True
-
-    def sync(self) -> None:
-        """Make all that was written durable."""
-        os.fsync(self._descriptor)
 
     def _end(self, digest: "hashlib._Hash") -> None:
         self._digests.append(digest.digest())

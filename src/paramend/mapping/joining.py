@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeVar, cast
 
 from paramend.edits.memory import editable
+from paramend.edits.moves import whole_numbers
 from paramend.errors import BadArgument
 from paramend.leaves.origins.moved import How
 from paramend.mapping.layout import Rule, groups_of
@@ -83,9 +84,10 @@ def split(tree: T, leaf: str, *, into: Sequence[str], axis: int = 0, sizes: Sequ
     """
     if isinstance(into, str) or not into:
         raise BadArgument(f"into={into!r} is not a list of paths", hint='into=["q", "k", "v"]')
-    if sizes is not None and len(sizes) != len(into):
-        raise BadArgument(f"there are {len(into)} new paths, and {len(sizes)} sizes: {list(sizes)}")
-    args = {"axis": axis, **({} if sizes is None else {"sizes": [int(size) for size in sizes]})}
+    lengths = None if sizes is None else whole_numbers(sizes, "sizes", "sizes=[4, 2, 2]")
+    if lengths is not None and len(lengths) != len(into):
+        raise BadArgument(f"there are {len(into)} new paths, and {len(lengths)} sizes: {lengths}")
+    args = {"axis": axis, **({} if lengths is None else {"sizes": lengths})}
     return _ruled(tree, [leaf], into, Step("split", args))
 
 

@@ -34,14 +34,8 @@ _MAX_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a layout, read from left to right.
-
-    Attributes:
-        sources: the paths that it takes.
-        targets: the paths that it makes.
-        do: the steps between them.
-        optional: whether it may take nothing.
-    """
+    """One rule of a layout, read from left to right: the paths that it takes, those that it makes, and the steps
+    between them. One that is optional may take nothing."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -49,18 +43,15 @@ class Rule:
     optional: bool = False
 
     def inverse(self) -> "Rule":
-        """The rule read from right to left."""
         return Rule(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.do)), self.optional)
 
     def bound(self, number: Callable[[str], int]) -> "Rule":
-        """The rule with numbers in place of their names."""
         return replace(self, do=tuple(step.bound(number) for step in self.do))
 
     def __str__(self) -> str:
         return f"{wording.listing(self.sources, 4)} -> {wording.listing(self.targets, 4)}"
 
     def to_data(self) -> dict[str, Any]:
-        """The rule as YAML has it."""
         data: dict[str, Any] = {"from": _one(self.sources), "to": _one(self.targets)}
         if self.do:
             data["do"] = [step.to_data() for step in self.do]
@@ -249,8 +240,7 @@ class Layout:
                 rows += made
         if not groups:
             raise NoMatch("no rule takes anything:\n  " + "\n  ".join(map(str, rules)))
-        twins = {twin for number in taken for twin in leaves.twins(number)}
-        kept = [leaves.index.path(number) for number in leaves.index.numbers if number not in twins]
+        kept = [leaves.index.path(number) for number in leaves.index.numbers if number not in taken]
         if kept and self.rest == "error":
             raise BadArgument(
                 f"no rule takes {wording.plural(len(kept), 'leaf', 'leaves')}:\n  " + "\n  ".join(kept),
@@ -397,7 +387,6 @@ def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:
 
 
 def _numbered(path: str, numbers: Mapping[str, int]) -> str:
-    """A path with numbers in place of some captured ones."""
     return re.sub(r"<(\w+)>", lambda found: str(numbers.get(found[1], found[0])), path)
 
 

@@ -23,13 +23,7 @@ _SOURCES = {"num_key_value_heads": ("num_attention_heads",), "head_dim": ("hidde
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of a model by name: those given, else those of its configuration.
-
-    Attributes:
-        leaves: the model.
-        given: numbers given by name.
-        named: the names that may be asked for.
-    """
+    """The numbers of a model, of which some are `named` by a layout: those given, else those of its configuration."""
 
     leaves: Editable
     given: Mapping[str, int]
@@ -45,11 +39,7 @@ class Numbers:
             _check(name, value)
 
     def __call__(self, name: str) -> int:
-        """A number.
-
-        Raises:
-            BadArgument: it is neither given nor in the configuration, or it is no number.
-        """
+        """A number; `BadArgument` if it is neither given nor in the configuration, or it is no number."""
         if name in self.given:
             return self.given[name]
         for config in (self._config, self._config.get("text_config")):
@@ -74,10 +64,6 @@ def _check(name: str, value: Any) -> int:
 
 
 def read_config(leaves: Editable) -> Mapping[str, Any]:
-    """The `config.json` beside an opened checkpoint, {} for other trees and where there is none.
-
-    Raises:
-        BadCheckpoint: it is damaged.
-    """
+    """The `config.json` beside an opened checkpoint, {} for other trees and where there is none."""
     found = document_of(leaves)
     return {} if found is None else found.values

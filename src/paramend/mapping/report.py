@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.reports.report import Line, Report, Section
@@ -48,12 +49,10 @@ class LayoutReport(Report):
         return f"{self.layout or 'layout'}: {made} {did}{of}, {len(self.kept):,} {rest}"
 
     def sections(self) -> list[Section]:
-        """The leaves that were made, and those that stayed."""
         made = [Line((row.path, shortened(row.origin)), (str(row.spec),), row.spec.size) for row in self.rows]
         return [Section(self.did[0], made), Section(self.did[1], [Line((path,)) for path in self.kept])]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         rows = [
             {"path": row.path, "dtype": row.spec.dtype, "shape": list(row.spec.shape), "origin": row.origin}
             | {"sources": list(row.sources)}
@@ -61,8 +60,3 @@ class LayoutReport(Report):
         ]
         (did, rest) = self.did
         return {"layout": self.layout, did: rows, rest.replace(" ", "_"): list(self.kept)}
-
-
-def shortened(text: str) -> str:
-    """An expression without its middle where it is long."""
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,18 +22,15 @@ from paramend.mapping import sums
 from paramend.mapping.bundles import Bundle, Data, Family, abreast, alone, over
 from paramend.reports import wording
 
+Run: TypeAlias = Callable[[Bundle, Data, int], Bundle]
+Check: TypeAlias = Callable[[Bundle, Data], None]
 # Numbers of the model, which may be given by name; the last one may be a product of several.
 COUNTS = ("heads", "kv_heads", "rotary_dim", "size", "to", "multiple")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a rule.
-
-    Attributes:
-        name: its row in the table.
-        args: its arguments, as data.
-    """
+    """A step of a rule: the name of its row in the table, and its arguments, as data."""
 
     name: str
     args: Data
@@ -50,12 +47,9 @@ class Step:
 
     @property
     def names(self) -> list[str]:
-        """The numbers of the model that it names."""
         return [name for value in self.args.values() for name in _listed(value) if isinstance(name, str)]
 
     def bound(self, number: Callable[[str], int]) -> "Step":
-        """The step with numbers in place of their names."""
-
         def known(value: Any) -> Any:
             return number(value) if isinstance(value, str) else value
 
@@ -63,11 +57,9 @@ class Step:
         return Step(self.name, {key: [*map(known, _listed(v))] if isinstance(v, list) else known(v) for key, v in args})
 
     def inverse(self) -> "Step":
-        """The step that takes this one back."""
         return Step(*_ROWS[self.name].inverse(self.args))
 
     def to_data(self) -> dict[str, Any]:
-        """The step as YAML has it."""
         return {self.name: self.args["axes"] if self.name in ("transpose", "flip") else dict(self.args)}
 
 
@@ -78,9 +70,9 @@ class _Kind:
 
     keys: tuple[str, ...]
     needs: tuple[str, ...]
-    run: Callable[[Bundle, Data, int], Bundle]
+    run: Run
     inverse: Callable[[Data], tuple[str, Data]]
-    check: Callable[[Bundle, Data], None] | None = None
+    check: Check | None = None
 
 
 def _listed(value: Any) -> list[Any]:
@@ -88,10 +80,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def read_step(data: Any) -> Step:
-    """A step from data.
-
-    Raises:
-        BadArgument: it is not one; the message says why.
+    """A step from data; `BadArgument` says why it is none.
 
     >>> read_step({"stack": {"axis": 0}}), read_step({"transpose": [1, 0]}).inverse().args
     (Step(name='stack', args={'axis': 0}), {'axes': [1, 0]})
@@ -129,9 +118,6 @@ def read_step(data: Any) -> Step:
     return Step(name, args)
 
 
-# ---- what the rows do --------------------------------------------------------------------------------------------
-
-
 def _stack(bundle: Bundle, args: Data, count: int) -> Bundle:
     return [_stacked(family, args["axis"]) for family in bundle]
 
@@ -159,13 +145,17 @@ def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
     for family in bundle:
         cut: Family = {}
         for key, x in family.items():
-            spec = hands.spec_of(x)
-            axis = axis_of(spec, args["axis"])
+            spec, axis = _along(x, args)
             rest = (*spec.shape[:axis], *spec.shape[axis + 1 :])
             for place in range(spec.shape[axis]):
                 cut[*key, place] = hands.reshape(hands.take(x, range(place, place + 1), axis), rest)
         out.append(cut)
     return out
+
+
+def _along(x: Any, args: Data) -> tuple[Spec, int]:
+    spec = hands.spec_of(x)
+    return spec, axis_of(spec, args["axis"])
 
 
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -192,12 +182,12 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
         return [part for x, n in zip(bundle, args["parts"], strict=True) for part in _split([x], rest, n)]
     out: Bundle = [{} for _ in range(count)]
     for key, x in alone("split", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         sizes = list(args.get("sizes", [length // count] * count))
         if "sizes" not in args and length % count:
-            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint="sizes=[...]")
+            some = [length - sum(sizes[1:]), *sizes[1:]]
+            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint=f"sizes={some}")
         if sum(sizes) != length or len(sizes) != count or min(sizes) < 0:
             raise SpecMismatch(
                 f"the sizes {sizes} do not add up to {length:,}, axis {axis} of {spec}, in {count} parts"
@@ -211,8 +201,7 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
 def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
     out: Bundle = [{} for _ in range(count)]
     for key, x in alone("deal", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         if spec.shape[axis] % count:
             raise SpecMismatch(f"axis {axis} of {spec} does not hold {count} parts in turns")
         for place, part in enumerate(out):
@@ -238,8 +227,7 @@ def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
     heads = args["heads"]
 
     def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         if length % heads:
             raise SpecMismatch(f"rope: axis {axis} of {spec} does not hold {heads:,} heads of one size")
@@ -298,8 +286,7 @@ def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
     groups, heads = args["kv_heads"], args["heads"]
     out: Bundle = [{}, {}, {}]
     for key, x in alone("ungroup_qkv", bundle).items():
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
         apart = hands.reshape(x, _by_groups(spec, axis, groups))
         ends = np.cumsum([0, heads // groups * size, size, size]).tolist()
@@ -317,8 +304,7 @@ def _padded(args: Data, size: int) -> int:
 
 def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
     def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        axis = axis_of(spec, args["axis"])
+        spec, axis = _along(x, args)
         length = spec.shape[axis]
         padded = _padded(args, length)
         if length != (args["size"] or length) or padded < length:
@@ -334,8 +320,7 @@ def _cut(bundle: Bundle, args: Data, count: int) -> Bundle:
 
 def _apart(x: Any, args: Data) -> tuple[Any, Any]:
     """A leaf as it was before `pad`, and what `pad` put behind it, or None."""
-    spec = hands.spec_of(x)
-    axis = axis_of(spec, args["axis"])
+    spec, axis = _along(x, args)
     length = spec.shape[axis]
     size = args["size"] or (length if _padded(args, 1) == 1 else 0)
     if length == size:
@@ -380,30 +365,24 @@ def _check_untie(bundle: Bundle, args: Data) -> None:
             )
 
 
+def _pair(
+    name: str, back: str, keys: tuple[str, ...], needs: tuple[str, ...], run: Run, undo: Run, check: Check | None = None
+) -> dict[str, _Kind]:
+    """A kind of step and its inverse, which take the same keys; the inverse may lose values."""
+    there = _Kind(keys, needs, run, lambda args: (back, args))
+    return {name: there, back: _Kind(keys, needs, undo, lambda args: (name, args), check)}
+
+
 _ROWS: Mapping[str, _Kind] = {
-    "pad": _Kind(("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, lambda args: ("cut", args)),
-    "cut": _Kind(
-        ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _cut, lambda args: ("pad", args), _check_cut
-    ),
-    "tie": _Kind((), (), _tie, lambda args: ("untie", args)),
-    "untie": _Kind((), (), _untie, lambda args: ("tie", args), _check_untie),
-    "rope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), lambda args: ("unrope", args)),
-    "unrope": _Kind(("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, True), lambda args: ("rope", args)),
-    "group_qkv": _Kind(
-        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, lambda args: ("ungroup_qkv", args)
-    ),
-    "ungroup_qkv": _Kind(
-        ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _ungroup_qkv, lambda args: ("group_qkv", args)
-    ),
-    "stack": _Kind(("axis",), (), _stack, lambda args: ("unstack", args)),
-    "unstack": _Kind(("axis",), (), _unstack, lambda args: ("stack", args)),
-    "concat": _Kind(("axis", "sizes", "parts"), (), partial(_join, "concat"), lambda args: ("split", args)),
-    "split": _Kind(("axis", "sizes", "parts"), (), _split, lambda args: ("concat", args)),
-    "sum": _Kind(("groups", "zero"), (), sums.added, lambda args: ("spread", args), sums.check_zero),
-    "spread": _Kind(("groups", "zero"), (), sums.spread, lambda args: ("sum", args)),
+    **_pair("pad", "cut", ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, _cut, _check_cut),
+    **_pair("tie", "untie", (), (), _tie, _untie, _check_untie),
+    **_pair("rope", "unrope", ("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), partial(_rope, True)),
+    **_pair("group_qkv", "ungroup_qkv", ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, _ungroup_qkv),
+    **_pair("stack", "unstack", ("axis",), (), _stack, _unstack),
+    **_pair("concat", "split", ("axis", "sizes", "parts"), (), partial(_join, "concat"), _split),
+    **_pair("spread", "sum", ("groups", "zero"), (), sums.spread, sums.added, sums.check_zero),
     "flip": _Kind(("axes",), ("axes",), sums.flipped, lambda args: ("flip", args)),
-    "interleave": _Kind(("axis",), (), partial(_join, "interleave"), lambda args: ("deal", args)),
-    "deal": _Kind(("axis",), (), _deal, lambda args: ("interleave", args)),
+    **_pair("interleave", "deal", ("axis",), (), partial(_join, "interleave"), _deal),
     "transpose": _Kind(
         ("axes",),
         ("axes",),

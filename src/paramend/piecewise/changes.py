@@ -26,26 +26,15 @@ from paramend.reports.progress import Meter
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One leaf to change.
-
-    Attributes:
-        row: its row of the plan.
-        extent: where its bytes are.
-        regions: which of its elements each call affects; empty if calls can only run together.
-        ranges: the bytes that are recorded and written, as (start, stop) in the file, ascending.
-        steps: how many bytes all calls together write.
-    """
+    """One leaf to change, at its extent: which of its elements each call affects (nothing if calls can only run
+    together), the bytes that are recorded and written, as (start, stop) in the file, ascending, and how many bytes all
+    calls together write."""
 
     row: Row
     extent: Extent
     regions: tuple[Region, ...]
     ranges: Array = field(compare=False)
     steps: int
-
-
-def work_of(row: Row, extent: Extent) -> Work:
-    """The work on the leaf of a row, whose bytes are in the extent."""
-    return Works().of(row, extent)
 
 
 class Works:
@@ -55,7 +44,6 @@ class Works:
         self._seen: dict[Any, tuple[tuple[Call, ...], Work]] = {}
 
     def of(self, row: Row, extent: Extent) -> Work:
-        """The work on the leaf of a row, whose bytes are in the extent."""
         key = (row.before, extent.nbytes, *map(id, row.calls))
         _, first = self._seen.get(key) or self._seen.setdefault(key, (row.calls, _work_at_0(row, extent.nbytes)))
         return Work(row, extent, first.regions, first.ranges + extent.start, first.steps)
@@ -79,7 +67,6 @@ def _work_at_0(row: Row, nbytes: int) -> Work:
 
 
 def _merged(ranges: Array) -> Array:
-    """Ascending ranges, with adjacent ones merged."""
     reach = np.maximum.accumulate(ranges[:, 1])
     cuts = np.flatnonzero(ranges[1:, 0] > reach[:-1])
     first = np.concatenate([[0], cuts + 1])
@@ -94,14 +81,8 @@ _FEW = 1 << 10
 
 
 def change_all(descriptors: Mapping[Path, int], source: Source, work: Sequence[Work], meter: Meter) -> None:
-    """Write the new elements of all leaves into open files: small leaves with the same edits together.
-
-    Args:
-        descriptors: the files, open for reading and writing.
-        source: the source of leaves that cannot be changed piece by piece in place.
-        work: what to do; no two leaves share bytes.
-        meter: receives the number of bytes.
-    """
+    """Write the new elements of all leaves, no two of which share bytes, into open files: small leaves with the same
+    edits together. The source is that of leaves that cannot be changed piece by piece in place."""
     alike: dict[Any, list[Work]] = {}
     for each in work:
         row, extent = each.row, each.extent
@@ -151,14 +132,7 @@ def _count(edit: Call, group: Sequence[Work], before: Array, after: Array) -> No
 
 
 def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
-    """Write the new elements of a leaf into an open file.
-
-    Args:
-        descriptor: the file, open for reading and writing; it holds the old elements.
-        source: the source of leaves that cannot be changed piece by piece in place.
-        work: what to do.
-        meter: receives the number of bytes.
-    """
+    """Write the new elements of a leaf into an open file, which holds the old ones."""
     row, extent = work.row, work.extent
     row.damage.clear()
     for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):
@@ -213,13 +187,8 @@ def _change_slice(
 
 
 def _spans(where: Region, itemsize: int, chosen: Array | None) -> Iterator[tuple[Any, Array, int]]:
-    """The slice in pieces: (places in the slice, where runs begin in the leaf, their length).
-
-    Args:
-        where: the slice. Short runs all over a leaf come in the order of the leaf.
-        itemsize: the bytes of an element.
-        chosen: the runs, by number; None for all.
-    """
+    """The slice, or some of its runs by number, in pieces: (places in the slice, where runs begin in the leaf, their
+    length). Short runs all over a leaf come in the order of the leaf."""
     if chosen is None and not (where.shuffled and where.run < _FEW):
         for at, starts, run in _pieces(where, itemsize):
             yield slice(at, at + len(starts) * run), starts, run

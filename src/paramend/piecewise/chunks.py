@@ -29,14 +29,8 @@ def laid_flat(source: Any, row: Row) -> Extent:
 
 
 def restage(source: Any, work: Sequence[Work], folder: Path, meter: Meter) -> None:
-    """Write the chunks that edits change, with their new values, into files in a folder.
-
-    Args:
-        source: the checkpoint, which stays as it is.
-        work: the leaves to change, as if each were in a separate file.
-        folder: where the files go, at the same places as in the folder of the checkpoint.
-        meter: receives the number of bytes.
-    """
+    """Write the chunks that edits change, with their new values, into files in a folder, at the same places as in that
+    of the checkpoint, which stays as it is. The work is as if each leaf were in a separate file."""
     stage = source.stage(folder, [each.row.source for each in work])
     for each in work:
         for box, values in _new_chunks(source, each, folder):
@@ -65,12 +59,8 @@ def nbytes_of(source: Any, work: Work) -> int:
 
 
 def cells(runs: Array, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Array:
-    """The chunks that hold some elements, as places in the grid of chunks, one row each, ascending.
-
-    Args:
-        runs: the elements, as (start, stop) in C order, one row each.
-        shape: of the array.
-        chunks: the shape of a chunk.
+    """The chunks that hold some elements, as places in the grid of chunks, one row each, ascending. The elements are
+    runs, (start, stop) in C order, one row each.
 
     >>> cells(np.array([[5, 7], [14, 18]]), (3, 6), (2, 3)).tolist()
     [[0, 0], [0, 1], [1, 0], [1, 1]]
@@ -90,13 +80,9 @@ def cells(runs: Array, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Array
         alone = (first == last - 1) & ~whole
         head = (start % inner > 0) & ~alone
         tail = (stop % inner > 0) & ~alone
+        row = first[alone]
         parts = [
-            (
-                place[alone],
-                first[alone] // chunk,
-                start[alone] - first[alone] * inner,
-                stop[alone] - first[alone] * inner,
-            ),
+            (place[alone], row // chunk, start[alone] - row * inner, stop[alone] - row * inner),
             (place[head], first[head] // chunk, start[head] % inner, np.full(head.sum(), inner)),
             (place[tail], whole_last[tail] // chunk, np.zeros(tail.sum(), np.int64), stop[tail] % inner),
         ]

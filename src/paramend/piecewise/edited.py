@@ -13,23 +13,16 @@ from paramend.edits.call import Call
 from paramend.edits.damage import Damage, of_call
 from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
-from paramend.leaves.origins.origin import Namer, Origin
+from paramend.leaves.origins.origin import Given, Namer, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.steps import Step, step_of
 
 
-class Edited(Origin):
+class Edited(Given):
     """The elements of an origin, edited. Boxes with gaps are taken from the whole, kept until its last element is read,
-    if elements depend on their places or on others.
-
-    Attributes:
-        base: the origin.
-        calls: the edits, first to last.
-        places: where the leaf was when each call was made.
-        path: the path of the leaf, for errors.
-        damage: where values that the dtype cannot hold are counted.
-    """
+    if elements depend on their places or on others. `places` says where the leaf was when each call was made; values
+    that the dtype cannot hold are counted in `damage`."""
 
     moves = False
     refusal = ""  # a leaf that cannot be read takes no edits but those that do not read it
@@ -53,10 +46,6 @@ class Edited(Origin):
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
         operands = (call.args.get("value") for call in self.calls)
         return self.base, *(each for each in operands if isinstance(each, Stored))
-
-    @property
-    def spec(self) -> Spec:
-        return self._spec
 
     @property
     def extents(self) -> None:
@@ -111,7 +100,6 @@ class Edited(Origin):
         return found
 
     def pieces(self) -> Iterator[Array]:
-        """The elements in pieces: flat arrays, first to last."""
         base = self.base
         self.damage.clear()
         steps, deaf = steps_of(base.spec, self.calls, self.places, self.damage)
@@ -136,7 +124,6 @@ class Edited(Origin):
             yield x
 
     def check(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Raise if a result has not the spec that was planned."""
         found = Spec(tuple(shape), dtype)
         if found != self.spec:
             said = ", ".join(map(str, self.calls))
@@ -157,12 +144,9 @@ def are_alike(calls: Sequence[Call]) -> bool:
 def steps_of(
     spec: Spec, calls: Sequence[Call], places: Sequence[Site], damage: Damage
 ) -> tuple[list[Step | None], np.dtype[Any] | None]:
-    """Edits of a leaf as steps over flat pieces, first to last, without those whose results are overwritten.
-
-    Returns:
-        The steps, None for an edit that needs the whole leaf; and, if the first step does not read the old values, the
-        dtype of its input, else None.
-    """
+    """Edits of a leaf as steps over flat pieces, first to last, without those whose results are overwritten; None for
+    an edit that needs the whole leaf. Then, if the first step does not read the old values, the dtype of its input,
+    else None."""
     deaf = [at for at, edit in enumerate(calls) if not edit.op.reads and edit.index is None]
     first = deaf[-1] if deaf else 0
     for edit in calls[:first]:

@@ -13,18 +13,12 @@ from paramend.leaves.specs import Array
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """The positions that a slice takes along one axis, in its order.
-
-    Attributes:
-        positions: a range, or an array of indices.
-        stride: the distance of two positions in elements of the leaf.
-    """
+    """The positions that a slice takes along one axis, in its order, and their distance in elements of the leaf."""
 
     positions: range | Array
     stride: int
 
     def at(self, places: Array) -> Array:
-        """The elements of the leaf at some places along the axis."""
         if isinstance(self.positions, range):
             return (self.positions.start + self.positions.step * places) * self.stride
         found: Array = self.positions[places] * self.stride
@@ -33,14 +27,10 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The elements of a slice, as contiguous runs in the leaf, in the order of the slice.
+    """The elements of a slice, as contiguous runs of `run` elements in the leaf, in the order of the slice.
 
-    Attributes:
-        shape: of the slice.
-        run: the number of elements of each run.
-        first: what is added to all positions.
-        axes: the axes over which the runs are numbered in C order.
-        last: if the slice repeats elements of the leaf, the places in the slice whose values count; else None.
+    `first` is added to all positions; the runs are numbered over the axes in C order. If the slice repeats elements of
+    the leaf, `last` are the places in the slice whose values count.
 
     >>> [region((4, 6), index).count for index in (None, -1, slice(1, 3), (slice(None), 0), (slice(None), slice(2, 4)))]
     [1, 1, 1, 4, 4]
@@ -56,12 +46,10 @@ class Region:
 
     @property
     def size(self) -> int:
-        """The number of elements of the slice."""
         return math.prod(self.shape)
 
     @property
     def count(self) -> int:
-        """The number of runs."""
         return math.prod(len(axis.positions) for axis in self.axes)
 
     def starts(self, begin: int, end: int) -> Array:
@@ -83,7 +71,6 @@ class Region:
 
     @property
     def ascends(self) -> bool:
-        """Whether the elements of the slice are in the order of the leaf."""
         return all(_ascends(axis.positions) for axis in self.axes)
 
     @property
@@ -103,10 +90,8 @@ class Region:
     def pieces(self, budget: int, slack: int) -> Iterator[tuple[int, Array, int]]:
         """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length).
 
-        Args:
-            budget: about how many elements of the leaf a piece may span; neighbouring short runs count with the gaps
-                between them.
-            slack: the gap, in elements, from which two runs are not neighbours.
+        The budget is about how many elements of the leaf a piece may span; neighbouring short runs, with gaps of less
+        than `slack` elements, count with the gaps between them.
         """
         if not self.size:
             return
@@ -142,9 +127,6 @@ def _step(axis: Axis) -> int:
 
 def region(shape: tuple[int, ...], index: Any) -> Region:
     """The elements that `x[index]` takes from an array of this shape, in its order.
-
-    Raises:
-        OutOfRange: the index does not fit.
 
     >>> region((3, 4), (0, slice(1, 3)))
     Region(shape=(2,), run=2, first=1, axes=(), last=None)
@@ -197,7 +179,6 @@ def _part(part: Any) -> Any:
 
 
 def _length(shape: tuple[int, ...], parts: list[Any]) -> int:
-    """The length of the axis that the array among the parts indexes."""
     return next(length for length, part in zip(shape, parts, strict=True) if isinstance(part, np.ndarray))
 
 

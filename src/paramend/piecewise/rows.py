@@ -18,12 +18,7 @@ from paramend.piecewise.edited import Edited
 
 
 def expression(source: Any, row: Row) -> Origin:
-    """Where the leaf of a row comes from: a leaf of the source, the edits that move its elements, those that compute.
-
-    Args:
-        source: the source of the plan.
-        row: the row.
-    """
+    """Where the leaf of a row comes from: a leaf of the source, then the edits that move its elements or compute."""
     origin = leaf_of(source, row.source)
     if not row.calls:
         return origin
@@ -99,11 +94,8 @@ def survey(plan: Plan) -> None:
     Only leaves that such edits change are read.
     """
     for row in plan.changed:
-        if any(edit.op.losses is not None for edit in row.calls) and not _is_safe(row):
+        # A cast to a dtype that holds every value loses none.
+        safe = [edit.op.name for edit in row.calls] == ["cast"] and holds(row.spec.dtype, row.before.dtype)
+        if any(edit.op.losses is not None for edit in row.calls) and not safe:
             for _ in values(plan.leaves, row):
                 pass
-
-
-def _is_safe(row: Row) -> bool:
-    """Whether all that it does is a cast to a dtype that holds every value."""
-    return len(row.calls) == 1 and row.calls[0].op.name == "cast" and holds(row.spec.dtype, row.before.dtype)

@@ -154,11 +154,8 @@ def _flat_reader(array: Array) -> Callable[[int, int], Array]:
 
 
 def flat(x: Any, spec: Spec, what: str) -> Array:
-    """The elements of a result in C order, checked against the plan.
-
-    Raises:
-        SpecMismatch: its shape or dtype differs; `what` names the leaf and the edit.
-    """
+    """The elements of a result in C order; `SpecMismatch`, which says `what`, if its shape or dtype is not as
+    planned."""
     array = np.ascontiguousarray(x)
     found = Spec(np.shape(x), array.dtype.name)
     if found != spec:

@@ -49,7 +49,6 @@ class Window:
                 self.places = (places[:, None] + np.arange(run)).reshape(-1)
 
     def read(self) -> Array:
-        """The elements of the runs, in their order."""
         buffer = self._load()
         return buffer if self.places is None else buffer[self.places]
 

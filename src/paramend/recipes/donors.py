@@ -22,12 +22,8 @@ from paramend.selectors.selector import Selector, resolve
 
 
 class Donors:
-    """Files that values come from, each opened once and closed when nothing refers to its values any more.
-
-    Args:
-        folder: the folder that relative names start from.
-        raw: whether leaves are taken as they are stored.
-    """
+    """Files that values come from, in a folder, each opened once and closed when nothing refers to its values any
+    more."""
 
     def __init__(self, folder: str | os.PathLike[str] = "", *, raw: bool = False) -> None:
         self._raw = raw
@@ -35,12 +31,6 @@ class Donors:
         self._open: dict[Path, Array | Checkpoint] = {}
 
     def open(self, name: str) -> Array | Checkpoint:
-        """The array of a `.npy` file, or a checkpoint.
-
-        Raises:
-            CannotRead: there is no such file.
-            BadCheckpoint: it is damaged or its format is unknown.
-        """
         path = self._folder / name
         if path not in self._open:
             self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
@@ -49,20 +39,13 @@ class Donors:
     def values(
         self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
     ) -> dict[int, Array | Stored]:
-        """Leaf number → an array, or a reference to one.
+        """Leaf number → an array, or a reference to one, for the chosen leaves, each with the selector that matched it.
+
+        `leaf` is the path in the file, whose wildcards stand for what those of the selectors matched; without it, the
+        leaf of the same path, whatever the separators. `NoMatch` lists all that are missing.
 
         An edited checkpoint gets references. Trees in memory get copies, which become leaves and outlive the file; so
         do checkpoints that take leaves from their own file, because a patch writes one leaf before it reads the next.
-
-        Args:
-            name: the file.
-            leaf: the path of its leaf; its wildcards stand for what those of the selectors matched. None: the leaf of
-                the same path, whatever the separators.
-            leaves: the tree.
-            chosen: numbers of selected leaves, each with the selector that matched it.
-
-        Raises:
-            NoMatch: the file has no such leaf; the message lists all that are missing.
         """
         donor = self.open(name)
         if not isinstance(donor, Checkpoint):
@@ -80,7 +63,11 @@ class Donors:
             return Stored(donor.source, number) if lazy and donor.spec(number).ndim else donor.fetch(number)
 
         if leaf is not None and not captures(leaf):
-            found = _named(leaf, donor, name)
+            try:
+                found = resolve(leaf, donor)
+            except NoMatch as error:
+                error.args = (f"{name}: {error}",)
+                raise
             if len(found) != 1:
                 raise WrongCount(f"{leaf!r} is {len(found)} leaves of {name}", found=len(found), wanted=1)
             return dict.fromkeys((number for number, _ in chosen), read(found[0]))
@@ -99,14 +86,6 @@ class Donors:
                 near=near,
             )
         return {number: read(known[path]) for number, path in paths.items()}
-
-
-def _named(leaf: str, donor: Checkpoint, name: str) -> tuple[int, ...]:
-    try:
-        return resolve(leaf, donor)
-    except NoMatch as error:
-        error.args = (f"{name}: {error}",)
-        raise
 
 
 def _moved(index: Index, chosen: Sequence[tuple[int, Selector]], leaf: str) -> dict[int, tuple[str, ...]]:

@@ -154,10 +154,7 @@ class Recipe:
         {'b': {'w': array([0.])}}
         """
         if isinstance(tree, str | os.PathLike):
-            raise Unsupported(
-                f"{str(tree)!r} is a path, not a tree",
-                hint="recipe.apply(pm.open(path)).save(out)",
-            )
+            raise Unsupported(f"{str(tree)!r} is a path, not a tree", hint="recipe.apply(pm.open(path)).save(out)")
         found, problems = self._run(tree)
         self._refuse(problems)
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):

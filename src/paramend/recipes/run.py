@@ -1,7 +1,7 @@
 """Runs of recipes: step after step on a tree, with all problems collected."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from paramend.edits.memory import editable
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
-from paramend.leaves.specs import AnyTree, Spec
+from paramend.leaves.specs import Spec
 from paramend.mapping import joining
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
@@ -75,14 +75,10 @@ def check_in_place(
             if calls and not at.problems:
                 at.problems.tried(f"{at.address}.at", leaves.check_, calls)
                 # All steps have the same leaves: only values change.
-                work.append(partial(_edit_, module, calls, raw=raw))
+                work.append(partial(lambda calls: editable(module, raw=raw).edited_(calls), calls))
             for problem in at.problems:
                 problems.append(problem)
     return work, problems
-
-
-def _edit_(module: AnyTree, calls: Mapping[int, Call], *, raw: bool) -> None:
-    editable(module, raw=raw).edited_(calls)
 
 
 def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:
@@ -96,11 +92,7 @@ def _following(problem: Problem, broken: Sequence["_Attempt"]) -> Problem:
 
 @dataclass(slots=True)
 class _Attempt:
-    """One step on a tree.
-
-    Attributes:
-        problems: what is wrong.
-    """
+    """One step on a tree, and what is wrong with it."""
 
     step: RecipeStep
     leaves: Editable
@@ -127,7 +119,6 @@ class _Attempt:
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
 
     def _configured(self) -> Any:
-        """The checkpoint after a step that edits its configuration."""
         tree: Any = self.leaves
         if self.problems.tried(self.address, config, tree) is None:
             return None
@@ -141,7 +132,6 @@ class _Attempt:
         return tree
 
     def _regrouped(self) -> Any:
-        """The tree after a step that joins leaves, or cuts one."""
         given, name = self.step.given, self.step.verb.name
         texts, axis = self.step.texts, given.get("axis", 0)
         if name == "split":
@@ -160,7 +150,7 @@ class _Attempt:
         index = read_index(given["index"]) if "index" in given and "index" not in op.parameters else None
         specs = {number: self.leaves.spec(number) for number, _ in chosen}
         if index is not None:
-            inner = self._each("index", specs, lambda number: _sliced(specs[number], index))
+            inner = self._each("index", specs, lambda n: Spec(sliced_shape(specs[n].shape, index), specs[n].dtype))
         else:
             inner = specs
         args = {name: given[name] for name in op.parameters if name in given}
@@ -181,7 +171,8 @@ class _Attempt:
         found: dict[int, Selector] = {}
         for part, text in self.step.addressed("at"):
             selector = sel(text)
-            for key, narrowed in ((part, selector), ("where", self._narrowed(selector))):
+            where = self.step.given.get("where")
+            for key, narrowed in ((part, selector), ("where", selector.where(**where) if where else selector)):
                 numbers = self._resolved(key, narrowed)
                 if not numbers:
                     break
@@ -214,10 +205,6 @@ class _Attempt:
             code = "expect" if self.step.verb.name == "expect" else "no-match"
             self.problems.add(f"{self.address}.except", "it leaves nothing of what `at` selects", code=code)
         return left
-
-    def _narrowed(self, selector: Selector) -> Selector:
-        where = self.step.given.get("where")
-        return selector.where(**where) if where else selector
 
     def _expect(self, numbers: Sequence[int]) -> None:
         given = self.step.given
@@ -266,7 +253,6 @@ class _Attempt:
         return found
 
     def _hint(self, hint: str, spec: Spec) -> str:
-        """A hint for Python, rewritten for recipes."""
         where = re.search(r"\.where\((.*?)\)", hint)
         if where:
             return f"where: {{{where[1].replace('=', ': ').replace(chr(34), '')}}}"
@@ -276,10 +262,6 @@ class _Attempt:
             cast = f"cast: {{{write_scalar(chosen)[1:-1]}, dtype: {dtype}}}"
             return f"{cast} in a step before it, and back to {spec.dtype} in one after it"
         return "" if "pm." in hint or hint.startswith(".") else hint
-
-
-def _sliced(spec: Spec, index: Any) -> Spec:
-    return Spec(sliced_shape(spec.shape, index), spec.dtype)
 
 
 def _literal(value: Any, spec: Spec) -> Any:

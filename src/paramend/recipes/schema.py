@@ -3,7 +3,7 @@
 from typing import Any
 
 from paramend.edits.arguments import DEFINITIONS
-from paramend.recipes.verbs import VERBS, Key, Verb
+from paramend.recipes.verbs import VERBS, Verb
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -32,21 +32,18 @@ def make_schema() -> dict[str, Any]:
         },
         "required": ["version", "steps"],
         "additionalProperties": False,
-        "$defs": {**{name: dict(schema) for name, schema in DEFINITIONS.items()}, **_verbs()},
-    }
-
-
-def _verbs() -> dict[str, Any]:
-    return {
-        verb.name: {"description": verb.says, **_body(verb), "examples": [*verb.example.values()]}
-        for verb in VERBS.values()
+        "$defs": {name: dict(schema) for name, schema in DEFINITIONS.items()}
+        | {
+            verb.name: {"description": verb.says, **_body(verb), "examples": [*verb.example.values()]}
+            for verb in VERBS.values()
+        },
     }
 
 
 def _body(verb: Verb) -> dict[str, Any]:
     table: dict[str, Any] = {
         "type": "object",
-        "properties": {key.name: _described(key) for key in verb.keys},
+        "properties": {key.name: {"description": key.says, **key.value.schema} for key in verb.keys},
         "required": [key.name for key in verb.keys if key.required],
         "additionalProperties": False,
     }
@@ -56,7 +53,3 @@ def _body(verb: Verb) -> dict[str, Any]:
         table["oneOf"] = [{"required": [name]} for name in verb.one_of]
         table["dependentRequired"] = {"leaf": ["from"]}
     return {"anyOf": [verb.keys[0].value.schema, table]} if verb.short else table
-
-
-def _described(key: Key) -> dict[str, Any]:
-    return {"description": key.says, **key.value.schema}

@@ -22,13 +22,7 @@ _KEYS = ("version", "raw", "steps")
 
 @dataclass(frozen=True, slots=True)
 class RecipeStep:
-    """One step.
-
-    Attributes:
-        verb: its row of the table.
-        given: its keys with their values read: numbers are numbers, dtypes have their full names.
-        number: its place in the recipe.
-    """
+    """One step: a row of the table, its keys with their values read, such as full names of dtypes, and its place."""
 
     verb: Verb
     given: Mapping[str, Any]
@@ -36,7 +30,6 @@ class RecipeStep:
 
     @property
     def texts(self) -> list[str]:
-        """The texts of `at`."""
         return [text for _, text in self.addressed("at")]
 
     def addressed(self, key: str) -> list[tuple[str, str]]:
@@ -45,11 +38,9 @@ class RecipeStep:
         return [(f"{key}[{n}]", text) for n, text in enumerate(texts)] if isinstance(texts, list) else [(key, texts)]
 
     def selectors(self) -> list[Selector]:
-        """A selector for each text of `at`."""
         return list(map(sel, self.texts))
 
     def to_dict(self) -> dict[str, Any]:
-        """The step as data of a recipe."""
         if self.verb.short and list(self.given) == ["at"]:
             return {self.verb.name: self.given["at"]}
         return {self.verb.name: dict(self.given)}
@@ -63,13 +54,11 @@ class Problems(list[Problem]):
     """Problems, in the order in which they are found. One too many raises `Enough`."""
 
     def append(self, problem: Problem) -> None:
-        """Append a problem."""
         if len(self) >= MAX_PROBLEMS:
             raise Enough
         super().append(problem)
 
     def add(self, address: str, message: str, hint: str = "", code: str = "recipe") -> None:
-        """Append a problem."""
         self.append(Problem(address, message, hint, code))
 
     def tried(self, address: str, make: Callable[..., T], *args: Any) -> T | None:
@@ -149,9 +138,8 @@ def _step(data: Any, address: str, problems: Problems) -> RecipeStep | None:
         return None
     for name in data:
         if name in CODE:
-            problems.add(
-                below(address, name), f"{name} takes code, and nothing in a recipe runs code", _verbs_beside(name)
-            )
+            hint = f"in Python: pm.at(tree, selector).{name}(...); here: {', '.join(VERBS)}"
+            problems.add(below(address, name), f"{name} takes code, and nothing in a recipe runs code", hint)
         elif name not in VERBS:
             also = [op.name for op in OPS.values() if name in op.words]
             problems.add(
@@ -228,20 +216,12 @@ def _conditions(data: Any, address: str, problems: Problems) -> Any:
     return {name: _read(key, data[name], below(address, name), problems) for name, key in known.items() if name in data}
 
 
-# ---- words -------------------------------------------------------------------------------------------------------
-
-
 def _near(word: Any, known: Iterable[str]) -> str:
     near = wording.closest(str(word), known, limit=1)
     return f"did you mean {near[0]}?" if near else ""
 
 
-def _verbs_beside(name: str) -> str:
-    return f"in Python: pm.at(tree, selector).{name}(...); here: {', '.join(VERBS)}"
-
-
 def _example(verb: Verb) -> str:
-    """A step of the verb with all that it needs, as text of a recipe."""
     ((name, body),) = verb.example.items()
     return f"{name}: {write_scalar(body)}"
 

@@ -53,13 +53,8 @@ _SCALARS: tuple[tuple[str, Callable[[str], Any]], ...] = (
 
 @dataclass(slots=True)
 class Document:
-    """The result of reading a text.
-
-    Attributes:
-        data: maps, lists and scalars.
-        problems: what is wrong although the text can be read, such as a duplicate key.
-        lines: address → the line where it begins, counted from 1; empty for JSON.
-    """
+    """The result of reading a text: maps, lists and scalars; what is wrong although it can be read, such as a duplicate
+    key; and address → the line where it begins, counted from 1, empty for JSON."""
 
     data: Any = None
     problems: list[Problem] = field(default_factory=list)
@@ -80,14 +75,8 @@ def below(address: str, key: str | int) -> str:
 
 
 def read(text: str, name: str) -> Document:
-    """The data of a recipe's text.
-
-    Args:
-        text: YAML or JSON.
-        name: the name of the recipe in messages.
-
-    Raises:
-        BadRecipe: the text is neither, or too large.
+    """The data of a recipe's text; messages call the recipe by the given name. `BadRecipe` if it is neither YAML nor
+    JSON, or too large.
 
     >>> read("version: 1\\nsteps: [zero: w]", "recipe").data
     {'version': 1, 'steps': [{'zero': 'w'}]}
@@ -141,7 +130,6 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
     values = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """One value, with what is in it."""
         self.values, self.depth = self.values + 1, self.depth + 1
         if self.depth > MAX_LEVELS or self.values > _MAX_VALUES:
             deep = self.depth > MAX_LEVELS
@@ -153,8 +141,6 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
 
 
 class _Reader:
-    """A reader of one YAML text."""
-
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text = name, text
         self.document = Document()

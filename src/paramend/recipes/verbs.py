@@ -23,16 +23,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A kind of step.
+    """A kind of step: its key, what it does, and what the map below it may hold.
 
-    Attributes:
-        name: its key in a step.
-        says: what it does.
-        keys: what the map below it may hold.
-        op: its row of the table of ops; None for changes of structure and for expectations.
-        one_of: keys, exactly one of which is required.
-        any_of: keys, at least one of which is required.
-        changes: whether the steps after it see different paths or specs.
+    `op` is its row of the table of ops; None for changes of structure and for expectations. Exactly one of the keys
+    `one_of` is required, at least one of `any_of`. If it `changes`, the steps after it see different paths or specs.
     """
 
     name: str
@@ -48,7 +42,6 @@ class Verb:
 
     @property
     def example(self) -> dict[str, Any]:
-        """A step of the verb with all that it needs, as data."""
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
         new = {key.name for key in self.keys} & {"to", "into"}
@@ -80,9 +73,7 @@ CONDITIONS = (
 )
 # `recipes.steps` reads `at`, `except` and `where`: they hold lists and maps whose parts have their own addresses.
 SELECTOR = Value(
-    "a selector",
-    TEXT.read,
-    {"anyOf": [TEXT.schema, {"type": "array", "minItems": 1, "items": TEXT.schema}]},
+    "a selector", TEXT.read, {"anyOf": [TEXT.schema, {"type": "array", "minItems": 1, "items": TEXT.schema}]}
 )
 WHERE = Value(
     "a map of conditions",
@@ -109,12 +100,7 @@ def _values(data: Any) -> dict[str, Any]:
 
 
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
-PATHS = Value(
-    "a list of paths",
-    _texts,
-    {"type": "array", "minItems": 1, "items": TEXT.schema},
-    example="layers/<n>/w",
-)
+PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})

@@ -21,19 +21,12 @@ _Found = Mapping[Path, os.stat_result]
 
 
 class Accesses:
-    """The access of each file and folder of an output.
+    """The access of each file and folder of an output, from all files that a plan reads, and what its output replaces.
 
     Files that are copied with edits stay as open as they are, in folders that stay as open as they are.
     """
 
     def __init__(self, made: Plan, out: Path, *, folder: bool) -> None:
-        """Look at all files that a plan reads, and at what its output replaces.
-
-        Args:
-            made: the plan.
-            out: the output.
-            folder: whether it is a directory.
-        """
         self._made, self._out = made, out
         self._read: dict[int, _Found] = {}
         self._homes: dict[Path, os.stat_result] = {}
@@ -56,7 +49,6 @@ class Accesses:
         return self._all
 
     def read_by(self, row: Row) -> set[Path]:
-        """The files that a leaf is computed from."""
         found: set[Path] = set()
         for each in expression(self._made.leaves, row).stored():
             if not isinstance(each, Stored):
@@ -68,7 +60,6 @@ class Accesses:
         return found
 
     def of_file(self, file: File) -> Access:
-        """The access of a file."""
         read = {piece.path for piece in file.pieces if isinstance(piece, Copy)}
         read |= set() if file.origin is None else {file.origin}
         rows = {id(piece.row): piece.row for piece in file.pieces if isinstance(piece, Computed)}
@@ -77,11 +68,7 @@ class Accesses:
         return self._of(read or self._all, file.name, derived=file.origin is None)
 
     def of_all(self, name: str) -> Access:
-        """The access of a file that tells of everything that is read.
-
-        Args:
-            name: its path within the output, or that of a file.
-        """
+        """The access of a file, at a path within the output, that tells of everything that is read."""
         return self._of(self._all, name, derived=True)
 
     def of_chunks(self, name: str) -> Access:
@@ -121,13 +108,11 @@ class Accesses:
 
 
 def _each(found: Iterable[Any]) -> Iterator[Any]:
-    """The checkpoints that others are gathered from."""
     for source in found:
         yield from source.sources if isinstance(source, Gathered) else [source]
 
 
 def _home(source: Any) -> Path | None:
-    """The folder of a checkpoint that is a folder."""
     path = getattr(source, "path", None)
     if not isinstance(path, Path) or not (isinstance(source, Shards | Chunked)):
         return None

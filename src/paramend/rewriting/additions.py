@@ -14,7 +14,7 @@ from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 from paramend.rewriting.copies import edited_file, rows_by_file
-from paramend.rewriting.files import Copy, File, fresh_file
+from paramend.rewriting.files import File, copied_file, fresh_file
 from paramend.rewriting.shards import grouped, homes_of, index_file, largest, stem_of
 
 # Names of weights whose readers look for an index if there is no single file.
@@ -37,19 +37,12 @@ def parted(made: Plan) -> tuple[list[tuple[int, Row]], list[Row]]:
 
 
 def grown_shards(made: Plan, source: Any, *, link: bool, splits: bool) -> list[File] | None:
-    """The files of a source as they are, what comes to its leaves in further ones, and the index.
+    """The files of a source as they are, what comes to its leaves in further ones, and the index; None if leaves of the
+    source go, move or are made anew, or if its readers would not find further files.
 
-    The files keep their names, but a single `model.safetensors` becomes the first of several: readers prefer a file of
-    that name to an index. A file of another checkpoint whose leaves all come under their names comes as it is.
-
-    Args:
-        made: the plan.
-        source: the source.
-        link: whether files that stay as they are become hard links.
-        splits: whether a single file without an index may become the first of several.
-
-    Returns:
-        None if leaves of the source go, move or are made anew, or if its readers would not find further files.
+    The files keep their names, but a single `model.safetensors` may become the first of several if `splits`: readers
+    prefer a file of that name to an index. A file of another checkpoint whose leaves all come under their names comes
+    as it is.
     """
     if not isinstance(source, Shards) or not isinstance(made.leaves, Gathered):
         return None
@@ -74,13 +67,12 @@ def grown_shards(made: Plan, source: Any, *, link: bool, splits: bool) -> list[F
     for file, rows in [*whole, *((None, rows) for rows in groups)]:
         name = next(names)
         homes |= {made.name(row): name for row in rows}
-        files.append(fresh_file(made, rows, DEFAULT, name) if file is None else _copy(file, name, link=link))
+        files.append(
+            fresh_file(made, rows, DEFAULT, name)
+            if file is None
+            else copied_file(file.path, file.stat.st_size, name, link=link)
+        )
     return [*files, index_file(made, source, homes)] if indexed or single else files
-
-
-def _copy(file: SafetensorsFile, name: str, *, link: bool) -> File:
-    size = file.stat.st_size
-    return File(name, size, (Copy(file.path, 0, size),), file.path, link)
 
 
 def _free_names(source: Shards, stem: str, count: int) -> list[str]:
@@ -96,13 +88,7 @@ def _free_names(source: Shards, stem: str, count: int) -> list[str]:
 
 
 def _whole_files(made: Plan, rows: Sequence[Row], framework: str | None) -> Iterator[tuple[SafetensorsFile, list[Row]]]:
-    """The files whose leaves all come as they are, each with its rows.
-
-    Args:
-        made: the plan.
-        rows: what comes.
-        framework: the framework that the metadata of a file must name.
-    """
+    """The files whose leaves all come as they are, each with its rows. Their metadata must name the framework."""
     found: dict[int, tuple[SafetensorsFile, list[Row]]] = {}
     source: Any = made.leaves
     for row in rows:

@@ -24,10 +24,8 @@ def arranged(made: Plan, rows: Sequence[Row]) -> Outline:
     """The outline of a plan's result; the number of a place is the position of a row.
 
     A leaf that is not moved keeps its true keys. In a path that is new, a number is a position where the source has a
-    list, and where a leaf of a list is moved to a new place. A list that would have holes becomes a dict.
-
-    Raises:
-        RenameClash: a leaf would take the place of an entry that is not an array.
+    list, and where a leaf of a list is moved to a new place. A list that would have holes becomes a dict. `RenameClash`
+    if a leaf would take the place of an entry that is not an array.
     """
     old = outline_of(base_of(made))
     places, gathered = old.places, isinstance(made.leaves, Gathered)
@@ -123,31 +121,25 @@ def _containers(pairs: list[_Pair], old: Outline) -> dict[Keys, Any]:
     return found
 
 
-# ---- what a format cannot hold -----------------------------------------------------------------------------------
-
-
 def lost(source: Source, form: Format) -> tuple[str, ...]:
-    """What a new file in a format has no place for, each with the reason."""
+    """What a new file in a format has no place for, each with the reason.
+
+    Of a named tuple without fields, such as an empty optimizer state, there is only one: it is not lost.
+    """
     writer = form.writer()
     holds = once(writer.holds)
     own = format_of(source)
     said = [
         f"{shown(keys, source.index.separator)} ({what(value, flat=writer.flat)})"
         for keys, value in outline_of(source).others
-        if not holds(value) and not _is_fieldless(value)
+        if not holds(value) and not (isinstance(value, tuple) and not value and hasattr(value, "_fields"))
     ]
     if own is not form:
         said += [f"{name} (not a tensor)" for name in _beside(source)]
     return tuple(said)
 
 
-def _is_fieldless(value: Any) -> bool:
-    """Whether it is a named tuple without fields, such as an empty optimizer state, of which there is only one."""
-    return isinstance(value, tuple) and not value and hasattr(value, "_fields")
-
-
 def _beside(source: Any) -> Iterable[str]:
-    """The names of what a file holds beside its tree."""
     names = {"npz": source.metadata, "orbax": ["custom_metadata"], "safetensors": source.metadata}
     there = names.get(source.format, ())
     return [n for n in there if n in source.metadata and n != "format" and not n.startswith("paramend.")]

@@ -9,7 +9,7 @@ from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.formats.source import Sealed
 from paramend.formats.writer import LeafBytes
-from paramend.rewriting.files import Copy, File, laid, with_header, with_rows
+from paramend.rewriting.files import Copy, File, copied_file, laid, with_header, with_rows
 
 
 def overlays(made: Plan) -> bool:
@@ -25,12 +25,7 @@ def overlays(made: Plan) -> bool:
 
 
 def rows_by_file(source: Shards, leaves: Iterable[tuple[int, Row]]) -> Iterator[tuple[Any, list[tuple[int, Row]]]]:
-    """The files of a source that remain, each with its leaves: (number in the file, row).
-
-    Args:
-        source: the source.
-        leaves: its leaves that remain: (number in it, row).
-    """
+    """The files of a source that remain, each with its leaves, (number in the file, row), from those of the source."""
     rows: list[list[tuple[int, Row]]] = [[] for _ in source.files]
     for number, row in leaves:
         place, inner = source.home(number)
@@ -41,19 +36,8 @@ def rows_by_file(source: Shards, leaves: Iterable[tuple[int, Row]]) -> Iterator[
 
 
 def edited_file(made: Plan, file: Any, rows: list[tuple[int, Row]], name: str, *, link: bool) -> File:
-    """A file of the source, edited.
-
-    Args:
-        made: the plan.
-        file: the file.
-        rows: the rows of its leaves: (number in the file, row).
-        name: the name of the new file.
-        link: whether it may be a hard link to the old one.
-
-    Raises:
-        Unsupported: the format cannot hold a leaf, or has no place for it in a copy of the file.
-        RenameClash: two leaves would have the same place.
-    """
+    """A file of the source, edited, under a new name; with `link`, perhaps a hard link to the old one. The rows are
+    (number in the file, row). `Unsupported` if the format cannot hold a leaf, or its copy has no place for it."""
     if isinstance(file, SafetensorsFile):
         return _with_header(made, file, rows, name, link=link)
     if file.format == "torch":
@@ -69,8 +53,7 @@ def _with_header(made: Plan, file: SafetensorsFile, rows: list[tuple[int, Row]],
     by_place: Mapping[int, Row] = dict(rows)
     header = file.header.edited({place: (made.name(row), row.spec) for place, row in by_place.items()})
     if header is file.header and not any(row.calls for row in by_place.values()):
-        size = file.stat.st_size
-        return File(name, size, (Copy(file.path, 0, size),), file.path, link)
+        return copied_file(file.path, file.stat.st_size, name, link=link)
     ordered = [by_place[place] for place in sorted(by_place)]
     head = [Copy(file.path, 0, header.nbytes)] if header is file.header else []
     leaves = [LeafBytes(place, 0, entry.nbytes) for place, entry in enumerate(header.entries)]

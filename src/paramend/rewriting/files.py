@@ -20,13 +20,7 @@ from paramend.rewriting.arrangement import arranged, base_of
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes that are copied unchanged.
-
-    Attributes:
-        path: the file that they are in.
-        start: the first byte.
-        stop: the one after the last.
-    """
+    """Bytes of a file that are copied unchanged."""
 
     path: Path
     start: int
@@ -35,13 +29,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Bytes of a leaf that is edited, or not contiguous in a file.
-
-    Attributes:
-        row: the leaf.
-        start: the first byte of it.
-        stop: the one after the last.
-    """
+    """Bytes of a leaf that is edited, or not contiguous in a file."""
 
     row: Row
     start: int
@@ -53,16 +41,11 @@ Piece = Copy | Computed | bytes
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file to write.
+    """One file to write, at a path within the directory; "" for a checkpoint of a single file.
 
-    Attributes:
-        name: its path within the directory; "" for a checkpoint of a single file.
-        nbytes: its size.
-        pieces: its content, first byte to last. The pieces of a leaf come one after the other.
-        patched: the ranges (start, stop) whose checksums in the format are not yet correct.
-        reopen: the function that opens such a file.
-        origin: the file that it copies byte for byte; None if there is none.
-        link: whether it becomes a hard link to `origin` instead.
+    The pieces are its content, first byte to last; those of a leaf come one after the other. `origin` is the file that
+    it copies byte for byte, or becomes a hard link to. The checksums of the `patched` ranges (start, stop) are not yet
+    correct in the format; `reopen` opens the file to correct them.
     """
 
     name: str
@@ -94,14 +77,10 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
 
 
 def with_header(name: str, raw: bytes, pieces: Sequence[Piece]) -> File:
-    """A new safetensors file. Its header is padded so that most of what is copied keeps its place within a block.
+    """A new safetensors file, with this JSON text as its header, which is padded so that most of what is copied keeps
+    its place within a block.
 
     The bytes do not depend on the file system: whoever copies the file to one that shares blocks has the benefit.
-
-    Args:
-        name: its path within the directory; "" for a checkpoint of a single file.
-        raw: the JSON text of its header.
-        pieces: the data.
     """
     start = best_start(((copy.start, copy.stop, at) for copy, at in placed(pieces)), 8 + len(raw), step=8)
     head = framed(raw, start if start <= 8 + MAX_HEADER else 8 + len(raw))
@@ -143,13 +122,8 @@ def ordered(made: Plan, form: Format) -> list[Row]:
 def laid(
     made: Plan, rows: Sequence[Row], parts: Iterable[bytes | Copy | LeafBytes]
 ) -> tuple[tuple[Piece, ...], list[tuple[int, int]], int]:
-    """The pieces of a file, the ranges of its leaves, and its length. Adjacent bytes that stay are one piece.
-
-    Args:
-        made: the plan.
-        rows: the leaves that the spans refer to by position.
-        parts: the file from its first byte to its last.
-    """
+    """The pieces of a file, adjacent ones that stay as one, the ranges of its leaves, and its length, from its
+    parts."""
     pieces: list[Piece] = []
     ranges: list[tuple[int, int]] = []
     at = 0
@@ -204,14 +178,7 @@ def _extents(made: Plan, row: Row) -> list[Extent] | None:
 
 
 def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int], Row]) -> list[Piece]:
-    """A range of bytes of a file with rows in place of some of them.
-
-    Args:
-        path: the file.
-        start: the first byte.
-        stop: the byte after the last.
-        places: (start, stop) → row.
-    """
+    """A range of bytes of a file with rows in place of some of them: (start, stop) → row."""
     pieces: list[Piece] = []
     for (first, last), row in sorted(places.items(), key=lambda place: place[0]):
         if first < last:
@@ -219,9 +186,6 @@ def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int]
             pieces.append(Computed(row, 0, last - first))
             start = last
     return [*pieces, Copy(path, start, stop)] if start < stop else pieces
-
-
-# ---- common to the files of a plan -----------------------------------------------------------------------------
 
 
 def nbytes_of(made: Plan, row: Row) -> int:
@@ -239,6 +203,11 @@ def sources(made: Plan) -> list[Any]:
     """The sources of a plan: the checkpoint that it edits, then the files of other leaves."""
     found = [made.leaves, *(value.source for row in made.rows for value in operands(row))]
     return list({id(source): source for source in found}.values())
+
+
+def copied_file(path: Path, size: int, name: str, *, link: bool = False) -> File:
+    """A file as it is, under a name."""
+    return File(name, size, (Copy(path, 0, size),) if size else (), path, link)
 
 
 def text_file(name: str, text: bytes) -> File:

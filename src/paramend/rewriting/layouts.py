@@ -28,15 +28,10 @@ from paramend.rewriting.wishes import Wish, wish_of
 class Layout:
     """The files that a rewrite makes.
 
-    Attributes:
-        files: the files.
-        folder: whether they go into a directory.
-        format: the format.
-        left_out: files of the source that are left out, each with the reason.
-        tree: for a format whose checkpoints are directories, the folder in it that holds the tree; "" for all of it.
-        fresh: whether the writer of the format fills that folder; if not, it is a copy with new chunks for edits.
-        more: about how many bytes are written besides those of the files.
-        said: what is to be said of files beside the weights.
+    `folder` says whether they go into a directory, `left_out` which files of the source do not, each with the reason.
+    For a format whose checkpoints are directories, `tree` is the folder in it that holds the tree, "" for all of it; if
+    it is `fresh`, the writer of the format fills it, else it is a copy with new chunks for edits. `more` is about how
+    many bytes are written besides those of the files, `said` what is to be said of files beside the weights.
     """
 
     files: tuple[File, ...]
@@ -50,7 +45,6 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that will be written."""
         return self.more + sum(file.nbytes for file in self.files if not file.link)
 
 
@@ -65,12 +59,8 @@ def lay_out(
     """The layout of a plan's result under a name.
 
     The suffix of the name selects the format; a name without one keeps that of the source, file or directory, unless
-    the format is given: see `wish_of`.
-
-    Raises:
-        Unsupported: the format cannot hold a leaf, or cannot be written.
-        RenameClash: two leaves would have the same name in the file.
-        BadArgument: a size is malformed, or is given for a single file.
+    the format is given: see `wish_of`. `Unsupported` if the format cannot hold a leaf, `RenameClash` if two leaves
+    would have the same name in the file.
     """
     source = base_of(made)
     wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
@@ -88,14 +78,9 @@ def lay_out(
 
 
 def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
-    """What a plan that adds leaves to its source changes in the folder of it.
-
-    Returns:
-        The files that are new there or replace others, and (old name, new name) of those that get another name.
-
-    Raises:
-        Unsupported: the source has no place for further files, or leaves of it go or move.
-    """
+    """What a plan that adds leaves to its source changes in the folder of it: the files that are new there or replace
+    others, and (old name, new name) of those that get another name. `Unsupported` if leaves of the source go or move,
+    or it has no place for further files."""
     source = base_of(made)
     files = grown_shards(made, source, link=False, splits=True)
     if files is None:

@@ -23,8 +23,7 @@ from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated, f
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
-from paramend.leaves.origins.texts import quoted
-from paramend.mapping.report import shortened
+from paramend.leaves.origins.texts import quoted, shortened
 from paramend.piecewise.rows import expression
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of
@@ -49,27 +48,15 @@ _BLANK = "0" * 64
 
 
 class Note:
-    """The record of a rewrite: a new one, that of the source unchanged, or none.
+    """The record of a rewrite: a new one, that of the source unchanged, or none; `layout` has its place.
 
     Digests are computed from bytes on their way into the output. If the record is in a header, the header is written
     first with blank digests of the same length, and again when the digests are known.
-
-    Attributes:
-        layout: what is written, including the place of the record.
     """
 
     def __init__(self, made: Plan, out: Path, layout: Layout, recipe: str | None) -> None:
-        """Prepare the record of a plan that is about to be carried out.
-
-        Args:
-            made: the plan.
-            out: where it goes.
-            layout: what is written without a record.
-            recipe: the recipe of the plan, "" if unknown; None for no new record.
-
-        Raises:
-            BadCheckpoint: the record of the source, which the new one contains, is damaged.
-        """
+        """Prepare the record of a plan that is about to be carried out. The recipe is "" if it is unknown, None for no
+        new record. `BadCheckpoint` if the record of the source, which the new one contains, is damaged."""
         self._made, self._out = made, out
         self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
         self._digests: dict[int, str] = {}
@@ -106,7 +93,6 @@ class Note:
             return None
 
     def _begun(self, base: Any, recipe: str) -> bytes:
-        """The new record, with blank digests."""
         from importlib.metadata import version  # slow to import
 
         before = record_of(base)
@@ -133,7 +119,6 @@ class Note:
         return json.dumps(self._record.to_dict(), ensure_ascii=False, **form).encode("utf-8", "replace")
 
     def _place(self) -> None:
-        """Make room for the record in the layout."""
         if self._where == "folder":
             kept = tuple(file for file in self.layout.files if file.name != FILE)
             self.layout = replace(self.layout, files=kept)
@@ -159,8 +144,6 @@ class Note:
                 hint=f"a directory: {self._out.with_suffix('')}/",
             )
         return raw
-
-    # -- while it is written
 
     def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         """The bytes of a leaf on their way into the output, hashed if the record contains the leaf."""
@@ -219,11 +202,7 @@ class Note:
 
     @contextlib.contextmanager
     def beside(self, accesses: Accesses) -> Iterator[None]:
-        """While it lasts, a file gets its name. Then the record beside it is its own, or that of the old file stays.
-
-        Raises:
-            CannotWrite: the file was written, but its record was not.
-        """
+        """While it lasts, a file gets its name. Then the record beside it is its own, or that of the old file stays."""
         then = look(self._out)
         try:
             yield
@@ -252,7 +231,6 @@ class Note:
             self._aside = beside(self._out).rename(spare(self._out))
 
     def _publish(self, accesses: Accesses) -> None:
-        """Put the record beside the file, which has its name now."""
         if self._aside is not None:
             with contextlib.suppress(OSError):  # the next writer sweeps it
                 self._aside.unlink()
@@ -295,7 +273,6 @@ class _Texts:
         return text
 
     def named(self, leaf: Origin) -> str:
-        """What an origin without children is called."""
         if not isinstance(leaf, Stored):
             return leaf.says
         place, name = Path(leaf.source.path).resolve(), quoted(leaf.source.index.name(leaf.number))

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from paramend.disk.failures import check_room, reason
 from paramend.disk.publishing import exists
@@ -18,24 +18,12 @@ from paramend.formats.registry import SUFFIXES, find_format, home_of
 from paramend.reports import wording
 from paramend.rewriting.files import placed, sources
 from paramend.rewriting.layouts import Layout, lay_out
+from paramend.rewriting.wishes import How
 
 
-def check_output(
-    made: Plan,
-    out: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    link: bool = False,
-    max_shard_size: int | str | None = None,
-    to: str | None = None,
-) -> Layout:
-    """The files that a rewrite will make, after checking that they can be written, as far as that is known beforehand.
-
-    Raises:
-        CannotWrite: the output exists, is the source, or its folder cannot take it.
-        Unsupported: the format of the output cannot hold a leaf.
-    """
-    layout = lay_out(made, out, link=link, max_shard_size=max_shard_size, to=to)
+def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False, **how: Unpack[How]) -> Layout:
+    """The files that a rewrite will make, after all checks that are possible before anything is written."""
+    layout = lay_out(made, out, **how)
     source: Any = made.leaves
     out = Path(out)
     found = _look(out)

@@ -42,8 +42,8 @@ from paramend.formats.safetensors_header import RECORD
 from paramend.formats.shards import Shards
 from paramend.journal.undo import recover
 from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
-from paramend.mapping.report import shortened
 from paramend.piecewise.rows import data
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, Report, Section
@@ -120,7 +120,6 @@ class EditRecord(Report):
         return [Section("edited", lines), Section("deleted", [Line((path,)) for path in self.deleted])]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as data that JSON can hold."""
         found: dict[str, Any] = {
             "version": VERSION,
             "paramend": self.paramend,
@@ -153,9 +152,6 @@ class EditRecord(Report):
         return found
 
 
-# ---- reading and checking ------------------------------------------------------------------------------------
-
-
 def record(path: str | os.PathLike[str]) -> EditRecord | None:
     """The record that a checkpoint carries of how it was made; None if it carries none.
 
@@ -183,11 +179,7 @@ def record(path: str | os.PathLike[str]) -> EditRecord | None:
 
 
 def record_of(source: Any) -> EditRecord | None:
-    """The record of an opened checkpoint; None if it carries none.
-
-    Raises:
-        BadCheckpoint: it is damaged.
-    """
+    """The record of an opened checkpoint; None if it carries none, `BadCheckpoint` if it is damaged."""
     text, place = text_of(source), sidecar(source)
     file = str(place if place is not None and os.path.lexists(place) else source.path)
     return None if text is None else parse(text, file)
@@ -214,12 +206,7 @@ def beside(path: Path) -> Path:
 
 
 def text_of(source: Any) -> bytes | None:
-    """The text of the record of an opened checkpoint; None if it carries none.
-
-    Raises:
-        BadCheckpoint: it is too long, or not a regular file.
-        CannotRead: there is no permission to read it.
-    """
+    """The text of the record of an opened checkpoint; None if it carries none, `BadCheckpoint` if it is too long."""
     place = sidecar(source)
     if place is not None and os.path.lexists(place):
         with os.fdopen(open_regular(place), "rb") as file:
@@ -235,14 +222,7 @@ _KINDS = {str: "a string", int: "an integer", list: "an array", dict: "an object
 
 
 def parse(text: bytes, file: str) -> EditRecord:
-    """The record in a text, validated.
-
-    Args:
-        text: JSON.
-        file: what messages call its file.
-
-    Raises:
-        BadCheckpoint: a rule is broken.
+    """The record in a JSON text, validated; messages call its file by the given name.
 
     >>> parse(b'{"version": 1}', "paramend.record.json")
     Traceback (most recent call last):

@@ -9,35 +9,34 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from paramend.disk.copying import WINDOW, Copier, WriteBack
 from paramend.disk.identity import changed, check_still, check_unchanged
 from paramend.disk.io import put, release
 from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import published, sync_file
+from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
 from paramend.formats.registry import DEFAULT, format_for
 from paramend.journal.store import records_of, retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
-from paramend.pages.page import Page
-from paramend.pages.paged import Paged
-from paramend.piecewise.changes import work_of
+from paramend.piecewise.changes import Works
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
-from paramend.reports.report import Section
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
 from paramend.rewriting.files import Computed, File, items_of, sources
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output
+from paramend.rewriting.wishes import How
 
 # Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
 _HOLE = 1 << 20
@@ -46,7 +45,7 @@ _OPEN = 64
 
 
 @dataclass(frozen=True, repr=False)
-class RewriteReport(Paged):
+class RewriteReport(Outcome):
     """What a rewrite has done.
 
     Attributes:
@@ -77,17 +76,6 @@ class RewriteReport(Paged):
     said: tuple[str, ...] = ()
     format: str = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", self.plan.told())
-
-    def headline(self) -> str:
-        """What was written, in one line."""
-        return self.summary
-
-    def sections(self) -> list[Section]:
-        """None: the rows are those of the plan."""
-        return []
-
     @property
     def summary(self) -> str:
         """What was written, in one line, with the format if the name does not say it; what was left out, and is to be
@@ -103,15 +91,7 @@ class RewriteReport(Paged):
         form = "" if named is not None and named.name == self.format else f", as {self.format}"
         return f"wrote {self.path}: {moved}{linked}{form}{record}{damage}{left}{said}"
 
-    def page(self) -> Page:
-        """The page of the plan, with what was written."""
-        return replace(self.plan.page(), headline=self.summary)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n{self.summary}"
-
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         data: dict[str, Any] = {
             "source": self.source,
             "path": self.path,
@@ -138,29 +118,13 @@ def write(
     out: str | os.PathLike[str],
     *,
     force: bool = False,
-    link: bool = False,
-    max_shard_size: int | str | None = None,
     record: str | None = None,
-    to: str | None = None,
     progress: Progress | None = None,
+    **how: Unpack[How],
 ) -> RewriteReport:
-    """Write a plan for an opened checkpoint into a new one, and report what was written.
-
-    Args:
-        made: the plan.
-        out: the checkpoint to write; see `lay_out` for how its name selects the format.
-        force: whether `out` may exist already; it is then replaced in one step.
-        link: whether unchanged files are hard-linked instead of copied, where the system allows it.
-        max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
-        record: the recipe of the plan, or "": the output then carries a record of what was done.
-        to: the name of the format, if the name of the output need not say it; see `wish_of`.
-        progress: called with an `Event` as bytes are written.
-
-    Raises:
-        CannotWrite: nothing was written; the message says why.
-        BadCheckpoint: the source changed while it was being read. Nothing was written.
-    """
-    layout = check_output(made, out, force=force, link=link, max_shard_size=max_shard_size, to=to)
+    """Write a plan for an opened checkpoint into a new one, and report what was written: see `Checkpoint.save`.
+    `record` is the recipe of the plan, or "", if the output carries a record. If it raises, nothing was written."""
+    layout = check_output(made, out, force=force, **how)
     out = Path(out)
     note = Note(made, out, layout, record)
     layout = note.layout
@@ -216,7 +180,6 @@ class _Inputs:
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:
-        """The descriptor of a file, open for reading."""
         if path not in self._open:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -232,7 +195,6 @@ class _Inputs:
         return self._open[path]
 
     def check(self) -> None:
-        """Raise if another program changed a file in the meantime."""
         if records_of(self.seen) != self._records:  # a patch, which times alone may not show
             raise changed(next(iter(self.seen)))
         for path in self.touched:
@@ -243,14 +205,11 @@ class _Inputs:
             check_unchanged(path, self.seen.get(path, now), now)
 
     def close(self) -> None:
-        """Close the files."""
         while self._open:
             release(self._open.popitem()[1])
 
 
 class _Run:
-    """One rewrite in progress: it makes files and counts bytes."""
-
     def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made = made
         self.note = note
@@ -264,7 +223,6 @@ class _Run:
         self.meter = Meter(progress, layout.nbytes)
 
     def make(self, file: File, path: Path) -> None:
-        """Make one file, durably."""
         if "/" in file.name:
             path.parent.mkdir(parents=True, exist_ok=True)
         access = self.accesses.of_file(file)
@@ -289,7 +247,8 @@ class _Run:
             writer = self.layout.format.writer()
             writer.write(folder, items, lambda place: self._data(rows[place]), outline, base_of(self.made))
         else:
-            work = [work_of(row, laid_flat(self.source, row)) for row in self.made.rows if row.calls and row.spec.size]
+            works, some = Works(), (row for row in self.made.rows if row.calls and row.spec.size)
+            work = [works.of(row, laid_flat(self.source, row)) for row in some]
             restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
             self.computed += sum(each.row.spec.nbytes for each in work)
             check_still(self.source.stats)

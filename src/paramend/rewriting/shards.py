@@ -29,13 +29,7 @@ def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:
 
 
 def homes_of(made: Plan, source: Shards, leaves: Sequence[tuple[int, Row]]) -> dict[str, str]:
-    """The file of each leaf that stays: those that the index of the source lists, in its order; without one, all.
-
-    Args:
-        made: the plan.
-        source: the source.
-        leaves: the leaves that stay: (number in it, row).
-    """
+    """The file of each leaf that stays: those that the index of the source lists, in its order; without one, all."""
     names = source.index.name
     listed = map(names, source.index.numbers) if source.shard_index is None else source.shard_index.weight_map
     order = {name: place for place, name in enumerate(listed)}
@@ -44,13 +38,7 @@ def homes_of(made: Plan, source: Shards, leaves: Sequence[tuple[int, Row]]) -> d
 
 
 def index_file(made: Plan, source: Shards, weight_map: Mapping[str, str]) -> File:
-    """The index of the source, updated; a new one if it has none.
-
-    Args:
-        made: the plan.
-        source: the source.
-        weight_map: leaf → file.
-    """
+    """The index of the source with a new map from leaves to files; a new one if it has none."""
     ties = made.leaves.ties
     once = {ties.get(row.source, row.source): row for row in made.rows}.values()
     nbytes = sum(nbytes_of(made, row) for row in once)
@@ -135,9 +123,6 @@ def largest(source: Any) -> int | None:
 
 def parse_size(size: int | str) -> int:
     """A number of bytes given as text, in powers of 1000, or of 1024 with an "i".
-
-    Raises:
-        BadArgument: the text is not a size.
 
     >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(1000)
     (5000000000, 1572864, 1000)

@@ -2,12 +2,13 @@
 
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from paramend.formats.index import is_index
 from paramend.formats.registry import FOREIGN_WEIGHTS, SUFFIXES
 from paramend.formats.shards import Shards
-from paramend.rewriting.files import Copy, File
+from paramend.rewriting.files import File, copied_file
 
 # Weights of the same model in another form would contradict the edited ones.
 _ENDS = rf"(?:{'|'.join(map(re.escape, (*SUFFIXES, *FOREIGN_WEIGHTS)))})"
@@ -31,60 +32,48 @@ def sidecars(source: Shards) -> tuple[list[File], list[str], list[str]]:
 
     The last are those of other models, as in the folders of a pipeline: they are copied as they are.
     """
-    found = _Sidecars(source.folder)
-    weights = {file.path.name for file in source.files}
-    if source.shard_index is not None:
-        weights.add(source.shard_index.path.name)
-    for name in sorted(path.name for path in source.folder.iterdir()):
-        if name in weights or name.startswith("."):
-            continue
+    files, left_out, others = list[File](), list[str](), list[str]()
+    own = {file.path.name for file in source.files}
+    own |= set() if source.shard_index is None else {source.shard_index.path.name}
+    for name in sorted({path.name for path in source.folder.iterdir() if not path.name.startswith(".")} - own):
         if is_index(name) or _OTHER_WEIGHTS.fullmatch(name):
-            found.left_out.append(f"{name} (other weights)")
-        else:
-            found.collect(name)
-    return found.files, found.left_out, found.weights
+            left_out.append(f"{name} (other weights)")
+            continue
+        for inner, file in walked(source.folder, name, hidden=False):
+            *above, last = inner.split("/")
+            if not isinstance(file, File):
+                left_out.append(f"{inner} ({file})")
+            elif not _WEIGHTS.fullmatch(last):
+                files.append(file)
+            elif any(map(_OTHER_FORMS.fullmatch, above)) or last.lower().endswith(".gguf"):
+                left_out.append(f"{inner} (other weights)")
+            else:
+                files.append(file)
+                others += [] if _STATES.fullmatch(last) else [inner]
+    return files, left_out, others
 
 
-class _Sidecars:
-    """The files found so far."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: list[File] = []
-        self.left_out: list[str] = []
-        self.weights: list[str] = []
-
-    def collect(self, name: str) -> None:
-        path = self.folder / name
-        try:
-            if path.is_symlink() and not is_of_hub_cache(self.folder, path):
-                self.left_out.append(f"{name} (a symbolic link)")
-                return
-            status = path.stat()
-        except OSError:
-            self.left_out.append(f"{name} (it cannot be read)")
+def walked(home: Path, name: str, *, hidden: bool) -> Iterator[tuple[str, File | str]]:
+    """The files under a name in a directory, each as it is copied, or why it cannot be; hidden ones, too, or not."""
+    path = home / name
+    if hidden and (path.name == ".undo" or path.name.endswith(".orbax-checkpoint-tmp")):
+        return
+    linked = path.is_symlink()
+    try:
+        if linked and not (is_of_hub_cache(home, path) and (path.is_file() or not hidden)):
+            yield name, "a symbolic link"
             return
-        if stat.S_ISDIR(status.st_mode) and not path.is_symlink():
-            for inner in sorted(path.iterdir()):
-                if not inner.name.startswith("."):
-                    self.collect(f"{name}/{inner.name}")
-        elif not stat.S_ISREG(status.st_mode):
-            self.left_out.append(f"{name} (not a regular file)")
-        elif self._stale(name, path):
-            self.left_out.append(f"{name} (other weights)")
-        else:
-            copy = (Copy(path, 0, status.st_size),) if status.st_size else ()
-            self.files.append(File(name, status.st_size, copy, path))
-
-    def _stale(self, name: str, path: Path) -> bool:
-        """Whether a file holds weights of the same model in another form; those of other models are noted."""
-        if not _WEIGHTS.fullmatch(path.name):
-            return False
-        if any(_OTHER_FORMS.fullmatch(part) for part in name.split("/")[:-1]) or path.name.lower().endswith(".gguf"):
-            return True
-        if not _STATES.fullmatch(path.name):
-            self.weights.append(name)
-        return False
+        status = path.stat()
+    except OSError:
+        yield name, "it cannot be read"
+        return
+    if stat.S_ISDIR(status.st_mode) and not linked:
+        for inner in sorted(path.iterdir()):
+            if hidden or not inner.name.startswith("."):
+                yield from walked(home, f"{name}/{inner.name}", hidden=hidden)
+    else:
+        regular = stat.S_ISREG(status.st_mode)
+        yield name, copied_file(path, status.st_size, name) if regular else "not a regular file"
 
 
 def is_of_hub_cache(folder: Path, path: Path) -> bool:

@@ -23,19 +23,13 @@ _Places = Mapping[tuple[int, int], Row]
 
 
 def overlays(file: TorchFile, rows: _Rows) -> bool:
-    """Whether a copy of the file suffices that differs only in the bytes of some leaves.
-
-    Args:
-        file: the file.
-        rows: the rows of its leaves: (number in the file, row).
-    """
+    """Whether a copy of the file suffices that differs only in the bytes of some leaves; (number in it, row) of all."""
     there = {number for number, _ in rows}
     stay = all(not row.was and _stays(file, number, row, there) for number, row in rows)
     return stay and len(there) == len(file.tensors)
 
 
 def _stays(file: TorchFile, number: int, row: Row, there: Collection[int]) -> bool:
-    """Whether a leaf stays where it is in its storage; `there` are the remaining leaves."""
     if not row.calls:
         return True
     alone = row.spec == row.before and file.extent(number) is not None
@@ -43,17 +37,14 @@ def _stays(file: TorchFile, number: int, row: Row, there: Collection[int]) -> bo
 
 
 def torch_file(file: TorchFile, rows: _Rows, name: str) -> File:
-    """The file with the leaves of some rows edited, moved or deleted.
-
-    Raises:
-        Unsupported: torch lacks a dtype, or an entry of a tuple would be deleted.
-        RenameClash: two leaves would have the same place.
-    """
+    """The file with the leaves of some rows edited, moved or deleted; `Unsupported` if torch cannot hold the result."""
     structure, calls = file.recorded()
     fresh: dict[str, tuple[str, Row]] = {}  # the key of a new storage → the member that it comes after, its leaf
     inside: dict[str, dict[tuple[int, int], Row]] = {}  # a member → what changes within it
     key_of: dict[int, str] = {}
-    keys = _unused_keys(file)
+    start = f"{file.folder}/data/"
+    taken = {member.removeprefix(start) for member in file.archive.members if member.startswith(start)}
+    keys = (key for key in map(str, range(1 << 62)) if key not in taken)
     there = {number for number, _ in rows}
     for number, row in rows:
         member, extent = file.member(number), file.extent(number)
@@ -90,18 +81,8 @@ def _relocated(structure: Any, count: int, rows: _Rows) -> Any:
     return relocate(tree, paths, [own[number] for number in sorted(gone)])
 
 
-def _unused_keys(file: TorchFile) -> Any:
-    start = f"{file.folder}/data/"
-    taken = {name[len(start) :] for name in file.archive.members if name.startswith(start)}
-    return (key for key in map(str, range(1 << 62)) if key not in taken)
-
-
 def _zipped(
-    file: TorchFile,
-    data: bytes,
-    used: set[str],
-    fresh: Mapping[str, tuple[str, Row]],
-    inside: Mapping[str, _Places],
+    file: TorchFile, data: bytes, used: set[str], fresh: Mapping[str, tuple[str, Row]], inside: Mapping[str, _Places]
 ) -> tuple[list[Piece], list[tuple[int, int]], int]:
     """The pieces of the zip, the ranges whose checksums are not yet correct, and the length."""
     archive, start = file.archive, f"{file.folder}/data/"

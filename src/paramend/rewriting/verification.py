@@ -15,7 +15,7 @@ from paramend.journal.undo import history, recover
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reading import read_origin
 from paramend.leaves.origins.stored import Stored
-from paramend.mapping.report import shortened
+from paramend.leaves.origins.texts import shortened
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.provenance import EditRecord, RecordedLeaf, alike, contents, digest_of, record_of
@@ -28,13 +28,8 @@ Places: TypeAlias = PathLike | Mapping[str, PathLike] | Iterable[PathLike]
 
 
 class Verified(NamedTuple):
-    """What was found in a checkpoint that is as its record says.
-
-    Attributes:
-        leaves: the paths of the recorded leaves.
-        remade: those that were made again from their sources and are the same.
-        lacking: source that is not there → the leaves that are made of it.
-    """
+    """What was found in a checkpoint that is as its record says: its recorded leaves, those that were made again from
+    their sources and are the same, and source that is not there → the leaves that are made of it."""
 
     leaves: list[str]
     remade: list[str]
@@ -139,7 +134,6 @@ def _not_as_written(path: Path, changes: Mapping[str, str], count: int) -> Unexp
 
 
 def _finder(source: Any) -> Callable[[str], int | None]:
-    """How a leaf of a source is found by its name."""
     index = source.index
     numbers = {alike(index.name(number)): number for number in index.numbers}
     numbers |= {index.name(number): number for number in index.numbers}

@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
@@ -26,6 +26,15 @@ from paramend.rewriting.copies import overlays
 _WORD = re.compile(r"\.[a-z_]+")
 
 
+class How(TypedDict, total=False):
+    """How an output is written: with hard links to unchanged files, in files with at most so many bytes of tensors,
+    and in the format of that name, if the name of the output need not say it."""
+
+    link: bool
+    max_shard_size: int | str | None
+    to: str | None
+
+
 class Wish(NamedTuple):
     """What a name implies: a format, a directory or a file, and whether to edit the files of the source."""
 
@@ -37,16 +46,9 @@ class Wish(NamedTuple):
 def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish:
     """What the name of an output asks for.
 
-    Args:
-        made: the plan.
-        out: the name.
-        sized: whether the most bytes of a file are given, which asks for a directory.
-        to: the name of the format, which a suffix must not contradict; "" if the suffix must say it; None if a name
-            without a suffix keeps the format of the source.
-
-    Raises:
-        BadArgument: the suffix is mistyped, or contradicts what is given.
-        Unsupported: files with this suffix cannot be written.
+    A directory if the most bytes of a file are given (`sized`). A suffix must not contradict the name of a format
+    (`to`). If that is "", the suffix must say it; if it is None, a name without a suffix keeps the format of the
+    source. `BadArgument` if the suffix is mistyped, `Unsupported` if such files cannot be written.
     """
     source = base_of(made)
     own, named, several = format_of(source), format_for(Path(out)), isinstance(source, Shards)
@@ -90,13 +92,8 @@ def named_format(out: str, *, sized: bool) -> Format:
 
 
 def _check_suffix(out: str, *, strict: bool, needed: bool) -> None:
-    """Raise for a suffix that is nearly that of a format, or that of a format that cannot be written.
-
-    Args:
-        out: the name.
-        strict: whether any suffix that is a word must be that of a format.
-        needed: whether a name without one is refused, too.
-    """
+    """Raise for a suffix that is nearly that of a format, or that of a format that cannot be written; with `strict`
+    also for any that is a word, with `needed` for a name without one, too."""
     suffix = Path(out).suffix.lower()
     words = [known[1:] for known in SUFFIXES]
     near = wording.closest(suffix[1:], words, limit=1) if _WORD.fullmatch(suffix) else []

@@ -409,10 +409,15 @@ def _text_selector(text: str) -> Text:
 @unexhausted("the selector")
 def resolve(selector: SelectorLike, leaves: Leaves) -> tuple[int, ...]:
     """The numbers of the selected leaves in tree order, one for each however many paths it has; `NoMatch` for none."""
+    return unique(leaves, resolve_paths(selector, leaves))
+
+
+def resolve_paths(selector: SelectorLike, leaves: Leaves) -> Sequence[int]:
+    """The numbers of the selected leaves in tree order, one for each path that is matched; `NoMatch` for none."""
     selector = sel(selector)
     key = selector.text if isinstance(selector, Text) else None
     known = leaves.index.found.get(key) if key is not None else None
-    return unique(leaves, leaves.index.ordered(_some(selector, leaves)) if known is None else known)
+    return leaves.index.ordered(_some(selector, leaves)) if known is None else known
 
 
 def slice_of(selector: SelectorLike) -> tuple[Selector, Any]:

@@ -4,7 +4,7 @@
 unstacking let a model in one form start from one in the other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -66,7 +66,7 @@ def stack_layers(tree: T, layers: str, *, into: str | None = None, axis: int = 0
     groups = plan.checked(leaves, members, layers)
     axes = plan.axes_of(leaves, {group[0].name: group[0].number for group in groups}, axis, like, extra=1)
     paths = plan.keys_of_leaves(leaves, rename(f"{layers}/**", f"{into}/**"))
-    _check_layers(leaves, members, axes)
+    _check_layers(leaves, members)
     made = []
     for group in groups:
         numbers, axis = tuple(member.number for member in group), axes[group[0].name]
@@ -113,7 +113,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     depths = plan.depths_of(leaves, members, axes)
     every = [rename(f"{stack}/**", f"{plan.numbered(into, layer)}/**") for layer in range(max(depths.values()))]
     paths = [plan.keys_of_leaves(leaves, rule) for rule in every]
-    _check_layers(leaves, members, axes)
+    _check_layers(leaves, members)
     place, alone = plan.number_at(into)
     groups: dict[Path, list[Group]] = {}
     for member in members:
@@ -164,20 +164,13 @@ def _boxed(box: Any, axis: int, *, grows: bool) -> Any:
     return box
 
 
-def _check_layers(leaves: Editable, members: Sequence[plan.Member], axes: Mapping[Path, int]) -> None:
-    """Raise if layers hold something that cannot become part of a stack, or leaves that cannot be read.
+def _check_layers(leaves: Editable, members: Sequence[plan.Member]) -> None:
+    """Raise if layers in memory hold something that cannot become part of a stack.
 
     Raises:
-        Unsupported: something in memory is not an array, or a leaf on disk would not stay contiguous.
+        Unsupported: something is not an array.
     """
     if not isinstance(leaves, Tree):
-        for member in members:
-            why = leaves.refusal(member.number)
-            if why and axes[member.name]:
-                raise Unsupported(
-                    f"{leaves.index.path(member.number)} cannot be read: {why}",
-                    hint="axis=0 copies bytes without reading them",
-                )
         return
     draft = take_apart(leaves)
     for member in members:

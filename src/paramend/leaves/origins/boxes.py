@@ -117,33 +117,19 @@ def _slice(places: range) -> slice:
 
 
 class Runs(NamedTuple):
-    """Runs of elements in C order, one row each.
-
-    Attributes:
-        starts: the first element of each.
-        lengths: the number of its elements.
-        at: where it stands among all that is asked for.
-    """
+    """Runs of elements in C order, one row each: the first one, how many, where they stand among all asked for."""
 
     starts: Array
     lengths: Array
     at: Array
 
     def where(self, which: Array) -> "Runs":
-        """Some of them."""
         return Runs(self.starts[which], self.lengths[which], self.at[which])
 
 
 def cut(runs: Runs, edges: Array, most: int) -> tuple[Array, Array, Runs] | None:
-    """Runs cut at edges that repeat with a period; None if there would be too many.
-
-    Args:
-        runs: the runs.
-        edges: the edges within a period, from 0 to its length.
-        most: how many runs there may be.
-
-    Returns:
-        The number of the interval that each new run is in, how far from its beginning it starts, and the new runs.
+    """Runs cut at edges that repeat with a period, from 0 to its length; None if there would be more than `most`. The
+    number of the interval that each new run is in, how far from its beginning it starts, and the new runs.
 
     >>> number, inside, new = cut(Runs(*map(np.array, ([1], [6], [0]))), np.array([0, 2, 5]), 9)
     >>> number.tolist(), inside.tolist(), new.starts.tolist(), new.lengths.tolist(), new.at.tolist()

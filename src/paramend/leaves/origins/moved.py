@@ -23,23 +23,23 @@ _BAND = 1 << 17
 How = Literal["concat", "stack", "interleave"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Taken(Origin):
-    """Some places along an axis, in their order: a slice, one layer of a stack, permuted rows.
-
-    Attributes:
-        whole: what they are taken from.
-        axis: the axis.
-        places: the places, each of which may occur often.
-    """
+class _Whole(Origin):
+    """The elements of one other origin, elsewhere."""
 
     whole: Origin
-    axis: int
-    places: Places
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
         return (self.whole,)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Taken(_Whole):
+    """Some places along an axis, in their order, each perhaps often: a slice, one layer of a stack, permuted rows."""
+
+    whole: Origin
+    axis: int
+    places: Places
 
     @property
     def spec(self) -> Spec:
@@ -71,13 +71,10 @@ class Taken(Origin):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Joined(Origin):
-    """Several origins along an axis: one after the other, along a new axis, or with their places in turns.
+    """Several origins along an axis, which "stack" makes.
 
-    Attributes:
-        parts: the origins, at least one.
-        axis: the axis, which "stack" makes.
-        how: element i of part j comes to j·n + i for "concat", to i·k + j for "interleave", n places and k parts; for
-            "stack" part j is place j.
+    Element i of part j comes to j·n + i for "concat", to i·k + j for "interleave", n places and k parts; for "stack"
+    part j is place j.
     """
 
     parts: tuple[Origin, ...]
@@ -156,20 +153,11 @@ class Joined(Origin):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Permuted(Origin):
-    """The axes in another order, as by numpy's `transpose`.
-
-    Attributes:
-        whole: what has the axes.
-        axes: for each new axis, the old one.
-    """
+class Permuted(_Whole):
+    """The axes in another order, as by numpy's `transpose`."""
 
     whole: Origin
     axes: tuple[int, ...]
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
 
     @property
     def spec(self) -> Spec:
@@ -188,7 +176,6 @@ class Permuted(Origin):
         return fixed
 
     def _inner(self) -> int:
-        """The number of elements that stay together."""
         return math.prod(self.whole.spec.shape[self._fixed() :])
 
     def read_box(self, box: Box) -> Array:
@@ -222,11 +209,7 @@ class Permuted(Origin):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Summed(Origin):
-    """The sum of origins of one spec, the only ones here whose bytes are new.
-
-    Attributes:
-        parts: the origins.
-    """
+    """The sum of origins of one spec, the only ones here whose bytes are new."""
 
     moves = False
 
@@ -253,14 +236,8 @@ class Summed(Origin):
         return f"({' + '.join(part.text(name) for part in self.parts)})"
 
 
-class Reshape(Origin):
+class Reshape(_Whole):
     """The same elements in the same order, with other axes."""
-
-    whole: Origin
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
 
     def read_range(self, start: int, stop: int) -> Array:
         return self.whole.read_range(start, stop)
@@ -277,13 +254,7 @@ class Reshape(Origin):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Merged(Reshape):
-    """Some axes as one.
-
-    Attributes:
-        whole: what has the axes.
-        axis: the first of them.
-        count: how many; 0 makes an axis of one place.
-    """
+    """Some axes as one: `count` from the first on; 0 makes an axis of one place."""
 
     whole: Origin
     axis: int
@@ -316,7 +287,6 @@ class Merged(Reshape):
         return self._joined(box, [(int(run[0]), int(run[-1]) + 1) for run in each])
 
     def _joined(self, box: Box, runs: Sequence[tuple[int, int]]) -> Array:
-        """The elements at some runs of places along the axis."""
         axis, shape = self.axis, shape_of(box)
         old = self.whole.spec.shape[axis : axis + self.count]
         found = [
@@ -334,13 +304,7 @@ class Merged(Reshape):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split(Reshape):
-    """One axis as several.
-
-    Attributes:
-        whole: what has the axis.
-        axis: the axis.
-        lengths: those of the new axes; none for an axis of one place that goes.
-    """
+    """One axis as several of these lengths; none for an axis of one place that goes."""
 
     whole: Origin
     axis: int
@@ -358,9 +322,6 @@ class Split(Reshape):
             flat = flat[..., None] * length + np.asarray(places, np.int64)
         found = self.whole.read_box((*box[: self.axis], evenly(flat.reshape(-1)), *box[end:]))
         return found.reshape(shape_of(box))
-
-
-# ---- made from what a user asks for ------------------------------------------------------------------------------
 
 
 def take(origin: Origin, places: Places, axis: int) -> Origin:
@@ -382,11 +343,7 @@ def check_fit(specs: Sequence[Spec], axis: int, how: How) -> None:
 
 
 def join(parts: Sequence[Origin], axis: int, how: How) -> Origin:
-    """Origins along an axis.
-
-    Raises:
-        SpecMismatch: they do not fit together.
-    """
+    """Origins along an axis; `SpecMismatch` if they do not fit together."""
     check_fit([part.spec for part in parts], axis, how)
     return parts[0] if len(parts) == 1 and how != "stack" else Joined(tuple(parts), axis, how)
 
@@ -399,11 +356,7 @@ def permute_axes(origin: Origin, axes: Sequence[int]) -> Origin:
 
 
 def reshape(origin: Origin, shape: Sequence[int]) -> Origin:
-    """The elements in another shape of the same size.
-
-    Raises:
-        SpecMismatch: the sizes differ.
-    """
+    """The elements in another shape of the same size; `SpecMismatch` if the sizes differ."""
     old, new = origin.spec.shape, tuple(shape)
     if math.prod(old) != math.prod(new):
         raise SpecMismatch(f"{origin.spec} has {math.prod(old):,} elements, and {list(new)} has {math.prod(new):,}")

@@ -24,13 +24,7 @@ _MOST = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where the contiguous bytes of a leaf are; C order, little-endian.
-
-    Attributes:
-        path: the file.
-        start: the first byte, from the beginning of the file.
-        nbytes: how many.
-    """
+    """Where the contiguous bytes of a leaf are in a file; C order, little-endian."""
 
     path: Path
     start: int
@@ -44,11 +38,8 @@ Namer: TypeAlias = Callable[["Origin"], str]
 class Origin(ABC):
     """Where a leaf comes from: its spec is known without data, its elements are read box by box.
 
-    An origin never changes. Its text is the expression, as dry runs and records show it.
-
-    Attributes:
-        children: the origins that its elements come from; empty if it is a leaf of a source, or made.
-        says: what it is called in a text; "" if it has children.
+    An origin never changes. Its text is the expression, as dry runs and records show it. One without children is a leaf
+    of a source, or made; `says` is what it is called in a text.
     """
 
     children: tuple["Origin", ...] = ()
@@ -153,6 +144,16 @@ class Origin(ABC):
         step *= max(self.tile // step, 1)
         for start in range(0, self.spec.size, step):
             yield start, min(start + step, self.spec.size)
+
+
+class Given(Origin):
+    """An origin whose spec is given."""
+
+    _spec: Spec
+
+    @property
+    def spec(self) -> Spec:
+        return self._spec
 
 
 def _extents(traced: Sequence[tuple[Origin, Runs]]) -> list[Extent] | None:

@@ -31,15 +31,8 @@ Finder = Callable[[str, str], Origin]
 
 
 def read_origin(text: str, find: Finder) -> Origin:
-    """The origin that a text says.
-
-    Args:
-        text: the text of an origin whose leaves are named by `quoted`, each after `file:` if it is not in the first.
-        find: finds the leaves.
-
-    Raises:
-        BadArgument: it is none, or asks for too much; and what `find` raises.
-        SpecMismatch: the leaves do not fit it.
+    """The origin that a text says, whose leaves `find` finds: they are named by `quoted`, each after `file:` if it is
+    not in the first. `BadArgument` if it is none, or asks for too much; `SpecMismatch` if the leaves do not fit it.
 
     >>> from paramend.leaves.origins.stored import Held
     >>> found = read_origin('concat(a[1:3], b.npz:"c d", axis=0)', lambda file, name: Held(np.arange(4)))

@@ -10,17 +10,12 @@ import numpy as np
 from paramend.errors import Unsupported
 from paramend.leaves.mapped import forget
 from paramend.leaves.origins.boxes import Box, bare, contiguous, select, shape_of
-from paramend.leaves.origins.origin import Extent, Origin
+from paramend.leaves.origins.origin import Extent, Given, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 
 class Stored(Origin):
-    """A leaf of a source, unchanged; also the operand of an edit, which is read when the edit runs.
-
-    Attributes:
-        source: the source.
-        number: the leaf.
-    """
+    """A leaf of a source, unchanged; also the operand of an edit, which is read when the edit runs."""
 
     def __init__(self, source: Any, number: int) -> None:
         self.source, self.number = source, number
@@ -39,7 +34,6 @@ class Stored(Origin):
 
     @property
     def ndim(self) -> int:
-        """The number of its axes."""
         return self.spec.ndim
 
     @property
@@ -90,11 +84,7 @@ def _shifted(places: Any, low: int) -> Any:
 
 
 class Held(Origin):
-    """Values in memory.
-
-    Attributes:
-        values: the values.
-    """
+    """Values in memory."""
 
     says = "values in memory"
     moves = False
@@ -110,15 +100,11 @@ class Held(Origin):
         return np.array(select(self.values, box))
 
 
-class Zeros(Origin):
+class Zeros(Given):
     """Elements that are all zero."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
-
-    @property
-    def spec(self) -> Spec:
-        return self._spec
 
     @property
     def says(self) -> str:  # type: ignore[override]
@@ -128,7 +114,7 @@ class Zeros(Origin):
         return np.zeros(shape_of(box), numpy_dtype(self.spec.dtype))
 
 
-class Made(Origin):
+class Made(Given):
     """A leaf that is computed when it is first read, and freed when its last element has been read."""
 
     moves = False
@@ -147,10 +133,6 @@ class Made(Origin):
             f"a leaf of this checkpoint, {self.spec}, is computed from objects in memory, and cannot be pickled",
             hint="checkpoint.save(out), then pickle pm.open(out)",
         )
-
-    @property
-    def spec(self) -> Spec:
-        return self._spec
 
     def read_range(self, start: int, stop: int) -> Array:
         found = self._whole().reshape(-1)[start:stop]

@@ -80,3 +80,8 @@ def _counted(found: Sequence[tuple[str, str]], at: int) -> tuple[int, str]:
     while found[at + count : at + count + 1] == [(form, f"{before}{number + count}{after}")]:
         count += 1
     return count, f"{before}{{{number}..{number + count - 1}}}{after}"
+
+
+def shortened(text: str) -> str:
+    """An expression without its middle where it is long."""
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

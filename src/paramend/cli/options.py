@@ -1,0 +1,69 @@
+"""The options that commands have in common, each told to click once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# What click is told of each, besides its name.
+_ROWS: dict[str, dict[str, Any]] = {
+    "out": {"param_decls": ("-o", "--out"), "metavar": "OUT", "help": "The file or directory to write."},
+    "in_place": {"is_flag": True, "help": "Change PATH itself; `paramend undo PATH` takes it back."},
+    "link": {"is_flag": True, "help": "Hard-link unchanged shards."},
+    "max_shard_size": {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'},
+    "force": {"is_flag": True, "help": "Replace OUT if it exists."},
+    "record": {"is_flag": True, "help": "Add a record of what was done to OUT; `paramend verify OUT` checks it."},
+    "dry_run": {"is_flag": True, "help": "Show what would change, and write no checkpoint."},
+    "html": {"type": click.Path(path_type=Path), "metavar": "FILE", "help": "Write the report as an HTML page."},
+    "json": {"param_decls": ("--json", "as_json"), "is_flag": True, "help": "Print data as JSON."},
+}
+EDITS = "out", "in_place", "link", "force", "record", "dry_run", "html", "json"
+DRY_TOO = "Write the report as an HTML page, in a dry run too."
+
+
+def _told(name: str, words: dict[str, str]) -> dict[str, Any]:
+    row = {"param_decls": (f"--{name.replace('_', '-')}",)} | _ROWS[name]
+    return row | ({"help": words[name]} if name in words else {})
+
+
+def takes(*names: str, **words: str) -> Decorator:
+    """The options of these names, in their order; `words` say what some of them mean, if not the same as elsewhere."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            row = _told(name, words)
+            command = click.option(*row.pop("param_decls"), **row)(command)
+        return command
+
+    return add
+
+
+def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
+    rules: dict[str, str | None] = {}
+    for rule in given:
+        old, equals, new = rule.partition("=")
+        if not (old and equals):
+            raise click.BadParameter(f"{rule!r} is not OLD=NEW; write --rename 'h/<n>/**=layers/<n>/**'")
+        rules[old] = new or None
+    return rules
+
+
+def renames(says: str, more: str = "") -> Decorator:
+    """The option `--rename`, whose rules are a map."""
+    said = f"{says}; may be repeated.{more}"
+    return click.option("--rename", multiple=True, callback=_rules, metavar="OLD=NEW", help=said)
+
+
+def makes(shows: str) -> Decorator:
+    """The options of a command that makes a checkpoint from others, for `write_made`, and what its dry run shows."""
+    names = "out", "max_shard_size", "force", "record", "dry_run", "html", "json"
+    return takes(*names, dry_run=f"Show {shows}, and write no checkpoint.", html=DRY_TOO)
+
+
+def edits(*, in_place: bool = True) -> list[click.Parameter]:
+    """The options of a command that edits a checkpoint. `--in-place` is hidden where it only raises an error."""
+    rows = [_told(name, {"html": DRY_TOO}) for name in EDITS]
+    return [click.Option(**row, hidden=row["param_decls"] == ("--in-place",) and not in_place) for row in rows]
