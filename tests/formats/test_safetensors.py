@@ -88,6 +88,7 @@ def test_bytes_that_are_not_aligned_are_read_aligned(tmp_path):
     with SafetensorsFile(write(tmp_path, text, np.array([1, 2], "float32").tobytes())) as file:
         assert file.read(0).flags.aligned
         assert file.read(0).tolist() == [1, 2]
+        assert file._file._map is None  # whose pages would stay in memory
 
 
 @pytest.mark.parametrize(("dtype", "nbytes"), [("F4", 2), ("F6_E2M3", 3), ("I2", 7)])

@@ -44,6 +44,10 @@ def source():
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)), (x,)
 
 
+def fails():
+    raise ValueError("no such size")
+
+
 def wrong():
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4)), (x,)
 """
@@ -116,6 +120,11 @@ def test_a_proof_is_printed(models):
         (["torch.pt", "--like", "models_to_port:flax", "--prove"], "torch.pt is a checkpoint"),
         (["torch.pt", "--like", "models_to_port:nothing"], "has no attribute 'nothing'"),
         (["torch.pt", "--like", "no_such_module:make"], "No module named"),
+        (
+            ["torch.pt", "--like", "models_to_port:fails", "-o", "o.npz"],
+            "models_to_port:fails: ValueError: no such size",
+        ),
+        (["torch.pt", "--like", "models_to_port:x", "-o", "o.npz"], "is not callable"),
         (["models_to_port:source", "--like", "models_to_port:variables"], "-o OUT is needed"),
     ],
 )

@@ -102,6 +102,113 @@ def test_a_proof_finds_how_features_were_flattened():
     assert [row.path for row in report.unused] == ["1.num_batches_tracked"]
 
 
+class ClassifierFirst(t.Module):
+    def __init__(self):
+        super().__init__()
+        self.classifier, self.features = t.Linear(4 * 36, 5), t.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+SQUARE = np.random.default_rng(0).normal(size=(2, 6, 6, 3))
+
+
+def test_a_flattening_is_found_whatever_was_made_first():
+    linen = compact(lambda x: dense(5)(nn.Conv(4, (3, 3), param_dtype=np.float64)(x).reshape(2, -1)))
+    module, variables = random(ClassifierFirst()), made(linen, SQUARE)
+    want = module(torch.tensor(SQUARE.transpose(0, 3, 1, 2))).detach().numpy()
+    for source in (module, dict(sorted(module.state_dict().items()))):
+        tree, report = pm.port(variables, source)
+        np.testing.assert_allclose(linen.apply(tree, SQUARE), want, atol=1e-11)
+        assert report.unproven == ["params/Dense_0/kernel"]
+
+
+@pytest.mark.slow
+def test_a_norm_of_flattened_features():
+    layers = t.Conv2d(3, 4, 3, padding=1), t.Flatten(), t.BatchNorm1d(120), t.Linear(120, 5)
+    norm = {"use_running_average": True, "epsilon": 1e-5, "param_dtype": np.float64}
+    linen = compact(lambda x: dense(5)(nn.BatchNorm(**norm)(nn.Conv(4, (3, 3), param_dtype=float)(x).reshape(2, -1))))
+    module, variables = random(t.Sequential(*layers)), made(linen, IMAGES)
+    want = module(torch.tensor(BOTH["source"][0])).detach().numpy()
+    tree, report = pm.port(variables, module)
+    np.testing.assert_allclose(linen.apply(tree, IMAGES), want, atol=1e-11)
+    bare = {path: value for path, value in module.state_dict().items() if "num" not in path}
+    with pytest.raises(PortRefused, match="the layout of params/BatchNorm_0/scale is not known"):
+        pm.port(variables, bare)
+    _, again = pm.port(linen.bind(variables), module, prove=BOTH)
+    assert again.proof and again.layout == report.layout
+    back, _ = report.layout.back(tree)
+    assert all(np.array_equal(back[path], value) for path, value in bare.items())
+
+
+class Decoder(t.Module):
+    def __init__(self, height):
+        super().__init__()
+        self.fc, self.up, self.shape = t.Linear(4, 12 * height), t.ConvTranspose2d(4, 3, 2, 2), (2, 4, height, 3)
+
+    def forward(self, x):
+        return self.up(self.fc(x).relu().view(self.shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("height", [2, 3])
+def test_a_dense_layer_that_makes_an_image(height):
+    def forward(x):
+        image = nn.relu(dense(12 * height)(x)).reshape(2, height, 3, 4)
+        return nn.ConvTranspose(3, (2, 2), strides=(2, 2), padding="VALID", param_dtype=np.float64)(image)
+
+    linen, module = compact(forward), random(Decoder(height))
+    variables, want = made(linen, X), module(torch.tensor(X)).detach().numpy().transpose(0, 2, 3, 1)
+    if height == 2:
+        with pytest.raises(PortRefused, match="the layout of params/Dense_0/bias is not known: it may make 4 channels"):
+            pm.port(variables, module)
+    else:
+        np.testing.assert_allclose(linen.apply(pm.port(variables, module)[0], X), want, atol=1e-11)
+    bound, _ = pm.port(linen.bind(variables), module, prove=(X,))
+    np.testing.assert_allclose(bound(X), want, atol=1e-11)
+    assert torch.equal(pm.port(module, bound, prove=(X,))[0].fc.weight, module.fc.weight)
+
+
+@pytest.mark.slow
+def test_branches_that_are_joined_are_not_flattened_in_silence():
+    class Branches(t.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches, self.fc = t.ModuleList(t.Conv2d(3, 4, 1) for _ in range(4)), t.Linear(16, 5)
+
+        def forward(self, x):
+            return self.fc(torch.cat([branch(x).mean((2, 3)) for branch in self.branches], 1))
+
+    def forward(x):
+        each = [nn.Conv(4, (1, 1), param_dtype=np.float64)(x).mean((1, 2)) for _ in range(4)]
+        return dense(5)(jax.numpy.concatenate(each, 1))
+
+    linen, module = compact(forward), random(Branches())
+    variables = made(linen, IMAGES)
+    with pytest.raises(PortRefused, match="it may follow 4 channels of 4 places each"):
+        pm.port(variables, module)
+    bound, _ = pm.port(linen.bind(variables), module, prove=BOTH)
+    want = module(torch.tensor(BOTH["source"][0])).detach().numpy()
+    np.testing.assert_allclose(bound(IMAGES), want, atol=1e-11)
+
+
+def test_numbers_that_flax_gave_are_no_names():
+    class Named(t.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = t.ModuleList([t.Linear(4, 4), t.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.dense[1](torch.tanh(self.dense[0](x)))
+
+    module, variables = random(Named()), made(NESTED, X)
+    assert len(pm.port(variables, module)[1].unproven) == 4
+    bound, report = pm.port(NESTED.bind(variables), module, prove=(X,))
+    np.testing.assert_allclose(bound(X), module(torch.tensor(X)).detach().numpy(), atol=1e-11)
+    assert {row.path: row.source for row in report.copied}["params/Dense_1/kernel"] == "dense.0.weight"
+
+
 def test_weights_of_gpt2_are_told_by_those_that_are_not_square():
     shapes = {"mlp.c_fc": (4, 8), "mlp.c_proj": (8, 4), "attn.c_proj": (4, 4)}
     source = {f"{name}.weight": np.ones(shape) for name, shape in shapes.items()}
@@ -242,6 +349,14 @@ class Square(nn.Module):
     @nn.compact
     def __call__(self, x):
         return x @ self.param("proj", nn.initializers.zeros, (4, 4), np.float64)
+
+
+@pytest.mark.parametrize("name", ["query", "embed_proj", "token_mixer"])
+def test_a_square_parameter_is_no_table_by_half_of_its_name(name):
+    with pytest.raises(PortRefused, match=f"the layout of {name} is not known"):
+        pm.port({name: np.zeros((4, 4))}, {"layer." + name: np.eye(4)})
+    table = {"pos_embed": np.zeros((4, 4))}
+    assert pm.port(table, {"layer.position_embedding": np.eye(4)})[0]["pos_embed"].tolist() == np.eye(4).tolist()
 
 
 class TorchSquare(t.Module):
@@ -414,8 +529,12 @@ def test_from_file_to_file(tmp_path):
 
 
 def test_rules_that_are_none():
-    with pytest.raises(BadArgument, match="is not a list of rules"):
-        pm.port(TWINS, PAIR, rules="transpose")
+    for rules in ("transpose", 5, [{"from": "x.weight"}]):
+        with pytest.raises(BadArgument, match="is not a list of rules"):
+            pm.port(TWINS, PAIR, rules=rules)
+    for rename in ("x", {5: "a"}):
+        with pytest.raises(BadArgument, match="is not a dict of paths"):
+            pm.port(TWINS, PAIR, rename=rename)
     with pytest.raises(NoMatch):
         pm.port(TWINS, PAIR, rules={"c/kernel": []})
     rules = [{"from": "x.weight", "to": "b/kernel"}]

@@ -70,8 +70,8 @@ def _opened(text: str, stack: ExitStack) -> tuple[Any, Any]:
     sys.path.insert(0, here := str(Path.cwd()))  # as for `python -m`
     try:
         made = getattr(importlib.import_module(named[1]), named[2])()
-    except (ImportError, AttributeError) as error:
-        raise click.UsageError(f"{text}: {error}") from error
+    except Exception as error:  # of the user's own code
+        raise click.UsageError(f"{text}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
     return made if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple | dict) else (made, None)

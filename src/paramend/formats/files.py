@@ -206,8 +206,12 @@ class FileSource(Opened):
         return self.read(number).flat[start:stop]
 
     def _mapped(self, start: int, spec: Spec) -> Array:
-        flat = np.frombuffer(self._file.map, np.uint8, spec.nbytes, start).view(numpy_dtype(spec.dtype))
-        return flat if flat.flags.aligned else flat.copy()
+        dtype = numpy_dtype(spec.dtype)
+        if not start % dtype.alignment:
+            return np.frombuffer(self._file.map, np.uint8, spec.nbytes, start).view(dtype)
+        buffer = np.empty(spec.nbytes, np.uint8)  # a copy out of the map would leave its pages in memory
+        self._file.read_into(buffer.data, start)
+        return buffer.view(dtype)
 
 
 def open_regular(path: Path, *, holds: str = "") -> int:

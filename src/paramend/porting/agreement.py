@@ -8,7 +8,7 @@ from paramend.porting.values import Values, largest
 
 Move = tuple[int, int]
 # Channels first ↔ channels last, with an axis of examples and without.
-_MOVES: tuple[Move, ...] = ((1, -1), (-1, 1), (0, -1), (-1, 0))
+MOVES: tuple[Move, ...] = ((1, -1), (-1, 1), (0, -1), (-1, 0))
 
 
 def moves(target: Values, source: Values) -> set[Move]:
@@ -20,7 +20,7 @@ def moves(target: Values, source: Values) -> set[Move]:
     """
     if not 3 <= source.ndim <= 5 or np.array_equal(target, source):
         return set()
-    return {move for move in _MOVES if np.array_equal(np.moveaxis(source, *move), target)}
+    return {move for move in MOVES if np.array_equal(np.moveaxis(source, *move), target)}
 
 
 def distance(
@@ -47,7 +47,7 @@ def _views(source: Values, shape: tuple[int, ...], turned: Collection[Move] | No
     if source.size == np.prod(shape) and (turned is None or _squeezed(source.shape) == _squeezed(shape)):
         yield source.reshape(shape)
     views = (
-        [np.moveaxis(source, *move) for move in _MOVES if turned is None or move in turned]
+        [np.moveaxis(source, *move) for move in MOVES if turned is None or move in turned]
         if 3 <= source.ndim <= 5
         else []
     )

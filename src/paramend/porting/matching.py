@@ -154,13 +154,18 @@ class _Search:
     # -- by name
 
     def by_name(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> None:
-        """Pair units of one name, where the numbers of such names agree too: `fc1`, `fc2` are not `fc_0`, `fc_1`."""
+        """Pair units of one name, where the numbers of such names agree too: `fc1`, `fc2` are not `fc_0`, `fc_1`.
+
+        Numbers that Flax and Haiku give are no names: the order of calls goes before them.
+        """
         ours, theirs = families(sources), families(targets)
         for text, members in ours.items():
             others = theirs.get(text, {})
             if members.keys() == others.keys():
-                for numbers, source in members.items():
-                    self.pair(source, others[numbers], "name")
+                rows = [(source, others[numbers]) for numbers, source in members.items()]
+                counted = len({unit.shaped for unit, _ in rows}) < len(rows) and any(_counted(*row) for row in rows)
+                for source, target in () if counted and self.order else rows:
+                    self.pair(source, target, "number" if counted else "name")
 
     # -- by kind and shape
 
@@ -247,7 +252,7 @@ class _Search:
         done = True
         for members, others in bijections:
             rows = [[family[numbers] for numbers in sorted(family)] for family in (members, others)]
-            named = len(members) == 1 or (by == "name" and members.keys() == others.keys())
+            named = by == "name" and (len(members) == 1 or members.keys() == others.keys())
             done = self._in_order(*rows, by=by if named else "number") and done
         return done
 
@@ -257,6 +262,12 @@ class _Search:
         for source, target in zip(sources, targets, strict=True):
             self.pair(source, target, by)
         return True
+
+
+def _counted(source: Unit, target: Unit) -> bool:
+    """Whether two names agree but for numbers that Flax or Haiku gave: those of the order in which layers are made."""
+    given = any(map(_AUTO, (*source.path, *target.path))) or not _HAIKU.isdisjoint((*source.leaves, *target.leaves))
+    return given and source.path != target.path
 
 
 def _alone(members: Family, ours: Mapping[str, Family], theirs: Mapping[str, Family]) -> bool:
@@ -294,6 +305,8 @@ def _called(path: Path, order: Order) -> int | None:
 # ---- names -----------------------------------------------------------------------------------------------------
 
 _DIGITS = re.compile(r"\d+")
+_AUTO = re.compile(r"[A-Z]\w*_\d+").fullmatch
+_HAIKU = {"w", "offset", "embeddings"}
 _WRAPPERS = {"model", "module", "origmod", "basemodel"}
 _SYNONYMS = {
     name: word

@@ -8,6 +8,7 @@ from paramend.edits.hands import equal
 from paramend.errors import BadArgument, NoMatch
 from paramend.mapping.layout import Layout
 from paramend.mapping.steps import Step, read_step
+from paramend.porting.flattening import Flat, Flattening, Layer, flattenings
 from paramend.porting.kinds import Move, Path
 from paramend.porting.matching import Order, Pair, match
 from paramend.porting.models import Model, Unit
@@ -17,8 +18,22 @@ from paramend.selectors.selector import resolve
 
 Renames: TypeAlias = Mapping[str, str | None]
 Rules: TypeAlias = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
-# Words in the name of a table of a row for each position or token, which is never transposed.
-_TABLE = ("pos", "emb", "tok", "table", "query", "latent")
+# Words in the name of a table of a row for each position or token, which is never transposed, and others beside these.
+_TABLE = {
+    "pos",
+    "position",
+    "positions",
+    "positional",
+    "embed",
+    "embeds",
+    "embedding",
+    "embeddings",
+    "emb",
+    "pe",
+    "wpe",
+}
+_TABLE |= {"wte", "tok", "token", "tokens", "table"}
+_BESIDE = {"cls", "class", "type", "patch", "relative", "absolute", "bias"}
 
 
 class PortPlan:
@@ -30,7 +45,8 @@ class PortPlan:
         lone: units of the source and of the target that have no partner.
         left: units of the source that `rename` leaves behind.
         copies: leaf of the source → leaves that hold the same once more, such as a tied head in a file.
-        flattened: target path of a dense layer → the number of channels that are flattened before it.
+        flattened: target path → the flattened features that a leaf has an axis of.
+        assumed: those of them that no class speaks for.
         questions: target path → why its layout is not known, and steps that it may have.
         notes: target path → what was assumed.
     """
@@ -47,11 +63,16 @@ class PortPlan:
         self._given, steps = _read_rules(rules)
         self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
         self.left: list[Unit] = []
+        if not isinstance(rename, Mapping | None) or not all(isinstance(old, str) for old in rename or ()):
+            raise BadArgument(
+                f"rename={rename!r} is not a dict of paths", hint='rename={"layer/of/source": "layer/of/target"}'
+            )
         renamed = self._renamed(rename or {})
         sources = [unit for unit in source.units if unit not in self.left]
         self.notes: dict[str, str] = {}
         self.questions: dict[str, tuple[str, list[list[Step]]]] = {}
-        self.flattened: dict[str, int] = {}
+        self.flattened: dict[str, Flat] = {}
+        self.assumed: set[str] = set()
         self.copies: dict[int, list[int]] = {}
         self._find(sources, renamed, order)
         if any(len(ours) > len(theirs) for ours, theirs in self.doubtful) and self._find_copies():
@@ -174,7 +195,8 @@ class PortPlan:
                 self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
             elif form.kind == "parameter" and self._open(pair):
                 why = "it is square, and its name does not say what comes first"
-                self.questions[path] = (why, [[], [read_step({"transpose": [1, 0]})]])
+                axes = list(range(len(pair.ways[0].target.shapes[0][1])))
+                self.questions[path] = (why, [[], [read_step({"transpose": [*axes[:-2], axes[-1], axes[-2]]})]])
         self._flattenings()
 
     def _open(self, pair: Pair) -> bool:
@@ -182,7 +204,8 @@ class PortPlan:
         names = [unit.path[-1].lower() for unit in (pair.source, pair.target)]
         alike = self.source.framework == self.target.framework != "" and names[0] == names[1]
         square = len(shapes[0]) >= 2 and shapes[0][-1] == shapes[0][-2] > 1
-        return square and not alike and not any(word in name for name in names for word in _TABLE)
+        words = [set(re.findall("[a-z]+", name)) for name in names]
+        return square and not alike and not any(each & _TABLE and each <= _TABLE | _BESIDE for each in words)
 
     @staticmethod
     def channels_last(model: Model) -> bool:
@@ -192,53 +215,64 @@ class PortPlan:
         return any(shaped.form.last for unit in model.units for shaped in unit.shaped[:1])
 
     def _flattenings(self) -> None:
-        """Find the dense layers that follow a flattened convolution where one library has its channels last."""
+        """Find layers that take or make flattened features where one library has its channels last."""
         last = self.channels_last(self.source), self.channels_last(self.target)
         if last[0] == last[1]:
             return
         first = self.target if last[0] else self.source  # its order is that in which its layers were made
         partner = {(pair.target if last[0] else pair.source): pair for pair in self.pairs}
-        before: tuple[int, int] | None = None
-        for unit in first.units:
-            pair = partner.get(unit)
-            if pair is None:
-                continue
-            way = pair.ways[pair.way]
-            shaped = way.target if last[0] else way.source
-            shape = shaped.shapes[0][1]
-            if shaped.form.kind in ("conv", "conv_transpose"):
-                before = (shape[0] if shaped.form.kind == "conv" else shape[1]), len(shape) - 2
-            elif shaped.form.kind in ("linear", "attention", "lstm", "gru", "rnn", "embedding"):
-                if shaped.form.kind == "linear" and before is not None:
-                    self._after_convolution(pair, shape[1], *before)
-                before = None
-
-    def _after_convolution(self, pair: Pair, features: int, channels: int, space: int) -> None:
-        places, rest = divmod(features, channels)
-        if rest or places == 1:
-            return
-        path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
-        side = round(places ** (1 / space))
-        if path in self._steps:
-            return
+        layers = []
+        for unit, pair in ((unit, partner[unit]) for unit in first.units if unit in partner):
+            shaped = pair.ways[pair.way].target if last[0] else pair.ways[pair.way].source
+            kind, groups = shaped.form.kind, getattr(unit.module, "groups", 1)
+            layers.append(Layer(pair, kind, unit.kind, shaped.shapes[0][1], groups))
+        names = list(first.names.values())
         modules = (*self.source.modules.values(), *self.target.modules.values())
-        flat = any(type(module).__name__ == "Flatten" for module in modules)
-        if side**space != places and not flat:
-            why = f"it may follow {channels} channels of {places} places each, which are flattened in another order"
-            self.questions[path] = (why, [_flat_steps(self, pair, channels)])
-            return
-        self.flatten(pair, channels)
+        classes = frozenset(type(module).__name__ for module in modules)
+        for found in flattenings(layers, classes, ordered=bool(first.modules) or names != sorted(names)):
+            for pair in found.pairs:
+                self._flattened(pair, found)
 
-    def flatten(self, pair: Pair, channels: int) -> bool:
-        """Let a dense layer follow a flattening of so many channels, 0 for none; whether that is a change."""
-        path = self.target.text(pair.target.leaves[pair.moves[0].targets[0]])
-        before = self.flattened.pop(path, 0)
-        self.questions.pop(path, None)
-        self.notes.pop(path, None)
-        if channels:
-            self.flattened[path] = channels
-            self.notes[path] = f"{channels} channels are flattened before it, in another order on each side"
-        return channels != before
+    def _flattened(self, pair: Pair, found: Flattening) -> None:
+        """Take one layer for one of flattened features, or ask."""
+        moves = self._of_flat(pair, found.flat)
+        if self._steps.keys() & moves.keys():
+            return
+        if not found.doubt:
+            self.flatten(pair, found.flat)
+            self.assumed |= set() if found.certain else moves.keys()
+            return
+        said = "follow" if found.flat.axis else "make"
+        why = f"it may {said} {found.flat.channels} channels of {found.places} places each"
+        for path, move in moves.items():
+            steps = self._flat_steps(pair, move, found.flat)
+            self.questions[path] = (f"{why}, which are flattened in another order", [steps])
+
+    def _of_flat(self, pair: Pair, flat: Flat | None) -> dict[str, Move]:
+        """The rules of a layer whose leaves have an axis of flattened features, by target path; None: all rules."""
+        matrix = flat is not None and flat.axis == 1 and pair.ways[pair.way].source.form.kind == "linear"
+        rules = pair.moves[:1] if matrix else pair.moves
+        return {self.target.text(pair.target.leaves[move.targets[0]]): move for move in rules}
+
+    def flatten(self, pair: Pair, flat: Flat | None) -> bool:
+        """Let a layer take or make flattened features, or none; whether that is a change."""
+        paths = self._of_flat(pair, None)
+        before = {path: self.flattened.pop(path) for path in paths if path in self.flattened}
+        for path in paths:
+            self.questions.pop(path, None)
+            self.notes.pop(path, None)
+        if flat is not None:
+            self.flattened |= dict.fromkeys(self._of_flat(pair, flat), flat)
+            said = "before" if flat.axis else "after"
+            note = f"{flat.channels} channels are flattened {said} it, in another order on each side"
+            self.notes |= dict.fromkeys(self._of_flat(pair, flat), note)
+        return before != {path: self.flattened[path] for path in paths if path in self.flattened}
+
+    def _flat_steps(self, pair: Pair, move: Move, flat: Flat) -> list[Step]:
+        back = self.channels_last(self.source)
+        side, name = (pair.source, move.sources[0]) if back else (pair.target, move.targets[0])
+        steps = flat.steps((self.source if back else self.target).spec(side.leaves[name]).shape[::-1])
+        return [step.inverse() for step in reversed(steps)] if back else steps
 
     def choose(self, path: str, steps: Sequence[Step]) -> None:
         """Answer a question."""
@@ -258,7 +292,7 @@ class PortPlan:
         targets = [self.target.text(number) for number in theirs]
         steps = list(move.do)
         if targets[0] in self.flattened:
-            steps = _flat_steps(self, pair, self.flattened[targets[0]])
+            steps = self._flat_steps(pair, move, self.flattened[targets[0]])
         given = self._steps.get(targets[0])
         steps = steps if given is None else list(given)
         sources = [self.source.text(number) for number in ours]
@@ -290,24 +324,6 @@ class PortPlan:
         taken = {twin for pair in self.pairs for n in pair.source.leaves.values() for twin in leaves.twins(n)}
         taken |= {number for first, copies in self.copies.items() if first in taken for number in copies}
         return [number for number in leaves.index.numbers if number not in taken]
-
-
-def _flat_steps(plan: PortPlan, pair: Pair, channels: int) -> list[Step]:
-    """The steps from a weight after a flattening of (channels, space) to a kernel after one of (space, channels)."""
-    back = plan.channels_last(plan.source)
-    model, unit, name = (
-        (plan.source, pair.source, pair.moves[0].sources[0])
-        if back
-        else (plan.target, pair.target, pair.moves[0].targets[0])
-    )
-    features, outputs = model.spec(unit.leaves[name]).shape
-    space = features // channels
-    steps = [
-        read_step({"reshape": {"shape": [outputs, channels, space], "back": [outputs, features]}}),
-        read_step({"transpose": [2, 1, 0]}),
-        read_step({"reshape": {"shape": [features, outputs], "back": [space, channels, outputs]}}),
-    ]
-    return [step.inverse() for step in reversed(steps)] if back else steps
 
 
 def _one(paths: list[str]) -> str | list[str]:
@@ -343,7 +359,8 @@ def _read_rules(rules: Rules | None) -> tuple[list[Mapping[str, Any]], dict[str,
         rules = rules.to_data()["rules"]
     if isinstance(rules, Mapping):
         return [], {path: [read_step(step) for step in steps] for path, steps in rules.items()}
-    if isinstance(rules, str) or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
+    listed = isinstance(rules, list | tuple)
+    if not listed or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
         raise BadArgument(
             f"rules={rules!r} is not a list of rules", hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]'
         )

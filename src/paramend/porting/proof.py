@@ -10,7 +10,7 @@ import numpy as np
 from paramend.errors import BadArgument, printable_lines
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
-from paramend.porting.agreement import distance, moves
+from paramend.porting.agreement import MOVES, distance, moves
 from paramend.porting.calls import Run, run
 from paramend.porting.pairing import paired
 from paramend.porting.recorder import Call
@@ -163,7 +163,8 @@ def prove(
 
     Copies of both run in float64, whatever their dtypes: parameters, statistics and modes stay, and dropout passes on
     what it is given. The outputs must agree in their order, or by their names where both have names; a batch of one
-    may lack its axis, and channels may stand first on one side and last on the other if they do so in the inputs.
+    may lack its axis, and channels may stand first on one side and last on the other if they do so in the inputs, or if
+    images are made of inputs that are none.
     Modules are compared while both run, whichever way round their axes are.
 
     Zeros and ones hide mistakes: compare models with trained or random parameters. `pm.port(prove=)` makes some.
@@ -200,7 +201,8 @@ def prove(
     turned = {move for one, other in zip(left, right, strict=False) for move in moves(one, other)}
     for one, other in names:
         values, others = ours.outputs[one], theirs.outputs[other]
-        found = distance(values, others, turned, least=_least(left))
+        free = values.ndim > 3 and all(each.ndim < 3 for each in (*left, *right))  # images made of none
+        found = distance(values, others, MOVES if free else turned, least=_least(left))
         shapes = (values.shape, others.shape)
         agrees = found[1] <= tolerance and bool(np.isfinite(values).any())
         proof.outputs.append(ProofRow(one, other, ("", ""), shapes, *found, agrees))

@@ -26,7 +26,8 @@ class PortReport(GraftReport):
         layout: the map from the source to the target: it can be saved, applied to any checkpoint of the same model, and
             reversed.
         warnings: what differs beside parameters, with numbers, and what was assumed.
-        unproven: the paths of the leaves whose place rests on the numbers in their names alone.
+        unproven: the paths of the leaves that rest on the numbers in their names alone, or on features that are taken
+            to be flattened.
         proof: the proof that both models compute the same, if `prove=` was given.
     """
 
@@ -41,7 +42,7 @@ class PortReport(GraftReport):
         if self.unproven and self.proof is None and not self.refused:
             said += (
                 f"; {wording.plural(len(self.unproven), 'leaf rests', 'leaves rest')} on the numbers in names alone, "
-                "which follow construction and not calls: prove=(x,) proves them"
+                "which follow construction and not calls, or on an assumption: prove=(x,) proves them"
             )
         return said if self.proof is None else f"{said}; {self.proof.headline()}"
 
@@ -95,7 +96,7 @@ def reported(plan: PortPlan, told: GraftReport, layout: Layout | None = None, pr
         told.refused,
         layout=layout,
         warnings=[*beside, *(f"{path}: {note}" for path, note in plan.notes.items())],
-        unproven=[path for path, (_, _, by) in made.items() if by == "number"],
+        unproven=[path for path, (*_, by) in made.items() if not proof and (by == "number" or path in plan.assumed)],
         proof=proof,
     )
 

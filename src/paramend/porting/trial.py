@@ -13,6 +13,7 @@ from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable
 from paramend.mapping.layout import Layout
 from paramend.porting.calls import calls
+from paramend.porting.flattening import Flat
 from paramend.porting.frameworks import float64, rebound
 from paramend.porting.kinds import Path
 from paramend.porting.matching import Pair
@@ -100,24 +101,37 @@ def _answers(plan: PortPlan) -> Iterator[tuple[tuple[str, Any], ...]]:
 
 
 def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: dict[Path, int]) -> Any:
-    """The target with random parameters, once its dense layers take flattened features in its own order.
+    """The target with random parameters, once flattened features are in its own order.
 
     Layer by layer, as they are called: the inputs of both are equal, or equal once their channels change places.
     """
-    made = _made(plan, source)
     last = plan.channels_last(plan.target)
     if plan.channels_last(plan.source) == last:
-        return made
-    dense = [pair for pair in plan.pairs if pair.source.path in order and _could_follow(pair)]
+        return _made(plan, source)
+    called = sorted((pair for pair in plan.pairs if pair.source.path in order), key=lambda p: order[p.source.path])
+    for pair in called:
+        plan.flatten(pair, None)
+    made = _made(plan, source)
     theirs, ours = calls(source.root, given["source"]), calls(made, given["target"])
-    for pair in sorted(dense, key=lambda pair: order[pair.source.path]):
+    makers: list[Pair] = []  # a dense layer, and the norms after it
+    for pair in called:
         one, other = (
             _input(model, path, found)
             for model, path, found in ((plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs))
         )
-        if one is None or other is None or one.shape != other.shape:
+        if one is None or other is None:
             continue
-        if plan.flatten(pair, _channels(*((other, one) if last else (one, other)))):
+        one, other = (other, one) if last else (one, other)
+        kind, changed = pair.ways[pair.way].source.form.kind, False
+        if kind in ("conv", "conv_transpose"):
+            for maker in makers if _unturned(one, other) else ():
+                changed = plan.flatten(maker, Flat(one.shape[1], 0)) or changed
+            makers = []
+        elif one.shape == other.shape and _could_follow(pair, one.ndim):
+            channels = _channels(*(each.reshape(-1, each.shape[-1]) for each in (one, other)))
+            changed = plan.flatten(pair, Flat(channels) if channels else None)
+            makers = [pair] if kind == "linear" else [*makers, pair]
+        if changed:
             made = _made(plan, source)
             ours = calls(made, given["target"])
     return made
@@ -129,15 +143,26 @@ def _made(plan: PortPlan, source: Model) -> Any:
         return carried(plan.target, source, plan.layout(), dtype="source")[0]
 
 
-def _could_follow(pair: Pair) -> bool:
-    """Whether it is a dense layer that may take flattened features: its weight is a matrix."""
+def _could_follow(pair: Pair, ndim: int) -> bool:
+    """Whether a layer may take flattened features: it is dense with a matrix, or a norm of vectors."""
     forms = pair.ways[pair.way].source, pair.ways[pair.way].target
-    return forms[0].form.kind == "linear" and all(len(shaped.shapes[0][1]) == 2 for shaped in forms)
+    axes = {"linear": 2, "norm": 1, "batch_norm": 1}.get(forms[0].form.kind)
+    return all(len(shaped.shapes[0][1]) == axes for shaped in forms) and (axes == 2 or ndim == 2)
 
 
 def _input(model: Model, path: Path, found: list[Call]) -> Any:
     call = next((call for call in found if call.path == _text(model, path) and call.inputs), None)
-    return None if call is None else call.inputs[0].reshape(-1, call.inputs[0].shape[-1])
+    return None if call is None else call.inputs[0]
+
+
+def _unturned(first: Any, last: Any) -> bool:
+    """Whether images with channels first and last are not equal, but would be if they were flattened."""
+    if not first.ndim == last.ndim > 2 or first.size != last.size or len(first) != len(last):
+        return False
+    turned = np.moveaxis(first, 1, -1)
+    if turned.shape != last.shape or np.allclose(turned, last, rtol=1e-6, atol=1e-9):
+        return False
+    return bool(np.allclose(first.reshape(len(first), -1), last.reshape(len(last), -1), rtol=1e-6, atol=1e-9))
 
 
 def _channels(first: Any, last: Any) -> int:
