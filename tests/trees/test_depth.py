@@ -37,8 +37,8 @@ def test_two_hundred_levels_and_no_more(wrap, make):
 
 def test_a_tree_deeper_than_the_calls_that_are_left():
     tree = nested_to(150, np.ones(2), lambda t: {"a": t})
-    pm.at(tree, "**").zero()  # imports what it needs
-    pm.at(tree, "**/w").rename("**/v")
+    with_all_calls_left(lambda: pm.at(tree, "**").zero())  # imports what it needs
+    with_all_calls_left(lambda: pm.at(tree, "**/w").rename("**/v"))
     with pytest.raises(Unsupported, match="the tree is nested deeper than the calls that are left"):
         with_few_calls_left(150, lambda: pm.at([tree], "**").zero())
     with pytest.raises(Unsupported, match="the tree is nested deeper than the calls that are left"):
