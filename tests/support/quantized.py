@@ -4,9 +4,6 @@ import json
 import math
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-
 from paramend.leaves.specs import numpy_dtype
 
 F8, E8M0 = "float8_e4m3fn", "float8_e8m0fnu"
@@ -199,6 +196,9 @@ def stored(layout, module="model.layers.0.mlp.fc", *, norm=True):
 
 def write(file, tree, config=None):
     """The path of a safetensors file of numpy arrays, written by the reference library; a configuration beside it."""
+    import torch  # layouts are read where there is none
+    from safetensors.torch import save_file  # as above
+
     tensors = {
         name: torch.from_numpy(np.frombuffer(array.tobytes(), "uint8").copy())
         .view(getattr(torch, array.dtype.name))
