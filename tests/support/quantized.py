@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+
 from paramend.leaves.specs import numpy_dtype
 
 F8, E8M0 = "float8_e4m3fn", "float8_e8m0fnu"
