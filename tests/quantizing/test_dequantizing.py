@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import paramend as pm
 from paramend.anatomy.quantization import stated
 from paramend.anatomy.recoding import dequantised
-from paramend.errors import BadArgument, NoMatch, Quantized, RenameClash, SpecMismatch, Unsupported
+from paramend.errors import BadArgument, NoMatch, Quantized, RenameClash, SpecMismatch, Unsupported, ValuesLost
 from support import tiny_models
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -228,6 +228,21 @@ def test_tied_weights_stay_tied(leaves):
     twin = {"twin.weight": leaves[UP], "twin.weight_scale_inv": leaves[f"{UP}_scale_inv"]}
     tree, report = pm.dequantize(leaves | twin, UP)
     assert tree["twin.weight"] is tree[UP] and len(report.rows) == 2
+
+
+def test_values_beyond_float16_are_counted(tmp_path):
+    leaves = {
+        "w.weight": torch.tensor([[1.0, -448.0]]).to(torch.float8_e4m3fn),
+        "w.weight_scale": torch.tensor([200.0]),
+    }
+    want = np.array([[200, -np.inf]], np.float16)
+    with pytest.warns(ValuesLost, match=r"1 value overflows \(w.weight\)"):
+        tree, _ = pm.dequantize(leaves, dtype="float16")
+    assert np.array_equal(tree["w.weight"].numpy(), want) and tree["w.weight"].dtype == torch.float16
+    save_file(leaves, tmp_path / "a.safetensors")
+    report = pm.dequantize(pm.open(tmp_path / "a.safetensors"), dtype="float16")[0].save(tmp_path / "b.safetensors")
+    assert "1 value overflows (w.weight)" in report.summary
+    assert np.array_equal(load_file(tmp_path / "b.safetensors")["w.weight"].numpy(), want)
 
 
 # ---- selectors ----------------------------------------------------------------------------------------------------

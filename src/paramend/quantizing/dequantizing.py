@@ -1,6 +1,6 @@
 """Quantised weights as floats: `pm.dequantize`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -8,6 +8,7 @@ from paramend.anatomy.counts import retyped
 from paramend.anatomy.recoding import dequantised
 from paramend.arrays.registry import backend
 from paramend.edits.memory import editable
+from paramend.edits.plan import call
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Group
@@ -65,11 +66,12 @@ def dequantize(
     made: dict[tuple[int, ...], list[Any]] = {}  # tied ones are made once
 
     def make(weight: Weight, stored: Sequence[Any]) -> list[Any]:
+        values = weight.origin("float32" if _is_half(weight, name) else name)
         if isinstance(stored[0], Origin):
-            return [weight.origin(name)]
+            return [values]
         one = tuple(leaves.ties.get(number, number) for number in weight.group.numbers)
         if one not in made:
-            made[one] = [backend(stored[0]).beside(weight.origin(name).read(), stored[0])]
+            made[one] = [backend(stored[0]).beside(values.read(), stored[0])]
         return made[one]
 
     path, stored = seen.index.path, leaves.index.path
@@ -78,10 +80,24 @@ def dequantize(
         groups.append(Group(weight.group.numbers, (keys(seen.index.paths[at]),), partial(make, weight)))
         spec = Spec(weight.spec.shape, name or weight.spec.dtype)
         rows.append(Coded(path(at), weight.codec.scheme, spec, tuple(map(stored, weight.group.numbers))))
-    tree, said = followed(leaves.regrouped(groups), partial(_configured, seen, chosen, kept, name))
+    halves = {path(at) for at, weight in weights.items() if _is_half(weight, name)}
+    tree, said = followed(_halved(leaves.regrouped(groups), halves), partial(_configured, seen, chosen, kept, name))
     stay = {path(at): seen.groups[at].scheme.name for at in kept}
     others = len(seen.index.numbers) - len(seen.groups)
     return cast(T, tree), QuantizeReport("dequantised", tuple(rows), stay, others, said)
+
+
+def _is_half(weight: Weight, dtype: str) -> bool:
+    """Whether a weight becomes float16, which ends at 65,504: the edit that casts to it counts what it cannot hold."""
+    return (dtype or weight.spec.dtype) == "float16"
+
+
+def _halved(tree: Any, paths: Collection[str]) -> Any:
+    """A tree with some leaves in float16."""
+    leaves, half = editable(tree), call("cast", {"dtype": "float16"})
+    index, ties = leaves.index, leaves.ties
+    numbers = [number for number in index.numbers if index.path(number) in paths and ties.get(number, number) == number]
+    return leaves.edited(dict.fromkeys(numbers, half)) if numbers else tree
 
 
 def _check_modules(seen: Seen, chosen: Sequence[int], kept: Sequence[int]) -> None:
