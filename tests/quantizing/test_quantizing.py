@@ -182,6 +182,12 @@ def test_what_cannot_be_quantised_is_refused_by_name(leaves, selector, scheme, e
         pm.quantize(leaves, selector, scheme=scheme, simulate=simulate)
 
 
+@pytest.mark.parametrize("scheme", ["fp8-block", "mxfp4", "nvfp4", "bnb-int8"])
+def test_a_size_of_groups_that_a_scheme_has_not_is_refused(leaves, scheme):
+    with pytest.raises(BadArgument, match=f"group_size=64: {scheme}"):
+        pm.quantize(leaves, UP, scheme=scheme, group_size=64)
+
+
 def test_a_head_is_quantised_where_it_is_named(leaves):
     assert [row.path for row in pm.quantize(leaves, "**/lm_head/weight", scheme="int8")[1].rows] == ["lm_head.weight"]
 

@@ -60,7 +60,7 @@ def quantize(
         SpecMismatch: a weight has no such form, such as one whose inputs the groups do not divide.
         Quantized: a selected weight is quantised already.
         Unsupported: what is there is quantised in another way, or is no `weight` of a state dict.
-        BadArgument: there is no such scheme.
+        BadArgument: there is no such scheme, or none with groups of a size that is chosen.
 
     >>> model = {"fc": {"kernel": np.linspace(-1, 1, 256, dtype="float32").reshape(128, 2)}}
     >>> tree, report = pm.quantize(model, "**", scheme="int4", simulate=True)

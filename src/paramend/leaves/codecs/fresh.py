@@ -58,6 +58,10 @@ def layout_of(scheme: str, weight: Spec, group: int | None = None, block: tuple[
     if scheme not in _LAYOUTS:
         known = ", ".join(_LAYOUTS)
         raise BadArgument(f"{scheme!r} is no scheme that a weight can be quantised to", hint=f"one of {known}")
+    if group and scheme.startswith(("fp8", "mxfp4", "nvfp4", "bnb")):
+        raise BadArgument(
+            f"group_size={group}: {scheme} has blocks of its own", hint="int4, int8, GPTQ and AWQ have groups"
+        )
     if weight.kind != "float" or (weight.ndim < 2 and scheme not in ("nf4", "fp4")) or not weight.size:
         raise SpecMismatch(f"a leaf {weight} cannot be quantised to {scheme}: it is no matrix of floats")
     return _LAYOUTS[scheme](weight, group, block)
