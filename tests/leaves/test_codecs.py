@@ -96,8 +96,9 @@ def test_the_text_is_the_expression():
 
 
 def test_a_number_and_nothing_at_all():
-    one = {"payload": np.array(1.5, E4M3), "scale": np.array(2, np.float32)}
-    assert weight_from("FP8, one scale", one).tolist() == 3.0
+    for dtype in (E4M3, ml_dtypes.float8_e5m2):
+        one = {"payload": np.array(1.5, dtype), "scale": np.array(2, np.float32)}
+        assert weight_from("FP8, one scale", one).tolist() == 3.0
     for shape, grid in (((0, 128), (0, 1)), ((4, 0), (1,))):
         none = {"payload": np.zeros(shape, E4M3), "scale": np.ones(grid, np.float32)}
         assert weight_from(BLOCK, none).shape == shape

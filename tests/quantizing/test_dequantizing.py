@@ -230,6 +230,19 @@ def test_tied_weights_stay_tied(leaves):
     assert tree["twin.weight"] is tree[UP] and len(report.rows) == 2
 
 
+def test_the_least_codes_keep_their_values_where_torch_flushes_least_numbers():
+    leaves = {
+        "w.weight": torch.arange(8, dtype=torch.uint8).view(torch.float8_e4m3fn)[None],
+        "w.weight_scale": torch.ones(1),
+    }
+    torch.set_flush_denormal(True)
+    try:
+        tree, _ = pm.dequantize(leaves)
+    finally:
+        torch.set_flush_denormal(False)
+    assert tree["w.weight"].tolist() == [[code * 2.0**-9 for code in range(8)]]
+
+
 def test_values_beyond_float16_are_counted(tmp_path):
     leaves = {
         "w.weight": torch.tensor([[1.0, -448.0]]).to(torch.float8_e4m3fn),
