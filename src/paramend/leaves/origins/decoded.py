@@ -84,10 +84,10 @@ class Decoded(Origin):
 
 
 def decoded(codec: Codec, parts: Mapping[str, Origin], dtype: str = "") -> Origin:
-    """A quantised weight as its model has it: the name of its axes, and values.
+    """The values of a quantised weight, with the axes that it has in its model.
 
     Args:
-        codec: from `codec_of`.
+        codec: from the row of its scheme.
         parts: role → leaf of the group.
         dtype: that of the values; the library's by default.
     """
