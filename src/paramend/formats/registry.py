@@ -68,7 +68,7 @@ class Format:
         return found
 
     def writer(self) -> Any:
-        """The writer of this format, a `Writer` or a `FolderWriter`; `Unsupported` if there is none."""
+        """The writer of this format: see `Writer`; `Unsupported` if there is none."""
         if not self.writes:
             raise Unsupported(
                 f"{self.says} cannot be written", hint=f"one of {wording.listing([row.name for row in writable()])}"
