@@ -34,10 +34,10 @@ from paramend.errors import (
     Unsupported,
 )
 from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import write_header
 from paramend.leaves.origins import origin as streaming
 from paramend.leaves.specs import Spec
 from paramend.rewriting.layouts import parse_size
+from support.writing import write_header
 
 
 def read(path):

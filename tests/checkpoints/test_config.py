@@ -162,6 +162,7 @@ def test_edits_of_leaves_and_structure_keep_it(model, tmp_path):
         (lambda c: c.set({"text_confg.layers": 1}), LookupError, "has no 'text_confg.layers'"),
         (lambda c: c.set({"b": float("nan")}), ValueError, "is not a value of JSON"),
         (lambda c: c.set({"b": np.ones(2)}), ValueError, "is not a value of JSON"),
+        (lambda c: c.set({"b\ud800": 1}), ValueError, "is not a value of JSON"),
     ],
 )
 def test_what_cannot_be_is_said(model, edit, error, says):

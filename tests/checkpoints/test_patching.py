@@ -285,8 +285,8 @@ def test_progress_ends_at_the_total(model):
 
 
 def test_a_sparse_file(tmp_path):
-    from paramend.formats.safetensors_header import write_header
     from paramend.leaves.specs import Spec
+    from support.writing import write_header
 
     path = tmp_path / "m.safetensors"
     header = write_header({"a": Spec((1 << 20,), "float32"), "b": Spec((1 << 20,), "float32")})

@@ -22,10 +22,10 @@ import paramend as pm
 from paramend.cli import _ui
 from paramend.cli.main import ROWS, cli, edits
 from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import write_header
 from paramend.leaves.specs import Spec
 from paramend.reports.progress import Meter
 from support.numerics import assert_close
+from support.writing import write_header
 
 COMMAND = [sys.executable, "-m", "paramend"]
 

@@ -222,6 +222,7 @@ def test_what_is_no_checkpoint(tmp_path, name, content, message):
 
 def test_what_is_not_there(tmp_path):
     save(tmp_path / "model.safetensors", "w")
+    (tmp_path / ".modle.safetensors.undo").mkdir()  # nearer, and no model
     with pytest.raises(CannotRead, match=r"no such file or directory\n\nhint: did you mean .*/model\.safetensors\?"):
         open_source(tmp_path / "modle.safetensors")
     with pytest.raises(CannotRead, match="there is no directory"):

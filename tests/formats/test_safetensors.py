@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError, Unsupported
 from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import parse_header, write_header
+from paramend.formats.safetensors_header import parse_header
 from paramend.leaves.specs import SAFETENSORS_CODES, Spec
+from support.writing import write_header
 
 # ---- files of the reference ------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from paramend.checkpoints.whole import save
-from paramend.formats.safetensors_header import write_header
 from paramend.leaves.specs import Spec
+from support.writing import write_header
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),

@@ -30,13 +30,13 @@ from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, Pa
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import write_header
 from paramend.leaves.origins import origin as streaming
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec
 from paramend.piecewise.steps import step_of
 from paramend.rewriting.rewrite import write
+from support.writing import write_header
 
 
 def rewrite(source, out, selector, op, args=None, **options):

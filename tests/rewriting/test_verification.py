@@ -115,7 +115,7 @@ def test_a_flipped_byte_of_the_output_names_the_leaf(model, tmp_path):
         VERBS["layout"][0](opened).save(out, record=True)
     flip(out, 8 + int.from_bytes(out.read_bytes()[:8], "little"))  # the first leaf of the file
     done = run("verify", out, code=1)
-    assert "h.gate_up: its bytes differ" in done.stdout or "h.gate_up" not in recorded(out)
+    assert "h.gate_up: its bytes differ" in done.stdout
     with pytest.raises(UnexpectedChange) as error:
         pm.verify_record(out)
     assert len(error.value.changes) == 1

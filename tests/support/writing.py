@@ -1,10 +1,13 @@
 """Files written from the parts that a format's writer names, as simply as that can be done."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from paramend.formats.safetensors_header import Header, layout
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.specs import Spec
 
 
 def write(path: Path, form, leaves: list[tuple[Item, bytes]], metadata=None, outline=None) -> Path:
@@ -25,3 +28,8 @@ def write(path: Path, form, leaves: list[tuple[Item, bytes]], metadata=None, out
                 file.seek(at)
                 file.write(data)
     return path
+
+
+def write_header(specs: Mapping[str, Spec], metadata=None) -> Header:
+    """The header of a safetensors file that holds tensors of these specs one after the other."""
+    return layout(((name, spec, spec.nbytes) for name, spec in specs.items()), metadata)

@@ -182,8 +182,8 @@ def json_value(key: str, value: Any) -> Any:
         BadArgument: JSON has no such value.
     """
     try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text = json.dumps([key, value], allow_nan=False, ensure_ascii=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BadArgument(f"{key}: {value!r:.60} is not a value of JSON: {error}") from None
-    return json.loads(text)
+    return json.loads(text)[1]

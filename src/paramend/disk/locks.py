@@ -95,7 +95,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(files: Sequence[Path], *, links: bool = False, lock: bool = True) -> Iterator[list[int]]:
+def opened(files: Sequence[Path], *, lock: bool = True) -> Iterator[list[int]]:
     """Descriptors of files, open for reading and writing, each with its lock."""
     with contextlib.ExitStack() as stack:
         found = []
@@ -105,7 +105,7 @@ def opened(files: Sequence[Path], *, links: bool = False, lock: bool = True) -> 
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise CannotWrite(f"{file} is not a regular file; nothing was changed")
-            if status.st_nlink > 1 and not links:
+            if status.st_nlink > 1:
                 raise CannotWrite(
                     f"{file} has {status.st_nlink} names (hard links), and a change would show under all of them; "
                     "nothing was changed",

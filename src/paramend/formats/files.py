@@ -247,9 +247,10 @@ def open_regular(path: Path, *, holds: str = "") -> int:
 def near(path: Path) -> str:
     """The hint for a missing file: one beside it with a similar name, or that the folder is missing too."""
     try:
-        found = wording.closest(path.name, [other.name for other in path.parent.iterdir()], limit=1)
+        names = [other.name for other in path.parent.iterdir() if not other.name.startswith(".")]
     except (OSError, ValueError):
         return "" if _is_there(path.parent) else f"there is no directory {path.parent} either"
+    found = wording.closest(path.name, names, limit=1)
     return f"did you mean {path.parent / found[0]}?" if found else ""
 
 

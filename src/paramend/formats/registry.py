@@ -68,7 +68,7 @@ class Format:
         return found
 
     def writer(self) -> Any:
-        """The writer of this format, a `Writer` or a `FolderWriter`; `Unsupported` if there is none."""
+        """The writer of this format: see `Writer`; `Unsupported` if there is none."""
         if not self.writes:
             raise Unsupported(
                 f"{self.says} cannot be written", hint=f"one of {wording.listing([row.name for row in writable()])}"
@@ -290,10 +290,10 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         CannotRead: there is no such file, or no permission to read it.
 
     >>> import tempfile
-    >>> from paramend.formats.safetensors_header import write_header
+    >>> from paramend.formats.safetensors_header import layout
     >>> from paramend.leaves.specs import Spec
     >>> file = Path(tempfile.mkdtemp(), "weights")
-    >>> _ = file.write_bytes(write_header({"w": Spec((2,), "int8")}).to_bytes() + bytes(2))
+    >>> _ = file.write_bytes(layout([("w", Spec((2,), "int8"), 2)]).to_bytes() + bytes(2))
     >>> open_source(file).index.path(0), open_source(file.parent).spec(0)
     ('w', Spec(shape=(2,), dtype='int8'))
     """

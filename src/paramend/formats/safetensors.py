@@ -42,8 +42,8 @@ class SafetensorsFile(FileSource):
     >>> from pathlib import Path
     >>> from paramend.leaves.specs import Spec
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> from paramend.formats.safetensors_header import write_header
-    >>> header = write_header({"fc.weight": Spec((2, 1), "float32")})
+    >>> from paramend.formats.safetensors_header import layout
+    >>> header = layout([("fc.weight", Spec((2, 1), "float32"), 8)])
     >>> _ = path.write_bytes(header.to_bytes() + np.array([1, 2], "float32").tobytes())
     >>> with SafetensorsFile(path) as file:
     ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())

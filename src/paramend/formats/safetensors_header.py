@@ -83,7 +83,7 @@ class Header:
             RenameClash: two tensors would have the same name.
             Unsupported: the format lacks a dtype.
 
-        >>> before = write_header({"w": Spec((2,), "float32"), "b": Spec((1,), "float32")})
+        >>> before = layout([("w", Spec((2,), "float32"), 8), ("b", Spec((1,), "float32"), 4)])
         >>> [entry.name for entry in before.edited({1: ("bias", Spec((1,), "float32"))}).entries]
         ['bias']
         """
@@ -123,6 +123,9 @@ def layout(fields: Iterable[tuple[str, Spec, int]], metadata: Mapping[str, str] 
     Raises:
         RenameClash: two tensors have the same name.
         Unsupported: the format lacks a dtype.
+
+    >>> layout([("w", Spec((2, 2), "bfloat16"), 8)]).raw
+    b'{"w":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}       '
     """
     table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
     entries: list[TensorEntry] = []
@@ -144,18 +147,6 @@ def _fresh(name: str, table: Mapping[str, Any]) -> str:
     if name.count("/") + name.count(".") >= MAX_PIECES:
         raise RenameClash(f"{shown(name)} has more than {MAX_PIECES} pieces")
     return name
-
-
-def write_header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> Header:
-    """The header of a new file that holds these tensors one after the other.
-
-    Raises:
-        Unsupported: the format lacks a dtype.
-
-    >>> write_header({"w": Spec((2, 2), "bfloat16")}).raw
-    b'{"w":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}       '
-    """
-    return layout(((name, spec, spec.nbytes) for name, spec in specs.items()), metadata)
 
 
 def framed(raw: bytes, nbytes: int) -> bytes:

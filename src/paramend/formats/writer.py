@@ -1,8 +1,7 @@
 """`Writer`: the layout of a new file in a format, known before its first byte is written."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from paramend.leaves.outlines import Outline, Place
@@ -45,36 +44,28 @@ class LeafBytes(NamedTuple):
     stop: int
 
 
-class Holder(Protocol):
-    """What a format can hold.
+class Writer(Protocol):
+    """Lays out files of one format. A format's module has one under the name `WRITER`.
+
+    The parts of a file tell the engine its length. It lets the kernel copy what is in other files, and computes the
+    rest. A format whose checkpoints are folders has `write` instead of `seals` and `parts`: see `OrbaxWriter`.
 
     Attributes:
         copies_raw: whether leaves from files of this format are copied unchanged, whatever `refusal` says of them.
         flat: whether a file is a table of names, without containers.
+        seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
+            `after_patch` of the finished file.
     """
 
     copies_raw: bool
     flat: bool
+    seals: bool
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
 
     def holds(self, value: Any) -> bool:
         """Whether the format has a place for an entry that is not an array."""
-
-
-class Writer(Holder, Protocol):
-    """Lays out files of one format. A format's module has one under the name `WRITER`.
-
-    The parts of a file tell the engine its length. It lets the kernel copy what is in other files, and computes the
-    rest.
-
-    Attributes:
-        seals: whether such a file holds checksums of its leaves. They are written as 0, and corrected by
-            `after_patch` of the finished file.
-    """
-
-    seals: bool
 
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
@@ -84,24 +75,4 @@ class Writer(Holder, Protocol):
         Args:
             metadata: that of the source; a writer takes what its format can hold.
             outline: where the items are among containers and other entries; not needed by formats that are flat.
-        """
-
-
-class FolderWriter(Holder, Protocol):
-    """Writes directories of one format."""
-
-    def write(
-        self,
-        folder: Path,
-        items: Sequence[Item],
-        data: Callable[[int], Iterator[memoryview]],
-        outline: Outline,
-        base: Any,
-    ) -> None:
-        """Fill an empty folder. The engine creates it, makes it durable and gives it its name.
-
-        Args:
-            data: the position of a leaf → its bytes, in pieces of bounded size.
-            outline: where the items are among containers and other entries.
-            base: the checkpoint that the result is modelled on; its layout is kept if it has this format.
         """

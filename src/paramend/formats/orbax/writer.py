@@ -62,7 +62,11 @@ class OrbaxWriter:
         outline: Outline,
         base: Any,
     ) -> None:
-        """Fill an empty folder with a checkpoint.
+        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name.
+
+        Args:
+            data: the position of a leaf → its bytes, in pieces of bounded size.
+            base: the checkpoint that the result is modelled on; its layout is kept if it has this format.
 
         Raises:
             MissingExtra: tensorstore is not installed.
