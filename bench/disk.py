@@ -67,11 +67,13 @@ def compare(ways, rounds, references=1):
     reference = min(ways[:references], key=lambda way: median(way.seconds))
     rows = []
     for way in ways:
-        pairs = [a / b for a, b in zip(way.seconds, reference.seconds, strict=False)]
+        both = list(zip(way.seconds, reference.seconds, strict=False))  # the rounds in which both ran
+        mine, theirs = zip(*both, strict=True)
+        pairs = [a / b for a, b in both]
         rows.append(
             {
                 "way": way.name,
-                "ratio": round(median(way.seconds) / median(reference.seconds), 3),
+                "ratio": round(median(mine) / median(theirs), 3),
                 "lowest": round(min(pairs), 3),
                 "highest": round(max(pairs), 3),
                 "seconds": round(median(way.seconds), 3),
