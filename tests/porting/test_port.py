@@ -382,6 +382,24 @@ def test_a_square_parameter_is_not_guessed():
         assert report.proof
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (4, 1, 4)])
+def test_a_norm_over_channels_and_places_of_one_length_is_not_guessed(shape):
+    axes, x = tuple(range(1, len(shape) + 1)), np.random.default_rng(0).normal(size=(2, *shape))
+    last = np.moveaxis(x, 1, -1)
+    options = {"reduction_axes": axes, "feature_axes": axes, "epsilon": 1e-5, "param_dtype": np.float64}
+    linen = compact(lambda x: nn.LayerNorm(**options)(x))
+    module, variables = random(t.LayerNorm(shape)), made(linen, last)
+    with pytest.raises(PortRefused, match="which are channels is not known") as refused:
+        pm.port(variables, module)
+    assert str(refused.value).count("the layout of params/") == 2  # scale and bias
+    inputs = {"target": (last,), "source": (x,)}
+    bound, report = pm.port(linen.bind(variables), module, prove=inputs)
+    expected = np.moveaxis(module.weight.detach().numpy(), 0, -1)
+    np.testing.assert_array_equal(bound.variables["params"]["LayerNorm_0"]["scale"], expected)
+    back, _ = pm.port(random(t.LayerNorm(shape)), bound, prove={"target": (x,), "source": (last,)})
+    assert report.proof and torch.equal(back.weight, module.weight) and torch.equal(back.bias, module.bias)
+
+
 def test_a_square_einsum_is_not_guessed():
     linen = compact(lambda x: nn.Einsum((4, 4), "bi,oi->bo", use_bias=False, param_dtype=np.float64)(x))
     module, variables = random(t.Linear(4, 4, bias=False)), made(linen, X)
