@@ -1,5 +1,7 @@
 """What a port finds by itself, what it refuses, and what can be done with the result."""
 
+import ast
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -357,6 +359,16 @@ def test_a_square_parameter_is_no_table_by_half_of_its_name(name):
         pm.port({name: np.zeros((4, 4))}, {"layer." + name: np.eye(4)})
     table = {"pos_embed": np.zeros((4, 4))}
     assert pm.port(table, {"layer.position_embedding": np.eye(4)})[0]["pos_embed"].tolist() == np.eye(4).tolist()
+
+
+@pytest.mark.parametrize("new", [(4, 1, 4), (1, 4, 4)])
+def test_a_square_parameter_is_not_guessed_by_axes_of_length_one(new):
+    target, source = {"params": {"gate": np.zeros(new)}}, {"gate": np.arange(16.0).reshape(4, 1, 4)}
+    with pytest.raises(PortRefused, match="the layout of params/gate is not known") as refused:
+        pm.port(target, source)
+    steps = refused.value.hint.partition("rules=")[2].partition(", with")[0]
+    tree, _ = pm.port(target, source, rules=ast.literal_eval(steps))
+    assert tree["params"]["gate"].reshape(4, 4).tolist() == np.arange(16.0).reshape(4, 4).T.tolist()
 
 
 class TorchSquare(t.Module):

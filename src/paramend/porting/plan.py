@@ -185,15 +185,17 @@ class PortPlan:
                 self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
             elif form.kind == "parameter" and self._open(pair):
                 why = "it is square, and its name does not say what comes first"
-                axes = list(range(len(pair.ways[0].target.shapes[0][1])))
-                self.questions[path] = (why, [[], [read_step({"transpose": [*axes[:-2], axes[-1], axes[-2]]})]])
+                axes, do = list(range(len(pair.ways[0].target.shapes[0][1]))), list(pair.moves[0].do)
+                one, other = [axis for axis in axes if pair.ways[0].target.shapes[0][1][axis] > 1][-2:]
+                axes[one], axes[other] = other, one
+                self.questions[path] = (why, [do, [*do, read_step({"transpose": axes})]])
         self._flattenings()
 
     def _open(self, pair: Pair) -> bool:
-        shapes = [dict(shaped.shapes)[""] for shaped in (pair.ways[0].source, pair.ways[0].target)]
+        long = [length for length in pair.ways[0].target.shapes[0][1] if length > 1]
         names = [unit.path[-1].lower() for unit in (pair.source, pair.target)]
         alike = self.source.framework == self.target.framework != "" and names[0] == names[1]
-        square = len(shapes[0]) >= 2 and shapes[0][-1] == shapes[0][-2] > 1
+        square = len(long) > 1 and long[-1] == long[-2]
         words = [set(re.findall("[a-z]+", name)) for name in names]
         return square and not alike and not any(each & _TABLE and each <= _TABLE | _BESIDE for each in words)
 
