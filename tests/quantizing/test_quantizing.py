@@ -182,6 +182,11 @@ def test_what_cannot_be_quantised_is_refused_by_name(leaves, selector, scheme, e
         pm.quantize(leaves, selector, scheme=scheme, simulate=simulate)
 
 
+def test_a_mistyped_scheme_is_said_before_what_its_weights_must_be():
+    with pytest.raises(BadArgument, match=r"(?s)'fp8blok' is no scheme.*hint: fp8-block"):
+        pm.quantize({"kernel": np.ones((2, 4), "f4")}, "**", scheme="fp8blok")
+
+
 def test_a_head_is_quantised_where_it_is_named(leaves):
     assert [row.path for row in pm.quantize(leaves, "**/lm_head/weight", scheme="int8")[1].rows] == ["lm_head.weight"]
 

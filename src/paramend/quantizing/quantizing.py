@@ -16,7 +16,7 @@ from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.errors import Quantized, SpecMismatch, Unsupported
 from paramend.leaves.codecs.codec import Codec
-from paramend.leaves.codecs.fresh import Layout, codec_for, layout_of
+from paramend.leaves.codecs.fresh import Layout, check_scheme, codec_for, layout_of
 from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.encoded import encoded
@@ -67,6 +67,7 @@ def quantize(
     >>> tree["fc"]["kernel"].shape, len(np.unique(tree["fc"]["kernel"])) <= 32, f"{report.rows[0].relative_l2:.2f}"
     ((128, 2), True, '0.07')
     """
+    check_scheme(scheme)
     leaves = editable(model)
     seen = Seen(leaves)
     numbers = _chosen(seen, selector)

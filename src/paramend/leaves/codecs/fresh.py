@@ -15,6 +15,7 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.schemes import SCHEMES
 from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.reports import wording
 
 _F8 = "float8_e4m3fn"
 # Name, dtype and shape.
@@ -55,12 +56,27 @@ def layout_of(scheme: str, weight: Spec, group: int | None = None, block: tuple[
     >>> [(layout.names[role], str(spec)) for role, spec in layout.specs.items()]
     [('*_packed', 'uint8[8,32]'), ('*_scale', 'float8_e4m3fn[8,4]'), ('*_global_scale', 'float32[1]')]
     """
-    if scheme not in _LAYOUTS:
-        known = ", ".join(_LAYOUTS)
-        raise BadArgument(f"{scheme!r} is no scheme that a weight can be quantised to", hint=f"one of {known}")
+    check_scheme(scheme)
     if weight.kind != "float" or (weight.ndim < 2 and scheme not in ("nf4", "fp4")) or not weight.size:
         raise SpecMismatch(f"a leaf {weight} cannot be quantised to {scheme}: it is no matrix of floats")
     return _LAYOUTS[scheme](weight, group, block)
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise if no scheme of this name can be written.
+
+    >>> check_scheme("fp8blok")
+    Traceback (most recent call last):
+    paramend.errors.BadArgument: 'fp8blok' is no scheme that a weight can be quantised to
+    <BLANKLINE>
+    hint: fp8-block
+    """
+    if scheme not in _LAYOUTS:
+        near = wording.closest(scheme, _LAYOUTS, limit=1)
+        raise BadArgument(
+            f"{scheme!r} is no scheme that a weight can be quantised to",
+            hint=near[0] if near else f"one of {', '.join(_LAYOUTS)}",
+        )
 
 
 def codec_for(scheme: str, layout: Layout) -> Codec:
