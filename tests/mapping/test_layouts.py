@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import paramend as pm
 from paramend.cli.main import cli
+from paramend.errors import RenameClash
 
 SMALL = {
     "hidden_size": 8,
@@ -156,15 +157,28 @@ def test_sums_on_disk_and_what_must_be_zero(tmp_path):
     assert strict.to(tree | {"hh": np.zeros(6)})[0].keys() == {"b"}
 
 
+@pytest.mark.parametrize("stored", ["flat", "nested"])
+@pytest.mark.parametrize("path", ["x", "x.y"])
+def test_leaves_that_are_stored_anew_do_not_take_the_place_of_others(stored, path):
+    layout = pm.Layout([{"from": "a", "to": "x"}, {"from": "b", "to": path}], stored={"to": stored})
+    tree = {"a": np.zeros(1), "b": np.ones(1)}
+    if (stored, path) == ("flat", "x.y"):  # two names
+        assert layout.to(tree)[0] == {"x": tree["a"], "x.y": tree["b"]}
+        return
+    with pytest.raises(RenameClash, match=path):
+        layout.to(tree)
+
+
 def test_leaves_that_one_side_lacks_are_dropped():
     layout = pm.Layout([{"from": "a.w", "to": "b.w"}], drop=["**/steps"], stored={"from": "flat", "to": "nested"})
-    assert layout == pm.Layout.of(layout.to_data())
+    assert layout == pm.Layout.of(layout.to_data()) == pm.Layout.of({**layout.to_data(), "drop": "**/steps"})
     made = layout.to({"a.w": np.ones(2), "a.steps": np.array(3)})[0]
     assert made["b"]["w"].tolist() == [1.0, 1.0]
     assert layout.to({"a.w": np.ones(2)})[0].keys() == {"b"}
     assert layout.back(made)[0].keys() == {"a.w"}
-    with pytest.raises(ValueError, match="is not a choice"):
-        pm.Layout([{"from": "a", "to": "b"}], stored={"from": "folded"})
+    for stored in ({"from": "folded"}, "flat"):
+        with pytest.raises(ValueError, match="is not a choice"):
+            pm.Layout([{"from": "a", "to": "b"}], stored=stored)
 
 
 def test_a_layout_is_data(tmp_path):

@@ -44,6 +44,10 @@ def source():
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)), (x,)
 
 
+def norm():
+    return torch.nn.BatchNorm1d(3)
+
+
 def fails():
     raise ValueError("no such size")
 
@@ -91,6 +95,13 @@ def test_from_a_file_for_a_function(models, make):
     assert sorted(found) == [f"params/Dense_{i}/{name}" for i in (0, 1) for name in ("bias", "kernel")]
     for path, value in found.items():
         assert value.tobytes() == pm.at(want, path).one().tobytes()
+
+
+def test_a_counter_is_not_left_out_of_a_file_unseen(models):
+    ones = np.ones(3)
+    pm.save({"params": {"scale": ones, "bias": ones}, "batch_stats": {"mean": ones, "var": ones}}, "norm.npz")
+    said = run("norm.npz", "--like", "models_to_port:norm", "-o", "out.safetensors")
+    assert "num_batches_tracked  int64[]  not a parameter" in said and "4 of 5 leaves copied" in said
 
 
 def test_a_rename_and_json(models):

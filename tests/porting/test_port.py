@@ -1,5 +1,7 @@
 """What a port finds by itself, what it refuses, and what can be done with the result."""
 
+import ast
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -359,6 +361,16 @@ def test_a_square_parameter_is_no_table_by_half_of_its_name(name):
     assert pm.port(table, {"layer.position_embedding": np.eye(4)})[0]["pos_embed"].tolist() == np.eye(4).tolist()
 
 
+@pytest.mark.parametrize("new", [(4, 1, 4), (1, 4, 4)])
+def test_a_square_parameter_is_not_guessed_by_axes_of_length_one(new):
+    target, source = {"params": {"gate": np.zeros(new)}}, {"gate": np.arange(16.0).reshape(4, 1, 4)}
+    with pytest.raises(PortRefused, match="the layout of params/gate is not known") as refused:
+        pm.port(target, source)
+    steps = refused.value.hint.partition("rules=")[2].partition(", with")[0]
+    tree, _ = pm.port(target, source, rules=ast.literal_eval(steps))
+    assert tree["params"]["gate"].reshape(4, 4).tolist() == np.arange(16.0).reshape(4, 4).T.tolist()
+
+
 class TorchSquare(t.Module):
     def __init__(self, turned):
         super().__init__()
@@ -380,6 +392,24 @@ def test_a_square_parameter_is_not_guessed():
         bound, report = pm.port(Square().bind(variables), module, prove=(X,))
         np.testing.assert_allclose(bound(X), module(torch.tensor(X)).detach().numpy(), atol=1e-11)
         assert report.proof
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (4, 1, 4)])
+def test_a_norm_over_channels_and_places_of_one_length_is_not_guessed(shape):
+    axes, x = tuple(range(1, len(shape) + 1)), np.random.default_rng(0).normal(size=(2, *shape))
+    last = np.moveaxis(x, 1, -1)
+    options = {"reduction_axes": axes, "feature_axes": axes, "epsilon": 1e-5, "param_dtype": np.float64}
+    linen = compact(lambda x: nn.LayerNorm(**options)(x))
+    module, variables = random(t.LayerNorm(shape)), made(linen, last)
+    with pytest.raises(PortRefused, match="which are channels is not known") as refused:
+        pm.port(variables, module)
+    assert str(refused.value).count("the layout of params/") == 2  # scale and bias
+    inputs = {"target": (last,), "source": (x,)}
+    bound, report = pm.port(linen.bind(variables), module, prove=inputs)
+    expected = np.moveaxis(module.weight.detach().numpy(), 0, -1)
+    np.testing.assert_array_equal(bound.variables["params"]["LayerNorm_0"]["scale"], expected)
+    back, _ = pm.port(random(t.LayerNorm(shape)), bound, prove={"target": (x,), "source": (last,)})
+    assert report.proof and torch.equal(back.weight, module.weight) and torch.equal(back.bias, module.bias)
 
 
 def test_a_square_einsum_is_not_guessed():

@@ -61,7 +61,7 @@ def insert(
     report = moved_report("insert", host.index.separator, donor, paths, host.index.texts.values(), ("inserted", "kept"))
     if isinstance(host, Checkpoint):
         own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
-        new = [(_labels(paths[n]), (donor, n)) for n in numbers]
+        new = [(labels_of(paths[n]), (donor, n)) for n in numbers]
         ties = ties_of(host.ties, {number: [place] for place, number in enumerate(host.index.numbers)})
         ties |= ties_of(donor.ties, {number: [len(own) + place] for place, number in enumerate(numbers)})
         return cast(T, assemble(host, [*own, *new], ties=ties)), report
@@ -78,7 +78,7 @@ def moved_report(
 ) -> LayoutReport:
     """The report on leaves of a tree that have other paths in the result."""
     rows = [
-        Moved(write_path(_labels(path), separator), of.spec(n), of.index.path(n), (of.index.path(n),))
+        Moved(write_path(labels_of(path), separator), of.spec(n), of.index.path(n), (of.index.path(n),))
         for n, path in paths.items()
     ]
     return LayoutReport(name, tuple(rows), tuple(rest), did)
@@ -107,7 +107,8 @@ def new_paths(
     return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
 
 
-def _labels(path: Path) -> tuple[Label, ...]:
+def labels_of(path: Path) -> tuple[Label, ...]:
+    """The labels of all keys of a path."""
     return tuple(label for key in path for label in labels(key))
 
 
@@ -115,7 +116,7 @@ def check_free(
     donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
 ) -> None:
     """Raise if a leaf would stand where another does, or a container."""
-    new = {number: _labels(path) for number, path in paths.items()}
+    new = {number: labels_of(path) for number, path in paths.items()}
     every = [*there, *new.values()]
     count = Counter(plain(path, separator) for path in every)
     inside = {plain(path[:depth], separator) for path in every for depth in range(1, len(path))}
@@ -133,7 +134,7 @@ def check_free(
 def _nested(host: Editable, path: Path) -> Path:
     """The keys in a tree like the host: one for a state dict, one for each piece in nested containers."""
     theirs = host.index.paths.values()
-    keys, whole = list(map(keys_of, theirs)), _labels(path)
+    keys, whole = list(map(keys_of, theirs)), labels_of(path)
     joined = "".join(key for each in keys for key in each)
     separator = next((mark for mark in "./" if mark in joined), host.index.separator)
     if keys and all(len(each) == 1 for each in keys) and (separator in joined or separator == "."):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.parts import part_config
@@ -12,9 +12,9 @@ from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import enter, relocate
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.grafting.inserting import Path, check_free, moved_by, moved_report, new_paths
+from paramend.grafting.inserting import Path, check_free, labels_of, moved_by, moved_report, new_paths
 from paramend.leaves.leaves import plain
-from paramend.leaves.paths import labels, text_of
+from paramend.leaves.paths import text_of
 from paramend.mapping.report import LayoutReport
 from paramend.selectors.selector import SelectorLike, resolve_paths
 from paramend.trees.lookup import is_torch_module
@@ -68,12 +68,8 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
         return cast(T, relocate(tree, moved, gone)), report
     except Unsupported:
         joined = is_torch_module(tree.root)
-        entries = [((plain(_labels(path), "."),) if joined else path, tree.values[n]) for n, path in paths.items()]
+        entries = [((plain(labels_of(path), "."),) if joined else path, tree.values[n]) for n, path in paths.items()]
         return cast(T, enter(Memory({}), entries)), report
-
-
-def _labels(path: Path) -> list[Any]:
-    return [label for key in path for label in labels(key)]
 
 
 def _configured(old: Checkpoint, new: Checkpoint, paths: Mapping[int, Path]) -> Checkpoint:
@@ -82,7 +78,7 @@ def _configured(old: Checkpoint, new: Checkpoint, paths: Mapping[int, Path]) -> 
     if document is None or len(old) == len(new):
         return new
     pieces = {number: old.index.pieces(number) for number in old.index.numbers}
-    renamed = {number: tuple(map(text_of, _labels(path))) for number, path in paths.items()}
+    renamed = {number: tuple(map(text_of, labels_of(path))) for number, path in paths.items()}
     found = part_config(document.values, pieces, renamed)
     if found is None:
         said = [f"{CONFIG} stays that of the whole model: what was taken is not exactly one of its parts"]

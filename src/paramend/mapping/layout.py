@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from paramend.edits.arguments import shown
-from paramend.edits.memory import editable
+from paramend.edits.memory import Memory, editable
+from paramend.edits.structure import enter
 from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.stored import Stored
@@ -96,14 +97,15 @@ class Layout:
         drop: Sequence[str] = (),
         stored: Mapping[str, str] | None = None,
     ) -> None:
-        if not {*(stored or {}).items()} <= {(side, how) for side in ("from", "to") for how in ("flat", "nested")}:
+        stored = {} if stored is None else stored
+        if not isinstance(stored, Mapping) or {*stored} - {"from", "to"} or {*stored.values()} - {"flat", "nested"}:
             raise BadArgument(f"stored={stored!r} is not a choice", hint='{"from": "flat", "to": "nested"}')
         if rest not in ("error", "keep"):
             raise BadArgument(f"rest={rest!r} is not one of error, keep")
         if isinstance(rules, str | Mapping) or not rules:
             raise BadArgument("a layout is a list of rules", hint='[{"from": "a.<n>", "to": "b.<n>"}]')
-        self.name, self.rest, self.models = name, rest, tuple(models)
-        self.drop, self.stored = tuple(drop), dict(stored or {})
+        self.name, self.rest, self.stored = name, rest, dict(stored)
+        self.models, self.drop = _paths(models or [], "models", least=0), _paths(drop or [], "drop", least=0)
         self._rules = tuple(_rule(data, f"rules[{place}]") for place, data in enumerate(rules))
 
     @classmethod
@@ -255,18 +257,12 @@ class Layout:
 
 def _stored(leaves: Any, groups: Sequence[Group], nested: bool) -> dict[str, Any]:
     """The leaves that groups make of a tree in memory, in a dict of names or in dicts in dicts."""
-    made: dict[str, Any] = {}
+    made: list[tuple[list[str], Any]] = []
     for group in groups:
         for path, value in zip(group.paths, group.make([leaves.read(n) for n in group.numbers]), strict=True):
-            *above, last = [text_of(label) for key, _ in path for label in labels(key)]
-            if not nested:
-                made[".".join((*above, last))] = value
-                continue
-            inside = made
-            for key in above:
-                inside = inside.setdefault(key, {})
-            inside[last] = value
-    return made
+            keys = [text_of(label) for key, _ in path for label in labels(key)]
+            made.append((keys if nested else [".".join(keys)], value))
+    return cast(dict[str, Any], enter(Memory({}), made))
 
 
 def _rule(data: Any, address: str) -> Rule:
@@ -288,9 +284,9 @@ def _rule(data: Any, address: str) -> Rule:
     return rule
 
 
-def _paths(data: Any, address: str) -> tuple[str, ...]:
+def _paths(data: Any, address: str, least: int = 1) -> tuple[str, ...]:
     paths = [data] if isinstance(data, str) else data
-    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str) for path in paths):
+    if not isinstance(paths, list | tuple) or len(paths) < least or not all(isinstance(path, str) for path in paths):
         raise BadArgument(f"{address}: {shown(data)} is neither a path nor a list of paths")
     return tuple(paths)
 

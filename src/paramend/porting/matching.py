@@ -147,8 +147,7 @@ class _Search:
 
     def result(self, sources: list[Unit], targets: list[Unit]) -> Matching:
         inside = {unit for cluster in self.found.doubtful for side in cluster for unit in side}
-        lone = [unit for unit in sources if unit not in inside], [unit for unit in targets if unit not in inside]
-        self.found.lone = lone
+        self.found.lone = _without(sources, inside), _without(targets, inside)
         return self.found
 
     # -- by name
@@ -200,9 +199,7 @@ class _Search:
 
     def _forced(self, sources: list[Unit], targets: list[Unit]) -> list[tuple[list[Unit], list[Unit], str]] | None:
         """The cluster in two: a unit that fits one other alone, or those whose names share a word."""
-        if len(sources) != len(targets):
-            pass
-        else:
+        if len(sources) == len(targets):
             for ours, theirs, fits in ((sources, targets, self.ways), (targets, sources, self._back)):
                 for unit in ours:
                     partners = [other for other in theirs if fits(unit, other)]

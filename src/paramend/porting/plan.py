@@ -20,19 +20,9 @@ Renames: TypeAlias = Mapping[str, str | None]
 Rules: TypeAlias = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 # Words in the name of a table of a row for each position or token, which is never transposed, and others beside these.
 _TABLE = {
-    "pos",
-    "position",
-    "positions",
-    "positional",
-    "embed",
-    "embeds",
-    "embedding",
-    "embeddings",
-    "emb",
-    "pe",
-    "wpe",
-}
-_TABLE |= {"wte", "tok", "token", "tokens", "table"}
+    "pos", "position", "positions", "positional", "embed", "embeds", "embedding", "embeddings", "emb", "pe", "wpe",
+    "wte", "tok", "token", "tokens", "table",
+}  # fmt: skip
 _BESIDE = {"cls", "class", "type", "patch", "relative", "absolute", "bias"}
 
 
@@ -195,17 +185,34 @@ class PortPlan:
                 self.questions[path] = (why, [list(way.moves[0].do) for way in pair.ways])
             elif form.kind == "parameter" and self._open(pair):
                 why = "it is square, and its name does not say what comes first"
-                axes = list(range(len(pair.ways[0].target.shapes[0][1])))
-                self.questions[path] = (why, [[], [read_step({"transpose": [*axes[:-2], axes[-1], axes[-2]]})]])
+                axes, do = list(range(len(pair.ways[0].target.shapes[0][1]))), list(pair.moves[0].do)
+                one, other = [axis for axis in axes if pair.ways[0].target.shapes[0][1][axis] > 1][-2:]
+                axes[one], axes[other] = other, one
+                self.questions[path] = (why, [do, [*do, read_step({"transpose": axes})]])
         self._flattenings()
 
     def _open(self, pair: Pair) -> bool:
-        shapes = [dict(shaped.shapes)[""] for shaped in (pair.ways[0].source, pair.ways[0].target)]
+        long = [length for length in pair.ways[0].target.shapes[0][1] if length > 1]
         names = [unit.path[-1].lower() for unit in (pair.source, pair.target)]
         alike = self.source.framework == self.target.framework != "" and names[0] == names[1]
-        square = len(shapes[0]) >= 2 and shapes[0][-1] == shapes[0][-2] > 1
+        square = len(long) > 1 and long[-1] == long[-2]
         words = [set(re.findall("[a-z]+", name)) for name in names]
         return square and not alike and not any(each & _TABLE and each <= _TABLE | _BESIDE for each in words)
+
+    def _norms(self, source_last: bool) -> None:
+        """Ask about norms of several axes that fit as they are, and with their channels in another place."""
+        for pair in self.pairs:
+            way = pair.ways[pair.way]
+            old, new = (shaped.shapes[0][1] for shaped in (way.source, way.target))
+            axes, first = list(range(len(old))), -1 if source_last else 1
+            axes = axes[first:] + axes[:first]
+            long = [axis for axis in axes if old[axis] > 1]
+            turned = long != sorted(long) and tuple(old[axis] for axis in axes) == new
+            for move in pair.moves if way.source.form.kind == "norm" and turned else ():
+                path = self.target.text(pair.target.leaves[move.targets[0]])
+                if path not in self._steps:
+                    why = "its axes have one length, and which are channels is not known"
+                    self.questions[path] = (why, [list(move.do), [read_step({"transpose": axes})]])
 
     @staticmethod
     def channels_last(model: Model) -> bool:
@@ -215,10 +222,11 @@ class PortPlan:
         return any(shaped.form.last for unit in model.units for shaped in unit.shaped[:1])
 
     def _flattenings(self) -> None:
-        """Find layers that take or make flattened features where one library has its channels last."""
+        """Find layers that take or make flattened features, and norms of images, where one side has channels last."""
         last = self.channels_last(self.source), self.channels_last(self.target)
         if last[0] == last[1]:
             return
+        self._norms(last[0])
         first = self.target if last[0] else self.source  # its order is that in which its layers were made
         partner = {(pair.target if last[0] else pair.source): pair for pair in self.pairs}
         layers = []

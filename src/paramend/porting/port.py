@@ -105,21 +105,20 @@ def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = No
     layout, like = plan.layout(), plan.target
     made = stored(plan.source, layout)
     numbers = {made.index.pieces(number): number for number in made.index.numbers}
-    rows = []
+    rows, fresh = [], []
     for number in like.leaves.index.numbers:
         here, spec = numbers.get(like.leaves.index.pieces(number)), like.spec(number)
+        path = like.text(number)
         if here is None:
+            fresh.append(GraftRow.of(path, spec, "not a parameter: left out of the file"))
             continue
         was = made.spec(here)
-        path = like.text(number)
         did = "copied" if was.dtype == spec.dtype else f"copied, cast from {was.dtype}"
-        rows.append(
-            (here, spec, GraftRow(path, path, spec.shape, was.shape, spec.dtype, was.dtype, did, "", spec.size))
-        )
+        rows.append((here, spec, GraftRow.of(path, spec, did, path, was, taken=spec.size)))
     casts = {here: call("cast", {"dtype": spec.dtype}) for here, spec, row in rows if row.did != "copied"}
     made = made.edited(casts) if casts else made
     picks = [(labels(row.path), (made, here)) for here, _, row in rows]
-    return assemble(made, picks), reported(plan, GraftReport(copied=[row for *_, row in rows]), layout)
+    return assemble(made, picks), reported(plan, GraftReport([row for *_, row in rows], fresh), layout)
 
 
 def _planned(

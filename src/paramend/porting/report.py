@@ -108,8 +108,7 @@ def _why(plan: PortPlan, number: int) -> str:
 
 
 def _row(model: Model, number: int, did: str) -> GraftRow:
-    path, spec = model.text(number), model.spec(number)
-    return GraftRow(path, None, spec.shape, None, spec.dtype, None, did)
+    return GraftRow.of(model.text(number), model.spec(number), did)
 
 
 def _said(step: Mapping[str, Any]) -> str:
