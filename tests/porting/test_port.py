@@ -298,7 +298,7 @@ def test_a_proof_does_not_round_to_the_dtypes_of_the_target():
         with jax.enable_x64(x64):
             module = random(t.Sequential(t.Linear(4, 4), t.BatchNorm1d(4)))
             model, report = pm.port(Model(), module, prove=(X,))
-            assert report.proof.outputs[0].relative < 1e-13
+            assert report.proof.outputs[0].relative <= 1e-11
             assert model.norm.mean[...].dtype == model.fc.kernel[...].dtype == "float32"
 
 

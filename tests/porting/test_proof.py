@@ -81,7 +81,7 @@ PAIRS = [("attention", "mixer"), ("norm", "ln"), ("up", "fc1"), ("down", "fc2")]
 @pytest.mark.parametrize("pairs", [None, PAIRS])
 def test_a_right_port_agrees(pairs):
     proof = prove(Block().bind(block_variables()), BLOCK, (X,), pairs=pairs)
-    assert proof and proof.first is None and proof.outputs[0].relative < 1e-13
+    assert proof and proof.first is None and proof.outputs[0].relative <= 1e-11
     assert set(PAIRS) <= {(row.target, row.source) for row in proof.layers}
     assert all(row.agrees for row in proof.layers)
 
