@@ -134,6 +134,10 @@ def steps(draw, verbs=tuple(VERBS)):
             "delete": st.lists(TEXTS, min_size=1, max_size=2),
         }
         return {verb.name: draw(st.fixed_dictionaries({}, optional=given).filter(bool))}
+    if verb.name == "merge":
+        given = {"weights": NUMBERS | st.lists(NUMBERS), "how": TEXTS, "at": st.dictionaries(TEXTS, VALUES, min_size=1)}
+        lists = st.lists(TEXTS, min_size=1, max_size=2)
+        return {"merge": draw(st.fixed_dictionaries({"source": lists}, optional=given))}
     if verb.short and draw(st.booleans()):
         return {verb.name: at}
     body = {"at": at}
@@ -672,7 +676,7 @@ def test_what_is_wrong_with_an_exception_is_said_with_its_address(tree):
 
 # ---- three engines -----------------------------------------------------------------------------------------------
 
-KEEPS = [name for name, verb in VERBS.items() if not verb.changes and not verb.any_of]
+KEEPS = [name for name, verb in VERBS.items() if not verb.changes and verb.keys[0].name == "at"]
 LEAVES = {"layers/0/w": (4, 3), "layers/1/w": (4, 3), "layers/0/b": (3,), "layers/1/b": (3,)}
 PLACES = {"layers/*/w": (4, 3), "layers/[-1]/w": (4, 3), "**/b": (3,), "layers/0/b": (3,)}
 

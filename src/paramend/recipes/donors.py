@@ -30,6 +30,15 @@ class Donors:
         self._folder = Path(folder)
         self._open: dict[Path, Array | Checkpoint] = {}
 
+    def model(self, name: str, leaves: Editable) -> Checkpoint:
+        """A checkpoint, in the folder of the recipe, or else in that of the checkpoint that is edited, as records say
+        it."""
+        beside = Path(leaves.path).absolute().parent / name if isinstance(leaves, Checkpoint) else Path(name)
+        found = self.open(name if (self._folder / name).exists() else str(beside))
+        if not isinstance(found, Checkpoint):
+            raise BadArgument(f"{name} holds one array, not a model")
+        return found
+
     def open(self, name: str) -> Array | Checkpoint:
         path = self._folder / name
         if path not in self._open:

@@ -159,7 +159,7 @@ class Recipe:
         self._refuse(problems)
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
             alone = not (tree.plan.changed or tree.plan.deleted or tree.texts)
-            told = self._told(raw=self._raw or tree.raw) if alone else ""
+            told = self._told(Path(tree.path), raw=self._raw or tree.raw) if alone else ""
             found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]
 
@@ -195,13 +195,21 @@ class Recipe:
         raw = self._raw or getattr(tree, "raw", False) is True
         return run(self._steps, tree, Donors(self._folder, raw=raw), raw=raw)
 
-    def _told(self, *, raw: bool) -> str:
-        """The recipe as a record stores it: file names without the folders of this machine."""
+    def _told(self, edited: Path, *, raw: bool) -> str:
+        """The recipe as a record stores it: files as seen from the checkpoint, without the folders of this machine."""
+        home = edited.absolute().parent
+
+        def said(name: Any) -> Any:
+            if isinstance(name, list):
+                return list(map(said, name))
+            path = self._folder / name if (self._folder / name).exists() else home / name
+            near = os.path.relpath(path, home)
+            return near if Path(near).parts.count("..") < 2 else path.name
+
         steps = self.to_dict()["steps"]
-        bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
-        for body in bodies:
-            body["from"] = Path(body["from"]).name
-        return str(Recipe(steps, raw=raw)) if bodies or raw else str(self)
+        for body in (body for step in steps for body in step.values() if isinstance(body, dict)):
+            body |= {key: said(body[key]) for key in ("from", "source", "base") if key in body}
+        return str(Recipe(steps, raw=raw))
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
         if problems:

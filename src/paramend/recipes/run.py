@@ -19,6 +19,7 @@ from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
+from paramend.merging.merge import merge
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
 from paramend.recipes.text import below, write_scalar
@@ -63,8 +64,9 @@ def check_in_place(
     with suppress(Enough), searching(_SECONDS):
         for step in steps:
             at = _Attempt(step, leaves, donors, f"$.steps[{step.number}]")
-            if step.verb.changes:
+            if step.verb.changes or step.verb.name == "merge":
                 what = "shape and dtype stay" if step.verb.op else "the structure stays"
+                what = "a merge makes a new tree" if step.verb.name == "merge" else what
                 hint = "recipe.apply(tree) gives a new tree"
                 at.problems.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
             if step.verb.name == "config":
@@ -107,6 +109,8 @@ class _Attempt:
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         if self.step.verb.name == "config":
             return self._configured()
+        if self.step.verb.name == "merge":
+            return self.problems.tried(self.address, self._merged)
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None
@@ -117,6 +121,12 @@ class _Attempt:
         # The wildcards of the new path refer to the selectors that matched the leaves.
         by = Union(tuple(self.step.selectors()))
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
+
+    def _merged(self) -> Any:
+        given = dict(self.step.given)
+        others = [self.donors.model(name, self.leaves) for name in given.pop("source")]
+        base = self.donors.model(given.pop("base"), self.leaves) if "base" in given else None
+        return merge([self.leaves, *others], base=base, **given)[0]
 
     def _configured(self) -> Any:
         tree: Any = self.leaves

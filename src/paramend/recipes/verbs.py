@@ -1,11 +1,11 @@
 """The table of steps: verbs with the keys that each takes. Edits come from the table of ops."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paramend.anatomy.documents import json_value
-from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, SIZES, TEXT, Value, shown
+from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, NUMBER, SEED, SHAPE, SIZES, TEXT, Value, shown
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument
@@ -44,6 +44,8 @@ class Verb:
     def example(self) -> dict[str, Any]:
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
+        if not any(key.value is SELECTOR for key in self.keys):
+            return {self.name: {key.name: [key.value.example] for key in self.keys if key.required}}
         new = {key.name for key in self.keys} & {"to", "into"}
         selector: Any = "h/<n>/w" if new else "**/kernel"
         if self.name in ("concat", "interleave"):
@@ -99,11 +101,19 @@ def _values(data: Any) -> dict[str, Any]:
     return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
 
 
+def _shares(data: Any) -> Any:
+    return [NUMBER.read(each) for each in data] if isinstance(data, list | tuple) else NUMBER.read(data)
+
+
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
+FILES = replace(PATHS, says="a list of checkpoints", example="tuned.safetensors")
+SHARES = Value(
+    "a number, or one for each model", _shares, {"anyOf": [NUMBER.schema, {"type": "array", "items": NUMBER.schema}]}
+)
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
 _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
@@ -163,6 +173,38 @@ VERBS: dict[str, Verb] = {
                 Key("delete", PATHS, "a list of keys, as in `set`; each must be there"),
             ),
             any_of=("set", "delete"),
+        ),
+        Verb(
+            "merge",
+            "the values become those of several models: of the tree, the first one, and of others",
+            (
+                Key(
+                    "source",
+                    FILES,
+                    "the other models, relative to the recipe's folder or the checkpoint's",
+                    required=True,
+                ),
+                Key("how", TEXT, "the method, by default `linear`"),
+                Key("weights", SHARES, "how much each model counts, that of the tree first"),
+                Key("base", TEXT, "the model that all come from, for methods that need it"),
+                Key(
+                    "t", NUMBER, "for `slerp` how far from the first to the second, for `nearswap` the greatest change"
+                ),
+                *(
+                    Key(name, SHARES, says)
+                    for name, says in (
+                        ("density", "the share of changes that stay"),
+                        ("gamma", "for `breadcrumbs`, the share of changes that go because they are the largest"),
+                        ("epsilon", "for `della`, how far chances are from the density"),
+                    )
+                ),
+                Key("seed", SEED, "of what `dare` and `della` leave to chance"),
+                Key("scale", NUMBER, "a factor of the change of the base"),
+                Key("at", VALUES, "selector → settings for its leaves; the first that matches a leaf counts"),
+                Key("convention", TEXT, "`paper`, `mergekit` or `peft`"),
+                Key("missing", TEXT, "`keep`: leaves that are in some models only stay as they are"),
+                Key("stats", TEXT, "statistics of batches: those of the `first` model, or their `mean`"),
+            ),
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(
