@@ -31,7 +31,7 @@ def _shares(name: str, says: str, option: str = "") -> Decorator:
 @_shares("gamma", "The share of changes that go because they are the largest, for breadcrumbs")
 @_shares("epsilon", "How far chances are from the density, for della")
 @click.option("--seed", type=click.IntRange(0), help="The seed of dare and della.")
-@click.option("--scale", type=float, default=1.0, show_default=True, help="A factor of the change of the base.")
+@click.option("--scale", type=float, metavar="X", help="A factor of the change of the base.")
 @click.option(
     "--convention", type=click.Choice(get_args(Convention)), default="paper", help="Whose reading of the method."
 )

@@ -11,7 +11,7 @@ from paramend.reports import wording
 
 # What has an entry for each model.
 _EACH = ("weights", "density", "gamma", "epsilon")
-_FREE = ("how", "weights", "scale", "convention", "divide", "rescale")
+_FREE = ("how", "convention", "divide", "rescale")
 
 
 def settings_of(given: Mapping[str, Any], count: int) -> Settings:
@@ -28,7 +28,7 @@ def settings_of(given: Mapping[str, Any], count: int) -> Settings:
     known = (*_FREE, *method.takes)
     for name in given:
         if name not in known:
-            takes = wording.listing(["weights", *method.takes])
+            takes = wording.listing([*method.takes]) or "none"
             raise BadArgument(f"{name} means nothing to {method.name}, which takes {takes}", hint=f"leave {name} out")
     mine: dict[str, Any] = {"how": method.name, "weights": 1.0} | given
     for name, default in method.takes.items():

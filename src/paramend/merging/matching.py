@@ -58,8 +58,8 @@ class Models:
                 [path.name for path in paths] if len({path.name for path in paths}) == len(paths) else self.short
             )
 
-    def match(self, missing: Missing, stats: Stats | None) -> Matched:
-        """The leaves that are one.
+    def match(self, missing: Missing = "error", stats: Stats | None = None, only: Sequence[int] = ()) -> Matched:
+        """The leaves that are one; `only` some of the host, if these are given.
 
         Raises:
             Quantized: a model has quantised weights.
@@ -70,8 +70,8 @@ class Models:
         found, problems, hints = Matched(), [], []
         numbers = [{model.index.pieces(n): n for n in model.index.numbers} for model in self.all]
         moved = moved_by_model(self.host) if isinstance(self.host, Memory) else frozenset[int]()
-        own = {self.host.index.pieces(n): n for n in self.host.index.numbers}
-        for pieces in dict.fromkeys(each for known in (own, *numbers) for each in known):
+        own = {self.host.index.pieces(n): n for n in only or self.host.index.numbers}
+        for pieces in dict.fromkeys(each for known in (own, *([] if only else numbers)) for each in known):
             here = [known.get(pieces) for known in numbers]
             first = own.get(pieces)
             if None in here:

@@ -12,6 +12,7 @@ from paramend.edits.structure import enter
 from paramend.errors import BadArgument
 from paramend.formats.gathered import Gathered
 from paramend.leaves.leaves import Editable, keys_of
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reduced import Reduced
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import AnyTree
@@ -38,7 +39,7 @@ def merge(
     gamma: float | Sequence[float] | None = None,
     epsilon: float | Sequence[float] | None = None,
     seed: int | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     at: Mapping[str, Mapping[str, object]] | None = None,
     convention: Convention = "paper",
     missing: Missing = "error",
@@ -62,7 +63,7 @@ def merge(
         gamma: for breadcrumbs, the share of changes that go because they are the largest.
         epsilon: for della, by how much the chance of the largest change in a row to stay exceeds the density.
         seed: of what dare and della leave to chance, which depends on the path and the model as well.
-        scale: a factor of the change of the base, the lambda of papers.
+        scale: a factor of the change of the base, the lambda of papers, by default 1.
         at: selector → settings for its leaves: `{"**/mlp/**": {"t": 0.3}}`; the first that matches a leaf counts.
         convention: whose reading of a method: that of its paper, in which ties ranks the changes of a whole model, that
             of mergekit, or that of PEFT.
@@ -97,7 +98,7 @@ def merge(
     together = Models(host, trees, under)
     found = together.match(missing, stats)
     made = reduced(together, found, lambda number: some.get(number, whole))
-    return cast("tuple[T, LayoutReport]", finished(host, made, found))
+    return cast("tuple[T, LayoutReport]", finished(host, made, found.extra, how))
 
 
 def check_models(how: str, count: int, *, based: bool) -> None:
@@ -146,27 +147,27 @@ def reduced(
     return made
 
 
-def finished(host: Editable, made: Mapping[int, Reduced], found: Matched) -> tuple[Any, LayoutReport]:
+def finished(
+    host: Editable, made: Mapping[int, Origin], extra: Sequence[tuple[Editable, int]] = (), how: str = "merge"
+) -> tuple[Any, LayoutReport]:
     """The host with other values in some leaves, and with those that it lacks; and the report."""
     paths = host.index.texts
     rows = tuple(Moved(paths[number], new.spec, str(new), (paths[number],)) for number, new in made.items())
     kept = tuple(path for number, path in paths.items() if number not in made)
-    hows = dict.fromkeys(str(new).partition("(")[0] for new in made.values())
-    return _with(host, made, found), LayoutReport(wording.listing([*hows]) or "merge", rows, kept, ("merged", "kept"))
-
-
-def _with(host: Editable, made: Mapping[int, Reduced], found: Matched) -> Any:
+    report = LayoutReport(how, rows, kept, ("merged", "kept"))
     ones = {n: new for n, new in made.items() if host.ties.get(n, n) == n or host.ties[n] not in made}
     if not isinstance(host, Checkpoint):
         tree = host.edited({number: call("set", {"value": new.read()}) for number, new in ones.items()})
-        entries = [(keys_of(lent.index.paths[number]), lent.fetch(number)) for lent, number in found.extra]
-        return enter(cast(Memory, editable(tree)), entries) if entries else tree
-    casts = {n: call("cast", {"dtype": new.dtype}) for n, new in ones.items() if new.dtype != host.spec(n).dtype}
-    recast = host.edited(casts) if casts else host
+        entries = [(keys_of(lent.index.paths[number]), lent.fetch(number)) for lent, number in extra]
+        return (enter(cast(Memory, editable(tree)), entries) if entries else tree), report
+    dtypes = {number: new.spec.dtype for number, new in ones.items()}
+    casts = {n: call("cast", {"dtype": dtype}) for n, dtype in dtypes.items() if dtype != host.spec(n).dtype}
+    tree = host.edited(casts) if casts else host
     lent = Gathered(None, (((str(place),), new) for place, new in enumerate(ones.values())))
-    tree = recast.edited({n: call("set", {"value": Stored(lent, place)}) for place, n in enumerate(ones)})
-    if not found.extra:
-        return tree
+    tree = tree.edited({n: call("set", {"value": Stored(lent, place)}) for place, n in enumerate(ones)})
+    if not extra:
+        return tree, report
     picks: list[Pick] = [(tree.index.paths[n], (tree, n)) for n in tree.index.numbers]
-    picks += [(other.index.paths[number], (other, number)) for other, number in found.extra]
-    return assemble(tree, picks, ties=ties_of(tree.ties, {n: [place] for place, n in enumerate(tree.index.numbers)}))
+    picks += [(other.index.paths[number], (other, number)) for other, number in extra]
+    ties = ties_of(tree.ties, {n: [place] for place, n in enumerate(tree.index.numbers)})
+    return assemble(tree, picks, ties=ties), report

@@ -53,14 +53,16 @@ class Method:
         return self.divides and not (settings.convention == "mergekit" and self.name == "dare_ties")
 
 
-_LARGEST = {"density": None, "gamma": 0.01}
-_RANDOM = {"density": None, "seed": 0}
-_RANKED = {"density": None, "epsilon": 0.15, "seed": 0}
+_WEIGHED: dict[str, Any] = {"weights": 1.0}
+_CHANGES = _WEIGHED | {"scale": 1.0}
+_LARGEST = _CHANGES | {"density": None, "gamma": 0.01}
+_RANDOM = _CHANGES | {"density": None, "seed": 0}
+_RANKED = _CHANGES | {"density": None, "epsilon": 0.15, "seed": 0}
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("linear", "the weighted mean (arXiv:2203.05482)", "refused", divides=True),
-        Method("task_arithmetic", "the base with the weighted sum of all changes (arXiv:2212.04089)"),
+        Method("linear", "the weighted mean (arXiv:2203.05482)", "refused", takes=_WEIGHED, divides=True),
+        Method("task_arithmetic", "the base with the weighted sum of all changes (arXiv:2212.04089)", takes=_CHANGES),
         Method(
             "slerp",
             "along the arc between two models (Shoemake 1985)",
@@ -72,7 +74,7 @@ METHODS: dict[str, Method] = {
         Method(
             "ties",
             "the largest changes, and of those of an element the ones of one sign (arXiv:2306.01708)",
-            takes={"density": 0.2},
+            takes=_CHANGES | {"density": 0.2},
             keep="largest",
             elect=True,
             divides=True,
@@ -103,8 +105,16 @@ METHODS: dict[str, Method] = {
             models=(2, _MANY),
             blends=blends.model_stock,
         ),
-        Method("karcher", "the mean on the sphere (arXiv:2603.04972)", "refused", blends=blends.karcher),
-        Method("multislerp", "a barycentre on the sphere, as in mergekit", "taken", blends=blends.multislerp),
+        Method(
+            "karcher", "the mean on the sphere (arXiv:2603.04972)", "refused", takes=_WEIGHED, blends=blends.karcher
+        ),
+        Method(
+            "multislerp",
+            "a barycentre on the sphere, as in mergekit",
+            "taken",
+            takes=_WEIGHED,
+            blends=blends.multislerp,
+        ),
         Method(
             "nearswap",
             "the base, moved towards the other model by `t` at most in each element, as in mergekit",

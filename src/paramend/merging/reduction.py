@@ -63,12 +63,11 @@ class Merging:
 
     def text(self, parts: Sequence[str]) -> str:
         """The expression, as dry runs show it."""
-        given, equal = self.settings, len({*self.settings.weights}) == 1
-        count = len(given.weights)
+        given, count = self.settings, len(self.settings.weights)
         said = [*self.names[:count], *(f"base={name}" for name in self.names[count : len(parts)])]
-        said += [] if equal else [f"weights=[{', '.join(f'{weight:g}' for weight in given.weights)}]"]
-        said += [f"{name}={_shown(getattr(given, name))}" for name in self.method.takes]
-        return f"{given.how}({', '.join(said)})"
+        values = {name: _shown(getattr(given, name)) for name in self.method.takes}
+        plain = {"weights": "1", "scale": "1"}
+        return f"{given.how}({', '.join([*said, *(f'{n}={v}' for n, v in values.items() if plain.get(n) != v)])})"
 
     def compute(self, values: Sequence[Array], start: int) -> Array:
         """The elements from `start` on, of those of each part."""

@@ -99,11 +99,7 @@ class Recipe:
         <fix.yaml: 1 step>
         """
         path = Path(path)
-        try:
-            text = _bytes_of(path).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadRecipe(path.name, [Problem("$", f"byte {error.start}: the text is not UTF-8")]) from None
-        return cls._of(read(text, path.name), path.name, path.parent)
+        return cls._of(document_at(path), path.name, path.parent)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -236,6 +232,14 @@ class Recipe:
 
     def __hash__(self) -> int:
         return hash(str(self))
+
+
+def document_at(path: Path) -> Document:
+    """What a YAML or JSON file holds; `BadRecipe` if it is neither, `CannotRead` if there is none."""
+    try:
+        return read(_bytes_of(path).decode("utf-8-sig"), path.name)
+    except UnicodeDecodeError as error:
+        raise BadRecipe(path.name, [Problem("$", f"byte {error.start}: the text is not UTF-8")]) from None
 
 
 def _bytes_of(path: Path) -> bytes:

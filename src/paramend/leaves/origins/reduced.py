@@ -14,6 +14,10 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 BAND = 1 << 16
 # Elements that are computed while those before are written.
 _TILE = 1 << 20
+# The allocator of glibc gives freed memory back to the system, which costs more than all arithmetic here, up to twice
+# the size of the largest block that was freed.
+_block = np.empty(24 << 20, np.uint8)
+del _block
 
 
 class Reduction(Protocol):
