@@ -15,9 +15,10 @@ from click.testing import CliRunner
 import paramend as pm
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, NoMatch, Quantized, SpecMismatch
+from paramend.merging import rankings
 from paramend.merging.averages import average, rounded
 from paramend.merging.methods import METHODS
-from paramend.merging.rankings import Ranking
+from paramend.merging.rankings import Member, Ranking
 from support.quantized import LAYOUTS, stored
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -299,22 +300,29 @@ def test_della_keeps_the_large_changes_of_a_row_more_often():
     np.testing.assert_allclose(found.max(0), np.arange(1, 101) / chances, rtol=1e-12)
 
 
+@pytest.mark.parametrize("held", [1 << 20, 8])
+@pytest.mark.parametrize("spread", [0, 9])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_ranking_counts_equal_magnitudes_by_their_places(dtype):
+def test_a_ranking_counts_equal_magnitudes_by_their_places(dtype, spread, held, monkeypatch):
+    monkeypatch.setattr(rankings, "_HELD", held)  # more keys are looked for between closer bounds
     rng = np.random.default_rng(3)
-    leaves = [rng.integers(0, 9, size).astype(dtype) for size in (700, 1, 350)]
+    leaves = [(rng.integers(0, 9, size) * rng.random(size) ** spread).astype(dtype) for size in (700, 1, 350)]
+    leaves[0].sort()  # the parts of a leaf that a guess is made from tell nothing of the others
     whole = np.concatenate(leaves)
     order = np.argsort(-whole, kind="stable")
     for first, last in ((0, 0), (0, 1), (0, 400), (200, 617), (0, whole.size), (5, whole.size)):
 
-        def pieces(leaf):
-            return lambda: ([leaf[at : at + 100]] for at in range(0, leaf.size, 100))
+        def member(leaf):
+            def pieces(numbers):
+                return ([leaf[at * 100 : at * 100 + 100]] for at in numbers)
 
-        ranking = Ranking([pieces(leaf) for leaf in leaves], [(first, last)], 100)
+            return Member(pieces, leaf.size, -(-leaf.size // 100))
+
+        ranking = Ranking(list(map(member, leaves)), [(first, last)])
         found = [
-            ranking.kept(member, at, [leaf[at : at + 100]])[0]
-            for member, leaf in enumerate(leaves)
-            for at in range(0, leaf.size, 100)
+            ranking.kept(number, at, [leaf[at * 100 : at * 100 + 100]])[0]
+            for number, leaf in enumerate(leaves)
+            for at in range(-(-leaf.size // 100))
         ]
         assert np.flatnonzero(np.concatenate(found)).tolist() == sorted(order[first:last].tolist())
 

@@ -53,7 +53,7 @@ def test_a_configuration_gives_what_mergekit_makes_of_it(case, models):
             ["$.models[1].model", "no file"],
         ),
         (
-            "merge_method: slerp\ntokenizer: {source: union}\nmodels: [{model: a, lora: x}]\nparameters: {density: 1}\n",
+            "merge_method: slerp\ntokenizer: {}\nmodels: [{model: a, lora: x}]\nparameters: {density: 1}\n",
             ["$.tokenizer", "$.models[0].lora", "$.parameters.density"],
         ),
         ("merge_method: linear\nmodules: {text: {}}\nmodels: [{model: a}]\n", ["$.modules"]),

@@ -72,7 +72,8 @@ CASES = {
     "model_stock": "merge_method: model_stock\nbase_model: base\n" + THREE,
     "karcher": "merge_method: karcher\n" + THREE,
     "multislerp": "merge_method: multislerp\ndtype: float32\n" + BASED % ("", ""),
-    "nearswap": "merge_method: nearswap\nbase_model: base\ndtype: float32\nparameters: {t: 0.05}\nmodels: [{model: b}]\n",
+    "nearswap": "merge_method: nearswap\nbase_model: base\ndtype: float32\nparameters: {t: 0.05}\n"
+    "models: [{model: b}]\n",
     "short": "merge_method: linear\ndtype: float32\nout_dtype: bfloat16\nparameters: {weight: 1}\n"
     "models: [{model: a}, {model: b}]\n",
 }

@@ -47,7 +47,14 @@ def keep_same(found: Array, values: Sequence[Array]) -> None:
     """Give elements that are the same in all arrays, and have the dtype of the result, back with their bits."""
     if len({found.dtype, *(value.dtype for value in values)}) == 1:
         first = bare(values[0])
-        np.copyto(found, values[0], where=reduce(and_, (bare(value) == first for value in values)))
+        put(found, values[0], reduce(and_, (bare(value) == first for value in values)))
+
+
+def put(found: Array, other: Array, mask: Array) -> None:
+    """Put elements of another array of the same dtype where a mask is true; `np.copyto` takes ten times as long."""
+    if mask.any():
+        bits = bare(found)
+        bits ^= (bits ^ bare(other)) & -mask.astype(bits.dtype)
 
 
 def rounded(x: Array, dtype: str) -> Array:

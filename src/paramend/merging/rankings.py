@@ -1,4 +1,4 @@
-"""Rankings: which changes of some leaves are the largest, found by their bits in a few passes, in bounded memory."""
+"""Rankings: which changes of some leaves are the largest, found in a pass or two, in bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,31 @@ import numpy as np
 
 from paramend.leaves.specs import Array
 
-# Bits of a magnitude that one pass tells.
-_STEP = 16
-# For each piece of a leaf, first to last, the magnitudes of each model, flat.
-Pieces = Callable[[], Iterator[Sequence[Array]]]
+# The magnitudes of each model in some pieces of a leaf, flat, by their numbers.
+Pieces = Callable[[range], Iterator[Sequence[Array]]]
+# (model, place) → the least and the greatest key between which the one at that place is looked for, and both in a pass.
+_Spans = dict[tuple[int, int], tuple[int, int]]
+# Pieces of a leaf, of all leaves, and about how many keys a first guess is made from, and how far off it may be.
+_PIECES, _ALL, _KEYS, _OFF = 8, 512, 1 << 18, 0.005
+# Different keys between the bounds that are held, and parts that bounds are divided into if there are more.
+_HELD, _PARTS = 1 << 18, 12
 
 
 class Cut(NamedTuple):
-    """The first elements of a ranking: all that are greater than a number, and so many of those that equal it."""
+    """The first elements of a ranking: all whose key is greater than one, and of those that have it the first so many.
+    How many have it before each piece of each leaf."""
 
-    least: int
+    key: int
     equal: int
-    every: bool  # whether these are all
+    before: Sequence[Array]
+
+
+class Member(NamedTuple):
+    """A leaf: its magnitudes, the number of its elements, and of its pieces."""
+
+    pieces: Pieces
+    size: int
+    total: int
 
 
 @dataclass(eq=False)
@@ -30,85 +43,127 @@ class Ranking:
     Attributes:
         members: the leaves.
         places: for each model, which places of the ranking are kept: the first of them, and the one after the last.
-        size: the piece size: pieces but the last of a leaf have so many elements.
     """
 
-    members: Sequence[Pieces]
+    members: Sequence[Member]
     places: Sequence[tuple[int, int]]
-    size: int
 
-    def kept(self, member: int, start: int, magnitudes: Sequence[Array]) -> list[Array]:
+    def kept(self, member: int, piece: int, magnitudes: Sequence[Array]) -> list[Array]:
         """For each model, which elements of a piece of a leaf are kept."""
         found = []
         for model, (keys, (first, last)) in enumerate(zip(map(_keys, magnitudes), self.places, strict=True)):
-            mask = self._among(member, start, model, last, keys)
-            found.append(mask & ~self._among(member, start, model, first, keys) if first else mask)
+            mask = self._among(member, piece, model, last, keys)
+            found.append(mask & ~self._among(member, piece, model, first, keys) if first else mask)
         return found
 
-    def _among(self, member: int, start: int, model: int, place: int, keys: Array) -> Array:
+    def _among(self, member: int, piece: int, model: int, place: int, keys: Array) -> Array:
         """Which elements are before a place of the ranking."""
-        if place <= 0:
-            return np.zeros(keys.shape, bool)
+        if not 0 < place < self._size:
+            return np.full(keys.shape, place > 0)
         cut = self._cuts[model, place]
-        least = keys.dtype.type(cut.least)
-        if cut.every:
-            every: Array = keys >= least
-            return every
-        mask: Array = keys > least
-        left = cut.equal - int(self._before[model, place][member][start // self.size])
-        if left > 0:
-            mask[np.flatnonzero(keys == least)[:left]] = True
+        key = keys.dtype.type(cut.key)
+        left = cut.equal - int(cut.before[member][piece])
+        if left <= 0:
+            return np.asarray(keys > key)
+        mask: Array = keys >= key
+        equal = np.flatnonzero(keys == key)
+        mask[equal[left:]] = False
         return mask
 
     @cached_property
-    def _cuts(self) -> dict[tuple[int, int], Cut]:
-        """(model, place) → the elements before that place: a few bits more of the last one by each pass."""
-        cuts: dict[tuple[int, int], Cut] = {}
-        known = {(model, place): (0, place) for model, pair in enumerate(self.places) for place in pair if place > 0}
-        left = width = 0
-        while known:
-            tables: dict[tuple[int, int], Array] = {
-                (model, prefix): np.zeros(1 << _STEP, np.int64) for (model, _), (prefix, _) in known.items()
-            }
-            for pieces in self.members:
-                for magnitudes in pieces():
-                    for (model, prefix), table in tables.items():
-                        keys = _keys(magnitudes[model])
-                        width = 8 * keys.itemsize
-                        left = left or width
-                        some = keys if left == width else keys[keys >> left == prefix]
-                        bits = (some >> (left - _STEP)) & 0xFFFF
-                        table += np.bincount(bits.astype(np.intp), minlength=1 << _STEP)
-            left -= _STEP
-            for at, (prefix, rank) in list(known.items()):
-                table = tables[at[0], prefix][::-1].cumsum()  # how many are as great, or greater
-                bucket = int(np.searchsorted(table, rank))
-                if bucket == table.size:  # there are not so many
-                    prefix, rest, count = 0, 1, 1
-                else:
-                    before = int(table[bucket - 1]) if bucket else 0
-                    prefix, rest, count = prefix << _STEP | 0xFFFF - bucket, rank - before, int(table[bucket]) - before
-                known[at] = prefix, rest
-                if not left or rest == count:
-                    cuts[at] = Cut(prefix << left, rest, rest == count)
-                    del known[at]
-        return cuts
+    def _size(self) -> int:
+        return sum(member.size for member in self.members)
 
     @cached_property
-    def _before(self) -> dict[tuple[int, int], list[Array]]:
-        """For each place, and each leaf: how many of those that equal its number are before each piece."""
-        wanted = [(at, cut) for at, cut in self._cuts.items() if not cut.every]
-        counts: dict[tuple[int, int], list[list[int]]] = {at: [] for at, _ in wanted}
-        totals = dict.fromkeys(counts, 0)
-        for pieces in self.members:
-            for at in counts:
-                counts[at].append([])
-            for magnitudes in pieces():
-                for at, cut in wanted:
-                    counts[at][-1].append(totals[at])
+    def _cuts(self) -> dict[tuple[int, int], Cut]:
+        found: dict[tuple[int, int], Cut] = {}
+        spans = self._guesses()
+        while spans:
+            spans = self._passed(spans, found)
+        return found
+
+    def _guesses(self) -> _Spans:
+        """Between which keys those at all places are likely to be, by a part of the elements."""
+        most = min(_PIECES, max(_ALL // len(self.members), 1))
+        chosen = [range(0, member.total, max(-(-member.total // most), 1)) for member in self.members]
+        pieces = sum(map(len, chosen))
+        step = max(self._size // max(sum(member.total for member in self.members), 1) * pieces // _KEYS, 1)
+        sample: list[list[Array]] = [[] for _ in self.places]
+        shares: list[Array] = []
+        for member, numbers in zip(self.members, chosen, strict=True):
+            some = [[_keys(each)[::step].copy() for each in piece] for piece in member.pieces(numbers)]
+            for piece in some:
+                for known, new in zip(sample, piece, strict=True):
+                    known.append(new)
+            taken = sum(piece[0].size for piece in some)
+            shares += [np.full(piece[0].size, member.size / taken) for piece in some]
+        spans: _Spans = {}
+        for model, places in enumerate(self.places):
+            keys, share = np.concatenate(sample[model]), np.concatenate(shares)
+            order = np.argsort(keys)[::-1]
+            ranks = share[order].cumsum()
+            for place in places:
+                if 0 < place < self._size:
+                    off = _OFF * self._size
+                    high, low = np.searchsorted(ranks, [place - off, place + off])
+                    spans[model, place] = (
+                        int(keys[order[low]]) if low < len(order) else 0,
+                        int(keys[order[high]]) if place > off else int(np.iinfo(keys.dtype).max),
+                    )
+        return spans
+
+    def _passed(self, spans: _Spans, found: dict[tuple[int, int], Cut]) -> _Spans:
+        """Read all elements once. What is found goes to the cuts; for the rest, the bounds between which it must be."""
+        above, held = dict.fromkeys(spans, 0), dict.fromkeys(spans, 0)
+        tables = {at: np.zeros(1 << _PARTS, np.int64) for at in spans}
+        shifts = {at: max((last - low).bit_length() - _PARTS, 0) for at, (low, last) in spans.items()}
+        seen: dict[tuple[int, int], list[list[tuple[Array, Array]]]] = {at: [] for at in spans}
+        for member in self.members:
+            for at in spans:
+                seen[at].append([])
+            for magnitudes in member.pieces(range(member.total)):
+                for at, (low, last) in spans.items():
                     keys = _keys(magnitudes[at[0]])
-                    totals[at] += int(np.count_nonzero(keys == keys.dtype.type(cut.least)))
-        return {at: [np.array(each) for each in leaves] for at, leaves in counts.items()}
+                    kind = keys.dtype.type
+                    greater = keys > kind(last)
+                    above[at] += int(np.count_nonzero(greater))
+                    some, counts = np.unique(keys[(keys >= kind(low)) & ~greater], return_counts=True)
+                    tables[at] += np.bincount(
+                        ((some - kind(low)) >> kind(shifts[at])).astype(np.intp), counts, 1 << _PARTS
+                    ).astype(np.int64)
+                    held[at] += some.size
+                    if held[at] <= _HELD:
+                        seen[at][-1].append((some, counts))
+                    else:
+                        seen[at] = [[] for _ in seen[at]]
+        rest: _Spans = {}
+        for at, (low, last) in spans.items():
+            rank, table = at[1] - above[at], tables[at][::-1].cumsum()
+            if rank <= 0:
+                rest[at] = last + 1, (1 << 64) - 1 if last >= 1 << 32 else (1 << 32) - 1
+            elif rank > table[-1]:
+                rest[at] = 0, low - 1
+            elif held[at] <= _HELD:
+                found[at] = _cut(rank, seen[at])
+            else:
+                start = low + (len(table) - 1 - int(np.searchsorted(table, rank)) << shifts[at])
+                rest[at] = start, min(start + (1 << shifts[at]) - 1, last)
+        return rest
+
+
+def _cut(rank: int, seen: Sequence[Sequence[tuple[Array, Array]]]) -> Cut:
+    """The element of a rank, of the keys in each piece of each leaf, with their counts."""
+    pieces = [piece for leaf in seen for piece in leaf]
+    keys, counts = (np.concatenate(each) for each in zip(*pieces, strict=True))
+    order = np.argsort(keys)[::-1]
+    ranks = counts[order].cumsum()
+    key = keys[order[np.searchsorted(ranks, rank)]]
+    before, total = [], 0
+    for leaf in seen:
+        here = [int(counts[keys == key].sum()) for keys, counts in leaf]
+        before.append(total + np.cumsum([0, *here]))
+        total += sum(here)
+    return Cut(int(key), rank - int(counts[keys > key].sum()), before)
 
 
 def _keys(magnitudes: Array) -> Array:

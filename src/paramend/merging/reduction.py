@@ -14,9 +14,9 @@ from paramend.leaves.origins.boxes import bare
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reduced import BAND
 from paramend.leaves.specs import Array, numpy_dtype
-from paramend.merging.averages import average, keep_same, rounded
+from paramend.merging.averages import average, keep_same, put, rounded
 from paramend.merging.methods import Method
-from paramend.merging.rankings import Ranking
+from paramend.merging.rankings import Member, Ranking
 from paramend.merging.settings import Settings
 
 
@@ -132,7 +132,7 @@ class Merging:
         changes = [_difference(model, wide[-1]) for model in wide[:-1]]
         for change, (mask, factor) in zip(changes, self._kept(changes, start), strict=True):
             if mask is not None:
-                change *= mask
+                _keep(change, mask)
             if factor is not None:
                 change *= factor
         return self._on(wide[-1], self._summed(changes), values)
@@ -149,12 +149,14 @@ class Merging:
         plain = settings.convention == "peft"
         voters = changes if plain else weighted
         votes = sum(voters[1:], voters[0])
-        positive = votes >= 0
+        sign = np.copysign(votes.dtype.type(1), votes + 0)  # of 0 it is 1
         total, count = np.zeros_like(votes), np.zeros_like(votes)
         for voter, change, weight in zip(voters, weighted, settings.weights, strict=True):
-            agrees = np.where(positive, voter > 0, voter < 0)
-            total += np.where(agrees, change, 0)
-            count += agrees * voter.dtype.type(1 if plain else weight)
+            agrees = voter * sign > 0
+            count += agrees.astype(votes.dtype) * votes.dtype.type(1 if plain else weight)
+            part = change.copy() if change is voter else change
+            _keep(part, agrees)
+            total += part
         if divided:
             count[count == 0] = 1
             total /= count
@@ -164,7 +166,7 @@ class Merging:
         """The base with a change: its own bits where there is none, and those of the models where all are the same."""
         found = rounded(base + total, self.dtype)
         if values[-1].dtype == found.dtype:
-            np.copyto(found, values[-1], where=total == 0)
+            put(found, values[-1], total == 0)
         return found
 
     def _swapped(self, values: Sequence[Array]) -> Array:
@@ -173,7 +175,7 @@ class Merging:
         size, t = np.abs(change), self.settings.t
         found = self._on(base, change * np.clip(t / np.maximum(size, 1e-6), 0, 1), values)
         if values[0].dtype == found.dtype:
-            np.copyto(found, values[0], where=(size <= t) & (size > 0))
+            put(found, values[0], (size <= t) & (size > 0))
         return found
 
     # ---- which changes stay ------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ class Merging:
             return [(None, None) for _ in changes]
         if keep == "largest":
             ranking = (self.vector or self._alone).ranking
-            return [(mask, None) for mask in ranking.kept(self.member, start, self._sizes(changes))]
+            return [(mask, None) for mask in ranking.kept(self.member, start // BAND, self._sizes(changes))]
         chances: Iterable[Any] = density if keep == "random" else self._chances(changes)
         found: list[tuple[Array | None, Array | float | None]] = []
         for model, chance in enumerate(chances):
@@ -240,16 +242,21 @@ class Merging:
 
     # ---- elements ----------------------------------------------------------------------------------------------
 
-    def _pieces(self) -> Iterator[list[Array]]:
-        """The elements of all parts, piece by piece."""
+    def _pieces(self, numbers: range | None = None) -> Iterator[list[Array]]:
+        """The elements of all parts, piece by piece; some of the pieces, if their numbers are given."""
         step, size = self.align if self.align > 1 else BAND, self.parts[0].spec.size
-        for start in range(0, size, step):
+        for start in range(0, size, step) if numbers is None else (number * step for number in numbers):
             yield [part.read_range(start, min(start + step, size)) for part in self.parts]
 
-    def magnitudes(self) -> Iterator[list[Array]]:
-        """How much each model changes the base in each element, piece by piece."""
-        for values in self._pieces():
-            yield self._sizes(self._differences(values))
+    @property
+    def magnitudes(self) -> Member:
+        """How much each model changes the base in each element."""
+        size = self.parts[0].spec.size
+
+        def pieces(numbers: range) -> Iterator[list[Array]]:
+            return (self._sizes(self._differences(values)) for values in self._pieces(numbers))
+
+        return Member(pieces, size, -(-size // BAND))
 
     def _sizes(self, changes: Sequence[Array]) -> list[Array]:
         """The magnitudes that are ranked; of changes that are computed in more bits than any leaf has, in 32."""
@@ -272,6 +279,9 @@ class Vector:
     def __init__(self, leaves: Sequence[Merging]) -> None:
         self.leaves = leaves
 
+    def __reduce__(self) -> tuple[type["Vector"], tuple[Sequence[Merging]]]:
+        return Vector, (self.leaves,)
+
     @cached_property
     def ranking(self) -> Ranking:
         size, settings = sum(leaf.parts[0].spec.size for leaf in self.leaves), self.leaves[0].settings
@@ -280,7 +290,7 @@ class Vector:
             stay = int(density * size) if settings.convention != "mergekit" else max(int(density * size), 1)
             first = min(int(gamma * size), size - stay)
             places.append((first, first + stay))
-        return Ranking([leaf.magnitudes for leaf in self.leaves], places, BAND)
+        return Ranking([leaf.magnitudes for leaf in self.leaves], places)
 
 
 def _difference(model: Array, base: Array) -> Array:
@@ -290,6 +300,12 @@ def _difference(model: Array, base: Array) -> Array:
     if not fine.all():
         change[~fine & (bare(model) == bare(base))] = 0
     return change
+
+
+def _keep(x: Array, mask: Array) -> None:
+    """Make elements zero where a mask is false, of infinite ones too."""
+    bits = x.view(f"i{x.itemsize}")
+    bits &= -mask.astype(bits.dtype)
 
 
 def _alike(one: Array, other: Array) -> bool:
