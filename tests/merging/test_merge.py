@@ -354,11 +354,22 @@ def test_settings_differ_by_leaf():
         ({"how": "della", "density": 0.9, "base": {"w": np.zeros(2)}}, "chances from"),
         ({"convention": "own"}, "not a convention"),
         ({"how": "slerp", "t": "a"}, "not a number"),
+        ({"how": "slerp", "weights": [1, 2]}, "weights means nothing to slerp"),
+        ({"at": {"w": 3}}, "not a map"),
+        ({"missing": "drop"}, "missing='drop' is not known"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_read(given, says):
     with pytest.raises(BadArgument, match=says):
         pm.merge([{"w": np.zeros(2)}, {"w": np.ones(2)}], **given)
+
+
+def test_a_list_of_models_is_needed():
+    for models in ({"w": np.zeros(2)}, "model.safetensors"):
+        with pytest.raises(BadArgument, match="a list of them"):
+            pm.merge(models)
+    with pytest.raises(BadArgument, match="takes 1 model or more"):
+        pm.merge([])
 
 
 # ---- models that do not fit --------------------------------------------------------------------------------------
@@ -418,7 +429,7 @@ def test_statistics_of_batches_are_averaged_only_with_a_word():
     norms = [torch.nn.BatchNorm1d(2) for _ in range(2)]
     norms[1].running_mean += 2
     norms[1].num_batches_tracked += 5
-    with pytest.raises(SpecMismatch, match="running_mean holds statistics") as error:
+    with pytest.raises(SpecMismatch, match="running_mean is moved by the model") as error:
         pm.merge(norms)
     assert 'stats="first"' in error.value.hint
     assert pm.merge(norms, stats="first")[0].running_mean.tolist() == [0, 0]

@@ -1,8 +1,10 @@
 """Choices: the settings of a merge as they are given, checked and completed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, get_args
+
+import numpy as np
 
 from paramend.errors import BadArgument
 from paramend.merging.methods import METHODS, Method, method_of
@@ -43,6 +45,8 @@ def settings_of(given: Mapping[str, Any], count: int) -> Settings:
 
 def changed(settings: Settings, given: Mapping[str, Any], count: int) -> Settings:
     """Settings with others in the place of some; those that mean nothing to another method go."""
+    if not isinstance(given, Mapping):
+        raise BadArgument(f"{given!r} is not a map of settings", hint='at={"**/mlp/**": {"weights": [1, 2]}}')
     method = method_of(given.get("how", settings.how))
     stay = {name: getattr(settings, name) for name in (*_FREE[1:], *METHODS[settings.how].takes)}
     stay = {name: value for name, value in stay.items() if name in (*_FREE, *method.takes)}
@@ -50,13 +54,16 @@ def changed(settings: Settings, given: Mapping[str, Any], count: int) -> Setting
 
 
 def _each(name: str, value: Any, count: int) -> tuple[float, ...]:
-    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
-    if not all(isinstance(each, int | float) and math.isfinite(each) for each in values):
+    try:
+        values = [float(each) for each in (value if np.ndim(value) else [value] * count)]
+    except (TypeError, ValueError):
+        values = [math.nan] * count
+    if isinstance(value, str) or not all(map(math.isfinite, values)):
         raise BadArgument(f"{name}={value!r} is neither a number nor a list of numbers", hint=f"{name}=[0.3, 0.7]")
     if len(values) != count:
         models = wording.plural(count, "model")
         raise BadArgument(f"{name} has {len(values)} numbers for {models}", hint=f"{name}={[0.5] * count}")
-    return tuple(map(float, values))
+    return tuple(values)
 
 
 def _checked(method: Method, settings: Settings) -> Settings:

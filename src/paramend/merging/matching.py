@@ -119,7 +119,7 @@ class Models:
             return "", ""
         if statistic:
             hint = 'stats="first" takes statistics of batches from the first model, stats="mean" their mean'
-            return "holds statistics of batches, of which no average is right", hint
+            return "is moved by the model itself, as statistics of batches are: no average of it is right", hint
         if kinds & {"int", "bool"}:
             return f"holds {specs[0].dtype}, and differs between the models", ""
         return f"is {specs[0].dtype}, of which there is no average, and differs between the models", ""

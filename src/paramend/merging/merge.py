@@ -1,7 +1,7 @@
 """`pm.merge`: one model made of several, leaf by leaf."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast, get_args
 
 from paramend.checkpoints.assemble import Pick, assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
@@ -83,6 +83,11 @@ def merge(
     >>> tree["w"].tolist(), report.rows[0].origin
     ([1.75, 3.5], 'linear(model 1, model 2, weights=[1, 3])')
     """
+    if isinstance(models, Mapping | str) or not isinstance(models, Iterable):
+        raise BadArgument("one model is given, and a list of them is needed", hint="pm.merge([a, b])")
+    for name, word, known in (("missing", missing, get_args(Missing)), ("stats", stats, (None, *get_args(Stats)))):
+        if word not in known:
+            raise BadArgument(f"{name}={word!r} is not known", hint=f"{name}={known[-1]!r}")
     trees = [editable(model) for model in models]
     given: dict[str, Any] = {"how": how, "weights": weights, "t": t, "density": density, "gamma": gamma}
     given |= {"epsilon": epsilon, "seed": seed, "scale": scale, "convention": convention}
@@ -106,7 +111,7 @@ def check_models(how: str, count: int, *, based: bool) -> None:
     method = method_of(how)
     least, most = method.models
     if not least <= count <= most:
-        takes = wording.plural(least, "model") if least == most else f"{least} models or more"
+        takes = f"{wording.plural(least, 'model')}{'' if least == most else ' or more'}"
         more = f' besides the base: merge([b], "{how}", base=a)' if method.base == "needed" else ""
         raise BadArgument(f"{how} takes {takes}, and there are {count}{more}")
     if method.base == "needed" and not based:

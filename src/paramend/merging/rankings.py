@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 
+from paramend.leaves.origins.reduced import abreast
 from paramend.leaves.specs import Array
 
 # The magnitudes of each model in some pieces of a leaf, flat, by their numbers.
@@ -47,6 +48,10 @@ class Ranking:
 
     members: Sequence[Member]
     places: Sequence[tuple[int, int]]
+
+    def ready(self) -> None:
+        """Find the elements at all places, if that was not done."""
+        self._cuts  # noqa: B018 - it is kept
 
     def kept(self, member: int, piece: int, magnitudes: Sequence[Array]) -> list[Array]:
         """For each model, which elements of a piece of a leaf are kept."""
@@ -121,16 +126,11 @@ class Ranking:
         for member in self.members:
             for at in spans:
                 seen[at].append([])
-            for magnitudes in member.pieces(range(member.total)):
-                for at, (low, last) in spans.items():
-                    keys = _keys(magnitudes[at[0]])
-                    kind = keys.dtype.type
-                    greater = keys > kind(last)
-                    above[at] += int(np.count_nonzero(greater))
-                    some, counts = np.unique(keys[(keys >= kind(low)) & ~greater], return_counts=True)
-                    tables[at] += np.bincount(
-                        ((some - kind(low)) >> kind(shifts[at])).astype(np.intp), counts, 1 << _PARTS
-                    ).astype(np.int64)
+            for within in abreast(partial(_within, spans), member.pieces(range(member.total))):
+                for (at, (low, _)), (greater, some, counts) in zip(spans.items(), within, strict=True):
+                    above[at] += greater
+                    parts = (some - some.dtype.type(low)) >> some.dtype.type(shifts[at])
+                    tables[at] += np.bincount(parts.astype(np.intp), counts, 1 << _PARTS).astype(np.int64)
                     held[at] += some.size
                     if held[at] <= _HELD:
                         seen[at][-1].append((some, counts))
@@ -149,6 +149,17 @@ class Ranking:
                 start = low + (len(table) - 1 - int(np.searchsorted(table, rank)) << shifts[at])
                 rest[at] = start, min(start + (1 << shifts[at]) - 1, last)
         return rest
+
+
+def _within(spans: _Spans, magnitudes: Sequence[Array]) -> list[tuple[int, Array, Array]]:
+    """For all bounds: how many elements of a piece are greater; the keys between the bounds, and how often each is."""
+    found = []
+    for (model, _), (low, last) in spans.items():
+        keys = _keys(magnitudes[model])
+        greater = keys > keys.dtype.type(last)
+        some, counts = np.unique(keys[(keys >= keys.dtype.type(low)) & ~greater], return_counts=True)
+        found.append((int(np.count_nonzero(greater)), some, counts))
+    return found
 
 
 def _cut(rank: int, seen: Sequence[Sequence[tuple[Array, Array]]]) -> Cut:

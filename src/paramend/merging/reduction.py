@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -69,6 +69,24 @@ class Merging:
         plain = {"weights": "1", "scale": "1"}
         return f"{given.how}({', '.join([*said, *(f'{n}={v}' for n, v in values.items() if plain.get(n) != v)])})"
 
+    def prepare(self) -> None:
+        """Find out what must be known of the whole leaf, or of all leaves, first."""
+        with np.errstate(all="ignore"):
+            if self.method.blends is not None:
+                self._shares  # noqa: B018 - it is kept
+            elif self._is_ranked:
+                (self._ranking).ready()
+            elif self._by_norm:
+                self._factors  # noqa: B018 - as above
+
+    @property
+    def _is_ranked(self) -> bool:
+        return self.method.keep == "largest" and min(self.settings.density) < 1
+
+    @property
+    def _ranking(self) -> Ranking:
+        return (self.vector or self._alone).ranking
+
     def compute(self, values: Sequence[Array], start: int) -> Array:
         """The elements from `start` on, of those of each part."""
         with np.errstate(all="ignore"):  # what the dtype cannot hold is inf
@@ -100,7 +118,10 @@ class Merging:
                     dots[i, j] = dots[j, i] = dots[i, j] + float(np.add.reduce(wide[i] * wide[j]))
         if same:  # and back with its bits
             return [1.0] + [0.0] * (count - 1)
-        found: list[float] = explained(self.path, partial(self.method.blends, dots), self.settings).tolist()
+        settings = self.settings
+        if self.parts[0].spec.size == 1:  # two numbers of different signs are not opposite, and blended as in mergekit
+            settings = replace(settings, convention="mergekit")
+        found: list[float] = explained(self.path, partial(self.method.blends, dots), settings).tolist()
         return found
 
     def _vectors(self, values: list[Array]) -> tuple[list[Array], Array | None]:
@@ -192,8 +213,8 @@ class Merging:
         if keep == "all" or min(density) >= 1:
             return [(None, None) for _ in changes]
         if keep == "largest":
-            ranking = (self.vector or self._alone).ranking
-            return [(mask, None) for mask in ranking.kept(self.member, start // BAND, self._sizes(changes))]
+            sizes = self._sizes(changes)
+            return [(mask, None) for mask in self._ranking.kept(self.member, start // BAND, sizes)]
         chances: Iterable[Any] = density if keep == "random" else self._chances(changes)
         found: list[tuple[Array | None, Array | float | None]] = []
         for model, chance in enumerate(chances):

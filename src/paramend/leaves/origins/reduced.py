@@ -1,8 +1,11 @@
 """`Reduced`: a leaf made of the leaves of several models, which are read side by side, piece by piece."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -10,6 +13,9 @@ from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
 from paramend.leaves.origins.origin import Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
+X = TypeVar("X")
+Y = TypeVar("Y")
+_THREADS = min(os.cpu_count() or 1, 4)
 # Elements that are computed together: their intermediate values stay in the CPU cache.
 BAND = 1 << 16
 # Elements that are computed while those before are written.
@@ -27,11 +33,25 @@ class Reduction(Protocol):
     def align(self) -> int:
         """Elements are computed in pieces that begin at multiples of this; 1 if their places do not matter."""
 
+    def prepare(self) -> None:
+        """Find out what must be known of whole leaves before any element can be computed."""
+
     def compute(self, values: Sequence[Array], start: int) -> Array:
         """New elements from those of each part, flat; the first of them is element `start` of the leaf."""
 
     def text(self, parts: Sequence[str]) -> str:
         """The expression."""
+
+
+def abreast(work: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
+    """What work makes of items, in their order, by a few threads; the items are made by this one, a few ahead."""
+    waiting: deque[Future[Y]] = deque()
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="paramend") as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * _THREADS:
+                yield waiting.popleft().result()
+        yield from (each.result() for each in waiting)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,13 +94,23 @@ class Reduced(Origin):
 
     def read_range(self, start: int, stop: int) -> Array:
         found = np.empty(stop - start, numpy_dtype(self.dtype))
+        if start >= stop:
+            return found
         align = self.how.align
         step, size = (align, self.spec.size) if align > 1 else (BAND, stop)
-        for at in range(start - start % align, stop, step):
-            end = min(at + step, size)
-            new = self.how.compute([part.read_range(at, end) for part in self.parts], at)
-            low, high = max(at, start), min(end, stop)
+
+        def compute(piece: tuple[int, list[Array]]) -> None:
+            at, values = piece
+            new = self.how.compute(values, at)
+            low, high = max(at, start), min(at + new.size, stop)
             found[low - start : high - start] = new[low - at : high - at]
+
+        self.how.prepare()
+        starts = range(start - start % align, stop, step)
+        for _ in abreast(
+            compute, ((at, [part.read_range(at, min(at + step, size)) for part in self.parts]) for at in starts)
+        ):
+            pass
         return found
 
     def read_box(self, box: Box) -> Array:
