@@ -15,7 +15,7 @@ Pieces = Callable[[range], Iterator[Sequence[Array]]]
 # (model, place) → the least and the greatest key between which the one at that place is looked for, and both in a pass.
 _Spans = dict[tuple[int, int], tuple[int, int]]
 # Pieces of a leaf, of all leaves, and about how many keys a first guess is made from, and how far off it may be.
-_PIECES, _ALL, _KEYS, _OFF = 8, 512, 1 << 18, 0.005
+_PIECES, _ALL, _KEYS, _OFF = 8, 512, 1 << 17, 0.005
 # Different keys between the bounds that are held, and parts that bounds are divided into if there are more.
 _HELD, _PARTS = 1 << 18, 12
 

@@ -17,7 +17,7 @@ X = TypeVar("X")
 Y = TypeVar("Y")
 _THREADS = min(os.cpu_count() or 1, 4)
 # Elements that are computed together: their intermediate values stay in the CPU cache.
-BAND = 1 << 16
+BAND = 1 << 17
 # Elements that are computed while those before are written.
 _TILE = 1 << 20
 # The allocator of glibc gives freed memory back to the system, which costs more than all arithmetic here, up to twice
