@@ -1,5 +1,6 @@
 """Codecs: values bit for bit as the defining libraries decode them, any part of them, and the way back."""
 
+import math
 import pickle
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from paramend.leaves.groups import groups_of
 from paramend.leaves.origins.boxes import select
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.encoded import encoded
+from paramend.leaves.origins.rescaled import rescaled
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import Spec
 from paramend.leaves.weights import weight_of
@@ -198,6 +200,35 @@ def test_a_new_group_is_known_and_near(scheme, shape):
     error = found.origin("float32").read() - weight.astype(np.float32)
     loss = np.linalg.norm(error) / np.linalg.norm(weight.astype(np.float32))
     assert 0.001 < loss < LOSS[scheme.partition("-")[0] if scheme.startswith("fp8") else scheme]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("factor", [0.75, 2.0, -1.0, -0.5, 1.0])
+def test_scales_take_a_factor(scheme, factor):
+    weight = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    layout = layout_of(scheme, Spec(weight.shape, "float32"))
+    codec, known = codec_for(scheme, layout), held(layout.known)
+    parts = (
+        held({role: leaf.read() for role, leaf in encoded(codec, Held(weight), layout.specs, known).items()}) | known
+    )
+    new = rescaled(codec, parts, factor)
+    signed = scheme.startswith(("fp8", "mxfp4", "nvfp4", "fp4"))
+    if (factor < 0 and not signed) or (scheme == "mxfp4" and factor == 0.75):
+        assert new is None
+        return
+    before, after = (decoded(codec, parts | more, "float32").read() for more in ({}, new))
+    step = 2.0**-10 if scheme in ("gptq", "awq") else 2.0**-22  # scales of float16 are rounded
+    assert (np.abs(after - before * np.float32(factor)) <= np.abs(before * factor) * step).all()
+    assert set(new) <= {"scale", "global", "payload"}
+
+
+def test_factors_that_scales_cannot_take():
+    parts = held({"payload": np.ones((2, 2), E4M3), "scale": np.array([[0, 254]], np.uint8).view(E8M0)})
+    codec = row_of(BLOCK).codec("fp8-block", parts, Stated())
+    assert rescaled(codec, parts, 0.5) is None  # exponents end
+    assert rescaled(codec, parts, 2.0) is None
+    assert rescaled(codec, parts, 0.0) is None
+    assert rescaled(codec, parts, math.inf) is None
 
 
 def test_values_without_a_code():

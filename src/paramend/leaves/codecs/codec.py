@@ -42,6 +42,10 @@ class Scaling(ABC):
             grids: what stays, as scales of scales.
         """
 
+    def through(self, factor: float) -> tuple[str, float] | None:
+        """The role of the leaf that takes a factor of the weight, and the factor for it; None if none can."""
+        return "scale", factor
+
     def top(self, greatest: Array, limit: float) -> Array:
         """The scale of scales for the greatest magnitude of a weight, float32."""
         raise NotImplementedError

@@ -82,6 +82,9 @@ class Twice(Scaling):
         wanted = factor * top if self.divides else factor / top
         return _rounded(np.minimum(wanted, _F32(_FP8_LIMIT)), spec.dtype)
 
+    def through(self, factor: float) -> tuple[str, float]:
+        return "global", 1 / factor if self.divides else factor
+
     def top(self, greatest: Array, limit: float) -> Array:
         greatest = np.where(greatest > 0, greatest, _F32(limit * _FP8_LIMIT))
         share = greatest / _F32(limit * _FP8_LIMIT)
@@ -102,6 +105,9 @@ class Nested(Scaling):
 
     def factors(self, grids: Grids) -> tuple[Array, ...]:
         return (self.map[grids["scale"]] * grids["nested scale"] + _F32(self.offset),)
+
+    def through(self, factor: float) -> None:
+        return None  # the offset is in a leaf of JSON
 
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
         above = (greatest / _F32(limit) - _F32(self.offset)) / grids["nested scale"]
