@@ -10,7 +10,7 @@ import numpy as np
 from paramend.errors import Unsupported
 from paramend.leaves.codecs.codec import Codec, Grids, Parts
 from paramend.leaves.codecs.fields import Field, Groups
-from paramend.leaves.origins.boxes import Box
+from paramend.leaves.origins.boxes import Box, whole
 from paramend.leaves.specs import Array, numpy_dtype
 
 
@@ -20,16 +20,23 @@ class Bounds(NamedTuple):
     Attributes:
         low: the least one, or 0.
         high: the greatest one, or 0.
+        changed: whether one is not as it was.
     """
 
     low: Array
     high: Array
+    changed: Array
 
     @property
     def greatest(self) -> Array:
         """The greatest magnitudes."""
         found: Array = np.maximum(self.high, -self.low)
         return found
+
+
+def finite(codec: Codec, views: Parts) -> bool:
+    """Whether all scales are finite."""
+    return bool(np.isfinite(factor_of(codec, codec.scales(views, whole(codec.spec.shape)))).all())
 
 
 def unit(codec: Codec) -> tuple[int, ...]:
@@ -44,33 +51,38 @@ def unit(codec: Codec) -> tuple[int, ...]:
     )
 
 
-def bounds_of(codec: Codec, values: Array, box: Box, views: Parts) -> Bounds:
+def bounds_of(codec: Codec, values: Array, changed: Array | None, box: Box, views: Parts) -> Bounds:
     """The bounds of the values of a box, NaN left out."""
     field, groups, zero = codec.fields["scale"], codec.groups(views), np.float32(0)
     low, high = (field.reduced(each, values, box, groups) for each in (np.fmin, np.fmax))
-    return Bounds(np.fmin(low, zero), np.fmax(high, zero))
+    new = np.ones((), np.bool_) if changed is None else field.reduced(np.logical_or, changed, box, groups)
+    return Bounds(np.fmin(low, zero), np.fmax(high, zero), new)
 
 
-def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array]) -> Grids:
+def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], keep: bool) -> Grids:
     """Scales and zero points for the blocks of a box, as they are stored, one for each place of their grid.
 
     Args:
         codec: the codec.
         bounds: the bounds at these places.
         box: the box.
-        views: the leaves that are known.
-        tops: scales of scales.
+        views: the leaves that there are; those of blocks without changes are kept.
+        tops: scales of scales where they are new, too.
+        keep: whether scales are kept where they can be: those that are finite.
     """
     field, there = codec.fields["scale"], codec.scales(views, box) | dict(tops)
-    # Zero points that are known are those of a symmetric scheme.
-    uneven = codec.zeros is not None and "zero" in codec.fields and "zero" not in views
+    # Zero points of a new weight that are there already are those of a symmetric scheme.
+    uneven = codec.zeros is not None and "zero" in codec.fields and ("scale" in views or "zero" not in views)
     found = {}
     greatest = (bounds.high - bounds.low) / 2 if uneven else bounds.greatest
     found["scale"] = codec.scaling.fitted(greatest, codec.codes.limit, field.spec, there)
     if uneven and codec.zeros is not None:
         zero = codec.codes.low - bounds.low / factor_of(codec, there | found)
         found["zero"] = codec.zeros.nearest(np.minimum(zero, codec.codes.high))
-    return found
+    if "scale" not in views:
+        return found
+    new = bounds.changed & ~np.isfinite(factor_of(codec, there)) if keep else bounds.changed
+    return {role: _where(new, each, there[role]) for role, each in found.items()}
 
 
 def codes_for(codec: Codec, values: Array, scales: Grids, box: Box, groups: Groups) -> Array:
@@ -84,18 +96,25 @@ def codes_for(codec: Codec, values: Array, scales: Grids, box: Box, groups: Grou
         groups: what `g_idx` says.
 
     Raises:
-        Unsupported: there is no code for a value: it is not finite.
+        Unsupported: there is no code for a value: it is not finite, or it is 0.
     """
     field, factor = codec.fields["scale"], factor_of(codec, scales)
     if np.isinf(values).any() or (np.isnan(values).any() and not np.isnan(codec.codes.values).any()):
         raise Unsupported(
             f"a value is not finite, and {codec.scheme} has no code for it",
-            hint="set it to a finite one before, or leave the weight out",
+            hint="dequantise the weight, and edit it then",
         )
     with np.errstate(all="ignore"):
         field.apply(np.divide, values, np.where(factor == 0, np.float32(np.inf), factor), box, groups)
     if codec.zeros is not None and "zero" in scales:
-        field.apply(np.add, values, codec.zeros.decode(scales["zero"]), box, groups)
+        zero = codec.zeros.decode(scales["zero"])
+        beyond = zero > codec.codes.high
+        if beyond.any() and (field.spread(beyond, box, groups) & (values == 0)).any():
+            raise Unsupported(
+                f"a zero point is {zero.max():g}, and codes of {codec.scheme} end at {codec.codes.high:g}: none is 0",
+                hint="dequantise the weight, edit it, and quantise it again",
+            )
+        field.apply(np.add, values, zero, box, groups)
     return codec.codes.nearest(values)
 
 
@@ -103,6 +122,13 @@ def factor_of(codec: Codec, grids: Grids) -> Array:
     """What the values of codes are multiplied by."""
     with np.errstate(all="ignore"):
         return reduce(np.multiply, codec.scaling.factors(grids))
+
+
+def _where(new: Array, one: Array, other: Array) -> Array:
+    """`np.where` for dtypes that it does not know."""
+    bits = f"u{one.itemsize}"
+    found: Array = np.where(new, one.view(bits), other.view(bits)).view(one.dtype)
+    return found
 
 
 def _codes(field: Field, axis: int) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paramend.errors import Unsupported
 from paramend.leaves.codecs.codec import Grids, Scaling
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -80,6 +81,12 @@ class Twice(Scaling):
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
         factor, top = greatest / _F32(limit), grids["global"].astype(_F32)
         wanted = factor * top if self.divides else factor / top
+        if (wanted > _FP8_LIMIT * 1.04).any():
+            raise Unsupported(
+                f"a block needs a scale of {float(wanted.max()):.4g}, and {spec.dtype} has none above {_FP8_LIMIT:g}: "
+                f"the scale of scales, {float(top.max()):.4g}, is for smaller values",
+                hint="dequantise the weight, edit it, and quantise it again",
+            )
         return _rounded(np.minimum(wanted, _F32(_FP8_LIMIT)), spec.dtype)
 
     def through(self, factor: float) -> tuple[str, float]:

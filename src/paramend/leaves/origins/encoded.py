@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, scales_for, unit
+from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, finite, scales_for, unit
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
@@ -23,18 +23,20 @@ class Encoded(Origin):
         codec: how values are encoded.
         values: the weight, with the axes of storage.
         role: the leaf: "payload", "scale", "zero" or "global".
-        known: the leaves that do not depend on the values.
+        kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
+        keep: whether scales are kept, and only codes change.
     """
 
     codec: Codec
     values: Origin
     role: str
-    known: Parts = field(default_factory=dict)
+    kept: Parts = field(default_factory=dict)
+    keep: bool = False
     moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.values, *self.known.values())
+        return (self.values, *self.kept.values())
 
     @property
     def spec(self) -> Spec:
@@ -49,7 +51,8 @@ class Encoded(Origin):
         """None: the bytes are computed."""
 
     def text(self, name: Namer) -> str:
-        return f"encode({self.codec.scheme}, {self.values.text(name)}).{self.role}"
+        how = ", scales kept" if self.keep else ""
+        return f"encode({self.codec.scheme}, {self.values.text(name)}{how}).{self.role}"
 
     def read_box(self, box: Box) -> Array:
         if self.role in ("scale", "zero") and self._bounds is not None:
@@ -73,17 +76,28 @@ class Encoded(Origin):
         codec, own = self.codec, self.codec.fields[self.role]
         if self.role == "global":
             return own.pack(self._tops_at(box)["global"])
-        values = self._read(box)
-        bounds = self._bounds_at(box) or bounds_of(codec, values, box, self.known)
-        scales = scales_for(codec, bounds, box, self.known, self._tops_at(box))
+        values, changed, old = self._read(box)
+        bounds = self._bounds_at(box) or bounds_of(codec, values, changed, box, self.kept)
+        scales = scales_for(codec, bounds, box, self.kept, self._tops_at(box), self.keep)
         if self.role != "payload":
             return own.pack(scales[self.role])
-        there = codec.scales(self.known, box) | dict(self._tops_at(box)) | dict(scales)
-        return own.pack(codes_for(codec, values, there, box, codec.groups(self.known)))
+        groups, scale = codec.groups(self.kept), codec.fields["scale"]
+        there = codec.scales(self.kept, box) | dict(self._tops_at(box)) | dict(scales)
+        codes = codes_for(codec, values, there, box, groups)
+        if old is not None:
+            touched = np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
+            codes = np.where(touched, codes, old)
+        return own.pack(codes)
 
-    def _read(self, box: Box) -> Array:
-        """The values of a box, float32, in memory of their own."""
-        return self.values.read_box(box).astype(np.float32)
+    def _read(self, box: Box) -> tuple[Array, Array | None, Array | None]:
+        """The values of a box, float32; where they are new; and the codes that are there, if there are any."""
+        codec, values = self.codec, self.values.read_box(box)
+        if "payload" not in self.kept:
+            return values.astype(np.float32), None, None
+        codes, groups = codec.stored_codes(self.kept, box), codec.groups(self.kept)
+        before = codec.values(codes, codec.scales(self.kept, box), box, groups).astype(values.dtype)
+        bits = f"u{values.itemsize}"
+        return values.astype(np.float32), values.view(bits) != before.view(bits), codes
 
     # ---- which part of the weight ------------------------------------------------------------------------------------
 
@@ -118,16 +132,17 @@ class Encoded(Origin):
     def _bounds(self) -> Bounds | None:
         """The bounds of all blocks, where boxes do not hold whole blocks; None where they do."""
         scale, codec = self.codec.fields["scale"], self.codec
-        axis, groups = max(len(scale.every) - 2, 0), codec.groups(self.known)
+        axis, groups = max(len(scale.every) - 2, 0), codec.groups(self.kept)
         lengths = zip(scale.every[: axis + 1], codec.spec.shape, strict=False)
         if not groups and not any(not every and length > 1 for every, length in lengths):
             return None
         shape = scale.spec.shape
-        bounds = Bounds(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        bounds = Bounds(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.bool_))
         for box in self._boxes(whole(codec.spec.shape)):
+            values, changed, _ = self._read(box)
             here = np.ix_(*map(np.asarray, scale.places(box, groups)))
-            some = bounds_of(codec, self._read(box), box, self.known)
-            for ufunc, all_, part in zip((np.fmin, np.fmax), bounds, some, strict=True):
+            some = bounds_of(codec, values, changed, box, self.kept)
+            for ufunc, all_, part in zip((np.fmin, np.fmax, np.logical_or), bounds, some, strict=True):
                 all_[here] = ufunc(all_[here], part)
         return bounds
 
@@ -137,25 +152,31 @@ class Encoded(Origin):
         codec, own, box = self.codec, self.codec.fields[self.role], whole(self.codec.spec.shape)
         bounds = self._bounds_at(box)
         assert bounds is not None
-        return own.pack(scales_for(codec, bounds, box, self.known, self._tops)[self.role])
+        found = scales_for(codec, bounds, box, self.kept, self._tops, self.keep)[self.role]
+        if self.role not in self.kept:
+            return own.pack(found)
+        grid = whole(codec.fields["scale"].spec.shape)
+        codes = np.array(own.codes(self.kept[self.role].read(), grid))
+        codes[np.ix_(*map(np.asarray, own.places(box, codec.groups(self.kept))))] = found
+        return own.pack(codes)
 
     def _bounds_at(self, box: Box) -> Bounds | None:
         if self._bounds is None:
             return None
         scale = self.codec.fields["scale"]
-        here = np.ix_(*map(np.asarray, scale.places(box, self.codec.groups(self.known))))
+        here = np.ix_(*map(np.asarray, scale.places(box, self.codec.groups(self.kept))))
         return Bounds(*(each[here] for each in self._bounds))
 
     @cached_property
     def _tops(self) -> Mapping[str, Array]:
         """New scales of scales, one for each place of their grid."""
         top = self.codec.fields.get("global")
-        if top is None:
+        if top is None or "global" in self.kept:
             return {}
         greatest = np.zeros(top.spec.shape, np.float32)
         for box in self._boxes(whole(self.codec.spec.shape)):
             here = np.ix_(*map(np.asarray, top.places(box)))
-            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)), box))
+            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)[0]), box))
         return {"global": self.codec.scaling.top(greatest, self.codec.codes.limit)}
 
     def _tops_at(self, box: Box) -> Mapping[str, Array]:
@@ -165,20 +186,27 @@ class Encoded(Origin):
         }
 
 
-def encoded(codec: Codec, weight: Origin, specs: Mapping[str, Spec], known: Parts | None = None) -> dict[str, Origin]:
-    """The leaves of a group for the values of its weight, by role: those that are not known without them.
+def encoded(
+    codec: Codec, weight: Origin, specs: Mapping[str, Spec], kept: Parts | None = None, *, keep: bool = False
+) -> dict[str, Origin]:
+    """The leaves of a group for new values of its weight, by role: those that change.
 
     Args:
         codec: how they are encoded.
         weight: the values, with the axes that the model has.
         specs: role → spec of the leaf as it is stored.
-        known: the others.
+        kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
+            bytes. Of a new weight, the leaves that are known without its values.
+        keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
     """
-    views = codec.views(known or {})
+    views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
     values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight
-    roles = [role for role in (*codec.encodes, "global") if role in codec.fields and role not in views]
-    return {role: reshape(Encoded(codec, values, role, views), specs[role].shape) for role in roles}
+    roles = codec.encodes if not keep or not finite(codec, views) else codec.encodes[:1]
+    if "payload" not in views:
+        roles = tuple(role for role in roles if role not in views)
+    roles = (*roles, *(() if "global" in views or "global" not in codec.fields else ("global",)))
+    return {role: reshape(Encoded(codec, values, role, views, keep), specs[role].shape) for role in roles}
 
 
 def _moved(places: range | Array, low: int) -> range | Array:
