@@ -12,14 +12,18 @@ import numpy as np
 from paramend.anatomy.beside import absent_head, mark_blocks
 from paramend.anatomy.documents import Document
 from paramend.anatomy.quantization import quantization_of
+from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
+from paramend.edits.damage import Damage
 from paramend.edits.plan import Plan
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import BadArgument, Unsupported, printable
+from paramend.formats.gathered import leaf_of
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
 from paramend.leaves.leaves import Editable, Group, Index
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Array, Slice, Spec, numpy_dtype
 from paramend.reports import wording
@@ -297,7 +301,21 @@ class Checkpoint(Editable):
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
         moved = structure.moves(self.index, selector, chosen, to)
         check_renamed(self, lambda: moved)
-        return self.planned(self.plan.renamed(moved))
+        return self.relocated(moved)
+
+    def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Checkpoint":
+        return self.planned(self.plan.renamed(moves))
+
+    def expression(self, number: int) -> Origin:
+        from paramend.piecewise.rows import expression  # not needed to look at a checkpoint
+
+        return leaf_of(self.source, number) if self.untouched else expression(self.source, self.plan.by_number[number])
+
+    def computing(self, origin: Origin, call: Call, *, path: str, pieces: tuple[str, ...]) -> Origin:
+        from paramend.piecewise.edited import Edited  # as above
+
+        place = Site(pieces, out_first=self.index.separator == ".") if call.op.placed else NOWHERE
+        return Edited(origin, [call], [place], path, Damage())
 
     def save(
         self,

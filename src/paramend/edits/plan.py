@@ -214,7 +214,9 @@ class Plan(Paged):
                     raise Unsupported(f"{row.path} cannot take {_said(edit)}: {why}", hint=_LEAVE_OUT)
                 key = id(edit), row.spec
                 after = specs.get(key) or specs.setdefault(key, explained(row.path, edit.spec, row.spec))
-                new[twin] = row.with_calls((*row.calls, edit), (*row.places, place), after, Damage())
+                # Values of a quantised weight are set whole, and hold what was asked of it before.
+                calls, places = ((), ()) if edit.coding and edit.op.name == "set" else (row.calls, row.places)
+                new[twin] = row.with_calls((*calls, edit), (*places, place), after, Damage())
         return self._with(tuple(new.get(row.source, row) for row in self.rows))
 
     def without(self, numbers: Iterable[int]) -> "Plan":

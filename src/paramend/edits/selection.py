@@ -8,6 +8,7 @@ from paramend.edits.call import Call, Op, explained, sliced_shape
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable
 from paramend.edits.ops import Edits
+from paramend.edits.weights import chosen, weighed
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
@@ -28,9 +29,9 @@ class Selection(Edits[T]):
 
     def __init__(self, tree: T, selector: SelectorLike, count: int | None = None, *, raw: bool = False) -> None:
         self._selector, self._index = slice_of(selector)
-        self._tree = editable(tree, raw=raw)
+        self._tree = weighed(editable(tree, raw=raw))
         self._stays_raw = isinstance(tree, Editable) and tree.raw
-        self._numbers = resolve(self._selector, self._tree)
+        self._numbers = chosen(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
             raise WrongCount(
                 f"{self._selector!r} matches {wording.plural(len(self._numbers), 'leaf', 'leaves')}, not {count}: "

@@ -30,15 +30,15 @@ def expression(source: Any, row: Row) -> Origin:
         for call, _ in group:
             if call.op.moves is not None:
                 origin = call.op.moves(origin, call.args)
-            else:  # set to a leaf of another file
-                value: Stored = call.args["value"]
-                origin = leaf_of(value.source, value.number)
+            else:  # set to a leaf of another file, or to what is made of other leaves
+                value: Origin = call.args["value"]
+                origin = leaf_of(value.source, value.number) if isinstance(value, Stored) else value
     return origin
 
 
 def _how(call: Call) -> str:
     whole = call.index is None
-    replaced = whole and call.op.name == "set" and isinstance(call.args.get("value"), Stored)
+    replaced = whole and call.op.name == "set" and isinstance(call.args.get("value"), Origin)
     return "moves" if replaced or (whole and call.op.moves is not None) else "computes"
 
 

@@ -139,3 +139,14 @@ class Codec:
     def encodes(self) -> tuple[str, ...]:
         """The roles of the leaves that new values change: the codes first, then scales and zero points."""
         return tuple(role for role in ("payload", *_GROUPED) if role in self.fields)
+
+    @property
+    def zero_word(self) -> int | None:
+        """The word of the payload, of 64 bits, in which all codes are those of 0; None if zero points say which."""
+        if self.zeros is not None and "zero" in self.fields:
+            return None
+        packing, code = self.fields["payload"].packing, int(self.codes.nearest(np.zeros(1, np.float32))[0])
+        bits = 8 if packing is None else packing.bits
+        if 64 % bits:
+            return None if code else 0
+        return sum(code << at for at in range(0, 64, bits))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import NamedTuple
 
@@ -32,6 +33,34 @@ class Bounds(NamedTuple):
         """The greatest magnitudes."""
         found: Array = np.maximum(self.high, -self.low)
         return found
+
+
+@dataclass(slots=True)
+class Misfit:
+    """How far codes are from the values that they are for, measured band by band.
+
+    Attributes:
+        bands: where a band begins → the squares of its values, those of the differences, and the greatest difference.
+    """
+
+    bands: dict[tuple[int, ...], tuple[float, float, float]] = field(default_factory=dict)
+
+    def measure(self, at: tuple[int, ...], wanted: Array, found: Array) -> None:
+        """Enter a band, once or again."""
+        with np.errstate(all="ignore"):
+            wide, gap = wanted.reshape(-1).astype(np.float64), (found - wanted).reshape(-1).astype(np.float64)
+        self.bands[at] = float(wide @ wide), float(gap @ gap), float(np.abs(gap).max(initial=0))
+
+    @property
+    def relative_l2(self) -> float | None:
+        """The norm of the differences as a share of that of the values; None before anything is measured."""
+        squares, gaps = (math.fsum(band[place] for band in self.bands.values()) for place in (0, 1))
+        return (math.sqrt(gaps / squares) if squares else 0.0) if self.bands else None
+
+    @property
+    def max_abs(self) -> float | None:
+        """The greatest difference; None likewise."""
+        return max((band[2] for band in self.bands.values()), default=None)
 
 
 def finite(codec: Codec, views: Parts) -> bool:
@@ -73,9 +102,12 @@ def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mappi
     field, there = codec.fields["scale"], codec.scales(views, box) | dict(tops)
     # Zero points of a new weight that are there already are those of a symmetric scheme.
     uneven = codec.zeros is not None and "zero" in codec.fields and ("scale" in views or "zero" not in views)
-    found = {}
+    found, limit = {}, codec.codes.limit
     greatest = (bounds.high - bounds.low) / 2 if uneven else bounds.greatest
-    found["scale"] = codec.scaling.fitted(greatest, codec.codes.limit, field.spec, there)
+    if not uneven and "payload" in views:  # of an edit no value is beyond the last codes, which are -8 and 7
+        limit = codec.codes.high
+        greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / codec.codes.low))
+    found["scale"] = codec.scaling.fitted(greatest, limit, field.spec, there)
     if uneven and codec.zeros is not None:
         zero = codec.codes.low - bounds.low / factor_of(codec, there | found)
         found["zero"] = codec.zeros.nearest(np.minimum(zero, codec.codes.high))

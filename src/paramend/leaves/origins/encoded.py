@@ -1,5 +1,6 @@
 """`Encoded`: a leaf of a group for new values of its weight, computed block by block as it is read."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, finite, scales_for, unit
+from paramend.leaves.codecs.encoding import Bounds, Misfit, bounds_of, codes_for, finite, scales_for, unit
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
@@ -25,6 +26,7 @@ class Encoded(Origin):
         role: the leaf: "payload", "scale", "zero" or "global".
         kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
         keep: whether scales are kept, and only codes change.
+        misfit: what is measured while codes are read.
     """
 
     codec: Codec
@@ -32,6 +34,8 @@ class Encoded(Origin):
     role: str
     kept: Parts = field(default_factory=dict)
     keep: bool = False
+    misfit: Misfit | None = None
+    _last: tuple[Box, Array] | None = field(default=None, init=False)
     moves = False
 
     @property
@@ -67,7 +71,9 @@ class Encoded(Origin):
                 low, high = max(stored[0], wanted.start), min(stored[-1] + 1, wanted.stop)
                 new.append(slice(low - stored[0], high - stored[0]))
                 old.append(slice(low - wanted.start, high - wanted.start))
-            found[tuple(old)] = self._encoded(places)[tuple(new)]
+            if self._last is None or self._last[0] != places:
+                object.__setattr__(self, "_last", (places, self._encoded(places)))
+            found[tuple(old)] = self._last[1][tuple(new)]  # type: ignore[index]
         near = (_moved(places, low.start) for places, low in zip(box, cover, strict=True))
         return np.array(select(found, tuple(near)))
 
@@ -83,10 +89,12 @@ class Encoded(Origin):
             return own.pack(scales[self.role])
         groups, scale = codec.groups(self.kept), codec.fields["scale"]
         there = codec.scales(self.kept, box) | dict(self._tops_at(box)) | dict(scales)
-        codes = codes_for(codec, values, there, box, groups)
-        if old is not None:
-            touched = np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
+        codes = codes_for(codec, values.copy(), there, box, groups)
+        if old is not None and changed is not None:
+            touched = changed if self.keep else np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
             codes = np.where(touched, codes, old)
+        if self.misfit is not None:
+            self.misfit.measure(tuple(places.start for places in box), values, codec.values(codes, there, box, groups))
         return own.pack(codes)
 
     def _read(self, box: Box) -> tuple[Array, Array | None, Array | None]:
@@ -118,15 +126,14 @@ class Encoded(Origin):
         return tuple(found)
 
     def _boxes(self, of: Box) -> Iterator[Box]:
-        """Boxes of some places that are encoded one by one: a few rows of units, of all the columns that are there."""
-        axis = max(len(of) - 2, 0)
-        size = max(len(of[-1]), 1) if axis < len(of) - 1 else 1
-        rows = unit(self.codec)[axis] * max(CHUNK // (unit(self.codec)[axis] * size), 1)
-        last = whole(self.codec.spec.shape[axis + 1 :])
+        """Boxes that hold some places and are encoded one by one, always the same: a few rows of units, all columns."""
+        axis, shape = max(len(of) - 2, 0), self.codec.spec.shape
+        step = unit(self.codec)[axis]
+        rows = step * max(CHUNK // (step * max(math.prod(shape[axis + 1 :]), 1)), 1)
         for above in product(*of[:axis]):
-            for at in range(0, len(of[axis]), rows):
-                band = of[axis][at : at + rows]
-                yield (*(range(place, place + 1) for place in above), band, *last)
+            for at in range(of[axis].start // rows * rows, of[axis].stop, rows):
+                band = range(at, min(at + rows, shape[axis]))
+                yield (*(range(place, place + 1) for place in above), band, *whole(shape[axis + 1 :]))
 
     @cached_property
     def _bounds(self) -> Bounds | None:
@@ -187,7 +194,13 @@ class Encoded(Origin):
 
 
 def encoded(
-    codec: Codec, weight: Origin, specs: Mapping[str, Spec], kept: Parts | None = None, *, keep: bool = False
+    codec: Codec,
+    weight: Origin,
+    specs: Mapping[str, Spec],
+    kept: Parts | None = None,
+    *,
+    keep: bool = False,
+    misfit: Misfit | None = None,
 ) -> dict[str, Origin]:
     """The leaves of a group for new values of its weight, by role: those that change.
 
@@ -198,6 +211,7 @@ def encoded(
         kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
             bytes. Of a new weight, the leaves that are known without its values.
         keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
+        misfit: what measures how far the values of the codes are from the weight, as they are read.
     """
     views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
@@ -206,7 +220,7 @@ def encoded(
     if "payload" not in views:
         roles = tuple(role for role in roles if role not in views)
     roles = (*roles, *(() if "global" in views or "global" not in codec.fields else ("global",)))
-    return {role: reshape(Encoded(codec, values, role, views, keep), specs[role].shape) for role in roles}
+    return {role: reshape(Encoded(codec, values, role, views, keep, misfit), specs[role].shape) for role in roles}
 
 
 def _moved(places: range | Array, low: int) -> range | Array:
