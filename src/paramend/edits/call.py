@@ -17,6 +17,7 @@ from paramend.errors import NoMatch, OutOfRange, SpecMismatch, Unsupported
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
+from paramend.reports import wording
 
 T = TypeVar("T")
 Run = Callable[[Backend, Any, Args, Site], Any]
@@ -105,7 +106,8 @@ class Coding:
 
     Attributes:
         path: the weight.
-        spec: its shape and dtype after the edits.
+        before: its shape and dtype.
+        spec: those after the edits.
         scheme: what it is stored in, such as "fp8-block".
         asked: the edits, first to last.
         how: "codes of 0", "its scale", "encoded anew, ..." for each of them.
@@ -113,6 +115,7 @@ class Coding:
     """
 
     path: str
+    before: Spec
     spec: Spec
     scheme: str
     asked: tuple["Call", ...]
@@ -122,9 +125,16 @@ class Coding:
     @property
     def said(self) -> str:
         """How it is done, and how far off it is where that is known."""
-        off = self.misfit.relative_l2 if self.misfit else None
-        error = f": relative L2 {off:.3g}, max {self.misfit.max_abs:.3g}" if self.misfit and off is not None else ""
-        return f"{self.scheme}, {'; '.join(dict.fromkeys(self.how))}{error}"
+        fit, how = self.misfit, "; ".join(dict.fromkeys(self.how))
+        if fit is None or fit.relative_l2 is None:
+            return f"{self.scheme}: {how}"
+        blocks = f"{fit.changed:,} of {wording.plural(fit.blocks, 'block')}"
+        return f"{self.scheme}: {how}, {blocks}, relative L2 {fit.relative_l2:.3g}, max {fit.max_abs:.3g}"
+
+    def then(self, later: "Coding") -> "Coding":
+        """Both, one after the other, of one weight."""
+        how, asked = (*self.how, *later.how), (*self.asked, *later.asked)
+        return replace(later, before=self.before, asked=asked, how=how, misfit=later.misfit or self.misfit)
 
     def told(self) -> "Coding":
         """The same for a report, without arrays."""
@@ -135,6 +145,7 @@ class Coding:
         found: dict[str, Any] = {"scheme": self.scheme, "how": list(self.how)}
         if self.misfit is not None:
             found |= {"relative_l2": self.misfit.relative_l2, "max_abs": self.misfit.max_abs}
+            found |= {"blocks": self.misfit.blocks, "blocks_encoded": self.misfit.changed}
         return found
 
 

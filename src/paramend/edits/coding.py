@@ -66,7 +66,7 @@ def coded(
     found: Mapping[str, Origin] | None = None
     if call.op.name == "zero" and whole and (word := codec.zero_word) is not None and finite(codec, codec.views(parts)):
         how, payload = "codes of 0", parts["payload"].spec
-        there = Coding(weight.path, weight.spec, codec.scheme, (call,), (how,))
+        there = Coding(weight.path, weight.spec, weight.spec, codec.scheme, (call,), (how,))
         fill = Call(ops["fill"], {"value": _scalar(word, payload)}) if word else Call(ops["zero"])
         return {"payload": replace(fill, coding=there)}
     if call.op.name == "multiply" and whole and np.ndim(call.args["value"]) == 0 and not shares:
@@ -81,13 +81,13 @@ def coded(
                 payload=weight.path,
                 hint='requantize="amax" encodes blocks that change, to the nearest; pm.dequantize makes floats of it',
             )
-        misfit = None if call.op.name == "zero" else Misfit()
+        misfit = None if call.op.name == "zero" else Misfit(blocks=codec.fields["scale"].spec.size)
         # All values are new, and so may a scale of scales be that no other weight has.
         fresh = whole and not call.op.reads and not keep and not shares and "global" in codec.fields
         kept = {role: part for role, part in parts.items() if not fresh or role not in (*codec.encodes, "global")}
         specs = {role: part.spec for role, part in parts.items()}
         found = encoded(codec, compute(weight.origin("float32"), call), specs, kept, keep=keep, misfit=misfit)
-    there = Coding(weight.path, weight.spec, codec.scheme, (call,), (how,), misfit)
+    there = Coding(weight.path, weight.spec, weight.spec, codec.scheme, (call,), (how,), misfit)
     return {role: Call(ops["set"], {"value": values}, coding=there) for role, values in found.items()}
 
 

@@ -220,7 +220,9 @@ class Weights(Editable):
         if call.op.name in ("take", "permute"):
             found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
             if found is not None:
-                said = coding.Coding(weight.path, after, weight.codec.scheme, (call,), ("codes and scales alike",))
+                said = coding.Coding(
+                    weight.path, weight.spec, after, weight.codec.scheme, (call,), ("codes and scales alike",)
+                )
                 roles = {group.role(each): each for each in group.numbers}
                 made = {
                     roles[role]: Call(OPS["take"], {"indices": at, "axis": along}, coding=said)

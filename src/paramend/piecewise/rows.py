@@ -96,6 +96,7 @@ def survey(plan: Plan) -> None:
     for row in plan.changed:
         # A cast to a dtype that holds every value loses none.
         safe = [edit.op.name for edit in row.calls] == ["cast"] and holds(row.spec.dtype, row.before.dtype)
-        if any(edit.op.losses is not None for edit in row.calls) and not safe:
+        encoded = any(edit.coding is not None and edit.coding.misfit is not None for edit in row.calls)
+        if encoded or (any(edit.op.losses is not None for edit in row.calls) and not safe):
             for _ in values(plan.leaves, row):
                 pass

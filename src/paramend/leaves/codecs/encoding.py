@@ -40,16 +40,26 @@ class Misfit:
     """How far codes are from the values that they are for, measured band by band.
 
     Attributes:
-        bands: where a band begins → the squares of its values, those of the differences, and the greatest difference.
+        bands: where a band begins → the squares of its values, those of the differences, the greatest difference, and
+            how many blocks have new values.
+        blocks: how many blocks there are.
+        new: how many have new values, where bands do not hold whole blocks.
     """
 
-    bands: dict[tuple[int, ...], tuple[float, float, float]] = field(default_factory=dict)
+    bands: dict[tuple[int, ...], tuple[float, float, float, int]] = field(default_factory=dict)
+    blocks: int = 0
+    new: int = 0
 
-    def measure(self, at: tuple[int, ...], wanted: Array, found: Array) -> None:
+    def measure(self, at: tuple[int, ...], wanted: Array, found: Array, new: int) -> None:
         """Enter a band, once or again."""
         with np.errstate(all="ignore"):
             wide, gap = wanted.reshape(-1).astype(np.float64), (found - wanted).reshape(-1).astype(np.float64)
-        self.bands[at] = float(wide @ wide), float(gap @ gap), float(np.abs(gap).max(initial=0))
+        self.bands[at] = float(wide @ wide), float(gap @ gap), float(np.abs(gap).max(initial=0)), new
+
+    @property
+    def changed(self) -> int:
+        """How many blocks have new values."""
+        return self.new or sum(band[3] for band in self.bands.values())
 
     @property
     def relative_l2(self) -> float | None:

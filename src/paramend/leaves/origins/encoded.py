@@ -94,7 +94,9 @@ class Encoded(Origin):
             touched = changed if self.keep else np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
             codes = np.where(touched, codes, old)
         if self.misfit is not None:
-            self.misfit.measure(tuple(places.start for places in box), values, codec.values(codes, there, box, groups))
+            new = 0 if self._bounds is not None else int(bounds.changed.sum()) if old is not None else scale.spec.size
+            start = tuple(places.start for places in box)
+            self.misfit.measure(start, values, codec.values(codes, there, box, groups), new)
         return own.pack(codes)
 
     def _read(self, box: Box) -> tuple[Array, Array | None, Array | None]:
@@ -151,6 +153,8 @@ class Encoded(Origin):
             some = bounds_of(codec, values, changed, box, self.kept)
             for ufunc, all_, part in zip((np.fmin, np.fmax, np.logical_or), bounds, some, strict=True):
                 all_[here] = ufunc(all_[here], part)
+        if self.misfit is not None:
+            self.misfit.new = int(bounds.changed.sum())
         return bounds
 
     @cached_property
