@@ -39,15 +39,16 @@ class Weights(Editable):
         RenameClash: another leaf has the name of a weight.
     """
 
-    def __init__(self, stored: Editable, groups: Iterable[Group]) -> None:
+    def __init__(self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False) -> None:
         self.stored = stored
         self.groups = {cast(int, group.payload): group for group in groups}
         self._weights: dict[int, Weight] = {}
         paths = dict(stored.index.paths)
         for payload, group in self.groups.items():
             paths[payload] = labels_of(stored, group)
-            for number in group.companions:
-                paths.pop(number, None)
+            for number, companion in group.companions.items():
+                if not (inputs and companion.role == "input"):
+                    paths.pop(number, None)
         self._index = Index(stored.index.separator)
         for number, path in paths.items():
             names: Any = self._index.names
@@ -84,7 +85,7 @@ class Weights(Editable):
         return self.stored.patched_by
 
     def as_stored(self, raw: bool = True) -> Any:
-        return self.stored.as_stored(raw) if raw else self
+        return self.stored.as_stored(raw)
 
     def weight(self, payload: int) -> Weight:
         """A quantised weight; `SpecMismatch` if its leaves and the configuration disagree."""
@@ -285,11 +286,15 @@ class Weights(Editable):
         return self.stored.labelled(inside, rest)
 
 
-def weighed(leaves: Editable) -> Editable:
+def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
     """The leaves with each quantised weight as one, unless they are taken as they are stored.
 
     Weights that cannot be decoded stay several leaves: those in schemes without a codec, those of which a part is
     elsewhere, those without values.
+
+    Args:
+        leaves: a tree or a checkpoint.
+        inputs: whether scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
 
     >>> from paramend.edits.memory import editable
     >>> import numpy as np
@@ -300,11 +305,11 @@ def weighed(leaves: Editable) -> Editable:
     """
     if leaves.raw or isinstance(leaves, Weights) or not may_hold_groups(leaves):
         return leaves
-    known: Editable | None = leaves.__dict__.get("_weighed")
-    if known is None:
+    known: dict[bool, Editable] = leaves.__dict__.setdefault("_weighed", {})
+    if inputs not in known:
         found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
-        known = leaves.__dict__["_weighed"] = Weights(leaves, found) if found else leaves
-    return known
+        known[inputs] = Weights(leaves, found, inputs=inputs) if found else leaves
+    return known[inputs]
 
 
 def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:

@@ -291,6 +291,7 @@ class Editable(Leaves):
         if self.raw == raw:
             return self
         again = copy(self)
+        again.__dict__.pop("_weighed", None)
         again.raw = raw
         return again
 
