@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +18,6 @@ from paramend.errors import NoMatch, OutOfRange, SpecMismatch, Unsupported
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
-from paramend.reports import wording
 
 T = TypeVar("T")
 Run = Callable[[Backend, Any, Args, Site], Any]
@@ -112,6 +112,7 @@ class Coding:
         asked: the edits, first to last.
         how: "codes of 0", "its scale", "encoded anew, ..." for each of them.
         misfit: how far codes that were made anew are from what was asked; None if all is exact.
+        serial: its place among others.
     """
 
     path: str
@@ -121,15 +122,13 @@ class Coding:
     asked: tuple["Call", ...]
     how: tuple[str, ...]
     misfit: Misfit | None = None
+    serial: int = field(default_factory=count().__next__, compare=False)
 
     @property
     def said(self) -> str:
         """How it is done, and how far off it is where that is known."""
-        fit, how = self.misfit, "; ".join(dict.fromkeys(self.how))
-        if fit is None or fit.relative_l2 is None:
-            return f"{self.scheme}: {how}"
-        blocks = f"{fit.changed:,} of {wording.plural(fit.blocks, 'block')}"
-        return f"{self.scheme}: {how}, {blocks}, relative L2 {fit.relative_l2:.3g}, max {fit.max_abs:.3g}"
+        said = ["; ".join(dict.fromkeys(self.how)), str(self.misfit or "")]
+        return f"{self.scheme}: {', '.join(filter(None, said))}"
 
     def then(self, later: "Coding") -> "Coding":
         """Both, one after the other, of one weight."""
@@ -143,10 +142,7 @@ class Coding:
     def to_dict(self) -> dict[str, Any]:
         """What it adds to the row of a report."""
         found: dict[str, Any] = {"scheme": self.scheme, "how": list(self.how)}
-        if self.misfit is not None:
-            found |= {"relative_l2": self.misfit.relative_l2, "max_abs": self.misfit.max_abs}
-            found |= {"blocks": self.misfit.blocks, "blocks_encoded": self.misfit.changed}
-        return found
+        return found | (self.misfit.to_dict() if self.misfit else {})
 
 
 @dataclass(frozen=True, slots=True, repr=False)

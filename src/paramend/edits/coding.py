@@ -21,8 +21,8 @@ from paramend.reports import wording
 
 # What `requantize` may be → how blocks with new values are encoded then.
 RULES = {
-    "amax": "with new scales, by the greatest magnitude of each block (amax)",
-    "keep": "with the scales that it has",
+    "amax": "anew, with scales by the greatest magnitude of each block (amax)",
+    "keep": "anew, with the scales that are there",
     "never": "not at all: what cannot be done exactly is refused",
 }
 

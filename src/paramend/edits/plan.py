@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -382,12 +381,8 @@ class Plan(Paged):
 
 def _weight(rows: Sequence[Row]) -> Row:
     """A quantised weight as one row, of the rows of what it is stored in."""
-    codings: dict[int, tuple[int, Coding]] = {}
-    for row in rows:
-        for place, each in enumerate(row.calls):
-            if each.coding is not None:
-                codings[id(each.coding)] = max(codings.get(id(each.coding), (0,))[0], place), each.coding
-    first, *rest = (each for _, each in sorted(codings.values(), key=itemgetter(0)))
+    codings = {each.coding.serial: each.coding for row in rows for each in row.calls if each.coding is not None}
+    first, *rest = (codings[serial] for serial in sorted(codings))
     coding = reduce(Coding.then, rest, first)
     calls = coding.asked
     return Row(coding.path, coding.spec, rows[0].source, coding.before, calls, was=rows[0].was, coding=coding)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from paramend.leaves.codecs.codec import Codec, Grids, Parts
 from paramend.leaves.codecs.fields import Field, Groups
 from paramend.leaves.origins.boxes import Box, whole
 from paramend.leaves.specs import Array, numpy_dtype
+from paramend.reports import wording
 
 
 class Bounds(NamedTuple):
@@ -71,6 +72,17 @@ class Misfit:
     def max_abs(self) -> float | None:
         """The greatest difference; None likewise."""
         return max((band[2] for band in self.bands.values()), default=None)
+
+    def __str__(self) -> str:
+        if self.relative_l2 is None:
+            return ""
+        blocks = f"{self.changed:,} of {wording.plural(self.blocks, 'block')}"
+        return f"{blocks}, relative L2 {self.relative_l2:.3g}, max {self.max_abs:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report holds of it."""
+        found = {"relative_l2": self.relative_l2, "max_abs": self.max_abs}
+        return {**found, "blocks": self.blocks, "blocks_encoded": self.changed}
 
 
 def finite(codec: Codec, views: Parts) -> bool:
