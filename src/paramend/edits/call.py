@@ -150,19 +150,19 @@ class Call:
     """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf).
 
     Attributes:
-        requantize: how a quantised weight is encoded where it must be, a key of `coding.RULES`.
         coding: the edit of a quantised weight that this is a part of; None if it is one of the leaf itself.
     """
 
     op: Op
     args: Args = field(default_factory=dict)
     index: Any = None
-    requantize: str = "amax"
     coding: Coding | None = None
 
     def __str__(self) -> str:
-        from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
-        return f"{self.op.name}({from_args})"
+        said = {name: _short(self.args[name]) for name in self.op.parameters if name in self.args}
+        rule = said.pop("requantize", "'amax'")
+        more = [] if rule == "'amax'" else [f"requantize={rule}"]
+        return f"{self.op.name}({', '.join([*said.values(), *more])})"
 
     def __repr__(self) -> str:
         return f"<call {self}>"

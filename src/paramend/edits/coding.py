@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend_of, to_numpy
+from paramend.edits.arguments import RULES
 from paramend.edits.call import Call, Coding, Op, explained
-from paramend.errors import BadArgument, Quantized
+from paramend.errors import Quantized
 from paramend.leaves.codecs.encoding import Misfit, finite
 from paramend.leaves.codecs.fields import Field
 from paramend.leaves.origins.boxes import Places
@@ -17,26 +18,9 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.rescaled import rescaled
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.leaves.weights import Weight
-from paramend.reports import wording
-
-# What `requantize` may be → how blocks with new values are encoded then.
-RULES = {
-    "amax": "anew, with scales by the greatest magnitude of each block (amax)",
-    "keep": "anew, with the scales that are there",
-    "never": "not at all: what cannot be done exactly is refused",
-}
 
 # From the origin of a weight, float32, to that of its values after a call.
 Compute = Callable[[Origin, Call], Origin]
-
-
-def check_rule(requantize: object) -> None:
-    """Raise `BadArgument` if it is no rule."""
-    if requantize not in RULES:
-        near = wording.closest(str(requantize), RULES, limit=1)
-        ways = "; ".join(f"{name!r} encodes {says}" for name, says in RULES.items() if name != "never")
-        hint = f'requantize="{near[0]}"' if near else f"{ways}; 'never' refuses what is not exact"
-        raise BadArgument(f"requantize={requantize!r} is no way to encode a weight", hint=hint)
 
 
 def coded(
@@ -58,7 +42,7 @@ def coded(
         SpecMismatch: the call does not fit the weight.
         Quantized: the weight would have to be encoded, and the call says never.
     """
-    check_rule(call.requantize)
+    rule = call.args.get("requantize", "amax")
     codec, parts = weight.codec, weight.parts
     call = _wide(weight, call)
     explained(weight.path, call.spec, Spec(weight.spec.shape, "float32"))
@@ -72,9 +56,9 @@ def coded(
     if call.op.name == "multiply" and whole and np.ndim(call.args["value"]) == 0 and not shares:
         found, how = rescaled(codec, parts, float(call.args["value"])), "by its scales"
     if found is None:
-        keep = call.op.name == "zero" or call.requantize == "keep"
-        how = "codes of 0" if call.op.name == "zero" else f"encoded {RULES[call.requantize]}"
-        if call.requantize == "never" and call.op.name != "zero":
+        keep = call.op.name == "zero" or rule == "keep"
+        how = "codes of 0" if call.op.name == "zero" else f"encoded {RULES[rule]}"
+        if rule == "never" and call.op.name != "zero":
             raise Quantized(
                 f"{weight.path}: {call} would encode the weight anew in {codec.scheme}, and requantize is 'never'",
                 scheme=codec.scheme,

@@ -171,7 +171,7 @@ class Selection(Edits[T]):
     def _calls(self, op: Op, args: Args) -> dict[int, Call]:
         if op.name == "set" and isinstance(args["value"], Mapping):
             values = _by_path(args["value"], self.paths)
-            calls = [Call(op, {"value": value}, self._index) for value in values]
+            calls = [Call(op, {**args, "value": value}, self._index) for value in values]
             return dict(zip(self._numbers, calls, strict=True))
         return dict.fromkeys(self._numbers, Call(op, args, self._index))
 
@@ -182,7 +182,8 @@ class Selection(Edits[T]):
         calls = self._calls(op, args)
         if self._tree.patched_by:
             selector = repr(getattr(self._selector, "text", self._selector))
-            typed = _typed({name: args[name] for name in op.parameters if name in args})
+            plain = {name: args[name] for name in op.parameters if name in args}
+            typed = _typed({name: value for name, value in plain.items() if (name, value) != ("requantize", "amax")})
             index = "" if self._index is None else f"[{write_index(self._index)}]"
             raise Unsupported(
                 f"{op.name}_ cannot edit an opened checkpoint in place",

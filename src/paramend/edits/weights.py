@@ -8,7 +8,7 @@ from paramend.anatomy.quantization import stated
 from paramend.arrays.registry import backend
 from paramend.edits import coding, moves
 from paramend.edits.call import Call, explained
-from paramend.edits.memory import editable
+from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
 from paramend.edits.quantized import check_values, refusal
 from paramend.errors import NoMatch, RenameClash
@@ -188,6 +188,14 @@ class Weights(Editable):
             there |= self._coded(number, call, calls) if number in self.groups else {number: call}
         self.stored.edited_(there)
 
+    def check_(self, calls: Mapping[int, Call]) -> Mapping[int, Call]:
+        """The calls, if they can be carried out in place."""
+        there: dict[int, Call] = {}
+        for number, call in calls.items():
+            there |= self._coded(number, call, calls) if number in self.groups else {number: call}
+        cast(Memory, self.stored).check_(there)
+        return calls
+
     def _coded(self, number: int, call: Call, calls: Mapping[int, Call]) -> dict[int, Call]:
         """The calls on stored leaves that an edit of a weight is."""
         weight, group = self.weight(number), self.groups[number]
@@ -296,7 +304,7 @@ def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
         leaves: a tree or a checkpoint.
         inputs: whether scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
 
-    >>> from paramend.edits.memory import editable
+    >>> from paramend.edits.memory import Memory, editable
     >>> import numpy as np
     >>> stored = {"weight_packed": np.array([[0x76543210]], "int32"), "weight_scale": np.ones((1, 1), "float32")}
     >>> leaves = weighed(editable({"fc": stored}))

@@ -141,6 +141,15 @@ class Codec:
         return tuple(role for role in ("payload", *_GROUPED) if role in self.fields)
 
     @property
+    def block(self) -> str:
+        """How many places of the weight share a scale, along each axis that has several blocks; "" if there is one.
+
+        An axis of which a block has all, or one place alone, is not said.
+        """
+        lengths = [self.fields["scale"].every[axis] for axis in (self.axes or range(len(self.spec.shape)))]
+        return "×".join(str(each) for each in lengths if each > 1)
+
+    @property
     def zero_word(self) -> int | None:
         """The word of the payload, of 64 bits, in which all codes are those of 0; None if zero points say which."""
         if self.zeros is not None and "zero" in self.fields:
