@@ -11,7 +11,7 @@ from paramend.edits.call import Call, explained
 from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
 from paramend.edits.quantized import check_values, refusal
-from paramend.errors import NoMatch, RenameClash
+from paramend.errors import NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.leaves.groups import Group, groups_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Index, keys_of
 from paramend.leaves.leaves import Group as Regroup
@@ -316,6 +316,8 @@ def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
     known: dict[bool, Editable] = leaves.__dict__.setdefault("_weighed", {})
     if inputs not in known:
         found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
+        if inputs:  # what is looked at, and not edited, is shown as it is stored where leaves contradict each other
+            found = [group for group in found if _is_sound(leaves, group)]
         known[inputs] = Weights(leaves, found, inputs=inputs) if found else leaves
     return known[inputs]
 
@@ -338,6 +340,14 @@ def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
         if owner.keys().isdisjoint(numbers):
             raise
         return leaves.index.ordered({owner.get(number, number) for number in numbers})
+
+
+def _is_sound(leaves: Editable, group: Group) -> bool:
+    try:
+        weight_of(leaves, group, leaves.expression, partial(stated, getattr(leaves, "quantization", None)))
+    except (SpecMismatch, Unsupported):
+        return False
+    return True
 
 
 def _is_readable(leaves: Editable, group: Group) -> bool:

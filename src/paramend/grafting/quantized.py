@@ -32,7 +32,7 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
     fits: dict[str, tuple[str, Misfit]] = {}
     if options.raw or not (may_hold_groups(target) or may_hold_groups(source)):
         return source, fits
-    ours, theirs = weighed(_editable(target)), weighed(_editable(source))
+    ours, theirs = (weighed(_editable(each), inputs=True) for each in (target, source))
     here = ours.groups if isinstance(ours, Weights) else {}
     there = theirs.groups if isinstance(theirs, Weights) else {}
     if not here and not there:

@@ -46,6 +46,10 @@ class Scaling(ABC):
         """The role of the leaf that takes a factor of the weight, and the factor for it; None if none can."""
         return "scale", factor
 
+    def suffices(self, top: Array, wanted: Array) -> bool:
+        """Whether scales of scales hold scales for values that ask for others."""
+        raise NotImplementedError
+
     def top(self, greatest: Array, limit: float) -> Array:
         """The scale of scales for the greatest magnitude of a weight, float32."""
         raise NotImplementedError

@@ -110,7 +110,24 @@ def bounds_of(codec: Codec, values: Array, changed: Array | None, box: Box, view
     return Bounds(np.fmin(low, zero), np.fmax(high, zero), new)
 
 
-def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], keep: bool) -> Grids:
+def even(codec: Codec, views: Parts) -> bool:
+    """Whether a weight is symmetric: it has no zero points, or all of them are in the middle of the codes."""
+    if codec.zeros is None or "zero" not in codec.fields:
+        return True
+    if "zero" not in views:
+        return False
+    zeros = codec.zeros.decode(codec.scales({"zero": views["zero"]}, whole(codec.spec.shape))["zero"])
+    return bool((zeros == middle(codec)).all())
+
+
+def middle(codec: Codec) -> int:
+    """The zero point of a symmetric scheme."""
+    return math.ceil((codec.codes.low + codec.codes.high) / 2)
+
+
+def scales_for(
+    codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], *, keep: bool, even: bool
+) -> Grids:
     """Scales and zero points for the blocks of a box, as they are stored, one for each place of their grid.
 
     Args:
@@ -120,17 +137,19 @@ def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mappi
         views: the leaves that there are; those of blocks without changes are kept.
         tops: scales of scales where they are new, too.
         keep: whether scales are kept where they can be: those that are finite.
+        even: whether there are no zero points, or none that depend on values.
     """
     field, there = codec.fields["scale"], codec.scales(views, box) | dict(tops)
-    # Zero points of a new weight that are there already are those of a symmetric scheme.
-    uneven = codec.zeros is not None and "zero" in codec.fields and ("scale" in views or "zero" not in views)
+    if keep and np.isfinite(factor_of(codec, there)).all():
+        return {}
     found, limit = {}, codec.codes.limit
-    greatest = (bounds.high - bounds.low) / 2 if uneven else bounds.greatest
-    if not uneven and "payload" in views:  # of an edit no value is beyond the last codes, which are -8 and 7
-        limit = codec.codes.high
-        greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / codec.codes.low))
+    greatest = bounds.greatest if even else (bounds.high - bounds.low) / 2
+    if even and "payload" in views:  # of an edit no value is beyond the last codes, which are -8 and 7
+        zero = middle(codec) if "zero" in codec.fields else 0
+        limit = codec.codes.high - zero
+        greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / (codec.codes.low - zero)))
     found["scale"] = codec.scaling.fitted(greatest, limit, field.spec, there)
-    if uneven and codec.zeros is not None:
+    if not even and codec.zeros is not None:
         zero = codec.codes.low - bounds.low / factor_of(codec, there | found)
         found["zero"] = codec.zeros.nearest(np.minimum(zero, codec.codes.high))
     if "scale" not in views:

@@ -85,12 +85,16 @@ class Twice(Scaling):
             raise Unsupported(
                 f"a block needs a scale of {float(wanted.max()):.4g}, and {spec.dtype} has none above {_FP8_LIMIT:g}: "
                 f"the scale of scales, {float(top.max()):.4g}, is for smaller values",
-                hint="dequantise the weight, edit it, and quantise it again",
+                hint="edit all weights that share it at once, such as q, k and v; or dequantise the weight, and edit it then",
             )
         return _rounded(np.minimum(wanted, _F32(_FP8_LIMIT)), spec.dtype)
 
     def through(self, factor: float) -> tuple[str, float]:
         return "global", 1 / factor if self.divides else factor
+
+    def suffices(self, top: Array, wanted: Array) -> bool:
+        great, small = (top, wanted) if self.divides else (wanted, top)
+        return bool((great.astype(_F32).reshape(-1) <= small.astype(_F32).reshape(-1) * _F32(1.04)).all())
 
     def top(self, greatest: Array, limit: float) -> Array:
         greatest = np.where(greatest > 0, greatest, _F32(limit * _FP8_LIMIT))

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.encoding import Bounds, Misfit, bounds_of, codes_for, finite, scales_for, unit
+from paramend.leaves.codecs.encoding import Bounds, Misfit, bounds_of, codes_for, even, finite, scales_for, unit
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
@@ -26,6 +26,8 @@ class Encoded(Origin):
         role: the leaf: "payload", "scale", "zero" or "global".
         kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
         keep: whether scales are kept, and only codes change.
+        even: whether no zero points depend on the values.
+        free: whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew.
         misfit: what is measured while codes are read.
     """
 
@@ -34,6 +36,8 @@ class Encoded(Origin):
     role: str
     kept: Parts = field(default_factory=dict)
     keep: bool = False
+    even: bool = True
+    free: bool = False
     misfit: Misfit | None = None
     _last: tuple[Box, Array] | None = field(default=None, init=False)
     moves = False
@@ -81,10 +85,13 @@ class Encoded(Origin):
         """The words of a box of the weight."""
         codec, own = self.codec, self.codec.fields[self.role]
         if self.role == "global":
-            return own.pack(self._tops_at(box)["global"])
+            tops = self._tops_at(box)
+            return own.pack(tops["global"]) if tops else self.kept["global"].read_box(own.places(box))
         values, changed, old = self._read(box)
+        if changed is not None and self._tops:
+            changed = np.ones_like(changed)
         bounds = self._bounds_at(box) or bounds_of(codec, values, changed, box, self.kept)
-        scales = scales_for(codec, bounds, box, self.kept, self._tops_at(box), self.keep)
+        scales = scales_for(codec, bounds, box, self.kept, self._tops_at(box), keep=self.keep, even=self.even)
         if self.role != "payload":
             return own.pack(scales[self.role])
         groups, scale = codec.groups(self.kept), codec.fields["scale"]
@@ -163,7 +170,7 @@ class Encoded(Origin):
         codec, own, box = self.codec, self.codec.fields[self.role], whole(self.codec.spec.shape)
         bounds = self._bounds_at(box)
         assert bounds is not None
-        found = scales_for(codec, bounds, box, self.kept, self._tops, self.keep)[self.role]
+        found = scales_for(codec, bounds, box, self.kept, self._tops, keep=self.keep, even=self.even)[self.role]
         if self.role not in self.kept:
             return own.pack(found)
         grid = whole(codec.fields["scale"].spec.shape)
@@ -182,13 +189,16 @@ class Encoded(Origin):
     def _tops(self) -> Mapping[str, Array]:
         """New scales of scales, one for each place of their grid."""
         top = self.codec.fields.get("global")
-        if top is None or "global" in self.kept:
+        if top is None or ("global" in self.kept and not self.free):
             return {}
         greatest = np.zeros(top.spec.shape, np.float32)
         for box in self._boxes(whole(self.codec.spec.shape)):
             here = np.ix_(*map(np.asarray, top.places(box)))
             greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)[0]), box))
-        return {"global": self.codec.scaling.top(greatest, self.codec.codes.limit)}
+        new = self.codec.scaling.top(greatest, self.codec.codes.limit)
+        if "global" in self.kept and self.codec.scaling.suffices(self.kept["global"].read(), new):
+            return {}
+        return {"global": new}
 
     def _tops_at(self, box: Box) -> Mapping[str, Array]:
         return {
@@ -204,6 +214,7 @@ def encoded(
     kept: Parts | None = None,
     *,
     keep: bool = False,
+    free: bool = False,
     misfit: Misfit | None = None,
 ) -> dict[str, Origin]:
     """The leaves of a group for new values of its weight, by role: those that change.
@@ -215,6 +226,7 @@ def encoded(
         kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
             bytes. Of a new weight, the leaves that are known without its values.
         keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
+        free: whether a scale of scales may grow.
         misfit: what measures how far the values of the codes are from the weight, as they are read.
     """
     views = codec.views(kept or {})
@@ -223,8 +235,11 @@ def encoded(
     roles = codec.encodes if not keep or not finite(codec, views) else codec.encodes[:1]
     if "payload" not in views:
         roles = tuple(role for role in roles if role not in views)
-    roles = (*roles, *(() if "global" in views or "global" not in codec.fields else ("global",)))
-    return {role: reshape(Encoded(codec, values, role, views, keep, misfit), specs[role].shape) for role in roles}
+    symmetric = even(codec, views)
+    roles = tuple(role for role in roles if role != "zero" or not symmetric)
+    roles = (*roles, *(("global",) if "global" in codec.fields and (free or "global" not in views) else ()))
+    how = keep, symmetric, free, misfit
+    return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
 
 def _moved(places: range | Array, low: int) -> range | Array:
