@@ -323,7 +323,7 @@ def test_zero_is_exact_where_a_scale_is_not_finite():
     assert new["scale"].view(np.uint8).tolist() == [[127, 127]]
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "e2m1", "nf4", "fp4", "int8", "-8..7"])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "e2m1", "nf4", "fp4", "int8", "-8..7"])
 def test_nearest_codes(name):
     codes = codes_of(name)
     numbers = np.arange(len(codes.values), dtype=np.uint8)

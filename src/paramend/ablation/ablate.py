@@ -93,9 +93,10 @@ def ablate(
     stage = _stage(leaves, score, jit, batch)
     groups = [(name,) for name in chosen] + (list(combinations(chosen, 2)) if pairs else [])
     edits: dict[str, Calls] = {name: calls(leaves, numbers, how, seed) for name, numbers in chosen.items()}
+    stored = leaves.stored if isinstance(leaves, Weights) else leaves
     for name, edited in edits.items():
         plain = [number for number in edited if not (isinstance(leaves, Weights) and number in leaves.groups)]
-        check_values(leaves.as_stored(False), plain, f"cannot be ablated as {name!r}", _RAW)
+        check_values(stored, plain, f"cannot be ablated as {name!r}", _RAW)
     found = stage.run([{}, *({n: c for name in group for n, c in edits[name].items()} for group in groups)])
     baseline, alone = found[0], dict(zip(chosen, found[1:], strict=False))
     rows = []

@@ -164,7 +164,11 @@ class _Patch:
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
         self.spool = Spool()
-        self.work = check_patch(source, plan, self.spool)
+        try:
+            self.work = check_patch(source, plan, self.spool)
+        except BaseException:
+            self.spool.close()
+            raise
         self.chunked = isinstance(source, Chunked)
         self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
         self.documents = [document for document in plan.texts if document.text != document.before]

@@ -48,6 +48,8 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
         given = theirs.weight(origin) if isinstance(theirs, Weights) and origin in there else None
         if (weight is None and given is None) or (weight and given and _equal(weight, given)):
             continue
+        if (weight is None and _group(target, number)) or (given is None and _group(source, origin)):
+            continue  # of a scheme that cannot be decoded
         spec = theirs.spec(origin)
         if weight is not None and (spec.kind != "float" or spec.shape != weight.spec.shape):
             continue

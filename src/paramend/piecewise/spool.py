@@ -53,11 +53,12 @@ class Spool:
     """Room for new values, which is given back when it is closed."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(_MEMORY, prefix="paramend-")  # noqa: SIM115  closed by `close`
+        self._file: IO[bytes] | None = None
         self._end = 0
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def taken(self, source: Any, row: Row) -> Row:
         """The row with its new values computed."""
@@ -66,6 +67,8 @@ class Spool:
         return replace(row, calls=(replace(last, args={"value": values}),), places=row.places[-1:])
 
     def _filled(self, origin: Origin, source: Any, number: int) -> Spooled:
+        if self._file is None:
+            self._file = tempfile.SpooledTemporaryFile(_MEMORY, prefix="paramend-")  # noqa: SIM115  closed by `close`
         spec, at, start = origin.spec, self._end, 0
         found: list[Array] = []
         for piece in pieces(origin):

@@ -37,13 +37,13 @@ class Codes:
 
     @property
     def low(self) -> float:
-        """The least value."""
-        return float(np.nanmin(self.values))
+        """The least finite value."""
+        return float(self.values[np.isfinite(self.values)].min())
 
     @property
     def high(self) -> float:
-        """The greatest value."""
-        return float(np.nanmax(self.values))
+        """The greatest finite value."""
+        return float(self.values[np.isfinite(self.values)].max())
 
     @property
     def limit(self) -> float:

@@ -85,7 +85,7 @@ class Twice(Scaling):
             raise Unsupported(
                 f"a block needs a scale of {float(wanted.max()):.4g}, and {spec.dtype} has none above {_FP8_LIMIT:g}: "
                 f"the scale of scales, {float(top.max()):.4g}, is for smaller values",
-                hint="edit all weights that share it at once, such as q, k and v; or dequantise the weight, and edit it then",
+                hint="edit all weights that share it at once, such as q, k and v, or dequantise it before",
             )
         return _rounded(np.minimum(wanted, _F32(_FP8_LIMIT)), spec.dtype)
 
