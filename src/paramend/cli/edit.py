@@ -106,7 +106,8 @@ def _donated(checkpoint: Any, op: Op, choice: Chosen, numbers: Sequence[int], na
             + (f"; {wording.plural(len(wrong) - 1, 'more leaf does', 'more leaves do')} not fit" if wrong[1:] else ""),
             hint=cast if given.shape == spec.shape else "",
         )
-    return checkpoint.edited(calls)
+    made: Checkpoint = checkpoint.edited(calls)
+    return made
 
 
 def _refused(checkpoint: Any, calls: Mapping[int, Any]) -> Iterator[int]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from paramend.anatomy.quantization import stated
 from paramend.arrays.registry import backend
 from paramend.edits import coding, moves
-from paramend.edits.call import Call, explained
+from paramend.edits.call import Call, Coding, explained
 from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
 from paramend.edits.quantized import check_values, refusal
@@ -157,7 +157,8 @@ class Weights(Editable):
     # ---- edits -------------------------------------------------------------------------------------------------------
 
     def edited(self, calls: Mapping[int, Call]) -> Any:
-        cast_, moved = {}, {}
+        cast_: dict[int, Call] = {}
+        moved: dict[int, Call] = {}
         there: dict[int, Call] = {}
         for number, call in calls.items():
             if number not in self.groups:
@@ -229,7 +230,7 @@ class Weights(Editable):
         if call.op.name in ("take", "permute"):
             found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
             if found is not None:
-                said = coding.Coding(
+                said = Coding(
                     weight.path, weight.spec, after, weight.codec.scheme, (call,), ("codes and scales alike",)
                 )
                 roles = {group.role(each): each for each in group.numbers}
@@ -257,6 +258,13 @@ class Weights(Editable):
         from paramend.edits import structure  # most programs rename nothing
 
         chosen = {twin for number in numbers for twin in self.twins(number)}
+        try:
+            resolve(selector, self)
+        except NoMatch:
+            group = next(self.groups[number] for number in chosen if number in self.groups)
+            name = write_path(labels_of(self.stored, group), self.index.separator)
+            said = f"{selector!r} names a part of a quantised weight ({group.scheme.name}), which is renamed as one"
+            raise refusal(self.stored, [group], said, hints=[f'pm.at(tree, "{name}").rename(...)']) from None
         there: dict[int, Sequence[tuple[str, int | None]]] = {}
         for number, keys in structure.moves(self._index, selector, chosen, to).items():
             there |= self._carried(number, keys) if number in self.groups else {number: keys}
@@ -270,7 +278,8 @@ class Weights(Editable):
         (*above, (last, depth)) = keys
         old, new = self._index.pieces(number)[-1], last.rpartition(".")[2].rpartition("/")[2]
         prefix = last[: len(last) - len(new)]
-        length, found = len(paths[number]) - 1, {}
+        length = len(paths[number]) - 1
+        found: dict[int, Sequence[tuple[str, int | None]]] = {}
         for each in group.numbers:
             name, *below = keys_of(paths[each][length:])
             own = name if new == old else name.replace(old, new, 1)
@@ -329,12 +338,12 @@ def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
         NoMatch: there is no such leaf.
     """
     try:
-        return resolve(selector, leaves)
+        return list(resolve(selector, leaves))
     except NoMatch:
         groups = leaves.groups if isinstance(leaves, Weights) else {}
         owner = {number: payload for payload, group in groups.items() for number in group.numbers}
         try:
-            numbers = resolve(selector, cast(Weights, leaves).stored) if owner else []
+            numbers = list(resolve(selector, cast(Weights, leaves).stored)) if owner else []
         except NoMatch:
             numbers = []
         if owner.keys().isdisjoint(numbers):

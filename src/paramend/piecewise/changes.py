@@ -47,8 +47,8 @@ class Works:
     def of(self, row: Row, extent: Extent) -> Work:
         value = row.calls[-1].args.get("value") if row.calls else None
         if isinstance(value, Spooled):
-            steps = int((value.ranges[:, 1] - value.ranges[:, 0]).sum())
-            return Work(row, extent, (), value.ranges + extent.start, steps)
+            steps = int((value.changed[:, 1] - value.changed[:, 0]).sum())
+            return Work(row, extent, (), value.changed + extent.start, steps)
         key = (row.before, extent.nbytes, *map(id, row.calls))
         _, first = self._seen.get(key) or self._seen.setdefault(key, (row.calls, _work_at_0(row, extent.nbytes)))
         return Work(row, extent, first.regions, first.ranges + extent.start, first.steps)

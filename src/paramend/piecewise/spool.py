@@ -23,13 +23,13 @@ class Spooled(Given):
     """A leaf whose new values are in a spool.
 
     Attributes:
-        ranges: the bytes of the leaf that are not what they were, as (start, stop), ascending.
+        changed: the bytes of the leaf that are not what they were, as (start, stop), ascending.
     """
 
     moves = False
 
-    def __init__(self, file: IO[bytes], at: int, spec: Spec, ranges: Array) -> None:
-        self._file, self._at, self._spec, self.ranges = file, at, spec, ranges
+    def __init__(self, file: IO[bytes], at: int, spec: Spec, changed: Array) -> None:
+        self._file, self._at, self._spec, self.changed = file, at, spec, changed
 
     @property
     def says(self) -> str:  # type: ignore[override]

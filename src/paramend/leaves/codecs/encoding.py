@@ -142,7 +142,8 @@ def scales_for(
     field, there = codec.fields["scale"], codec.scales(views, box) | dict(tops)
     if keep and np.isfinite(factor_of(codec, there)).all():
         return {}
-    found, limit = {}, codec.codes.limit
+    found: dict[str, Array] = {}
+    limit = codec.codes.limit
     greatest = bounds.greatest if even else (bounds.high - bounds.low) / 2
     if even and "payload" in views:  # of an edit no value is beyond the last codes, which are -8 and 7
         zero = middle(codec) if "zero" in codec.fields else 0
@@ -150,8 +151,8 @@ def scales_for(
         greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / (codec.codes.low - zero)))
     found["scale"] = codec.scaling.fitted(greatest, limit, field.spec, there)
     if not even and codec.zeros is not None:
-        zero = codec.codes.low - bounds.low / factor_of(codec, there | found)
-        found["zero"] = codec.zeros.nearest(np.minimum(zero, codec.codes.high))
+        lowest = codec.codes.low - bounds.low / factor_of(codec, there | found)
+        found["zero"] = codec.zeros.nearest(np.minimum(lowest, codec.codes.high))
     if "scale" not in views:
         return found
     new = bounds.changed & ~np.isfinite(factor_of(codec, there)) if keep else bounds.changed

@@ -102,7 +102,7 @@ class Encoded(Origin):
             codes = np.where(touched, codes, old)
         if self.misfit is not None:
             new = 0 if self._bounds is not None else int(bounds.changed.sum()) if old is not None else scale.spec.size
-            start = tuple(places.start for places in box)
+            start = tuple(int(places[0]) for places in box)
             self.misfit.measure(start, values, codec.values(codes, there, box, groups), new)
         return own.pack(codes)
 
@@ -140,7 +140,7 @@ class Encoded(Origin):
         step = unit(self.codec)[axis]
         rows = step * max(CHUNK // (step * max(math.prod(shape[axis + 1 :]), 1)), 1)
         for above in product(*of[:axis]):
-            for at in range(of[axis].start // rows * rows, of[axis].stop, rows):
+            for at in range(of[axis][0] // rows * rows, of[axis][-1] + 1, rows):
                 band = range(at, min(at + rows, shape[axis]))
                 yield (*(range(place, place + 1) for place in above), band, *whole(shape[axis + 1 :]))
 
