@@ -15,16 +15,12 @@ from paramend.reports import wording
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The place of an edit: what random and layout-aware edits need besides the array.
+    """The place of an edit: what random and layout-aware edits need besides the array."""
 
-    Attributes:
-        pieces: the path piece by piece; a state dict's `fc.weight` and a module's fc → weight are the same.
-        out_first: whether kernels are (out, in, ...) as in torch, or (..., in, out) as in JAX.
-        stream: the random numbers of a leaf that is edited in consecutive chunks; None: it is edited whole.
-    """
-
+    # The path piece by piece; a state dict's `fc.weight` and a module's fc → weight are the same.
     pieces: tuple[str, ...]
-    out_first: bool = False
+    out_first: bool = False  # whether kernels are (out, in, ...) as in torch, or (..., in, out) as in JAX
+    # The random numbers of a leaf that is edited in consecutive chunks; None: it is edited whole.
     stream: np.random.Generator | None = None
 
     @property

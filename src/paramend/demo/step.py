@@ -16,22 +16,14 @@ FOLDER = "paramend-demo"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did.
+    """What a step did."""
 
-    Attributes:
-        changed: the paths of the leaves whose bytes changed, of so many `leaves`.
-        before: the accuracy without it.
-        after: the accuracy with it.
-        claims: what the step claims → whether it held.
-        detail: more lines of evidence.
-    """
-
-    changed: Sequence[str]
+    changed: Sequence[str]  # the paths of the leaves whose bytes changed, of so many `leaves`
     leaves: int
-    before: float
-    after: float
-    claims: Mapping[str, bool]
-    detail: Sequence[str] = ()
+    before: float  # the accuracy without it
+    after: float  # the accuracy with it
+    claims: Mapping[str, bool]  # what the step claims → whether it held
+    detail: Sequence[str] = ()  # more lines of evidence
 
 
 def outcome(

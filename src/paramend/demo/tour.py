@@ -94,18 +94,10 @@ def tour(
     steps: Sequence[DemoStep] = STEPS,
     progress: Callable[[TourRow], object] | None = None,
 ) -> Report:
-    """Train a classifier, run the steps on it, write the files to the folder, and return the report.
+    """Train a classifier, run the steps on it, write all files to the folder at the end, and return the report.
 
-    Args:
-        folder: where the files go, all of them at the end.
-        seed: the seed of the split, the initial parameters and the order of the minibatches.
-        force: whether the folder may already hold files.
-        epochs: how many epochs to train.
-        steps: the steps to run.
-        progress: called with each row when its step is done.
-
-    Raises:
-        CannotWrite: the folder holds files, or cannot be written to. Nothing was done.
+    `progress` is called with each row when its step is done. `CannotWrite` if the folder holds files and not `force`,
+    or cannot be written to: then nothing was done.
     """
     began = time.monotonic()
     rows: list[TourRow] = []

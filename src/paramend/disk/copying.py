@@ -20,14 +20,10 @@ _Way = Callable[[int, int, int, int], int]
 
 
 class Copier:
-    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again.
-
-    Attributes:
-        shared: of the bytes copied so far, those that a source and its copy share.
-    """
+    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again."""
 
     def __init__(self) -> None:
-        self.shared = 0
+        self.shared = 0  # of the bytes copied so far, those that a source and its copy share
         self._apart: set[Path] = set()  # sources whose bytes cannot be shared
         self._ways: list[_Way] = [_copy_by_hand]
         if hasattr(os, "sendfile"):

@@ -12,21 +12,14 @@ _ALL, _GROUP = 0o777, 0o070
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may do what with a file or directory that is written.
+    """Who may do what with a file or directory that is written."""
 
-    Attributes:
-        mode: the permission bits.
-        asked: whether the bits that the umask of the program takes away are taken away: those of a new file that is
-            made from no other.
-        uid: the owner to give it, if the system allows; -1 for the user of the program.
-        gid: the group to give it, if the system allows; -1 for that of a new file here.
-        gids: the groups whose bits `mode` is made from: another group gets no more than everybody.
-    """
-
-    mode: int
+    mode: int  # the permission bits
+    # Whether the umask of the program takes bits away: from a new file that is made from no other.
     asked: bool = False
-    uid: int = -1
-    gid: int = -1
+    uid: int = -1  # the owner to give it, if the system allows; -1 for the user of the program
+    gid: int = -1  # the group to give it, if the system allows; -1 for that of a new file here
+    # The groups whose bits `mode` is made from: another group gets no more than everybody.
     gids: frozenset[int] = frozenset()
 
     def within(self, mode: int) -> "Access":

@@ -29,13 +29,8 @@ _NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EMLINK}
 def published(out: Path, *, force: bool, access: Access, folder: bool = False) -> Iterator[Path]:
     """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed.
 
-    Args:
-        force: whether something of that name is replaced, in one step.
-        access: who may do what with it. Until it is complete, a directory is private.
-
-    Raises:
-        CannotWrite: the name is taken, or the system refused; if nothing was written, the message says so.
-        Busy: another program is writing it.
+    If `force`, something of that name is replaced, in one step. Until it is complete, a directory is private, whatever
+    its `access`. `CannotWrite` says so if nothing was written; `Busy`: another program is writing it.
     """
     temporary, made, tries = spare(out), None, 1
     try:

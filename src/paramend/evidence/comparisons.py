@@ -50,11 +50,7 @@ class Pair:
         return hindrance(self.old, self.a) or hindrance(self.new, self.b)
 
     def streams(self) -> tuple[Stream, Stream]:
-        """The streams of both.
-
-        Raises:
-            Unsupported: the values of one are not available, or are packed on one side only.
-        """
+        """The streams of both."""
         a, b = stream_of(self.old, self.a), stream_of(self.new, self.b)
         if a.size != b.size or (a.dtype is None) != (b.dtype is None):
             raise Unsupported(

@@ -15,11 +15,8 @@ BINS = 48
 
 
 def histograms(streams: Mapping[str, tuple[Stream, ...]], bins: int = BINS) -> dict[str, Histogram]:
-    """The histograms of the finite values of some leaves; leaves without such values are left out.
-
-    Args:
-        streams: a stream for each leaf, or two of one size to compare.
-        bins: the number of bins of equal width, from the least value to the greatest.
+    """The histograms of the finite values of some leaves, with bins of equal width; leaves without such values are left
+    out. Each leaf has a stream, or two of one size to compare.
 
     >>> from paramend.evidence.streams import stream_of
     >>> from paramend.trees.tree import Tree

@@ -11,19 +11,12 @@ Name = tuple[tuple[str, ...], int]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A leaf on either side, or on both.
+    """A leaf on either side, or on both."""
 
-    Attributes:
-        a: its first number in the old tree; None if it was added.
-        b: its first number in the new tree; None if it was removed.
-        path: its path in the new tree; for a removed leaf, in the old one.
-        also: its other paths.
-    """
-
-    a: int | None
-    b: int | None
-    path: str
-    also: tuple[str, ...] = ()
+    a: int | None  # its first number in the old tree; None if it was added
+    b: int | None  # its first number in the new tree; None if it was removed
+    path: str  # its path in the new tree; for a removed leaf, in the old one
+    also: tuple[str, ...] = ()  # its other paths
 
 
 def matches(old: Leaves, new: Leaves) -> list[Match]:

@@ -26,11 +26,8 @@ _WAITING = 4  # batches in flight: their arrays are in memory
 
 
 def looked(tasks: Iterable[Task], look: Callable[["Span", Desk], R]) -> Iterator[tuple["Span", R]]:
-    """The result of `look` for each span of the streams of some tasks, in order.
-
-    Args:
-        tasks: the number of each task and its streams, of one size.
-        look: a function of a span, called on any thread.
+    """The result of `look`, called on any thread, for each span of the streams of some tasks, in order. The streams of
+    a task are of one size.
     """
     turn = threading.Lock()
 

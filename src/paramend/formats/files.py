@@ -125,25 +125,15 @@ class Row(Protocol):
 
 
 class FileSource(Opened):
-    """What sources over a single file share. Use one as a context manager, or `close()` it; its arrays stay valid.
-
-    Attributes:
-        path: as the user gave it.
-        rows: of each leaf, its spec and where its bytes are.
-        ties: nothing, for formats in which each leaf has one name.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, or of another format.
-    """
+    """What sources over a single file share. Use one as a context manager, or `close()` it; its arrays stay valid."""
 
     index: Index
-    ties: Mapping[int, int] = {}
-    rows: Sequence[Row]
+    ties: Mapping[int, int] = {}  # nothing, for formats in which each leaf has one name
+    rows: Sequence[Row]  # of each leaf, its spec and where its bytes are
 
     def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
         self._file = OpenFile(path, holds=holds)
-        self.path = self._file.path
+        self.path = self._file.path  # as the user gave it
         try:
             self._begin()
         except BaseException:
@@ -215,12 +205,7 @@ class FileSource(Opened):
 
 
 def open_regular(path: Path, *, holds: str = "") -> int:
-    """The descriptor of a regular file, opened for reading; the hint for a directory names the files that it `holds`.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is a directory, a pipe or a device.
-    """
+    """The descriptor of a regular file, opened for reading; the hint for a directory names files that it `holds`."""
     # O_NONBLOCK: without it, opening a named pipe waits forever.
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:

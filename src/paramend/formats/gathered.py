@@ -20,10 +20,6 @@ from paramend.leaves.paths import Label
 class Gathered(Gathering):
     """Leaves from anywhere as one source.
 
-    Attributes:
-        base: the checkpoint whose directory layout, metadata and format the result has.
-        index: the names; leaf `n` is the n-th one given.
-
     >>> from paramend.leaves.paths import labels
     >>> from paramend.leaves.origins.moved import join
     >>> from paramend.leaves.origins.stored import Held
@@ -41,12 +37,12 @@ class Gathered(Gathering):
         *,
         ties: Mapping[int, int] | None = None,
     ) -> None:
-        self.base = base
+        self.base = base  # the checkpoint whose directory layout, metadata and format the result has
         self.ties: Mapping[int, int] = ties or {}
         self.path: Path = Path() if base is None else base.path
         self.format: str = "" if base is None else base.format
         self.metadata: Mapping[str, Any] = {} if base is None else base.metadata
-        self.index = Index("/" if base is None else base.index.separator)
+        self.index = Index("/" if base is None else base.index.separator)  # the names; leaf `n` is the n-th one given
         self.origins: list[Origin] = []
         with uncollected():
             for path, origin in leaves:

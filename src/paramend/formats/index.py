@@ -21,16 +21,11 @@ _MAX = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """The index of a model.
-
-    Attributes:
-        weight_map: tensor → the name of a file beside the index.
-        table: the whole content of the file.
-    """
+    """The index of a model."""
 
     path: Path
-    weight_map: Mapping[str, str]
-    table: Mapping[str, Any]
+    weight_map: Mapping[str, str]  # tensor → the name of a file beside the index
+    table: Mapping[str, Any]  # the whole content of the file
 
     @property
     def files(self) -> list[str]:

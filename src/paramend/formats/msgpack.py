@@ -26,10 +26,6 @@ class MsgpackFile(FileSource):
 
     Arrays and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file.
 
-    Attributes:
-        index: the names; keys of maps and positions of lists, joined by "/".
-        metadata: what else is in the structure, by path: numbers, text, None, lists of these, empty maps.
-
     >>> import tempfile
     >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp(), "model.msgpack")
@@ -46,7 +42,8 @@ class MsgpackFile(FileSource):
     def _begin(self) -> None:
         self._structure = Parser(self._file).root()
         walk = _Walk(self._structure, str(self.path), room=self._file.size)
-        self.index, self.rows = walk.index, walk.leaves
+        self.index, self.rows = walk.index, walk.leaves  # the names; keys of maps and positions of lists, joined by "/"
+        # What else is in the structure, by path: numbers, text, None, lists of these, empty maps.
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:

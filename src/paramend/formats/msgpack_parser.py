@@ -19,14 +19,10 @@ _WINDOW = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class MsgpackEntry:
-    """One array of a file.
+    """One array of a file."""
 
-    Attributes:
-        spec: shape and dtype; a dtype that only numpy has, such as str96, is "raw<str96>".
-        pieces: where its bytes are, as (start, length), in order: one piece, or several for an array above 1 GB.
-    """
-
-    spec: Spec
+    spec: Spec  # shape and dtype; a dtype that only numpy has, such as str96, is "raw<str96>"
+    # Where its bytes are, as (start, length), in order: one piece, or several for an array above 1 GB.
     pieces: tuple[tuple[int, int], ...]
 
     @property

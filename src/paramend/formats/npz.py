@@ -39,26 +39,16 @@ _CODES = {descr[1:]: name for name, descr in DESCRS.items()} | {"f1": "float8_e5
 
 @dataclass(frozen=True, slots=True)
 class NpzEntry:
-    """One array of a file.
+    """One array of a file."""
 
-    Attributes:
-        name: as `numpy.load` has it.
-        member: the name of its member in the zip.
-        spec: shape and dtype; a dtype that only numpy has, such as text, is "raw<U3>".
-        head: the bytes before the array in its member.
-        fortran: whether the first axis varies fastest in the file.
-        swapped: whether numbers are big-endian.
-        sealed: why it cannot be read, or "".
-    """
-
-    name: str
-    member: str
-    spec: Spec
-    head: int
+    name: str  # as `numpy.load` has it
+    member: str  # the name of its member in the zip
+    spec: Spec  # shape and dtype; a dtype that only numpy has, such as text, is "raw<U3>"
+    head: int  # the bytes before the array in its member
     nbytes: int
-    fortran: bool
-    swapped: bool
-    sealed: str
+    fortran: bool  # whether the first axis varies fastest in the file
+    swapped: bool  # whether numbers are big-endian
+    sealed: str  # why it cannot be read, or ""
 
     @property
     def straight(self) -> bool:
@@ -68,10 +58,6 @@ class NpzEntry:
 
 class NpzFile(ZipSource):
     """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
-
-    Attributes:
-        index: the names; its separator is "/" where the file's own names hold "/" and no ".".
-        metadata: what else is in the archive, by name, as bytes.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -94,7 +80,9 @@ class NpzFile(ZipSource):
             _check_member(self.archive, member)
         self.rows = [_entry(self.archive, member) for member in members if member.name.endswith(".npy")]
         names = [entry.name for entry in self.rows]
+        # The names; its separator is "/" where the file's own names hold "/" and no ".".
         self.index = Index.of_names(names, separator_of(names))
+        # What else is in the archive, by name, as bytes.
         self.metadata: Mapping[str, Any] = {
             member.name: _other(self.archive, member) for member in members if not member.name.endswith(".npy")
         }

@@ -24,44 +24,27 @@ _HEAD = 64
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One row of the table of formats.
+    """One row of the table of formats."""
 
-    Attributes:
-        name: as `paramend show --json` prints it.
-        says: what such checkpoints are called in messages.
-        suffixes: how their names end; a file written under such a name has this format.
-        recognise: (path, the first bytes; none for a directory) → whether it has this format.
-        module: the module that reads it.
-        reader: the class or function in it that opens one.
-        keeps: what survives an edit besides the leaves.
-        writes: whether new files can be written; the module then has a `WRITER`.
-        patches: whether leaves can be changed in place.
-        extra: the extra needed to read it; "" for none.
-        folder: whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which
-            finds the one that holds the tree, and its `WRITER` fills a directory.
-        framework: the name of the library of these files in the metadata of a safetensors file.
-        padded: whether each leaf is aligned, whatever comes before it.
-        structural: whether an edited file keeps its other content when leaves get other names or specs.
-        single: whether a checkpoint may be a single array without a name.
-        typed_keys: whether it tells typed PRNG keys from their numbers.
-    """
-
-    name: str
-    says: str
-    suffixes: tuple[str, ...]
+    name: str  # as `paramend show --json` prints it
+    says: str  # what such checkpoints are called in messages
+    suffixes: tuple[str, ...]  # how their names end; a file written under such a name has this format
+    # (path, the first bytes; none for a directory) → whether it has this format.
     recognise: Callable[[Path, bytes], bool]
-    module: str
-    reader: str
-    keeps: str
-    writes: bool = True
-    patches: bool = True
-    extra: str = ""
+    module: str  # the module that reads it
+    reader: str  # the class or function in it that opens one
+    keeps: str  # what survives an edit besides the leaves
+    writes: bool = True  # whether new files can be written; the module then has a `WRITER`
+    patches: bool = True  # whether leaves can be changed in place
+    extra: str = ""  # the extra needed to read it; "" for none
+    # Whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which finds the one
+    # that holds the tree, and its `WRITER` fills a directory.
     folder: bool = False
-    framework: str = ""
-    padded: bool = True
-    structural: bool = False
-    single: bool = True
-    typed_keys: bool = False
+    framework: str = ""  # the name of the library of these files in the metadata of a safetensors file
+    padded: bool = True  # whether each leaf is aligned, whatever comes before it
+    structural: bool = False  # whether an edited file keeps its other content when leaves get other names or specs
+    single: bool = True  # whether a checkpoint may be a single array without a name
+    typed_keys: bool = False  # whether it tells typed PRNG keys from their numbers
 
     def open(self, path: Path) -> Source:
         found: Source = getattr(self._load(), self.reader)(path)
@@ -284,10 +267,6 @@ def weight_files(folder: Path) -> set[str]:
 
 def open_source(path: str | os.PathLike[str]) -> Source:
     """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read.
-
-    Raises:
-        BadCheckpoint: it is damaged, or its format is unknown.
-        CannotRead: there is no such file, or no permission to read it.
 
     >>> import tempfile
     >>> from paramend.formats.safetensors_header import layout

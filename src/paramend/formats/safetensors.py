@@ -35,9 +35,6 @@ class SafetensorsFile(FileSource):
 
     A leaf's number is its position in the order of the bytes.
 
-    Attributes:
-        index: the names; its separator is "/" where the file's own names hold "/" and no ".".
-
     >>> import tempfile
     >>> from pathlib import Path
     >>> from paramend.leaves.specs import Spec

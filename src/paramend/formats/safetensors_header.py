@@ -26,19 +26,12 @@ RECORD = "paramend.record"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-        name: as it is in the header.
-        spec: shape and dtype; an unknown dtype, such as code "I2", is "raw<I2>".
-        start: where its bytes begin, counted from the end of the header.
-        stop: where they end.
-    """
-
-    name: str
-    spec: Spec
-    start: int
-    stop: int
+    name: str  # as it is in the header
+    spec: Spec  # shape and dtype; an unknown dtype, such as code "I2", is "raw<I2>"
+    start: int  # where its bytes begin, counted from the end of the header
+    stop: int  # where they end
 
     @property
     def nbytes(self) -> int:
@@ -48,17 +41,12 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A valid header.
+    """A valid header."""
 
-    Attributes:
-        raw: the JSON text with its padding, as it is in the file.
-        entries: the tensors in the order of their bytes, which need not be the order of their names in `raw`.
-        metadata: the strings under `__metadata__`; None if there are none.
-    """
-
-    raw: bytes
+    raw: bytes  # the JSON text with its padding, as it is in the file
+    # The tensors in the order of their bytes, which need not be the order of their names in `raw`.
     entries: tuple[TensorEntry, ...]
-    metadata: Mapping[str, str] | None = None
+    metadata: Mapping[str, str] | None = None  # the strings under `__metadata__`; None if there are none
 
     @property
     def nbytes(self) -> int:
@@ -78,10 +66,6 @@ class Header:
         """The header of a file that keeps these tensors, by position in `entries`, under these names and specs.
 
         Metadata, unknown fields and both orders are kept. If nothing changes the header is byte for byte the same.
-
-        Raises:
-            RenameClash: two tensors would have the same name.
-            Unsupported: the format lacks a dtype.
 
         >>> before = layout([("w", Spec((2,), "float32"), 8), ("b", Spec((1,), "float32"), 4)])
         >>> [entry.name for entry in before.edited({1: ("bias", Spec((1,), "float32"))}).entries]
@@ -189,9 +173,6 @@ def _encode(table: dict[str, Any]) -> bytes:
 
 def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
     """The header, validated.
-
-    Raises:
-        BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
 
     >>> parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12, file="x.st")
     Traceback (most recent call last):
@@ -332,9 +313,6 @@ class SafetensorsWriter:
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last.
-
-        Raises:
-            RenameClash: two leaves have the same name.
 
         >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
         >>> head, weight = SafetensorsWriter().parts([item], {})

@@ -22,18 +22,13 @@ _OPEN = 64
 
 
 class Shards(Gathering):
-    """A directory of weight files as one `Source`. Made by `open_directory`.
-
-    Attributes:
-        path: the directory, or the index file, as the user wrote it.
-        files: the weight files in order, each a source.
-        shard_index: the index beside them; None if there is none.
-        metadata: the metadata of the files, where all agree.
-    """
+    """A directory of weight files as one `Source`. Made by `open_directory`."""
 
     def __init__(self, path: Path, folder: Path, files: Sequence[Source], shard_index: ShardIndex | None) -> None:
+        # The index beside them; None if there is none.
+        # The directory, or the index file, as the user wrote it.
         self.path, self.folder, self.shard_index = path, folder, shard_index
-        self.files: tuple[Any, ...] = tuple(files)
+        self.files: tuple[Any, ...] = tuple(files)  # the weight files in order, each a source
         self.format: str = self.files[0].format
         ties: dict[int, int] = {}
         self._homes: list[tuple[int, int]] = []
@@ -60,7 +55,7 @@ class Shards(Gathering):
             self._check_index(shard_index, where)
         self.ties: Mapping[int, int] = ties
         self.index = Index.of_names(names, separator_of(names))
-        self.metadata: Mapping[str, Any] = self._agreed()
+        self.metadata: Mapping[str, Any] = self._agreed()  # the metadata of the files, where all agree
 
     def outline(self) -> Outline:
         numbers = {home: number for number, home in enumerate(self._homes)}
@@ -134,13 +129,8 @@ class Shards(Gathering):
 
 
 def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callable[[str], bool]) -> Shards | None:
-    """The model in a directory, or in that of an index file; None if the directory holds no weights.
-
-    Args:
-        weights: whether a file of this name holds weights, for directories without an index.
-
-    Raises:
-        BadCheckpoint: the index is damaged, a shard is missing or damaged, or a tensor is in two.
+    """The model in a directory, or in that of an index file; None if the directory holds no weights: without an index,
+    files of such names as `weights` takes.
     """
     folder, found = (path, None) if path.is_dir() else (path.parent, path)
     names = sorted(entry.name for entry in os.scandir(folder))

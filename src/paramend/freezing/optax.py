@@ -20,15 +20,10 @@ _LOSSES = ("value_fn", "obj_fn")
 
 
 class FreezeState(NamedTuple):
-    """The state of a transformation that freezes by a schedule.
+    """The state of a transformation that freezes by a schedule."""
 
-    Attributes:
-        step: how many updates there have been.
-        inner_state: the state of what was wrapped.
-    """
-
-    step: Any
-    inner_state: Any
+    step: Any  # how many updates there have been
+    inner_state: Any  # the state of what was wrapped
 
 
 def freeze(tx: Any, schedule: Schedule, how: str) -> Any:

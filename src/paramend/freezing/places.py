@@ -18,13 +18,9 @@ from paramend.trees.tree import Tree
 
 @dataclass(frozen=True)
 class FrozenPlace:
-    """What is frozen of one leaf: elements in a region during a window; where regions overlap the first counts.
+    """What is frozen of one leaf: elements in a region during a window; where regions overlap the first counts."""
 
-    Attributes:
-        pieces: regions with their windows; empty if the leaf is trained.
-    """
-
-    pieces: tuple[tuple[Region, Window], ...] = ()
+    pieces: tuple[tuple[Region, Window], ...] = ()  # regions with their windows; empty if the leaf is trained
 
     @property
     def free(self) -> bool:
@@ -67,13 +63,7 @@ class Finder:
         self._known: dict[Any, _Found] = {}
 
     def find(self, params: Any) -> list[FrozenPlace]:
-        """The place of each leaf of the parameters, in JAX's order, resolved again.
-
-        Raises:
-            NoMatch: nothing is selected.
-            BadArgument: the schedule names leaves that the selector does not.
-            Unsupported: all that is selected moves in the forward pass.
-        """
+        """The place of each leaf of the parameters, in JAX's order, resolved again."""
         return self._resolve(*named(params))
 
     def find_again(self, tree: Any, params: Any = None) -> list[FrozenPlace]:

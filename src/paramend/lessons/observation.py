@@ -18,18 +18,12 @@ _quoted = re.compile(r"['\"](\w+)['\"]")
 
 @dataclass(frozen=True)
 class Raised:
-    """An exception that left a solution.
-
-    Attributes:
-        says: the first line of its text.
-        place: file and line of the solution's own code where it was raised, or an empty string.
-        about: the names in its first line, of layers or in quotes; if it has none, the line and the names in
-            the rest.
-    """
+    """An exception that left a solution."""
 
     kind: str
-    says: str
-    place: str = ""
+    says: str  # the first line of its text
+    place: str = ""  # file and line of the solution's own code where it was raised, or an empty string
+    # The names in its first line, of layers or in quotes; if it has none, the line and the names in the rest.
     about: frozenset[str] = frozenset()
 
     def alike(self, other: "Raised") -> bool:

@@ -51,17 +51,11 @@ class Handed:
 
 @dataclass
 class Witness:
-    """What was seen during one call of a solution.
+    """What was seen during one call of a solution."""
 
-    Attributes:
-        handed: every tree that `init` returned, in order.
-        applied: the picture of the last tree that was passed to `apply`.
-        held: every tree that the solution's code held when one of its functions returned, or passed to a
-            call, or got from one.
-    """
-
-    handed: list[Handed] = field(default_factory=list)
-    applied: Picture | None = None
+    handed: list[Handed] = field(default_factory=list)  # every tree that `init` returned, in order
+    applied: Picture | None = None  # the picture of the last tree that was passed to `apply`
+    # Every tree that the solution's code held when one of its functions returned, or passed to a call, or got from one.
     held: list[Any] = field(default_factory=list)
 
 
@@ -117,11 +111,8 @@ def same(left: Any, right: Any) -> bool | None:
 
 @contextmanager
 def watching(file: str, *, half: bool = False) -> Iterator[Witness]:
-    """A witness that watches while the `with` block runs.
-
-    Args:
-        file: the file of the solution's own code, whose variables and calls are inspected.
-        half: whether `init` returns parameters in bfloat16.
+    """A witness that watches while the `with` block runs: calls and variables of the code of `file`. If `half`, `init`
+    returns parameters in bfloat16.
     """
     witness = Witness()
     init, apply = nn.Module.init_with_output, nn.Module.apply  # `init` goes through `init_with_output`

@@ -39,9 +39,6 @@ def draw(page: Page) -> "Figure":
 
     Leaves are coloured by their groups, which also have textures, or by the column that colours the page.
 
-    Raises:
-        MissingExtra: matplotlib is not installed.
-
     >>> figure = draw(Page("t", "h", ["a/x", "a/y", "b"], [1, 1, 2], groups=["new", "old", "old"]))
     >>> [text.get_text() for text in figure.legends[0].get_texts()]
     ['new', 'old']

@@ -28,10 +28,8 @@ def distance(
 ) -> tuple[float, float]:
     """The largest absolute difference, and its share of the largest value; inf for shapes that do not fit.
 
-    Args:
-        turned: the moves of an axis after which outputs may agree; None for what layers return, of which axes may also
-            be split, and time and examples change places.
-        least: the size below which values are small.
+    Outputs may agree after one of the moves of an axis in `turned`. What layers return (None) may also have axes that
+    are split, and time and examples change places. Values below `least` are small.
 
     >>> distance(np.array([[1.0, 2.0]]), np.array([1.0, 2.5]))
     (0.5, 0.2)

@@ -124,11 +124,7 @@ def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = No
 def _planned(
     target: Model, source: Model, rename: Renames | None, rules: Rules | None, inputs: Any
 ) -> tuple[PortPlan, Proof | None]:
-    """The plan of a port without questions, and its proof.
-
-    Raises:
-        PortRefused: questions are left, or the models do not compute the same.
-    """
+    """The plan of a port without questions, and its proof; `PortRefused` if the models do not compute the same."""
     if inputs is None:
         plan, proof = PortPlan(target, source, rename, rules), None
     else:

@@ -40,11 +40,7 @@ def carried(target: Model, source: Model, layout: Layout, *, dtype: Dtype = "tar
 def tried(
     target: Model, source: Model, rename: Renames | None, rules: Rules | None, inputs: Any
 ) -> tuple[PortPlan, Proof | None]:
-    """A plan whose questions are answered by running both models, and its proof; None if questions are left.
-
-    Raises:
-        BadArgument: one of the models cannot run.
-    """
+    """A plan whose questions are answered by running both models, and its proof; None if questions are left."""
     given = sides_of(inputs)
     ours, theirs = (_calls(model, given[side], side) for side, model in (("target", target), ("source", source)))
     order = source.learn(theirs), target.learn(ours)

@@ -168,11 +168,7 @@ def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) 
     """An array with another number of rows along an axis: the old ones bit for bit, then fresh ones; or the first ones.
 
     Rows are read in pieces, so that besides the result only a few of them are in memory in float64. The result is
-    float32, or float64 for a float64 array.
-
-    Args:
-        fresh: "mean+cov": drawn with the mean of the old rows and 1e-9 of their covariance (Hewitt 2021); "mean";
-            "random": normal, with the standard deviation of all old values about 0; "zeros".
+    float32, or float64 for a float64 array. Fresh rows are as `Fresh` in `vocabulary`.
 
     >>> rows(np.array([[1.0, 2.0], [3.0, 6.0]]), 0, 3, "mean", np.random.default_rng(0))
     array([[1., 2.],

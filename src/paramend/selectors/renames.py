@@ -48,10 +48,6 @@ class Rename:
     def over(self, index: Index, only: Collection[int] | None = None) -> dict[int, NewPath]:
         """The new paths of the leaves of a tree that match, or `only` of some of them, by leaf number.
 
-        Raises:
-            OutOfRange: a position in the source does not exist.
-            RenameClash: a number would become negative, or a leaf would have no name left.
-
         >>> index = Index.of_names(["h.0.w", "h.1.w", "head"])
         >>> moved = rename("h.<n>.w", "layers.<2*n>.w").over(index)
         >>> {number: pieces(path) for number, path in moved.items()}
@@ -256,17 +252,11 @@ def _indexed(piece: Piece) -> bool:
 
 
 class _Captured(NamedTuple):
-    """What the wildcards of a piece take of a text.
+    """What the wildcards of a piece take of a text."""
 
-    Attributes:
-        stars: the texts of `*`, in order.
-        choices: for each `{a,b}` the option that it is, and the texts of the stars within.
-        numbers: the digits of `<n>`, by name.
-    """
-
-    stars: list[str]
-    choices: list[tuple[int, list[str]]]
-    numbers: dict[str, str]
+    stars: list[str]  # the texts of `*`, in order
+    choices: list[tuple[int, list[str]]]  # for each `{a,b}` the option that it is, and the texts of the stars within
+    numbers: dict[str, str]  # the digits of `<n>`, by name
 
 
 def _captured(piece: Piece, text: str) -> _Captured | None:

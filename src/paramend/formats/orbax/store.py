@@ -40,17 +40,11 @@ _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class OrbaxEntry:
-    """One array of a store, as its zarr metadata has it.
+    """One array of a store, as its zarr metadata has it."""
 
-    Attributes:
-        spec: shape and dtype; an unknown dtype, such as "<U3", is "raw<<U3>".
-        chunks: the shape of a chunk, the smallest piece that can be written.
-        text: the metadata as it is in the store.
-    """
-
-    spec: Spec
-    chunks: tuple[int, ...]
-    text: bytes
+    spec: Spec  # shape and dtype; an unknown dtype, such as "<U3", is "raw<<U3>"
+    chunks: tuple[int, ...]  # the shape of a chunk, the smallest piece that can be written
+    text: bytes  # the metadata as it is in the store
 
     @property
     def rows(self) -> int:
@@ -178,15 +172,10 @@ def _is_array(folder: Path) -> bool:
 
 class Stage:
     """New chunks of a store on their way into it: files in a folder, at the places that they will have in the store.
+    For a new store, `store` is None and `folder` is the store.
 
     A database is copied on write. Its new nodes and manifest are here, so that the database itself shows the old
     state until the manifest is replaced, which is one step.
-
-    Args:
-        store: what the chunks are for; None for a new one, which `folder` then is.
-        folder: where the files are put.
-        database: whether a new store is a database.
-        zarr3: whether a new store is of zarr 3.
     """
 
     def __init__(self, store: Store | None, folder: Path, *, database: bool = True, zarr3: bool = False) -> None:

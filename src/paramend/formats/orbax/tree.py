@@ -22,27 +22,20 @@ _EMPTY: dict[str, Callable[[], Any]] = {"None": lambda: None, "Dict": dict, "Lis
 
 
 class OrbaxWalk:
-    """The leaves that a table of metadata lists.
-
-    Attributes:
-        entries: keys → the place of a leaf, or an entry that is not an array. The key "value" of a box is left out.
-        keys: by number, the keys of a leaf, likewise.
-        names: by number, the name of a leaf in the store.
-        kinds: by number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
-        others: path → an entry that is not an array.
-        implementations: by number, the implementation of a typed PRNG key whose numbers a leaf is.
-        custom: the user's metadata, or None.
-    """
+    """The leaves that a table of metadata lists."""
 
     def __init__(self, folder: Path, table: Mapping[str, Any]) -> None:
         self.file = str(folder / TREE)
         self.index = Index("/")
+        # Keys → the place of a leaf, or an entry that is not an array. The key "value" of a box is left out.
         self.entries: list[tuple[Keys, Any]] = []
+        # By number, the implementation of a typed PRNG key whose numbers a leaf is.
         self.implementations: dict[int, str] = {}
-        self.keys: list[Keys] = []
-        self.names: list[str] = []
+        self.keys: list[Keys] = []  # by number, the keys of a leaf, likewise
+        self.names: list[str] = []  # by number, the name of a leaf in the store
+        # By number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
         self.kinds: list[str] = []
-        self.others: dict[str, Any] = {}
+        self.others: dict[str, Any] = {}  # path → an entry that is not an array
         rows = table.get("tree_metadata")
         if type(rows) is not dict:
             raise bad(self.file, "tree_metadata", "an object is expected")
@@ -74,7 +67,7 @@ class OrbaxWalk:
             self.names.append(name)
             self.kinds.append(kind)
         self._enter(tree, self.index.names)
-        self.custom = table.get("custom_metadata")
+        self.custom = table.get("custom_metadata")  # the user's metadata, or None
         if self.custom is not None:
             self.others["custom_metadata"] = self.custom
 

@@ -64,15 +64,8 @@ class OrbaxWriter:
     ) -> None:
         """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name.
 
-        Args:
-            data: the position of a leaf → its bytes, in pieces of bounded size.
-            base: the checkpoint that the result is modelled on; its layout is kept if it has this format.
-
-        Raises:
-            MissingExtra: tensorstore is not installed.
-            RenameClash: two leaves would have the same name in the store.
-            CannotWrite: the files cannot be written, for example because the disk is full.
-            Unsupported: there is nothing that is not empty.
+        `data` gives the bytes of the leaf at a position, in pieces of bounded size. The layout of `base` is kept, if it
+        has this format.
         """
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)

@@ -100,27 +100,18 @@ def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
 
 
 class _Machine:
-    """A pickle that is being read.
-
-    Attributes:
-        at: the next byte.
-        stack: values since the last mark.
-        below: the stacks under it, one for each open mark.
-        memo: remembered values by key. A dict, so that a huge key takes no room.
-        done: whether the end has been reached.
-        tuples: how many keys are tuples.
-        room: how much more calls may copy, because one remembered list can be passed to many calls.
-    """
+    """A pickle that is being read."""
 
     def __init__(self, data: bytes, words: Vocabulary) -> None:
         self.data, self.words, self.names = data, words, words.names()
-        self.at = 0
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.done = False
+        self.at = 0  # the next byte
+        self.stack: list[Any] = []  # values since the last mark
+        self.below: list[list[Any]] = []  # the stacks under it, one for each open mark
+        self.memo: dict[int, Any] = {}  # remembered values by key. A dict, so that a huge key takes no room
+        self.done = False  # whether the end has been reached
+        # How much more calls may copy, because one remembered list can be passed to many calls.
         self.room = 1_000_000 + 4 * len(data)
-        self.tuples = 0
+        self.tuples = 0  # how many keys are tuples
 
     def take(self, length: int) -> bytes:
         stop = self.at + length

@@ -47,42 +47,26 @@ _I63 = 2**63
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """The bytes that one or more tensors view.
+    """The bytes that one or more tensors view."""
 
-    Attributes:
-        key: they are in the record "data/<key>".
-        dtype: of its elements; "" if only the tensors say.
-    """
-
-    key: str
-    dtype: str
+    key: str  # they are in the record "data/<key>"
+    dtype: str  # of its elements; "" if only the tensors say
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A tensor of a checkpoint: a view of the elements of a storage.
-
-    Attributes:
-        stride: the step along each axis, in elements.
-        dtype: in torch's spelling.
-        storage: where its elements are; None if they are not in a single storage.
-        offset: of the first element, in elements.
-        conj: whether its values are the conjugates of those in the storage.
-        neg: whether its values are the negatives of those in the storage.
-        sealed: why it cannot be read as an array, or "".
-        parts: the tensors that a sparse tensor consists of.
-    """
+    """A tensor of a checkpoint: a view of the elements of a storage."""
 
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    storage: Storage | None = None
-    offset: int = 0
-    conj: bool = False
-    neg: bool = False
-    sealed: str = ""
-    parts: tuple["Tensor", ...] = ()
+    stride: tuple[int, ...]  # the step along each axis, in elements
+    dtype: str  # in torch's spelling
+    storage: Storage | None = None  # where its elements are; None if they are not in a single storage
+    offset: int = 0  # of the first element, in elements
+    conj: bool = False  # whether its values are the conjugates of those in the storage
+    neg: bool = False  # whether its values are the negatives of those in the storage
+    sealed: str = ""  # why it cannot be read as an array, or ""
+    parts: tuple["Tensor", ...] = ()  # the tensors that a sparse tensor consists of
 
     @property
     def spec(self) -> Spec:

@@ -42,15 +42,6 @@ class TorchFile(ZipSource):
 
     Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure.
 
-    Attributes:
-        index: the names; dict keys and list positions, joined by ".".
-        ties: leaf number → the first number of the same tensor, for tensors with several paths, which view the same
-            elements of a storage in the same order.
-        metadata: what else is in the structure, by path: epochs, learning rates, lists of plain values.
-        tensors: of each leaf, which elements of which storage it views.
-        folder: the folder in it that holds everything.
-        carried: the classes of objects that stay in the pickle as they are, unread.
-
     >>> import tempfile, zipfile
     >>> path = Path(tempfile.mkdtemp(), "model.pt")
     >>> tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + (
@@ -64,16 +55,17 @@ class TorchFile(ZipSource):
     """
 
     format = "torch"
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # of each leaf, which elements of which storage it views
 
     def _begin(self) -> None:
         _check_kind(self._file)
         self.archive = Archive(self._file)
-        self.folder = _root(self.archive)
+        self.folder = _root(self.archive)  # the folder in it that holds everything
         self._structure = self._unpickled()
         walk = TorchWalk(self._structure, f"{self.path}: data.pkl", room=self._pickle.nbytes)
-        self.index, self.ties = walk.index, walk.ties
+        self.index, self.ties = walk.index, walk.ties  # the names; dict keys and list positions, joined by "."
         self.rows = self.tensors = walk.leaves
+        # What else is in the structure, by path: epochs, learning rates, lists of plain values.
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:
@@ -82,9 +74,7 @@ class TorchFile(ZipSource):
 
     def recorded(self) -> tuple[Any, list[Any]]:
         """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `recordings`.
-
-        Raises:
-            Unsupported: the pickle holds objects that are carried unread, and cannot be written again.
+        `Unsupported` if the pickle holds objects that are carried unread.
         """
         if self.carried:
             raise Unsupported(

@@ -40,26 +40,16 @@ _KNOWN = _DESCRIBED | _UTF8 | 1 << 1 | 1 << 2  # the last two are the level of c
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file in an archive, as the central directory has it.
+    """One file in an archive, as the central directory has it."""
 
-    Attributes:
-        name: with "/" between folders; checked to stay within the archive.
-        method: how it is compressed; 0 if it is not.
-        packed: its length in the archive.
-        crc: the CRC32 of its bytes.
-        flags: the general purpose bits of the format.
-        header: the offset of its local header.
-        central: the offset of its CRC32 in the central directory.
-    """
-
-    name: str
-    method: int
+    name: str  # with "/" between folders; checked to stay within the archive
+    method: int  # how it is compressed; 0 if it is not
     nbytes: int
-    packed: int
-    crc: int
-    flags: int
-    header: int
-    central: int
+    packed: int  # its length in the archive
+    crc: int  # the CRC32 of its bytes
+    flags: int  # the general purpose bits of the format
+    header: int  # the offset of its local header
+    central: int  # the offset of its CRC32 in the central directory
 
 
 class Offsets(NamedTuple):
@@ -70,10 +60,8 @@ class Offsets(NamedTuple):
 
 
 class Archive:
-    """The members of a zip file by name, in the order of the central directory; folders are left out.
-
-    Raises:
-        BadCheckpoint: it is not a zip file, or one that readers could see in two ways.
+    """The members of a zip file by name, in the order of the central directory; folders are left out. `BadCheckpoint`
+    if readers could see it in two ways.
 
     >>> import io, tempfile, zipfile
     >>> from pathlib import Path
@@ -320,9 +308,7 @@ def _widen(
     extra: bytes, nbytes: int, packed: int, header: int, file: OpenFile, name: str, *, lax: bool = False
 ) -> tuple[int, int, int]:
     """Length, length in the archive and offset, from the zip64 field of a header where the narrow fields overflow.
-
-    Args:
-        lax: whether padding that is not an extra field is allowed: some writers align members with it.
+    `lax` allows padding that is not an extra field: some writers align members with it.
     """
     wide: bytes | None = None
     at = 0
