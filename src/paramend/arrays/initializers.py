@@ -96,12 +96,6 @@ class Draws:
     """Fresh values for a kernel in C order, any number at a time.
 
     They are drawn in blocks, so that only a block is in memory; the values do not depend on the numbers requested.
-
-    >>> spec = Spec((2, 3), "float32")
-    >>> draws = Draws("lecun_normal", generator(0, NOWHERE), spec, out_first=False)
-    >>> parts = [*draws.next(4).tolist(), *draws.next(2).tolist()]
-    >>> parts == initialize("lecun_normal", generator(0, NOWHERE), spec, out_first=False).reshape(-1).tolist()
-    True
     """
 
     def __init__(self, name: str, rng: np.random.Generator, spec: Spec, *, out_first: bool) -> None:

@@ -17,13 +17,7 @@ _STEP = 1 << 26  # some systems refuse or truncate more than 2 GB
 
 
 def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
-    """The number of bytes written: all, at an offset or at the position of the file; `OSError` if the system refused.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryFile() as file:
-    ...     put(file.fileno(), b"abcd"), put(file.fileno(), b"XY", 1), bytes(get(file.fileno(), 0, 4, Path("file")))
-    (4, 2, b'aXYd')
-    """
+    """The number of bytes written: all, at an offset or the position of the file; `OSError` if the system refused."""
     view, done = memoryview(data).cast("B"), 0
     while done < len(view):
         piece = view[done : done + _STEP]

@@ -39,15 +39,7 @@ PRIVATE = 0o700
 def access_of(
     made_from: Iterable[os.stat_result], replaced: os.stat_result | None = None, *, new: Access = NEW_FILE
 ) -> Access:
-    """The access of what is made from files: what all of them allow; of what it replaces, it keeps owner and group.
-
-    >>> import tempfile
-    >>> one, other = (Path(tempfile.mkdtemp(), "x") for _ in range(2))
-    >>> one.touch(0o644), one.chmod(0o664), other.touch(0o600), other.chmod(0o640)
-    (None, None, None, None)
-    >>> oct(access_of([one.stat(), other.stat()]).mode), oct(access_of([]).mode)
-    ('0o640', '0o666')
-    """
+    """The access of what is made from files: what all of them allow; of what it replaces, it keeps owner and group."""
     found = list(made_from)
     gids = {status.st_gid for status in found}
     mode, asked = (_ALL, False) if found else (new.mode, new.asked)

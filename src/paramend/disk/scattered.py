@@ -21,14 +21,7 @@ _MANY = 1 << 10
 
 
 def gather(descriptor: int, ranges: Array, name: Path) -> bytearray:
-    """The bytes of ranges (start, stop) of a file, one after the other; `BadCheckpoint` if it is shorter.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryFile() as file:
-    ...     _ = file.write(b"abcdefghij"), file.flush()
-    ...     bytes(gather(file.fileno(), np.array([[1, 3], [5, 6], [0, 2]]), Path("file")))
-    b'bcfab'
-    """
+    """The bytes of ranges (start, stop) of a file, one after the other; `BadCheckpoint` if it is shorter."""
     data = bytearray(int((ranges[:, 1] - ranges[:, 0]).sum()))
     view = memoryview(data)
     for at, end, group in _groups(ranges, None):

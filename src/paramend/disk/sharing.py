@@ -32,11 +32,6 @@ def shareable(start: int, stop: int, at: int) -> tuple[int, int]:
 def best_start(ranges: Iterable[tuple[int, int, int]], least: int, step: int) -> int:
     """Where a section of a file should begin so that most of its bytes can be shared: the first such place from `least`
     on, in steps of a divisor of the block. Ranges are (start, stop, where the copy begins within the section).
-
-    >>> best_start([(4104, 50_000, 0), (50_016, 90_000, 60_000)], 128, step=8)
-    4104
-    >>> best_start([(4104, 5000, 0)], 128, step=8)  # less than a few blocks
-    128
     """
     gains = Counter({least % BLOCK: 0})
     for start, stop, at in ranges:

@@ -23,13 +23,6 @@ def matches(old: Leaves, new: Leaves) -> list[Match]:
     """The leaves of two trees paired by name, in the order of the old tree; added leaves come last.
 
     `fc.weight` in a state dict is fc → weight in a module. A leaf with several paths is looked for under all of them.
-
-    >>> import numpy as np
-    >>> from paramend.trees.tree import Tree
-    >>> for match in matches(Tree({"fc.weight": np.ones(1), "x": np.ones(1)}), Tree({"fc": {"weight": np.ones(1)}})):
-    ...     print(match.path, match.a, match.b)
-    fc/weight 0 0
-    x 1 None
     """
     before, after = _named(old), _named(new)
     kept = {_one(old, number) for name, number in before.items() if name in after}

@@ -25,12 +25,6 @@ class OpenFile:
     """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid.
 
     A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "x.bin")
-    >>> _ = path.write_bytes(b"abcdef")
-    >>> OpenFile(path).read(2, 3)
-    b'cde'
     """
 
     def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:

@@ -18,17 +18,7 @@ from paramend.leaves.paths import Label
 
 
 class Gathered(Gathering):
-    """Leaves from anywhere as one source.
-
-    >>> from paramend.leaves.paths import labels
-    >>> from paramend.leaves.origins.moved import join
-    >>> from paramend.leaves.origins.stored import Held
-    >>> import numpy as np
-    >>> ramp = Held(np.arange(4, dtype="int8").reshape(2, 2))
-    >>> both = Gathered(None, [(labels("w"), ramp), (labels("v"), join([ramp, ramp], 0, "stack"))])
-    >>> both.index.path(1), both.spec(1), both.read(1)[1].tolist()
-    ('v', Spec(shape=(2, 2, 2), dtype='int8'), [[0, 1], [2, 3]])
-    """
+    """Leaves from anywhere as one source."""
 
     def __init__(
         self,

@@ -57,16 +57,7 @@ class NpzEntry:
 
 
 class NpzFile(ZipSource):
-    """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> path = Path(tempfile.mkdtemp(), "model.npz")
-    >>> np.savez(path, **{"fc/kernel": np.ones((2, 1), "float32")})
-    >>> with NpzFile(path) as file:
-    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())
-    fc/kernel float32[2,1] [[1.0], [1.0]]
-    """
+    """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array."""
 
     format = "npz"
     rows: Sequence[NpzEntry]

@@ -248,15 +248,7 @@ def home_of(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the files that are read as weights when a directory, or an index in it, is opened.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> for name in ("a.safetensors", "b.safetensors", "notes.txt"):
-    ...     (folder / name).touch()
-    >>> sorted(weight_files(folder))
-    ['a.safetensors', 'b.safetensors']
-    """
+    """The names of the files that are read as weights when a directory, or an index in it, is opened."""
     names = sorted(entry.name for entry in os.scandir(folder))
     indexes = list(filter(is_index, names))
     if indexes:
@@ -266,16 +258,7 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read.
-
-    >>> import tempfile
-    >>> from paramend.formats.safetensors_header import layout
-    >>> from paramend.leaves.specs import Spec
-    >>> file = Path(tempfile.mkdtemp(), "weights")
-    >>> _ = file.write_bytes(layout([("w", Spec((2,), "int8"), 2)]).to_bytes() + bytes(2))
-    >>> open_source(file).index.path(0), open_source(file.parent).spec(0)
-    ('w', Spec(shape=(2,), dtype='int8'))
-    """
+    """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read."""
     path = Path(path)
     try:
         mode = path.stat().st_mode

@@ -34,17 +34,6 @@ class SafetensorsFile(FileSource):
     """One safetensors file as `Leaves`. Opening reads the header; arrays are read on demand.
 
     A leaf's number is its position in the order of the bytes.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from paramend.leaves.specs import Spec
-    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> from paramend.formats.safetensors_header import layout
-    >>> header = layout([("fc.weight", Spec((2, 1), "float32"), 8)])
-    >>> _ = path.write_bytes(header.to_bytes() + np.array([1, 2], "float32").tobytes())
-    >>> with SafetensorsFile(path) as file:
-    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())
-    fc.weight float32[2,1] [[1.0], [2.0]]
     """
 
     format = "safetensors"

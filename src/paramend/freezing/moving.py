@@ -10,11 +10,6 @@ def moved_by_model(tree: Tree) -> frozenset[int]:
     """The numbers of the leaves that the model moves itself: statistics, counts of random keys, caches.
 
     They are told by their Variables (NNX), by their collection (Flax), or by the state that they are in (Equinox).
-
-    >>> import numpy as np
-    >>> tree = Tree({"params": {"w": np.ones(1)}, "batch_stats": {"mean": np.ones(1)}})
-    >>> [tree.index.path(number) for number in moved_by_model(tree)]
-    ['batch_stats/mean']
     """
     index = tree.index
     found = set()

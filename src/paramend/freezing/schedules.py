@@ -34,13 +34,7 @@ class Window:
         return tuple(event for event in (self.since, self.until) if event is not None)
 
     def holds(self, passed: Callable[[Event], Any]) -> Any:
-        """Whether it is frozen, given which events have passed (as bools, traced or not).
-
-        >>> [Window(since=2, until=4).holds(lambda event: step >= event) for step in range(6)]
-        [False, False, True, True, False, False]
-        >>> [Window(since=4, until=2).holds(lambda event: step >= event) for step in range(6)]
-        [True, True, False, False, True, True]
-        """
+        """Whether it is frozen, given which events have passed (as bools, traced or not)."""
         if self.since is None:
             return True if self.until is None else passed(self.until) ^ True
         if self.until is None:

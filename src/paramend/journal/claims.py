@@ -47,13 +47,7 @@ def seal(store: Path, record: str) -> None:
 
 
 def read(store: Path) -> str | None:
-    """The note about a folder of records; "" if no record is sealed yet, None if this user is not writing there.
-
-    >>> import tempfile
-    >>> store = Path(tempfile.mkdtemp())
-    >>> read(store), seal(store, "1 300 abc"), read(store), end(store), read(store)
-    (None, None, '1 300 abc', None, None)
-    """
+    """The note about a folder of records; "" if no record is sealed yet, None if this user is not writing there."""
     with contextlib.suppress(OSError):
         path = _note(store)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -144,12 +144,7 @@ def draw(lesson: Lesson, *, trials: int, seed: int) -> list[Case]:
 
 
 def summary(lesson: Lesson, case: Case) -> dict[str, str]:
-    """Name of each argument of a case → its value in one line.
-
-    >>> lesson = find("partial_init")
-    >>> list(summary(lesson, draw(lesson, trials=1, seed=0)[0]))
-    ['seed', 'x', 'num_full_layers', 'num_extra_layers', 'features']
-    """
+    """Name of each argument of a case → its value in one line."""
     return {
         name: str(value) if isinstance(value, float) else sketch(value)
         for name, value in zip(lesson.parameters, case.args, strict=True)

@@ -105,13 +105,7 @@ def place_in(error: BaseException, file: str) -> str:
 
 
 def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
-    """What differs, as pairs of texts (got, want); empty if both did the same.
-
-    >>> differences(Observation(result=[1, 2]), Observation(result=[1.0, 3.0]))
-    [('integers (2,): [1 2]', 'floats (2,): [1. 3.]')]
-    >>> differences(Observation(facts={"bias": "all 0"}), Observation(facts={"bias": "kept"}))
-    [('bias: all 0', 'bias: kept')]
-    """
+    """What differs, as pairs of texts (got, want); empty if both did the same."""
     if got.raised or want.raised:
         same = got.raised and want.raised and got.raised.alike(want.raised)
         return [] if same else [(_ending(got), _ending(want))]

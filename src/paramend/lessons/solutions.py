@@ -23,12 +23,6 @@ def load(path: str | Path, parameters: Sequence[str]) -> Callable[..., Any]:
     """The function `solve` of a Python file, which is run as a module, without code under `if __name__ == "__main__"`.
 
     `BadArgument` names the file, and if known the line, if it fails or has no `solve` that takes `parameters`.
-
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "answer.py"
-    >>> _ = file.write_text("def solve(x): return 2 * x")
-    >>> load(file, ["x"])(21)
-    42
     """
     path = Path(path)
     module = _run(path, _source(path))

@@ -59,12 +59,7 @@ class Page:
             object.__setattr__(self, name, list(map(printable, getattr(self, name))))
 
     def html(self) -> str:
-        """The page as the text of one file that needs no network and no other file.
-
-        >>> page = Page("diff", "1 leaf", ["a/w"], [4], groups=["changed"])
-        >>> page.html().count("</html>"), page.html().count("src=")
-        (1, 0)
-        """
+        """The page as the text of one file that needs no network and no other file."""
         import jinja2  # slow to import, and most programs write no page
         from markupsafe import Markup
 

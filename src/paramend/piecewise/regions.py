@@ -31,11 +31,6 @@ class Region:
 
     `first` is added to all positions; the runs are numbered over the axes in C order. If the slice repeats elements of
     the leaf, `last` are the places in the slice whose values count.
-
-    >>> [region((4, 6), index).count for index in (None, -1, slice(1, 3), (slice(None), 0), (slice(None), slice(2, 4)))]
-    [1, 1, 1, 4, 4]
-    >>> region((4, 6), (slice(None, None, -2), slice(2, 4))).starts(0, 2).tolist()
-    [20, 8]
     """
 
     shape: tuple[int, ...]

@@ -12,12 +12,7 @@ MOVES: tuple[Move, ...] = ((1, -1), (-1, 1), (0, -1), (-1, 0))
 
 
 def moves(target: Values, source: Values) -> set[Move]:
-    """The moves of an axis that make the source's array the target's.
-
-    >>> image = np.arange(24.0).reshape(1, 2, 3, 4)
-    >>> moves(np.moveaxis(image, 1, -1), image)
-    {(1, -1)}
-    """
+    """The moves of an axis that make the source's array the target's."""
     if not 3 <= source.ndim <= 5 or np.array_equal(target, source):
         return set()
     return {move for move in MOVES if np.array_equal(np.moveaxis(source, *move), target)}

@@ -93,13 +93,6 @@ def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
 def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = ()) -> list[Line]:
     """The lines, folded: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do, except
     those with a path that is `elsewhere` in the report.
-
-    >>> layers = [Line((f"layers/{i}/{name}",), ("float32[4]",)) for i in range(12) for name in "wb"]
-    >>> print(table(fold(layers)))
-      layers/{0..11}/w  12 × float32[4]
-      layers/{0..11}/b  12 × float32[4]
-    >>> print(table(fold(layers, limit=1)))
-      layers/{0..11}/**  24 leaves
     """
     groups: dict[Any, list[_Numbered]] = {}
     for line in lines:

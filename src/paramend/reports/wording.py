@@ -8,13 +8,7 @@ _LONGEST, _MOST = 200, 20_000  # characters of a name, and of the word times the
 
 
 def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The names most like `word`, best first; names that differ only in case come first.
-
-    >>> closest("dense_0", ["Conv_0", "Dense_0", "Dense_1"], limit=1)
-    ['Dense_0']
-    >>> closest("blok_7", [f"block_{i}" for i in range(5000)], limit=1)
-    ['block_7']
-    """
+    """The names most like `word`, best first; names that differ only in case come first."""
     known = list(dict.fromkeys(known))
     same = [name for name in known if name.casefold() == word.casefold() and name != word]
     likely = _likely(word, known) if len(word) <= _LONGEST else []

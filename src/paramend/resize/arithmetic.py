@@ -91,12 +91,7 @@ def _interpolated(x: Array, sizes: Mapping[int, int], cubic: bool, antialias: bo
 def grid(
     x: Array, axis: int, *, prefix: int, old: tuple[int, int], new: tuple[int, int], cubic: bool, antialias: bool
 ) -> Array:
-    """A table of positions along an axis: `prefix` tokens unchanged, then a resized grid, row by row.
-
-    >>> table = np.array([9.0, 0.0, 1.0, 2.0, 3.0])
-    >>> grid(table, 0, prefix=1, old=(2, 2), new=(1, 2), cubic=False, antialias=True)
-    array([9., 1., 2.])
-    """
+    """A table of positions along an axis: `prefix` tokens unchanged, then a resized grid, row by row."""
     x = np.moveaxis(_wide(x), axis, 0)
     rest = x.shape[1:]
     cells = x[prefix:].reshape(*old, *rest)

@@ -145,12 +145,7 @@ def notation(text: str) -> Notation | None:
 
 
 def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
-    """The notation of a text, and the numbered entries that it means; `BadArgument` or `NoMatch` if it means none.
-
-    >>> index = Index.of_names([f"model.layers.{i}.w" for i in range(3)])
-    >>> [layers_of(index, text)[1][0].numbers for text in ("model.layers[*]", "model.layers.<n>.**")]
-    [(0, 1, 2), (0, 1, 2)]
-    """
+    """The notation of a text, and the numbered entries that it means; `BadArgument` or `NoMatch` if it means none."""
     said = notation(text)
     if said is None:
         raise BadArgument(

@@ -47,12 +47,7 @@ def searching(seconds: float) -> Iterator[None]:
 
 
 def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Pattern, int]]:
-    """Patterns that match, close to one that does not, each with the number of its leaves; best first.
-
-    >>> names = {"params": {"Dense_0": {"kernel": 0}, "Dense_1": {"kernel": 1}}}
-    >>> [(str(near), leaves) for near, leaves in nearest(parse("params/dense_2/kernel"), names)]
-    [('params/Dense_1/kernel', 1)]
-    """
+    """Patterns that match, close to one that does not, each with the number of its leaves; best first."""
     if len(pattern.segments) > _MOST or len(str(pattern)) > 10 * _LONGEST:
         return []
     return _Search(names).run(pattern.segments, limit)

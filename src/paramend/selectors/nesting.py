@@ -33,12 +33,7 @@ class Word(NamedTuple):
 
 
 class Tables:
-    """The separators that join the pieces of keys in each container of a tree of names.
-
-    >>> index = Index.of_names(["net.w", "net.b"])
-    >>> Tables(index).joints(index.paths[0])
-    ['.', '.']
-    """
+    """The separators that join the pieces of keys in each container of a tree of names."""
 
     def __init__(self, index: Index) -> None:
         self._root, self._torch = index.names, index.separator == "."

@@ -46,13 +46,7 @@ class Rename:
         return f"{self.source} -> {self.target}"
 
     def over(self, index: Index, only: Collection[int] | None = None) -> dict[int, NewPath]:
-        """The new paths of the leaves of a tree that match, or `only` of some of them, by leaf number.
-
-        >>> index = Index.of_names(["h.0.w", "h.1.w", "head"])
-        >>> moved = rename("h.<n>.w", "layers.<2*n>.w").over(index)
-        >>> {number: pieces(path) for number, path in moved.items()}
-        {0: ('layers', '0', 'w'), 1: ('layers', '2', 'w')}
-        """
+        """The new paths of the leaves of a tree that match, or `only` of some of them, by leaf number."""
         tables = Tables(index)
         return {number: writer.path(tables) for number, writer in self._writers(index, only)}
 
@@ -133,12 +127,7 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
 
 
 def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
-    """The pieces of a new path; picks are looked up in the tree of names that it is for, which may lack the position.
-
-    >>> index = Index.of_names(["Dense_0.w", "Dense_9.w"])
-    >>> pieces((Pick(parse("Dense_[-1]").segments[0], None), PathStep("w")), index.names)
-    ('Dense_9', 'w')
-    """
+    """The pieces of a new path; picks are looked up in the names of the tree that it is for, which may lack it."""
     out: list[str] = []
     for step in path:
         if isinstance(step, PathStep):

@@ -148,13 +148,7 @@ class Namer:
 
 
 def containers(root: Any) -> Iterator[tuple[tuple[Label, ...], Any, Kind]]:
-    """The containers of a tree, with their kinds, each under all of its paths: the beginnings of those of its leaves.
-
-    >>> import torch
-    >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(1, 1)})
-    >>> [(path, node is model, kind.name) for path, node, kind in containers(model)]
-    [((), True, 'torch module'), (('body',), False, 'torch module')]
-    """
+    """The containers of a tree with their kinds, each under all of its paths: the beginnings of its leaves' paths."""
     rest: list[tuple[tuple[Label, ...], Any, tuple[int, ...]]] = [((), root, ())]
     while rest:
         path, node, above = rest.pop()

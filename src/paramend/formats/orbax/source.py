@@ -35,16 +35,6 @@ class OrbaxCheckpoint(Opened):
     """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
 
     In the folder of a manager the latest step is opened.
-
-    >>> import json, tempfile
-    >>> path = Path(tempfile.mkdtemp())
-    >>> row = {"key_metadata": [{"key": "w", "key_type": 2}], "value_metadata": {"value_type": "jax.Array"}}
-    >>> _ = (path / "_METADATA").write_text(json.dumps({"tree_metadata": {"('w',)": row}, "use_ocdbt": False}))
-    >>> (path / "w").mkdir()
-    >>> _ = (path / "w" / ".zarray").write_text('{"shape": [2, 3], "chunks": [2, 3], "dtype": "bfloat16"}')
-    >>> with OrbaxCheckpoint(path) as checkpoint:
-    ...     print(checkpoint.index.path(0), checkpoint.spec(0))
-    w bfloat16[2,3]
     """
 
     format = "orbax"

@@ -152,12 +152,7 @@ _OF_DATABASE = re.compile(r"manifest\.[0-9a-z]+|d/[0-9a-z-]+")
 
 
 def may_change(folder: Path, name: str) -> bool:
-    """Whether a file of a store, by its name relative to the folder, is one that a change of values replaces.
-
-    >>> folder = Path("state")
-    >>> may_change(folder, "manifest.ocdbt"), may_change(folder, "d/12ab-34cd"), may_change(folder, "_METADATA")
-    (True, True, False)
-    """
+    """Whether a file of a store, by its name relative to the folder, is one that a change of values replaces."""
     if _OF_DATABASE.fullmatch(name):
         return True
     parts = name.split("/")

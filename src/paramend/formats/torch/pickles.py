@@ -71,18 +71,7 @@ class Vocabulary(Protocol):
 
 
 def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
-    """The value of a pickle: plain containers and scalars, and what the vocabulary makes; `BadCheckpoint` for all else.
-
-    >>> class Nothing:
-    ...     def names(self): return {}
-    ...     def foreign(self, module, name): raise Flaw(f"{module}.{name} is not among the names allowed")
-    >>> import os, pickle
-    >>> unpickle(pickle.dumps({"epoch": [1, 2]}, 2), Nothing(), file="x.pt", place="data.pkl")
-    {'epoch': [1, 2]}
-    >>> unpickle(pickle.dumps(os.system, 2), Nothing(), file="x.pt", place="data.pkl")
-    Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.pt: data.pkl, byte 2: posix.system is not among the names allowed
-    """
+    """The value of a pickle: plain containers and scalars, what the vocabulary makes; `BadCheckpoint` for all else."""
     machine = _Machine(data, words)
     at, hint = 0, ""
     try:

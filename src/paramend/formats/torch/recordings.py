@@ -46,16 +46,7 @@ class StorageRef:
 
 
 class Recorder:
-    """A vocabulary with the names of another, which records calls of them; the other, read first, checks arguments.
-
-    >>> import pickle
-    >>> from paramend.formats.torch.pickles import unpickle
-    >>> class Words:
-    ...     def names(self): return {"builtins.complex": Name("builtins.complex", complex)}
-    >>> made = unpickle(pickle.dumps([1j], 2), Recorder(Words()), file="x", place="y")[0]
-    >>> made.function, made.arguments, pickle.loads(pickled([made, (2, made)]))
-    (builtins.complex, (0.0, 1.0), [1j, (2, 1j)])
-    """
+    """A vocabulary with the names of another, which records calls of them; the other, read first, checks arguments."""
 
     def __init__(self, words: Vocabulary) -> None:
         self._names = {text: _recording(name) for text, name in words.names().items()}

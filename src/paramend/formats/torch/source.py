@@ -38,20 +38,9 @@ WRITER = TorchWriter()
 
 
 class TorchFile(ZipSource):
-    r"""One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
+    """One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
 
     Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure.
-
-    >>> import tempfile, zipfile
-    >>> path = Path(tempfile.mkdtemp(), "model.pt")
-    >>> tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + (
-    ...     b"0X\3\0\0\0cpuK\2tQK\0K\2\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR")
-    >>> with zipfile.ZipFile(path, "w") as made:
-    ...     made.writestr("model/data.pkl", b"\x80\2}(X\6\0\0\0weight" + tensor + b"X\5\0\0\0epochK\3u.")
-    ...     made.writestr("model/data/0", np.array([1, 2], "float32").tobytes())
-    >>> with TorchFile(path) as file:
-    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist(), file.metadata)
-    weight float32[2] [1.0, 2.0] {'epoch': 3}
     """
 
     format = "torch"

@@ -62,15 +62,6 @@ class Offsets(NamedTuple):
 class Archive:
     """The members of a zip file by name, in the order of the central directory; folders are left out. `BadCheckpoint`
     if readers could see it in two ways.
-
-    >>> import io, tempfile, zipfile
-    >>> from pathlib import Path
-    >>> path = Path(tempfile.mkdtemp(), "x.zip")
-    >>> with zipfile.ZipFile(path, "w") as made:
-    ...     made.writestr("folder/a.txt", "hello")
-    >>> archive = Archive(OpenFile(path))
-    >>> archive.read("folder/a.txt"), archive.offsets("folder/a.txt")
-    (b'hello', Offsets(start=42, crcs=(14, 63)))
     """
 
     def __init__(self, file: OpenFile) -> None:

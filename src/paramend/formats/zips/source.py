@@ -18,23 +18,9 @@ class ZipSource(FileSource):
         return [Extent(self.path, at, 4) for member in members for at in self.archive.offsets(member.name).crcs]
 
     def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
-        r"""What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
+        """What to write, as (file, offset, bytes), so that checksums are true after these bytes of the file changed.
 
         The members concerned are read once, in chunks.
-
-        >>> import tempfile, zipfile
-        >>> from paramend.formats.torch.source import TorchFile
-        >>> path = Path(tempfile.mkdtemp(), "model.pt")
-        >>> with zipfile.ZipFile(path, "w") as made:
-        ...     made.writestr("model/data.pkl", b"\x80\2}.")
-        ...     made.writestr("model/data/0", b"abcd")
-        >>> with TorchFile(path) as file, path.open("r+b") as raw:
-        ...     changed = Extent(path, file.archive.offsets("model/data/0").start + 1, 2)
-        ...     _ = raw.seek(changed.start), raw.write(b"XY"), raw.flush()
-        ...     for _, offset, data in file.after_patch([changed]):
-        ...         _ = raw.seek(offset), raw.write(data)
-        >>> zipfile.ZipFile(path).read("model/data/0")
-        b'aXYd'
         """
         return [(self.path, at, data) for at, data in self.archive.checksums(_ranges(extents))]
 
