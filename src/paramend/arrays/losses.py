@@ -67,8 +67,7 @@ def _in_float(wide: Array, dtype: np.dtype[Any]) -> tuple[int, int]:
 
 def overflow(verb: str, before: Array, operand: Array, after: Array) -> int:
     """How many results of an "add" or a "multiply" are not those of arithmetic: integers that wrap, floats that become
-    inf or NaN.
-    """
+    inf or NaN."""
     if not before.size or before.dtype == bool:
         return 0
     with np.errstate(all="ignore"):

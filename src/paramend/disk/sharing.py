@@ -31,8 +31,7 @@ def shareable(start: int, stop: int, at: int) -> tuple[int, int]:
 
 def best_start(ranges: Iterable[tuple[int, int, int]], least: int, step: int) -> int:
     """Where a section of a file should begin so that most of its bytes can be shared: the first such place from `least`
-    on, in steps of a divisor of the block. Ranges are (start, stop, where the copy begins within the section).
-    """
+    on, in steps of a divisor of the block. Ranges are (start, stop, where the copy begins within the section)."""
     gains = Counter({least % BLOCK: 0})
     for start, stop, at in ranges:
         low, high = shareable(start, stop, start)

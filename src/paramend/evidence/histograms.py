@@ -16,8 +16,7 @@ BINS = 48
 
 def histograms(streams: Mapping[str, tuple[Stream, ...]], bins: int = BINS) -> dict[str, Histogram]:
     """The histograms of the finite values of some leaves, with bins of equal width; leaves without such values are left
-    out. Each leaf has a stream, or two of one size to compare.
-    """
+    out. Each leaf has a stream, or two of one size to compare."""
     names = list(streams)
     bounds = [(math.inf, -math.inf)] * len(names)
     for span, (low, high) in looked(enumerate(streams.values()), _bounds):

@@ -27,8 +27,7 @@ _WAITING = 4  # batches in flight: their arrays are in memory
 
 def looked(tasks: Iterable[Task], look: Callable[["Span", Desk], R]) -> Iterator[tuple["Span", R]]:
     """The result of `look`, called on any thread, for each span of the streams of some tasks, in order. The streams of
-    a task are of one size.
-    """
+    a task are of one size."""
     turn = threading.Lock()
 
     def run(batch: Sequence[Span]) -> list[tuple[Span, R]]:

@@ -33,8 +33,7 @@ class Spectrum:
 
 def spectrum(stream: Stream, *, out_first: bool) -> Spectrum:
     """The spectrum of a leaf with two or more axes, as a matrix of output units by inputs. Output units are the first
-    axis or, if not `out_first`, the last; all others are flattened into one.
-    """
+    axis or, if not `out_first`, the last; all others are flattened into one."""
     shape = stream.spec.shape
     matrix = _Matrix(stream, shape[0] if out_first else math.prod(shape[:-1]))
     alive, finite = matrix.survey(rows=out_first)

@@ -71,8 +71,7 @@ class Stream:
 
 def stream_of(leaves: Leaves, number: int) -> Stream:
     """The stream of a leaf. A leaf with an unsaved edit is computed whole; one on a device is copied to the host.
-    `Unsupported` if its values are not available.
-    """
+    `Unsupported` if its values are not available."""
     spec = leaves.spec(number)
     why = hindrance(leaves, number)
     if why:

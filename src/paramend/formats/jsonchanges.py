@@ -122,8 +122,7 @@ class _Draft:
 
     def _written(self, value: Any, at: int, old: str = "", *, inner: bool = False) -> str:
         """A value as text, in lines where `old`, or else the text, is, indented as the line of the character `at` or,
-        if `inner`, further.
-        """
+        if `inner`, further."""
         if self.unit is None or (old[:1] in ("[", "{") and len(old) > 2 and "\n" not in old):
             return json.dumps(value, ensure_ascii=self.ascii, separators=(f",{self.blank}", self.colon))
         text = json.dumps(value, ensure_ascii=self.ascii, indent=self.unit, separators=(",", self.colon))

@@ -1,10 +1,19 @@
 """Limits on what is read from files, and how names from files appear in messages."""
 
+from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
+
 # Names of more pieces are refused: a walk down one must not use up the interpreter's stack.
 MAX_PIECES = 200
 # Arrays of more axes are refused: libraries have at most 64, and messages print shapes.
 MAX_AXES = 256
 U64 = 2**64
+
+
+def most_elements(shape: Iterable[int]) -> int:
+    """The number of elements of a shape, at least of its first axes: beside a length of 0 the others may be huge."""
+    return max(accumulate(shape, mul), default=1)
 
 
 def shown(text: str) -> str:

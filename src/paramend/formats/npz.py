@@ -15,7 +15,7 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.files import OpenFile
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
 from paramend.formats.source import check_readable, in_numpy
 from paramend.formats.zips.archive import STORED, Archive, Member
@@ -256,11 +256,8 @@ def _entry(archive: Archive, member: Member) -> NpzEntry:
     nbytes = member.nbytes - start
     if len(shape) > MAX_AXES:
         raise archive.bad(member.name, f"its header, shape: {len(shape):,} axes are too many")
-    elements = 1
-    for axis in shape:
-        elements *= axis
-        if axis >= U64 or elements >= U64:
-            raise archive.bad(member.name, "its header, shape: the number of elements overflows 64 bits")
+    if max((most_elements(shape), *shape)) >= U64:
+        raise archive.bad(member.name, "its header, shape: the number of elements overflows 64 bits")
     dtype, swapped, sealed = _dtype(descr)
     spec = Spec(shape, dtype)
     if dtype in BITS and spec.nbytes != nbytes:

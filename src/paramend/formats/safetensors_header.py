@@ -5,6 +5,7 @@ too, except unknown dtypes: their tensors are listed and copied, never read or e
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.jsontext import bad, json_type, parse_object
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.outlines import Outline
 from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec
@@ -242,14 +243,12 @@ def _checked_entry(name: str, row: Any, file: str) -> TensorEntry:
     start, stop = offsets
     if stop < start:
         raise flaw(", data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
-    elements = 1
-    for length in shape:
-        elements *= length
-        if elements >= U64:
-            raise flaw(", shape", "the number of elements overflows 64 bits")
+    if most_elements(shape) >= U64:
+        raise flaw(", shape", "the number of elements overflows 64 bits")
     dtype = FROM_SAFETENSORS.get(code)
     if dtype is None:
         return TensorEntry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
+    elements = math.prod(shape)
     bits = elements * BITS[dtype]
     if bits >= U64:
         raise flaw(", shape", "the number of bits overflows 64 bits")

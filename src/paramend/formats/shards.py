@@ -130,8 +130,7 @@ class Shards(Gathering):
 
 def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callable[[str], bool]) -> Shards | None:
     """The model in a directory, or in that of an index file; None if the directory holds no weights: without an index,
-    files of such names as `weights` takes.
-    """
+    files of such names as `weights` takes."""
     folder, found = (path, None) if path.is_dir() else (path.parent, path)
     names = sorted(entry.name for entry in os.scandir(folder))
     found = found or find_index(folder, names)

@@ -55,5 +55,4 @@ class Writer(Protocol):
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last. The spans of a leaf come one after the other, first to last. Of the
-        `metadata` of the source a writer takes what its format can hold; flat formats need no `outline`.
-        """
+        `metadata` of the source a writer takes what its format can hold; flat formats need no `outline`."""

@@ -79,8 +79,7 @@ class Phases:
         held: Any,
     ) -> Any:
         """The result of `run`, a function of a bool for each leaf, for those that are frozen as a whole now. `passed`
-        tells whether an event has passed; `held` is the result where a leaf is frozen, for its structure and dtypes.
-        """
+        tells whether an event has passed; `held` is the result where a leaf is frozen, for its structure and dtypes."""
         gone = [self._gone(pattern, places) for pattern in self.patterns]
         if len(gone) == 1:
             return run(gone[0])

@@ -42,8 +42,7 @@ class Share:
 
 class Shares:
     """The shares in the state of one transformation; `trained` makes, of a tree of bools, that of the leaves where it
-    is false.
-    """
+    is false."""
 
     def __init__(self, trained: Callable[[Any], Any]) -> None:
         self._trained = trained
@@ -51,8 +50,7 @@ class Shares:
 
     def of(self, gone: tuple[bool, ...], always: tuple[bool, ...], like: Any) -> Share:
         """The share of the leaves that are not gone, in the state for all that are not always gone; `Unsupported` if
-        the state cannot be split by leaf.
-        """
+        the state cannot be split by leaf."""
         if gone == always:
             return Share()
         whole, _ = self._paths(always, like)

@@ -29,8 +29,7 @@ from paramend.reports.progress import Progress
 
 class UndoStore:
     """The undo records of a checkpoint: in a folder beside a file, or inside a checkpoint that is a folder. The names
-    of its files are relative to `home`. With `about`, only patches of that file of a folder count.
-    """
+    of its files are relative to `home`. With `about`, only patches of that file of a folder count."""
 
     def __init__(self, base: Path, *, about: str = "") -> None:
         self.base, self._about = base, about

@@ -102,8 +102,7 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
 
 def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Path]:
     """The undo records that were forgotten, the oldest first, to free their space: a row for each, or the path of a
-    damaged one. The checkpoint stays as it is; the latest `keep` patches can still be taken back.
-    """
+    damaged one. The checkpoint stays as it is; the latest `keep` patches can still be taken back."""
     store = UndoStore.of(path)
     if not store.has_records():
         return []

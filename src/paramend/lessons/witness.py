@@ -112,8 +112,7 @@ def same(left: Any, right: Any) -> bool | None:
 @contextmanager
 def watching(file: str, *, half: bool = False) -> Iterator[Witness]:
     """A witness that watches while the `with` block runs: calls and variables of the code of `file`. If `half`, `init`
-    returns parameters in bfloat16.
-    """
+    returns parameters in bfloat16."""
     witness = Witness()
     init, apply = nn.Module.init_with_output, nn.Module.apply  # `init` goes through `init_with_output`
 

@@ -64,8 +64,7 @@ class Flattening:
 
 def flattenings(layers: Sequence[Layer], classes: frozenset[str], *, ordered: bool) -> Iterator[Flattening]:
     """The flattenings that widths and order of layers, as they were made, speak for; if not `ordered`, the order may be
-    that of their names. Of the `classes` of all modules `Flatten` and `Unflatten` leave no doubt.
-    """
+    that of their names. Of the `classes` of all modules `Flatten` and `Unflatten` leave no doubt."""
     dense = [layer for layer in layers if layer.kind == "linear" and len(layer.shape) == 2]
     before: Layer | None = None
     norms: list[Layer] = []

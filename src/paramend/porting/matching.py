@@ -92,8 +92,7 @@ def match(
     order: tuple[Order, Order] | None = None,
 ) -> Matching:
     """The pairs of units, `renamed` as the user gave them. Where both sides can run, `order` has the place of the first
-    call of each module.
-    """
+    call of each module."""
     search = _Search(order)
     for source, target in renamed.items():
         if not search.pair(source, target, "rename"):

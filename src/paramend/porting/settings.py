@@ -16,8 +16,7 @@ def differences(
     pairs: Sequence[tuple[Path, Any, Any]], sides: tuple[Mapping[Path, Any], Mapping[Path, Any]]
 ) -> list[str]:
     """What differs beside parameters, one sentence for each layer and setting. A pair is the path of a layer in the
-    target, its module and that of the source; `sides` are all modules of both.
-    """
+    target, its module and that of the source; `sides` are all modules of both."""
     found = []
     for path, ours, theirs in pairs:
         for name, read in _SETTINGS.items():

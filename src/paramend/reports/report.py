@@ -92,8 +92,7 @@ def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
 
 def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = ()) -> list[Line]:
     """The lines, folded: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do, except
-    those with a path that is `elsewhere` in the report.
-    """
+    those with a path that is `elsewhere` in the report."""
     groups: dict[Any, list[_Numbered]] = {}
     for line in lines:
         numbered = _Numbered(line if line.members else replace(line, members=(line.paths[0],)))

@@ -81,8 +81,7 @@ def new_layers(into: str) -> str:
 
 def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
     """The layers with `<n>` for their number; and if only some are selected, leaf number → its place among them.
-    `BadArgument` if the text does not say where the number is, or matches both lists and siblings.
-    """
+    `BadArgument` if the text does not say where the number is, or matches both lists and siblings."""
     if captures_of(layers):
         return without_rest(layers), None
     said, found = layers_of(tree.index, layers)
@@ -217,8 +216,7 @@ def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int])
 
 def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, extra: int) -> dict[Path, int]:
     """The axis of each new leaf (path → number of a leaf), or of each old one if axes are removed, counted from the
-    front. Shapes of `like`, a tree or a checkpoint, determine it, if given; new leaves have `extra` more axes.
-    """
+    front. Shapes of `like`, a tree or a checkpoint, determine it, if given; new leaves have `extra` more axes."""
     shapes = {path: tree.spec(number).shape for path, number in members.items()}
     lengths = {path: len(shape) + max(extra, 0) for path, shape in shapes.items()}
     if like is None:

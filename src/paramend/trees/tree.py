@@ -211,8 +211,7 @@ class Tree:
 
     def apart(self, numbers: Collection[int]) -> dict[int, int]:
         """Check that leaves can change in place alone: `Unsupported` for one that shares memory with a leaf that is not
-        among them, or a part of it with any. Those that are one array lead to the first of them, by number.
-        """
+        among them, or a part of it with any. Those that are one array lead to the first of them, by number."""
         one: dict[int, int] = {}
         if all(number in self.boxes for number in numbers):
             return one

@@ -18,7 +18,7 @@ from paramend.disk.io import write_file
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
 from paramend.formats.files import OpenFile
 from paramend.formats.jsontext import bad, parse_object
-from paramend.formats.limits import MAX_AXES, U64, shown
+from paramend.formats.limits import MAX_AXES, U64, most_elements, shown
 from paramend.leaves.specs import BITS, Array, Spec
 
 Box = tuple[slice, ...]
@@ -310,11 +310,8 @@ def _shape(value: Any, file: str, place: str) -> tuple[int, ...]:
         raise bad(file, place, "an array of whole numbers is expected")
     if len(value) > MAX_AXES:
         raise bad(file, place, f"{len(value):,} axes are too many")
-    elements = 1
-    for axis in value:
-        elements *= axis
-        if elements * 16 >= U64:
-            raise bad(file, place, "the number of elements overflows 64 bits")
+    if most_elements(value) * 16 >= U64:
+        raise bad(file, place, "the number of elements overflows 64 bits")
     return tuple(value)
 
 

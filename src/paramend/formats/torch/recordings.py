@@ -76,8 +76,7 @@ def _recording(name: Name) -> Name:
 
 def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str] | None = None) -> bytes:
     """The pickle of what was recorded; a value in several places is written once. `leaves` are what to write for each
-    array, a scalar that holds a leaf number; `used` receives the keys of all storages.
-    """
+    array, a scalar that holds a leaf number; `used` receives the keys of all storages."""
     return b"\x80\x02" + b"".join(_Pickler(leaves or {}, set() if used is None else used).run(root)) + b"."
 
 

@@ -7,6 +7,7 @@ directory and the pickle; storages are read on demand.
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import shown
 from paramend.formats.source import check_readable, in_numpy
+from paramend.formats.structure import Walk
 from paramend.formats.torch.foreign import check_whole
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
-from paramend.formats.torch.structure import TorchWalk, children_of, like
 from paramend.formats.torch.writer import TorchWriter
 from paramend.formats.zips.archive import STORED, Archive, Member
 from paramend.formats.zips.source import ZipSource
@@ -35,6 +36,9 @@ MAX_PICKLE = 256_000_000
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 WRITER = TorchWriter()
+
+# Tensors that are alike in all of these are one.
+_VIEW = attrgetter("storage.key", "offset", "shape", "stride", "dtype", "conj", "neg", "sealed")
 
 
 class TorchFile(ZipSource):
@@ -63,8 +67,7 @@ class TorchFile(ZipSource):
 
     def recorded(self) -> tuple[Any, list[Any]]:
         """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `recordings`.
-        `Unsupported` if the pickle holds objects that are carried unread.
-        """
+        `Unsupported` if the pickle holds objects that are carried unread."""
         if self.carried:
             raise Unsupported(
                 f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread: they "
@@ -78,7 +81,7 @@ class TorchFile(ZipSource):
             if type(seen) is Rebuilt and isinstance(node, dict):  # a counter, whose entries are in its call
                 seen = seen.arguments[0] if seen.arguments else {}
             fits = isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node))
-            return zip(children_of(node), children_of(seen), strict=True) if fits else ()
+            return zip(_children(node), _children(seen), strict=True) if fits else ()
 
         def close(pair: tuple[Any, Any], made: list[Any]) -> Any:
             node, seen = pair
@@ -86,9 +89,9 @@ class TorchFile(ZipSource):
                 calls.append(seen)
                 return np.array(len(calls) - 1)
             if type(seen) is Rebuilt and isinstance(node, dict):
-                return Rebuilt(seen.function, (like(node, made, {}),)) if seen.arguments else seen
+                return Rebuilt(seen.function, (_like(node, made, {}),)) if seen.arguments else seen
             if isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node)):
-                return like(node, made, vars(seen) if type(node) is OrderedDict else {})
+                return _like(node, made, vars(seen) if type(node) is OrderedDict else {})
             return seen
 
         words = Recorder(TorchWords({}))
@@ -186,6 +189,47 @@ class TorchFile(ZipSource):
         width = tensor.bits // 8
         strides = tuple(step * width for step in tensor.stride)
         return np.ndarray(tensor.shape, f"V{width}", self._file.map, start, strides)
+
+
+class TorchWalk(Walk):
+    """The tensors of a structure; `ties` leads from the number of each that occurs again to the first one."""
+
+    kind, separator, shares = Tensor, ".", True
+
+    def __init__(self, root: Any, place: str, *, room: int) -> None:
+        self.ties: dict[int, int] = {}
+        self._first: dict[tuple[Any, ...], int] = {}
+        super().__init__(root, place, room=room)
+
+    def crowded(self, containers: bool) -> str:
+        what = "containers" if containers else "values, or long keys,"
+        return f"the same {what} are in too many places"
+
+    def _leaf(self, names: dict[Any, Any], key: Any, leaf: Tensor) -> None:
+        flaw = leaf.flaw()
+        if flaw:
+            raise self._bad(flaw)
+        super()._leaf(names, key, leaf)
+        number = len(self.leaves) - 1
+        same = (id(leaf),) if leaf.storage is None else _VIEW(leaf)
+        first = self._first.setdefault(same, number)
+        if first != number:
+            self.ties[first] = self.ties[number] = first
+
+
+def _children(node: Any) -> Iterable[Any]:
+    """The values in a container; none in anything else."""
+    return node.values() if isinstance(node, dict) else node if type(node) in (list, tuple) else ()
+
+
+def _like(node: Any, values: list[Any], attributes: Mapping[str, Any]) -> Any:
+    """A container with other values, and with attributes; anything else as it is."""
+    if not isinstance(node, dict):
+        return type(node)(values) if type(node) in (list, tuple) else node
+    made = type(node)(zip(node, values, strict=True))
+    if attributes:
+        vars(made).update(attributes)
+    return made
 
 
 def _check_kind(file: OpenFile) -> None:

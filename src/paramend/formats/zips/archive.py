@@ -61,8 +61,7 @@ class Offsets(NamedTuple):
 
 class Archive:
     """The members of a zip file by name, in the order of the central directory; folders are left out. `BadCheckpoint`
-    if readers could see it in two ways.
-    """
+    if readers could see it in two ways."""
 
     def __init__(self, file: OpenFile) -> None:
         self.file = file
@@ -299,8 +298,7 @@ def _widen(
     extra: bytes, nbytes: int, packed: int, header: int, file: OpenFile, name: str, *, lax: bool = False
 ) -> tuple[int, int, int]:
     """Length, length in the archive and offset, from the zip64 field of a header where the narrow fields overflow.
-    `lax` allows padding that is not an extra field: some writers align members with it.
-    """
+    `lax` allows padding that is not an extra field: some writers align members with it."""
     wide: bytes | None = None
     at = 0
     while at + 4 <= len(extra):
