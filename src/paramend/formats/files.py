@@ -20,6 +20,15 @@ from paramend.reports import wording
 
 _SMALL = 1 << 20
 
+# How files begin that no format here is, what they are, and a hint.
+FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
+    (b"\x89HDF", "an HDF5 file", ""),
+    (b"GGUF", "a GGUF file", ""),
+    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
+    (b"<", "a web page (HTML or XML)", "download the file itself"),
+)
+
 
 class OpenFile:
     """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid.

@@ -4,9 +4,7 @@ A model that is assembled from others (deepened, warm-started, stacked) is a lis
 their bytes from file to file, as it does for an edited checkpoint.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +67,6 @@ class Gathered(Gathering):
         """The formats of the files that a leaf is read from; "" among them if some of it is in memory or computed."""
         return {each.source.format if isinstance(each, Stored) else "" for each in self.origins[number].stored()}
 
-    @property
-    def stats(self) -> Mapping[Path, os.stat_result]:
-        found: dict[Path, os.stat_result] = {}
-        for source in self.sources:
-            found |= source.stats
-        return found
-
     def extents(self, number: int) -> list[Extent] | None:
         """Where the bytes of a leaf are, one extent after the other; None if some are computed."""
         return self.origins[number].extents
@@ -83,11 +74,6 @@ class Gathered(Gathering):
     def ranges(self, number: int) -> Iterator[tuple[int, int]]:
         """Ranges of the elements of a leaf, first to last, that are best read one by one."""
         return self.origins[number].ranges()
-
-    def close(self) -> None:
-        with ExitStack() as stack:
-            for source in self.sources:
-                stack.callback(source.close)
 
 
 def leaf_of(source: Any, number: int) -> Origin:

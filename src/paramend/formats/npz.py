@@ -18,8 +18,7 @@ from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
 from paramend.formats.source import check_readable, in_numpy
-from paramend.formats.zips.archive import STORED, Archive, Member
-from paramend.formats.zips.source import ZipSource
+from paramend.formats.zips.archive import STORED, Archive, Member, ZipSource
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype

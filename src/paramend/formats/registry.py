@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
-from paramend.formats.files import OpenFile, near
+from paramend.formats.files import FOREIGN, OpenFile, near
 from paramend.formats.index import is_index, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
@@ -188,16 +188,6 @@ DEFAULT = FORMATS[0]
 # How the names of checkpoints end.
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
-# How other files begin, what they are, and a hint.
-_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
-    (b"\x89HDF", "an HDF5 file", ""),
-    (b"GGUF", "a GGUF file", ""),
-    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
-    (b"<", "a web page (HTML or XML)", "download the file itself"),
-)
-
-
 # Suffixes of formats that cannot be written here: those of weights, and others.
 FOREIGN_WEIGHTS = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
 FOREIGN_SUFFIXES = (
@@ -214,7 +204,7 @@ def writable() -> list[Format]:
 def find_format(path: Path, head: bytes) -> Format | None:
     """The format of a file with these first bytes, or of a directory; None if none is recognised."""
     # The length of a safetensors header may look like the first byte of something else.
-    if any(head.startswith(magic) for magic, _, _ in _FOREIGN) and not _is_safetensors(path, head):
+    if any(head.startswith(magic) for magic, _, _ in FOREIGN) and not _is_safetensors(path, head):
         return None
     return next((row for row in FORMATS if row.recognise(path, head)), None)
 
@@ -359,7 +349,7 @@ def _unknown(path: Path, head: bytes) -> BadCheckpoint:
             f"{path}: it is a tar archive, which may hold a checkpoint",
             hint=f"tar -xf {path}, then open what was in it",
         )
-    for magic, what, hint in _FOREIGN:
+    for magic, what, hint in FOREIGN:
         if head.startswith(magic):
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)
     return BadCheckpoint(

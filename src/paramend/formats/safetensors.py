@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 
-from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.files import FOREIGN, FileSource, OpenFile
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors_header import MAX_HEADER, Header, SafetensorsWriter, parse_header
 from paramend.leaves.leaves import Index, separator_of, uncollected
@@ -18,15 +18,10 @@ from paramend.reports import wording
 
 WRITER = SafetensorsWriter()
 
-# How other files begin, what they are, and a hint.
-_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
+_FOREIGN = (
+    *FOREIGN,
     (b"PK\x03\x04", "a zip file, as torch.save and numpy.savez write them, not safetensors", ""),
-    (b"\x89HDF", "an HDF5 file, not safetensors", ""),
-    (b"GGUF", "a GGUF file, not safetensors", ""),
-    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
     (b"\x80", "a Python pickle, as old versions of torch.save write it, not safetensors", ""),
-    (b"<", "a web page (HTML or XML), not safetensors", "download the file itself"),
 )
 
 

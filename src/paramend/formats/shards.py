@@ -105,11 +105,8 @@ class Shards(Gathering):
         return self.origin(number)
 
     @property
-    def stats(self) -> Mapping[Path, os.stat_result]:
-        found: dict[Path, os.stat_result] = {}
-        for file in self.files:
-            found |= file.stats
-        return found
+    def sources(self) -> Sequence[Any]:
+        return self.files
 
     def overlaps(self, number: int) -> tuple[int, ...]:
         place, inner = self._homes[number]
@@ -122,10 +119,6 @@ class Shards(Gathering):
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
         return self._opened(number).read_range(start, stop)
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
 
 
 def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callable[[str], bool]) -> Shards | None:

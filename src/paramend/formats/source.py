@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -69,6 +69,20 @@ class Gathering(Opened):
     def origin(self, number: int) -> Origin:
         """Where a leaf comes from."""
         raise NotImplementedError
+
+    @property
+    def sources(self) -> Sequence[Any]:
+        """The sources that leaves come from."""
+        raise NotImplementedError
+
+    @property
+    def stats(self) -> Mapping[Path, os.stat_result]:
+        return {path: status for source in self.sources for path, status in source.stats.items()}
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for source in self.sources:
+                stack.callback(source.close)
 
     def spec(self, number: int) -> Spec:
         return self.origin(number).spec

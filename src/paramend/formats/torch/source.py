@@ -23,8 +23,7 @@ from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
 from paramend.formats.torch.writer import TorchWriter
-from paramend.formats.zips.archive import STORED, Archive, Member
-from paramend.formats.zips.source import ZipSource
+from paramend.formats.zips.archive import STORED, Archive, Member, ZipSource
 from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline, outline

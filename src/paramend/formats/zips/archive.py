@@ -8,13 +8,15 @@ all over the file, so each is read when its member is first used: opening reads 
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from paramend.errors import BadArgument, BadCheckpoint
-from paramend.formats.files import OpenFile
+from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.limits import shown
+from paramend.leaves.origins.origin import Extent
 from paramend.reports import wording
 
 STORED = 0
@@ -101,10 +103,11 @@ class Archive:
             raise self.bad(name, "its bytes do not match their checksum (CRC32)")
         return data
 
-    def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Member]:
-        """The members that hold these ranges of bytes (start, stop); `BadArgument` if one is not within a member."""
+    def touched(self, extents: Iterable[Extent]) -> list[Member]:
+        """The members that hold these bytes of the file; `BadArgument` if an extent is not within a member."""
         found: dict[str, Member] = {}
-        for start, stop in ranges:
+        for extent in extents:
+            start, stop = extent.start, extent.start + extent.nbytes
             if start >= stop:
                 continue
             at = bisect_right(self._headers, start) - 1
@@ -114,20 +117,6 @@ class Archive:
                 raise BadArgument(f"{self.file.path}: the bytes {start:,} to {stop:,} are not within one member")
             found[member.name] = member
         return list(found.values())
-
-    def checksums(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, bytes]]:
-        """The writes, as (offset, bytes), that correct the checksums after these ranges of bytes changed.
-
-        Each changed member is read once, in chunks.
-        """
-        out: list[tuple[int, bytes]] = []
-        for member in self.touched(ranges):
-            place = self.offsets(member.name)
-            crc = 0
-            for at in range(place.start, place.start + member.packed, _CHUNK):
-                crc = zlib.crc32(self.file.read(at, min(_CHUNK, place.start + member.packed - at)), crc)
-            out += [(offset, crc.to_bytes(4, "little")) for offset in place.crcs]
-        return out
 
     def _check_apart(self) -> None:
         """Raise if members overlap, or do not begin the file, as far as the central directory tells."""
@@ -179,6 +168,30 @@ class Archive:
     def _limit(self, member: Member) -> int:
         at = bisect_right(self._headers, member.header)
         return self._headers[at] if at < len(self._headers) else self._directory
+
+
+class ZipSource(FileSource):
+    """A source over one zip file, an `archive` whose members are not compressed where they can be patched."""
+
+    archive: Archive
+
+    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
+        members = self.archive.touched(extents)
+        return [Extent(self.path, at, 4) for member in members for at in self.archive.offsets(member.name).crcs]
+
+    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
+        """The writes, as (file, offset, bytes), that correct the checksums after these bytes changed.
+
+        Each changed member is read once, in chunks.
+        """
+        out: list[tuple[Path, int, bytes]] = []
+        for member in self.archive.touched(extents):
+            place = self.archive.offsets(member.name)
+            crc = 0
+            for at in range(place.start, place.start + member.packed, _CHUNK):
+                crc = zlib.crc32(self._file.read(at, min(_CHUNK, place.start + member.packed - at)), crc)
+            out += [(self.path, offset, crc.to_bytes(4, "little")) for offset in place.crcs]
+        return out
 
 
 def names_in(file: OpenFile) -> Iterator[str]:
