@@ -66,6 +66,17 @@ def reading(path: Path, flags: int = 0) -> Iterator[int]:
         release(descriptor)
 
 
+@contextlib.contextmanager
+def durable(path: Path, flags: int = 0) -> Iterator[int]:
+    """The descriptor of a file, open for writing, whose content is durable in the end; a new one is private."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        release(descriptor)
+
+
 def write_file(path: Path, data: Bytes) -> None:
     """Write a whole file, over whatever it held before. It is not yet durable."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

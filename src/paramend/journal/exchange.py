@@ -18,7 +18,7 @@ import numpy as np
 
 from paramend.disk.failures import ELSEWHERE, linked
 from paramend.disk.identity import changed, check_unchanged
-from paramend.disk.io import get_into, put, release
+from paramend.disk.io import durable, get_into, put, reading, release
 from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
 from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import CannotWrite
@@ -29,6 +29,7 @@ from paramend.journal.writer import Writer, new_head
 from paramend.reports.progress import Meter
 
 STAGED, BACK = "new", "back"
+_AS_IT_IS = os.O_NOFOLLOW | os.O_NONBLOCK  # neither what a link leads to, nor waiting for a pipe
 
 
 class NewFiles:
@@ -304,16 +305,13 @@ class _OneOpen:
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
+    with reading(path, _AS_IT_IS) as descriptor:
         size = os.fstat(descriptor).st_size
         buffer = memoryview(bytearray(min(BUFFER, size)))
         for start in range(0, size, BUFFER):
             view = buffer[: min(BUFFER, size - start)]
             get_into(view, descriptor, start, path)
             yield view
-    finally:
-        release(descriptor)
 
 
 _ABSENT = bytes(32)
@@ -336,28 +334,19 @@ def _digest_of(path: Path) -> bytes:
 
 def _witness_of(path: Path) -> bytes:
     """The size of a file and the digest of samples of it; nothing if there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return b""
-    try:
+    with contextlib.suppress(FileNotFoundError), reading(path, _AS_IT_IS) as descriptor:
         none = Ranges(np.empty((0, 4), np.int64))
         size = os.fstat(descriptor).st_size
         return f"{size}\0{witness(descriptor, size, none, 0, path)}".encode()
-    finally:
-        release(descriptor)
+    return b""
 
 
 def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
+    with durable(path, os.O_CREAT | os.O_EXCL) as descriptor:
         for piece in pieces:
             put(descriptor, piece)
-        os.fsync(descriptor)
-    finally:
-        release(descriptor)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ from typing import Any
 import numpy as np
 
 from paramend.disk.failures import reason
-from paramend.disk.io import get, get_into, put, release
+from paramend.disk.io import durable, get, get_into, put, release
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.journal import claims
@@ -259,14 +259,10 @@ class Record:
         """Add the current states of the files, durably."""
         payload = states_text(states)
         framed = FRAME.pack(b"FILE", len(payload)) + payload
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
+        with durable(self.path) as descriptor:
             end = self._frames[-1].stop
             os.ftruncate(descriptor, end)  # removes a note that was cut short
             put(descriptor, framed + hashlib.sha256(framed).digest(), end)
-            os.fsync(descriptor)
-        finally:
-            release(descriptor)
         self.nbytes = os.fstat(self._descriptor).st_size
         self._frames = self._read_frames()
         self.__dict__.pop("states", None)
