@@ -65,10 +65,8 @@ def generator(seed: int, place: Site) -> np.random.Generator:
 
 
 def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> Array:
-    """Standard normal values, float64 for float64 leaves and float32 for all others.
-
-    Drawing a shape at once or in consecutive pieces yields the same numbers.
-    """
+    """Standard normal values, float64 for float64 leaves and float32 for all others. Drawing a shape at once or in
+    consecutive pieces yields the same numbers."""
     return rng.standard_normal(tuple(shape), dtype=np.float64 if dtype == "float64" else np.float32)
 
 
@@ -93,10 +91,8 @@ def initialize(name: str, rng: np.random.Generator, spec: Spec, *, out_first: bo
 
 
 class Draws:
-    """Fresh values for a kernel in C order, any number at a time.
-
-    They are drawn in blocks, so that only a block is in memory; the values do not depend on the numbers requested.
-    """
+    """Fresh values for a kernel in C order, any number at a time. They are drawn in blocks, so that only a block is in
+    memory; the values do not depend on the numbers requested."""
 
     def __init__(self, name: str, rng: np.random.Generator, spec: Spec, *, out_first: bool) -> None:
         scale, fan, self._distribution = INITIALIZERS[name]

@@ -18,10 +18,8 @@ def on_host(value: Any) -> Any:
 
 
 def damage(value: Any, dtype: str) -> tuple[int, int]:
-    """How many values overflow in another dtype (become inf, NaN or another number), and how many are lost in it.
-
-    A value is lost if it becomes zero or loses its fraction; rounding is not counted, nor are traced values.
-    """
+    """How many values overflow in another dtype (become inf, NaN or another number), and how many are lost in it. A
+    value is lost if it becomes zero or loses its fraction; rounding is not counted, nor are traced values."""
     if holds(dtype, backend(value).spec(value).dtype):
         return 0, 0
     before = on_host(value)

@@ -95,10 +95,8 @@ def tour(
     progress: Callable[[TourRow], object] | None = None,
 ) -> Report:
     """Train a classifier, run the steps on it, write all files to the folder at the end, and return the report.
-
     `progress` is called with each row when its step is done. `CannotWrite` if the folder holds files and not `force`,
-    or cannot be written to: then nothing was done.
-    """
+    or cannot be written to: then nothing was done."""
     began = time.monotonic()
     rows: list[TourRow] = []
     with workplace(folder, force=force) as place:

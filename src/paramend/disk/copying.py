@@ -77,10 +77,8 @@ _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 
 
 class WriteBack:
-    """Write-back of a growing file to the disk, window by window, so that the final sync has little left to do.
-
-    Without it, a large copy fills the memory with dirty pages. Where the system lacks the call, it does nothing.
-    """
+    """Write-back of a growing file to the disk, window by window, so that the final sync has little left to do. Without
+    it, a large copy fills the memory with dirty pages. Where the system lacks the call, it does nothing."""
 
     def __init__(self, target: int) -> None:
         self._target = target

@@ -95,10 +95,8 @@ def create_file(path: Path, access: Access) -> int:
 
 
 def settle(path: int | Path, access: Access) -> None:
-    """Give a file or folder its owner, group and permissions, as far as the system allows.
-
-    It was made with those of the program, or narrower ones: what the system refuses leaves it more private.
-    """
+    """Give a file or folder its owner, group and permissions, as far as the system allows. It was made with those of
+    the program, or narrower ones: what the system refuses leaves it more private."""
     now = os.stat(path)  # noqa: PTH116 - of descriptors too
     mode = access.here(now).mode & _ALL
     for uid in dict.fromkeys((access.uid, -1)):

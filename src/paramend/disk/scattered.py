@@ -34,11 +34,9 @@ def gather(descriptor: int, ranges: Array, name: Path) -> bytearray:
 
 
 def scatter(descriptor: int, ranges: Array, data: Bytes, name: Path, leaves: Array | None = None) -> None:
-    """Write bytes into ranges (start, stop) of a file: the first into the first, and so on.
-
-    `leaves` has the leaf of each range. If there are thousands, those of one leaf that are less than a page apart are
-    written together with the bytes between them, which stay.
-    """
+    """Write bytes into ranges (start, stop) of a file: the first into the first, and so on. `leaves` has the leaf of
+    each range. If there are thousands, those of one leaf that are less than a page apart are written together with the
+    bytes between them, which stay."""
     view = memoryview(data).cast("B")
     apart = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1]) + 1
     if len(apart) + 1 < len(ranges):  # some touch

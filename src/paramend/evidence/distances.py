@@ -149,10 +149,8 @@ def bits(x: Array) -> Array:
 
 
 def ulps(a: Array, b: Array) -> Array:
-    """How many steps from one float to the next separate floats of one dtype without NaN.
-
-    Floats are in the order of their bits, read as sign and magnitude.
-    """
+    """How many steps from one float to the next separate floats of one dtype without NaN. Floats are in the order of
+    their bits, read as sign and magnitude."""
     name, width = a.dtype.name, 8 * a.dtype.itemsize
     x, y = bits(a), bits(b)
     lift = width - BITS[name]  # a float of 4 bits has its sign there

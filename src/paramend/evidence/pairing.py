@@ -20,10 +20,8 @@ class Match:
 
 
 def matches(old: Leaves, new: Leaves) -> list[Match]:
-    """The leaves of two trees paired by name, in the order of the old tree; added leaves come last.
-
-    `fc.weight` in a state dict is fc → weight in a module. A leaf with several paths is looked for under all of them.
-    """
+    """The leaves of two trees paired by name, in the order of the old tree; added leaves come last. `fc.weight` in a
+    state dict is fc → weight in a module. A leaf with several paths is looked for under all of them."""
     before, after = _named(old), _named(new)
     kept = {_one(old, number) for name, number in before.items() if name in after}
     known = {_one(new, number) for name, number in after.items() if name in before}

@@ -111,11 +111,9 @@ def _home(leaves: Any, number: int) -> Any:
 
 
 class Desk:
-    """The buffers, one per slot, and the open files of one thread; files are closed when the desk is left.
-
-    Bytes are copied into the buffers, not mapped, though maps are faster: the process would end with SIGBUS if another
-    program truncated a file meanwhile.
-    """
+    """The buffers, one per slot, and the open files of one thread; files are closed when the desk is left. Bytes are
+    copied into the buffers, not mapped, though maps are faster: the process would end with SIGBUS if another program
+    truncated a file meanwhile."""
 
     _here = threading.local()
 

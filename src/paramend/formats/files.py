@@ -31,10 +31,8 @@ FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 
 class OpenFile:
-    """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid.
-
-    A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
-    """
+    """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid. A
+    copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file."""
 
     def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
         self.path = Path(path)

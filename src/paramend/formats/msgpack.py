@@ -22,10 +22,8 @@ WRITER = MsgpackWriter()
 
 
 class MsgpackFile(FileSource):
-    """One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening skips the arrays.
-
-    Arrays and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file.
-    """
+    """One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening skips the arrays. Arrays
+    and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file."""
 
     format = "msgpack"
     rows: Sequence[MsgpackEntry]

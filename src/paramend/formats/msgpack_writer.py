@@ -28,10 +28,8 @@ class Extension(NamedTuple):
 
 class MsgpackWriter:
     """Lays out files that `flax.serialization.from_bytes` reads: nested maps of arrays and plain values, by their keys.
-
     Lists and tuples become maps by position, as flax writes them; those of a msgpack file stay lists. The metadata of
-    other formats is left out: flax would take it for parameters.
-    """
+    other formats is left out: flax would take it for parameters."""
 
     seals = False
     copies_raw = False

@@ -22,10 +22,8 @@ DESCRS = {name: np.dtype(name).newbyteorder("<").str for name in _NATIVE}
 
 
 class NpzWriter:
-    """Lays out files that `numpy.load` reads and maps: each leaf uncompressed, its bytes aligned.
-
-    Other files of an archive are kept; all other metadata of a source has no place, and is left out.
-    """
+    """Lays out files that `numpy.load` reads and maps: each leaf uncompressed, its bytes aligned. Other files of an
+    archive are kept; all other metadata of a source has no place, and is left out."""
 
     seals = True
     copies_raw = False

@@ -79,10 +79,8 @@ def _is_zip(path: Path, head: bytes) -> bool:
 
 
 def _holds_pickle(path: Path) -> bool:
-    """Whether a zip file is one of torch: it holds `<name>/data.pkl`, and no arrays of numpy beside that folder.
-
-    For an archive that is damaged, or of neither kind, the name decides.
-    """
+    """Whether a zip file is one of torch: it holds `<name>/data.pkl`, and no arrays of numpy beside that folder. For an
+    archive that is damaged, or of neither kind, the name decides."""
     with contextlib.suppress(BadCheckpoint), contextlib.closing(OpenFile(path)) as file:
         names = [name for name in names_in(file) if name.endswith((".npy", "/data.pkl"))]
         folders = tuple(name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl"))

@@ -26,10 +26,8 @@ _FOREIGN = (
 
 
 class SafetensorsFile(FileSource):
-    """One safetensors file as `Leaves`. Opening reads the header; arrays are read on demand.
-
-    A leaf's number is its position in the order of the bytes.
-    """
+    """One safetensors file as `Leaves`. Opening reads the header; arrays are read on demand. A leaf's number is its
+    position in the order of the bytes."""
 
     format = "safetensors"
 

@@ -65,9 +65,7 @@ class Header:
 
     def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
         """The header of a file that keeps these tensors, by position in `entries`, under these names and specs.
-
-        Metadata, unknown fields and both orders are kept. If nothing changes the header is byte for byte the same.
-        """
+        Metadata, unknown fields and both orders are kept. If nothing changes the header is byte for byte the same."""
         if len(kept) == len(self.entries) and all(
             (entry.name, entry.spec) == kept.get(i) for i, entry in enumerate(self.entries)
         ):

@@ -13,10 +13,8 @@ from paramend.leaves.specs import BITS, Array, Spec
 
 
 class Source(Leaves, Protocol):
-    """A checkpoint file or directory, opened for reading: `Leaves` on disk.
-
-    Opening reads headers only. Every format has a module in this folder that makes such objects.
-    """
+    """A checkpoint file or directory, opened for reading: `Leaves` on disk. Opening reads headers only. Every format
+    has a module in this folder that makes such objects."""
 
     path: Path
 
@@ -178,10 +176,8 @@ def check_readable(leaves: Leaves, number: int) -> None:
 
 
 def padded(dtype: str) -> str:
-    """Why leaves of a file with a byte for each value cannot be read, or "": other formats pack these floats.
-
-    No other format stores integers of 4 bits.
-    """
+    """Why leaves of a file with a byte for each value cannot be read, or "": other formats pack these floats. No other
+    format stores integers of 4 bits."""
     if BITS[dtype] % 8 and dtype.startswith("float"):
         return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
     return ""

@@ -28,10 +28,8 @@ class _Frame(NamedTuple):
 
 
 class Walk:
-    """The leaves of a structure, found in one walk that is bounded in depth and length.
-
-    Containers may be in several places, but not within themselves.
-    """
+    """The leaves of a structure, found in one walk that is bounded in depth and length. Containers may be in several
+    places, but not within themselves."""
 
     kind: type  # the type of leaves
     separator: str

@@ -34,11 +34,9 @@ class LeafBytes(NamedTuple):
 
 
 class Writer(Protocol):
-    """Lays out files of one format. A format's module has one under the name `WRITER`.
-
-    The parts of a file tell the engine its length. It lets the kernel copy what is in other files, and computes the
-    rest. A format whose checkpoints are folders has `write` instead of `seals` and `parts`: see `OrbaxWriter`.
-    """
+    """Lays out files of one format. A format's module has one under the name `WRITER`. The parts of a file tell the
+    engine its length. It lets the kernel copy what is in other files, and computes the rest. A format whose checkpoints
+    are folders has `write` instead of `seals` and `parts`: see `OrbaxWriter`."""
 
     copies_raw: bool  # whether leaves from files of this format are copied unchanged, whatever `refusal` says of them
     flat: bool  # whether a file is a table of names, without containers

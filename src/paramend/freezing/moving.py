@@ -7,10 +7,8 @@ _COLLECTIONS = frozenset({"batch_stats", "cache", "intermediates", "perturbation
 
 
 def moved_by_model(tree: Tree) -> frozenset[int]:
-    """The numbers of the leaves that the model moves itself: statistics, counts of random keys, caches.
-
-    They are told by their Variables (NNX), by their collection (Flax), or by the state that they are in (Equinox).
-    """
+    """The numbers of the leaves that the model moves itself: statistics, counts of random keys, caches. They are told
+    by their Variables (NNX), by their collection (Flax), or by the state that they are in (Equinox)."""
     index = tree.index
     found = set()
     for kind, start, stop in index.spans:

@@ -106,11 +106,9 @@ def _key(event: Event) -> Any:
 
 
 def _switch(phase: Any, branches: list[Callable[[], Any]], gone: list[tuple[bool, ...]], held: Any) -> Any:
-    """The result of the branch of this phase, from a compiled switch.
-
-    All branches of a switch must agree on dtypes, and a moment in bfloat16 becomes float32 when it is updated with a
-    float32 gradient: so both become their common dtype, which holds either exactly.
-    """
+    """The result of the branch of this phase, from a compiled switch. All branches of a switch must agree on dtypes,
+    and a moment in bfloat16 becomes float32 when it is updated with a float32 gradient: so both become their common
+    dtype, which holds either exactly."""
     left = {place for flags in gone for place, flag in enumerate(flags) if flag}
     seen: list[Any] = []
     voids: Any = None

@@ -52,11 +52,9 @@ class _Found:
 
 
 class Finder:
-    """The places of a schedule in trees of parameters.
-
-    What `init` finds holds for every update of leaves with the same names and shapes: a selector may ask for dtypes
-    that gradients do not have, or for classes that the pure arrays of an NNX module do not have.
-    """
+    """The places of a schedule in trees of parameters. What `init` finds holds for every update of leaves with the same
+    names and shapes: a selector may ask for dtypes that gradients do not have, or for classes that the pure arrays of
+    an NNX module do not have."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -161,11 +159,9 @@ def _regions(clauses: list[tuple[Clause, set[int]]], number: int, shape: tuple[i
 
 
 def named(params: Any) -> tuple[Tree, Any, dict[int, int]]:
-    """The leaves with their names, the structure, and the place of each leaf in JAX's order.
-
-    Each leaf is replaced by its spec. So Python numbers are leaves here, as they are in JAX, and one array at two
-    places is two parameters, as it is to an optimizer and under `jit`.
-    """
+    """The leaves with their names, the structure, and the place of each leaf in JAX's order. Each leaf is replaced by
+    its spec. So Python numbers are leaves here, as they are in JAX, and one array at two places is two parameters, as
+    it is to an optimizer and under `jit`."""
     leaves, structure = jax.tree.flatten(params)
     specs = [_spec(leaf) for leaf in leaves]
     return Tree(structure.unflatten(specs)), structure, {id(spec): place for place, spec in enumerate(specs)}

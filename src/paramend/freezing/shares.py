@@ -67,11 +67,9 @@ class Shares:
     def held(
         self, places: list[FrozenPlace], now: list[Any], always: tuple[bool, ...], like: Any, before: Any, after: Any
     ) -> Any:
-        """The state after an update, in which the moments of frozen slices are what they were before.
-
-        These are the arrays that belong to the leaf and have its shape. Arrays that mix the elements of a leaf, such
-        as the row and column statistics of factored optimizers, belong to the whole leaf.
-        """
+        """The state after an update, in which the moments of frozen slices are what they were before. These are the
+        arrays that belong to the leaf and have its shape. Arrays that mix the elements of a leaf, such as the row and
+        column statistics of factored optimizers, belong to the whole leaf."""
         whole, _ = self._paths(always, like)
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(like)]
         owner: dict[Any, int] = {}

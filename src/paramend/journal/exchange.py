@@ -34,10 +34,8 @@ _AS_IT_IS = os.O_NOFOLLOW | os.O_NONBLOCK  # neither what a link leads to, nor w
 
 class NewFiles:
     """New files that are about to replace those of a checkpoint, staged in a folder, each at its path in the
-    checkpoint.
-
-    The manifest of a database, or the index of shards, comes last among the names: it puts the other files into effect.
-    """
+    checkpoint. The manifest of a database, or the index of shards, comes last among the names: it puts the other files
+    into effect."""
 
     def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
         """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
@@ -197,10 +195,8 @@ class WholeFiles:
                 sync_folder(folder)
 
     def witness_of_rest(self) -> str:
-        """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes.
-
-        "" for a database: its manifest, which is among the replaced files, identifies it.
-        """
+        """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes. ""
+        for a database: its manifest, which is among the replaced files, identifies it."""
         if MANIFEST in self.names:
             return ""
         mine, rest = set(self.names), []
@@ -351,10 +347,8 @@ def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
 
 @contextlib.contextmanager
 def _folder_of(base: Path, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-    """(descriptor of the folder of a file of a checkpoint, the last part of its name).
-
-    It is opened part by part, so that no link leads out of the checkpoint, even one that is created meanwhile.
-    """
+    """(descriptor of the folder of a file of a checkpoint, the last part of its name). It is opened part by part, so
+    that no link leads out of the checkpoint, even one that is created meanwhile."""
     *above, last = name.split("/")
     descriptor = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -203,10 +203,8 @@ def _cover(lesson: Lesson, tried: Sequence[_Tried], failed: Sequence[int]) -> tu
 
 
 def _alike(tried: _Tried, mistaken: Observation) -> bool:
-    """Whether the solution did what the mistake does.
-
-    A wrong result is compared alone. Only if the result is right do other facts distinguish mistakes.
-    """
+    """Whether the solution did what the mistake does. A wrong result is compared alone. Only if the result is right do
+    other facts distinguish mistakes."""
     bare = [Observation(one.result, one.raised) for one in (tried.got, tried.want, mistaken)]
     return not (differences(bare[0], bare[2]) if differences(bare[0], bare[1]) else differences(tried.got, mistaken))
 

@@ -36,10 +36,8 @@ class Raised:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a call returned or raised, with facts about what it did, by name.
-
-    Facts that could not be seen, such as values inside `jit`, are missing and not compared.
-    """
+    """What a call returned or raised, with facts about what it did, by name. Facts that could not be seen, such as
+    values inside `jit`, are missing and not compared."""
 
     result: Any = None
     raised: Raised | None = None

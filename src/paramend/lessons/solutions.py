@@ -21,9 +21,7 @@ _count = itertools.count()
 
 def load(path: str | Path, parameters: Sequence[str]) -> Callable[..., Any]:
     """The function `solve` of a Python file, which is run as a module, without code under `if __name__ == "__main__"`.
-
-    `BadArgument` names the file, and if known the line, if it fails or has no `solve` that takes `parameters`.
-    """
+    `BadArgument` names the file, and if known the line, if it fails or has no `solve` that takes `parameters`."""
     path = Path(path)
     module = _run(path, _source(path))
     call = f"solve({', '.join(parameters)})"

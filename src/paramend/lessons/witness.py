@@ -157,10 +157,8 @@ def _trees(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _as_trained(variables: Any, rngs: Any, *, half: bool) -> Any:
-    """The same tree with random values in biases that are zero; all floats in bfloat16 if `half`.
-
-    The values depend only on the key and the path, so that `init` called twice returns the same tree.
-    """
+    """The same tree with random values in biases that are zero; all floats in bfloat16 if `half`. The values depend
+    only on the key and the path, so that `init` called twice returns the same tree."""
     key = rngs.get("params") if isinstance(rngs, Mapping) else rngs
 
     def leaf(path: tuple[Any, ...], value: Any) -> Any:

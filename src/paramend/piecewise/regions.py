@@ -27,11 +27,9 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The elements of a slice, as contiguous runs of `run` elements in the leaf, in the order of the slice.
-
-    `first` is added to all positions; the runs are numbered over the axes in C order. If the slice repeats elements of
-    the leaf, `last` are the places in the slice whose values count.
-    """
+    """The elements of a slice, as contiguous runs of `run` elements in the leaf, in the order of the slice. `first` is
+    added to all positions; the runs are numbered over the axes in C order. If the slice repeats elements of the leaf,
+    `last` are the places in the slice whose values count."""
 
     shape: tuple[int, ...]
     run: int
@@ -83,11 +81,9 @@ class Region:
         return Region(self.shape, self.run, self.first, tuple(axes), self.last)
 
     def pieces(self, budget: int, slack: int) -> Iterator[tuple[int, Array, int]]:
-        """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length).
-
-        The budget is about how many elements of the leaf a piece may span; neighbouring short runs, with gaps of less
-        than `slack` elements, count with the gaps between them.
-        """
+        """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length). The
+        budget is about how many elements of the leaf a piece may span; neighbouring short runs, with gaps of less than
+        `slack` elements, count with the gaps between them."""
         if not self.size:
             return
         if self.run >= budget:

@@ -136,9 +136,7 @@ class _Search:
 
     def by_name(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> None:
         """Pair units of one name, where the numbers of such names agree too: `fc1`, `fc2` are not `fc_0`, `fc_1`.
-
-        Numbers that Flax and Haiku give are no names: the order of calls goes before them.
-        """
+        Numbers that Flax and Haiku give are no names: the order of calls goes before them."""
         ours, theirs = families(sources), families(targets)
         for text, members in ours.items():
             others = theirs.get(text, {})

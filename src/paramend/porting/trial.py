@@ -97,10 +97,8 @@ def _answers(plan: PortPlan) -> Iterator[tuple[tuple[str, Any], ...]]:
 
 
 def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: dict[Path, int]) -> Any:
-    """The target with random parameters, once flattened features are in its own order.
-
-    Layer by layer, as they are called: the inputs of both are equal, or equal once their channels change places.
-    """
+    """The target with random parameters, once flattened features are in its own order. Layer by layer, as they are
+    called: the inputs of both are equal, or equal once their channels change places."""
     last = plan.channels_last(plan.target)
     if plan.channels_last(plan.source) == last:
         return _made(plan, source)

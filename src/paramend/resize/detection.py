@@ -75,11 +75,9 @@ def _fits(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool:
 
 
 def _doubtful(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool:
-    """Whether the leaf may well be something that the rule is not for.
-
-    A table of positions (n, d) or (1, n, d) is certainly a grid only if a prefix token makes both counts squares, and
-    certainly a sequence only if none does and there is no leading axis, which tables for images have.
-    """
+    """Whether the leaf may well be something that the rule is not for. A table of positions (n, d) or (1, n, d) is
+    certainly a grid only if a prefix token makes both counts squares, and certainly a sequence only if none does and
+    there is no leading axis, which tables for images have."""
     if rule.kind != "positions":
         return _wide(rule, path, old, new)
     is_grid = rule.options["method"] == "bicubic"

@@ -45,10 +45,8 @@ def acceptor(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
 
 
 def taken(atoms: tuple[Atom, ...], text: str) -> Taken | None:
-    """Each wildcard of a piece with the text that it takes; None if the piece does not match.
-
-    Wildcards on the left take what they can: stars as much, choices the first option.
-    """
+    """Each wildcard of a piece with the text that it takes; None if the piece does not match. Wildcards on the left
+    take what they can: stars as much, choices the first option."""
     expression = _expression(atoms, len(text) <= _SHORT)
     if expression is not None:
         found = expression.fullmatch(text)

@@ -103,10 +103,7 @@ class _Search:
 
     def is_wider(self, segments: Segments, typed: Segments) -> bool:
         """Whether the segments name several leaves, because a key that was typed gave way to a wildcard; or most of a
-        tree, where one leaf was typed.
-
-        The few leaves beside one that does not exist are no risk.
-        """
+        tree, where one leaf was typed. The few leaves beside one that does not exist are no risk."""
         count = len(self.reach(segments)[0])
         if count > _MOST_BESIDE and not any(map(_is_many, typed)) and 2 * count > len(self.reach((AnyPieces(),))[0]):
             return True

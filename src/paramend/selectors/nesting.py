@@ -90,10 +90,8 @@ def depths(path: Sequence[Label]) -> list[int]:
 
 
 def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence[str]) -> list[int | None]:
-    """For each new piece, the place in a run of old ones of the one that it is or replaces; None if it is added.
-
-    Among the cheapest pairings, the one whose pairs are rightmost.
-    """
+    """For each new piece, the place in a run of old ones of the one that it is or replaces; None if it is added. Among
+    the cheapest pairings, the one whose pairs are rightmost."""
     old = [text_of(path[at]) for at in run]
     if len(old) == len(new) and (len(new) < 2 or old == new):
         return list(run)

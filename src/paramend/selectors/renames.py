@@ -267,11 +267,8 @@ def _captured(piece: Piece, text: str) -> _Captured | None:
 
 
 def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
-    """The labels at the positions that a piece names under one parent, and which position each is.
-
-    As in a selector: `layers[...]` means the numbered children of `layers`; where there are none, the siblings
-    `layers<number>`.
-    """
+    """The labels at the positions that a piece names under one parent, and which position each is. As in a selector:
+    `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`."""
     (step,) = steps_of((piece,))
     assert step.positions is not None
     out: dict[tuple[Label, ...], int] = {}

@@ -122,11 +122,8 @@ class Tree:
         return self._ties
 
     def _find_ties(self) -> dict[int, int]:
-        """Ties by box, and by storage of torch tensors.
-
-        Arrays of JAX and numpy are values: one object at two places (a model and its moving average at the start) is
-        not a tie, as inside `jit`, where the two are distinct.
-        """
+        """Ties by box, and by storage of torch tensors. Arrays of JAX and numpy are values: one object at two places (a
+        model and its moving average at the start) is not a tie, as inside `jit`, where the two are distinct."""
         owners: dict[int, Hashable] = {}
         torch: Any = None
         if self._structure.torch:
@@ -167,11 +164,9 @@ class Tree:
         return self._rebuilt(values, changes)
 
     def mapped(self, values: Sequence[Any]) -> Any:
-        """The same containers with other objects, one for each of `self.values`.
-
-        A torch module cannot hold other objects: its result is a dict by state dict names. That of an NNX module is a
-        State, and NNX Variables are left out.
-        """
+        """The same containers with other objects, one for each of `self.values`. A torch module cannot hold other
+        objects: its result is a dict by state dict names. That of an NNX module is a State, and NNX Variables are left
+        out."""
         if is_torch_module(self.root):
             return {self.index.path(number): values[number] for number in self.index.numbers}
         if self.boxes:
@@ -265,10 +260,8 @@ def _holds_modules(root: Any) -> bool:
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:
-    """The keys on the way to the last leaf, and those beside them if they are few.
-
-    JAX's hash of a structure ignores keys, and its equality ignores their order; a table must distinguish them.
-    """
+    """The keys on the way to the last leaf, and those beside them if they are few. JAX's hash of a structure ignores
+    keys, and its equality ignores their order; a table must distinguish them."""
     keys: list[Any] = []
     while type(node) is dict and node:
         key = next(reversed(node))

@@ -32,10 +32,8 @@ WRITER = OrbaxWriter()
 
 
 class OrbaxCheckpoint(Opened):
-    """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
-
-    In the folder of a manager the latest step is opened.
-    """
+    """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`. In
+    the folder of a manager the latest step is opened."""
 
     format = "orbax"
 
@@ -126,11 +124,9 @@ class OrbaxCheckpoint(Opened):
         return array
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis.
-
-        Whole chunks of the store are decompressed, and the last ones are kept, so that consecutive ranges share one
-        pass. Memory is bounded by the rows that a chunk spans.
-        """
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis. Whole chunks of the store are
+        decompressed, and the last ones are kept, so that consecutive ranges share one pass. Memory is bounded by the
+        rows that a chunk spans."""
         check_readable(self, number)
         spec, step = self.spec(number), self._arrays[number].rows
         inner = math.prod(spec.shape[1:]) if spec.shape else 1

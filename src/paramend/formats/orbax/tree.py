@@ -115,10 +115,8 @@ _LEAF = object()
 
 
 def _boxes(found: list[tuple[str, Keys, str, Any]], rows: Mapping[str, Any]) -> set[Keys]:
-    """The leaves that are the content of boxes: all leaves but counters are the only entry, "value", of a dict.
-
-    Orbax writes the Variables of an `nnx.state` so; the names of the module end at the Variable.
-    """
+    """The leaves that are the content of boxes: all leaves but counters are the only entry, "value", of a dict. Orbax
+    writes the Variables of an `nnx.state` so; the names of the module end at the Variable."""
     inside = Counter(keys[:at] for _, keys, _, _ in found for at in {len(keys) - 1} if keys)
     leaves = {title: keys for title, keys, kind, value in found if value is _LEAF}
     boxes = {keys for keys in leaves.values() if len(keys) > 1 and keys[-1] == BOXED and inside[keys[:-1]] == 1}

@@ -62,11 +62,9 @@ class OrbaxWriter:
         outline: Outline,
         base: Any,
     ) -> None:
-        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name.
-
-        `data` gives the bytes of the leaf at a position, in pieces of bounded size. The layout of `base` is kept, if it
-        has this format.
-        """
+        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name. `data`
+        gives the bytes of the leaf at a position, in pieces of bounded size. The layout of `base` is kept, if it has
+        this format."""
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
         given = "" if orbax else base.metadata.get("paramend.separator")

@@ -278,10 +278,7 @@ class _Machine:
 
 def check_key(key: Any) -> None:
     """Raise `Flaw` if a value cannot be a key of a dict, or only at great cost: anything but plain values and flat
-    tuples.
-
-    Tuples in tuples take exponential time to hash, and huge integers can be made to collide.
-    """
+    tuples. Tuples in tuples take exponential time to hash, and huge integers can be made to collide."""
     for part in key if type(key) is tuple else (key,):
         if type(part) is int:
             if -(2**63) <= part < 2**64:

@@ -41,10 +41,8 @@ _VIEW = attrgetter("storage.key", "offset", "shape", "stride", "dtype", "conj", 
 
 
 class TorchFile(ZipSource):
-    """One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
-
-    Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure.
-    """
+    """One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it. Tensors anywhere in
+    nested dicts, lists and tuples are leaves, numbered in the order of the structure."""
 
     format = "torch"
     tensors: list[Tensor]  # of each leaf, which elements of which storage it views

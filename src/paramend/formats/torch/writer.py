@@ -26,9 +26,7 @@ _FOLDER = "archive"
 
 class TorchWriter:
     """Lays out files that `torch.load(weights_only=True)` reads: dicts, lists and tuples of tensors and plain values.
-
-    Leaves that are tied are one tensor.
-    """
+    Leaves that are tied are one tensor."""
 
     seals = True
     copies_raw = False

@@ -180,10 +180,8 @@ class ZipSource(FileSource):
         return [Extent(self.path, at, 4) for member in members for at in self.archive.offsets(member.name).crcs]
 
     def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
-        """The writes, as (file, offset, bytes), that correct the checksums after these bytes changed.
-
-        Each changed member is read once, in chunks.
-        """
+        """The writes, as (file, offset, bytes), that correct the checksums after these bytes changed. Each changed
+        member is read once, in chunks."""
         out: list[tuple[Path, int, bytes]] = []
         for member in self.archive.touched(extents):
             place = self.archive.offsets(member.name)
