@@ -1,12 +1,15 @@
 """One step of the demo, and its outcome."""
 
+import hashlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend.demo.evidence import moved
+import numpy as np
+
+from paramend.arrays.registry import to_numpy
 from paramend.demo.patient import Patient
 from paramend.edits.selection import at
 
@@ -42,10 +45,6 @@ class DemoStep:
     code: str
     run: Callable[[Patient], Outcome]
 
-    def code_in(self, folder: Path) -> str:
-        """The code for the folder that the files are in."""
-        return command_in(self.code, folder)
-
 
 def command_in(command: str, folder: Path) -> str:
     """A command for the demo's default folder, rewritten for another folder.
@@ -54,3 +53,33 @@ def command_in(command: str, folder: Path) -> str:
     "paramend show 'my demo'/digits.safetensors"
     """
     return command.replace(f"{FOLDER}/", f"{shlex.quote(str(folder))}/")
+
+
+# ---- what changed between two trees, determined from their bytes -------------------------------------------------
+
+
+def moved(before: Any, after: Any) -> list[str]:
+    """The paths of the leaves whose bytes differ."""
+    new = at(after, "**").get()
+    return [path for path, leaf in at(before, "**") if digest(leaf) != digest(new[path])]
+
+
+def touched(before: Any, after: Any) -> list[str]:
+    """The paths of the leaves that are different objects, whatever they hold."""
+    new = at(after, "**").get()
+    return [path for path, leaf in at(before, "**") if leaf is not new[path]]
+
+
+def digest(leaf: Any) -> str:
+    """The first half of the SHA-256 of an array's bytes.
+
+    >>> digest(np.zeros(2)) == digest(-np.zeros(2))
+    False
+    """
+    return hashlib.sha256(np.ascontiguousarray(to_numpy(leaf)).tobytes()).hexdigest()[:32]
+
+
+def data_digest(file: Path) -> str:
+    """The same digest of the tensors of a safetensors file, without its header."""
+    raw = file.read_bytes()
+    return hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()[:32]

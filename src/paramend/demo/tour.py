@@ -104,7 +104,7 @@ def tour(
         for number, step in enumerate(steps, start=1):
             started = time.monotonic()
             outcome = step.run(patient)
-            rows.append(TourRow(number, step, step.code_in(folder), outcome, time.monotonic() - started))
+            rows.append(TourRow(number, step, command_in(step.code, folder), outcome, time.monotonic() - started))
             if progress is not None:
                 progress(rows[-1])
         files = sorted(file.name for file in place.iterdir())

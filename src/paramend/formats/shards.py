@@ -55,7 +55,9 @@ class Shards(Gathering):
             self._check_index(shard_index, where)
         self.ties: Mapping[int, int] = ties
         self.index = Index.of_names(names, separator_of(names))
-        self.metadata: Mapping[str, Any] = self._agreed()  # the metadata of the files, where all agree
+        first, *rest = (file.metadata for file in self.files)
+        # The metadata of the files, where all agree.
+        self.metadata = {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
 
     def outline(self) -> Outline:
         numbers = {home: number for number, home in enumerate(self._homes)}
@@ -82,10 +84,6 @@ class Shards(Gathering):
                 found = "" if place is None else f"; it is in {self.files[place].path.name}"
                 reason = f"{shard} does not hold it{found}"
                 raise bad(str(shard_index.path), f"weight_map, {shown(name)}", reason)
-
-    def _agreed(self) -> dict[str, Any]:
-        first, *rest = (file.metadata for file in self.files)
-        return {key: value for key, value in first.items() if all(other.get(key) == value for other in rest)}
 
     def home(self, number: int) -> tuple[int, int]:
         """Which of `files` holds a leaf, and the number of the leaf in it."""

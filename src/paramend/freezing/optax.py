@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from paramend.errors import NoMatch
-from paramend.freezing.moving import moved_by_model
 from paramend.freezing.phases import Phases, passed_at
-from paramend.freezing.places import Finder, FrozenPlace, dtype_of, named
+from paramend.freezing.places import Finder, FrozenPlace, dtype_of, moved_by_model, named
 from paramend.freezing.report import FrozenReport, FrozenRow
 from paramend.freezing.schedules import Schedule
 from paramend.freezing.shares import Shares

@@ -13,8 +13,7 @@ from paramend.leaves.specs import AnyTree
 from paramend.porting.models import Model
 from paramend.porting.plan import PortPlan, Renames, Rules
 from paramend.porting.proof import Proof
-from paramend.porting.refusal import refusal
-from paramend.porting.report import PortReport, reported
+from paramend.porting.report import PortReport, refusal, reported
 from paramend.porting.trial import carried, stored, tried
 
 T = TypeVar("T")

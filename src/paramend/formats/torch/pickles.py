@@ -302,11 +302,6 @@ def _text(raw: bytes) -> str:
         raise Flaw("a string is not UTF-8") from None
 
 
-def _float(raw: bytes) -> float:
-    value: float = struct.unpack(">d", raw)[0]
-    return value
-
-
 _STEPS: dict[int, Callable[[_Machine], object]] = {
     ord(code): step
     for code, step in {
@@ -322,7 +317,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
         "J": lambda m: m.integer(4),
         "\x8a": lambda m: m.integer(m.number(1)),
         "\x8b": lambda m: m.integer(m.number(4)),
-        "G": lambda m: m.stack.append(_float(m.take(8))),
+        "G": lambda m: m.stack.append(*struct.unpack(">d", m.take(8))),
         "X": lambda m: m.stack.append(_text(m.take(m.number(4)))),
         "\x8c": lambda m: m.stack.append(_text(m.take(m.number(1)))),
         "\x8d": lambda m: m.stack.append(_text(m.take(m.number(8)))),

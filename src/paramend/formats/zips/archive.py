@@ -133,7 +133,8 @@ class Archive:
         if magic != _LOCAL_MAGIC:
             raise self.bad(member.name, "it has no local header where it should begin")
         start = member.header + _LOCAL.size + name_length + extra_length
-        limit = self._limit(member)
+        follows = bisect_right(self._headers, member.header)
+        limit = self._headers[follows] if follows < len(self._headers) else self._directory
         if start + member.packed > limit:
             raise self.bad(member.name, "it runs into the next member")
         more = self.file.read(member.header + _LOCAL.size, name_length + extra_length)
@@ -164,10 +165,6 @@ class Archive:
             if raw.startswith(plain):
                 return at
         raise self.bad(member.name, "the sizes and checksum after it differ from the central directory")
-
-    def _limit(self, member: Member) -> int:
-        at = bisect_right(self._headers, member.header)
-        return self._headers[at] if at < len(self._headers) else self._directory
 
 
 class ZipSource(FileSource):
