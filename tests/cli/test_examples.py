@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from paramend.cli.fates import Outputs
+from paramend.cli.fates import Filled, Outputs
 
 
 def test_outputs():
@@ -12,3 +12,7 @@ def test_outputs():
     assert outputs() == "nothing was written"
     (folder / "a").write_text("new")
     assert outputs().replace(str(folder), "...") == "1 of 2 outputs had been written: .../a; not .../b"
+
+
+def test_filled():
+    assert Filled(Path("no/such/folder"))() == "nothing was written"

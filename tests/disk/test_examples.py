@@ -1,11 +1,13 @@
 """Examples of what the functions of disk/ give."""
 
+import errno
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from paramend.disk.failures import reason
 from paramend.disk.identity import unchanged
 from paramend.disk.io import get, put
 from paramend.disk.locks import locked
@@ -53,3 +55,7 @@ def test_gather():
 def test_best_start():
     assert best_start([(4104, 50_000, 0), (50_016, 90_000, 60_000)], 128, step=8) == 4104
     assert best_start([(4104, 5000, 0)], 128, step=8) == 128  # less than a few blocks
+
+
+def test_reason():
+    assert reason(OSError(errno.ENOSPC, "No space left on device")) == "the disk is full"

@@ -4,17 +4,18 @@ import ml_dtypes
 import numpy as np
 
 from paramend.evidence.choices import chosen
-from paramend.evidence.comparisons import Pair
-from paramend.evidence.distances import Gap, ulps
+from paramend.evidence.comparisons import Pair, same_bytes
+from paramend.evidence.distances import Gap, bits, ulps
 from paramend.evidence.histograms import histograms
 from paramend.evidence.measures import Tally
 from paramend.evidence.pairing import matches
 from paramend.evidence.permutations import transposed
+from paramend.evidence.reading import _spread
 from paramend.evidence.spectra import spectrum
-from paramend.evidence.statistics import StatsRow, together
+from paramend.evidence.statistics import StatsRow, shown, together
 from paramend.evidence.stats import measured
 from paramend.evidence.streams import stream_of
-from paramend.evidence.widening import widened
+from paramend.evidence.widening import total, widened
 from paramend.reports.progress import Meter
 from paramend.selectors.selector import sel
 from paramend.trees.tree import Tree
@@ -84,3 +85,26 @@ def test_measured():
 def test_widened():
     assert repr(widened(np.array([1.5, -0.0], ml_dtypes.float8_e5m2))) == "array([ 1.5, -0. ])"
     assert widened(np.array(["a"])) is None
+
+
+def test_same_bytes():
+    assert (same_bytes(np.array([np.nan]), np.array([np.nan])), same_bytes(np.array([0.0]), np.array([-0.0]))) == (
+        True,
+        False,
+    )
+
+
+def test_bits():
+    assert repr(bits(np.array([-0.0], "float32"))) == "array([2147483648], dtype=uint32)"
+
+
+def test_spread():
+    assert list(_spread(range(5), lambda n: n * n)) == [0, 1, 4, 9, 16]
+
+
+def test_shown():
+    assert (shown(None), shown(1234), shown(0.123456)) == ("-", "1,234", "0.1235")
+
+
+def test_total():
+    assert repr((total([1e16, 1.0, -1e16]), total([1e308, 1e308]))) == "(1.0, inf)"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -14,16 +15,21 @@ import pytest
 from paramend.errors import BadCheckpoint
 from paramend.formats.files import OpenFile
 from paramend.formats.gathered import Gathered
-from paramend.formats.index import read_index
+from paramend.formats.index import is_index, read_index
+from paramend.formats.jsontext import parse_object
+from paramend.formats.limits import shown
 from paramend.formats.msgpack import MsgpackFile
 from paramend.formats.msgpack_writer import MsgpackWriter
 from paramend.formats.npz import NpzFile
 from paramend.formats.npz_writer import NpzWriter
 from paramend.formats.orbax.source import OrbaxCheckpoint
 from paramend.formats.orbax.store import may_change
+from paramend.formats.orbax.tree import table_row
+from paramend.formats.orbax.writer import chunk_shape
 from paramend.formats.registry import open_source, weight_files
 from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import SafetensorsWriter, layout
+from paramend.formats.safetensors_header import SafetensorsWriter, annotated, framed, layout, parse_header
+from paramend.formats.torch.foreign import foreign
 from paramend.formats.torch.pickles import Flaw, Name, unpickle
 from paramend.formats.torch.recordings import Recorder, pickled
 from paramend.formats.torch.source import TorchFile
@@ -227,3 +233,45 @@ def test_zip_source_after_patch():
         for _, offset, data in file.after_patch([changed]):
             _ = raw.seek(offset), raw.write(data)
     assert zipfile.ZipFile(path).read("model/data/0") == b"aXYd"
+
+
+def test_is_index():
+    assert (is_index("model.safetensors.index.fp16.json"), is_index("faiss.index")) == (True, False)
+
+
+def test_parse_object():
+    with pytest.raises(BadCheckpoint, match=r"x\.json: index: 'a' appears twice"):
+        parse_object(b'{"a": 1, "a": 2}', "x.json", "index")
+
+
+def test_shown():
+    assert shown("a\n") == "'a\\n'"
+    assert re.fullmatch(r"'x+'\.{3} \(2,000 characters\)", shown("x" * 2000))
+
+
+def test_table_row():
+    assert table_row(("layers", 0), "np.ndarray", (2,))[0] == "('layers', '0')"
+
+
+def test_chunk_shape():
+    assert chunk_shape(Spec((3, 1 << 13, 1 << 13), "float32")) == (1, 2048, 8192)
+
+
+def test_framed():
+    assert framed(b"{}", 16) == b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "
+
+
+def test_annotated():
+    assert (
+        annotated(b'{"__metadata__":{"format":"pt"}}', "note", "1")
+        == b'{"__metadata__":{"format":"pt","note":"1"}}     '
+    )
+
+
+def test_parse_header():
+    with pytest.raises(BadCheckpoint, match=r"x\.st: data: 4 bytes after the last tensor belong to no tensor"):
+        parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12, file="x.st")
+
+
+def test_foreign():
+    assert repr(foreign("argparse", "Namespace").call()) == "<argparse.Namespace, not read>"

@@ -10,6 +10,7 @@ from paramend.checkpoints.patching import patch
 from paramend.checkpoints.whole import save
 from paramend.edits.selection import at
 from paramend.journal.claims import end, read, seal
+from paramend.journal.history import table
 from paramend.journal.ranges import Ranges, witness
 from paramend.journal.store import UndoStore
 from paramend.journal.undo import drop, history
@@ -49,3 +50,11 @@ def test_drop():
         ["zero() at a"],
         ["fill(2) at b"],
     )
+
+
+def test_table():
+    assert table([]) == ["no patches: nothing to take back"]
+
+
+def test_undo_store_of():
+    assert str(UndoStore.of("models/model.safetensors.index.json").base) == "models"

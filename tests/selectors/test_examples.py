@@ -5,8 +5,8 @@ import pytest
 from paramend.errors import SelectorError
 from paramend.leaves.leaves import Index
 from paramend.selectors.division import acceptor, taken
-from paramend.selectors.grammar import Reader
-from paramend.selectors.layers import layers_of
+from paramend.selectors.grammar import Reader, captures_of
+from paramend.selectors.layers import candidates, layers_of, without_rest
 from paramend.selectors.misses import nearest
 from paramend.selectors.nesting import PathStep, Tables
 from paramend.selectors.patterns import parse
@@ -61,3 +61,15 @@ def test_rename_over():
 def test_pieces():
     index = Index.of_names(["Dense_0.w", "Dense_9.w"])
     assert pieces((Pick(parse("Dense_[-1]").segments[0], None), PathStep("w")), index.names) == ("Dense_9", "w")
+
+
+def test_captures_of():
+    assert captures_of("stages.<s>.blocks.<n>.**") == ["s", "n"]
+
+
+def test_without_rest():
+    assert (without_rest("layers/<n>/**"), without_rest("layers[*]")) == ("layers/<n>", "layers[*]")
+
+
+def test_candidates():
+    assert [found.written("/") for found in candidates(Index.of_names(["l_0/w", "l_1/w", "head/w"], "/"))] == ["l_[*]"]

@@ -79,11 +79,7 @@ class Dropped(_Journal):
 
 
 class Filled:
-    """A folder that a command puts files into.
-
-    >>> Filled(Path("no/such/folder"))()
-    'nothing was written'
-    """
+    """A folder that a command puts files into."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.before = folder, _files(folder)

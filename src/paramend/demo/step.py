@@ -47,11 +47,7 @@ class DemoStep:
 
 
 def command_in(command: str, folder: Path) -> str:
-    """A command for the demo's default folder, rewritten for another folder.
-
-    >>> command_in("paramend show paramend-demo/digits.safetensors", Path("my demo"))
-    "paramend show 'my demo'/digits.safetensors"
-    """
+    """A command for the demo's default folder, rewritten for another folder."""
     return command.replace(f"{FOLDER}/", f"{shlex.quote(str(folder))}/")
 
 
@@ -71,11 +67,7 @@ def touched(before: Any, after: Any) -> list[str]:
 
 
 def digest(leaf: Any) -> str:
-    """The first half of the SHA-256 of an array's bytes.
-
-    >>> digest(np.zeros(2)) == digest(-np.zeros(2))
-    False
-    """
+    """The first half of the SHA-256 of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(to_numpy(leaf)).tobytes()).hexdigest()[:32]
 
 

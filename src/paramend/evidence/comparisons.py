@@ -116,11 +116,7 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def same_bytes(a: Array, b: Array) -> bool:
-    """Whether two arrays, contiguous and of one length in bytes, are equal bit by bit.
-
-    >>> same_bytes(np.array([np.nan]), np.array([np.nan])), same_bytes(np.array([0.0]), np.array([-0.0]))
-    (True, False)
-    """
+    """Whether two arrays, contiguous and of one length in bytes, are equal bit by bit."""
     if a.nbytes < _SMALL:
         return a.tobytes() == b.tobytes()
     # Unlike comparisons in numpy or of bytes, ctypes lets other threads run and allocates nothing.

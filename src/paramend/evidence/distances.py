@@ -136,11 +136,7 @@ def _differ(a: Array, b: Array) -> Array:
 
 
 def bits(x: Array) -> Array:
-    """The elements of a flat array as unsigned integers; as one row of bytes each if no integer is as wide.
-
-    >>> bits(np.array([-0.0], "float32"))
-    array([2147483648], dtype=uint32)
-    """
+    """The elements of a flat array as unsigned integers; as one row of bytes each if no integer is as wide."""
     width = x.dtype.itemsize
     x = np.ascontiguousarray(x)
     if width in (1, 2, 4, 8):

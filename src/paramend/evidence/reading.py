@@ -88,11 +88,7 @@ def _batches(tasks: Iterable[Task]) -> Iterator[Sequence[Span]]:
 
 
 def _spread(pieces: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
-    """The result of `run` for each piece, in order. Pieces are made as they are needed.
-
-    >>> list(_spread(range(5), lambda n: n * n))
-    [0, 1, 4, 9, 16]
-    """
+    """The result of `run` for each piece, in order. Pieces are made as they are needed."""
     coming = iter(pieces)
     first = list(islice(coming, 2))
     if len(first) < 2:

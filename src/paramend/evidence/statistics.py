@@ -153,9 +153,5 @@ def _spectral(rows: Sequence[StatsRow]) -> tuple[str, str, str]:
 
 
 def shown(value: float | int | None) -> str:
-    """A figure as a cell of a table.
-
-    >>> shown(None), shown(1234), shown(0.123456)
-    ('-', '1,234', '0.1235')
-    """
+    """A figure as a cell of a table."""
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

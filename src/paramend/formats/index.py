@@ -44,11 +44,7 @@ class ShardIndex:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name is the index of a model.
-
-    >>> is_index("model.safetensors.index.fp16.json"), is_index("faiss.index")
-    (True, False)
-    """
+    """Whether a file of this name is the index of a model."""
     return name.endswith(SUFFIX) or _VARIANT.fullmatch(name) is not None
 
 

@@ -1,8 +1,4 @@
-"""Safetensors files as leaves: a header that says where the bytes of every tensor are, then the bytes.
-
-The reader is stricter than the reference: a name appears once. What the reference refuses is refused here
-too, except unknown dtypes: their tensors are listed and copied, never read or edited.
-"""
+"""Safetensors files as leaves: a header that says where the bytes of every tensor are, then the bytes."""
 
 import os
 from collections.abc import Mapping

@@ -129,20 +129,12 @@ def _fresh(name: str, table: Mapping[str, Any]) -> str:
 
 
 def framed(raw: bytes, nbytes: int) -> bytes:
-    """The first `nbytes` bytes of a file: the length of the header, its JSON text, and spaces, which the format allows.
-
-    >>> framed(b"{}", 16)
-    b'\\x08\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}      '
-    """
+    """The first `nbytes` bytes of a file: the length of the header, its JSON text, and spaces, as the format allows."""
     return (nbytes - 8).to_bytes(8, "little") + raw.ljust(nbytes - 8)
 
 
 def annotated(raw: bytes, key: str, text: str) -> bytes:
-    """The JSON text of a header with one more entry in its metadata.
-
-    >>> annotated(b'{"__metadata__":{"format":"pt"}}', "note", "1")
-    b'{"__metadata__":{"format":"pt","note":"1"}}     '
-    """
+    """The JSON text of a header with one more entry in its metadata."""
     table = json.loads(raw)
     # transformers assumes torch if a file has no metadata, and requires "format" if it has some.
     metadata = table.pop(_METADATA, None) or {"format": "pt"}
@@ -167,12 +159,7 @@ def _encode(table: dict[str, Any]) -> bytes:
 
 
 def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
-    """The header, validated.
-
-    >>> parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12, file="x.st")
-    Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to no tensor
-    """
+    """The header, validated."""
     table = parse_object(raw, file, "header", flat=True)
     metadata = _metadata(table.pop(_METADATA, None), file)
     entries = [_entry(name, row, file) for name, row in table.items()]

@@ -40,11 +40,7 @@ class UndoStore:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> "UndoStore":
-        """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree.
-
-        >>> print(UndoStore.of("models/model.safetensors.index.json").base)
-        models
-        """
+        """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree."""
         path = Path(path)
         if path.name.endswith(".index.json") and not path.is_dir():
             return cls(path.parent)

@@ -30,11 +30,7 @@ ROWS = (
 
 
 def row_of(name: str) -> LessonRow:
-    """The row of that name; `kernel-replace` means `kernel_replace`, and `3` the third.
-
-    >>> row_of("3").title
-    'Freeze the first layer for one step'
-    """
+    """The row of that name; `kernel-replace` means `kernel_replace`, and `3` the third."""
     rows = {row.name: row for row in ROWS} | {str(number): row for number, row in enumerate(ROWS, 1)}
     word = name.lower().replace("-", "_")
     if word in rows:
@@ -46,11 +42,7 @@ def row_of(name: str) -> LessonRow:
 
 
 def find(name: str) -> Lesson:
-    """The lesson of that name, as `row_of` takes it; `MissingExtra` if its framework is not installed.
-
-    >>> find("kernel_replace").title
-    'Replace one kernel, keep its bias'
-    """
+    """The lesson of that name, as `row_of` takes it; `MissingExtra` if its framework is not installed."""
     row = row_of(name)
     for package in row.needs:
         need(package, extra=row.extra, to=f"run the lesson {row.name}")

@@ -45,11 +45,7 @@ class Observation:
 
 
 def observed(call: Callable[[], Any], solve: Callable[..., Any]) -> Observation:
-    """The result of a call, or the exception that left it.
-
-    >>> print(observed(lambda: {}["kernel"], len).raised)
-    KeyError: 'kernel'
-    """
+    """The result of a call, or the exception that left it."""
     try:
         return Observation(result=call())
     except (Exception, SystemExit) as error:
@@ -70,11 +66,7 @@ def _as_flax(name: str) -> str:
 
 
 def file_of(solve: Callable[..., Any]) -> str:
-    """The file of a function's code, even wrapped by `jax.jit` or `functools.wraps`; "" if it has none.
-
-    >>> file_of(file_of).endswith("observation.py"), file_of(len)
-    (True, '')
-    """
+    """The file of a function's code, even wrapped by `jax.jit` or `functools.wraps`; "" if it has none."""
     for _ in range(32):
         code = getattr(solve, "__code__", None)
         inner = getattr(solve, "__wrapped__", None) or getattr(solve, "func", None)
@@ -89,11 +81,7 @@ def file_of(solve: Callable[..., Any]) -> str:
 
 
 def place_in(error: BaseException, file: str) -> str:
-    """The last line of `file` that an exception passed through, as "answer.py, line 3", or an empty string.
-
-    >>> place_in(ValueError("not raised"), "answer.py")
-    ''
-    """
+    """The last line of `file` that an exception passed through, as "answer.py, line 3", or an empty string."""
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == file:
@@ -117,11 +105,7 @@ def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
 
 
 def outcome(observation: Observation) -> str:
-    """The result or the exception as text.
-
-    >>> outcome(Observation(result=np.zeros((2, 2))))
-    'floats (2, 2): [[0. 0.] [0. 0.]]'
-    """
+    """The result or the exception as text."""
     if observation.raised:
         return str(observation.raised)
     return sketch(observation.result)

@@ -72,11 +72,7 @@ class Region:
         return any(not isinstance(axis.positions, range) and not _ascends(axis.positions) for axis in self.axes)
 
     def ascending(self) -> "Region":
-        """The same elements in the order of the leaf.
-
-        >>> region((4,), slice(None, None, -2)).ascending().starts(0, 2).tolist()
-        [1, 3]
-        """
+        """The same elements in the order of the leaf."""
         axes = (Axis(_sorted(axis.positions), axis.stride) for axis in self.axes)
         return Region(self.shape, self.run, self.first, tuple(axes), self.last)
 
@@ -117,11 +113,7 @@ def _step(axis: Axis) -> int:
 
 
 def region(shape: tuple[int, ...], index: Any) -> Region:
-    """The elements that `x[index]` takes from an array of this shape, in its order.
-
-    >>> region((3, 4), (0, slice(1, 3)))
-    Region(shape=(2,), run=2, first=1, axes=(), last=None)
-    """
+    """The elements that `x[index]` takes from an array of this shape, in its order."""
     if index is None:
         return Region(shape, math.prod(shape), 0, ())
     inner = sliced_shape(shape, index)

@@ -216,11 +216,7 @@ _keys: Callable[[str], list[str]] = re.compile(r"(?<!\.)[/.](?!\.)").split
 
 
 def _head(path: str, depth: int) -> str:
-    """The first keys of a path.
-
-    >>> _head("layers/{0..11}/mlp/w", 2)
-    'layers/{0..11}'
-    """
+    """The first keys of a path."""
     if depth <= 0:
         return ""
     return path[: sum(len(key) + 1 for key in _keys(path)[:depth]) - 1]

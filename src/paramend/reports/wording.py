@@ -32,20 +32,12 @@ def _likely(word: str, known: Sequence[str]) -> Sequence[str]:
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "leaf", "leaves"), plural(148, "leaf", "leaves")
-    ('1 leaf', '148 leaves')
-    """
+    """A count with its noun."""
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:
-    """Names joined by commas; beyond `limit` the rest is counted.
-
-    >>> listing(["a", "b", "c"], limit=2)
-    'a, b, and 1 more'
-    """
+    """Names joined by commas; beyond `limit` the rest is counted."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, and {len(names) - limit:,} more"
 
@@ -65,11 +57,7 @@ def size(nbytes: int) -> str:
 
 
 def described(subject: object) -> str:
-    """The type of something, with an article, for a message about an argument of the wrong type.
-
-    >>> described(5), described("text"), described(dict)
-    ('an int', 'a str', 'the class dict')
-    """
+    """The type of something, with an article, for a message about an argument of the wrong type."""
     kind = subject if isinstance(subject, type) else type(subject)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"the class {name}" if isinstance(subject, type) else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

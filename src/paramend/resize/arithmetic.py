@@ -74,11 +74,7 @@ def _along(x: Array, axis: int, matrix: Array) -> Array:
 
 
 def interpolated(x: Array, sizes: Mapping[int, int], *, cubic: bool, antialias: bool) -> Array:
-    """The array with other sizes along some axes.
-
-    >>> interpolated(np.array([[0.0, 1.0]]), {1: 4}, cubic=False, antialias=False)
-    array([[0.  , 0.25, 0.75, 1.  ]])
-    """
+    """The array with other sizes along some axes."""
     return _interpolated(_wide(x), sizes, cubic, antialias)
 
 

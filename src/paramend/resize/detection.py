@@ -25,11 +25,7 @@ _BOLD = (vocabulary(shrink=True), patches(flat="chw"), patches(flat="hwc"))
 
 
 def detected(path: Sequence[str], old: Shape, new: Shape) -> Resize:
-    """The rule that the name and the shapes of a leaf suggest; `SpecMismatch` if it is ambiguous, or there is none.
-
-    >>> detected(["vit", "pos_embed"], (1, 197, 768), (1, 577, 768))
-    pm.resize.positions()
-    """
+    """The rule that the name and the shapes of a leaf suggest; `SpecMismatch` if it is ambiguous, or there is none."""
     kinds = _kinds(path)
     plain = [rule for rule in _PLAIN if rule.kind in kinds]
     rules = [rule for rule in plain if _fits(rule, path, old, new) and not _doubtful(rule, path, old, new)]

@@ -116,11 +116,7 @@ class Notation:
 
 
 def without_rest(text: str) -> str:
-    """A text without a final `/**`, which names everything in a layer.
-
-    >>> without_rest("layers/<n>/**"), without_rest("layers[*]")
-    ('layers/<n>', 'layers[*]')
-    """
+    """A text without a final `/**`, which names everything in a layer."""
     stop = len(text)
     while text.endswith(("/**", ".**"), 0, stop):
         stop -= 3
@@ -158,11 +154,7 @@ def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Not
 
 
 def candidates(index: Index) -> list[Numbered]:
-    """The outermost numbered subtrees of a tree: keys that are numbers, then siblings such as `Dense_0`.
-
-    >>> [found.written("/") for found in candidates(Index.of_names(["l_0/w", "l_1/w", "head/w"], "/"))]
-    ['l_[*]']
-    """
+    """The outermost numbered subtrees of a tree: keys that are numbers, then siblings such as `Dense_0`."""
     return [*_children(index.names), *_siblings(index.names)]
 
 

@@ -55,11 +55,7 @@ def number_in(text: str, argument: str) -> str:
 
 
 def _one_number(text: str) -> str:
-    """A text in which only the last number is captured.
-
-    >>> _one_number("stage_<s>/block_<n+1>"), _one_number("layers_")
-    ('stage_*/block_<n>', 'layers_<n>')
-    """
+    """A text in which only the last number is captured."""
     *above, last, end = around_captures(text) if captures_of(text) else (text.rstrip("_/."), "")
     number = f"<{captures_of(text)[-1]}>" if captures_of(text) else "_<n>"
     return "*".join((*above, last)) + number + end

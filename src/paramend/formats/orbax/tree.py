@@ -143,11 +143,7 @@ def _implementations(folder: Path) -> dict[str, str]:
 
 
 def table_row(keys: Keys, kind: str, shape: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:
-    """The title and row of a leaf, as Orbax writes them; without a shape, those of an entry that is not an array.
-
-    >>> table_row(("layers", 0), "np.ndarray", (2,))[0]
-    "('layers', '0')"
-    """
+    """The title and row of a leaf, as Orbax writes them; without a shape, those of an entry that is not an array."""
     value: dict[str, Any] = {"value_type": kind, "skip_deserialize": shape is None and kind != "string"}
     if shape is not None and kind != "scalar":
         value["write_shape"] = list(shape)

@@ -121,11 +121,7 @@ class OrbaxWriter:
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
-    """The shape of the largest chunks of bounded size that are contiguous in C order: a leaf is written first to last.
-
-    >>> chunk_shape(Spec((3, 1 << 13, 1 << 13), "float32"))
-    (1, 2048, 8192)
-    """
+    """The shape of the largest chunks of bounded size that are contiguous in C order, in which a leaf is written."""
     room = MAX_CHUNK // numpy_dtype(spec.dtype).itemsize
     found: list[int] = []
     for length in reversed(spec.shape):
