@@ -1,11 +1,14 @@
 """Differences between two trees, leaf by leaf and bit by bit, in memory or on disk."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.keys import matched
+from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, UnexpectedChange, Unsupported
 from paramend.evidence.choices import chosen
 from paramend.evidence.comparisons import Comparer, Pair
@@ -14,7 +17,7 @@ from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
-from paramend.evidence.streams import leaves_of, read_by
+from paramend.evidence.streams import read_by
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import BITS, AnyTree
 from paramend.reports import wording
@@ -152,8 +155,18 @@ def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
 @contextmanager
 def _sides(before: Any, after: Any) -> Iterator[tuple[Editable, Editable]]:
     """Both sides as leaves, with typed keys of one kind."""
-    with leaves_of(before) as old, leaves_of(after) as new:
+    with _leaves(before) as old, _leaves(after) as new:
         yield matched(old, new), matched(new, old)
+
+
+@contextmanager
+def _leaves(tree: Any) -> Iterator[Editable]:
+    """Any tree as leaves; a checkpoint given by its path is open meanwhile."""
+    if isinstance(tree, str | os.PathLike):
+        with open_checkpoint(tree) as checkpoint:
+            yield checkpoint
+    else:
+        yield tree if isinstance(tree, Editable) else Memory(tree)
 
 
 def _allowance(only: Any, old: Editable, new: Editable) -> Callable[[Match, str], bool]:

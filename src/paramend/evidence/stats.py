@@ -1,15 +1,18 @@
 """`stats`: statistics of the values of a tree's leaves, in memory or on disk."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.edits.memory import Memory
 from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.measures import Measures, Tally
 from paramend.evidence.reading import Span, looked
 from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
-from paramend.evidence.streams import Desk, hindrance, leaves_of, read_by, stream_of
+from paramend.evidence.streams import Desk, hindrance, read_by, stream_of
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree
 from paramend.reports.progress import Meter, Progress
@@ -59,16 +62,19 @@ def stats(
       path     spec        min  max  mean  std  norm  zeros  nans  infs
       fc/bias  float64[2]  0    0    0     0    0     1      1     0
     """
-    with leaves_of(tree) as leaves:
-        numbers = resolve(selector, leaves)
-        matrices = _matrices(leaves, numbers, spectral)
-        found = measured(leaves, numbers, Meter(progress, sum(leaves.nbytes(number) for number in numbers)))
-        report = StatsReport([_row(leaves, number, found[number], number in matrices) for number in numbers])
-        if histograms:
-            read = [number for number in numbers if not isinstance(found[number], str)]
-            report.histograms = histograms_of({leaves.index.path(n): (stream_of(leaves, n),) for n in read})
-        report.tells_of(*read_by(leaves))
-        return report
+    if isinstance(tree, str | os.PathLike):
+        with open_checkpoint(tree) as checkpoint:
+            return stats(checkpoint, selector, spectral=spectral, histograms=histograms, progress=progress)
+    leaves = tree if isinstance(tree, Editable) else Memory(tree)
+    numbers = resolve(selector, leaves)
+    matrices = _matrices(leaves, numbers, spectral)
+    found = measured(leaves, numbers, Meter(progress, sum(leaves.nbytes(number) for number in numbers)))
+    report = StatsReport([_row(leaves, number, found[number], number in matrices) for number in numbers])
+    if histograms:
+        read = [number for number in numbers if not isinstance(found[number], str)]
+        report.histograms = histograms_of({leaves.index.path(n): (stream_of(leaves, n),) for n in read})
+    report.tells_of(*read_by(leaves))
+    return report
 
 
 def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Measures | str]:

@@ -2,8 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,17 @@ import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.disk.identity import check_unchanged, unchanged
 from paramend.disk.io import get_into
-from paramend.edits.memory import Memory
 from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
-from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.leaves import Leaves
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
 # Bytes read at once: they fit the processor's cache. A multiple of 3, so that elements of 6 bits stay whole.
 CHUNK = 3 << 17
 _OPEN = 16
-
-
-@contextmanager
-def leaves_of(tree: Any) -> Iterator[Editable]:
-    """Any tree as leaves; a checkpoint given by its path is open meanwhile."""
-    if isinstance(tree, str | os.PathLike):
-        with open_checkpoint(tree) as checkpoint:
-            yield checkpoint
-    else:
-        yield tree if isinstance(tree, Editable) else Memory(tree)
 
 
 @dataclass(frozen=True, slots=True)
