@@ -56,10 +56,8 @@ def _own(value: Any) -> Any:
 
 
 def like(value: Any, x: Any) -> Any:
-    """The values as an array with the sharding and weak type of `x`, in a buffer of its own.
-
-    A ShapeDtypeStruct may lack a sharding; the result may then share the memory of a numpy array.
-    """
+    """The values as an array with the sharding and weak type of `x`, in a buffer of its own. A ShapeDtypeStruct may
+    lack a sharding; the result may then share the memory of a numpy array."""
     given = isinstance(value, jax.Array | jax.core.Tracer)
     if isinstance(x, jax.ShapeDtypeStruct):
         if not given:

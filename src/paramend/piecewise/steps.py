@@ -28,12 +28,6 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
 
     Pieces must come in order. Functions, JAX keys, indices that repeat an element, and random values or arrays for a
     slice whose elements are not in the order of the leaf need whole leaves.
-
-    >>> from paramend.arrays.initializers import NOWHERE
-    >>> from paramend.edits.ops import OPS
-    >>> step = step_of(Call(OPS["add"], {"value": np.array([10, 20])}), Spec((2, 2), "int64"), NOWHERE)
-    >>> step(np.array([1, 2, 3]), 0).tolist(), step(np.array([4]), 3).tolist()
-    ([11, 22, 13], [24])
     """
     if edit.index is not None:
         return _slice_step(edit, spec, place, damage)
