@@ -1,5 +1,6 @@
 """Experts: what names, shapes and a configuration say of the mixtures of experts in a model."""
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from paramend.anatomy.counts import EXPERTS, Pieces
 from paramend.anatomy.sections import SENSES, counted, part_at
-from paramend.errors import SpecMismatch
+from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.groups import Named
 from paramend.leaves.paths import number_of
 from paramend.leaves.specs import Spec
@@ -19,6 +20,34 @@ TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
     *("top_k_experts", "num_selected_experts"),
 )
+
+
+def _kinds(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Families by what becomes of the weights with which outputs of experts are added, where each expert is there m times
+# and m times as many are chosen. In sum they stay where they are normalised, or the shares of a softmax.
+_SUMMED = _kinds(
+    """
+    mixtral qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe qwen3_vl_moe_text qwen3_5_moe qwen3_5_moe_text olmoe flex_olmo
+    gpt_oss granitemoe granitemoehybrid granitemoeshared jamba jetmoe minimax minimax_m2 ernie4_5_moe hunyuan_v1_moe
+    aria_text gemma4 gemma4_text deepseek_v2 deepseek_v4 afmoe hy_v3 laguna mistral4
+    """
+)
+# Here they are the scores of a sigmoid, normalised if the configuration says so, times a factor.
+_SCORED = _kinds(
+    """
+    deepseek_v3 deepseek_v32 dots1 glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa exaone_moe solar_open
+    mimo_v2_flash nemotron_h lfm2_moe axk1 bailing_hybrid kimi_linear
+    """
+)
+# Here biases are added to the shares of a softmax, which become smaller.
+SHARES = ("ernie4_5_moe",)
+_NORMED, _FACTOR = ("norm_topk_prob", "moe_renormalize"), "routed_scaling_factor"
+# Keys of groups of experts, of which a token goes to the best ones, and what they are if they are left out.
+_GROUPS, _TOP_GROUPS = ("n_group", "num_expert_group"), "topk_group"
+_EIGHT_GROUPS = ("deepseek_v3", "deepseek_v32", "axk1")
 # Leaves of experts, by the path of their mixture: those of a single one, and those of all.
 _OWN = re.compile(r"(?:(?P<path>.*)/)?(?P<before>experts/(?:expert_)?)(?P<expert>[0-9]+)/.+")
 _ALL = re.compile(r"(?:(?P<path>.*)/)?(?:experts/.+|(?:input|output)_linear/weight|moe/(?:gate|up|down)_proj/weight)")
@@ -32,6 +61,8 @@ _ROWS = re.compile(r"experts/mlp/(?:w1|v1|w2)")
 _LAST_AXIS = re.compile(r".*/(?:kernel|moe_statics/\w+)|moe_statics/\w+")
 _ROUTED = re.compile(r"(?:moe/)?(?:gate|router)/.+")
 _SHARED = re.compile(r"shared?_(?:experts?|mlp)(?:_gate)?")
+# Names of modules in a configuration, also in a pattern.
+_NAMED = re.compile(r"(?P<above>.*?)[\\./]*(?<!\w)experts[\\./]+(?:expert_)?(?P<expert>[0-9]+)(?![0-9]).*", re.DOTALL)
 # Leaves of a router that have no axis of experts, whatever their length is.
 _PLAIN = ("router/scale", "router/norm/weight")
 
@@ -161,6 +192,99 @@ def alike(value: object) -> int | None:
     entries = set(value) if isinstance(value, list | tuple) and value else {value} if type(value) is int else set()
     one = entries.pop() if len(entries) == 1 else None
     return one if type(one) is int else None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of experts, one after the other.
+
+    Attributes:
+        count: how many; 1 if experts are in none.
+        top: to how many of them a token may go.
+        least: how many experts each must have: groups are compared by the sum of their best ones.
+    """
+
+    count: int
+    top: int
+    least: int
+
+
+def groups_of(config: Mapping[str, Any], mixture: Mixture) -> Groups:
+    """The groups that a router knows."""
+    part = part_at(config, mixture.places[0]) if mixture.places else {}
+    eight = mixture.model_type in _EIGHT_GROUPS
+    count = next((part[key] for key in _GROUPS if key in part), 8 if eight else 1) or 1
+    if part.get("topk_method") == "greedy":
+        count = 1
+    limited = part.get("topk_method") == "group_limited_greedy" or mixture.model_type == "deepseek_v2"
+    return Groups(count, part.get(_TOP_GROUPS, 4 if eight else count) or count, 1 if limited else 2)
+
+
+def recounted(config: Mapping[str, Any], mixture: Mixture, count: int, times: int = 1) -> dict[str, Any]:
+    """The configuration of a model with another number of experts, of which a token goes to `times` as many.
+
+    Raises:
+        Unsupported: tokens that go to more experts would get more of them, or it is not known whether they would.
+
+    >>> mixture = Mixture(8, 2, "fused", ((),), "mixtral", ())
+    >>> recounted({"num_local_experts": 8, "num_experts_per_tok": 2}, mixture, 16, 2)
+    {'num_local_experts': 16, 'num_experts_per_tok': 4}
+    """
+    new = copy.deepcopy(dict(config))
+    for place in mixture.places:
+        part = part_at(new, place)
+        for key in (*EXPERTS, *TOP_K):
+            value = alike(part.get(key))
+            now = count if key in EXPERTS and value == mixture.count else times * (value or 0) if key in TOP_K else None
+            if value is not None and now is not None:
+                part[key] = [now] * len(part[key]) if isinstance(part[key], list | tuple) else now
+        if times > 1:
+            _reweigh(part, mixture, times)
+    return new
+
+
+def _reweigh(part: dict[str, Any], mixture: Mixture, times: int) -> None:
+    """Make up for weights of experts that are not a share of one."""
+    kind = mixture.model_type
+    if kind in _SUMMED and not part.get("zero_expert_num"):
+        return
+    normed = next((part[key] for key in _NORMED if key in part), kind != "dots1")
+    if kind not in _SCORED or not (normed or _FACTOR in part):
+        raise Unsupported(
+            f"it is not known that experts of {kind or 'this model'} add up to the same where each is there {times} "
+            f"times, and {times} times as many are chosen"
+        )
+    if not normed:
+        part[_FACTOR] /= times
+
+
+def renumbered(values: Any, ids: Mapping[Pieces, Sequence[int]]) -> Any:
+    """A configuration in which names of modules follow experts; `ids` is path of a mixture → the old number of each.
+
+    A name without the path of a layer, as in a pattern, follows where all layers agree.
+
+    >>> renumbered({"ignore": ["layers.0.mlp.experts.2.up_proj", "lm_head"]}, {("layers", "0", "mlp"): [2, 0]})
+    {'ignore': ['layers.0.mlp.experts.0.up_proj', 'lm_head']}
+    """
+    if isinstance(values, Mapping):
+        return {new: renumbered(inner, ids) for key, inner in values.items() for new in _names(key, ids)}
+    if isinstance(values, list):
+        each = [[renumbered(one, ids)] if isinstance(one, list | dict) else _names(one, ids) for one in values]
+        return [new for names in each for new in names]
+    return values
+
+
+def _names(text: Any, ids: Mapping[Pieces, Sequence[int]]) -> list[Any]:
+    """The new names of a module; none if its expert is gone."""
+    match = _NAMED.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        return [text]
+    above = tuple(re.split(r"[\\./]+", match["above"]))[-3:]  # layers, number, module
+    own = [each for path, each in ids.items() if path[-len(above) :] == above] or list(ids.values())
+    if any(each != own[0] for each in own):
+        return [text]
+    places = [place for place, old in enumerate(own[0]) if old == int(match["expert"])]
+    return [f"{text[: match.start('expert')]}{place}{text[match.end('expert') :]}" for place in places]
 
 
 def _said(config: Mapping[str, Any], above: Pieces = ()) -> Iterator[tuple[Pieces, int]]:

@@ -1,5 +1,6 @@
-"""The command that makes a model of another depth: `deepen`."""
+"""The commands that make a model of another depth, or with other experts: `deepen`, `experts`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from paramend.cli.writing import write_made
 from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of
+from paramend.growth.experts import experts as experts_of
 
 
 def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
@@ -96,4 +98,42 @@ def deepen(path: Path, layers: str | None, identity: Any, config: dict[str, Any]
         count = len(numbered.find(checkpoint, layers)[0].numbers)
         order = _ORDERS[name](count, value)
         made, report = deepen_model(checkpoint, layers=layers, order=order, identity=identity, config=config)
+        write_made(made, path, report, **options)
+
+
+def _ids(ctx: click.Context, option: click.Parameter, text: str | None) -> Any:
+    """Experts, or a map from layers to those of each."""
+    if text is None or not text.lstrip().startswith("{"):
+        return _numbers(ctx, option, text)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not JSON: {error}") from None
+
+
+_IDS = '0,3,5, or as JSON for each layer: \'{"0": [3, 5], "1": [0, 5]}\''
+
+
+@click.command()
+@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--keep", callback=_ids, metavar="IDS", help=f"The experts that stay, in this order: {_IDS}.")
+@click.option("--drop", callback=_ids, metavar="IDS", help="The experts that are left out, in the same form.")
+@click.option("--duplicate", type=int, metavar="TIMES", help="Put each expert there TIMES times.")
+@makes("which experts each layer would have")
+def experts(path: Path, **options: Any) -> None:
+    """Write the model in MODEL with some of its experts, or with each several times.
+
+    The router, its biases, scales of quantised experts and config.json follow. With --keep and --drop the model
+    computes what it does where the router never chooses the others; with --duplicate, where a token goes to TIMES times
+    as many, what it did.
+
+    Exit status: 0 done; 2 there is no such expert, fewer would be left than a token goes to, groups of experts would
+    differ, it is not known what counts experts, a file is unreadable or damaged, or OUT cannot be written.
+    """
+    given = {name: value for name in ("keep", "drop", "duplicate") if (value := options.pop(name)) is not None}
+    if len(given) != 1:
+        raise click.UsageError("One of --keep, --drop, --duplicate is needed.")
+    ((name, value),) = given.items()
+    with open_checkpoint(path) as checkpoint:
+        made, report = getattr(experts_of(checkpoint), name)(value)
         write_made(made, path, report, **options)
