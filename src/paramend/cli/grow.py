@@ -1,4 +1,4 @@
-"""The commands that make a model of another depth, or with other experts: `deepen`, `experts`."""
+"""The commands that make a model of another depth, or with experts: `deepen`, `experts`, `upcycle`."""
 
 import json
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of
 from paramend.growth.experts import experts as experts_of
+from paramend.growth.upcycling import upcycle as upcycled
+from paramend.recipes.donors import read_npy
 
 
 def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
@@ -136,4 +138,27 @@ def experts(path: Path, **options: Any) -> None:
     ((name, value),) = given.items()
     with open_checkpoint(path) as checkpoint:
         made, report = getattr(experts_of(checkpoint), name)(value)
+        write_made(made, path, report, **options)
+
+
+@click.command()
+@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--experts", type=int, required=True, help="How many experts each layer gets.")
+@click.option("--top-k", type=int, required=True, help="How many of them a token goes to.")
+@click.option("--router", default="random", metavar="random|FILE", help="An .npy file: the weight of all routers.")
+@click.option("--drop", type=float, default=0.0, help="The share of hidden units that are drawn anew in each expert.")
+@click.option("--seed", type=int, default=0, help="Of all that is drawn.")
+@makes("what would be made")
+def upcycle(path: Path, experts: int, top_k: int, router: Any, drop: float, seed: int, **options: Any) -> None:
+    """Write the dense model in MODEL as a mixture of experts, each a copy of its MLP.
+
+    Llama and Mistral become Mixtral, Qwen2 and Qwen3 their MoE; config.json follows. The mixture computes what the
+    model did, unless --drop draws units anew, without which the router gets no gradient.
+
+    Exit status: 0 done; 2 no mixture is known for the family, a number does not fit, weights are quantised, a file is
+    unreadable or damaged, or OUT cannot be written.
+    """
+    with open_checkpoint(path) as checkpoint:
+        router = read_npy(Path(router)) if str(router).endswith(".npy") else router
+        made, report = upcycled(checkpoint, experts=experts, top_k=top_k, router=router, drop=drop, seed=seed)
         write_made(made, path, report, **options)

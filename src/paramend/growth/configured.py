@@ -29,6 +29,7 @@ class Configured:
         model: the model.
         leaves: its leaves as they are stored; of a module, those of its state dict.
         config: its configuration; None if it has none.
+        on_disk: whether it is a checkpoint.
 
     Raises:
         BadCheckpoint: the configuration is damaged.
@@ -37,7 +38,7 @@ class Configured:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._module = is_torch_module(model)
+        self.on_disk, self._module = isinstance(model, Checkpoint), is_torch_module(model)
         own: Any = getattr(model, "config", None)
         if self._module and not hasattr(own, "to_dict"):
             raise Unsupported(f"{wording.described(model)} has no configuration, which would change with its leaves")
@@ -64,7 +65,7 @@ class Configured:
         if self._module:
             return self._rebuilt(groups, change, kind)
         tree: Any = self.leaves.regrouped(groups) if groups else self.leaves
-        if not isinstance(self.model, Checkpoint):
+        if not self.on_disk:
             return tree if groups else self.model, []
         said: list[str] = []
         for name, _ in FILES:
@@ -88,6 +89,8 @@ class Configured:
         if kind:
             cls = _class_named(kind)
             config = cls.config_class.from_dict(new)
+            for name in ("_attn_implementation", "_experts_implementation"):
+                setattr(config, name, getattr(module.config, name, None))
         else:
             enter(config, old, new)
         made = _blank(cls, config)
@@ -95,7 +98,7 @@ class Configured:
         if hasattr(made, "tie_weights"):
             made.tie_weights()
         _alike(made, module)
-        said = [f"{key}: {old[key]} -> {value}" for key, value in new.items() if key in old and old[key] != value]
+        said = [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
         return made, said
 
 
