@@ -349,3 +349,63 @@ def test_the_command_says_what_is_wrong(tmp_path):
     for args, said in (([], "One of --keep"), (["--keep", "x"], "is not a list"), (["--keep", "{"], "is not JSON")):
         done = run("experts", tmp_path / "a", *args, "--dry-run")
         assert done.exit_code == 2 and said in done.stderr
+
+
+def test_a_step_of_a_recipe(tmp_path):
+    recipe = pm.Recipe.parse("""
+version: 1
+steps:
+  - experts: {keep: {0: [3, 1, 0], 1: [2, 1, 0]}}
+  - experts: {drop: [0]}
+  - zero: "**/experts/0/**"
+""")
+    assert pm.Recipe.parse(str(recipe)).to_dict() == recipe.to_dict()
+    tree = recipe.apply(mixture())
+    assert experts_of(tree, 0) == [0, 0] and experts_of(tree, 1) == [0, 10]
+    with written(tmp_path / "a", mixture(), QWEN) as old:
+        recipe.apply(old).save(tmp_path / "b", record=True)
+    with pm.open(tmp_path / "b") as new:
+        assert all(np.array_equal(new[path], tree[path]) for path in new)
+        assert pm.config(new)["num_experts"] == 2
+    assert pm.verify_record(tmp_path / "b")
+    with pytest.raises(pm.errors.BadRecipe, match="there are 4 experts"):
+        pm.Recipe([{"experts": {"keep": [7]}}]).apply(mixture())
+    with pytest.raises(pm.errors.BadRecipe, match="needs keep or drop or duplicate"):
+        pm.Recipe([{"experts": {}}])
+
+
+def test_edits_that_were_planned_before_come_along(tmp_path):
+    with written(tmp_path / "a", mixture(), QWEN) as old:
+        edited = pm.at(pm.at(old, "**/layers/0/mlp/gate/*").add(100), "**/layers/0/**/experts/3/**").add(100)
+        new, _ = pm.experts(edited).keep([3, 1])
+        assert new["model.layers.0.mlp.gate.weight"].tolist() == [[109, 110, 111], [103, 104, 105]]
+        assert experts_of(new, 0) == [103, 1]
+        again, _ = pm.experts(new).keep([1, 0])
+        again.save(tmp_path / "b")
+    with pm.open(tmp_path / "b") as new:
+        assert experts_of(new, 0) == [1, 103] and experts_of(new, 1) == [11, 13]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "pt", "msgpack"])
+def test_single_files_of_other_formats(tmp_path, suffix):
+    pm.save(mixture(), tmp_path / f"old.{suffix}")
+    with pm.open(tmp_path / f"old.{suffix}") as old:
+        pm.experts(old).keep([2, 0])[0].save(tmp_path / f"new.{suffix}")
+    found = pm.load(tmp_path / f"new.{suffix}")
+    flat = found if "model.layers.0.mlp.gate.weight" in found else None
+    if flat is not None:
+        assert experts_of(flat, 1) == [12, 10]
+    else:
+        assert sorted(found["model"]["layers"]["1"]["mlp"]["experts"]) == ["0", "1"]
+
+
+def test_trees_of_lists_and_dicts():
+    expert = [{"up": np.full((2, 2), n)} for n in range(3)]
+    tree = {"layers": [{"mlp": {"router": {"kernel": np.arange(6).reshape(2, 3)}, "experts": expert}}]}
+    new, _ = pm.experts(tree).keep([2, 1])
+    mlp = new["layers"][0]["mlp"]
+    assert [int(each["up"][0, 0]) for each in mlp["experts"]] == [2, 1]
+    assert mlp["router"]["kernel"].tolist() == [[2, 1], [5, 4]]
+    assert len(tree["layers"][0]["mlp"]["experts"]) == 3
+    same, _ = pm.experts(tree).keep(range(3))
+    assert same is tree

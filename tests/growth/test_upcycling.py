@@ -204,3 +204,32 @@ def test_the_command(saved, tmp_path):
         assert np.array_equal(new["model.layers.0.block_sparse_moe.gate.weight"], np.eye(2, 16, dtype="float32"))
     done = run("upcycle", saved, "--experts", 2, "--top-k", 1, "--router", "copy", "--dry-run")
     assert done.exit_code == 2 and "neither 'random'" in done.stderr
+
+
+def test_a_step_of_a_recipe(saved, tmp_path):
+    np.save(tmp_path / "router.npy", np.eye(2, 16))
+    (tmp_path / "r.yaml").write_text(
+        "version: 1\nsteps:\n  - upcycle: {experts: 2, top_k: 1, router: router.npy, drop: 0.25, seed: 3}\n"
+    )
+    with pm.open(saved) as old:
+        found = pm.Recipe.load(tmp_path / "r.yaml").apply(old)
+        wanted, _ = pm.upcycle(old, experts=2, top_k=1, router=np.eye(2, 16), drop=0.25, seed=3)
+        assert found.keys() == wanted.keys()
+        assert all(np.array_equal(found[path], wanted[path]) for path in found)
+        assert pm.config(found)["num_local_experts"] == 2
+
+
+def test_a_mixture_trains_on_from_where_the_dense_model_stood():
+    model = dense("llama", torch.float32)
+    dense_loss = model(TOKENS, labels=TOKENS).loss.item()
+    new, _ = pm.upcycle(model, experts=4, top_k=2)
+    optimizer = torch.optim.AdamW(new.parameters(), 1e-3)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = new(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert abs(losses[0] - dense_loss) < 1e-3
+    assert losses == sorted(losses, reverse=True)

@@ -19,7 +19,7 @@ from paramend.leaves.origins.boxes import Box, shape_of
 from paramend.leaves.origins.moved import join, take
 from paramend.leaves.origins.origin import Given, Origin
 from paramend.leaves.origins.stored import Held
-from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.leaves.specs import AnyArray, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ _FAMILIES = {
 
 
 def upcycle(
-    model: T, *, experts: int, top_k: int, router: str | Any = "random", drop: float = 0.0, seed: int = 0
+    model: T, *, experts: int, top_k: int, router: str | AnyArray = "random", drop: float = 0.0, seed: int = 0
 ) -> tuple[T, ExpertsReport]:
     """A dense model as a mixture of experts, and the report.
 

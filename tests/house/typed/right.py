@@ -185,6 +185,7 @@ def rarer(model: nnx.Module, params: Params, module: nn.Sequential, optimizer: t
     print(carried.fresh, pm.graft_optimizer_(optimizer, optimizer, names=["a"]).copied)
     mixed, routed = pm.experts(params).keep({0: [1], "mtp": [0]})
     assert_type(pm.experts(mixed).duplicate(2)[0], Params)
+    assert_type(pm.upcycle(module, experts=8, top_k=2, router=torch.ones(8, 4), drop=0.5)[0], nn.Sequential)
     print(routed.layers, pm.experts(params).drop([0])[1].said, pm.experts(module).mixture.top_k)
     assert_type(pm.residual_writers(module, torch.ones(1, 2), layers="layers[*]"), dict[str, float])
     pm.residual_writers(lambda params, x: x + params["w"] * x, np.ones(3), params={"w": np.ones(3)})
