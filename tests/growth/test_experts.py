@@ -198,7 +198,7 @@ GROUPED = {"model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_
         ([0, 1, 2], "the same number of each, group by group"),
         ([0, 4, 1, 5], "group by group"),
         ([0, 1, 2, 4, 5], "group by group"),
-        ([0, 4], "they are compared by two"),
+        ([0, 4], "2 groups would have 1 experts each and are compared by 2"),
         ([4, 5, 0, 1], ""),
         ([0, 1, 2, 3, 4, 5, 6, 7], ""),
     ],

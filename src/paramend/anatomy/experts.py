@@ -46,7 +46,7 @@ _SCORED = _kinds(
 SHARES = ("ernie4_5_moe",)
 _NORMED, _FACTOR = ("norm_topk_prob", "moe_renormalize"), "routed_scaling_factor"
 # Keys of groups of experts, of which a token goes to the best ones, and what they are if they are left out.
-_GROUPS, _TOP_GROUPS = ("n_group", "num_expert_group"), "topk_group"
+_GROUPS = ("n_group", "num_expert_group")
 _EIGHT_GROUPS = ("deepseek_v3", "deepseek_v32", "axk1")
 # Leaves of experts, by the path of their mixture: those of a single one, and those of all.
 _OWN = re.compile(r"(?:(?P<path>.*)/)?(?P<before>experts/(?:expert_)?)(?P<expert>[0-9]+)/.+")
@@ -63,6 +63,8 @@ _ROUTED = re.compile(r"(?:moe/)?(?:gate|router)/.+")
 _SHARED = re.compile(r"shared?_(?:experts?|mlp)(?:_gate)?")
 # Names of modules in a configuration, also in a pattern.
 _NAMED = re.compile(r"(?P<above>.*?)[\\./]*(?<!\w)experts[\\./]+(?:expert_)?(?P<expert>[0-9]+)(?![0-9]).*", re.DOTALL)
+# What numbered layers are called, where other numbers come before them.
+_LAYERS = ("layers", "blocks", "block", "h")
 # Leaves of a router that have no axis of experts, whatever their length is.
 _PLAIN = ("router/scale", "router/norm/weight")
 
@@ -90,7 +92,8 @@ class Block:
 
     Attributes:
         path: its module.
-        layer: the number of the layer; None if it has none.
+        layers: the path of the numbered layers.
+        layer: the number of its own; None if there are none.
         predicts: whether it is in a block that predicts further tokens (multi-token prediction).
         along: leaf → its axis of experts: leaves of all experts, and of the router.
         own: leaf → its expert, for leaves of a single one.
@@ -101,6 +104,7 @@ class Block:
     """
 
     path: Pieces
+    layers: Pieces
     layer: int | None
     predicts: bool
     along: Mapping[int, Along]
@@ -179,30 +183,19 @@ def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixtur
         for path, (_, inside) in counts.items()
     )
     kind = section.get("model_type") or config.get("model_type") or ""
-    top = next((each for key in TOP_K if (each := alike(section.get(key))) is not None), None)
-    return Mixture(count, top, _storage(leaves, blocks), places, kind, blocks)
+    tops = [each for key in TOP_K for each in _numbers(section.get(key))]
+    return Mixture(count, max(tops, default=None), _storage(leaves, blocks), places, kind, blocks)
 
 
-def alike(value: object) -> int | None:
-    """A whole number, or the one that all entries of a list are; None for anything else.
-
-    >>> alike(8), alike([2, 2]), alike([2, 4]), alike(None)
-    (8, 2, None, None)
-    """
-    entries = set(value) if isinstance(value, list | tuple) and value else {value} if type(value) is int else set()
-    one = entries.pop() if len(entries) == 1 else None
-    return one if type(one) is int else None
+def _numbers(value: object) -> list[int]:
+    """A whole number, or those of a list with one for each layer."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return list(numbers) if all(type(number) is int for number in numbers) else []
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Groups of experts, one after the other.
-
-    Attributes:
-        count: how many; 1 if experts are in none.
-        top: to how many of them a token may go.
-        least: how many experts each must have: groups are compared by the sum of their best ones.
-    """
+class Groups(NamedTuple):
+    """Groups of experts, one after the other: how many, to how many of them a token may go, and the least size of one
+    (they are compared by the sum of so many scores)."""
 
     count: int
     top: int
@@ -210,14 +203,13 @@ class Groups:
 
 
 def groups_of(config: Mapping[str, Any], mixture: Mixture) -> Groups:
-    """The groups that a router knows."""
+    """The groups that a router knows; a single one if it knows none."""
     part = part_at(config, mixture.places[0]) if mixture.places else {}
-    eight = mixture.model_type in _EIGHT_GROUPS
-    count = next((part[key] for key in _GROUPS if key in part), 8 if eight else 1) or 1
-    if part.get("topk_method") == "greedy":
-        count = 1
-    limited = part.get("topk_method") == "group_limited_greedy" or mixture.model_type == "deepseek_v2"
-    return Groups(count, part.get(_TOP_GROUPS, 4 if eight else count) or count, 1 if limited else 2)
+    known = (8, 4) if mixture.model_type in _EIGHT_GROUPS else (1, 1)
+    count = next((part[key] for key in _GROUPS if key in part), known[0])
+    if part.get("topk_method") == "greedy" or not count:
+        return Groups(1, 1, 1)
+    return Groups(count, part.get("topk_group", known[1]) or count, 1 if mixture.model_type == "deepseek_v2" else 2)
 
 
 def recounted(config: Mapping[str, Any], mixture: Mixture, count: int, times: int = 1) -> dict[str, Any]:
@@ -231,13 +223,12 @@ def recounted(config: Mapping[str, Any], mixture: Mixture, count: int, times: in
     {'num_local_experts': 16, 'num_experts_per_tok': 4}
     """
     new = copy.deepcopy(dict(config))
-    for place in mixture.places:
-        part = part_at(new, place)
+    for part in (part_at(new, place) for place in mixture.places):
         for key in (*EXPERTS, *TOP_K):
-            value = alike(part.get(key))
-            now = count if key in EXPERTS and value == mixture.count else times * (value or 0) if key in TOP_K else None
-            if value is not None and now is not None:
-                part[key] = [now] * len(part[key]) if isinstance(part[key], list | tuple) else now
+            old = _numbers(part.get(key))
+            if key in TOP_K or set(old) == {mixture.count}:
+                now = [times * each if key in TOP_K else count for each in old]
+                part |= {key: now if isinstance(part[key], list | tuple) else now[0]} if old else {}
         if times > 1:
             _reweigh(part, mixture, times)
     return new
@@ -289,7 +280,8 @@ def _names(text: Any, ids: Mapping[Pieces, Sequence[int]]) -> list[Any]:
 
 def _said(config: Mapping[str, Any], above: Pieces = ()) -> Iterator[tuple[Pieces, int]]:
     """Where a configuration counts experts, and how many."""
-    yield from ((above, count) for key in EXPERTS if (count := alike(config.get(key))) is not None)
+    counts = (set(_numbers(config.get(key))) for key in EXPERTS)
+    yield from ((above, count.pop()) for count in counts if len(count) == 1)
     for key, part in config.items():
         if isinstance(part, Mapping) and not any(word in key for word in SENSES):
             yield from _said(part, (*above, key))
@@ -351,10 +343,13 @@ def _block(
                 unknown.append(number)
         elif _ROUTED.fullmatch(name) and name not in _PLAIN:
             unknown.append(number)
-    layer = next((found for piece in path if (found := number_of(piece)) is not None), None)
-    predicts = "mtp" in path or any(layers <= (layer or 0) < layers + more for layers, more in ends.items())
+    numbers = [place for place, piece in enumerate(path) if number_of(piece) is not None]
+    at = next((place for place in numbers if path[place - 1] in _LAYERS), next(iter(numbers), 0))
+    layer = number_of(path[at]) if numbers else None
+    predicts = any(piece.startswith("mtp") for piece in path)
+    predicts = predicts or any(last <= (layer or 0) < last + more for last, more in ends.items())
     router = tuple(inside[number] for number in along if _ROUTER.fullmatch(inside[number].removeprefix("experts/")))
-    return Block(path, layer, predicts, along, own, before, router, tuple(shared), tuple(unknown))
+    return Block(path, path[:at], layer, predicts, along, own, before, router, tuple(shared), tuple(unknown))
 
 
 def _along(name: str, spec: Spec, count: int, zeros: int) -> Along | None:

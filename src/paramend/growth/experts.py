@@ -12,6 +12,7 @@ from paramend.edits import hands
 from paramend.edits.moves import whole_numbers
 from paramend.edits.plan import call
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
+from paramend.formats.jsontext import CONFIG
 from paramend.growth import numbered
 from paramend.growth.configured import Configured, copied, keys
 from paramend.growth.mixtures import ExpertsReport
@@ -168,43 +169,33 @@ class Experts(Generic[T]):
         return numbers
 
     def _made(self, did: str, ids: list[list[int]], times: int = 1) -> tuple[T, ExpertsReport]:
-        counts = {len(each) for each in ids}
+        mixture, model, counts = self.mixture, self._configured, sorted({len(each) for each in ids})
         if len(counts) > 1:
-            raise BadArgument(
-                f"layers would have {wording.listing(sorted(map(str, counts)))} experts, and the configuration counts "
-                "them once for all"
-            )
-        count, mixture = counts.pop(), self.mixture
-        self._check_count(count, times)
-        config = self._configured.config or {}
-        for each in {tuple(each): each for each in ids}.values():
-            _check_groups(config, mixture, each, times)
+            said = wording.listing(list(map(str, counts)))
+            raise BadArgument(f"layers would have {said} experts, and a configuration counts those of all alike")
+        count, top = counts[0], (mixture.top_k or 1) * times
+        if count < top:
+            left = wording.plural(count, "expert")
+            raise BadArgument(f"{left} would be left, and a token goes to {top}", hint=f"keep at least {top}")
         if times > 1 and mixture.top_k is None:
             raise Unsupported("nothing says how many experts a token goes to, which would change too")
+        config = model.config or {}
+        recounted(config, mixture, count, times)  # for its error, before anything is made
+        for each in set(map(tuple, ids)):
+            _check_groups(config, mixture, each, times)
+        of = {block.path: each for block, each in zip(mixture.blocks, ids, strict=True)}
 
         def change(file: str, values: dict[str, Any]) -> dict[str, Any]:
-            own = recounted(values, mixture, count, times) if file == "config.json" else values
-            return dict(renumbered(own, {block.path: each for block, each in zip(mixture.blocks, ids, strict=True)}))
+            own = recounted(values, mixture, count, times) if file == CONFIG else values
+            return dict(renumbered(own, of))
 
-        if times > 1:
-            recounted(config, mixture, count, times)  # for its error, before anything is read
-        model = self._configured
         if times > 1 and mixture.model_type in SHARES:
             model = model.edited(dict.fromkeys(self._biases(), call("multiply", {"value": 1 / times})))
-        groups = [group for block, each in zip(mixture.blocks, ids, strict=True) for group in self._groups(block, each)]
-        new, said = model.remade(groups, change)
-        layers = {self._where(block): tuple(each) for block, each in zip(mixture.blocks, ids, strict=True)}
-        return cast(T, new), ExpertsReport(
-            did, mixture.count, count, layers, said=(*said, *_warned(mixture.count, count, times))
-        )
-
-    def _check_count(self, count: int, times: int) -> None:
-        top = (self.mixture.top_k or 1) * times
-        if count < top:
-            raise BadArgument(
-                f"{count} {'experts' if count != 1 else 'expert'} would be left, and a token goes to {top}",
-                hint=f"keep at least {top}",
-            )
+        groups = [group for block in mixture.blocks for group in self._groups(block, of[block.path])]
+        new, changed = model.remade(groups, change)
+        layers = {self._where(block): tuple(of[block.path]) for block in mixture.blocks}
+        told = (*changed, *_warned(mixture.count, count, times))
+        return cast(T, new), ExpertsReport(did, mixture.count, count, layers, said=told)
 
     def _biases(self) -> Iterator[int]:
         """The leaves that are added to the scores of experts, where these are chosen."""
@@ -255,13 +246,13 @@ def _key(key: object) -> int | str:
 
 def _names(block: Block) -> list[int | str | None]:
     """The keys of a dict that mean a mixture."""
-    return [MTP, *([] if MTP in block.path else [block.layer])] if block.predicts else [block.layer]
+    named = any(piece.startswith(MTP) for piece in block.path)
+    return [*([MTP] if block.predicts else []), *([] if named else [block.layer])]
 
 
 def _part(block: Block) -> tuple[tuple[str, ...], bool]:
-    """What a mixture is a part of: the path of its layer, and whether it is of another sense than text."""
-    above = block.path[: block.path.index(str(block.layer))] if block.layer is not None else ()
-    return above, any(word in piece for piece in block.path for word in SENSES)
+    """What a mixture is a part of: the path of the layers, and whether these are for images or sound."""
+    return block.layers, any(word in piece for piece in block.path for word in SENSES)
 
 
 def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int], times: int) -> None:
@@ -276,11 +267,10 @@ def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int
             f"there are {groups.count} groups of {size} experts: the same number of each, group by group, must stay"
         )
     top = (mixture.top_k or 1) * times
-    if new < groups.least or groups.top * new < top:
-        raise BadArgument(
-            f"{groups.count} groups would have {wording.plural(new, 'expert')}: "
-            + (f"a token goes to {top}, in {groups.top} groups" if new >= groups.least else "they are compared by two")
-        )
+    if new < groups.least:
+        raise BadArgument(f"{groups.count} groups would have {new} experts each and are compared by {groups.least}")
+    if groups.top * new < top:
+        raise BadArgument(f"a token goes to {top} experts, and {groups.top} groups would have {new} each")
     if times > 1 and groups.least > 1 and groups.top < groups.count:
         raise Unsupported("groups of experts are compared by the sum of their best two, which copies would change")
 

@@ -11,6 +11,7 @@ from paramend.arrays.initializers import NOWHERE, Site, generator, normal
 from paramend.arrays.registry import backend, to_numpy
 from paramend.edits import hands
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
+from paramend.formats.jsontext import CONFIG
 from paramend.growth.configured import Configured
 from paramend.growth.mixtures import ExpertsReport
 from paramend.leaves.groups import groups_of
@@ -118,7 +119,7 @@ def upcycle(
     kind = type(model).__name__
     if kind.startswith(family.stems[0]):
         kind = family.stems[1] + kind.removeprefix(family.stems[0])
-    new, said = configured.remade(work.groups(), lambda file, values: config if file == "config.json" else values, kind)
+    new, said = configured.remade(work.groups(), lambda file, values: config if file == CONFIG else values, kind)
     if not work.redrawn:
         said.append("the experts are alike, and the router gets no gradient: drop=0.5 sets them apart")
     layers = {f"{path}.{family.module}": (0,) * experts for path in work.layers}
@@ -175,7 +176,7 @@ class _Upcycling:
             if "mlp" in pieces:
                 found.setdefault(plain(path[: pieces.index("mlp")], index.separator), {})[pieces[-2]] = number
         wrong = next((path for path, roles in found.items() if len(roles) < len(_ROLES)), None)
-        if wrong is not None or len(found) != self.config.get("num_hidden_layers"):
+        if wrong is not None or len(found) != self.config.get("num_hidden_layers", len(found)):
             raise Unsupported(f"{wrong or 'the model'} has not all of {wording.listing(_ROLES)} in each layer")
         return {path: _Dense(*(roles[role] for role in _ROLES)) for path, roles in found.items()}
 
@@ -187,6 +188,7 @@ class _Upcycling:
             raise Unsupported(f"{biased[0]} is true, and {family.kind} has no biases")
         theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
         defaults = {key: value for key, value in family.defaults.items() if key != "rope_theta" or theta is None}
+        defaults |= {"intermediate_size": self.inner, "hidden_size": self.hidden}
         heads = {"num_key_value_heads": config.get("num_key_value_heads") or config.get("num_attention_heads")}
         counts = {family.count: self.count, "num_experts_per_tok": top_k}
         if family.more:
