@@ -1,7 +1,6 @@
 """Upcycling: dense models as mixtures of experts, each a copy of what was dense (arXiv:2212.05055, 2502.19261)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -27,8 +26,7 @@ T = TypeVar("T")
 _ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
-class _Family:
+class _Family(NamedTuple):
     """How a dense family becomes one of mixtures.
 
     Attributes:
@@ -36,37 +34,30 @@ class _Family:
         stems: what the names of its classes begin with, and what those of the mixtures do.
         module: the module of a mixture in published checkpoints.
         names: the projections of an expert there: gate, up, down.
-        count: the key that counts experts.
         defaults: what the dense family takes for granted, and the mixtures otherwise.
-        never: keys that mixtures do not have, and that must be false.
-        more: further keys of the mixtures.
-        shared: whether there is an expert for every token, which contributes nothing at first.
+        says: what the configuration of the mixtures says too; "I" stands for the hidden units of an expert.
+        count: the key that counts experts.
     """
 
     kind: str
     stems: tuple[str, str]
-    module: str = "mlp"
-    names: tuple[str, ...] = _ROLES
+    module: str
+    names: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    says: Mapping[str, Any]
     count: str = "num_experts"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    never: tuple[str, ...] = ()
-    more: Mapping[str, Any] = field(default_factory=dict)
-    shared: bool = False
 
 
-_MIXTRAL = partial(_Family, module="block_sparse_moe", names=("w1", "w3", "w2"), count="num_local_experts")
-_QWEN = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_W = ("w1", "w3", "w2")
 _LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_QWEN = {"moe_intermediate_size": "I", "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_SHARED = {"shared_expert_intermediate_size": "I"}
+_MIXTRAL = partial(_Family, "mixtral", module="block_sparse_moe", names=_W, says={}, count="num_local_experts")
 _FAMILIES = {
-    "llama": _MIXTRAL(
-        "mixtral",
-        ("Llama", "Mixtral"),
-        defaults=_LLAMA | {"max_position_embeddings": 2048},
-        never=("attention_bias", "mlp_bias"),
-    ),
-    "mistral": _MIXTRAL("mixtral", ("Mistral", "Mixtral"), defaults=_LLAMA | {"sliding_window": 4096}),
-    "qwen2": _Family("qwen2_moe", ("Qwen2", "Qwen2Moe"), more=_QWEN, shared=True),
-    "qwen3": _Family("qwen3_moe", ("Qwen3", "Qwen3Moe"), defaults={"head_dim": 128}, more=_QWEN),
+    "llama": _MIXTRAL(("Llama", "Mixtral"), defaults=_LLAMA | {"max_position_embeddings": 2048}),
+    "mistral": _MIXTRAL(("Mistral", "Mixtral"), defaults=_LLAMA | {"sliding_window": 4096}),
+    "qwen2": _Family("qwen2_moe", ("Qwen2", "Qwen2Moe"), "mlp", _ROLES, {}, _QWEN | _SHARED),
+    "qwen3": _Family("qwen3_moe", ("Qwen3", "Qwen3Moe"), "mlp", _ROLES, {"head_dim": 128}, _QWEN),
 }
 
 
@@ -126,16 +117,8 @@ def upcycle(
     return cast(T, new), ExpertsReport("upcycle", 0, experts, layers, work.redrawn, tuple(said))
 
 
-class _Dense(NamedTuple):
-    """The MLP of a layer: its leaves by role."""
-
-    gate: int
-    up: int
-    down: int
-
-
 class _Upcycling:
-    """One upcycling: what there is, checked, and what is made of it. `layers` is path of a layer → its MLP."""
+    """One upcycling: what there is, checked, and what is made of it. `layers` is path of a layer → its MLP by role."""
 
     def __init__(self, model: Configured, config: dict[str, Any], count: int, router: Any, drop: float, seed: int):
         self.model, self.config, self.count, self.seed = model, config, count, seed
@@ -145,79 +128,71 @@ class _Upcycling:
             raise Unsupported(f"it is not known what mixture a {kind!r} model becomes; known are {known}")
         self.family = _FAMILIES[kind]
         if groups := groups_of(model.leaves):
-            path = model.leaves.index.path(groups[0].numbers[0])
-            raise Quantized(
-                f"{path} is part of a quantised weight ({groups[0].scheme.name})",
-                scheme=groups[0].scheme.name,
-                payload=path,
-                hint="model, _ = pm.dequantize(model)",
-            )
+            path, scheme = model.leaves.index.path(groups[0].numbers[0]), groups[0].scheme.name
+            hint = "model, _ = pm.dequantize(model)"
+            raise Quantized(f"{path} is part of a quantised weight ({scheme})", scheme=scheme, payload=path, hint=hint)
         self.layers = self._found()
-        inner, self.hidden = model.leaves.spec(next(iter(self.layers.values())).gate).shape
-        self.redrawn = round(drop * inner)
-        self.inner, self.router = inner, None if isinstance(router, str) else to_numpy(router)
-        if isinstance(router, str) and router != "random":
+        self.inner, self.hidden = model.leaves.spec(next(iter(self.layers.values()))[0]).shape
+        self.redrawn = round(drop * self.inner)
+        self.router = None if isinstance(router, str) else to_numpy(router)
+        if self.router is None and router != "random":
             raise BadArgument(f"router={router!r} is neither 'random' nor an array", hint='router="random"')
-        if self.router is not None and self.router.shape != (count, self.hidden):
-            raise SpecMismatch(
-                f"router has the shape {self.router.shape}, and {count} experts of {self.hidden} inputs need "
-                f"{(count, self.hidden)}"
-            )
+        wanted = count, self.hidden
+        if self.router is not None and self.router.shape != wanted:
+            needs = f"{count} experts of {self.hidden} inputs need {wanted}"
+            raise SpecMismatch(f"router has the shape {self.router.shape}, and {needs}")
 
-    def _found(self) -> dict[str, _Dense]:
-        """The MLP of each layer."""
+    def _found(self) -> dict[str, tuple[int, ...]]:
         index = self.model.leaves.index
         found: dict[str, dict[str, int]] = {}
         for number in index.numbers:
             path, pieces = index.paths[number], index.pieces(number)
-            biased = self.family.never and pieces[-1] == "bias" and "layers" in pieces
+            biased = self.family.kind == "mixtral" and pieces[-1] == "bias" and "layers" in pieces
             if biased or ("mlp" in pieces and pieces[-3:] not in {("mlp", role, "weight") for role in _ROLES}):
                 raise Unsupported(f"a layer of {self.family.kind} has no place for {index.path(number)}")
             if "mlp" in pieces:
-                found.setdefault(plain(path[: pieces.index("mlp")], index.separator), {})[pieces[-2]] = number
+                found.setdefault(plain(path[:-3], index.separator), {})[pieces[-2]] = number
         wrong = next((path for path, roles in found.items() if len(roles) < len(_ROLES)), None)
-        if wrong is not None or len(found) != self.config.get("num_hidden_layers", len(found)):
+        if wrong or not found or len(found) != self.config.get("num_hidden_layers", len(found)):
             raise Unsupported(f"{wrong or 'the model'} has not all of {wording.listing(_ROLES)} in each layer")
-        return {path: _Dense(*(roles[role] for role in _ROLES)) for path, roles in found.items()}
+        return {path: tuple(roles[role] for role in _ROLES) for path, roles in found.items()}
 
     def followed(self, top_k: int) -> dict[str, Any]:
         """The configuration of the mixture."""
         config, family = dict(self.config), self.family
-        biased = [key for key in family.never if config.pop(key, False)]
-        if biased:
-            raise Unsupported(f"{biased[0]} is true, and {family.kind} has no biases")
         theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
         defaults = {key: value for key, value in family.defaults.items() if key != "rope_theta" or theta is None}
-        defaults |= {"intermediate_size": self.inner, "hidden_size": self.hidden}
-        heads = {"num_key_value_heads": config.get("num_key_value_heads") or config.get("num_attention_heads")}
-        counts = {family.count: self.count, "num_experts_per_tok": top_k}
-        if family.more:
-            counts["moe_intermediate_size"] = self.inner
-        if family.shared:
-            counts["shared_expert_intermediate_size"] = self.inner
-        old, new = family.stems
-        if "architectures" in config:
-            named = [new + each.removeprefix(old) for each in config["architectures"] or ()]
-            config["architectures"] = named or None
+        new = {**defaults, "intermediate_size": self.inner, "hidden_size": self.hidden, **config}
+        new |= {"model_type": family.kind, family.count: self.count, "num_experts_per_tok": top_k}
+        new["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
+        new |= {key: self.inner if value == "I" else value for key, value in family.says.items()}
+        if config.get("architectures"):
+            new["architectures"] = [
+                family.stems[1] + each.removeprefix(family.stems[0]) for each in config["architectures"]
+            ]
         if family.kind == "qwen3_moe":
-            config["use_sliding_window"] = _slides(config)
-        return {**defaults, **config, "model_type": family.kind, **heads, **counts, **family.more}
+            new["use_sliding_window"] = _slides(config)
+        return new
 
     def groups(self) -> list[Group]:
-        """What becomes of the leaves."""
-        on_disk = self.model.on_disk
-        names = [f"{self.family.module if on_disk else 'mlp'}.gate.weight"]
-        if on_disk:
+        """What becomes of the leaves. Files have the names of published mixtures, modules those of transformers."""
+        if self.model.on_disk:
             module = f"{self.family.module}.experts"
-            names += [f"{module}.{n}.{name}.weight" for n in range(self.count) for name in self.family.names]
+            names = [f"{module}.{n}.{name}.weight" for n in range(self.count) for name in self.family.names]
         else:
-            names += ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        if self.family.shared:
+            names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        names.insert(0, f"{self.family.module if self.model.on_disk else 'mlp'}.gate.weight")
+        if self._shared:
             names += [f"mlp.shared_expert.{role}.weight" for role in _ROLES] + ["mlp.shared_expert_gate.weight"]
         return [
-            Group(tuple(dense), tuple([(f"{path}.{name}", None)] for name in names), partial(self._made, path))
+            Group(dense, tuple([(f"{path}.{name}", None)] for name in names), partial(self._made, path))
             for path, dense in self.layers.items()
         ]
+
+    @property
+    def _shared(self) -> bool:
+        """Whether there is an expert for every token, which contributes nothing at first."""
+        return _SHARED.items() <= self.family.says.items()
 
     def _made(self, path: str, values: Sequence[Any]) -> list[Any]:
         gate, up, down = values
@@ -228,7 +203,7 @@ class _Upcycling:
         else:
             made.append(hands.join([hands.join(expert[:2], 0, "concat") for expert in experts], 0, "stack"))
             made.append(hands.join([expert[2] for expert in experts], 0, "stack"))
-        if self.family.shared:
+        if self._shared:
             made += [gate, up, hands.zeros(down), hands.zeros(hands.take(gate, np.arange(1), 0))]
         return made
 
