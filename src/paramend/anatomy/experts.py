@@ -189,11 +189,12 @@ def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixtur
 
 def _numbers(value: object) -> list[int]:
     """A whole number, or those of a list with one for each layer."""
-    numbers = value if isinstance(value, list | tuple) else [value]
-    return list(numbers) if all(type(number) is int for number in numbers) else []
+    numbers: list[Any] = [*value] if isinstance(value, list | tuple) else [value]
+    return numbers if all(type(number) is int for number in numbers) else []
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True)
+class Groups:
     """Groups of experts, one after the other: how many, to how many of them a token may go, and the least size of one
     (they are compared by the sum of so many scores)."""
 
