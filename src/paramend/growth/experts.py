@@ -186,7 +186,7 @@ class Experts(Generic[T]):
 
         def change(file: str, values: dict[str, Any]) -> dict[str, Any]:
             own = recounted(values, mixture, count, times) if file == CONFIG else values
-            return dict(renumbered(own, of))
+            return dict(renumbered(own, of, mixture.count))
 
         if times > 1 and mixture.model_type in SHARES:
             model = model.edited(dict.fromkeys(self._biases(), call("multiply", {"value": 1 / times})))
