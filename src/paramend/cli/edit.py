@@ -95,7 +95,7 @@ def _donated(
     by = choice.named
     found = Donors(raw=raw()).values(file, leaf, checkpoint, [(number, by) for number in numbers])
     calls = {number: call(op.name, {**args, name: array}) for number, array in found.items()}
-    wrong = list(_refused(checkpoint, calls))
+    wrong = list(_refused(checkpoint, calls)) if name == "value" else []
     if wrong:
         spec, given = checkpoint.spec(wrong[0]), _spec(found[wrong[0]])
         of, leaves, to = str(checkpoint.path), choice.typed, given.dtype
@@ -140,7 +140,7 @@ def _recipe(name: str, choice: Chosen, args: Args) -> str:
         if isinstance(value, _File):
             file, leaf = _split(value)
             body |= {"from": Path(file).name} | ({} if leaf is None else {"leaf": leaf})
-        else:
+        elif value is not None:
             body[key] = value
     with suppress(BadRecipe):
         return str(Recipe([{name: body}], raw=raw()))

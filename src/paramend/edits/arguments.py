@@ -250,6 +250,7 @@ DEFINITIONS: Mapping[str, Any] = {
 NUMBER = Value("a number", read_number, {"$ref": "#/$defs/number"}, scalar=True, example="0.5")
 BOUND = replace(NUMBER, says="a bound", scalar=False)  # in Python also None
 ARRAY = Value("a list of numbers", _array, _ARRAY_SCHEMA, array=True)
+DIRECTION = replace(ARRAY, says="a direction, a list of numbers as long as one of the last two axes")
 OPERAND = Value(
     "a number or a list of numbers", _numbers, {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]}, array=True, example="0.5"
 )

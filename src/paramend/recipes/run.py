@@ -154,14 +154,15 @@ class _Attempt:
         else:
             inner = specs
         args = {name: given[name] for name in op.parameters if name in given}
-        values = dict.fromkeys(specs, args.get("value"))
+        array = op.array or "value"
+        values = dict.fromkeys(specs, args.get(array))
         if "from" in given:
             values = self._donated(chosen)
-        elif isinstance(args.get("value"), list):
+        elif array == "value" and isinstance(args.get("value"), list):  # numbers of the dtype of the leaf
             values = self._each("value", inner, lambda number: _literal(args["value"], inner[number]))
         if self.problems:
             return {}
-        calls = {n: Call(op, args if value is None else {**args, "value": value}, index) for n, value in values.items()}
+        calls = {n: Call(op, args if value is None else {**args, array: value}, index) for n, value in values.items()}
         about = next((key for key in ("from", *op.parameters) if key in given), "at")
         self._each(about, specs, lambda number: calls[number].spec(specs[number]))
         return {} if self.problems else calls

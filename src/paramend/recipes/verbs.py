@@ -119,12 +119,11 @@ def _of_op(op: Op) -> Verb:
     keys = [_AT, _EXCEPT, _WHERE]
     if op.keeps_spec:
         keys.append(_INDEX)
-    arrays = [name for name, value in op.arguments.items() if value.array]
     for name, value in op.arguments.items():
-        keys.append(Key(name, value, value.says, required=name not in (*op.optional, *arrays)))
-    if arrays:
+        keys.append(Key(name, value, value.says, required=name not in (*op.optional, op.array)))
+    if op.array:
         keys += [_FROM, _LEAF]
-    return Verb(op.name, op.says, tuple(keys), op, (*arrays, "from") if arrays else (), changes=not op.keeps_spec)
+    return Verb(op.name, op.says, tuple(keys), op, (op.array, "from") if op.array else (), changes=not op.keeps_spec)
 
 
 VERBS: dict[str, Verb] = {
