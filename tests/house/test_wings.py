@@ -20,8 +20,8 @@ FLOORS = [
     {"piecewise", "freezing", "mapping"},
     {"rewriting"},
     {"checkpoints"},
-    {"grafting", "growth", "stacking", "evidence", "recipes", "quantizing"},
-    {"testing", "lessons", "demo", "ablation", "porting"},
+    {"grafting", "growth", "stacking", "evidence", "quantizing"},
+    {"testing", "lessons", "demo", "ablation", "porting", "recipes"},
     {"cli"},
 ]
 AT_THE_ROOT = {"__init__.py", "__main__.py", "_optional.py", "errors.py", "py.typed", "testing.py"}

@@ -15,10 +15,9 @@ from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
 from paramend.edits.memory import editable
 from paramend.edits.ops import OPS
-from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
+from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
-from paramend.mapping import joining
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
 from paramend.recipes.text import below, write_scalar
@@ -107,13 +106,17 @@ class _Attempt:
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         if self.step.verb.name == "config":
             return self._configured()
+        make, given = self.step.verb.make, self.step.given
+        if make is not None:
+            if self.step.verb.selects:
+                self._chosen()
+            about = f"{self.address}.{'into' if 'into' in given else 'at'}"
+            return None if self.problems else self.problems.tried(about, make, self.leaves, given, self.donors)
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None
         if self.step.verb.name == "delete":
             return self.problems.tried(f"{self.address}.at", self.leaves.deleted, numbers)
-        if "into" in self.step.given:
-            return self.problems.tried(f"{self.address}.into", self._regrouped)
         # The wildcards of the new path refer to the selectors that matched the leaves.
         by = Union(tuple(self.step.selectors()))
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
@@ -131,20 +134,10 @@ class _Attempt:
             tree = self.problems.tried(address, config(tree).edited, values, gone) or tree
         return tree
 
-    def _regrouped(self) -> Any:
-        given, name = self.step.given, self.step.verb.name
-        texts, axis = self.step.texts, given.get("axis", 0)
-        if name == "split":
-            if len(texts) > 1:
-                raise BadArgument(f"split cuts one leaf, and at names {len(texts)}", hint="a step for each")
-            return joining.split(self.leaves, texts[0], into=given["into"], axis=axis, sizes=given.get("sizes"))
-        join = joining.concat if name == "concat" else joining.interleave
-        return join(self.leaves, texts, into=given["into"], axis=axis)
-
     def calls(self) -> dict[int, Call]:
         """The call of the step's op on each selected leaf, checked against its spec; none if something is wrong."""
         op, given = self.step.verb.op, self.step.given
-        chosen = self._chosen()
+        chosen = self._chosen() if self.step.verb.selects else []
         if op is None or self.problems:
             return {}
         index = read_index(given["index"]) if "index" in given and "index" not in op.parameters else None
