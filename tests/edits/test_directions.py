@@ -236,9 +236,16 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-@pytest.mark.parametrize("suffix", ["safetensors", "npz", "msgpack", "pt", "orbax", "/"])
-def test_files_are_written_and_patched_with_the_bits_of_memory(edit, suffix, tmp_path, monkeypatch):
+CASES = [
+    *(("safetensors", edit) for edit in EDITS),
+    *(("orbax", edit) for edit in ("out", "one expert", "of the row")),
+    *((suffix, edit) for suffix in ("npz", "msgpack", "pt", "/") for edit in ("twice", "products")),
+]
+
+
+@pytest.mark.parametrize(("suffix", "edit"), CASES)
+def test_files_are_written_and_patched_with_the_bits_of_memory(suffix, edit, tmp_path, monkeypatch):
+    edit = EDITS[edit]
     for module in ("arrays.lowrank", "piecewise.steps", "leaves.origins.origin"):
         monkeypatch.setattr(f"paramend.{module}.CHUNK", 60)
     tree = {name: w for name, w in TREE.items() if suffix != "npz" or w.dtype != BFLOAT16}

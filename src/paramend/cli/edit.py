@@ -15,7 +15,7 @@ from paramend.cli.choosing import EXCEPT, Chosen, chosen
 from paramend.cli.opening import raw
 from paramend.cli.options import edits
 from paramend.cli.writing import edit_checkpoint
-from paramend.edits.arguments import NUMBER, TEXT, Value
+from paramend.edits.arguments import ARRAY, NUMBER, TEXT, Value
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.edits.plan import call
@@ -48,7 +48,7 @@ def _typed(value: Value) -> Callable[[Any], Any]:
             return value.typed(text)
         except BadArgument as error:
             if value.array and (not value.example or Path(_split(text)[0]).exists()):
-                if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
+                if value is ARRAY and re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
                     raise click.BadParameter(f"{text} is no file; `paramend fill` takes a number") from None
                 return _File(text)
             message = f"{str(error).partition(chr(10))[0]}{', nor an existing file' if value.array else ''}"

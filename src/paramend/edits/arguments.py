@@ -282,6 +282,7 @@ INITIALIZER = Value(
 _INTEGERS = {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": ["integer", "string"]}]}
 SIZES = Value("the length of each part along the axis", _integers, _INTEGERS, example="2,4")
 AXIS = Value("an axis, counted from 0 or, with a minus, from the end", _integer, {"type": "integer"}, example="0")
+ALONG = AXIS.named("the axis that it is along; by default, the one of its length among the last two", "0")
 AXES = Value("for each new axis, the old one", _integers, _INTEGERS, example="1,0")
 NEW_SHAPE = Value("a shape of as many elements, in which one length may be -1", _new_shape, _INTEGERS, example="4,-1")
 PLACES = Value(

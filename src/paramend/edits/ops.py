@@ -9,6 +9,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, SupportsIndex, TypeAlia
 from paramend.arrays.lowrank import LowRank, product_of
 from paramend.edits import checks, damage, hands, moves, runs
 from paramend.edits.arguments import (
+    ALONG,
     ARRAY,
     AXES,
     AXIS,
@@ -211,7 +212,7 @@ class Edits(Generic[T]):
         run=runs.project_out,
         product=projection,
         losses=damage.of_shift,
-        takes=(DIRECTION, NUMBER.named("how much of it: 1 is all", "1"), AXIS),
+        takes=(DIRECTION, NUMBER.named("how much of it: 1 is all", "1"), ALONG),
         also=("project-out", "orthogonalize"),
         chunks=False,
     )
