@@ -276,3 +276,50 @@ def test_ids_that_are_none():
             words.keep(ids)
     with pytest.raises(pm.errors.BadArgument, match="not above 0"):
         words.pad(0)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", ["bpe", "llama", "wordpiece"])
+def test_tokens_of_another_model_keep_the_rows_of_those_that_both_have(tmp_path, kind):
+    mine, theirs = bpe(), TOKENIZERS[kind]()
+    if kind == "bpe":  # of another corpus, with further tokens at the ends
+        theirs.train_from_iterator(CORPUS[:2], trainers.BpeTrainer(vocab_size=300, special_tokens=["<bos>", "<eos>"]))
+    model = saved(tmp_path / "m", mine, padding=2, eos_token_id=2)
+    saved(tmp_path / "donor", theirs, padding=5, bos_token_id=0, eos_token_id=1 if kind == "bpe" else 2)
+    (tmp_path / "m" / "vocab.json").write_text("{}")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "donor" / "tokenizer.json"))
+    rows = json.loads((tmp_path / "donor" / "config.json").read_text())["vocab_size"]
+    tree, report = pm.vocabulary(pm.open(tmp_path / "m")).transplant(pm.open(tmp_path / "donor"))
+    tree.save(tmp_path / "n")
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} & {
+        file.name for file in (tmp_path / "donor").iterdir()
+    }
+    assert {name: (tmp_path / "n" / name).read_bytes() for name in names} == {
+        name: (tmp_path / "donor" / name).read_bytes() for name in names
+    }
+    assert not (tmp_path / "n" / "vocab.json").exists()
+    new = loaded(tmp_path / "n")
+    assert new.config.vocab_size == rows > theirs.get_vocab_size()
+    assert new.config.eos_token_id == (1 if kind == "bpe" else 2)
+    same = {token.replace("Ġ", "▁" if kind == "llama" else "Ġ"): number for token, number in mine.get_vocab().items()}
+    pairs = [(same[token], number) for token, number in theirs.get_vocab().items() if token in same and token.isascii()]
+    pairs += [(same[token], n) for token, n in theirs.get_vocab().items() if token in same and token[:1] in "Ġ▁"]
+    assert len(pairs) > 20
+    old, now = map(torch.tensor, zip(*pairs, strict=True))
+    for table in ("model.embed_tokens", "lm_head"):
+        before, after = (each.get_submodule(table).weight for each in (model, new))
+        assert torch.equal(after[now], before[old])
+        close(after[-1], before[: mine.get_vocab_size()].mean(0))
+    ids = [report.ids[i] for i in old.tolist()][:9]
+    close(new(torch.tensor([ids])).logits[..., now], model(old[None, :9]).logits[..., old])
+    assert set(report.tokens.values()).isdisjoint(report.ids.values())
+
+
+def test_a_token_that_a_donor_lacks_is_named(tmp_path):
+    saved(tmp_path / "m", bpe(), image_token_id=300)
+    saved(tmp_path / "donor", wordpiece())
+    words = pm.vocabulary(pm.open(tmp_path / "m"))
+    with pytest.raises(pm.errors.Unsupported, match="names the token 300, and the donor has none like it"):
+        words.transplant(pm.open(tmp_path / "donor"))
+    with pytest.raises(pm.errors.Unsupported, match=r"each with a tokenizer\.json"):
+        words.transplant({"wte": {"weight": np.ones((4, 2))}})

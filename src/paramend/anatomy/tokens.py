@@ -49,6 +49,15 @@ def named_ids(config: Mapping[str, Any], sizes: Iterable[int]) -> set[int]:
     return found
 
 
+def names_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys by which a configuration names tokens, with their values.
+
+    >>> names_in({"eos_token_id": [2, 7], "pad_token_id": None, "vocab_size": 8})
+    {'eos_token_id': [2, 7]}
+    """
+    return {key: value for key, value in config.items() if _IDS.fullmatch(key) and value is not None}
+
+
 def renumbered(config: Mapping[str, Any], new: New, sizes: Mapping[int, int] | None) -> dict[str, Any]:
     """A configuration after tokens got other numbers.
 

@@ -26,6 +26,7 @@ from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.misses import searching
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
+from paramend.tokens.vocabulary import vocabulary
 
 _SECONDS = 5.0  # what the search for near misses of all steps may take
 
@@ -107,6 +108,8 @@ class _Attempt:
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         if self.step.verb.name == "config":
             return self._configured()
+        if self.step.verb.name == "vocabulary":
+            return self.problems.tried(self.address, self._revised)
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None
@@ -130,6 +133,14 @@ class _Attempt:
         for address, values, gone in edits:
             tree = self.problems.tried(address, config(tree).edited, values, gone) or tree
         return tree
+
+    def _revised(self) -> Any:
+        given = dict(self.step.given)
+        how = {"init": given.pop("init")} if "init" in given else {}
+        ((name, value),) = given.items()
+        value = self.donors.open(value) if name == "transplant" else value
+        tree: Any = self.leaves
+        return getattr(vocabulary(tree), name)(value, **how)[0]
 
     def _regrouped(self) -> Any:
         given, name = self.step.given, self.step.verb.name

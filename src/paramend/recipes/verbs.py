@@ -44,6 +44,9 @@ class Verb:
     def example(self) -> dict[str, Any]:
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
+        if self.one_of and self.keys[0].name in self.one_of:
+            first = self.keys[0]
+            return {self.name: {first.name: first.value.typed(first.value.example)}}
         new = {key.name for key in self.keys} & {"to", "into"}
         selector: Any = "h/<n>/w" if new else "**/kernel"
         if self.name in ("concat", "interleave"):
@@ -103,6 +106,8 @@ NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
+IDS = SIZES.named("a list of numbers", "0,1,2")
+TOKENS = PATHS.named("a list of texts", "<a>")
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
@@ -163,6 +168,21 @@ VERBS: dict[str, Verb] = {
                 Key("delete", PATHS, "a list of keys, as in `set`; each must be there"),
             ),
             any_of=("set", "delete"),
+        ),
+        Verb(
+            "vocabulary",
+            "a model has some of its tokens, or more: tables, configuration and tokenizer",
+            (
+                Key("keep", IDS, "the numbers of the tokens that stay, with those that they need"),
+                Key("extend", TOKENS, "new tokens, at the next numbers"),
+                Key("pad", NATURAL, "rows up to a multiple of this"),
+                Key(
+                    "transplant", TEXT, "the checkpoint whose tokens come in the place, relative to the recipe's folder"
+                ),
+                Key("init", TEXT, "new rows: `mean`, `subwords` or `zero`"),
+            ),
+            one_of=("keep", "extend", "pad", "transplant"),
+            changes=True,
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(

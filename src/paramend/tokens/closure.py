@@ -8,9 +8,25 @@ from typing import Any
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def is_byte(symbol: str) -> bool:
-    """Whether a character stands for a byte, as in the vocabularies of GPT-2."""
-    return len(symbol) == 1 and (33 <= ord(symbol) <= 126 or (161 <= ord(symbol) <= 323 and ord(symbol) != 173))
+# The characters that stand for bytes in vocabularies like that of GPT-2: those that can be seen stand for themselves.
+_SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _SEEN}
+_BYTES |= {chr(256 + at): byte for at, byte in enumerate(sorted(set(range(256)) - set(_SEEN)))}
+
+
+def text_of(token: str, *, bytewise: bool) -> bytes:
+    """What a token stands for in a text.
+
+    Args:
+        token: the token.
+        bytewise: whether characters stand for bytes.
+
+    >>> text_of("Ġfox", bytewise=True), text_of("▁fox", bytewise=False), text_of("<0x0A>", bytewise=False)
+    (b' fox', b' fox', b'\\n')
+    """
+    if bytewise and all(letter in _BYTES for letter in token):
+        return bytes(_BYTES[letter] for letter in token)
+    return bytes([int(token[3:5], 16)]) if _BYTE.fullmatch(token) else token.replace("▁", " ").encode()
 
 
 def closed(model: Mapping[str, Any], ids: Iterable[int], *, bytewise: bool) -> set[int]:
@@ -30,7 +46,7 @@ def closed(model: Mapping[str, Any], ids: Iterable[int], *, bytewise: bool) -> s
     bpe = Merges(model)
     kept, names = set(ids), {number: token for token, number in vocab.items()}
     for token, number in vocab.items():
-        if _BYTE.fullmatch(token) or (bytewise and is_byte(token[0:1]) and len(bpe.symbols(token)) == 1):
+        if _BYTE.fullmatch(token) or (bytewise and token[:1] in _BYTES and len(bpe.symbols(token)) == 1):
             kept.add(number)
     tokens = [names[number] for number in kept if number in names]
     return kept | {vocab[part] for token in tokens for part in bpe.parts(token) if part in vocab}

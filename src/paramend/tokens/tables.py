@@ -13,7 +13,7 @@ from paramend.reports import wording
 
 _FIRST = {*EMBEDDINGS, "embeddings", "embedding", "token_embedding", "token_embedder", "embedder", "embed", "Embed_0"}
 _PER_LAYER = "embed_tokens_per_layer"
-_LAST = {*HEADS, "output_layer", "logits_dense"}
+_LAST = {*HEADS, "output_layer", "logits_dense", "head"}
 # Modules in the modules that compute logits.
 _IN_HEAD, _HEADS = {"decoder", "proj", "head"}, {*_LAST, "predictions", "shared_head"}
 _OTHERS = re.compile(r"pos|type|norm|wpe", re.IGNORECASE)

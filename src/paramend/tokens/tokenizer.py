@@ -1,4 +1,4 @@
-"""`Tokenizer`: the tokens of a model, in all the files beside its weights that list them."""
+"""`Tokenizer`: the tokens of a model, in the files beside its weights."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,22 +10,13 @@ from typing import Any
 from paramend.anatomy.documents import Change, Document, document_of
 from paramend.anatomy.sections import beside
 from paramend.errors import BadCheckpoint, MissingExtra, Unsupported
-from paramend.tokens.closure import closed, pair_of
+from paramend.tokens.closure import closed, pair_of, text_of
 
-JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
-_MAP, _ADDED, _WORDS, _MERGES, _LINES = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
-_FILES = (JSON, CONFIG, _MAP, _ADDED, _WORDS, _MERGES, _LINES)
-# Files in formats of their own, from which the others were made.
-_BINARY = ("*.model", "*.tiktoken", "tekken.json")
+JSON, CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+# Other files that list the tokens: what `tokenizer.json` was made of.
+_OTHERS = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
-
-Data = Mapping[str, Any]
+_DECODER = "added_tokens_decoder"
 
 
 @dataclass(frozen=True)
@@ -33,14 +24,14 @@ class Tokenizer:
     """The tokens of a model.
 
     Attributes:
-        files: name → file, of those beside the weights that list tokens.
-        data: what a `tokenizer.json` holds, with the added tokens of all files; made of the others if there is none.
-        stale: the files in other formats, which go when tokens change.
+        files: name → file, of those beside the weights that name tokens.
+        data: what `tokenizer.json` holds, with the tokens that other files add.
+        others: further files that list the tokens, which go when these change.
     """
 
     files: Mapping[str, Document]
-    data: Data
-    stale: tuple[Path, ...] = ()
+    data: Mapping[str, Any]
+    others: tuple[Path, ...] = ()
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -54,33 +45,43 @@ class Tokenizer:
         """One more than the last number: that of the next token."""
         return max(self.ids.values(), default=-1) + 1
 
+    @property
+    def bytewise(self) -> bool:
+        """Whether the characters of tokens stand for bytes."""
+        return "ByteLevel" in json.dumps([self.data.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")])
+
+    @property
+    def texts(self) -> dict[int, bytes]:
+        """The number of each token → what it stands for in a text."""
+        added = {entry["content"] for entry in self.data["added_tokens"]}
+        return {
+            number: token.encode() if token in added else text_of(token, bytewise=self.bytewise)
+            for token, number in self.ids.items()
+        }
+
     def closed(self, ids: Iterable[int]) -> set[int]:
         """Tokens, with those that no tokenizer can be without, and those that all of them are made of."""
         data, model = self.data, self.data["model"]
         found = {*ids, *(entry["id"] for entry in data["added_tokens"] if entry.get("special"))}
         found |= {model["unk_id"]} if type(model.get("unk_id")) is int else set()
+        tokens = [model.get("unk_token"), (data.get("padding") or {}).get("pad_token")]
+        for name in (CONFIG, _MAP):
+            tokens += _named(self.files[name].values) if name in self.files else []
+        found |= {self.ids[token] for token in tokens if token in self.ids}
 
         def note(number: int) -> int:
             found.add(number)
             return number
 
         _processed(data.get("post_processor"), note)
-        tokens = [model.get("unk_token"), (data.get("padding") or {}).get("pad_token")]
-        for name in (CONFIG, _MAP):
-            tokens += _named(self.files[name].values) if name in self.files else []
-        found |= {self.ids[token] for token in tokens if token in self.ids}
-        coding = json.dumps([data.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")])
-        return closed(model, found, bytewise=_WORDS in self.files or "ByteLevel" in coding)
+        return closed(model, found, bytewise=self.bytewise)
 
     def cut(self, text: str) -> list[int]:
         """The tokens that a text consists of.
 
         Raises:
-            Unsupported: there is no `tokenizer.json`, which says how texts are cut.
             MissingExtra: the package tokenizers is not installed.
         """
-        if JSON not in self.files:
-            raise Unsupported(f"texts are cut as {JSON} says, and there is none")
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -110,22 +111,35 @@ class Tokenizer:
             data["padding"] = {**data["padding"], "pad_id": new[data["padding"]["pad_id"]]}
         if data.get("post_processor"):
             data["post_processor"] = _processed(data["post_processor"], new.__getitem__)
-        return self._written(replace(self, data=data))
+        return self._with(data)
 
     def extended(self, tokens: Sequence[str]) -> list[Document]:
         """The files with more tokens, which get the next numbers."""
         more = [{"id": self.size + at, "content": token, **_PLAIN} for at, token in enumerate(tokens)]
-        return self._written(replace(self, data={**self.data, "added_tokens": [*self.data["added_tokens"], *more]}))
+        return self._with({**self.data, "added_tokens": [*self.data["added_tokens"], *more]})
 
-    def _written(self, new: "Tokenizer") -> list[Document]:
-        """The files that change."""
-        counts = str(len(self.ids)), str(len(new.ids))
-        found = [Document(path, path.read_bytes(), b"") for path in self.stale]
-        for name, document in self.files.items():
-            text = _text(document, new)
-            if text != document.text:
-                found.append(replace(document, text=text, shown=(Change(name, "tokens", *counts),)))
-        return found
+    def _with(self, data: Mapping[str, Any]) -> list[Document]:
+        """The files that change if `tokenizer.json` is to hold this."""
+        files = [self.files[JSON].holding(data)]
+        if CONFIG in self.files and _DECODER in self.files[CONFIG].values:
+            entries = {str(e["id"]): {key: e[key] for key in e if key != "id"} for e in data["added_tokens"]}
+            files.append(self.files[CONFIG].holding({**self.files[CONFIG].values, _DECODER: entries}))
+        counts = [str(len(each.ids)) for each in (self, replace(self, data=data))]
+        files = [replace(each, shown=(Change(each.name, "tokens", *counts),)) for each in files]
+        return [*files, *(Document(path, path.read_bytes(), b"") for path in self.others)]
+
+    def instead_of(self, other: "Tokenizer") -> list[Document]:
+        """Its files in the places of those of another tokenizer."""
+        folder = other.files[JSON].file.parent
+        texts = {path.name: path.read_bytes() for path in self.others} | {
+            n: each.text for n, each in self.files.items()
+        }
+        gone = {*other.files, *(path.name for path in other.others)} - {*texts}
+        shown = (Change(JSON, "tokens", str(len(other.ids)), str(len(self.ids))),)
+        return [
+            Document(folder / name, b"-", texts.get(name, b""), shown=shown if name == JSON else ())
+            for name in sorted({*texts, *gone})
+        ]
 
 
 def tokenizer_of(leaves: Any) -> Tokenizer | None:
@@ -133,76 +147,38 @@ def tokenizer_of(leaves: Any) -> Tokenizer | None:
 
     Raises:
         BadCheckpoint: one of its files is damaged.
-        Unsupported: it is there in another format alone.
+        Unsupported: there is one, and no `tokenizer.json`.
     """
-    files = {name: file for name in _FILES if (file := document_of(leaves, name)) is not None and file.text}
     path = getattr(leaves, "path", None)
-    folder = beside(path).parent if isinstance(path, Path) else None
-    stale = tuple(sorted(file for glob in _BINARY if folder for file in folder.glob(glob)))
-    try:
-        data = _read(files)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadCheckpoint(f"{folder}: the tokenizer cannot be understood: {error!r}") from None
-    if data is None and stale:
-        raise Unsupported(
-            f"{stale[0].name} is a tokenizer in a format of its own, and there is no {JSON}",
-            hint=f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})",
-        )
-    return None if data is None else Tokenizer(files, data, stale)
-
-
-def _read(files: Mapping[str, Document]) -> dict[str, Any] | None:
-    """What a `tokenizer.json` holds; without one, what it would, as far as the other files say it."""
-    values = {name: file.values for name, file in files.items() if name.endswith(".json")}
-    lines = {name: file.text.decode().split("\n") for name, file in files.items() if name not in values}
-    if JSON in values:
-        data = values[JSON]
-    elif _WORDS in values:
-        merges = [line for line in lines.get(_MERGES, ()) if line and not line.startswith("#version")]
-        suffix = "</w>" if any(line.endswith("</w>") for line in merges) else ""
-        data = {"model": {"vocab": values[_WORDS], "merges": merges, "end_of_word_suffix": suffix}}
-    elif _LINES in lines:
-        words = lines[_LINES][:-1] if lines[_LINES][-1] == "" else lines[_LINES]
-        data = {"model": {"vocab": {word.removesuffix("\r"): number for number, word in enumerate(words)}}}
-    else:
+    if not isinstance(path, Path):
         return None
-    added = {number: {"content": token, **_PLAIN} for token, number in values.get(_ADDED, {}).items()}
-    added |= {int(number): each for number, each in values.get(CONFIG, {}).get("added_tokens_decoder", {}).items()}
-    added |= {entry["id"]: entry for entry in data.get("added_tokens") or ()}
-    return {**data, "added_tokens": [{"id": number, **added[number]} for number in sorted(added)]}
-
-
-def _text(document: Document, new: Tokenizer) -> bytes:
-    """The text of a file for other tokens."""
-    name, model, added = document.name, new.data["model"], new.data["added_tokens"]
-    if name in (_MERGES, _LINES):
-        head = [line for line in document.text.decode().split("\n", 1)[:1] if line.startswith("#version")]
-        words = {number: word for word, number in model["vocab"].items()}
-        count = max(words, default=-1) + 1
-        lines = (
-            map(" ".join, map(pair_of, model["merges"]))
-            if name == _MERGES
-            else (words.get(n, "") for n in range(count))
-        )
-        return "".join(f"{line}\n" for line in (*head, *lines)).encode()
-    values = document.values
-    if name == JSON:
-        values = dict(new.data)
-    elif name == _WORDS:
-        values = model["vocab"]
-    elif name == _ADDED:
-        values = {entry["content"]: entry["id"] for entry in added if entry["content"] not in model["vocab"]}
-    elif name == CONFIG and added and ("added_tokens_decoder" in values or JSON not in new.files):
-        decoder = {str(e["id"]): {key: value for key, value in e.items() if key != "id"} for e in added}
-        values = {**values, "added_tokens_decoder": decoder}
-    return document.holding(values).text
+    files = {name: file for name in (JSON, CONFIG, _MAP) if (file := document_of(leaves, name)) is not None}
+    folder, gone = beside(path).parent, {each.name for each in leaves.texts if not each.text}
+    others = tuple(sorted(file for glob in _OTHERS for file in folder.glob(glob) if file.name not in gone))
+    if JSON not in files:
+        if others:
+            raise Unsupported(
+                f"{others[0].name} lists the tokens of {folder}, and there is no {JSON}",
+                hint=f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})",
+            )
+        return None
+    data = files[JSON].values
+    try:
+        added = files[CONFIG].values.get(_DECODER, {}) if CONFIG in files else {}
+        entries = {int(number): {"id": int(number), **entry} for number, entry in added.items()}
+        entries |= {entry["id"]: entry for entry in data.get("added_tokens") or ()}
+        found = Tokenizer(files, {**data, "added_tokens": [entries[number] for number in sorted(entries)]}, others)
+        _ = found.size, set(map(pair_of, data["model"].get("merges") or ()))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadCheckpoint(f"{files[JSON].file} is not a tokenizer: {error!r}") from None
+    return found
 
 
 def _stays(pair: tuple[str, str], prefix: str, vocab: Mapping[str, int]) -> bool:
     return all(each in vocab for each in (*pair, pair[0] + pair[1].removeprefix(prefix)))
 
 
-def _named(values: Data) -> Iterator[Any]:
+def _named(values: Mapping[str, Any]) -> Iterator[Any]:
     """The tokens that a file names by their roles."""
     for key, value in values.items():
         if key.endswith(("_token", "_special_tokens")):
@@ -212,13 +188,10 @@ def _named(values: Data) -> Iterator[Any]:
 
 def _processed(value: Any, new: Callable[[int], int]) -> Any:
     """A post-processor with other numbers of tokens."""
-    if isinstance(value, Mapping):
-        return {
-            key: [*map(new, each)]
-            if key == "ids"
-            else [each[0], new(each[1])]
-            if key in ("sep", "cls")
-            else _processed(each, new)
-            for key, each in value.items()
-        }
-    return [_processed(each, new) for each in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_processed(each, new) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    made = {key: _processed(each, new) for key, each in value.items()}
+    made |= {key: [each[0], new(each[1])] for key, each in value.items() if key in ("sep", "cls")}
+    return made | ({"ids": [*map(new, value["ids"])]} if "ids" in value else {})

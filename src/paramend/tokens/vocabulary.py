@@ -3,12 +3,13 @@
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from paramend.anatomy.documents import Document, document_of
-from paramend.anatomy.tokens import named_ids, renumbered, sizes_of
+from paramend.anatomy.tokens import named_ids, names_in, renumbered, sizes_of
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.assemble import assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
@@ -70,6 +71,7 @@ class Vocabulary(Generic[T]):
         sizes = [size for each in self._configs for size in sizes_of(each.values)]
         self.tables: Sequence[Table] = tables_of(self._leaves, sizes)
         self.size: int = max(table.rows for table in self.tables)
+        self._sizes = {table.rows for table in self.tables}
 
     def __repr__(self) -> str:
         return f"<vocabulary: {self.size:,} rows in {len(self.tables)} tables>"
@@ -105,8 +107,7 @@ class Vocabulary(Generic[T]):
         outside = [number for number in asked if not 0 <= number < end]
         if outside:
             raise OutOfRange(f"there is no token {outside[0]} among {end:,}")
-        sizes = {table.rows for table in self.tables}
-        kept = asked.union(*(named_ids(each.values, sizes) for each in self._configs)) & set(range(end))
+        kept = asked.union(*(named_ids(each.values, self._sizes) for each in self._configs)) & set(range(end))
         kept = kept if tokens is None else tokens.closed(kept)
         if not kept:
             raise BadArgument("no token would be left", hint="pm.vocabulary(model).keep([0, 1, 2])")
@@ -114,8 +115,15 @@ class Vocabulary(Generic[T]):
         order = sorted(kept | rest)
         new = {old: place for place, old in enumerate(order)}
         files = tokens.renumbered(new) if tokens is not None and len(order) < end else []
-        told = {"ids": new, "unasked": tuple(sorted(kept - asked - rest))}
-        return self._made("kept", lambda rows: Rows(order[: bisect_left(order, rows)]), files, new.get, **told)
+        unasked = tuple(sorted(kept - asked - rest))
+        return self._made(
+            "kept",
+            lambda rows: Rows(order[: bisect_left(order, rows)]),
+            files,
+            lambda token: new.get(token) if token < end else token,
+            ids=new,
+            unasked=unasked,
+        )
 
     def extend(self, tokens: Sequence[str], init: Init = "mean") -> tuple[T, VocabularyReport]:
         """The model with more tokens, at the next numbers of its tokenizer: in rows without a token, then in new ones.
@@ -183,6 +191,60 @@ class Vocabulary(Generic[T]):
 
         return self._made("padded", order, [], lambda token: token)
 
+    def transplant(
+        self, donor: object, init: Literal["mean", "subwords", "zero"] = "mean"
+    ) -> tuple[T, VocabularyReport]:
+        """The model with the tokens of another one, and its tokenizer.
+
+        Tokens that both have, as they stand in texts, and those that both configurations name by one key, such as
+        `eos_token_id`, get the rows that they had, bit for bit.
+
+        Args:
+            donor: the other model: a checkpoint from `pm.open`.
+            init: the rows of other tokens, as in `extend`.
+
+        Returns:
+            The model, and the report, whose `ids` are old number → number in the donor, and `tokens` those without
+            a row before.
+
+        Raises:
+            BadArgument: as in `pm.vocabulary`, for the donor.
+            Unsupported: one of them has no `tokenizer.json`, or the configuration names a token that the donor lacks.
+        """
+        other: Vocabulary[object] = Vocabulary(donor)
+        mine, theirs = self.tokenizer, other.tokenizer
+        if mine is None or theirs is None:
+            raise Unsupported("tokens are taken from one checkpoint to another, each with a tokenizer.json beside it")
+        by_text = {text: number for number, text in mine.texts.items()}
+        texts = theirs.texts
+        known = {number: by_text[text] for number, text in texts.items() if text in by_text}
+        new = {old: number for number, old in known.items()}
+        given = {each.name: names_in(each.values) for each in other._configs}
+        lacking: set[int] = set()
+        for each in self._configs:
+            ours, its = names_in(each.values), given.get(each.name, {})
+            for key in (key for key in ours if type(ours[key]) is type(its.get(key)) is int):
+                known.setdefault(its[key], ours[key])
+                new.setdefault(ours[key], its[key])
+            lacking |= named_ids({key: value for key, value in each.values.items() if key not in its}, self._sizes)
+        lacking = lacking & set(range(self.size)) - {*new}
+        if lacking:
+            raise Unsupported(f"the configuration names the token {min(lacking)}, and the donor has none like it")
+        words = {number: text.decode(errors="replace") for number, text in texts.items() if number not in known}
+        fresh = dict(zip(words, self._mixes(init, [*words.values()]), strict=True))
+
+        def order(rows: int) -> Rows:
+            places, mixes = [], list[Mix]()
+            for number in range(other.size):
+                old = known.get(number, rows)
+                places.append(old if old < rows else rows + len(mixes))
+                mixes += [fresh.get(number)] if old >= rows else []
+            return Rows(places, mixes, min(mine.size, rows))
+
+        tokens = {token: number for token, number in theirs.ids.items() if number in words}
+        files = theirs.instead_of(mine)
+        return self._made("transplanted", order, files, new.get, given, ids=new, tokens=tokens)
+
     def _mixes(self, init: Init, texts: Sequence[str]) -> list[Mix]:
         """What the rows of new tokens are made of."""
         if not isinstance(init, str):
@@ -207,6 +269,7 @@ class Vocabulary(Generic[T]):
         order: Callable[[int], Rows],
         files: Sequence[Document],
         new: Callable[[int], int | None],
+        given: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
         **told: Any,
     ) -> tuple[T, VocabularyReport]:
         """The model with other rows in its tables, with the files that follow, and the report."""
@@ -217,7 +280,9 @@ class Vocabulary(Generic[T]):
             if not orders[table.rows].trivial(table.rows)
         }
         size = {rows: len(each.places) for rows, each in orders.items()}
-        configs = [each.holding(renumbered(each.values, new, size)) for each in self._configs]
+        configs = [
+            each.holding(renumbered(each.values, new, size) | dict(given.get(each.name, {}))) for each in self._configs
+        ]
         texts = [text for text, old in zip(configs, self._configs, strict=True) if text.text != old.text]
         tree = _replaced(self._leaves, changed, [*texts, *files])
         specs, after = self._leaves, editable(tree)
