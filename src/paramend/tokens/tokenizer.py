@@ -120,7 +120,9 @@ class Tokenizer:
 
     def _with(self, data: Mapping[str, Any]) -> list[Document]:
         """The files that change if `tokenizer.json` is to hold this."""
-        files = [self.files[JSON].holding(data)]
+        lines = b"\n" in self.files[JSON].text.strip()
+        text = json.dumps(data, ensure_ascii=False, indent=2 if lines else None)  # as tokenizers itself writes it
+        files = [replace(self.files[JSON], text=text.encode())]
         if CONFIG in self.files and _DECODER in self.files[CONFIG].values:
             entries = {str(e["id"]): {key: e[key] for key in e if key != "id"} for e in data["added_tokens"]}
             files.append(self.files[CONFIG].holding({**self.files[CONFIG].values, _DECODER: entries}))
@@ -168,7 +170,7 @@ def tokenizer_of(leaves: Any) -> Tokenizer | None:
         entries = {int(number): {"id": int(number), **entry} for number, entry in added.items()}
         entries |= {entry["id"]: entry for entry in data.get("added_tokens") or ()}
         found = Tokenizer(files, {**data, "added_tokens": [entries[number] for number in sorted(entries)]}, others)
-        _ = found.size, set(map(pair_of, data["model"].get("merges") or ()))
+        _ = found.size, [pair_of(each) for each in (data["model"].get("merges") or ())[:1]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpoint(f"{files[JSON].file} is not a tokenizer: {error!r}") from None
     return found
