@@ -204,6 +204,13 @@ def test_tables_are_found_by_name_and_shape(tmp_path, name):
 def test_what_is_no_plain_table_is_refused(tmp_path):
     with pytest.raises(pm.errors.BadArgument, match="no leaf is known to be a table of tokens"):
         pm.vocabulary({"w": ramp(3)})
+    deep = {"wte": {"weight": ramp(6)}, "Dense_0": {"kernel": ramp(2, 6)}, "Dense_1": {"kernel": ramp(6)}}
+    with pytest.raises(
+        pm.errors.BadArgument, match=r"tables of 6 tokens cannot be told .*: Dense_0/kernel float32\[2,6\]"
+    ):
+        pm.vocabulary(deep)
+    new = pm.vocabulary(deep, tables={"wte/weight": 0, "Dense_0/kernel": -1}).keep([1, 5])[0]
+    assert [leaf.shape for leaf in jax.tree.leaves(new)] == [(2, 2), (6, 2), (2, 2)]
     with pytest.raises(pm.errors.BadArgument, match="several lengths"):
         pm.vocabulary({"a": {"wte": {"weight": ramp(3)}}, "b": {"wte": {"weight": ramp(4)}}})
     with pytest.raises(pm.errors.Unsupported, match="d2t numbers the tokens of a draft model"):

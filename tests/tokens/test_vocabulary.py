@@ -10,7 +10,8 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import paramend as pm
-from support.tiny_models import BASE, settled
+from support.tiny_models import BASE, FAMILIES, make, settled
+from support.tiny_models import loaded as loaded_family
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
@@ -153,6 +154,21 @@ def test_kept_tokens_have_their_rows_and_logits(tmp_path, tied):
     close(new(after[None]).logits, model(before[None]).logits[..., kept])
 
 
+@pytest.mark.numeric
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each.id != "vit"])
+def test_every_family_computes_the_logits_of_kept_tokens(tmp_path, family):
+    grouped = family in ("mixtral", "qwen3_moe")  # whose product torch has in float32 alone
+    dtype, bound = (torch.float32, 1e-5) if grouped else (torch.float64, 1e-11)
+    make(family, dtype).save_pretrained(tmp_path / "m")
+    tree, report = pm.vocabulary(pm.open(tmp_path / "m")).keep(range(5, 64, 3))
+    tree.save(tmp_path / "n")
+    old, new = (loaded_family(family, tmp_path / name).to(dtype) for name in "mn")
+    assert new.config.vocab_size == len(report.ids) < 64
+    before, after = chosen(report)
+    got, want = new(after[None]).logits, old(before[None]).logits[..., [*report.ids]]
+    assert torch.allclose(got, want, rtol=0, atol=bound), (got - want).abs().max()
+
+
 def test_all_tokens_kept_are_the_same_bytes(tmp_path):
     saved(tmp_path / "m", unigram(), padding=3)
     rows = json.loads((tmp_path / "m" / "config.json").read_text())["vocab_size"]
@@ -242,6 +258,8 @@ def test_new_rows_are_means_zeros_or_given():
         "lm_head": {"bias": np.array([1.0, 5])},
     }
     words = pm.vocabulary(model)
+    columns = pm.vocabulary({"lm_head": {"kernel": model["embed_tokens"]["weight"]}}).extend(["a"])[0]
+    assert columns["lm_head"]["kernel"].tolist() == [[1, 2, 1.5], [3, 4, 3.5]]
     for init, row, bias in (("mean", [2, 3], 3), ("zero", [0, 0], 0), (np.array([[7.0, 9]]), [7, 9], 3)):
         tree, report = words.extend(["a"], init=init)
         assert tree["embed_tokens"]["weight"].tolist() == [[1, 2], [3, 4], row]

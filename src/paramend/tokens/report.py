@@ -10,22 +10,13 @@ from paramend.reports import wording
 from paramend.reports.report import Line, Section
 
 
-@dataclass(frozen=True, slots=True)
-class TableRow:
-    """A table: its path, and its shape and dtype before and after."""
-
-    path: str
-    before: Spec
-    spec: Spec
-
-
 @dataclass(frozen=True, repr=False)
 class VocabularyReport(Paged):
     """What became of a vocabulary.
 
     Attributes:
         did: "kept", "extended", "padded" or "transplanted".
-        rows: the tables, in the order of the tree.
+        tables: path of a table → its shape and dtype before and after.
         size: how many rows they had and have.
         ids: old number of a token → its new one, of all that stay.
         tokens: token → its number, of those that are new.
@@ -34,7 +25,7 @@ class VocabularyReport(Paged):
     """
 
     did: str
-    rows: tuple[TableRow, ...]
+    tables: dict[str, tuple[Spec, Spec]]
     size: tuple[int, int]
     ids: dict[int, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -44,25 +35,26 @@ class VocabularyReport(Paged):
     def headline(self) -> str:
         """The numbers of rows and tokens, and the files that follow."""
         before, after = self.size
-        said = f"vocabulary {self.did}: {before:,} rows -> {after:,} in {wording.plural(len(self.rows), 'table')}"
+        said = f"vocabulary {self.did}: {before:,} rows -> {after:,} in {wording.plural(len(self.tables), 'table')}"
         said += f", {wording.plural(len(self.tokens), 'new token')}" if self.tokens else ""
         said += f", {wording.plural(len(self.unasked), 'token')} kept unasked" if self.unasked else ""
         return "\n".join((said, *self.files))
 
     def sections(self) -> list[Section]:
         """The tables."""
-        rows = [Line((row.path,), (str(row.before), f"-> {row.spec}"), row.spec.size) for row in self.rows]
-        return [Section("tables", rows)]
+        lines = [Line((path,), (str(old), f"-> {new}"), new.size) for path, (old, new) in self.tables.items()]
+        return [Section("tables", lines)]
 
     def page(self) -> Page:
         """The tables as a map."""
-        specs = [Column(name, [str(getattr(row, name)) for row in self.rows], "text") for name in ("before", "spec")]
-        sizes = [row.spec.size for row in self.rows]
-        return Page("vocabulary", self.headline(), [row.path for row in self.rows], sizes, specs)
+        before, after = ([str(pair[side]) for pair in self.tables.values()] for side in (0, 1))
+        columns = [Column("before", before, "text"), Column("spec", after, "text")]
+        sizes = [new.size for _, new in self.tables.values()]
+        return Page("vocabulary", self.headline(), [*self.tables], sizes, columns)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
-        rows = [{"path": row.path, "before": str(row.before), "spec": str(row.spec)} for row in self.rows]
+        tables = {path: [str(spec) for spec in pair] for path, pair in self.tables.items()}
         ids = {str(old): new for old, new in self.ids.items()}
-        data = {"did": self.did, "tables": rows, "size": list(self.size), "ids": ids, "tokens": self.tokens}
+        data = {"did": self.did, "tables": tables, "size": list(self.size), "ids": ids, "tokens": self.tokens}
         return data | {"unasked": list(self.unasked), "files": list(self.files)}

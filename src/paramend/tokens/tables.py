@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS
+from paramend.edits.moves import axis_of
 from paramend.edits.quantized import check_values
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import number_of
 from paramend.reports import wording
+from paramend.selectors.selector import resolve
 
 _FIRST = {*EMBEDDINGS, "embeddings", "embedding", "token_embedding", "token_embedder", "embedder", "embed", "Embed_0"}
 _PER_LAYER = "embed_tokens_per_layer"
@@ -20,8 +22,7 @@ _OTHERS = re.compile(r"pos|type|norm|wpe", re.IGNORECASE)
 _DRAFT = ("d2t", "t2d")
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """A leaf with a row for each token.
 
     Attributes:
@@ -35,22 +36,23 @@ class Table:
     rows: int
 
 
-def tables_of(leaves: Editable, sizes: Sequence[int]) -> list[Table]:
-    """The tables of a model, those of embeddings first.
+def tables_of(leaves: Editable, sizes: Sequence[int], given: Mapping[str, int] | None = None) -> list[Table]:
+    """The tables of a model.
 
     Args:
         leaves: the model.
         sizes: the sizes of vocabularies that its configuration has.
+        given: selector → the axis of the tokens, where names and shapes are not to say it.
 
     Raises:
-        BadArgument: no leaf is known to be one, or several have different lengths.
+        BadArgument: no leaf is known to be one, several have different lengths, or a leaf may be one or not.
         Quantized: one is quantised.
         Unsupported: the model drafts for another one, in whose vocabulary its own is numbered.
 
     >>> from paramend.edits.memory import editable
-    >>> model = {"wte": {"weight": np.zeros((6, 2))}, "fc": np.zeros((2, 2)), "lm_head": {"bias": np.zeros(6)}}
+    >>> model = {"fc": np.zeros((2, 2)), "lm_head": {"bias": np.zeros(6)}, "wte": {"weight": np.zeros((6, 2))}}
     >>> [(table.number, table.axis) for table in tables_of(editable(model), [])]
-    [(0, 0), (2, 0)]
+    [(1, 0), (2, 0)]
     """
     index = leaves.index
     pieces = {number: index.pieces(number) for number in index.numbers}
@@ -58,23 +60,30 @@ def tables_of(leaves: Editable, sizes: Sequence[int]) -> list[Table]:
     drafts = [index.path(number) for number, path in pieces.items() if path[-1] in _DRAFT]
     if drafts:
         raise Unsupported(f"{drafts[0]} numbers the tokens of a draft model in those of another one")
-    check_values(leaves, kinds, "cannot lose or gain rows", "pm.dequantize(model, selector) makes floats of it")
     shapes = {number: leaves.spec(number).shape for number in index.numbers}
+    if given:
+        axes = {number: axis for selector, axis in given.items() for number in resolve(selector, leaves)}
+        return [Table(n, axis_of(leaves.spec(n), axis), shapes[n][axis]) for n, axis in axes.items()]
+    check_values(leaves, kinds, "cannot lose or gain rows", "pm.dequantize(model, selector) makes floats of it")
     size = _size(leaves, kinds, sizes)
-    inside = {n for number, path in pieces.items() if any(map(_is_number, path)) for n in shapes[number]}
-    tables = []
+    tables, doubtful = [], []
     for number, shape in shapes.items():
         path, kind = pieces[number], kinds.get(number)
-        axes = [axis for axis, length in enumerate(shape) if length == size]
+        found = [axis for axis, length in enumerate(shape) if length == size]
         if kind == _PER_LAYER and shape:
-            axes = axes[:1] or [0]
-        elif kind is None and (
-            len(axes) != 1 or size in inside or any(map(_is_number, path)) or any(map(_OTHERS.search, path))
-        ):
+            found = found[:1] or [0]
+        if not found or (kind is None and any(_is_number(piece) or _OTHERS.search(piece) for piece in path)):
             continue
-        if axes:
-            axis = axes[-1] if path[-1] == "kernel" else axes[0]
-            tables.append(Table(number, axis, shape[axis]))
+        axis = found[-1] if path[-1] == "kernel" else found[0]
+        tables.append(Table(number, axis, shape[axis]))
+        doubtful += [number] if kind is None else []
+    inside = {length for n, path in pieces.items() if any(map(_is_number, path)) for length in shapes[n]}
+    if doubtful and (size in inside or len({pieces[number][:-1] for number in doubtful}) > 1):
+        named = wording.listing([f"{index.path(number)} {leaves.spec(number)}" for number in doubtful])
+        raise BadArgument(
+            f"tables of {size:,} tokens cannot be told from others by their shapes: {named}",
+            hint=f"pm.vocabulary(model, tables={ ({index.path(n): axis for n, axis, _ in tables}) })",
+        )
     return tables
 
 
@@ -87,7 +96,7 @@ def _kind(path: Sequence[str]) -> str | None:
     above, module, name = ("", "", *path)[-3:]
     if module == _PER_LAYER:
         return _PER_LAYER
-    if _OTHERS.search(module):
+    if _OTHERS.search(module) or _OTHERS.search(name):
         return None
     if module in _FIRST or name in ("embedding", "input_embedding"):
         return "first"
@@ -110,4 +119,6 @@ def _size(leaves: Editable, kinds: Mapping[int, str], sizes: Sequence[int]) -> i
             )
         if lengths:
             return lengths[0]
-    raise BadArgument("no leaf is known to be a table of tokens", hint='pm.at(model, "embed/table").take(ids)')
+    raise BadArgument(
+        "no leaf is known to be a table of tokens", hint='pm.vocabulary(model, tables={"embed/table": 0})'
+    )

@@ -76,22 +76,14 @@ class Tokenizer:
         _processed(data.get("post_processor"), note)
         return closed(model, found, bytewise=self.bytewise)
 
-    def cut(self, text: str) -> list[int]:
-        """The tokens that a text consists of.
-
-        Raises:
-            MissingExtra: the package tokenizers is not installed.
-        """
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
-
-    @cached_property
-    def _library(self) -> Any:
+    def cut(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens that texts consist of; `MissingExtra` if the package tokenizers is not installed."""
         try:
             from tokenizers import Tokenizer as Library  # optional, and slow to import
         except ImportError:
             raise MissingExtra("tokenizers is not installed, which cuts texts", hint="pip install tokenizers") from None
-        return Library.from_str(self.files[JSON].text.decode())
+        library = Library.from_str(self.files[JSON].text.decode())
+        return [library.encode(text, add_special_tokens=False).ids for text in texts]
 
     def renumbered(self, new: Mapping[int, int]) -> list[Document]:
         """The files after tokens got other numbers; those without one are gone."""

@@ -18,9 +18,9 @@ from paramend.edits.moves import whole_numbers
 from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable
-from paramend.leaves.specs import AnyArray
+from paramend.leaves.specs import AnyArray, Spec
 from paramend.reports import wording
-from paramend.tokens.report import TableRow, VocabularyReport
+from paramend.tokens.report import VocabularyReport
 from paramend.tokens.rows import Mix, Rows, arranged
 from paramend.tokens.tables import Table, tables_of
 from paramend.tokens.tokenizer import Tokenizer, tokenizer_of
@@ -30,7 +30,7 @@ Init: TypeAlias = Literal["mean", "subwords", "zero"] | AnyArray
 _CONFIGS = (CONFIG, "generation_config.json")
 
 
-def vocabulary(model: T) -> "Vocabulary[T]":
+def vocabulary(model: T, *, tables: Mapping[str, int] | None = None) -> "Vocabulary[T]":
     """The tokens of a model, and the leaves that have a row for each of them.
 
     Its verbs `keep`, `extend`, `pad` and `transplant` change all of these together: embeddings, heads, biases, tables
@@ -39,9 +39,10 @@ def vocabulary(model: T) -> "Vocabulary[T]":
     Args:
         model: a checkpoint from `pm.open`, of which nothing is read before it is saved; or a tree in memory: dicts, a
             state dict, a module, whose sizes and configuration stay as they are.
+        tables: selector → the axis of the tokens, of all these leaves, where names and shapes do not tell.
 
     Raises:
-        BadArgument: no leaf is known to be a table of tokens, or several have different lengths.
+        BadArgument: no leaf is known to be a table of tokens, several have different lengths, or one may be another.
         Quantized: a table is quantised.
         BadCheckpoint: a configuration is damaged.
 
@@ -53,7 +54,7 @@ def vocabulary(model: T) -> "Vocabulary[T]":
     >>> tree["lm_head"]["weight"].tolist(), report.ids
     ([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]], {0: 0, 3: 1})
     """
-    return Vocabulary(model)
+    return Vocabulary(model, tables)
 
 
 class Vocabulary(Generic[T]):
@@ -64,12 +65,12 @@ class Vocabulary(Generic[T]):
         size: how many rows they have.
     """
 
-    def __init__(self, model: T) -> None:
+    def __init__(self, model: T, tables: Mapping[str, int] | None = None) -> None:
         self._leaves: Editable = editable(model)
         found = [document_of(self._leaves, name) for name in _CONFIGS]
         self._configs = [document for document in found if document is not None]
         sizes = [size for each in self._configs for size in sizes_of(each.values)]
-        self.tables: Sequence[Table] = tables_of(self._leaves, sizes)
+        self.tables: Sequence[Table] = tables_of(self._leaves, sizes, tables)
         self.size: int = max(table.rows for table in self.tables)
         self._sizes = {table.rows for table in self.tables}
 
@@ -260,8 +261,7 @@ class Vocabulary(Generic[T]):
             return [None if init == "mean" else ((), ())] * len(texts)
         if self.tokenizer is None:
             raise Unsupported("there is no tokenizer that would cut a token into others", hint='init="mean"')
-        cut = (self.tokenizer.cut(text) for text in texts)
-        return [(ids, [1 / len(ids)] * len(ids)) if ids else None for ids in cut]
+        return [(ids, [1 / len(ids)] * len(ids)) if ids else None for ids in self.tokenizer.cut(texts)]
 
     def _made(
         self,
@@ -274,30 +274,26 @@ class Vocabulary(Generic[T]):
     ) -> tuple[T, VocabularyReport]:
         """The model with other rows in its tables, with the files that follow, and the report."""
         orders = {table.rows: order(table.rows) for table in self.tables}
-        changed = {
-            table.number: partial(arranged, axis=table.axis, rows=orders[table.rows])
-            for table in self.tables
-            if not orders[table.rows].trivial(table.rows)
-        }
         size = {rows: len(each.places) for rows, each in orders.items()}
-        configs = [
-            each.holding(renumbered(each.values, new, size) | dict(given.get(each.name, {}))) for each in self._configs
-        ]
-        texts = [text for text, old in zip(configs, self._configs, strict=True) if text.text != old.text]
-        tree = _replaced(self._leaves, changed, [*texts, *files])
-        specs, after = self._leaves, editable(tree)
-        places = {path: number for number, path in after.index.texts.items()}
-        rows = []
-        for number in (table.number for table in self.tables):
-            path = specs.index.path(number)
-            rows.append(TableRow(path, specs.spec(number), after.spec(places[path])))
-        said = [f"{text.name}: {change}" for text in (*texts, *files) for change in text.changes]
-        said += [f"{text.name} goes" for text in files if not text.text]
+        changed: dict[int, Callable[[Any], Any]] = {}
+        tables: dict[str, tuple[Spec, Spec]] = {}
+        for number, axis, rows in self.tables:
+            old = self._leaves.spec(number)
+            shape = (*old.shape[:axis], size[rows], *old.shape[axis + 1 :])
+            tables[self._leaves.index.path(number)] = old, Spec(shape, old.dtype)
+            if not orders[rows].trivial(rows):
+                changed[number] = partial(arranged, axis=axis, rows=orders[rows])
+        texts: list[Document] = []
+        for each in self._configs:
+            text = each.holding(renumbered(each.values, new, size) | dict(given.get(each.name, {})))
+            texts += [text] if text.text != each.text else []
+        texts += files
+        said = [f"{text.name}: {change}" for text in texts for change in text.changes]
+        said += [f"{text.name} goes" for text in texts if not text.text]
         if self._configs and size[self.size] != self.size and self.size not in sizes_of(self._configs[0].values):
             said.append(f"{CONFIG} is not changed: nothing in it counts {self.size:,} rows")
-        return cast(T, tree), VocabularyReport(
-            did, tuple(rows), (self.size, size[self.size]), files=tuple(said), **told
-        )
+        report = VocabularyReport(did, tables, (self.size, size[self.size]), files=tuple(said), **told)
+        return cast(T, _replaced(self._leaves, changed, texts)), report
 
 
 def _replaced(leaves: Editable, rows: Mapping[int, Callable[[Any], Any]], texts: Sequence[Document]) -> Any:
